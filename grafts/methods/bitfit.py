@@ -1,0 +1,11 @@
+"""BitFit: only biases are trained; where a projection has none, a zero one is added (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+
+from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.spec import Affine, Slot
+
+
+def bitfit(at: str = "linear") -> tuple[Slot, ...]:
+    return (Affine(at=at, scale=False, shift=True),)
+
+
+METHODS = (Method("bitfit", "arXiv 2106.10199", 3e-3, bitfit, aliases=("bias",)),)

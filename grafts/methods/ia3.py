@@ -1,0 +1,11 @@
+"""(IA)3: learned scales on keys, values and the input of the last feed-forward projection (Liu et al. 2022, arXiv 2205.05638)."""
+
+from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.spec import Affine, Slot
+
+
+def ia3(at: str = "attn.[kv]", feedforward: str = "ffn.down") -> tuple[Slot, ...]:
+    return (Affine(at=at, scale=True, shift=False), Affine(at=feedforward, scale=True, shift=False, side="in"))
+
+
+METHODS = (Method("ia3", "arXiv 2205.05638", 5e-3, ia3),)

@@ -1,0 +1,65 @@
+"""Attention of whole sequences (training, evaluation): the rows of one forward are complete sequences, each with its prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from polygraft.grafts.runtime.route import RouteTable, current
+from polygraft.grafts.runtime.stacks import Entries, Kind
+from polygraft.grafts.sites import KV_SITE, ModelShape, Site
+from polygraft.kernels.kv.layout import Layout, Sequence
+from polygraft.kernels.kv.op import attend
+
+NAME = "polygraft"
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSequences:
+    """Causal attention of (start, length) sequences, each after the prefix rows of the graft whose span holds it."""
+
+    sequences: tuple[tuple[int, int], ...]
+    shape: ModelShape
+    _layouts: dict[tuple[Entries, int], Layout] = field(default_factory=dict)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+        stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv"))
+        if stack is None:
+            empty = k.new_empty(0, k.shape[1])
+            return attend(q, k, v, empty, empty, self._layout((), len(q), 0, route), scaling)
+        pk, pv = stack.parts["k"], stack.parts["v"]
+        return attend(q, k, v, pk, pv, self._layout(stack.entries, len(q), len(pk), route), scaling)
+
+    def _layout(self, entries: Entries, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
+        key = (entries, rows)
+        if key not in self._layouts:
+            prefixes = {
+                start: (segment.first, segment.size)
+                for segment in route.segments(entries)
+                for start, _ in self.sequences
+                if segment.start <= start < segment.stop
+            }
+            placed = tuple(Sequence(start, length, *prefixes.get(start, (0, 0))) for start, length in self.sequences)
+            self._layouts[key] = Layout(placed, rows, prefix_rows, self.shape.heads, self.shape.kv_heads)
+        return self._layouts[key]
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """The function in transformers' attention registry: flattens [1, heads, T, head_dim] and asks the current route."""
+    route = current()
+    q, k, v = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
+    out = route.attention(int(module.layer_idx), q, k, v, route=route, scaling=scaling)  # type: ignore[arg-type]
+    return out.view(1, len(out), query.shape[1], -1), None
+
+
+def register() -> str:
+    """Put our function into transformers' registry; without a mask function of that name no mask is built."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    return NAME
+
+

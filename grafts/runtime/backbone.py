@@ -1,0 +1,103 @@
+"""The backbone: one frozen, unmodified transformers decoder whose sites run the ops of the grafts that ride through it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polygraft.grafts.runtime import attention as attention_module
+from polygraft.grafts.runtime.linear import FrozenLinear, padded
+from polygraft.grafts.runtime.modules import SiteLinear, SiteNorm, Sublayer
+from polygraft.grafts.runtime.pretrained import fingerprint
+from polygraft.grafts.runtime.route import Attention, Rows, RouteTable, routed
+from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.sites import ModelShape, Site, module_path
+
+FUSED = (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("ffn.gate", "ffn.up"), ("ffn.down",))
+
+
+class Backbone:
+    """A decoder without gradients for its own weights. Build it with `Backbone.load`."""
+
+    def __init__(self, model: nn.Module, shape: ModelShape, fingerprint: str, folder: Path) -> None:
+        """Takes over `model`, a transformers LlamaForCausalLM in eval mode, and replaces the modules at its sites."""
+        self.shape, self.fingerprint, self.folder = shape, fingerprint, folder
+        self.decoder: nn.Module = model.model  # type: ignore[assignment]
+        model.requires_grad_(False)
+        self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
+        for layer in range(shape.layers):
+            self._adopt(layer)
+        norm = self.decoder.norm
+        self.decoder.norm = SiteNorm(None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type,union-attr]
+        self.embedding: Tensor = self.decoder.embed_tokens.weight.detach()  # type: ignore[union-attr,assignment,operator]
+        self.head = FrozenLinear([model.lm_head.weight], [None])  # type: ignore[union-attr,list-item]
+        self.dtype = self.embedding.dtype
+
+    @staticmethod
+    def load(folder: Path, dtype: torch.dtype | None = None) -> Backbone:
+        """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it, else fp32."""
+        from transformers import AutoModelForCausalLM
+
+        shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or best_dtype(), attn_implementation=attention_module.register(), use_safetensors=True
+        )
+        return Backbone(model.eval(), shape, fingerprint(folder), folder)
+
+    def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
+        """Weight stacks of `residents` for this backbone's dtype and linears."""
+        return Stacks.of(residents, self.shape, self.dtype, self.linears, trainable=trainable)
+
+    def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
+        """Hidden states after the final norm, [T, hidden], for T = len(rows).
+
+        Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come back.
+        """
+        extra = padded(len(rows)) - len(rows)
+        ids, positions = (F.pad(x, (0, extra)).unsqueeze(0) for x in (rows.ids, rows.positions))
+        with routed(RouteTable(rows.spans, stacks, attention, rows.dropout_keys)):
+            embedded = F.embedding(ids, self.embedding)
+            if stacks.trainable and torch.is_grad_enabled():
+                embedded.requires_grad_()
+            hidden: Tensor = self.decoder(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[0, : len(rows)]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, vocab] in float32 (float64 stays); N is padded to the contract's grain for the product."""
+        count = len(hidden_ND)
+        product = self.head.product(F.pad(hidden_ND, (0, 0, 0, padded(count) - count)))[:count]
+        return product.to(torch.promote_types(product.dtype, torch.float32))
+
+    def _adopt(self, layer: int) -> None:
+        """Replace the modules of one layer, innermost first."""
+        for names in FUSED:
+            modules = [self._module(Site(layer, name)) for name in names]
+            linear = FrozenLinear([m.weight for m in modules], [m.bias for m in modules])  # type: ignore[misc]
+            for member, name in enumerate(names):
+                site = Site(layer, name)
+                self.linears[site] = (linear, member)
+                self._replace(site, SiteLinear(site, linear, member))
+        for name in ("norm.1", "norm.2"):
+            site = Site(layer, name)
+            norm = self._module(site)
+            self._replace(site, SiteNorm(site, norm.weight, norm.variance_epsilon))  # type: ignore[arg-type]
+        for name in ("attn.out", "ffn.out"):
+            site = Site(layer, name)
+            self._replace(site, Sublayer(site, self._module(site)))
+
+    def _module(self, site: Site) -> nn.Module:
+        return self.decoder.get_submodule(module_path(site, self.shape.arch))
+
+    def _replace(self, site: Site, module: nn.Module) -> None:
+        parent, _, child = module_path(site, self.shape.arch).rpartition(".")
+        setattr(self.decoder.get_submodule(parent), child, module)
+
+
+def best_dtype() -> torch.dtype:
+    """bf16 where the processor multiplies in it, else float32."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32

@@ -1,0 +1,85 @@
+"""The frozen linear: one weight in the layouts that its two GEMMs want, and never a gradient for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+GRAIN, FLOOR = 8, 16  # rows of every forward are a multiple of 8 and at least 16: there oneDNN's row results ignore the row count
+
+
+def padded(rows: int) -> int:
+    """Rows after padding under the row-invariance contract."""
+    return max(FLOOR, -(-rows // GRAIN) * GRAIN)
+
+
+class FrozenLinear:
+    """y = x W^T + bias with W [out, in] frozen; several projections of one input may be fused, `widths` being their row ranges.
+
+    bf16 and fp32 weights lie prepacked for oneDNN (the plain copy is dropped; reordering it each call is what makes small-row
+    linears slow), the transpose is packed when the first gradient asks for it. Other dtypes stay plain.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        weight = torch.cat([w.detach() for w in weights]).contiguous()
+        self.out_features, self.in_features = weight.shape
+        self.widths = tuple(len(w) for w in weights)
+        self.dtype = weight.dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.row_sq = torch.cat([w.to(wide).square().sum(1) for w in weight.split(4096)])
+        some = any(bias is not None for bias in biases)
+        self.bias = (
+            torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases)]) if some else None
+        )
+        self._packs = self.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu"
+        self._weight = _pack(weight) if self._packs else weight
+        self._transpose: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """The plain W [out, in], read back from its packed layout."""
+        return self._weight.to_dense() if self._packs else self._weight
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """x W^T without the bias, [T, out]."""
+        return _matmul(x_TI, self._weight) if self._packs else F.linear(x_TI, self._weight)
+
+    def transposed_product(self, dy_TO: Tensor) -> Tensor:
+        """dy W, [T, in]."""
+        if not self._packs:
+            return dy_TO @ self._weight
+        if self._transpose is None:
+            self._transpose = _pack(self.weight().T.contiguous())
+        return _matmul(dy_TO.contiguous(), self._transpose)
+
+    def __call__(self, x_TI: Tensor) -> tuple[Tensor, ...]:
+        """The products (without bias) of every fused projection, [T, width] each; differentiable in x."""
+        if torch.is_grad_enabled() and x_TI.requires_grad:
+            return _Product.apply(x_TI, self)  # type: ignore[no-any-return,no-untyped-call]
+        return self.product(x_TI).split(self.widths, dim=1)
+
+    def biases(self) -> tuple[Tensor | None, ...]:
+        return (None,) * len(self.widths) if self.bias is None else self.bias.split(self.widths)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.linear = linear  # type: ignore[attr-defined]
+        return linear.product(x).split(linear.widths, dim=1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        dy = grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)
+        return ctx.linear.transposed_product(dy), None  # type: ignore[attr-defined]
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)  # type: ignore[no-any-return]
+
+
+def _matmul(x: Tensor, packed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")  # type: ignore[no-any-return]

@@ -1,0 +1,150 @@
+"""The modules that stand at the sites of an unmodified transformers class and run the ops of the rows that pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.route import RouteTable, current
+from polygraft.grafts.runtime.stacks import Kind, Stack
+from polygraft.grafts.sites import Site
+from polygraft.kernels.affine.op import affine
+from polygraft.kernels.branch.op import branch
+from polygraft.kernels.common.dropout import dropout
+
+
+class SiteLinear(nn.Module):
+    """A projection: affine on x, then W x plus the branches, norm, bias, affine on y, for the rows of each graft.
+
+    `member` is the projection's place in a fused FrozenLinear. The member that runs first computes all of them, unless a graft
+    changes the input of one of them (then the others would need another input).
+    """
+
+    def __init__(self, site: Site, linear: FrozenLinear, member: int) -> None:
+        super().__init__()
+        self.site, self.linear, self.member = site, linear, member
+        self.bias = linear.biases()[member]
+        self.width = linear.widths[member]
+
+    def forward(self, x: Tensor) -> Tensor:
+        route = current()
+        stacks = route.stacks.get(self.site)
+        given = flat = x.view(-1, x.shape[-1])
+        for kind, stack in stacks.items():
+            if kind.op == "affine" and kind.variant.startswith("in"):
+                flat = _affine(flat, stack, route)
+        y = self._shared(x, flat, route) if flat is given else self.linear(flat)[self.member]
+        y = _branches(flat, y, stacks, self.site, route, tap="input")
+        for kind, stack in stacks.items():
+            if kind.op == "norm":
+                y = affine(y, stack.parts["m"] / stack.parts["norm"], None, route.segments(stack.entries))
+        if self.bias is not None:
+            y = y + self.bias
+        y = _affines_out(y, stacks, route)
+        return y.view(*x.shape[:-1], -1)
+
+    def _shared(self, x: Tensor, flat: Tensor, route: RouteTable) -> Tensor:
+        """This projection's product, computed together with the others that take the same input."""
+        if len(self.linear.widths) == 1:
+            return self.linear(flat)[0]
+        found = route.kept(id(self.linear), x, self.member)
+        if found is None:
+            products = list(self.linear(flat))
+            route.keep(id(self.linear), x, products)
+            found = products[self.member]
+        return found
+
+
+class Sublayer(nn.Module):
+    """Attention or feed-forward as a whole: branches and affines on its output, before the residual sum."""
+
+    def __init__(self, site: Site, inner: nn.Module) -> None:
+        super().__init__()
+        self.site, self.inner = site, inner
+
+    def forward(self, *args: Tensor, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
+        result = self.inner(*args, **kwargs)
+        route = current()
+        stacks = route.stacks.get(self.site)
+        if not stacks:
+            return result  # type: ignore[no-any-return]
+        x = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(x, Tensor)
+        out: Tensor = result[0] if isinstance(result, tuple) else result
+        flat = out.view(-1, out.shape[-1])
+        y = _branches(x.view(-1, x.shape[-1]), flat, stacks, self.site, route, tap="input")
+        y = _branches(flat, y, stacks, self.site, route, tap="output")
+        y = _affines_out(y, stacks, route).view(out.shape)
+        return (y, *result[1:]) if isinstance(result, tuple) else y
+
+
+class SiteNorm(nn.Module):
+    """A frozen RMS norm, y = w x / rms(x) in float32 inside, and the affines of the rows' grafts after it."""
+
+    def __init__(self, site: Site | None, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.site, self.eps = site, eps
+        self.weight = weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rms_norm(x, self.weight, self.eps)
+        if self.site is None:
+            return y
+        route = current()
+        stacks = route.stacks.get(self.site)
+        return _affines_out(y.view(-1, y.shape[-1]), stacks, route).view(y.shape) if stacks else y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w * (x / sqrt(mean(x^2) + eps)), rounded to x's dtype before w as transformers does; differentiable in x."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+    return _rms_forward(x, weight, eps)[0]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def,override]
+        y, scale = _rms_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+        x, weight, scale = ctx.saved_tensors
+        wide = x.to(scale.dtype)
+        g = (grad * weight).to(scale.dtype)
+        inner = (g * wide).mean(-1, keepdim=True) * scale.square()
+        return ((g - wide * inner) * scale).to(x.dtype), None, None
+
+
+def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+def _branches(x: Tensor, y: Tensor, stacks: Mapping[Kind, Stack], site: Site, route: RouteTable, *, tap: str) -> Tensor:
+    for kind, stack in stacks.items():
+        if kind.op == "branch" and kind.variant.startswith(tap):
+            segments = route.segments(stack.entries)
+            into = x
+            if segments.dropped and route.dropout_keys is not None:
+                into = dropout(x, segments, route.dropout_keys, crc32(f"{site}.{kind.variant}".encode()) - (1 << 31))
+            y = branch(into, y, stack.parts["A"], stack.parts["B"], segments, kind.variant.partition(".")[2])
+    return y
+
+
+def _affines_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> Tensor:
+    for kind, stack in stacks.items():
+        if kind.op == "affine" and kind.variant.startswith("out"):
+            y = _affine(y, stack, route)
+    return y
+
+
+def _affine(y: Tensor, stack: Stack, route: RouteTable) -> Tensor:
+    return affine(y, stack.parts.get("g"), stack.parts.get("b"), route.segments(stack.entries))

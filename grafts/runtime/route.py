@@ -1,0 +1,113 @@
+"""What the site modules of one forward need to know: which rows belong to which graft, and how rows attend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from polygraft.kernels.common.segments import Segment, Segments
+
+if TYPE_CHECKING:
+    from polygraft.grafts.runtime.stacks import Entries, Stacks
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [start, stop) pass through resident `graft` of the stacks, with a weight; spans may overlap."""
+
+    start: int
+    stop: int
+    graft: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
+
+    ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    spans: tuple[Span, ...]
+    dropout_keys: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Attention(Protocol):
+    """How the rows of one forward attend; q [T, heads * head_dim], k and v [T, kv_heads * head_dim], rotary applied."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+        """[T, heads * head_dim]; rows that attend to nothing are 0."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTable:
+    """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes."""
+
+    spans: tuple[Span, ...]
+    stacks: Stacks
+    attention: Attention
+    dropout_keys: Tensor | None = None
+    _segments: dict[Entries, Segments] = field(default_factory=dict)
+    _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+
+    def segments(self, entries: Entries) -> Segments:
+        """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
+        if entries not in self._segments:
+            self._segments[entries] = Segments(
+                tuple(
+                    Segment(
+                        span.start,
+                        span.stop,
+                        entry.first,
+                        entry.last,
+                        entry.scale * span.weight,
+                        entry.dropout if self.dropout_keys is not None else 0.0,
+                    )
+                    for span in self.spans
+                    for entry in entries
+                    if entry.graft == span.graft
+                )
+            )
+        return self._segments[entries]
+
+    def keep(self, group: int, x: Tensor, products: list[Tensor]) -> None:
+        """Remember the fused products of `x` until the group's other members ask for them."""
+        self._fused[group] = (x, products)
+
+    def kept(self, group: int, x: Tensor, member: int) -> Tensor | None:
+        """The product of `member`, None when the group has not been computed for just this input; the last one forgets."""
+        found = self._fused.get(group)
+        if found is None or found[0] is not x:
+            return None
+        if member == len(found[1]) - 1:
+            del self._fused[group]
+        return found[1][member]
+
+
+_ROUTE: ContextVar[RouteTable] = ContextVar("route")
+
+
+def current() -> RouteTable:
+    """The table of the forward that is running; LookupError outside one."""
+    return _ROUTE.get()
+
+
+@contextmanager
+def routed(table: RouteTable) -> Iterator[None]:
+    """Make `table` the current one (also inside a recomputation during backward)."""
+    token = _ROUTE.set(table)
+    try:
+        yield
+    finally:
+        _ROUTE.reset(token)

@@ -1,0 +1,186 @@
+"""Weight stacks: the tensors of all resident grafts, side by side for every site, in the layout and dtype that the ops compute in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.runtime.linear import FrozenLinear, padded
+from polygraft.grafts.sites import ModelShape, Site
+from polygraft.grafts.sizes import TensorSpec, tensors
+from polygraft.grafts.spec import Affine, Branch, GraftSpec, KV, Norm, Slot
+from polygraft.kernels.norm.op import row_norm
+
+
+class Entry(NamedTuple):
+    """Stack rows [first, last) belong to resident `graft`."""
+
+    graft: int
+    first: int
+    last: int
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+Entries = tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A graft whose tensors are to be computed with; `tensors` by their names in `sizes.tensors`, usually float32."""
+
+    id: str
+    spec: GraftSpec
+    tensors: Mapping[str, Tensor]
+
+
+class Kind(NamedTuple):
+    """What may share one op call at a site: the op and the fields that change its arithmetic."""
+
+    op: str
+    variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The tensors of one kind at one site, [rows of all its grafts, width] by part, and whose rows are where."""
+
+    kind: Kind
+    entries: Entries
+    parts: Mapping[str, Tensor]
+
+
+class Piece(NamedTuple):
+    """Where a resident's tensor lies: rows [first, last) of `stack`."""
+
+    tensor: TensorSpec
+    stack: Tensor
+    first: int
+    last: int
+
+    def rows(self) -> Tensor:
+        return self.stack.detach()[self.first : self.last]
+
+    def gradient(self) -> Tensor | None:
+        """The rows' share of the stack's gradient, None before a backward reached the site."""
+        return None if self.stack.grad is None else self.stack.grad[self.first : self.last]
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """All stacks of a set of residents, by site. `refresh` copies a resident's tensors in after they changed.
+
+    Matrices and prefix rows are in the backbone's dtype; the vectors of affine and norm stay in float32 or wider, since a scale
+    near 1 has no room in bf16.
+    """
+
+    residents: tuple[Resident, ...]
+    at: Mapping[Site, Mapping[Kind, Stack]]
+    pieces: tuple[tuple[Piece, ...], ...]
+    linears: Mapping[Site, tuple[FrozenLinear, int]]
+    trainable: bool = False
+    _empty: Mapping[Kind, Stack] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        residents: Sequence[Resident],
+        shape: ModelShape,
+        dtype: torch.dtype,
+        linears: Mapping[Site, tuple[FrozenLinear, int]],
+        *,
+        trainable: bool = False,
+    ) -> Stacks:
+        """Stacks holding `residents` in order; with `trainable` each stack is a leaf that collects a gradient."""
+        places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(lambda: defaultdict(list))
+        for index, resident in enumerate(residents):
+            for tensor in tensors(resident.spec, shape):
+                slot = resident.spec.slots[tensor.slot]
+                places[tensor.site, _kind(slot)][tensor.part].append((index, tensor, slot))
+        at: dict[Site, dict[Kind, Stack]] = defaultdict(dict)
+        pieces: list[list[Piece]] = [[] for _ in residents]
+        wide = torch.promote_types(dtype, torch.float32)
+        for (site, kind), parts in places.items():
+            built: dict[str, Tensor] = {}
+            entries: list[Entry] = []
+            for part, members in parts.items():
+                heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
+                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in ("affine", "norm") else dtype)
+                built[part], entries, first = stack, [], 0
+                for (index, tensor, slot), height in zip(members, heights):
+                    pieces[index].append(Piece(tensor, stack, first, first + height))
+                    scale, dropout = (slot.scale, slot.dropout) if isinstance(slot, Branch) else (1.0, 0.0)
+                    entries.append(Entry(index, first, first + height, scale, dropout))
+                    first += height
+            if kind.op == "norm":
+                built["norm"] = torch.ones_like(built["m"])
+            at[site][kind] = Stack(kind, tuple(entries), built)
+        stacks = Stacks(tuple(residents), at, tuple(map(tuple, pieces)), linears, trainable)
+        for index in range(len(residents)):
+            stacks.refresh(index)
+        if trainable:
+            for index in range(len(residents)):
+                for piece in stacks.pieces[index]:
+                    piece.stack.requires_grad_()
+        return stacks
+
+    def get(self, site: Site) -> Mapping[Kind, Stack]:
+        """The stacks at a site by kind, empty when no graft acts there."""
+        return self.at.get(site, self._empty)
+
+    def refresh(self, graft: int) -> None:
+        """Copy a resident's tensors into the stacks, and recompute what depends on them (DoRA's norms)."""
+        source = self.residents[graft].tensors
+        with torch.no_grad():
+            for piece in self.pieces[graft]:
+                piece.rows().copy_(source[piece.tensor.name].view(piece.last - piece.first, -1))
+            for piece in self.pieces[graft]:
+                if piece.tensor.part == "m":
+                    self._renorm(piece.tensor.site, graft)
+
+    def _renorm(self, site: Site, graft: int) -> None:
+        norm = self.at[site][Kind("norm")]
+        linear, member = self.linears[site]
+        low = sum(linear.widths[:member])
+        square = linear.row_sq[low : low + linear.widths[member]]
+        branches = [
+            (stack, entry)
+            for kind, stack in self.at[site].items()
+            if kind.op == "branch"
+            for entry in stack.entries
+            if entry.graft == graft
+        ]
+        if len(branches) != 1:
+            raise AssertionError(f"{site}: DoRA's norm is over one branch of its graft, found {len(branches)}")
+        stack, entry = branches[0]
+        A, B = stack.parts["A"].detach()[entry.first : entry.last], stack.parts["B"].detach()[entry.first : entry.last]
+        rows = A.new_zeros(padded(len(A)), A.shape[1])
+        rows[: len(A)] = A
+        AW = linear.product(rows)[: len(A), low : low + linear.widths[member]]
+        total = row_norm(square, AW, A, B, entry.scale)
+        index = next(entry.first for entry in norm.entries if entry.graft == graft)
+        norm.parts["norm"][index] = total.to(norm.parts["norm"].dtype)
+
+    def leaves(self) -> Iterator[Tensor]:
+        """Every distinct stack tensor that a gradient is collected in."""
+        for kinds in self.at.values():
+            for stack in kinds.values():
+                for part, tensor in stack.parts.items():
+                    if part != "norm":
+                        yield tensor
+
+
+def _kind(slot: Slot) -> Kind:
+    match slot:
+        case Branch(tap=tap, act=act):
+            return Kind("branch", f"{tap}.{act}")
+        case Affine(side=side, scale=scale, shift=shift):
+            return Kind("affine", f"{side}{'.g' if scale else ''}{'.b' if shift else ''}")
+        case Norm():
+            return Kind("norm")
+        case KV():
+            return Kind("kv")

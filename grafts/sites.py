@@ -1,0 +1,171 @@
+"""Where a graft can act: canonical sites of a backbone, resolved per architecture. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from polygraft.grafts.spec import Affine, Branch, GraftSpec, KV, Layers, Norm, Slot, SpecError
+
+LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
+SUBLAYER = ("attn.out", "ffn.out")
+NORMS = ("norm.1", "norm.2")
+KV_SITE = "kv"
+ALL = (*LINEAR, *SUBLAYER, *NORMS, KV_SITE)
+
+# Module paths inside one decoder layer, per transformers architecture.
+LLAMA = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "self_attn.o_proj",
+    "attn.out": "self_attn",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+    "ffn.out": "mlp",
+    "norm.1": "input_layernorm",
+    "norm.2": "post_attention_layernorm",
+}
+ARCHITECTURES: Mapping[str, Mapping[str, str]] = {"llama": LLAMA}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """One place in one layer; `str()` is its key in files and logs."""
+
+    layer: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers of a decoder that sizes and sites depend on."""
+
+    arch: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+
+    @staticmethod
+    def from_config(config: Mapping[str, object]) -> ModelShape:
+        """From the fields of a transformers config.json; raises SpecError for an architecture without a site table."""
+        arch = str(config.get("model_type"))
+        if arch not in ARCHITECTURES:
+            raise SpecError(f"model_type: {arch!r} has no site table; supported: {', '.join(sorted(ARCHITECTURES))}")
+
+        def number(key: str, default: int | None = None) -> int:
+            value = config.get(key)
+            if value is None:
+                value = default
+            if not isinstance(value, int):
+                raise SpecError(f"{key}: {value!r} is not an integer in the backbone's config.json")
+            return value
+
+        heads, hidden = number("num_attention_heads"), number("hidden_size")
+        return ModelShape(
+            arch=arch,
+            layers=number("num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", hidden // heads),
+            ffn=number("intermediate_size"),
+            vocab=number("vocab_size"),
+        )
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def dims(self, name: str) -> tuple[int, int]:
+        """(input width, output width) of the site `name`; a norm and kv have equal ones."""
+        q, kv, hidden, ffn = self.heads * self.head_dim, self.kv_width, self.hidden, self.ffn
+        return {
+            "attn.q": (hidden, q),
+            "attn.k": (hidden, kv),
+            "attn.v": (hidden, kv),
+            "attn.o": (q, hidden),
+            "ffn.gate": (hidden, ffn),
+            "ffn.up": (hidden, ffn),
+            "ffn.down": (ffn, hidden),
+            KV_SITE: (kv, kv),
+        }.get(name, (hidden, hidden))
+
+
+def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
+    """The sites of `slot` in layer order.
+
+    `slot.at` is canonical names or fnmatch patterns joined by `|` (`attn.[qv]|ffn.down`), `linear` for all projections, or
+    module names as in PEFT's target_modules (`q_proj`). Raises SpecError when a part matches nothing the op can act on.
+    """
+    allowed = _allowed(slot)
+    names = tuple(name for name in ALL if any(name in _matches(part, shape.arch, allowed) for part in slot.at.split("|")))
+    for part in slot.at.split("|"):
+        if not _matches(part, shape.arch, allowed):
+            raise SpecError(f"at: {part!r} matches no site for op {slot.op!r}; sites: {', '.join(allowed)}")
+    return tuple(Site(layer, name) for layer in _layers(slot.layers, shape) for name in names)
+
+
+def sites_of(spec: GraftSpec, shape: ModelShape) -> tuple[tuple[int, Site], ...]:
+    """(slot index, site) of every place the graft acts, slot-major; checks slots against each other.
+
+    Raises SpecError for a norm without a branch of the same graft under it.
+    """
+    placed = tuple((index, site) for index, slot in enumerate(spec.slots) for site in resolve(slot, shape))
+    branched = {site for index, site in placed if isinstance(spec.slots[index], Branch)}
+    for index, site in placed:
+        if isinstance(spec.slots[index], Norm) and site not in branched:
+            raise SpecError(f"at: norm at {site} has no branch to rescale; add lora at the same sites")
+    return placed
+
+
+def module_path(site: Site, arch: str) -> str:
+    """Path of the site's module inside the transformers decoder, e.g. `layers.3.self_attn.q_proj`."""
+    return f"layers.{site.layer}.{ARCHITECTURES[arch][site.name]}"
+
+
+def _allowed(slot: Slot) -> tuple[str, ...]:
+    match slot:
+        case Branch(tap="output"):
+            return SUBLAYER
+        case Branch():
+            return (*LINEAR, *SUBLAYER)
+        case Affine(side="in"):
+            return LINEAR
+        case Affine():
+            return (*LINEAR, *SUBLAYER, *NORMS)
+        case Norm():
+            return LINEAR
+        case KV():
+            return (KV_SITE,)
+
+
+def _matches(part: str, arch: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    if part in ("linear", "all-linear"):
+        return tuple(name for name in allowed if name in LINEAR)
+    modules = ARCHITECTURES[arch]
+    if "*" in part and not part.endswith("out"):  # `attn.*` means the projections; the sublayer's output is named
+        allowed = tuple(name for name in allowed if name not in SUBLAYER)
+    return tuple(
+        name
+        for name in allowed
+        if fnmatchcase(name, part) or (name in LINEAR and part in (modules[name], modules[name].rpartition(".")[2]))
+    )
+
+
+def _layers(layers: Layers, shape: ModelShape) -> tuple[int, ...]:
+    if layers is None:
+        return tuple(range(shape.layers))
+    for layer in layers:
+        if not 0 <= layer < shape.layers:
+            raise SpecError(f"layers: {layer} is not a layer of this backbone; it has 0-{shape.layers - 1}")
+    return tuple(sorted(set(layers)))

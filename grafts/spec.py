@@ -1,0 +1,133 @@
+"""What a graft is made of: slots, each one op at some sites of a backbone. Torch-free values shared by every part.
+
+A site applies its slots in one order (docs/architecture.md): affine on x, then W x plus the sum of branches, norm, bias, affine on y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+Act = Literal["identity", "relu", "gelu", "silu", "tanh"]
+Layers = tuple[int, ...] | None
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class SpecError(ValueError):
+    """A graft description that cannot be built; the message names the field, the value and the choices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """y += scale * B act(A t), with t the site's input or its own output; A is [rank, in], B^T is [rank, out].
+
+    LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1) have an
+    activation, serial ones tap the output of a sublayer, parallel ones its input.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    at: str
+    rank: int
+    scale: float = 1.0
+    act: Act = "identity"
+    tap: Literal["input", "output"] = "input"
+    dropout: float = 0.0
+    layers: Layers = None
+    op: Literal["branch"] = "branch"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SpecError(f"rank: {self.rank} is not a size; give at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise SpecError(f"dropout: {self.dropout} is outside [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affine:
+    """y = y * g + b on the site's output, or the same on its input; g starts at 1, b at 0 (IA3, SSF, BitFit)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    at: str
+    scale: bool
+    shift: bool
+    side: Literal["in", "out"] = "out"
+    layers: Layers = None
+    op: Literal["affine"] = "affine"
+
+    def __post_init__(self) -> None:
+        if not (self.scale or self.shift):
+            raise SpecError("affine: scale and shift are both false, so nothing would be trained; set one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """y = m / ||W + dW||_row * y over the branches of the same graft at the site (DoRA, Liu et al. 2024, eq. 5)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    at: str
+    layers: Layers = None
+    op: Literal["norm"] = "norm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KV:
+    """`length` trained rows before every layer's keys and values (prefix tuning, Li & Liang 2021, without the MLP)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    length: int
+    at: str = "kv"
+    layers: Layers = None
+    op: Literal["kv"] = "kv"
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise SpecError(f"prefix length: {self.length} is not a size; give at least 1")
+
+
+Slot = Branch | Affine | Norm | KV
+
+
+@dataclass(frozen=True, slots=True)
+class GraftSpec:
+    """A graft's description: the text it was asked for with, and the slots that text means."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    method: str
+    slots: tuple[Slot, ...]
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise SpecError("peft: an empty union; name at least one method")
+        if sum(slot.op == "kv" for slot in self.slots) > 1:
+            raise SpecError("peft: two prefixes in one graft; give one with the sum of their lengths")
+
+    @property
+    def prefix_length(self) -> int:
+        """Virtual tokens before a sequence; the prompt's positions start here (as in PEFT)."""
+        return next((slot.length for slot in self.slots if isinstance(slot, KV)), 0)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether every slot is affine in W, so that the graft can be folded into the weights."""
+        return all(
+            not isinstance(slot, KV) and not (isinstance(slot, Branch) and (slot.act != "identity" or slot.tap == "output"))
+            for slot in self.slots
+        )
+
+    def to_json(self) -> str:
+        return _ADAPTER.dump_json(self).decode()
+
+    @staticmethod
+    def from_json(text: str | bytes) -> GraftSpec:
+        """Inverse of `to_json`; raises SpecError naming the first bad field."""
+        try:
+            return _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise SpecError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+
+
+_ADAPTER: TypeAdapter[GraftSpec] = TypeAdapter(GraftSpec)

@@ -1,0 +1,84 @@
+"""The branch op: y[s] += scale_s * act(x[s] A_s^T) B_s over segments s of mixed rank (SGMV; Punica, Chen et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from polygraft.kernels.branch import activation, cost
+from polygraft.kernels.common.segments import Segments
+
+
+def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str = "identity") -> Tensor:
+    """Semantics: out = y; out[s.start:s.stop] += s.scale * act(x[s.start:s.stop] @ A[s.first:s.last]^T) @ B[s.first:s.last].
+
+    x [T, in], y [T, out], A [R, in] and B [R, out] of one dtype, R the ranks of all grafts in the stack, never padded.
+    Segments may overlap. Differentiable in x, y, A and B; the sums over rows of dA and dB stay inside a segment, so on CPU
+    they do not depend on other segments (row invariance, docs/architecture.md). Without gradients the op may multiply rows
+    by foreign ranks and select the products out before B; the caller vouches that the stack is finite.
+    """
+    if not segments.runs:
+        return y_TO
+    if torch.is_grad_enabled() and (x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad):
+        return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
+    runs = ((run.count, run.rows, run.size) for run in segments.runs)
+    if cost.stacking_pays(len(x_TI), len(A_RI), runs, A_RI.shape[1], B_RO.shape[1]):
+        return _stacked(x_TI, y_TO, A_RI, B_RO, segments, act)
+    return _segmented(x_TI, y_TO, A_RI, B_RO, segments, act)[0]
+
+
+def _stacked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
+    factor, foreign = segments.scales_TR(len(x), len(A), x)
+    hidden = activation.ACTIVATIONS[act](x @ A.T)
+    return torch.addmm(y, (hidden * factor).masked_fill_(foreign, 0), B)
+
+
+def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> tuple[Tensor, list[Tensor]]:
+    """The sum, and the activation's input of every run, [count, rows, rank]."""
+    out, hiddens = y.clone(), []
+    for run in segments.runs:
+        hidden = torch.bmm(run.batch(x), run.stack(A).transpose(1, 2))
+        hiddens.append(hidden)
+        up = activation.ACTIVATIONS[act](hidden) * run.scale(hidden)
+        run.batch(out).baddbmm_(up, run.stack(B))
+    return out, hiddens
+
+
+class _Branch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:  # type: ignore[override]
+        out, hiddens = _segmented(x, y, A, B, segments, act)
+        ctx.save_for_backward(x, A, B, *hiddens)
+        ctx.segments, ctx.act = segments, act  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, A, B, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
+        segments, act = ctx.segments, ctx.act  # type: ignore[attr-defined]
+        needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad = grad.contiguous()
+        once = segments.covers(len(A))
+        dx = torch.zeros_like(x) if needs[0] else None
+        dA = (torch.empty_like if once else torch.zeros_like)(A) if needs[2] else None
+        dB = (torch.empty_like if once else torch.zeros_like)(B) if needs[3] else None
+        for run, hidden in zip(segments.runs, hiddens):
+            dy, scale = run.batch(grad), run.scale(hidden)
+            if dB is not None:
+                up = activation.ACTIVATIONS[act](hidden) * scale
+                _accumulate(run.stack(dB), up.transpose(1, 2), dy, once)
+            dh = activation.backward(act, torch.bmm(dy, run.stack(B).transpose(1, 2)) * scale, hidden)
+            if dA is not None:
+                _accumulate(run.stack(dA), dh.transpose(1, 2), run.batch(x), once)
+            if dx is not None:
+                run.batch(dx).baddbmm_(dh, run.stack(A))
+        return dx, grad if needs[1] else None, dA, dB, None, None
+
+
+def _accumulate(into: Tensor, left: Tensor, right: Tensor, once: bool) -> None:
+    """into (+)= left @ right; `once` says that nothing was written there before and no zeros lie there."""
+    if once:
+        torch.bmm(left, right, out=into)
+    else:
+        into.add_(torch.bmm(left, right))

@@ -1,0 +1,128 @@
+"""Which rows of a batch meet which rows of a weight stack; the work list that every op receives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [start, stop) of the batch use stack rows [first, last) with a factor and, in training, a dropout rate."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` consecutive segments of one shape, adjacent in the batch and in the stack: one batched matmul."""
+
+    start: int
+    rows: int
+    first: int
+    size: int
+    scales: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.scales)
+
+    def batch(self, x_TD: Tensor) -> Tensor:
+        """View of the run's batch rows, [count, rows, D]."""
+        return x_TD.narrow(0, self.start, self.count * self.rows).unflatten(0, (self.count, self.rows))
+
+    def stack(self, w_RD: Tensor) -> Tensor:
+        """View of the run's stack rows, [count, size, D]."""
+        return w_RD.narrow(0, self.first, self.count * self.size).unflatten(0, (self.count, self.size))
+
+    def scale(self, like: Tensor) -> Tensor | float:
+        """The factors, a scalar when they agree, else [count, 1, 1]."""
+        if len(set(self.scales)) == 1:
+            return self.scales[0]
+        return torch.tensor(self.scales, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """All segments of one op at one site; may overlap, need not cover the batch. Plans derived from them are kept."""
+
+    items: tuple[Segment, ...]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        return tuple(_runs(self.items))
+
+    @property
+    def dropped(self) -> bool:
+        return any(segment.dropout for segment in self.items)
+
+    def covers(self, stack_rows: int) -> bool:
+        """Whether the segments touch every stack row just once, so that a gradient can be written without clearing."""
+        edges = sorted((segment.first, segment.last) for segment in self.items if segment.rows and segment.size)
+        return sum(last - first for first, last in edges) == stack_rows and all(a[1] <= b[0] for a, b in zip(edges, edges[1:]))
+
+    def scales_TR(self, rows: int, stack_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(factor, foreign) of batch row by stack row, both [rows, stack_rows]; kept, since many sites share them."""
+        kept: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = self.__dict__.setdefault("_scales", {})
+        key = (rows, stack_rows, like.dtype)
+        if key not in kept:
+            factor = torch.zeros(rows, stack_rows, dtype=like.dtype, device=like.device)
+            for s in self.items:
+                factor[s.start : s.stop, s.first : s.last] += s.scale
+            kept[key] = (factor, factor == 0)
+        return kept[key]
+
+    def index_T(self, rows: int, stack_rows: int, device: torch.device) -> Tensor:
+        """Stack row of every batch row, `stack_rows` where none; for ops with one stack row a segment."""
+        kept: dict[tuple[int, int], Tensor] = self.__dict__.setdefault("_index", {})
+        if (rows, stack_rows) not in kept:
+            index = torch.full((rows,), stack_rows, dtype=torch.long)
+            for s in self.items:
+                index[s.start : s.stop] = s.first
+            kept[rows, stack_rows] = index.to(device)
+        return kept[rows, stack_rows]
+
+
+def _runs(items: Iterable[Segment]) -> Iterator[Run]:
+    pending: list[Segment] = []
+    for item in items:
+        if item.rows == 0 or item.size == 0:
+            continue
+        if pending and not _adjacent(pending[-1], item):
+            yield _run(pending)
+            pending = []
+        pending.append(item)
+    if pending:
+        yield _run(pending)
+
+
+def _adjacent(a: Segment, b: Segment) -> bool:
+    return (a.stop, a.last, a.rows, a.size) == (b.start, b.first, b.rows, b.size)
+
+
+def _run(items: list[Segment]) -> Run:
+    head = items[0]
+    return Run(head.start, head.rows, head.first, head.size, tuple(item.scale for item in items))

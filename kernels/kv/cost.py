@@ -1,0 +1,13 @@
+"""Work of attention over ragged sequences with prefixes. Torch-free."""
+
+from collections.abc import Iterable
+
+
+def flops(lengths_and_prefixes: Iterable[tuple[int, int]], heads: int, head_dim: int) -> int:
+    """Two matmuls over the causal half and the whole prefix, forward."""
+    return sum(4 * heads * head_dim * (n * (n + 1) // 2 + n * p) for n, p in lengths_and_prefixes)
+
+
+def bytes_moved(lengths_and_prefixes: Iterable[tuple[int, int]], width: int, kv_width: int, *, itemsize: int) -> int:
+    """Queries, outputs, keys and values of every sequence touched once."""
+    return sum(itemsize * (2 * n * width + 2 * (n + p) * kv_width) for n, p in lengths_and_prefixes)

@@ -1,0 +1,66 @@
+"""How ragged rows become attention buckets: which sequences share a padded length, and where each of their rows lies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+GRAIN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Rows [start, start + length) of the batch, seeing also `prefix_length` rows of the prefix stack from `prefix_first`."""
+
+    start: int
+    length: int
+    prefix_first: int = 0
+    prefix_length: int = 0
+
+    @property
+    def bucket(self) -> int:
+        """Padded length: a function of the sequence alone, so that neighbours cannot change its arithmetic."""
+        return -(-(self.prefix_length + self.length) // GRAIN) * GRAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of one padded length L: row indices into [rows; prefix rows; one zero row], each [b, L]."""
+
+    length: int
+    sequences: tuple[Sequence, ...]
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sequences of one forward, in row order, over `rows` batch rows and `prefix_rows` stack rows."""
+
+    sequences: tuple[Sequence, ...]
+    rows: int
+    prefix_rows: int
+    heads: int
+    kv_heads: int
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        by_length: dict[int, list[Sequence]] = defaultdict(list)
+        for sequence in self.sequences:
+            by_length[sequence.bucket].append(sequence)
+        return tuple(self._bucket(length, tuple(members)) for length, members in sorted(by_length.items()))
+
+    def _bucket(self, length: int, members: tuple[Sequence, ...]) -> Bucket:
+        zero = self.rows + self.prefix_rows
+        queries = torch.full((len(members), length), zero)
+        keys = torch.full((len(members), length), zero)
+        for i, s in enumerate(members):
+            p, n = s.prefix_length, s.length
+            queries[i, p : p + n] = torch.arange(s.start, s.start + n)
+            keys[i, :p] = torch.arange(self.rows + s.prefix_first, self.rows + s.prefix_first + p)
+            keys[i, p : p + n] = queries[i, p : p + n]
+        return Bucket(length, members, queries, keys)

@@ -1,0 +1,113 @@
+"""The kv op: causal attention of ragged sequences, each with its own trained prefix rows before its keys and values.
+
+Prefix rows sit where a longer prompt would (Li & Liang 2021, eq. 3); a sequence is computed at its bucket's length, padded on
+the right, where causality hides the padding from every real row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from polygraft.kernels.kv.layout import Bucket, Layout
+
+
+def attend(q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]]; rows outside sequences are 0.
+
+    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim]. Scores and
+    products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients sum over the
+    sequences that use them, in row order, in float32 or wider.
+    """
+    return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float
+    ) -> Tensor:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        qx, kx, vx = _extend(q, layout.prefix_rows), _join(k, pk), _join(v, pv)
+        saved: list[Tensor] = []
+        for bucket in layout.buckets:
+            qb = _query_heads(qx[bucket.queries], layout)
+            kb, vb = _key_heads(kx[bucket.keys], layout), _key_heads(vx[bucket.keys], layout)
+            weights = _weights(qb * scaling, kb, bucket.length)
+            _scatter(out, torch.bmm(weights, vb), bucket, layout)
+            saved += [qb, kb, vb, weights]
+        ctx.save_for_backward(pk, *saved)
+        ctx.layout, ctx.scaling, ctx.rows = layout, scaling, len(q)  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pk, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        layout, scaling, rows = ctx.layout, ctx.scaling, ctx.rows  # type: ignore[attr-defined]
+        grad_x = _extend(grad, layout.prefix_rows)
+        width = pk.shape[1]
+        dq = torch.zeros_like(grad)
+        dk, dv = grad.new_zeros(rows, width), grad.new_zeros(rows, width)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dpk, dpv = pk.new_zeros(pk.shape, dtype=wide), pk.new_zeros(pk.shape, dtype=wide)
+        for i, bucket in enumerate(layout.buckets):
+            qb, kb, vb, weights = saved[4 * i : 4 * i + 4]
+            dout = _query_heads(grad_x[bucket.queries], layout)
+            dvb = torch.bmm(weights.transpose(1, 2), dout)
+            dw = torch.bmm(dout, vb.transpose(1, 2)).to(wide)
+            p = weights.to(wide)
+            ds = (p * (dw - (p * dw).sum(-1, keepdim=True)) * scaling).to(qb.dtype)
+            _scatter(dq, torch.bmm(ds, kb), bucket, layout)
+            dkb = torch.bmm(ds.transpose(1, 2), qb)
+            for into, prefix_into, part in ((dk, dpk, dkb), (dv, dpv, dvb)):
+                _scatter_keys(into, prefix_into, part, bucket, layout)
+        return dq, dk, dv, dpk.to(pk.dtype), dpv.to(pk.dtype), None, None
+
+
+def _extend(x: Tensor, prefix_rows: int) -> Tensor:
+    """x with zero rows where the prefix rows and the padding row are indexed."""
+    return torch.cat([x, x.new_zeros(prefix_rows + 1, x.shape[1])])
+
+
+def _join(x: Tensor, prefix: Tensor) -> Tensor:
+    return torch.cat([x, prefix.to(x.dtype), x.new_zeros(1, x.shape[1])])
+
+
+def _query_heads(x_bLE: Tensor, layout: Layout) -> Tensor:
+    """[b * kv_heads, group * L, head_dim]: a key head meets its whole group of query heads in one matmul."""
+    b, length, _ = x_bLE.shape
+    grouped = x_bLE.view(b, length, layout.kv_heads, layout.heads // layout.kv_heads, -1).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(b * layout.kv_heads, layout.heads // layout.kv_heads * length, -1)
+
+
+def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
+    """[b * kv_heads, L, head_dim]."""
+    b, length, _ = x_bLC.shape
+    return x_bLC.view(b, length, layout.kv_heads, -1).transpose(1, 2).reshape(b * layout.kv_heads, length, -1)
+
+
+def _weights(q: Tensor, k: Tensor, length: int) -> Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores.unflatten(1, (-1, length)).masked_fill_(hidden, float("-inf"))
+    return scores.softmax(-1).to(q.dtype)
+
+
+def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) -> None:
+    """Write the real query rows of a bucket back to their batch rows."""
+    b, kv_heads = len(bucket.sequences), layout.kv_heads
+    grouped = heads_out.view(b, kv_heads, layout.heads // kv_heads, bucket.length, -1).permute(0, 3, 1, 2, 4)
+    flat = grouped.reshape(b * bucket.length, -1)
+    index = bucket.queries.flatten()
+    real = index < layout.rows
+    out_TE[index[real]] = flat[real]
+
+
+def _scatter_keys(out_TC: Tensor, prefix_PC: Tensor, part: Tensor, bucket: Bucket, layout: Layout) -> None:
+    """Write key rows back to their batch rows and add prefix rows to the stack's, sequence by sequence."""
+    rows = part.view(len(bucket.sequences), layout.kv_heads, bucket.length, -1).transpose(1, 2).flatten(2)
+    for x, s in zip(rows, bucket.sequences):
+        out_TC[s.start : s.start + s.length] = x[s.prefix_length : s.prefix_length + s.length]
+        if s.prefix_length:
+            prefix_PC[s.prefix_first : s.prefix_first + s.prefix_length] += x[: s.prefix_length]

