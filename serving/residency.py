@@ -14,9 +14,6 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 
-_COMPOSITIONS = 8
-
-
 class GraftUnusable(Exception):
     """A graft that this replica cannot serve: missing, for another backbone, damaged, or not finite."""
 
@@ -32,7 +29,7 @@ class Composition:
 class Residency:
     """Grafts by least recent use. `fetch` may run in any thread, all else in the engine's.
 
-    A graft counts twice against the budget: its float32 tensors, and its rows in the stacks (never wider).
+    The budget holds the grafts' own tensors; the stacks at hand may take as much again (the one in use even more).
     """
 
     def __init__(self, *, folder: Path, backbone: Backbone, budget_bytes: int) -> None:
@@ -106,10 +103,13 @@ class Residency:
         if key not in self._compositions:
             stacks = self._backbone.stacks([self._held[graft] for graft in key])
             self._compositions[key] = Composition(stacks, {graft: place for place, graft in enumerate(key)})
-            if len(self._compositions) > _COMPOSITIONS:
-                self._compositions.popitem(last=False)
         self._compositions.move_to_end(key)
+        while len(self._compositions) > 1 and self._stacked_bytes() > self._budget:
+            self._compositions.popitem(last=False)
         return self._compositions[key]
+
+    def _stacked_bytes(self) -> int:
+        return sum(_size(self._held[graft]) for key in self._compositions for graft in key)
 
     def _drop(self, graft: GraftId) -> None:
         del self._held[graft]
@@ -118,4 +118,4 @@ class Residency:
 
 
 def _size(resident: Resident) -> int:
-    return 2 * sum(tensor.numel() * tensor.element_size() for tensor in resident.tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in resident.tensors.values())

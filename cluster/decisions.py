@@ -1,0 +1,63 @@
+"""What is to be done, in the imperative, each with its typed reason; refusing and waiting are decisions too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polygraft.cluster.model import DeviceId, JobId, PackId
+from polygraft.cluster.states import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Send the job to an open pack."""
+
+    job: JobId
+    pack: PackId
+    reason: Reason = Reason.FITS
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Let the job wait."""
+
+    job: JobId
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Fail the job: no pack can ever take it."""
+
+    job: JobId
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPack:
+    """Start a pack of the backbone on the device; jobs follow once it is open."""
+
+    pack: PackId
+    backbone: str
+    device: DeviceId
+    reason: Reason = Reason.JOBS_WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePack:
+    """Let the pack end; it has no jobs."""
+
+    pack: PackId
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    """Stop the job: at once while it waits (`pack` None), else by a command to its pack."""
+
+    job: JobId
+    pack: PackId | None
+    reason: Reason
+
+
+Decision = Admit | Hold | Refuse | OpenPack | ClosePack | CancelJob

@@ -1,0 +1,213 @@
+"""What happened: facts in the past tense, written to one log together with the record they change.
+
+Every event carries the ids and the time (`at`, seconds since the epoch, the writer's clock) that `evolve` needs to replay it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polygraft.cluster.model import DeviceId, Graft, GraftId, Job, JobError, JobId, PackId, ReplicaId, TenantId
+from polygraft.cluster.states import Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSubmitted:
+    record: Job
+    at: float
+
+    @property
+    def job(self) -> JobId:
+        return self.record.id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobHeld:
+    """The job waits, for a reason it did not wait for before."""
+
+    job: JobId
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobAdmitted:
+    """The pack's command stream has the job's `admit`; it stays queued until the worker starts it."""
+
+    job: JobId
+    pack: PackId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStarted:
+    job: JobId
+    pack: PackId
+    parameters: int
+    steps_total: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCancelRequested:
+    job: JobId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStopping:
+    """The pack's command stream has the job's `cancel`."""
+
+    job: JobId
+    pack: PackId
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLeaseRenewed:
+    """The job's owner is alive and vouches for it until `until`."""
+
+    job: JobId
+    until: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequeued:
+    """The job's pack ended without it. `blamed`: the pack failed while the job was in it."""
+
+    job: JobId
+    reason: Reason
+    blamed: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSucceeded:
+    job: JobId
+    model: str
+    graft: GraftId
+    step: int
+    trained_tokens: int
+    loss_before: float | None
+    loss_after: float | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailed:
+    job: JobId
+    error: JobError
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCancelled:
+    job: JobId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraftPublished:
+    graft: Graft
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasMoved:
+    """The bare name now means this version."""
+
+    tenant: TenantId
+    name: str
+    version: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackOpening:
+    pack: PackId
+    backbone: str
+    device: DeviceId
+    epoch: int
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackOpened:
+    pack: PackId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackClosing:
+    pack: PackId
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackClosed:
+    pack: PackId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackFailed:
+    pack: PackId
+    error: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOpened:
+    replica: ReplicaId
+    backbone: str
+    device: DeviceId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaClosed:
+    replica: ReplicaId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceJoined:
+    device: DeviceId
+    pack_shares: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLost:
+    device: DeviceId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerStarted:
+    """A controller took the lease; whoever held it before is fenced out."""
+
+    epoch: int
+    at: float
+
+
+JobEvent = (
+    JobSubmitted
+    | JobHeld
+    | JobAdmitted
+    | JobStarted
+    | JobCancelRequested
+    | JobStopping
+    | JobLeaseRenewed
+    | JobRequeued
+    | JobSucceeded
+    | JobFailed
+    | JobCancelled
+)
+PackEvent = PackOpening | PackOpened | PackClosing | PackClosed | PackFailed
+FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost
+Event = JobEvent | PackEvent | FleetEvent | GraftPublished | AliasMoved | ControllerStarted

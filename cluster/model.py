@@ -1,0 +1,264 @@
+"""The values of the control plane: jobs, packs, grafts, files, keys, and the snapshot that policy reads. Frozen, stdlib only.
+
+Times are seconds since the epoch, always given by the writer. What can be computed from other fields is a property or a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NewType
+
+from polygraft.cluster.states import JobState, PackState, Reason, is_final
+
+JobId = NewType("JobId", str)  # ftjob-<hex>
+PackId = NewType("PackId", str)  # pack-<hex>
+ReplicaId = NewType("ReplicaId", str)
+DeviceId = NewType("DeviceId", str)
+TenantId = NewType("TenantId", str)
+GraftId = NewType("GraftId", str)  # digest of tensors, slots and backbone fingerprint
+FileId = NewType("FileId", str)  # file-<hex>
+StudyId = NewType("StudyId", str)
+ApiKeyId = NewType("ApiKeyId", str)  # key-<hex>
+EventId = NewType("EventId", str)  # "<milliseconds>-<sequence>", the id of a stream entry
+
+START = EventId("0-0")  # before every event
+
+Optimizer = Literal["adamw"]
+Schedule = Literal["linear", "constant", "cosine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """Who may call the API; only the SHA-256 of the key's text is kept."""
+
+    id: ApiKeyId
+    tenant: TenantId
+    name: str
+    digest: str
+    created_at: float
+    revoked_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile:
+    """An uploaded file, checked; its content lies at `<data>/files/<id>.jsonl`."""
+
+    id: FileId
+    tenant: TenantId
+    filename: str
+    bytes: int
+    purpose: str
+    created_at: float
+    digest: str
+    examples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What was asked for, defaults filled in.
+
+    `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default, times
+    `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
+    """
+
+    backbone: str
+    training_file: FileId
+    validation_file: FileId | None = None
+    suffix: str | None = None
+    peft: str = "lora"
+    epochs: int = 3
+    batch_size: int = 4
+    learning_rate: float | None = None
+    learning_rate_multiplier: float = 1.0
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 256
+    dropout: float | None = None
+    seed: int = 0
+    metadata: tuple[tuple[str, str], ...] = ()
+    promote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed, in the shape of OpenAI's `error` of a job; `param` names the field of the request, if one is to blame."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One fine-tune.
+
+    A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits, why it went back to
+    the queue, or why it is being stopped. `attempts` counts packs that failed under it. `parameters` (trainable ones) are known
+    from the submission on where the ingress knows the backbone's shape. `model` is "name@n" once published. Progress (`step`, tokens,
+    losses) is written by the worker without an event; every other field changes only through `evolve`.
+    """
+
+    id: JobId
+    tenant: TenantId
+    spec: JobSpec
+    created_at: float
+    state: JobState = JobState.QUEUED
+    parameters: int | None = None
+    owner: str | None = None
+    lease_until: float | None = None
+    cancel_requested: bool = False
+    stopping: bool = False
+    pack: PackId | None = None
+    reason: Reason | None = None
+    attempts: int = 0
+    started_at: float | None = None
+    finished_at: float | None = None
+    steps_total: int | None = None
+    step: int = 0
+    trained_tokens: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    model: str | None = None
+    graft: GraftId | None = None
+    error: JobError | None = None
+
+    @property
+    def name(self) -> str:
+        """The name its graft is published under."""
+        return self.spec.suffix or self.id
+
+    @property
+    def final(self) -> bool:
+        return is_final(self.state)
+
+    @property
+    def waiting(self) -> bool:
+        """In the queue and in no pack."""
+        return self.state is JobState.QUEUED and self.pack is None
+
+    @property
+    def active(self) -> bool:
+        """In a pack: admitted or running."""
+        return not self.final and self.pack is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graft:
+    """A published version of a graft; its tensors lie in `<data>/grafts/<id>/`."""
+
+    tenant: TenantId
+    name: str
+    version: int
+    id: GraftId
+    method: str
+    backbone_fingerprint: str
+    parameters: int
+    bytes: int
+    created_at: float
+    job: JobId | None = None
+
+    @property
+    def model(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alias:
+    """What the bare name means now (`version`), and the highest version ever given out (`latest`), so that none is reused."""
+
+    tenant: TenantId
+    name: str
+    version: int
+    latest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """A backbone on one device that trains jobs together; `epoch` is that of the controller which opened it."""
+
+    id: PackId
+    backbone: str
+    device: DeviceId
+    epoch: int
+    opened_at: float
+    state: PackState = PackState.OPENING
+    closed_at: float | None = None
+    error: str | None = None
+
+    @property
+    def final(self) -> bool:
+        return is_final(self.state)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """A backbone on one device that serves grafts."""
+
+    id: ReplicaId
+    backbone: str
+    device: DeviceId
+    opened_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where a backbone can live. Halves are what is handed out: `pack_shares` of its two may hold packs, the rest is for replicas."""
+
+    id: DeviceId
+    pack_shares: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """The truth about a search: `body` is JSON that only `tuning` reads."""
+
+    id: StudyId
+    tenant: TenantId
+    name: str
+    created_at: float
+    updated_at: float
+    body: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one pack may hold, and when packs and jobs are given up.
+
+    `pack_bytes` covers the jobs' state and one forward of `max_rows` rows at `row_bytes` activation bytes a row; 0 bytes = no limit.
+    """
+
+    max_jobs: int = 32
+    pack_bytes: int = 0
+    max_rows: int = 512
+    row_bytes: int = 0
+    idle_s: float = 60.0
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, replicas, devices.
+
+    `now` and `limits` are not in the log; the caller of `decide` sets them.
+    """
+
+    version: EventId = START
+    now: float = 0.0
+    limits: Limits = field(default_factory=Limits)
+    jobs: Mapping[JobId, Job] = field(default_factory=lambda: MappingProxyType({}))
+    packs: Mapping[PackId, Pack] = field(default_factory=lambda: MappingProxyType({}))
+    replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
+    devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
+
+    def free_shares(self, device: DeviceId) -> int:
+        """Pack shares of the device that no unfinished pack holds."""
+        held = sum(pack.device == device and not pack.final for pack in self.packs.values())
+        return self.devices[device].pack_shares - held
+
+
+Record = ApiKey | DataFile | Job | Graft | Alias | Pack | Replica | Study | Snapshot

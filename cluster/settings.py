@@ -1,0 +1,138 @@
+"""How a service is set up: one model; flags win over the environment (`POLYGRAFT_*`), the environment over `<home>/config.yaml`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from polygraft.cluster.model import Limits
+
+HOME = "~/.polygraft"
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class PackSettings(BaseModel):
+    """One packed forward has at most `max_rows` rows; a job's micro-batch at most `micro_rows`, a split fixed at admission."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    max_rows: PositiveInt = 512
+    micro_rows: PositiveInt = 256
+    max_jobs: PositiveInt = 32
+    memory_bytes: NonNegativeInt = Field(0, description="for jobs and activations, beside the backbone; 0 = no limit")
+    row_bytes: NonNegativeInt = Field(0, description="activation bytes of a row in forward and backward")
+    idle_s: PositiveFloat = Field(60.0, description="a pack without jobs is closed after this long")
+    max_attempts: PositiveInt = Field(3, description="a job fails after this many packs failed under it")
+
+
+class ServeSettings(BaseModel):
+    """What one engine replica takes on at a time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    max_streams: PositiveInt = 32
+    max_context: PositiveInt = Field(512, description="tokens of prompt and answer, the prefix of a graft among them")
+    kv_bytes: PositiveInt = Field(256 << 20, description="the key-value cache")
+    max_rows: PositiveInt = Field(256, description="rows of one step: a row a decoding stream, the rest prefill")
+    max_queued: NonNegativeInt = Field(256, description="requests that may wait; more are answered 429")
+
+
+class LimitSettings(BaseModel):
+    """What a request may bring."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    upload_bytes: PositiveInt = 512 << 20
+    line_bytes: PositiveInt = Field(1 << 20, description="one example of a JSONL file")
+    jobs_per_tenant: PositiveInt = Field(1000, description="unfinished jobs of one tenant")
+
+
+class Settings(BaseSettings):
+    """Everything a running service was told. Unknown fields are errors; nested ones are POLYGRAFT_PACK__MAX_JOBS and the like."""
+
+    model_config = SettingsConfigDict(env_prefix="POLYGRAFT_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    home: Folder = Path(HOME)
+    data: Folder = Path()
+    backbone: str = Field("smollm2", min_length=1)
+    store_url: str = Field("embedded", pattern=r"^(embedded$|memory://|rediss?://|unix://)")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    pack: PackSettings = PackSettings()
+    serve: ServeSettings = ServeSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @property
+    def config_path(self) -> Path:
+        return self.home / "config.yaml"
+
+    @property
+    def service_path(self) -> Path:
+        """State of a running service: url, ray_address, ray_namespace, store_url, pid."""
+        return self.home / "run" / "service.json"
+
+    @property
+    def api_key_path(self) -> Path:
+        """API key of the local tenant, mode 0600."""
+        return self.home / "api_key"
+
+    @property
+    def store_folder(self) -> Path:
+        """Where the embedded store keeps its append-only file."""
+        return self.home / "store"
+
+    @property
+    def pack_limits(self) -> Limits:
+        """What policy needs to know of `pack`."""
+        pack = self.pack
+        return Limits(
+            max_jobs=pack.max_jobs,
+            pack_bytes=pack.memory_bytes,
+            max_rows=pack.max_rows,
+            row_bytes=pack.row_bytes,
+            idle_s=pack.idle_s,
+            max_attempts=pack.max_attempts,
+        )
+
+    def model_post_init(self, _context: object) -> None:
+        if "data" not in self.model_fields_set:
+            object.__setattr__(self, "data", self.home / "data")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(init_settings, InitSettingsSource) and isinstance(env_settings, EnvSettingsSource)
+        home = Path(init_settings.init_kwargs.get("home") or os.environ.get("POLYGRAFT_HOME") or HOME).expanduser()
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=home / "config.yaml")
+
+
+class BadSettings(ValueError):
+    """Settings that cannot be used; the message names the field, the value and where to look."""
+
+
+def load(**flags: object) -> Settings:
+    """Settings from flags (None: not given), environment and file. Raises BadSettings."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadSettings(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+    except SettingsError as error:
+        raise BadSettings(str(error)) from None

@@ -1,0 +1,115 @@
+"""Every key, prefix, stream name and lease scope of the store, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polygraft.cluster.model import (
+    Alias,
+    ApiKey,
+    DataFile,
+    FileId,
+    Graft,
+    Job,
+    JobId,
+    Pack,
+    PackId,
+    Record,
+    Replica,
+    ReplicaId,
+    Snapshot,
+    Study,
+    StudyId,
+    TenantId,
+)
+from polygraft.cluster.store.base import Key, Prefix, StreamKey
+
+JOBS: Prefix[Job] = Prefix("job/")
+PACKS: Prefix[Pack] = Prefix("pack/")
+REPLICAS: Prefix[Replica] = Prefix("replica/")
+FILES: Prefix[DataFile] = Prefix("file/")
+STUDIES: Prefix[Study] = Prefix("study/")
+API_KEYS: Prefix[ApiKey] = Prefix("apikey/")
+SNAPSHOT: Key[Snapshot] = Key("snapshot/fleet")
+
+CONTROLLER = "controller"  # lease scope of the one who decides
+
+TYPES: Mapping[str, type[Record]] = {
+    "alias": Alias,
+    "apikey": ApiKey,
+    "file": DataFile,
+    "graft": Graft,
+    "job": Job,
+    "pack": Pack,
+    "replica": Replica,
+    "snapshot": Snapshot,
+    "study": Study,
+}
+
+
+def job(job: JobId) -> Key[Job]:
+    return Key(f"{JOBS}{job}")
+
+
+def pack(pack: PackId) -> Key[Pack]:
+    return Key(f"{PACKS}{pack}")
+
+
+def replica(replica: ReplicaId) -> Key[Replica]:
+    return Key(f"{REPLICAS}{replica}")
+
+
+def file(file: FileId) -> Key[DataFile]:
+    return Key(f"{FILES}{file}")
+
+
+def study(study: StudyId) -> Key[Study]:
+    return Key(f"{STUDIES}{study}")
+
+
+def api_key(digest: str) -> Key[ApiKey]:
+    return Key(f"{API_KEYS}{digest}")
+
+
+def graft(tenant: TenantId, name: str, version: int) -> Key[Graft]:
+    return Key(f"{grafts(tenant)}{name}@{version}")
+
+
+def grafts(tenant: TenantId) -> Prefix[Graft]:
+    return Prefix(f"graft/{tenant}/")
+
+
+def alias(tenant: TenantId, name: str) -> Key[Alias]:
+    return Key(f"{aliases(tenant)}{name}")
+
+
+def aliases(tenant: TenantId) -> Prefix[Alias]:
+    return Prefix(f"alias/{tenant}/")
+
+
+def record_type(key: str) -> type[Record]:
+    """The type of the record at `key`; raises ValueError for a key that this module did not build."""
+    kind = key.partition("/")[0]
+    if kind not in TYPES:
+        raise ValueError(f"key {key!r} names no kind of record; choices: {', '.join(TYPES)}")
+    return TYPES[kind]
+
+
+def pack_scope(pack: PackId) -> str:
+    """Lease scope of the pack's worker."""
+    return f"pack/{pack}"
+
+
+def commands(pack: PackId) -> StreamKey:
+    """Entries {"op": "admit" | "cancel" | "close", "job": id}, read by the pack's worker at step boundaries."""
+    return StreamKey(f"pack/{pack}/commands")
+
+
+def metrics(job: JobId) -> StreamKey:
+    """Entries {"step", "loss", "lr", "grad_norm", "tokens", "at", ...}, one a training step."""
+    return StreamKey(f"job/{job}/metrics")
+
+
+def log(job: JobId) -> StreamKey:
+    """Entries {"level", "message", "at", "data"}, shown as the events of OpenAI's API."""
+    return StreamKey(f"job/{job}/log")

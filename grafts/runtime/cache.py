@@ -1,0 +1,112 @@
+"""The KV cache in blocks, and the attention of rows that continue cached sequences (prefill chunks and decode rows mixed)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.runtime.route import RouteTable
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sizes import tensors
+
+BUCKET_BLOCKS = 4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
+
+
+class KVCache:
+    """Keys and values of all layers, [layers, blocks, block_size, 2, kv_width]; block 0 is never given out and stays zero."""
+
+    def __init__(self, shape: ModelShape, blocks: int, *, block_size: int = 16, dtype: torch.dtype) -> None:
+        self.shape, self.blocks, self.block_size = shape, blocks, block_size
+        self.data = torch.zeros(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype)
+
+    @staticmethod
+    def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
+        return shape.layers * block_size * 2 * shape.kv_width * dtype.itemsize
+
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Zero blocks before another sequence gets them: what one left behind, even a NaN, cannot reach the next."""
+        index = torch.tensor(list(blocks), dtype=torch.long)
+        if len(index):
+            self.data[:, index] = 0
+
+    def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
+        """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
+        for tensor in tensors(resident.spec, self.shape):
+            if tensor.part in ("k", "v"):
+                slots = _slots(table, 0, tensor.shape[0], self.block_size)
+                rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]
+                rows[slots] = resident.tensors[tensor.name].to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedSequence:
+    """Batch rows [start, start + rows) continue a sequence that has `before` positions cached (its prefix included).
+
+    `table` names its blocks in order and must reach beyond before + rows positions.
+    """
+
+    start: int
+    rows: int
+    before: int
+    table: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences of one row count and one context bucket: batch rows [b, n], blocks [b, nb], hidden keys [b, n, nb * block]."""
+
+    rows: Tensor
+    blocks: Tensor
+    hidden: Tensor
+
+
+class PagedAttention:
+    """Writes the keys and values of a forward's rows into the cache, then attends to every row's own context."""
+
+    def __init__(self, cache: KVCache, sequences: Sequence[PagedSequence]) -> None:
+        self.cache = cache
+        self._slots = torch.cat([_slots(s.table, s.before, s.rows, cache.block_size) for s in sequences])
+        self._rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
+        members: Mapping[tuple[int, int], list[PagedSequence]] = defaultdict(list)
+        for s in sequences:
+            span = cache.block_size * BUCKET_BLOCKS
+            members[s.rows, -(-(s.before + s.rows) // span) * BUCKET_BLOCKS].append(s)
+        self._groups = [self._group(blocks, group) for (_, blocks), group in sorted(members.items())]
+
+    def _group(self, width: int, sequences: Sequence[PagedSequence]) -> _Group:
+        tables = [[*s.table[:width], *[0] * (width - len(s.table))] for s in sequences]
+        rows = torch.stack([torch.arange(s.start, s.start + s.rows) for s in sequences])
+        last = torch.stack([torch.arange(s.before, s.before + s.rows) for s in sequences])
+        hidden = torch.arange(width * self.cache.block_size) > last.unsqueeze(-1)
+        return _Group(rows, torch.tensor(tables), hidden)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+        """As `Attention`; rows of no sequence are 0."""
+        data = self.cache.data[layer]
+        data.flatten(0, 1)[self._slots] = torch.stack([k[self._rows], v[self._rows]], dim=1)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for group in self._groups:
+            out[group.rows.flatten()] = self._attend(q, data, group, scaling)
+        return out
+
+    def _attend(self, q: Tensor, data: Tensor, group: _Group, scaling: float) -> Tensor:
+        heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
+        b, n = group.rows.shape
+        context = data[group.blocks].flatten(1, 2).unflatten(-1, (kv_heads, -1))  # [b, L, 2, kv_heads, head_dim]
+        keys, values = context[:, :, 0].permute(0, 2, 3, 1), context[:, :, 1].transpose(1, 2)
+        queries = q[group.rows].view(b, n, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        scores = torch.matmul(queries * scaling, keys).to(torch.promote_types(q.dtype, torch.float32))
+        scores.unflatten(2, (-1, n)).masked_fill_(group.hidden[:, None, None], float("-inf"))
+        mixed = torch.matmul(scores.softmax(-1).to(q.dtype), values)
+        return mixed.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
+
+
+def _slots(table: Sequence[int], first: int, count: int, block_size: int) -> Tensor:
+    """Flat cache rows of positions [first, first + count)."""
+    positions = torch.arange(first, first + count)
+    return torch.tensor(table, dtype=torch.long)[positions // block_size] * block_size + positions % block_size

@@ -1,0 +1,178 @@
+"""What a training file holds: chat examples, one JSON object a line, in OpenAI's fine-tuning format. Checked line by line.
+
+Source of the format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, Literal, cast, get_args
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+_PREFERENCE = {"preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"} | {
+    "chosen",
+    "rejected",
+}
+
+
+class DataError(ValueError):
+    """A training file that cannot be used. `line` counts from 1; 0 when the file as a whole is at fault."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(f"line {line}: {message}" if line else message)
+        self.line = line
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `weight` is the loss weight of an assistant's tokens (0 or 1) and means nothing for the other roles."""
+
+    role: Role
+    content: str
+    weight: int = 1
+
+    @property
+    def trained(self) -> bool:
+        return self.role == "assistant" and self.weight > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation and the line it came from (0: not from a file)."""
+
+    messages: tuple[Message, ...]
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much a training file may hold. A line counts without its line break."""
+
+    file_bytes: int = 512 * 1024 * 1024
+    line_bytes: int = 1024 * 1024
+    examples: int = 1_000_000
+    messages: int = 1_000
+
+
+def read(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Example]:
+    """The examples of a file in order, holding one line in memory at a time. Blank lines are skipped.
+
+    Raises DataError at the first line that is wrong, and at the end of a file without examples.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size > limits.file_bytes:
+        raise DataError(0, f"the file has {size} bytes, more than the limit of {limits.file_bytes}; split it")
+    found = 0
+    with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        for line, raw in _lines(file, limits.line_bytes):
+            found += 1
+            if found > limits.examples:
+                raise DataError(line, f"more than the limit of {limits.examples} examples; split the file")
+            yield parse(raw, line, limits)
+    if not found:
+        raise DataError(0, "the file is empty; give at least one example")
+
+
+def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example:
+    """The example on one line. Raises DataError naming the line, the field and the offending value."""
+    record = _object(raw, line)
+    if _PREFERENCE & record.keys():
+        raise DataError(line, "preference pairs are not supported yet; give one conversation under 'messages'")
+    if "prompt" in record and "messages" not in record:
+        raise DataError(line, "prompt-completion pairs are not supported; give the chat format under 'messages'")
+    _known(record, {"messages"}, line, "")
+    if "messages" not in record:
+        raise DataError(line, "messages: required, but missing")
+    entries = record["messages"]
+    if not isinstance(entries, list):
+        raise DataError(line, f"messages: {shown(entries)} is not a list")
+    if len(entries) > limits.messages:
+        raise DataError(line, f"messages: {len(entries)} messages, more than the limit of {limits.messages}")
+    messages = tuple(_message(entry, line, f"messages[{index}]") for index, entry in enumerate(entries))
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(line, "messages: none is from the assistant, so there is nothing to train on")
+    if not any(message.trained for message in messages):
+        raise DataError(line, "messages: every assistant message has weight 0; give at least one of them weight 1")
+    return Example(messages, line)
+
+
+def shown(value: object) -> str:
+    """A value as JSON, short enough for an error message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes]]:
+    line = 0
+    while raw := file.readline(limit + 2):
+        line += 1
+        if line == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark some editors write
+        raw = raw.rstrip(b"\r\n")
+        if len(raw) > limit:
+            raise DataError(line, f"longer than the limit of {limit} bytes")
+        if raw.strip():
+            yield line, raw
+
+
+def _object(raw: bytes, line: int) -> dict[str, object]:
+    try:
+        record: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(line, f"byte {error.start + 1} ({raw[error.start]:#04x}) is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        near = error.doc[max(0, error.pos - 10) : error.pos + 20]
+        raise DataError(line, f"not JSON: {error.msg} at column {error.colno}, near {shown(near)}") from None
+    except (ValueError, RecursionError) as error:  # a repeated key, NaN, a number of thousands of digits, deep nesting
+        raise DataError(line, f"not usable JSON: {str(error)[:100]}") from None
+    if not isinstance(record, dict):
+        raise DataError(line, f"{shown(record)} is not an object with 'messages'")
+    return record
+
+
+def _message(entry: object, line: int, where: str) -> Message:
+    if not isinstance(entry, dict):
+        raise DataError(line, f"{where}: {shown(entry)} is not an object with 'role' and 'content'")
+    role = entry.get("role")
+    if role in ("tool", "function") or entry.keys() & {"tool_calls", "function_call"}:
+        raise DataError(line, f"{where}: tool calls and tool messages are not supported yet")
+    _known(entry, {"role", "content", "weight"}, line, f"{where}.")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(line, f"{where}.role: {shown(role)} is not one of {', '.join(ROLES)}")
+    content = entry.get("content")
+    if not isinstance(content, str):
+        raise DataError(line, f"{where}.content: {shown(content)} is not a string")
+    if not content.strip():
+        raise DataError(line, f"{where}.content: {shown(content)} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise DataError(line, f"{where}.content: holds half of a surrogate pair, which is no character")
+    weight = entry.get("weight", 1)
+    if "weight" in entry and role != "assistant":
+        raise DataError(line, f"{where}.weight: {shown(weight)} on a {role} message; only the assistant's are trained")
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
+        raise DataError(line, f"{where}.weight: {shown(weight)} is not 0 or 1")
+    return Message(cast(Role, role), content, weight)
+
+
+def _known(record: dict[str, object], allowed: set[str], line: int, where: str) -> None:
+    if unknown := sorted(record.keys() - allowed):
+        raise DataError(line, f"{where}{unknown[0][:60]}: unknown key; the known ones are {', '.join(sorted(allowed))}")
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return record
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON value")

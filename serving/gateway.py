@@ -1,0 +1,180 @@
+"""The ingress's side of generation: picks a replica, follows its message stream, and carries a stream over when a replica dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from polygraft.cluster.model import ReplicaId
+from polygraft.serving.messages import Load, StepMessage, StepTokens
+from polygraft.serving.sequence import GenerationRequest
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 3
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Busy(Exception):
+    """Every replica's queue is full."""
+
+
+class Unavailable(Exception):
+    """No replica answers, or the one that did died too often."""
+
+
+class Link(Protocol):
+    """One replica as its ingress sees it. Every method raises `ConnectionError` when the replica is gone."""
+
+    async def submit(self, request: GenerationRequest) -> bool:
+        """Queue the request; False when the replica's queue is full."""
+        ...
+
+    async def cancel(self, request: str) -> None:
+        """End the request wherever it is; no effect on one that is unknown or over."""
+        ...
+
+    def messages(self, ingress: str) -> AsyncIterator[StepMessage]:
+        """What the replica has for requests of `ingress`, from now on; the first message comes at once."""
+        ...
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A request in flight: the attempt that counts, the tokens handed out, and what has arrived (None: its replica is lost)."""
+
+    request: GenerationRequest
+    replica: ReplicaId
+    tokens: list[int] = field(default_factory=list)
+    arrived: asyncio.Queue[StepTokens | None] = field(default_factory=asyncio.Queue)
+
+
+class Gateway:
+    """Generations over a set of replicas. `start` and `close` bracket its use, all on one event loop."""
+
+    def __init__(self, links: Mapping[ReplicaId, Link], *, ingress: str, ready_s: float = 60.0) -> None:
+        self._links = dict(links)
+        self._ingress = ingress
+        self._ready_s = ready_s
+        self._streams: dict[str, _Stream] = {}
+        self._loads: dict[ReplicaId, Load] = {}
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        for replica in self._links:
+            self._spawn(self._pump(replica))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def ready(self) -> bool:
+        """Whether a replica is connected."""
+        return bool(self._loads)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepTokens]:
+        """The request's tokens in order, each once, the last with its finish reason; leaving the loop early cancels it.
+
+        Raises Busy before the first token, Unavailable at any time.
+        """
+        stream = await self._submit(_Stream(replace(request, ingress=self._ingress), ReplicaId("")))
+        finished = False
+        try:
+            while not finished:
+                tokens = await stream.arrived.get()
+                if tokens is None:
+                    await self._resume(stream)
+                    continue
+                # What an older attempt still says, or says again, is dropped: (request, choice, index) is published once.
+                if tokens.epoch != stream.request.epoch or tokens.index != len(stream.tokens):
+                    continue
+                if tokens.token is not None:
+                    stream.tokens.append(tokens.token)
+                finished = tokens.finish_reason is not None
+                yield tokens
+        finally:
+            self._streams.pop(request.id, None)
+            if not finished:
+                self._spawn(self._cancel(stream))
+
+    async def _submit(self, stream: _Stream) -> _Stream:
+        """Queue the stream's request at the first replica that takes it."""
+        full: set[ReplicaId] = set()
+        request = stream.request
+        try:
+            async with asyncio.timeout(self._ready_s):
+                while True:
+                    replica = self._choose(request, full)
+                    if replica is None:
+                        if full:
+                            raise Busy(f"the queues of all {len(full)} replicas are full")
+                        await self._changed.wait()
+                        continue
+                    stream.replica, stream.arrived = replica, asyncio.Queue()
+                    self._streams[request.id] = stream  # before the call: its first token may overtake the answer
+                    try:
+                        if await self._links[replica].submit(request):
+                            return stream
+                        full.add(replica)
+                    except ConnectionError:
+                        self._lose(replica)
+        except TimeoutError:
+            self._streams.pop(request.id, None)
+            raise Unavailable(f"no replica came up within {self._ready_s:.0f} s") from None
+        except BaseException:
+            self._streams.pop(request.id, None)
+            raise
+
+    async def _resume(self, stream: _Stream) -> None:
+        """Submit what is left of a stream whose replica is gone, as its next attempt."""
+        request = stream.request
+        if request.epoch + 1 >= _ATTEMPTS:
+            raise Unavailable(f"the replica died {_ATTEMPTS} times during this request")
+        stream.request = replace(request, epoch=request.epoch + 1, generated=tuple(stream.tokens))
+        _LOG.warning("request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.epoch)
+        await self._submit(stream)
+
+    def _choose(self, request: GenerationRequest, full: set[ReplicaId]) -> ReplicaId | None:
+        raise NotImplementedError
+
+    async def _pump(self, replica: ReplicaId) -> None:
+        """Follow one replica's messages for ever, reconnecting when they end."""
+        failures = 0
+        while True:
+            try:
+                async for message in self._links[replica].messages(self._ingress):
+                    failures = 0
+                    self._loads[replica] = message.load
+                    self._changed.set()
+                    for tokens in message.tokens:
+                        stream = self._streams.get(tokens.request)
+                        if stream is not None and stream.replica == replica:
+                            stream.arrived.put_nowait(tokens)
+            except ConnectionError as error:
+                _LOG.warning("replica %s: %s", replica, error)
+            self._lose(replica)
+            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            failures += 1
+
+    def _lose(self, replica: ReplicaId) -> None:
+        self._loads.pop(replica, None)
+        if not self._loads:
+            self._changed.clear()
+        for stream in self._streams.values():
+            if stream.replica == replica:
+                stream.arrived.put_nowait(None)
+
+    async def _cancel(self, stream: _Stream) -> None:
+        try:
+            await self._links[stream.replica].cancel(stream.request.id)
+        except ConnectionError:
+            pass  # the replica is gone, and the request with it
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

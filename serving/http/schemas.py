@@ -1,0 +1,262 @@
+"""Bodies of the OpenAI API as this service reads and writes them; requests refuse fields they do not know."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+_INT64 = 1 << 63
+T = TypeVar("T")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One message; the fields that are None here are what OpenAI's client echoes back from an answer."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+    annotations: list[JsonValue] | None = Field(default=None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # random padding against traffic analysis: never added, so either answer is right
+
+
+class ChatCompletionRequest(_Body):
+    """Everything the stock client can send. NEUTRAL lists the fields that are only accepted where they change nothing."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    # Labels that answers do not depend on.
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: JsonValue = None
+    prompt_cache_retention: JsonValue = None
+    safety_identifier: str | None = None
+    user: str | None = None
+    # Not supported here.
+    audio: JsonValue = None
+    frequency_penalty: JsonValue = None
+    function_call: JsonValue = None
+    functions: JsonValue = None
+    grafts: JsonValue = None
+    logit_bias: JsonValue = None
+    logprobs: JsonValue = None
+    modalities: JsonValue = None
+    moderation: JsonValue = None
+    n: JsonValue = None
+    parallel_tool_calls: JsonValue = None
+    prediction: JsonValue = None
+    presence_penalty: JsonValue = None
+    reasoning_effort: JsonValue = None
+    response_format: JsonValue = None
+    service_tier: JsonValue = None
+    store: JsonValue = None
+    tool_choice: JsonValue = None
+    tools: JsonValue = None
+    top_logprobs: JsonValue = None
+    verbosity: JsonValue = None
+    web_search_options: JsonValue = None
+
+    NEUTRAL: ClassVar[dict[str, tuple[JsonValue, ...]]] = {
+        "audio": (),
+        "frequency_penalty": (0,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "grafts": ([],),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "modalities": (["text"],),
+        "moderation": (),
+        "n": (1,),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "presence_penalty": (0,),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+
+    def unsupported(self) -> tuple[str, JsonValue] | None:
+        """The first field, with its value, that asks for something this service does not do."""
+        for name, neutral in self.NEUTRAL.items():
+            value: JsonValue = getattr(self, name)
+            if value is not None and not any(value == allowed and type(value) is not bool or value is allowed for allowed in neutral):
+                return name, value
+        return None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class Usage(_Body):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AnswerMessage(_Body):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(_Body):
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(_Body):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: Usage
+    system_fingerprint: str
+    service_tier: None = None
+
+
+class Delta(_Body):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(_Body):
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatCompletionChunk(_Body):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: tuple[ChunkChoice, ...]
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class FileObject(_Body):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+    status_details: None = None
+    expires_at: None = None
+
+
+class Deleted(_Body):
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+class ModelObject(_Body):
+    """`root` is the backbone a graft was trained on and `parent` what it derives from, as vLLM reports LoRA modules."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None = None
+
+
+class JobErrorObject(_Body):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class FineTuningJob(_Body):
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: str
+    hyperparameters: dict[str, JsonValue]
+    method: dict[str, JsonValue]
+    training_file: str
+    validation_file: str | None
+    result_files: tuple[str, ...] = ()
+    trained_tokens: int | None
+    seed: int
+    error: JobErrorObject | None
+    estimated_finish: None = None
+    integrations: tuple[str, ...] = ()
+    metadata: dict[str, str]
+    # Ours.
+    graft: str | None
+    pack: str | None
+    parameters: int | None
+    step: int
+    steps_total: int | None
+    loss_before: float | None
+    loss_after: float | None
+    lease_until: int | None
+
+
+class FineTuningJobEvent(_Body):
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, JsonValue]
+
+
+class Page(_Body, Generic[T]):
+    """A list answer; `last_id` is the `after` of the next page."""
+
+    object: Literal["list"] = "list"
+    data: tuple[T, ...]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None
