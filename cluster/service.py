@@ -1,4 +1,4 @@
-"""How a running service is found: `<home>/run/service.json`, written by its head once it answers, and the local tenant's key."""
+"""How a running service is found: `run/service.json` in the home folder, written by its head once it answers, and the local tenant's key."""
 
 from __future__ import annotations
 
@@ -26,36 +26,28 @@ class Service:
     started: float
 
 
-def service_file(home: Path) -> Path:
-    return home / "run" / "service.json"
-
-
-def key_file(home: Path) -> Path:
-    return home / "api_key"
-
-
-def find_service(home: Path) -> Service:
-    """Raises ServiceNotRunning when none is up here, or the file was written by another version."""
+def find_service(path: Path) -> Service:
+    """Reads Settings.service_path. Raises ServiceNotRunning when there is none, or it was written by another version."""
     try:
-        record = json.loads(service_file(home).read_text())
+        record = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ServiceNotRunning(f"no service is running under {home}; start one with: polygraft up") from None
+        raise ServiceNotRunning(f"no service is running under {path.parents[1]}; start one with: polygraft up") from None
     if not isinstance(record, dict) or set(record) != {field.name for field in fields(Service)}:
-        raise ServiceNotRunning(f"{service_file(home)} is not of this version; stop that service with its own version, or remove the file")
+        raise ServiceNotRunning(f"{path} is not of this version; stop that service with its own version, or remove the file")
     return Service(**record)
 
 
-def announce(home: Path, service: Service) -> None:
+def announce(path: Path, service: Service) -> None:
     """Write the file; readable by its owner only, as the store's password is in it."""
-    write_private(service_file(home), json.dumps(asdict(service), indent=2))
+    write_private(path, json.dumps(asdict(service), indent=2))
 
 
-def read_key(home: Path) -> str:
-    """The local tenant's API key. Raises ServiceNotRunning when the first `up` has not made one yet."""
+def read_key(path: Path) -> str:
+    """Reads Settings.api_key_path, the local tenant's API key. Raises ServiceNotRunning when no `up` has made one yet."""
     try:
-        return key_file(home).read_text().strip()
+        return path.read_text().strip()
     except FileNotFoundError:
-        raise ServiceNotRunning(f"{key_file(home)} is missing; `polygraft up` makes it") from None
+        raise ServiceNotRunning(f"{path} is missing; the first `polygraft up` makes it") from None
 
 
 def write_private(path: Path, text: str) -> None:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -16,8 +27,10 @@ from pydantic_settings import (
     SettingsError,
     YamlConfigSettingsSource,
 )
+from yaml import YAMLError, safe_load
 
 from polygraft.cluster.model import Limits
+from polygraft.cluster.validation import explain
 
 HOME = "~/.polygraft"
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -30,10 +43,16 @@ class PackSettings(BaseModel):
     max_rows: PositiveInt = 512
     micro_rows: PositiveInt = 256
     max_jobs: PositiveInt = 32
-    memory_bytes: NonNegativeInt = Field(0, description="for jobs and activations, beside the backbone; 0 = no limit")
-    row_bytes: NonNegativeInt = Field(0, description="activation bytes of a row in forward and backward")
-    idle_s: PositiveFloat = Field(60.0, description="a pack without jobs is closed after this long")
-    max_attempts: PositiveInt = Field(3, description="a job fails after this many packs failed under it")
+    memory_bytes: NonNegativeInt = Field(default=0, description="for jobs and activations, beside the backbone; 0 = no limit")
+    row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
+    idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
+    max_attempts: PositiveInt = Field(default=3, description="a job fails after this many packs failed under it")
+
+    @model_validator(mode="after")
+    def _a_micro_batch_fits_a_forward(self) -> Self:
+        if self.micro_rows > self.max_rows:
+            raise ValueError(f"micro_rows {self.micro_rows} is more than max_rows {self.max_rows}; lower it")
+        return self
 
 
 class ServeSettings(BaseModel):
@@ -41,10 +60,10 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_streams: PositiveInt = 32
-    max_context: PositiveInt = Field(512, description="tokens of prompt and answer, the prefix of a graft among them")
-    kv_bytes: PositiveInt = Field(256 << 20, description="the key-value cache")
-    max_rows: PositiveInt = Field(256, description="rows of one step: a row a decoding stream, the rest prefill")
-    max_queued: NonNegativeInt = Field(256, description="requests that may wait; more are answered 429")
+    max_context: PositiveInt = Field(default=512, description="tokens of prompt and answer, the prefix of a graft among them")
+    kv_bytes: PositiveInt = Field(default=256 << 20, description="the key-value cache")
+    max_rows: PositiveInt = Field(default=256, description="rows of one step: a row a decoding stream, the rest prefill")
+    max_queued: NonNegativeInt = Field(default=256, description="requests that may wait; more are answered 429")
 
 
 class LimitSettings(BaseModel):
@@ -52,8 +71,8 @@ class LimitSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     upload_bytes: PositiveInt = 512 << 20
-    line_bytes: PositiveInt = Field(1 << 20, description="one example of a JSONL file")
-    jobs_per_tenant: PositiveInt = Field(1000, description="unfinished jobs of one tenant")
+    line_bytes: PositiveInt = Field(default=1 << 20, description="one example of a JSONL file")
+    jobs_per_tenant: PositiveInt = Field(default=1000, description="unfinished jobs of one tenant")
 
 
 class Settings(BaseSettings):
@@ -63,10 +82,10 @@ class Settings(BaseSettings):
 
     home: Folder = Path(HOME)
     data: Folder = Path()
-    backbone: str = Field("smollm2", min_length=1)
-    store_url: str = Field("embedded", pattern=r"^(embedded$|memory://|rediss?://|unix://)")
+    backbone: str = Field(default="smollm2", min_length=1)
+    store_url: str = Field(default="embedded", pattern=r"^(embedded$|memory://|rediss?://|unix://)")
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()
@@ -119,11 +138,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         assert isinstance(init_settings, InitSettingsSource) and isinstance(env_settings, EnvSettingsSource)
         home = Path(init_settings.init_kwargs.get("home") or os.environ.get("POLYGRAFT_HOME") or HOME).expanduser()
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=home / "config.yaml")
+        return init_settings, env_settings, _ConfigFile(settings_cls, yaml_file=home / "config.yaml")
 
 
 class BadSettings(ValueError):
-    """Settings that cannot be used; the message names the field, the value and where to look."""
+    """Settings that cannot be used; the message names the field, the value and the choices."""
 
 
 def load(**flags: object) -> Settings:
@@ -132,7 +151,19 @@ def load(**flags: object) -> Settings:
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadSettings(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+        raise BadSettings(explain(error, Settings)[1]) from None
     except SettingsError as error:
         raise BadSettings(str(error)) from None
+
+
+class _ConfigFile(YamlConfigSettingsSource):
+    """The YAML file; one that cannot be read or holds no mapping is an error that names it."""
+
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, object]:
+        try:
+            content = safe_load(file_path.read_text(encoding="utf-8"))
+        except (YAMLError, OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{file_path}: {error}") from None
+        if content is not None and not isinstance(content, dict):
+            raise SettingsError(f"{file_path}: expected field: value lines, found {content!r}")
+        return content or {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import GeneratorType
 
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
@@ -65,7 +66,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
         del self.filters["random"]
-        self.filters.update({name: self._filter(name, function) for name, function in self.filters.items()})
+        self.filters.update({name: self.guarded(name, function) for name, function in self.filters.items()})
 
     @contextmanager
     def metered(self) -> Iterator[None]:
@@ -105,13 +106,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
-        limit = self._budget.characters
         if operator == "%" and isinstance(left, str):
             self._check("format", (left, right))
-        elif operator in ("*", "**") and not isinstance(left, float) and not isinstance(right, float):
-            sized = _magnitude(left) * (_number(right) if operator == "**" else _magnitude(right))
-            if sized > limit or (operator == "**" and sized > _LARGEST_INT):
-                raise TemplateLimit(f"the chat template computes a value too large with {operator!r}")
+        elif operator in ("*", "**") and _too_large(operator, left, right, self._budget.characters):
+            raise TemplateLimit(f"the chat template computes a value too large with {operator!r}")
         result: object = super().call_binop(context, operator, left, right)
         self._received(result)
         return result
@@ -122,7 +120,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, bytes)):
             __self._check(getattr(__obj, "__name__", ""), (owner, *args, *kwargs.values()))
         __self.pay(1)
-        result: object = super().call(__context, __obj, *args, **kwargs)
+        result: object = super().call(__context, __obj, *map(__self._drawn, args), **kwargs)
         __self._received(result)
         return result
 
@@ -134,11 +132,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _metered(super()._parse(source, name, filename))
 
-    def _filter(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
+    def guarded(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
         @wraps(function)  # keeps the mark that makes Jinja pass its context first
         def guarded(*args: object, **kwargs: object) -> object:
             self._check(name, (*args, *kwargs.values()))
-            result = function(*args, **kwargs)
+            result = function(*map(self._drawn, args), **kwargs)
             self._received(result)
             return result
 
@@ -146,6 +144,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _received(self, result: object) -> None:
         self.pay(_elements(result, self._budget.steps), len(result) if isinstance(result, (str, bytes)) else 0)
+
+    def _drawn(self, arg: object) -> object:
+        """A lazy argument that pays for each text it yields, such as `map` before `join`."""
+        return self._paying(arg) if isinstance(arg, GeneratorType) else arg
+
+    def _paying(self, items: Iterator[object]) -> Iterator[object]:
+        for item in items:
+            self._received(item)
+            yield item
 
     def _check(self, name: str, args: tuple[object, ...]) -> None:
         """Refuse before the call what would be too large after it."""
@@ -168,14 +175,14 @@ class _Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _metered(template: nodes.Template) -> nodes.Template:
     """Rewrite the syntax tree so that loops, macros, `~` and displays come back to the sandbox."""
-    for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))):
+    for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))):
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         pay = _call("pay", [nodes.Const(1), nodes.Const(literal)])
         node.body.insert(0, nodes.ExprStmt(pay))  # type: ignore[attr-defined]
@@ -238,13 +245,16 @@ def _characters(value: object, limit: int) -> int:
 
 
 def _magnitude(value: object) -> int:
-    """What a value contributes to the size of a product: its length, a count for an int that repeats, digits when large."""
+    """What an argument contributes to the size of a result: the length of a sequence, an int as a count or a width."""
     if isinstance(value, (str, bytes, list, tuple, Mapping, range)):
         return len(value)
-    if isinstance(value, int):
-        return max(1, abs(value)) if abs(value) <= 2**63 else 2**63
-    return 1
-
-
-def _number(value: object) -> int:
     return abs(value) if isinstance(value, int) else 1
+
+
+def _too_large(operator: str, left: object, right: object, limit: int) -> bool:
+    """Whether `*` or `**` would repeat a sequence beyond `limit`, or compute an integer of more than a few thousand digits."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length() > 10_000
+    if isinstance(left, (int, str, bytes, list, tuple)) and isinstance(right, (int, str, bytes, list, tuple)):
+        return _magnitude(left) * _magnitude(right) > limit
+    return False

@@ -1,0 +1,91 @@
+"""The files in `<home>/run` through which the supervisor, its children and the commands know of each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from polygraft.cluster.launch.processes import Identity
+from polygraft.cluster.service import write_private
+
+_TAIL_BYTES = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """The supervisor that owns this folder, and the folder of Ray's sockets and logs, which it removes when it ends."""
+
+    pid: int
+    started: float
+    scratch: str
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.pid, self.started)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    home: Path
+
+    @property
+    def path(self) -> Path:
+        return self.home / "run"
+
+    @property
+    def settings(self) -> Path:
+        """The settings this service was started with, as JSON."""
+        return self.path / "settings.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor and by its store, so that no second store ever opens the same data."""
+        return self.path / "lock"
+
+    @property
+    def ray_token(self) -> Path:
+        return self.path / "ray_token"
+
+    def log(self, name: str) -> Path:
+        return self.path / f"{name}.log"
+
+    @property
+    def stage(self) -> str:
+        """What the service is busy with, for whoever waits for it; empty when it never began."""
+        try:
+            return self._stage.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def enter(self, stage: str) -> None:
+        write_private(self._stage, stage)
+
+    @property
+    def supervision(self) -> Supervision | None:
+        """Who was the last supervisor here; it need not be alive."""
+        try:
+            return Supervision(**json.loads(self._supervision.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def supervise(self, supervision: Supervision) -> None:
+        write_private(self._supervision, json.dumps(asdict(supervision)))
+
+    def tail(self, name: str, lines: int = 15) -> str:
+        """The last lines of a log, empty when there is none."""
+        try:
+            with self.log(name).open("rb") as file:
+                file.seek(0, 2)
+                file.seek(max(0, file.tell() - _TAIL_BYTES))
+                return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
+
+    @property
+    def _stage(self) -> Path:
+        return self.path / "stage"
+
+    @property
+    def _supervision(self) -> Path:
+        return self.path / "supervisor.json"

@@ -1,0 +1,169 @@
+"""What a client may ask for: OpenAI's body for creating a fine-tuning job, our fields beside theirs, and its `JobSpec`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from polygraft.cluster.model import FileId, JobSpec, Optimizer, Schedule
+from polygraft.cluster.validation import explain
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.spec import SpecError
+
+NAME = r"^[a-z0-9-]{1,40}$"
+Auto = Literal["auto"]
+Epochs = Annotated[int, Field(ge=1, le=1000)]
+BatchSize = Annotated[int, Field(ge=1, le=1024)]
+Multiplier = Annotated[float, Field(gt=0, le=1000)]
+
+_DEFAULTS = JobSpec(backbone="", training_file=FileId(""))
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class LegacyHyperparameters(_Body):
+    """OpenAI's deprecated top-level `hyperparameters`."""
+
+    n_epochs: Auto | Epochs = "auto"
+    batch_size: Auto | BatchSize = "auto"
+    learning_rate_multiplier: Auto | Multiplier = "auto"
+
+
+class Hyperparameters(LegacyHyperparameters):
+    """OpenAI's three fields and ours; `peft` is a union such as "lora(r=8) + prefix(10)" or a PEFT config."""
+
+    peft: str | dict[str, object] = "lora"
+    learning_rate: float | None = Field(default=None, gt=0, le=10)
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "linear"
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_length: int = Field(default=256, ge=2, le=1 << 20)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+
+    @field_validator("peft")
+    @classmethod
+    def _peft_can_be_read(cls, value: str | dict[str, object]) -> str | dict[str, object]:
+        try:
+            parse(_peft_text(value))
+        except SpecError as error:
+            raise ValueError(str(error).removeprefix("peft: ")) from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_learning_rate(self) -> Self:
+        if self.learning_rate is not None and self.learning_rate_multiplier != "auto":
+            raise ValueError("learning_rate and learning_rate_multiplier are both given; give one")
+        return self
+
+
+class Supervised(_Body):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(_Body):
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_supervised(cls, value: object) -> object:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if kind in ("dpo", "reinforcement"):
+            raise ValueError(f"type {kind!r} is not supported; use 'supervised'")
+        return value
+
+
+class Owner(_Body):
+    """Whoever started the job and must keep saying that it still wants it: the job is cancelled `lease_s` after the last word."""
+
+    name: str = Field(min_length=1, max_length=200)
+    lease_s: float = Field(ge=1, le=86400)
+
+
+class FineTuningRequest(_Body):
+    """Body of POST /v1/fine_tuning/jobs. `owner` and `promote` are ours; the rest is OpenAI's."""
+
+    model: str = Field(min_length=1, max_length=200)
+    training_file: str = Field(min_length=1, max_length=100)
+    validation_file: str | None = Field(default=None, min_length=1, max_length=100)
+    suffix: str | None = Field(default=None, pattern=NAME)
+    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    method: Method | None = None
+    hyperparameters: LegacyHyperparameters | None = None
+    metadata: dict[str, str] | None = None
+    integrations: None = None
+    owner: Owner | None = None
+    promote: bool = False
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_is_small(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value and len(value) > 16:
+            raise ValueError(f"{len(value)} pairs; at most 16")
+        for key, text in (value or {}).items():
+            if len(key) > 64 or len(text) > 512:
+                raise ValueError(f"{key[:64]!r}: keys have at most 64 characters, values 512")
+        return value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.method is not None and self.hyperparameters is not None:
+            raise ValueError("hyperparameters: given beside method; move them to method.supervised.hyperparameters")
+        if self.suffix == self.model:
+            raise ValueError(f"suffix: {self.suffix!r} is the name of the base model; choose another")
+        return self
+
+    def to_spec(self) -> JobSpec:
+        """The job asked for, defaults filled in; files are not looked up here."""
+        supervised = self.method.supervised if self.method else None
+        given = (supervised.hyperparameters if supervised else None) or Hyperparameters()
+        basic = self.hyperparameters or given
+        return JobSpec(
+            backbone=self.model,
+            training_file=FileId(self.training_file),
+            validation_file=FileId(self.validation_file) if self.validation_file else None,
+            suffix=self.suffix,
+            peft=_peft_text(given.peft),
+            epochs=_DEFAULTS.epochs if basic.n_epochs == "auto" else basic.n_epochs,
+            batch_size=_DEFAULTS.batch_size if basic.batch_size == "auto" else basic.batch_size,
+            learning_rate=given.learning_rate,
+            learning_rate_multiplier=1.0 if basic.learning_rate_multiplier == "auto" else basic.learning_rate_multiplier,
+            optimizer=given.optimizer,
+            schedule=given.schedule,
+            warmup_ratio=given.warmup_ratio,
+            weight_decay=given.weight_decay,
+            max_grad_norm=given.max_grad_norm,
+            max_length=given.max_length,
+            dropout=given.dropout,
+            seed=self.seed or 0,
+            metadata=tuple((self.metadata or {}).items()),
+            promote=self.promote,
+        )
+
+
+class BadRequest(ValueError):
+    """A body that cannot be a request; `param` is the path of the field to blame, None for the body as a whole."""
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def read_request(body: object) -> FineTuningRequest:
+    """The request in a decoded JSON body. Raises BadRequest that names the field, the value and the choices."""
+    try:
+        return FineTuningRequest.model_validate(body)
+    except ValidationError as error:
+        path, message = explain(error, FineTuningRequest)
+        raise BadRequest(path or None, message) from None
+
+
+def _peft_text(value: str | dict[str, object]) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

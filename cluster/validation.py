@@ -1,0 +1,52 @@
+"""What a failed pydantic validation tells a person: the field's path, the value, and what is allowed there."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_SHOWN = 120
+_TYPES = frozenset({"bool", "dict", "float", "int", "none", "str"})
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
+    """Path and message of the first thing wrong; an unknown field outranks what it may have caused elsewhere."""
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    location = _location(first)
+    path = ".".join(map(str, location))
+    match first["type"]:
+        case "extra_forbidden":
+            choices = ", ".join(_choices(model, location[:-1]))
+            return path, f"{path}: unknown field (got {shown(first['input'])}); choices: {choices}"
+        case "missing":
+            return path, f"{path}: required, but missing"
+        case "value_error" if path:
+            return path, f"{path}: {first['ctx']['error']}"
+        case "value_error":  # of the whole body: its text begins with the field to blame
+            text = str(first["ctx"]["error"])
+            return text.partition(":")[0], text
+        case _:
+            wanted = "; or: ".join(dict.fromkeys(one["msg"] for one in errors if _location(one) == location))
+            return path, f"{path or 'body'}: {wanted} (got {shown(first['input'])})"
+
+
+def shown(value: object) -> str:
+    """`value` as a message repeats it: quoted, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
+def _location(error: ErrorDetails) -> tuple[str | int, ...]:
+    """Where the error is, without the parts that name the tried member of a union: "int", "literal['auto']"."""
+    return tuple(part for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
+
+
+def _choices(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        members = (annotation, *get_args(annotation))
+        model = next((one for one in members if isinstance(one, type) and issubclass(one, BaseModel)), model)
+    return sorted(field.alias or name for name, field in model.model_fields.items())

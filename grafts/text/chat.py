@@ -1,0 +1,106 @@
+"""How a conversation becomes text: the tokenizer's chat template, rendered as transformers renders it but within limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+from jinja2 import Template
+from jinja2.utils import Namespace
+
+from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.sandbox import Budget, Sandbox
+
+TEMPLATE_CHARACTERS = 256 * 1024
+
+
+class ChatError(ValueError):
+    """A chat template that cannot be read, or that fails on or refuses a conversation."""
+
+
+class Chat:
+    """A chat template and the special tokens it may name (`bos_token`, ...)."""
+
+    def __init__(
+        self,
+        template: str,
+        special_tokens: Mapping[str, str],
+        *,
+        budget: Budget = Budget(),
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`clock` is what `strftime_now` in a template reads. Raises ChatError for a template that does not compile."""
+        if len(template) > TEMPLATE_CHARACTERS:
+            raise ChatError(f"the chat template has {len(template)} characters, more than {TEMPLATE_CHARACTERS}")
+        self._special_tokens = dict(special_tokens)
+        self._sandbox = Sandbox(budget)
+        self._sandbox.filters["tojson"] = self._sandbox.guarded("tojson", _tojson)
+        self._sandbox.globals["raise_exception"] = _raise_exception
+        self._sandbox.globals["namespace"] = _Namespace
+        self._sandbox.globals["strftime_now"] = lambda form: clock().strftime(form)
+        self._template = self._compiled(template)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The text of `messages`; with the generation prompt, up to where the assistant starts to write.
+
+        Raises ChatError where the template raises, fails, or goes over its budget.
+        """
+        if not messages:
+            raise ChatError("messages: empty; give at least one message")
+        with self._sandbox.metered():
+            try:
+                return self._template.render(
+                    self._special_tokens,
+                    messages=[{"role": message.role, "content": message.content} for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            except Exception as error:  # a template can raise anything that Python can
+                raise ChatError(f"the chat template refuses the messages: {_reason(error)}") from error
+
+    def _compiled(self, template: str) -> Template:
+        with self._sandbox.metered():
+            try:
+                return self._sandbox.from_string(template)
+            except Exception as error:  # not only TemplateSyntaxError: nesting too deep is a RecursionError
+                raise ChatError(f"the chat template cannot be read: {_reason(error)}") from error
+
+
+class _Namespace(Namespace):
+    """Jinja's, without the attributes that would lead into Python's internals."""
+
+    def __init__(*args: object, **kwargs: object) -> None:  # noqa: N805 - so that `namespace(self=1)` works, as in Jinja
+        self, values = args[0], dict(*args[1:], **kwargs)  # type: ignore[call-overload]
+        for name in values:
+            _public(name)
+        Namespace.__init__(self, values)  # type: ignore[arg-type]
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _public(name)
+        super().__setitem__(name, value)
+
+
+def _public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise ChatError(f"namespace: {name!r} starts with an underscore")
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes HTML, which is not wanted in a prompt."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: object) -> None:
+    raise ChatError(str(message)[:500])
+
+
+def _reason(error: Exception) -> str:
+    return f"{error}"[:500] if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"[:500]

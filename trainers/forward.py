@@ -1,0 +1,115 @@
+"""One packed forward: the rows of several jobs' samples in one batch, and the losses and gradients that come back per job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.stacks import Stacks
+from polygraft.kernels.common.dropout import combine
+from polygraft.trainers.job import Sample
+from polygraft.trainers.loss import losses_and_gradient, token_losses
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One job's part of a forward: samples (with their numbers, for dropout) through resident `graft`.
+
+    `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None without dropout.
+    """
+
+    graft: int
+    prefix_length: int
+    samples: tuple[Sample, ...]
+    numbers: tuple[int, ...]
+    normaliser: float
+    key: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(sample.rows for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    rows: Rows
+    attention: WholeSequences
+    targets: Tensor
+    weights: Tensor
+    bounds: tuple[tuple[int, int], ...]
+
+
+def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[float]:
+    """Forward and backward of all shares; gradients stay in the stacks. Returns each share's loss, already normalised.
+
+    A share's loss and gradient are functions of the share alone (docs/architecture.md, row invariance).
+    """
+    packed = _pack(backbone, shares)
+    for leaf in stacks.leaves():
+        leaf.grad = None
+    hidden = backbone.forward(packed.rows, stacks, packed.attention)
+    counted = packed.weights != 0
+    factors = torch.zeros_like(packed.weights)
+    for share, (start, stop) in zip(shares, packed.bounds):
+        factors[start:stop] = packed.weights[start:stop] / share.normaliser
+    losses, gradient = losses_and_gradient(backbone, hidden.detach()[counted], packed.targets[counted], factors[counted])
+    into = torch.zeros_like(hidden)
+    into[counted] = gradient
+    if hidden.requires_grad:
+        hidden.backward(into)
+    scattered = torch.zeros_like(factors)
+    scattered[counted] = losses
+    return [
+        float((scattered[start:stop] * factors[start:stop])[counted[start:stop]].sum()) for start, stop in packed.bounds
+    ]
+
+
+@torch.inference_mode()
+def evaluate(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[float]:
+    """Summed weighted loss of each share, not normalised and without dropout."""
+    packed = _pack(backbone, shares)
+    hidden = backbone.forward(packed.rows, stacks, packed.attention)
+    counted = packed.weights != 0
+    scattered = torch.zeros_like(packed.weights)
+    scattered[counted] = token_losses(backbone, hidden[counted], packed.targets[counted]).to(scattered.dtype)
+    return [float((scattered[a:b] * packed.weights[a:b])[counted[a:b]].sum()) for a, b in packed.bounds]
+
+
+def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
+    ids: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    positions: list[Tensor] = []
+    sequences: list[tuple[int, int]] = []
+    spans: list[Span] = []
+    keys: list[Tensor] = []
+    for share in shares:
+        start = len(ids)
+        for sample, number in zip(share.samples, share.numbers):
+            sequences.append((len(ids), sample.rows))
+            positions.append(torch.arange(sample.rows) + share.prefix_length)
+            keys.append(_dropout_keys(share.key, number, sample.rows))
+            ids += sample.ids[:-1]
+            targets += sample.ids[1:]
+            weights += sample.weights[1:]
+        spans.append(Span(start, len(ids), share.graft))
+    dropped = any(share.key is not None for share in shares)
+    rows = Rows(torch.tensor(ids), torch.cat(positions), tuple(spans), torch.cat(keys) if dropped else None)
+    wide = torch.promote_types(backbone.dtype, torch.float32)
+    bounds = tuple((span.start, span.stop) for span in spans)
+    attention = WholeSequences(tuple(sequences), backbone.shape)
+    return _Packed(rows, attention, torch.tensor(targets), torch.tensor(weights, dtype=wide), bounds)
+
+
+def _dropout_keys(key: int | None, number: int, rows: int) -> Tensor:
+    tokens = torch.arange(rows, dtype=torch.int32)
+    if key is None:
+        return torch.zeros_like(tokens)
+    sample = combine(torch.tensor(key, dtype=torch.int32), number)
+    return combine(sample.expand(rows), tokens)

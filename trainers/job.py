@@ -1,0 +1,114 @@
+"""A training job as the pack sees it: its graft, its samples, its recipe; and the fixed order and split of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from math import ceil, cos, pi
+
+from polygraft.grafts.spec import GraftSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One tokenised example: `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """Token rows of the sample in a forward: the last token is only predicted."""
+        return len(self.ids) - 1
+
+    @property
+    def weight(self) -> float:
+        return sum(self.weights[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a job learns. `batch_size` is the global batch; `micro_rows` fixes its split at admission, for good."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    schedule: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    seed: int = 0
+    micro_rows: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """Everything a pack needs to train one job; the same job alone or in company ends with the same weights."""
+
+    id: str
+    spec: GraftSpec
+    recipe: Recipe
+    train: tuple[Sample, ...]
+    held_out: tuple[Sample, ...] = ()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return ceil(len(self.train) / self.recipe.batch_size)
+
+    @property
+    def steps_total(self) -> int:
+        return self.steps_per_epoch * self.recipe.epochs
+
+    def batch(self, step: int) -> tuple[int, ...]:
+        """Sample numbers of global batch `step`: every epoch is its own seeded permutation."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.recipe.batch_size
+        return permutation(len(self.train), seed=self.recipe.seed, epoch=epoch)[place * size : (place + 1) * size]
+
+    def micro_batches(self, step: int) -> tuple[tuple[int, ...], ...]:
+        """Global batch `step` in pieces of at most `micro_rows` rows (one sample at least), in order."""
+        return tuple(_split(self.batch(step), [self.train[i].rows for i in self.batch(step)], self.recipe.micro_rows))
+
+    def batch_weight(self, step: int) -> float:
+        """The normaliser of global batch `step`: the sum of its loss weights."""
+        return sum(self.train[i].weight for i in self.batch(step))
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimiser step `step`: linear warm-up, then the recipe's schedule down to 0."""
+        recipe, total = self.recipe, self.steps_total
+        warmup = int(recipe.warmup_ratio * total)
+        if step < warmup:
+            return recipe.learning_rate * (step + 1) / warmup
+        share = (step - warmup) / max(1, total - warmup)
+        match recipe.schedule:
+            case "constant":
+                return recipe.learning_rate
+            case "linear":
+                return recipe.learning_rate * (1 - share)
+            case "cosine":
+                return recipe.learning_rate * 0.5 * (1 + cos(pi * share))
+            case other:
+                raise ValueError(f"schedule: {other!r} is unknown; choices: constant, linear, cosine")
+
+
+@lru_cache(maxsize=256)
+def permutation(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of samples in an epoch: sorted by a hash of (seed, epoch, number); no generator to save or restore."""
+    return tuple(sorted(range(count), key=lambda i: sha256(f"{seed}/{epoch}/{i}".encode()).digest()))
+
+
+def _split(numbers: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[tuple[int, ...]]:
+    piece: list[int] = []
+    filled = 0
+    for number, height in zip(numbers, rows):
+        if piece and filled + height > limit:
+            yield tuple(piece)
+            piece, filled = [], 0
+        piece.append(number)
+        filled += height
+    if piece:
+        yield tuple(piece)

@@ -1,0 +1,40 @@
+"""Next-token cross-entropy through the frozen head, a few rows at a time: float32 logits of the whole batch never exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.linear import padded
+
+CHUNK = 128
+
+
+def token_losses(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """-log p(target) of every row, [N] in float32 or wider. No gradient."""
+    parts = [
+        F.cross_entropy(backbone.logits(hidden_ND[i : i + CHUNK]), targets_N[i : i + CHUNK], reduction="none")
+        for i in range(0, len(hidden_ND), CHUNK)
+    ]
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
+
+
+def losses_and_gradient(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Row losses [N] and d(sum of factor * loss) / d hidden [N, hidden], row by row independent of the other rows.
+
+    The head is frozen, so the gradient is ready as soon as the logits are; they are freed chunk by chunk.
+    """
+    losses, gradients = [], []
+    for i in range(0, len(hidden_ND), CHUNK):
+        hidden, targets, factors = hidden_ND[i : i + CHUNK], targets_N[i : i + CHUNK], factors_N[i : i + CHUNK]
+        logits = backbone.logits(hidden)
+        peak = torch.logsumexp(logits, dim=1, keepdim=True)
+        losses.append((peak - logits.gather(1, targets.unsqueeze(1))).squeeze(1))
+        slope = logits.sub_(peak).exp_()
+        slope.scatter_add_(1, targets.unsqueeze(1), slope.new_full((len(targets), 1), -1.0))
+        slope.mul_(factors.unsqueeze(1))
+        rows = F.pad(slope.to(hidden.dtype), (0, 0, 0, padded(len(hidden)) - len(hidden)))
+        gradients.append(backbone.head.transposed_product(rows)[: len(hidden)])
+    return torch.cat(losses), torch.cat(gradients)

@@ -1,0 +1,35 @@
+"""One job's optimiser step on its slab: clip by its own norm, then AdamW (Loshchilov & Hutter 2019) in float32."""
+
+from __future__ import annotations
+
+import torch
+
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.trainers.job import Recipe
+
+
+def grad_norm(slab: Slab) -> float:
+    """L2 norm of the job's whole gradient; inf or nan when any part is."""
+    return float(torch.linalg.vector_norm(slab.grad))
+
+
+def adamw(slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: float) -> None:
+    """Update the master weights with the collected gradient; `step` counts from 0. The gradient is cleared."""
+    if recipe.max_grad_norm and norm > recipe.max_grad_norm:
+        slab.grad.mul_(recipe.max_grad_norm / (norm + 1e-6))
+    torch._fused_adamw_(
+        [slab.master],
+        [slab.grad],
+        [slab.exp_avg],
+        [slab.exp_avg_sq],
+        [],
+        [torch.tensor(float(step + 1))],
+        lr=learning_rate,
+        beta1=recipe.betas[0],
+        beta2=recipe.betas[1],
+        weight_decay=recipe.weight_decay,
+        eps=recipe.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    slab.grad.zero_()

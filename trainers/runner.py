@@ -1,0 +1,236 @@
+"""The pack: the jobs that share one backbone's forward and backward. Knows no Ray and no store; one call is one packed step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from polygraft.grafts.init import initialise
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.spec import Branch
+from polygraft.trainers import forward
+from polygraft.trainers.forward import Share
+from polygraft.trainers.job import Sample, TrainJob
+from polygraft.trainers.optim import adamw, grad_norm
+
+PATIENCE = 5  # non-finite steps in a row that end a job
+
+
+@dataclass(slots=True)
+class Active:
+    """A job in the pack and how far it is; everything but `slab` is rebuilt from (job, step) after a restart.
+
+    `micro` counts the micro-batches of global batch `step` that are already collected; `chain` is the digest of all sample
+    numbers that went into completed steps, the identity of the work done.
+    """
+
+    job: TrainJob
+    slab: Slab
+    step: int = 0
+    micro: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+    skipped: int = 0
+    chain: str = ""
+    loss_before: float | None = None
+    served_rows: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.job.steps_total
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A job completed optimiser step `step`: its loss over the global batch, gradient norm and learning rate."""
+
+    job: str
+    step: int
+    loss: float
+    norm: float
+    learning_rate: float
+    tokens: int
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A job that cannot go on, by its own fault; the others do."""
+
+    job: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackStep:
+    """What one packed step did."""
+
+    number: int
+    rows: int
+    jobs: tuple[str, ...]
+    stepped: tuple[Stepped, ...]
+    failed: tuple[Failed, ...]
+    seconds: float
+
+
+class PackRunner:
+    """Jobs join and leave between steps. A job's arithmetic depends on the job alone; the pack chooses only who rides together."""
+
+    def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
+        self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
+        self.jobs: dict[str, Active] = {}
+        self.steps = 0
+        self._stacks: Stacks = backbone.stacks(())
+
+    def admit(self, job: TrainJob) -> Active:
+        """Join as a new job at step 0, with starting values drawn from the job's seed."""
+        prompt = job.train[0].ids
+        slab = Slab(job.spec, self.backbone.shape, initialise(job.spec, self.backbone, seed=job.recipe.seed, prompt=prompt))
+        return self.restore(Active(job, slab))
+
+    def restore(self, active: Active) -> Active:
+        """Join with the state of a checkpoint (or a fresh one)."""
+        if active.job.id in self.jobs:
+            raise ValueError(f"job {active.job.id} is already in the pack")
+        self.jobs[active.job.id] = active
+        self._restack()
+        return active
+
+    def remove(self, job: str) -> Active:
+        """Leave the pack; the slab stays with the returned job."""
+        active = self.jobs.pop(job)
+        self._restack()
+        return active
+
+    def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
+        """Mean loss a weighted token of the job's graft over `samples`."""
+        active = self.jobs[job]
+        stacks = self.backbone.stacks((self._resident(active),))
+        total = weight = 0.0
+        for piece in _pieces(samples, self.max_rows):
+            share = Share(0, active.job.spec.prefix_length, piece, tuple(range(len(piece))), 1.0)
+            total += forward.evaluate(self.backbone, stacks, (share,))[0]
+            weight += sum(sample.weight for sample in piece)
+        return total / weight
+
+    def step(self) -> PackStep:
+        """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that are due."""
+        begin = self._clock()
+        riders = self._riders()
+        shares = {active.job.id: self._share(active) for active in riders}
+        losses, failed = self._run(shares)
+        stepped: list[Stepped] = []
+        for job, loss in losses.items():
+            outcome = self._collected(self.jobs[job], shares[job], loss)
+            stepped += [outcome] if isinstance(outcome, Stepped) else []
+            failed += [outcome] if isinstance(outcome, Failed) else []
+        self.steps += 1
+        rows = sum(share.rows for share in shares.values())
+        return PackStep(self.steps, rows, tuple(shares), tuple(stepped), tuple(failed), self._clock() - begin)
+
+    def _riders(self) -> list[Active]:
+        """Unfinished jobs, least served first, while their next micro-batch fits; the first always rides."""
+        room, riders = self.max_rows, []
+        waiting = [active for active in self.jobs.values() if not active.finished]
+        for active in sorted(waiting, key=lambda a: (a.served_rows, a.job.id)):
+            rows = self._share(active).rows
+            if not riders or rows <= room:
+                riders.append(active)
+                room -= rows
+        order = {job: index for index, job in enumerate(self.jobs)}
+        return sorted(riders, key=lambda a: order[a.job.id])
+
+    def _share(self, active: Active) -> Share:
+        job = active.job
+        numbers = job.micro_batches(active.step)[active.micro]
+        dropped = any(isinstance(slot, Branch) and slot.dropout for slot in job.spec.slots)
+        return Share(
+            graft=list(self.jobs).index(job.id),
+            prefix_length=job.spec.prefix_length,
+            samples=tuple(job.train[i] for i in numbers),
+            numbers=numbers,
+            normaliser=job.batch_weight(active.step),
+            key=_key(job, active.step) if dropped else None,
+        )
+
+    def _run(self, shares: Mapping[str, Share]) -> tuple[dict[str, float], list[Failed]]:
+        """Losses by job; after an allocation failure whole micro-batches leave the forward, down to the job that fails alone."""
+        if not shares:
+            return {}, []
+        try:
+            losses = forward.train(self.backbone, self._stacks, tuple(shares.values()))
+        except (MemoryError, RuntimeError) as error:
+            if not _allocation_failed(error):
+                raise
+            names = list(shares)
+            if len(names) == 1:
+                return {}, [Failed(names[0], "out_of_memory", f"one micro-batch of {shares[names[0]].rows} rows does not fit")]
+            merged: dict[str, float] = {}
+            failed: list[Failed] = []
+            for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+                part, wrong = self._run({name: shares[name] for name in half})
+                merged |= part
+                failed += wrong
+            return merged, failed
+        for job, share in shares.items():
+            self.jobs[job].slab.collect(self._stacks.pieces[share.graft])
+        return dict(zip(shares, losses)), []
+
+    def _collected(self, active: Active, share: Share, loss: float) -> Stepped | Failed | None:
+        """Account for a collected micro-batch; take the optimiser step when the global batch is complete."""
+        active.loss += loss
+        active.micro += 1
+        active.served_rows += share.rows
+        active.tokens += share.rows
+        if active.micro < len(active.job.micro_batches(active.step)):
+            return None
+        step, job = active.step, active.job
+        rate, norm = job.learning_rate(step), grad_norm(active.slab)
+        usable = math.isfinite(norm) and math.isfinite(active.loss)
+        if usable:
+            adamw(active.slab, job.recipe, step=step, learning_rate=rate, norm=norm)
+            self._stacks.refresh(share.graft)
+            active.skipped = 0
+        else:
+            active.slab.grad.zero_()
+            active.skipped += 1
+        done = Stepped(job.id, step + 1, active.loss, norm, rate, active.tokens, not usable)
+        active.chain = sha256(f"{active.chain}/{job.batch(step)}".encode()).hexdigest()[:16]
+        active.step, active.micro, active.loss = step + 1, 0, 0.0
+        if active.skipped >= PATIENCE:
+            return Failed(job.id, "non_finite_loss", f"loss or gradient was not finite in {PATIENCE} steps in a row; lower learning_rate")
+        return done
+
+    def _resident(self, active: Active) -> Resident:
+        return Resident(active.job.id, active.job.spec, active.slab.views)
+
+    def _restack(self) -> None:
+        self._stacks = self.backbone.stacks([self._resident(active) for active in self.jobs.values()], trainable=True)
+
+
+def _key(job: TrainJob, step: int) -> int:
+    """32-bit signed hash of (job seed, step)."""
+    return int.from_bytes(sha256(f"{job.recipe.seed}/{step}".encode()).digest()[:4], "big", signed=True)
+
+
+def _pieces(samples: Iterable[Sample], limit: int) -> Iterable[tuple[Sample, ...]]:
+    piece: list[Sample] = []
+    for sample in samples:
+        if piece and sum(s.rows for s in piece) + sample.rows > limit:
+            yield tuple(piece)
+            piece = []
+        piece.append(sample)
+    if piece:
+        yield tuple(piece)
+
+
+def _allocation_failed(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
