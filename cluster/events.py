@@ -1,6 +1,7 @@
 """What happened: facts in the past tense, written to one log together with the record they change.
 
-Every event carries the ids and the time (`at`, seconds since the epoch, the writer's clock) that `evolve` needs to replay it.
+Every event carries the ids and the time (`at`, seconds since the epoch, the writer's clock) that `evolve` needs to
+replay it.
 """
 
 from __future__ import annotations

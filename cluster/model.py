@@ -1,6 +1,7 @@
-"""The values of the control plane: jobs, packs, grafts, files, keys, and the snapshot that policy reads. Frozen, stdlib only.
+"""The values of the control plane: jobs, packs, grafts, files, keys, and the snapshot that policy reads.
 
-Times are seconds since the epoch, always given by the writer. What can be computed from other fields is a property or a function.
+All are frozen. Times are seconds since the epoch, always given by the writer. What can be computed from other fields
+is a property or a function.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class DataFile:
 class JobSpec:
     """What was asked for, defaults filled in.
 
-    `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default, times
-    `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
+    `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
+    times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
     """
 
     backbone: str
@@ -86,7 +87,7 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed, in the shape of OpenAI's `error` of a job; `param` names the field of the request, if one is to blame."""
+    """Why a job failed, in OpenAI's shape; `param` names the field of the request, if one is to blame."""
 
     code: str
     message: str
@@ -97,10 +98,11 @@ class JobError:
 class Job:
     """One fine-tune.
 
-    A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits, why it went back to
-    the queue, or why it is being stopped. `attempts` counts packs that failed under it. `parameters` (trainable ones) are known
-    from the submission on where the ingress knows the backbone's shape. `model` is "name@n" once published. Progress (`step`, tokens,
-    losses) is written by the worker without an event; every other field changes only through `evolve`.
+    A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
+    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed under it.
+    `parameters` (trainable ones) are known from the submission on where the ingress knows the backbone's shape.
+    `model` is "name@n" once published. Progress (`step`, tokens, losses) is written by the worker without an event;
+    every other field changes only through `evolve`.
     """
 
     id: JobId
@@ -169,7 +171,7 @@ class Graft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """What the bare name means now (`version`), and the highest version ever given out (`latest`), so that none is reused."""
+    """What the bare name means now (`version`), and the highest version given out (`latest`); none is reused."""
 
     tenant: TenantId
     name: str
@@ -207,7 +209,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Where a backbone can live. Halves are what is handed out: `pack_shares` of its two may hold packs, the rest is for replicas."""
+    """Where a backbone can live. It has two half shares; `pack_shares` of them may hold packs, the others replicas."""
 
     id: DeviceId
     pack_shares: int = 1
@@ -229,7 +231,8 @@ class Study:
 class Limits:
     """What one pack may hold, and when packs and jobs are given up.
 
-    `pack_bytes` covers the jobs' state and one forward of `max_rows` rows at `row_bytes` activation bytes a row; 0 bytes = no limit.
+    `pack_bytes` covers the jobs' state and one forward of `max_rows` rows at `row_bytes` activation bytes a row; 0
+    bytes = no limit.
     """
 
     max_jobs: int = 32

@@ -1,4 +1,4 @@
-"""How a service is set up: one model; flags win over the environment (`POLYGRAFT_*`), the environment over `<home>/config.yaml`."""
+"""How a service is set up: flags win over the environment (`POLYGRAFT_*`), the environment over the YAML file."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute(
 
 
 class PackSettings(BaseModel):
-    """One packed forward has at most `max_rows` rows; a job's micro-batch at most `micro_rows`, a split fixed at admission."""
+    """One packed forward has at most `max_rows` rows; a job's micro-batch, fixed at admission, at most `micro_rows`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_rows: PositiveInt = 512
     micro_rows: PositiveInt = 256
     max_jobs: PositiveInt = 32
-    memory_bytes: NonNegativeInt = Field(default=0, description="for jobs and activations, beside the backbone; 0 = no limit")
+    memory_bytes: NonNegativeInt = Field(default=0, description="for jobs and activations; 0 = no limit")
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
     max_attempts: PositiveInt = Field(default=3, description="a job fails after this many packs failed under it")
@@ -60,9 +60,9 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_streams: PositiveInt = 32
-    max_context: PositiveInt = Field(default=512, description="tokens of prompt and answer, the prefix of a graft among them")
+    max_context: PositiveInt = Field(default=512, description="tokens of prompt and answer, a graft's prefix included")
     kv_bytes: PositiveInt = Field(default=256 << 20, description="the key-value cache")
-    max_rows: PositiveInt = Field(default=256, description="rows of one step: a row a decoding stream, the rest prefill")
+    max_rows: PositiveInt = Field(default=256, description="rows of one step: one a decoding stream, the rest prefill")
     max_queued: NonNegativeInt = Field(default=256, description="requests that may wait; more are answered 429")
 
 
@@ -76,7 +76,7 @@ class LimitSettings(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything a running service was told. Unknown fields are errors; nested ones are POLYGRAFT_PACK__MAX_JOBS and the like."""
+    """Everything a service is told. The environment writes pack.max_jobs as POLYGRAFT_PACK__MAX_JOBS."""
 
     model_config = SettingsConfigDict(env_prefix="POLYGRAFT_", env_nested_delimiter="__", extra="forbid", frozen=True)
 

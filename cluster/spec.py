@@ -1,4 +1,4 @@
-"""What a client may ask for: OpenAI's body for creating a fine-tuning job, our fields beside theirs, and its `JobSpec`."""
+"""What a client may ask for: OpenAI's body of a new fine-tuning job, our fields beside theirs, and its `JobSpec`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Method(_Body):
 
 
 class Owner(_Body):
-    """Whoever started the job and must keep saying that it still wants it: the job is cancelled `lease_s` after the last word."""
+    """Whoever wants the job and must keep saying so: it is cancelled `lease_s` seconds after the last word."""
 
     name: str = Field(min_length=1, max_length=200)
     lease_s: float = Field(ge=1, le=86400)
@@ -125,6 +125,7 @@ class FineTuningRequest(_Body):
         supervised = self.method.supervised if self.method else None
         given = (supervised.hyperparameters if supervised else None) or Hyperparameters()
         basic = self.hyperparameters or given
+        multiplier = basic.learning_rate_multiplier
         return JobSpec(
             backbone=self.model,
             training_file=FileId(self.training_file),
@@ -134,7 +135,7 @@ class FineTuningRequest(_Body):
             epochs=_DEFAULTS.epochs if basic.n_epochs == "auto" else basic.n_epochs,
             batch_size=_DEFAULTS.batch_size if basic.batch_size == "auto" else basic.batch_size,
             learning_rate=given.learning_rate,
-            learning_rate_multiplier=1.0 if basic.learning_rate_multiplier == "auto" else basic.learning_rate_multiplier,
+            learning_rate_multiplier=1.0 if multiplier == "auto" else multiplier,
             optimizer=given.optimizer,
             schedule=given.schedule,
             warmup_ratio=given.warmup_ratio,

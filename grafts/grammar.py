@@ -1,7 +1,7 @@
 """Read what users write for a graft: a union such as `prefix(10) + parallel(64)@0-5 + lora(r=4, at=attn.*)`, or a PEFT config.
 
-    union := term ("+" term)*      term := method ["(" [argument ("," argument)*] ")"] ["@" layers]
-    argument := [key "="] value    layers := number | number "-" number, joined by ","
+union := term ("+" term)*      term := method ["(" [argument ("," argument)*] ")"] ["@" layers]
+argument := [key "="] value    layers := number | number "-" number, joined by ","
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
         name = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     elif kind == "IA3":
         name = "ia3"
-        arguments = {"at": "|".join(sorted(set(map(str, targets)) - set(_strings(config, "feedforward_modules"))))} if targets else {}  # type: ignore[arg-type]
+        arguments = (
+            {"at": "|".join(sorted(set(map(str, targets)) - set(_strings(config, "feedforward_modules"))))}
+            if targets
+            else {}
+        )  # type: ignore[arg-type]
     elif kind == "PREFIX_TUNING":
         name, arguments = "prefix", {"length": config.get("num_virtual_tokens", 20)}
     else:
@@ -65,6 +69,14 @@ def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
     chosen = None if layers is None else tuple(layers) if isinstance(layers, list | tuple) else (int(str(layers)),)
     text = f"{method.name}({', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)})"
     return GraftSpec(text, _at_layers(method.build({key: str(value) for key, value in arguments.items()}), chosen))
+
+
+def learning_rate(text: str) -> float:
+    """The rate to start from for what `text` describes: the smallest of its methods' own."""
+    if text.lstrip().startswith("{"):
+        text = from_peft_config(_object(text)).method
+    names = re.findall(r"(?:^|\+)\s*([a-z][a-z0-9_-]*)", text)
+    return min(find(name).learning_rate for name in names)
 
 
 _REFUSED = ("modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "prefix_projection", "layer_replication")
@@ -108,7 +120,12 @@ def _layer_list(text: str | None) -> Layers:
     found: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)) or int(last or 0) > 9999:
+        if (
+            not first.isdigit()
+            or (dash and not last.isdigit())
+            or (dash and int(last) < int(first))
+            or int(last or 0) > 9999
+        ):
             raise SpecError(f"layers: cannot read {part!r}; write 3 or 0-5, joined by commas")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)

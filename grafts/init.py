@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.route import Attention, Rows, RouteTable
+from polygraft.grafts.runtime.route import Attention, RouteTable, Rows
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import GraftSpec

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from polygraft.grafts.spec import Affine, Branch, GraftSpec, KV, Layers, Norm, Slot, SpecError
+from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Layers, Norm, Slot, SpecError
 
 LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
 SUBLAYER = ("attn.out", "ffn.out")
@@ -108,7 +108,9 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     module names as in PEFT's target_modules (`q_proj`). Raises SpecError when a part matches nothing the op can act on.
     """
     allowed = _allowed(slot)
-    names = tuple(name for name in ALL if any(name in _matches(part, shape.arch, allowed) for part in slot.at.split("|")))
+    names = tuple(
+        name for name in ALL if any(name in _matches(part, shape.arch, allowed) for part in slot.at.split("|"))
+    )
     for part in slot.at.split("|"):
         if not _matches(part, shape.arch, allowed):
             raise SpecError(f"at: {part!r} matches no site for op {slot.op!r}; sites: {', '.join(allowed)}")

@@ -7,7 +7,7 @@ from math import prod
 from typing import Literal
 
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import Affine, Branch, GraftSpec, KV, Norm
+from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm
 
 Part = Literal["A", "B", "g", "b", "m", "k", "v"]
 Start = Literal["kaiming", "zero", "one", "row_norm", "prefix"]

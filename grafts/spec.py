@@ -113,7 +113,8 @@ class GraftSpec:
     def mergeable(self) -> bool:
         """Whether every slot is affine in W, so that the graft can be folded into the weights."""
         return all(
-            not isinstance(slot, KV) and not (isinstance(slot, Branch) and (slot.act != "identity" or slot.tap == "output"))
+            not isinstance(slot, KV)
+            and not (isinstance(slot, Branch) and (slot.act != "identity" or slot.tap == "output"))
             for slot in self.slots
         )
 

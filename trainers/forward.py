@@ -58,7 +58,9 @@ def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[f
     factors = torch.zeros_like(packed.weights)
     for share, (start, stop) in zip(shares, packed.bounds):
         factors[start:stop] = packed.weights[start:stop] / share.normaliser
-    losses, gradient = losses_and_gradient(backbone, hidden.detach()[counted], packed.targets[counted], factors[counted])
+    losses, gradient = losses_and_gradient(
+        backbone, hidden.detach()[counted], packed.targets[counted], factors[counted]
+    )
     into = torch.zeros_like(hidden)
     into[counted] = gradient
     if hidden.requires_grad:

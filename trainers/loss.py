@@ -21,7 +21,9 @@ def token_losses(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor) -> Te
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
 
 
-def losses_and_gradient(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+def losses_and_gradient(
+    backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor, factors_N: Tensor
+) -> tuple[Tensor, Tensor]:
     """Row losses [N] and d(sum of factor * loss) / d hidden [N, hidden], row by row independent of the other rows.
 
     The head is frozen, so the gradient is ready as soon as the logits are; they are freed chunk by chunk.

@@ -91,8 +91,9 @@ class PackRunner:
 
     def admit(self, job: TrainJob) -> Active:
         """Join as a new job at step 0, with starting values drawn from the job's seed."""
-        prompt = job.train[0].ids
-        slab = Slab(job.spec, self.backbone.shape, initialise(job.spec, self.backbone, seed=job.recipe.seed, prompt=prompt))
+        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, prompt=job.train[0].ids)
+        slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype)
+        slab.fill(start)
         return self.restore(Active(job, slab))
 
     def restore(self, active: Active) -> Active:
@@ -110,7 +111,7 @@ class PackRunner:
         return active
 
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
-        """Mean loss a weighted token of the job's graft over `samples`."""
+        """Mean loss of a weighted token under the job's graft over `samples`."""
         active = self.jobs[job]
         stacks = self.backbone.stacks((self._resident(active),))
         total = weight = 0.0
@@ -171,7 +172,9 @@ class PackRunner:
                 raise
             names = list(shares)
             if len(names) == 1:
-                return {}, [Failed(names[0], "out_of_memory", f"one micro-batch of {shares[names[0]].rows} rows does not fit")]
+                return {}, [
+                    Failed(names[0], "out_of_memory", f"one micro-batch of {shares[names[0]].rows} rows does not fit")
+                ]
             merged: dict[str, float] = {}
             failed: list[Failed] = []
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
@@ -205,7 +208,11 @@ class PackRunner:
         active.chain = sha256(f"{active.chain}/{job.batch(step)}".encode()).hexdigest()[:16]
         active.step, active.micro, active.loss = step + 1, 0, 0.0
         if active.skipped >= PATIENCE:
-            return Failed(job.id, "non_finite_loss", f"loss or gradient was not finite in {PATIENCE} steps in a row; lower learning_rate")
+            return Failed(
+                job.id,
+                "non_finite_loss",
+                f"loss or gradient was not finite in {PATIENCE} steps in a row; lower learning_rate",
+            )
         return done
 
     def _resident(self, active: Active) -> Resident:

@@ -1,11 +1,13 @@
 """The store: versioned records, one control log, small streams, leases. The contract every back end keeps.
 
 - Values are frozen; what `get` returned never changes under its reader. All methods may be called from any thread.
-- `commit` and `submit` are atomic: all writes, events and appends, or none. Versions grow over the whole store and are never reused, so
-  an expected version also tells a deleted and recreated record apart; compare them for equality only.
+- `commit` and `submit` are atomic: all writes, events and appends, or none. Versions grow over the whole store and
+  are never reused, so an expected version also tells a deleted and recreated record apart; compare them for equality
+  only.
 - Ids of events and stream entries are "<milliseconds>-<sequence>" and strictly grow within their stream.
 - A returned `commit` or `submit` is on disk (the memory twin: in memory). `append` is not until `durable` returns.
-- StoreUnavailable from `commit` or `submit` means the outcome is unknown: read before writing again. A back end reconnects by itself.
+- StoreUnavailable from `commit` or `submit` means the outcome is unknown: read before writing again. A back end
+  reconnects by itself.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ StreamKey = NewType("StreamKey", str)
 EntryId = NewType("EntryId", str)
 
 OLDEST = EntryId("0-0")  # before every entry of a stream
+IDEMPOTENCY_S = 86400  # how long a submission is remembered
 
 
 class Key(str, Generic[R_co]):
@@ -48,7 +51,7 @@ class Versioned(Generic[R_co]):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Put `value` (None: delete). `expected` is the version found before: 0 = must not exist, None = whatever is there."""
+    """Put `value` (None: delete). `expected`: the version found before; 0 = none there, None = no matter."""
 
     key: Key[Record]
     value: Record | None
@@ -57,7 +60,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """An entry for a stream; the oldest beyond `maxlen` go (about: a server may keep some more). Non-finite numbers become null."""
+    """An entry for a stream, which keeps about the newest `maxlen`. Non-finite numbers become null."""
 
     stream: StreamKey
     entry: Mapping[str, JSON]
@@ -166,10 +169,12 @@ class Store(Protocol):
         """Write records, log events and append to streams, all or nothing. Raises Fenced, Conflict."""
         ...
 
-    def submit(self, idempotency: str | None, digest: str, writes: Sequence[Write], events: Sequence[Event] = ()) -> Submitted:
-        """`commit` that happens once per idempotency key (kept for a day); the result is the first write's key.
+    def submit(
+        self, idempotency: str | None, digest: str, writes: Sequence[Write], events: Sequence[Event] = ()
+    ) -> Submitted:
+        """`commit` that happens once per idempotency key (kept for IDEMPOTENCY_S); the result is the first write's key.
 
-        `idempotency` is the caller's key, the tenant included. Raises IdempotencyConflict if the key came with another `digest`.
+        `idempotency` includes the tenant. Raises IdempotencyConflict if it came with another `digest` before.
         """
         ...
 

@@ -57,7 +57,13 @@ def save(root: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: Mo
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
     try:
         save_file(kept, draft / "graft.safetensors")
-        described = {"schema": SCHEMA, "id": identity, "backbone": backbone, "shape": asdict(shape), "spec": json.loads(spec.to_json())}
+        described = {
+            "schema": SCHEMA,
+            "id": identity,
+            "backbone": backbone,
+            "shape": asdict(shape),
+            "spec": json.loads(spec.to_json()),
+        }
         with open(draft / "graft.json", "w") as file:
             json.dump(described, file, indent=1)
             file.flush()

@@ -51,7 +51,9 @@ def methods() -> Mapping[str, Method]:
     for module in _MODULES:
         for method in import_module(f"polygraft.grafts.methods.{module}").METHODS:
             for name in (method.name, *method.aliases):
-                assert not any(name in (other.name, *other.aliases) for other in table.values()), f"{name} is declared twice"
+                assert not any(name in (other.name, *other.aliases) for other in table.values()), (
+                    f"{name} is declared twice"
+                )
             table[method.name] = method
     return dict(sorted(table.items()))
 

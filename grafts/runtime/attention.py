@@ -61,5 +61,3 @@ def register() -> str:
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
     return NAME
-
-

@@ -14,7 +14,7 @@ from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.runtime.modules import SiteLinear, SiteNorm, Sublayer
 from polygraft.grafts.runtime.pretrained import fingerprint
-from polygraft.grafts.runtime.route import Attention, Rows, RouteTable, routed
+from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sites import ModelShape, Site, module_path
 
@@ -64,7 +64,9 @@ class Backbone:
             embedded = F.embedding(ids, self.embedding)
             if stacks.trainable and torch.is_grad_enabled():
                 embedded.requires_grad_()
-            hidden: Tensor = self.decoder(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+            hidden: Tensor = self.decoder(
+                inputs_embeds=embedded, position_ids=positions, use_cache=False
+            ).last_hidden_state
         return hidden[0, : len(rows)]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -100,4 +102,6 @@ class Backbone:
 
 def best_dtype() -> torch.dtype:
     """bf16 where the processor multiplies in it, else float32."""
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    return (
+        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    )

@@ -14,7 +14,9 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
 
-BUCKET_BLOCKS = 4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
+BUCKET_BLOCKS = (
+    4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
+)
 
 
 class KVCache:

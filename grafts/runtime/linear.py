@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-GRAIN, FLOOR = 8, 16  # rows of every forward are a multiple of 8 and at least 16: there oneDNN's row results ignore the row count
+GRAIN, FLOOR = (
+    8,
+    16,
+)  # rows of every forward are a multiple of 8 and at least 16: there oneDNN's row results ignore the row count
 
 
 def padded(rows: int) -> int:
@@ -33,7 +36,9 @@ class FrozenLinear:
         self.row_sq = torch.cat([w.to(wide).square().sum(1) for w in weight.split(4096)])
         some = any(bias is not None for bias in biases)
         self.bias = (
-            torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases)]) if some else None
+            torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases)])
+            if some
+            else None
         )
         self._packs = self.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu"
         self._weight = _pack(weight) if self._packs else weight

@@ -16,15 +16,17 @@ from polygraft.grafts.spec import GraftSpec
 class Slab:
     """Job-major memory: to save, clone or move a job is to copy three tensors. `views` are the master's tensors by name."""
 
-    def __init__(self, spec: GraftSpec, shape: ModelShape, start: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: GraftSpec, shape: ModelShape, dtype: torch.dtype = torch.float32) -> None:
         layout = tensors(spec, shape)
-        dtype = next(iter(start.values())).dtype
         self.master, self.grad, self.exp_avg, self.exp_avg_sq = (
             torch.zeros(sum(t.numel for t in layout), dtype=dtype) for _ in range(4)
         )
         sizes = [t.numel for t in layout]
         self.views = {t.name: v.view(t.shape) for t, v in zip(layout, self.master.split(sizes))}
         self._grads = {t.name: v for t, v in zip(layout, self.grad.split(sizes))}
+
+    def fill(self, start: Mapping[str, Tensor]) -> None:
+        """Set the master weights from tensors by name."""
         for name, view in self.views.items():
             view.copy_(start[name])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
-from polygraft.grafts.spec import Affine, Branch, GraftSpec, KV, Norm, Slot
+from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm, Slot
 from polygraft.kernels.norm.op import row_norm
 
 
@@ -96,7 +96,9 @@ class Stacks:
         trainable: bool = False,
     ) -> Stacks:
         """Stacks holding `residents` in order; with `trainable` each stack is a leaf that collects a gradient."""
-        places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(lambda: defaultdict(list))
+        places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         for index, resident in enumerate(residents):
             for tensor in tensors(resident.spec, shape):
                 slot = resident.spec.slots[tensor.slot]
@@ -109,7 +111,9 @@ class Stacks:
             entries: list[Entry] = []
             for part, members in parts.items():
                 heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
-                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in ("affine", "norm") else dtype)
+                stack = torch.empty(
+                    sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in ("affine", "norm") else dtype
+                )
                 built[part], entries, first = stack, [], 0
                 for (index, tensor, slot), height in zip(members, heights):
                     pieces[index].append(Piece(tensor, stack, first, first + height))

@@ -1,4 +1,4 @@
-"""How a conversation becomes text: the tokenizer's chat template, rendered as transformers renders it but within limits."""
+"""How a conversation becomes text: the tokenizer's chat template, rendered as in transformers but within limits."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class _Namespace(Namespace):
     """Jinja's, without the attributes that would lead into Python's internals."""
 
     def __init__(*args: object, **kwargs: object) -> None:  # noqa: N805 - so that `namespace(self=1)` works, as in Jinja
-        self, values = args[0], dict(*args[1:], **kwargs)  # type: ignore[call-overload]
+        self, values = args[0], dict(*args[1:], **kwargs)
         for name in values:
             _public(name)
-        Namespace.__init__(self, values)  # type: ignore[arg-type]
+        Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: object) -> None:
         _public(name)

@@ -14,9 +14,9 @@ _CONTEXT_TOKENS = 6
 class Detokeniser:
     """Text of a growing list of ids. A function of the ids alone: feeding the same ones again rebuilds the same state.
 
-    Each step decodes a short window that begins at a character boundary, one emission back, so that a decoder which drops
-    the space of its first token never drops one that was meant. The same as vLLM's and TGI's incremental decoding, except
-    that bytes which can never become a character are not held back for ever.
+    Each step decodes a short window that begins at a character boundary, one emission back, so that a decoder which
+    drops the space of its first token never drops one that was meant. This is vLLM's and TGI's incremental decoding,
+    except that bytes which can never become a character are not held back for ever.
     """
 
     def __init__(self, tokeniser: Tokeniser, context: Sequence[int] = ()) -> None:
@@ -40,7 +40,7 @@ class Detokeniser:
         text = self._decode(self._ids[self._start :])
         broken = len(text) - len(text.rstrip(_BROKEN))
         if broken:
-            # Decoders with byte fallback (Llama 2) break the whole run until it is complete, byte-level ones its end only.
+            # Until a run is complete, byte-fallback decoders (Llama 2) break all of it, byte-level ones only its end.
             pending = len(self._ids) - self._read
             return self._show(text, broken if pending <= _CHARACTER_TOKENS else 1)
         new = self._show(text, 0)

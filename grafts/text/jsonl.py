@@ -1,4 +1,4 @@
-"""What a training file holds: chat examples, one JSON object a line, in OpenAI's fine-tuning format. Checked line by line.
+"""What a training file holds: chat examples in OpenAI's fine-tuning format, one JSON object a line, each checked.
 
 Source of the format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`.
 """

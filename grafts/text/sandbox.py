@@ -1,9 +1,9 @@
-"""Where a chat template runs: Jinja2's immutable sandbox, and a budget that a hostile template uses up instead of the machine.
+"""Where a chat template runs: Jinja2's immutable sandbox, plus a budget that a hostile template uses up instead of us.
 
 Jinja's sandbox keeps a template from Python's internals and from files, not from time and memory. Two rules close that:
-whatever builds a value (operators, `~`, calls, filters, literals, output) pays for its size before or as it is built, and
-every turn of a loop and every call pays a step and looks at the clock. So no value outgrows the budget, and no run outlasts
-the deadline by more than one operation on such a value.
+whatever builds a value (operators, `~`, calls, filters, displays, output) pays for its size before or as it is built,
+and every turn of a loop and every call pays a step and looks at the clock. So no value outgrows the budget, and no run
+outlasts the deadline by more than one operation on such a value.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class TemplateLimit(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one rendering may use. Steps: loop turns, calls, elements of values. Characters: all text built, shown or not."""
+    """What one rendering may use: steps (loop turns, calls, elements of values) and characters (all text it builds)."""
 
-    steps: int = 2_000_000
+    steps: int = 1_000_000
     characters: int = 16_000_000
     seconds: float = 5.0
 
@@ -53,7 +53,7 @@ class _Account:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """A Jinja environment without loader, whose templates must run inside `metered()`. Threads do not share an account."""
+    """A Jinja environment without loader, whose templates run inside `metered()`. Each thread has its own account."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -101,7 +101,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(map(str, parts))
 
     def held(self, value: object) -> object:
-        """What a list, tuple or dict display compiles to: nesting one value in itself over and over costs its full size."""
+        """What a list, tuple or dict display compiles to: nesting a value in copies of itself costs its full size."""
         self.pay(_elements(value, self._budget.steps))
         return value
 
@@ -188,7 +188,8 @@ def _metered(template: nodes.Template) -> nodes.Template:
         node.body.insert(0, nodes.ExprStmt(pay))  # type: ignore[attr-defined]
     _replace(template)
     template.set_environment(template.environment)  # type: ignore[arg-type]
-    return template.set_lineno(1)
+    template.set_lineno(1)
+    return template
 
 
 def _replace(node: nodes.Node) -> None:
@@ -252,7 +253,7 @@ def _magnitude(value: object) -> int:
 
 
 def _too_large(operator: str, left: object, right: object, limit: int) -> bool:
-    """Whether `*` or `**` would repeat a sequence beyond `limit`, or compute an integer of more than a few thousand digits."""
+    """Whether `*` or `**` would repeat a sequence beyond `limit`, or give an integer of more than 10,000 bits."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length() > 10_000
     if isinstance(left, (int, str, bytes, list, tuple)) and isinstance(right, (int, str, bytes, list, tuple)):

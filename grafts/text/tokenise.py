@@ -1,4 +1,4 @@
-"""How text becomes token ids and loss weights: the backbone's tokenizer.json and chat template, without transformers."""
+"""How text becomes token ids and loss weights: the backbone's tokenizer.json and chat template, read directly."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class TokeniserError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A training example. `weights[t]` is the loss weight of predicting `ids[t]` from what stands before it; the first is 0."""
+    """A training example. `weights[t]` is the loss weight of predicting `ids[t]`, so `weights[0]` is 0."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
 
 
 class Tokeniser:
-    """A tokenizer with its chat template and stop tokens. Build it with `Tokeniser.load`. Safe to share between threads."""
+    """A tokenizer with its chat template and stop tokens. Build it with `Tokeniser.load`. Threads can share it."""
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat | None, eos_ids: tuple[int, ...], fingerprint: str) -> None:
         tokenizer.no_truncation()  # tokenizer.json may ask for either; lengths are ours to decide
@@ -124,9 +124,9 @@ class Tokeniser:
     def _contents(self, example: Example, text: str) -> list[range]:
         """Where in `text` the characters of each message's content lie; empty for messages that are not trained.
 
-        The conversation is rendered a second time with a private character before and after the contents. Unlike comparing
-        renderings of growing prefixes, this holds for templates that treat the last turn, the first turn or a missing
-        system prompt in their own way. That the marks changed nothing else is checked.
+        The conversation is rendered a second time with a private character before and after the contents. Unlike
+        comparing renderings of growing prefixes, this holds for templates that treat the last turn, the first turn or a
+        missing system prompt in their own way. That the marks changed nothing else is checked.
         """
         letters = set().union(*(message.content for message in example.messages), text)
         free = (chr(code) for code in _PRIVATE if chr(code) not in letters)
@@ -139,7 +139,7 @@ class Tokeniser:
         if marked.translate({ord(character): None for character in every}) != text or any(
             marked.count(character) != 1 for character in every
         ):
-            raise ChatError("the chat template rewrites the assistant's text, so the tokens to train cannot be told apart")
+            raise ChatError("the chat template rewrites the assistant's text, so its tokens cannot be found")
         at = {marked.index(character): character for character in every}
         place = {character: index - before for before, (index, character) in enumerate(sorted(at.items()))}
         found = []

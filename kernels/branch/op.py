@@ -20,7 +20,9 @@ def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Seg
     """
     if not segments.runs:
         return y_TO
-    if torch.is_grad_enabled() and (x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad):
+    if torch.is_grad_enabled() and (
+        x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad
+    ):
         return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
     runs = ((run.count, run.rows, run.size) for run in segments.runs)
     if cost.stacking_pays(len(x_TI), len(A_RI), runs, A_RI.shape[1], B_RO.shape[1]):

@@ -82,7 +82,9 @@ class Segments:
     def covers(self, stack_rows: int) -> bool:
         """Whether the segments touch every stack row just once, so that a gradient can be written without clearing."""
         edges = sorted((segment.first, segment.last) for segment in self.items if segment.rows and segment.size)
-        return sum(last - first for first, last in edges) == stack_rows and all(a[1] <= b[0] for a, b in zip(edges, edges[1:]))
+        return sum(last - first for first, last in edges) == stack_rows and all(
+            a[1] <= b[0] for a, b in zip(edges, edges[1:])
+        )
 
     def scales_TR(self, rows: int, stack_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(factor, foreign) of batch row by stack row, both [rows, stack_rows]; kept, since many sites share them."""

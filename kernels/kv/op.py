@@ -13,7 +13,9 @@ from torch.autograd.function import FunctionCtx
 from polygraft.kernels.kv.layout import Bucket, Layout
 
 
-def attend(q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float) -> Tensor:
+def attend(
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
+) -> Tensor:
     """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]]; rows outside sequences are 0.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim]. Scores and

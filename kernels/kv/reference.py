@@ -6,7 +6,9 @@ from torch import Tensor
 from polygraft.kernels.kv.layout import Layout
 
 
-def attend(q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float) -> Tensor:
+def attend(
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
+) -> Tensor:
     """softmax(scaling * q [pk; k]^T, causal) [pv; v] of every sequence; rows outside sequences are 0. Same shapes as the op."""
     wide = torch.promote_types(q_TE.dtype, torch.float32)
     pieces: list[Tensor] = []
@@ -17,7 +19,10 @@ def attend(q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tenso
         prefix = slice(s.prefix_first, s.prefix_first + s.prefix_length)
         q = q_TE[rows].to(wide).unflatten(1, (layout.heads, -1)).transpose(0, 1)
         k, v = (
-            torch.cat([p[prefix], x[rows]]).to(wide).unflatten(1, (layout.kv_heads, -1)).transpose(0, 1)
+            torch.cat([p[prefix], x[rows]])
+            .to(wide)
+            .unflatten(1, (layout.kv_heads, -1))
+            .transpose(0, 1)
             .repeat_interleave(layout.heads // layout.kv_heads, 0)
             for p, x in ((pk_PC, k_TC), (pv_PC, v_TC))
         )

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from polygraft.cluster.store.base import Conflict, StoreUnavailable
+from polygraft.cluster.validation import shown
 
 _LOG = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}
-_SHOWN = 120
 
 
 class ApiError(Exception):
@@ -48,12 +48,6 @@ def unavailable(message: str, retry_after_s: int = 2) -> ApiError:
 def body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": _TYPES.get(status, _family(status)), "param": param, "code": code}}
-
-
-def shown(value: object) -> str:
-    """`value` as an error message repeats it: quoted, cut to a line."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def answer(error: ApiError) -> JSONResponse:
@@ -96,16 +90,9 @@ def _family(status: int) -> str:
 
 
 def _invalid(problems: Sequence[Mapping[str, object]]) -> ApiError:
+    """A query or path parameter that FastAPI refused; bodies are read in body.py."""
     first = problems[0]
     location = first["loc"]
     assert isinstance(location, tuple | list)
-    param = ".".join(str(part) for part in location if part not in ("body", "query", "path")) or None
-    match first["type"]:
-        case "json_invalid":
-            return bad_request(f"the body is not JSON: {first.get('ctx') or first['msg']}", code="invalid_json")
-        case "extra_forbidden":
-            return bad_request(f"{param}: unknown field (got {shown(first['input'])}); remove it", param=param, code="unknown_parameter")
-        case "missing":
-            return bad_request(f"{param or 'body'}: required, but missing", param=param, code="missing_required_parameter")
-        case _:
-            return bad_request(f"{param}: {first['msg']} (got {shown(first['input'])})", param=param, code="invalid_value")
+    param = ".".join(str(part) for part in location[1:])
+    return bad_request(f"{param}: {first['msg']} (got {shown(first['input'])})", param=param, code="invalid_value")

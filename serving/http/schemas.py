@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class TextPart(_Body):
@@ -194,7 +194,7 @@ class Deleted(_Body):
 
 
 class ModelObject(_Body):
-    """`root` is the backbone a graft was trained on and `parent` what it derives from, as vLLM reports LoRA modules."""
+    """As vLLM reports LoRA modules: `root` is the weights that answer, `parent` the backbone they were trained on."""
 
     id: str
     object: Literal["model"] = "model"
@@ -232,6 +232,7 @@ class FineTuningJob(_Body):
     integrations: tuple[str, ...] = ()
     metadata: dict[str, str]
     # Ours.
+    suffix: str | None
     graft: str | None
     pack: str | None
     parameters: int | None
@@ -239,7 +240,15 @@ class FineTuningJob(_Body):
     steps_total: int | None
     loss_before: float | None
     loss_after: float | None
+    reason: str | None
+    owner: str | None
     lease_until: int | None
+
+
+class Renewal(_Body):
+    """Body of POST /v1/fine_tuning/jobs/{id}/renew."""
+
+    lease_s: float = Field(ge=1, le=86400, allow_inf_nan=False)
 
 
 class FineTuningJobEvent(_Body):

@@ -14,7 +14,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from polygraft.serving.http.errors import ApiError, bad_request, shown
+from polygraft.cluster.validation import shown
+from polygraft.serving.http.errors import ApiError, bad_request
 
 _FIELD_LIMIT = 1024
 

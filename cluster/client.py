@@ -1,0 +1,277 @@
+"""The HTTP API as the command line, the demo and searches use it: a thin, blocking client without torch and Ray.
+
+Bodies of requests are OpenAI's (see `cluster/spec.py` for what a job may ask for); answers are read leniently, so that a newer server
+may say more. A failed call raises `ApiFailure` with OpenAI's error object.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
+from polygraft.cluster.settings import Settings
+
+FINAL = ("succeeded", "failed", "cancelled")
+_PAGE = 100
+_RETRIES = 3
+_RETRIABLE = (429, 503)
+M = TypeVar("M", bound="_Answer")
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class JobFault(_Answer):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class RemoteFile(_Answer):
+    id: str
+    filename: str
+    bytes: int
+    created_at: int
+
+
+class RemoteJob(_Answer):
+    """A fine-tuning job as its tenant sees it; times in whole seconds since 1970, losses on held-out examples."""
+
+    id: str
+    status: str
+    model: str
+    fine_tuned_model: str | None = None
+    created_at: int
+    started_at: int | None = None
+    finished_at: int | None = None
+    trained_tokens: int | None = None
+    method: dict[str, JsonValue] = {}
+    error: JobFault | None = None
+    graft: str | None = None
+    pack: str | None = None
+    parameters: int | None = None
+    step: int = 0
+    steps_total: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.status in FINAL
+
+    @property
+    def peft(self) -> str:
+        """The graft asked for: the union's text, or a PEFT config as JSON."""
+        inner = self.method.get("supervised")
+        parameters = inner.get("hyperparameters") if isinstance(inner, dict) else None
+        value = parameters.get("peft") if isinstance(parameters, dict) else None
+        return value if isinstance(value, str) else json.dumps(value)
+
+
+class JobEvent(_Answer):
+    id: str
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, JsonValue] | None = None
+
+
+class RemoteModel(_Answer):
+    """A model that may be asked: the backbone itself (`parent` None), or a graft on it."""
+
+    id: str
+    created: int
+    owned_by: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class ApiFailure(Exception):
+    """The service refused or failed; the fields are those of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, *, kind: str = "", param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+
+
+class Client:
+    """One tenant's view of a service. Safe to use from one thread at a time; close it, or use it as a context."""
+
+    def __init__(self, url: str, key: str, *, transport: httpx.BaseTransport | None = None, timeout_s: float = 60.0) -> None:
+        self.url = url
+        self._http = httpx.Client(
+            base_url=f"{url}/v1", headers={"Authorization": f"Bearer {key}"}, transport=transport, timeout=timeout_s, trust_env=False
+        )
+
+    @staticmethod
+    def local(settings: Settings) -> Client:
+        """The service that runs under the home folder, as its local tenant. Raises ServiceNotRunning."""
+        return Client(find_service(settings.service_path).url, read_key(settings.api_key_path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def upload(self, file: Path | bytes, *, filename: str | None = None, purpose: str = "fine-tune") -> RemoteFile:
+        """Send a JSONL file; it is checked before this returns."""
+        if isinstance(file, bytes):
+            return self._upload(filename or "data.jsonl", file, purpose)
+        with file.open("rb") as content:
+            return self._upload(filename or file.name, content, purpose)
+
+    def create_job(self, body: Mapping[str, JsonValue], *, idempotency_key: str | None = None) -> RemoteJob:
+        """Submit a job; with an idempotency key, submitting it again returns the first one."""
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        return self._ask(RemoteJob, "POST", "/fine_tuning/jobs", body=body, headers=headers)
+
+    def job(self, job: str) -> RemoteJob:
+        return self._ask(RemoteJob, "GET", f"/fine_tuning/jobs/{_segment(job)}")
+
+    def jobs(self, limit: int | None = None) -> Iterator[RemoteJob]:
+        """The tenant's jobs, newest first."""
+        return self._pages(RemoteJob, "/fine_tuning/jobs", limit=limit)
+
+    def cancel(self, job: str) -> RemoteJob:
+        return self._ask(RemoteJob, "POST", f"/fine_tuning/jobs/{_segment(job)}/cancel")
+
+    def renew(self, job: str, lease_s: float) -> RemoteJob:
+        """Say for the job's owner that it is still wanted, for `lease_s` seconds more."""
+        return self._ask(RemoteJob, "POST", f"/fine_tuning/jobs/{_segment(job)}/renew", body={"lease_s": lease_s})
+
+    def events(self, job: str, *, limit: int | None = None) -> Iterator[JobEvent]:
+        """The job's events and metrics, newest first."""
+        return self._pages(JobEvent, f"/fine_tuning/jobs/{_segment(job)}/events", limit=limit)
+
+    def models(self) -> list[RemoteModel]:
+        return list(self._pages(RemoteModel, "/models"))
+
+    def wait(self, job: str, on_progress: Callable[[RemoteJob], None] | None = None, *, period_s: float = 0.5) -> RemoteJob:
+        """The job once it is final, however it ended; `on_progress` sees it each time it is looked at."""
+        while True:
+            seen = self.job(job)
+            if on_progress:
+                on_progress(seen)
+            if seen.final:
+                return seen
+            time.sleep(period_s)
+
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float | None = None) -> Iterator[str]:
+        """The answer's text, piece by piece as it is generated."""
+        body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        given = {name: value for name, value in body.items() if value is not None}
+        with _reached(self.url), self._http.stream("POST", "/chat/completions", json=given) as answer:
+            if answer.is_error:
+                answer.read()
+                raise _failure(answer)
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield from _texts(answer.status_code, json.loads(line.removeprefix("data: ")))
+
+    def _upload(self, filename: str, content: bytes | BinaryIO, purpose: str) -> RemoteFile:
+        answer = self._send(self._http.build_request("POST", "/files", files={"file": (filename, content)}, data={"purpose": purpose}))
+        return RemoteFile.model_validate_json(answer.content)
+
+    def _ask(
+        self, kind: type[M], method: str, path: str, *, body: Mapping[str, JsonValue] | None = None, headers: Mapping[str, str] | None = None
+    ) -> M:
+        request = self._http.build_request(method, path, json=body, headers=dict(headers or {}))
+        return kind.model_validate_json(self._send(request).content)
+
+    def _pages(self, kind: type[M], path: str, *, limit: int | None = None) -> Iterator[M]:
+        """Items of a list answer, page after page."""
+        after: str | None = None
+        left = limit
+        while left is None or left > 0:
+            parameters: dict[str, str | int] = {"limit": min(_PAGE, left or _PAGE)}
+            if after:
+                parameters["after"] = after
+            page = self._send(self._http.build_request("GET", path, params=parameters)).json()
+            for item in page["data"]:
+                yield kind.model_validate(item)
+            if not page.get("has_more") or not page["data"]:
+                return
+            after = page["data"][-1]["id"]
+            left = None if left is None else left - len(page["data"])
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        """The answer; asked again while the service says that it is busy or its store is down, when asking twice changes nothing."""
+        repeatable = request.method == "GET" or "Idempotency-Key" in request.headers
+        for attempt in range(_RETRIES + 1):
+            with _reached(self.url):
+                answer = self._http.send(request)
+            if answer.status_code not in _RETRIABLE or not repeatable or attempt == _RETRIES:
+                break
+            time.sleep(_retry_after_s(answer, attempt))
+        if answer.is_error:
+            raise _failure(answer)
+        return answer
+
+
+@contextmanager
+def _reached(url: str) -> Iterator[None]:
+    """Turns "nobody listens there" into ServiceNotRunning, and a connection that broke into ApiFailure."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout):
+        raise ServiceNotRunning(f"nothing answers at {url}; start the service with: polygraft up") from None
+    except httpx.TransportError as error:
+        raise ApiFailure(0, f"{url} did not answer: {error or type(error).__name__}") from None
+
+
+def _texts(status: int, chunk: Mapping[str, JsonValue]) -> Iterator[str]:
+    """Text in one frame of a streamed answer; an error after the first token arrives as a frame too."""
+    if isinstance(error := chunk.get("error"), dict):
+        raise _described(status, error)
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        content = delta.get("content") if isinstance(delta, dict) else None
+        if isinstance(content, str):
+            yield content
+
+
+def _failure(answer: httpx.Response) -> ApiFailure:
+    try:
+        body = answer.json()
+        error = body["error"]
+        assert isinstance(error, dict)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        return ApiFailure(answer.status_code, f"HTTP {answer.status_code}: {answer.text[:500]}")
+    return _described(answer.status_code, error)
+
+
+def _described(status: int, error: Mapping[str, JsonValue]) -> ApiFailure:
+    def text(name: str) -> str | None:
+        value = error.get(name)
+        return None if value is None else str(value)
+
+    return ApiFailure(status, text("message") or "no message", kind=text("type") or "", param=text("param"), code=text("code"))
+
+
+def _retry_after_s(answer: httpx.Response, attempt: int) -> float:
+    told = answer.headers.get("Retry-After", "")
+    return min(float(told), 10.0) if told.isdigit() else 0.5 * 2.0**attempt
+
+
+def _segment(text: str) -> str:
+    return quote(text, safe="@")

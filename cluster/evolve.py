@@ -1,0 +1,191 @@
+"""How facts change the state: the only place where a job's or a pack's state moves. Pure; the store's writers use it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TypeVar, assert_never
+
+from polygraft.cluster.events import (
+    DeviceJoined,
+    DeviceLost,
+    Event,
+    JobAdmitted,
+    JobCancelled,
+    JobCancelRequested,
+    JobEvent,
+    JobFailed,
+    JobHeld,
+    JobLeaseRenewed,
+    JobRequeued,
+    JobStarted,
+    JobStopping,
+    JobSubmitted,
+    JobSucceeded,
+    PackClosed,
+    PackClosing,
+    PackEvent,
+    PackFailed,
+    PackOpened,
+    PackOpening,
+    ReplicaClosed,
+    ReplicaOpened,
+)
+from polygraft.cluster.model import Device, EventId, Job, JobId, Pack, PackId, Replica, Snapshot
+from polygraft.cluster.states import IllegalTransition, JobState, PackState, check_job, check_pack, is_final
+
+RECENT_JOBS = 200  # finished jobs a snapshot remembers
+RECENT_PACKS = 20
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def apply(snapshot: Snapshot, version: EventId, event: Event) -> Snapshot:
+    """The snapshot after the event. What names a job or pack that is not there any more changes only the version.
+
+    Raises IllegalTransition for an event that cannot have happened.
+    """
+    after = replace(snapshot, version=version, now=max(snapshot.now, event.at))
+    match event:
+        case JobSubmitted(record=job):
+            return replace(after, jobs=_with(snapshot.jobs, job.id, job))
+        case PackOpening():
+            pack = opening(event)
+            return replace(after, packs=_with(snapshot.packs, pack.id, pack))
+        case PackOpened() | PackClosing() | PackClosed() | PackFailed():
+            found = snapshot.packs.get(event.pack)
+            if found is None:
+                return after
+            packs = _with(snapshot.packs, found.id, pack_after(found, event))
+            return replace(after, packs=_forget_packs(packs))
+        case ReplicaOpened(replica=id_, backbone=backbone, device=device):
+            replica = Replica(id=id_, backbone=backbone, device=device, opened_at=event.at)
+            return replace(after, replicas=_with(snapshot.replicas, id_, replica))
+        case ReplicaClosed(replica=gone):
+            return replace(after, replicas=_without(snapshot.replicas, (gone,)))
+        case DeviceJoined(device=joined, pack_shares=shares):
+            return replace(after, devices=_with(snapshot.devices, joined, Device(id=joined, pack_shares=shares)))
+        case DeviceLost(device=lost):
+            return replace(after, devices=_without(snapshot.devices, (lost,)))
+        case _ if isinstance(event, JobEvent):
+            job_found = snapshot.jobs.get(event.job)
+            if job_found is None:
+                return after
+            jobs = _with(snapshot.jobs, job_found.id, job_after(job_found, event))
+            return replace(after, jobs=_forget_jobs(jobs))
+        case _:
+            return after
+
+
+def job_after(job: Job, event: JobEvent) -> Job:
+    """The job after the event. Raises IllegalTransition."""
+    at = event.at
+    match event:
+        case JobSubmitted(record=record):
+            return record
+        case JobHeld(reason=reason):
+            _require(job, job.waiting, "held")
+            return replace(job, reason=reason)
+        case JobAdmitted(pack=pack):
+            _require(job, job.waiting and not job.cancel_requested, "admitted")
+            return replace(job, pack=pack, reason=None)
+        case JobStarted(pack=pack, parameters=parameters, steps_total=steps):
+            _require(job, job.pack == pack, f"started in {pack}")
+            started = at if job.started_at is None else job.started_at
+            return _moved(job, JobState.RUNNING, started_at=started, parameters=parameters, steps_total=steps)
+        case JobCancelRequested():
+            _require(job, not job.final, "cancel requested")
+            return replace(job, cancel_requested=True)
+        case JobStopping(pack=pack, reason=reason):
+            _require(job, job.active and job.pack == pack, "stopping")
+            return replace(job, stopping=True, reason=reason)
+        case JobLeaseRenewed(until=until):
+            _require(job, not job.final, "lease renewed")
+            return replace(job, lease_until=until)
+        case JobRequeued(reason=reason, blamed=blamed):
+            _require(job, job.active, "requeued")
+            attempts = job.attempts + blamed
+            return replace(
+                job, state=JobState.QUEUED, pack=None, stopping=False, reason=reason, attempts=attempts
+            )
+        case JobSucceeded():
+            return _moved(
+                job,
+                JobState.SUCCEEDED,
+                finished_at=at,
+                model=event.model,
+                graft=event.graft,
+                step=event.step,
+                trained_tokens=event.trained_tokens,
+                loss_before=event.loss_before,
+                loss_after=event.loss_after,
+            )
+        case JobFailed(error=error):
+            return _moved(job, JobState.FAILED, finished_at=at, error=error)
+        case JobCancelled():
+            return _moved(job, JobState.CANCELLED, finished_at=at)
+        case _:
+            assert_never(event)
+
+
+def pack_after(pack: Pack, event: PackEvent) -> Pack:
+    """The pack after the event. Raises IllegalTransition."""
+    match event:
+        case PackOpening():
+            return opening(event)
+        case PackOpened():
+            state, closed_at, error = PackState.OPEN, None, None
+        case PackClosing():
+            state, closed_at, error = PackState.CLOSING, None, None
+        case PackClosed():
+            state, closed_at, error = PackState.CLOSED, event.at, None
+        case PackFailed():
+            state, closed_at, error = PackState.FAILED, event.at, event.error
+        case _:
+            assert_never(event)
+    check_pack(pack.id, pack.state, state)
+    return replace(pack, state=state, closed_at=closed_at, error=error)
+
+
+def opening(event: PackOpening) -> Pack:
+    """The record of a pack that begins."""
+    return Pack(
+        id=event.pack, backbone=event.backbone, device=event.device, epoch=event.epoch, opened_at=event.at
+    )
+
+
+def _moved(job: Job, state: JobState, **changes: object) -> Job:
+    check_job(job.id, job.state, state)
+    if is_final(state):
+        changes |= {"stopping": False}
+    return replace(job, state=state, reason=job.reason if state is JobState.CANCELLED else None, **changes)  # type: ignore[arg-type]
+
+
+def _require(job: Job, holds: bool, what: str) -> None:
+    if not holds:
+        raise IllegalTransition(job.id, f"{job.state} in {job.pack or 'no pack'}", what)
+
+
+def _with(mapping: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:
+    return MappingProxyType({**mapping, key: value})
+
+
+def _without(mapping: Mapping[K, V], keys: Iterable[K]) -> Mapping[K, V]:
+    gone = set(keys)
+    return MappingProxyType({key: value for key, value in mapping.items() if key not in gone})
+
+
+def _forget_jobs(jobs: Mapping[JobId, Job]) -> Mapping[JobId, Job]:
+    """Without the oldest finished jobs beyond RECENT_JOBS."""
+    finished = [job for job in jobs.values() if job.final]
+    if len(finished) <= RECENT_JOBS:
+        return jobs
+    finished.sort(key=lambda job: (job.finished_at or 0.0, job.id))
+    return _without(jobs, (job.id for job in finished[:-RECENT_JOBS]))
+
+
+def _forget_packs(packs: Mapping[PackId, Pack]) -> Mapping[PackId, Pack]:
+    ended = sorted((pack for pack in packs.values() if pack.final), key=lambda pack: (pack.closed_at or 0.0, pack.id))
+    return _without(packs, (pack.id for pack in ended[:-RECENT_PACKS])) if len(ended) > RECENT_PACKS else packs

@@ -1,0 +1,67 @@
+"""grafts and methods: what has been trained, and what can be."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from polygraft.cluster.launch.commands.common import Json, flags
+from polygraft.cluster.launch.output import ago, print_json, print_table
+from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.registry import methods as table
+
+grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(grafts, name="grafts")
+    app.command()(methods)
+
+
+@grafts.command("list")
+def list_grafts(context: typer.Context, as_json: Json = False) -> None:
+    """List the grafts by the names they are served under."""
+    with flags(context).client() as client:
+        found = [model for model in client.models() if model.parent is not None]
+    if as_json:
+        print_json(iter(found))
+        return
+    print_table(
+        ("model", "backbone", "#age"),
+        ((escape(model.id), model.root, ago(model.created)) for model in found),
+        empty="no grafts yet; train one with: polygraft submit FILE",
+    )
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method; all when not given.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods a graft can be made of, with their arguments and defaults."""
+    known = [method for method in table().values() if name in (None, method.name, *method.aliases)]
+    if not known:
+        raise typer.BadParameter(f"{name!r}; choices: {', '.join(table())}")
+    if as_json:
+        print_json([_json(method) for method in known])
+        return
+    print_table(
+        ("method", "also", "#learning rate", "paper"),
+        ((escape(_usage(method)), ", ".join(method.aliases), f"{method.learning_rate:g}", escape(method.paper)) for method in known),
+        empty="",
+    )
+
+
+def _usage(method: Method) -> str:
+    """As it is written in --peft, with the defaults."""
+    arguments = (name if argument.default is argument.empty else f"{name}={argument.default}" for name, argument in method.arguments.items())
+    return f"{method.name}({', '.join(arguments)})" if method.arguments else method.name
+
+
+def _json(method: Method) -> dict[str, object]:
+    arguments = {
+        name: {"type": getattr(argument.annotation, "__name__", str(argument.annotation)), "default": None if argument.default is argument.empty else argument.default}
+        for name, argument in method.arguments.items()
+    }
+    return {"name": method.name, "aliases": list(method.aliases), "arguments": arguments, "learning_rate": method.learning_rate, "paper": method.paper}

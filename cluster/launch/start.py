@@ -1,0 +1,88 @@
+"""Starts a service: leaves a supervisor behind and waits until the API answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import httpx
+
+from polygraft.cluster.launch.output import Failure
+from polygraft.cluster.launch.run_folder import RunFolder
+from polygraft.cluster.launch.stop import stop
+from polygraft.cluster.service import Service, ServiceNotRunning, find_service, write_private
+from polygraft.cluster.settings import Settings
+
+_POLL_S = 0.2
+_LOGS = ("head", "store", "supervisor")
+
+
+class AlreadyRunning(Exception):
+    """A service is up under this home folder."""
+
+
+class StartFailed(Failure):
+    """The service did not come up; the message ends with the log that says why."""
+
+
+def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: None, timeout_s: float = 300.0) -> Service:
+    """The service, once it answers. Raises AlreadyRunning, StartFailed; nothing is left behind then, nor after Ctrl-C."""
+    folder = RunFolder(settings.home)
+    if running(settings):
+        raise AlreadyRunning(settings.home)
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_private(folder.settings, settings.model_dump_json(indent=2))
+    for name in _LOGS:
+        if folder.log(name).exists():
+            folder.log(name).replace(folder.log(f"{name}.old"))
+    settings.service_path.unlink(missing_ok=True)
+    folder.enter("starting")
+    with folder.log("supervisor").open("ab") as log:
+        supervisor = subprocess.Popen(
+            (sys.executable, "-m", "polygraft.cluster.launch.supervisor", str(folder.settings)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=settings.home,
+            start_new_session=True,
+        )
+    try:
+        return _wait(settings, folder, supervisor, on_stage, time.monotonic() + timeout_s)
+    except BaseException:
+        supervisor.terminate()
+        supervisor.wait()
+        raise
+
+
+def running(settings: Settings) -> bool:
+    """Whether a supervisor owns the home folder, ready or not."""
+    supervision = RunFolder(settings.home).supervision
+    return supervision is not None and supervision.identity.alive()
+
+
+def _wait(
+    settings: Settings, folder: RunFolder, supervisor: subprocess.Popen[bytes], on_stage: Callable[[str], None], deadline: float
+) -> Service:
+    while time.monotonic() < deadline:
+        if supervisor.poll() is not None:
+            raise StartFailed(f"the service did not start: {folder.stage}\n{_tails(folder)}")
+        on_stage(folder.stage)
+        try:
+            service = find_service(settings.service_path)
+            if httpx.get(f"{service.url}/healthz", timeout=5.0, trust_env=False).is_success:
+                return service
+        except (ServiceNotRunning, httpx.TransportError):
+            pass
+        time.sleep(_POLL_S)
+    raise StartFailed(f"the service was not up in time; it was busy with: {folder.stage}\n{_tails(folder)}")
+
+
+def _tails(folder: RunFolder) -> str:
+    """The end of the log that has most to say: the head's if it wrote one."""
+    for name in _LOGS:
+        if tail := folder.tail(name):
+            return f"{tail}\n(from {folder.log(name)})"
+    return f"the logs in {folder.path} are empty"

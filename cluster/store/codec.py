@@ -1,0 +1,199 @@
+"""Records and events as JSON text: {"type", "schema", fields...}, decoded strictly. Never pickle.
+
+The encoding follows the dataclasses' annotations; a mapping of records becomes the list of its values, since each knows its id. A change of
+a record's fields raises its schema number here and gets a conversion from the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import cache
+from math import isfinite
+from types import MappingProxyType
+from typing import Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from polygraft.cluster.events import Event
+from polygraft.cluster.model import Record
+from polygraft.cluster.store.base import JSON, Key, R
+from polygraft.cluster.store.keys import record_type
+
+SCHEMA = 1  # of every type that SCHEMAS does not name
+SCHEMAS: Mapping[str, int] = {}
+
+
+class CodecError(ValueError):
+    """Text that is no record of this version; the message names the type and the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How values of one annotation become JSON and come back."""
+
+    encode: Callable[[object], JSON]
+    decode: Callable[[JSON, str], object]
+
+
+def encode(value: Record | Event) -> str:
+    name = type(value).__name__
+    if name not in _types():
+        raise CodecError(f"{name} is neither a record nor an event")
+    body = cast(Mapping[str, JSON], _form(cast(type, type(value))).encode(value))
+    return _dump({"type": name, "schema": _schema(name), **body})
+
+
+def decode_record(key: Key[R], text: str | bytes) -> R:
+    """The record at `key`. Raises CodecError, also for a record of another kind than the key's."""
+    value = _decode(text, key)
+    if not isinstance(value, record_type(key)):
+        raise CodecError(f"{key}: expected a {record_type(key).__name__}, found a {type(value).__name__}")
+    return cast(R, value)
+
+
+def decode_event(text: str | bytes) -> Event:
+    """Raises CodecError."""
+    value = _decode(text, "event")
+    if not isinstance(value, Event):
+        raise CodecError(f"expected an event, found a {type(value).__name__}")
+    return value
+
+
+def encode_entry(entry: Mapping[str, JSON]) -> str:
+    """A stream entry; numbers that are not finite become null."""
+    return _dump({key: None if isinstance(value, float) and not isfinite(value) else value for key, value in entry.items()})
+
+
+def decode_entry(text: str | bytes) -> Mapping[str, JSON]:
+    return MappingProxyType(json.loads(text))
+
+
+def _decode(text: str | bytes, at: str) -> object:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise CodecError(f"{at}: not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise CodecError(f"{at}: expected an object, found {type(body).__name__}")
+    name, schema = body.pop("type", None), body.pop("schema", None)
+    if name not in _types():
+        raise CodecError(f"{at}: unknown type {name!r}; another version of polygraft wrote it")
+    if schema != _schema(name):
+        raise CodecError(f"{at}: {name} of schema {schema!r}, not {_schema(name)}; another version of polygraft wrote it")
+    return _form(_types()[name]).decode(body, name)
+
+
+def _dump(body: Mapping[str, JSON]) -> str:
+    return json.dumps(body, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+
+
+def _schema(name: str) -> int:
+    return SCHEMAS.get(name, SCHEMA)
+
+
+@cache
+def _types() -> Mapping[str, type]:
+    return {member.__name__: member for member in (*get_args(Record), *get_args(Event))}
+
+
+@cache
+def _form(kind: Hashable) -> _Form:
+    """Compiled once a type from its annotation."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if hasattr(kind, "__supertype__"):  # NewType
+        return _form(kind.__supertype__)
+    if origin in (types.UnionType, Union):
+        return _optional(arguments)
+    if origin is Literal:
+        return _one_of(arguments)
+    if origin is tuple:
+        return _sequence(arguments)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _by_id(arguments[1])
+    if isinstance(kind, type):
+        if is_dataclass(kind):
+            return _object(kind)
+        if issubclass(kind, StrEnum):
+            return _enum(kind)
+        if kind in (str, int, bool, float):
+            return _plain(kind)
+    raise TypeError(f"{kind!r} has no JSON form; give the field another type")
+
+
+def _plain(kind: type) -> _Form:
+    def check(value: object, at: str) -> object:
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise CodecError(f"{at}: expected {kind.__name__}, found {value!r}")
+        return value
+
+    return _Form(lambda value: cast(JSON, check(value, kind.__name__)), check)
+
+
+def _enum(kind: type[StrEnum]) -> _Form:
+    def back(value: JSON, at: str) -> object:
+        try:
+            return kind(value)  # type: ignore[arg-type]  # anything that is not a member raises
+        except ValueError:
+            raise CodecError(f"{at}: {value!r} is not one of {', '.join(kind)}") from None
+
+    return _Form(lambda value: str(value), back)
+
+
+def _one_of(choices: tuple[object, ...]) -> _Form:
+    def back(value: JSON, at: str) -> object:
+        if value not in choices:
+            raise CodecError(f"{at}: {value!r} is not one of {choices}")
+        return value
+
+    return _Form(lambda value: cast(JSON, value), back)
+
+
+def _optional(members: tuple[object, ...]) -> _Form:
+    inner = _form(next(member for member in members if member is not type(None)))
+    assert len(members) == 2 and type(None) in members, f"only X | None has a JSON form, not {members}"
+    return _Form(
+        lambda value: None if value is None else inner.encode(value),
+        lambda value, at: None if value is None else inner.decode(value, at),
+    )
+
+
+def _sequence(members: tuple[object, ...]) -> _Form:
+    inner = _form(members[0])
+    length = None if members[-1] is Ellipsis else len(members)
+    assert all(member in (members[0], Ellipsis) for member in members), f"a tuple of one type, not {members}"
+
+    def back(value: JSON, at: str) -> object:
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            raise CodecError(f"{at}: expected {length or 'any number of'} items, found {value!r}")
+        return tuple(inner.decode(item, f"{at}.{index}") for index, item in enumerate(value))
+
+    return _Form(lambda value: [inner.encode(item) for item in cast(tuple[object, ...], value)], back)
+
+
+def _by_id(member: object) -> _Form:
+    inner = _form(member)
+
+    def back(value: JSON, at: str) -> object:
+        if not isinstance(value, list):
+            raise CodecError(f"{at}: expected a list, found {value!r}")
+        found = (inner.decode(item, f"{at}.{index}") for index, item in enumerate(value))
+        return MappingProxyType({item.id: item for item in found})  # type: ignore[attr-defined]
+
+    return _Form(lambda value: [inner.encode(item) for item in cast(Mapping[object, object], value).values()], back)
+
+
+def _object(kind: type) -> _Form:
+    hints = get_type_hints(kind)
+    forms = {field.name: _form(hints[field.name]) for field in fields(kind)}
+
+    def back(value: JSON, at: str) -> object:
+        if not isinstance(value, dict) or value.keys() != forms.keys():
+            found = sorted(value) if isinstance(value, dict) else value
+            raise CodecError(f"{at}: expected the fields {', '.join(forms)}; found {found!r}")
+        return kind(**{name: form.decode(value[name], f"{at}.{name}") for name, form in forms.items()})
+
+    return _Form(lambda value: {name: form.encode(getattr(value, name)) for name, form in forms.items()}, back)

@@ -1,0 +1,129 @@
+"""`/v1/files`: uploads of training data, checked line by line before they exist for anyone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from starlette.concurrency import run_in_threadpool
+
+from polygraft.cluster.ids import new_file_id
+from polygraft.cluster.model import DataFile, FileId, TenantId
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Versioned, Write
+from polygraft.cluster.validation import shown
+from polygraft.grafts.text import jsonl
+from polygraft.serving.http.context import Api, Caller, Here
+from polygraft.serving.http.errors import ApiError, bad_request, not_found
+from polygraft.serving.http.pages import page
+from polygraft.serving.http.schemas import Deleted, FileObject, Page
+from polygraft.serving.http.upload import Upload, receive
+
+PURPOSE = "fine-tune"
+router = APIRouter(prefix="/v1/files")
+
+
+@router.post("")
+async def upload(request: Request, api: Here, tenant: Caller) -> FileObject:
+    """Store a JSONL file of chat examples; a bad line is a 400 that names it, and nothing is kept."""
+    received = await receive(request, folder=api.files / ".incoming", limit_bytes=api.limits.upload_bytes)
+    try:
+        return await run_in_threadpool(_keep, api, tenant, received)
+    finally:
+        await run_in_threadpool(received.path.unlink, missing_ok=True)
+
+
+@router.get("")
+def files(
+    api: Here,
+    tenant: Caller,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    purpose: str | None = None,
+    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+) -> Page[FileObject]:
+    """The tenant's files by age."""
+    mine = [
+        found.value
+        for found in api.store.scan(keys.FILES)
+        if found.value.tenant == tenant and purpose in (None, found.value.purpose)
+    ]
+    mine.sort(key=lambda file: (file.created_at, file.id), reverse=order == "desc")
+    return page([_shown(file) for file in mine], after=after, limit=limit)
+
+
+@router.get("/{file}")
+def file(file: str, api: Here, tenant: Caller) -> FileObject:
+    return _shown(find_file(api, tenant, file, param="id").value)
+
+
+@router.get("/{file}/content")
+def content(file: str, api: Here, tenant: Caller) -> FileResponse:
+    found = find_file(api, tenant, file, param="id").value
+    return FileResponse(api.blob(found), media_type="application/jsonl", filename=found.filename)
+
+
+@router.delete("/{file}")
+def delete(file: str, api: Here, tenant: Caller) -> Deleted:
+    """Refused (409) while an unfinished job needs the file."""
+    found = find_file(api, tenant, file, param="id")
+    for job in api.store.scan(keys.JOBS):
+        if not job.value.final and file in (job.value.spec.training_file, job.value.spec.validation_file):
+            raise ApiError(409, f"file {file} is in use by job {job.value.id}; cancel it or wait", param="id", code="file_in_use")
+    api.store.commit([Write(found.key, None, found.version)])
+    api.blob(found.value).unlink(missing_ok=True)
+    return Deleted(id=file, object="file")
+
+
+def find_file(api: Api, tenant: TenantId, file: str, *, param: str) -> Versioned[DataFile]:
+    """The tenant's file. Raises ApiError 404."""
+    found = api.store.get(keys.file(FileId(file)))
+    if found is None or found.value.tenant != tenant:
+        raise not_found("file", file, param=param)
+    return found
+
+
+def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
+    if unknown := sorted(received.fields.keys() - {"purpose"}):
+        raise bad_request(f"{unknown[0]}: unknown field; choices: file, purpose", param=unknown[0])
+    purpose = received.fields.get("purpose", "")
+    if purpose != PURPOSE:
+        raise bad_request(f"purpose: {shown(purpose)} is not supported; use {PURPOSE!r}", param="purpose")
+    limits = jsonl.Limits(file_bytes=api.limits.upload_bytes, line_bytes=api.limits.line_bytes)
+    try:
+        examples = sum(1 for _ in jsonl.read(received.path, limits))
+    except jsonl.DataError as error:
+        raise bad_request(f"file: {error}", param="file", code="invalid_file") from None
+    record = DataFile(
+        id=new_file_id(),
+        tenant=tenant,
+        filename=received.filename,
+        bytes=received.bytes,
+        purpose=purpose,
+        created_at=api.clock(),
+        digest=received.digest,
+        examples=examples,
+    )
+    # The blob first: a record never names content that is not on disk, and a blob without a record is only waste.
+    os.replace(received.path, api.blob(record))
+    _sync(api.files)
+    api.store.commit([Write(keys.file(record.id), record, 0)])
+    return _shown(record)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _shown(file: DataFile) -> FileObject:
+    return FileObject(
+        id=file.id, bytes=file.bytes, created_at=int(file.created_at), filename=file.filename, purpose=file.purpose
+    )

@@ -1,0 +1,42 @@
+"""`/v1/models`: the bare backbone, every version of the tenant's grafts, and the names that stand for one of them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from polygraft.cluster.model import TenantId
+from polygraft.cluster.store import keys
+from polygraft.serving.http.context import Api, Caller, Here
+from polygraft.serving.http.errors import not_found
+from polygraft.serving.http.schemas import ModelObject, Page
+
+router = APIRouter(prefix="/v1/models")
+OURS = "polygraft"
+
+
+@router.get("")
+def models(api: Here, tenant: Caller) -> Page[ModelObject]:
+    data = _models(api, tenant)
+    return Page(data=data, first_id=data[0].id, last_id=data[-1].id)
+
+
+@router.get("/{model:path}")
+def model(model: str, api: Here, tenant: Caller) -> ModelObject:
+    for found in _models(api, tenant):
+        if found.id == model:
+            return found
+    raise not_found("model", model, param="model")
+
+
+def _models(api: Api, tenant: TenantId) -> tuple[ModelObject, ...]:
+    """The backbone first, then names in order, each followed by its versions."""
+    grafts = {
+        (found.value.name, found.value.version): found.value for found in api.store.scan(keys.grafts(tenant))
+    }
+    aliases = {found.value.name: found.value.version for found in api.store.scan(keys.aliases(tenant))}
+    listed = [ModelObject(id=api.backbone, created=0, owned_by=OURS, root=api.backbone)]
+    for (name, version), graft in sorted(grafts.items()):
+        for id in [name, graft.model] if aliases.get(name) == version else [graft.model]:
+            created = int(graft.created_at)
+            listed.append(ModelObject(id=id, created=created, owned_by=tenant, root=graft.model, parent=api.backbone))
+    return tuple(listed)

@@ -1,0 +1,84 @@
+"""What a new fine-tuning job is checked for before it exists: its graft on this backbone, its files, and its examples."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from polygraft.cluster.ids import new_job_id
+from polygraft.cluster.model import Job, JobSpec, TenantId
+from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
+from polygraft.cluster.validation import shown
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.methods.registry import find
+from polygraft.grafts.sizes import parameters
+from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.text import jsonl
+from polygraft.serving.http.context import Api
+from polygraft.serving.http.errors import bad_request, not_found
+from polygraft.serving.http.files import find_file
+
+_PEFT = "method.supervised.hyperparameters.peft"
+_CHECK_S = 5.0  # how long a request may wait for its examples; the pack's worker checks all of them again
+
+
+def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
+    """The job that `body` asks for. Raises ApiError 400 naming the field, 404 for a model or file that is not there."""
+    try:
+        request = read_request(body)
+    except BadRequest as error:
+        raise bad_request(str(error), param=error.param, code="invalid_value") from None
+    if request.model != api.backbone:
+        raise not_found("model", request.model, param="model")
+    spec = request.to_spec()
+    try:
+        graft = parse(spec.peft)
+        size = parameters(graft, api.shape)
+    except SpecError as error:
+        raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
+    if spec.learning_rate is None:
+        rate = default_learning_rate(graft) * spec.learning_rate_multiplier
+        spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
+    for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
+        if file is not None:
+            _check_examples(api, api.blob(find_file(api, tenant, file, param=param).value), spec, param)
+    return _job(api, tenant, request, spec, size)
+
+
+def default_learning_rate(graft: GraftSpec) -> float:
+    """The registry's rate of the union's methods: the smallest, since one rate must suit them all."""
+    names = re.findall(r"[a-z][a-z0-9_-]*", re.sub(r"\([^()]*\)|@[0-9,\- ]+", " ", graft.method))
+    return min(find(name).learning_rate for name in names)
+
+
+def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, size: int) -> Job:
+    now = api.clock()
+    owner = request.owner
+    return Job(
+        id=new_job_id(),
+        tenant=tenant,
+        spec=spec,
+        created_at=now,
+        parameters=size,
+        owner=owner.name if owner else None,
+        lease_until=now + owner.lease_s if owner else None,
+    )
+
+
+def _check_examples(api: Api, path: Path, spec: JobSpec, param: str) -> None:
+    """Raise ApiError 400 for an example of which max_length leaves nothing to learn, naming its line."""
+    until = time.monotonic() + _CHECK_S
+    try:
+        for example in jsonl.read(path, jsonl.Limits(line_bytes=api.limits.line_bytes)):
+            api.tokeniser.encode_example(example, spec.max_length)
+            if time.monotonic() > until:
+                return
+    except FileNotFoundError:
+        file = spec.training_file if param == "training_file" else spec.validation_file
+        raise bad_request(f"{param}: the content of {shown(file)} is gone; upload it again", param=param) from None
+    except jsonl.DataError as error:
+        raise bad_request(f"{param}: {error}", param=param, code="invalid_file") from None

@@ -1,0 +1,76 @@
+"""A job's checkpoint: all that decides its future, at a step boundary, in a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.grafts.sites import ModelShape
+from polygraft.trainers.job import TrainJob
+from polygraft.trainers.runner import Active
+
+SCHEMA = 1
+_KEPT = 2
+_TENSORS = ("master", "exp_avg", "exp_avg_sq")
+_FIELDS = ("step", "tokens", "skipped", "chain", "loss_before", "served_rows")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to the job, or cannot be read."""
+
+
+def save(folder: Path, active: Active) -> str:
+    """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept.
+
+    Micro-batches collected since the last step are not in it: they are computed again, with the same result.
+    """
+    name = f"checkpoint-{active.step:08d}"
+    if (folder / name).exists():
+        return name
+    draft = folder / f".{name}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file({part: getattr(active.slab, part) for part in _TENSORS}, draft / "slab.safetensors")
+    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.spec.to_json())}
+    write(draft / "state.json", json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
+    os.rename(draft, folder / name)
+    for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return name
+
+
+def newest(folder: Path) -> str | None:
+    """Name of the job's latest checkpoint, None when it has none."""
+    return max((path.name for path in folder.glob("checkpoint-*")), default=None)
+
+
+def load(folder: Path, name: str, job: TrainJob, shape: ModelShape) -> Active:
+    """The job as it was; raises CheckpointError when the checkpoint is another job's or another graft's."""
+    try:
+        state = json.loads((folder / name / "state.json").read_text())
+        values = load_file(folder / name / "slab.safetensors")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.spec.to_json()):
+        raise CheckpointError(
+            f"{name}: of job {state['job']}, schema {state['schema']}; expected {job.id}, schema {SCHEMA}"
+        )
+    slab = Slab(job.spec, shape, values["master"].dtype)
+    for part in _TENSORS:
+        getattr(slab, part).copy_(values[part])
+    return Active(job, slab, **{key: state[key] for key in _FIELDS})
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a small file as a whole and make sure that it is on disk."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(draft, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

@@ -1,0 +1,96 @@
+"""The pack under Ray Train: an actor whose `run` is one long-lived Train run, and the loop that Train starts on the worker."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, report
+from ray.train.torch import TorchTrainer
+
+from polygraft.cluster.model import PackId
+from polygraft.cluster.store.connect import connect
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.worker import Folders, PackWorker
+
+SHARE = 0.5  # of a `device`; the other half serves
+REPORT_S = 5.0
+RESTARTS = 3
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackPlan:
+    """What a pack's processes are told; plain values, since Train carries them to its worker."""
+
+    pack: str
+    backbone_folder: str
+    store_url: str
+    data: str
+    dtype: str = "auto"
+    max_rows: int = 768
+    micro_rows: int = 128
+
+
+@ray.remote(num_cpus=0, max_concurrency=2)
+class PackHost:
+    """Owns one pack's Train run. `run` returns when the pack closed and raises when its worker failed too often."""
+
+    def __init__(self, plan: PackPlan) -> None:
+        self._plan = plan
+
+    def run(self) -> None:
+        TorchTrainer(
+            train_loop,
+            train_loop_config=asdict(self._plan),
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, "device": SHARE}),
+            run_config=RunConfig(
+                name=self._plan.pack,
+                storage_path=str(Path(self._plan.data) / "train"),
+                failure_config=FailureConfig(max_failures=RESTARTS),
+                worker_runtime_env={"env_vars": device_environment()},
+            ),
+        ).fit()
+
+    def ping(self) -> str:
+        return self._plan.pack
+
+
+def train_loop(config: dict[str, object]) -> None:
+    """What Ray Train runs on the worker: rebuild the pack from its manifest, then step until it is told to close."""
+    plan = PackPlan(**config)  # type: ignore[arg-type]
+    torch.set_num_threads(os.cpu_count() or 1)
+    folder = Path(plan.backbone_folder)
+    runner = PackRunner(Backbone.load(folder, DTYPES[plan.dtype]), max_rows=plan.max_rows)
+    store = connect(plan.store_url)
+    worker = PackWorker(
+        PackId(plan.pack),
+        runner,
+        Tokeniser.load(folder),
+        store,
+        folders=Folders(Path(plan.data)),
+        micro_rows=plan.micro_rows,
+    )
+    reported = 0.0
+
+    def heartbeat() -> None:
+        nonlocal reported
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            report({"steps": runner.steps, "jobs": len(runner.jobs)})
+
+    try:
+        worker.run(heartbeat)
+    finally:
+        store.close()
+
+
+def device_environment() -> dict[str, str]:
+    """Environment of a process that computes: all cores, and threads that sleep when they wait (Ray gives half a CPU one)."""
+    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}

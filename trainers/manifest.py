@@ -1,0 +1,39 @@
+"""The pack's manifest: which jobs it holds, at which checkpoint each, and how far its command stream is read.
+
+After a crash the pack is rebuilt from it alone: it pins every job to one pack step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from polygraft.trainers.checkpoint import write
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`cursor` is the last command taken in; `jobs` maps a job to its checkpoint's name, None for one at its start."""
+
+    step: int = 0
+    cursor: str = "0-0"
+    jobs: Mapping[str, str | None] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "manifest.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """The last one saved; an empty one for a new pack. Raises ValueError for another schema."""
+        try:
+            state = json.loads((folder / "manifest.json").read_text())
+        except FileNotFoundError:
+            return Manifest()
+        if state.pop("schema") != SCHEMA:
+            raise ValueError(f"{folder.name}/manifest.json is not of schema {SCHEMA}")
+        return Manifest(**state)

@@ -1,0 +1,52 @@
+"""From a job's record and its tenant's files to what a pack trains: parse the graft, read and tokenise the samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from polygraft.cluster.model import FileId, Job
+from polygraft.grafts.grammar import learning_rate, parse
+from polygraft.grafts.sites import ModelShape, sites_of
+from polygraft.grafts.spec import Branch, GraftSpec
+from polygraft.grafts.text.jsonl import read
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers.job import Recipe, Sample, TrainJob
+
+
+def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, micro_rows: int) -> TrainJob:
+    """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
+    spec = with_dropout(parse(job.spec.peft), job.spec.dropout)
+    sites_of(spec, shape)
+    asked = job.spec.learning_rate
+    recipe = Recipe(
+        epochs=job.spec.epochs,
+        batch_size=job.spec.batch_size,
+        learning_rate=(learning_rate(job.spec.peft) if asked is None else asked) * job.spec.learning_rate_multiplier,
+        schedule=job.spec.schedule,
+        warmup_ratio=job.spec.warmup_ratio,
+        weight_decay=job.spec.weight_decay,
+        max_grad_norm=job.spec.max_grad_norm,
+        seed=job.spec.seed,
+        micro_rows=micro_rows,
+    )
+    held_out = job.spec.validation_file
+    return TrainJob(
+        id=job.id,
+        spec=spec,
+        recipe=recipe,
+        train=_samples(files, job.spec.training_file, tokeniser, job.spec.max_length),
+        held_out=() if held_out is None else _samples(files, held_out, tokeniser, job.spec.max_length),
+    )
+
+
+def with_dropout(spec: GraftSpec, rate: float | None) -> GraftSpec:
+    """The spec with `rate` on every branch; None leaves what the slots say."""
+    if rate is None:
+        return spec
+    return replace(spec, slots=tuple(replace(s, dropout=rate) if isinstance(s, Branch) else s for s in spec.slots))
+
+
+def _samples(files: Path, file: FileId, tokeniser: Tokeniser, max_length: int) -> tuple[Sample, ...]:
+    encoded = (tokeniser.encode_example(example, max_length) for example in read(files / f"{file}.jsonl"))
+    return tuple(Sample(tokens.ids, tokens.weights) for tokens in encoded)

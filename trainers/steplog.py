@@ -1,0 +1,34 @@
+"""The step log: one JSON line a packed step, the proof of who rode together."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from polygraft.trainers.runner import PackStep
+
+
+class StepLog:
+    """Appends to `steps.jsonl` in the pack's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / "steps.jsonl", "a", buffering=1)
+
+    def write(self, step: PackStep, methods: Mapping[str, str]) -> None:
+        """`methods` maps a job to the text of its graft."""
+        line = {
+            "step": step.number,
+            "at": time.time(),
+            "seconds": round(step.seconds, 4),
+            "rows": step.rows,
+            "jobs": list(step.jobs),
+            "methods": sorted({methods[job] for job in step.jobs}),
+            "merged": False,
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

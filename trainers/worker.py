@@ -1,0 +1,251 @@
+"""The pack's worker: reads commands at step boundaries, steps the runner, and writes down what happened. Knows no Ray.
+
+All it needs after a crash lies in the pack's manifest, the jobs' checkpoints and the store. Nothing that happens to one job
+leaves the loop; only the loss of the store, the disk or the process does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from polygraft.cluster.advance import advance_job, advance_pack, record_progress
+from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
+from polygraft.cluster.model import GraftId, JobError, JobId, PackId
+from polygraft.cluster.publish import publish
+from polygraft.cluster.states import IllegalTransition
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import EntryId, Store
+from polygraft.grafts.formats import native
+from polygraft.grafts.sizes import parameters
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers import checkpoint, faults
+from polygraft.trainers.job import TrainJob
+from polygraft.trainers.manifest import Manifest
+from polygraft.trainers.prepare import prepare
+from polygraft.trainers.runner import Active, PackRunner, Stepped
+from polygraft.trainers.steplog import StepLog
+
+CHECKPOINT_S = 30.0
+PROGRESS_S = 1.0
+IDLE_S = 0.5
+METRICS_KEPT = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where the worker reads and writes, under the data folder."""
+
+    data: Path
+
+    @property
+    def files(self) -> Path:
+        return self.data / "files"
+
+    @property
+    def grafts(self) -> Path:
+        return self.data / "grafts"
+
+    def job(self, job: str) -> Path:
+        return self.data / "jobs" / job
+
+    def pack(self, pack: str) -> Path:
+        return self.data / "packs" / pack
+
+
+class PackWorker:
+    """One incarnation of a pack's worker; a newer one fences it out of the store."""
+
+    def __init__(
+        self, pack: PackId, runner: PackRunner, tokeniser: Tokeniser, store: Store, *, folders: Folders, micro_rows: int
+    ) -> None:
+        self.pack, self.runner, self.tokeniser, self.store = pack, runner, tokeniser, store
+        self.folders, self.micro_rows = folders, micro_rows
+        lease = store.acquire(keys.pack_scope(pack), f"worker of {pack}", 60.0, steal=True)
+        assert lease is not None, "a stolen lease is always granted"
+        self.fence = lease.fence
+        self._log = StepLog(folders.pack(pack))
+        self._closing = False
+        self._saved = self._progressed = time.monotonic()
+
+    def run(self, heartbeat: Callable[[], None]) -> None:
+        """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step boundary."""
+        manifest = Manifest.load(self.folders.pack(self.pack))
+        self._cursor = EntryId(manifest.cursor)
+        self.runner.steps = manifest.step
+        advance_pack(self.store, PackOpened(pack=self.pack, at=time.time()), fence=self.fence)
+        for job, name in manifest.jobs.items():
+            self._admit(JobId(job), name)
+        while not (self._closing and not self.runner.jobs):
+            self._obey(wait_s=0.0 if self.runner.jobs else IDLE_S)
+            if self.runner.jobs:
+                self._step()
+            heartbeat()
+        self._log.close()
+
+    def _obey(self, wait_s: float) -> None:
+        entries = self.store.read(keys.commands(self.pack), self._cursor, wait_s=wait_s)
+        for entry_id, entry in entries:
+            job = JobId(str(entry.get("job")))
+            match entry["op"]:
+                case "admit":
+                    self._admit(job, checkpoint.newest(self.folders.job(job)))
+                case "cancel":
+                    self._cancel(job)
+                case "close":
+                    self._closing = True
+            self._cursor = entry_id
+        if entries:
+            self._save(self.runner.jobs)
+
+    def _admit(self, job: JobId, name: str | None) -> None:
+        """Take a job in, from its checkpoint if it has one. Bad data fails the job, with the line or field to blame."""
+        found = self.store.get(keys.job(job))
+        if found is None or found.value.final or job in self.runner.jobs:
+            return
+        record = found.value
+        try:
+            trained = prepare(
+                record,
+                files=self.folders.files,
+                tokeniser=self.tokeniser,
+                shape=self.runner.backbone.shape,
+                micro_rows=self.micro_rows,
+            )
+            active = self._activate(trained, name)
+        except (ValueError, OSError) as error:
+            self._fail(job, JobError("invalid_training_data", str(error), "training_file"))
+            return
+        if active.loss_before is None and trained.held_out:
+            active.loss_before = self.runner.evaluate(job, trained.held_out)
+        started = JobStarted(
+            job=job,
+            pack=self.pack,
+            parameters=parameters(trained.spec, self.runner.backbone.shape),
+            steps_total=trained.steps_total,
+            at=time.time(),
+        )
+        try:
+            advance_job(self.store, started, fence=self.fence)
+        except IllegalTransition:  # cancelled or failed while its data was read
+            self._drop(job)
+            return
+        self._note(
+            job,
+            f"training {trained.spec.method}: {trained.steps_total} steps in {self.pack}",
+            held_out_loss=active.loss_before,
+        )
+        self._progress(active)
+
+    def _activate(self, job: TrainJob, name: str | None) -> Active:
+        if name is None:
+            return self.runner.admit(job)
+        return self.runner.restore(checkpoint.load(self.folders.job(job.id), name, job, self.runner.backbone.shape))
+
+    def _cancel(self, job: JobId) -> None:
+        if job in self.runner.jobs:
+            self._drop(job)
+            try:
+                advance_job(self.store, JobCancelled(job=job, at=time.time()), fence=self.fence)
+            except IllegalTransition:  # it ended by itself just before
+                return
+
+    def _step(self) -> None:
+        before = dict(self.runner.jobs)
+        done = self.runner.step()
+        self._log.write(done, {job: active.job.spec.method for job, active in before.items()})
+        for stepped in done.stepped:
+            self._metrics(stepped)
+        for failed in done.failed:
+            self._drop(failed.job)
+            self._fail(JobId(failed.job), JobError(failed.code, failed.message))
+        for job, active in list(self.runner.jobs.items()):
+            if active.finished:
+                self._publish(JobId(job), active)
+        now = time.monotonic()
+        if now - self._progressed > PROGRESS_S:
+            self._progressed = now
+            for active in self.runner.jobs.values():
+                self._progress(active)
+        if now - self._saved > CHECKPOINT_S:
+            self._save(self.runner.jobs)
+
+    def _publish(self, job: JobId, active: Active) -> None:
+        """Evaluate, write the graft, publish it once, and leave the pack."""
+        held_out = active.job.held_out
+        after = self.runner.evaluate(job, held_out) if held_out else None
+        backbone = self.runner.backbone
+        faults.point("before_publish")
+        identity = native.save(
+            self.folders.grafts, active.job.spec, active.slab.views, shape=backbone.shape, backbone=backbone.fingerprint
+        )
+        record_progress(
+            self.store,
+            job,
+            step=active.step,
+            trained_tokens=active.tokens,
+            loss_before=active.loss_before,
+            loss_after=after,
+            fence=self.fence,
+        )
+        graft = publish(
+            self.store,
+            job,
+            graft=GraftId(identity),
+            method=active.job.spec.method,
+            backbone_fingerprint=backbone.fingerprint,
+            parameters=active.slab.master.numel(),
+            bytes=sum(file.stat().st_size for file in (self.folders.grafts / identity).iterdir()),
+            at=time.time(),
+            fence=self.fence,
+        )
+        self._note(job, f"published {graft.model}", held_out_loss=after)
+        self._drop(job)
+        self._save(self.runner.jobs)
+
+    def _drop(self, job: str) -> None:
+        if job in self.runner.jobs:
+            self.runner.remove(job)
+
+    def _fail(self, job: JobId, error: JobError) -> None:
+        try:
+            advance_job(self.store, JobFailed(job=job, error=error, at=time.time()), fence=self.fence)
+        except IllegalTransition:
+            return
+        self._note(job, error.message, level="error")
+
+    def _save(self, jobs: Mapping[str, Active]) -> None:
+        """Checkpoint every job at its last step boundary, then the manifest that names them all."""
+        names = {
+            job: checkpoint.save(self.folders.job(job), active) if active.step else None for job, active in jobs.items()
+        }
+        Manifest(self.runner.steps, self._cursor, names).save(self.folders.pack(self.pack))
+        self._saved = time.monotonic()
+
+    def _metrics(self, stepped: Stepped) -> None:
+        entry = {
+            "step": stepped.step,
+            "loss": stepped.loss,
+            "lr": stepped.learning_rate,
+            "grad_norm": stepped.norm,
+            "tokens": stepped.tokens,
+            "skipped": stepped.skipped,
+            "at": time.time(),
+        }
+        self.store.append(keys.metrics(JobId(stepped.job)), entry, maxlen=METRICS_KEPT)
+
+    def _progress(self, active: Active) -> None:
+        record_progress(
+            self.store,
+            JobId(active.job.id),
+            step=active.step,
+            trained_tokens=active.tokens,
+            loss_before=active.loss_before,
+            fence=self.fence,
+        )
+
+    def _note(self, job: JobId, message: str, *, level: str = "info", held_out_loss: float | None = None) -> None:
+        data = {} if held_out_loss is None else {"held_out_loss": held_out_loss}
+        self.store.append(keys.log(job), {"level": level, "message": message, "at": time.time(), "data": data})
