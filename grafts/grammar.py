@@ -1,4 +1,5 @@
-"""Read what users write for a graft: a union such as `prefix(10) + parallel(64)@0-5 + lora(r=4, at=attn.*)`, or a PEFT config.
+"""Read what users write for a graft: a union such as `prefix(10) + parallel(64)@0-5 + lora(r=4, at=attn.*)`, or a
+PEFT config.
 
 union := term ("+" term)*      term := method ["(" [argument ("," argument)*] ")"] ["@" layers]
 argument := [key "="] value    layers := number | number "-" number, joined by ","
@@ -19,7 +20,8 @@ _LIMIT = 2000
 
 
 def parse(text: str) -> GraftSpec:
-    """The graft that `text` describes: a union, or a JSON object with PEFT's fields. Raises SpecError with the choices."""
+    """The graft that `text` describes: a union, or a JSON object with PEFT's fields. Raises SpecError with the
+    choices."""
     if len(text) > _LIMIT:
         raise SpecError(f"peft: {len(text)} characters; at most {_LIMIT}")
     if text.lstrip().startswith("{"):
@@ -40,7 +42,8 @@ def parse(text: str) -> GraftSpec:
 
 
 def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
-    """The graft of a PEFT config (adapter_config.json or its essential fields): LORA with or without DoRA, IA3, PREFIX_TUNING."""
+    """The graft of a PEFT config (adapter_config.json or its essential fields): LORA with or without DoRA, IA3,
+    PREFIX_TUNING."""
     kind = str(config.get("peft_type", "LORA")).upper()
     targets = config.get("target_modules")
     at = "|".join(sorted(map(str, targets))) if isinstance(targets, list | tuple | set) else targets

@@ -21,8 +21,8 @@ def initialise(spec: GraftSpec, backbone: Backbone, *, seed: int, prompt: Sequen
     """float32 tensors (float64 on a float64 backbone) by name.
 
     A of a branch is Kaiming-uniform with a = sqrt(5) as in PEFT, B zero; g one, b zero; m the row norms of W (DoRA);
-    prefix rows are the keys and values of the backbone over `prompt` (token ids, repeated to the prefix length): a prefix that
-    starts as real text changes little at step 0 (Li & Liang 2021, section 7.4).
+    prefix rows are the keys and values of the backbone over `prompt` (token ids, repeated to the prefix length): a
+    prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4).
     """
     wide = torch.promote_types(backbone.dtype, torch.float32)
     real = _keys_and_values(backbone, prompt, spec.prefix_length) if spec.prefix_length else {}

@@ -104,7 +104,8 @@ class ModelShape:
 def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     """The sites of `slot` in layer order.
 
-    `slot.at` is canonical names or fnmatch patterns joined by `|` (`attn.[qv]|ffn.down`), `linear` for all projections, or
+    `slot.at` is canonical names or fnmatch patterns joined by `|` (`attn.[qv]|ffn.down`), `linear` for all
+    projections, or
     module names as in PEFT's target_modules (`q_proj`). Raises SpecError when a part matches nothing the op can act on.
     """
     allowed = _allowed(slot)

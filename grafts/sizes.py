@@ -1,4 +1,5 @@
-"""The tensors of a graft on a backbone: names, shapes, starting values, and their sum. Torch-free, derived from the slots."""
+"""The tensors of a graft on a backbone: names, shapes, starting values, and their sum. Torch-free, derived from the
+slots."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Start = Literal["kaiming", "zero", "one", "row_norm", "prefix"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: its slot and site, its part of the op (A, B of a branch; g, b of an affine; m; k, v) and how it starts."""
+    """One tensor: its slot and site, its part of the op (A, B of a branch; g, b of an affine; m; k, v) and how it
+    starts."""
 
     slot: int
     site: Site

@@ -1,6 +1,7 @@
 """What a graft is made of: slots, each one op at some sites of a backbone. Torch-free values shared by every part.
 
-A site applies its slots in one order (docs/architecture.md): affine on x, then W x plus the sum of branches, norm, bias, affine on y.
+A site applies its slots in one order (docs/architecture.md): affine on x, then W x plus the sum of branches, norm,
+bias, affine on y.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class SpecError(ValueError):
 class Branch:
     """y += scale * B act(A t), with t the site's input or its own output; A is [rank, in], B^T is [rank, out].
 
-    LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1) have an
-    activation, serial ones tap the output of a sublayer, parallel ones its input.
+    LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1)
+    have an activation, serial ones tap the output of a sublayer, parallel ones its input.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

@@ -1,4 +1,5 @@
-"""One packed forward: the rows of several jobs' samples in one batch, and the losses and gradients that come back per job."""
+"""One packed forward: the rows of several jobs' samples in one batch, and the losses and gradients that come back per
+job."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from polygraft.trainers.loss import losses_and_gradient, token_losses
 class Share:
     """One job's part of a forward: samples (with their numbers, for dropout) through resident `graft`.
 
-    `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None without dropout.
+    `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None without
+    dropout.
     """
 
     graft: int

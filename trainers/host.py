@@ -1,4 +1,5 @@
-"""The pack under Ray Train: an actor whose `run` is one long-lived Train run, and the loop that Train starts on the worker."""
+"""The pack under Ray Train: an actor whose `run` is one long-lived Train run, and the loop that Train starts on the
+worker."""
 
 from __future__ import annotations
 
@@ -92,5 +93,6 @@ def train_loop(config: dict[str, object]) -> None:
 
 
 def device_environment() -> dict[str, str]:
-    """Environment of a process that computes: all cores, and threads that sleep when they wait (Ray gives half a CPU one)."""
+    """Environment of a process that computes: all cores, and threads that sleep when they wait (Ray gives half a CPU
+    one)."""
     return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}

@@ -1,4 +1,5 @@
-"""A training job as the pack sees it: its graft, its samples, its recipe; and the fixed order and split of its samples."""
+"""A training job as the pack sees it: its graft, its samples, its recipe; and the fixed order and split of its
+samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Next-token cross-entropy through the frozen head, a few rows at a time: float32 logits of the whole batch never exist."""
+"""Next-token cross-entropy through the frozen head, a few rows at a time: float32 logits of the whole batch never
+exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The pack: the jobs that share one backbone's forward and backward. Knows no Ray and no store; one call is one packed step."""
+"""The pack: the jobs that share one backbone's forward and backward. Knows no Ray and no store; one call is one
+packed step."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ PATIENCE = 5  # non-finite steps in a row that end a job
 class Active:
     """A job in the pack and how far it is; everything but `slab` is rebuilt from (job, step) after a restart.
 
-    `micro` counts the micro-batches of global batch `step` that are already collected; `chain` is the digest of all sample
-    numbers that went into completed steps, the identity of the work done.
+    `micro` counts the micro-batches of global batch `step` that are already collected; `chain` is the digest of all
+    sample numbers that went into completed steps, the identity of the work done.
     """
 
     job: TrainJob
@@ -81,7 +82,8 @@ class PackStep:
 
 
 class PackRunner:
-    """Jobs join and leave between steps. A job's arithmetic depends on the job alone; the pack chooses only who rides together."""
+    """Jobs join and leave between steps. A job's arithmetic depends on the job alone; the pack chooses only who rides
+    together."""
 
     def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
@@ -122,7 +124,8 @@ class PackRunner:
         return total / weight
 
     def step(self) -> PackStep:
-        """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that are due."""
+        """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that
+        are due."""
         begin = self._clock()
         riders = self._riders()
         shares = {active.job.id: self._share(active) for active in riders}
@@ -162,7 +165,8 @@ class PackRunner:
         )
 
     def _run(self, shares: Mapping[str, Share]) -> tuple[dict[str, float], list[Failed]]:
-        """Losses by job; after an allocation failure whole micro-batches leave the forward, down to the job that fails alone."""
+        """Losses by job; after an allocation failure whole micro-batches leave the forward, down to the job that
+        fails alone."""
         if not shares:
             return {}, []
         try:

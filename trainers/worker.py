@@ -1,7 +1,7 @@
 """The pack's worker: reads commands at step boundaries, steps the runner, and writes down what happened. Knows no Ray.
 
-All it needs after a crash lies in the pack's manifest, the jobs' checkpoints and the store. Nothing that happens to one job
-leaves the loop; only the loss of the store, the disk or the process does.
+All it needs after a crash lies in the pack's manifest, the jobs' checkpoints and the store. Nothing that happens to
+one job leaves the loop; only the loss of the store, the disk or the process does.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class PackWorker:
         self._saved = self._progressed = time.monotonic()
 
     def run(self, heartbeat: Callable[[], None]) -> None:
-        """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step boundary."""
+        """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
+        boundary."""
         manifest = Manifest.load(self.folders.pack(self.pack))
         self._cursor = EntryId(manifest.cursor)
         self.runner.steps = manifest.step

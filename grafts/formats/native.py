@@ -1,4 +1,5 @@
-"""The native graft folder: `graft.json` (what it is and what it grows on) beside `graft.safetensors` (its float32 tensors)."""
+"""The native graft folder: `graft.json` (what it is and what it grows on) beside `graft.safetensors` (its float32
+tensors)."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def save(root: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: Mo
 
 
 def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
-    """Read a graft for a backbone; raises FormatError for a foreign backbone, a wrong tensor or a value that is not finite."""
+    """Read a graft for a backbone; raises FormatError for a foreign backbone, a wrong tensor or a value that is not
+    finite."""
     described = _described(folder)
     if described.get("schema") != SCHEMA:
         raise FormatError(f"{folder.name}/graft.json: schema {described.get('schema')!r} is not {SCHEMA}")

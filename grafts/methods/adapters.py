@@ -1,5 +1,5 @@
-"""Bottleneck adapters: serial, h += B gelu(A h) after each sublayer (Houlsby et al. 2019, arXiv 1902.00751), and parallel to the
-feed-forward, y += s B relu(A x) (He et al. 2022, arXiv 2110.04366, table 1). Both without biases.
+"""Bottleneck adapters: serial, h += B gelu(A h) after each sublayer (Houlsby et al. 2019, arXiv 1902.00751), and
+parallel to the feed-forward, y += s B relu(A x) (He et al. 2022, arXiv 2110.04366, table 1). Both without biases.
 """
 
 from typing import get_args

@@ -1,4 +1,5 @@
-"""DoRA: W' = m (W + BA) / ||W + BA||_row, the norm outside the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11)."""
+"""DoRA: W' = m (W + BA) / ||W + BA||_row, the norm outside the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and
+11)."""
 
 from polygraft.grafts.methods.lora import lora
 from polygraft.grafts.methods.registry import Method

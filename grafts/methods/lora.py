@@ -1,4 +1,5 @@
-"""LoRA: y += (alpha / r) B A x, with A random and B zero at the start (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
+"""LoRA: y += (alpha / r) B A x, with A random and B zero at the start (Hu et al. 2021, arXiv 2106.09685, section
+4.1)."""
 
 from math import sqrt
 

@@ -1,4 +1,5 @@
-"""Prefix tuning without the MLP (p-tuning v2): trained keys and values before every layer's own (Li & Liang 2021; Liu et al. 2022)."""
+"""Prefix tuning without the MLP (p-tuning v2): trained keys and values before every layer's own (Li & Liang 2021; Liu
+et al. 2022)."""
 
 from polygraft.grafts.methods.registry import Method
 from polygraft.grafts.spec import KV, Slot

@@ -15,7 +15,8 @@ _MODULES = ("adapters", "bitfit", "dora", "ia3", "lora", "prefix")
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search from."""
+    """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search
+    from."""
 
     name: str
     paper: str

@@ -1,4 +1,5 @@
-"""Attention of whole sequences (training, evaluation): the rows of one forward are complete sequences, each with its prefix."""
+"""Attention of whole sequences (training, evaluation): the rows of one forward are complete sequences, each with its
+prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The backbone: one frozen, unmodified transformers decoder whose sites run the ops of the grafts that ride through it."""
+"""The backbone: one frozen, unmodified transformers decoder whose sites run the ops of the grafts that ride through
+it."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Backbone:
 
     @staticmethod
     def load(folder: Path, dtype: torch.dtype | None = None) -> Backbone:
-        """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it, else fp32."""
+        """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it,
+        else fp32."""
         from transformers import AutoModelForCausalLM
 
         shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
@@ -56,7 +58,8 @@ class Backbone:
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
         """Hidden states after the final norm, [T, hidden], for T = len(rows).
 
-        Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come back.
+        Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come
+        back.
         """
         extra = padded(len(rows)) - len(rows)
         ids, positions = (F.pad(x, (0, extra)).unsqueeze(0) for x in (rows.ids, rows.positions))

@@ -1,4 +1,5 @@
-"""The KV cache in blocks, and the attention of rows that continue cached sequences (prefill chunks and decode rows mixed)."""
+"""The KV cache in blocks, and the attention of rows that continue cached sequences (prefill chunks and decode rows
+mixed)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ BUCKET_BLOCKS = (
 
 
 class KVCache:
-    """Keys and values of all layers, [layers, blocks, block_size, 2, kv_width]; block 0 is never given out and stays zero."""
+    """Keys and values of all layers, [layers, blocks, block_size, 2, kv_width]; block 0 is never given out and stays
+    zero."""
 
     def __init__(self, shape: ModelShape, blocks: int, *, block_size: int = 16, dtype: torch.dtype) -> None:
         self.shape, self.blocks, self.block_size = shape, blocks, block_size
@@ -60,7 +62,8 @@ class PagedSequence:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sequences of one row count and one context bucket: batch rows [b, n], blocks [b, nb], hidden keys [b, n, nb * block]."""
+    """Sequences of one row count and one context bucket: batch rows [b, n], blocks [b, nb], hidden keys [b, n, nb *
+    block]."""
 
     rows: Tensor
     blocks: Tensor

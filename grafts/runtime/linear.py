@@ -21,10 +21,11 @@ def padded(rows: int) -> int:
 
 
 class FrozenLinear:
-    """y = x W^T + bias with W [out, in] frozen; several projections of one input may be fused, `widths` being their row ranges.
+    """y = x W^T + bias with W [out, in] frozen; several projections of one input may be fused, `widths` being their
+    row ranges.
 
-    bf16 and fp32 weights lie prepacked for oneDNN (the plain copy is dropped; reordering it each call is what makes small-row
-    linears slow), the transpose is packed when the first gradient asks for it. Other dtypes stay plain.
+    bf16 and fp32 weights lie prepacked for oneDNN (the plain copy is dropped; reordering it each call is what makes
+    small-row linears slow), the transpose is packed when the first gradient asks for it. Other dtypes stay plain.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

@@ -20,8 +20,8 @@ from polygraft.kernels.common.dropout import dropout
 class SiteLinear(nn.Module):
     """A projection: affine on x, then W x plus the branches, norm, bias, affine on y, for the rows of each graft.
 
-    `member` is the projection's place in a fused FrozenLinear. The member that runs first computes all of them, unless a graft
-    changes the input of one of them (then the others would need another input).
+    `member` is the projection's place in a fused FrozenLinear. The member that runs first computes all of them,
+    unless a graft changes the input of one of them (then the others would need another input).
     """
 
     def __init__(self, site: Site, linear: FrozenLinear, member: int) -> None:

@@ -30,7 +30,8 @@ class Span:
 class Rows:
     """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
 
-    ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every row.
+    ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
+    row.
     """
 
     ids: Tensor
@@ -86,7 +87,8 @@ class RouteTable:
         self._fused[group] = (x, products)
 
     def kept(self, group: int, x: Tensor, member: int) -> Tensor | None:
-        """The product of `member`, None when the group has not been computed for just this input; the last one forgets."""
+        """The product of `member`, None when the group has not been computed for just this input; the last one
+        forgets."""
         found = self._fused.get(group)
         if found is None or found[0] is not x:
             return None

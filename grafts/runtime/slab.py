@@ -14,7 +14,8 @@ from polygraft.grafts.spec import GraftSpec
 
 
 class Slab:
-    """Job-major memory: to save, clone or move a job is to copy three tensors. `views` are the master's tensors by name."""
+    """Job-major memory: to save, clone or move a job is to copy three tensors. `views` are the master's tensors by
+    name."""
 
     def __init__(self, spec: GraftSpec, shape: ModelShape, dtype: torch.dtype = torch.float32) -> None:
         layout = tensors(spec, shape)

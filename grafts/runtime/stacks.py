@@ -1,4 +1,5 @@
-"""Weight stacks: the tensors of all resident grafts, side by side for every site, in the layout and dtype that the ops compute in."""
+"""Weight stacks: the tensors of all resident grafts, side by side for every site, in the layout and dtype that the
+ops compute in."""
 
 from __future__ import annotations
 
@@ -75,8 +76,8 @@ class Piece(NamedTuple):
 class Stacks:
     """All stacks of a set of residents, by site. `refresh` copies a resident's tensors in after they changed.
 
-    Matrices and prefix rows are in the backbone's dtype; the vectors of affine and norm stay in float32 or wider, since a scale
-    near 1 has no room in bf16.
+    Matrices and prefix rows are in the backbone's dtype; the vectors of affine and norm stay in float32 or wider,
+    since a scale near 1 has no room in bf16.
     """
 
     residents: tuple[Resident, ...]

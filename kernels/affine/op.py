@@ -12,9 +12,9 @@ from polygraft.kernels.common.segments import Segments
 def affine(y_TD: Tensor, g_JD: Tensor | None, b_JD: Tensor | None, segments: Segments) -> Tensor:
     """Semantics: out[s.start:s.stop] = y[s.start:s.stop] * g[s.first] + b[s.first]; other rows pass unchanged.
 
-    y [T, D]; g and b [J, D] in float32 (float64 beside float64), or None; the product is taken in their precision and rounded
-    once. Segments must not overlap (a weighted set over ops that do not add is refused before it gets here). Differentiable;
-    dg and db sum over their own segment's rows only.
+    y [T, D]; g and b [J, D] in float32 (float64 beside float64), or None; the product is taken in their precision and
+    rounded once. Segments must not overlap (a weighted set over ops that do not add is refused before it gets here).
+    Differentiable; dg and db sum over their own segment's rows only.
     """
     if not segments.items:
         return y_TD

@@ -1,4 +1,5 @@
-"""The branch op: y[s] += scale_s * act(x[s] A_s^T) B_s over segments s of mixed rank (SGMV; Punica, Chen et al. 2023)."""
+"""The branch op: y[s] += scale_s * act(x[s] A_s^T) B_s over segments s of mixed rank (SGMV; Punica, Chen et al.
+2023)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from polygraft.kernels.common.segments import Segments
 
 
 def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str = "identity") -> Tensor:
-    """Semantics: out = y; out[s.start:s.stop] += s.scale * act(x[s.start:s.stop] @ A[s.first:s.last]^T) @ B[s.first:s.last].
+    """Semantics: out = y; out[s.start:s.stop] += s.scale * act(x[s.start:s.stop] @ A[s.first:s.last]^T) @
+    B[s.first:s.last].
 
     x [T, in], y [T, out], A [R, in] and B [R, out] of one dtype, R the ranks of all grafts in the stack, never padded.
-    Segments may overlap. Differentiable in x, y, A and B; the sums over rows of dA and dB stay inside a segment, so on CPU
-    they do not depend on other segments (row invariance, docs/architecture.md). Without gradients the op may multiply rows
-    by foreign ranks and select the products out before B; the caller vouches that the stack is finite.
+    Segments may overlap. Differentiable in x, y, A and B; the sums over rows of dA and dB stay inside a segment, so
+    on CPU
+    they do not depend on other segments (row invariance, docs/architecture.md). Without gradients the op may multiply
+    rows by foreign ranks and select the products out before B; the caller vouches that the stack is finite.
     """
     if not segments.runs:
         return y_TO

@@ -1,4 +1,5 @@
-"""Dropout whose masks are a function of what is dropped, not of when: a 32-bit counter hash, the same on every device and split."""
+"""Dropout whose masks are a function of what is dropped, not of when: a 32-bit counter hash, the same on every device
+and split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How ragged rows become attention buckets: which sequences share a padded length, and where each of their rows lies."""
+"""How ragged rows become attention buckets: which sequences share a padded length, and where each of their rows
+lies."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ GRAIN = 16
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Rows [start, start + length) of the batch, seeing also `prefix_length` rows of the prefix stack from `prefix_first`."""
+    """Rows [start, start + length) of the batch, seeing also `prefix_length` rows of the prefix stack from
+    `prefix_first`."""
 
     start: int
     length: int

@@ -1,7 +1,7 @@
 """The kv op: causal attention of ragged sequences, each with its own trained prefix rows before its keys and values.
 
-Prefix rows sit where a longer prompt would (Li & Liang 2021, eq. 3); a sequence is computed at its bucket's length, padded on
-the right, where causality hides the padding from every real row.
+Prefix rows sit where a longer prompt would (Li & Liang 2021, eq. 3); a sequence is computed at its bucket's length,
+padded on the right, where causality hides the padding from every real row.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from polygraft.kernels.kv.layout import Bucket, Layout
 def attend(
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
 ) -> Tensor:
-    """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]]; rows outside sequences are 0.
+    """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]]; rows outside sequences
+    are 0.
 
-    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim]. Scores and
-    products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients sum over the
-    sequences that use them, in row order, in float32 or wider.
+    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim]. Scores
+    and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients sum over
+    the sequences that use them, in row order, in float32 or wider.
     """
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -1,4 +1,5 @@
-"""Ground truth of attention over ragged sequences with prefixes: one sequence after the other in float32 (float64 stays)."""
+"""Ground truth of attention over ragged sequences with prefixes: one sequence after the other in float32 (float64
+stays)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from polygraft.kernels.kv.layout import Layout
 def attend(
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
 ) -> Tensor:
-    """softmax(scaling * q [pk; k]^T, causal) [pv; v] of every sequence; rows outside sequences are 0. Same shapes as the op."""
+    """softmax(scaling * q [pk; k]^T, causal) [pv; v] of every sequence; rows outside sequences are 0. Same shapes as
+    the op."""
     wide = torch.promote_types(q_TE.dtype, torch.float32)
     pieces: list[Tensor] = []
     end = 0

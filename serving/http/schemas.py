@@ -153,28 +153,6 @@ class ChatCompletion(_Body):
     service_tier: None = None
 
 
-class Delta(_Body):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(_Body):
-    index: int
-    delta: Delta
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class ChatCompletionChunk(_Body):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: tuple[ChunkChoice, ...]
-    system_fingerprint: str
-    usage: Usage | None = None
-
-
 class FileObject(_Body):
     id: str
     object: Literal["file"] = "file"
