@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Gateway:
         """Whether a replica is connected."""
         return bool(self._loads)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepTokens]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The request's tokens in order, each once, the last with its finish reason; leaving the loop early cancels it.
 
         Raises Busy before the first token, Unavailable at any time.

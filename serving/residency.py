@@ -7,15 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from polygraft.cluster.model import GraftId
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 
 class GraftUnusable(Exception):
-    """A graft that this replica cannot serve: missing, for another backbone, damaged, or not finite."""
+    """A graft that this replica cannot serve: missing, for another backbone, damaged, not finite, or too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +47,14 @@ class Residency:
         return sum(_size(resident) for resident in self._held.values())
 
     def fetch(self, graft: GraftId) -> Resident:
-        """Read a graft from the artefact folder. Raises GraftUnusable; a non-finite value could reach its neighbours' rows."""
+        """Read a graft from the artefact folder; native.load refuses values that are not finite. Raises GraftUnusable."""
         try:
-            spec, tensors, _ = native.load(self._folder / graft, fingerprint=self._backbone.fingerprint, shape=self._backbone.shape)
+            stored = native.load(self._folder / graft, shape=self._backbone.shape, backbone=self._backbone.fingerprint)
         except (OSError, ValueError) as error:
-            raise GraftUnusable(f"graft {graft}: {error}") from error
-        bad = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
-        if bad:
-            raise GraftUnusable(f"graft {graft}: tensor {bad[0]!r} holds a NaN or an infinity")
-        return Resident(graft, spec, tensors)
+            raise GraftUnusable(f"graft {graft} cannot be served: {error}") from error
+        if stored.id != graft:
+            raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
+        return Resident(graft, stored.spec, stored.tensors)
 
     def get(self, graft: GraftId) -> Resident | None:
         return self._held.get(graft)

@@ -45,7 +45,6 @@ class Sequence:
     arrival: float
     prefix: int = 0
     computed: int = 0
-    table: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)
     preemptions: int = 0
 

@@ -1,8 +1,8 @@
 """The demo's data: English question-answer pairs of the package chatterbot-corpus, as chat JSONL for eight tenants.
 
-Of tech_support's 1,050 pairs only 10 differ, and of coding's 184 only 98, most of them long programs; so tenants are made
-of whole small topics too, and every pair is used once. A question is never in two places, not even with other answers:
-what a tenant holds out it cannot have seen, and no tenant can profit from another's data.
+Of tech_support's 1,050 pairs only 10 differ, and of coding's 184 only 98, most of them long programs; so tenants are
+made of whole small topics too, and every pair is used once. A question is never in two places, not even with other
+answers: what a tenant holds out it cannot have seen, and no tenant can profit from another's data.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Recipe:
 
 
 _TENANTS = (
-    _Recipe("tech-support", ("tech_support", "computers", "coding", "science")),
+    _Recipe("computing", ("tech_support", "computers", "coding", "science")),
     _Recipe("trivia-1", ("trivia",), 0, 2),
     _Recipe("trivia-2", ("trivia",), 1, 2),
     _Recipe("ai", ("ai", "botprofile")),
@@ -88,12 +88,12 @@ _SEARCH = _Recipe("emotion-search", ("emotion",), 1, 2)
 def load(*, most: int = 110, held_out: int = 20, characters: int = 200) -> Corpus:
     """Eight tenants and the search's share; the same arguments always give the same corpus.
 
-    A share has at most `most` pairs, the shortest of its topics, none longer than `characters` (question and answer); at
-    least `held_out` of them are held out. Raises CorpusError if chatterbot-corpus is not installed.
+    A share has at most `most` pairs, the shortest of its topics, none longer than `characters` (question and answer);
+    at least `held_out` of them are held out. Raises CorpusError if chatterbot-corpus is not installed.
     """
-    topics = {topic for recipe in (*_TENANTS, _SEARCH) for topic in recipe.topics}
-    taken: set[str] = set()  # questions that an earlier topic has; sorted, so that the order does not depend on hashing
-    pairs = {topic: _unique(_pairs(_folder() / f"{topic}.yml", topic), characters, taken) for topic in sorted(topics)}
+    topics = sorted({topic for recipe in (*_TENANTS, _SEARCH) for topic in recipe.topics})
+    taken: set[str] = set()  # questions that an earlier topic has
+    pairs = {topic: _unique(_pairs(_folder() / f"{topic}.yml", topic), characters, taken) for topic in topics}
     shares = [_share(recipe, pairs, most, held_out) for recipe in (*_TENANTS, _SEARCH)]
     return Corpus(tuple(shares[:-1]), shares[-1])
 
@@ -135,9 +135,8 @@ def _unique(pairs: Iterable[Pair], characters: int, taken: set[str]) -> list[Pai
 def _share(recipe: _Recipe, pairs: dict[str, list[Pair]], most: int, held_out: int) -> Share:
     whole = [pair for topic in recipe.topics for pair in pairs[topic]]
     groups = _dealt(_groups(whole), recipe.parts)[recipe.part]
-    mine = sorted((pair for group in groups for pair in group), key=lambda p: (p.characters, p.question, p.answer))[
-        :most
-    ]
+    dealt = [pair for group in groups for pair in group]
+    mine = sorted(dealt, key=lambda pair: (pair.characters, pair.question, pair.answer))[:most]
     out: list[Pair] = []
     train: list[Pair] = []
     for group in _groups(mine):

@@ -19,9 +19,9 @@ def attend(
     """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]]; rows outside sequences
     are 0.
 
-    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim]. Scores
-    and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients sum over
-    the sequences that use them, in row order, in float32 or wider.
+    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim].
+    Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients
+    sum over the sequences that use them, in row order, in float32 or wider.
     """
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 def row_norm(base_sq_O: Tensor, AW_RO: Tensor, A_RI: Tensor, B_RO: Tensor, scale: float) -> Tensor:
     """Semantics: n[o] = ||W[o] + scale * sum_r B[r, o] A[r]||, [O], from ||W[o]||^2 and A W^T.
 
-    base_sq [O] and AW = A @ W^T [R, O] come from the frozen linear, so any quantised layout of W will do. The arithmetic is
-    in base_sq's dtype (float32, or float64). Not differentiable. ||W + sBA||^2 = ||W||^2 + 2 s (W A^T) . B + s^2 B (A
-    A^T) . B.
+    base_sq [O] and AW = A @ W^T [R, O] come from the frozen linear, so any quantised layout of W will do. The
+    arithmetic is in base_sq's dtype (float32, or float64). Not differentiable.
+    ||W + sBA||^2 = ||W||^2 + 2 s (W A^T) . B + s^2 B (A A^T) . B.
     """
     wide = base_sq_O.dtype
     with torch.no_grad():

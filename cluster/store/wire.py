@@ -1,0 +1,124 @@
+"""The commands that reach a Redis or Valkey server: pooled connections, scripts, writes that are on disk, failures by one name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from typing import cast
+
+import redis
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from polygraft.cluster.store.base import StoreUnavailable
+
+TIMEOUT_S = 5.0  # a server that is silent for longer is down
+CONNECT_S = 2.0
+
+Argument = str | bytes | int | float
+
+
+class Wire:
+    """Thread-safe: every command takes a connection of the pool and gives it back, a blocking one too. Raises StoreUnavailable.
+
+    Nothing is sent twice: a write whose answer is lost may have happened.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._redis = redis.Redis.from_url(
+            url,
+            protocol=2,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=CONNECT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._checked = False
+        self._waits = False
+
+    def call(self, *command: Argument) -> object:
+        with _reached():
+            return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def calls(self, commands: Sequence[Sequence[Argument]]) -> list[object]:
+        """Answers of commands that travel together, in their order, not atomically."""
+        with _reached():
+            pipeline = self._redis.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+            return cast(list[object], pipeline.execute())
+
+    def script(self, name: str, names: Sequence[str], arguments: Sequence[Argument]) -> object:
+        """The answer of store/lua/<name>.lua, once what it wrote is on disk."""
+        text, digest = _script(name)
+        command = ("EVALSHA", digest, len(names), *names, *arguments)
+        try:
+            return self.durably(*command)
+        except exceptions.NoScriptError:  # the server is new or was restarted
+            self.call("SCRIPT", "LOAD", text)
+            return self.durably(*command)
+
+    def durably(self, *command: Argument) -> object:
+        """The answer of a write, once it and all writes before it are on disk."""
+        self._check_durability()
+        if not self._waits:
+            return self.call(*command)  # appendfsync always: the answer comes after the disk
+        with _reached():
+            # One connection: WAITAOF waits for the writes of its own connection only.
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+            pipeline.execute_command("WAITAOF", 1, 0, round((TIMEOUT_S - 1) * 1000))  # type: ignore[no-untyped-call]
+            answer, waited = pipeline.execute(raise_on_error=False)
+            for one in (answer, waited):
+                if isinstance(one, Exception):
+                    raise one
+            if cast(list[int], waited)[0] < 1:
+                raise StoreUnavailable(f"the store's disk did not take a write within {TIMEOUT_S - 1:.0f} s")
+            return cast(object, answer)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _check_durability(self) -> None:
+        """Refuse a server that would acknowledge what it may lose."""
+        if self._checked:
+            return
+        try:
+            self.call("WAITAOF", 0, 0, 0)
+            waits = True
+        except exceptions.ResponseError:  # unknown command
+            waits = False
+        try:
+            found = cast(list[bytes], self.call("CONFIG", "GET", "append*"))
+        except exceptions.ResponseError:  # forbidden; WAITAOF itself fails where the file is off
+            found = []
+        config = {found[i].decode(): found[i + 1].decode() for i in range(0, len(found), 2)}
+        if config.get("appendonly") == "no":
+            raise StoreUnavailable("the store would lose acknowledged writes; run its server with appendonly yes")
+        if not waits and config.get("appendfsync") != "always":
+            raise StoreUnavailable("the store's server has no WAITAOF; run it with appendonly yes and appendfsync always")
+        self._waits = waits
+        self._checked = True
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
+        raise StoreUnavailable(f"the store does not answer: {error}") from error
+    except exceptions.NoScriptError:
+        raise
+    except exceptions.ResponseError as error:
+        if any(word.lower() in str(error).lower() for word in ("MISCONF", "OOM", "READONLY", "WAITAOF cannot", "LOADING", "MASTERDOWN")):
+            raise StoreUnavailable(f"the store cannot write: {error}") from error
+        raise
+
+
+@cache
+def _script(name: str) -> tuple[str, str]:
+    text = (files("polygraft.cluster.store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,54 @@
+"""The text of one answer, rebuilt from its tokens as they arrive, up to a stop string."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from polygraft.grafts.text.detokenise import Detokeniser
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.serving.http.errors import ApiError, unavailable
+from polygraft.serving.http.schemas import Usage
+from polygraft.serving.http.stops import Stops
+from polygraft.serving.messages import StepTokens
+
+
+class Transcript:
+    """Feed it a request's tokens in order until `finish_reason` is set."""
+
+    def __init__(self, tokeniser: Tokeniser, prompt_ids: tuple[int, ...], stops: tuple[str, ...]) -> None:
+        self._detokeniser = Detokeniser(tokeniser, prompt_ids)
+        self._stops = Stops(stops)
+        self._prompt_tokens = len(prompt_ids)
+        self._tokens = 0
+        self.finish_reason: Literal["stop", "length"] | None = None
+
+    def feed(self, tokens: StepTokens) -> str:
+        """The text that became certain. Raises ApiError when the generation failed or was broken off."""
+        self._tokens += tokens.token is not None
+        match tokens.finish_reason:
+            case "error":
+                raise ApiError(500, f"the generation failed: {tokens.error}", code="generation_failed")
+            case "cancelled":
+                raise unavailable("the generation was broken off by the service; try again")
+            case "stop":  # the end token itself is no text, whether or not the tokenizer calls it special
+                return self._end("stop", "")
+            case "length":
+                return self._end("length", self._text(tokens))
+        piece = self._stops.push(self._text(tokens))
+        if self._stops.hit:
+            self.finish_reason = "stop"
+        return piece
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of prompt and answer, the end token among them; a graft's prefix rows are nobody's tokens."""
+        total = self._prompt_tokens + self._tokens
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens, total_tokens=total)
+
+    def _text(self, tokens: StepTokens) -> str:
+        return "" if tokens.token is None else self._detokeniser.feed((tokens.token,))
+
+    def _end(self, reason: Literal["stop", "length"], piece: str) -> str:
+        last = self._stops.push(piece + self._detokeniser.finish())
+        self.finish_reason = "stop" if self._stops.hit else reason
+        return last + self._stops.flush()
