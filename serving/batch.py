@@ -1,8 +1,9 @@
-"""The rows of one step: every chosen sequence's next tokens, laid out graft by graft, and where the rows to sample are."""
+"""The rows of one step: every chosen sequence's next tokens, laid out graft by graft, and the rows to sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch

@@ -1,4 +1,4 @@
-"""Which blocks of the key-value cache are free and who holds the others. Numbers only; the tensors are the runtime's."""
+"""Which blocks of the key-value cache are free and who holds the others; the tensors are the runtime's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ingress's side of generation: picks a replica, follows its message stream, and carries a stream over when a replica dies."""
+"""The ingress's side of generation: picks a replica, follows its messages, carries a stream over when it dies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Link(Protocol):
 
 @dataclass(slots=True)
 class _Stream:
-    """A request in flight: the attempt that counts, the tokens handed out, and what has arrived (None: its replica is lost)."""
+    """A request in flight: the attempt that counts, the tokens handed out, and what arrived (None: replica lost)."""
 
     request: GenerationRequest
     replica: ReplicaId
@@ -89,7 +89,7 @@ class Gateway:
                 if tokens is None:
                     await self._resume(stream)
                     continue
-                # What an older attempt still says, or says again, is dropped: (request, choice, index) is published once.
+                # An older attempt's words and repetitions are dropped: (request, choice, index) is published once.
                 if tokens.epoch != stream.request.epoch or tokens.index != len(stream.tokens):
                     continue
                 if tokens.token is not None:
@@ -135,7 +135,9 @@ class Gateway:
         if request.epoch + 1 >= _ATTEMPTS:
             raise Unavailable(f"the replica died {_ATTEMPTS} times during this request")
         stream.request = replace(request, epoch=request.epoch + 1, generated=tuple(stream.tokens))
-        _LOG.warning("request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.epoch)
+        _LOG.warning(
+            "request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.epoch
+        )
         await self._submit(stream)
 
     def _choose(self, request: GenerationRequest, full: set[ReplicaId]) -> ReplicaId | None:

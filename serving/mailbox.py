@@ -1,4 +1,4 @@
-"""Messages on their way from the engine's thread to one reader on an event loop; those that wait are joined into one."""
+"""Messages on their way from the engine's thread to one reader on an event loop; waiting ones are joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine tells an ingress: at most one StepMessage a step, with the new tokens of that ingress's requests and its load."""
+"""What an engine tells an ingress: at most one StepMessage a step, with the tokens of its requests and the load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What a step gave one request: its token number `index`, or None where it ended without one, and why it ended if it did.
+    """What a step gave one request: token number `index` (None: it ended without one), and why it ended if it did.
 
     (request, choice, index) is unique over all attempts; `epoch` is the attempt that computed it.
     """
@@ -38,7 +38,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """Tokens in the order they were computed; empty in the first message of a stream, which only says that it is open."""
+    """Tokens in the order they were computed; none in a stream's first message, which says that it is open."""
 
     tokens: tuple[StepTokens, ...]
     load: Load

@@ -1,4 +1,4 @@
-"""Which grafts a replica holds in memory, within a byte budget, and the weight stacks that a batch of them computes with."""
+"""Which grafts a replica holds in memory, within a byte budget, and the weight stacks that its batches use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from polygraft.cluster.model import GraftId
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+
 
 class GraftUnusable(Exception):
     """A graft that this replica cannot serve: missing, for another backbone, damaged, not finite, or too large."""
@@ -47,7 +48,7 @@ class Residency:
         return sum(_size(resident) for resident in self._held.values())
 
     def fetch(self, graft: GraftId) -> Resident:
-        """Read a graft from the artefact folder; native.load refuses values that are not finite. Raises GraftUnusable."""
+        """Read a graft from the artefact folder; values that are not finite are refused. Raises GraftUnusable."""
         try:
             stored = native.load(self._folder / graft, shape=self._backbone.shape, backbone=self._backbone.fingerprint)
         except (OSError, ValueError) as error:
@@ -63,7 +64,7 @@ class Residency:
         """Whether it fits beside the grafts in use. Raises GraftUnusable when it would not fit alone."""
         if _size(resident) > self._budget:
             raise GraftUnusable(
-                f"graft {resident.id}: needs {_size(resident)} bytes, the replica keeps {self._budget}; raise serve.graft_bytes"
+                f"graft {resident.id}: needs {_size(resident)} bytes; the replica has {self._budget} for grafts"
             )
         pinned = sum(_size(held) for graft, held in self._held.items() if graft in self._pins)
         return pinned + _size(resident) <= self._budget
@@ -91,8 +92,8 @@ class Residency:
     def compose(self, grafts: Collection[GraftId]) -> Composition:
         """Stacks that hold all of `grafts`.
 
-        The order of residents is that of their ids. A composition at hand is used while at most half of it is idle, so that
-        streams that finish one after the other rebuild only each time their number halves.
+        The order of residents is that of their ids. A composition at hand is used while at most half of it is idle, so
+        that streams that finish one after the other rebuild only each time their number halves.
         """
         wanted = frozenset(grafts)
         fitting = [key for key in self._compositions if wanted.issubset(key) and len(key) <= max(1, 2 * len(wanted))]

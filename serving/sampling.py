@@ -1,7 +1,8 @@
-"""Which token follows: greedy, or drawn at a temperature from the nucleus (top_p; Holtzman et al. 2020, arXiv 1904.09751, eq. 2).
+"""Which token follows: the likeliest, or one drawn at a temperature from the nucleus (top_p).
 
-A draw uses no generator state: its uniform number is a hash of (request seed, choice, token index), so a stream depends on
-neither its neighbours nor the replica and step that happen to compute it.
+A draw uses no generator state: its uniform number is a hash of (request seed, choice, token index), so a stream
+depends on neither its neighbours nor the replica and step that happen to compute it. The nucleus is that of Holtzman
+et al. 2020, arXiv 1904.09751, eq. 2.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Draw:
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     """One token a row of `logits` [n, vocab] fp32; None for a row that holds a NaN or an infinity."""
     finite = torch.isfinite(logits).all(dim=1).tolist()
-    tokens: list[int | None] = [token if good else None for token, good in zip(logits.argmax(dim=1).tolist(), finite, strict=True)]
+    tokens: list[int | None] = [
+        token if good else None for token, good in zip(logits.argmax(dim=1).tolist(), finite, strict=True)
+    ]
     rows = [row for row, draw in enumerate(draws) if draw.temperature >= _GREEDY_BELOW and finite[row]]
     if rows:
         chosen = [draws[row] for row in rows]
@@ -47,7 +50,7 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Inverse-CDF draws from softmax(logits / temperature), each over the smallest likeliest set whose mass reaches top_p."""
+    """Inverse-CDF draws from softmax(logits / temperature), over the likeliest whose mass first reaches top_p."""
     temperature = torch.tensor([[draw.temperature] for draw in draws], device=logits.device)
     probabilities = torch.softmax((logits - logits.amax(dim=1, keepdim=True)) / temperature, dim=1)
     tokens: list[int] = []

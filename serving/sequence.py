@@ -12,8 +12,8 @@ from polygraft.serving.messages import FinishReason
 class GenerationRequest:
     """A prompt and how to continue it.
 
-    `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token has
-    index len(generated), so that a stream taken over by another replica draws what the first one would have drawn.
+    `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token
+    has index len(generated), so that a stream taken over by another replica draws what the first would have drawn.
     `epoch` counts attempts; messages of an older one are stale.
     """
 
@@ -34,7 +34,9 @@ class GenerationRequest:
         if not self.prompt_ids:
             raise ValueError("prompt_ids: empty; a generation needs at least one token")
         if self.max_tokens <= len(self.generated):
-            raise ValueError(f"max_tokens: {self.max_tokens} leaves nothing to generate after {len(self.generated)} tokens")
+            raise ValueError(
+                f"max_tokens: {self.max_tokens} leaves nothing to generate after {len(self.generated)} tokens"
+            )
 
 
 @dataclass(slots=True, kw_only=True)

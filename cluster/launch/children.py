@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Protocol
 
-from polygraft.cluster.launch.processes import end_session
 from polygraft.cluster.launch.restarts import Restarts
 
 _LOG = logging.getLogger(__name__)
@@ -22,94 +19,88 @@ class GaveUp(Exception):
     """A child died before it was ever ready, or too often; all children are ended."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Child:
-    """How one child is started, known to be ready, and cleaned up after. Its output goes to the end of `log`."""
+class Child(Protocol):
+    """One process and what it starts. Of these only `start` may raise, GaveUp."""
 
-    name: str
-    command: Sequence[str]
-    log: Path
-    ready: Callable[[], bool]
-    environment: Mapping[str, str] | None = None
-    descriptors: tuple[int, ...] = ()
-    grace_s: float = 10.0  # from SIGTERM to SIGKILL
-    after: Callable[[], None] = lambda: None  # when it has ended, however that was
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether the children after it may start."""
+        ...
+
+    def start(self) -> None: ...
+
+    def end(self) -> str:
+        """End it if it is alive, clear away what is left of it, and say how it ended."""
+        ...
 
 
-def supervise(children: Sequence[Child], stop: threading.Event, *, now: Callable[[], float] = time.monotonic) -> None:
-    """Keep the children running until `stop` is set; a child starts once all before it are ready. Raises GaveUp."""
-    running = [_Running(child) for child in children]
+def supervise(
+    children: Sequence[Child],
+    stop: threading.Event,
+    *,
+    on_change: Callable[[Sequence[Child]], None] = lambda _: None,
+    now: Callable[[], float] = time.monotonic,
+) -> None:
+    """Keep the children running until `stop` is set; a child starts once all before it are ready. Raises GaveUp.
+
+    `on_change` sees the live children each time one has started or died.
+    """
+    watched = [_Watched(child) for child in children]
     try:
         while not stop.wait(_PERIOD_S):
-            for index, one in enumerate(running):
-                one.step(now(), allowed=all(earlier.is_ready for earlier in running[:index]))
+            for index, one in enumerate(watched):
+                if one.step(now(), allowed=all(earlier.ready for earlier in watched[:index])):
+                    on_change([other.child for other in watched if other.started])
     finally:
-        for one in reversed(running):
-            one.end()
+        for one in reversed(watched):
+            if one.started:
+                _LOG.info("ending %s", one.child.name)
+                _LOG.info("%s %s", one.child.name, one.child.end())
 
 
 @dataclass(slots=True)
-class _Running:
+class _Watched:
     child: Child
-    process: subprocess.Popen[bytes] | None = None
-    is_ready: bool = False
+    started: bool = False
+    ready: bool = False
     proven: bool = False  # was ready once
     start_at: float = 0.0
     restarts: Restarts = field(default_factory=Restarts)
 
-    def step(self, now: float, *, allowed: bool) -> None:
-        if self.process is None:
-            if allowed and now >= self.start_at:
-                self._start()
-        elif (status := self.process.poll()) is not None:
-            self._bury(now, status)
-        elif not self.is_ready and self.child.ready():
-            self.is_ready = self.proven = True
+    def step(self, now: float, *, allowed: bool) -> bool:
+        """Whether the child was started or found dead."""
+        if not self.started:
+            if not allowed or now < self.start_at:
+                return False
+            self.child.start()
+            self.started = True
+            _LOG.info("started %s, pid %d", self.child.name, self.child.pid)
+            return True
+        if not self.child.alive:
+            self._bury(now)
+            return True
+        if not self.ready and self.child.ready:
+            self.ready = self.proven = True
             _LOG.info("%s is ready", self.child.name)
+        return False
 
-    def end(self) -> None:
-        """SIGTERM to the child, SIGKILL to whoever of its session is left when it had its time."""
-        if self.process is None:
-            return
-        _LOG.info("ending %s", self.child.name)
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(self.child.grace_s)
-        except subprocess.TimeoutExpired:
-            _LOG.warning("%s did not end within %.0f s of SIGTERM", self.child.name, self.child.grace_s)
-        self._clear()
-
-    def _start(self) -> None:
-        with self.child.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.child.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.child.environment,
-                pass_fds=self.child.descriptors,
-                start_new_session=True,
-            )
-        _LOG.info("started %s, pid %d", self.child.name, self.process.pid)
-
-    def _bury(self, now: float, status: int) -> None:
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    def _bury(self, now: float) -> None:
+        proven = self.proven or self.child.ready  # it may have become ready since the last look
+        how = self.child.end()
+        self.started = self.ready = False
         _LOG.error("%s %s", self.child.name, how)
-        proven = self.proven or self.child.ready()  # it may have become ready since the last look
-        self._clear()
         if not proven:
-            raise GaveUp(f"{self.child.name} {how} before it was ready; see {self.child.log}")
+            raise GaveUp(f"{self.child.name} {how} before it was ready")
         delay = self.restarts.after_death(now)
         if delay is None:
-            raise GaveUp(f"{self.child.name} died too often, the last time it {how}; see {self.child.log}")
+            raise GaveUp(f"{self.child.name} died too often; the last time it {how}")
         self.start_at = now + delay
-
-    def _clear(self) -> None:
-        assert self.process is not None
-        left = end_session(self.process.pid)
-        if left:
-            _LOG.warning("%s left %d processes behind; they are ended", self.child.name, left)
-        self.process.wait()
-        self.process = None
-        self.is_ready = False
-        self.child.after()

@@ -14,15 +14,12 @@ _TAIL_BYTES = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """The supervisor that owns this folder, and the folder of Ray's sockets and logs, which it removes when it ends."""
+    """The supervisor that owns this folder, its live children in the order they started, and the folder of Ray's sockets and logs,
+    which is removed with them."""
 
-    pid: int
-    started: float
+    supervisor: Identity
+    children: tuple[Identity, ...]
     scratch: str
-
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.pid, self.started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the supervisor and by its store, so that no second store ever opens the same data."""
+        """Held by the supervisor as long as it lives."""
         return self.path / "lock"
 
     @property
@@ -65,8 +62,10 @@ class RunFolder:
     def supervision(self) -> Supervision | None:
         """Who was the last supervisor here; it need not be alive."""
         try:
-            return Supervision(**json.loads(self._supervision.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            record = json.loads(self._supervision.read_text())
+            children = tuple(Identity(**child) for child in record["children"])
+            return Supervision(Identity(**record["supervisor"]), children, record["scratch"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
     def supervise(self, supervision: Supervision) -> None:

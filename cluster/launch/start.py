@@ -17,7 +17,7 @@ from polygraft.cluster.service import Service, ServiceNotRunning, find_service, 
 from polygraft.cluster.settings import Settings
 
 _POLL_S = 0.2
-_LOGS = ("head", "store", "supervisor")
+_LOGS = ("head", "supervisor")
 
 
 class AlreadyRunning(Exception):
@@ -59,8 +59,8 @@ def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: Non
 
 def running(settings: Settings) -> bool:
     """Whether a supervisor owns the home folder, ready or not."""
-    supervision = RunFolder(settings.home).supervision
-    return supervision is not None and supervision.identity.alive()
+    last = RunFolder(settings.home).supervision
+    return last is not None and last.supervisor.alive()
 
 
 def _wait(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 
+from polygraft.cluster.launch.leftovers import clear
 from polygraft.cluster.launch.output import Failure
 from polygraft.cluster.launch.run_folder import RunFolder
 from polygraft.cluster.settings import Settings
 
-_GRACE_S = 60.0
+_GRACE_S = 90.0
 
 
 class StopFailed(Failure):
@@ -16,12 +17,13 @@ class StopFailed(Failure):
 
 
 def stop(settings: Settings) -> bool:
-    """Whether there was a service to stop. Raises StopFailed."""
-    supervision = RunFolder(settings.home).supervision
-    if supervision is None or not supervision.identity.alive():
+    """Whether there was a service to stop, or the rest of one. Raises StopFailed."""
+    folder = RunFolder(settings.home)
+    last = folder.supervision
+    if last is None or not last.supervisor.alive():
         settings.service_path.unlink(missing_ok=True)
-        return False
-    supervision.identity.signal(signal.SIGTERM)
-    if not supervision.identity.wait(_GRACE_S):
-        raise StopFailed(f"the supervisor, pid {supervision.pid}, did not end within {_GRACE_S:.0f} s; see {RunFolder(settings.home).log('supervisor')}")
+        return clear(folder) > 0
+    last.supervisor.signal(signal.SIGTERM)
+    if not last.supervisor.wait(_GRACE_S):
+        raise StopFailed(f"the supervisor, pid {last.supervisor.pid}, did not end within {_GRACE_S:.0f} s; see {folder.log('supervisor')}")
     return True

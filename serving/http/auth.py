@@ -17,7 +17,7 @@ OPEN_PATHS = frozenset({"/healthz"})
 
 
 class Authenticated:
-    """ASGI middleware: puts the caller's tenant into `request.state.tenant`, or answers 401 (503 while the store is down)."""
+    """ASGI middleware: puts the caller's tenant into `request.state.tenant`, or answers 401 (503: store down)."""
 
     def __init__(self, app: ASGIApp, store: Store) -> None:
         self._app = app

@@ -45,7 +45,11 @@ async def complete(request: Request, api: Here, tenant: Caller) -> Response:
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         shape = Frames(
-            id=wanted.id, created=int(api.clock()), model=body.model, fingerprint=_fingerprint(api), with_usage=with_usage
+            id=wanted.id,
+            created=int(api.clock()),
+            model=body.model,
+            fingerprint=_fingerprint(api),
+            with_usage=with_usage,
         )
         return StreamingResponse(_stream(shape, transcript, first, tokens), media_type="text/event-stream")
     text = await _unless_gone(request, _whole(transcript, first, tokens))
@@ -74,7 +78,9 @@ def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> Gene
     except UnknownModel:
         raise not_found("model", body.model, param="model") from None
     if graft is not None and graft.backbone_fingerprint != api.fingerprint:
-        raise bad_request(f"model: {shown(body.model)} was trained on another backbone than {api.backbone}", param="model")
+        raise bad_request(
+            f"model: {shown(body.model)} was trained on another backbone than {api.backbone}", param="model"
+        )
     try:
         messages = [Message(_ROLES.get(m.role, m.role), m.text) for m in body.messages]  # type: ignore[arg-type]
         prompt = api.tokeniser.encode_chat(messages, add_generation_prompt=True)
@@ -101,7 +107,7 @@ def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft
     if room < 1 or (asked or 1) > room:
         virtual = f" and {prefix} virtual tokens of the graft" if prefix else ""
         raise bad_request(
-            f"messages: {prompt} tokens{virtual} plus {asked or 1} to generate are more than the context of {api.max_context}",
+            f"messages: {prompt} tokens{virtual} plus {asked or 1} to generate exceed the context of {api.max_context}",
             param="messages" if room < 1 else "max_tokens" if body.max_tokens else "max_completion_tokens",
             code="context_length_exceeded",
         )

@@ -1,4 +1,4 @@
-"""What the routes stand on: one value with the store, the gateway and what is known of the backbone, and who is calling."""
+"""What the routes stand on: the store, the gateway, what is known of the backbone, and who is calling."""
 
 from __future__ import annotations
 

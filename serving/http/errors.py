@@ -15,14 +15,26 @@ from polygraft.cluster.store.base import Conflict, StoreUnavailable
 from polygraft.cluster.validation import shown
 
 _LOG = logging.getLogger(__name__)
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
 
 
 class ApiError(Exception):
     """An answer other than success; `param` names the field of the request it is about."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -38,7 +50,9 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
 
 def not_found(kind: str, name: str, *, param: str | None = "id") -> ApiError:
     """The same answer for what does not exist and for what is another tenant's."""
-    return ApiError(404, f"{kind} {shown(name)} does not exist", param=param, code=f"{kind.replace(' ', '_')}_not_found")
+    return ApiError(
+        404, f"{kind} {shown(name)} does not exist", param=param, code=f"{kind.replace(' ', '_')}_not_found"
+    )
 
 
 def unavailable(message: str, retry_after_s: int = 2) -> ApiError:

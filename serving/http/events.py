@@ -50,7 +50,9 @@ def _metrics(job: Job, id: EntryId, entry: Mapping[str, JSON]) -> FineTuningJobE
         id=f"ftevent-{job.id.removeprefix('ftjob-')}-metrics-{id}",
         created_at=_at(id, entry),
         level="info",
-        message=f"step {values.get('step')}: loss {loss:.4f}" if isinstance(loss, float) else f"step {values.get('step')}",
+        message=f"step {values.get('step')}: loss {loss:.4f}"
+        if isinstance(loss, float)
+        else f"step {values.get('step')}",
         type="metrics",
         data=cast(dict[str, JsonValue], values),
     )

@@ -72,7 +72,9 @@ def delete(file: str, api: Here, tenant: Caller) -> Deleted:
     found = find_file(api, tenant, file, param="id")
     for job in api.store.scan(keys.JOBS):
         if not job.value.final and file in (job.value.spec.training_file, job.value.spec.validation_file):
-            raise ApiError(409, f"file {file} is in use by job {job.value.id}; cancel it or wait", param="id", code="file_in_use")
+            raise ApiError(
+                409, f"file {file} is in use by job {job.value.id}; cancel it or wait", param="id", code="file_in_use"
+            )
     api.store.commit([Write(found.key, None, found.version)])
     api.blob(found.value).unlink(missing_ok=True)
     return Deleted(id=file, object="file")

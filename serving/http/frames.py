@@ -1,4 +1,4 @@
-"""Server-sent events of a streamed chat completion: role first, then text, the reason it ends, usage if asked, `[DONE]`."""
+"""Server-sent events of a streamed chat completion: role, text, the reason it ends, usage if asked, `[DONE]`."""
 
 from __future__ import annotations
 

@@ -110,7 +110,9 @@ def shown_job(job: Job) -> FineTuningJob:
         validation_file=spec.validation_file,
         trained_tokens=job.trained_tokens if job.final else None,
         seed=spec.seed,
-        error=JobErrorObject(code=job.error.code, message=job.error.message, param=job.error.param) if job.error else None,
+        error=JobErrorObject(code=job.error.code, message=job.error.message, param=job.error.param)
+        if job.error
+        else None,
         metadata=dict(spec.metadata),
         suffix=spec.suffix,
         graft=job.graft,
@@ -130,7 +132,9 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
     record = new_job(api, tenant, body)
     limit = api.limits.jobs_per_tenant
     if sum(not job.final for job in _jobs_of(api, tenant)) >= limit:
-        raise ApiError(429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs")
+        raise ApiError(
+            429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs"
+        )
     submitted = api.store.submit(
         None if idempotency_key is None else f"{tenant}/fine_tuning/{idempotency_key}",
         sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),

@@ -30,9 +30,7 @@ def model(model: str, api: Here, tenant: Caller) -> ModelObject:
 
 def _models(api: Api, tenant: TenantId) -> tuple[ModelObject, ...]:
     """The backbone first, then names in order, each followed by its versions."""
-    grafts = {
-        (found.value.name, found.value.version): found.value for found in api.store.scan(keys.grafts(tenant))
-    }
+    grafts = {(found.value.name, found.value.version): found.value for found in api.store.scan(keys.grafts(tenant))}
     aliases = {found.value.name: found.value.version for found in api.store.scan(keys.aliases(tenant))}
     listed = [ModelObject(id=api.backbone, created=0, owned_by=OURS, root=api.backbone)]
     for (name, version), graft in sorted(grafts.items()):

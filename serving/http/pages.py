@@ -19,7 +19,7 @@ Item = TypeVar("Item", bound=Identified)
 
 
 def page(items: Sequence[Item], *, after: str | None, limit: int) -> Page[Item]:
-    """Up to `limit` of `items` that follow the one called `after`. Raises ApiError 400 when there is none of that id."""
+    """Up to `limit` of `items` that follow the one called `after`. Raises ApiError 400 when that one is not there."""
     start = 0
     if after is not None:
         start = next((index + 1 for index, item in enumerate(items) if item.id == after), -1)

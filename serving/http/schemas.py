@@ -38,11 +38,11 @@ class ChatMessage(_Body):
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    include_obfuscation: bool | None = None  # random padding against traffic analysis: never added, so either answer is right
+    include_obfuscation: bool | None = None  # padding against traffic analysis; none is ever added
 
 
 class ChatCompletionRequest(_Body):
-    """Everything the stock client can send. NEUTRAL lists the fields that are only accepted where they change nothing."""
+    """Everything the stock client can send. Fields in NEUTRAL are accepted only where they change nothing."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
@@ -114,7 +114,9 @@ class ChatCompletionRequest(_Body):
         """The first field, with its value, that asks for something this service does not do."""
         for name, neutral in self.NEUTRAL.items():
             value: JsonValue = getattr(self, name)
-            if value is not None and not any(value == allowed and type(value) is not bool or value is allowed for allowed in neutral):
+            if value is not None and not any(
+                value == allowed and type(value) is not bool or value is allowed for allowed in neutral
+            ):
                 return name, value
         return None
 

@@ -1,4 +1,4 @@
-"""What a new fine-tuning job is checked for before it exists: its graft on this backbone, its files, and its examples."""
+"""What a new fine-tuning job is checked for before it exists: its graft on this backbone, its files and examples."""
 
 from __future__ import annotations
 

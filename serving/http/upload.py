@@ -124,7 +124,10 @@ class _Form:
         if self._out is not None:
             raise bad_request("file: given twice; upload one file at a time", param="file")
         # Only the last part of the name is kept, and it is only shown: blobs are stored under their id.
-        self._filename = options.get(b"filename", b"").decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2] or "upload.jsonl"
+        self._filename = (
+            options.get(b"filename", b"").decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
+            or "upload.jsonl"
+        )
         self._out = self._path.open("xb")
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
@@ -143,6 +146,6 @@ class _Form:
 
 
 def _too_large(limit_bytes: int) -> ApiError:
-    return ApiError(413, f"file: larger than the limit of {limit_bytes} bytes; split it", param="file", code="file_too_large")
-
-
+    return ApiError(
+        413, f"file: larger than the limit of {limit_bytes} bytes; split it", param="file", code="file_too_large"
+    )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from polygraft.cluster.launch.children import Child, GaveUp, supervise
+from polygraft.cluster.launch.children import GaveUp, supervise
 from polygraft.cluster.launch.processes import Identity, session
+from polygraft.cluster.launch.program import Program
 from polygraft.cluster.launch.restarts import Restarts
 
 # Writes its pid when it is up, then starts a grandchild in a process group of its own, as Ray's raylet does, and waits.
@@ -53,7 +54,7 @@ def test_a_child_starts_only_when_those_before_it_are_ready(tmp_path: Path, star
 
 def test_a_child_that_dies_before_it_is_ready_ends_the_attempt(tmp_path: Path, started: Started) -> None:
     healthy = stand_in(tmp_path, "healthy")
-    broken = Child(name="broken", command=(sys.executable, "-c", "print('no such backbone'); exit(3)"), log=tmp_path / "log", ready=lambda: False)
+    broken = Program(name="broken", command=(sys.executable, "-c", "print('no such backbone'); exit(3)"), log=tmp_path / "log", is_ready=lambda: False)
     _, done = started(healthy, broken)
     with pytest.raises(GaveUp, match="broken ended with status 3 before it was ready"):
         done.result(timeout=20)
@@ -89,13 +90,13 @@ def started() -> Iterator[Started]:
         stop.set()
 
 
-def stand_in(folder: Path, name: str, ready: Callable[[], bool] | None = None) -> Child:
+def stand_in(folder: Path, name: str, ready: Callable[[], bool] | None = None) -> Program:
     path = folder / name
-    return Child(
+    return Program(
         name=name,
         command=(sys.executable, "-c", STAND_IN, str(path)),
         log=folder / f"{name}.log",
-        ready=ready or path.exists,
+        is_ready=ready or path.exists,
     )
 
 
