@@ -1,34 +1,18 @@
-"""Give a trained graft its name: the next version of (tenant, name), the alias, the job's success, in one commit. And find it again."""
+"""How a trained graft gets its name, in one commit with its job's success, and how a model's name is looked up."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from polygraft.cluster.events import AliasMoved, Event, GraftPublished, JobSucceeded
 from polygraft.cluster.evolve import job_after
-from polygraft.cluster.model import Alias, Graft, GraftId, Job, TenantId
+from polygraft.cluster.model import Alias, Graft, GraftId, Job, JobId, TenantId
 from polygraft.cluster.states import IllegalTransition, JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Conflict, Fence, Store, Versioned, Write
 
 TRIES = 50  # jobs of one tenant that publish under one name at the same moment
 _MODEL = re.compile(r"([a-z0-9-]{1,64})(?:@([1-9][0-9]{0,8}))?", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """What a job produced, its folder already in place; losses are means over the held-out examples, if there are any."""
-
-    graft: GraftId
-    method: str
-    backbone_fingerprint: str
-    parameters: int
-    bytes: int
-    step: int
-    trained_tokens: int
-    loss_before: float | None
-    loss_after: float | None
 
 
 class UnknownModel(LookupError):
@@ -39,21 +23,47 @@ class UnknownModel(LookupError):
         self.model = model
 
 
-def publish(store: Store, *, job: Job, trained: Trained, at: float, fence: Fence | None = None) -> Graft:
-    """The job's graft as `name@n`; publishing it again returns the same version.
+def publish(
+    store: Store,
+    job: JobId,
+    *,
+    graft: GraftId,
+    method: str,
+    backbone_fingerprint: str,
+    parameters: int,
+    bytes: int,
+    at: float,
+    fence: Fence | None = None,
+) -> Graft:
+    """The job's graft, whose folder is in place, as `name@n`; publishing it again returns the same version.
 
-    The first version of a name makes the alias; a later one moves it only if the job asks (`promote`). Raises Fenced, and
-    IllegalTransition if the job ended otherwise meanwhile.
+    The first version of a name makes the alias; a later one moves it only if the job asks (`promote`). Steps, tokens and
+    losses are those last recorded. Raises Fenced, and IllegalTransition if the job ended otherwise meanwhile.
     """
     for attempt in range(TRIES):
-        found = store.get(keys.job(job.id))
+        found = store.get(keys.job(job))
         if found is None:
-            raise IllegalTransition(job.id, "absent", JobState.SUCCEEDED)
-        if found.value.state is JobState.SUCCEEDED and found.value.graft == trained.graft:
+            raise IllegalTransition(job, "absent", JobState.SUCCEEDED)
+        if found.value.state is JobState.SUCCEEDED and found.value.graft == graft:
             assert found.value.model is not None
-            return _version(store, job.tenant, found.value.model)
+            return _version(store, found.value.tenant, found.value.model)
+        tenant, name = found.value.tenant, found.value.name
+        alias = store.get(keys.alias(tenant, name))
+        published = Graft(
+            tenant=tenant,
+            name=name,
+            version=alias.value.latest + 1 if alias else 1,
+            id=graft,
+            method=method,
+            backbone_fingerprint=backbone_fingerprint,
+            parameters=parameters,
+            bytes=bytes,
+            created_at=at,
+            job=job,
+        )
         try:
-            return _publish(store, found, trained, at, fence)
+            _commit(store, published, found, alias, fence)
+            return published
         except Conflict:
             if attempt == TRIES - 1:
                 raise
@@ -76,47 +86,32 @@ def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft 
     return _version(store, tenant, f"{name}@{version}")
 
 
-def _publish(store: Store, job: Versioned[Job], trained: Trained, at: float, fence: Fence | None) -> Graft:
-    tenant, name = job.value.tenant, job.value.name
-    alias = store.get(keys.alias(tenant, name))
-    version = alias.value.latest + 1 if alias else 1
-    graft = Graft(
-        tenant=tenant,
-        name=name,
-        version=version,
-        id=trained.graft,
-        method=trained.method,
-        backbone_fingerprint=trained.backbone_fingerprint,
-        parameters=trained.parameters,
-        bytes=trained.bytes,
-        created_at=at,
-        job=job.value.id,
-    )
+def _commit(
+    store: Store, graft: Graft, job: Versioned[Job], alias: Versioned[Alias] | None, fence: Fence | None
+) -> None:
+    at = graft.created_at
     succeeded = JobSucceeded(
         job=job.value.id,
         model=graft.model,
         graft=graft.id,
-        step=trained.step,
-        trained_tokens=trained.trained_tokens,
-        loss_before=trained.loss_before,
-        loss_after=trained.loss_after,
+        step=job.value.step,
+        trained_tokens=job.value.trained_tokens,
+        loss_before=job.value.loss_before,
+        loss_after=job.value.loss_after,
         at=at,
     )
-    current = version if alias is None or job.value.spec.promote else alias.value.version
+    moves = alias is None or job.value.spec.promote
+    current = graft.version if alias is None or moves else alias.value.version
+    named = Alias(tenant=graft.tenant, name=graft.name, version=current, latest=graft.version)
+    events: list[Event] = [succeeded, GraftPublished(graft=graft, at=at)]
+    if moves:
+        events.append(AliasMoved(tenant=graft.tenant, name=graft.name, version=graft.version, at=at))
     writes = [
         Write(job.key, job_after(job.value, succeeded), job.version),
-        Write(keys.graft(tenant, name, version), graft, 0),
-        Write(
-            keys.alias(tenant, name),
-            Alias(tenant=tenant, name=name, version=current, latest=version),
-            alias.version if alias else 0,
-        ),
+        Write(keys.graft(graft.tenant, graft.name, graft.version), graft, 0),
+        Write(keys.alias(graft.tenant, graft.name), named, alias.version if alias else 0),
     ]
-    events: list[Event] = [succeeded, GraftPublished(graft=graft, at=at)]
-    if current == version:
-        events.append(AliasMoved(tenant=tenant, name=name, version=version, at=at))
     store.commit(writes, events, fence=fence)
-    return graft
 
 
 def _version(store: Store, tenant: TenantId, model: str) -> Graft:

@@ -1,4 +1,4 @@
-"""A random Llama small enough for a unit test, with a real tokenizer: byte-level BPE trained on the text below, ChatML."""
+"""A random Llama small enough for a unit test, with a real tokenizer: byte-level BPE trained on the text below."""
 
 from __future__ import annotations
 

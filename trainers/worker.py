@@ -6,6 +6,7 @@ one job leaves the loop; only the loss of the store, the disk or the process doe
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -191,24 +192,30 @@ class PackWorker:
             loss_after=after,
             fence=self.fence,
         )
-        graft = publish(
-            self.store,
-            job,
-            graft=GraftId(identity),
-            method=active.job.spec.method,
-            backbone_fingerprint=backbone.fingerprint,
-            parameters=active.slab.master.numel(),
-            bytes=sum(file.stat().st_size for file in (self.folders.grafts / identity).iterdir()),
-            at=time.time(),
-            fence=self.fence,
-        )
+        try:
+            graft = publish(
+                self.store,
+                job,
+                graft=GraftId(identity),
+                method=active.job.spec.method,
+                backbone_fingerprint=backbone.fingerprint,
+                parameters=active.slab.master.numel(),
+                bytes=sum(file.stat().st_size for file in (self.folders.grafts / identity).iterdir()),
+                at=time.time(),
+                fence=self.fence,
+            )
+        except IllegalTransition:  # cancelled at the last moment
+            self._drop(job)
+            return
         self._note(job, f"published {graft.model}", held_out_loss=after)
         self._drop(job)
         self._save(self.runner.jobs)
 
     def _drop(self, job: str) -> None:
+        """Leave the pack; what a finished job saved for its restart is of no more use."""
         if job in self.runner.jobs:
             self.runner.remove(job)
+        shutil.rmtree(self.folders.job(job), ignore_errors=True)
 
     def _fail(self, job: JobId, error: JobError) -> None:
         try:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import fcntl
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 
 from polygraft.cluster.launch.output import Failure
 from polygraft.cluster.launch.run_folder import RunFolder
-from polygraft.cluster.launch.stop import stop
 from polygraft.cluster.service import Service, ServiceNotRunning, find_service, write_private
 from polygraft.cluster.settings import Settings
 
@@ -21,7 +21,7 @@ _LOGS = ("head", "supervisor")
 
 
 class AlreadyRunning(Exception):
-    """A service is up under this home folder."""
+    """A service is up, or coming up, under this home folder."""
 
 
 class StartFailed(Failure):
@@ -31,9 +31,27 @@ class StartFailed(Failure):
 def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: None, timeout_s: float = 300.0) -> Service:
     """The service, once it answers. Raises AlreadyRunning, StartFailed; nothing is left behind then, nor after Ctrl-C."""
     folder = RunFolder(settings.home)
-    if running(settings):
-        raise AlreadyRunning(settings.home)
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (local := Path(settings.backbone).expanduser()).is_dir():  # the service runs in another folder than the caller
+        settings = settings.model_copy(update={"backbone": str(local.absolute())})
+    for path in (settings.home, folder.path, settings.store_folder):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(folder.path / "starting", "w") as alone:
+        try:
+            fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise AlreadyRunning(settings.home) from None
+        if running(settings):
+            raise AlreadyRunning(settings.home)
+        return _start(settings, folder, on_stage, time.monotonic() + timeout_s)
+
+
+def running(settings: Settings) -> bool:
+    """Whether a supervisor owns the home folder, ready or not."""
+    last = RunFolder(settings.home).supervision
+    return last is not None and last.supervisor.alive()
+
+
+def _start(settings: Settings, folder: RunFolder, on_stage: Callable[[str], None], deadline: float) -> Service:
     write_private(folder.settings, settings.model_dump_json(indent=2))
     for name in _LOGS:
         if folder.log(name).exists():
@@ -50,17 +68,11 @@ def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: Non
             start_new_session=True,
         )
     try:
-        return _wait(settings, folder, supervisor, on_stage, time.monotonic() + timeout_s)
+        return _wait(settings, folder, supervisor, on_stage, deadline)
     except BaseException:
         supervisor.terminate()
         supervisor.wait()
         raise
-
-
-def running(settings: Settings) -> bool:
-    """Whether a supervisor owns the home folder, ready or not."""
-    last = RunFolder(settings.home).supervision
-    return last is not None and last.supervisor.alive()
 
 
 def _wait(

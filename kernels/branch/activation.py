@@ -23,9 +23,9 @@ def backward(act: str, grad: Tensor, hidden: Tensor) -> Tensor:
         case "relu":
             return torch.where(hidden > 0, grad, 0)
         case "gelu":
-            return torch.ops.aten.gelu_backward(grad, hidden)
+            return torch.ops.aten.gelu_backward(grad, hidden)  # type: ignore[no-any-return]
         case "silu":
-            return torch.ops.aten.silu_backward(grad, hidden)
+            return torch.ops.aten.silu_backward(grad, hidden)  # type: ignore[no-any-return]
         case "tanh":
             return grad * (1 - torch.tanh(hidden).square())
         case _:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.branch import activation, cost
+from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segments
 
 
@@ -27,6 +28,8 @@ def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Seg
         x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad
     ):
         return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
+    if A_RI.requires_grad or B_RO.requires_grad:  # in training, and nobody vouches for it
+        return _segmented(x_TI, y_TO, A_RI, B_RO, segments, act)[0]
     runs = ((run.count, run.rows, run.size) for run in segments.runs)
     if cost.stacking_pays(len(x_TI), len(A_RI), runs, A_RI.shape[1], B_RO.shape[1]):
         return _stacked(x_TI, y_TO, A_RI, B_RO, segments, act)
@@ -43,10 +46,10 @@ def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, a
     """The sum, and the activation's input of every run, [count, rows, rank]."""
     out, hiddens = y.clone(), []
     for run in segments.runs:
-        hidden = torch.bmm(run.batch(x), run.stack(A).transpose(1, 2))
+        hidden = segment_bmm(run.batch(x), run.stack(A).transpose(1, 2))
         hiddens.append(hidden)
-        up = activation.ACTIVATIONS[act](hidden) * run.scale(hidden)
-        run.batch(out).baddbmm_(up, run.stack(B))
+        up = run.scaled(activation.ACTIVATIONS[act](hidden))
+        add_segment_bmm_(run.batch(out), up, run.stack(B))
     return out, hiddens
 
 
@@ -69,21 +72,21 @@ class _Branch(torch.autograd.Function):
         dA = (torch.empty_like if once else torch.zeros_like)(A) if needs[2] else None
         dB = (torch.empty_like if once else torch.zeros_like)(B) if needs[3] else None
         for run, hidden in zip(segments.runs, hiddens):
-            dy, scale = run.batch(grad), run.scale(hidden)
+            dy = run.batch(grad)
             if dB is not None:
-                up = activation.ACTIVATIONS[act](hidden) * scale
+                up = run.scaled(activation.ACTIVATIONS[act](hidden))
                 _accumulate(run.stack(dB), up.transpose(1, 2), dy, once)
-            dh = activation.backward(act, torch.bmm(dy, run.stack(B).transpose(1, 2)) * scale, hidden)
+            dh = activation.backward(act, run.scaled(segment_bmm(dy, run.stack(B).transpose(1, 2))), hidden)
             if dA is not None:
                 _accumulate(run.stack(dA), dh.transpose(1, 2), run.batch(x), once)
             if dx is not None:
-                run.batch(dx).baddbmm_(dh, run.stack(A))
+                add_segment_bmm_(run.batch(dx), dh, run.stack(A))
         return dx, grad if needs[1] else None, dA, dB, None, None
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor, once: bool) -> None:
     """into (+)= left @ right; `once` says that nothing was written there before and no zeros lie there."""
     if once:
-        torch.bmm(left, right, out=into)
+        segment_bmm(left, right, out=into)
     else:
-        into.add_(torch.bmm(left, right))
+        into.add_(segment_bmm(left, right))

@@ -46,17 +46,18 @@ class Run:
 
     def batch(self, x_TD: Tensor) -> Tensor:
         """View of the run's batch rows, [count, rows, D]."""
-        return x_TD.narrow(0, self.start, self.count * self.rows).unflatten(0, (self.count, self.rows))
+        return torch.unflatten(x_TD.narrow(0, self.start, self.count * self.rows), 0, (self.count, self.rows))
 
     def stack(self, w_RD: Tensor) -> Tensor:
         """View of the run's stack rows, [count, size, D]."""
-        return w_RD.narrow(0, self.first, self.count * self.size).unflatten(0, (self.count, self.size))
+        return torch.unflatten(w_RD.narrow(0, self.first, self.count * self.size), 0, (self.count, self.size))
 
-    def scale(self, like: Tensor) -> Tensor | float:
-        """The factors, a scalar when they agree, else [count, 1, 1]."""
+    def scaled(self, x_NMD: Tensor) -> Tensor:
+        """Every segment's rows [count, rows, D] times its factor, which is not rounded to x's dtype before."""
         if len(set(self.scales)) == 1:
-            return self.scales[0]
-        return torch.tensor(self.scales, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+            return x_NMD * self.scales[0]
+        wide = torch.promote_types(x_NMD.dtype, torch.float32)
+        return (x_NMD * torch.tensor(self.scales, dtype=wide, device=x_NMD.device).view(-1, 1, 1)).to(x_NMD.dtype)
 
 
 @dataclass(frozen=True)

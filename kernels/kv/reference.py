@@ -19,7 +19,7 @@ def attend(
         pieces.append(q_TE.new_zeros(s.start - end, q_TE.shape[1], dtype=wide))
         rows = slice(s.start, s.start + s.length)
         prefix = slice(s.prefix_first, s.prefix_first + s.prefix_length)
-        q = q_TE[rows].to(wide).unflatten(1, (layout.heads, -1)).transpose(0, 1)
+        q = torch.unflatten(q_TE[rows].to(wide), 1, (layout.heads, -1)).transpose(0, 1)
         k, v = (
             torch.cat([p[prefix], x[rows]])
             .to(wide)

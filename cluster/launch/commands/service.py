@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from polygraft.cluster.launch.commands.common import Json, flags
-from polygraft.cluster.launch.output import print_json, screen
+from polygraft.cluster.launch.output import Failure, print_json, screen
 from polygraft.cluster.launch.progress import stages
 from polygraft.cluster.launch.start import AlreadyRunning, start
 from polygraft.cluster.launch.stop import stop
-from polygraft.cluster.service import Service, find_service
+from polygraft.cluster.service import Service, ServiceNotRunning, find_service
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +37,10 @@ def up(
         with stages() as shown:
             service = start(settings, on_stage=shown.enter, timeout_s=timeout)
     except AlreadyRunning:
-        service = find_service(settings.service_path)
+        try:
+            service = find_service(settings.service_path)
+        except ServiceNotRunning:
+            raise Failure("the service is coming up, but does not answer yet; polygraft doctor says more") from None
         if not as_json:
             screen.print("Polygraft is already running; polygraft down stops it.")
     if as_json:

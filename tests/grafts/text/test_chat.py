@@ -25,7 +25,7 @@ def render(template: str, budget: Budget = Budget()) -> str:
     "template",
     [
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}",
-        "{%- for m in messages %}\n    {%- if loop.last %}{% continue %}{% endif %}\n  {{ m.content }}\n{%- endfor -%}\n",
+        "{%- for m in messages %}\n    {%- if loop.last %}{% continue %}{% endif %}\n  {{ m.content }}\n{%- endfor -%}",
         "{% for m in messages %}\n  {% if m.role == 'user' %}\n  U: {{ m.content }}\n  {% endif %}\n{% endfor %}\n",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n * 2 ** 3 }}",
         "{% macro turn(m) %}<{{ m.role ~ ':' ~ loop }}>{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
@@ -70,8 +70,9 @@ HOSTILE = {
     "doubling by +": GROW.replace("GROWN", "ns.x + ns.x"),
     "doubling a list": GROW.replace("GROWN", "[ns.x, ns.x]"),
     "doubling a dict": GROW.replace("GROWN", "{'a': ns.x, 'b': ns.x}"),
-    "doubling by capture": "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}"
-    "{% endset %}{% set ns.x = y %}{% endfor %}",
+    "doubling by capture": GROW.replace(
+        "{% set ns.x = GROWN %}", "{% set y %}{{ ns.x * 2 }}{% endset %}{% set ns.x = y %}"
+    ),
     "a wide filter": "{{ 'a' | center(1000000000) }}",
     "a wide method": "{{ 'a'.ljust(1000000000) }}",
     "a wide format": "{{ '%0999999999d' % 1 }}",
@@ -86,7 +87,7 @@ HOSTILE = {
     "writing JSON": MEGABYTE + "{{ ([a] * 100000) | tojson }}",
     "printing a list": MEGABYTE + "{{ [a] * 100000 }}",
     "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "branching recursion": "{% macro f(n) %}{% if n < 40 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
+    "branching recursion": "{% macro f(n) %}{% if n < 40 %}{{ f(n + 1) ~ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
     "much literal text": "{% macro f(n) %}" + "x" * 60_000 + "{% if n < 12 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}"
     "{% endmacro %}{{ f(0) }}",
     "a slow codec": MEGABYTE + "{{ a.encode('idna') }}",

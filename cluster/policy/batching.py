@@ -1,0 +1,92 @@
+"""Which streams an engine's next step computes: who leaves, who is admitted, how many rows each gets. First come, first served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A stream with cache blocks: `left` rows to compute (1 while decoding), `held` blocks, `missing` ones for its next row."""
+
+    id: str
+    left: int
+    held: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A stream without cache blocks: `left` rows to compute, which with its graft's prefix fill `slots` cache slots."""
+
+    id: str
+    left: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Do it in this order: `evicted` give up their blocks and go back to the head of the queue, `admitted` get blocks for all their
+    slots, then `chunks` (stream, rows) are computed, those of admitted streams last."""
+
+    evicted: tuple[str, ...]
+    admitted: tuple[str, ...]
+    chunks: tuple[tuple[str, int], ...]
+
+
+def admit_streams(
+    waiting: Sequence[Waiting],
+    running: Sequence[Running],
+    *,
+    free_blocks: int,
+    block_size: int,
+    max_streams: int,
+    rows: int,
+) -> StepPlan:
+    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows.
+
+    Decoding streams get a row each, then prefills get chunks, then new streams are admitted while each leaves a free block for
+    every running stream and itself (S-LoRA's test, one step ahead). The first that does not fit stops the queue. While
+    streams are evicted nobody is admitted.
+    """
+    stay, evicted, free = _evict(running, free_blocks)
+    free -= sum(stream.missing for stream in stay)
+    chunks: list[tuple[str, int]] = []
+    for stream in sorted(stay, key=lambda stream: stream.left > 1):  # stable: oldest first within decode and prefill
+        if rows > 0:
+            chunks.append((stream.id, min(stream.left, rows)))
+            rows -= chunks[-1][1]
+
+    admitted: list[str] = []
+    for candidate in waiting if not evicted else ():
+        streams = len(stay) + len(admitted)
+        needed = blocks_for(candidate.slots, block_size)
+        if rows < 1 or streams >= max_streams or free < needed + streams + 1:
+            break
+        admitted.append(candidate.id)
+        chunks.append((candidate.id, min(candidate.left, rows)))
+        rows -= chunks[-1][1]
+        free -= needed
+    return StepPlan(evicted, tuple(admitted), tuple(chunks))
+
+
+def blocks_for(slots: int, block_size: int) -> int:
+    """Cache blocks that hold `slots` slots."""
+    return -(-slots // block_size)
+
+
+def ever_fits(slots: int, *, blocks: int, block_size: int) -> bool:
+    """Whether `admit_streams` takes such a stream when nothing else runs and all `blocks` are free."""
+    return blocks > blocks_for(slots, block_size)
+
+
+def _evict(running: Sequence[Running], free: int) -> tuple[list[Running], tuple[str, ...], int]:
+    """Who stays, who leaves (youngest first), and the free blocks then, so that everyone who stays gets the missing ones."""
+    stay = list(running)
+    evicted: list[str] = []
+    while stay and sum(stream.missing for stream in stay) > free:
+        youngest = stay.pop()
+        evicted.append(youngest.id)
+        free += youngest.held
+    return stay, tuple(evicted), free

@@ -1,0 +1,80 @@
+"""Which replica takes a request: Punica's rule with residency (Chen et al. 2023, section 5.1), then the shortest queue."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+
+from polygraft.cluster.model import GraftId, ReplicaId
+
+
+class RefusalReason(StrEnum):
+    NO_REPLICA = "no_replica"  # none is up, or all that are up were tried; HTTP 503
+    TOO_LONG = "too_long"  # does not fit an empty replica; HTTP 400
+    ALL_FULL = "all_full"  # every queue is full; HTTP 429
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    reason: RefusalReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """A replica's load as its last message told it. `blocks` are all it has for the key-value cache, `free_blocks` those left."""
+
+    id: ReplicaId
+    running: int
+    waiting: int
+    blocks: int
+    free_blocks: int
+    resident: Collection[GraftId] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteView:
+    """The replicas of one backbone, and the limits that all of them have."""
+
+    replicas: tuple[ReplicaView, ...]
+    max_streams: int
+    max_waiting: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRequest:
+    """`slots` are the cache slots of the prompt, a graft's prefix among them; `tried` are replicas that turned it down."""
+
+    graft: GraftId | None
+    slots: int
+    tried: Collection[ReplicaId] = ()
+
+
+def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
+    """The replica that has most requests running among those that can start this one at once, so that others run empty.
+
+    Ties go to the one that holds the graft, then to the fullest cache. Where none can start it, the shortest queue takes it.
+    """
+    candidates = [replica for replica in view.replicas if replica.id not in request.tried]
+    if not candidates:
+        return Refusal(RefusalReason.ALL_FULL if request.tried else RefusalReason.NO_REPLICA)
+    needed = -(-request.slots // view.block_size)
+    possible = [replica for replica in candidates if replica.blocks > needed]
+    if not possible:
+        return Refusal(RefusalReason.TOO_LONG)
+
+    fitting = [replica for replica in possible if _starts(view, replica, needed)]
+    if fitting:
+        return max(fitting, key=lambda one: (one.running, request.graft in one.resident, -one.free_blocks, one.id)).id
+    queueing = [replica for replica in possible if replica.waiting < view.max_waiting]
+    if queueing:
+        return min(queueing, key=lambda one: (one.waiting, request.graft not in one.resident, one.id)).id
+    return Refusal(RefusalReason.ALL_FULL)
+
+
+def _starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
+    """Whether the next step can take it: a stream's place, its blocks, and one more block for every stream then running."""
+    if replica.waiting or replica.running >= view.max_streams:
+        return False
+    return replica.free_blocks >= needed + replica.running + 1
