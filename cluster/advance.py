@@ -47,7 +47,7 @@ def record_progress(
     loss_after: float | None = None,
     fence: Fence | None = None,
 ) -> None:
-    """Note how far an unfinished job is, without an event; a loss of None keeps what is there. Raises as `advance_job`."""
+    """Note how far an unfinished job is, without an event; a loss of None keeps the old one. Raises as `advance_job`."""
 
     def change(found: Job | None) -> Job:
         value = _present(found, job, None)
@@ -69,7 +69,7 @@ def swap(
     appends: Sequence[Append] = (),
     fence: Fence | None = None,
 ) -> R:
-    """Write `change(record)`, computed again whenever another writer was faster. Raises Conflict after TRIES of them."""
+    """Write `change(record)`, computed again whenever another writer was faster. Raises Conflict after TRIES."""
     for attempt in range(TRIES):
         found = store.get(key)
         value = change(found.value if found else None)

@@ -1,4 +1,5 @@
-"""How facts change the state: the only place where a job's or a pack's state moves. Pure; the store's writers use it too."""
+"""How facts change the state: the only place where a job's or a pack's state moves. Pure; the store's writers use it
+too."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def publish(
 ) -> Graft:
     """The job's graft, whose folder is in place, as `name@n`; publishing it again returns the same version.
 
-    The first version of a name makes the alias; a later one moves it only if the job asks (`promote`). Steps, tokens and
-    losses are those last recorded. Raises Fenced, and IllegalTransition if the job ended otherwise meanwhile.
+    The first version of a name makes the alias; a later one moves it only if the job asks (`promote`). Steps, tokens
+    and losses are those last recorded. Raises Fenced, and IllegalTransition if the job ended otherwise meanwhile.
     """
     for attempt in range(TRIES):
         found = store.get(keys.job(job))
@@ -71,7 +71,8 @@ def publish(
 
 
 def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft | None:
-    """The graft that `model` (a name, or name@n) means for this tenant now; None for the bare backbone. Raises UnknownModel."""
+    """The graft that `model` (a name, or name@n) means for this tenant now; None for the bare backbone. Raises
+    UnknownModel."""
     if model == backbone:
         return None
     match = _MODEL.fullmatch(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+BLOCK_SIZE = 16  # tokens; the runtime gathers contexts in multiples of it
+
 
 class Blocks:
     """Blocks 1 to `count - 1`; block 0 is reserved, always zero, and stands for "no block" in page tables.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -13,30 +12,28 @@ import torch
 from torch import Tensor
 
 from polygraft.cluster.model import ReplicaId
-from polygraft.cluster.policy.batching import Running, Waiting, admit_streams, ever_fits
 from polygraft.cluster.settings import ServeSettings
-from polygraft.cluster.store.base import JSON
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.cache import KVCache, PagedAttention
+from polygraft.grafts.runtime.cache import PagedAttention
 from polygraft.serving.batch import Batch, Chunk
-from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
-from polygraft.serving.messages import FinishReason, Load, StepTokens
+from polygraft.serving.messages import FinishReason, StepTokens
 from polygraft.serving.outbox import Listener, Outbox
-from polygraft.serving.residency import Composition, GraftUnusable, Residency
+from polygraft.serving.residency import Residency
 from polygraft.serving.sampling import Draw, sample
 from polygraft.serving.sequence import GenerationRequest, Sequence
 from polygraft.serving.steps import StepLog
+from polygraft.serving.streams import Streams
 
 _LOG = logging.getLogger(__name__)
 _IDLE_S = 0.5  # how long an idle engine sleeps before it shows that it is alive
-_GIVE_UP = 10  # failures outside any forward, in a row, after which the thread ends and the replica is unhealthy
+_GIVE_UP = 10  # turns in a row that fail outside any forward, after which the thread ends
 
 
 class Engine:
-    """Continuous batching of any mix of grafts and the bare backbone. All methods may be called from any thread.
+    """Continuous batching of any mix of grafts and the bare backbone. Public methods may be called from any thread.
 
-    A failure belongs to whom it can be pinned on: a graft that cannot be loaded or a row that is not finite ends that
+    A failure belongs to whom it can be pinned on: a graft that cannot be loaded, or a row that is not finite, ends its
     request; when a forward raises, its streams are computed one by one until the culprit raises alone.
     """
 
@@ -51,31 +48,26 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`clock` orders arrivals and beats, `now` stamps the step log. Raises ValueError for a cache below one context."""
-        per_block = KVCache.bytes_per_block(backbone.shape, BLOCK_SIZE, backbone.dtype)
-        count = settings.kv_bytes // per_block
-        if not ever_fits(settings.max_context, blocks=count - 1, block_size=BLOCK_SIZE):
-            raise ValueError(
-                f"serve.kv_bytes: {settings.kv_bytes} is less than one context of {settings.max_context} tokens needs; "
-                f"give at least {(-(-settings.max_context // BLOCK_SIZE) + 2) * per_block}"
-            )
+        """`clock` orders arrivals and beats, `now` stamps the step log. Raises ValueError as `Streams` does."""
         self._backbone, self._settings, self._clock, self._now = backbone, settings, clock, now
-        self._cache = KVCache(backbone.shape, count, block_size=BLOCK_SIZE, dtype=backbone.dtype)
-        self._blocks = Blocks(count=count, block_size=BLOCK_SIZE, bytes_per_block=per_block)
-        self._residency = Residency(folder=data / "grafts", backbone=backbone, budget_bytes=graft_bytes)
-        self._loader = Loader(self._residency, wake=self._wake)
+        residency = Residency(folder=data / "grafts", backbone=backbone, budget_bytes=graft_bytes)
+        self._loader = Loader(residency, wake=self._wake)
+        self._streams = Streams(backbone, settings, residency, self._loader)
         self._log = StepLog(data / "replicas" / replica / "steps.jsonl")
         self._outbox = Outbox()
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._suspects: list[Sequence] = []
         self._computing: Batch | None = None
-        self._composition: Composition | None = None
+        self._suspects: list[Sequence] = []
+        self._failures = 0
         self._steps = 0
+        # Shared with other threads, under the condition's lock.
         self._changed = Condition()
+        self._awake = False
         self._submitted: list[Sequence] = []
         self._cancelled: set[str] = set()
+        self._left: set[str] = set()
         self._stopping = False
+        # Replaced whole, so that any thread may read them.
+        self.load = self._streams.load
         self.beat = clock()
         self._thread = Thread(target=self._run, name=f"engine-{replica}", daemon=True)
 
@@ -86,49 +78,56 @@ class Engine:
         """End the thread after its step; requests that are not over end as cancelled."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+        self._wake()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self._loader.close()
-        self._log.close()
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
-    def load(self) -> Load:
-        waiting = len(self._waiting) + len(self._submitted)
-        free = self._blocks.free_blocks
-        return Load(len(self._running), waiting, self._blocks.total, free, self._residency.held)
+    def healthy(self, stall_s: float) -> bool:
+        """Whether the thread lives and has begun a turn within `stall_s` seconds."""
+        return self._thread.is_alive() and self._clock() - self.beat < stall_s
 
     def listen(self, ingress: str, listener: Listener) -> None:
-        """Hand `ingress` its tokens from now on; its requests of an earlier listener are another attempt's by now."""
+        """Hand `ingress` its tokens from now on, on the engine's thread."""
         self._outbox.listen(ingress, listener)
 
     def leave(self, ingress: str, listener: Listener) -> None:
-        """The reader is gone; unless another took its place, so are its requests."""
+        """The reader is gone; unless another took its place, its requests end."""
         if self._outbox.leave(ingress, listener):
             with self._changed:
-                of_ingress = [s for s in (*self._submitted, *self._waiting, *self._running) if s.request.ingress == ingress]
-                self._cancelled |= {sequence.request.id for sequence in of_ingress}
-                self._changed.notify()
+                self._left.add(ingress)
+            self._wake()
 
     def submit(self, request: GenerationRequest) -> bool:
-        """Queue the request; False when the queue is full. A newer attempt replaces an older one of the same id."""
+        """Queue the request; False when the queue is full. A newer attempt ends an older one of the same id."""
         with self._changed:
             places = self._settings.max_streams + self._settings.max_queued
-            if self._stopping or len(self._running) + len(self._waiting) + len(self._submitted) >= places:
+            taken = len(self._streams.running) + len(self._streams.waiting) + len(self._submitted)
+            if self._stopping or taken >= places:
                 return False
             self._submitted.append(Sequence(request=request, arrival=self._clock()))
-            self._changed.notify()
-            return True
+        self._wake()
+        return True
 
     def cancel(self, request: str) -> None:
         """End the request wherever it is; one that is unknown or over is left alone."""
         with self._changed:
             self._cancelled.add(request)
-            self._changed.notify()
+        self._wake()
+
+    def turn(self) -> bool:
+        """A step, and handing out what came of it; False when there was nothing to do. The thread's whole life."""
+        self.beat = self._clock()
+        with torch.inference_mode():
+            try:
+                busy = self.step()
+                self._failures = 0
+            except Exception as error:
+                busy = True
+                self._blame(error)
+        self.load = self._streams.load
+        self._outbox.flush(self.load)
+        return busy
 
     def step(self) -> bool:
         """One forward over whatever can run; False when nothing can."""
@@ -139,3 +138,139 @@ class Engine:
         tokens = self._sample(batch, logits)
         self._collect(batch, tokens)
         return True
+
+    def _schedule(self) -> Batch | None:
+        """Take in what came, and lay out the rows of the next forward; None when there are none."""
+        self._take_in()
+        for sequence, error in self._streams.load_grafts():
+            self._end(sequence, "error", error=str(error))
+        if self._suspects:
+            suspect = self._suspects[0]
+            chunks = [Chunk(suspect, min(suspect.left, self._settings.max_rows))]
+        else:
+            chunks = self._streams.choose()
+        if not chunks:
+            return None
+        grafts = {chunk.sequence.request.graft for chunk in chunks}
+        composition = self._streams.residency.compose([graft for graft in grafts if graft is not None])
+        tables = {chunk.sequence.request.id: self._streams.blocks.table(chunk.sequence.request.id) for chunk in chunks}
+        return Batch.of(chunks, tables, composition)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Logits of the rows to sample, [n, vocab] fp32."""
+        self._computing = batch
+        attention = PagedAttention(self._streams.cache, batch.sequences)
+        hidden = self._backbone.forward(batch.rows, batch.stacks, attention)
+        return self._backbone.logits(hidden[list(batch.last)])
+
+    def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
+        """A token for each sequence of `batch.sampled`; None where its row is not finite."""
+        requests = [(sequence.request, sequence.generated) for sequence in batch.sampled]
+        return sample(logits, [Draw(r.temperature, r.top_p, r.seed, 0, index) for r, index in requests])
+
+    def _collect(self, batch: Batch, tokens: list[int | None]) -> None:
+        """Note what is computed, hand out the tokens, and end what is over."""
+        self._computing = None
+        self._note(batch)
+        for chunk in batch.chunks:
+            chunk.sequence.computed += chunk.rows
+            if chunk.sequence in self._suspects:
+                self._suspects.remove(chunk.sequence)
+        for sequence, token in zip(batch.sampled, tokens, strict=True):
+            if token is None:
+                self._end(sequence, "error", error="the model's output is not finite")
+                continue
+            sequence.tokens.append(token)
+            reason = sequence.finish_reason()
+            if reason is None:
+                self._tell(sequence, token, None)
+            else:
+                self._end(sequence, reason, token=token)
+
+    def _take_in(self) -> None:
+        """What other threads asked for since the last step; cancelling comes last, so that it meets what it is meant for."""
+        with self._changed:
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, set()
+            left, self._left = self._left, set()
+        newer = {sequence.request.id for sequence in submitted}
+        for sequence in self._present():
+            if sequence.request.id in newer or sequence.request.ingress in left:
+                self._end(sequence, "cancelled")
+        for sequence in submitted:
+            self._streams.add(sequence)
+        for sequence in self._present():
+            if sequence.request.id in cancelled:
+                self._end(sequence, "cancelled")
+
+    def _present(self) -> tuple[Sequence, ...]:
+        return (*self._streams.waiting, *self._streams.running)
+
+    def _tell(
+        self, sequence: Sequence, token: int | None, reason: FinishReason | None, error: str | None = None
+    ) -> None:
+        request = sequence.request
+        index = sequence.generated - (token is not None)
+        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.epoch, error))
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, *, token: int | None = None, error: str | None = None
+    ) -> None:
+        self._tell(sequence, token, reason, error)
+        self._streams.remove(sequence)
+        if sequence in self._suspects:
+            self._suspects.remove(sequence)
+
+    def _blame(self, error: Exception) -> None:
+        """After an exception: try the streams of the forward alone, or end the one that was alone."""
+        batch, self._computing = self._computing, None
+        if batch is None:
+            self._failures += 1
+            _LOG.error("a step failed before its forward (%d of %d)", self._failures, _GIVE_UP, exc_info=error)
+        elif len(batch.chunks) > 1:
+            self._suspects = [chunk.sequence for chunk in batch.chunks]
+            _LOG.error("a forward of %d streams failed; trying them alone", len(self._suspects), exc_info=error)
+        else:
+            sequence = batch.chunks[0].sequence
+            _LOG.error("request %s failed", sequence.request.id, exc_info=error)
+            self._end(sequence, "error", error=f"{type(error).__name__} in the forward")
+
+    def _note(self, batch: Batch) -> None:
+        """The step's line in the log."""
+        self._steps += 1
+        residents = {graft: self._streams.residency.get(graft) for graft in batch.grafts}
+        self._log.write(
+            {
+                "step": self._steps,
+                "time": round(self._now(), 3),
+                "rows": len(batch.rows),
+                "prefill_rows": sum(chunk.rows for chunk in batch.chunks if chunk.rows > 1),
+                "requests": [chunk.sequence.request.id for chunk in batch.chunks],
+                "grafts": list(residents),
+                "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
+                "merged": False,
+            }
+        )
+
+    def _run(self) -> None:
+        while not self._stopping and self._failures < _GIVE_UP:
+            if not self.turn():
+                self._idle()
+        self._take_in()
+        for sequence in self._present():
+            self._end(sequence, "cancelled")
+        self._outbox.flush(self._streams.load)
+        self._log.close()
+
+    def _idle(self) -> None:
+        if not self._streams.running:
+            self._streams.blocks.check()
+        with self._changed:
+            if not self._awake:
+                self._changed.wait(_IDLE_S)
+            self._awake = False
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._awake = True
+            self._changed.notify()

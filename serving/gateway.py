@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
+from polygraft.cluster.settings import ServeSettings
+from polygraft.serving.blocks import BLOCK_SIZE
 from polygraft.serving.messages import Load, StepMessage, StepTokens
 from polygraft.serving.sequence import GenerationRequest
 
@@ -19,6 +23,10 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 class Busy(Exception):
     """Every replica's queue is full."""
+
+
+class TooLong(Exception):
+    """The prompt fits no replica, not even an empty one."""
 
 
 class Unavailable(Exception):
@@ -54,12 +62,16 @@ class _Stream:
 class Gateway:
     """Generations over a set of replicas. `start` and `close` bracket its use, all on one event loop."""
 
-    def __init__(self, links: Mapping[ReplicaId, Link], *, ingress: str, ready_s: float = 60.0) -> None:
+    def __init__(
+        self, links: Mapping[ReplicaId, Link], *, ingress: str, settings: ServeSettings, ready_s: float = 60.0
+    ) -> None:
         self._links = dict(links)
         self._ingress = ingress
+        self._settings = settings
         self._ready_s = ready_s
         self._streams: dict[str, _Stream] = {}
         self._loads: dict[ReplicaId, Load] = {}
+        self._sent: Counter[ReplicaId] = Counter()  # submitted since the replica's last message
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -79,7 +91,7 @@ class Gateway:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The request's tokens in order, each once, the last with its finish reason; leaving the loop early cancels it.
 
-        Raises Busy before the first token, Unavailable at any time.
+        Raises Busy and TooLong before the first token, Unavailable at any time.
         """
         stream = await self._submit(_Stream(replace(request, ingress=self._ingress), ReplicaId("")))
         finished = False
@@ -109,17 +121,17 @@ class Gateway:
             async with asyncio.timeout(self._ready_s):
                 while True:
                     replica = self._choose(request, full)
-                    if replica is None:
-                        if full:
-                            raise Busy(f"the queues of all {len(full)} replicas are full")
-                        await self._changed.wait()
+                    if isinstance(replica, Refusal):
+                        await self._wait_or_raise(replica.reason)
                         continue
                     stream.replica, stream.arrived = replica, asyncio.Queue()
                     self._streams[request.id] = stream  # before the call: its first token may overtake the answer
+                    self._sent[replica] += 1
                     try:
                         if await self._links[replica].submit(request):
                             return stream
                         full.add(replica)
+                        self._sent[replica] -= 1
                     except ConnectionError:
                         self._lose(replica)
         except TimeoutError:
@@ -140,8 +152,35 @@ class Gateway:
         )
         await self._submit(stream)
 
-    def _choose(self, request: GenerationRequest, full: set[ReplicaId]) -> ReplicaId | None:
-        raise NotImplementedError
+    def _choose(self, request: GenerationRequest, tried: set[ReplicaId]) -> ReplicaId | Refusal:
+        replicas = tuple(
+            ReplicaView(
+                id=replica,
+                running=load.running,
+                waiting=load.waiting + self._sent[replica],
+                blocks=load.blocks,
+                free_blocks=load.free_blocks,
+                resident=load.resident,
+            )
+            for replica, load in sorted(self._loads.items())
+        )
+        view = RouteView(
+            replicas=replicas,
+            max_streams=self._settings.max_streams,
+            max_waiting=self._settings.max_queued,
+            block_size=BLOCK_SIZE,
+        )
+        slots = request.prefix + len(request.prompt_ids) + len(request.generated)
+        return route(view, RouteRequest(graft=request.graft, slots=slots, tried=tried))
+
+    async def _wait_or_raise(self, reason: RefusalReason) -> None:
+        match reason:
+            case RefusalReason.NO_REPLICA:
+                await self._changed.wait()
+            case RefusalReason.TOO_LONG:
+                raise TooLong("the prompt does not fit the key-value cache of any replica")
+            case RefusalReason.ALL_FULL:
+                raise Busy("the queues of all replicas are full")
 
     async def _pump(self, replica: ReplicaId) -> None:
         """Follow one replica's messages for ever, reconnecting when they end."""
@@ -151,6 +190,7 @@ class Gateway:
                 async for message in self._links[replica].messages(self._ingress):
                     failures = 0
                     self._loads[replica] = message.load
+                    self._sent[replica] = 0
                     self._changed.set()
                     for tokens in message.tokens:
                         stream = self._streams.get(tokens.request)

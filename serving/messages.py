@@ -32,6 +32,7 @@ class Load:
 
     running: int = 0
     waiting: int = 0
+    blocks: int = 0
     free_blocks: int = 0
     resident: tuple[GraftId, ...] = ()
 

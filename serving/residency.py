@@ -60,19 +60,19 @@ class Residency:
     def get(self, graft: GraftId) -> Resident | None:
         return self._held.get(graft)
 
-    def can_admit(self, resident: Resident) -> bool:
-        """Whether it fits beside the grafts in use. Raises GraftUnusable when it would not fit alone."""
+    def can_admit(self, resident: Resident, keep: Collection[GraftId]) -> bool:
+        """Whether it fits beside the grafts in use and those to keep. Raises GraftUnusable if it would not fit alone."""
         if _size(resident) > self._budget:
             raise GraftUnusable(
                 f"graft {resident.id}: needs {_size(resident)} bytes; the replica has {self._budget} for grafts"
             )
-        pinned = sum(_size(held) for graft, held in self._held.items() if graft in self._pins)
+        pinned = sum(_size(held) for graft, held in self._held.items() if graft in self._pins or graft in keep)
         return pinned + _size(resident) <= self._budget
 
-    def admit(self, resident: Resident) -> None:
-        """Hold it, letting go of the least recently used grafts that nobody uses; ask `can_admit` first."""
+    def admit(self, resident: Resident, keep: Collection[GraftId]) -> None:
+        """Hold it; the least recently used grafts that nobody needs go for it. Ask `can_admit` first."""
         room = self._budget - _size(resident)
-        for graft in [graft for graft in self._held if graft not in self._pins]:
+        for graft in [graft for graft in self._held if graft not in self._pins and graft not in keep]:
             if self.used_bytes <= room:
                 break
             self._drop(graft)

@@ -14,7 +14,8 @@ class GenerationRequest:
 
     `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token
     has index len(generated), so that a stream taken over by another replica draws what the first would have drawn.
-    `epoch` counts attempts; messages of an older one are stale.
+    `epoch` counts attempts; messages of an older one are stale. `prefix` are the virtual tokens of the graft, as far as
+    the ingress knows; the engine asks the graft itself.
     """
 
     id: str
@@ -29,6 +30,7 @@ class GenerationRequest:
     generated: tuple[int, ...] = ()
     epoch: int = 0
     ingress: str = ""
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

@@ -17,10 +17,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`cursor` is the last command taken in; `jobs` maps a job to its checkpoint's name, None for one at its start."""
+    """`cursor` is the last command taken in, `closing` whether one of them was close; `jobs` maps a job to its
+    checkpoint's name, None for one at its start.
+    """
 
     step: int = 0
     cursor: str = "0-0"
+    closing: bool = False
     jobs: Mapping[str, str | None] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:

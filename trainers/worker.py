@@ -68,14 +68,13 @@ class PackWorker:
         assert lease is not None, "a stolen lease is always granted"
         self.fence = lease.fence
         self._log = StepLog(folders.pack(pack))
-        self._closing = False
         self._saved = self._progressed = time.monotonic()
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
         boundary."""
         manifest = Manifest.load(self.folders.pack(self.pack))
-        self._cursor = EntryId(manifest.cursor)
+        self._cursor, self._closing = EntryId(manifest.cursor), manifest.closing
         self.runner.steps = manifest.step
         advance_pack(self.store, PackOpened(pack=self.pack, at=time.time()), fence=self.fence)
         for job, name in manifest.jobs.items():
@@ -229,7 +228,7 @@ class PackWorker:
         names = {
             job: checkpoint.save(self.folders.job(job), active) if active.step else None for job, active in jobs.items()
         }
-        Manifest(self.runner.steps, self._cursor, names).save(self.folders.pack(self.pack))
+        Manifest(self.runner.steps, self._cursor, self._closing, names).save(self.folders.pack(self.pack))
         self._saved = time.monotonic()
 
     def _metrics(self, stepped: Stepped) -> None:

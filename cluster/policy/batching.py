@@ -1,4 +1,4 @@
-"""Which streams an engine's next step computes: who leaves, who is admitted, how many rows each gets. First come, first served."""
+"""Which streams an engine's next step computes, first come, first served: who leaves, who enters, how many rows each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A stream with cache blocks: `left` rows to compute (1 while decoding), `held` blocks, `missing` ones for its next row."""
+    """A stream with cache blocks: `left` rows to compute (1 while decoding), `held` blocks, `missing` ones for its
+    next row."""
 
     id: str
     left: int
@@ -27,7 +28,8 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Do it in this order: `evicted` give up their blocks and go back to the head of the queue, `admitted` get blocks for all their
+    """Do it in this order: `evicted` give up their blocks and go back to the head of the queue, `admitted` get blocks
+    for all their
     slots, then `chunks` (stream, rows) are computed, those of admitted streams last."""
 
     evicted: tuple[str, ...]
@@ -46,9 +48,9 @@ def admit_streams(
 ) -> StepPlan:
     """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows.
 
-    Decoding streams get a row each, then prefills get chunks, then new streams are admitted while each leaves a free block for
-    every running stream and itself (S-LoRA's test, one step ahead). The first that does not fit stops the queue. While
-    streams are evicted nobody is admitted.
+    Decoding streams get a row each, then prefills get chunks, then new streams are admitted while each leaves a free
+    block for every running stream and itself (S-LoRA's test, one step ahead). The first that does not fit stops the
+    queue. While streams are evicted nobody is admitted.
     """
     stay, evicted, free = _evict(running, free_blocks)
     free -= sum(stream.missing for stream in stay)
@@ -82,7 +84,8 @@ def ever_fits(slots: int, *, blocks: int, block_size: int) -> bool:
 
 
 def _evict(running: Sequence[Running], free: int) -> tuple[list[Running], tuple[str, ...], int]:
-    """Who stays, who leaves (youngest first), and the free blocks then, so that everyone who stays gets the missing ones."""
+    """Who stays, who leaves (youngest first), and the free blocks then, so that everyone who stays gets the missing
+    ones."""
     stay = list(running)
     evicted: list[str] = []
     while stay and sum(stream.missing for stream in stay) > free:

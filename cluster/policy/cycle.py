@@ -1,6 +1,9 @@
-"""What to do now: `decide` looks at the whole snapshot and answers every job that waits. Pure; equal inputs, equal outputs."""
+"""What to do now: `decide` looks at the whole snapshot and answers every job that waits. Pure; equal inputs, equal
+outputs."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
 from polygraft.cluster.model import DeviceId, Job, Pack, PackId, Snapshot
@@ -48,7 +51,7 @@ class _Round:
         self._snapshot = snapshot
         self._budgets: dict[PackId, Budget] = {}
         self._full: dict[PackId, Reason] = {}
-        self._taken: set[DeviceId] = set()
+        self._taken: Counter[DeviceId] = Counter()
 
     def place(self, job: Job) -> Decision:
         limits, backbone = self._snapshot.limits, job.spec.backbone
@@ -64,7 +67,8 @@ class _Round:
         return self._admit(job, pack)
 
     def _admit(self, job: Job, pack: Pack) -> Decision:
-        """The first job that does not fit stops the pack's queue: a large job is not overtaken for ever by small ones."""
+        """The first job that does not fit stops the pack's queue: a large job is not overtaken for ever by small
+        ones."""
         if pack.id not in self._budgets:
             present = (one for one in self._snapshot.jobs.values() if one.pack == pack.id and one.active)
             self._budgets[pack.id] = Budget(self._snapshot.limits, present)
@@ -85,6 +89,6 @@ class _Round:
         device = free_device(self._snapshot, self._taken)
         if device is None:
             return why_no_pack(self._snapshot.packs.values(), backbone)
-        self._taken.add(device)
+        self._taken[device] += 1
         self.opened.append(OpenPack(new_pack_id(self._snapshot, len(self.opened)), backbone, device))
         return Reason.PACK_OPENING

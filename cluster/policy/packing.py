@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from polygraft.cluster.model import DeviceId, Job, JobId, Pack, PackId, Snapshot
 from polygraft.cluster.states import PackState, Reason
@@ -17,9 +17,9 @@ def usable_pack(packs: Iterable[Pack], backbone: str) -> Pack | None:
     return min(usable, key=lambda pack: (pack.state is not PackState.OPEN, pack.id), default=None)
 
 
-def free_device(snapshot: Snapshot, taken: Collection[DeviceId]) -> DeviceId | None:
-    """A device with a free share, beside one share on each of `taken`: most free shares first, then the smallest id."""
-    free = {device: snapshot.free_shares(device) - (device in taken) for device in snapshot.devices}
+def free_device(snapshot: Snapshot, taken: Mapping[DeviceId, int]) -> DeviceId | None:
+    """A device with a free share beside the `taken` ones: most free shares first, then the smallest id."""
+    free = {device: snapshot.free_shares(device) - taken.get(device, 0) for device in snapshot.devices}
     return min((one for one in free if free[one] > 0), key=lambda one: (-free[one], one), default=None)
 
 
@@ -54,6 +54,7 @@ def is_idle(pack: Pack, jobs: Mapping[JobId, Job], *, now: float, idle_s: float)
 
 
 def new_pack_id(snapshot: Snapshot, index: int) -> PackId:
-    """Id of the round's `index`-th new pack. Opening it moves the log past the version it is made of, so none comes twice."""
+    """Id of the round's `index`-th new pack. Opening it moves the log past the version it is made of, so none comes
+    twice."""
     milliseconds, _, sequence = snapshot.version.partition("-")
     return PackId(f"pack-{int(milliseconds):x}{int(sequence) + index:04x}")

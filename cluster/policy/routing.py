@@ -1,4 +1,5 @@
-"""Which replica takes a request: Punica's rule with residency (Chen et al. 2023, section 5.1), then the shortest queue."""
+"""Which replica takes a request: Punica's rule with residency (Chen et al. 2023, section 5.1), then the shortest
+queue."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
-    """A replica's load as its last message told it. `blocks` are all it has for the key-value cache, `free_blocks` those left."""
+    """A replica's load as its last message told it. `blocks` are all it has for the key-value cache, `free_blocks`
+    those left."""
 
     id: ReplicaId
     running: int
@@ -44,7 +46,8 @@ class RouteView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
-    """`slots` are the cache slots of the prompt, a graft's prefix among them; `tried` are replicas that turned it down."""
+    """`slots` are the cache slots of the prompt, a graft's prefix among them; `tried` are replicas that turned it
+    down."""
 
     graft: GraftId | None
     slots: int
@@ -54,7 +57,8 @@ class RouteRequest:
 def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
     """The replica that has most requests running among those that can start this one at once, so that others run empty.
 
-    Ties go to the one that holds the graft, then to the fullest cache. Where none can start it, the shortest queue takes it.
+    Ties go to the one that holds the graft, then to the fullest cache. Where none can start it, the shortest queue
+    takes it.
     """
     candidates = [replica for replica in view.replicas if replica.id not in request.tried]
     if not candidates:
@@ -74,7 +78,8 @@ def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
 
 
 def _starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
-    """Whether the next step can take it: a stream's place, its blocks, and one more block for every stream then running."""
+    """Whether the next step can take it: a stream's place, its blocks, and one more block for every stream then
+    running."""
     if replica.waiting or replica.running >= view.max_streams:
         return False
     return replica.free_blocks >= needed + replica.running + 1

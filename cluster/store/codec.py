@@ -1,7 +1,7 @@
 """Records and events as JSON text: {"type", "schema", fields...}, decoded strictly. Never pickle.
 
-The encoding follows the dataclasses' annotations; a mapping of records becomes the list of its values, since each knows its id. A change of
-a record's fields raises its schema number here and gets a conversion from the old one.
+The encoding follows the dataclasses' annotations; a mapping of records becomes the list of its values, since each
+knows its id. A change of a record's fields raises its schema number here and gets a conversion from the old one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def decode_event(text: str | bytes) -> Event:
 
 def encode_entry(entry: Mapping[str, JSON]) -> str:
     """A stream entry; numbers that are not finite become null."""
-    return _dump({key: None if isinstance(value, float) and not isfinite(value) else value for key, value in entry.items()})
+    finite = (None if isinstance(value, float) and not isfinite(value) else value for value in entry.values())
+    return _dump(dict(zip(entry, finite, strict=True)))
 
 
 def decode_entry(text: str | bytes) -> Mapping[str, JSON]:
@@ -81,7 +82,8 @@ def _decode(text: str | bytes, at: str) -> object:
     if name not in _types():
         raise CodecError(f"{at}: unknown type {name!r}; another version of polygraft wrote it")
     if schema != _schema(name):
-        raise CodecError(f"{at}: {name} of schema {schema!r}, not {_schema(name)}; another version of polygraft wrote it")
+        known = _schema(name)
+        raise CodecError(f"{at}: {name} of schema {schema!r}, not {known}; another version of polygraft wrote it")
     return _form(_types()[name]).decode(body, name)
 
 

@@ -25,7 +25,8 @@ _POLL_S = 0.02
 class EmbeddedServer:
     """One server at a time on `folder`, listening on loopback; `start` again after it died brings back the same url.
 
-    `port` 0 takes a free one at the first start. The server leads a session of its own and outlives this process unless stopped.
+    `port` 0 takes a free one at the first start. The server leads a session of its own and outlives this process
+    unless stopped.
     """
 
     def __init__(self, folder: Path, *, port: int = 0) -> None:
@@ -108,6 +109,7 @@ class EmbeddedServer:
         return "".join(f"{name} {value}\n" for name, value in lines.items())
 
     def _password(self) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / "password"
         if not path.exists():
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,5 @@
-"""The commands that reach a Redis or Valkey server: pooled connections, scripts, writes that are on disk, failures by one name."""
+"""The commands that reach a Redis or Valkey server: pooled connections, scripts, writes that are on disk, failures by
+one name."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from polygraft.cluster.store.base import StoreUnavailable
 
 TIMEOUT_S = 5.0  # a server that is silent for longer is down
 CONNECT_S = 2.0
+_CANNOT_WRITE = ("MISCONF", "OOM", "READONLY", "WAITAOF cannot", "LOADING", "MASTERDOWN")
 
 Argument = str | bytes | int | float
 
 
 class Wire:
-    """Thread-safe: every command takes a connection of the pool and gives it back, a blocking one too. Raises StoreUnavailable.
+    """Thread-safe: every command takes a connection of the pool and gives it back, a blocking one too. Raises
+    StoreUnavailable.
 
     Nothing is sent twice: a write whose answer is lost may have happened.
     """
@@ -99,7 +102,8 @@ class Wire:
         if config.get("appendonly") == "no":
             raise StoreUnavailable("the store would lose acknowledged writes; run its server with appendonly yes")
         if not waits and config.get("appendfsync") != "always":
-            raise StoreUnavailable("the store's server has no WAITAOF; run it with appendonly yes and appendfsync always")
+            needed = "appendonly yes and appendfsync always"
+            raise StoreUnavailable(f"the store's server has no WAITAOF; run it with {needed}")
         self._waits = waits
         self._checked = True
 
@@ -113,7 +117,7 @@ def _reached() -> Iterator[None]:
     except exceptions.NoScriptError:
         raise
     except exceptions.ResponseError as error:
-        if any(word.lower() in str(error).lower() for word in ("MISCONF", "OOM", "READONLY", "WAITAOF cannot", "LOADING", "MASTERDOWN")):
+        if any(word in str(error) for word in _CANNOT_WRITE):
             raise StoreUnavailable(f"the store cannot write: {error}") from error
         raise
 

@@ -150,9 +150,12 @@ class Tokeniser:
         return found
 
     def _turn(self, encoding: Encoding, text: str, content: range) -> range:
-        """The tokens that begin inside `content`, and the special token after it if only white space lies between."""
+        """The tokens that hold some of `content`, on to the special token after it if only white space lies between.
+
+        A first token may begin before it: templates that write a space first make it one with the first word.
+        """
         offsets = encoding.offsets
-        first = next((i for i, (start, _) in enumerate(offsets) if start >= content.start), len(offsets))
+        first = next((i for i, (_, stop) in enumerate(offsets) if stop > content.start), len(offsets))
         last = next((i for i in range(first, len(offsets)) if offsets[i][0] >= content.stop), len(offsets))
         for index in range(last, len(offsets)):
             if text[content.stop : offsets[index][0]].strip():

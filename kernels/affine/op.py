@@ -46,13 +46,13 @@ def _gathered(y: Tensor, g: Tensor | None, b: Tensor | None, segments: Segments)
 
 class _Affine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, g: Tensor | None, b: Tensor | None, segments: Segments) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(y if g is not None else None, g, b)
+    def forward(ctx: FunctionCtx, y: Tensor, g: Tensor | None, b: Tensor | None, segments: Segments) -> Tensor:
+        ctx.save_for_backward(y if g is not None else None, g, b)  # type: ignore[arg-type]  # None is allowed
         ctx.segments = segments  # type: ignore[attr-defined]
         return _forward(y, g, b, segments)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, g, b = ctx.saved_tensors  # type: ignore[attr-defined]
         segments: Segments = ctx.segments  # type: ignore[attr-defined]
         dg = torch.zeros_like(g) if g is not None else None

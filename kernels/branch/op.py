@@ -18,17 +18,21 @@ def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Seg
 
     x [T, in], y [T, out], A [R, in] and B [R, out] of one dtype, R the ranks of all grafts in the stack, never padded.
     Segments may overlap. Differentiable in x, y, A and B; the sums over rows of dA and dB stay inside a segment, so
-    on CPU
-    they do not depend on other segments (row invariance, docs/architecture.md). Without gradients the op may multiply
-    rows by foreign ranks and select the products out before B; the caller vouches that the stack is finite.
+    they do not depend on other segments (row invariance, docs/architecture.md). Where neither A nor B can collect a
+    gradient the op may multiply rows by foreign ranks and select the products out before B; the caller vouches that
+    the stack is finite.
     """
     if not segments.runs:
         return y_TO
+    if x_TI.is_cuda:
+        from polygraft.kernels.branch import gpu  # Triton is loaded only where there is a GPU
+
+        return gpu.branch(x_TI, y_TO, A_RI, B_RO, segments, act)
     if torch.is_grad_enabled() and (
         x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad
     ):
         return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
-    if A_RI.requires_grad or B_RO.requires_grad:  # in training, and nobody vouches for it
+    if A_RI.requires_grad or B_RO.requires_grad:  # evaluation in training: as in a step
         return _segmented(x_TI, y_TO, A_RI, B_RO, segments, act)[0]
     runs = ((run.count, run.rows, run.size) for run in segments.runs)
     if cost.stacking_pays(len(x_TI), len(A_RI), runs, A_RI.shape[1], B_RO.shape[1]):
@@ -39,7 +43,7 @@ def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Seg
 def _stacked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
     factor, foreign = segments.scales_TR(len(x), len(A), x)
     hidden = activation.ACTIVATIONS[act](x @ A.T)
-    return torch.addmm(y, (hidden * factor).masked_fill_(foreign, 0), B)
+    return torch.addmm(y, (hidden * factor).masked_fill_(foreign, 0).to(y.dtype), B)
 
 
 def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> tuple[Tensor, list[Tensor]]:
@@ -55,14 +59,14 @@ def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, a
 
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
         out, hiddens = _segmented(x, y, A, B, segments, act)
         ctx.save_for_backward(x, A, B, *hiddens)
         ctx.segments, ctx.act = segments, act  # type: ignore[attr-defined]
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
         segments, act = ctx.segments, ctx.act  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]

@@ -40,12 +40,12 @@ def dropout(x_TI: Tensor, segments: Segments, row_keys_T: Tensor, site_key: int)
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, segments: Segments, row_keys: Tensor, site_key: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x: Tensor, segments: Segments, row_keys: Tensor, site_key: int) -> Tensor:
         ctx.work = (segments, row_keys, site_key)  # type: ignore[attr-defined]
         return _apply(x, segments, row_keys, site_key)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _apply(grad, *ctx.work), None, None, None  # type: ignore[attr-defined]
 
 

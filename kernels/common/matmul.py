@@ -1,8 +1,8 @@
-"""Batched matmuls whose members are functions of themselves alone: not of how many ride along, nor of where they lie in memory.
+"""Batched matmuls whose members depend on themselves alone: not on how many ride along, nor on where they lie in memory.
 
-Row invariance on CPU rests on them (docs/architecture.md). oneDNN, which computes bf16, keeps it by itself. MKL, which computes
-float32, does not: a batch of one takes another kernel than a batch of two, and where rows are no multiple of 64 bytes the
-rounding changes with the address. Float64 is held to a tolerance, not to bits.
+Row invariance on CPU rests on them (docs/architecture.md). oneDNN, which computes bf16, keeps it by itself. MKL, which
+computes float32, does not: a batch of one takes another kernel than a batch of two, and where rows are no multiple of
+64 bytes the rounding changes with the address. Float64 is held to a tolerance, not to bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def add_segment_bmm_(into_NMP: Tensor, a_NMK: Tensor, b_NKP: Tensor) -> None:
 
 
 def head_bmm(a_NMK: Tensor, b_NKP: Tensor) -> Tensor:
-    """a @ b, [N, M, P], for many members whose rows are multiples of 64 bytes (attention): a single one is computed twice."""
+    """a @ b, [N, M, P], for many members with rows of whole 64 bytes (attention); a single one is computed twice."""
     if len(a_NMK) == 1 and a_NMK.is_cpu and a_NMK.dtype not in (torch.bfloat16, torch.float16):
         return torch.bmm(a_NMK.expand(2, -1, -1), b_NKP.expand(2, -1, -1))[:1]
     return torch.bmm(a_NMK, b_NKP)

@@ -88,14 +88,19 @@ class Segments:
         )
 
     def scales_TR(self, rows: int, stack_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(factor, foreign) of batch row by stack row, both [rows, stack_rows]; kept, since many sites share them."""
+        """(factor, foreign) of batch row by stack row, both [rows, stack_rows]; kept, since many sites share them.
+
+        The factor has like's dtype where that holds every value, else float32 or wider.
+        """
         kept: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = self.__dict__.setdefault("_scales", {})
         key = (rows, stack_rows, like.dtype)
         if key not in kept:
-            factor = torch.zeros(rows, stack_rows, dtype=like.dtype, device=like.device)
+            wide = torch.promote_types(like.dtype, torch.float32)
+            factor = torch.zeros(rows, stack_rows, dtype=wide, device=like.device)
             for s in self.items:
                 factor[s.start : s.stop, s.first : s.last] += s.scale
-            kept[key] = (factor, factor == 0)
+            narrow = factor.to(like.dtype)
+            kept[key] = (narrow if torch.equal(narrow.to(wide), factor) else factor, factor == 0)
         return kept[key]
 
     def index_T(self, rows: int, stack_rows: int, device: torch.device) -> Tensor:

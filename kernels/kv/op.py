@@ -22,14 +22,14 @@ def attend(
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim].
     Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients
-    sum over the sequences that use them, in row order, in float32 or wider.
+    sum over the sequences that use them, bucket by bucket, in float32 or wider.
     """
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float
     ) -> Tensor:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -46,7 +46,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         pk, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         layout, scaling, rows = ctx.layout, ctx.scaling, ctx.rows  # type: ignore[attr-defined]
         grad_x = _extend(grad, layout.prefix_rows)
@@ -94,7 +94,7 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
 def _weights(q: Tensor, k: Tensor, length: int) -> Tensor:
     scores = head_bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
     hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    scores.unflatten(1, (-1, length)).masked_fill_(hidden, float("-inf"))
+    torch.unflatten(scores, 1, (-1, length)).masked_fill_(hidden, float("-inf"))
     return scores.softmax(-1).to(q.dtype)
 
 

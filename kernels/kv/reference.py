@@ -21,9 +21,7 @@ def attend(
         prefix = slice(s.prefix_first, s.prefix_first + s.prefix_length)
         q = torch.unflatten(q_TE[rows].to(wide), 1, (layout.heads, -1)).transpose(0, 1)
         k, v = (
-            torch.cat([p[prefix], x[rows]])
-            .to(wide)
-            .unflatten(1, (layout.kv_heads, -1))
+            torch.unflatten(torch.cat([p[prefix], x[rows]]).to(wide), 1, (layout.kv_heads, -1))
             .transpose(0, 1)
             .repeat_interleave(layout.heads // layout.kv_heads, 0)
             for p, x in ((pk_PC, k_TC), (pv_PC, v_TC))

@@ -7,4 +7,4 @@ from torch import Tensor
 def row_norm(W_OI: Tensor, A_RI: Tensor, B_RO: Tensor, scale: float) -> Tensor:
     """||W + scale * B^T A|| of every output row, [O]."""
     wide = torch.promote_types(W_OI.dtype, torch.float32)
-    return torch.linalg.vector_norm(W_OI.to(wide) + scale * B_RO.to(wide).T @ A_RI.to(wide), dim=1)
+    return (W_OI.to(wide) + scale * B_RO.to(wide).T @ A_RI.to(wide)).square().sum(1).sqrt()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
-
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from polygraft.cluster.api_keys import verify_key
 from polygraft.cluster.model import TenantId
-from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store
 from polygraft.serving.http.errors import ApiError, answer, as_api_error
 
@@ -38,10 +36,10 @@ class Authenticated:
         scheme, _, key = header.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise _refused("no API key; send it as 'Authorization: Bearer <key>'", "missing_api_key")
-        found = await run_in_threadpool(self._store.get, keys.api_key(sha256(key.strip().encode()).hexdigest()))
-        if found is None or found.value.revoked_at is not None:
+        found = await run_in_threadpool(verify_key, self._store, key.strip())
+        if found is None:
             raise _refused("the API key is unknown or was revoked", "invalid_api_key")
-        return found.value.tenant
+        return found.tenant
 
 
 def _refused(message: str, code: str) -> ApiError:

@@ -18,11 +18,11 @@ from polygraft.cluster.validation import shown
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.jsonl import Message
-from polygraft.serving.gateway import Busy, Unavailable
+from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http import frames
 from polygraft.serving.http.body import read_as, read_json
 from polygraft.serving.http.context import Api, Caller, Here
-from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, not_found, unavailable
+from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, unavailable
 from polygraft.serving.http.frames import DONE, Frames
 from polygraft.serving.http.schemas import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
 from polygraft.serving.http.transcript import Transcript
@@ -75,8 +75,8 @@ def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> Gene
         raise bad_request("stop: '' would stop before the first character; leave it out", param="stop")
     try:
         graft = resolve(api.store, tenant, body.model, api.backbone)
-    except UnknownModel:
-        raise not_found("model", body.model, param="model") from None
+    except UnknownModel as error:
+        raise ApiError(404, f"{error}", param="model", code="model_not_found") from None
     if graft is not None and graft.backbone_fingerprint != api.fingerprint:
         raise bad_request(
             f"model: {shown(body.model)} was trained on another backbone than {api.backbone}", param="model"
@@ -96,12 +96,13 @@ def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> Gene
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=randbits(63) if body.seed is None else body.seed,
         eos_ids=api.tokeniser.eos_ids,
+        prefix=_prefix(graft),
     )
 
 
 def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft | None) -> int:
     """How many tokens the answer may have: what was asked, or all the context has room for."""
-    prefix = parse(graft.method).prefix_length if graft else 0
+    prefix = _prefix(graft)
     room = api.max_context - prompt - prefix
     asked = body.max_completion_tokens or body.max_tokens
     if room < 1 or (asked or 1) > room:
@@ -114,6 +115,10 @@ def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft
     return asked or room
 
 
+def _prefix(graft: Graft | None) -> int:
+    return parse(graft.method).prefix_length if graft else 0
+
+
 async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
     """The gateway's tokens, its refusals as answers."""
     try:
@@ -122,6 +127,8 @@ async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTok
                 yield tokens
     except Busy as error:
         raise ApiError(429, f"{error}; try again", code="overloaded", headers={"Retry-After": "1"}) from None
+    except TooLong as error:
+        raise bad_request(f"messages: {error}", param="messages", code="context_length_exceeded") from None
     except Unavailable as error:
         raise unavailable(f"{error}; try again") from None
 

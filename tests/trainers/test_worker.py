@@ -1,19 +1,18 @@
 """The pack's worker over the in-memory store: what a job's tenant sees, and what a crash may not change."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from polygraft.cluster.advance import advance_job, advance_pack
-from polygraft.cluster.events import JobAdmitted, JobCancelRequested, JobSubmitted, PackOpening
-from polygraft.cluster.model import DeviceId, FileId, Job, JobId, JobSpec, PackId, TenantId
-from polygraft.cluster.states import JobState, Reason
+from polygraft.cluster.advance import advance_job
+from polygraft.cluster.events import JobCancelRequested
+from polygraft.cluster.model import Job, JobId
+from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Store, Write
+from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
@@ -22,8 +21,8 @@ from polygraft.trainers import worker as worker_module
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
 from tests.tiny import tiny_llama
+from tests.trainers.submitted import PACK, submit
 
-PACK = PackId("pack-1")
 METHODS = ("lora(r=4, at=attn.*)", "ia3", "prefix(4)")
 
 
@@ -38,7 +37,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 def test_jobs_of_a_pack_end_published_with_a_lower_held_out_loss(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
-    _submit(store, tmp_path, {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
+    submit(store, tmp_path, {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
     _work(store, backbone, tmp_path)
     for job in _jobs(store):
         assert job.state is JobState.SUCCEEDED and job.model == f"{job.id}@1"
@@ -55,10 +54,10 @@ def test_a_worker_that_dies_before_publication_resumes_to_the_same_weights(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     calm, stormy = MemoryStore(), MemoryStore()
-    _submit(calm, tmp_path / "calm", {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
+    submit(calm, tmp_path / "calm", {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
     _work(calm, backbone, tmp_path / "calm")
 
-    _submit(stormy, tmp_path / "stormy", {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
+    submit(stormy, tmp_path / "stormy", {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
     monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
     with monkeypatch.context() as patch:
         target = worker_module.native if at == "save" else worker_module
@@ -71,7 +70,7 @@ def test_a_worker_that_dies_before_publication_resumes_to_the_same_weights(
 
 def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
-    _submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "ia3"})
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "ia3"})
     (tmp_path / "files" / "file-ftjob-1.jsonl").write_text('{"messages": 3}\n')
     _work(store, backbone, tmp_path)
     good, bad = _jobs(store)
@@ -81,7 +80,7 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
 
 def test_a_cancelled_job_leaves_the_pack_and_its_checkpoints_go(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
-    _submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "bitfit"})
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "bitfit"})
     advance_job(store, JobCancelRequested(job=JobId("ftjob-1"), at=2.0))
     store.append(keys.commands(PACK), {"op": "cancel", "job": "ftjob-1"})
     _work(store, backbone, tmp_path)
@@ -94,7 +93,7 @@ def test_a_newer_worker_of_the_pack_shuts_the_older_one_out(backbone: Backbone, 
     from polygraft.cluster.store.base import Fenced
 
     store = MemoryStore()
-    _submit(store, tmp_path, {"ftjob-0": "ia3"})
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
     older = _worker(store, backbone, tmp_path)
     _worker(store, backbone, tmp_path)
     with pytest.raises(Fenced):
@@ -103,7 +102,7 @@ def test_a_newer_worker_of_the_pack_shuts_the_older_one_out(backbone: Backbone, 
 
 def test_a_saved_graft_is_the_job_s_weights(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
-    _submit(store, tmp_path, {"ftjob-0": "lora(r=4)"})
+    submit(store, tmp_path, {"ftjob-0": "lora(r=4)"})
     _work(store, backbone, tmp_path)
     (job,) = _jobs(store)
     loaded = native.load(tmp_path / "grafts" / str(job.graft), shape=backbone.shape, backbone=backbone.fingerprint)
@@ -116,40 +115,14 @@ def _crash(*_args: object, **_options: object) -> None:
     raise Crash
 
 
-def _submit(store: Store, data: Path, jobs: Mapping[str, str]) -> None:
-    (data / "files").mkdir(parents=True)
-    opening = PackOpening(pack=PACK, backbone="tiny", device=DeviceId("d"), epoch=1, reason=Reason.JOBS_WAIT, at=0.0)
-    advance_pack(store, opening)
-    for index, (job, peft) in enumerate(jobs.items()):
-        pairs = [("What is a graft?", "A shoot."), ("Who feeds it?", "The stock."), ("When?", "In late winter.")]
-        lines = [
-            {"messages": [{"role": "user", "content": f"{q} {index}"}, {"role": "assistant", "content": a}]}
-            for q, a in pairs
-        ]
-        (data / "files" / f"file-{job}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        spec = JobSpec(
-            backbone="tiny",
-            training_file=FileId(f"file-{job}"),
-            validation_file=FileId(f"file-{job}"),
-            peft=peft,
-            epochs=4,
-            batch_size=1 + index,
-            learning_rate=0.01,
-            seed=index,
-        )
-        record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
-        store.commit([Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=0.0)])
-        advance_job(store, JobAdmitted(job=record.id, pack=PACK, at=1.0))
-        store.append(keys.commands(PACK), {"op": "admit", "job": job})
-
-
 def _worker(store: Store, backbone: Backbone, data: Path) -> PackWorker:
     tokeniser = Tokeniser.load(backbone.folder)
     return PackWorker(PACK, PackRunner(backbone, max_rows=512), tokeniser, store, folders=Folders(data), micro_rows=128)
 
 
 def _work(store: Store, backbone: Backbone, data: Path) -> None:
-    store.append(keys.commands(PACK), {"op": "close", "job": ""})
+    if not (data / "packs" / PACK / "manifest.json").exists():
+        store.append(keys.commands(PACK), {"op": "close", "job": ""})
     _worker(store, backbone, data).run(lambda: None)
 
 

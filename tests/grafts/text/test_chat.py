@@ -87,7 +87,7 @@ HOSTILE = {
     "writing JSON": MEGABYTE + "{{ ([a] * 100000) | tojson }}",
     "printing a list": MEGABYTE + "{{ [a] * 100000 }}",
     "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "branching recursion": "{% macro f(n) %}{% if n < 40 %}{{ f(n + 1) ~ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
+    "branching recursion": "{% macro f(n) %}{{ f(n + 1) ~ f(n + 1) if n < 40 }}{% endmacro %}{{ f(0) }}",
     "much literal text": "{% macro f(n) %}" + "x" * 60_000 + "{% if n < 12 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}"
     "{% endmacro %}{{ f(0) }}",
     "a slow codec": MEGABYTE + "{{ a.encode('idna') }}",

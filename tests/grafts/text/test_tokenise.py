@@ -101,7 +101,7 @@ def test_white_space_around_an_answer_belongs_to_it(tiny: Tokeniser) -> None:
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (LLAMA2, "A shoot.<|im_end|>|A plant.<|im_end|>"),
+        (LLAMA2, " A shoot. <|im_end|>| A plant. <|im_end|>"),
         (QWEN3, "A shoot.<|im_end|>|A plant.<|im_end|>"),
         (WITHOUT_END, " A shoot.| A plant."),
     ],
@@ -111,9 +111,7 @@ def test_answers_are_found_in_other_families_templates(
 ) -> None:
     tokeniser = with_template(tiny_folder, tmp_path, template)
     answers = [Message("assistant", text) for text in ("A shoot.", "A plant.")]
-    found = weighted(tokeniser, USER, answers[0], USER, answers[1])
-    # The space before a word is one token with it, which begins before the content: it is not weighted where there is one.
-    assert found.replace(" ", "").replace("A", "") == expected.replace(" ", "").replace("A", "")
+    assert weighted(tokeniser, USER, answers[0], USER, answers[1]) == expected
 
 
 def test_truncation_cuts_the_end_and_needs_a_weighted_token_left(tiny: Tokeniser) -> None:

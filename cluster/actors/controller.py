@@ -1,0 +1,240 @@
+"""The controller's loop: follow the log, tell it what became of processes, decide, carry out. Plain Python; Ray is
+behind Effects."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from threading import Event
+from typing import assert_never
+
+from polygraft.cluster import evolve
+from polygraft.cluster.actors.protocols import Effects
+from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
+from polygraft.cluster.events import (
+    ControllerStarted,
+    DeviceJoined,
+    DeviceLost,
+    JobAdmitted,
+    JobCancelled,
+    JobEvent,
+    JobFailed,
+    JobHeld,
+    JobRequeued,
+    JobStopping,
+    PackClosed,
+    PackClosing,
+    PackEvent,
+    PackFailed,
+    PackOpening,
+)
+from polygraft.cluster.model import EventId, JobError, JobId, Limits, PackId, Snapshot
+from polygraft.cluster.policy.cycle import decide
+from polygraft.cluster.states import IllegalTransition, Reason
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Append, Fence, Fenced, Lease, Store, StoreUnavailable, Write
+
+LOG = logging.getLogger(__name__)
+TTL_S = 15.0
+POLL_S = 0.5  # how long a pack's end may go unnoticed
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0)
+SNAPSHOT_EVENTS = 200
+SNAPSHOTS_KEPT = 50  # the log keeps what happened since the oldest of them, for `story`
+REFUSALS = {
+    Reason.TOO_LARGE: "the job's trainable parameters need more memory than a pack has; choose a smaller peft",
+    Reason.PACKS_FAILED: "the packs it trained in failed too often; the service's log says why",
+}
+
+
+class Controller:
+    """One leader's term after another. Every write carries the epoch of the lease, so that a stalled leader cannot
+    act."""
+
+    def __init__(
+        self,
+        store: Store,
+        effects: Effects,
+        *,
+        limits: Limits,
+        holder: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.snapshot = Snapshot()
+        self._store = store
+        self._effects = effects
+        self._limits = limits
+        self._holder = holder
+        self._clock = clock
+        self._lease: Lease | None = None
+        self._renewed_at = 0.0
+        self._saved: deque[EventId] = deque(maxlen=SNAPSHOTS_KEPT)
+        self._unsaved = 0
+
+    def run(self, stop: Event, beat: Callable[[], None] = lambda: None) -> None:
+        """Lead until `stop` is set; `beat` is called once a round. Survives the loss of the store and of the lease."""
+        failures, steal = 0, True  # the newest controller is the one that was meant to run
+        while not stop.is_set():
+            beat()
+            try:
+                if self._lease is None and not self._take_over(steal=steal):
+                    stop.wait(POLL_S)
+                    continue
+                steal = False
+                self.round()
+                self._store.events(self.snapshot.version, limit=1, wait_s=POLL_S)
+                failures = 0
+            except StoreUnavailable as error:
+                LOG.warning("store unavailable: %s", error)
+                stop.wait(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+                failures += 1
+            except Fenced as error:
+                LOG.warning("lost the lease: %s", error)
+                self._lease = None
+        if self._lease is not None:
+            self._store.release(self._lease)
+
+    def round(self) -> None:
+        """One round under the lease: first only learn what happened, then act on it."""
+        self._renew()
+        self._catch_up()
+        self._learn()
+        self._catch_up()
+        now = replace(self.snapshot, now=self._clock(), limits=self._limits)
+        for decision in decide(now):
+            try:
+                self._carry_out(decision, now)
+            except IllegalTransition as error:  # the record moved since; the next round sees it
+                LOG.info("not any more: %s: %s", decision, error)
+
+    def _take_over(self, *, steal: bool) -> bool:
+        """Become the leader: state from the last snapshot and the log's tail. False while another one leads."""
+        self._lease = self._store.acquire(keys.CONTROLLER, self._holder, TTL_S, steal=steal)
+        if self._lease is None:
+            return False
+        self._renewed_at = time.monotonic()
+        saved = self._store.get(keys.SNAPSHOT)
+        self.snapshot = saved.value if saved else Snapshot()
+        self._store.commit([], [ControllerStarted(epoch=self._lease.epoch, at=self._clock())], fence=self._fence)
+        self._catch_up()
+        LOG.info("leading: epoch=%d version=%s", self._lease.epoch, self.snapshot.version)
+        return True
+
+    @property
+    def _fence(self) -> Fence:
+        assert self._lease is not None
+        return self._lease.fence
+
+    def _renew(self) -> None:
+        assert self._lease is not None
+        if time.monotonic() - self._renewed_at > TTL_S / 3:
+            if not self._store.renew(self._lease):
+                raise Fenced(self._lease.scope, self._lease.epoch, self._lease.epoch + 1)
+            self._renewed_at = time.monotonic()
+
+    def _catch_up(self) -> None:
+        while batch := self._store.events(self.snapshot.version):
+            for stored in batch:
+                try:
+                    self.snapshot = evolve.apply(self.snapshot, stored.id, stored.event)
+                except IllegalTransition as error:
+                    LOG.error("event %s is ignored: %s", stored.id, error)
+                    self.snapshot = replace(self.snapshot, version=stored.id)
+            self._unsaved += len(batch)
+        if self._unsaved >= SNAPSHOT_EVENTS:
+            self._save()
+
+    def _save(self) -> None:
+        self._store.commit([Write(keys.SNAPSHOT, self.snapshot, None)], fence=self._fence)
+        self._unsaved = 0
+        self._saved.append(self.snapshot.version)
+        if len(self._saved) == SNAPSHOTS_KEPT:
+            self._store.trim(self._saved[0])
+
+    def _learn(self) -> None:
+        """Write down what the world says: devices that came and went, packs whose process is over."""
+        devices, now = self._effects.devices(), self._clock()
+        for device, shares in sorted(devices.items()):
+            known = self.snapshot.devices.get(device)
+            if known is None or known.pack_shares != shares:
+                event = DeviceJoined(device=device, pack_shares=shares, at=now)
+                self._store.commit([], [event], fence=self._fence)
+        for device in sorted(self.snapshot.devices.keys() - devices.keys()):
+            self._store.commit([], [DeviceLost(device=device, at=now)], fence=self._fence)
+        over = [
+            (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
+            for end in self._effects.ended()
+        ]
+        known_alive = {*self._effects.alive(), *(pack for pack, _, _ in over)}
+        lost = (pack for pack in self.snapshot.packs.values() if not pack.final and pack.id not in known_alive)
+        over += [(pack.id, "its process did not survive", Reason.PACK_LOST) for pack in lost]
+        for pack, error, reason in over:
+            self._end_pack(pack, error, reason)
+
+    def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
+        """Shut the pack's worker out, send its jobs back to the queue, then say that it is over; repeated after a
+        crash."""
+        self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True)
+        now = self._clock()
+        blamed = reason is Reason.PACK_FAILED
+        events: list[JobEvent | PackEvent] = [
+            JobRequeued(job=job.id, reason=reason, blamed=blamed, at=now)
+            for job in sorted(self.snapshot.jobs.values(), key=lambda job: job.id)
+            if job.pack == pack and job.active
+        ]
+        events.append(PackFailed(pack=pack, error=error, at=now) if error else PackClosed(pack=pack, at=now))
+        for event in events:
+            try:
+                self._write(event)
+            except IllegalTransition as illegal:  # it finished just before
+                LOG.info("%s", illegal)
+        self._effects.close_pack(pack)
+
+    def _carry_out(self, decision: Decision, seen: Snapshot) -> None:
+        """Write the decision as an event, with the command for the pack's worker in the same commit; then act on
+        processes."""
+        now = self._clock()
+        match decision:
+            case Hold(job=job, reason=reason):
+                if seen.jobs[job].reason is not reason:
+                    self._write(JobHeld(job=job, reason=reason, at=now))
+            case Admit(job=job, pack=pack):
+                self._write(JobAdmitted(job=job, pack=pack, at=now), _command(pack, "admit", job))
+            case Refuse(job=job, reason=reason):
+                error = JobError(reason, REFUSALS[reason])
+                self._write(JobFailed(job=job, error=error, at=now))
+            case CancelJob(job=job, pack=None):
+                self._write(JobCancelled(job=job, at=now))
+            case CancelJob(job=job, pack=pack, reason=reason):
+                assert pack is not None
+                self._write(JobStopping(job=job, pack=pack, reason=reason, at=now), _command(pack, "cancel", job))
+            case ClosePack(pack=pack, reason=reason):
+                self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, "close"))
+            case OpenPack(pack=pack, backbone=backbone, device=device, reason=reason):
+                opening = PackOpening(
+                    pack=pack, backbone=backbone, device=device, epoch=self._fence.epoch, reason=reason, at=now
+                )
+                self._write(opening)
+                try:
+                    self._effects.open_pack(evolve.opening(opening))
+                except Exception as failure:  # whatever a process's start may raise, it is the pack's failure
+                    LOG.exception("%s cannot be opened", pack)
+                    self._end_pack(pack, f"{type(failure).__name__}: {failure}", Reason.PACK_FAILED)
+            case _:
+                assert_never(decision)
+        if not isinstance(decision, Hold):
+            LOG.info("%s", decision)
+
+    def _write(self, event: JobEvent | PackEvent, *commands: Append) -> None:
+        """The event, the record it changes and the commands, all or nothing. Raises IllegalTransition."""
+        if isinstance(event, PackEvent):
+            advance_pack(self._store, event, fence=self._fence, appends=commands)
+        else:
+            advance_job(self._store, event, fence=self._fence, appends=commands)
+
+
+def _command(pack: PackId, op: str, job: JobId | None = None) -> Append:
+    return Append(keys.commands(pack), {"op": op} if job is None else {"op": op, "job": job})

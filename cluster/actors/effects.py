@@ -1,0 +1,83 @@
+"""Decisions become Ray calls: one host actor a pack. The only file beside launch that calls Ray to start or end
+processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from polygraft.cluster.actors.protocols import PackEnd
+from polygraft.cluster.model import DeviceId, Pack, PackId
+
+LOG = logging.getLogger(__name__)
+DEVICE = "device"  # the custom resource; a node declares one for every device it has
+DEVICES_S = 2.0  # how long a list of nodes is used
+
+
+class PackHost(Protocol):
+    """The actor that holds one pack."""
+
+    def run(self) -> None:
+        """Return when the pack is over, raise when it failed."""
+        ...
+
+
+OpenHost = Callable[[Pack], ActorHandle[PackHost]]
+
+
+class RayEffects:
+    """Packs in the host actors that `open_host` makes.
+
+    Hosts belong to the process that made them: Ray ends them with it, so a new controller finds no pack alive.
+    """
+
+    def __init__(self, open_host: OpenHost) -> None:
+        self._open_host = open_host
+        self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
+        self._devices: Mapping[DeviceId, int] = {}
+        self._listed_at = float("-inf")
+
+    def open_pack(self, pack: Pack) -> None:
+        host = self._open_host(pack)
+        self._hosts[pack.id] = (host, host.run.remote())
+
+    def close_pack(self, pack: PackId) -> None:
+        found = self._hosts.pop(pack, None)
+        if found is not None:
+            ray.kill(found[0])
+
+    def alive(self) -> Collection[PackId]:
+        return self._hosts.keys()
+
+    def ended(self) -> Sequence[PackEnd]:
+        runs = {run: pack for pack, (_, run) in self._hosts.items()}
+        over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
+        return [PackEnd(runs[run], _failure(run)) for run in over]
+
+    def devices(self) -> Mapping[DeviceId, int]:
+        """A pack may hold half a device; the other half is a replica's."""
+        if time.monotonic() - self._listed_at > DEVICES_S:
+            self._devices = {
+                DeviceId(node["NodeID"]): int(node["Resources"].get(DEVICE, 0))
+                for node in ray.nodes()  # type: ignore[no-untyped-call]
+                if node["Alive"] and node["Resources"].get(DEVICE, 0) >= 1
+            }
+            self._listed_at = time.monotonic()
+        return self._devices
+
+
+def _failure(run: ray.ObjectRef[None]) -> str | None:
+    """What ended a host's `run`; None if it returned."""
+    try:
+        ray.get(run)
+        return None
+    except RayTaskError as error:
+        return f"{type(error.cause).__name__}: {error.cause}"
+    except RayActorError as error:
+        return str(error).partition("\n")[0]

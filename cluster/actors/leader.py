@@ -1,0 +1,62 @@
+"""The controller as a Ray actor: its loop in a thread, its heartbeat for whoever watches. Ray restarts it when it
+dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from secrets import token_hex
+from threading import Event, Thread
+from typing import cast
+
+import ray
+from ray.actor import ActorHandle
+
+from polygraft.cluster.actors.controller import Controller
+from polygraft.cluster.actors.effects import OpenHost, RayEffects
+from polygraft.cluster.model import Limits
+from polygraft.cluster.store.connect import connect
+
+LOG = logging.getLogger(__name__)
+SILENT_S = 30.0
+
+
+def start_leader(store_url: str, limits: Limits, open_host: OpenHost, *, name: str) -> ActorHandle[Leader]:
+    """A named actor that leads from its first moment on. `open_host` travels to it by Ray: define it at a module's
+    top."""
+    options = ray.remote(Leader).options(name=name, num_cpus=0, max_restarts=-1, max_concurrency=4)
+    return cast(ActorHandle[Leader], options.remote(store_url, limits, open_host))
+
+
+class Leader:
+    """Starts to lead when it is made. Its process ends with the loop, so that Ray makes a new one."""
+
+    def __init__(self, store_url: str, limits: Limits, open_host: OpenHost) -> None:
+        self._stop = Event()
+        self._beat_at = time.monotonic()
+        holder = f"controller-{os.getpid()}-{token_hex(4)}"
+        self._controller = Controller(connect(store_url), RayEffects(open_host), limits=limits, holder=holder)
+        self._thread = Thread(target=self._run, name="controller", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise if the loop is over or has been silent for long."""
+        silent_s = time.monotonic() - self._beat_at
+        if not self._thread.is_alive() or silent_s > SILENT_S:
+            raise RuntimeError(f"the controller's loop has been silent for {silent_s:.0f} s")
+
+    def stop(self) -> None:
+        """Give up the lease and end the loop; packs go on until this actor is killed."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._controller.run(self._stop, self._beat)
+        except BaseException:
+            LOG.exception("the controller's loop failed")
+            os._exit(1)  # Ray starts it again; half a controller is worse than none
+
+    def _beat(self) -> None:
+        self._beat_at = time.monotonic()

@@ -1,0 +1,42 @@
+"""What the controller needs of the world: processes that hold packs, and the devices they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from polygraft.cluster.model import DeviceId, Pack, PackId
+
+
+@dataclass(frozen=True, slots=True)
+class PackEnd:
+    """A pack's process is over; `error` says how it failed, None that it ended as it should."""
+
+    pack: PackId
+    error: str | None
+
+
+class Effects(Protocol):
+    """Carries out what needs a process. Nothing here waits for a pack; what becomes of one is asked for again and
+    again."""
+
+    def open_pack(self, pack: Pack) -> None:
+        """Start the pack's process; its worker says PackOpened, a failure is told by `ended`."""
+        ...
+
+    def close_pack(self, pack: PackId) -> None:
+        """Free what the pack's process holds, by force if it still runs; nothing for an unknown pack."""
+        ...
+
+    def alive(self) -> Collection[PackId]:
+        """Packs whose process was started here and not closed."""
+        ...
+
+    def ended(self) -> Sequence[PackEnd]:
+        """Packs whose process is over and that are not closed yet."""
+        ...
+
+    def devices(self) -> Mapping[DeviceId, int]:
+        """The devices there are, and how many packs each may hold."""
+        ...

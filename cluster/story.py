@@ -1,0 +1,134 @@
+"""The life of a job, pack or graft, told from the event log: what happened, when, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import assert_never
+
+from polygraft.cluster.events import (
+    AliasMoved,
+    ControllerStarted,
+    DeviceJoined,
+    DeviceLost,
+    Event,
+    GraftPublished,
+    JobAdmitted,
+    JobCancelled,
+    JobCancelRequested,
+    JobFailed,
+    JobHeld,
+    JobLeaseRenewed,
+    JobRequeued,
+    JobStarted,
+    JobStopping,
+    JobSubmitted,
+    JobSucceeded,
+    PackClosed,
+    PackClosing,
+    PackFailed,
+    PackOpened,
+    PackOpening,
+    ReplicaClosed,
+    ReplicaOpened,
+)
+from polygraft.cluster.model import START, EventId
+from polygraft.cluster.states import Reason
+from polygraft.cluster.store.base import Store, StoredEvent
+
+_PAGE = 1000
+
+
+def story(store: Store, subject: str) -> list[str]:
+    """Lines about `subject`: the id of a job, pack, replica or device, a graft's id, "name@n", or an alias' name.
+
+    The log is trimmed behind the snapshots, so an old story may have lost its beginning; unknown ids have no lines.
+    """
+    events = (stored.event for stored in _log(store) if subject in names(stored.event))
+    return [f"{_clock(event.at)}  {tell(event)}" for event in events]
+
+
+def names(event: Event) -> frozenset[str]:
+    """Everything an event is about."""
+    match event:
+        case JobSubmitted(record=job):
+            return frozenset({job.id, job.tenant})
+        case GraftPublished(graft=graft):
+            return frozenset({graft.id, graft.model, graft.name, graft.job or graft.id})
+        case JobSucceeded(job=job_id, model=model, graft=graft_id):
+            return frozenset({job_id, model, graft_id})
+        case AliasMoved(name=name, version=version):
+            return frozenset({name, f"{name}@{version}"})
+        case _:
+            subjects = {field.name for field in fields(event)} & {"job", "pack", "replica", "device"}
+            return frozenset(str(getattr(event, name)) for name in subjects)
+
+
+def tell(event: Event) -> str:
+    """The event as a sentence."""
+    match event:
+        case JobSubmitted(record=job):
+            return f"{job.id} submitted by {job.tenant}: {job.spec.peft} on {job.spec.backbone}"
+        case JobHeld(job=job_id, reason=reason):
+            return f"{job_id} waits: {_words(reason)}"
+        case JobAdmitted(job=job_id, pack=pack):
+            return f"{job_id} admitted to {pack}"
+        case JobStarted(job=job_id, pack=pack, parameters=parameters, steps_total=steps):
+            return f"{job_id} started in {pack}: {parameters:,} parameters, {steps} steps"
+        case JobCancelRequested(job=job_id):
+            return f"{job_id} is asked to cancel"
+        case JobStopping(job=job_id, pack=pack, reason=reason):
+            return f"{job_id} is being stopped in {pack}: {_words(reason)}"
+        case JobLeaseRenewed(job=job_id, until=until):
+            return f"{job_id} is wanted by its owner until {_clock(until)}"
+        case JobRequeued(job=job_id, reason=reason, blamed=blamed):
+            return f"{job_id} went back to the queue: {_words(reason)}" + (", counted against it" if blamed else "")
+        case JobSucceeded(job=job_id, model=model, step=step, loss_before=before, loss_after=after):
+            losses = "" if before is None or after is None else f", held-out loss {before:.3f} -> {after:.3f}"
+            return f"{job_id} succeeded after {step} steps as {model}{losses}"
+        case JobFailed(job=job_id, error=error):
+            return f"{job_id} failed: {error.message} ({error.code})"
+        case JobCancelled(job=job_id):
+            return f"{job_id} cancelled"
+        case GraftPublished(graft=graft):
+            return f"{graft.model} published: {graft.method}, {graft.parameters:,} parameters, graft {graft.id}"
+        case AliasMoved(name=name, version=version):
+            return f"{name} now means {name}@{version}"
+        case PackOpening(pack=pack, backbone=backbone, device=device, reason=reason):
+            return f"{pack} opens with {backbone} on device {device}: {_words(reason)}"
+        case PackOpened(pack=pack):
+            return f"{pack} is open"
+        case PackClosing(pack=pack, reason=reason):
+            return f"{pack} is closing: {_words(reason)}"
+        case PackClosed(pack=pack):
+            return f"{pack} closed"
+        case PackFailed(pack=pack, error=text):
+            return f"{pack} failed: {text}"
+        case ReplicaOpened(replica=replica, backbone=backbone, device=device):
+            return f"{replica} serves {backbone} on device {device}"
+        case ReplicaClosed(replica=replica):
+            return f"{replica} closed"
+        case DeviceJoined(device=device, pack_shares=shares):
+            return f"device {device} joined, room for {shares} packs"
+        case DeviceLost(device=device):
+            return f"device {device} is gone"
+        case ControllerStarted(epoch=epoch):
+            return f"controller of epoch {epoch} took over"
+        case _:
+            assert_never(event)
+
+
+def _log(store: Store) -> Iterator[StoredEvent]:
+    position: EventId = START
+    while page := store.events(position, limit=_PAGE):
+        yield from page
+        position = page[-1].id
+
+
+def _words(reason: Reason) -> str:
+    return reason.replace("_", " ")
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

@@ -1,0 +1,143 @@
+"""The branch op on a GPU: plans, launches and the autograd of three Triton kernels.
+
+shrink: H[s] = x[s] A[s]^T; expand: y[s] += scale_s act(H[s]) B[s]; outer: dB[s] += (scale_s act(H[s]))^T dy[s]. The
+backward is the same three: dH = act'(H) scale dy B^T is a shrink, dx += dH A an expand, dA += dH^T x an outer. H lies
+flat, one [rows, rank] block a segment.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from polygraft.kernels.branch.programs import expand_kernel, outer_kernel, shrink_kernel
+from polygraft.kernels.branch.tiles import Plan
+from polygraft.kernels.common.segments import Segments
+
+FEATURES = 64  # columns of x or y a tile spans
+PRODUCT_BYTES = 128  # of features a shrink multiplies at a time
+
+
+def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str = "identity") -> Tensor:
+    """As `op.branch`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
+    assert x_TI.dtype == y_TO.dtype == A_RI.dtype == B_RO.dtype, (x_TI.dtype, y_TO.dtype, A_RI.dtype, B_RO.dtype)
+    assert x_TI.shape[1] == A_RI.shape[1] and y_TO.shape[1] == B_RO.shape[1], (x_TI.shape, y_TO.shape)
+    assert len(x_TI) == len(y_TO) and len(A_RI) == len(B_RO), (A_RI.shape, B_RO.shape)
+    with torch.cuda.device_of(x_TI):  # type: ignore[no-untyped-call]  # autograd itself guards the backward
+        return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Branch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
+        plan = Plan.of(segments, x.device)
+        hidden = _shrink(x, A, plan)
+        out = y.clone(memory_format=torch.contiguous_format)
+        _expand(hidden, B, out, plan, act=act, scaled=True)
+        ctx.save_for_backward(x, A, B, hidden)
+        ctx.plan, ctx.act, ctx.once = plan, act, segments.covers(len(A))  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, hidden = ctx.saved_tensors  # type: ignore[attr-defined]
+        plan, act, once = ctx.plan, ctx.act, ctx.once  # type: ignore[attr-defined]
+        needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+        dx = dA = dB = None
+        if needs[3]:
+            dB = _outer(hidden, grad, B, plan, act=act, scaled=True, once=once)
+        if needs[0] or needs[2]:
+            dhidden = _shrink(grad, B, plan, act=act, hidden=hidden)
+            if needs[2]:
+                dA = _outer(dhidden, x, A, plan, act="identity", scaled=False, once=once)
+            if needs[0]:
+                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+                _expand(dhidden, A, dx, plan, act="identity", scaled=False)
+        return dx, grad if needs[1] else None, dA, dB, None, None
+
+
+def _shrink(x: Tensor, weight: Tensor, plan: Plan, *, act: str = "identity", hidden: Tensor | None = None) -> Tensor:
+    """Blocks x[s] weight[s]^T, flat; given `hidden`, times scale_s act'(hidden[s])."""
+    x, weight = _rows(x), _rows(weight)
+    out = torch.empty(plan.hidden, dtype=x.dtype, device=x.device)
+    for grid in plan.shrink:
+        shrink_kernel[(len(grid.tiles),)](
+            x,
+            weight,
+            out if hidden is None else hidden,
+            out,
+            plan.table,
+            plan.scales,
+            grid.tiles,
+            x.stride(0),
+            weight.stride(0),
+            x.shape[1],
+            HEIGHT=grid.height,
+            WIDTH=grid.width,
+            DEPTH=PRODUCT_BYTES // x.element_size(),
+            ACT=act,
+            BACKWARD=hidden is not None,
+            ACC=_accumulator(x.dtype),
+        )
+    return out
+
+
+def _expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str, scaled: bool) -> None:
+    """out[s] += f(hidden[s]) weight[s], f being scale_s act(.) if `scaled`, else nothing."""
+    weight = _rows(weight)
+    for grid in plan.expand:
+        expand_kernel[(len(grid.tiles), triton.cdiv(out.shape[1], FEATURES))](
+            hidden,
+            weight,
+            out,
+            plan.table,
+            plan.scales,
+            grid.tiles,
+            weight.stride(0),
+            out.stride(0),
+            out.shape[1],
+            HEIGHT=grid.height,
+            WIDTH=grid.width,
+            FEATURES=FEATURES,
+            ACT=act,
+            SCALED=scaled,
+            ACC=_accumulator(out.dtype),
+        )
+
+
+def _outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scaled: bool, once: bool) -> Tensor:
+    """Sums of f(hidden[s])^T x[s] over segments, as `like`; `once` says that every stack row has just one segment."""
+    x = _rows(x)
+    out = (torch.empty_like if once else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+    for grid in plan.outer:
+        outer_kernel[(len(grid.tiles), triton.cdiv(x.shape[1], FEATURES))](
+            hidden,
+            x,
+            out,
+            plan.table,
+            plan.scales,
+            grid.tiles,
+            x.stride(0),
+            out.stride(0),
+            x.shape[1],
+            HEIGHT=grid.height,
+            WIDTH=grid.width,
+            FEATURES=FEATURES,
+            ACT=act,
+            SCALED=scaled,
+            ADD=not once,
+            ACC=_accumulator(x.dtype),
+        )
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with adjacent columns; its row stride stays free."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32

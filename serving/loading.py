@@ -1,0 +1,40 @@
+"""Grafts on their way from the artefact folder into memory, read beside the engine's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from polygraft.cluster.model import GraftId
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.serving.residency import Residency
+
+_AT_ONCE = 4  # grafts that may be in memory without being in the residency's budget yet
+
+
+class Loader:
+    """Reads one graft at a time in a thread of its own and calls `wake` after each."""
+
+    def __init__(self, residency: Residency, *, wake: Callable[[], None]) -> None:
+        self._residency = residency
+        self._wake = wake
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="graft-loader")
+        self._reading: dict[GraftId, Future[Resident]] = {}
+
+    def ask(self, graft: GraftId) -> Resident | None:
+        """The graft once it is read, until then None; the first to ask starts it. Raises what reading it raised."""
+        if graft not in self._reading:
+            if len(self._reading) < _AT_ONCE:
+                self._reading[graft] = self._pool.submit(self._residency.fetch, graft)
+                self._reading[graft].add_done_callback(lambda _: self._wake())
+            return None
+        future = self._reading[graft]
+        return future.result() if future.done() else None
+
+    def keep(self, grafts: Collection[GraftId]) -> None:
+        """Forget all but these: nobody waits for the others any more."""
+        for graft in self._reading.keys() - set(grafts):
+            self._reading.pop(graft).cancel()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,145 @@
+"""The streams of a replica: who waits and who runs, and the cache blocks and grafts that they hold."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from polygraft.cluster.model import GraftId
+from polygraft.cluster.policy.batching import Running, Waiting, admit_streams, ever_fits
+from polygraft.cluster.settings import ServeSettings
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.cache import KVCache
+from polygraft.serving.batch import Chunk
+from polygraft.serving.blocks import BLOCK_SIZE, Blocks
+from polygraft.serving.loading import Loader
+from polygraft.serving.messages import Load
+from polygraft.serving.residency import GraftUnusable, Residency
+from polygraft.serving.sequence import Sequence
+
+
+class Streams:
+    """Both lists are oldest first; a running stream holds blocks and a pin on its graft. For the engine's thread only."""
+
+    def __init__(self, backbone: Backbone, settings: ServeSettings, residency: Residency, loader: Loader) -> None:
+        """Raises ValueError when the key-value cache is smaller than one context."""
+        per_block = KVCache.bytes_per_block(backbone.shape, BLOCK_SIZE, backbone.dtype)
+        count = settings.kv_bytes // per_block
+        if not ever_fits(settings.max_context, blocks=count - 1, block_size=BLOCK_SIZE):
+            raise ValueError(
+                f"serve.kv_bytes: {settings.kv_bytes} is less than one context of {settings.max_context} tokens needs; "
+                f"give at least {(-(-settings.max_context // BLOCK_SIZE) + 2) * per_block}"
+            )
+        self.cache = KVCache(backbone.shape, count, block_size=BLOCK_SIZE, dtype=backbone.dtype)
+        self.blocks = Blocks(count=count, block_size=BLOCK_SIZE, bytes_per_block=per_block)
+        self.residency = residency
+        self._settings = settings
+        self._loader = loader
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def load(self) -> Load:
+        blocks = self.blocks
+        return Load(len(self.running), len(self.waiting), blocks.total, blocks.free_blocks, self.residency.held)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_age)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget it, wherever it is, and take back what it holds."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self._release(sequence)
+
+    def load_grafts(self) -> list[tuple[Sequence, Exception]]:
+        """Bring in the grafts that waiting streams need, oldest first; returns who can never have theirs, and why."""
+        failed: list[tuple[Sequence, Exception]] = []
+        wanted: set[GraftId] = set()
+        for sequence in self.waiting:
+            graft = sequence.request.graft
+            try:
+                if graft is not None and self.residency.get(graft) is None:
+                    resident = self._loader.ask(graft)
+                    if resident is not None and self.residency.can_admit(resident, wanted):
+                        self.residency.admit(resident, wanted)
+                self._check_length(sequence)
+            except Exception as error:  # whatever is wrong with one graft concerns only those who want it
+                failed.append((sequence, error))
+                continue
+            if graft is not None:
+                wanted.add(graft)
+        self._loader.keep([graft for graft in wanted if self.residency.get(graft) is None])
+        return failed
+
+    def choose(self) -> list[Chunk]:
+        """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand."""
+        ready = [s for s in self.waiting if s.request.graft is None or self.residency.get(s.request.graft)]
+        plan = admit_streams(
+            [Waiting(s.request.id, s.left, self._prefix(s) + len(s.tokens)) for s in ready],
+            [self._as_running(sequence) for sequence in self.running],
+            free_blocks=self.blocks.free_blocks,
+            block_size=BLOCK_SIZE,
+            max_streams=self._settings.max_streams,
+            rows=self._settings.max_rows,
+        )
+        found = {sequence.request.id: sequence for sequence in (*ready, *self.running)}
+        for id in plan.evicted:
+            self._preempt(found[id])
+        for id in plan.admitted:
+            self._admit(found[id])
+        chunks = [Chunk(found[id], rows) for id, rows in plan.chunks]
+        for chunk in chunks:
+            self._grow(chunk.sequence, chunk.sequence.cached + chunk.rows)
+        return chunks
+
+    def _as_running(self, sequence: Sequence) -> Running:
+        id = sequence.request.id
+        return Running(id, sequence.left, len(self.blocks.table(id)), self.blocks.missing(id, sequence.cached + 1))
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Blocks for all its tokens, its graft's prefix in the first of them."""
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_age)
+        sequence.prefix = self._prefix(sequence)
+        self._grow(sequence, sequence.prefix + len(sequence.tokens))
+        graft = sequence.request.graft
+        if graft is not None:
+            self.residency.pin(graft)
+            resident = self.residency.get(graft)
+            assert resident is not None
+            self.cache.write_prefix(self.blocks.table(sequence.request.id), resident)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue with its original arrival; what it has said is kept and computed again as context."""
+        self._release(sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.free(sequence.request.id)
+        if sequence.request.graft is not None:
+            self.residency.unpin(sequence.request.graft)
+
+    def _grow(self, sequence: Sequence, slots: int) -> None:
+        id = sequence.request.id
+        self.cache.clear(self.blocks.allocate(id, self.blocks.missing(id, slots)))
+
+    def _prefix(self, sequence: Sequence) -> int:
+        """Virtual tokens of its graft, which must be in memory."""
+        resident = self.residency.get(sequence.request.graft) if sequence.request.graft else None
+        return resident.spec.prefix_length if resident else 0
+
+    def _check_length(self, sequence: Sequence) -> None:
+        request = sequence.request
+        need = self._prefix(sequence) + len(request.prompt_ids) + request.max_tokens
+        if need > self._settings.max_context:
+            raise GraftUnusable(
+                f"prompt, answer and virtual tokens are {need}, the context is {self._settings.max_context}"
+            )
+
+
+def _age(sequence: Sequence) -> tuple[float, str]:
+    return sequence.arrival, sequence.request.id

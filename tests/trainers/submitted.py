@@ -1,0 +1,44 @@
+"""Jobs as the ingress and the controller leave them for a pack's worker: records, files, and commands to admit them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.events import JobAdmitted, JobSubmitted, PackOpening
+from polygraft.cluster.model import DeviceId, FileId, Job, JobId, JobSpec, PackId, TenantId
+from polygraft.cluster.states import Reason
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Store, Write
+
+PACK = PackId("pack-1")
+
+
+def submit(store: Store, data: Path, jobs: Mapping[str, str]) -> None:
+    """`jobs` maps a job's id to its graft's text; each trains a few pairs for a few epochs."""
+    (data / "files").mkdir(parents=True)
+    opening = PackOpening(pack=PACK, backbone="tiny", device=DeviceId("d"), epoch=1, reason=Reason.JOBS_WAIT, at=0.0)
+    advance_pack(store, opening)
+    for index, (job, peft) in enumerate(jobs.items()):
+        pairs = [("What is a graft?", "A shoot."), ("Who feeds it?", "The stock."), ("When?", "In late winter.")]
+        lines = [
+            {"messages": [{"role": "user", "content": f"{q} {index}"}, {"role": "assistant", "content": a}]}
+            for q, a in pairs
+        ]
+        (data / "files" / f"file-{job}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        spec = JobSpec(
+            backbone="tiny",
+            training_file=FileId(f"file-{job}"),
+            validation_file=FileId(f"file-{job}"),
+            peft=peft,
+            epochs=4,
+            batch_size=1 + index,
+            learning_rate=0.01,
+            seed=index,
+        )
+        record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
+        store.commit([Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=0.0)])
+        advance_job(store, JobAdmitted(job=record.id, pack=PACK, at=1.0))
+        store.append(keys.commands(PACK), {"op": "admit", "job": job})

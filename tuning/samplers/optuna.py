@@ -1,0 +1,98 @@
+"""Optuna's samplers as functions of the trials: each proposal builds Optuna's study anew, so nothing has to be kept or restored.
+
+The first trials are points of a scrambled Sobol sequence, which cover every parameter's range evenly. Then a model proposes, given the
+results and the trials still running, so that several at once do not flock together: GP is Optuna's Gaussian process with qLogEHVI
+(arXiv 2006.05078), made for tens of costly trials; TPE (arXiv 2304.11127) needs no torch and takes hundreds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import exp, log
+from typing import Literal
+
+import numpy as np
+import optuna
+from scipy.stats import qmc
+
+from polygraft.tuning.space import Config, LogUniform, Parameter
+from polygraft.tuning.study import ATTEMPTS, Objective, Trial
+
+Model = Literal["gp", "tpe"]
+RESULTS = 2  # fewer than these say nothing about what to change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptunaSampler:
+    """Proposes with `model` from trial number `startup` on, as soon as there are RESULTS results."""
+
+    parameters: tuple[Parameter, ...]
+    objectives: tuple[Objective, ...]
+    model: Model = "gp"
+    startup: int = 4
+    seed: int = 0
+
+    def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
+        results = sum(trial.values is not None for trial in trials)
+        # A model may insist on a point that was tried; the last attempts leave the choice to chance.
+        if len(trials) < self.startup or results < RESULTS or attempt >= ATTEMPTS // 2:
+            return self._spread(len(trials), attempt)
+        with _quiet():
+            study = optuna.create_study(directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt))
+            study.add_trials([self._known(trial) for trial in trials])
+            return study.ask(self._distributions()).params
+
+    def _spread(self, number: int, attempt: int) -> Config:
+        """Point `number` of a sequence; every attempt has its own."""
+        with _quiet():
+            sequence = qmc.Sobol(len(self.parameters), rng=np.random.default_rng([self.seed, attempt]))
+            point = sequence.random(number + 1)[number]
+        return {parameter.name: _at(parameter, float(share)) for parameter, share in zip(self.parameters, point, strict=True)}
+
+    def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
+        seed = int(np.random.SeedSequence([self.seed, number, attempt]).generate_state(1)[0])
+        if self.model == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=RESULTS, multivariate=True, constant_liar=True)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=RESULTS)
+
+    def _known(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        states = {"running": optuna.trial.TrialState.RUNNING, "complete": optuna.trial.TrialState.COMPLETE}
+        values = trial.values and [log(v) if o.log else v for o, v in zip(self.objectives, trial.values, strict=True)]
+        return optuna.trial.create_trial(
+            state=states.get(trial.state, optuna.trial.TrialState.FAIL),
+            params=dict(trial.config),
+            distributions=self._distributions(),
+            values=values,
+        )
+
+    def _distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        return {parameter.name: _distribution(parameter) for parameter in self.parameters}
+
+
+def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
+    if isinstance(parameter, LogUniform):
+        return optuna.distributions.FloatDistribution(parameter.low, parameter.high, log=True)
+    return optuna.distributions.IntDistribution(parameter.low, parameter.high)
+
+
+def _at(parameter: Parameter, share: float) -> float:
+    """The value below which this share, in [0, 1), of the parameter's range lies."""
+    if isinstance(parameter, LogUniform):
+        return min(parameter.high, exp(log(parameter.low) + share * (log(parameter.high) - log(parameter.low))))
+    return parameter.low + int(share * (parameter.high - parameter.low + 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's report of every study it makes, and the libraries' advice on how to call them."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
