@@ -47,7 +47,7 @@ def record_progress(
     loss_after: float | None = None,
     fence: Fence | None = None,
 ) -> None:
-    """Note how far an unfinished job is, without an event; a loss of None keeps the old one. Raises as `advance_job`."""
+    """Note how far an unfinished job is, without an event; a loss of None keeps the old. Raises as `advance_job`."""
 
     def change(found: Job | None) -> Job:
         value = _present(found, job, None)

@@ -1,5 +1,4 @@
-"""How facts change the state: the only place where a job's or a pack's state moves. Pure; the store's writers use it
-too."""
+"""How facts change the state. Pure, and the only place where a job or a pack moves; the store's writers use it too."""
 
 from __future__ import annotations
 

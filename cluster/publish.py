@@ -71,8 +71,7 @@ def publish(
 
 
 def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft | None:
-    """The graft that `model` (a name, or name@n) means for this tenant now; None for the bare backbone. Raises
-    UnknownModel."""
+    """The graft that a name or name@n means for the tenant now; None for the bare backbone. Raises UnknownModel."""
     if model == backbone:
         return None
     match = _MODEL.fullmatch(model)

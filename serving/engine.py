@@ -161,6 +161,8 @@ class Engine:
         self._computing = batch
         attention = PagedAttention(self._streams.cache, batch.sequences)
         hidden = self._backbone.forward(batch.rows, batch.stacks, attention)
+        if not batch.last:  # prefill that goes on
+            return hidden.new_empty(0, self._backbone.shape.vocab, dtype=torch.float32)
         return self._backbone.logits(hidden[list(batch.last)])
 
     def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
@@ -188,7 +190,7 @@ class Engine:
                 self._end(sequence, reason, token=token)
 
     def _take_in(self) -> None:
-        """What other threads asked for since the last step; cancelling comes last, so that it meets what it is meant for."""
+        """What other threads asked for since the last step; cancels come last, so that they meet what they are for."""
         with self._changed:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, set()

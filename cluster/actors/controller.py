@@ -1,5 +1,4 @@
-"""The controller's loop: follow the log, tell it what became of processes, decide, carry out. Plain Python; Ray is
-behind Effects."""
+"""The controller's loop, without Ray: follow the log, write down what became of processes, decide, carry out."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ REFUSALS = {
 
 
 class Controller:
-    """One leader's term after another. Every write carries the epoch of the lease, so that a stalled leader cannot
-    act."""
+    """One term of leading after another. Every write carries the lease's epoch, so that a stalled leader cannot act."""
 
     def __init__(
         self,
@@ -175,8 +173,7 @@ class Controller:
             self._end_pack(pack, error, reason)
 
     def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
-        """Shut the pack's worker out, send its jobs back to the queue, then say that it is over; repeated after a
-        crash."""
+        """Shut the pack's worker out, requeue its jobs, then say that it is over: a crash halfway repeats it all."""
         self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True)
         now = self._clock()
         blamed = reason is Reason.PACK_FAILED
@@ -194,8 +191,7 @@ class Controller:
         self._effects.close_pack(pack)
 
     def _carry_out(self, decision: Decision, seen: Snapshot) -> None:
-        """Write the decision as an event, with the command for the pack's worker in the same commit; then act on
-        processes."""
+        """Write the decision as an event, with the command to the pack's worker in one commit; then start processes."""
         now = self._clock()
         match decision:
             case Hold(job=job, reason=reason):

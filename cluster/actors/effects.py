@@ -1,5 +1,4 @@
-"""Decisions become Ray calls: one host actor a pack. The only file beside launch that calls Ray to start or end
-processes."""
+"""Decisions become Ray calls, one host actor a pack. Beside launch, only this file starts and ends Ray's processes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The controller as a Ray actor: its loop in a thread, its heartbeat for whoever watches. Ray restarts it when it
-dies."""
+"""The controller as a Ray actor: its loop in a thread, its heartbeat for whoever watches, restarted when it dies."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ SILENT_S = 30.0
 
 
 def start_leader(store_url: str, limits: Limits, open_host: OpenHost, *, name: str) -> ActorHandle[Leader]:
-    """A named actor that leads from its first moment on. `open_host` travels to it by Ray: define it at a module's
-    top."""
+    """A named actor that leads from its first moment on. `open_host` must be something that Ray can carry to it."""
     options = ray.remote(Leader).options(name=name, num_cpus=0, max_restarts=-1, max_concurrency=4)
     return cast(ActorHandle[Leader], options.remote(store_url, limits, open_host))
 

@@ -18,8 +18,7 @@ class PackEnd:
 
 
 class Effects(Protocol):
-    """Carries out what needs a process. Nothing here waits for a pack; what becomes of one is asked for again and
-    again."""
+    """Carries out what needs a process. Nothing here waits for a pack: `ended` is asked again and again."""
 
     def open_pack(self, pack: Pack) -> None:
         """Start the pack's process; its worker says PackOpened, a failure is told by `ended`."""

@@ -11,8 +11,7 @@ from polygraft.cluster.states import Reason
 
 
 def fair_order(jobs: Iterable[Job]) -> list[Job]:
-    """Waiting jobs: tenants with fewest jobs in packs first, a job counting as soon as its turn came; then age, then
-    id."""
+    """Waiting jobs: the tenant with fewest jobs in packs first, counting those placed so far; then age, then id."""
     active: Counter[TenantId] = Counter()
     queues: dict[TenantId, deque[Job]] = defaultdict(deque)
     for job in sorted(jobs, key=lambda job: (job.created_at, job.id)):

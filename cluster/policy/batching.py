@@ -1,4 +1,4 @@
-"""Which streams an engine's next step computes, first come, first served: who leaves, who enters, how many rows each."""
+"""Which streams an engine's next step computes, first come, first served: who leaves, who enters, how many rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A stream with cache blocks: `left` rows to compute (1 while decoding), `held` blocks, `missing` ones for its
-    next row."""
+    """A stream in the cache: `left` rows to compute (1 while decoding), blocks `held` and `missing` for the next."""
 
     id: str
     left: int
@@ -84,8 +83,7 @@ def ever_fits(slots: int, *, blocks: int, block_size: int) -> bool:
 
 
 def _evict(running: Sequence[Running], free: int) -> tuple[list[Running], tuple[str, ...], int]:
-    """Who stays, who leaves (youngest first), and the free blocks then, so that everyone who stays gets the missing
-    ones."""
+    """Who stays, who leaves, youngest first, until the others' missing blocks are there, and the blocks then free."""
     stay = list(running)
     evicted: list[str] = []
     while stay and sum(stream.missing for stream in stay) > free:

@@ -11,8 +11,7 @@ STATE_BYTES = 16  # a trainable parameter: fp32 master weight, gradient, two mom
 
 
 class Budget:
-    """Jobs and bytes left in a pack. Activations are the pack's, paid once for a full forward; a job pays for its own
-    state."""
+    """Jobs and bytes left in a pack. The pack pays a full forward's activations once, each job its own state."""
 
     def __init__(self, limits: Limits, present: Iterable[Job] = ()) -> None:
         self._limited = limits.pack_bytes > 0

@@ -1,5 +1,4 @@
-"""What to do now: `decide` looks at the whole snapshot and answers every job that waits. Pure; equal inputs, equal
-outputs."""
+"""What to do now: `decide` answers every job that waits. Pure: equal snapshots, equal decisions."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ class _Round:
         return self._admit(job, pack)
 
     def _admit(self, job: Job, pack: Pack) -> Decision:
-        """The first job that does not fit stops the pack's queue: a large job is not overtaken for ever by small
-        ones."""
+        """The first job that does not fit stops the queue, or small jobs could overtake a large one for ever."""
         if pack.id not in self._budgets:
             present = (one for one in self._snapshot.jobs.values() if one.pack == pack.id and one.active)
             self._budgets[pack.id] = Budget(self._snapshot.limits, present)

@@ -54,7 +54,6 @@ def is_idle(pack: Pack, jobs: Mapping[JobId, Job], *, now: float, idle_s: float)
 
 
 def new_pack_id(snapshot: Snapshot, index: int) -> PackId:
-    """Id of the round's `index`-th new pack. Opening it moves the log past the version it is made of, so none comes
-    twice."""
+    """Id of the round's `index`-th new pack: unique, since each opening moves on the version it is made of."""
     milliseconds, _, sequence = snapshot.version.partition("-")
     return PackId(f"pack-{int(milliseconds):x}{int(sequence) + index:04x}")

@@ -1,5 +1,4 @@
-"""Which replica takes a request: Punica's rule with residency (Chen et al. 2023, section 5.1), then the shortest
-queue."""
+"""Which replica takes a request: Punica's rule (Chen et al. 2023, section 5.1) with residency, or a short queue."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
-    """A replica's load as its last message told it. `blocks` are all it has for the key-value cache, `free_blocks`
-    those left."""
+    """A replica's load by its last message; `blocks` are all of its key-value cache, `free_blocks` those left."""
 
     id: ReplicaId
     running: int
@@ -46,8 +44,7 @@ class RouteView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
-    """`slots` are the cache slots of the prompt, a graft's prefix among them; `tried` are replicas that turned it
-    down."""
+    """`slots` are the cache slots of prompt and graft's prefix; `tried` are replicas that turned the request down."""
 
     graft: GraftId | None
     slots: int
@@ -78,8 +75,7 @@ def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
 
 
 def _starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
-    """Whether the next step can take it: a stream's place, its blocks, and one more block for every stream then
-    running."""
+    """Whether the next step has a place, the blocks, and one more block for every stream that runs then."""
     if replica.waiting or replica.running >= view.max_streams:
         return False
     return replica.free_blocks >= needed + replica.running + 1

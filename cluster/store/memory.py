@@ -38,8 +38,7 @@ from polygraft.cluster.store.codec import decode_entry, decode_event, decode_rec
 
 
 class MemoryStore:
-    """Keeps the same JSON text as the real store, so that what cannot be encoded fails here too; `clock` gives
-    seconds."""
+    """Keeps the same text as the real store, so that what cannot be encoded fails here too; `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

@@ -1,5 +1,4 @@
-"""The commands that reach a Redis or Valkey server: pooled connections, scripts, writes that are on disk, failures by
-one name."""
+"""How commands reach a Redis or Valkey server: pooled connections, scripts, waiting for its disk, failures."""
 
 from __future__ import annotations
 

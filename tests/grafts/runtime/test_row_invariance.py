@@ -1,0 +1,44 @@
+"""The library facts that packed-equals-alone rests on, on this machine's oneDNN, at SmolLM2's shapes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from polygraft.grafts.runtime.linear import FrozenLinear, padded
+
+SHAPES = ((576, 960), (576, 3072), (1536, 576), (64, 96))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_of_a_frozen_linear_ignores_how_many_rows_are_beside_it(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    d_in, d_out = shape
+    linear = FrozenLinear([torch.randn(d_out, d_in).to(dtype)], [None])
+    x, dy = torch.randn(320, d_in).to(dtype), torch.randn(320, d_out).to(dtype)
+    forward, backward = linear.product(x), linear.transposed_product(dy)
+    for start, rows in ((0, 16), (3, 24), (7, 61), (40, 128), (101, 200)):
+        height = padded(rows)
+        assert torch.equal(linear.product(_rows(x, start, rows, height))[:rows], forward[start : start + rows])
+        assert torch.equal(linear.transposed_product(_rows(dy, start, rows, height))[:rows], backward[start : start + rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_batched_matmul_gives_a_member_the_same_result_whatever_the_batch(dtype: torch.dtype) -> None:
+    for rows, inner, width in ((37, 576, 16), (37, 16, 960), (16, 37, 576), (64, 64, 64)):
+        left, right = torch.randn(9, rows, inner).to(dtype), torch.randn(9, inner, width).to(dtype)
+        together = torch.bmm(left, right)
+        for count in (1, 2, 5, 8):
+            assert torch.equal(torch.bmm(left[:count], right[:count]), together[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_weights_come_back_as_they_were(dtype: torch.dtype) -> None:
+    weight = torch.randn(96, 64).to(dtype)
+    assert torch.equal(FrozenLinear([weight[:40], weight[40:]], [None, None]).weight(), weight)
+
+
+def _rows(x: Tensor, start: int, rows: int, height: int) -> Tensor:
+    """Rows of x, padded with zeros to `height`."""
+    out = x.new_zeros(height, x.shape[1])
+    out[:rows] = x[start : start + rows]
+    return out
