@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import isfinite
 
 from polygraft.cluster.events import Event, JobEvent, PackEvent, PackOpening
 from polygraft.cluster.evolve import job_after, opening, pack_after
@@ -47,14 +48,17 @@ def record_progress(
     loss_after: float | None = None,
     fence: Fence | None = None,
 ) -> None:
-    """Note how far an unfinished job is, without an event; a loss of None keeps the old. Raises as `advance_job`."""
+    """Note how far an unfinished job is, without an event. Losses that are None or not finite change nothing.
+
+    Raises as `advance_job` does.
+    """
 
     def change(found: Job | None) -> Job:
         value = _present(found, job, None)
         if value.final:
             raise IllegalTransition(job, value.state, "progress")
-        before = value.loss_before if loss_before is None else loss_before
-        after = value.loss_after if loss_after is None else loss_after
+        before = value.loss_before if loss_before is None or not isfinite(loss_before) else loss_before
+        after = value.loss_after if loss_after is None or not isfinite(loss_after) else loss_after
         return replace(value, step=step, trained_tokens=trained_tokens, loss_before=before, loss_after=after)
 
     swap(store, keys.job(job), change, fence=fence)

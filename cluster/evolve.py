@@ -137,6 +137,8 @@ def pack_after(pack: Pack, event: PackEvent) -> Pack:
             return opening(event)
         case PackOpened():
             state, closed_at, error = PackState.OPEN, None, None
+            if pack.state is PackState.CLOSING:
+                state = PackState.CLOSING
         case PackClosing():
             state, closed_at, error = PackState.CLOSING, None, None
         case PackClosed():

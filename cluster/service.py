@@ -15,9 +15,14 @@ class ServiceNotRunning(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """A service that is up. `pid` and `started` (seconds since 1970) name its supervisor; `ray_token` is a file, for Ray's own ports."""
+    """A service that is up. `pid` and `started` (seconds since 1970) name its supervisor.
+
+    `ray_token` is the file with the secret of Ray's own ports; `backbone` is the model's id and `backbone_folder` where it lies.
+    """
 
     url: str
+    backbone: str
+    backbone_folder: str
     store_url: str
     ray_address: str
     ray_namespace: str

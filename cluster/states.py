@@ -96,6 +96,7 @@ PACK_TRANSITIONS: Mapping[PackState, frozenset[PackState]] = {
     ),
     PackState.CLOSING: frozenset(
         {
+            PackState.CLOSING,  # its worker restarted and reads the command again
             PackState.CLOSED,  # the host ended as asked
             PackState.FAILED,  # the host ended with an error, or was lost
         }

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import sqrt
 
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.spec import GraftSpec, Layers, Slot, SpecError
@@ -43,35 +44,22 @@ def parse(text: str) -> GraftSpec:
 
 def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
     """The graft of a PEFT config (adapter_config.json or its essential fields): LORA with or without DoRA, IA3,
-    PREFIX_TUNING."""
+    PREFIX_TUNING.
+
+    Raises SpecError for a field that is not read here and not at its default: it may change what the graft is.
+    """
     kind = str(config.get("peft_type", "LORA")).upper()
-    targets = config.get("target_modules")
-    at = "|".join(sorted(map(str, targets))) if isinstance(targets, list | tuple | set) else targets
-    unsupported = {key: config[key] for key in _REFUSED if config.get(key)}
-    if unsupported:
-        raise SpecError(f"peft: {unsupported} is not supported; remove it")
-    arguments: dict[str, object] = {}
-    if kind == "LORA":
-        rank = config.get("r", 8)
-        alpha = config.get("lora_alpha", 8)
-        arguments = {"r": rank, "alpha": alpha, "at": at or "linear", "dropout": config.get("lora_dropout") or 0.0}
-        name = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-    elif kind == "IA3":
-        name = "ia3"
-        arguments = (
-            {"at": "|".join(sorted(set(map(str, targets)) - set(_strings(config, "feedforward_modules"))))}
-            if targets
-            else {}
-        )  # type: ignore[arg-type]
-    elif kind == "PREFIX_TUNING":
-        name, arguments = "prefix", {"length": config.get("num_virtual_tokens", 20)}
-    else:
-        raise SpecError(f"peft_type: {kind!r} is not supported here; choices: LORA, IA3, PREFIX_TUNING")
-    method = find(name)
-    layers = config.get("layers_to_transform")
-    chosen = None if layers is None else tuple(layers) if isinstance(layers, list | tuple) else (int(str(layers)),)
-    text = f"{method.name}({', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)})"
-    return GraftSpec(text, _at_layers(method.build({key: str(value) for key, value in arguments.items()}), chosen))
+    if kind not in _READ:
+        raise SpecError(f"peft_type: {kind!r} is not supported here; choices: {', '.join(_READ)}")
+    plain = {**_DEFAULTS, **{key: config.get(key) for key in (*_READ[kind], *_NOTES)}}
+    odd = {key: value for key, value in config.items() if value and value != plain.get(key)}
+    if odd:
+        raise SpecError(f"peft: {str(odd)[:200]} is not read for {kind}; remove it. Fields: {', '.join(_READ[kind])}")
+    name, arguments = _ARGUMENTS[kind](config)
+    chosen = _chosen(config.get("layers_to_transform"))
+    text = f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
+    text += "" if chosen is None else f"@{','.join(map(str, chosen))}"
+    return GraftSpec(text, _at_layers(find(name).build({key: str(value) for key, value in arguments.items()}), chosen))
 
 
 def learning_rate(text: str) -> float:
@@ -82,12 +70,74 @@ def learning_rate(text: str) -> float:
     return min(find(name).learning_rate for name in names)
 
 
-_REFUSED = ("modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "prefix_projection", "layer_replication")
+# What PEFT writes beside the fields that make a graft: notes on its origin, and the backbone's sizes.
+_NOTES = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "encoder_hidden_size",
+    "inference_mode",
+    "num_attention_heads",
+    "num_layers",
+    "num_transformer_submodules",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+    "token_dim",
+)
+_DEFAULTS: Mapping[str, object] = {
+    "bias": "none",
+    "init_ia3_weights": True,
+    "init_lora_weights": True,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}
+_READ: Mapping[str, tuple[str, ...]] = {
+    "LORA": ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "use_dora", "use_rslora"),
+    "IA3": ("target_modules", "feedforward_modules"),
+    "PREFIX_TUNING": ("num_virtual_tokens",),
+}
+
+
+def _lora(config: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    targets = "|".join(sorted(_strings(config, "target_modules")))
+    stable = bool(config.get("use_rslora"))
+    if config.get("use_dora") and stable and isinstance(rank, int) and isinstance(alpha, int | float):
+        alpha = alpha * sqrt(max(rank, 1))  # alpha / sqrt(r) is this over r, which our dora divides by
+    name = "dora" if config.get("use_dora") else "rslora" if stable else "lora"
+    dropout = config.get("lora_dropout") or 0.0
+    return name, {"r": rank, "alpha": alpha, "at": targets or "linear", "dropout": dropout}
+
+
+def _ia3(config: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+    targets = set(_strings(config, "target_modules"))
+    before = config.get("feedforward_modules")
+    scaled = {"down_proj"} if before is None else set(_strings(config, "feedforward_modules"))
+    if not targets:
+        return "ia3", {}
+    return "ia3", {"at": "|".join(sorted(targets - scaled)), "feedforward": "|".join(sorted(targets & scaled))}
+
+
+def _prefix(config: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+    return "prefix", {"length": config.get("num_virtual_tokens", 20)}
+
+
+_ARGUMENTS = {"LORA": _lora, "IA3": _ia3, "PREFIX_TUNING": _prefix}
 
 
 def _strings(config: Mapping[str, object], key: str) -> list[str]:
     value = config.get(key) or []
     return [str(item) for item in value] if isinstance(value, list | tuple | set) else [str(value)]
+
+
+def _chosen(layers: object) -> Layers:
+    if layers is None:
+        return None
+    found = layers if isinstance(layers, list | tuple) else [layers]
+    if not found or not all(isinstance(layer, int) for layer in found):
+        raise SpecError(f"layers_to_transform: {layers!r} is not a list of layer numbers")
+    return tuple(found)
 
 
 def _object(text: str) -> Mapping[str, object]:

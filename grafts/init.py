@@ -42,7 +42,7 @@ def _start(tensor: TensorSpec, backbone: Backbone, seed: int, real: dict[Site, t
             return torch.ones(tensor.shape)
         case "row_norm":
             linear, member = backbone.linears[tensor.site]
-            return linear.row_sq.split(linear.widths)[member].sqrt()
+            return linear.row_sq.split_with_sizes(linear.widths)[member].sqrt()
         case "prefix":
             return real[tensor.site][0 if tensor.part == "k" else 1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -119,16 +119,23 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
 
 
 def sites_of(spec: GraftSpec, shape: ModelShape) -> tuple[tuple[int, Site], ...]:
-    """(slot index, site) of every place the graft acts, slot-major; checks slots against each other.
+    """(slot index, site) of every place the graft acts, slot-major.
 
-    Raises SpecError for a norm without a branch of the same graft under it.
+    Raises SpecError for slots that have no meaning together at a site: a norm without just one linear branch to
+    rescale, two norms, two scales or two shifts of one thing, branches of one kind with different dropout.
     """
     placed = tuple((index, site) for index, slot in enumerate(spec.slots) for site in resolve(slot, shape))
-    branched = {site for index, site in placed if isinstance(spec.slots[index], Branch)}
+    together: dict[Site, list[Slot]] = {}
     for index, site in placed:
-        if isinstance(spec.slots[index], Norm) and site not in branched:
-            raise SpecError(f"at: norm at {site} has no branch to rescale; add lora at the same sites")
+        together.setdefault(site, []).append(spec.slots[index])
+    for site, slots in together.items():
+        _check(site, slots)
     return placed
+
+
+def sublayers(at: str) -> tuple[str, ...]:
+    """The sublayers' outputs among the canonical names that `at` matches, whatever the backbone."""
+    return tuple(name for name in SUBLAYER if any(_named(part, name) for part in at.split("|")))
 
 
 def module_path(site: Site, arch: str) -> str:
@@ -153,16 +160,38 @@ def _allowed(slot: Slot) -> tuple[str, ...]:
 
 
 def _matches(part: str, arch: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    if part in ("linear", "all-linear"):
-        return tuple(name for name in allowed if name in LINEAR)
     modules = ARCHITECTURES[arch]
-    if "*" in part and not part.endswith("out"):  # `attn.*` means the projections; the sublayer's output is named
-        allowed = tuple(name for name in allowed if name not in SUBLAYER)
     return tuple(
         name
         for name in allowed
-        if fnmatchcase(name, part) or (name in LINEAR and part in (modules[name], modules[name].rpartition(".")[2]))
+        if _named(part, name) or (name in LINEAR and part in (modules[name], modules[name].rpartition(".")[2]))
     )
+
+
+def _named(part: str, name: str) -> bool:
+    """Whether `part` means the canonical site `name`."""
+    if part in ("linear", "all-linear"):
+        return name in LINEAR
+    if name in SUBLAYER and "*" in part and not part.endswith("out"):
+        return False  # `attn.*` means the projections; the sublayer's output is named
+    return fnmatchcase(name, part)
+
+
+def _check(site: Site, slots: Sequence[Slot]) -> None:
+    branches = [slot for slot in slots if isinstance(slot, Branch)]
+    linear = [branch for branch in branches if branch.act == "identity" and branch.tap == "input"]
+    norms = sum(isinstance(slot, Norm) for slot in slots)
+    if norms and not branches:
+        raise SpecError(f"at: norm at {site} has no branch to rescale; add lora at the same sites")
+    if norms > 1 or (norms and (len(branches) > 1 or not linear)):
+        found = f"{norms} norms over {len(branches)} branches"
+        raise SpecError(f"at: DoRA's norm rescales one lora at a site; found {found} at {site}")
+    for side in ("in", "out"):
+        affines = [slot for slot in slots if isinstance(slot, Affine) and slot.side == side]
+        if sum(slot.scale for slot in affines) > 1 or sum(slot.shift for slot in affines) > 1:
+            raise SpecError(f"at: two scales or two shifts of one graft meet at {site}; give each site one of them")
+    if len({(branch.tap, branch.act, branch.dropout) for branch in branches}) > len({(b.tap, b.act) for b in branches}):
+        raise SpecError(f"dropout: branches of one kind have different rates at {site}; give them the same")
 
 
 def _layers(layers: Layers, shape: ModelShape) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from polygraft.serving.sequence import Sequence
 
 
 class Streams:
-    """Both lists are oldest first; a running stream holds blocks and a pin on its graft. The engine's thread owns it."""
+    """Both lists are oldest first; a running stream holds blocks and pins its graft. The engine's thread owns it."""
 
     def __init__(self, backbone: Backbone, settings: ServeSettings, residency: Residency, loader: Loader) -> None:
         """Raises ValueError when the key-value cache is smaller than one context."""

@@ -66,7 +66,7 @@ def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[f
     into = torch.zeros_like(hidden)
     into[counted] = gradient
     if hidden.requires_grad:
-        hidden.backward(into)
+        torch.autograd.backward(hidden, into)
     scattered = torch.zeros_like(factors)
     scattered[counted] = losses
     return [

@@ -141,7 +141,8 @@ class PackRunner:
 
     def _riders(self) -> list[Active]:
         """Unfinished jobs, least served first, while their next micro-batch fits; the first always rides."""
-        room, riders = self.max_rows, []
+        room = self.max_rows
+        riders: list[Active] = []
         waiting = [active for active in self.jobs.values() if not active.finished]
         for active in sorted(waiting, key=lambda a: (a.served_rows, a.job.id)):
             rows = self._share(active).rows

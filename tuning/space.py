@@ -15,7 +15,7 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import parameters
 from polygraft.grafts.spec import SpecError
 
-Config = Mapping[str, float]
+Config = Mapping[str, int | float]
 
 LEARNING_RATE = "learning_rate"
 MOST_BITS = 24  # deeper backbones are masked in groups of layers

@@ -71,6 +71,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path, stop: threading
         ray.get(leader.check.remote())
         service = Service(
             url=f"http://{_reachable(settings.host)}:{settings.port}",
+            backbone=settings.backbone,
+            backbone_folder=str(backbone),
             store_url=settings.store_url,
             ray_address=address,
             ray_namespace=namespace,

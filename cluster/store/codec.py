@@ -37,19 +37,20 @@ class _Form:
     decode: Callable[[JSON, str], object]
 
 
-def encode(value: Record | Event) -> str:
-    name = type(value).__name__
-    if name not in _types():
-        raise CodecError(f"{name} is neither a record nor an event")
-    body = cast(Mapping[str, JSON], _form(cast(type, type(value))).encode(value))
-    return _dump({"type": name, "schema": _schema(name), **body})
+def encode_record(key: Key[Record], value: Record) -> str:
+    """Raises CodecError for a record of another kind than the key's."""
+    _check_kind(key, value)
+    return _encode(value)
+
+
+def encode_event(event: Event) -> str:
+    return _encode(event)
 
 
 def decode_record(key: Key[R], text: str | bytes) -> R:
     """The record at `key`. Raises CodecError, also for a record of another kind than the key's."""
     value = _decode(text, key)
-    if not isinstance(value, record_type(key)):
-        raise CodecError(f"{key}: expected a {record_type(key).__name__}, found a {type(value).__name__}")
+    _check_kind(key, value)
     return cast(R, value)
 
 
@@ -69,6 +70,20 @@ def encode_entry(entry: Mapping[str, JSON]) -> str:
 
 def decode_entry(text: str | bytes) -> Mapping[str, JSON]:
     return MappingProxyType(json.loads(text))
+
+
+def _check_kind(key: str, value: object) -> None:
+    if not isinstance(value, record_type(key)):
+        raise CodecError(f"{key}: expected a {record_type(key).__name__}, found a {type(value).__name__}")
+
+
+def _encode(value: Record | Event) -> str:
+    name = type(value).__name__
+    body = cast(Mapping[str, JSON], _form(cast(type, type(value))).encode(value))
+    try:
+        return _dump({"type": name, "schema": _schema(name), **body})
+    except ValueError:
+        raise CodecError(f"{name}: a number is not finite; write None instead: {value}") from None
 
 
 def _decode(text: str | bytes, at: str) -> object:

@@ -11,7 +11,6 @@ from typing import cast
 
 from polygraft.cluster.events import Event
 from polygraft.cluster.model import EventId, Record
-from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import (
     IDEMPOTENCY_S,
     JSON,
@@ -34,7 +33,7 @@ from polygraft.cluster.store.base import (
     Versioned,
     Write,
 )
-from polygraft.cluster.store.codec import decode_entry, decode_event, decode_record, encode, encode_entry
+from polygraft.cluster.store.codec import decode_entry, decode_event, decode_record, encode_entry, encode_event, encode_record
 
 
 class MemoryStore:
@@ -72,10 +71,8 @@ class MemoryStore:
         appends: Sequence[Append] = (),
         fence: Fence | None = None,
     ) -> Committed:
-        texts = [None if write.value is None else encode(write.value) for write in writes]
-        for write in writes:
-            keys.record_type(write.key)
-        log = [encode(event) for event in events]
+        texts = [None if write.value is None else encode_record(write.key, write.value) for write in writes]
+        log = [encode_event(event) for event in events]
         entries = [encode_entry(append.entry) for append in appends]
         with self._changed:
             self._check_open()

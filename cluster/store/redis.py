@@ -32,8 +32,7 @@ from polygraft.cluster.store.base import (
     Versioned,
     Write,
 )
-from polygraft.cluster.store.codec import decode_entry, decode_event, decode_record, encode, encode_entry
-from polygraft.cluster.store.keys import record_type
+from polygraft.cluster.store.codec import decode_entry, decode_event, decode_record, encode_entry, encode_event, encode_record
 from polygraft.cluster.store.wire import Argument, Wire
 
 _BLOCK_S = 2.0  # one blocking read; well below the wire's timeout
@@ -139,10 +138,9 @@ class RedisStore:
         names += [self._stream(append.stream) for append in appends]
         arguments: list[Argument] = [epoch, digest, IDEMPOTENCY_S, len(writes), len(events), len(appends)]
         for write in writes:
-            record_type(write.key)
-            text = "" if write.value is None else encode(write.value)
+            text = "" if write.value is None else encode_record(write.key, write.value)
             arguments += [write.key, "" if write.expected is None else write.expected, text]
-        arguments += [encode(event) for event in events]
+        arguments += [encode_event(event) for event in events]
         for append in appends:
             arguments += ["" if append.maxlen is None else append.maxlen, encode_entry(append.entry)]
         answer = cast(list[object], self._wire.script("commit", names, arguments))

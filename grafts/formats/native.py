@@ -1,5 +1,5 @@
-"""The native graft folder: `graft.json` (what it is and what it grows on) beside `graft.safetensors` (its float32
-tensors)."""
+"""The native graft folder: `graft.json` (what it is and what it grows on) beside `graft.safetensors` (its tensors, in
+float32)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.formats import peft
+from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec, SpecError
 
 SCHEMA = 1
-
-
-class FormatError(ValueError):
-    """A graft folder that cannot be used; the message names the file and what is wrong with it."""
+DESCRIPTION, WEIGHTS = "graft.json", "graft.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +38,30 @@ class StoredGraft:
 
 def graft_id(spec: GraftSpec, values: Mapping[str, Tensor], backbone: str) -> str:
     """Digest of tensors, slots and backbone fingerprint: the graft's identity and the key of every weight cache."""
-    digest = sha256(json.dumps([asdict(slot) for slot in spec.slots], sort_keys=True).encode() + backbone.encode())
+    slots = GraftSpec.from_json(spec.to_json()).slots  # as they are read back: 2.0 where 2 was given
+    digest = sha256(json.dumps([asdict(slot) for slot in slots], sort_keys=True).encode() + backbone.encode())
     for name in sorted(values):
         digest.update(name.encode())
         digest.update(values[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def save(root: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: ModelShape, backbone: str) -> str:
-    """Write the graft under `root/<id>` and return its id; whole or not at all, and once for the same graft."""
+def save(
+    root: Path,
+    spec: GraftSpec,
+    values: Mapping[str, Tensor],
+    *,
+    shape: ModelShape,
+    backbone: str,
+    base: str | None = None,
+) -> str:
+    """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
+
+    PEFT's files lie beside ours where PEFT has the method, with `base` as the backbone's public name. Raises OSError,
+    and FormatError for tensors that `load` would refuse.
+    """
     kept = {name: value.detach().to(torch.float32).contiguous().clone() for name, value in values.items()}
+    check(spec, kept, shape)
     identity = graft_id(spec, kept, backbone)
     folder = root / identity
     if folder.exists():
@@ -57,7 +69,7 @@ def save(root: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: Mo
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
     try:
-        save_file(kept, draft / "graft.safetensors")
+        save_file(kept, draft / WEIGHTS)
         described = {
             "schema": SCHEMA,
             "id": identity,
@@ -65,53 +77,62 @@ def save(root: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: Mo
             "shape": asdict(shape),
             "spec": json.loads(spec.to_json()),
         }
-        with open(draft / "graft.json", "w") as file:
-            json.dump(described, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
+        if peft.exportable(spec):
+            peft.export(draft, spec, kept, shape=shape, base=base)
+        _settle(draft)
         os.rename(draft, folder)
+        _sync(root)
+    except SafetensorError as error:
+        raise OSError(f"{folder.name}: {error}") from None
     except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
-        if not folder.exists():
+        if not folder.exists():  # else another process wrote the same graft first
             raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return identity
 
 
 def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
-    """Read a graft for a backbone; raises FormatError for a foreign backbone, a wrong tensor or a value that is not
-    finite."""
+    """Read a graft for a backbone; raises FormatError for a foreign backbone, a wrong tensor, a value that is not
+    finite, or contents that are not those the id was made of."""
     described = _described(folder)
     if described.get("schema") != SCHEMA:
-        raise FormatError(f"{folder.name}/graft.json: schema {described.get('schema')!r} is not {SCHEMA}")
+        raise FormatError(f"{folder.name}/{DESCRIPTION}: schema {described.get('schema')!r} is not {SCHEMA}")
     if described.get("backbone") != backbone:
         raise FormatError(f"{folder.name}: grown on backbone {described.get('backbone')!r}, not on {backbone!r}")
     try:
         spec = GraftSpec.from_json(json.dumps(described.get("spec")))
-        values = load_file(folder / "graft.safetensors")
+        values = load_file(folder / WEIGHTS)
     except (SpecError, SafetensorError, OSError) as error:
         raise FormatError(f"{folder.name}: {error}") from None
     check(spec, values, shape)
-    return StoredGraft(str(described["id"]), spec, values, backbone)
-
-
-def check(spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape) -> None:
-    """Raise FormatError unless `values` are just the spec's tensors, of the right shapes and finite."""
-    expected = {tensor.name: tensor.shape for tensor in tensors(spec, shape)}
-    if expected.keys() != values.keys():
-        odd = sorted(expected.keys() ^ values.keys())
-        raise FormatError(f"tensors: {odd[:5]} are missing or unknown ({len(odd)} in all)")
-    for name, size in expected.items():
-        if tuple(values[name].shape) != size:
-            raise FormatError(f"{name}: shape {tuple(values[name].shape)} is not {size}")
-        if not bool(torch.isfinite(values[name]).all()):
-            raise FormatError(f"{name}: holds values that are not finite")
+    identity = graft_id(spec, values, backbone)
+    if identity != described.get("id"):
+        raise FormatError(f"{folder.name}: its contents have the id {identity}, not {described.get('id')!r}")
+    return StoredGraft(identity, spec, values, backbone)
 
 
 def _described(folder: Path) -> dict[str, object]:
     try:
-        value = json.loads((folder / "graft.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{folder.name}/graft.json: {error}") from None
+        value = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder.name}/{DESCRIPTION}: {error}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{folder.name}/graft.json: not an object")
+        raise FormatError(f"{folder.name}/{DESCRIPTION}: not an object")
     return value
+
+
+def _settle(draft: Path) -> None:
+    """Let others read what mkdtemp and safetensors shut them out of, and wait until it is on disk."""
+    for path in (*draft.iterdir(), draft):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,7 +6,9 @@ from polygraft.grafts.spec import Affine, Slot
 
 
 def ia3(at: str = "attn.[kv]", feedforward: str = "ffn.down") -> tuple[Slot, ...]:
-    return (Affine(at=at, scale=True, shift=False), Affine(at=feedforward, scale=True, shift=False, side="in"))
+    """`at` is scaled on its output, `feedforward` on its input; either may be empty."""
+    after = (Affine(at=at, scale=True, shift=False),) if at else ()
+    return after + ((Affine(at=feedforward, scale=True, shift=False, side="in"),) if feedforward else ())
 
 
 METHODS = (Method("ia3", "arXiv 2205.05638", 5e-3, ia3),)

@@ -35,7 +35,7 @@ class Backbone:
             self._adopt(layer)
         norm = self.decoder.norm
         self.decoder.norm = SiteNorm(None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type,union-attr]
-        self.embedding: Tensor = self.decoder.embed_tokens.weight.detach()  # type: ignore[union-attr,assignment,operator]
+        self.embedding: Tensor = self.decoder.embed_tokens.weight.detach()  # type: ignore[union-attr,operator]
         self.head = FrozenLinear([model.lm_head.weight], [None])  # type: ignore[union-attr,list-item]
         self.dtype = self.embedding.dtype
 
@@ -49,7 +49,7 @@ class Backbone:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or best_dtype(), attn_implementation=attention_module.register(), use_safetensors=True
         )
-        return Backbone(model.eval(), shape, fingerprint(folder), folder)
+        return Backbone(model.eval(), shape, fingerprint(folder), folder)  # type: ignore[no-untyped-call]
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents` for this backbone's dtype and linears."""

@@ -102,13 +102,13 @@ class PagedAttention:
     def _attend(self, q: Tensor, data: Tensor, group: _Group, scaling: float) -> Tensor:
         heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
         b, n = group.rows.shape
-        context = data[group.blocks].flatten(1, 2).unflatten(-1, (kv_heads, -1))  # [b, L, 2, kv_heads, head_dim]
+        context = torch.unflatten(data[group.blocks].flatten(1, 2), -1, (kv_heads, -1))  # [b, L, 2, kv_heads, head_dim]
         keys, values = context[:, :, 0].permute(0, 2, 3, 1), context[:, :, 1].transpose(1, 2)
         queries = q[group.rows].view(b, n, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         scores = torch.matmul(queries * scaling, keys).to(torch.promote_types(q.dtype, torch.float32))
-        scores.unflatten(2, (-1, n)).masked_fill_(group.hidden[:, None, None], float("-inf"))
+        torch.unflatten(scores, 2, (-1, n)).masked_fill_(group.hidden[:, None, None], float("-inf"))
         mixed = torch.matmul(scores.softmax(-1).to(q.dtype), values)
-        return mixed.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
+        return torch.unflatten(mixed, 2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
 
 
 def _slots(table: Sequence[int], first: int, count: int, block_size: int) -> Tensor:

@@ -34,7 +34,7 @@ class FrozenLinear:
         self.widths = tuple(len(w) for w in weights)
         self.dtype = weight.dtype
         wide = torch.promote_types(self.dtype, torch.float32)
-        self.row_sq = torch.cat([w.to(wide).square().sum(1) for w in weight.split(4096)])
+        self.row_sq = torch.cat([w.to(wide).square().sum(1) for w in torch.split(weight, 4096)])
         some = any(bias is not None for bias in biases)
         self.bias = (
             torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases)])
@@ -65,20 +65,20 @@ class FrozenLinear:
         """The products (without bias) of every fused projection, [T, width] each; differentiable in x."""
         if torch.is_grad_enabled() and x_TI.requires_grad:
             return _Product.apply(x_TI, self)  # type: ignore[no-any-return,no-untyped-call]
-        return self.product(x_TI).split(self.widths, dim=1)
+        return self.product(x_TI).split_with_sizes(self.widths, dim=1)
 
     def biases(self) -> tuple[Tensor | None, ...]:
-        return (None,) * len(self.widths) if self.bias is None else self.bias.split(self.widths)
+        return (None,) * len(self.widths) if self.bias is None else self.bias.split_with_sizes(self.widths)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
         ctx.linear = linear  # type: ignore[attr-defined]
-        return linear.product(x).split(linear.widths, dim=1)
+        return linear.product(x).split_with_sizes(linear.widths, dim=1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         dy = grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)
         return ctx.linear.transposed_product(dy), None  # type: ignore[attr-defined]
 

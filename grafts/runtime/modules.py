@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import torch
@@ -20,24 +20,28 @@ from polygraft.kernels.common.dropout import dropout
 class SiteLinear(nn.Module):
     """A projection: affine on x, then W x plus the branches, norm, bias, affine on y, for the rows of each graft.
 
-    `member` is the projection's place in a fused FrozenLinear. The member that runs first computes all of them,
-    unless a graft changes the input of one of them (then the others would need another input).
+    `member` is the projection's place in a fused FrozenLinear; the member that runs first computes all of them. Rows
+    whose graft changes this projection's input take a product of their own, the others keep the shared one.
     """
 
     def __init__(self, site: Site, linear: FrozenLinear, member: int) -> None:
         super().__init__()
         self.site, self.linear, self.member = site, linear, member
         self.bias = linear.biases()[member]
-        self.width = linear.widths[member]
+        self.shared = len(linear.widths) > 1
 
     def forward(self, x: Tensor) -> Tensor:
         route = current()
         stacks = route.stacks.get(self.site)
-        given = flat = x.view(-1, x.shape[-1])
-        for kind, stack in stacks.items():
-            if kind.op == "affine" and kind.variant.startswith("in"):
-                flat = _affine(flat, stack, route)
-        y = self._shared(x, flat, route) if flat is given else self.linear(flat)[self.member]
+        flat = x.view(-1, x.shape[-1])
+        scaled = [stack for kind, stack in stacks.items() if kind.op == "affine" and kind.variant.startswith("in")]
+        # Before the affines, so that a backward sums the gradient of x in one order with them and without.
+        y = self._shared(x, flat, route) if self.shared or not scaled else flat
+        for stack in scaled:
+            flat = _affine(flat, stack, route)
+        if scaled:
+            own = self.linear(flat)[self.member]
+            y = torch.where(_rows(scaled, flat, route), own, y) if self.shared else own
         y = _branches(flat, y, stacks, self.site, route, tap="input")
         for kind, stack in stacks.items():
             if kind.op == "norm":
@@ -49,7 +53,7 @@ class SiteLinear(nn.Module):
 
     def _shared(self, x: Tensor, flat: Tensor, route: RouteTable) -> Tensor:
         """This projection's product, computed together with the others that take the same input."""
-        if len(self.linear.widths) == 1:
+        if not self.shared:
             return self.linear(flat)[0]
         found = route.kept(id(self.linear), x, self.member)
         if found is None:
@@ -108,13 +112,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
         y, scale = _rms_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         wide = x.to(scale.dtype)
         g = (grad * weight).to(scale.dtype)
@@ -144,6 +148,14 @@ def _affines_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> 
         if kind.op == "affine" and kind.variant.startswith("out"):
             y = _affine(y, stack, route)
     return y
+
+
+def _rows(stacks: Sequence[Stack], x: Tensor, route: RouteTable) -> Tensor:
+    """[T, 1] bool: the rows of x under the stacks' grafts."""
+    mask = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+    for segment in (segment for stack in stacks for segment in route.segments(stack.entries)):
+        mask[segment.start : segment.stop] = True
+    return mask
 
 
 def _affine(y: Tensor, stack: Stack, route: RouteTable) -> Tensor:

@@ -23,8 +23,8 @@ class Slab:
             torch.zeros(sum(t.numel for t in layout), dtype=dtype) for _ in range(4)
         )
         sizes = [t.numel for t in layout]
-        self.views = {t.name: v.view(t.shape) for t, v in zip(layout, self.master.split(sizes))}
-        self._grads = {t.name: v for t, v in zip(layout, self.grad.split(sizes))}
+        self.views = {t.name: v.view(t.shape) for t, v in zip(layout, self.master.split_with_sizes(sizes))}
+        self._grads = {t.name: v for t, v in zip(layout, self.grad.split_with_sizes(sizes))}
 
     def fill(self, start: Mapping[str, Tensor]) -> None:
         """Set the master weights from tensors by name."""

@@ -107,7 +107,9 @@ class Stacks:
         at: dict[Site, dict[Kind, Stack]] = defaultdict(dict)
         pieces: list[list[Piece]] = [[] for _ in residents]
         wide = torch.promote_types(dtype, torch.float32)
-        for (site, kind), parts in places.items():
+        # One order of the kinds at a site, whoever came first: what a row meets must not depend on the other grafts.
+        # Reversed, so that a scale comes before a shift (y * g + b).
+        for (site, kind), parts in sorted(places.items(), reverse=True):
             built: dict[str, Tensor] = {}
             entries: list[Entry] = []
             for part, members in parts.items():

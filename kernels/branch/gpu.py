@@ -17,8 +17,7 @@ from polygraft.kernels.branch.programs import expand_kernel, outer_kernel, shrin
 from polygraft.kernels.branch.tiles import Plan
 from polygraft.kernels.common.segments import Segments
 
-FEATURES = 64  # columns of x or y a tile spans
-PRODUCT_BYTES = 128  # of features a shrink multiplies at a time
+FEATURE_BYTES = 128  # of a row of x or y that a tile spans: 64 bf16 columns
 
 
 def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str = "identity") -> Tensor:
@@ -77,7 +76,7 @@ def _shrink(x: Tensor, weight: Tensor, plan: Plan, *, act: str = "identity", hid
             x.shape[1],
             HEIGHT=grid.height,
             WIDTH=grid.width,
-            DEPTH=PRODUCT_BYTES // x.element_size(),
+            DEPTH=_features(x),
             ACT=act,
             BACKWARD=hidden is not None,
             ACC=_accumulator(x.dtype),
@@ -89,7 +88,7 @@ def _expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str
     """out[s] += f(hidden[s]) weight[s], f being scale_s act(.) if `scaled`, else nothing."""
     weight = _rows(weight)
     for grid in plan.expand:
-        expand_kernel[(len(grid.tiles), triton.cdiv(out.shape[1], FEATURES))](
+        expand_kernel[(len(grid.tiles), triton.cdiv(out.shape[1], _features(out)))](
             hidden,
             weight,
             out,
@@ -100,8 +99,8 @@ def _expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str
             out.stride(0),
             out.shape[1],
             HEIGHT=grid.height,
-            WIDTH=grid.width,
-            FEATURES=FEATURES,
+            WIDTH=_step(grid.width, out),
+            FEATURES=_features(out),
             ACT=act,
             SCALED=scaled,
             ACC=_accumulator(out.dtype),
@@ -113,7 +112,7 @@ def _outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, sca
     x = _rows(x)
     out = (torch.empty_like if once else torch.zeros_like)(like, memory_format=torch.contiguous_format)
     for grid in plan.outer:
-        outer_kernel[(len(grid.tiles), triton.cdiv(x.shape[1], FEATURES))](
+        outer_kernel[(len(grid.tiles), triton.cdiv(x.shape[1], _features(x)))](
             hidden,
             x,
             out,
@@ -123,9 +122,9 @@ def _outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, sca
             x.stride(0),
             out.stride(0),
             x.shape[1],
-            HEIGHT=grid.height,
+            HEIGHT=_step(grid.height, x),
             WIDTH=grid.width,
-            FEATURES=FEATURES,
+            FEATURES=_features(x),
             ACT=act,
             SCALED=scaled,
             ADD=not once,
@@ -141,3 +140,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _features(x: Tensor) -> int:
+    return FEATURE_BYTES // x.element_size()
+
+
+def _step(extent: int, x: Tensor) -> int:
+    """How much of a summed extent one product takes: all in tensor cores; else 16, more does not fit registers."""
+    return extent if x.element_size() == 2 else 16

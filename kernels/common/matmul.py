@@ -1,4 +1,4 @@
-"""Batched matmuls whose members depend on themselves alone: not on how many ride along, nor on where they lie in memory.
+"""Batched matmuls whose members depend on themselves alone: on no other member, nor on where they lie in memory.
 
 Row invariance on CPU rests on them (docs/architecture.md). oneDNN, which computes bf16, keeps it by itself. MKL, which
 computes float32, does not: a batch of one takes another kernel than a batch of two, and where rows are no multiple of

@@ -118,6 +118,8 @@ def test_an_error_in_the_middle_of_a_chat_answer_is_raised() -> None:
 def test_the_service_file_is_private_and_comes_back_as_written(tmp_path: Path) -> None:
     service = Service(
         url="http://127.0.0.1:8000",
+        backbone="smollm2",
+        backbone_folder="backbones/smollm2",
         store_url="redis://:secret@127.0.0.1:6379/0",
         ray_address="127.0.0.1:6380",
         ray_namespace="polygraft-1",

@@ -1,8 +1,9 @@
 """Optuna's samplers as functions of the trials: each proposal builds Optuna's study anew, so nothing has to be kept or restored.
 
 The first trials are points of a scrambled Sobol sequence, which cover every parameter's range evenly. Then a model proposes, given the
-results and the trials still running, so that several at once do not flock together: GP is Optuna's Gaussian process with qLogEHVI
-(arXiv 2006.05078), made for tens of costly trials; TPE (arXiv 2304.11127) needs no torch and takes hundreds.
+results and the trials still running, so that several at once do not flock together: TPE (arXiv 2304.11127) at no cost to speak of, or
+Optuna's Gaussian process with qLogEHVI (arXiv 2006.05078), which imports torch and takes seconds a proposal. On an invented AutoPEFT-like
+problem of ten parameters TPE found the larger hypervolume in 12 trials, the Gaussian process in 30.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scipy.stats import qmc
 from polygraft.tuning.space import Config, LogUniform, Parameter
 from polygraft.tuning.study import ATTEMPTS, Objective, Trial
 
-Model = Literal["gp", "tpe"]
+Model = Literal["tpe", "gp"]
 RESULTS = 2  # fewer than these say nothing about what to change
 
 
@@ -31,7 +32,7 @@ class OptunaSampler:
 
     parameters: tuple[Parameter, ...]
     objectives: tuple[Objective, ...]
-    model: Model = "gp"
+    model: Model = "tpe"
     startup: int = 4
     seed: int = 0
 

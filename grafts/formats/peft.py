@@ -1,0 +1,150 @@
+"""The folder that Hugging Face PEFT reads: `adapter_config.json` beside `adapter_model.safetensors`, for LoRA and DoRA.
+
+The keys are those of peft 0.21's save_pretrained; its loader only warns about missing or unknown ones, here they are
+errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from math import isclose, sqrt
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.grammar import from_peft_config
+from polygraft.grafts.sites import ARCHITECTURES, ModelShape, module_path, resolve, sublayers
+from polygraft.grafts.sizes import TensorSpec, tensors
+from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def exportable(spec: GraftSpec) -> bool:
+    """Whether PEFT has the graft: one LoRA on projections, with or without DoRA's norm at the same places."""
+    return _parts(spec) is not None
+
+
+def export(
+    folder: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: ModelShape, base: str | None = None
+) -> None:
+    """Write the two files into `folder`, which exists; `base` is the backbone's public name, null when not given.
+
+    Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
+    """
+    parts = _parts(spec)
+    if parts is None:
+        raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; lora, rslora and dora have")
+    check(spec, values, shape)
+    files = {
+        _key(tensor, shape): (values[tensor.name].T if tensor.part == "B" else values[tensor.name])
+        .detach()
+        .to(torch.float32)
+        .contiguous()
+        .clone()
+        for tensor in tensors(spec, shape)
+    }
+    save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(_config(*parts, spec.method, shape, base), indent=2) + "\n")
+
+
+def load(folder: Path, shape: ModelShape) -> tuple[GraftSpec, dict[str, Tensor]]:
+    """The graft of a PEFT folder, float32, by our names.
+
+    Raises FormatError for pickled weights, a file that is a link out of the folder, a config that asks for more than
+    LoRA, rsLoRA or DoRA on projections, a key that is missing or unknown, a wrong shape, a value that is not finite.
+    """
+    config = _described(folder)
+    try:
+        spec = from_peft_config(config)
+        expected = {_key(tensor, shape): tensor for tensor in tensors(spec, shape)}
+        stored = load_file(_file(folder, WEIGHTS))
+    except (SpecError, SafetensorError, OSError) as error:
+        raise FormatError(f"{folder.name}: {error}") from None
+    if expected.keys() != stored.keys():
+        odd = sorted(expected.keys() ^ stored.keys())
+        raise FormatError(f"{folder.name}/{WEIGHTS}: {odd[:3]} are missing or unknown ({len(odd)} in all)")
+    values = {
+        tensor.name: (stored[key].T if tensor.part == "B" else stored[key]).to(torch.float32).contiguous()
+        for key, tensor in expected.items()
+    }
+    check(spec, values, shape)
+    return spec, values
+
+
+def _parts(spec: GraftSpec) -> tuple[Branch, Norm | None] | None:
+    match spec.slots:
+        case (Branch() as branch,):
+            norm = None
+        case (Branch() as branch, Norm() as norm):
+            if (norm.at, norm.layers) != (branch.at, branch.layers):
+                return None
+        case _:
+            return None
+    return None if branch.act != "identity" or branch.tap == "output" or sublayers(branch.at) else (branch, norm)
+
+
+def _config(
+    branch: Branch, norm: Norm | None, method: str, shape: ModelShape, base: str | None
+) -> Mapping[str, object]:
+    stable = method.startswith("rslora")
+    alpha = branch.scale * (sqrt(branch.rank) if stable else branch.rank)
+    whole = round(alpha)
+    names = {site.name: None for site in resolve(branch, shape)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": branch.rank,
+        "lora_alpha": whole if isclose(alpha, whole, rel_tol=1e-12) else alpha,
+        **({"lora_dropout": branch.dropout} if branch.dropout else {}),
+        "target_modules": [ARCHITECTURES[shape.arch][name].rpartition(".")[2] for name in names],
+        "layers_to_transform": None if branch.layers is None else sorted(set(branch.layers)),
+        "bias": "none",
+        "use_dora": norm is not None,
+        "use_rslora": stable,
+    }
+
+
+def _key(tensor: TensorSpec, shape: ModelShape) -> str:
+    module = f"base_model.model.model.{module_path(tensor.site, shape.arch)}"
+    return f"{module}.lora_magnitude_vector" if tensor.part == "m" else f"{module}.lora_{tensor.part}.weight"
+
+
+def _described(folder: Path) -> Mapping[str, object]:
+    """The config, less the fields that say how the adapter was made but not what it is."""
+    try:
+        config = json.loads(_file(folder, CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder.name}/{CONFIG}: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder.name}/{CONFIG}: not an object")
+    kind = str(config.get("peft_type")).upper()
+    if kind != "LORA":
+        raise FormatError(f"{folder.name}/{CONFIG}: peft_type {kind!r} is not read from PEFT folders; choices: LORA")
+    return dict(_settled(config))
+
+
+def _settled(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        # These starting values leave W as it is; PiSSA's and its like (refused later) were trained beside another W.
+        started = key == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal")
+        if not started and key != "eva_config":
+            yield key, value
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        pickled = sorted(found.name for pattern in ("*.bin", "*.pt", "*.pth") for found in folder.glob(pattern))
+        why = f"; {pickled[0]} can run code when loaded: convert it to safetensors" if pickled else ""
+        raise FormatError(f"{folder.name}: holds no {name}{why}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise FormatError(f"{folder.name}/{name}: is a link out of the folder")
+    return path

@@ -1,0 +1,103 @@
+"""Records and events as text: nothing is lost, nothing unknown is let in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from types import MappingProxyType
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polygraft.cluster.events import Event, JobStarted
+from polygraft.cluster.model import JobId, PackId, Record, Snapshot
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Key
+from polygraft.cluster.store.codec import (
+    CodecError,
+    decode_entry,
+    decode_event,
+    decode_record,
+    encode_entry,
+    encode_event,
+    encode_record,
+)
+from tests.cluster.builders import make_job, make_pack, make_snapshot, running
+
+JOB = make_job("a")
+JOB_KEY = keys.job(JOB.id)
+
+
+st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
+
+
+def plain(kind: type) -> st.SearchStrategy[object]:
+    """Values of any record or event, mappings empty."""
+    return st.builds(kind, **{field.name: st.just(MappingProxyType({})) for field in fields(kind) if "Mapping" in field.type})
+
+
+@settings(max_examples=60)
+@given(st.one_of(*(st.deferred(lambda kind=kind: plain(kind)) for kind in get_args(Event))))
+def test_every_event_comes_back_as_it_was(event: Event) -> None:
+    assert decode_event(encode_event(event)) == event
+
+
+@settings(max_examples=60)
+@given(st.one_of(*(st.deferred(lambda kind=kind: plain(kind)) for kind in get_args(Record))))
+def test_every_record_comes_back_as_it_was(record: Record) -> None:
+    key: Key[Record] = Key(f"{next(name for name, kind in keys.TYPES.items() if kind is type(record))}/x")
+    assert decode_record(key, encode_record(key, record)) == record
+
+
+def test_a_snapshot_keeps_its_jobs_by_id() -> None:
+    snapshot = make_snapshot(jobs=(JOB, running("b")), packs=(make_pack(),), devices=2)
+    found = decode_record(keys.SNAPSHOT, encode_record(keys.SNAPSHOT, snapshot))
+    assert isinstance(found, Snapshot) and found == snapshot and list(found.jobs) == ["ftjob-a", "ftjob-b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "Task"}, "job/ftjob-a: unknown type 'Task'; another version"),
+        ({"schema": 2}, "job/ftjob-a: Job of schema 2, not 1"),
+        ({"colour": "red"}, "Job: expected the fields id, tenant.*found.*colour"),
+        ({"state": "asleep"}, "Job.state: 'asleep' is not one of queued, running"),
+        ({"step": 1.5}, "Job.step: expected int, found 1.5"),
+        ({"step": True}, "Job.step: expected int, found True"),
+        ({"tenant": None}, "Job.tenant: expected str, found None"),
+        ({"error": {"code": "x"}}, "Job.error: expected the fields code, message, param"),
+    ],
+)
+def test_text_that_is_no_job_of_this_version_names_the_field(change: dict[str, object], message: str) -> None:
+    text = json.dumps({**json.loads(encode_record(JOB_KEY, JOB)), **change})
+    with pytest.raises(CodecError, match=message):
+        decode_record(JOB_KEY, text)
+
+
+def test_a_missing_field_is_an_error_even_where_it_has_a_default() -> None:
+    body = json.loads(encode_record(JOB_KEY, JOB))
+    del body["step"]
+    with pytest.raises(CodecError, match="expected the fields"):
+        decode_record(JOB_KEY, json.dumps(body))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_text_that_is_no_object_is_an_error(text: str) -> None:
+    with pytest.raises(CodecError):
+        decode_event(text)
+
+
+def test_an_event_is_not_a_record() -> None:
+    started = JobStarted(job=JobId("a"), pack=PackId("p"), parameters=1, steps_total=1, at=1.0)
+    with pytest.raises(CodecError, match="expected a Job, found a JobStarted"):
+        decode_record(JOB_KEY, encode_event(started))
+    with pytest.raises(CodecError, match="expected an event, found a Job"):
+        decode_event(encode_record(JOB_KEY, JOB))
+
+
+def test_an_entry_cannot_be_changed_by_its_reader() -> None:
+    entry = decode_entry(encode_entry({"n": 1}))
+    with pytest.raises(TypeError):
+        entry["n"] = 2  # type: ignore[index]

@@ -1,0 +1,218 @@
+"""The engine on a tiny Llama in float32: streams that come and go answer as transformers' generate does alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from polygraft.grafts.runtime.backbone import Backbone
+from tests.serving.engines import Heard, engine_on, request, run
+from tests.tiny import tiny_llama
+
+PROMPTS = {
+    f"p{i}": tuple(int(x) for x in torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(i)))
+    for i, n in enumerate((1, 5, 17, 40, 33, 2))
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return Backbone.load(folder, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[int]]:
+    """transformers' greedy continuation of each prompt, 40 tokens, no end token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = GenerationConfig(do_sample=False, max_new_tokens=40, min_new_tokens=40, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        return {
+            name: model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist()
+            for name, ids in PROMPTS.items()
+        }
+
+
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    yield Heard()
+
+
+def test_streams_that_join_and_leave_say_what_generate_says_alone(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    for index, (name, ids) in enumerate(PROMPTS.items()):
+        engine.submit(request(name, ids, 12 - index % 3))
+        for _ in range(index):
+            engine.turn()
+    run(engine)
+    assert heard.tokens == {name: alone[name][: 12 - i % 3] for i, name in enumerate(PROMPTS)}
+    assert set(heard.reasons().values()) == {"length"}
+    steps = [json.loads(line) for line in (tmp_path / "replicas/r0/steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert max(len(step["requests"]) for step in steps) >= 4
+    assert any(0 < step["prefill_rows"] < step["rows"] for step in steps)  # prefill and decode in one forward
+    assert all(step["rows"] <= 24 and step["merged"] is False and step["grafts"] == [] for step in steps)
+
+
+def test_a_prompt_longer_than_a_step_is_prefilled_in_chunks(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard, max_rows=7)
+    engine.submit(request("p3", PROMPTS["p3"]))
+    run(engine)
+    assert heard.tokens["p3"] == alone["p3"][:12]
+
+
+def test_when_blocks_run_out_the_youngest_starts_again_and_says_the_same(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    per_block = 2 * 16 * 2 * 32 * 4
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=52, kv_bytes=7 * per_block)
+    for name in ("p1", "p0", "p5"):
+        engine.submit(request(name, PROMPTS[name], 40))
+    run(engine)
+    assert heard.tokens == {name: alone[name] for name in ("p1", "p0", "p5")}
+    assert engine.load.free_blocks == engine.load.blocks == 6
+    steps = [json.loads(line) for line in (tmp_path / "replicas/r0/steps.jsonl").read_text().splitlines()]
+    once = sum(len(PROMPTS[name]) + 39 for name in ("p1", "p0", "p5"))
+    assert sum(step["rows"] for step in steps) > once  # some rows were computed again
+
+
+def test_an_end_token_ends_the_stream_and_is_told(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    end = alone["p1"][4]
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("p1", PROMPTS["p1"], eos_ids=(end,)))
+    run(engine)
+    cut = alone["p1"].index(end) + 1
+    assert heard.tokens["p1"] == alone["p1"][:cut] and heard.reasons() == {"p1": "stop"}
+
+
+def test_a_stream_taken_over_goes_on_with_the_tokens_it_would_have_had(backbone: Backbone, tmp_path: Path) -> None:
+    whole, rest = Heard(), Heard()
+    sampled = {"temperature": 1.3, "top_p": 0.9, "seed": 42}
+    engine = engine_on(backbone, tmp_path, heard=whole)
+    engine.submit(request("p2", PROMPTS["p2"], **sampled))
+    run(engine)
+    rest.tokens["p2"] = whole.tokens["p2"][:5]
+    other = engine_on(backbone, tmp_path, heard=rest)
+    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), epoch=1, **sampled))
+    run(other)
+    assert rest.tokens == whole.tokens and rest.ends["p2"].epoch == 1
+
+
+def test_a_sampled_stream_does_not_depend_on_its_neighbours(backbone: Backbone, tmp_path: Path) -> None:
+    solo, mixed = Heard(), Heard()
+    one = request("p1", PROMPTS["p1"], temperature=1.0, seed=7)
+    engine = engine_on(backbone, tmp_path, heard=solo)
+    engine.submit(one)
+    run(engine)
+    engine = engine_on(backbone, tmp_path, heard=mixed)
+    for index, (name, ids) in enumerate(PROMPTS.items()):
+        engine.submit(one if name == "p1" else request(name, ids, temperature=0.8, seed=index))
+    run(engine)
+    assert mixed.tokens["p1"] == solo.tokens["p1"]
+
+
+def test_a_cancelled_stream_ends_and_gives_its_blocks_back(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    for name in ("p0", "p3"):
+        engine.submit(request(name, PROMPTS[name]))
+    for _ in range(4):
+        engine.turn()
+    engine.cancel("p3")
+    engine.cancel("nobody")
+    run(engine)
+    assert heard.reasons() == {"p0": "length", "p3": "cancelled"}
+    assert heard.tokens["p0"] == alone["p0"][:12]
+    assert engine.load.free_blocks == engine.load.blocks
+
+
+def test_the_queue_is_bounded(backbone: Backbone, tmp_path: Path) -> None:
+    engine = engine_on(backbone, tmp_path, max_streams=2, max_queued=1)
+    assert [engine.submit(request(f"r{i}", (5,))) for i in range(4)] == [True, True, True, False]
+    run(engine)
+    assert engine.submit(request("r5", (5,)))
+
+
+def test_a_poisoned_row_fails_only_its_own_request(
+    folder: Path, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    backbone = Backbone.load(folder, torch.float32)
+    poison = next(id for id in range(3, 500) if all(id not in (*ids, *alone[name]) for name, ids in PROMPTS.items()))
+    backbone.embedding = backbone.embedding.clone()
+    backbone.embedding[poison] = float("nan")
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("bad", (9, poison, 11)))
+    for name in ("p1", "p2"):
+        engine.submit(request(name, PROMPTS[name]))
+    run(engine)
+    assert heard.reasons() == {"bad": "error", "p1": "length", "p2": "length"}
+    assert {name: heard.tokens[name] for name in ("p1", "p2")} == {name: alone[name][:12] for name in ("p1", "p2")}
+    # Its blocks are cleaned before somebody else gets them.
+    engine.submit(request("p3", PROMPTS["p3"]))
+    run(engine)
+    assert heard.tokens["p3"] == alone["p3"][:12]
+
+
+def test_a_stream_that_makes_the_forward_raise_is_found_and_ended_alone(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("p1", PROMPTS["p1"]))
+    engine.submit(request("bad", (7, 10**6)))  # outside the vocabulary: the embedding raises
+    engine.submit(request("p2", PROMPTS["p2"]))
+    run(engine)
+    assert heard.reasons() == {"bad": "error", "p1": "length", "p2": "length"}
+    assert heard.tokens["p1"] == alone["p1"][:12] and heard.tokens["p2"] == alone["p2"][:12]
+
+
+def test_a_missing_graft_fails_only_its_own_request(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("bad", (7, 8), graft="0" * 32))
+    engine.submit(request("p1", PROMPTS["p1"]))
+    run(engine)
+    assert heard.reasons() == {"bad": "error", "p1": "length"}
+    assert "graft.json" in str(heard.ends["bad"].error)
+    assert heard.tokens["p1"] == alone["p1"][:12]
+
+
+def test_a_request_beyond_the_context_is_refused_by_the_engine_too(
+    backbone: Backbone, tmp_path: Path, heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("long", tuple(range(3, 123)), 9))
+    run(engine)
+    assert heard.reasons() == {"long": "error"} and "129" in str(heard.ends["long"].error)
+
+
+def test_a_cache_smaller_than_one_context_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kv_bytes"):
+        engine_on(backbone, tmp_path, max_context=512, kv_bytes=100_000)
+
+
+def test_the_thread_serves_stops_and_tells_those_who_wait(backbone: Backbone, tmp_path: Path, heard: Heard) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard, max_streams=1)
+    engine.start()
+    assert engine.healthy(5.0)
+    for name in ("p1", "p2"):
+        engine.submit(request(name, PROMPTS[name], 80))
+    engine.stop()
+    assert heard.reasons()["p2"] == "cancelled" and not engine.healthy(5.0)
+    assert not engine.submit(request("p3", PROMPTS["p3"]))

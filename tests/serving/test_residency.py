@@ -1,0 +1,104 @@
+"""Residency: a byte budget kept by letting go of what nobody uses, and stacks that outlive the streams that leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from polygraft.cluster.model import GraftId
+from polygraft.grafts.formats import native
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.serving.residency import GraftUnusable, Residency
+from tests.serving.naive import random_tensors
+from tests.tiny import tiny_llama
+
+SPEC = parse("ia3")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return Backbone.load(tiny_llama(tmp_path_factory.mktemp("tiny")), torch.float32)
+
+
+def named(backbone: Backbone, id: str) -> Resident:
+    return Resident(id, SPEC, random_tensors(SPEC, backbone.shape, 0))
+
+
+def size(backbone: Backbone) -> int:
+    return sum(4 * value.numel() for value in named(backbone, "x").tensors.values())
+
+
+def holding(backbone: Backbone, *ids: str, room: int = 8) -> Residency:
+    residency = Residency(folder=Path("/nowhere"), backbone=backbone, budget_bytes=room * size(backbone))
+    for id in ids:
+        residency.admit(named(backbone, id), ())
+    return residency
+
+
+def test_the_least_recently_used_graft_that_nobody_uses_goes_first(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", "c", room=3)
+    residency.pin(GraftId("a"))  # used now, and still in use
+    residency.pin(GraftId("b"))
+    residency.unpin(GraftId("b"))  # used later than c
+    residency.admit(named(backbone, "d"), ())
+    assert residency.held == ("a", "b", "d")
+    assert residency.used_bytes == 3 * size(backbone)
+
+
+def test_grafts_in_use_or_wanted_are_never_let_go(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", room=2)
+    residency.pin(GraftId("a"))
+    assert not residency.can_admit(named(backbone, "c"), {GraftId("b")})
+    assert residency.can_admit(named(backbone, "c"), ())
+    with pytest.raises(GraftUnusable, match="bytes"):
+        holding(backbone, room=0).can_admit(named(backbone, "c"), ())
+
+
+def test_stacks_are_rebuilt_only_each_time_the_streams_halve(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    stacks = Backbone.stacks
+
+    def counting(self: Backbone, residents: list[Resident]) -> object:
+        built.append(len(residents))
+        return stacks(self, residents)
+
+    monkeypatch.setattr(Backbone, "stacks", counting)
+    ids = [GraftId(id) for id in "hgfedcba"]
+    residency = holding(backbone, *ids, room=20)
+    for left in range(8, 0, -1):
+        composition = residency.compose(ids[:left])
+        assert all(composition.stacks.residents[composition.place[id]].id == id for id in ids[:left])
+    assert built == [8, 3, 1]
+    residency.compose(ids[:6])
+    assert built == [8, 3, 1]
+
+
+def test_stacks_of_a_graft_that_was_let_go_go_with_it(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", room=2)
+    before = residency.compose([GraftId("a"), GraftId("b")])
+    residency.admit(named(backbone, "c"), ())
+    residency.admit(named(backbone, "a"), ())
+    assert residency.held == ("a", "c")
+    assert residency.compose([GraftId("a")]) is not before
+
+
+def test_a_folder_that_holds_another_graft_or_bad_values_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    residency = Residency(folder=tmp_path, backbone=backbone, budget_bytes=1 << 20)
+    values = random_tensors(SPEC, backbone.shape, 0)
+    id = native.save(tmp_path, SPEC, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    assert residency.fetch(GraftId(id)).id == id
+    (tmp_path / id).rename(tmp_path / "other")
+    with pytest.raises(GraftUnusable, match=id):
+        residency.fetch(GraftId("other"))
+    values[next(iter(values))][0] = float("nan")
+    (tmp_path / "other").rename(tmp_path / id)
+    save_file(values, tmp_path / id / "graft.safetensors")
+    with pytest.raises(GraftUnusable, match="finite"):
+        residency.fetch(GraftId(id))

@@ -1,0 +1,241 @@
+"""Runs a search: Ray Tune starts the trials and sees them end, our study decides what they are.
+
+Tune's own state is of no use afterwards. A driver that is started again reads the study's record, hands the trials that were running to
+new actors first, which take over their jobs, and asks for the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray import tune
+from ray.tune import PlacementGroupFactory
+from ray.tune.error import TuneError
+from ray.tune.search import Searcher
+
+from polygraft.cluster.ids import new_study_id
+from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.store.base import Store
+from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.record import open_study
+from polygraft.tuning.study import Exhausted, Failure, Result, Study, Trial, TrialState, pareto
+from polygraft.tuning.trial import Access, JobTrial
+
+OnTrial = Callable[[Trial], None]
+OnProgress = Callable[[Trial, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayCluster:
+    """Where the trials' actors live: "local" for a Ray of their own. `token` is the file of the cluster's token; None: it has none."""
+
+    address: str = "local"
+    token: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """All trials in the order they were asked in, and those of the front from the smallest graft up."""
+
+    id: StudyId
+    trials: tuple[Trial, ...]
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        return pareto(self.trials)
+
+
+class Interrupted(Exception):
+    """The search was stopped from outside; the same call with the same study goes on with it."""
+
+
+def search(
+    plan: SearchPlan,
+    *,
+    store: Store,
+    access: Access,
+    tenant: TenantId,
+    folder: Path,
+    cluster: RayCluster = RayCluster(),
+    study: StudyId | None = None,
+    on_trial: OnTrial = lambda trial: None,
+    on_progress: OnProgress = lambda trial, share: None,
+    clock: Callable[[], float] = time.time,
+) -> StudyResult:
+    """Run the plan's trials to their end, or the rest of them when `study` was begun before. Tune's files go to folder/<study>.
+
+    `on_trial` sees every trial when it is asked and when it is told, `on_progress` what share of its steps a running one has done. Raises
+    Interrupted after SIGINT, BadRecord for a study of another plan, and what the store raises.
+    """
+    name = study or new_study_id()
+    bridge = StudySearcher(open_study(store, name, plan, tenant=tenant, clock=clock), plan.trials, on_trial, on_progress)
+    if bridge.left:
+        with _environment(), _connected(cluster):
+            trainable = tune.with_parameters(JobTrial, access=access, plan=plan, study=name)
+            _fit(tune.with_resources(trainable, PlacementGroupFactory([{"CPU": 0}])), bridge, plan, folder / name)
+    return StudyResult(name, bridge.study.trials)
+
+
+class StudySearcher(Searcher):
+    """Answers Tune's questions from the study, and tells the study what Tune saw."""
+
+    def __init__(self, study: Study, limit: int, on_trial: OnTrial, on_progress: OnProgress) -> None:
+        super().__init__()
+        self.study = study
+        self.error: Exception | None = None
+        self._limit = limit
+        self._on_trial = on_trial
+        self._on_progress = on_progress
+        self._again = deque(trial for trial in study.trials if trial.state is TrialState.RUNNING)
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def left(self) -> int:
+        """Trials still to be run."""
+        return len(self._again) + max(0, self._limit - len(self.study.trials))
+
+    def suggest(self, trial_id: str) -> dict[str, object] | str | None:
+        try:
+            trial = self._next()
+        except Exhausted:
+            trial = None
+        except Exception as error:
+            self.error = error
+            raise
+        if trial is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = trial.number
+        self._on_trial(trial)
+        return {"number": trial.number, "peft": trial.candidate.peft, "learning_rate": trial.candidate.learning_rate}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
+        self._on_progress(self.study.trials[self._numbers[trial_id]], float(str(result.get("progress", 0.0))))
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
+        number = self._numbers[trial_id]
+        if self.study.trials[number].state is not TrialState.RUNNING:
+            return
+        try:
+            trial = self.study.tell(number, _outcome(self.study.trials[number], None if error else result))
+        except Exception as failed:
+            self.error = failed
+            raise
+        self._on_trial(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the record in the store is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing, as above: Tune pickles its searcher, and ours holds a connection."""
+        return {}
+
+    def _next(self) -> Trial | None:
+        if self._again:
+            return self._again.popleft()
+        return self.study.ask() if len(self.study.trials) < self._limit else None
+
+
+def _outcome(trial: Trial, result: Mapping[str, object] | None) -> Result | Failure:
+    """What the last report of a trial says; no report: its actor died."""
+
+    def text(field: str) -> str | None:
+        value = (result or {}).get(field)
+        return None if value is None else str(value)
+
+    def number(field: str) -> float:
+        return float(text(field) or "nan")
+
+    if result is None or not result.get("done"):
+        return Failure(reason="the trial's process ended before its job", job=text("job"))
+    if reason := text("failure"):
+        return Failure(reason=reason, job=text("job"))
+    parameters = number("parameters") if text("parameters") else float(trial.candidate.parameters)
+    before = number("loss_before") if text("loss_before") else None
+    return Result(values=(number("loss"), parameters), job=text("job"), model=text("model"), loss_before=before)
+
+
+def _fit(trainable: type[tune.Trainable], bridge: StudySearcher, plan: SearchPlan, folder: Path) -> None:
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=bridge,
+            num_samples=bridge.left,
+            max_concurrent_trials=plan.concurrency,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"driver-{_unused(folder)}",  # a name used again would overwrite the earlier driver's files
+            storage_path=str(folder.absolute()),
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    try:
+        tuner.fit()
+    except TuneError:
+        if bridge.error is not None:
+            raise bridge.error from None
+        raise
+    if bridge.error is not None:
+        raise bridge.error
+    running = sum(trial.state is TrialState.RUNNING for trial in bridge.study.trials)
+    if running:
+        raise Interrupted(f"{running} trials were running; their jobs are cancelled unless the search goes on soon")
+
+
+def _unused(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("driver-*"))
+
+
+@contextmanager
+def _connected(cluster: RayCluster) -> Iterator[None]:
+    """Inside, this process is a driver of the cluster; one that was connected before stays so."""
+    if ray.is_initialized():
+        yield
+        return
+    if cluster.token is None:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+    else:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(cluster.token))
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What Tune and Ray read from the environment, as it was again afterwards; and their loggers only for errors."""
+    wanted = {
+        "RAY_AIR_NEW_OUTPUT": "1",  # the one that verbose=0 silences wholly
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    touched = (*wanted, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.get(name) for name in touched}
+    levels = {name: logging.getLogger(name).level for name in ("ray", "ray.tune")}
+    os.environ.update(wanted)
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,125 @@
+"""A trial while it runs: a light actor that submits a job to the service, speaks for it while Tune wants it, and reports how it goes.
+
+The job's owner is the trial. Every step of the trial renews the owner's lease, so a trial that is killed, or whose driver is, leaves a
+job that the service cancels by itself. Imports neither torch nor the runtime: the work is in the pack.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+from ray import tune
+
+from polygraft.cluster.client import ApiFailure, Client, RemoteJob
+from polygraft.cluster.service import ServiceNotRunning
+from polygraft.tuning.plan import SearchPlan
+
+REPORT_S = 2.0  # a step of the trial; Tune can stop it in between
+POLL_S = 0.5
+_CALL_S = 15.0  # one call of the service
+_PASSING = (0, 429, 503)  # statuses that say "not now": no answer, too many, a dependency is down
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The service's URL, without /v1, and an API key of the tenant who pays."""
+
+    url: str
+    key: str = field(repr=False)
+
+
+class JobTrial(tune.Trainable):
+    """Config: `number`, `peft`, `learning_rate`. Results: `done`, `progress` in [0, 1], `job`; at the end `loss`, `parameters`,
+    `loss_before` and `model`, or `failure` with the reason."""
+
+    def setup(self, config: dict[str, object], access: Access, plan: SearchPlan, study: str) -> None:
+        self._client = Client(access.url, access.key, timeout_s=min(_CALL_S, plan.lease_s / 2))
+        self._plan, self._study = plan, study
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, object]) -> bool:
+        """The same actor for another trial."""
+        self._leave()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, object]:
+        until = time.monotonic() + REPORT_S
+        while True:
+            try:
+                self._look()
+            except ApiFailure as error:
+                if error.status not in _PASSING or self._late():
+                    return {"done": True, "failure": f"{error} (HTTP {error.status})", **self._facts()}
+            except ServiceNotRunning as error:
+                if self._late():
+                    return {"done": True, "failure": str(error), **self._facts()}
+            if self._job is not None and self._job.final:
+                return {"done": True, **_outcome(self._job), **self._facts()}
+            if time.monotonic() + POLL_S > until:
+                return {"done": False, **self._facts()}
+            time.sleep(POLL_S)
+
+    def cleanup(self) -> None:
+        self._leave()
+        self._client.close()
+
+    def _begin(self, config: dict[str, object]) -> None:
+        number = int(str(config["number"]))
+        self._body = self._plan.request(
+            study=self._study, number=number, peft=str(config["peft"]), learning_rate=float(str(config["learning_rate"]))
+        )
+        self._idempotency = f"{self._study}/{number}"
+        self._job: RemoteJob | None = None
+        self._heard_at = time.monotonic()  # when the service last answered
+        self._renewed_at = self._heard_at
+
+    def _look(self) -> None:
+        """Submit the job, or see how it is; renew its lease when a third of it is over."""
+        if self._job is None:
+            self._job = self._submit()
+            self._renewed_at = time.monotonic()
+        elif time.monotonic() - self._renewed_at > self._plan.lease_s / 3:
+            self._job = self._client.renew(self._job.id, self._plan.lease_s)
+            self._renewed_at = time.monotonic()
+        else:
+            self._job = self._client.job(self._job.id)
+        self._heard_at = time.monotonic()
+
+    def _submit(self) -> RemoteJob:
+        """The trial's job; one that an earlier driver submitted is taken over, unless it was cancelled when nobody spoke for it."""
+        job = self._client.create_job(self._body, idempotency_key=self._idempotency)
+        while job.status == "cancelled":
+            self._idempotency = f"{self._study}/after/{job.id}"
+            job = self._client.create_job(self._body, idempotency_key=self._idempotency)
+        if not job.final:
+            job = self._client.renew(job.id, self._plan.lease_s)
+        return job
+
+    def _leave(self) -> None:
+        """Cancel the job if it is not over; where that fails, its lease runs out."""
+        job, self._job = self._job, None
+        if job is not None and not job.final:
+            with suppress(ApiFailure, ServiceNotRunning):
+                self._client.cancel(job.id)
+
+    def _late(self) -> bool:
+        """Whether the service was silent for so long that the job's lease is over."""
+        return time.monotonic() - self._heard_at > self._plan.lease_s
+
+    def _facts(self) -> dict[str, JsonValue]:
+        job = self._job
+        if job is None:
+            return {"progress": 0.0, "job": None}
+        return {"progress": 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1)), "job": job.id}
+
+
+def _outcome(job: RemoteJob) -> dict[str, JsonValue]:
+    if job.status != "succeeded":
+        return {"failure": job.error.message if job.error else f"the job was {job.status}"}
+    if job.loss_after is None:
+        return {"failure": "the job succeeded without a held-out loss"}
+    return {"loss": job.loss_after, "parameters": job.parameters, "loss_before": job.loss_before, "model": job.fine_tuned_model}
