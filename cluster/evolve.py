@@ -107,9 +107,7 @@ def job_after(job: Job, event: JobEvent) -> Job:
         case JobRequeued(reason=reason, blamed=blamed):
             _require(job, job.active, "requeued")
             attempts = job.attempts + blamed
-            return replace(
-                job, state=JobState.QUEUED, pack=None, stopping=False, reason=reason, attempts=attempts
-            )
+            return replace(job, state=JobState.QUEUED, pack=None, stopping=False, reason=reason, attempts=attempts)
         case JobSucceeded():
             return _moved(
                 job,
@@ -153,9 +151,7 @@ def pack_after(pack: Pack, event: PackEvent) -> Pack:
 
 def opening(event: PackOpening) -> Pack:
     """The record of a pack that begins."""
-    return Pack(
-        id=event.pack, backbone=event.backbone, device=event.device, epoch=event.epoch, opened_at=event.at
-    )
+    return Pack(id=event.pack, backbone=event.backbone, device=event.device, epoch=event.epoch, opened_at=event.at)
 
 
 def _moved(job: Job, state: JobState, **changes: object) -> Job:

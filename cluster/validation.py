@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 _SHOWN = 120
 _TYPES = frozenset({"bool", "dict", "float", "int", "none", "str"})
@@ -15,7 +14,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """Path and message of the first thing wrong; an unknown field outranks what it may have caused elsewhere."""
     errors = error.errors()
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    location = _location(first)
+    location = _location(first["loc"])
     path = ".".join(map(str, location))
     match first["type"]:
         case "extra_forbidden":
@@ -29,7 +28,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
             text = str(first["ctx"]["error"])
             return text.partition(":")[0], text
         case _:
-            wanted = "; or: ".join(dict.fromkeys(one["msg"] for one in errors if _location(one) == location))
+            wanted = "; or: ".join(dict.fromkeys(one["msg"] for one in errors if _location(one["loc"]) == location))
             return path, f"{path or 'body'}: {wanted} (got {shown(first['input'])})"
 
 
@@ -39,9 +38,9 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
-def _location(error: ErrorDetails) -> tuple[str | int, ...]:
+def _location(parts: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """Where the error is, without the parts that name the tried member of a union: "int", "literal['auto']"."""
-    return tuple(part for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
+    return tuple(part for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
 
 
 def _choices(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

@@ -153,19 +153,8 @@ class Gateway:
         await self._submit(stream)
 
     def _choose(self, request: GenerationRequest, tried: set[ReplicaId]) -> ReplicaId | Refusal:
-        replicas = tuple(
-            ReplicaView(
-                id=replica,
-                running=load.running,
-                waiting=load.waiting + self._sent[replica],
-                blocks=load.blocks,
-                free_blocks=load.free_blocks,
-                resident=load.resident,
-            )
-            for replica, load in sorted(self._loads.items())
-        )
         view = RouteView(
-            replicas=replicas,
+            replicas=tuple(self._view(replica, load) for replica, load in sorted(self._loads.items())),
             max_streams=self._settings.max_streams,
             max_waiting=self._settings.max_queued,
             block_size=BLOCK_SIZE,
@@ -173,9 +162,22 @@ class Gateway:
         slots = request.prefix + len(request.prompt_ids) + len(request.generated)
         return route(view, RouteRequest(graft=request.graft, slots=slots, tried=tried))
 
+    def _view(self, replica: ReplicaId, load: Load) -> ReplicaView:
+        """The load its last message told, and what was sent since: those start as far as there are places."""
+        starting = min(self._sent[replica], max(0, self._settings.max_streams - load.running - load.waiting))
+        return ReplicaView(
+            id=replica,
+            running=load.running + starting,
+            waiting=load.waiting + self._sent[replica] - starting,
+            blocks=load.blocks,
+            free_blocks=load.free_blocks,
+            resident=load.resident,
+        )
+
     async def _wait_or_raise(self, reason: RefusalReason) -> None:
         match reason:
             case RefusalReason.NO_REPLICA:
+                self._changed.clear()
                 await self._changed.wait()
             case RefusalReason.TOO_LONG:
                 raise TooLong("the prompt does not fit the key-value cache of any replica")
@@ -204,8 +206,6 @@ class Gateway:
 
     def _lose(self, replica: ReplicaId) -> None:
         self._loads.pop(replica, None)
-        if not self._loads:
-            self._changed.clear()
         for stream in self._streams.values():
             if stream.replica == replica:
                 stream.arrived.put_nowait(None)

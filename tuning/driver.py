@@ -1,7 +1,7 @@
 """Runs a search: Ray Tune starts the trials and sees them end, our study decides what they are.
 
-Tune's own state is of no use afterwards. A driver that is started again reads the study's record, hands the trials that were running to
-new actors first, which take over their jobs, and asks for the rest.
+Tune's own state is of no use afterwards. A driver that is started again reads the study's record, hands the trials that
+were running to new actors first, which take over their jobs, and asks for the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import ray
 from ray import tune
-from ray.tune import PlacementGroupFactory
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
@@ -35,7 +34,9 @@ OnProgress = Callable[[Trial, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayCluster:
-    """Where the trials' actors live: "local" for a Ray of their own. `token` is the file of the cluster's token; None: it has none."""
+    """Where the trials' actors live: "local" for a Ray of their own. `token` is the file of the cluster's token; None:
+    it has none.
+    """
 
     address: str = "local"
     token: Path | None = None
@@ -70,17 +71,20 @@ def search(
     on_progress: OnProgress = lambda trial, share: None,
     clock: Callable[[], float] = time.time,
 ) -> StudyResult:
-    """Run the plan's trials to their end, or the rest of them when `study` was begun before. Tune's files go to folder/<study>.
+    """Run the plan's trials to their end, or the rest of them when `study` was begun before. Tune's files go to
+    folder/<study>.
 
-    `on_trial` sees every trial when it is asked and when it is told, `on_progress` what share of its steps a running one has done. Raises
-    Interrupted after SIGINT, BadRecord for a study of another plan, and what the store raises.
+    `on_trial` sees every trial when it is asked and when it is told, `on_progress` what share of its steps a running
+    one has done. Raises Interrupted after SIGINT, BadRecord for a study of another plan, and what the store raises.
     """
     name = study or new_study_id()
-    bridge = StudySearcher(open_study(store, name, plan, tenant=tenant, clock=clock), plan.trials, on_trial, on_progress)
+    bridge = StudySearcher(
+        open_study(store, name, plan, tenant=tenant, clock=clock), plan.trials, on_trial, on_progress
+    )
     if bridge.left:
         with _environment(), _connected(cluster):
             trainable = tune.with_parameters(JobTrial, access=access, plan=plan, study=name)
-            _fit(tune.with_resources(trainable, PlacementGroupFactory([{"CPU": 0}])), bridge, plan, folder / name)
+            _fit(trainable, bridge, plan, folder / name)
     return StudyResult(name, bridge.study.trials)
 
 
@@ -102,7 +106,7 @@ class StudySearcher(Searcher):
         """Trials still to be run."""
         return len(self._again) + max(0, self._limit - len(self.study.trials))
 
-    def suggest(self, trial_id: str) -> dict[str, object] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
         try:
             trial = self._next()
         except Exhausted:
@@ -123,6 +127,8 @@ class StudySearcher(Searcher):
         number = self._numbers[trial_id]
         if self.study.trials[number].state is not TrialState.RUNNING:
             return
+        if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
+            raise self.error
         try:
             trial = self.study.tell(number, _outcome(self.study.trials[number], None if error else result))
         except Exception as failed:
@@ -209,7 +215,8 @@ def _connected(cluster: RayCluster) -> Iterator[None]:
         os.environ["RAY_AUTH_MODE"] = "disabled"
     else:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(cluster.token))
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    own = {"include_dashboard": False, "object_store_memory": 100 << 20} if cluster.address == "local" else {}
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""What is searched and how: a space, the job that every trial is but for its graft and learning rate, and how many trials.
+"""What is searched and how: a space, the job that every trial is but for its graft and learning rate, and how many
+trials.
 
 A plan is a value that the study's record keeps, so that whoever goes on with the search goes on with the same one.
 """
@@ -29,9 +30,9 @@ class BadPlan(ValueError):
 class SearchPlan:
     """A search for grafts of low held-out loss and few trainable parameters.
 
-    `job` is a request without a graft, learning rate, owner and suffix, and with a validation file: every trial fills these in. `startup`
-    trials are spread evenly before the model proposes. At most `concurrency` run at once, in one pack if it has room. A trial that
-    nobody has spoken for in `lease_s` seconds is cancelled by the service.
+    `job` is a request without a graft, learning rate, owner and suffix, and with a validation file: every trial fills
+    these in. `startup` trials are spread evenly before the model proposes. At most `concurrency` run at once, in one
+    pack if it has room. A trial that nobody has spoken for in `lease_s` seconds is cancelled by the service.
     """
 
     name: str
@@ -46,7 +47,9 @@ class SearchPlan:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise BadPlan(f"name: {self.name!r} does not match {_NAME.pattern}; it starts the names of the trials' grafts")
+            raise BadPlan(
+                f"name: {self.name!r} does not match {_NAME.pattern}; it starts the names of the trials' grafts"
+            )
         for field, value in (("trials", self.trials), ("concurrency", self.concurrency), ("startup", self.startup)):
             if value < 1:
                 raise BadPlan(f"{field}: {value} is not a number of trials; give at least 1")
@@ -56,7 +59,7 @@ class SearchPlan:
             raise BadPlan("job.validation_file: missing; trials are compared by their loss on held-out examples")
         for field in ("owner", "suffix", "hyperparameters"):
             if getattr(self.job, field) is not None:
-                raise BadPlan(f"job.{field}: every trial sets its own; leave it out (hyperparameters belong into method.supervised)")
+                raise BadPlan(f"job.{field}: leave it out; trials set their own, and hyperparameters go into method")
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -65,11 +68,15 @@ class SearchPlan:
     @property
     def sampler(self) -> OptunaSampler:
         return OptunaSampler(
-            parameters=self.space.parameters, objectives=self.objectives, model=self.model, startup=self.startup, seed=self.seed
+            parameters=self.space.parameters,
+            objectives=self.objectives,
+            model=self.model,
+            startup=self.startup,
+            seed=self.seed,
         )
 
     def request(self, *, study: str, number: int, peft: str, learning_rate: float) -> dict[str, JsonValue]:
-        """The body of a trial's job, always the same for the same trial. Raises BadPlan when the API would refuse it."""
+        """The body of a trial's job, always the same for the same trial. Raises BadPlan if the API would refuse it."""
         body: dict[str, JsonValue] = self.job.model_dump(mode="json", exclude_unset=True)
         supervised = self.job.method.supervised if self.job.method else None
         given = supervised.hyperparameters if supervised else None

@@ -1,7 +1,7 @@
 """The study's record in the store, which is the truth about a search: a driver that starts again goes on from it.
 
-Every ask and every tell is committed before it has any effect, at the version this writer saw last; so of two drivers of one study the
-second to write is refused.
+Every ask and every tell is committed before it has any effect, at the version this writer saw last; so of two drivers
+of one study the second to write is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def decode(text: str) -> StudyRecord:
         raise BadRecord(f"study: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def open_study(store: Store, study: StudyId, plan: SearchPlan, *, tenant: TenantId, clock: Callable[[], float]) -> Study:
+def open_study(
+    store: Store, study: StudyId, plan: SearchPlan, *, tenant: TenantId, clock: Callable[[], float]
+) -> Study:
     """The study as its record has it, made now if there is none. Its asks and tells raise what `Store.commit` raises.
 
     Raises BadRecord when the record is another tenant's or of another plan.

@@ -1,7 +1,8 @@
-"""Spaces of grafts as data: which sizes of which methods, which groups of layers, which learning rates; and what a point of one means.
+"""Spaces of grafts as data: sizes of methods, groups of layers, learning rates; and what a point of a space means.
 
-A space is flat: every parameter is there in every configuration, and a size's top value means that its method is off (AutoPEFT, Zhou et
-al. 2024, arXiv 2301.12132), so that one Gaussian process can model it. The names of a configuration's values are those of `parameters`.
+A space is flat: every parameter is there in every configuration, and a size's top value means that its method is off
+(AutoPEFT, Zhou et al. 2024, arXiv 2301.12132), so that one Gaussian process can model it. The names of a
+configuration's values are those of `parameters`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Parameter = Whole | LogUniform
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A method whose first argument is searched: `largest` halved k times, for k = 0, 1, ... until it is 1; after that, off."""
+    """A method whose first argument is searched: `largest` halved k times, k = 0, 1, ... until it is 1; then off."""
 
     method: str
     largest: int
@@ -62,7 +63,7 @@ class Sized:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What a configuration means: a union as text, its learning rate, and its trainable parameters on the space's backbone."""
+    """What a configuration means: a union as text, its learning rate, its trainable parameters on the backbone."""
 
     peft: str
     learning_rate: float
@@ -98,7 +99,7 @@ class Space:
         )
 
     def candidate(self, config: Config) -> Candidate:
-        """The graft at a point. Raises InvalidConfig when all methods are off, all layers are out, or the point is not of this space."""
+        """The graft at a point. Raises InvalidConfig when every method is off, every layer out, or it is no point."""
         self._check(config)
         sizes = [(sized.method, sized.sizes[int(config[sized.method])]) for sized in self.methods]
         terms = [f"{method}({size})" for method, size in sizes if size]
@@ -114,13 +115,17 @@ class Space:
 
     def _check(self, config: Config) -> None:
         if config.keys() != {parameter.name for parameter in self.parameters}:
-            raise InvalidConfig(f"expected {', '.join(p.name for p in self.parameters)}; found {', '.join(sorted(config))}")
+            raise InvalidConfig(
+                f"expected {', '.join(p.name for p in self.parameters)}; found {', '.join(sorted(config))}"
+            )
         for parameter in self.parameters:
             value = config[parameter.name]
             kind = "a number" if isinstance(parameter, LogUniform) else "a whole number"
             fits = parameter.low <= value <= parameter.high  # False for NaN
             if not fits or (isinstance(parameter, Whole) and value != int(value)):
-                raise InvalidConfig(f"{parameter.name}: {value} is not {kind} between {parameter.low} and {parameter.high}")
+                raise InvalidConfig(
+                    f"{parameter.name}: {value} is not {kind} between {parameter.low} and {parameter.high}"
+                )
 
 
 def autopeft(
@@ -133,13 +138,15 @@ def autopeft(
 ) -> Space:
     """AutoPEFT's space and a learning rate: serial x parallel x prefix sizes x one mask of layers that all three share.
 
-    As published: sizes are the hidden size halved again and again, down to 1 and off, and each layer has its bit. `largest` and `longest`
-    cap the adapters and the prefix instead; `groups` is the number of bits, at most one a layer (default: one each, up to MOST_BITS).
+    As published: sizes are the hidden size halved again and again, down to 1 and off, and each layer has its bit.
+    `largest` and `longest` cap the adapters and the prefix instead; `groups` is the number of bits, at most one a layer
+    (default: one each, up to MOST_BITS).
     """
     bits = min(shape.layers, MOST_BITS) if groups is None else groups
     if not 1 <= bits <= shape.layers:
         raise SpecError(f"groups: {bits} is not between 1 and the backbone's {shape.layers} layers")
-    adapter, prefix = largest or shape.hidden, longest or shape.hidden
+    adapter = shape.hidden if largest is None else largest
+    prefix = shape.hidden if longest is None else longest
     methods = (Sized("serial", adapter), Sized("parallel", adapter), Sized("prefix", prefix))
     edges = [index * shape.layers // bits for index in range(bits + 1)]
     ranges = tuple((first, after - 1) for first, after in zip(edges, edges[1:], strict=False))

@@ -1,7 +1,7 @@
 """A study: which configuration to try next, given what came of the others. It decides and runs nothing (ask and tell).
 
-All objectives are minimised. A trial that failed, or came back with a number that is not finite, is told as failed and never stays
-pending, where it would bias every later proposal.
+All objectives are minimised. A trial that failed, or came back with a number that is not finite, is told as failed and
+never stays pending, where it would bias every later proposal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a trial came to: one value an objective, in their order; which job it was, what the job published, where it began."""
+    """What a trial came to: one value an objective, in their order; which job it was, what the job published, where it
+    began.
+    """
 
     values: tuple[float, ...]
     job: str | None = None
@@ -51,7 +53,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One configuration that was asked for; `told` is how many results the sampler knew then. `outcome` is None while it runs."""
+    """One configuration that was asked for; `told` is how many results the sampler knew then. `outcome` is None while
+    it runs.
+    """
 
     number: int
     config: Config
@@ -78,7 +82,7 @@ class Sampler(Protocol):
     """Proposes configurations. Same trials and same attempt, same proposal: what it knows is only what it is given."""
 
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
-        """The configuration of trial number len(trials). `attempt` counts the proposals for it that could not be used."""
+        """The configuration of trial number len(trials); `attempt` of its proposals could not be used."""
         ...
 
 
@@ -87,7 +91,9 @@ class Exhausted(Exception):
 
 
 class Study:
-    """The trials of one search. `keep` sees every new version of them before anyone else does; if it raises, nothing has changed."""
+    """The trials of one search. `keep` sees every new version of them before anyone else does; if it raises, nothing
+    has changed.
+    """
 
     def __init__(
         self,
@@ -120,10 +126,12 @@ class Study:
                 continue
             if candidate not in tried:
                 return self._ask(config, candidate)
-        raise Exhausted(f"{ATTEMPTS} proposals in a row were invalid or tried before, after {len(tried)} trials; widen the space")
+        raise Exhausted(
+            f"{ATTEMPTS} proposals in a row were invalid or tried before, after {len(tried)} trials; widen the space"
+        )
 
     def tell(self, number: int, outcome: Result | Failure) -> Trial:
-        """The trial with its outcome. Raises ValueError for a trial that is not running, or a wrong number of values."""
+        """The trial with its outcome. Raises ValueError for one that is not running, or a wrong number of values."""
         if not 0 <= number < len(self._trials) or self._trials[number].state is not TrialState.RUNNING:
             raise ValueError(f"number: trial {number} is not running; it was never asked, or was told before")
         if isinstance(outcome, Result):
@@ -152,7 +160,9 @@ class Study:
 
 
 def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """The complete trials that no other one beats in one objective without losing in another; the last objective ascends."""
+    """The complete trials that no other one beats in one objective without losing in another; the last objective
+    ascends.
+    """
     done = [(trial, trial.values) for trial in trials if trial.values is not None]
     front = [(trial, values) for trial, values in done if not any(_dominates(other, values) for _, other in done)]
     return tuple(trial for trial, _ in sorted(front, key=lambda pair: (*reversed(pair[1]), pair[0].number)))

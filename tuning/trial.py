@@ -1,7 +1,9 @@
-"""A trial while it runs: a light actor that submits a job to the service, speaks for it while Tune wants it, and reports how it goes.
+"""A trial while it runs: a light actor that submits a job to the service, speaks for it while Tune wants it, and
+reports how it goes.
 
-The job's owner is the trial. Every step of the trial renews the owner's lease, so a trial that is killed, or whose driver is, leaves a
-job that the service cancels by itself. Imports neither torch nor the runtime: the work is in the pack.
+The job's owner is the trial. Every step of the trial renews the owner's lease, so a trial that is killed, or whose
+driver is, leaves a job that the service cancels by itself. Imports neither torch nor the runtime: the work is in the
+pack.
 """
 
 from __future__ import annotations
@@ -32,10 +34,19 @@ class Access:
 
 
 class JobTrial(tune.Trainable):
-    """Config: `number`, `peft`, `learning_rate`. Results: `done`, `progress` in [0, 1], `job`; at the end `loss`, `parameters`,
-    `loss_before` and `model`, or `failure` with the reason."""
+    """Config: `number`, `peft`, `learning_rate`. Results: `done`, `progress` in [0, 1], `job`; at the end `loss`,
+    `parameters`, `loss_before` and `model`, or `failure` with the reason.
+    """
 
-    def setup(self, config: dict[str, object], access: Access, plan: SearchPlan, study: str) -> None:
+    @classmethod
+    def default_resource_request(cls, config: dict[str, object]) -> tune.PlacementGroupFactory:
+        """None: a trial waits, and Ray's default of a CPU would let two of them run on a small machine."""
+        return tune.PlacementGroupFactory([{"CPU": 0}])
+
+    # The other arguments come from tune.with_parameters, so that the key stays out of the files that Tune writes.
+    def setup(  # type: ignore[override]
+        self, config: dict[str, object], access: Access, plan: SearchPlan, study: str
+    ) -> None:
         self._client = Client(access.url, access.key, timeout_s=min(_CALL_S, plan.lease_s / 2))
         self._plan, self._study = plan, study
         self._begin(config)
@@ -70,7 +81,10 @@ class JobTrial(tune.Trainable):
     def _begin(self, config: dict[str, object]) -> None:
         number = int(str(config["number"]))
         self._body = self._plan.request(
-            study=self._study, number=number, peft=str(config["peft"]), learning_rate=float(str(config["learning_rate"]))
+            study=self._study,
+            number=number,
+            peft=str(config["peft"]),
+            learning_rate=float(str(config["learning_rate"])),
         )
         self._idempotency = f"{self._study}/{number}"
         self._job: RemoteJob | None = None
@@ -90,7 +104,7 @@ class JobTrial(tune.Trainable):
         self._heard_at = time.monotonic()
 
     def _submit(self) -> RemoteJob:
-        """The trial's job; one that an earlier driver submitted is taken over, unless it was cancelled when nobody spoke for it."""
+        """The trial's job: the one an earlier driver submitted, unless it was cancelled when nobody spoke for it."""
         job = self._client.create_job(self._body, idempotency_key=self._idempotency)
         while job.status == "cancelled":
             self._idempotency = f"{self._study}/after/{job.id}"
@@ -122,4 +136,9 @@ def _outcome(job: RemoteJob) -> dict[str, JsonValue]:
         return {"failure": job.error.message if job.error else f"the job was {job.status}"}
     if job.loss_after is None:
         return {"failure": "the job succeeded without a held-out loss"}
-    return {"loss": job.loss_after, "parameters": job.parameters, "loss_before": job.loss_before, "model": job.fine_tuned_model}
+    return {
+        "loss": job.loss_after,
+        "parameters": job.parameters,
+        "loss_before": job.loss_before,
+        "model": job.fine_tuned_model,
+    }

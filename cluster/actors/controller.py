@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from threading import Event
 from typing import assert_never
@@ -35,7 +36,7 @@ from polygraft.cluster.model import EventId, JobError, JobId, Limits, PackId, Sn
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Append, Fence, Fenced, Lease, Store, StoreUnavailable, Write
+from polygraft.cluster.store.base import Append, Conflict, Fence, Fenced, Lease, Store, StoreUnavailable, Write
 
 LOG = logging.getLogger(__name__)
 TTL_S = 15.0
@@ -93,7 +94,8 @@ class Controller:
                 LOG.warning("lost the lease: %s", error)
                 self._lease = None
         if self._lease is not None:
-            self._store.release(self._lease)
+            with suppress(StoreUnavailable):  # it runs out by itself
+                self._store.release(self._lease)
 
     def round(self) -> None:
         """One round under the lease: first only learn what happened, then act on it."""
@@ -105,20 +107,22 @@ class Controller:
         for decision in decide(now):
             try:
                 self._carry_out(decision, now)
-            except IllegalTransition as error:  # the record moved since; the next round sees it
+            except (IllegalTransition, Conflict) as error:  # the record moved since; the next round sees it
                 LOG.info("not any more: %s: %s", decision, error)
 
     def _take_over(self, *, steal: bool) -> bool:
         """Become the leader: state from the last snapshot and the log's tail. False while another one leads."""
-        self._lease = self._store.acquire(keys.CONTROLLER, self._holder, TTL_S, steal=steal)
-        if self._lease is None:
+        lease = self._store.acquire(keys.CONTROLLER, self._holder, TTL_S, steal=steal)
+        if lease is None:
             return False
         self._renewed_at = time.monotonic()
+        started = ControllerStarted(epoch=lease.epoch, at=self._clock())
+        self._store.commit([], [started], fence=lease.fence)
         saved = self._store.get(keys.SNAPSHOT)
         self.snapshot = saved.value if saved else Snapshot()
-        self._store.commit([], [ControllerStarted(epoch=self._lease.epoch, at=self._clock())], fence=self._fence)
+        self._lease = lease  # not before the snapshot is read: without it the log's tail would be taken for the whole
         self._catch_up()
-        LOG.info("leading: epoch=%d version=%s", self._lease.epoch, self.snapshot.version)
+        LOG.info("leading: epoch=%d version=%s", lease.epoch, self.snapshot.version)
         return True
 
     @property
@@ -200,7 +204,7 @@ class Controller:
             case Admit(job=job, pack=pack):
                 self._write(JobAdmitted(job=job, pack=pack, at=now), _command(pack, "admit", job))
             case Refuse(job=job, reason=reason):
-                error = JobError(reason, REFUSALS[reason])
+                error = JobError(reason.value, REFUSALS[reason])
                 self._write(JobFailed(job=job, error=error, at=now))
             case CancelJob(job=job, pack=None):
                 self._write(JobCancelled(job=job, at=now))

@@ -63,10 +63,9 @@ def _packages(_: Settings) -> Finding:
 def _valkey(settings: Settings) -> Finding:
     if settings.store_url != "embedded":
         return Finding("store", "ok", "one of your own, by store_url")
-    from polygraft.cluster.store.embedded import server_binary
+    from polygraft.cluster.store.embedded import find_server
 
-    path = server_binary()
-    return Finding("store", "ok", str(path))
+    return Finding("store", "ok", find_server())
 
 
 def _disk(settings: Settings) -> Finding:
@@ -123,9 +122,11 @@ def _threads(_: Settings) -> Finding:
 def _torch(_: Settings) -> Finding:
     import torch
 
+    from polygraft.grafts.runtime.backbone import best_dtype
+
     if torch.cuda.is_available():
         return Finding("device", "ok", f"{torch.cuda.get_device_name()}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = best_dtype() is torch.bfloat16
     advice = "" if fast else "this processor has no bf16 arithmetic; dtype auto means fp32 here"
     return Finding("device", "ok" if fast else "note", f"{torch.get_num_threads()} CPU threads, bf16 {'yes' if fast else 'no'}", advice)
 

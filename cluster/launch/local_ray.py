@@ -40,7 +40,7 @@ def start_ray(scratch: Path, namespace: str) -> str:
     """Start Ray in this process and return its address; it ends with this process."""
     import ray
 
-    context = ray.init(
+    ray.init(
         address="local",
         namespace=namespace,
         resources={DEVICE: 1},
@@ -48,4 +48,4 @@ def start_ray(scratch: Path, namespace: str) -> str:
         object_store_memory=_OBJECT_STORE_BYTES,
         _temp_dir=str(scratch),
     )
-    return str(context.address_info["gcs_address"])
+    return str(ray.get_runtime_context().gcs_address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 
 from pydantic import BaseModel
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-JsonOut = bool | int | float | str | None | Sequence["JsonOut"] | dict[str, "JsonOut"]
+JsonOut = bool | int | float | str | None | Sequence["JsonOut"] | Mapping[str, "JsonOut"]
 
-screen = Console()
+_PIPE_WIDTH = 240  # a program that reads a table wants a row in one line
+
+screen = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 errors = Console(stderr=True)
 
 
@@ -41,7 +43,7 @@ def print_json(value: JsonOut | BaseModel | Iterable[BaseModel]) -> None:
     """One JSON document on stdout, and nothing else."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
-    elif not isinstance(value, str | dict | Sequence) and isinstance(value, Iterable):
+    elif not isinstance(value, str | Mapping | Sequence) and isinstance(value, Iterable):
         value = [one.model_dump(mode="json") for one in value]
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ray.actor import ActorHandle
 
+from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.model import Pack
 from polygraft.cluster.settings import Settings
 
@@ -22,8 +24,9 @@ class OpenHost:
     def of(settings: Settings, backbone_folder: Path) -> OpenHost:
         return OpenHost(settings.model_dump_json(), str(backbone_folder))
 
-    def __call__(self, pack: Pack) -> ActorHandle[object]:
-        from polygraft.trainers.host import PackHost, PackPlan
+    def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
+        from polygraft.trainers.host import PackHost as Host
+        from polygraft.trainers.host import PackPlan
 
         settings = Settings.model_validate_json(self.settings)
         plan = PackPlan(
@@ -35,4 +38,4 @@ class OpenHost:
             max_rows=settings.pack.max_rows,
             micro_rows=settings.pack.micro_rows,
         )
-        return PackHost.remote(plan)
+        return cast(ActorHandle[PackHost], Host.remote(plan))  # type: ignore[attr-defined]

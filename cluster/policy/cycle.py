@@ -36,8 +36,7 @@ def decide(snapshot: Snapshot) -> tuple[Decision, ...]:
     closes = tuple(
         ClosePack(pack.id, Reason.IDLE)
         for pack in sorted(snapshot.packs.values(), key=lambda pack: pack.id)
-        if pack.backbone not in wanted
-        and is_idle(pack, snapshot.jobs, now=snapshot.now, idle_s=snapshot.limits.idle_s)
+        if pack.backbone not in wanted and is_idle(pack, snapshot.jobs, now=snapshot.now, idle_s=snapshot.limits.idle_s)
     )
     return (*cancels, *round_.opened, *placed, *closes)
 

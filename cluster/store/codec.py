@@ -147,7 +147,12 @@ def _plain(kind: type) -> _Form:
             raise CodecError(f"{at}: expected {kind.__name__}, found {value!r}")
         return value
 
-    return _Form(lambda value: cast(JSON, check(value, kind.__name__)), check)
+    def plain(value: object) -> JSON:
+        """Values of subclasses (an enum's member, a NumPy float) are written as what they are derived from."""
+        derived = isinstance(value, kind) and not isinstance(value, bool)
+        return cast(JSON, check(kind(value) if derived else value, kind.__name__))
+
+    return _Form(plain, check)
 
 
 def _enum(kind: type[StrEnum]) -> _Form:

@@ -33,7 +33,14 @@ from polygraft.cluster.store.base import (
     Versioned,
     Write,
 )
-from polygraft.cluster.store.codec import decode_entry, decode_event, decode_record, encode_entry, encode_event, encode_record
+from polygraft.cluster.store.codec import (
+    decode_entry,
+    decode_event,
+    decode_record,
+    encode_entry,
+    encode_event,
+    encode_record,
+)
 
 
 class MemoryStore:

@@ -32,7 +32,14 @@ from polygraft.cluster.store.base import (
     Versioned,
     Write,
 )
-from polygraft.cluster.store.codec import decode_entry, decode_event, decode_record, encode_entry, encode_event, encode_record
+from polygraft.cluster.store.codec import (
+    decode_entry,
+    decode_event,
+    decode_record,
+    encode_entry,
+    encode_event,
+    encode_record,
+)
 from polygraft.cluster.store.wire import Argument, Wire
 
 _BLOCK_S = 2.0  # one blocking read; well below the wire's timeout

@@ -24,10 +24,9 @@ Argument = str | bytes | int | float
 
 
 class Wire:
-    """Thread-safe: every command takes a connection of the pool and gives it back, a blocking one too. Raises
-    StoreUnavailable.
+    """Every command takes a connection of the pool and gives it back, a blocking one too, so that threads never meet.
 
-    Nothing is sent twice: a write whose answer is lost may have happened.
+    Nothing is sent twice: a write whose answer is lost may have happened. Raises StoreUnavailable.
     """
 
     def __init__(self, url: str) -> None:
@@ -37,6 +36,7 @@ class Wire:
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=CONNECT_S,
             retry=Retry(NoBackoff(), 0),
+            max_connections=1000,  # each blocked reader holds one
         )
         self._checked = False
         self._waits = False

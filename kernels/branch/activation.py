@@ -15,8 +15,22 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def backward(act: str, grad: Tensor, hidden: Tensor) -> Tensor:
-    """grad * act'(hidden), `hidden` being the activation's input."""
+def forward(act: str, hidden_NMR: Tensor) -> Tensor:
+    """act(hidden), member by member where it matters: a vectorised loop does the last few elements of a tensor with other
+    functions (float32 silu), so that a segment's bits would depend on where the batched product ends."""
+    if act in ("identity", "relu") or len(hidden_NMR) == 1:
+        return ACTIVATIONS[act](hidden_NMR)
+    return torch.stack([ACTIVATIONS[act](hidden) for hidden in hidden_NMR])
+
+
+def backward(act: str, grad_NMR: Tensor, hidden_NMR: Tensor) -> Tensor:
+    """grad * act'(hidden), `hidden` being the activation's input; member by member as the forward."""
+    if act in ("identity", "relu") or len(hidden_NMR) == 1:
+        return _backward(act, grad_NMR, hidden_NMR)
+    return torch.stack([_backward(act, grad, hidden) for grad, hidden in zip(grad_NMR, hidden_NMR)])
+
+
+def _backward(act: str, grad: Tensor, hidden: Tensor) -> Tensor:
     match act:
         case "identity":
             return grad

@@ -52,7 +52,7 @@ def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, a
     for run in segments.runs:
         hidden = segment_bmm(run.batch(x), run.stack(A).transpose(1, 2))
         hiddens.append(hidden)
-        up = run.scaled(activation.ACTIVATIONS[act](hidden))
+        up = run.scaled(activation.forward(act, hidden))
         add_segment_bmm_(run.batch(out), up, run.stack(B))
     return out, hiddens
 
@@ -78,7 +78,7 @@ class _Branch(torch.autograd.Function):
         for run, hidden in zip(segments.runs, hiddens):
             dy = run.batch(grad)
             if dB is not None:
-                up = run.scaled(activation.ACTIVATIONS[act](hidden))
+                up = run.scaled(activation.forward(act, hidden))
                 _accumulate(run.stack(dB), up.transpose(1, 2), dy, once)
             dh = activation.backward(act, run.scaled(segment_bmm(dy, run.stack(B).transpose(1, 2))), hidden)
             if dA is not None:

@@ -19,9 +19,9 @@ _BATCH = 1000
 
 def events_of(store: Store, job: Job) -> list[FineTuningJobEvent]:
     """All of the job's events, newest first."""
-    found = [(id, _message(job, id, entry)) for id, entry in _entries(store, keys.log(job.id))]
-    found += [(id, _metrics(job, id, entry)) for id, entry in _entries(store, keys.metrics(job.id))]
-    return [event for _, event in sorted(found, key=lambda pair: (_order(pair[0]), pair[1].id), reverse=True)]
+    found = [(_order(id, entry), _message(job, id, entry)) for id, entry in _entries(store, keys.log(job.id))]
+    found += [(_order(id, entry), _metrics(job, id, entry)) for id, entry in _entries(store, keys.metrics(job.id))]
+    return [event for _, event in sorted(found, key=lambda pair: (pair[0], pair[1].type), reverse=True)]
 
 
 def _entries(store: Store, stream: StreamKey) -> Iterator[tuple[EntryId, Mapping[str, JSON]]]:
@@ -35,7 +35,7 @@ def _message(job: Job, id: EntryId, entry: Mapping[str, JSON]) -> FineTuningJobE
     data = entry.get("data")
     return FineTuningJobEvent(
         id=f"ftevent-{job.id.removeprefix('ftjob-')}-log-{id}",
-        created_at=_at(id, entry),
+        created_at=int(_order(id, entry)[0]),
         level=_LEVELS.get(str(entry.get("level")), "info"),
         message=str(entry.get("message", "")),
         type="message",
@@ -48,7 +48,7 @@ def _metrics(job: Job, id: EntryId, entry: Mapping[str, JSON]) -> FineTuningJobE
     loss = values.get("loss")
     return FineTuningJobEvent(
         id=f"ftevent-{job.id.removeprefix('ftjob-')}-metrics-{id}",
-        created_at=_at(id, entry),
+        created_at=int(_order(id, entry)[0]),
         level="info",
         message=f"step {values.get('step')}: loss {loss:.4f}"
         if isinstance(loss, float)
@@ -58,11 +58,8 @@ def _metrics(job: Job, id: EntryId, entry: Mapping[str, JSON]) -> FineTuningJobE
     )
 
 
-def _at(id: EntryId, entry: Mapping[str, JSON]) -> int:
-    at = entry.get("at")
-    return int(at) if isinstance(at, int | float) else _order(id)[0] // 1000
-
-
-def _order(id: EntryId) -> tuple[int, int]:
+def _order(id: EntryId, entry: Mapping[str, JSON]) -> tuple[float, int, int]:
+    """By the writer's clock, and within a stream by its ids."""
     milliseconds, _, sequence = id.partition("-")
-    return int(milliseconds), int(sequence or 0)
+    at = entry.get("at")
+    return float(at) if isinstance(at, int | float) else int(milliseconds) / 1000, int(milliseconds), int(sequence or 0)

@@ -15,7 +15,8 @@ from polygraft.cluster.events import JobCancelRequested, JobLeaseRenewed, JobSub
 from polygraft.cluster.model import Job, JobId, TenantId
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Write
+from polygraft.cluster.store.base import IdempotencyConflict, Write
+from polygraft.cluster.validation import shown
 from polygraft.serving.http.body import read_as, read_json
 from polygraft.serving.http.context import Api, Caller, Here
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
@@ -135,12 +136,16 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
         raise ApiError(
             429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs"
         )
-    submitted = api.store.submit(
-        None if idempotency_key is None else f"{tenant}/fine_tuning/{idempotency_key}",
-        sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
-        [Write(keys.job(record.id), record, 0)],
-        [JobSubmitted(record=record, at=record.created_at)],
-    )
+    try:
+        submitted = api.store.submit(
+            None if idempotency_key is None else f"{tenant}/fine_tuning/{idempotency_key}",
+            sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
+            [Write(keys.job(record.id), record, 0)],
+            [JobSubmitted(record=record, at=record.created_at)],
+        )
+    except IdempotencyConflict:
+        message = f"Idempotency-Key: {shown(idempotency_key)} was used for a different request; use a new one"
+        raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
     api.store.durable()
     if submitted.created:
         return shown_job(record)

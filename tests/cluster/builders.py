@@ -21,7 +21,9 @@ from polygraft.cluster.model import (
 from polygraft.cluster.states import JobState, PackState
 
 
-def make_job(name: str = "a", *, tenant: str = "t", backbone: str = "b", spec: JobSpec | None = None, **fields: Any) -> Job:
+def make_job(
+    name: str = "a", *, tenant: str = "t", backbone: str = "b", spec: JobSpec | None = None, **fields: Any
+) -> Job:
     """A waiting job with the id ftjob-<name>."""
     wanted = spec or JobSpec(backbone=backbone, training_file=FileId("file-1"))
     fields = {"created_at": 1.0, "parameters": 1000, **fields}
@@ -39,7 +41,12 @@ def make_pack(name: str = "p", *, backbone: str = "b", state: PackState = PackSt
 
 
 def make_snapshot(
-    *, jobs: tuple[Job, ...] = (), packs: tuple[Pack, ...] = (), devices: int = 1, limits: Limits | None = None, now: float = 10.0
+    *,
+    jobs: tuple[Job, ...] = (),
+    packs: tuple[Pack, ...] = (),
+    devices: int = 1,
+    limits: Limits | None = None,
+    now: float = 10.0,
 ) -> Snapshot:
     """At version 16-2; devices are called d, d1, d2, ..."""
     names = [DeviceId(f"d{index or ''}") for index in range(devices)]

@@ -91,7 +91,6 @@ def test_a_swap_gives_up_when_others_are_always_faster(store: Store) -> None:
         swap(racing, keys.job(A), lambda found: replace(found, step=1) if found else make_job())  # type: ignore[arg-type]
 
 
-
 class RacingStore:
     """A store where another writer changes the job between every read and the next write, `races` times."""
 

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from polygraft.cluster.events import AliasMoved, GraftPublished, JobSucceeded
+from polygraft.cluster.advance import advance_job
+from polygraft.cluster.events import AliasMoved, GraftPublished, JobCancelled, JobSucceeded
 from polygraft.cluster.model import START, FileId, Graft, GraftId, Job, JobId, JobSpec, TenantId
 from polygraft.cluster.publish import UnknownModel, publish, resolve
 from polygraft.cluster.states import IllegalTransition, JobState
@@ -67,7 +68,7 @@ def test_a_job_without_a_suffix_is_named_after_itself(store: Store) -> None:
 
 def test_a_job_that_was_cancelled_meanwhile_is_not_published(store: Store) -> None:
     job = job_in(store, "a")
-    store.commit([Write(keys.job(job.id), running("a", state=JobState.CANCELLED), None)])
+    advance_job(store, JobCancelled(job=job.id, at=5.0))
     with pytest.raises(IllegalTransition):
         published(store, job)
     with pytest.raises(UnknownModel):
@@ -106,7 +107,9 @@ def test_the_backbones_name_is_the_bare_backbone(store: Store) -> None:
     assert resolve(store, T, "b", "b") is None
 
 
-@pytest.mark.parametrize("model", ["tutor", "tutor@2", "tutor@0", "tutor@", "@1", "", "../x", "a/b@1", "tutor@1@1", "TUTOR"])
+@pytest.mark.parametrize(
+    "model", ["tutor", "tutor@2", "tutor@0", "tutor@", "@1", "", "../x", "a/b@1", "tutor@1@1", "TUTOR"]
+)
 def test_a_model_that_is_not_there_is_unknown(store: Store, model: str) -> None:
     published(store, job_in(store, "a", tenant="u"))
     with pytest.raises(UnknownModel, match="does not exist"):

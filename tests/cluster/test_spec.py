@@ -40,7 +40,15 @@ def test_every_field_arrives() -> None:
         "dropout": 0.05,
     }
     request = read_request(
-        body(hyper, validation_file="file-2", suffix="tutor", seed=7, metadata={"k": "v"}, promote=True, integrations=None)
+        body(
+            hyper,
+            validation_file="file-2",
+            suffix="tutor",
+            seed=7,
+            metadata={"k": "v"},
+            promote=True,
+            integrations=None,
+        )
     )
     assert request.to_spec() == JobSpec(
         backbone="b",
@@ -69,7 +77,9 @@ def test_auto_means_the_default_and_a_multiplier_is_kept_for_the_methods_rate() 
 
 
 def test_the_deprecated_hyperparameters_still_work() -> None:
-    old = read_request(body(hyperparameters={"n_epochs": 1, "batch_size": 2, "learning_rate_multiplier": 0.5})).to_spec()
+    old = read_request(
+        body(hyperparameters={"n_epochs": 1, "batch_size": 2, "learning_rate_multiplier": 0.5})
+    ).to_spec()
     assert (old.epochs, old.batch_size, old.learning_rate_multiplier) == (1, 2, 0.5)
 
 

@@ -105,7 +105,9 @@ class StoreContract:
         store.commit([Write(keys.job(A.id), A, 0)], [event(1)])
         with pytest.raises(Conflict):
             store.commit(
-                [Write(keys.job(B.id), B, 0), Write(keys.job(A.id), A, 0)], [event(2)], appends=[Append(STREAM, {"n": 1})]
+                [Write(keys.job(B.id), B, 0), Write(keys.job(A.id), A, 0)],
+                [event(2)],
+                appends=[Append(STREAM, {"n": 1})],
             )
         assert store.get(keys.job(B.id)) is None
         assert versions(store.events(START)) == [1]

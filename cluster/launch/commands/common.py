@@ -13,7 +13,6 @@ from polygraft.cluster.launch.output import Failure, Status
 from polygraft.cluster.service import find_service, read_key
 from polygraft.cluster.settings import Settings, load
 from polygraft.cluster.store.base import Store
-from polygraft.cluster.store.connect import connect
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -38,6 +37,8 @@ class Flags:
         """The store of the service under the home folder; raises ServiceNotRunning."""
         if self.url:
             raise Failure("this command works on the store of a local service; leave out --url", Status.USAGE)
+        from polygraft.cluster.store.connect import connect
+
         return connect(find_service(self.settings().service_path).store_url)
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from polygraft.cluster.launch.commands.common import Json, flags
-from polygraft.cluster.launch.output import ago, print_json, print_table
+from polygraft.cluster.launch.output import JsonOut, ago, print_json, print_table
 from polygraft.grafts.methods.registry import Method
 from polygraft.grafts.methods.registry import methods as table
 
@@ -59,7 +59,7 @@ def _usage(method: Method) -> str:
     return f"{method.name}({', '.join(arguments)})" if method.arguments else method.name
 
 
-def _json(method: Method) -> dict[str, object]:
+def _json(method: Method) -> dict[str, JsonOut]:
     arguments = {
         name: {"type": getattr(argument.annotation, "__name__", str(argument.annotation)), "default": None if argument.default is argument.empty else argument.default}
         for name, argument in method.arguments.items()

@@ -31,7 +31,8 @@ class SubmitRequest:
         for name in _FILES:
             if name in top:
                 top[name] = self._upload(client, name, str(top[name]))
-        top.setdefault("model", _backbone(client))
+        if "model" not in top:
+            top["model"] = _backbone(client)
         training = {name: self.fields[name] for name in _TRAINING if name in self.fields}
         return {**top, "method": {"type": "supervised", "supervised": {"hyperparameters": training}}}
 

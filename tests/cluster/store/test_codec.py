@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from types import MappingProxyType
 from typing import get_args
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygraft.cluster.events import Event, JobStarted
-from polygraft.cluster.model import JobId, PackId, Record, Snapshot
+from polygraft.cluster.model import JobError, JobId, PackId, Record, Snapshot
+from polygraft.cluster.states import Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Key
 from polygraft.cluster.store.codec import (
@@ -35,7 +38,9 @@ st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False
 
 def plain(kind: type) -> st.SearchStrategy[object]:
     """Values of any record or event, mappings empty."""
-    return st.builds(kind, **{field.name: st.just(MappingProxyType({})) for field in fields(kind) if "Mapping" in field.type})
+    return st.builds(
+        kind, **{field.name: st.just(MappingProxyType({})) for field in fields(kind) if "Mapping" in field.type}
+    )
 
 
 @settings(max_examples=60)
@@ -74,6 +79,18 @@ def test_text_that_is_no_job_of_this_version_names_the_field(change: dict[str, o
     text = json.dumps({**json.loads(encode_record(JOB_KEY, JOB)), **change})
     with pytest.raises(CodecError, match=message):
         decode_record(JOB_KEY, text)
+
+
+def test_a_value_of_a_subclass_is_written_plainly() -> None:
+    job = make_job("a", loss_after=numpy.float64(0.5), error=JobError(Reason.TOO_LARGE, "m"))
+    found = decode_record(JOB_KEY, encode_record(JOB_KEY, job))
+    assert type(found.loss_after) is float and found.error is not None and type(found.error.code) is str
+    assert found == job
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(CodecError, match="Job: a number is not finite"):
+        encode_record(JOB_KEY, make_job("a", loss_after=math.nan))
 
 
 def test_a_missing_field_is_an_error_even_where_it_has_a_default() -> None:

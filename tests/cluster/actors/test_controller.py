@@ -1,0 +1,367 @@
+"""The controller's loop over the real policy and store, with processes played by the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import pytest
+
+from polygraft.cluster import evolve
+from polygraft.cluster.actors import controller as module
+from polygraft.cluster.actors.controller import Controller
+from polygraft.cluster.actors.protocols import PackEnd
+from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.events import (
+    JobCancelled,
+    JobCancelRequested,
+    JobHeld,
+    JobStarted,
+    JobSubmitted,
+    PackOpened,
+)
+from polygraft.cluster.model import START, DeviceId, Job, JobId, Limits, Pack, PackId, Snapshot
+from polygraft.cluster.states import JobState, PackState, Reason
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Fenced, Store, StoreUnavailable, Write
+from polygraft.cluster.store.memory import MemoryStore
+from polygraft.cluster.story import story
+from tests.cluster.builders import make_job
+
+A, B = JobId("ftjob-a"), JobId("ftjob-b")
+
+
+@dataclass
+class Processes:
+    """Effects whose processes end when the test says so."""
+
+    opened: list[Pack] = field(default_factory=list)
+    closed: list[PackId] = field(default_factory=list)
+    over: list[PackEnd] = field(default_factory=list)
+    present: dict[DeviceId, int] = field(default_factory=lambda: {DeviceId("d"): 1})
+    refuse: bool = False
+
+    def open_pack(self, pack: Pack) -> None:
+        if self.refuse:
+            raise RuntimeError("no such backbone")
+        self.opened.append(pack)
+
+    def close_pack(self, pack: PackId) -> None:
+        self.closed.append(pack)
+
+    def alive(self) -> Collection[PackId]:
+        return {pack.id for pack in self.opened} - set(self.closed)
+
+    def ended(self) -> Sequence[PackEnd]:
+        return [end for end in self.over if end.pack not in self.closed]
+
+    def devices(self) -> Mapping[DeviceId, int]:
+        return self.present
+
+
+@dataclass
+class World:
+    """A store, a controller over it and the pack's worker, all driven step by step at a time of the test's own."""
+
+    limits: Limits = field(default_factory=Limits)
+    now: float = 100.0
+    store: Store = field(default_factory=MemoryStore)
+    processes: Processes = field(default_factory=Processes)
+
+    def __post_init__(self) -> None:
+        self.controller = self.start("one")
+
+    def start(self, holder: str) -> Controller:
+        return Controller(self.store, self.processes, limits=self.limits, holder=holder, clock=lambda: self.now)
+
+    def submit(self, *names: str, **fields: object) -> None:
+        for name in names:
+            job = make_job(name, **fields)
+            self.store.commit([Write(keys.job(job.id), job, 0)], [JobSubmitted(record=job, at=self.now)])
+
+    def settle(self, controller: Controller | None = None) -> None:
+        """Rounds until nothing new is written."""
+        leader = controller or self.controller
+        if leader._lease is None:
+            assert leader._take_over(steal=True)
+        before = None
+        while before != leader.snapshot.version:
+            before = leader.snapshot.version
+            leader.round()
+            leader._catch_up()
+
+    def work(self) -> None:
+        """What a worker does with its commands, as far as the store shows it."""
+        for pack in (one.value for one in self.store.scan(keys.PACKS)):
+            if pack.state is PackState.OPENING:
+                advance_pack(self.store, PackOpened(pack=pack.id, at=self.now))
+            for _, entry in self.store.read(keys.commands(pack.id)):
+                job = self.job(JobId(str(entry.get("job")))) if "job" in entry else None
+                if job is None or job.final or job.pack != pack.id:
+                    continue
+                if entry["op"] == "admit" and job.state is JobState.QUEUED:
+                    advance_job(
+                        self.store, JobStarted(job=job.id, pack=pack.id, parameters=5, steps_total=9, at=self.now)
+                    )
+                if entry["op"] == "cancel":
+                    advance_job(self.store, JobCancelled(job=job.id, at=self.now))
+
+    def job(self, id: JobId) -> Job:
+        found = self.store.get(keys.job(id))
+        assert found is not None
+        return found.value
+
+    def packs(self) -> list[tuple[str, PackState]]:
+        return [(one.value.id, one.value.state) for one in self.store.scan(keys.PACKS)]
+
+    def running(self) -> PackId:
+        """Jobs a and b running in the one pack."""
+        self.submit("a", "b")
+        for _ in range(2):
+            self.settle()
+            self.work()
+        assert {self.job(A).state, self.job(B).state} == {JobState.RUNNING}
+        return self.processes.opened[-1].id
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_job_goes_from_the_queue_into_a_pack(world: World) -> None:
+    world.submit("a")
+    world.settle()
+    assert [(one.backbone, one.device) for one in world.processes.opened] == [("b", "d")]
+    assert (world.job(A).reason, world.job(A).pack) == (Reason.PACK_OPENING, None)
+    world.work()
+    world.settle()
+    pack = world.processes.opened[0].id
+    assert (world.job(A).pack, world.job(A).reason) == (pack, None)
+    assert [entry for _, entry in world.store.read(keys.commands(pack))] == [{"op": "admit", "job": A}]
+    world.work()
+    assert world.job(A).state is JobState.RUNNING
+
+
+def test_an_unchanged_reason_is_written_once(world: World) -> None:
+    world.processes.present = {}
+    world.submit("a")
+    for _ in range(5):
+        world.settle()
+        world.now += 1
+    held = [one.event for one in world.store.events(START) if isinstance(one.event, JobHeld)]
+    assert [one.reason for one in held] == [Reason.NO_DEVICE]
+    world.processes.present = {DeviceId("d"): 1}
+    world.settle()
+    assert world.job(A).reason is Reason.PACK_OPENING
+
+
+def test_a_running_job_is_cancelled_through_its_pack(world: World) -> None:
+    pack = world.running()
+    advance_job(world.store, JobCancelRequested(job=A, at=world.now))
+    for _ in range(3):
+        world.settle()
+    sent = [entry for _, entry in world.store.read(keys.commands(pack))]
+    assert sent.count({"op": "cancel", "job": A}) == 1
+    assert world.job(A).stopping and world.job(A).state is JobState.RUNNING
+    world.work()
+    assert world.job(A).state is JobState.CANCELLED
+
+
+def test_a_waiting_job_is_cancelled_at_once(world: World) -> None:
+    world.submit("a", cancel_requested=True)
+    world.settle()
+    assert world.job(A).state is JobState.CANCELLED
+    assert world.processes.opened == []
+
+
+def test_a_job_whose_owner_is_silent_is_cancelled(world: World) -> None:
+    world.submit("a", lease_until=105.0)
+    world.settle()
+    world.now = 106.0
+    world.settle()
+    assert world.job(A).state is JobState.CANCELLED
+
+
+def test_jobs_of_a_failed_pack_go_on_in_another(world: World) -> None:
+    pack = world.running()
+    lease = world.store.acquire(keys.pack_scope(pack), "worker", 30.0)
+    assert lease is not None
+    world.processes.over.append(PackEnd(pack, "RuntimeError: out of memory"))
+    world.settle()
+    assert world.packs() == [(pack, PackState.FAILED)]
+    assert world.processes.closed == [pack]
+    assert (world.job(A).attempts, world.job(A).pack, world.job(A).reason) == (1, None, Reason.PACK_BACKOFF)
+    with pytest.raises(Fenced):  # whatever is left of the old worker can no longer write
+        world.store.commit([], [PackOpened(pack=pack, at=0.0)], fence=lease.fence)
+    world.now += 2.0
+    for _ in range(2):
+        world.settle()
+        world.work()
+    assert world.job(A).state is JobState.RUNNING and world.job(A).pack != pack
+
+
+def test_a_job_under_which_packs_keep_failing_fails(world: World) -> None:
+    world.limits = Limits(max_attempts=2)
+    world.controller = world.start("one")
+    for _ in range(2):
+        world.now += 500.0
+        if world.store.get(keys.job(A)) is None:
+            world.submit("a")
+        for _ in range(2):
+            world.settle()
+            world.work()
+        world.processes.over.append(PackEnd(world.processes.opened[-1].id, "killed"))
+        world.settle()
+    job = world.job(A)
+    assert job.state is JobState.FAILED and job.error is not None and job.error.code == Reason.PACKS_FAILED
+
+
+def test_a_pack_that_ends_by_itself_gives_its_jobs_back_unblamed(world: World) -> None:
+    pack = world.running()
+    world.processes.over.append(PackEnd(pack, None))
+    world.settle()
+    assert (pack, PackState.CLOSED) in world.packs()
+    assert world.job(A).attempts == 0 and world.job(A).state is JobState.QUEUED
+
+
+def test_a_pack_that_cannot_start_fails_and_is_tried_again_later(world: World) -> None:
+    world.processes.refuse = True
+    world.submit("a")
+    world.settle()
+    assert [state for _, state in world.packs()] == [PackState.FAILED]
+    assert world.job(A).reason is Reason.PACK_BACKOFF
+    world.processes.refuse = False
+    world.now += 2.0
+    world.settle()
+    assert len(world.processes.opened) == 1
+
+
+def test_an_idle_pack_is_told_to_close_and_forgotten_when_it_ended(world: World) -> None:
+    pack = world.running()
+    for job in (A, B):
+        advance_job(world.store, JobCancelled(job=job, at=world.now))
+    world.now += 61.0
+    world.settle()
+    assert world.packs() == [(pack, PackState.CLOSING)]
+    assert [entry["op"] for _, entry in world.store.read(keys.commands(pack))][-1] == "close"
+    world.processes.over.append(PackEnd(pack, None))
+    world.settle()
+    assert world.packs() == [(pack, PackState.CLOSED)] and world.processes.closed == [pack]
+
+
+def test_a_new_controller_goes_on_where_the_old_one_was(world: World) -> None:
+    world.running()
+    old = world.controller
+    new = world.start("two")
+    world.settle(new)
+    assert new.snapshot.jobs == old.snapshot.jobs | {job.id: job for job in (world.job(A), world.job(B))}
+    assert [state for _, state in world.packs()] == [PackState.OPEN]
+    with pytest.raises(Fenced):
+        world.submit("c")
+        old.round()
+
+
+def test_packs_that_did_not_survive_a_restart_give_their_jobs_back(world: World) -> None:
+    pack = world.running()
+    world.processes.opened.clear()
+    world.settle(world.start("two"))
+    assert (pack, PackState.FAILED) in world.packs()
+    assert world.job(A).attempts == 0 and world.job(A).state is JobState.QUEUED
+
+
+def test_what_a_controller_knows_is_what_the_log_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SNAPSHOT_EVENTS", 5)
+    world.running()
+    world.settle()
+    log = world.store.events(START)
+    assert world.controller.snapshot == reduce(lambda s, one: evolve.apply(s, one.id, one.event), log, Snapshot())
+    saved = world.store.get(keys.SNAPSHOT)
+    assert saved is not None
+    tail = world.store.events(saved.value.version)
+    assert len(tail) < len(log)
+    resumed = reduce(lambda s, one: evolve.apply(s, one.id, one.event), tail, saved.value)
+    assert resumed == world.controller.snapshot
+    for job in (A, B):
+        assert world.controller.snapshot.jobs[job] == world.job(job)
+
+
+def test_the_log_is_trimmed_behind_old_snapshots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SNAPSHOT_EVENTS", 2)
+    monkeypatch.setattr(module, "SNAPSHOTS_KEPT", 3)
+    world.controller = world.start("one")
+    for n in range(20):
+        world.submit(f"{n}", cancel_requested=True)
+        world.settle()
+    assert len(world.store.events(START)) < 20
+    world.settle(world.start("two"))
+    assert all(job.final for job in world.controller.snapshot.jobs.values())
+
+
+def test_the_loop_survives_an_outage_of_the_store_and_stops_when_told() -> None:
+    class Flaky(MemoryStore):
+        down = False
+
+        def _check_open(self) -> None:
+            if self.down:
+                raise StoreUnavailable("down")
+
+    store = Flaky()
+    world = World(store=store)
+    stop, beats = threading.Event(), []
+    thread = threading.Thread(target=world.controller.run, args=(stop, lambda: beats.append(1)))
+    thread.start()
+    try:
+        world.submit("a")
+        until(lambda: bool(world.processes.opened))
+        store.down = True
+        seen = len(beats)
+        until(lambda: len(beats) > seen + 1)
+        store.down = False
+        world.submit("b")
+        until(lambda: world.job(B).reason is Reason.PACK_OPENING)
+    finally:
+        stop.set()
+        thread.join(timeout=5.0)
+    assert not thread.is_alive()
+    assert store.acquire(keys.CONTROLLER, "next", 1.0) is not None, "the lease was given up"
+
+
+def test_a_take_over_that_was_cut_off_is_started_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.running()
+    world.settle()
+    new = world.start("two")
+    monkeypatch.setattr(world.store, "get", lambda key: (_ for _ in ()).throw(StoreUnavailable("down")))
+    with pytest.raises(StoreUnavailable):
+        new._take_over(steal=True)
+    assert new._lease is None, "nothing is decided on a snapshot that was not read"
+
+
+def test_a_story_says_why_a_job_waited_and_what_became_of_it(world: World) -> None:
+    pack = world.running()
+    advance_job(world.store, JobCancelRequested(job=A, at=world.now))
+    world.settle()
+    world.work()
+    told = [line.partition("  ")[2] for line in story(world.store, A)]
+    assert told == [
+        "ftjob-a submitted by t: lora on b",
+        "ftjob-a waits: pack is opening",
+        f"ftjob-a admitted to {pack}",
+        f"ftjob-a started in {pack}: 5 parameters, 9 steps",
+        "ftjob-a is asked to cancel",
+        f"ftjob-a is being stopped in {pack}: requested",
+        "ftjob-a cancelled",
+    ]
+    about_pack = [line.partition("  ")[2] for line in story(world.store, pack)]
+    assert about_pack[:2] == [f"{pack} opens with b on device d: jobs wait", f"{pack} is open"]
+    assert story(world.store, "ftjob-unknown") == []
+
+
+def until(holds: object) -> None:
+    deadline = time.monotonic() + 5.0
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)

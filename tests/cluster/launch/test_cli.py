@@ -1,0 +1,168 @@
+"""The command line against a service of canned answers, and without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from polygraft.cluster.client import Client
+from polygraft.cluster.launch.commands.common import Flags
+from polygraft.cluster.launch.main import app
+
+JOB = {
+    "id": "ftjob-1",
+    "status": "succeeded",
+    "model": "smollm2",
+    "fine_tuned_model": "mine@1",
+    "created_at": 1,
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"peft": "lora(r=8)"}}},
+    "parameters": 460800,
+    "step": 9,
+    "steps_total": 9,
+    "loss_before": 3.5,
+    "loss_after": 2.25,
+}
+MODELS = {
+    "data": [
+        {"id": "smollm2", "created": 0, "owned_by": "polygraft", "root": "smollm2"},
+        {"id": "mine@1", "created": 1, "owned_by": "local", "root": "mine@1", "parent": "smollm2"},
+    ],
+    "has_more": False,
+}
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
+    """Makes every command's client talk to a function."""
+
+    def serve(answer: Answer) -> None:
+        transport = httpx.MockTransport(answer)
+        monkeypatch.setattr(Flags, "client", lambda _: Client("http://service", "pg-key", transport=transport))
+
+    return serve
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    code = "import sys; sys.modules |= {'torch': None, 'ray': None}; from polygraft.cluster.launch.main import app; app(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "submit" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["keys", "list"], ["story", "ftjob-1"], ["chat", "-m", "Hi"]])
+def test_a_command_without_a_service_says_how_to_start_one(command: list[str], tmp_path: Path) -> None:
+    done = run("--home", str(tmp_path), *command)
+    assert done.exit_code == 3
+    assert "polygraft up" in done.stderr and not done.stdout
+
+
+def test_jobs_as_a_table_and_as_json(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(200, json={"data": [JOB], "has_more": False}))
+    table = run("jobs")
+    assert table.exit_code == 0
+    assert "lora(r=8)" in table.stdout and "mine@1" in table.stdout
+    assert json.loads(run("jobs", "--json").stdout)[0]["loss_after"] == 2.25
+
+
+def test_a_job_that_is_not_there_is_exit_status_4(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(404, json={"error": {"message": "job 'x' does not exist", "type": "not_found_error"}}))
+    done = run("jobs", "x")
+    assert done.exit_code == 4
+    assert "job 'x' does not exist" in done.stderr
+
+
+def test_submit_uploads_the_file_and_sends_what_was_asked(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    sent: dict[str, object] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/files":
+            return httpx.Response(200, json={"id": "file-1", "filename": "a", "bytes": 2, "created_at": 1})
+        if request.method == "POST":
+            sent.update(json.loads(request.read()))
+        return httpx.Response(200, json=MODELS if request.url.path == "/v1/models" else JOB)
+
+    served(answer)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    done = run("submit", str(tmp_path / "train.jsonl"), "--peft", "dora(r=4)", "--lr", "1e-3", "--suffix", "mine", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["fine_tuned_model"] == "mine@1"
+    hyperparameters = {"peft": "dora(r=4)", "learning_rate": 1e-3}
+    assert sent == {
+        "model": "smollm2",
+        "training_file": "file-1",
+        "suffix": "mine",
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+    }
+
+
+def test_a_yaml_file_has_the_same_names_and_options_win(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    sent: dict[str, object] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/fine_tuning/jobs":
+            sent.update(json.loads(request.read()))
+        return httpx.Response(200, json=JOB)
+
+    served(answer)
+    (tmp_path / "job.yaml").write_text("training_file: file-7\nmodel: smollm2\npeft: ia3\nn_epochs: 2\nbatch_size: 8\n")
+    assert run("submit", str(tmp_path / "job.yaml"), "--epochs", "5", "--detach").exit_code == 0
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"peft": "ia3", "n_epochs": 5, "batch_size": 8}}}
+    assert sent == {"model": "smollm2", "training_file": "file-7", "method": method}
+
+
+def test_an_unknown_field_of_a_yaml_file_lists_the_choices(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    served(lambda _: httpx.Response(500))
+    (tmp_path / "job.yaml").write_text("training_file: file-7\nepochs: 2\n")
+    done = run("submit", str(tmp_path / "job.yaml"))
+    assert done.exit_code == 2
+    assert "'epochs'" in done.stderr and "n_epochs" in done.stderr
+
+
+def test_a_failed_job_is_exit_status_1_and_says_why(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    failed = {**JOB, "status": "failed", "error": {"code": "non_finite_loss", "message": "the loss is NaN", "param": None}}
+    served(lambda _: httpx.Response(200, json=failed))
+    (tmp_path / "job.yaml").write_text("training_file: file-7\nmodel: smollm2\n")
+    done = run("submit", str(tmp_path / "job.yaml"), "--json")
+    assert done.exit_code == 1
+    assert "the loss is NaN" in done.stderr
+
+
+def test_chat_prints_one_answer(served: Callable[[Answer], None]) -> None:
+    frames = "".join(f'data: {{"choices": [{{"delta": {{"content": "{text}"}}}}]}}\n\n' for text in ("Hello", " there"))
+    served(lambda _: httpx.Response(200, text=frames + "data: [DONE]\n\n"))
+    assert run("chat", "mine", "-m", "Hi").stdout == "Hello there\n"
+    assert json.loads(run("chat", "mine", "-m", "Hi", "--json").stdout) == {"model": "mine", "message": "Hello there"}
+
+
+def test_logs_tell_the_events_oldest_first(served: Callable[[Answer], None]) -> None:
+    events = [{"id": f"ev-{n}", "created_at": n, "level": "info", "message": f"step {n}", "type": "metrics"} for n in (2, 1)]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"data": events, "has_more": False} if request.url.path.endswith("/events") else JOB)
+
+    served(answer)
+    lines = run("logs", "ftjob-1", "--follow").stdout.splitlines()
+    assert [line.split()[-2:] for line in lines] == [["step", "1"], ["step", "2"]]
+
+
+def test_methods_lists_what_peft_may_say() -> None:
+    names = {method["name"] for method in json.loads(run("methods", "--json").stdout)}
+    assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
+    assert run("methods", "nonsense").exit_code == 2
+
+
+def test_grafts_are_listed_without_the_backbone(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(200, json=MODELS))
+    assert [graft["id"] for graft in json.loads(run("grafts", "list", "--json").stdout)] == ["mine@1"]

@@ -1,0 +1,75 @@
+"""Which replica a request goes to."""
+
+from __future__ import annotations
+
+import pytest
+
+from polygraft.cluster.model import GraftId, ReplicaId
+from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
+
+G = GraftId("g")
+
+
+def replica(
+    name: str,
+    running: int = 0,
+    *,
+    free: int = 90,
+    waiting: int = 0,
+    blocks: int = 100,
+    resident: tuple[GraftId, ...] = (),
+) -> ReplicaView:
+    return ReplicaView(
+        id=ReplicaId(name), running=running, waiting=waiting, blocks=blocks, free_blocks=free, resident=resident
+    )
+
+
+def view(*replicas: ReplicaView) -> RouteView:
+    return RouteView(replicas=replicas, max_streams=4, max_waiting=2, block_size=16)
+
+
+def chosen(*replicas: ReplicaView, slots: int = 16, tried: tuple[str, ...] = ()) -> str | RefusalReason:
+    answer = route(view(*replicas), RouteRequest(graft=G, slots=slots, tried=[ReplicaId(one) for one in tried]))
+    return answer.reason if isinstance(answer, Refusal) else answer
+
+
+def test_the_busiest_replica_that_can_start_it_takes_it() -> None:
+    assert chosen(replica("a", 1), replica("b", 3), replica("c", 2)) == "b"
+    assert chosen(replica("a", 1), replica("b", 4), replica("c", 2)) == "c"  # b has all its streams
+
+
+def test_every_running_stream_must_keep_a_block() -> None:
+    assert chosen(replica("a", 1), replica("b", 3, free=5)) == "b"  # 1 block + 3 streams + itself
+    assert chosen(replica("a", 1), replica("b", 3, free=4)) == "a"
+    assert chosen(replica("a", 1), replica("b", 3, free=5), slots=17) == "a"
+
+
+def test_equally_busy_replicas_differ_by_residency_then_by_free_blocks() -> None:
+    assert chosen(replica("a", 1, resident=(G,)), replica("b", 1), replica("c", 1, free=50)) == "a"
+    assert chosen(replica("a", 1), replica("b", 1), replica("c", 1, free=50)) == "c"
+    assert chosen(replica("a", 1), replica("b", 1)) == "b"
+
+
+def test_where_none_can_start_it_the_shortest_queue_takes_it() -> None:
+    assert chosen(replica("a", 4, waiting=1), replica("b", 4), replica("c", 4, waiting=1)) == "b"
+    assert chosen(replica("a", 1, waiting=1), replica("b", 4)) == "b"  # nobody overtakes a's queue
+    assert chosen(replica("a", 4), replica("b", 4, resident=(G,))) == "b"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "slots", "tried", "reason"),
+    [
+        ((), 16, (), RefusalReason.NO_REPLICA),
+        ((replica("a"),), 16, ("a",), RefusalReason.ALL_FULL),
+        ((replica("a", 4, waiting=2), replica("b", 1, waiting=2)), 16, (), RefusalReason.ALL_FULL),
+        ((replica("a", blocks=10, free=10),), 161, (), RefusalReason.TOO_LONG),
+    ],
+)
+def test_a_refusal_says_why(
+    replicas: tuple[ReplicaView, ...], slots: int, tried: tuple[str, ...], reason: RefusalReason
+) -> None:
+    assert chosen(*replicas, slots=slots, tried=tried) == reason
+
+
+def test_a_replica_that_turned_it_down_is_not_asked_again() -> None:
+    assert chosen(replica("a", 1), replica("b", 3), tried=("b",)) == "a"

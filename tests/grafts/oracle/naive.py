@@ -1,0 +1,96 @@
+"""A graft alone, by hooks on transformers' Llama: each method as its paper's equation, with nothing of ours underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from tests.grafts.oracle.plain import MODULES, Oracle, Place, plain_llama, split
+
+Parts = Mapping[str, Tensor]
+Hook = Callable[[nn.Module, Parts], None]
+
+
+def lora(scale: float) -> Hook:
+    """h = W x + (alpha / r) B A x (Hu et al. 2021, eq. 3)."""
+    return _after(lambda x, y, p: y + scale * (x @ p["A"].T) @ p["B"])
+
+
+def ia3_after() -> Hook:
+    """Keys and values scaled elementwise (Liu et al. 2022, section 3.3)."""
+    return _after(lambda x, y, p: y * p["g"])
+
+
+def ia3_before() -> Hook:
+    """The feed-forward's hidden vector scaled before the second projection (Liu et al. 2022, section 3.3)."""
+
+    def hook(module: nn.Module, parts: Parts) -> None:
+        module.register_forward_pre_hook(lambda _, args: (args[0] * parts["g"], *args[1:]))
+
+    return hook
+
+
+def bitfit() -> Hook:
+    """W x + b with only b trained (Ben Zaken et al. 2022, section 3)."""
+    return _after(lambda x, y, p: y + p["b"])
+
+
+def serial() -> Hook:
+    """h + W_up gelu(W_down h) on a sublayer's output h (Houlsby et al. 2019, figure 2), without biases."""
+    return _after(lambda x, y, p: y + F.gelu(y @ p["A"].T) @ p["B"])
+
+
+def parallel(scale: float) -> Hook:
+    """h + s relu(x W_down) W_up with x the sublayer's input (He et al. 2022, table 1)."""
+    return _after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T) @ p["B"])
+
+
+def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
+    """The model with `values` as leaves; `hooks` says which equation each slot is, in the order they are to apply.
+
+    A slot's k and v parts need no hook: they are rows before every layer's cached keys and values (Li & Liang 2021,
+    eq. 3), so the prompt's positions start after them.
+    """
+    model = plain_llama(folder, dtype)
+    leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
+    for slot, hook in hooks.items():
+        sites: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for name, leaf in leaves.items():
+            owner, layer, site, part = split(name)
+            if owner == slot:
+                sites.setdefault((layer, site), {})[part] = leaf
+        for (layer, site), parts in sites.items():
+            hook(model.model.layers[layer].get_submodule(MODULES[site]), parts)
+    rows = {split(name)[1:]: leaf for name, leaf in leaves.items() if split(name)[2] == "kv"}
+
+    def logits(ids: Tensor) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        for layer in range(model.config.num_hidden_layers if rows else 0):
+            k, v = (_heads(rows[layer, "kv", part], model.config.num_key_value_heads) for part in ("k", "v"))
+            cache.update(k, v, layer)
+        return model(ids[None], past_key_values=cache if rows else None, use_cache=bool(rows)).logits[0]
+
+    return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
+
+
+def _after(equation: Callable[[Tensor, Tensor, Parts], Tensor]) -> Hook:
+    def hook(module: nn.Module, parts: Parts) -> None:
+        def forward(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: object) -> object:
+            x = args[0] if args else kwargs["hidden_states"]
+            if isinstance(out, tuple):
+                return equation(x, out[0], parts), *out[1:]
+            return equation(x, out, parts)
+
+        module.register_forward_hook(forward, with_kwargs=True)
+
+    return hook
+
+
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """[1, heads, p, head_dim] of rows [p, heads * head_dim]."""
+    return rows.unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0)

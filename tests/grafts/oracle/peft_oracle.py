@@ -1,0 +1,57 @@
+"""A graft alone, by Hugging Face PEFT: its model, with given tensors copied into its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from tests.grafts.oracle.plain import MODULES, Oracle, Place, plain_llama, split
+
+
+def peft_oracle(folder: Path, config: PeftConfig, values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
+    """`config` is consumed. Every trainable parameter of PEFT's model is one of `values`, or the assertion fails."""
+    model = get_peft_model(plain_llama(folder, dtype), config, autocast_adapter_dtype=False).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # PEFT makes a prefix in float32 whatever the model
+    places = {name: _place(model, name, value) for name, value in values.items()}
+    assert sum(v.numel() for v in values.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for name, place in places.items():
+            place.view(place.parameter).copy_(values[name])
+    return Oracle(lambda ids: model(input_ids=ids[None], use_cache=False).logits[0], places)
+
+
+def loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> PeftModel:
+    """PEFT's model as a user loads it from a saved folder."""
+    return PeftModel.from_pretrained(plain_llama(folder, dtype), str(adapter))
+
+
+def _place(model: PeftModel, name: str, value: Tensor) -> Place:
+    _, layer, site, part = split(name)
+    if site == "kv":
+        return Place(_prompt(model), partial(_rows, index=2 * layer + (part == "v"), width=value.shape[1]))
+    module = model.base_model.model.model.layers[layer].get_submodule(MODULES[site])
+    match part:
+        case "A":
+            return Place(module.lora_A["default"].weight)
+        case "B":
+            return Place(module.lora_B["default"].weight, lambda t: t.T)
+        case "m":
+            return Place(module.lora_magnitude_vector["default"].weight)
+        case "g":
+            return Place(module.ia3_l["default"], lambda t: t.view(-1))
+    raise KeyError(name)
+
+
+def _prompt(model: PeftModel) -> Tensor:
+    return model.prompt_encoder["default"].embedding.weight
+
+
+def _rows(prompt: Tensor, index: int, width: int) -> Tensor:
+    """One layer's keys or values, [p, kv_width], inside the embedding [p, layers * 2 * kv_width]."""
+    return prompt.view(len(prompt), -1, width)[:, index]

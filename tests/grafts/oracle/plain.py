@@ -1,0 +1,69 @@
+"""The reference backbone: transformers' own Llama, without a line of ours, in float32 or purely in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+MODULES = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "self_attn.o_proj",
+    "attn.out": "self_attn",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+    "ffn.out": "mlp",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an oracle keeps one of our tensors: `view` shows the parameter (or its gradient) in our shape."""
+
+    parameter: Tensor
+    view: Callable[[Tensor], Tensor] = lambda t: t
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """A solo model of one graft: `logits` maps token ids [T] to [T, vocab]; `places` are our tensors' names."""
+
+    logits: Callable[[Tensor], Tensor]
+    places: Mapping[str, Place]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By our names and in our shapes, summed over the backwards so far."""
+        found = {}
+        for name, place in self.places.items():
+            assert place.parameter.grad is not None, f"no gradient reached {name}"
+            found[name] = place.view(place.parameter.grad).clone()
+        return found
+
+
+def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Eager attention; in float64 with SDPA and another RMSNorm, since transformers' own compute in float32 there."""
+    wide = dtype == torch.float64
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa" if wide else "eager")
+    for module in model.modules() if wide else ():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = MethodType(_rms_norm, module)
+    return model.eval().requires_grad_(False)
+
+
+def split(name: str) -> tuple[int, int, str, str]:
+    """(slot, layer, site, part) of a tensor's name such as `0.1.attn.q.A`."""
+    slot, layer, *site, part = name.split(".")
+    return int(slot), int(layer), ".".join(site), part
+
+
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)

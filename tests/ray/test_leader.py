@@ -1,0 +1,131 @@
+"""The controller as an actor of a real Ray, over a real Valkey, with packs whose workers only pretend to train."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray import cloudpickle
+from ray.actor import ActorHandle
+
+from polygraft.cluster.actors.effects import PackHost
+from polygraft.cluster.actors.leader import start_leader
+from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.events import JobStarted, JobSubmitted, PackOpened
+from polygraft.cluster.model import GraftId, Job, JobId, Limits, Pack, PackId
+from polygraft.cluster.publish import publish
+from polygraft.cluster.states import JobState, PackState
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import OLDEST, Store, Write
+from polygraft.cluster.store.connect import connect
+from polygraft.cluster.store.embedded import EmbeddedServer
+from tests.cluster.builders import make_job
+from tests.ray.local import local_ray
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import the tests
+
+
+class Pretender:
+    """A pack whose jobs succeed as soon as they start; `endless` runs on, `deadly` kills the pack."""
+
+    def __init__(self, url: str, pack: PackId) -> None:
+        self._store = connect(url)
+        self._pack = pack
+
+    def run(self) -> None:
+        store, pack = self._store, self._pack
+        lease = store.acquire(keys.pack_scope(pack), "pretender", 60.0, steal=True)
+        assert lease is not None
+        advance_pack(store, PackOpened(pack=pack, at=time.time()), fence=lease.fence)
+        position = OLDEST
+        while True:
+            for position, entry in store.read(keys.commands(pack), position, wait_s=0.5):
+                if entry["op"] == "close":
+                    return
+                job = JobId(str(entry["job"]))
+                started = JobStarted(job=job, pack=pack, parameters=1, steps_total=1, at=time.time())
+                advance_job(store, started, fence=lease.fence)
+                if job == "ftjob-deadly":
+                    raise MemoryError("no memory for ftjob-deadly")
+                if job != "ftjob-endless":
+                    publish(
+                        store,
+                        job,
+                        graft=GraftId("g"),
+                        method="lora",
+                        backbone_fingerprint="f",
+                        parameters=1,
+                        bytes=4,
+                        at=time.time(),
+                        fence=lease.fence,
+                    )
+
+
+def opener(url: str) -> Callable[[Pack], ActorHandle[PackHost]]:
+    return lambda pack: ray.remote(Pretender).options(num_cpus=0, resources={"device": 0.5}).remote(url, pack.id)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(tmp_path / "store") as server, local_ray({}):
+        yield server
+
+
+def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServer) -> None:
+    store = connect(server.url)
+    limits = Limits(idle_s=1.0, max_attempts=1)
+    leader = start_leader(server.url, limits, opener(server.url), name="controller")
+
+    submit(store, "quick")
+    until(lambda: job_of(store, "quick").state is JobState.SUCCEEDED)
+    assert job_of(store, "quick").model == "ftjob-quick@1"
+
+    submit(store, "deadly")
+    until(lambda: job_of(store, "deadly").state is JobState.FAILED)
+    error = job_of(store, "deadly").error
+    assert error is not None and error.code == "its_packs_failed"
+    failed = [pack for pack in packs(store) if pack.state is PackState.FAILED]
+    assert [pack.error for pack in failed] == ["MemoryError: no memory for ftjob-deadly"]
+
+    submit(store, "endless")
+    until(lambda: job_of(store, "endless").state is JobState.RUNNING)
+    first = job_of(store, "endless").pack
+    ray.kill(leader, no_restart=False)  # takes its packs with it; Ray starts it again
+    until(lambda: job_of(store, "endless").state is JobState.RUNNING and job_of(store, "endless").pack != first)
+    assert job_of(store, "endless").attempts == 0
+    ray.get(leader.check.remote())
+
+    server.stop()
+    time.sleep(1.0)
+    server.start()
+    submit(store, "last")
+    until(lambda: job_of(store, "last").state is JobState.SUCCEEDED)
+    ray.get(leader.check.remote())
+    ray.get(leader.stop.remote())
+    assert store.acquire(keys.CONTROLLER, "test", 1.0) is not None
+
+
+def submit(store: Store, name: str) -> None:
+    job = make_job(name, created_at=time.time())
+    store.commit([Write(keys.job(job.id), job, 0)], [JobSubmitted(record=job, at=job.created_at)])
+
+
+def job_of(store: Store, name: str) -> Job:
+    found = store.get(keys.job(JobId(f"ftjob-{name}")))
+    assert found is not None
+    return found.value
+
+
+def packs(store: Store) -> list[Pack]:
+    return [found.value for found in store.scan(keys.PACKS)]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.05)

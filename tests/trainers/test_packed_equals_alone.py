@@ -1,0 +1,252 @@
+"""A job ends with the same bits whoever shares its pack, joins it, leaves it, fails in it or runs out of memory in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.sizes import tensors
+from polygraft.trainers import forward
+from polygraft.trainers.forward import Share
+from polygraft.trainers.job import Recipe, Sample, TrainJob
+from polygraft.trainers.runner import PATIENCE, Active, Failed, PackRunner
+from tests.tiny import tiny_llama
+
+METHODS = {
+    "lora": "lora(r=8, dropout=0.2)",
+    "rslora": "rslora(r=4, at=attn.[qv]|ffn.down)@1",
+    "dora": "dora(r=4)",
+    "ia3": "ia3",
+    "prefix": "prefix(5)",
+    "bitfit": "bitfit",
+    "serial": "serial(8)",
+    "parallel": "parallel(16)",
+}
+# Neighbours that once changed others: a projection's input of their own, slots in another order, the same op twice.
+AWKWARD = {
+    "fused": "ia3(at=attn.o, feedforward=attn.q|ffn.up)",
+    "union": "bitfit(at=attn.*) + ia3 + lora(r=2, at=attn.*) + parallel(4, at=attn.v|ffn.out)",
+    "twice": "lora(r=3) + lora(r=5, at=attn.q) + prefix(2)",
+}
+MAX_ROWS = 160  # less than all jobs' micro-batches together, so that the company changes from step to step
+
+
+@cache
+def backbone_of(folder: Path, dtype: torch.dtype) -> Backbone:
+    return Backbone.load(folder, dtype)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def fp32(folder: Path) -> Backbone:
+    return backbone_of(folder, torch.float32)
+
+
+def a_job(name: str, text: str, *, seed: int, steps: int) -> TrainJob:
+    """Own data, lengths, batch size, rate, schedule and epochs; at least `steps` optimiser steps."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(9):
+        length = int(torch.randint(3, 30, (1,), generator=generator))
+        ids = torch.randint(0, 512, (length,), generator=generator).tolist()
+        muted = int(torch.randint(1, length, (1,), generator=generator))
+        samples.append(Sample(tuple(ids), (0.0,) * muted + (1.0,) * (length - muted)))
+    batch = 1 + seed % 5
+    recipe = Recipe(
+        epochs=ceil(steps / ceil(len(samples) / batch)),
+        batch_size=batch,
+        learning_rate=3e-3 * (1 + seed % 3),
+        schedule=("linear", "cosine", "constant")[seed % 3],
+        warmup_ratio=0.1 * (seed % 2),
+        weight_decay=0.01 * (seed % 4),
+        seed=seed,
+        micro_rows=48,
+    )
+    return TrainJob(name, parse(text), recipe, tuple(samples))
+
+
+def jobs_of(steps: int, texts: Mapping[str, str]) -> list[TrainJob]:
+    return [a_job(name, text, seed=seed, steps=steps) for seed, (name, text) in enumerate(texts.items())]
+
+
+def run(
+    pack: PackRunner, between: Callable[[PackRunner], None] = lambda _: None, failures: list[Failed] | None = None
+) -> dict[str, Tensor]:
+    """Step until no job is left; the weights of those that finished. `between` runs before every step.
+
+    Jobs that fail leave; that is an error unless there is a list of `failures` to note it in.
+    """
+    ended: dict[str, Tensor] = {}
+    while pack.jobs:
+        between(pack)
+        for failed in pack.step().failed:
+            assert failures is not None, failed
+            failures.append(failed)
+            pack.remove(failed.job)
+        for active in [active for active in pack.jobs.values() if active.finished]:
+            ended[active.job.id] = pack.remove(active.job.id).slab.master.clone()
+    return ended
+
+
+def together(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
+    pack = PackRunner(backbone, max_rows=MAX_ROWS)
+    for job in jobs:
+        pack.admit(job)
+    return pack
+
+
+def alone(backbone: Backbone, job: TrainJob) -> Tensor:
+    return run(together(backbone, [job]))[job.id]
+
+
+def assert_as_alone(ended: Mapping[str, Tensor], jobs: Sequence[TrainJob], backbone: Backbone) -> None:
+    assert ended.keys() == {job.id for job in jobs}
+    differing = [job.id for job in jobs if not torch.equal(ended[job.id], alone(backbone, job))]
+    assert not differing
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fp64_gradients_beside_three_other_methods_are_those_alone(name: str, folder: Path) -> None:
+    backbone = backbone_of(folder, torch.float64)
+    place = list(METHODS).index(name)
+    company = [list(METHODS)[(place + offset) % len(METHODS)] for offset in (3, 6, 0, 1)]
+    packed = gradients(backbone, company)[name]
+    for tensor, expected in gradients(backbone, [name])[name].items():
+        assert expected.norm() > 0, f"{tensor} plays no part"
+        assert (packed[tensor] - expected).norm() <= 1e-9 * expected.norm(), tensor
+
+
+def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Of every graft's tensors after one packed forward and backward, from random values."""
+    jobs = {name: a_job(name, METHODS[name], seed=list(METHODS).index(name), steps=1) for name in names}
+    residents, shares = [], []
+    for graft, (name, job) in enumerate(jobs.items()):
+        generator = torch.Generator().manual_seed(job.recipe.seed)
+        values = {
+            t.name: 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64) + (t.part in "gm")
+            for t in tensors(job.spec, backbone.shape)
+        }
+        residents.append(Resident(name, job.spec, values))
+        seed = job.recipe.seed
+        shares.append(Share(graft, job.spec.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed))
+    stacks = backbone.stacks(residents, trainable=True)
+    forward.train(backbone, stacks, shares)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, pieces in zip(jobs, stacks.pieces):
+        parts = {piece.tensor.name: piece.gradient() for piece in pieces}
+        found[name] = {tensor: part.clone() for tensor, part in parts.items() if part is not None}
+        assert found[name].keys() == parts.keys()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_hundred_steps_in_company_leave_the_bits_of_a_hundred_steps_alone(dtype: torch.dtype, folder: Path) -> None:
+    backbone = backbone_of(folder, dtype)
+    jobs = jobs_of(100, METHODS)
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_unions_and_input_scales_change_no_neighbour(fp32: Backbone) -> None:
+    jobs = jobs_of(8, {**METHODS, **AWKWARD})
+    assert_as_alone(run(together(fp32, jobs)), jobs, fp32)
+
+
+@pytest.mark.parametrize("poison", ["nan weights", "infinite rate"])
+def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone) -> None:
+    jobs = jobs_of(12, METHODS)
+    bad = a_job("bad", "lora(r=8) + bitfit + prefix(3)", seed=20, steps=200)
+    pack = together(fp32, jobs[:4])
+    if poison == "nan weights":
+        slab = Slab(bad.spec, fp32.shape)
+        slab.master.fill_(torch.nan)
+        pack.restore(Active(bad, slab))
+    else:
+        pack.admit(TrainJob("bad", bad.spec, Recipe(epochs=200, batch_size=2, learning_rate=1e30), bad.train))
+    for job in jobs[4:]:
+        pack.admit(job)
+    failures: list[Failed] = []
+    steps: list[int] = []
+    ended = run(pack, lambda pack: steps.append(pack.jobs["bad"].step) if "bad" in pack.jobs else None, failures)
+    assert max(steps) < 200
+    assert [(failed.job, failed.code) for failed in failures] == [("bad", "non_finite_loss")]
+    assert "learning_rate" in failures[0].message
+    assert_as_alone(ended, jobs, fp32)
+
+
+def test_joining_late_and_leaving_early_change_nothing_for_the_others(fp32: Backbone) -> None:
+    jobs = jobs_of(15, METHODS)
+    gone = a_job("gone", "parallel(8) + lora(r=8)", seed=30, steps=200)
+    pack = together(fp32, [jobs[0], gone, *jobs[1:4]])
+    late = {3: jobs[4], 9: jobs[5], 10: jobs[6], 25: jobs[7]}
+
+    def between(pack: PackRunner) -> None:
+        if pack.steps in late:
+            pack.admit(late.pop(pack.steps))
+        if pack.steps == 17:
+            assert pack.remove("gone").step > 0
+
+    assert_as_alone(run(pack, between), jobs, fp32)
+
+
+@pytest.mark.parametrize("message", ["", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"])
+def test_micro_batches_that_do_not_fit_together_run_apart(
+    message: str, fp32: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, calls = jobs_of(10, METHODS), []
+    real = forward.train
+
+    def small(backbone: Backbone, stacks: object, shares: Sequence[Share]) -> list[float]:
+        calls.append(len(shares))
+        losses = real(backbone, stacks, shares)  # type: ignore[arg-type]
+        if len(shares) > 2:  # after the work, so that what it left behind could be counted twice
+            raise RuntimeError(message) if message else MemoryError
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "train", small)
+        ended = run(together(fp32, jobs))
+    assert max(calls) > 2
+    assert_as_alone(ended, jobs, fp32)
+
+
+def test_the_job_that_does_not_fit_alone_is_found_and_fails_alone(
+    fp32: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(10, METHODS)
+    big = a_job("big", "lora(r=7)", seed=40, steps=200)
+    real = forward.train
+
+    def full(backbone: Backbone, stacks: object, shares: Sequence[Share]) -> list[float]:
+        if any(sample in big.train for share in shares for sample in share.samples):
+            raise MemoryError
+        return real(backbone, stacks, shares)  # type: ignore[arg-type]
+
+    failures: list[Failed] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "train", full)
+        ended = run(together(fp32, [*jobs[:3], big, *jobs[3:]]), failures=failures)
+    assert [(failed.job, failed.code) for failed in failures] == [("big", "out_of_memory")]
+    assert_as_alone(ended, jobs, fp32)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(fp32: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object) -> list[float]:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(forward, "train", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        together(fp32, jobs_of(1, METHODS)).step()
