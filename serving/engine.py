@@ -81,6 +81,8 @@ class Engine:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        else:
+            self._log.close()
         self._loader.close()
 
     def healthy(self, stall_s: float) -> bool:
@@ -90,6 +92,10 @@ class Engine:
     def listen(self, ingress: str, listener: Listener) -> None:
         """Hand `ingress` its tokens from now on, on the engine's thread."""
         self._outbox.listen(ingress, listener)
+
+    def hears(self, ingress: str) -> bool:
+        """Whether `ingress` has a listener."""
+        return self._outbox.hears(ingress)
 
     def leave(self, ingress: str, listener: Listener) -> None:
         """The reader is gone; unless another took its place, its requests end."""

@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -37,7 +39,7 @@ class Link(Protocol):
     """One replica as its ingress sees it. Every method raises `ConnectionError` when the replica is gone."""
 
     async def submit(self, request: GenerationRequest) -> bool:
-        """Queue the request; False when the replica's queue is full."""
+        """Queue the request; False when the replica's queue is full. `messages` of its ingress must be open."""
         ...
 
     async def cancel(self, request: str) -> None:
@@ -73,11 +75,16 @@ class Gateway:
         self._loads: dict[ReplicaId, Load] = {}
         self._sent: Counter[ReplicaId] = Counter()  # submitted since the replica's last message
         self._changed = asyncio.Event()
+        self._pumps: dict[ReplicaId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._context = Context()
 
     async def start(self) -> None:
+        # Later tasks run in this context, not in that of the request they were made in: Serve cancels what a request
+        # started when its client hangs up, and that is just when the engine must be told.
+        self._context = copy_context()
         for replica in self._links:
-            self._spawn(self._pump(replica))
+            self._connect(replica)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -132,14 +139,21 @@ class Gateway:
                             return stream
                         full.add(replica)
                         self._sent[replica] -= 1
-                    except ConnectionError:
+                    except ConnectionError as error:
+                        _LOG.warning("replica %s took no request: %s", replica, error)
                         self._lose(replica)
+                        self._connect(replica)
         except TimeoutError:
-            self._streams.pop(request.id, None)
+            self._forget(stream)
             raise Unavailable(f"no replica came up within {self._ready_s:.0f} s") from None
         except BaseException:
-            self._streams.pop(request.id, None)
+            self._forget(stream)
             raise
+
+    def _forget(self, stream: _Stream) -> None:
+        """Give up a submission; if it was under way (a client that hung up), the replica may have got it."""
+        if self._streams.pop(stream.request.id, None) is not None:
+            self._spawn(self._cancel(stream))
 
     async def _resume(self, stream: _Stream) -> None:
         """Submit what is left of a stream whose replica is gone, as its next attempt."""
@@ -211,12 +225,17 @@ class Gateway:
                 stream.arrived.put_nowait(None)
 
     async def _cancel(self, stream: _Stream) -> None:
-        try:
+        with suppress(ConnectionError):  # the replica is gone, and the request with it
             await self._links[stream.replica].cancel(stream.request.id)
-        except ConnectionError:
-            pass  # the replica is gone, and the request with it
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
+    def _connect(self, replica: ReplicaId) -> None:
+        """Follow the replica's messages, from a new connection."""
+        if replica in self._pumps:
+            self._pumps[replica].cancel()
+        self._pumps[replica] = self._spawn(self._pump(replica))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

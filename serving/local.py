@@ -17,6 +17,8 @@ class LocalLink:
         self._engine = engine
 
     async def submit(self, request: GenerationRequest) -> bool:
+        if not self._engine.hears(request.ingress):  # nobody would get the tokens: the ingress must connect again
+            raise ConnectionError(f"ingress {request.ingress!r} does not follow this replica's messages")
         return self._engine.submit(request)
 
     async def cancel(self, request: str) -> None:

@@ -24,6 +24,10 @@ class Outbox:
         with self._lock:
             self._listeners[ingress] = listener
 
+    def hears(self, ingress: str) -> bool:
+        with self._lock:
+            return ingress in self._listeners
+
     def leave(self, ingress: str, listener: Listener) -> bool:
         """Stop calling `listener`; False when another took its place before."""
         with self._lock:

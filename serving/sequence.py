@@ -50,7 +50,6 @@ class Sequence:
     prefix: int = 0
     computed: int = 0
     tokens: list[int] = field(default_factory=list)
-    preemptions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.generated]

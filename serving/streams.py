@@ -114,7 +114,6 @@ class Streams:
         """Back to the queue with its original arrival; what it has said is kept and computed again as context."""
         self._release(sequence)
         sequence.computed = 0
-        sequence.preemptions += 1
         self.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:

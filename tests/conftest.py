@@ -15,6 +15,7 @@ from hypothesis import settings
 os.environ.update(
     {
         "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve each other when several processes compute
         "RAY_AUTH_MODE": "disabled",  # else a stray token in the home folder decides
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every shutdown of Serve waits 30 s
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
-from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
@@ -68,7 +68,9 @@ def train_loop(config: dict[str, object]) -> None:
     plan = PackPlan(**config)  # type: ignore[arg-type]
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(plan.backbone_folder)
-    runner = PackRunner(Backbone.load(folder, DTYPES[plan.dtype]), max_rows=plan.max_rows)
+    dtype = DTYPES[plan.dtype] or best_dtype()
+    backbone = Backbone.load(folder, dtype, prepack=dtype == torch.float32)  # in bf16 plain weights are as fast here
+    runner = PackRunner(backbone, max_rows=plan.max_rows)
     store = connect(plan.store_url)
     worker = PackWorker(
         PackId(plan.pack),

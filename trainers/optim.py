@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.trainers.job import Recipe
@@ -10,16 +11,17 @@ from polygraft.trainers.job import Recipe
 
 def grad_norm(slab: Slab) -> float:
     """L2 norm of the job's whole gradient; inf or nan when any part is."""
-    return float(torch.linalg.vector_norm(slab.grad))
+    return float(torch.linalg.vector_norm(_collected(slab)))
 
 
 def adamw(slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: float) -> None:
     """Update the master weights with the collected gradient; `step` counts from 0. The gradient is cleared."""
+    grad = _collected(slab)
     if recipe.max_grad_norm and norm > recipe.max_grad_norm:
-        slab.grad.mul_(recipe.max_grad_norm / (norm + 1e-6))
+        grad.mul_(recipe.max_grad_norm / (norm + 1e-6))
     torch._fused_adamw_(
         [slab.master],
-        [slab.grad],
+        [grad],
         [slab.exp_avg],
         [slab.exp_avg_sq],
         [],
@@ -32,4 +34,9 @@ def adamw(slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: 
         amsgrad=False,
         maximize=False,
     )
-    slab.grad.zero_()
+    slab.clear()
+
+
+def _collected(slab: Slab) -> Tensor:
+    assert slab.grad is not None, "an optimiser step without a collected gradient"
+    return slab.grad

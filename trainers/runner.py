@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -129,15 +129,12 @@ class PackRunner:
         begin = self._clock()
         riders = self._riders()
         shares = {active.job.id: self._share(active) for active in riders}
-        losses, failed = self._run(shares)
-        stepped: list[Stepped] = []
-        for job, loss in losses.items():
-            outcome = self._collected(self.jobs[job], shares[job], loss)
-            stepped += [outcome] if isinstance(outcome, Stepped) else []
-            failed += [outcome] if isinstance(outcome, Failed) else []
+        outcomes = tuple(self._run(shares))
+        stepped = tuple(outcome for outcome in outcomes if isinstance(outcome, Stepped))
+        failed = tuple(outcome for outcome in outcomes if isinstance(outcome, Failed))
         self.steps += 1
         rows = sum(share.rows for share in shares.values())
-        return PackStep(self.steps, rows, tuple(shares), tuple(stepped), tuple(failed), self._clock() - begin)
+        return PackStep(self.steps, rows, tuple(shares), stepped, failed, self._clock() - begin)
 
     def _riders(self) -> list[Active]:
         """Unfinished jobs, least served first, while their next micro-batch fits; the first always rides."""
@@ -165,11 +162,13 @@ class PackRunner:
             key=_key(job, active.step) if dropped else None,
         )
 
-    def _run(self, shares: Mapping[str, Share]) -> tuple[dict[str, float], list[Failed]]:
-        """Losses by job; after an allocation failure whole micro-batches leave the forward, down to the job that
-        fails alone."""
+    def _run(self, shares: Mapping[str, Share]) -> Iterator[Stepped | Failed]:
+        """What a forward over `shares` led to. A job's gradient is collected and used before the next job's is.
+
+        After an allocation failure whole micro-batches leave the forward, down to the job that fails alone.
+        """
         if not shares:
-            return {}, []
+            return
         try:
             losses = forward.train(self.backbone, self._stacks, tuple(shares.values()))
         except (MemoryError, RuntimeError) as error:
@@ -177,19 +176,17 @@ class PackRunner:
                 raise
             names = list(shares)
             if len(names) == 1:
-                return {}, [
-                    Failed(names[0], "out_of_memory", f"one micro-batch of {shares[names[0]].rows} rows does not fit")
-                ]
-            merged: dict[str, float] = {}
-            failed: list[Failed] = []
+                message = f"one micro-batch of {shares[names[0]].rows} rows does not fit"
+                yield Failed(names[0], "out_of_memory", message)
+                return
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-                part, wrong = self._run({name: shares[name] for name in half})
-                merged |= part
-                failed += wrong
-            return merged, failed
-        for job, share in shares.items():
-            self.jobs[job].slab.collect(self._stacks.pieces[share.graft])
-        return dict(zip(shares, losses)), []
+                yield from self._run({name: shares[name] for name in half})
+            return
+        for (job, share), loss in zip(shares.items(), losses, strict=True):
+            active = self.jobs[job]
+            active.slab.collect(self._stacks.pieces[share.graft])
+            if (outcome := self._collected(active, share, loss)) is not None:
+                yield outcome
 
     def _collected(self, active: Active, share: Share, loss: float) -> Stepped | Failed | None:
         """Account for a collected micro-batch; take the optimiser step when the global batch is complete."""
@@ -207,7 +204,7 @@ class PackRunner:
             self._stacks.refresh(share.graft)
             active.skipped = 0
         else:
-            active.slab.grad.zero_()
+            active.slab.clear()
             active.skipped += 1
         done = Stepped(job.id, step + 1, active.loss, norm, rate, active.tokens, not usable)
         active.chain = sha256(f"{active.chain}/{job.batch(step)}".encode()).hexdigest()[:16]

@@ -106,10 +106,20 @@ class StudySearcher(Searcher):
         """Trials still to be run."""
         return len(self._again) + max(0, self._limit - len(self.study.trials))
 
+    @property
+    def told(self) -> int:
+        return sum(trial.state is not TrialState.RUNNING for trial in self.study.trials)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to ask and nothing to wait for."""
+        return self.told == len(self.study.trials) >= self._limit
+
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
         try:
             trial = self._next()
         except Exhausted:
+            self._limit = len(self.study.trials)
             trial = None
         except Exception as error:
             self.error = error
@@ -196,9 +206,8 @@ def _fit(trainable: type[tune.Trainable], bridge: StudySearcher, plan: SearchPla
         raise
     if bridge.error is not None:
         raise bridge.error
-    running = sum(trial.state is TrialState.RUNNING for trial in bridge.study.trials)
-    if running:
-        raise Interrupted(f"{running} trials were running; their jobs are cancelled unless the search goes on soon")
+    if not bridge.finished:
+        raise Interrupted(f"the search was stopped after {bridge.told} of {plan.trials} trials; begin it again to go on")
 
 
 def _unused(folder: Path) -> int:
@@ -215,8 +224,14 @@ def _connected(cluster: RayCluster) -> Iterator[None]:
         os.environ["RAY_AUTH_MODE"] = "disabled"
     else:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(cluster.token))
-    own = {"include_dashboard": False, "object_store_memory": 100 << 20} if cluster.address == "local" else {}
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
+    own = cluster.address == "local"
+    ray.init(
+        address=cluster.address,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        include_dashboard=False if own else None,
+        object_store_memory=100 << 20 if own else None,
+    )
     try:
         yield
     finally:
@@ -227,7 +242,7 @@ def _connected(cluster: RayCluster) -> Iterator[None]:
 def _environment() -> Iterator[None]:
     """What Tune and Ray read from the environment, as it was again afterwards; and their loggers only for errors."""
     wanted = {
-        "RAY_AIR_NEW_OUTPUT": "1",  # the one that verbose=0 silences wholly
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints even when verbose is 0
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }

@@ -40,8 +40,8 @@ class JobTrial(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, object]) -> tune.PlacementGroupFactory:
-        """None: a trial waits, and Ray's default of a CPU would let two of them run on a small machine."""
-        return tune.PlacementGroupFactory([{"CPU": 0}])
+        """Next to nothing (Tune refuses nothing): a trial only waits; with Ray's default two would fill two cores."""
+        return tune.PlacementGroupFactory([{"CPU": 0.01}])
 
     # The other arguments come from tune.with_parameters, so that the key stays out of the files that Tune writes.
     def setup(  # type: ignore[override]

@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex
+from typing import ParamSpec, TypeVar
 
 from polygraft.cluster.api_keys import create_key, verify_key
 from polygraft.cluster.launch.cache import backbone_cache
-from polygraft.cluster.launch.local_ray import environment, start_ray
+from polygraft.cluster.launch.local_ray import DEVICE, environment, start_ray
 from polygraft.cluster.launch.processes import Identity
 from polygraft.cluster.launch.run_folder import RunFolder
 from polygraft.cluster.model import TenantId
@@ -27,27 +29,26 @@ from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 
 _LOG = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 LOCAL = TenantId("local")
-_LOOK_S = 1.0
+_LOOK_S = 2.0
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     folder = RunFolder(settings.home)
     os.environ.update(environment(folder.ray_token))
     store = connect(settings.store_url)
     make_local_key(store, settings)
     store.close()
-    _serve(settings, folder, Path(sys.argv[2]), stop)
+    _serve(settings, folder, Path(sys.argv[2]))
     return 0
 
 
-def _serve(settings: Settings, folder: RunFolder, scratch: Path, stop: threading.Event) -> None:
-    """Everything that runs under Ray, until `stop` is set or the supervisor is gone."""
+def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
+    """Everything that runs under Ray, until SIGTERM or the end of the supervisor."""
     supervisor = Identity.of(os.getppid())
     folder.enter("starting Ray")
     import ray
@@ -55,19 +56,26 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path, stop: threading
 
     from polygraft.cluster.actors.leader import start_leader
     from polygraft.cluster.launch.packs import OpenHost
-    from polygraft.cluster.launch.serve_app import application
+    from polygraft.cluster.launch.reservations import Reservations
+
+    def elsewhere(task: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """In a process of its own, which takes torch away with it."""
+        result: R = ray.get(ray.remote(num_cpus=0, max_calls=1)(task).remote(*args, **kwargs))
+        return result
 
     namespace = f"polygraft-{token_hex(4)}"
     address = start_ray(scratch, namespace)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # only now, since Ray sets handlers of its own
+        signal.signal(number, lambda *_: stop.set())
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
-        prepare = ray.remote(num_cpus=0, max_calls=1)(_prepare)  # in a process of its own, which takes torch away with it
-        backbone = ray.get(prepare.remote(settings.backbone, backbone_cache()))
+        backbone = elsewhere(_prepare, settings.backbone, backbone_cache())
         folder.enter("starting the controller")
         leader = start_leader(settings.store_url, settings.pack_limits, OpenHost.of(settings, backbone), name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
         serve.start(http_options={"host": settings.host, "port": settings.port})
-        serve.run(application(settings, backbone), name="polygraft", route_prefix="/")
+        elsewhere(_deploy, settings, backbone)
         ray.get(leader.check.remote())
         service = Service(
             url=f"http://{_reachable(settings.host)}:{settings.port}",
@@ -83,7 +91,9 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path, stop: threading
         announce(settings.service_path, service)
         folder.enter("ready")
         _LOG.info("ready at %s", service.url)
+        reservations = Reservations(DEVICE)
         while not stop.wait(_LOOK_S):
+            reservations.release(time.monotonic())
             if not supervisor.alive():
                 _LOG.error("the supervisor is gone; ending")
                 break
@@ -107,6 +117,14 @@ def _prepare(backbone: str, cache: Path) -> Path:
     from polygraft.grafts.runtime.pretrained import materialise
 
     return materialise(backbone, cache)
+
+
+def _deploy(settings: Settings, backbone_folder: Path) -> None:
+    from ray import serve
+
+    from polygraft.cluster.launch.serve_app import application
+
+    serve.run(application(settings, backbone_folder), name="polygraft", route_prefix="/")
 
 
 def _reachable(host: str) -> str:

@@ -49,8 +49,8 @@ def print_json(value: JsonOut | BaseModel | Iterable[BaseModel]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """A table; a column whose name begins with "#" is numbers, flushed right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    """A table; a column whose name begins with "#" is numbers, flushed right. Without columns it has no header."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(columns))
     for column in columns:
         table.add_column(column.removeprefix("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
     for row in rows:

@@ -25,31 +25,33 @@ FUSED = (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("ffn.gate", "ffn.up"), ("
 class Backbone:
     """A decoder without gradients for its own weights. Build it with `Backbone.load`."""
 
-    def __init__(self, model: nn.Module, shape: ModelShape, fingerprint: str, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, shape: ModelShape, fingerprint: str, folder: Path, *, prepack: bool = True
+    ) -> None:
         """Takes over `model`, a transformers LlamaForCausalLM in eval mode, and replaces the modules at its sites."""
         self.shape, self.fingerprint, self.folder = shape, fingerprint, folder
         self.decoder: nn.Module = model.model  # type: ignore[assignment]
         model.requires_grad_(False)
         self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
         for layer in range(shape.layers):
-            self._adopt(layer)
+            self._adopt(layer, prepack)
         norm = self.decoder.norm
         self.decoder.norm = SiteNorm(None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type,union-attr]
         self.embedding: Tensor = self.decoder.embed_tokens.weight.detach()  # type: ignore[union-attr,operator]
-        self.head = FrozenLinear([model.lm_head.weight], [None])  # type: ignore[union-attr,list-item]
+        self.head = FrozenLinear([model.lm_head.weight], [None], prepack=prepack)  # type: ignore[union-attr,list-item]
         self.dtype = self.embedding.dtype
 
     @staticmethod
-    def load(folder: Path, dtype: torch.dtype | None = None) -> Backbone:
+    def load(folder: Path, dtype: torch.dtype | None = None, *, prepack: bool = True) -> Backbone:
         """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it,
-        else fp32."""
+        else fp32. `prepack` as in FrozenLinear: for small-row steps, at the price of memory."""
         from transformers import AutoModelForCausalLM
 
         shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or best_dtype(), attn_implementation=attention_module.register(), use_safetensors=True
         )
-        return Backbone(model.eval(), shape, fingerprint(folder), folder)  # type: ignore[no-untyped-call]
+        return Backbone(model.eval(), shape, fingerprint(folder), folder, prepack=prepack)  # type: ignore[no-untyped-call]
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents` for this backbone's dtype and linears."""
@@ -78,11 +80,11 @@ class Backbone:
         product = self.head.product(F.pad(hidden_ND, (0, 0, 0, padded(count) - count)))[:count]
         return product.to(torch.promote_types(product.dtype, torch.float32))
 
-    def _adopt(self, layer: int) -> None:
+    def _adopt(self, layer: int, prepack: bool) -> None:
         """Replace the modules of one layer, innermost first."""
         for names in FUSED:
             modules = [self._module(Site(layer, name)) for name in names]
-            linear = FrozenLinear([m.weight for m in modules], [m.bias for m in modules])  # type: ignore[misc]
+            linear = FrozenLinear([m.weight for m in modules], [m.bias for m in modules], prepack=prepack)  # type: ignore[misc]
             for member, name in enumerate(names):
                 site = Site(layer, name)
                 self.linears[site] = (linear, member)

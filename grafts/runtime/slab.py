@@ -15,16 +15,17 @@ from polygraft.grafts.spec import GraftSpec
 
 class Slab:
     """Job-major memory: to save, clone or move a job is to copy three tensors. `views` are the master's tensors by
-    name."""
+    name. The gradient exists only from the first `collect` of a step to `clear`, so that it never adds to a forward's
+    activations.
+    """
 
     def __init__(self, spec: GraftSpec, shape: ModelShape, dtype: torch.dtype = torch.float32) -> None:
         layout = tensors(spec, shape)
-        self.master, self.grad, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(sum(t.numel for t in layout), dtype=dtype) for _ in range(4)
-        )
-        sizes = [t.numel for t in layout]
-        self.views = {t.name: v.view(t.shape) for t, v in zip(layout, self.master.split_with_sizes(sizes))}
-        self._grads = {t.name: v for t, v in zip(layout, self.grad.split_with_sizes(sizes))}
+        self._names, self._sizes = [t.name for t in layout], [t.numel for t in layout]
+        self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(self._sizes), dtype=dtype) for _ in range(3))
+        pieces = self.master.split_with_sizes(self._sizes)
+        self.views = {t.name: piece.view(t.shape) for t, piece in zip(layout, pieces, strict=True)}
+        self.grad: Tensor | None = None
 
     def fill(self, start: Mapping[str, Tensor]) -> None:
         """Set the master weights from tensors by name."""
@@ -33,7 +34,14 @@ class Slab:
 
     def collect(self, pieces: Sequence[Piece]) -> None:
         """Add the gradients that a backward left in the stacks' rows of this job."""
-        found = [(self._grads[piece.tensor.name], piece.gradient()) for piece in pieces]
+        if self.grad is None:
+            self.grad = torch.zeros_like(self.master)
+        rows = dict(zip(self._names, self.grad.split_with_sizes(self._sizes), strict=True))
+        found = [(rows[piece.tensor.name], piece.gradient()) for piece in pieces]
         pairs = [(into, part.reshape(-1)) for into, part in found if part is not None]
         if pairs:
             torch._foreach_add_([into for into, _ in pairs], [part for _, part in pairs])
+
+    def clear(self) -> None:
+        """Forget the collected gradient."""
+        self.grad = None

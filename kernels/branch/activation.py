@@ -16,8 +16,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def forward(act: str, hidden_NMR: Tensor) -> Tensor:
-    """act(hidden), member by member where it matters: a vectorised loop does the last few elements of a tensor with other
-    functions (float32 silu), so that a segment's bits would depend on where the batched product ends."""
+    """act(hidden), member by member where it matters.
+
+    A vectorised loop does the last few elements of a tensor by other functions (float32 silu), so that a segment's bits
+    would depend on where the batched product ends.
+    """
     if act in ("identity", "relu") or len(hidden_NMR) == 1:
         return ACTIVATIONS[act](hidden_NMR)
     return torch.stack([ACTIVATIONS[act](hidden) for hidden in hidden_NMR])

@@ -16,6 +16,7 @@ from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.validation import shown
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
@@ -116,7 +117,11 @@ def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft
 
 
 def _prefix(graft: Graft | None) -> int:
-    return parse(graft.method).prefix_length if graft else 0
+    """Virtual tokens of the graft; an imported one may be described in words that say nothing of them."""
+    try:
+        return parse(graft.method).prefix_length if graft else 0
+    except SpecError:
+        return 0  # the engine knows, and refuses what does not fit
 
 
 async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:

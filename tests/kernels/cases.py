@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
+from tests.kernels.compare import Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,14 @@ CASES = {
         70, 27, (Segment(0, 1, 0, 5, 0.7), Segment(1, 3, 5, 6), Segment(3, 67, 6, 23, 1.3), Segment(67, 70, 23, 27))
     ),
     "equal shapes, one factor": Case(12, 9, tuple(Segment(4 * i, 4 * i + 4, 3 * i, 3 * i + 3, 2.0) for i in range(3))),
-    "equal shapes, other factors": Case(12, 9, tuple(Segment(4 * i, 4 * i + 4, 3 * i, 3 * i + 3, i / 3) for i in range(3))),
+    "equal shapes, many factors": Case(
+        12, 9, tuple(Segment(4 * i, 4 * i + 4, 3 * i, 3 * i + 3, i / 3) for i in range(3))
+    ),
     "one-row segments": Case(9, 18, tuple(Segment(i, i + 1, 2 * i, 2 * i + 2, 1 / (i + 1)) for i in range(9))),
     "empty segments": Case(
-        8, 6, (Segment(0, 0, 0, 2), Segment(0, 5, 2, 2), Segment(0, 5, 2, 5, 0.9), Segment(8, 8, 5, 6), Segment(5, 8, 0, 2))
+        8,
+        6,
+        (Segment(0, 0, 0, 2), Segment(0, 5, 2, 2), Segment(0, 5, 2, 5, 0.9), Segment(8, 8, 5, 6), Segment(5, 8, 0, 2)),
     ),
     "uncovered rows and ranks": Case(20, 12, (Segment(3, 7, 2, 5), Segment(11, 17, 8, 11, 0.4))),
     "unsorted": Case(20, 12, (Segment(11, 17, 8, 11, 0.4), Segment(17, 20, 0, 3), Segment(3, 7, 3, 5))),
@@ -61,3 +66,39 @@ def branch_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict[s
         "B": normal(case.stack_rows, case.d_out),
     }
     return {name: tensor.to(dtype) for name, tensor in inputs.items()}, normal(case.rows, case.d_out).to(dtype)
+
+
+class Joined:
+    """The segment of a case with foreign ones of (rows, rank, factor) before and after it, in batch and stack."""
+
+    def __init__(
+        self, own: Case, before: list[tuple[int, int, float]], after: list[tuple[int, int, float]], dtype: torch.dtype
+    ) -> None:
+        items: list[Segment] = []
+        start = first = 0
+        for rows, rank, scale in (*before, (own.rows, own.stack_rows, own.items[0].scale), *after):
+            items.append(Segment(start, start + rows, first, first + rank, scale))
+            start, first = start + rows, first + rank
+        self.segments = Segments(tuple(items))
+        placed = items[len(before)]
+        self.batch, self.stack = slice(placed.start, placed.stop), slice(placed.first, placed.last)
+        self.inputs, self.upstream = branch_inputs(Case(start, first, (), own.d_in, own.d_out), dtype, seed=1)
+        inputs, upstream = branch_inputs(own, dtype)
+        for name, tensor in inputs.items():
+            self.inputs[name][self._place(name)] = tensor
+        self.upstream[self.batch] = upstream
+
+    def fill_others(self, value: float, *names: str) -> None:
+        """Set the foreign rows of the named tensors (an input or `upstream`; all of them by default) to a value."""
+        for name, tensor in {**self.inputs, "upstream": self.upstream}.items():
+            if not names or name in names:
+                own = tensor[self._place(name)].clone()
+                tensor[:] = value
+                tensor[self._place(name)] = own
+
+    def own(self, results: Results) -> Results:
+        """The segment's share of the results."""
+        return {name: tensor[self._place(name)] for name, tensor in results.items()}
+
+    def _place(self, name: str) -> slice:
+        return self.stack if name in ("A", "B", "d.A", "d.B") else self.batch

@@ -1,4 +1,4 @@
-"""The gateway over real engines whose connections break: a stream goes on elsewhere with the tokens it would have had."""
+"""The gateway over real engines whose connections break: a stream goes on with the tokens it would have had."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLED = replace(request("a", (5, 6, 7), 30), temperature=1.2, seed=3)
 
 
 class Breaking(LocalLink):
-    """Breaks when it has passed on `tokens` tokens, `times` times, each time with the token after that already computed."""
+    """Breaks after `tokens` tokens, `times` times, each time with the token after that already computed."""
 
     def __init__(self, engine: Engine, tokens: int, times: int = 1) -> None:
         super().__init__(engine)

@@ -1,4 +1,4 @@
-"""A service's job API, played: jobs take a fixed time, end with a loss that follows from their graft, and obey leases."""
+"""A service's job API, played: jobs take a fixed time, obey leases, and end with a loss that follows their size."""
 
 from __future__ import annotations
 

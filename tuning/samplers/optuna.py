@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import exp, log
 from typing import Literal
@@ -41,7 +41,7 @@ class OptunaSampler:
         # A model may insist on a point that was tried; the last attempts leave the choice to chance.
         if len(trials) < self.startup or results < RESULTS or attempt >= ATTEMPTS // 2:
             return self._spread(len(trials), attempt)
-        with _quiet():
+        with _quiet(), _one_thread() if self.model == "gp" else nullcontext():
             study = optuna.create_study(
                 directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
             )
@@ -92,6 +92,19 @@ def _at(parameter: Parameter, share: float) -> float:
     if isinstance(parameter, LogUniform):
         return min(parameter.high, exp(log(parameter.low) + share * (log(parameter.high) - log(parameter.low))))
     return parameter.low + int(share * (parameter.high - parameter.low + 1))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Optuna does this itself around every small step, and then changing it back and forth takes most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -34,12 +34,14 @@ class Flags:
         return Client(url.rstrip("/").removesuffix("/v1"), self.key or read_key(settings.api_key_path))
 
     def store(self) -> Store:
-        """The store of the service under the home folder; raises ServiceNotRunning."""
+        """The store that the settings name, else that of the service under the home folder. Raises ServiceNotRunning."""
         if self.url:
             raise Failure("this command works on the store of a local service; leave out --url", Status.USAGE)
         from polygraft.cluster.store.connect import connect
 
-        return connect(find_service(self.settings().service_path).store_url)
+        settings = self.settings()
+        embedded = settings.store_url == "embedded"
+        return connect(find_service(settings.service_path).store_url if embedded else settings.store_url)
 
 
 def flags(context: typer.Context) -> Flags:

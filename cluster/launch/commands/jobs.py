@@ -190,7 +190,7 @@ def _print_job(job: RemoteJob) -> None:
         "submitted": f"{ago(job.created_at)} ago",
         "took": f"{job.finished_at - job.started_at} s" if job.finished_at and job.started_at else None,
     }
-    print_table(("", ""), ((f"[bold]{name}[/]", value) for name, value in rows.items() if value is not None), empty="")
+    print_table((), ((f"[bold]{name}[/]", value) for name, value in rows.items() if value is not None), empty="")
 
 
 def _steps(job: RemoteJob) -> str:

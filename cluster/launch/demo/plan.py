@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+SEED = 17
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoJob:
@@ -34,7 +36,7 @@ class DemoJob:
             "training_file": training_file,
             "validation_file": validation_file,
             "suffix": suffix,
-            "seed": 17,
+            "seed": SEED,
             "method": {"type": "supervised", "supervised": {"hyperparameters": training}},
         }
 

@@ -1,0 +1,70 @@
+"""What the machine allows: the backbone's own products and nothing else, as fast as either layout of the weights does
+them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from child import Round
+from material import Material
+from torch import Tensor
+from torch.nn import functional as F
+
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.linear import FrozenLinear
+
+
+class Ceiling:
+    """`passes` through every frozen linear with `rows` rows and the head, and back to the input with `backward`.
+
+    A round is the fastest of its passes, each done with plain weights and with prepacked ones.
+    """
+
+    def __init__(self, material: Material, *, rows: int, passes: int, backward: bool) -> None:
+        self._material, self._rows, self._passes, self._backward = material, rows, passes, backward
+
+    def load(self) -> str:
+        backbone = Backbone.load(Path(self._material.backbone))
+        self._linears = [*{id(linear): linear for linear, _ in backbone.linears.values()}.values(), backbone.head]
+        self._plain = [linear.weight().clone() for linear in self._linears]
+        sizes = {size for linear in self._linears for size in (linear.in_features, linear.out_features)}
+        self._x = {size: torch.randn(self._rows, size).to(backbone.dtype) for size in sizes}
+        return str(backbone.dtype).removeprefix("torch.")
+
+    def warm(self) -> None:
+        self._fastest(1)
+
+    def round(self) -> Round:
+        return Round(self._rows, 0.0, self._fastest(self._passes))
+
+    @torch.inference_mode()
+    def _fastest(self, passes: int) -> float:
+        """Seconds of the fastest pass."""
+        return min(_seconds(each) for _ in range(passes) for each in (self._plain_pass, self._packed_pass))
+
+    def _plain_pass(self) -> None:
+        for linear, weight in zip(self._linears, self._plain):
+            F.linear(self._input(linear), weight)
+            if self._backward:
+                torch.mm(self._output(linear), weight)
+
+    def _packed_pass(self) -> None:
+        for linear in self._linears:
+            linear.product(self._input(linear))
+            if self._backward:
+                linear.transposed_product(self._output(linear))
+
+    def _input(self, linear: FrozenLinear) -> Tensor:
+        return self._x[linear.in_features]
+
+    def _output(self, linear: FrozenLinear) -> Tensor:
+        return self._x[linear.out_features]
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,62 @@
+"""What both benchmarks do as programs: options, the folder they work in, the run itself, the table and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+import machine
+from harness import Stage, Study, measure
+from record import Check, Gate, Head, Record
+from report import show
+from rich.console import Console
+from servers import Server, Task
+
+ROUNDS, QUICK_ROUNDS = 5, 1
+
+
+class OpenStage(Protocol):
+    def __call__(self, folder: Path, *, quick: bool) -> Stage: ...
+
+
+def carry_out(
+    name: str, study_of: Callable[[int], Study], shapes: Mapping[str, int | str], open_stage: OpenStage
+) -> int:
+    """Run the benchmark `name` as the command line says; 1 when a claim does not hold or is not measured."""
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description="Interleaved arms, judged on ratios of one run.")
+    parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, proves nothing")
+    parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
+    given = parser.parse_args()
+    console, progress = Console(), Console(stderr=True)
+    study = study_of(QUICK_ROUNDS if given.quick else ROUNDS)
+    head = Head(
+        benchmark=name,
+        quick=given.quick,
+        rounds=study.rounds,
+        shapes=shapes,
+        about={arm.name: arm.about for arm in study.arms},
+        machine=machine.describe(),
+        versions=machine.versions(),
+        commit=machine.commit(),
+        sources=machine.sources(),
+    )
+    record = Record.resume(head, given.json)
+    with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder:
+        with closing(Server("material.py", Task("make", folder, head.machine.cores))) as maker:
+            progress.print("backbone, grafts and text")
+            maker.ask("make")
+        done = measure(study, open_stage(Path(folder), quick=given.quick), record, progress.print)
+    show(record, console)
+    return 0 if done else 1
+
+
+def gate_of(script: str, task: Task) -> Gate:
+    """What a gate script finds. Raises ArmFailed."""
+    with closing(Server(script, task)) as server:
+        found = server.ask("check")["checks"]
+    assert isinstance(found, list)
+    return Gate(tuple(Check(**check) for check in found))

@@ -1,0 +1,74 @@
+"""The HTTP API as a Ray Serve deployment: store, tokenizer and gateway, but no model and no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+from uuid import uuid4
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.settings import Settings
+from polygraft.cluster.store.connect import connect
+from polygraft.grafts.runtime.pretrained import fingerprint
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.serving.gateway import Gateway
+from polygraft.serving.http.app import create_app
+from polygraft.serving.http.context import Api
+from polygraft.serving.remote import ServeLink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngressPlan:
+    """What an ingress is told."""
+
+    settings: Settings
+    backbone_folder: Path
+
+
+class Ingress:
+    """Answers HTTP; Serve builds the application after the constructor and runs its lifespan."""
+
+    def __init__(self, plan: IngressPlan, replicas: Mapping[ReplicaId, DeploymentHandle[object]]) -> None:
+        settings, folder = plan.settings, plan.backbone_folder
+        links = {replica: ServeLink(handle) for replica, handle in replicas.items()}
+        self._api = Api(
+            store=connect(settings.store_url),
+            gateway=Gateway(links, ingress=f"ingress-{uuid4().hex[:12]}", settings=settings.serve),
+            tokeniser=Tokeniser.load(folder),
+            shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
+            backbone=settings.backbone,
+            fingerprint=fingerprint(folder),
+            data=settings.data,
+            limits=settings.limits,
+            max_context=settings.serve.max_context,
+            clock=time.time,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._api)
+
+    async def check_health(self) -> None:
+        """Answering is healthy: clients are told of a missing replica or store by 503; a restart would not help."""
+
+
+def ingress_app(plan: IngressPlan, replicas: Mapping[ReplicaId, serve.Application]) -> serve.Application:
+    """The deployment that HTTP requests reach."""
+    deployment = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        num_replicas=1,
+        max_ongoing_requests=1_000,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return cast(serve.Deployment, deployment).bind(plan, dict(replicas))

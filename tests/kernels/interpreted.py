@@ -1,0 +1,99 @@
+"""Runs the branch op's Triton kernels in the interpreter, on CPU tensors, and prints a JSON line for each check.
+
+A process of its own, since TRITON_INTERPRET is read where kernels are defined. The interpreter multiplies bf16 as if it
+were integers, so float16 stands for the half types here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from polygraft.kernels.branch import gpu, reference  # noqa: E402
+from polygraft.kernels.branch.activation import ACTIVATIONS  # noqa: E402
+from polygraft.kernels.common.segments import Segment  # noqa: E402
+from tests.kernels.cases import CASES, Case, Joined, branch_inputs  # noqa: E402
+from tests.kernels.compare import assert_close, assert_equal, run  # noqa: E402
+from tests.kernels.poison import poison_uninitialised  # noqa: E402
+
+TILED = Case(
+    140, 110, (Segment(0, 70, 0, 66, 0.5), Segment(70, 71, 66, 83), Segment(71, 136, 83, 106, 4 / 3)), 70, 130
+)  # more than one tile of rows, of ranks and of features
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def equals_reference(case: Case, dtype: torch.dtype, act: str = "identity", tolerance: float | None = None) -> None:
+    inputs, upstream = branch_inputs(case, dtype)
+    got = run(gpu.branch, inputs, case.segments, act, upstream=upstream)
+    want = run(reference.branch, inputs, case.segments, act, upstream=upstream, dtype=torch.float64)
+    want = {name: want.get(name, torch.zeros_like(got[name])) for name in got}
+    assert_close(got, want, tolerance or TOLERANCE[dtype])
+
+
+def takes_strided_rows_and_gradients() -> None:
+    case = CASES["mixed ranks"]
+    inputs, upstream = branch_inputs(case, torch.float32)
+
+    def strided(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        wide = torch.cat([x, y], 1)
+        return gpu.branch(wide[:, : case.d_in], wide[:, case.d_in :], A.T.contiguous().T, B, case.segments)
+
+    got = run(strided, inputs, upstream=upstream.T.contiguous().T)
+    assert_close(got, run(reference.branch, inputs, case.segments, upstream=upstream), TOLERANCE[torch.float32])
+
+
+def only_what_is_asked_for_gets_a_gradient() -> None:
+    case = CASES["mixed ranks"]
+    inputs, upstream = branch_inputs(case, torch.float32)
+    inputs["x"].requires_grad_()
+    gpu.branch(inputs["x"], inputs["y"], inputs["A"], inputs["B"], case.segments).backward(upstream)
+    want = run(reference.branch, inputs, case.segments, upstream=upstream)["d.x"]
+    assert inputs["x"].grad is not None and all(inputs[name].grad is None for name in "yAB")
+    assert_close({"d.x": inputs["x"].grad}, {"d.x": want}, TOLERANCE[torch.float32])
+
+
+def a_segment_is_a_function_of_itself_alone(dtype: torch.dtype, value: float) -> None:
+    own = Case(21, 17, (Segment(0, 21, 0, 17, 4 / 3),))
+    inputs, upstream = branch_inputs(own, dtype)
+    alone = run(gpu.branch, inputs, own.segments, "silu", upstream=upstream)
+    joined = Joined(own, [(5, 17, 1.0)], [(1, 3, 0.5), (70, 40, 2.0)], dtype)
+    joined.fill_others(value)
+    results = run(gpu.branch, joined.inputs, joined.segments, "silu", upstream=joined.upstream)
+    assert_equal(joined.own(results), alone)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{f"float32, {name}": lambda case=case: equals_reference(case, torch.float32) for name, case in CASES.items()},
+    **{f"{act} in {dtype}": lambda act=act, dtype=dtype: equals_reference(CASES["mixed ranks"], dtype, act)
+       for dtype in (torch.float64, torch.float32) for act in ACTIVATIONS if (act, dtype) != ("tanh", torch.float64)},
+    "tanh in torch.float64": lambda: equals_reference(CASES["mixed ranks"], torch.float64, "tanh", 1e-9),  # a series
+    "float32, many tiles": lambda: equals_reference(TILED, torch.float32, "gelu"),
+    "float16, many tiles": lambda: equals_reference(TILED, torch.float16, "gelu"),
+    "strided rows and gradients": takes_strided_rows_and_gradients,
+    "only the gradient asked for": only_what_is_asked_for_gets_a_gradient,
+    **{f"alone and joined by {value} in {dtype}":
+       lambda dtype=dtype, value=value: a_segment_is_a_function_of_itself_alone(dtype, value)
+       for dtype in (torch.float32, torch.float16) for value in (1.0, float("nan"))},
+}  # fmt: skip
+
+
+def main() -> None:
+    poison_uninitialised(pytest.MonkeyPatch())
+    for name, check in CHECKS.items():
+        try:
+            check()
+            failure = ""
+        except AssertionError as error:
+            failure = str(error) or "failed"
+        print(json.dumps({"check": name, "failure": failure}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

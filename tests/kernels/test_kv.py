@@ -1,0 +1,178 @@
+"""Attention over ragged sequences with prefixes: equal to its reference, no sequence a function of another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from polygraft.kernels.kv import reference
+from polygraft.kernels.kv.layout import GRAIN, Layout, Sequence
+from polygraft.kernels.kv.op import attend
+from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Query heads, key heads and the size of each."""
+
+    queries: int = 4
+    keys: int = 2
+    size: int = 8
+
+
+CASES = {
+    "one row": (Sequence(0, 1),),
+    "lengths at the bucket's edge": (Sequence(0, 15), Sequence(15, 16), Sequence(31, 17)),
+    "63 and 65 rows": (Sequence(0, 63), Sequence(63, 65)),
+    "prefixes of odd sizes": (Sequence(0, 1, 0, 5), Sequence(1, 11, 5, 1), Sequence(12, 30, 6, 17)),
+    "with and without prefix": (Sequence(0, 7), Sequence(7, 7, 2, 9), Sequence(14, 3)),
+    "a shared prefix": (Sequence(0, 4, 1, 3), Sequence(4, 20, 1, 3), Sequence(24, 5, 1, 3)),
+    "rows between sequences": (Sequence(2, 5), Sequence(11, 9, 0, 4)),
+    "no sequence": (),
+}
+HEADS = {"grouped": Heads(), "one key head": Heads(3, 1, 16), "a key head each": Heads(3, 3, 4)}
+SCALING = 0.35
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
+def test_output_and_gradients_equal_the_reference(
+    sequences: tuple[Sequence, ...], dtype: torch.dtype, heads: Heads
+) -> None:
+    layout, inputs, upstream = batch(sequences, heads, dtype)
+    got = run(attend, inputs, layout, SCALING, upstream=upstream)
+    assert_close(got, wanted(reference.attend, inputs, layout, upstream), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
+def test_bf16_is_as_good_as_the_obvious_steps(sequences: tuple[Sequence, ...], heads: Heads) -> None:
+    layout, inputs, upstream = batch(sequences, heads, torch.bfloat16)
+    got = run(attend, inputs, layout, SCALING, upstream=upstream)
+    steps = wanted(in_steps, inputs, layout, upstream)
+    truth = wanted(reference.attend, inputs, layout, upstream, torch.float64)
+    assert_as_good_as_steps(got, steps, truth)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=5))
+def test_any_sequences_equal_the_reference(gaps_lengths_and_prefixes: list[tuple[int, int, int]]) -> None:
+    sequences, end, prefix = [], 0, 0
+    for gap, length, prefix_length in gaps_lengths_and_prefixes:
+        sequences.append(Sequence(end + gap, length, prefix, prefix_length))
+        end, prefix = end + gap + length, prefix + prefix_length
+    layout, inputs, upstream = batch(tuple(sequences), Heads(), torch.float64)
+    got = run(attend, inputs, layout, SCALING, upstream=upstream)
+    assert_close(got, wanted(reference.attend, inputs, layout, upstream), TOLERANCE[torch.float64])
+
+
+def test_without_gradients_the_output_is_the_same() -> None:
+    layout, inputs, upstream = batch(CASES["with and without prefix"], Heads(), torch.bfloat16)
+    with torch.inference_mode():
+        out = attend(*inputs.values(), layout, SCALING)
+    assert torch.equal(out, run(attend, inputs, layout, SCALING, upstream=upstream)["out"])
+
+
+def test_a_row_sees_nothing_after_itself() -> None:
+    layout, inputs, _ = batch((Sequence(0, 20, 0, 5),), Heads(), torch.float32)
+    before = attend(*inputs.values(), layout, SCALING)
+    for name in "qkv":
+        inputs[name][12:] += 1
+    assert torch.equal(attend(*inputs.values(), layout, SCALING)[:12], before[:12])
+
+
+@given(st.integers(1, 200), st.integers(0, 100))
+def test_a_bucket_is_the_next_multiple_of_the_grain(length: int, prefix: int) -> None:
+    bucket = Sequence(7, length, 3, prefix).bucket
+    assert bucket % GRAIN == 0 and 0 <= bucket - length - prefix < GRAIN
+
+
+@pytest.mark.parametrize("heads", [*HEADS.values(), Heads(9, 3, 64)], ids=str)
+@pytest.mark.parametrize("own", [(1, 0), (7, 5), (16, 0), (63, 0), (65, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequences_bits_do_not_change_when_others_join_whatever_they_hold(
+    dtype: torch.dtype, own: tuple[int, int], heads: Heads
+) -> None:
+    length, prefix = own
+    layout, inputs, upstream = batch((Sequence(0, length, 0, prefix),), heads, dtype)
+    alone = cut(run(attend, inputs, layout, SCALING, upstream=upstream), 0, length, 0, prefix)
+    others = [Sequence(0, length, 0, 3), Sequence(length, length), Sequence(2 * length, 5, 3, 40)]
+    start, first = 2 * length + 6, 43
+    sequences = (
+        *others,
+        Sequence(start, length, first, prefix),
+        Sequence(start + length, length, first + prefix, prefix),
+    )
+    for value in (1.0, float("nan"), float("inf")):
+        layout, joined, gradient = batch(sequences, heads, dtype, seed=1)
+        for tensor in (*joined.values(), gradient):
+            tensor *= value
+        for name, tensor in cut(inputs, 0, length, 0, prefix).items():
+            cut(joined, start, length, first, prefix)[name][:] = tensor
+        gradient[start : start + length] = upstream[:length]
+        results = run(attend, joined, layout, SCALING, upstream=gradient)
+        assert_equal(cut(results, start, length, first, prefix), alone)
+
+
+def cut(tensors: dict[str, Tensor], start: int, length: int, first: int, prefix: int) -> dict[str, Tensor]:
+    """One sequence's rows of the batch's tensors and of the prefix stacks'."""
+    rows, prefix_rows = slice(start, start + length), slice(first, first + prefix)
+    return {name: tensor[prefix_rows if name.endswith(("pk", "pv")) else rows] for name, tensor in tensors.items()}
+
+
+def wanted(
+    op: object, inputs: dict[str, Tensor], layout: Layout, upstream: Tensor, dtype: torch.dtype | None = None
+) -> Results:
+    """The reference's results, 0 for inputs that nothing reaches."""
+    if not layout.sequences:
+        return {"out": torch.zeros_like(inputs["q"]), **{f"d.{n}": torch.zeros_like(t) for n, t in inputs.items()}}
+    results = run(op, inputs, layout, SCALING, upstream=upstream, dtype=dtype)  # type: ignore[arg-type]
+    return {"out": results["out"], **{f"d.{n}": results.get(f"d.{n}", torch.zeros_like(t)) for n, t in inputs.items()}}
+
+
+def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """What transformers' eager attention does with each sequence: products in the inputs' dtype, softmax in float32."""
+    pieces, end = [], 0
+    for s in layout.sequences:
+        rows, prefix = slice(s.start, s.start + s.length), slice(s.prefix_first, s.prefix_first + s.prefix_length)
+        query = q[rows].unflatten(1, (layout.heads, -1)).transpose(0, 1)
+        key, value = (
+            torch.cat([p[prefix], x[rows]])
+            .unflatten(1, (layout.kv_heads, -1))
+            .transpose(0, 1)
+            .repeat_interleave(layout.heads // layout.kv_heads, 0)
+            for p, x in ((pk, k), (pv, v))
+        )
+        scores = query @ key.transpose(1, 2) * scaling
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(s.prefix_length + 1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+        pieces += [q.new_zeros(s.start - end, q.shape[1]), (weights @ value).transpose(0, 1).flatten(1)]
+        end = s.start + s.length
+    return torch.cat([*pieces, q.new_zeros(len(q) - end, q.shape[1])])
+
+
+def batch(
+    sequences: tuple[Sequence, ...], heads: Heads, dtype: torch.dtype, seed: int = 0
+) -> tuple[Layout, dict[str, Tensor], Tensor]:
+    """(layout, q, k, v, pk, pv by name, an upstream gradient), with two rows and one prefix row that nobody uses."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max((s.start + s.length for s in sequences), default=0) + 2
+    prefix_rows = max((s.prefix_first + s.prefix_length for s in sequences), default=0) + 1
+
+    def normal(rows: int, heads_wide: int) -> Tensor:
+        return torch.randn(rows, heads_wide * heads.size, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {
+        "q": normal(rows, heads.queries),
+        "k": normal(rows, heads.keys),
+        "v": normal(rows, heads.keys),
+        "pk": normal(prefix_rows, heads.keys),
+        "pv": normal(prefix_rows, heads.keys),
+    }
+    return Layout(sequences, rows, prefix_rows, heads.queries, heads.keys), inputs, normal(rows, heads.queries)

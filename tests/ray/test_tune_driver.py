@@ -1,0 +1,107 @@
+"""A search through the real Tune: trials side by side, and one whose actor is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.store.memory import MemoryStore
+from polygraft.tuning.driver import RayCluster, search
+from polygraft.tuning.record import open_study
+from polygraft.tuning.study import Failure, Result, Trial, TrialState
+from polygraft.tuning.trial import Access
+from tests.tuning.plans import plan_of
+from tests.tuning.standin import KEY, loss_of, stand_in
+
+KILLED = 2
+LEASE_S = 6.0
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """The address of a Ray that another process would have started; its folder is short, since socket paths are."""
+    home = tempfile.mkdtemp(prefix="pg-")
+    options = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", home)
+            head = Cluster(initialize_head=True, head_node_args=options)
+            try:
+                yield head.address
+            finally:
+                head.shutdown()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def pid_of(number: int) -> int | None:
+    """The actor of a trial is the process below us that works in the trial's folder."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if f"trial-{number}" in process.cwd():
+                return process.pid
+        except psutil.Error:
+            continue
+    return None
+
+
+@pytest.mark.slow
+def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = replace(plan_of(6), concurrency=3, lease_s=LEASE_S)
+    store, study, seen, died_at = MemoryStore(), StudyId("study-1"), list[Trial](), list[float]()
+
+    def kill(trial: Trial, share: float) -> None:
+        if trial.number == KILLED and not died_at and (pid := pid_of(KILLED)):
+            os.kill(pid, signal.SIGKILL)
+            died_at.append(time.monotonic())
+
+    with stand_in(lambda number: 60.0 if number == KILLED else 2.0) as service, cluster() as address:
+        result = search(
+            plan,
+            store=store,
+            access=Access(service.url, KEY),
+            tenant=TenantId("eve"),
+            folder=tmp_path,
+            cluster=RayCluster(address=address),
+            study=study,
+            on_trial=seen.append,
+            on_progress=kill,
+        )
+        assert died_at, "the trial was never killed"
+        time.sleep(max(0.0, died_at[0] + LEASE_S - time.monotonic()))
+        jobs = {number: service.of_trial(number) for number in range(6)}
+        states = {number: service.status(job) for number, job in jobs.items()}
+
+    assert states == {number: "cancelled" if number == KILLED else "succeeded" for number in range(6)}
+    assert all(at < died_at[0] for at in jobs[KILLED].renewed_at)
+    assert len(service.jobs) == 6 and service.widest == 3
+    outcomes = [trial.outcome for trial in result.trials]
+    assert outcomes.pop(KILLED) == Failure(reason="the trial's process ended before its job")
+    assert [outcome.values for outcome in outcomes if isinstance(outcome, Result)] == [
+        (loss_of(trial.candidate.parameters), trial.candidate.parameters)
+        for trial in result.trials
+        if trial.number != KILLED
+    ]
+    told = [trial.told for trial in result.trials]
+    assert told == sorted(told) and told[:3] == [0, 0, 0] and told[-1] >= 2
+    assert [trial.state for trial in seen].count(TrialState.RUNNING) == 6 and len(seen) == 12
+    assert open_study(store, study, plan, tenant=TenantId("eve"), clock=time.time).trials == result.trials
+    printed = capfd.readouterr()
+    assert printed.err == "" and "(raylet)" in printed.out and len(printed.out.splitlines()) == 1  # Ray, of the kill
+    assert not ray.is_initialized()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

@@ -1,0 +1,73 @@
+"""The study's record in the store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Conflict
+from polygraft.cluster.store.memory import MemoryStore
+from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.record import BadRecord, decode, open_study
+from polygraft.tuning.study import Failure, Result, Study
+from tests.tuning.plans import plan_of
+
+STUDY, EVE = StudyId("study-1"), TenantId("eve")
+
+
+def opened(store: MemoryStore, plan: SearchPlan, *, tenant: TenantId = EVE) -> Study:
+    return open_study(store, STUDY, plan, tenant=tenant, clock=lambda: 7.0)
+
+
+def test_a_study_survives_the_driver_with_every_ask_and_tell() -> None:
+    store = MemoryStore()
+    first = opened(store, plan_of())
+    for _ in range(4):
+        first.ask()
+    first.tell(1, Result(values=(2.5, 300.0), job="ftjob-1", model="find-1@1", loss_before=3.0))
+    first.tell(0, Failure(reason="diverged", job="ftjob-0"))
+    again = opened(store, plan_of())
+    assert again.trials == first.trials
+    assert again.ask() == first_ask_of(first)
+
+
+def first_ask_of(study: Study) -> object:
+    """What this study would ask next, without keeping it."""
+    return Study(study.space, study.objectives, plan_of().sampler, trials=study.trials).ask()
+
+
+def test_the_record_names_study_tenant_and_times() -> None:
+    store = MemoryStore()
+    opened(store, plan_of()).ask()
+    found = store.get(keys.study(STUDY))
+    assert found is not None
+    assert (found.value.tenant, found.value.name, found.value.updated_at) == (EVE, "find", 7.0)
+    assert decode(found.value.body).plan == plan_of()
+
+
+def test_of_two_drivers_of_one_study_the_second_to_write_is_refused() -> None:
+    store = MemoryStore()
+    one, other = opened(store, plan_of()), opened(store, plan_of())
+    one.ask()
+    with pytest.raises(Conflict):
+        other.ask()
+    assert other.trials == ()
+    assert len(opened(store, plan_of()).trials) == 1
+
+
+def test_a_study_goes_on_only_with_its_own_plan_and_tenant() -> None:
+    store = MemoryStore()
+    opened(store, plan_of()).ask()
+    with pytest.raises(BadRecord, match="begun with another plan"):
+        opened(store, replace(plan_of(), seed=1))
+    with pytest.raises(BadRecord, match="not one of mallory's"):
+        opened(store, plan_of(), tenant=TenantId("mallory"))
+
+
+@pytest.mark.parametrize("text", ['{"trials": []}', "no json", '{"plan": {}, "schema_version": 2}'])
+def test_a_body_that_is_no_record_is_refused_by_name(text: str) -> None:
+    with pytest.raises(BadRecord, match="study: "):
+        decode(text)

@@ -1,0 +1,128 @@
+"""A trial against a played service, without Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from polygraft.tuning import trial as module
+from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.trial import Access, JobTrial
+from tests.tuning.plans import plan_of
+from tests.tuning.standin import KEY, StandIn, loss_of, stand_in
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.02)
+    monkeypatch.setattr(module, "REPORT_S", 0.05)
+
+
+def begun(service: StandIn, number: int = 0, *, key: str = KEY, plan: SearchPlan | None = None) -> JobTrial:
+    """As Tune makes it in an actor, but for Tune's own folders."""
+    trial = JobTrial.__new__(JobTrial)
+    trial.setup(config_of(number), access=Access(service.url, key), plan=plan or plan_of(lease_s=5), study="study-1")
+    return trial
+
+
+def config_of(number: int) -> dict[str, object]:
+    return {"number": number, "peft": f"serial({number + 1})", "learning_rate": 1e-3}
+
+
+def last(trial: JobTrial) -> dict[str, object]:
+    while True:
+        report = trial.step()
+        if report["done"]:
+            return report
+
+
+@contextmanager
+def served(seconds: float) -> Iterator[StandIn]:
+    with stand_in(lambda _: seconds) as service:
+        yield service
+
+
+def test_a_trial_reports_how_far_its_job_is_and_what_came_of_it() -> None:
+    with served(0.4) as service:
+        trial = begun(service)
+        shares = [trial.step()["progress"], last(trial)]
+        job = service.of_trial(0)
+        assert shares == [
+            pytest.approx(0.1, abs=0.5),
+            {
+                "done": True,
+                "loss": loss_of(2 * 2 * 6 * 64),
+                "parameters": 2 * 2 * 6 * 64,
+                "loss_before": 4.0,
+                "model": "find-0@1",
+                "progress": 1.0,
+                "job": job.id,
+            },
+        ]
+
+
+def test_a_trial_that_is_stopped_cancels_its_job_and_a_finished_one_stays() -> None:
+    with served(0.3) as service:
+        trial = begun(service)
+        last(trial)
+        assert trial.reset_config(config_of(1))
+        trial.step()
+        trial.cleanup()
+        assert [service.status(service.of_trial(number)) for number in (0, 1)] == ["succeeded", "cancelled"]
+
+
+def test_the_lease_is_renewed_while_the_trial_is_stepped_and_runs_out_when_it_is_not() -> None:
+    with served(60) as service:
+        trial = begun(service)
+        until = time.monotonic() + 2.2
+        while time.monotonic() < until:
+            trial.step()
+        job = service.of_trial(0)
+        assert len(job.renewed_at) >= 2  # when it was submitted, and after a third of the lease
+        assert job.lease_until == job.renewed_at[-1] + 5
+        assert job.status(job.lease_until - 0.1) == "running" and job.status(job.lease_until + 0.1) == "cancelled"
+
+
+def test_a_job_that_an_earlier_driver_submitted_is_taken_over() -> None:
+    with served(0.3) as service:
+        begun(service).step()
+        assert last(begun(service))["job"] == "ftjob-0"
+        assert len(service.jobs) == 1
+
+
+def test_a_job_that_was_cancelled_when_nobody_spoke_for_it_is_submitted_again() -> None:
+    with served(0.3) as service:
+        begun(service).step()
+        service.cancel("ftjob-0")
+        assert last(begun(service))["job"] == "ftjob-1"
+        assert last(begun(service))["job"] == "ftjob-1"
+
+
+def test_a_service_that_is_down_for_a_moment_does_not_end_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polygraft.cluster.client._RETRIES", 0)
+    with served(0.6) as service:
+        trial = begun(service)
+        trial.step()
+        service.down = True
+        assert trial.step()["done"] is False
+        service.down = False
+        assert "loss" in last(trial)
+
+
+def test_a_service_that_stays_away_for_a_lease_ends_the_trial_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(0.1) as service:
+        trial = begun(service)
+    monkeypatch.setattr(trial, "_heard_at", time.monotonic() - 6)
+    assert "nothing answers at" in str(last(trial)["failure"])
+
+
+def test_a_refused_or_cancelled_job_is_a_failure_with_the_reason() -> None:
+    with served(60) as service:
+        assert "HTTP 401" in str(last(begun(service, key="pg-wrong"))["failure"])
+        trial = begun(service)
+        trial.step()
+        service.cancel("ftjob-0")
+        assert last(trial)["failure"] == "the job was cancelled"
