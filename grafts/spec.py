@@ -111,6 +111,11 @@ class GraftSpec:
         return next((slot.length for slot in self.slots if isinstance(slot, KV)), 0)
 
     @property
+    def prefix_layers(self) -> Layers:
+        """The layers that have prefix rows, None for all; in the others the virtual tokens are not seen."""
+        return next((slot.layers for slot in self.slots if isinstance(slot, KV)), None)
+
+    @property
     def mergeable(self) -> bool:
         """Whether every slot is affine in W, so that the graft can be folded into the weights."""
         return all(

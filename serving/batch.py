@@ -58,11 +58,14 @@ class Batch:
             sequence, start = chunk.sequence, len(ids)
             ids += sequence.tokens[sequence.computed : sequence.computed + chunk.rows]
             positions += range(sequence.cached, sequence.cached + chunk.rows)
-            sequences.append(PagedSequence(start, chunk.rows, sequence.cached, tables[sequence.request.id]))
+            table, graft = tables[sequence.request.id], sequence.request.graft
+            spec = None if graft is None else composition.stacks.residents[place[graft]].spec
+            prefix = (0, None) if spec is None else (spec.prefix_length, spec.prefix_layers)
+            sequences.append(PagedSequence(start, chunk.rows, sequence.cached, table, *prefix))
             if chunk.rows == sequence.left:
                 sampled.append(sequence)
                 last.append(len(ids) - 1)
-            if (graft := sequence.request.graft) is not None:
+            if graft is not None:
                 first = spans.pop().start if spans and spans[-1].graft == place[graft] else start
                 spans.append(Span(first, len(ids), place[graft]))
         rows = Rows(torch.tensor(ids), torch.tensor(positions), tuple(spans))

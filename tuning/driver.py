@@ -34,8 +34,8 @@ OnProgress = Callable[[Trial, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayCluster:
-    """Where the trials' actors live: "local" for a Ray of their own. `token` is the file of the cluster's token; None:
-    it has none.
+    """Where the trials' actors live; "local": a Ray of their own. `token` is the file of its token, None if it has
+    none.
     """
 
     address: str = "local"
@@ -71,11 +71,11 @@ def search(
     on_progress: OnProgress = lambda trial, share: None,
     clock: Callable[[], float] = time.time,
 ) -> StudyResult:
-    """Run the plan's trials to their end, or the rest of them when `study` was begun before. Tune's files go to
-    folder/<study>.
+    """Run the plan's trials to their end, or the rest of them when `study` was begun before.
 
-    `on_trial` sees every trial when it is asked and when it is told, `on_progress` what share of its steps a running
-    one has done. Raises Interrupted after SIGINT, BadRecord for a study of another plan, and what the store raises.
+    Tune's files go to folder/<study>. `on_trial` sees every trial when it is asked and when it is told, `on_progress`
+    what share of its steps a running one has done. Raises Interrupted after SIGINT, BadRecord for a study of another
+    plan, and what the store raises.
     """
     name = study or new_study_id()
     bridge = StudySearcher(
@@ -207,7 +207,7 @@ def _fit(trainable: type[tune.Trainable], bridge: StudySearcher, plan: SearchPla
     if bridge.error is not None:
         raise bridge.error
     if not bridge.finished:
-        raise Interrupted(f"the search was stopped after {bridge.told} of {plan.trials} trials; begin it again to go on")
+        raise Interrupted(f"the search was stopped after {bridge.told} of {plan.trials} trials; run it again to go on")
 
 
 def _unused(folder: Path) -> int:

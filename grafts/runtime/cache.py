@@ -14,6 +14,7 @@ from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import Layers
 
 BUCKET_BLOCKS = (
     4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
@@ -51,13 +52,20 @@ class KVCache:
 class PagedSequence:
     """Batch rows [start, start + rows) continue a sequence that has `before` positions cached (its prefix included).
 
-    `table` names its blocks in order and must reach beyond before + rows positions.
+    `table` names its blocks in order and must reach beyond before + rows positions. The first `prefix` positions are a
+    graft's and are seen in `prefix_layers` only (None: in all).
     """
 
     start: int
     rows: int
     before: int
     table: tuple[int, ...]
+    prefix: int = 0
+    prefix_layers: Layers = None
+
+    def unseen(self, layer: int) -> int:
+        """Leading positions that `layer` does not see."""
+        return 0 if self.prefix_layers is None or layer in self.prefix_layers else self.prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,14 @@ class _Group:
     rows: Tensor
     blocks: Tensor
     hidden: Tensor
+    sequences: tuple[PagedSequence, ...]
+
+    def hidden_in(self, layer: int) -> Tensor:
+        """Hidden keys of a layer: the future, and a prefix that the layer does not have."""
+        unseen = [sequence.unseen(layer) for sequence in self.sequences]
+        if not any(unseen):
+            return self.hidden
+        return self.hidden | (torch.arange(self.hidden.shape[2]) < torch.tensor(unseen)[:, None, None])
 
 
 class PagedAttention:
@@ -88,7 +104,7 @@ class PagedAttention:
         rows = torch.stack([torch.arange(s.start, s.start + s.rows) for s in sequences])
         last = torch.stack([torch.arange(s.before, s.before + s.rows) for s in sequences])
         hidden = torch.arange(width * self.cache.block_size) > last.unsqueeze(-1)
-        return _Group(rows, torch.tensor(tables), hidden)
+        return _Group(rows, torch.tensor(tables), hidden, tuple(sequences))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
         """As `Attention`; rows of no sequence are 0."""
@@ -96,17 +112,17 @@ class PagedAttention:
         data.flatten(0, 1)[self._slots] = torch.stack([k[self._rows], v[self._rows]], dim=1)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups:
-            out[group.rows.flatten()] = self._attend(q, data, group, scaling)
+            out[group.rows.flatten()] = self._attend(q, data, group, group.hidden_in(layer), scaling)
         return out
 
-    def _attend(self, q: Tensor, data: Tensor, group: _Group, scaling: float) -> Tensor:
+    def _attend(self, q: Tensor, data: Tensor, group: _Group, hidden: Tensor, scaling: float) -> Tensor:
         heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
         b, n = group.rows.shape
         context = torch.unflatten(data[group.blocks].flatten(1, 2), -1, (kv_heads, -1))  # [b, L, 2, kv_heads, head_dim]
         keys, values = context[:, :, 0].permute(0, 2, 3, 1), context[:, :, 1].transpose(1, 2)
         queries = q[group.rows].view(b, n, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         scores = torch.matmul(queries * scaling, keys).to(torch.promote_types(q.dtype, torch.float32))
-        torch.unflatten(scores, 2, (-1, n)).masked_fill_(group.hidden[:, None, None], float("-inf"))
+        torch.unflatten(scores, 2, (-1, n)).masked_fill_(hidden[:, None, None], float("-inf"))
         mixed = torch.matmul(scores.softmax(-1).to(q.dtype), values)
         return torch.unflatten(mixed, 2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
 

@@ -25,8 +25,8 @@ class FrozenLinear:
     row ranges.
 
     With `prepack`, bf16 and fp32 weights lie prepacked for oneDNN (the plain copy is dropped; reordering it each call
-    is what makes small-row linears slow), and the transpose is packed when the first gradient asks for it. Without it one
-    plain copy serves both directions: half the memory, and at hundreds of rows nearly the same speed in bf16.
+    is what makes small-row linears slow), and the transpose is packed when the first gradient asks for it. Without it
+    one plain copy serves both directions: half the memory, and at hundreds of rows nearly the same speed in bf16.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -38,7 +38,8 @@ AWKWARD = {
     "union": "bitfit(at=attn.*) + ia3 + lora(r=2, at=attn.*) + parallel(4, at=attn.v|ffn.out)",
     "twice": "lora(r=3) + lora(r=5, at=attn.q) + prefix(2)",
 }
-MAX_ROWS = 160  # less than all jobs' micro-batches together, so that the company changes from step to step
+SHORT = 10
+MAX_ROWS = 140  # less than all jobs' micro-batches together, so that the company changes from step to step
 
 
 @cache
@@ -52,7 +53,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fp32(folder: Path) -> Backbone:
+def one_thread() -> Iterator[None]:
+    """For tests about company rather than about threads: tiny matmuls only lose time in a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fp32(one_thread: None, folder: Path) -> Backbone:
     return backbone_of(folder, torch.float32)
 
 
@@ -61,11 +71,11 @@ def a_job(name: str, text: str, *, seed: int, steps: int) -> TrainJob:
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(9):
-        length = int(torch.randint(3, 30, (1,), generator=generator))
+        length = int(torch.randint(3, 24, (1,), generator=generator))
         ids = torch.randint(0, 512, (length,), generator=generator).tolist()
         muted = int(torch.randint(1, length, (1,), generator=generator))
         samples.append(Sample(tuple(ids), (0.0,) * muted + (1.0,) * (length - muted)))
-    batch = 1 + seed % 5
+    batch = 1 + seed % 4
     recipe = Recipe(
         epochs=ceil(steps / ceil(len(samples) / batch)),
         batch_size=batch,
@@ -74,7 +84,7 @@ def a_job(name: str, text: str, *, seed: int, steps: int) -> TrainJob:
         warmup_ratio=0.1 * (seed % 2),
         weight_decay=0.01 * (seed % 4),
         seed=seed,
-        micro_rows=48,
+        micro_rows=40,
     )
     return TrainJob(name, parse(text), recipe, tuple(samples))
 
@@ -109,6 +119,7 @@ def together(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
     return pack
 
 
+@cache
 def alone(backbone: Backbone, job: TrainJob) -> Tensor:
     return run(together(backbone, [job]))[job.id]
 
@@ -120,7 +131,9 @@ def assert_as_alone(ended: Mapping[str, Tensor], jobs: Sequence[TrainJob], backb
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_fp64_gradients_beside_three_other_methods_are_those_alone(name: str, folder: Path) -> None:
+def test_fp64_gradients_beside_three_other_methods_are_those_alone(
+    name: str, folder: Path, one_thread: None
+) -> None:
     backbone = backbone_of(folder, torch.float64)
     place = list(METHODS).index(name)
     company = [list(METHODS)[(place + offset) % len(METHODS)] for offset in (3, 6, 0, 1)]
@@ -161,13 +174,13 @@ def test_a_hundred_steps_in_company_leave_the_bits_of_a_hundred_steps_alone(dtyp
 
 
 def test_unions_and_input_scales_change_no_neighbour(fp32: Backbone) -> None:
-    jobs = jobs_of(8, {**METHODS, **AWKWARD})
+    jobs = jobs_of(SHORT, {**METHODS, **AWKWARD})
     assert_as_alone(run(together(fp32, jobs)), jobs, fp32)
 
 
 @pytest.mark.parametrize("poison", ["nan weights", "infinite rate"])
 def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone) -> None:
-    jobs = jobs_of(12, METHODS)
+    jobs = jobs_of(SHORT, METHODS)
     bad = a_job("bad", "lora(r=8) + bitfit + prefix(3)", seed=20, steps=200)
     pack = together(fp32, jobs[:4])
     if poison == "nan weights":
@@ -188,7 +201,7 @@ def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone)
 
 
 def test_joining_late_and_leaving_early_change_nothing_for_the_others(fp32: Backbone) -> None:
-    jobs = jobs_of(15, METHODS)
+    jobs = jobs_of(SHORT, METHODS)
     gone = a_job("gone", "parallel(8) + lora(r=8)", seed=30, steps=200)
     pack = together(fp32, [jobs[0], gone, *jobs[1:4]])
     late = {3: jobs[4], 9: jobs[5], 10: jobs[6], 25: jobs[7]}
@@ -206,7 +219,7 @@ def test_joining_late_and_leaving_early_change_nothing_for_the_others(fp32: Back
 def test_micro_batches_that_do_not_fit_together_run_apart(
     message: str, fp32: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs, calls = jobs_of(10, METHODS), []
+    jobs, calls = jobs_of(SHORT, METHODS), []
     real = forward.train
 
     def small(backbone: Backbone, stacks: object, shares: Sequence[Share]) -> list[float]:
@@ -226,7 +239,7 @@ def test_micro_batches_that_do_not_fit_together_run_apart(
 def test_the_job_that_does_not_fit_alone_is_found_and_fails_alone(
     fp32: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = jobs_of(10, METHODS)
+    jobs = jobs_of(SHORT, METHODS)
     big = a_job("big", "lora(r=7)", seed=40, steps=200)
     real = forward.train
 

@@ -25,7 +25,7 @@ def chat(
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this once instead of talking.")] = None,
     system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 for the likeliest answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 for the likeliest answer.")] = 0.5,
     as_json: Json = False,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
@@ -52,7 +52,7 @@ def chat(
 
 
 def _answer(
-    client: Client, model: str, history: list[Message], max_tokens: int, temperature: float | None, *, quiet: bool = False
+    client: Client, model: str, history: list[Message], max_tokens: int, temperature: float, *, quiet: bool = False
 ) -> str:
     """The answer's text; printed as it comes, unless `quiet`."""
     pieces = []
