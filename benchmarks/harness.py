@@ -1,4 +1,4 @@
-"""The order of a run: gate, every arm alone, then all arms in turn round after round; and what is claimed at the end."""
+"""The order of a run: the gate, every arm alone, then all arms in turn, round after round; and what is claimed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ArmFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to do the work. The fastest of its variants is timed; a `limit` is no system, so its memory is not read."""
+    """A way to do the work. The fastest of its variants is timed; a `limit` is no system, so its memory is not read."""
 
     name: str
     about: str

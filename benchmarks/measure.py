@@ -1,5 +1,4 @@
-"""What samples say: the ratio of two arms round by round, its bootstrap interval, and whether a claim holds on the worse
-end."""
+"""What samples say: the ratio of two arms round by round, its bootstrap interval, and whether the worse bound holds."""
 
 from __future__ import annotations
 
@@ -81,14 +80,13 @@ def decide(goal: Goal, samples: Samples) -> Claim:
     intervals = {rival: interval(values) for rival, values in found.items()}
     rival = _strongest(goal, intervals)
     least = intervals[rival]
-    match goal.op:
-        case ">=":
-            holds = goal.goal is not None and least.low >= goal.goal
-        case "<":
-            holds = goal.goal is not None and least.high < goal.goal
-        case None:
-            holds = None
-    return Claim(goal.id, least.median, unit, goal.goal, goal.op, holds, least.low, least.high, rival)
+    return Claim(goal.id, least.median, unit, goal.goal, goal.op, _holds(goal, least), least.low, least.high, rival)
+
+
+def _holds(goal: Goal, found: Interval) -> bool | None:
+    if goal.op is None or goal.goal is None:
+        return None
+    return found.low >= goal.goal if goal.op == ">=" else found.high < goal.goal
 
 
 def _strongest(goal: Goal, intervals: Mapping[str, Interval]) -> str:

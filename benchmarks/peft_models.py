@@ -12,15 +12,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 def load(material: Material, variant: str) -> LlamaForCausalLM:
     """The bare backbone in dtype `variant`, used once: its file is only mapped until then."""
-    model = AutoModelForCausalLM.from_pretrained(material.backbone, dtype=getattr(torch, variant)).eval()
+    model = AutoModelForCausalLM.from_pretrained(material.backbone, dtype=getattr(torch, variant))
+    assert isinstance(model, LlamaForCausalLM)
     with torch.inference_mode():
         model(input_ids=torch.tensor([material.prompts[0]]))
     return model
 
 
-def adapt(
-    base: LlamaForCausalLM, material: Material, grafts: Sequence[int], *, trainable: bool = False
-) -> PeftModel:
+def adapt(base: LlamaForCausalLM, material: Material, grafts: Sequence[int], *, trainable: bool = False) -> PeftModel:
     """`grafts` as adapters `name(graft)`, in the backbone's own dtype.
 
     PEFT's default would keep adapters in float32 beside a bf16 backbone and cast around every one of them: slower.

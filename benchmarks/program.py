@@ -1,4 +1,4 @@
-"""What both benchmarks do as programs: options, the folder they work in, the run itself, the table and the exit code."""
+"""What both benchmarks do as programs: options, a folder to work in, the run itself, the table and the exit code."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def carry_out(
         sources=machine.sources(),
     )
     record = Record.resume(head, given.json)
+    if record.gate is None and given.json and given.json.exists():
+        progress.print(f"{given.json} is of other code, versions, machine or options: starting afresh")
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder:
         with closing(Server("material.py", Task("make", folder, head.machine.cores))) as maker:
             progress.print("backbone, grafts and text")

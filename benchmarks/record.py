@@ -112,4 +112,3 @@ class Record:
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         partial.write_text(json.dumps(data, indent=1) + "\n")
         partial.replace(self.path)
-

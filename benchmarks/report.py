@@ -16,7 +16,8 @@ def show(record: Record, console: Console) -> None:
     """Where it ran, the gate, the arms and the claims."""
     head = record.head
     versions = ", ".join(f"{name} {version}" for name, version in head.versions.items())
-    console.print(f"[bold]{head.benchmark}[/] {_joined(head.shapes)}" + (" [yellow](quick: proves nothing)[/]" if head.quick else ""))
+    shapes = ", ".join(f"{name} {size}" for name, size in head.shapes.items())
+    console.print(f"[bold]{head.benchmark}[/] {shapes}" + (" [yellow](quick: proves nothing)[/]" if head.quick else ""))
     console.print(f"{head.machine.processor}, {head.machine.cores} cores; {versions}; commit {head.commit[:10]}")
     console.print(_gate(record))
     if record.arms:
@@ -26,7 +27,8 @@ def show(record: Record, console: Console) -> None:
 
 def _gate(record: Record) -> Table:
     green = record.gate is not None and record.gate.holds
-    table = Table(title="gate: " + ("[green]green[/]" if green else "[red]red, nothing is timed[/]"), title_justify="left")
+    title = "gate: [green]green[/]" if green else "gate: [red]red, so nothing is timed[/]"
+    table = Table(title=title, title_justify="left")
     for column in ("check", "value", "limit", ""):
         table.add_column(column, justify="left" if column == "check" else "right")
     for check in record.gate.checks if record.gate else ():
@@ -79,7 +81,3 @@ def _verdict(claim: Claim) -> str:
 
 def _mark(holds: bool | None) -> str:
     return "[green]yes[/]" if holds else "[red]no[/]"
-
-
-def _joined(shapes: object) -> str:
-    return ", ".join(f"{key} {value}" for key, value in shapes.items()) if isinstance(shapes, dict) else str(shapes)

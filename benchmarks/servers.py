@@ -23,14 +23,22 @@ _TAIL = 400
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a child is: `kind` of its script, in `variant`, for `jobs` of the work that lies in `folder`."""
+    """What a child is: `kind` of its script, in `variant`, for `jobs` of the work that lies in `folder`.
+
+    `size` is what a round is: optimiser steps of every job, tokens of every stream, passes of a limit. OpenMP threads
+    that are `passive` sleep while they wait, as the service tells its own.
+    """
 
     kind: str
     folder: str
     threads: int
     variant: str = ""
     jobs: tuple[int, ...] = ()
-    steps: int = 1
+    size: int = 1
+    passive: bool = False
+
+
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 class Server:
@@ -43,6 +51,7 @@ class Server:
             "OMP_NUM_THREADS": str(task.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **(_PASSIVE if task.passive else {}),
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

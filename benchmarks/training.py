@@ -1,11 +1,12 @@
-"""Eight LoRA jobs on SmolLM2: one pack of ours, against PEFT one after the other, two at a time, and switching adapters.
+"""Eight LoRA jobs on SmolLM2: one pack of ours, against PEFT one after the other, two at a time, and switching.
 
-    python benchmarks/training.py [--quick] [--json PATH]
+python benchmarks/training.py [--quick] [--json PATH]
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness import Arm, Running, Study
@@ -32,7 +33,15 @@ GOALS = (
     Goal("training.memory", "memory", "ours", ("peft_two_processes",), "<", 1.0),
     Goal("training.share_of_ceiling", "speed", "ours", ("ceiling",)),
 )
-SHAPES = {"jobs": GRAFTS, "graft": GRAFT, "batch": 1, "tokens": TRAIN_TOKENS, "optimiser": "AdamW"}
+SHAPES: Mapping[str, int | str] = {
+    "jobs": GRAFTS,
+    "graft": GRAFT,
+    "batch": 1,
+    "tokens": TRAIN_TOKENS,
+    "optimiser": "AdamW",
+    "steps a round": STEPS,
+    "steps a quick round": QUICK_STEPS,
+}
 
 
 class TrainingStage:
@@ -53,7 +62,7 @@ class TrainingStage:
         return Servers("training_arms.py", tasks)
 
     def _task(self, kind: str, variant: str, jobs: range, threads: int) -> Task:
-        return Task(kind, self._folder, threads, variant, tuple(jobs), self._steps)
+        return Task(kind, self._folder, threads, variant, tuple(jobs), self._steps, passive=kind == "packed")
 
 
 _KINDS = {"ours": "packed", "peft_in_turn": "in_turn", "peft_switching": "switching", "ceiling": "ceiling"}

@@ -33,9 +33,7 @@ class Packed:
         prompt = torch.tensor(self._material.prompts[0])
         whole = WholeSequences(((0, len(prompt)),), self._backbone.shape)
         with torch.inference_mode():
-            self._backbone.forward(
-                Rows(prompt, torch.arange(len(prompt)), ()), self._backbone.stacks(()), whole
-            )
+            self._backbone.forward(Rows(prompt, torch.arange(len(prompt)), ()), self._backbone.stacks(()), whole)
         return str(self._backbone.dtype).removeprefix("torch.")
 
     def warm(self) -> None:
@@ -43,7 +41,7 @@ class Packed:
         self._steps(_WARM_STEPS)
 
     def round(self) -> Round:
-        return timed(lambda: self._steps(self._task.steps))
+        return timed(lambda: self._steps(self._task.size))
 
     def _steps(self, count: int) -> int:
         for _ in range(count):
@@ -69,13 +67,13 @@ class InTurn:
         self._job(self._task.jobs[0], _WARM_STEPS)
 
     def round(self) -> Round:
-        return timed(lambda: sum(self._job(job, self._task.steps) for job in self._task.jobs))
+        return timed(lambda: sum(self._job(job, self._task.size) for job in self._task.jobs))
 
     def _job(self, job: int, steps: int) -> int:
         self._restart(job)
         samples = cycle(self._material.samples[job])
         for _ in range(steps):
-            loss_of(self._model, next(samples)).backward()
+            torch.autograd.backward(loss_of(self._model, next(samples)))
             self._optimiser.step()
             self._optimiser.zero_grad()
         return steps * TRAIN_TOKENS
@@ -114,13 +112,13 @@ class Switching:
         self._steps(1)
 
     def round(self) -> Round:
-        return timed(lambda: self._steps(self._task.steps))
+        return timed(lambda: self._steps(self._task.size))
 
     def _steps(self, count: int) -> int:
         for _ in range(count):
             for job, optimiser in self._optimisers.items():
                 self._model.set_adapter(name(job))
-                loss_of(self._model, next(self._samples[job])).backward()
+                torch.autograd.backward(loss_of(self._model, next(self._samples[job])))
                 optimiser.step()
                 optimiser.zero_grad()
         return count * len(self._optimisers) * TRAIN_TOKENS
@@ -136,7 +134,7 @@ def arm(given: Task) -> Worker:
             return Switching(given)
         case "ceiling":
             rows = len(given.jobs) * TRAIN_TOKENS
-            return Ceiling(Material.read(given.folder), rows=rows, passes=given.steps, backward=True)
+            return Ceiling(Material.read(given.folder), rows=rows, passes=given.size, backward=True)
         case other:
             raise ValueError(f"no arm {other!r}")
 

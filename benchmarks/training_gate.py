@@ -20,6 +20,7 @@ from polygraft.grafts.sites import module_path
 from polygraft.grafts.sizes import tensors
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
+from polygraft.trainers.job import permutation
 
 EXACT = 1e-4  # float32: losses and gradients, relative
 ROUNDED = 1e-2  # bf16: losses, relative; eight bits of mantissa through thirty layers
@@ -85,11 +86,11 @@ def _peft(material: Material, variant: str, jobs: tuple[int, ...]) -> tuple[list
         loss = loss_of(model, ids)
         losses.append(float(loss))
         if not gradients:
-            loss.backward()
+            torch.autograd.backward(loss)
             for key, value in model.named_parameters():
                 if value.grad is not None:
                     module, _, part = key.partition(".lora_")
-                    gradients[f"{module.partition('model.model.')[2]}.lora_{part[0]}"] = value.grad.float().clone()
+                    gradients[f"{module.removeprefix('base_model.model.model.')}.lora_{part[0]}"] = value.grad.float().clone()
     with torch.inference_mode(), model.disable_adapter():
         bare = [float(loss_of(model, ids)) for ids in samples.values()]
     return losses, gradients, bare
@@ -97,8 +98,6 @@ def _peft(material: Material, variant: str, jobs: tuple[int, ...]) -> tuple[list
 
 def _first(job: int, count: int) -> int:
     """The number of the sample that the pack's job of that seed begins with."""
-    from polygraft.trainers.job import permutation
-
     return permutation(count, seed=job, epoch=0)[0]
 
 

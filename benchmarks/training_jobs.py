@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from material import Material
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from polygraft.cluster.settings import PackSettings
 from polygraft.grafts.formats import native
@@ -49,7 +47,7 @@ def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(chosen, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
-def loss_of(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+def loss_of(model: nn.Module, ids: Sequence[int]) -> Tensor:
     """Mean loss of predicting all ids after the first."""
     tokens = torch.tensor([ids])
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits

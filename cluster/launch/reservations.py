@@ -35,7 +35,7 @@ class Reservations:
 
 def _unused(resource: str) -> list[str]:
     """Ids of the granted groups all of whose `resource` is free."""
-    free: Mapping[str, float] = ray.available_resources()
+    free: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     return [
         group
         for group, entry in placement_group_table().items()

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-GRAIN = 16
+GRAIN, FLOOR = 16, 32  # from 32 on, a member of the batched products is never below oneDNN's threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Sequence:
     @property
     def bucket(self) -> int:
         """Padded length: a function of the sequence alone, so that neighbours cannot change its arithmetic."""
-        return -(-(self.prefix_length + self.length) // GRAIN) * GRAIN
+        return max(FLOOR, -(-(self.prefix_length + self.length) // GRAIN) * GRAIN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from polygraft.kernels.common.matmul import head_bmm
 from polygraft.kernels.kv.layout import Bucket, Layout
 
 
@@ -39,7 +38,7 @@ class _Attend(torch.autograd.Function):
             qb = _query_heads(qx[bucket.queries], layout)
             kb, vb = _key_heads(kx[bucket.keys], layout), _key_heads(vx[bucket.keys], layout)
             weights = _weights(qb * scaling, kb, bucket.length)
-            _scatter(out, head_bmm(weights, vb), bucket, layout)
+            _scatter(out, torch.bmm(weights, vb), bucket, layout)
             saved += [qb, kb, vb, weights]
         ctx.save_for_backward(pk, *saved)
         ctx.layout, ctx.scaling, ctx.rows = layout, scaling, len(q)  # type: ignore[attr-defined]
@@ -58,12 +57,12 @@ class _Attend(torch.autograd.Function):
         for i, bucket in enumerate(layout.buckets):
             qb, kb, vb, weights = saved[4 * i : 4 * i + 4]
             dout = _query_heads(grad_x[bucket.queries], layout)
-            dvb = head_bmm(weights.transpose(1, 2), dout)
-            dw = head_bmm(dout, vb.transpose(1, 2)).to(wide)
+            dvb = torch.bmm(weights.transpose(1, 2), dout)
+            dw = torch.bmm(dout, vb.transpose(1, 2)).to(wide)
             p = weights.to(wide)
             ds = (p * (dw - (p * dw).sum(-1, keepdim=True)) * scaling).to(qb.dtype)
-            _scatter(dq, head_bmm(ds, kb), bucket, layout)
-            dkb = head_bmm(ds.transpose(1, 2), qb)
+            _scatter(dq, torch.bmm(ds, kb), bucket, layout)
+            dkb = torch.bmm(ds.transpose(1, 2), qb)
             for into, prefix_into, part in ((dk, dpk, dkb), (dv, dpv, dvb)):
                 _scatter_keys(into, prefix_into, part, bucket, layout)
         return dq, dk, dv, dpk.to(pk.dtype), dpv.to(pk.dtype), None, None
@@ -92,7 +91,7 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, length: int) -> Tensor:
-    scores = head_bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
     hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     torch.unflatten(scores, 1, (-1, length)).masked_fill_(hidden, float("-inf"))
     return scores.softmax(-1).to(q.dtype)

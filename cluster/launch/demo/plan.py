@@ -56,7 +56,7 @@ JOBS = (
         learning_rate=5e-4,
         batch_size=8,
         max_length=64,
-        n_epochs=2,
+        n_epochs=1,
     ),
     DemoJob(
         label="DoRA r=8",
@@ -64,7 +64,7 @@ JOBS = (
         learning_rate=1e-3,
         batch_size=8,
         max_length=80,
-        n_epochs=2,
+        n_epochs=1,
         schedule="cosine",
     ),
     DemoJob(
@@ -99,7 +99,7 @@ JOBS = (
         learning_rate=2e-3,
         batch_size=6,
         max_length=96,
-        n_epochs=2,
+        n_epochs=1,
     ),
     DemoJob(
         label="parallel adapter",

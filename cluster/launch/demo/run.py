@@ -27,7 +27,7 @@ from polygraft.cluster.launch.start import AlreadyRunning, start
 from polygraft.cluster.launch.stop import stop
 from polygraft.cluster.model import TenantId
 from polygraft.cluster.service import Service
-from polygraft.cluster.settings import Settings, load
+from polygraft.cluster.settings import PackSettings, Settings, load
 from polygraft.cluster.store.connect import connect
 
 REQUESTS, MAX_TOKENS = 24, 32
@@ -74,11 +74,12 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
 @contextmanager
 def demo_home(keep: bool, home: Path | None) -> Iterator[Settings]:
     """The user's own home folder when the service stays up, else one that is gone afterwards, on any free port."""
+    pack = PackSettings(max_rows=768, micro_rows=128)  # so small micro-batches that most of the eight jobs fit one forward
     if keep:
-        yield load(home=home)
+        yield load(home=home, pack=pack)
         return
     with tempfile.TemporaryDirectory(prefix="polygraft-demo-") as folder:
-        yield load(home=folder, data=Path(folder) / "data", port=0, store_url="embedded")
+        yield load(home=folder, data=Path(folder) / "data", port=0, store_url="embedded", pack=pack)
 
 
 def _tenants(service: Service, shares: tuple[Share, ...], search: Share) -> tuple[list[Tenant], str]:

@@ -81,7 +81,7 @@ def _trained_alone(
     start: Mapping[str, Tensor],
     on_step: Callable[[DemoJob, int, int], None],
 ) -> float:
-    model = solo(plan.label, folder, start)
+    model = solo(plan.peft, folder, start)
     leaves = list({id(place.parameter): place.parameter for place in model.places.values()}.values())
     optimiser = torch.optim.AdamW(leaves, lr=plan.learning_rate, weight_decay=job.recipe.weight_decay)
     for step in range(job.steps_total):

@@ -1,0 +1,69 @@
+"""Sixteen greedy streams over eight LoRA grafts on SmolLM2: our engine's mixed batches against PEFT's `adapter_names`.
+
+python benchmarks/serving.py [--quick] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness import Arm, Running, Study
+from machine import cores
+from material import GRAFT, GRAFTS, PROMPT_TOKENS, PROMPTS
+from measure import Goal
+from program import carry_out, gate_of
+from record import Gate
+from servers import Servers, Task
+
+TYPES = ("bfloat16", "float32")  # transformers' arms are timed in the faster
+TOKENS, QUICK_TOKENS = 64, 8  # new tokens of each stream in a round
+
+ARMS = (
+    Arm("ours", "our engine, every stream on its graft", ("auto",)),
+    Arm("peft", "PEFT generate with adapter_names, one batch", TYPES),
+    Arm("ours_bare", "our engine, bare backbone", ("auto",)),
+    Arm("transformers_bare", "transformers generate, bare backbone, one batch", TYPES),
+    Arm("ceiling", "the backbone's products alone, a row a stream", ("auto",), limit=True),
+)
+GOALS = (
+    Goal("serving.mixed", "speed", "ours", ("peft",), ">=", 2.0),
+    Goal("serving.bare", "speed", "ours_bare", ("transformers_bare",)),
+    Goal("serving.cost_of_grafts", "speed", "ours", ("ours_bare",)),
+    Goal("serving.share_of_ceiling", "speed", "ours", ("ceiling",)),
+)
+SHAPES: Mapping[str, int | str] = {
+    "streams": PROMPTS,
+    "grafts": GRAFTS,
+    "graft": GRAFT,
+    "prompt tokens": PROMPT_TOKENS,
+    "new tokens": TOKENS,
+    "new tokens in a quick round": QUICK_TOKENS,
+}
+_KINDS = {
+    "ours": "engine",
+    "peft": "generate",
+    "ours_bare": "engine_bare",
+    "transformers_bare": "generate_bare",
+    "ceiling": "ceiling",
+}
+
+
+class ServingStage:
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        self._folder, self._tokens = str(folder), QUICK_TOKENS if quick else TOKENS
+
+    def check(self) -> Gate:
+        return gate_of("serving_gate.py", self._task("gate", ""))
+
+    def open(self, arm: Arm, variant: str) -> Running:
+        return Servers("serving_arms.py", [self._task(_KINDS[arm.name], variant)])
+
+    def _task(self, kind: str, variant: str) -> Task:
+        passive = kind.startswith("engine")
+        return Task(kind, self._folder, cores(), variant, size=self._tokens, passive=passive)
+
+
+if __name__ == "__main__":
+    sys.exit(carry_out("serving", lambda rounds: Study(ARMS, GOALS, rounds), SHAPES, ServingStage))

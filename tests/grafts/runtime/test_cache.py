@@ -1,0 +1,32 @@
+"""Decoding from the cache gives what the whole sequence gives, where the cache has a case of its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.sizes import tensors
+
+
+@pytest.mark.parametrize("peft", ["prefix(4)@0", "prefix(4)@1", "prefix(4)"])
+def test_a_layer_without_prefix_rows_does_not_see_the_virtual_tokens(tiny_folder: Path, peft: str) -> None:
+    backbone = Backbone.load(tiny_folder, torch.float32)
+    spec = parse(peft)
+    resident = Resident("g", spec, {t.name: torch.randn(t.shape) for t in tensors(spec, backbone.shape)})
+    stacks, ids, p = backbone.stacks((resident,)), torch.arange(40, 60), spec.prefix_length
+    cache = KVCache(backbone.shape, 8, dtype=torch.float32)
+    cache.write_prefix((1, 2), resident)
+    with torch.inference_mode():
+        rows = Rows(ids, torch.arange(20) + p, (Span(0, 20, 0),))
+        whole = backbone.forward(rows, stacks, WholeSequences(((0, 20),), backbone.shape))
+        for start, stop in ((0, 7), (7, 19), (19, 20)):
+            piece = Rows(ids[start:stop], torch.arange(start, stop) + p, (Span(0, stop - start, 0),))
+            sequence = PagedSequence(0, stop - start, p + start, (1, 2), p, spec.prefix_layers)
+            hidden = backbone.forward(piece, stacks, PagedAttention(cache, (sequence,)))
+            torch.testing.assert_close(hidden, whole[start:stop], rtol=1e-5, atol=1e-5)
