@@ -90,7 +90,9 @@ def _peft(material: Material, variant: str, jobs: tuple[int, ...]) -> tuple[list
             for key, value in model.named_parameters():
                 if value.grad is not None:
                     module, _, part = key.partition(".lora_")
-                    gradients[f"{module.removeprefix('base_model.model.model.')}.lora_{part[0]}"] = value.grad.float().clone()
+                    gradients[f"{module.removeprefix('base_model.model.model.')}.lora_{part[0]}"] = (
+                        value.grad.float().clone()
+                    )
     with torch.inference_mode(), model.disable_adapter():
         bare = [float(loss_of(model, ids)) for ids in samples.values()]
     return losses, gradients, bare

@@ -1,7 +1,7 @@
 """The HTTP API as the command line, the demo and searches use it: a thin, blocking client without torch and Ray.
 
-Bodies of requests are OpenAI's (see `cluster/spec.py` for what a job may ask for); answers are read leniently, so that a newer server
-may say more. A failed call raises `ApiFailure` with OpenAI's error object.
+Bodies of requests are OpenAI's (see `cluster/spec.py` for what a job may ask for); answers are read leniently, so
+that a newer server may say more. A failed call raises `ApiFailure` with OpenAI's error object.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class RemoteModel(_Answer):
 class ApiFailure(Exception):
     """The service refused or failed; the fields are those of OpenAI's error object."""
 
-    def __init__(self, status: int, message: str, *, kind: str = "", param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, kind: str = "", param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
@@ -112,10 +114,16 @@ class ApiFailure(Exception):
 class Client:
     """One tenant's view of a service. Safe to use from one thread at a time; close it, or use it as a context."""
 
-    def __init__(self, url: str, key: str, *, transport: httpx.BaseTransport | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, url: str, key: str, *, transport: httpx.BaseTransport | None = None, timeout_s: float = 60.0
+    ) -> None:
         self.url = url
         self._http = httpx.Client(
-            base_url=f"{url}/v1", headers={"Authorization": f"Bearer {key}"}, transport=transport, timeout=timeout_s, trust_env=False
+            base_url=f"{url}/v1",
+            headers={"Authorization": f"Bearer {key}"},
+            transport=transport,
+            timeout=timeout_s,
+            trust_env=False,
         )
 
     @staticmethod
@@ -126,7 +134,9 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -165,7 +175,9 @@ class Client:
     def models(self) -> list[RemoteModel]:
         return list(self._pages(RemoteModel, "/models"))
 
-    def wait(self, job: str, on_progress: Callable[[RemoteJob], None] | None = None, *, period_s: float = 0.5) -> RemoteJob:
+    def wait(
+        self, job: str, on_progress: Callable[[RemoteJob], None] | None = None, *, period_s: float = 0.5
+    ) -> RemoteJob:
         """The job once it is final, however it ended; `on_progress` sees it each time it is looked at."""
         while True:
             seen = self.job(job)
@@ -175,9 +187,17 @@ class Client:
                 return seen
             time.sleep(period_s)
 
-    def chat(self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float | None = None) -> Iterator[str]:
+    def chat(
+        self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float | None = None
+    ) -> Iterator[str]:
         """The answer's text, piece by piece as it is generated."""
-        body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        body = {
+            "model": model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stream": True,
+        }
         given = {name: value for name, value in body.items() if value is not None}
         with _reached(self.url), self._http.stream("POST", "/chat/completions", json=given) as answer:
             if answer.is_error:
@@ -188,11 +208,19 @@ class Client:
                     yield from _texts(answer.status_code, json.loads(line.removeprefix("data: ")))
 
     def _upload(self, filename: str, content: bytes | BinaryIO, purpose: str) -> RemoteFile:
-        answer = self._send(self._http.build_request("POST", "/files", files={"file": (filename, content)}, data={"purpose": purpose}))
+        answer = self._send(
+            self._http.build_request("POST", "/files", files={"file": (filename, content)}, data={"purpose": purpose})
+        )
         return RemoteFile.model_validate_json(answer.content)
 
     def _ask(
-        self, kind: type[M], method: str, path: str, *, body: Mapping[str, JsonValue] | None = None, headers: Mapping[str, str] | None = None
+        self,
+        kind: type[M],
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, JsonValue] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> M:
         request = self._http.build_request(method, path, json=body, headers=dict(headers or {}))
         return kind.model_validate_json(self._send(request).content)
@@ -214,7 +242,8 @@ class Client:
             left = None if left is None else left - len(page["data"])
 
     def _send(self, request: httpx.Request) -> httpx.Response:
-        """The answer; asked again while the service says that it is busy or its store is down, when asking twice changes nothing."""
+        """The answer; asked again while the service says that it is busy or its store is down, when asking twice
+        changes nothing."""
         repeatable = request.method == "GET" or "Idempotency-Key" in request.headers
         for attempt in range(_RETRIES + 1):
             with _reached(self.url):
@@ -265,7 +294,9 @@ def _described(status: int, error: Mapping[str, JsonValue]) -> ApiFailure:
         value = error.get(name)
         return None if value is None else str(value)
 
-    return ApiFailure(status, text("message") or "no message", kind=text("type") or "", param=text("param"), code=text("code"))
+    return ApiFailure(
+        status, text("message") or "no message", kind=text("type") or "", param=text("param"), code=text("code")
+    )
 
 
 def _retry_after_s(answer: httpx.Response, attempt: int) -> float:

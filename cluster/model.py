@@ -237,7 +237,7 @@ class Limits:
 
     max_jobs: int = 32
     pack_bytes: int = 0
-    max_rows: int = 512
+    max_rows: int = 768
     row_bytes: int = 0
     idle_s: float = 60.0
     max_attempts: int = 3

@@ -1,4 +1,5 @@
-"""How a running service is found: `run/service.json` in the home folder, written by its head once it answers, and the local tenant's key."""
+"""How a running service is found: `run/service.json` in the home folder, written by its head once it answers, and the
+local tenant's key."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class ServiceNotRunning(Exception):
 class Service:
     """A service that is up. `pid` and `started` (seconds since 1970) name its supervisor.
 
-    `ray_token` is the file with the secret of Ray's own ports; `backbone` is the model's id and `backbone_folder` where it lies.
+    `ray_token` is the file with the secret of Ray's own ports; `backbone` is the model's id and `backbone_folder`
+    where it lies.
     """
 
     url: str
@@ -32,13 +34,18 @@ class Service:
 
 
 def find_service(path: Path) -> Service:
-    """Reads Settings.service_path. Raises ServiceNotRunning when there is none, or it was written by another version."""
+    """Reads Settings.service_path. Raises ServiceNotRunning when there is none, or it was written by another
+    version."""
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ServiceNotRunning(f"no service is running under {path.parents[1]}; start one with: polygraft up") from None
+        raise ServiceNotRunning(
+            f"no service is running under {path.parents[1]}; start one with: polygraft up"
+        ) from None
     if not isinstance(record, dict) or set(record) != {field.name for field in fields(Service)}:
-        raise ServiceNotRunning(f"{path} is not of this version; stop that service with its own version, or remove the file")
+        raise ServiceNotRunning(
+            f"{path} is not of this version; stop that service with its own version, or remove the file"
+        )
     return Service(**record)
 
 
@@ -48,7 +55,8 @@ def announce(path: Path, service: Service) -> None:
 
 
 def read_key(path: Path) -> str:
-    """Reads Settings.api_key_path, the local tenant's API key. Raises ServiceNotRunning when no `up` has made one yet."""
+    """Reads Settings.api_key_path, the local tenant's API key. Raises ServiceNotRunning when no `up` has made one
+    yet."""
     try:
         return path.read_text().strip()
     except FileNotFoundError:

@@ -40,8 +40,8 @@ class PackSettings(BaseModel):
     """One packed forward has at most `max_rows` rows; a job's micro-batch, fixed at admission, at most `micro_rows`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    max_rows: PositiveInt = 512
-    micro_rows: PositiveInt = 256
+    max_rows: PositiveInt = 768
+    micro_rows: PositiveInt = 128
     max_jobs: PositiveInt = 32
     memory_bytes: NonNegativeInt = Field(default=0, description="for jobs and activations; 0 = no limit")
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")

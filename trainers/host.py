@@ -7,9 +7,11 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, report
 from ray.train.torch import TorchTrainer
 
@@ -39,9 +41,9 @@ class PackPlan:
     micro_rows: int = 128
 
 
-@ray.remote(num_cpus=0, max_concurrency=2)
 class PackHost:
-    """Owns one pack's Train run. `run` returns when the pack closed and raises when its worker failed too often."""
+    """Body of the actor that owns one pack's Train run (start it with `start_host`). `run` returns when the pack
+    closed and raises when its worker failed too often."""
 
     def __init__(self, plan: PackPlan) -> None:
         self._plan = plan
@@ -51,7 +53,7 @@ class PackHost:
             train_loop,
             train_loop_config=asdict(self._plan),
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, "device": SHARE}),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # checkers see Train v1's
                 name=self._plan.pack,
                 storage_path=str(Path(self._plan.data) / "train"),
                 failure_config=FailureConfig(max_failures=RESTARTS),
@@ -61,6 +63,12 @@ class PackHost:
 
     def ping(self) -> str:
         return self._plan.pack
+
+
+def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
+    """The pack's host actor; it asks for no CPU, since its worker is what computes."""
+    options = ray.remote(PackHost).options(num_cpus=0, max_concurrency=2)
+    return cast("ActorHandle[PackHost]", options.remote(plan))
 
 
 def train_loop(config: dict[str, object]) -> None:

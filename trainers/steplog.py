@@ -21,7 +21,7 @@ class StepLog:
         """`methods` maps a job to the text of its graft."""
         line = {
             "step": step.number,
-            "at": time.time(),
+            "time": time.time(),
             "seconds": round(step.seconds, 4),
             "rows": step.rows,
             "jobs": list(step.jobs),

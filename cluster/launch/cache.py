@@ -1,4 +1,5 @@
-"""Where backbones lie once they are converted or downloaded: with the user, not with a service, so that a second one finds them."""
+"""Where backbones lie once they are converted or downloaded: with the user, not with a service, so that a second one
+finds them."""
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 def _python(_: Settings) -> Finding:
     good = sys.version_info >= (3, 11)
-    return Finding("python", "ok" if good else "bad", sys.version.split()[0], "" if good else "use Python 3.11 or later")
+    return Finding(
+        "python", "ok" if good else "bad", sys.version.split()[0], "" if good else "use Python 3.11 or later"
+    )
 
 
 def _packages(_: Settings) -> Finding:
@@ -71,7 +73,11 @@ def _valkey(settings: Settings) -> Finding:
 def _disk(settings: Settings) -> Finding:
     folder = next(path for path in (settings.data, *settings.data.parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    advice = "" if free >= _DISK_BYTES else f"at least {_DISK_BYTES / 2**30:.0f} GiB are wanted for backbones, checkpoints and grafts"
+    advice = (
+        ""
+        if free >= _DISK_BYTES
+        else f"at least {_DISK_BYTES / 2**30:.0f} GiB are wanted for backbones, checkpoints and grafts"
+    )
     return Finding("disk", "note" if advice else "ok", f"{free / 2**30:.1f} GiB free at {folder}", advice)
 
 
@@ -80,7 +86,12 @@ def _backbone(settings: Settings) -> Finding:
     folder = next((path for path in known if (path / "config.json").is_file()), None)
     if folder is not None:
         return Finding("backbone", "ok", f"{settings.backbone} at {folder}")
-    return Finding("backbone", "note", f"{settings.backbone} is not prepared yet", "the first up does it, which takes about a minute")
+    return Finding(
+        "backbone",
+        "note",
+        f"{settings.backbone} is not prepared yet",
+        "the first up does it, which takes about a minute",
+    )
 
 
 def _port(settings: Settings) -> Finding:
@@ -109,13 +120,20 @@ def _service(settings: Settings) -> Finding:
     except httpx.TransportError:
         healthy = False
     log = settings.home / "run" / "head.log"
-    return Finding("service", "ok" if healthy else "bad", f"{service.url}, pid {service.pid}", "" if healthy else f"it does not answer; see {log}")
+    return Finding(
+        "service",
+        "ok" if healthy else "bad",
+        f"{service.url}, pid {service.pid}",
+        "" if healthy else f"it does not answer; see {log}",
+    )
 
 
 def _threads(_: Settings) -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     told = os.environ.get("OMP_NUM_THREADS")
-    advice = f"the service uses all {cores} cores whatever OMP_NUM_THREADS says here" if told and told != str(cores) else ""
+    advice = (
+        f"the service uses all {cores} cores whatever OMP_NUM_THREADS says here" if told and told != str(cores) else ""
+    )
     return Finding("threads", "note" if advice else "ok", f"{cores} cores, OMP_NUM_THREADS {told or 'not set'}", advice)
 
 
@@ -125,10 +143,17 @@ def _torch(_: Settings) -> Finding:
     from polygraft.grafts.runtime.backbone import best_dtype
 
     if torch.cuda.is_available():
-        return Finding("device", "ok", f"{torch.cuda.get_device_name()}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
+        return Finding(
+            "device", "ok", f"{torch.cuda.get_device_name()}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+        )
     fast = best_dtype() is torch.bfloat16
     advice = "" if fast else "this processor has no bf16 arithmetic; dtype auto means fp32 here"
-    return Finding("device", "ok" if fast else "note", f"{torch.get_num_threads()} CPU threads, bf16 {'yes' if fast else 'no'}", advice)
+    return Finding(
+        "device",
+        "ok" if fast else "note",
+        f"{torch.get_num_threads()} CPU threads, bf16 {'yes' if fast else 'no'}",
+        advice,
+    )
 
 
 def _is_up(settings: Settings) -> bool:

@@ -1,7 +1,7 @@
 """The head process: Ray, the HTTP service and the controller of one machine, from start to a clean end on SIGTERM.
 
-Run by the supervisor as `python -m polygraft.cluster.launch.head SETTINGS.json SCRATCH`. Ray's own processes are its children; its
-namespace is new each time, since the store is the truth.
+Run by the supervisor as `python -m polygraft.cluster.launch.head SETTINGS.json SCRATCH`. Ray's own processes are its
+children; its namespace is new each time, since the store is the truth.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         folder.enter(f"preparing the backbone {settings.backbone}")
         backbone = elsewhere(_prepare, settings.backbone, backbone_cache())
         folder.enter("starting the controller")
-        leader = start_leader(settings.store_url, settings.pack_limits, OpenHost.of(settings, backbone), name="controller")
+        leader = start_leader(
+            settings.store_url, settings.pack_limits, OpenHost.of(settings, backbone), name="controller"
+        )
         folder.enter("starting the HTTP service and loading the backbone")
         serve.start(http_options={"host": settings.host, "port": settings.port})
         elsewhere(_deploy, settings, backbone)

@@ -50,9 +50,13 @@ app = typer.Typer(
 @app.callback()
 def root(
     context: typer.Context,
-    home: Annotated[Path | None, typer.Option(help="Folder of the service: state, data, key. [env: POLYGRAFT_HOME; ~/.polygraft]")] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder of the service: state, data, key. [env: POLYGRAFT_HOME; ~/.polygraft]")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="A service elsewhere, instead of the one under --home.")] = None,
-    key: Annotated[str | None, typer.Option(envvar="POLYGRAFT_API_KEY", help="API key, instead of the local tenant's.")] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="POLYGRAFT_API_KEY", help="API key, instead of the local tenant's.")
+    ] = None,
 ) -> None:
     context.obj = Flags(home=home, url=url, key=key)
 

@@ -52,7 +52,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     """A table; a column whose name begins with "#" is numbers, flushed right. Without columns it has no header."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(columns))
     for column in columns:
-        table.add_column(column.removeprefix("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
+        table.add_column(
+            column.removeprefix("#"), justify="right" if column.startswith("#") else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     screen.print(table if table.row_count else f"[dim]{empty}[/]")

@@ -15,7 +15,8 @@ from polygraft.cluster.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class OpenHost:
-    """Called in the controller's process, to which it travels; torch is imported there only when the first pack opens."""
+    """Called in the controller's process, to which it travels; torch is imported there only when the first pack
+    opens."""
 
     settings: str  # JSON, since a settings model read again would take in that process's environment
     backbone_folder: str
@@ -25,8 +26,7 @@ class OpenHost:
         return OpenHost(settings.model_dump_json(), str(backbone_folder))
 
     def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
-        from polygraft.trainers.host import PackHost as Host
-        from polygraft.trainers.host import PackPlan
+        from polygraft.trainers.host import PackPlan, start_host
 
         settings = Settings.model_validate_json(self.settings)
         plan = PackPlan(
@@ -38,4 +38,4 @@ class OpenHost:
             max_rows=settings.pack.max_rows,
             micro_rows=settings.pack.micro_rows,
         )
-        return cast(ActorHandle[PackHost], Host.remote(plan))  # type: ignore[attr-defined]
+        return cast("ActorHandle[PackHost]", start_host(plan))

@@ -1,7 +1,8 @@
 """Which process is meant (a pid and its start time), and how a whole session of processes is ended.
 
-A child of the supervisor leads a session of its own, and neither Ray nor Valkey ever leaves it: Ray's workers make process groups,
-not sessions. So "everything the head started" is exactly "everything in the head's session", whoever is left of it.
+A child of the supervisor leads a session of its own, and neither Ray nor Valkey ever leaves it: Ray's workers make
+process groups, not sessions. So "everything the head started" is exactly "everything in the head's session", whoever
+is left of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 
 import psutil
 
-_SAME_START_S = 1.0  # two readings of one process's start time differ by the kernel's tick and by corrections of the clock
+_SAME_START_S = (
+    1.0  # two readings of one process's start time differ by the kernel's tick and by corrections of the clock
+)
 _POLL_S = 0.05
 
 
@@ -49,7 +52,8 @@ class Identity:
 
 
 def session(leader: int) -> Iterator[int]:
-    """Pids of the live processes in the session that `leader` leads or led; the kernel gives no such pid away while one is left."""
+    """Pids of the live processes in the session that `leader` leads or led; the kernel gives no such pid away while
+    one is left."""
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from polygraft.cluster.launch.output import errors
 
@@ -40,5 +40,21 @@ class Stages:
 
 @contextmanager
 def stages() -> Iterator[Stages]:
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as progress:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True
+    ) as progress:
         yield Stages(progress)
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for every name that is reported, as (name, done, total)."""
+    tasks: dict[str, TaskID] = {}
+    with job_progress() as progress:
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=total, note="")
+            progress.update(tasks[name], completed=done)
+
+        yield report

@@ -1,7 +1,8 @@
 """Gives back what dead packs have reserved, which Ray keeps for as long as the head lives.
 
-A pack's reservation is a placement group that Ray Train makes. Train ends it with the run; when the run's processes are killed, a cleaner
-of Train's does, but that one asks Ray's dashboard, which is off on one machine. What is reserved but unused for a while has no owner.
+A pack's reservation is a placement group that Ray Train makes. Train ends it with the run; when the run's processes
+are killed, a cleaner of Train's does, but that one asks Ray's dashboard, which is off on one machine. What is
+reserved but unused for a while has no owner.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ _LONGEST_S = 5.0
 
 
 class Restarts:
-    """The deaths of one child: waits double with each death inside the window, and too many of them end the attempts."""
+    """The deaths of one child: waits double with each death inside the window, and too many of them end the
+    attempts."""
 
     def __init__(self, *, limit: int = 5, window_s: float = 60.0) -> None:
         self._limit = limit

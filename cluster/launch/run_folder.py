@@ -14,8 +14,8 @@ _TAIL_BYTES = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """The supervisor that owns this folder, its live children in the order they started, and the folder of Ray's sockets and logs,
-    which is removed with them."""
+    """The supervisor that owns this folder, its live children in the order they started, and the folder of Ray's
+    sockets and logs, which is removed with them."""
 
     supervisor: Identity
     children: tuple[Identity, ...]

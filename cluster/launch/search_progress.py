@@ -14,7 +14,11 @@ class SearchProgress:
 
     def __init__(self, trials: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=errors
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=errors,
         )
         self._all = self._progress.add_task(f"{trials} trials", total=trials)
         self._bars: dict[int, TaskID] = {}

@@ -1,4 +1,5 @@
-"""A search over the service on this machine: the backbone's shape for the space, uploaded files, and Tune on the service's Ray."""
+"""A search over the service on this machine: the backbone's shape for the space, uploaded files, and Tune on the
+service's Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def run(
     on_trial: Callable[[Trial], None],
     on_progress: Callable[[Trial, float], None],
 ) -> tuple[Trial, ...]:
-    """All trials of the study, once they have ended; Tune's files go to `folder`. Raises what `tuning.driver.search` raises."""
+    """All trials of the study, once they have ended; Tune's files go to `folder`. Raises what `tuning.driver.search`
+    raises."""
     os.environ.update(environment(Path(service.ray_token)))  # before Ray is imported
     from polygraft.tuning.driver import RayCluster, search
     from polygraft.tuning.trial import Access

@@ -1,4 +1,5 @@
-"""The service as a Ray Serve application: for the head of one machine, and for the serveConfigV2 of a KubeRay RayService."""
+"""The service as a Ray Serve application: for the head of one machine, and for the serveConfigV2 of a KubeRay
+RayService."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def application(settings: Settings, backbone_folder: Path) -> serve.Application:
 def build(args: Mapping[str, object]) -> serve.Application:
     """Called by Serve on the cluster; `args` and the environment (POLYGRAFT_*) are the settings.
 
-    There is no head process of ours on a cluster: the controller is an actor that outlives this call, and a second deployment of the same
-    cluster takes its place by the store's lease. Raises BadSettings.
+    There is no head process of ours on a cluster: the controller is an actor that outlives this call, and a second
+    deployment of the same cluster takes its place by the store's lease. Raises BadSettings.
     """
     settings = load(**args)
     if settings.store_url == "embedded":

@@ -29,7 +29,8 @@ class StartFailed(Failure):
 
 
 def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: None, timeout_s: float = 300.0) -> Service:
-    """The service, once it answers. Raises AlreadyRunning, StartFailed; nothing is left behind then, nor after Ctrl-C."""
+    """The service, once it answers. Raises AlreadyRunning, StartFailed; nothing is left behind then, nor after
+    Ctrl-C."""
     folder = RunFolder(settings.home)
     if (local := Path(settings.backbone).expanduser()).is_dir():  # the service runs in another folder than the caller
         settings = settings.model_copy(update={"backbone": str(local.absolute())})
@@ -76,7 +77,11 @@ def _start(settings: Settings, folder: RunFolder, on_stage: Callable[[str], None
 
 
 def _wait(
-    settings: Settings, folder: RunFolder, supervisor: subprocess.Popen[bytes], on_stage: Callable[[str], None], deadline: float
+    settings: Settings,
+    folder: RunFolder,
+    supervisor: subprocess.Popen[bytes],
+    on_stage: Callable[[str], None],
+    deadline: float,
 ) -> Service:
     while time.monotonic() < deadline:
         if supervisor.poll() is not None:

@@ -25,5 +25,8 @@ def stop(settings: Settings) -> bool:
         return clear(folder) > 0
     last.supervisor.signal(signal.SIGTERM)
     if not last.supervisor.wait(_GRACE_S):
-        raise StopFailed(f"the supervisor, pid {last.supervisor.pid}, did not end within {_GRACE_S:.0f} s; see {folder.log('supervisor')}")
+        raise StopFailed(
+            f"the supervisor, pid {last.supervisor.pid}, did not end within {_GRACE_S:.0f} s; "
+            f"see {folder.log('supervisor')}"
+        )
     return True

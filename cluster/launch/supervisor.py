@@ -1,6 +1,7 @@
 """The process that `polygraft up` leaves behind: owns the store and the head, restarts them, ends them on SIGTERM.
 
-Run as `python -m polygraft.cluster.launch.supervisor SETTINGS.json`. It stays small: neither Ray nor torch is imported here.
+Run as `python -m polygraft.cluster.launch.supervisor SETTINGS.json`. It stays small: neither Ray nor torch is
+imported here.
 """
 
 from __future__ import annotations

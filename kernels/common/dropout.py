@@ -34,7 +34,10 @@ def keep_mask(row_keys_N: Tensor, site_key: int, width: int, p: float) -> Tensor
 
 
 def dropout(x_TI: Tensor, segments: Segments, row_keys_T: Tensor, site_key: int) -> Tensor:
-    """x / (1 - p) where kept, 0 where dropped, on the rows of segments with a rate p; other rows pass unchanged."""
+    """x / (1 - p) where kept, 0 where dropped, on the rows of segments with a rate p; other rows pass unchanged.
+
+    Where such segments overlap, the last one's rate holds for all that read those rows.
+    """
     return _Dropout.apply(x_TI, segments, row_keys_T, site_key)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -9,6 +9,8 @@ spared.) Float64 is held to a tolerance, not to bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def segment_bmm(a_NMK: Tensor, b_NKP: Tensor, *, out: Tensor | None = None) -> T
     if not _apart(a_NMK):
         if len(a_NMK) == 1 or not _small(a_NMK, b_NKP):
             return torch.bmm(a_NMK, b_NKP, out=out)
-        alone = [torch.bmm(a, b) for a, b in zip(a_NMK.split(1), b_NKP.split(1))]
+        alone = [torch.bmm(a, b) for a, b in _members(a_NMK, b_NKP)]
         return torch.cat(alone) if out is None else out.copy_(torch.cat(alone))
     out = a_NMK.new_empty(len(a_NMK), a_NMK.shape[1], b_NKP.shape[2]) if out is None else out
     for into, a, b in zip(out, a_NMK, b_NKP):
@@ -35,7 +37,7 @@ def add_segment_bmm_(into_NMP: Tensor, a_NMK: Tensor, b_NKP: Tensor) -> None:
     elif len(a_NMK) == 1 or not _small(a_NMK, b_NKP):
         into_NMP.baddbmm_(a_NMK, b_NKP)
     else:
-        for into, a, b in zip(into_NMP.split(1), a_NMK.split(1), b_NKP.split(1)):
+        for into, a, b in _members(into_NMP, a_NMK, b_NKP):
             into.baddbmm_(a, b)
 
 
@@ -46,3 +48,8 @@ def _apart(a: Tensor) -> bool:
 def _small(a: Tensor, b: Tensor) -> bool:
     """Whether one member alone would not reach oneDNN."""
     return a.shape[1] * a.shape[2] * b.shape[2] <= _ONEDNN_FROM
+
+
+def _members(*batches: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of one."""
+    return (tuple(batch[i : i + 1] for batch in batches) for i in range(len(batches[0])))

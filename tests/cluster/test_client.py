@@ -12,7 +12,15 @@ import pytest
 from polygraft.cluster.client import ApiFailure, Client, RemoteJob
 from polygraft.cluster.service import Service, ServiceNotRunning, announce, find_service, read_key
 
-JOB = {"id": "ftjob-1", "object": "fine_tuning.job", "status": "running", "model": "smollm2", "created_at": 1, "step": 3, "steps_total": 9}
+JOB = {
+    "id": "ftjob-1",
+    "object": "fine_tuning.job",
+    "status": "running",
+    "model": "smollm2",
+    "created_at": 1,
+    "step": 3,
+    "steps_total": 9,
+}
 
 
 def client(answer: Callable[[httpx.Request], httpx.Response]) -> Client:
@@ -36,7 +44,12 @@ def test_a_refusal_carries_openais_error_object() -> None:
     with pytest.raises(ApiFailure, match="suffix: too long") as caught:
         client(lambda _: httpx.Response(400, json={"error": error})).create_job({})
     failure = caught.value
-    assert (failure.status, failure.kind, failure.param, failure.code) == (400, "invalid_request_error", "suffix", "invalid_value")
+    assert (failure.status, failure.kind, failure.param, failure.code) == (
+        400,
+        "invalid_request_error",
+        "suffix",
+        "invalid_value",
+    )
 
 
 def test_a_refusal_that_is_not_json_is_still_told() -> None:
@@ -83,7 +96,9 @@ def test_wait_returns_the_final_job_and_shows_the_way_there() -> None:
     states = ["queued", "running", "failed"]
     seen: list[RemoteJob] = []
     answer = {**JOB, "error": {"code": "non_finite_loss", "message": "loss is NaN", "param": None}}
-    job = client(lambda _: httpx.Response(200, json={**answer, "status": states.pop(0)})).wait("ftjob-1", seen.append, period_s=0)
+    job = client(lambda _: httpx.Response(200, json={**answer, "status": states.pop(0)})).wait(
+        "ftjob-1", seen.append, period_s=0
+    )
     assert [one.status for one in seen] == ["queued", "running", "failed"]
     assert job.error is not None and job.error.message == "loss is NaN"
 
@@ -103,13 +118,18 @@ def test_an_upload_sends_the_file_and_its_purpose(tmp_path: Path) -> None:
 def test_a_chat_answer_arrives_piece_by_piece() -> None:
     frames = [{"choices": [{"delta": {"content": text}}]} for text in ("Hel", "lo")] + [{"choices": []}]
     text = "".join(f"data: {json.dumps(frame)}\n\n" for frame in frames) + "data: [DONE]\n\n"
-    pieces = client(lambda _: httpx.Response(200, text=text)).chat("m", [{"role": "user", "content": "Hi"}], max_tokens=4)
+    pieces = client(lambda _: httpx.Response(200, text=text)).chat(
+        "m", [{"role": "user", "content": "Hi"}], max_tokens=4
+    )
     assert list(pieces) == ["Hel", "lo"]
 
 
 def test_an_error_in_the_middle_of_a_chat_answer_is_raised() -> None:
-    text = 'data: {"choices": [{"delta": {"content": "He"}}]}\n\ndata: {"error": {"message": "the replica died", "type": "server_error"}}\n\n'
-    pieces = client(lambda _: httpx.Response(200, text=text)).chat("m", [{"role": "user", "content": "Hi"}], max_tokens=4)
+    error = '{"error": {"message": "the replica died", "type": "server_error"}}'
+    text = f'data: {{"choices": [{{"delta": {{"content": "He"}}}}]}}\n\ndata: {error}\n\n'
+    pieces = client(lambda _: httpx.Response(200, text=text)).chat(
+        "m", [{"role": "user", "content": "Hi"}], max_tokens=4
+    )
     assert next(pieces) == "He"
     with pytest.raises(ApiFailure, match="the replica died"):
         next(pieces)

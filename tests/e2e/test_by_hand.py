@@ -91,7 +91,8 @@ def _kill_the_head(polygraft: Shell) -> None:
         if psutil.pid_exists(head) and list(session(head)):
             continue
         doctor = subprocess.run(
-            (sys.executable, "-m", "polygraft.cluster.launch", "--home", str(polygraft.home), "jobs"), capture_output=True
+            (sys.executable, "-m", "polygraft.cluster.launch", "--home", str(polygraft.home), "jobs"),
+            capture_output=True,
         )
         if doctor.returncode == 0:
             return

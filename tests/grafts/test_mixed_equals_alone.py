@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.cluster.launch.demo.oracle.plain import plain_llama
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from tests.grafts.oracle.plain import plain_llama
 from tests.grafts.oracle.table import METHODS, random_tensors, relative
 
 BLOCK = 8

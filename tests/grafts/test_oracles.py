@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.cluster.launch.demo.oracle.plain import plain_llama
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.linear import padded
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from tests.grafts.oracle.plain import plain_llama
 from tests.grafts.oracle.table import METHODS, MORE, Row, random_tensors, relative
 
 LENGTHS = (7, 20)

@@ -15,7 +15,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import faults
-from polygraft.trainers.host import PackHost, PackPlan
+from polygraft.trainers.host import PackPlan, start_host
 from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
 from tests.ray.local import local_ray
@@ -36,7 +36,7 @@ def test_jobs_of_a_killed_worker_end_with_the_weights_of_an_uninterrupted_run(tm
             pack=PACK, backbone_folder=str(folder), store_url=server.url, data=str(tmp_path / "data"), dtype="fp32"
         )
         with local_ray({faults.VARIABLE: f"before_publish={marker}"}):
-            ray.get(PackHost.remote(plan).run.remote(), timeout=150)
+            ray.get(start_host(plan).run.remote(), timeout=150)
         assert marker.exists(), "the worker was never killed"
         jobs = [store.get(keys.job(JobId(job))) for job in METHODS]
         store.close()

@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="The backbone, a graft's name, or NAME@VERSION.", show_default="the backbone")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="The backbone, a graft's name, or NAME@VERSION.", show_default="the backbone")
+    ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this once instead of talking.")] = None,
     system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -43,7 +45,10 @@ def chat(
         while text := _ask():
             history = _said(history, text)
             try:
-                history = [*history, {"role": "assistant", "content": _answer(client, chosen, history, max_tokens, temperature)}]
+                history = [
+                    *history,
+                    {"role": "assistant", "content": _answer(client, chosen, history, max_tokens, temperature)},
+                ]
             except ApiFailure as error:
                 if error.status == 404:
                     raise

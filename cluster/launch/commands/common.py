@@ -34,7 +34,8 @@ class Flags:
         return Client(url.rstrip("/").removesuffix("/v1"), self.key or read_key(settings.api_key_path))
 
     def store(self) -> Store:
-        """The store that the settings name, else that of the service under the home folder. Raises ServiceNotRunning."""
+        """The store that the settings name, else that of the service under the home folder. Raises
+        ServiceNotRunning."""
         if self.url:
             raise Failure("this command works on the store of a local service; leave out --url", Status.USAGE)
         from polygraft.cluster.store.connect import connect

@@ -48,20 +48,35 @@ def methods(
         return
     print_table(
         ("method", "also", "#learning rate", "paper"),
-        ((escape(_usage(method)), ", ".join(method.aliases), f"{method.learning_rate:g}", escape(method.paper)) for method in known),
+        (
+            (escape(_usage(method)), ", ".join(method.aliases), f"{method.learning_rate:g}", escape(method.paper))
+            for method in known
+        ),
         empty="",
     )
 
 
 def _usage(method: Method) -> str:
     """As it is written in --peft, with the defaults."""
-    arguments = (name if argument.default is argument.empty else f"{name}={argument.default}" for name, argument in method.arguments.items())
+    arguments = (
+        name if argument.default is argument.empty else f"{name}={argument.default}"
+        for name, argument in method.arguments.items()
+    )
     return f"{method.name}({', '.join(arguments)})" if method.arguments else method.name
 
 
 def _json(method: Method) -> dict[str, JsonOut]:
     arguments = {
-        name: {"type": getattr(argument.annotation, "__name__", str(argument.annotation)), "default": None if argument.default is argument.empty else argument.default}
+        name: {
+            "type": getattr(argument.annotation, "__name__", str(argument.annotation)),
+            "default": None if argument.default is argument.empty else argument.default,
+        }
         for name, argument in method.arguments.items()
     }
-    return {"name": method.name, "aliases": list(method.aliases), "arguments": arguments, "learning_rate": method.learning_rate, "paper": method.paper}
+    return {
+        "name": method.name,
+        "aliases": list(method.aliases),
+        "arguments": arguments,
+        "learning_rate": method.learning_rate,
+        "paper": method.paper,
+    }

@@ -29,14 +29,20 @@ def register(app: typer.Typer) -> None:
 
 def submit(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Chat examples as JSONL, or a YAML file with training_file and the names below.")],
+    file: Annotated[
+        Path, typer.Argument(help="Chat examples as JSONL, or a YAML file with training_file and the names below.")
+    ],
     model: Annotated[str | None, typer.Option(help="The backbone; the service's own when not given.")] = None,
-    peft: Annotated[str | None, typer.Option(help='The graft, such as "lora(r=8) + prefix(10)"; see polygraft methods.')] = None,
+    peft: Annotated[
+        str | None, typer.Option(help='The graft, such as "lora(r=8) + prefix(10)"; see polygraft methods.')
+    ] = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out examples as JSONL.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Name of the graft: the model becomes SUFFIX@1.")] = None,
     n_epochs: Annotated[int | None, typer.Option("--n-epochs", "--epochs")] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="The method's own when not given.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="The method's own when not given.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, constant or cosine.")] = None,
     warmup_ratio: Annotated[float | None, typer.Option()] = None,
     weight_decay: Annotated[float | None, typer.Option()] = None,
@@ -140,7 +146,10 @@ def cancel(context: typer.Context, job: str, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
     else:
-        screen.print(f"{found.id}: {'cancelled' if found.status == 'cancelled' else 'will stop at the next step'}", highlight=False)
+        screen.print(
+            f"{found.id}: {'cancelled' if found.status == 'cancelled' else 'will stop at the next step'}",
+            highlight=False,
+        )
 
 
 def _wait(client: Client, job: RemoteJob, *, quiet: bool) -> RemoteJob:
@@ -185,7 +194,9 @@ def _print_job(job: RemoteJob) -> None:
         "parameters": job.parameters,
         "steps": _steps(job),
         "trained tokens": job.trained_tokens,
-        "held-out loss": f"{loss(job.loss_before)} -> {loss(job.loss_after) or '...'}" if job.loss_before is not None else None,
+        "held-out loss": f"{loss(job.loss_before)} -> {loss(job.loss_after) or '...'}"
+        if job.loss_before is not None
+        else None,
         "pack": job.pack,
         "submitted": f"{ago(job.created_at)} ago",
         "took": f"{job.finished_at - job.started_at} s" if job.finished_at and job.started_at else None,

@@ -36,11 +36,17 @@ def create(
     if as_json:
         print_json({**_shown(key), "key": text})
     else:
-        screen.print(f"{text}\n[dim]{key.id}, for tenant {escape(tenant)}; it cannot be shown again[/]", highlight=False, soft_wrap=True)
+        screen.print(
+            f"{text}\n[dim]{key.id}, for tenant {escape(tenant)}; it cannot be shown again[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @keys.command("list")
-def list_all(context: typer.Context, tenant: Annotated[str | None, typer.Option()] = None, as_json: Json = False) -> None:
+def list_all(
+    context: typer.Context, tenant: Annotated[str | None, typer.Option()] = None, as_json: Json = False
+) -> None:
     """List the keys, without their texts."""
     store = flags(context).store()
     found = list_keys(store, TenantId(tenant) if tenant else None)
@@ -51,7 +57,13 @@ def list_all(context: typer.Context, tenant: Annotated[str | None, typer.Option(
     print_table(
         ("key", "tenant", "name", "#age", "state"),
         (
-            (key.id, escape(key.tenant), escape(key.name), ago(key.created_at), "[red]revoked[/]" if key.revoked_at else "valid")
+            (
+                key.id,
+                escape(key.tenant),
+                escape(key.name),
+                ago(key.created_at),
+                "[red]revoked[/]" if key.revoked_at else "valid",
+            )
             for key in found
         ),
         empty="no keys",
@@ -59,7 +71,11 @@ def list_all(context: typer.Context, tenant: Annotated[str | None, typer.Option(
 
 
 @keys.command()
-def revoke(context: typer.Context, key: Annotated[str, typer.Argument(help="As keys list shows it: key-...")], as_json: Json = False) -> None:
+def revoke(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(help="As keys list shows it: key-...")],
+    as_json: Json = False,
+) -> None:
     """Make a key worthless, from the next request on."""
     store = flags(context).store()
     revoked = revoke_key(store, ApiKeyId(key), at=time.time())
@@ -73,4 +89,10 @@ def revoke(context: typer.Context, key: Annotated[str, typer.Argument(help="As k
 
 
 def _shown(key: ApiKey) -> dict[str, JsonOut]:
-    return {"id": key.id, "tenant": key.tenant, "name": key.name, "created_at": key.created_at, "revoked_at": key.revoked_at}
+    return {
+        "id": key.id,
+        "tenant": key.tenant,
+        "name": key.name,
+        "created_at": key.created_at,
+        "revoked_at": key.revoked_at,
+    }

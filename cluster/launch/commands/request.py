@@ -1,4 +1,5 @@
-"""What `polygraft submit` asks for: a JSONL file and options, or a YAML file with the names of the API, options winning."""
+"""What `polygraft submit` asks for: a JSONL file and options, or a YAML file with the names of the API, options
+winning."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from polygraft.cluster.launch.output import Failure, Status
 from polygraft.cluster.spec import FineTuningRequest, Hyperparameters
 
 _TRAINING = tuple(Hyperparameters.model_fields)
-_TOP = tuple(name for name in FineTuningRequest.model_fields if name not in ("method", "hyperparameters", "integrations", "owner"))
+_TOP = tuple(
+    name
+    for name in FineTuningRequest.model_fields
+    if name not in ("method", "hyperparameters", "integrations", "owner")
+)
 _FILES = ("training_file", "validation_file")
 
 
@@ -57,7 +62,9 @@ def read_request(file: Path, options: Mapping[str, JsonValue]) -> SubmitRequest:
         raise Failure(f"{file}: expected field: value lines, found {content!r}", Status.USAGE)
     for name in content:
         if name not in (*_TOP, *_TRAINING):
-            raise Failure(f"{file}: unknown field {name!r}; choices: {', '.join(sorted((*_TOP, *_TRAINING)))}", Status.USAGE)
+            raise Failure(
+                f"{file}: unknown field {name!r}; choices: {', '.join(sorted((*_TOP, *_TRAINING)))}", Status.USAGE
+            )
     if "training_file" not in content:
         raise Failure(f"{file}: training_file is missing; give the path of a JSONL file", Status.USAGE)
     return SubmitRequest({**content, **_absolute(options)}, file.absolute().parent)

@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 def search(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="YAML with name, training_file, validation_file, trials, hyperparameters, ...")],
+    file: Annotated[
+        Path, typer.Argument(help="YAML with name, training_file, validation_file, trials, hyperparameters, ...")
+    ],
     study: Annotated[str | None, typer.Option(help="Go on with this study instead of beginning one.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
     as_json: Json = False,

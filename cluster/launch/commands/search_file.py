@@ -18,8 +18,9 @@ from polygraft.tuning.space import autopeft
 
 
 class SearchFile(BaseModel):
-    """A search over AutoPEFT's space. `groups` is the number of bits of the layer mask, `largest` and `longest` cap adapters and prefix;
-    `hyperparameters` are those of every trial, as in `polygraft submit`, except peft and learning_rate."""
+    """A search over AutoPEFT's space. `groups` is the number of bits of the layer mask, `largest` and `longest` cap
+    adapters and prefix; `hyperparameters` are those of every trial, as in `polygraft submit`, except peft and
+    learning_rate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
@@ -38,7 +39,9 @@ class SearchFile(BaseModel):
 
     def plan(self, client: Client, *, backbone: str, shape: ModelShape) -> SearchPlan:
         """The plan, its files uploaded. Raises BadPlan, BadRequest, SpecError and ApiFailure."""
-        space = autopeft(shape, groups=self.groups, largest=self.largest, longest=self.longest, learning_rate=self.learning_rate)
+        space = autopeft(
+            shape, groups=self.groups, largest=self.largest, longest=self.longest, learning_rate=self.learning_rate
+        )
         job: dict[str, JsonValue] = {
             "model": backbone,
             "training_file": client.upload(self.training_file).id,

@@ -23,8 +23,12 @@ def register(app: typer.Typer) -> None:
 def up(
     context: typer.Context,
     data: Annotated[Path | None, typer.Option(help="Folder of files, checkpoints and grafts.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="smollm2, or the folder or hub id of a causal language model.")] = None,
-    store_url: Annotated[str | None, typer.Option(help="redis://... of a running Redis or Valkey, instead of an own one.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="smollm2, or the folder or hub id of a causal language model.")
+    ] = None,
+    store_url: Annotated[
+        str | None, typer.Option(help="redis://... of a running Redis or Valkey, instead of an own one.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for a free one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
@@ -32,7 +36,9 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start the service on this machine; it stays up until polygraft down."""
-    settings = flags(context).settings(data=data, backbone=backbone, store_url=store_url, host=host, port=port, dtype=dtype)
+    settings = flags(context).settings(
+        data=data, backbone=backbone, store_url=store_url, host=host, port=port, dtype=dtype
+    )
     try:
         with stages() as shown:
             service = start(settings, on_stage=shown.enter, timeout_s=timeout)
@@ -46,7 +52,11 @@ def up(
     if as_json:
         print_json(_public(service))
     else:
-        screen.print(f"Polygraft is up at [bold]{service.url}/v1[/], its key is in {settings.api_key_path}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"Polygraft is up at [bold]{service.url}/v1[/], its key is in {settings.api_key_path}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def down(context: typer.Context, as_json: Json = False) -> None:

@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def story(
     context: typer.Context,
-    subject: Annotated[str, typer.Argument(metavar="ID", help="A job, pack, replica or device, or a graft's name@version.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="ID", help="A job, pack, replica or device, or a graft's name@version.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Tell what happened to something, when, and why, from the event log."""

@@ -14,8 +14,8 @@ _PERIOD_S = 1.0
 class PeakMemory:
     """Watches the processes below `root`, itself included, while the context is open.
 
-    PSS counts a page shared by n processes as 1/n in each, so that the sum is what the service really occupies. Where the system
-    has no PSS, USS (a lower bound) takes its place.
+    PSS counts a page shared by n processes as 1/n in each, so that the sum is what the service really occupies. Where
+    the system has no PSS, USS (a lower bound) takes its place.
     """
 
     def __init__(self, root: int) -> None:
@@ -28,7 +28,9 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
 

@@ -41,7 +41,11 @@ class Report:
     def to_json(self) -> dict[str, JsonValue]:
         return {
             "jobs": self._jobs(),
-            "pack": {**asdict(self.packing), "wall_s": _round(self.training.wall_s), "tokens_s": _round(self.training.tokens_s)},
+            "pack": {
+                **asdict(self.packing),
+                "wall_s": _round(self.training.wall_s),
+                "tokens_s": _round(self.training.tokens_s),
+            },
             "search": self.searched.to_json(),
             "serve": self._served(),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -55,9 +59,11 @@ class Report:
         for one in self.training.trained:
             job = one.job
             if job.loss_before is None or job.loss_after is None or not job.loss_after < job.loss_before:
-                yield f"the held-out loss of {job.id} ({one.tenant.plan.label}) did not fall: {job.loss_before} -> {job.loss_after}"
+                losses = f"{job.loss_before} -> {job.loss_after}"
+                yield f"the held-out loss of {job.id} ({one.tenant.plan.label}) did not fall: {losses}"
         if self.packing.median_jobs < LEAST_JOBS:
-            yield f"the median training step packed {self.packing.median_jobs:g} jobs; at least {LEAST_JOBS} are promised"
+            found = f"{self.packing.median_jobs:g} jobs"
+            yield f"the median training step packed {found}; at least {LEAST_JOBS} are promised"
         if not self.mixing.mixed_steps:
             yield (
                 f"no decoding step mixed {LEAST_GRAFTS} grafts of {LEAST_METHODS} methods; "

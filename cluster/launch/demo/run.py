@@ -74,7 +74,9 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
 @contextmanager
 def demo_home(keep: bool, home: Path | None) -> Iterator[Settings]:
     """The user's own home folder when the service stays up, else one that is gone afterwards, on any free port."""
-    pack = PackSettings(max_rows=768, micro_rows=128)  # so small micro-batches that most of the eight jobs fit one forward
+    pack = PackSettings(
+        max_rows=768, micro_rows=128
+    )  # so small micro-batches that most of the eight jobs fit one forward
     if keep:
         yield load(home=home, pack=pack)
         return
@@ -86,7 +88,10 @@ def _tenants(service: Service, shares: tuple[Share, ...], search: Share) -> tupl
     """Eight tenants with a new key each, and the key of the ninth, which searches."""
     store = connect(service.store_url)
     try:
-        keys = [create_key(store, tenant=TenantId(share.name), name="demo", at=time.time())[1] for share in (*shares, search)]
+        keys = [
+            create_key(store, tenant=TenantId(share.name), name="demo", at=time.time())[1]
+            for share in (*shares, search)
+        ]
     finally:
         store.close()
     return [Tenant(*one) for one in zip(shares, JOBS, keys[:-1], strict=True)], keys[-1]
@@ -95,7 +100,10 @@ def _tenants(service: Service, shares: tuple[Share, ...], search: Share) -> tupl
 def _train(service: Service, tenants: list[Tenant]) -> Training:
     _announce("1. Train", f"{len(tenants)} tenants, {len(tenants)} methods, one backbone")
     with job_progress() as progress:
-        bars = {tenant.key: progress.add_task(f"{tenant.share.name:14} {tenant.plan.label:23}", total=None, note="") for tenant in tenants}
+        bars = {
+            tenant.key: progress.add_task(f"{tenant.share.name:14} {tenant.plan.label:23}", total=None, note="")
+            for tenant in tenants
+        }
 
         def show(tenant: Tenant, job: RemoteJob) -> None:
             progress.update(bars[tenant.key], total=job.steps_total, completed=job.step, note=_losses(job))
@@ -104,10 +112,15 @@ def _train(service: Service, tenants: list[Tenant]) -> Training:
 
 
 def _search(service: Service, share: Share, key: str, folder: Path, chart: Path) -> Searched:
-    _announce("2. Search", f"{searching.TRIALS} trials on {share.name}, at most {searching.CONCURRENCY} at once, each a job in the pack")
+    _announce(
+        "2. Search",
+        f"{searching.TRIALS} trials on {share.name}, at most {searching.CONCURRENCY} at once, each a job in the pack",
+    )
     began = time.perf_counter()
     with SearchProgress(searching.TRIALS) as progress:
-        trials = searching.search(service, share, key=key, tenant=TenantId(share.name), folder=folder, progress=progress)
+        trials = searching.search(
+            service, share, key=key, tenant=TenantId(share.name), folder=folder, progress=progress
+        )
     found = Searched(trials, time.perf_counter() - began, chart)
     found.draw()
     return found
@@ -116,15 +129,22 @@ def _search(service: Service, share: Share, key: str, folder: Path, chart: Path)
 def _serve(service: Service, training: Training) -> Burst:
     """Held-out questions to every graft as its own tenant, and to the bare backbone as the first one."""
     models = [
-        (one.job.fine_tuned_model or "", one.tenant.key, [pair.question for pair in one.tenant.share.held_out]) for one in training.trained
+        (one.job.fine_tuned_model or "", one.tenant.key, [pair.question for pair in one.tenant.share.held_out])
+        for one in training.trained
     ]
     models.append((service.backbone, models[0][1], models[0][2]))
-    _announce("3. Serve", f"{REQUESTS} streaming chat requests at once over {len(models) - 1} grafts and the bare backbone")
+    _announce(
+        "3. Serve", f"{REQUESTS} streaming chat requests at once over {len(models) - 1} grafts and the bare backbone"
+    )
     with job_progress() as progress:
         bar = progress.add_task("answers", total=REQUESTS, note="")
 
         def show(answer: Answer) -> None:
-            progress.update(bar, advance=1, note=f"{answer.model}: {answer.text.strip().splitlines()[0][:50] if answer.text.strip() else ''}")
+            progress.update(
+                bar,
+                advance=1,
+                note=f"{answer.model}: {answer.text.strip().splitlines()[0][:50] if answer.text.strip() else ''}",
+            )
 
         return burst(service.url, rounds(models, REQUESTS), max_tokens=MAX_TOKENS, on_answer=show)
 

@@ -72,7 +72,9 @@ class Searched:
         draw(self.trials, self.chart, title="Serial x parallel x prefix x layers x learning rate")
 
 
-def search(service: Service, share: Share, *, key: str, tenant: TenantId, folder: Path, progress: SearchProgress) -> tuple[Trial, ...]:
+def search(
+    service: Service, share: Share, *, key: str, tenant: TenantId, folder: Path, progress: SearchProgress
+) -> tuple[Trial, ...]:
     """All trials, once they have ended. Raises what `tuning.driver.search` and the client raise."""
     with Client(service.url, key) as client:
         job = read_request(
@@ -92,5 +94,11 @@ def search(service: Service, share: Share, *, key: str, tenant: TenantId, folder
     )
     plan = SearchPlan(name=share.name, space=space, job=job, trials=TRIALS, concurrency=CONCURRENCY, startup=STARTUP)
     return searching.run(
-        service, plan, key=key, tenant=tenant, folder=folder, on_trial=progress.on_trial, on_progress=progress.on_progress
+        service,
+        plan,
+        key=key,
+        tenant=tenant,
+        folder=folder,
+        on_trial=progress.on_trial,
+        on_progress=progress.on_progress,
     )

@@ -63,7 +63,10 @@ def rounds(models: Sequence[tuple[str, str, Sequence[str]]], count: int) -> list
 
 
 async def _burst(url: str, asks: Sequence[Ask], max_tokens: int, on_answer: Callable[[Answer], None]) -> list[Answer]:
-    clients = {key: AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300) for key in {ask.key for ask in asks}}
+    clients = {
+        key: AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)
+        for key in {ask.key for ask in asks}
+    }
     try:
         return list(await asyncio.gather(*(_ask(clients[ask.key], ask, max_tokens, on_answer) for ask in asks)))
     finally:
@@ -89,6 +92,8 @@ async def _ask(client: AsyncOpenAI, ask: Ask, max_tokens: int, on_answer: Callab
             last = time.perf_counter()
             first = first if text else last
             text += piece
-    answer = Answer(ask.model, ask.question, text, tokens, first - start, (last - first) / (tokens - 1) if tokens > 1 else 0.0)
+    answer = Answer(
+        ask.model, ask.question, text, tokens, first - start, (last - first) / (tokens - 1) if tokens > 1 else 0.0
+    )
     on_answer(answer)
     return answer

@@ -13,18 +13,31 @@ from polygraft.cluster.launch.output import count, loss, print_table, screen
 
 def print_summary(report: Report) -> None:
     training, packing, burst, mixing = report.training, report.packing, report.burst, report.mixing
-    _title("Trained", f"{packing.median_jobs:g} jobs in the median step, {training.tokens_s:.0f} tokens/s together, {training.wall_s:.0f} s")
+    _title(
+        "Trained",
+        f"{packing.median_jobs:g} jobs in the median step, {training.tokens_s:.0f} tokens/s together, "
+        f"{training.wall_s:.0f} s",
+    )
     print_table(
         ("job", "method", "#parameters", "#loss before", "#after", "#tokens/s", "model"),
         (
-            (one.job.id, escape(one.tenant.plan.label), count(one.job.parameters), loss(one.job.loss_before), loss(one.job.loss_after))
+            (
+                one.job.id,
+                escape(one.tenant.plan.label),
+                count(one.job.parameters),
+                loss(one.job.loss_before),
+                loss(one.job.loss_after),
+            )
             + (f"{one.tokens_s:.0f}", one.job.fine_tuned_model)
             for one in training.trained
         ),
         empty="",
     )
     searched = report.searched
-    _title("Found", f"the Pareto front of {len(searched.points)} trials, {searched.wall_s:.0f} s; drawn to {searched.chart}")
+    _title(
+        "Found",
+        f"the Pareto front of {len(searched.points)} trials, {searched.wall_s:.0f} s; drawn to {searched.chart}",
+    )
     print_front(searched.front)
     _title("Served", f"up to {mixing.most_grafts} grafts of {mixing.methods_then} methods in one decoding step")
     answers = burst.answers
@@ -38,7 +51,9 @@ def print_summary(report: Report) -> None:
         ],
         empty="",
     )
-    screen.print(f"\nPeak memory {report.peak_memory_bytes / 2**30:.2f} GiB, {report.wall_s:.0f} s in all.", highlight=False)
+    screen.print(
+        f"\nPeak memory {report.peak_memory_bytes / 2**30:.2f} GiB, {report.wall_s:.0f} s in all.", highlight=False
+    )
 
 
 def _title(name: str, note: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean
 
 from polygraft.cluster.client import Client, RemoteJob
 from polygraft.cluster.launch.corpus import Share
@@ -61,16 +60,24 @@ def train(
         jobs = [_submit(clients[tenant.key], backbone, tenant) for tenant in tenants]
         while not all(job.final for job in jobs):
             time.sleep(_PERIOD_S)
-            jobs = [job if job.final else clients[tenant.key].job(job.id) for tenant, job in zip(tenants, jobs, strict=True)]
+            jobs = [
+                job if job.final else clients[tenant.key].job(job.id) for tenant, job in zip(tenants, jobs, strict=True)
+            ]
             for tenant, job in zip(tenants, jobs, strict=True):
                 on_progress(tenant, job)
     finally:
         for client in clients.values():
             client.close()
-    wrong = [f"{job.id} ({tenant.plan.label}) {job.status}: {job.error and job.error.message}" for tenant, job in zip(tenants, jobs, strict=True) if job.status != "succeeded"]
+    wrong = [
+        f"{job.id} ({tenant.plan.label}) {job.status}: {job.error and job.error.message}"
+        for tenant, job in zip(tenants, jobs, strict=True)
+        if job.status != "succeeded"
+    ]
     if wrong:
         raise JobsFailed("; ".join(wrong))
-    return Training(tuple(Trained(tenant, job) for tenant, job in zip(tenants, jobs, strict=True)), time.perf_counter() - start)
+    return Training(
+        tuple(Trained(tenant, job) for tenant, job in zip(tenants, jobs, strict=True)), time.perf_counter() - start
+    )
 
 
 def _submit(client: Client, backbone: str, tenant: Tenant) -> RemoteJob:

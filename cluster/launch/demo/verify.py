@@ -1,7 +1,8 @@
-"""`demo --verify`: train every job of the demo again, alone, in float32, by PEFT or by the method's own equation, and compare.
+"""`demo --verify`: train every job of the demo again, alone, in float32, by PEFT or by the method's own equation, and
+compare.
 
-The independent model gets the job's starting tensors and batches, and none of our arithmetic: transformers' Llama, torch's
-AdamW and clipping, one example at a time.
+The independent model gets the job's starting tensors and batches, and none of our arithmetic: transformers' Llama,
+torch's AdamW and clipping, one example at a time.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Verified:
 
 
 def verify(
-    folder: Path, jobs: Sequence[tuple[DemoJob, Share, float]], *, on_step: Callable[[DemoJob, int, int], None]
+    folder: Path, jobs: Sequence[tuple[DemoJob, Share, float]], *, on_step: Callable[[str, int, int], None]
 ) -> tuple[Verified, ...]:
-    """`folder` holds the backbone; each job comes with its tenant's data and the held-out loss that the pack reached."""
+    """`folder` holds the backbone; each job comes with its tenant's data and the held-out loss that the pack
+    reached."""
     backbone, tokeniser = Backbone.load(folder), Tokeniser.load(folder)
     prepared = [(plan, _job(plan, share, tokeniser), packed) for plan, share, packed in jobs]
     starts = [initialise(job.spec, backbone, seed=SEED, prompt=job.train[0].ids) for _, job, _ in prepared]
@@ -79,7 +81,7 @@ def _trained_alone(
     plan: DemoJob,
     job: TrainJob,
     start: Mapping[str, Tensor],
-    on_step: Callable[[DemoJob, int, int], None],
+    on_step: Callable[[str, int, int], None],
 ) -> float:
     model = solo(plan.peft, folder, start)
     leaves = list({id(place.parameter): place.parameter for place in model.places.values()}.values())
@@ -88,10 +90,10 @@ def _trained_alone(
         optimiser.param_groups[0]["lr"] = job.learning_rate(step)
         optimiser.zero_grad()
         for number in job.batch(step):
-            (_loss(model, job.train[number]) / job.batch_weight(step)).backward()
+            torch.autograd.backward(_loss(model, job.train[number]) / job.batch_weight(step))
         torch.nn.utils.clip_grad_norm_(leaves, job.recipe.max_grad_norm)
         optimiser.step()
-        on_step(plan, step + 1, job.steps_total)
+        on_step(plan.label, step + 1, job.steps_total)
     with torch.no_grad():
         total = sum(float(_loss(model, sample)) for sample in job.held_out)
     return total / sum(sample.weight for sample in job.held_out)

@@ -55,7 +55,8 @@ def run(*arguments: str) -> Result:
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:
-    code = "import sys; sys.modules |= {'torch': None, 'ray': None}; from polygraft.cluster.launch.main import app; app(['--help'])"
+    blocked = "import sys; sys.modules |= {'torch': None, 'ray': None}"
+    code = f"{blocked}; from polygraft.cluster.launch.main import app; app(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "submit" in done.stdout
@@ -77,7 +78,9 @@ def test_jobs_as_a_table_and_as_json(served: Callable[[Answer], None]) -> None:
 
 
 def test_a_job_that_is_not_there_is_exit_status_4(served: Callable[[Answer], None]) -> None:
-    served(lambda _: httpx.Response(404, json={"error": {"message": "job 'x' does not exist", "type": "not_found_error"}}))
+    served(
+        lambda _: httpx.Response(404, json={"error": {"message": "job 'x' does not exist", "type": "not_found_error"}})
+    )
     done = run("jobs", "x")
     assert done.exit_code == 4
     assert "job 'x' does not exist" in done.stderr
@@ -95,7 +98,9 @@ def test_submit_uploads_the_file_and_sends_what_was_asked(served: Callable[[Answ
 
     served(answer)
     (tmp_path / "train.jsonl").write_text("{}\n")
-    done = run("submit", str(tmp_path / "train.jsonl"), "--peft", "dora(r=4)", "--lr", "1e-3", "--suffix", "mine", "--json")
+    done = run(
+        "submit", str(tmp_path / "train.jsonl"), "--peft", "dora(r=4)", "--lr", "1e-3", "--suffix", "mine", "--json"
+    )
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["fine_tuned_model"] == "mine@1"
     hyperparameters = {"peft": "dora(r=4)", "learning_rate": 1e-3}
@@ -131,7 +136,11 @@ def test_an_unknown_field_of_a_yaml_file_lists_the_choices(served: Callable[[Ans
 
 
 def test_a_failed_job_is_exit_status_1_and_says_why(served: Callable[[Answer], None], tmp_path: Path) -> None:
-    failed = {**JOB, "status": "failed", "error": {"code": "non_finite_loss", "message": "the loss is NaN", "param": None}}
+    failed = {
+        **JOB,
+        "status": "failed",
+        "error": {"code": "non_finite_loss", "message": "the loss is NaN", "param": None},
+    }
     served(lambda _: httpx.Response(200, json=failed))
     (tmp_path / "job.yaml").write_text("training_file: file-7\nmodel: smollm2\n")
     done = run("submit", str(tmp_path / "job.yaml"), "--json")
@@ -147,10 +156,14 @@ def test_chat_prints_one_answer(served: Callable[[Answer], None]) -> None:
 
 
 def test_logs_tell_the_events_oldest_first(served: Callable[[Answer], None]) -> None:
-    events = [{"id": f"ev-{n}", "created_at": n, "level": "info", "message": f"step {n}", "type": "metrics"} for n in (2, 1)]
+    events = [
+        {"id": f"ev-{n}", "created_at": n, "level": "info", "message": f"step {n}", "type": "metrics"} for n in (2, 1)
+    ]
 
     def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json={"data": events, "has_more": False} if request.url.path.endswith("/events") else JOB)
+        return httpx.Response(
+            200, json={"data": events, "has_more": False} if request.url.path.endswith("/events") else JOB
+        )
 
     served(answer)
     lines = run("logs", "ftjob-1", "--follow").stdout.splitlines()

@@ -54,7 +54,12 @@ def test_a_child_starts_only_when_those_before_it_are_ready(tmp_path: Path, star
 
 def test_a_child_that_dies_before_it_is_ready_ends_the_attempt(tmp_path: Path, started: Started) -> None:
     healthy = stand_in(tmp_path, "healthy")
-    broken = Program(name="broken", command=(sys.executable, "-c", "print('no such backbone'); exit(3)"), log=tmp_path / "log", is_ready=lambda: False)
+    broken = Program(
+        name="broken",
+        command=(sys.executable, "-c", "print('no such backbone'); exit(3)"),
+        log=tmp_path / "log",
+        is_ready=lambda: False,
+    )
     _, done = started(healthy, broken)
     with pytest.raises(GaveUp, match="broken ended with status 3 before it was ready"):
         done.result(timeout=20)

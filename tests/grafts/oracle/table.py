@@ -11,20 +11,30 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
 from torch import Tensor
 
+from polygraft.cluster.launch.demo.oracle.naive import (
+    Hook,
+    bitfit,
+    ia3_after,
+    ia3_before,
+    lora,
+    naive,
+    parallel,
+    serial,
+)
+from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
+from polygraft.cluster.launch.demo.oracle.plain import Oracle
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec
-from tests.grafts.oracle.naive import Hook, bitfit, ia3_after, ia3_before, lora, naive, parallel, serial
-from tests.grafts.oracle.peft_oracle import peft_oracle
-from tests.grafts.oracle.plain import Oracle
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A graft as users write it, and its oracle: a PEFT config, or the equation of each slot in the order they apply."""
+    """A graft as users write it, and its oracle: a PEFT config, or the equation of each slot in the order they
+    apply."""
 
     text: str
     config: Callable[[], PeftConfig] | None = None

@@ -11,7 +11,9 @@ SHAPES = ((576, 960), (576, 3072), (1536, 576), (64, 96))
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_row_of_a_frozen_linear_ignores_how_many_rows_are_beside_it(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_row_of_a_frozen_linear_ignores_how_many_rows_are_beside_it(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     d_in, d_out = shape
     linear = FrozenLinear([torch.randn(d_out, d_in).to(dtype)], [None])
     x, dy = torch.randn(320, d_in).to(dtype), torch.randn(320, d_out).to(dtype)
@@ -19,7 +21,9 @@ def test_a_row_of_a_frozen_linear_ignores_how_many_rows_are_beside_it(shape: tup
     for start, rows in ((0, 16), (3, 24), (7, 61), (40, 128), (101, 200)):
         height = padded(rows)
         assert torch.equal(linear.product(_rows(x, start, rows, height))[:rows], forward[start : start + rows])
-        assert torch.equal(linear.transposed_product(_rows(dy, start, rows, height))[:rows], backward[start : start + rows])
+        assert torch.equal(
+            linear.transposed_product(_rows(dy, start, rows, height))[:rows], backward[start : start + rows]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,4 +1,5 @@
-"""A graft alone, by hooks on transformers' Llama: each method as its paper's equation, with nothing of ours underneath."""
+"""A graft alone, by hooks on transformers' Llama: each method as its paper's equation, with nothing of ours
+underneath."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from tests.grafts.oracle.plain import MODULES, Oracle, Place, plain_llama, split
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, split
 
 Parts = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Parts], None]
@@ -73,7 +74,8 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
         for layer in range(model.config.num_hidden_layers if rows else 0):
             k, v = (_heads(rows[layer, "kv", part], model.config.num_key_value_heads) for part in ("k", "v"))
             cache.update(k, v, layer)
-        return model(ids[None], past_key_values=cache if rows else None, use_cache=bool(rows)).logits[0]
+        result: Tensor = model(ids[None], past_key_values=cache if rows else None, use_cache=bool(rows)).logits[0]
+        return result
 
     return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
 
@@ -84,6 +86,7 @@ def _after(equation: Callable[[Tensor, Tensor, Parts], Tensor]) -> Hook:
             x = args[0] if args else kwargs["hidden_states"]
             if isinstance(out, tuple):
                 return equation(x, out[0], parts), *out[1:]
+            assert isinstance(out, Tensor)
             return equation(x, out, parts)
 
         module.register_forward_hook(forward, with_kwargs=True)
@@ -93,4 +96,4 @@ def _after(equation: Callable[[Tensor, Tensor, Parts], Tensor]) -> Hook:
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
     """[1, heads, p, head_dim] of rows [p, heads * head_dim]."""
-    return rows.unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0)
+    return rows.view(len(rows), heads, -1).transpose(0, 1).unsqueeze(0)

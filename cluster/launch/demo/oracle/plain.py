@@ -55,8 +55,11 @@ def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa" if wide else "eager")
     for module in model.modules() if wide else ():
         if isinstance(module, LlamaRMSNorm):
-            module.forward = MethodType(_rms_norm, module)
-    return model.eval().requires_grad_(False)
+            setattr(module, "forward", MethodType(_rms_norm, module))
+    model.requires_grad_(False)
+    model.train(False)
+    frozen: PreTrainedModel = model
+    return frozen
 
 
 def split(name: str) -> tuple[int, int, str, str]:
@@ -66,4 +69,5 @@ def split(name: str) -> tuple[int, int, str, str]:
 
 
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    eps = getattr(norm, "variance_epsilon")
+    return norm.get_parameter("weight") * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from tests.grafts.oracle.plain import MODULES, Oracle, Place, plain_llama, split
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, split
 
 
 def peft_oracle(folder: Path, config: PeftConfig, values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
@@ -35,21 +35,21 @@ def _place(model: PeftModel, name: str, value: Tensor) -> Place:
     _, layer, site, part = split(name)
     if site == "kv":
         return Place(_prompt(model), partial(_rows, index=2 * layer + (part == "v"), width=value.shape[1]))
-    module = model.base_model.model.model.layers[layer].get_submodule(MODULES[site])
+    module = f"base_model.model.model.layers.{layer}.{MODULES[site]}"
     match part:
         case "A":
-            return Place(module.lora_A["default"].weight)
+            return Place(model.get_parameter(f"{module}.lora_A.default.weight"))
         case "B":
-            return Place(module.lora_B["default"].weight, lambda t: t.T)
+            return Place(model.get_parameter(f"{module}.lora_B.default.weight"), lambda t: t.T)
         case "m":
-            return Place(module.lora_magnitude_vector["default"].weight)
+            return Place(model.get_parameter(f"{module}.lora_magnitude_vector.default.weight"))
         case "g":
-            return Place(module.ia3_l["default"], lambda t: t.view(-1))
+            return Place(model.get_parameter(f"{module}.ia3_l.default"), lambda t: t.view(-1))
     raise KeyError(name)
 
 
 def _prompt(model: PeftModel) -> Tensor:
-    return model.prompt_encoder["default"].embedding.weight
+    return model.get_parameter("prompt_encoder.default.embedding.weight")
 
 
 def _rows(prompt: Tensor, index: int, width: int) -> Tensor:
