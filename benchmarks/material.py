@@ -19,7 +19,7 @@ SAMPLES = 16  # of each job
 PROMPT_TOKENS = 25  # all prompts alike: padding would only slow the rivals down
 PROMPTS = 16
 _FILE = "material.json"
-_B_SIZE = 0.02  # standard deviation of B: with B = 0 a graft would change nothing and the gates see nothing
+_B_SIZE = 0.15  # standard deviation of B: with B = 0 a graft would change nothing and the gates see nothing
 
 
 @dataclass(frozen=True, slots=True)

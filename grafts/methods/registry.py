@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from math import isfinite
 
 from polygraft.grafts.spec import Slot, SpecError
 
@@ -73,7 +74,10 @@ def _convert(field: str, text: str, kind: object) -> object:
         if kind is int:
             return int(text)
         if kind is float:
-            return float(text)
+            value = float(text)
+            if isfinite(value):
+                return value
+            raise ValueError
     except ValueError:
         raise SpecError(f"peft: {field}: {text!r} is not {'an integer' if kind is int else 'a number'}") from None
     return text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polygraft.kernels.kv import reference
-from polygraft.kernels.kv.layout import GRAIN, Layout, Sequence
+from polygraft.kernels.kv.layout import FLOOR, GRAIN, Layout, Sequence
 from polygraft.kernels.kv.op import attend
 from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
 
@@ -88,9 +88,10 @@ def test_a_row_sees_nothing_after_itself() -> None:
 
 
 @given(st.integers(1, 200), st.integers(0, 100))
-def test_a_bucket_is_the_next_multiple_of_the_grain(length: int, prefix: int) -> None:
+def test_a_bucket_is_the_next_multiple_of_the_grain_from_a_floor_on(length: int, prefix: int) -> None:
     bucket = Sequence(7, length, 3, prefix).bucket
-    assert bucket % GRAIN == 0 and 0 <= bucket - length - prefix < GRAIN
+    assert bucket % GRAIN == 0 and bucket >= FLOOR
+    assert 0 <= bucket - length - prefix < (GRAIN if bucket > FLOOR else FLOOR)
 
 
 @pytest.mark.parametrize("heads", [*HEADS.values(), Heads(9, 3, 64)], ids=str)

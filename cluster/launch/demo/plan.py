@@ -64,7 +64,7 @@ JOBS = (
         learning_rate=1e-3,
         batch_size=8,
         max_length=80,
-        n_epochs=1,
+        n_epochs=2,
         schedule="cosine",
     ),
     DemoJob(
@@ -90,7 +90,7 @@ JOBS = (
         learning_rate=1e-2,
         batch_size=4,
         max_length=48,
-        n_epochs=3,
+        n_epochs=2,
         schedule="cosine",
     ),
     DemoJob(
@@ -107,6 +107,6 @@ JOBS = (
         learning_rate=2e-3,
         batch_size=6,
         max_length=80,
-        n_epochs=2,
+        n_epochs=1,
     ),
 )

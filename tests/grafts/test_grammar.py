@@ -1,0 +1,150 @@
+"""What users write for a graft: unions, PEFT configs, and the message that each mistake gets."""
+
+from __future__ import annotations
+
+import json
+from math import sqrt
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polygraft.grafts.grammar import from_peft_config, learning_rate, parse
+from polygraft.grafts.methods.registry import methods
+from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm, SpecError
+
+LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
+
+
+def test_a_union_is_its_terms_slots_in_order() -> None:
+    spec = parse(" prefix(10) + parallel(64)@0-2,5 +lora(r=4, at=attn.*)")
+    assert spec.slots == (
+        KV(length=10),
+        Branch(at="ffn.out", rank=64, scale=4.0, act="relu", layers=(0, 1, 2, 5)),
+        Branch(at="attn.*", rank=4, scale=4.0),
+    )
+    assert spec.method == "prefix(10) + parallel(64)@0-2,5 +lora(r=4, at=attn.*)"
+    assert spec.prefix_length == 10
+
+
+def test_arguments_are_by_place_by_name_or_left_out() -> None:
+    assert parse("lora(4, 8)").slots == parse("lora(alpha=8, r=4)").slots
+    assert parse("lora").slots == parse("lora()").slots == (Branch(at="linear", rank=8, scale=2.0),)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_builds_from_its_name_alone_and_survives_json(name: str) -> None:
+    spec = parse(name)
+    assert GraftSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["cannot read ''"]),
+        ("lora +", ["cannot read ''"]),
+        ("lora lora", ["'lora'", "expected +"]),
+        ("lora(r=4", ["(r=4", "expected +"]),
+        ("lorax", ["'lorax'", "choices: bitfit, dora, ia3, lora, parallel, prefix, rslora, serial"]),
+        ("lora(rank=4)", ["'rank'", "choices: r, alpha, at, dropout"]),
+        ("lora(4, r=4)", ["'r' is given twice"]),
+        ("lora(r=four)", ["lora.r", "'four' is not an integer"]),
+        ("lora(r=0)", ["rank: 0"]),
+        ("lora(alpha=big)", ["lora.alpha", "'big' is not a number"]),
+        ("lora(alpha=nan)", ["lora.alpha", "'nan' is not a number"]),
+        ("lora(dropout=1)", ["dropout: 1.0 is outside [0, 1)"]),
+        ("lora(1, 2, linear, 0, 5)", ["lora takes at most 4 arguments: r, alpha, at, dropout"]),
+        ("serial(8, selu)", ["'selu' is not an activation; choices: identity, relu, gelu, silu, tanh"]),
+        ("prefix(0)", ["prefix length: 0"]),
+        ("prefix(2) + prefix(3)", ["two prefixes"]),
+        ("lora@3-1", ["layers: cannot read '3-1'"]),
+        ("lora@0-99999", ["layers: cannot read '0-99999'"]),
+        ("ia3(at=, feedforward=)", ["empty union"]),
+        ("lora" + " " * 2000, ["characters; at most 2000"]),
+        ("{", ["not JSON at character 1"]),
+    ],
+)
+def test_a_mistake_is_named_with_the_choices(text: str, words: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse(text)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@given(st.text(alphabet="lora(r=4,)@0-9 +.*|{}\":", max_size=40))
+def test_no_text_does_worse_than_a_spec_error(text: str) -> None:
+    try:
+        parse(text)
+    except SpecError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({}, "lora(r=8, alpha=8)"),
+        (LLAMA, "lora(r=4, alpha=6, at=q_proj|v_proj)"),
+        ({**LLAMA, "use_rslora": True, "lora_dropout": 0.1}, "rslora(r=4, alpha=6, at=q_proj|v_proj, dropout=0.1)"),
+        ({**LLAMA, "use_dora": True, "layers_to_transform": [0, 3]}, "dora(r=4, alpha=6, at=q_proj|v_proj)@0,3"),
+        ({**LLAMA, "layers_to_transform": 2}, "lora(r=4, alpha=6, at=q_proj|v_proj)@2"),
+        ({"peft_type": "IA3"}, "ia3"),
+        ({"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"]}, "ia3(at=k_proj, feedforward=down_proj)"),
+        (
+            {"peft_type": "IA3", "target_modules": ["k_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
+            "ia3(at=k_proj, feedforward=up_proj)",
+        ),
+        ({"peft_type": "IA3", "target_modules": "k_proj", "feedforward_modules": []}, "ia3(at=k_proj, feedforward=)"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 7, "token_dim": 64, "num_layers": 2}, "prefix(7)"),
+    ],
+)
+def test_a_peft_config_means_what_it_means_in_peft(config: dict[str, object], text: str) -> None:
+    found = parse(json.dumps(config))
+    assert found.slots == parse(text).slots
+    assert parse(found.method).slots == found.slots
+
+
+def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
+    branch, norm = from_peft_config({**LLAMA, "use_dora": True, "use_rslora": True}).slots
+    assert isinstance(branch, Branch) and isinstance(norm, Norm)
+    assert branch.scale == pytest.approx(6 / sqrt(4), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"peft_type": "VERA"}, ["'VERA'", "choices: LORA, IA3, PREFIX_TUNING"]),
+        ({"rank": 4}, ["{'rank': 4}", "Fields: r, lora_alpha"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
+        ({"bias": "all"}, ["{'bias': 'all'}"]),
+        ({"init_lora_weights": "pissa"}, ["pissa"]),
+        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
+        ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
+        ({"r": "many"}, ["lora.r", "'many'"]),
+        ({"r": 0}, ["rank: 0"]),
+        ({"layers_to_transform": "0"}, ["layers_to_transform: '0'"]),
+        ({"layers_to_transform": []}, ["layers_to_transform: []"]),
+        ({"peft_type": "PREFIX_TUNING", "prefix_projection": True}, ["prefix_projection"]),
+    ],
+)
+def test_a_peft_field_that_is_not_read_is_refused(config: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        from_peft_config(config)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_peft_itself_writes_beside_is_passed_over() -> None:
+    notes = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "x", "inference_mode": True, "bias": "none"}
+    empty = {"alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": True, "megatron_core": "megatron.core"}
+    assert from_peft_config({**LLAMA, **notes, **empty}) == from_peft_config(LLAMA)
+
+
+def test_a_union_starts_from_the_smallest_of_its_methods_rates() -> None:
+    assert learning_rate("bitfit") > learning_rate("bitfit + lora(r=4)@1") == learning_rate("lora")
+    assert learning_rate('{"peft_type": "IA3"}') == learning_rate("ia3")
+
+
+def test_an_affine_is_out_of_a_branch_and_a_prefix_never_merges() -> None:
+    assert parse("lora + ia3 + bitfit").mergeable and parse("dora").mergeable
+    assert not any(parse(text).mergeable for text in ("prefix", "serial", "parallel", "lora + prefix(1)"))
+    assert all(isinstance(slot, Affine) for slot in parse("ia3").slots)

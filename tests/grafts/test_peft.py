@@ -1,0 +1,237 @@
+"""PEFT folders: PEFT loads what we save, we load what PEFT saves, and what is not a plain LoRA or DoRA is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from polygraft.grafts.formats import native, peft
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.spec import Branch, GraftSpec
+from tests.grafts.oracle.peft_oracle import loaded
+from tests.grafts.oracle.plain import plain_llama
+from tests.grafts.oracle.table import METHODS, MORE, random_tensors, relative
+
+IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+TEXTS = [
+    "lora(r=8, alpha=16)",
+    "lora(r=3, alpha=5, at=attn.[qv]|ffn.down)@1",
+    "rslora(r=8, alpha=6, dropout=0.1)",
+    "dora(r=4, alpha=2, at=attn.*)",
+    "dora(r=4)@0",
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder, torch.float32)
+
+
+@pytest.fixture
+def adapter(backbone: Backbone, tmp_path: Path) -> Path:
+    spec = parse("lora(r=4, alpha=8, at=attn.[qv])")
+    peft.export(tmp_path, spec, random_tensors(spec, backbone.shape, seed=1), shape=backbone.shape)
+    return tmp_path
+
+
+def logits(backbone: Backbone, spec: GraftSpec, values: dict[str, Tensor]) -> Tensor:
+    stacks = backbone.stacks([Resident("g", spec, values)])
+    rows = Rows(IDS, torch.arange(len(IDS)), (Span(0, len(IDS), 0),))
+    with torch.inference_mode():
+        return backbone.logits(backbone.forward(rows, stacks, WholeSequences(((0, len(IDS)),), backbone.shape)))
+
+
+def described(adapter: Path, **change: object) -> None:
+    config = json.loads((adapter / peft.CONFIG).read_text())
+    (adapter / peft.CONFIG).write_text(json.dumps({**config, **change}))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_peft_loads_what_we_save_and_computes_the_same(
+    text: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    spec = parse(text)
+    values = random_tensors(spec, backbone.shape, seed=4)
+    folder = tmp_path / native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    theirs = loaded(backbone.folder, folder, torch.float32)
+    assert relative(logits(backbone, spec, values), theirs(input_ids=IDS[None]).logits[0]) < 1e-5
+    assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_graft_comes_back_as_it_was_exported(text: str, backbone: Backbone, tmp_path: Path) -> None:
+    spec = parse(text)
+    values = random_tensors(spec, backbone.shape, seed=4)
+    peft.export(tmp_path, spec, values, shape=backbone.shape)
+    found, tensors = peft.load(tmp_path, backbone.shape)
+    assert tensors.keys() == values.keys()
+    assert all(tensors[name].equal(value.float()) for name, value in values.items())
+    assert [slot.op for slot in found.slots] == [slot.op for slot in spec.slots]
+    assert logits(backbone, found, tensors).equal(logits(backbone, spec, values))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules="all-linear", use_dora=True, use_rslora=True, init_lora_weights="gaussian"),
+        LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1], use_rslora=True, lora_dropout=0.5),
+    ],
+    ids=["lora", "dora", "rslora"],
+)
+def test_we_load_what_peft_saves_and_compute_the_same(config: LoraConfig, backbone: Backbone, tmp_path: Path) -> None:
+    model = get_peft_model(plain_llama(backbone.folder, torch.float32), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+        model.save_pretrained(str(tmp_path))
+        expected = model(input_ids=IDS[None]).logits[0]
+    assert relative(logits(backbone, *peft.load(tmp_path, backbone.shape)), expected) < 1e-5
+
+
+def test_keys_and_config_are_pefts_own(backbone: Backbone, tmp_path: Path) -> None:
+    spec = parse("dora(r=4, alpha=6, at=attn.[qv])@1,0")
+    values = random_tensors(spec, backbone.shape, seed=1)
+    peft.export(tmp_path, spec, values, shape=backbone.shape, base="owner/name")
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: tuple(value.shape) for key, value in stored.items() if key.startswith(Q)} == {
+        f"{Q}.lora_A.weight": (4, 64),
+        f"{Q}.lora_B.weight": (64, 4),
+        f"{Q}.lora_magnitude_vector": (64,),
+    }
+    assert stored[f"{Q}.lora_B.weight"].equal(values["0.0.attn.q.B"].T.float())
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "owner/name",
+        "inference_mode": True,
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [0, 1],
+        "bias": "none",
+        "use_dora": True,
+        "use_rslora": False,
+    }
+
+
+def test_no_path_of_this_machine_is_written(adapter: Path) -> None:
+    assert json.loads((adapter / peft.CONFIG).read_text())["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((text, True) for text in TEXTS),
+        *((row.text, False) for name, row in {**METHODS, **MORE}.items() if name not in ("lora", "rslora", "dora")),
+        ("lora(at=ffn.out)", False),
+        ("lora(at=attn.*|attn.out)", False),
+        ("lora + lora(r=2)", False),
+        ("dora + bitfit", False),
+    ],
+)
+def test_only_lora_and_dora_on_projections_are_exportable(
+    text: str, expected: bool, backbone: Backbone, tmp_path: Path
+) -> None:
+    spec = parse(text)
+    assert peft.exportable(spec) is expected
+    values = random_tensors(spec, backbone.shape, seed=1)
+    native_folder = tmp_path / native.save(tmp_path, spec, values, shape=backbone.shape, backbone="stock")
+    assert (native_folder / peft.WEIGHTS).exists() is (native_folder / peft.CONFIG).exists() is expected
+    if not expected:
+        with pytest.raises(FormatError, match="has no equal in PEFT"):
+            peft.export(tmp_path, spec, values, shape=backbone.shape)
+
+
+def test_a_linear_adapter_that_is_no_lora_is_not_exported(backbone: Backbone) -> None:
+    for slot in (Branch(at="attn.q", rank=2, act="relu"), Branch(at="ffn.out", rank=2, tap="output")):
+        assert not peft.exportable(GraftSpec("x", (slot,)))
+
+
+def test_tensors_that_are_not_the_grafts_are_not_exported(backbone: Backbone, tmp_path: Path) -> None:
+    spec = parse("lora(r=4)")
+    with pytest.raises(FormatError, match="missing or unknown"):
+        peft.export(tmp_path, spec, {}, shape=backbone.shape)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pickled_weights_are_refused(adapter: Path, backbone: Backbone) -> None:
+    (adapter / peft.WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(FormatError, match="adapter_model.bin can run code when loaded: convert it to safetensors"):
+        peft.load(adapter, backbone.shape)
+
+
+@pytest.mark.parametrize("name", [peft.CONFIG, peft.WEIGHTS])
+def test_a_link_out_of_the_folder_is_refused(name: str, adapter: Path, backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    for path in (adapter / peft.CONFIG, adapter / peft.WEIGHTS):
+        shutil.copy(path, folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to(adapter / name)
+    with pytest.raises(FormatError, match=f"inner/{name}: is a link out of the folder"):
+        peft.load(folder, backbone.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not read"),
+        ({"peft_type": None}, "peft_type"),
+        ({"target_modules": ["lm_head"]}, "'lm_head' matches no site"),
+        ({"target_modules": r".*\.(q|v)_proj$"}, "matches no site"),
+        ({"target_modules": ["q_proj"]}, "v_proj.* are missing or unknown"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj.* are missing or unknown"),
+        ({"layers_to_transform": [0]}, "layers.1.* are missing or unknown"),
+        ({"layers_to_transform": [0, 1, 2]}, "layers: 2 is not a layer of this backbone"),
+        ({"use_dora": True}, "lora_magnitude_vector.* are missing or unknown"),
+        ({"r": 5}, r"shape \(4, 64\) is not \(5, 64\)"),
+        ({"r": -1}, "rank: -1"),
+        ({"lora_alpha": float("nan")}, "lora.alpha"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"bias": "lora_only"}, "lora_only"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    change: dict[str, object], message: str, adapter: Path, backbone: Backbone
+) -> None:
+    described(adapter, **change)
+    with pytest.raises(FormatError, match=message):
+        peft.load(adapter, backbone.shape)
+
+
+def test_an_unknown_a_missing_and_a_spoiled_tensor_are_refused(adapter: Path, backbone: Backbone) -> None:
+    stored = load_file(adapter / peft.WEIGHTS)
+    for changed, message in (
+        ({**stored, "base_model.model.lm_head.weight": torch.ones(2)}, "lm_head.weight.* are missing or unknown"),
+        ({key: value for key, value in stored.items() if key != f"{Q}.lora_A.weight"}, f"{Q}.lora_A.weight"),
+        ({**stored, f"{Q}.lora_A.weight": stored[f"{Q}.lora_A.weight"] / 0}, "not finite"),
+    ):
+        save_file(changed, adapter / peft.WEIGHTS)
+        with pytest.raises(FormatError, match=message):
+            peft.load(adapter, backbone.shape)
+
+
+@pytest.mark.parametrize("name", [peft.CONFIG, peft.WEIGHTS])
+def test_a_file_that_is_broken_or_not_there_is_named(name: str, adapter: Path, backbone: Backbone) -> None:
+    (adapter / name).write_bytes((adapter / name).read_bytes()[:40])
+    with pytest.raises(FormatError, match=adapter.name):
+        peft.load(adapter, backbone.shape)
+    (adapter / name).unlink()
+    with pytest.raises(FormatError, match=f"holds no {name}"):
+        peft.load(adapter, backbone.shape)

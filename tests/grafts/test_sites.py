@@ -1,0 +1,121 @@
+"""Where a slot acts: names, patterns, layers, and what may not meet at one site."""
+
+from __future__ import annotations
+
+import pytest
+
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.sites import LINEAR, ModelShape, Site, module_path, resolve, sites_of, sublayers
+from polygraft.grafts.spec import Affine, Branch, GraftSpec, Norm, SpecError
+
+SHAPE = ModelShape("llama", layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512)
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+}
+
+
+def names(at: str) -> list[str]:
+    return [site.name for site in resolve(Branch(at=at, rank=1, layers=(0,)), SHAPE)]
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        ("linear", list(LINEAR)),
+        ("all-linear", list(LINEAR)),
+        ("attn.*", ["attn.q", "attn.k", "attn.v", "attn.o"]),
+        ("attn.[qv]|ffn.down", ["attn.q", "attn.v", "ffn.down"]),
+        ("ffn.down|attn.q", ["attn.q", "ffn.down"]),
+        ("q_proj|mlp.up_proj", ["attn.q", "ffn.up"]),
+        ("*.out", ["attn.out", "ffn.out"]),
+        ("attn.q|attn.*", ["attn.q", "attn.k", "attn.v", "attn.o"]),
+    ],
+)
+def test_a_pattern_means_sites_in_one_order(at: str, expected: list[str]) -> None:
+    assert names(at) == expected
+
+
+def test_sublayers_are_named_never_meant_by_a_star() -> None:
+    assert sublayers("linear|attn.*|q_proj") == ()
+    assert sublayers("ffn.out|attn.*") == ("ffn.out",)
+
+
+@pytest.mark.parametrize(
+    ("slot", "words"),
+    [
+        (Branch(at="attn.x", rank=1), ["'attn.x'", "sites: attn.q, attn.k", "attn.out, ffn.out"]),
+        (Branch(at="attn.q|embed", rank=1), ["'embed'"]),
+        (Branch(at="attn.q", rank=1, tap="output"), ["'attn.q'", "sites: attn.out, ffn.out"]),
+        (Affine(at="norm.1", scale=True, shift=False, side="in"), ["'norm.1'", "sites: attn.q"]),
+        (Norm(at="ffn.out"), ["'ffn.out'", "op 'norm'"]),
+        (Branch(at="linear", rank=1, layers=(0, 3)), ["layers: 3", "0-2"]),
+    ],
+)
+def test_a_target_that_is_nothing_is_an_error_that_lists_the_sites(slot: Branch, words: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        resolve(slot, SHAPE)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_layers_are_each_taken_once_in_order() -> None:
+    assert resolve(Branch(at="attn.q", rank=1, layers=(2, 0, 2)), SHAPE) == (Site(0, "attn.q"), Site(2, "attn.q"))
+    assert len(resolve(Branch(at="attn.q", rank=1), SHAPE)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("lora + dora", "DoRA's norm"),
+        ("dora + dora@0", "DoRA's norm"),
+        ("ia3 + ia3(at=attn.*)", "two scales"),
+        ("bitfit + bitfit(at=attn.q)@1", "two shifts"),
+        ("lora(dropout=0.1) + lora(r=2, at=attn.q)", "dropout"),
+    ],
+)
+def test_slots_that_mean_nothing_together_are_refused_by_site(text: str, word: str) -> None:
+    with pytest.raises(SpecError, match=word) as caught:
+        sites_of(parse(text), SHAPE)
+    assert "attn." in str(caught.value)
+
+
+def test_a_norm_needs_a_linear_branch_of_its_own_graft() -> None:
+    with pytest.raises(SpecError, match="0.attn.q has no branch"):
+        sites_of(GraftSpec("x", (Norm(at="attn.q"),)), SHAPE)
+    with pytest.raises(SpecError, match="DoRA's norm"):
+        sites_of(GraftSpec("x", (Branch(at="attn.q", rank=1, act="relu"), Norm(at="attn.q"))), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lora + ia3 + bitfit + parallel + serial + prefix", "lora(r=2) + lora(r=4)", "dora(at=attn.*) + lora(at=ffn.*)"],
+)
+def test_slots_that_add_up_may_share_a_graft(text: str) -> None:
+    assert sites_of(parse(text), SHAPE)
+
+
+def test_the_shape_is_read_from_a_transformers_config() -> None:
+    assert ModelShape.from_config(CONFIG) == SHAPE
+    assert ModelShape.from_config({**CONFIG, "head_dim": 32}).kv_width == 64
+    assert module_path(Site(2, "ffn.down"), "llama") == "layers.2.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mamba"}, ["'mamba'", "supported: llama"]),
+        ({"hidden_size": "big"}, ["hidden_size: 'big'"]),
+        ({"vocab_size": None}, ["vocab_size: None"]),
+    ],
+)
+def test_a_backbone_without_sites_or_sizes_is_named(change: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        ModelShape.from_config({**CONFIG, **change})
+    for word in words:
+        assert word in str(caught.value)
