@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
+from polygraft.cluster.launch.demo.oracle.plain import plain_llama
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -20,8 +22,6 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import Branch, GraftSpec
-from tests.grafts.oracle.peft_oracle import loaded
-from tests.grafts.oracle.plain import plain_llama
 from tests.grafts.oracle.table import METHODS, MORE, random_tensors, relative
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
