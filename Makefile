@@ -1,5 +1,4 @@
 # Everything a newcomer or a CI job types. `make help` lists the targets.
-# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the CUDA libraries.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin

@@ -22,7 +22,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import Branch, GraftSpec
-from tests.grafts.oracle.table import METHODS, MORE, random_tensors, relative
+from tests.grafts.oracle.table import LINEAR, METHODS, MORE, random_tensors, relative
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -87,7 +87,7 @@ def test_a_graft_comes_back_as_it_was_exported(text: str, backbone: Backbone, tm
     "config",
     [
         LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-        LoraConfig(r=4, target_modules="all-linear", use_dora=True, use_rslora=True, init_lora_weights="gaussian"),
+        LoraConfig(r=4, target_modules=LINEAR, use_dora=True, use_rslora=True, init_lora_weights="gaussian"),
         LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1], use_rslora=True, lora_dropout=0.5),
     ],
     ids=["lora", "dora", "rslora"],
