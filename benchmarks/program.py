@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import machine
-from harness import Stage, Study, measure
+from harness import ArmFailed, Stage, Study, measure
 from record import Check, Gate, Head, Record
 from report import show
 from rich.console import Console
 from servers import Server, Task
 
 ROUNDS, QUICK_ROUNDS = 5, 1
+_WIDTH = 160  # of what goes to a file
 
 
 class OpenStage(Protocol):
@@ -31,7 +34,8 @@ def carry_out(
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, proves nothing")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
     given = parser.parse_args()
-    console, progress = Console(), Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    progress = partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
     study = study_of(QUICK_ROUNDS if given.quick else ROUNDS)
     head = Head(
         benchmark=name,
@@ -46,12 +50,15 @@ def carry_out(
     )
     record = Record.resume(head, given.json)
     if record.gate is None and given.json and given.json.exists():
-        progress.print(f"{given.json} is of other code, versions, machine or options: starting afresh")
+        progress(f"{given.json} is of other code, versions, machine or options: starting afresh")
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder:
         with closing(Server("material.py", Task("make", folder, head.machine.cores))) as maker:
-            progress.print("backbone, grafts and text")
-            maker.ask("make")
-        done = measure(study, open_stage(Path(folder), quick=given.quick), record, progress.print)
+            progress("backbone, grafts and text")
+            try:
+                maker.ask("make")
+            except ArmFailed as error:
+                raise SystemExit(f"{name}: {error}") from None
+        done = measure(study, open_stage(Path(folder), quick=given.quick), record, progress)
     show(record, console)
     return 0 if done else 1
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 
 EXACT = 1e-3  # float32: how far below PEFT's favourite a token may lie, in logits
-AS_GOOD = 1.5  # bf16: error of a logit against float32, as a multiple of PEFT's own in bf16
-SAME = 0.8  # bf16: share of tokens that are PEFT's favourites in float32
+AS_GOOD = 1.5  # bf16: the same, as a multiple of PEFT's own worst error in the distance of its two favourites
+AS_OFTEN = 0.05  # bf16: how many fewer tokens may be float32's favourites than of PEFT's own in bf16
 
 Streams = Sequence[Sequence[int]]
 
@@ -37,7 +37,7 @@ def check(folder: str, count: int) -> Gate:
     true = _logits(exact, material, said)
     foreign = _below(_logits(exact, material, said, shift=1), said)
     checks = [
-        Check("float32: logits below PEFT's favourite, at most", float(_below(true, said).max()), EXACT),
+        Check("float32: logits below PEFT's favourite", float(_below(true, said).max()), EXACT),
         Check("another graft finds fault with every stream", float(foreign.amax(1).min()), 100 * EXACT, least=True),
     ]
     if best_dtype() != torch.float32:
@@ -45,12 +45,13 @@ def check(folder: str, count: int) -> Gate:
         said = _ours(material, best_dtype(), count)
         true = _logits(exact, material, said)
         coarse = _logits(adapt(load(material, timed), material, range(GRAFTS)), material, said)
-        # Two logits may each be wrong by as much as any is, in opposite directions.
-        limit = 2 * AS_GOOD * float((coarse - true).abs().max())
+        favourites = true.topk(2).indices
+        error = (coarse - true).gather(2, favourites).diff().abs().max()
         below = _below(true, said)
+        share, limit = _share(below == 0), _share(coarse.argmax(2) == favourites[:, :, 0]) - AS_OFTEN
         checks += [
-            Check(f"{timed}: logits below PEFT's favourite in float32, at most", float(below.max()), limit),
-            Check(f"{timed}: share of tokens that are PEFT's favourites", _share(below == 0), SAME, least=True),
+            Check(f"{timed}: logits below PEFT's favourite in float32", float(below.max()), AS_GOOD * float(error)),
+            Check(f"{timed}: share of tokens that are PEFT's favourites in float32", share, limit, least=True),
         ]
     return Gate(tuple(checks))
 

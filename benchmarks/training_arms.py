@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import cycle
-from pathlib import Path
 
 import torch
 from child import Round, Worker, task, timed, work
@@ -13,10 +12,10 @@ from peft_models import adapt, load, name
 from safetensors.torch import load_file
 from servers import Task
 from torch import Tensor
-from training_jobs import adamw, loss_of, pack
+from training_jobs import adamw, backbone_of, loss_of, pack
 
 from polygraft.grafts.runtime.attention import WholeSequences
-from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.backbone import best_dtype
 from polygraft.grafts.runtime.route import Rows
 
 _WARM_STEPS = 3
@@ -29,7 +28,7 @@ class Packed:
         self._task, self._material = given, Material.read(given.folder)
 
     def load(self) -> str:
-        self._backbone = Backbone.load(Path(self._material.backbone))
+        self._backbone = backbone_of(self._material, best_dtype())
         prompt = torch.tensor(self._material.prompts[0])
         whole = WholeSequences(((0, len(prompt)),), self._backbone.shape)
         with torch.inference_mode():

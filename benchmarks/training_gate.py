@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from child import Reply, answer, task
@@ -12,9 +11,9 @@ from material import Material
 from peft_models import adapt, load, name
 from record import Check, Gate
 from torch import Tensor
-from training_jobs import loss_of, pack
+from training_jobs import backbone_of, loss_of, pack
 
-from polygraft.grafts.runtime.backbone import Backbone, best_dtype
+from polygraft.grafts.runtime.backbone import best_dtype
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import module_path
 from polygraft.grafts.sizes import tensors
@@ -56,7 +55,7 @@ def check(folder: str, jobs: tuple[int, ...]) -> Gate:
 
 def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tuple[list[float], Gradients]:
     """Losses of the pack's first step, and the first job's gradient as PEFT would name and shape it."""
-    backbone = Backbone.load(Path(material.backbone), dtype)
+    backbone = backbone_of(material, dtype)
     runner = pack(backbone, material, jobs)
     first = runner.jobs[str(jobs[0])]
     stacks = backbone.stacks([Resident(first.job.id, first.job.spec, first.slab.views)], trainable=True)

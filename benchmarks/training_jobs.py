@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from material import Material
@@ -18,6 +19,11 @@ from polygraft.trainers.runner import Active, PackRunner
 
 LEARNING_RATE = 1e-4
 _NEVER_OVER = 10_000  # epochs
+
+
+def backbone_of(material: Material, dtype: torch.dtype) -> Backbone:
+    """Loaded as the pack's worker loads it."""
+    return Backbone.load(Path(material.backbone), dtype, prepack=dtype == torch.float32)
 
 
 def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRunner:

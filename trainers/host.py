@@ -103,6 +103,6 @@ def train_loop(config: dict[str, object]) -> None:
 
 
 def device_environment() -> dict[str, str]:
-    """Environment of a process that computes: all cores, and threads that sleep when they wait (Ray gives half a CPU
-    one)."""
-    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    """Environment of a process that computes: all cores (Ray gives half a CPU one), and threads that spin only briefly
+    before they sleep, since they share the cores with the processes of other shells."""
+    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "20000"}

@@ -179,9 +179,18 @@ class PackWorker:
         after = self.runner.evaluate(job, held_out) if held_out else None
         backbone = self.runner.backbone
         faults.point("before_publish")
-        identity = native.save(
-            self.folders.grafts, active.job.spec, active.slab.views, shape=backbone.shape, backbone=backbone.fingerprint
-        )
+        try:
+            identity = native.save(
+                self.folders.grafts,
+                active.job.spec,
+                active.slab.views,
+                shape=backbone.shape,
+                backbone=backbone.fingerprint,
+            )
+        except (native.FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
+            self._drop(job)
+            self._fail(job, JobError("graft_not_saved", str(error)))
+            return
         record_progress(
             self.store,
             job,

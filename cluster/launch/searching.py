@@ -10,6 +10,7 @@ from pathlib import Path
 
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.launch.local_ray import environment
+from polygraft.cluster.launch.output import Failure
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.service import Service
 from polygraft.cluster.store.connect import connect
@@ -35,10 +36,12 @@ def run(
     on_trial: Callable[[Trial], None],
     on_progress: Callable[[Trial, float], None],
 ) -> tuple[Trial, ...]:
-    """All trials of the study, once they have ended; Tune's files go to `folder`. Raises what `tuning.driver.search`
-    raises."""
+    """All trials of the study, once they have ended; Tune's files go to `folder`.
+
+    Raises Failure when it is interrupted, and whatever else `tuning.driver.search` raises.
+    """
     os.environ.update(environment(Path(service.ray_token)))  # before Ray is imported
-    from polygraft.tuning.driver import RayCluster, search
+    from polygraft.tuning.driver import Interrupted, RayCluster, search
     from polygraft.tuning.trial import Access
 
     study = study or new_study_id()
@@ -56,5 +59,7 @@ def run(
             on_trial=on_trial,
             on_progress=on_progress,
         ).trials
+    except Interrupted as error:
+        raise Failure(str(error)) from None
     finally:
         store.close()

@@ -71,7 +71,7 @@ def test_a_mistake_is_named_with_the_choices(text: str, words: list[str]) -> Non
         assert word in str(caught.value)
 
 
-@given(st.text(alphabet="lora(r=4,)@0-9 +.*|{}\":", max_size=40))
+@given(st.text(alphabet='lora(r=4,)@0-9 +.*|{}":', max_size=40))
 def test_no_text_does_worse_than_a_spec_error(text: str) -> None:
     try:
         parse(text)

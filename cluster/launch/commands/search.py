@@ -57,7 +57,6 @@ def _run(given: Flags, wanted: SearchFile, study: str | None) -> tuple[Trial, ..
     from polygraft.cluster.launch.search_progress import SearchProgress
     from polygraft.cluster.spec import BadRequest
     from polygraft.grafts.spec import SpecError
-    from polygraft.tuning.driver import Interrupted
     from polygraft.tuning.plan import BadPlan
     from polygraft.tuning.record import BadRecord
 
@@ -86,5 +85,3 @@ def _run(given: Flags, wanted: SearchFile, study: str | None) -> tuple[Trial, ..
             )
     except (BadPlan, BadRequest, BadRecord, SpecError) as error:
         raise Failure(str(error), Status.USAGE) from None
-    except Interrupted as error:
-        raise Failure(str(error)) from None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from openai import OpenAIError
 
 from polygraft.cluster.api_keys import create_key
 from polygraft.cluster.client import RemoteJob
@@ -39,7 +43,11 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
     Raises what the stages raise; the service is stopped then, too.
     """
     began = time.perf_counter()
-    data = corpus.load()
+    try:
+        data = corpus.load()
+    except corpus.CorpusError as error:
+        raise Failure(str(error)) from None
+    _exit_on_sigterm()
     with stages() as shown:
         try:
             service = start(settings, on_stage=shown.enter)
@@ -51,6 +59,7 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
             tenants, searcher = _tenants(service, data.tenants, data.search)
             trained = _train(service, tenants)
             searched = _search(service, data.search, searcher, settings.data / "searches", chart)
+            _exit_on_sigterm()  # again, since Ray has set a handler of its own
             answered = _serve(service, trained)
         grafts = mixing(settings.data, answered.began_at, grafts=LEAST_GRAFTS, methods=LEAST_METHODS)
         report = Report(
@@ -105,7 +114,12 @@ def _train(service: Service, tenants: list[Tenant]) -> Training:
             for tenant in tenants
         }
 
+        told: set[str] = set()
+
         def show(tenant: Tenant, job: RemoteJob) -> None:
+            if job.final and job.id not in told and not progress.console.is_terminal:  # bars are not drawn into a file
+                told.add(job.id)
+                progress.console.print(f"{tenant.share.name}, {tenant.plan.label}: {_losses(job)}", highlight=False)
             progress.update(bars[tenant.key], total=job.steps_total, completed=job.step, note=_losses(job))
 
         return train(service.url, service.backbone, tenants, on_progress=show)
@@ -117,12 +131,15 @@ def _search(service: Service, share: Share, key: str, folder: Path, chart: Path)
         f"{searching.TRIALS} trials on {share.name}, at most {searching.CONCURRENCY} at once, each a job in the pack",
     )
     began = time.perf_counter()
-    with SearchProgress(searching.TRIALS) as progress:
-        trials = searching.search(
-            service, share, key=key, tenant=TenantId(share.name), folder=folder, progress=progress
-        )
-    found = Searched(trials, time.perf_counter() - began, chart)
-    found.draw()
+    try:
+        with SearchProgress(searching.TRIALS) as progress:
+            trials = searching.search(
+                service, share, key=key, tenant=TenantId(share.name), folder=folder, progress=progress
+            )
+        found = Searched(trials, time.perf_counter() - began, chart)
+        found.draw()
+    except ValueError as error:  # no trial has finished
+        raise Failure(f"search: {error}") from None
     return found
 
 
@@ -146,7 +163,15 @@ def _serve(service: Service, training: Training) -> Burst:
                 note=f"{answer.model}: {answer.text.strip().splitlines()[0][:50] if answer.text.strip() else ''}",
             )
 
-        return burst(service.url, rounds(models, REQUESTS), max_tokens=MAX_TOKENS, on_answer=show)
+        try:
+            return burst(service.url, rounds(models, REQUESTS), max_tokens=MAX_TOKENS, on_answer=show)
+        except OpenAIError as error:
+            raise Failure(f"serve: {error}") from None
+
+
+def _exit_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that the service is stopped on the way out."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _announce(title: str, note: str) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from polygraft.cluster.client import Client, RemoteJob
 from polygraft.cluster.launch.corpus import Share
 from polygraft.cluster.launch.demo.plan import DemoJob
+from polygraft.cluster.launch.output import Failure
 
-_PERIOD_S = 0.5
+_PERIOD_S = 2.0  # eight tenants that ask twice a second would cost the pack a third of a core
 
 
-class JobsFailed(Exception):
+class JobsFailed(Failure):
     """Jobs that did not succeed, and why."""
 
 
