@@ -88,7 +88,7 @@ def replica_app(plan: ReplicaPlan) -> serve.Application:
 
 def _environment() -> dict[str, str]:
     """All cores, and threads that sleep when they wait: Ray gives an actor without CPUs one thread."""
-    return {"OMP_NUM_THREADS": str(_cores()), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    return {"OMP_NUM_THREADS": str(_cores()), "GOMP_SPINCOUNT": "20000"}
 
 
 def _cores() -> int:

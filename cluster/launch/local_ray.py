@@ -19,9 +19,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Ray gives an actor without CPUs one thread; those that compute here take all cores, and sleep while they wait.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
+    # Ray gives an actor without CPUs one thread; those that compute here take all cores, and sleep after a short spin.
+    "GOMP_SPINCOUNT": "20000",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
