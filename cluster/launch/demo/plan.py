@@ -48,7 +48,7 @@ JOBS = (
         learning_rate=1e-3,
         batch_size=4,
         max_length=96,
-        n_epochs=2,
+        n_epochs=1,
     ),
     DemoJob(
         label="LoRA r=16, all linears",
@@ -64,7 +64,7 @@ JOBS = (
         learning_rate=1e-3,
         batch_size=8,
         max_length=80,
-        n_epochs=2,
+        n_epochs=1,
         schedule="cosine",
     ),
     DemoJob(
@@ -81,7 +81,7 @@ JOBS = (
         learning_rate=5e-3,
         batch_size=4,
         max_length=64,
-        n_epochs=2,
+        n_epochs=1,
         schedule="constant",
     ),
     DemoJob(
@@ -90,7 +90,7 @@ JOBS = (
         learning_rate=1e-2,
         batch_size=4,
         max_length=48,
-        n_epochs=2,
+        n_epochs=1,
         schedule="cosine",
     ),
     DemoJob(

@@ -170,8 +170,13 @@ def _serve(service: Service, training: Training) -> Burst:
 
 
 def _exit_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that the service is stopped on the way out."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Let SIGTERM unwind the stack, so that the service is stopped; a second one does not cut that short."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _announce(title: str, note: str) -> None:
