@@ -20,6 +20,7 @@ from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import EntryId, Store
 from polygraft.grafts.formats import native
+from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.sizes import parameters
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint, faults
@@ -187,7 +188,7 @@ class PackWorker:
                 shape=backbone.shape,
                 backbone=backbone.fingerprint,
             )
-        except (native.FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
+        except (FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
             self._drop(job)
             self._fail(job, JobError("graft_not_saved", str(error)))
             return
