@@ -38,7 +38,7 @@ class Task:
     passive: bool = False
 
 
-_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+_PASSIVE = {"GOMP_SPINCOUNT": "20000"}  # as a device process of the service
 
 
 class Server:
