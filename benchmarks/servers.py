@@ -16,6 +16,8 @@ from typing import Literal
 import psutil
 from harness import ArmFailed
 
+from polygraft.grafts.runtime.process import device_environment
+
 Command = Literal["load", "warm", "round", "check", "make"]
 _PATIENCE_S = 1200.0
 _TAIL = 400
@@ -25,8 +27,8 @@ _TAIL = 400
 class Task:
     """What a child is: `kind` of its script, in `variant`, for `jobs` of the work that lies in `folder`.
 
-    `size` is what a round is: optimiser steps of every job, tokens of every stream, passes of a limit. OpenMP threads
-    that are `passive` sleep while they wait, as the service tells its own.
+    `size` is what a round is: optimiser steps of every job, tokens of every stream, passes of a limit. What is
+    `ours` runs in the environment that the service gives its device processes.
     """
 
     kind: str
@@ -35,10 +37,7 @@ class Task:
     variant: str = ""
     jobs: tuple[int, ...] = ()
     size: int = 1
-    passive: bool = False
-
-
-_PASSIVE = {"GOMP_SPINCOUNT": "20000"}  # as a device process of the service
+    ours: bool = False
 
 
 class Server:
@@ -51,7 +50,7 @@ class Server:
             "OMP_NUM_THREADS": str(task.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            **(_PASSIVE if task.passive else {}),
+            **(device_environment() if task.ours else {}),
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -61,8 +61,8 @@ class ServingStage:
         return Servers("serving_arms.py", [self._task(_KINDS[arm.name], variant)])
 
     def _task(self, kind: str, variant: str) -> Task:
-        passive = kind.startswith("engine")
-        return Task(kind, self._folder, cores(), variant, size=self._tokens, passive=passive)
+        ours = kind.startswith("engine")
+        return Task(kind, self._folder, cores(), variant, size=self._tokens, ours=ours)
 
 
 if __name__ == "__main__":

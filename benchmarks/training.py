@@ -62,7 +62,7 @@ class TrainingStage:
         return Servers("training_arms.py", tasks)
 
     def _task(self, kind: str, variant: str, jobs: range, threads: int) -> Task:
-        return Task(kind, self._folder, threads, variant, tuple(jobs), self._steps, passive=kind == "packed")
+        return Task(kind, self._folder, threads, variant, tuple(jobs), self._steps, ours=kind == "packed")
 
 
 _KINDS = {"ours": "packed", "peft_in_turn": "in_turn", "peft_switching": "switching", "ceiling": "ceiling"}

@@ -15,6 +15,7 @@ from ray import serve
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.process import device_environment
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
@@ -80,15 +81,10 @@ def replica_app(plan: ReplicaPlan) -> serve.Application:
         ray_actor_options={
             "num_cpus": 0,
             "resources": {"device": SHARE},
-            "runtime_env": {"env_vars": _environment()},
+            "runtime_env": {"env_vars": device_environment()},
         },
     )
     return cast(serve.Deployment, deployment).bind(plan)
-
-
-def _environment() -> dict[str, str]:
-    """All cores, and threads that sleep when they wait: Ray gives an actor without CPUs one thread."""
-    return {"OMP_NUM_THREADS": str(_cores()), "GOMP_SPINCOUNT": "20000"}
 
 
 def _cores() -> int:

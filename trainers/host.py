@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
+from polygraft.grafts.runtime.process import device_environment
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
@@ -100,9 +101,3 @@ def train_loop(config: dict[str, object]) -> None:
         worker.run(heartbeat)
     finally:
         store.close()
-
-
-def device_environment() -> dict[str, str]:
-    """Environment of a process that computes: all cores (Ray gives half a CPU one), and threads that spin only briefly
-    before they sleep, since they share the cores with the processes of other shells."""
-    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "20000"}

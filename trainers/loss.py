@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.linear import padded
 
-CHUNK = 128
+CHUNK = 128  # rows whose logits exist at a time
+SLICE = 32  # of them in float32
 
 
 def token_losses(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -29,15 +30,27 @@ def losses_and_gradient(
 
     The head is frozen, so the gradient is ready as soon as the logits are; they are freed chunk by chunk.
     """
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    workspace = hidden_ND.new_empty(SLICE, backbone.head.out_features, dtype=wide)
     losses, gradients = [], []
     for i in range(0, len(hidden_ND), CHUNK):
-        hidden, targets, factors = hidden_ND[i : i + CHUNK], targets_N[i : i + CHUNK], factors_N[i : i + CHUNK]
-        logits = backbone.logits(hidden)
-        peak = torch.logsumexp(logits, dim=1, keepdim=True)
-        losses.append((peak - logits.gather(1, targets.unsqueeze(1))).squeeze(1))
-        slope = logits.sub_(peak).exp_()
-        slope.scatter_add_(1, targets.unsqueeze(1), slope.new_full((len(targets), 1), -1.0))
-        slope.mul_(factors.unsqueeze(1))
-        rows = F.pad(slope.to(hidden.dtype), (0, 0, 0, padded(len(hidden)) - len(hidden)))
-        gradients.append(backbone.head.transposed_product(rows)[: len(hidden)])
+        count = min(CHUNK, len(hidden_ND) - i)
+        logits = backbone.head.product(F.pad(hidden_ND[i : i + count], (0, 0, 0, padded(count) - count)))
+        for j in range(0, count, SLICE):
+            rows = slice(i + j, min(i + j + SLICE, i + count))
+            part = logits[j : j + rows.stop - rows.start]
+            losses.append(_replace_by_slope(part, targets_N[rows], factors_N[rows], workspace))
+        logits[count:] = 0
+        gradients.append(backbone.head.transposed_product(logits)[:count])
     return torch.cat(losses), torch.cat(gradients)
+
+
+def _replace_by_slope(logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor, workspace: Tensor) -> Tensor:
+    """-log p(target) of the rows; the logits become factor * d loss / d logits, rounded once to their dtype."""
+    logs = workspace[: len(logits_NV)].copy_(logits_NV)
+    torch._log_softmax(logs, 1, False, out=logs)
+    losses = -logs.gather(1, targets_N.unsqueeze(1)).squeeze(1)
+    slope = logs.exp_()
+    slope.scatter_add_(1, targets_N.unsqueeze(1), slope.new_full((len(targets_N), 1), -1.0))
+    logits_NV.copy_(slope.mul_(factors_N.unsqueeze(1)))
+    return losses

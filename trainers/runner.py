@@ -182,9 +182,10 @@ class PackRunner:
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 yield from self._run({name: shares[name] for name in half})
             return
+        gradients = self._stacks.gradients()
         for (job, share), loss in zip(shares.items(), losses, strict=True):
             active = self.jobs[job]
-            active.slab.collect(self._stacks.pieces[share.graft])
+            active.slab.collect(gradients[share.graft])
             if (outcome := self._collected(active, share, loss)) is not None:
                 yield outcome
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime import attention as attention_module
+from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.runtime.modules import SiteLinear, SiteNorm, Sublayer
 from polygraft.grafts.runtime.pretrained import fingerprint
@@ -32,6 +33,16 @@ class Backbone:
         self.shape, self.fingerprint, self.folder = shape, fingerprint, folder
         self.decoder: nn.Module = model.model  # type: ignore[assignment]
         model.requires_grad_(False)
+        fused = {
+            id(self._module(Site(layer, n)).weight)
+            for layer in range(shape.layers)
+            for g in FUSED
+            if len(g) > 1
+            for n in g
+        }
+        for parameter in model.parameters():  # what is not copied by being fused, so that no mapped file stays open
+            if id(parameter) not in fused:
+                parameter.data = parameter.data.clone()
         self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
         for layer in range(shape.layers):
             self._adopt(layer, prepack)
@@ -82,20 +93,25 @@ class Backbone:
 
     def _adopt(self, layer: int, prepack: bool) -> None:
         """Replace the modules of one layer, innermost first."""
+        from transformers.activations import SiLUActivation
+
         for names in FUSED:
             modules = [self._module(Site(layer, name)) for name in names]
             linear = FrozenLinear([m.weight for m in modules], [m.bias for m in modules], prepack=prepack)  # type: ignore[misc]
-            for member, name in enumerate(names):
-                site = Site(layer, name)
+            group = [Site(layer, name) for name in names]
+            for member, site in enumerate(group):
                 self.linears[site] = (linear, member)
-                self._replace(site, SiteLinear(site, linear, member))
+                self._replace(site, SiteLinear(group, linear, member))
         for name in ("norm.1", "norm.2"):
             site = Site(layer, name)
             norm = self._module(site)
             self._replace(site, SiteNorm(site, norm.weight, norm.variance_epsilon))  # type: ignore[arg-type]
         for name in ("attn.out", "ffn.out"):
             site = Site(layer, name)
-            self._replace(site, Sublayer(site, self._module(site)))
+            inner = self._module(site)
+            if isinstance(getattr(inner, "act_fn", None), SiLUActivation):
+                inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
+            self._replace(site, Sublayer(site, inner))
 
     def _module(self, site: Site) -> nn.Module:
         return self.decoder.get_submodule(module_path(site, self.shape.arch))

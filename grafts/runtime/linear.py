@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 GRAIN, FLOOR = (
@@ -29,15 +28,13 @@ class FrozenLinear:
     one plain copy serves both directions: half the memory, and at hundreds of rows nearly the same speed in bf16.
     """
 
-    def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, prepack: bool = True
-    ) -> None:
-        weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach().contiguous()
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, prepack: bool = True) -> None:
+        weight = weights[0].detach().contiguous() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
         self.out_features, self.in_features = weight.shape
         self.widths = tuple(len(w) for w in weights)
         self.dtype = weight.dtype
         wide = torch.promote_types(self.dtype, torch.float32)
-        self.row_sq = torch.cat([w.to(wide).square().sum(1) for w in torch.split(weight, 4096)])
+        self.row_sq = torch.cat([w.to(wide).square().sum(1) for w in torch.split(weight, 512)])
         some = any(bias is not None for bias in biases)
         self.bias = (
             torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases)])
@@ -64,26 +61,8 @@ class FrozenLinear:
             self._transpose = _pack(self.weight().T.contiguous())
         return _matmul(dy_TO.contiguous(), self._transpose)
 
-    def __call__(self, x_TI: Tensor) -> tuple[Tensor, ...]:
-        """The products (without bias) of every fused projection, [T, width] each; differentiable in x."""
-        if torch.is_grad_enabled() and x_TI.requires_grad:
-            return _Product.apply(x_TI, self)  # type: ignore[no-any-return,no-untyped-call]
-        return self.product(x_TI).split_with_sizes(self.widths, dim=1)
-
     def biases(self) -> tuple[Tensor | None, ...]:
         return (None,) * len(self.widths) if self.bias is None else self.bias.split_with_sizes(self.widths)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
-        ctx.linear = linear  # type: ignore[attr-defined]
-        return linear.product(x).split_with_sizes(linear.widths, dim=1)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        dy = grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)
-        return ctx.linear.transposed_product(dy), None  # type: ignore[attr-defined]
 
 
 def _pack(weight: Tensor) -> Tensor:

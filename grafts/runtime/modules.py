@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.projection import Beside, project
+from polygraft.grafts.runtime.recompute import recomputed
 from polygraft.grafts.runtime.route import RouteTable, current
-from polygraft.grafts.runtime.stacks import Kind, Stack
+from polygraft.grafts.runtime.stacks import Entries, Kind, Stack
 from polygraft.grafts.sites import Site
 from polygraft.kernels.affine.op import affine
 from polygraft.kernels.branch.op import branch
@@ -20,29 +22,34 @@ from polygraft.kernels.common.dropout import dropout
 class SiteLinear(nn.Module):
     """A projection: affine on x, then W x plus the branches, norm, bias, affine on y, for the rows of each graft.
 
-    `member` is the projection's place in a fused FrozenLinear; the member that runs first computes all of them. Rows
-    whose graft changes this projection's input take a product of their own, the others keep the shared one.
+    `member` is the projection's place among `group`, the sites whose weights are fused in one FrozenLinear; the member
+    that runs first computes all of them, with the branches that read what they all read. Rows whose graft changes this
+    projection's input take a product and branches of their own.
     """
 
-    def __init__(self, site: Site, linear: FrozenLinear, member: int) -> None:
+    def __init__(self, group: Sequence[Site], linear: FrozenLinear, member: int) -> None:
         super().__init__()
-        self.site, self.linear, self.member = site, linear, member
-        self.bias = linear.biases()[member]
-        self.shared = len(linear.widths) > 1
+        self.group, self.linear, self.member = tuple(group), linear, member
+        self.site, self.bias = self.group[member], linear.biases()[member]
 
     def forward(self, x: Tensor) -> Tensor:
         route = current()
         stacks = route.stacks.get(self.site)
         flat = x.view(-1, x.shape[-1])
         scaled = [stack for kind, stack in stacks.items() if kind.op == "affine" and kind.variant.startswith("in")]
-        # Before the affines, so that a backward sums the gradient of x in one order with them and without.
-        y = self._shared(x, flat, route) if self.shared or not scaled else flat
-        for stack in scaled:
-            flat = _affine(flat, stack, route)
-        if scaled:
-            own = self.linear(flat)[self.member]
-            y = torch.where(_rows(scaled, flat, route), own, y) if self.shared else own
-        y = _branches(flat, y, stacks, self.site, route, tap="input")
+        if len(self.group) == 1:
+            for stack in scaled:
+                flat = _affine(flat, stack, route)
+            y = project(flat, self.linear, self._beside(route))[0]
+        else:
+            # Before the affines, so that a backward sums the gradient of x in one order with them and without.
+            y = self._shared(x, flat, route)
+            for stack in scaled:
+                flat = _affine(flat, stack, route)
+            if scaled:
+                own = project(flat, self.linear, ())[self.member]
+                y = torch.where(_rows(scaled, flat, route), own, y)
+        y = _branches(flat, y, stacks, self.site, route, tap="input", among=_apart(stacks, route, len(self.group) > 1))
         for kind, stack in stacks.items():
             if kind.op == "norm":
                 y = affine(y, stack.parts["m"] / stack.parts["norm"], None, route.segments(stack.entries))
@@ -53,14 +60,43 @@ class SiteLinear(nn.Module):
 
     def _shared(self, x: Tensor, flat: Tensor, route: RouteTable) -> Tensor:
         """This projection's product, computed together with the others that take the same input."""
-        if not self.shared:
-            return self.linear(flat)[0]
         found = route.kept(id(self.linear), x, self.member)
         if found is None:
-            products = list(self.linear(flat))
+            products = list(project(flat, self.linear, self._beside(route)))
             route.keep(id(self.linear), x, products)
             found = products[self.member]
         return found
+
+    def _beside(self, route: RouteTable) -> list[Beside]:
+        """The branches of all members that read the group's input as it is."""
+        found = []
+        for member, site in enumerate(self.group):
+            stacks = route.stacks.get(site)
+            apart = _apart(stacks, route, len(self.group) > 1)
+            for kind, stack in stacks.items():
+                if kind.op == "branch" and kind.variant.startswith("input"):
+                    entries = tuple(entry for entry in stack.entries if entry not in apart)
+                    act = kind.variant.partition(".")[2]
+                    found.append(Beside(member, stack.parts["A"], stack.parts["B"], route.segments(entries), act))
+        return found
+
+
+def _apart(stacks: Mapping[Kind, Stack], route: RouteTable, shared: bool) -> Entries:
+    """Branches that do not read the projection's input as it is: by dropout, or by their graft's affine on an input
+    that other projections share."""
+    changed = {
+        entry.graft
+        for kind, stack in stacks.items()
+        if shared and kind.op == "affine" and kind.variant.startswith("in")
+        for entry in stack.entries
+    }
+    return tuple(
+        entry
+        for kind, stack in stacks.items()
+        if kind.op == "branch" and kind.variant.startswith("input")
+        for entry in stack.entries
+        if entry.graft in changed or (entry.dropout and route.dropout_keys is not None)
+    )
 
 
 class Sublayer(nn.Module):
@@ -71,13 +107,14 @@ class Sublayer(nn.Module):
         self.site, self.inner = site, inner
 
     def forward(self, *args: Tensor, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
-        result = self.inner(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(x, Tensor)
         route = current()
+        with recomputed(x, route.recipe(x)):
+            result = self.inner(*args, **kwargs)
         stacks = route.stacks.get(self.site)
         if not stacks:
             return result  # type: ignore[no-any-return]
-        x = args[0] if args else kwargs["hidden_states"]
-        assert isinstance(x, Tensor)
         out: Tensor = result[0] if isinstance(result, tuple) else result
         flat = out.view(-1, out.shape[-1])
         y = _branches(x.view(-1, x.shape[-1]), flat, stacks, self.site, route, tap="input")
@@ -100,7 +137,11 @@ class SiteNorm(nn.Module):
             return y
         route = current()
         stacks = route.stacks.get(self.site)
-        return _affines_out(y.view(-1, y.shape[-1]), stacks, route).view(y.shape) if stacks else y
+        if stacks:
+            return _affines_out(y.view(-1, y.shape[-1]), stacks, route).view(y.shape)
+        source = x.detach()
+        route.remember(y, lambda: _rms_forward(source, self.weight, self.eps)[0])
+        return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -132,10 +173,21 @@ def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return weight * (wide * scale).to(x.dtype), scale
 
 
-def _branches(x: Tensor, y: Tensor, stacks: Mapping[Kind, Stack], site: Site, route: RouteTable, *, tap: str) -> Tensor:
+def _branches(
+    x: Tensor,
+    y: Tensor,
+    stacks: Mapping[Kind, Stack],
+    site: Site,
+    route: RouteTable,
+    *,
+    tap: str,
+    among: Entries | None = None,
+) -> Tensor:
+    """y plus the branches at a tap; of `among` only, where given."""
     for kind, stack in stacks.items():
         if kind.op == "branch" and kind.variant.startswith(tap):
-            segments = route.segments(stack.entries)
+            entries = stack.entries if among is None else tuple(entry for entry in stack.entries if entry in among)
+            segments = route.segments(entries)
             into = x
             if segments.dropped and route.dropout_keys is not None:
                 into = dropout(x, segments, route.dropout_keys, crc32(f"{site}.{kind.variant}".encode()) - (1 << 31))

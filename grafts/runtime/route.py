@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -61,6 +61,7 @@ class RouteTable:
     dropout_keys: Tensor | None = None
     _segments: dict[Entries, Segments] = field(default_factory=dict)
     _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    _recipe: dict[str, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)
 
     def segments(self, entries: Entries) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
@@ -81,6 +82,15 @@ class RouteTable:
                 )
             )
         return self._segments[entries]
+
+    def remember(self, y: Tensor, make: Callable[[], Tensor]) -> None:
+        """How to make the latest norm's output again."""
+        self._recipe["norm"] = (y, make)
+
+    def recipe(self, y: Tensor) -> Callable[[], Tensor] | None:
+        """What was remembered of `y`, if it was the latest."""
+        found = self._recipe.pop("norm", None)
+        return found[1] if found is not None and found[0] is y else None
 
     def keep(self, group: int, x: Tensor, products: list[Tensor]) -> None:
         """Remember the fused products of `x` until the group's other members ask for them."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from polygraft.grafts.runtime.stacks import Piece
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec
@@ -21,7 +20,7 @@ class Slab:
 
     def __init__(self, spec: GraftSpec, shape: ModelShape, dtype: torch.dtype = torch.float32) -> None:
         layout = tensors(spec, shape)
-        self._names, self._sizes = [t.name for t in layout], [t.numel for t in layout]
+        self._sizes = [t.numel for t in layout]
         self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(self._sizes), dtype=dtype) for _ in range(3))
         pieces = self.master.split_with_sizes(self._sizes)
         self.views = {t.name: piece.view(t.shape) for t, piece in zip(layout, pieces, strict=True)}
@@ -32,15 +31,11 @@ class Slab:
         for name, view in self.views.items():
             view.copy_(start[name])
 
-    def collect(self, pieces: Sequence[Piece]) -> None:
-        """Add the gradients that a backward left in the stacks' rows of this job."""
-        if self.grad is None:
-            self.grad = torch.zeros_like(self.master)
-        rows = dict(zip(self._names, self.grad.split_with_sizes(self._sizes), strict=True))
-        found = [(rows[piece.tensor.name], piece.gradient()) for piece in pieces]
-        pairs = [(into, part.reshape(-1)) for into, part in found if part is not None]
-        if pairs:
-            torch._foreach_add_([into for into, _ in pairs], [part for _, part in pairs])
+    def collect(self, parts: Sequence[Tensor | None]) -> None:
+        """Add the gradient that a backward left for this job, tensor by tensor as `Stacks.gradients` has them."""
+        whole = [p if p is not None else self.master.new_zeros(n) for p, n in zip(parts, self._sizes, strict=True)]
+        found = torch.cat(whole).to(self.master.dtype)  # joined before it is widened: two passes in place of hundreds
+        self.grad = found if self.grad is None else self.grad.add_(found)
 
     def clear(self) -> None:
         """Forget the collected gradient."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Stacks:
-    """All stacks of a set of residents, by site. `refresh` copies a resident's tensors in after they changed.
+    """All stacks of a set of residents, by site; `pieces` by resident in the order of `sizes.tensors`. `refresh` copies
+    a resident's tensors in after they changed.
 
     Matrices and prefix rows are in the backbone's dtype; the vectors of affine and norm stay in float32 or wider,
     since a scale near 1 has no room in bf16.
@@ -86,6 +88,7 @@ class Stacks:
     linears: Mapping[Site, tuple[FrozenLinear, int]]
     trainable: bool = False
     _empty: Mapping[Kind, Stack] = field(default_factory=dict)
+    _copies: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -126,6 +129,9 @@ class Stacks:
             if kind.op == "norm":
                 built["norm"] = torch.ones_like(built["m"])
             at[site][kind] = Stack(kind, tuple(entries), built)
+        for resident, own in zip(residents, pieces):
+            order = {tensor.name: i for i, tensor in enumerate(tensors(resident.spec, shape))}
+            own.sort(key=lambda piece: order[piece.tensor.name])
         stacks = Stacks(tuple(residents), at, tuple(map(tuple, pieces)), linears, trainable)
         for index in range(len(residents)):
             stacks.refresh(index)
@@ -141,13 +147,34 @@ class Stacks:
 
     def refresh(self, graft: int) -> None:
         """Copy a resident's tensors into the stacks, and recompute what depends on them (DoRA's norms)."""
-        source = self.residents[graft].tensors
+        if graft not in self._copies:
+            source, pieces = self.residents[graft].tensors, self.pieces[graft]
+            rows = [piece.rows() for piece in pieces]
+            self._copies[graft] = rows, [source[p.tensor.name].view(r.shape) for p, r in zip(pieces, rows)]
         with torch.no_grad():
-            for piece in self.pieces[graft]:
-                piece.rows().copy_(source[piece.tensor.name].view(piece.last - piece.first, -1))
+            torch._foreach_copy_(*self._copies[graft])
             for piece in self.pieces[graft]:
                 if piece.tensor.part == "m":
                     self._renorm(piece.tensor.site, graft)
+
+    def gradients(self) -> list[list[Tensor | None]]:
+        """What a backward left for every resident: flat views in the order of its pieces, None where it never came."""
+        found: list[list[Tensor | None]] = [[None] * len(own) for own in self.pieces]
+        for stack, shares in self._shares:
+            if stack.grad is not None:
+                views = stack.grad.view(-1).split_with_sizes([size for _, _, size in shares])
+                for (graft, position, _), view in zip(shares, views):
+                    found[graft][position] = view
+        return found
+
+    @cached_property
+    def _shares(self) -> list[tuple[Tensor, list[tuple[int, int, int]]]]:
+        """Of each stack tensor, in row order: (resident, position among its pieces, elements)."""
+        by_stack: dict[int, tuple[Tensor, list[tuple[int, int, int]]]] = {}
+        for graft, own in enumerate(self.pieces):  # residents lie in the stacks in their order
+            for position, piece in enumerate(own):
+                by_stack.setdefault(id(piece.stack), (piece.stack, []))[1].append((graft, position, piece.tensor.numel))
+        return list(by_stack.values())
 
     def _renorm(self, site: Site, graft: int) -> None:
         norm = self.at[site][Kind("norm")]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -47,14 +49,49 @@ def _stacked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act
 
 
 def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> tuple[Tensor, list[Tensor]]:
-    """The sum, and the activation's input of every run, [count, rows, rank]."""
-    out, hiddens = y.clone(), []
+    out = y.clone()
+    return out, add_branch_(out, x, A, B, segments, act)
+
+
+def add_branch_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str) -> list[Tensor]:
+    """The branch added to y in place, outside autograd; y may be columns of a wider tensor.
+
+    Returns what `branch_gradients` needs: the activation's input of every run, [count, rows, rank].
+    """
+    hiddens = []
     for run in segments.runs:
-        hidden = segment_bmm(run.batch(x), run.stack(A).transpose(1, 2))
+        hidden = segment_bmm(run.batch(x_TI), run.stack(A_RI).transpose(1, 2))
         hiddens.append(hidden)
         up = run.scaled(activation.forward(act, hidden))
-        add_segment_bmm_(run.batch(out), up, run.stack(B))
-    return out, hiddens
+        add_segment_bmm_(run.batch(y_TO), up, run.stack(B_RO))
+    return hiddens
+
+
+def branch_gradients(
+    grad_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    segments: Segments,
+    act: str,
+    hiddens: Sequence[Tensor],
+    dx_TI: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB) for the gradient of y + branch; the branch's share of x's gradient is added to dx in place."""
+    make = torch.empty_like if segments.covers(len(A_RI)) else torch.zeros_like
+    dA, dB = make(A_RI), make(B_RO)
+    for run, hidden in zip(segments.runs, hiddens):
+        dy = run.batch(grad_TO)
+        up = run.scaled(activation.forward(act, hidden))
+        dh = activation.backward(act, run.scaled(segment_bmm(dy, run.stack(B_RO).transpose(1, 2))), hidden)
+        for into, left, right in ((run.stack(dB), up, dy), (run.stack(dA), dh, run.batch(x_TI))):
+            if make is torch.empty_like:
+                segment_bmm(left.transpose(1, 2), right, out=into)
+            else:
+                into.add_(segment_bmm(left.transpose(1, 2), right))
+        if dx_TI is not None:
+            add_segment_bmm_(run.batch(dx_TI), dh, run.stack(A_RI))
+    return dA, dB
 
 
 class _Branch(torch.autograd.Function):
@@ -68,29 +105,8 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
-        segments, act = ctx.segments, ctx.act  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
         grad = grad.contiguous()
-        once = segments.covers(len(A))
         dx = torch.zeros_like(x) if needs[0] else None
-        dA = (torch.empty_like if once else torch.zeros_like)(A) if needs[2] else None
-        dB = (torch.empty_like if once else torch.zeros_like)(B) if needs[3] else None
-        for run, hidden in zip(segments.runs, hiddens):
-            dy = run.batch(grad)
-            if dB is not None:
-                up = run.scaled(activation.forward(act, hidden))
-                _accumulate(run.stack(dB), up.transpose(1, 2), dy, once)
-            dh = activation.backward(act, run.scaled(segment_bmm(dy, run.stack(B).transpose(1, 2))), hidden)
-            if dA is not None:
-                _accumulate(run.stack(dA), dh.transpose(1, 2), run.batch(x), once)
-            if dx is not None:
-                add_segment_bmm_(run.batch(dx), dh, run.stack(A))
+        dA, dB = branch_gradients(grad, x, A, B, ctx.segments, ctx.act, hiddens, dx)  # type: ignore[attr-defined]
         return dx, grad if needs[1] else None, dA, dB, None, None
-
-
-def _accumulate(into: Tensor, left: Tensor, right: Tensor, once: bool) -> None:
-    """into (+)= left @ right; `once` says that nothing was written there before and no zeros lie there."""
-    if once:
-        segment_bmm(left, right, out=into)
-    else:
-        into.add_(segment_bmm(left, right))

@@ -29,7 +29,7 @@ class Sequence:
         return max(FLOOR, -(-(self.prefix_length + self.length) // GRAIN) * GRAIN)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bucket:
     """Sequences of one padded length L: row indices into [rows; prefix rows; one zero row], each [b, L]."""
 
@@ -37,6 +37,21 @@ class Bucket:
     sequences: tuple[Sequence, ...]
     queries: Tensor
     keys: Tensor
+
+    @cached_property
+    def first_row(self) -> int | None:
+        """Where the rows lie when they are all real, adjacent and without a prefix, so that they need no gathering."""
+        start = self.sequences[0].start
+        adjacent = all(
+            (s.start, s.length, s.prefix_length) == (start + i * self.length, self.length, 0)
+            for i, s in enumerate(self.sequences)
+        )
+        return start if adjacent else None
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """[L, L] bool: the keys after a query."""
+        return torch.ones(self.length, self.length, dtype=torch.bool, device=self.queries.device).triu_(1)
 
 
 @dataclass(frozen=True)

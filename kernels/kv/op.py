@@ -32,14 +32,14 @@ class _Attend(torch.autograd.Function):
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float
     ) -> Tensor:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        qx, kx, vx = _extend(q, layout.prefix_rows), _join(k, pk), _join(v, pv)
+        qx, kx, vx = _Rows(q, pk.new_zeros(len(pk), q.shape[1])), _Rows(k, pk), _Rows(v, pv)
         saved: list[Tensor] = []
         for bucket in layout.buckets:
-            qb = _query_heads(qx[bucket.queries], layout)
-            kb, vb = _key_heads(kx[bucket.keys], layout), _key_heads(vx[bucket.keys], layout)
-            weights = _weights(qb * scaling, kb, bucket.length)
+            qb = _query_heads(qx.queries(bucket), layout)
+            kb, vb = _key_heads(kx.keys(bucket), layout), _key_heads(vx.keys(bucket), layout)
+            weights = _weights(qb * scaling, kb, bucket)
             _scatter(out, torch.bmm(weights, vb), bucket, layout)
-            saved += [qb, kb, vb, weights]
+            saved += [qb, kb, vb]
         ctx.save_for_backward(pk, *saved)
         ctx.layout, ctx.scaling, ctx.rows = layout, scaling, len(q)  # type: ignore[attr-defined]
         return out
@@ -48,15 +48,16 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         pk, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         layout, scaling, rows = ctx.layout, ctx.scaling, ctx.rows  # type: ignore[attr-defined]
-        grad_x = _extend(grad, layout.prefix_rows)
+        grad_x = _Rows(grad, pk.new_zeros(len(pk), grad.shape[1]))
         width = pk.shape[1]
         dq = torch.zeros_like(grad)
         dk, dv = grad.new_zeros(rows, width), grad.new_zeros(rows, width)
         wide = torch.promote_types(grad.dtype, torch.float32)
         dpk, dpv = pk.new_zeros(pk.shape, dtype=wide), pk.new_zeros(pk.shape, dtype=wide)
         for i, bucket in enumerate(layout.buckets):
-            qb, kb, vb, weights = saved[4 * i : 4 * i + 4]
-            dout = _query_heads(grad_x[bucket.queries], layout)
+            qb, kb, vb = saved[3 * i : 3 * i + 3]
+            weights = _weights(qb * scaling, kb, bucket)  # again: they grow with the square of the length
+            dout = _query_heads(grad_x.queries(bucket), layout)
             dvb = torch.bmm(weights.transpose(1, 2), dout)
             dw = torch.bmm(dout, vb.transpose(1, 2)).to(wide)
             p = weights.to(wide)
@@ -68,13 +69,35 @@ class _Attend(torch.autograd.Function):
         return dq, dk, dv, dpk.to(pk.dtype), dpv.to(pk.dtype), None, None
 
 
-def _extend(x: Tensor, prefix_rows: int) -> Tensor:
-    """x with zero rows where the prefix rows and the padding row are indexed."""
-    return torch.cat([x, x.new_zeros(prefix_rows + 1, x.shape[1])])
+class _Rows:
+    """Batch rows, prefix rows and one zero row, as buckets index them; joined when a bucket first needs to."""
+
+    def __init__(self, x: Tensor, prefix: Tensor) -> None:
+        self._x, self._prefix = x, prefix
+        self._joined: Tensor | None = None
+
+    def queries(self, bucket: Bucket) -> Tensor:
+        """[b, L, D]; where a bucket has prefix or padding rows, what stands there is never used."""
+        return self._gather(bucket, bucket.queries)
+
+    def keys(self, bucket: Bucket) -> Tensor:
+        """[b, L, D], prefix rows first, zeros as padding."""
+        return self._gather(bucket, bucket.keys)
+
+    def _gather(self, bucket: Bucket, index: Tensor) -> Tensor:
+        if bucket.first_row is not None:
+            return _adjacent(self._x, bucket)
+        if self._joined is None:
+            zero = self._x.new_zeros(1, self._x.shape[1])
+            self._joined = torch.cat([self._x, self._prefix.to(self._x.dtype), zero])
+        return self._joined[index]
 
 
-def _join(x: Tensor, prefix: Tensor) -> Tensor:
-    return torch.cat([x, prefix.to(x.dtype), x.new_zeros(1, x.shape[1])])
+def _adjacent(x_TD: Tensor, bucket: Bucket) -> Tensor:
+    """View of a bucket's rows that need no gathering, [b, L, D]."""
+    assert bucket.first_row is not None
+    rows = x_TD.narrow(0, bucket.first_row, len(bucket.sequences) * bucket.length)
+    return torch.unflatten(rows, 0, (-1, bucket.length))
 
 
 def _query_heads(x_bLE: Tensor, layout: Layout) -> Tensor:
@@ -90,10 +113,9 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
     return x_bLC.view(b, length, layout.kv_heads, -1).transpose(1, 2).reshape(b * layout.kv_heads, length, -1)
 
 
-def _weights(q: Tensor, k: Tensor, length: int) -> Tensor:
+def _weights(q: Tensor, k: Tensor, bucket: Bucket) -> Tensor:
     scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
-    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    torch.unflatten(scores, 1, (-1, length)).masked_fill_(hidden, float("-inf"))
+    torch.unflatten(scores, 1, (-1, bucket.length)).masked_fill_(bucket.hidden, float("-inf"))
     return scores.softmax(-1).to(q.dtype)
 
 
@@ -101,6 +123,9 @@ def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) 
     """Write the real query rows of a bucket back to their batch rows."""
     b, kv_heads = len(bucket.sequences), layout.kv_heads
     grouped = heads_out.view(b, kv_heads, layout.heads // kv_heads, bucket.length, -1).permute(0, 3, 1, 2, 4)
+    if bucket.first_row is not None:
+        _adjacent(out_TE, bucket).view(grouped.shape).copy_(grouped)
+        return
     flat = grouped.reshape(b * bucket.length, -1)
     index = bucket.queries.flatten()
     real = index < layout.rows
@@ -109,8 +134,11 @@ def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) 
 
 def _scatter_keys(out_TC: Tensor, prefix_PC: Tensor, part: Tensor, bucket: Bucket, layout: Layout) -> None:
     """Write key rows back to their batch rows and add prefix rows to the stack's, sequence by sequence."""
-    rows = part.view(len(bucket.sequences), layout.kv_heads, bucket.length, -1).transpose(1, 2).flatten(2)
-    for x, s in zip(rows, bucket.sequences):
+    rows = part.view(len(bucket.sequences), layout.kv_heads, bucket.length, -1).transpose(1, 2)
+    if bucket.first_row is not None:
+        _adjacent(out_TC, bucket).view(rows.shape).copy_(rows)
+        return
+    for x, s in zip(rows.flatten(2), bucket.sequences):
         out_TC[s.start : s.start + s.length] = x[s.prefix_length : s.prefix_length + s.length]
         if s.prefix_length:
             prefix_PC[s.prefix_first : s.prefix_first + s.prefix_length] += x[: s.prefix_length]

@@ -89,7 +89,8 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
 
     assert states == {number: "cancelled" if number == KILLED else "succeeded" for number in range(6)}
     assert all(at < died_at[0] for at in jobs[KILLED].renewed_at)
-    assert len(service.jobs) == 6 and service.widest == 3
+    assert len(service.jobs) == 6
+    assert service.widest in (3, 4)  # the orphan may still run when another trial takes its trial's place
     outcomes = [trial.outcome for trial in result.trials]
     assert outcomes.pop(KILLED) == Failure(reason="the trial's process ended before its job")
     assert [outcome.values for outcome in outcomes if isinstance(outcome, Result)] == [
