@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.process import in_own_thread
 
 _WARM_TOKENS = 4
 
@@ -28,10 +29,13 @@ class Ours:
         self._task, self._material, self._grafts = given, Material.read(given.folder), grafts
 
     def load(self) -> str:
-        self._backbone = Backbone.load(Path(self._material.backbone))
-        self._burst = Burst(self._backbone, self._material)
+        self._backbone, self._burst = in_own_thread(self._made)
         self._burst.run(1, grafts=False)
         return str(self._backbone.dtype).removeprefix("torch.")
+
+    def _made(self) -> tuple[Backbone, Burst]:
+        backbone = Backbone.load(Path(self._material.backbone))
+        return backbone, Burst(backbone, self._material)
 
     def warm(self) -> None:
         self._burst.run(_WARM_TOKENS, grafts=self._grafts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from polygraft.cluster.model import GraftId
+from polygraft.grafts.runtime.process import in_own_thread
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.serving.residency import Residency
 
@@ -25,7 +27,7 @@ class Loader:
         """The graft once it is read, until then None; the first to ask starts it. Raises what reading it raised."""
         if graft not in self._reading:
             if len(self._reading) < _AT_ONCE:
-                self._reading[graft] = self._pool.submit(self._residency.fetch, graft)
+                self._reading[graft] = self._pool.submit(in_own_thread, partial(self._residency.fetch, graft))
                 self._reading[graft].add_done_callback(lambda _: self._wake())
             return None
         future = self._reading[graft]

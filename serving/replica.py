@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from ray import serve
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.process import device_environment
+from polygraft.grafts.runtime.process import device_environment, in_own_thread
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
@@ -42,8 +43,7 @@ class Replica:
 
     def __init__(self, plan: ReplicaPlan) -> None:
         torch.set_num_threads(_cores())
-        backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype])
-        self._engine = Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
+        self._engine = in_own_thread(partial(_engine, plan))
         self._engine.start()
         self._link = LocalLink(self._engine)
 
@@ -65,6 +65,11 @@ class Replica:
     async def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
             await asyncio.to_thread(engine.stop)
+
+
+def _engine(plan: ReplicaPlan) -> Engine:
+    backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype])
+    return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
 
 
 def replica_app(plan: ReplicaPlan) -> serve.Application:

@@ -36,6 +36,7 @@ class Residency:
         self._backbone = backbone
         self._budget = budget_bytes
         self._held: OrderedDict[GraftId, Resident] = OrderedDict()
+        self._sizes: dict[GraftId, int] = {}
         self._pins: dict[GraftId, int] = {}
         self._compositions: OrderedDict[tuple[GraftId, ...], Composition] = OrderedDict()
 
@@ -45,7 +46,7 @@ class Residency:
 
     @property
     def used_bytes(self) -> int:
-        return sum(_size(resident) for resident in self._held.values())
+        return sum(self._sizes[graft] for graft in self._held)
 
     def fetch(self, graft: GraftId) -> Resident:
         """Read a graft from the artefact folder; values that are not finite are refused. Raises GraftUnusable."""
@@ -66,7 +67,7 @@ class Residency:
             raise GraftUnusable(
                 f"graft {resident.id}: needs {_size(resident)} bytes; the replica has {self._budget} for grafts"
             )
-        pinned = sum(_size(held) for graft, held in self._held.items() if graft in self._pins or graft in keep)
+        pinned = sum(self._sizes[graft] for graft in self._held if graft in self._pins or graft in keep)
         return pinned + _size(resident) <= self._budget
 
     def admit(self, resident: Resident, keep: Collection[GraftId]) -> None:
@@ -78,6 +79,7 @@ class Residency:
             self._drop(graft)
         assert self.used_bytes <= room, "admitted a graft that does not fit"
         self._held[GraftId(resident.id)] = resident
+        self._sizes[GraftId(resident.id)] = _size(resident)
 
     def pin(self, graft: GraftId) -> None:
         """One more sequence uses it; it stays until as many `unpin`."""
@@ -107,10 +109,10 @@ class Residency:
         return self._compositions[key]
 
     def _stacked_bytes(self) -> int:
-        return sum(_size(self._held[graft]) for key in self._compositions for graft in key)
+        return sum(self._sizes[graft] for key in self._compositions for graft in key)
 
     def _drop(self, graft: GraftId) -> None:
-        del self._held[graft]
+        del self._held[graft], self._sizes[graft]
         for key in [key for key in self._compositions if graft in key]:
             del self._compositions[key]
 
