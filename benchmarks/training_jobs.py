@@ -23,7 +23,7 @@ _NEVER_OVER = 10_000  # epochs
 
 def backbone_of(material: Material, dtype: torch.dtype) -> Backbone:
     """Loaded as the pack's worker loads it."""
-    return Backbone.load(Path(material.backbone), dtype, prepack=dtype == torch.float32)
+    return Backbone.load(Path(material.backbone), dtype, training=True)
 
 
 def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRunner:

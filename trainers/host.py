@@ -78,7 +78,7 @@ def train_loop(config: dict[str, object]) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(plan.backbone_folder)
     dtype = DTYPES[plan.dtype] or best_dtype()
-    backbone = Backbone.load(folder, dtype, prepack=dtype == torch.float32)  # in bf16 plain weights are as fast here
+    backbone = Backbone.load(folder, dtype, training=True)
     runner = PackRunner(backbone, max_rows=plan.max_rows)
     store = connect(plan.store_url)
     worker = PackWorker(

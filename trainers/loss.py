@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.linear import padded
+from polygraft.grafts.runtime.linear import HEAD_BLOCK
 
-CHUNK = 128  # rows whose logits exist at a time
+CHUNK = HEAD_BLOCK  # rows whose logits exist at a time
 SLICE = 32  # of them in float32
 
 
@@ -35,13 +35,12 @@ def losses_and_gradient(
     losses, gradients = [], []
     for i in range(0, len(hidden_ND), CHUNK):
         count = min(CHUNK, len(hidden_ND) - i)
-        logits = backbone.head.product(F.pad(hidden_ND[i : i + count], (0, 0, 0, padded(count) - count)))
+        logits = backbone.head.product(hidden_ND[i : i + count])
         for j in range(0, count, SLICE):
             rows = slice(i + j, min(i + j + SLICE, i + count))
             part = logits[j : j + rows.stop - rows.start]
             losses.append(_replace_by_slope(part, targets_N[rows], factors_N[rows], workspace))
-        logits[count:] = 0
-        gradients.append(backbone.head.transposed_product(logits)[:count])
+        gradients.append(backbone.head.transposed_product(logits))
     return torch.cat(losses), torch.cat(gradients)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
-from polygraft.grafts.runtime.linear import FrozenLinear, padded
+from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
 from polygraft.grafts.runtime.modules import SiteLinear, SiteNorm, Sublayer
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
@@ -27,9 +27,10 @@ class Backbone:
     """A decoder without gradients for its own weights. Build it with `Backbone.load`."""
 
     def __init__(
-        self, model: nn.Module, shape: ModelShape, fingerprint: str, folder: Path, *, prepack: bool = True
+        self, model: nn.Module, shape: ModelShape, fingerprint: str, folder: Path, *, training: bool = False
     ) -> None:
         """Takes over `model`, a transformers LlamaForCausalLM in eval mode, and replaces the modules at its sites."""
+        prepack, block = not training or model.dtype == torch.float32, BLOCK if training else None
         self.shape, self.fingerprint, self.folder = shape, fingerprint, folder
         self.decoder: nn.Module = model.model  # type: ignore[assignment]
         model.requires_grad_(False)
@@ -45,24 +46,29 @@ class Backbone:
                 parameter.data = parameter.data.clone()
         self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
         for layer in range(shape.layers):
-            self._adopt(layer, prepack)
+            self._adopt(layer, prepack=prepack, block=block)
         norm = self.decoder.norm
         self.decoder.norm = SiteNorm(None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type,union-attr]
         self.embedding: Tensor = self.decoder.embed_tokens.weight.detach()  # type: ignore[union-attr,operator]
-        self.head = FrozenLinear([model.lm_head.weight], [None], prepack=prepack)  # type: ignore[union-attr,list-item]
+        head: Tensor = model.lm_head.weight  # type: ignore[union-attr,assignment]
+        self.head = FrozenLinear([head], [None], prepack=prepack, block=HEAD_BLOCK if training else None)
         self.dtype = self.embedding.dtype
 
     @staticmethod
-    def load(folder: Path, dtype: torch.dtype | None = None, *, prepack: bool = True) -> Backbone:
+    def load(folder: Path, dtype: torch.dtype | None = None, *, training: bool = False) -> Backbone:
         """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it,
-        else fp32. `prepack` as in FrozenLinear: for small-row steps, at the price of memory."""
+        else fp32.
+
+        For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
+        lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving.
+        """
         from transformers import AutoModelForCausalLM
 
         shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or best_dtype(), attn_implementation=attention_module.register(), use_safetensors=True
         )
-        return Backbone(model.eval(), shape, fingerprint(folder), folder, prepack=prepack)  # type: ignore[no-untyped-call]
+        return Backbone(model.eval(), shape, fingerprint(folder), folder, training=training)  # type: ignore[no-untyped-call]
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents` for this backbone's dtype and linears."""
@@ -91,13 +97,18 @@ class Backbone:
         product = self.head.product(F.pad(hidden_ND, (0, 0, 0, padded(count) - count)))[:count]
         return product.to(torch.promote_types(product.dtype, torch.float32))
 
-    def _adopt(self, layer: int, prepack: bool) -> None:
+    def _adopt(self, layer: int, *, prepack: bool, block: int | None) -> None:
         """Replace the modules of one layer, innermost first."""
         from transformers.activations import SiLUActivation
 
         for names in FUSED:
             modules = [self._module(Site(layer, name)) for name in names]
-            linear = FrozenLinear([m.weight for m in modules], [m.bias for m in modules], prepack=prepack)  # type: ignore[misc]
+            linear = FrozenLinear(
+                [m.weight for m in modules],  # type: ignore[misc]
+                [m.bias for m in modules],  # type: ignore[misc]
+                prepack=prepack,
+                block=block,
+            )
             group = [Site(layer, name) for name in names]
             for member, site in enumerate(group):
                 self.linears[site] = (linear, member)

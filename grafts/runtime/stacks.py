@@ -194,7 +194,7 @@ class Stacks:
         A, B = stack.parts["A"].detach()[entry.first : entry.last], stack.parts["B"].detach()[entry.first : entry.last]
         rows = A.new_zeros(padded(len(A)), A.shape[1])
         rows[: len(A)] = A
-        AW = linear.product(rows)[: len(A), low : low + linear.widths[member]]
+        AW = linear.product_alone(rows)[: len(A), low : low + linear.widths[member]]
         total = row_norm(square, AW, A, B, entry.scale)
         index = next(entry.first for entry in norm.entries if entry.graft == graft)
         norm.parts["norm"][index] = total.to(norm.parts["norm"].dtype)

@@ -47,7 +47,7 @@ MAX_ROWS = 140  # less than all jobs' micro-batches together, so that the compan
 
 @cache
 def backbone_of(folder: Path, dtype: torch.dtype) -> Backbone:
-    return Backbone.load(folder, dtype, prepack=dtype == torch.float32)  # as the pack worker does
+    return Backbone.load(folder, dtype, training=True)  # as the pack worker does
 
 
 @pytest.fixture(scope="module")
