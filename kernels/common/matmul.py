@@ -3,9 +3,9 @@
 Row invariance on CPU rests on them (docs/architecture.md). oneDNN, which computes bf16, mostly keeps it by itself. But
 torch asks it only for products above a size that counts the whole batch, so smaller members go one by one; and it
 may split long sums over threads when there are few members (seen with AMX from 576 terms on), so do long ones. MKL,
-which computes float32, does not: a batch of one takes another kernel than a batch of two, and where rows are no multiple of
-64 bytes the rounding changes with the address. (Attention, all of whose sizes are multiples of 16 but the head's, is
-spared.) Float64 is held to a tolerance, not to bits.
+which computes float32, does not: a batch of one takes another kernel than a batch of two, and where rows are no
+multiple of 64 bytes the rounding changes with the address. (Attention, all of whose sizes are multiples of 16 but the
+head's, is spared.) Float64 is held to a tolerance, not to bits.
 """
 
 from __future__ import annotations
