@@ -87,7 +87,7 @@ def _grafts(root: Path, backbone_folder: Path) -> tuple[str, ...]:
     backbone, spec = Backbone.load(backbone_folder), parse(GRAFT)
     ids = []
     for number in range(GRAFTS):
-        values = initialise(spec, backbone, seed=number, prompt=(0,))
+        values = initialise(spec, backbone, seed=number, samples=((0,),))
         generator = torch.Generator().manual_seed(number)
         for name, value in values.items():
             if name.endswith(".B"):

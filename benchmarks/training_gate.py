@@ -58,7 +58,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     backbone = backbone_of(material, dtype)
     runner = pack(backbone, material, jobs)
     first = runner.jobs[str(jobs[0])]
-    stacks = backbone.stacks([Resident(first.job.id, first.job.spec, first.slab.views)], trainable=True)
+    stacks = backbone.stacks([Resident(first.job.id, first.job.spec, first.slab.tensors)], trainable=True)
     number = first.job.batch(0)[0]
     sample = first.job.train[number]
     forward.train(backbone, stacks, [Share(0, 0, (sample,), (number,), sample.weight)])

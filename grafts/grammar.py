@@ -14,7 +14,7 @@ from dataclasses import replace
 from math import sqrt
 
 from polygraft.grafts.methods.registry import find
-from polygraft.grafts.spec import GraftSpec, Layers, Slot, SpecError
+from polygraft.grafts.spec import Call, GraftSpec, Layers, Slot, SpecError
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*(?:@([0-9,\- ]+))?\s*", re.ASCII)
 _LIMIT = 2000
@@ -28,15 +28,17 @@ def parse(text: str) -> GraftSpec:
     if text.lstrip().startswith("{"):
         return from_peft_config(_object(text))
     slots: list[Slot] = []
+    hooks: list[Call] = []
     position = 0
     while True:
         term = _TERM.match(text, position)
         if term is None:
             raise SpecError(f"peft: cannot read {text[position:]!r}; write method(arguments)@layers joined by +")
-        slots += _term(term[1], term[2] or "", term[3])
+        own, called = _term(term[1], term[2] or "", term[3])
+        slots, hooks = [*slots, *own], [*hooks, *called]
         position = term.end()
         if position == len(text):
-            return GraftSpec(text.strip(), tuple(slots))
+            return GraftSpec(text.strip(), tuple(slots), tuple(hooks))
         if text[position] != "+":
             raise SpecError(f"peft: cannot read {text[position:]!r} after {text[:position].strip()!r}; expected +")
         position += 1
@@ -59,7 +61,8 @@ def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
     chosen = _chosen(config.get("layers_to_transform"))
     text = f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
     text += "" if chosen is None else f"@{','.join(map(str, chosen))}"
-    return GraftSpec(text, _at_layers(find(name).build({key: str(value) for key, value in arguments.items()}), chosen))
+    slots, hooks = find(name).build({key: str(value) for key, value in arguments.items()})
+    return GraftSpec(text, _at_layers(slots, chosen), hooks)
 
 
 def learning_rate(text: str) -> float:
@@ -150,7 +153,7 @@ def _object(text: str) -> Mapping[str, object]:
     return value
 
 
-def _term(name: str, inside: str, layers: str | None) -> tuple[Slot, ...]:
+def _term(name: str, inside: str, layers: str | None) -> tuple[tuple[Slot, ...], tuple[Call, ...]]:
     method = find(name)
     arguments: dict[str, str] = {}
     for index, argument in enumerate(part.strip() for part in inside.split(",") if part.strip()):
@@ -160,7 +163,8 @@ def _term(name: str, inside: str, layers: str | None) -> tuple[Slot, ...]:
         if key.strip() in arguments:
             raise SpecError(f"peft: {name}: {key.strip()!r} is given twice")
         arguments[key.strip()] = value.strip()
-    return _at_layers(method.build(arguments), _layer_list(layers))
+    slots, hooks = method.build(arguments)
+    return _at_layers(slots, _layer_list(layers)), hooks
 
 
 def _at_layers(slots: tuple[Slot, ...], layers: Layers) -> tuple[Slot, ...]:

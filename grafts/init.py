@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from math import sqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows
@@ -16,35 +19,75 @@ from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import GraftSpec
 
+T = TypeVar("T")
 
-def initialise(spec: GraftSpec, backbone: Backbone, *, seed: int, prompt: Sequence[int]) -> dict[str, Tensor]:
-    """float32 tensors (float64 on a float64 backbone) by name.
+
+@dataclass(frozen=True)
+class Making:
+    """What starting values may be made from: the backbone, the job's seed and its training samples as token ids."""
+
+    spec: GraftSpec
+    backbone: Backbone
+    seed: int
+    samples: Sequence[Sequence[int]]
+    _kept: dict[object, object] = field(default_factory=dict)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers of the seed and a tensor's name alone."""
+        words = sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
+
+    def weight(self, site: Site) -> Tensor:
+        """The frozen W [out, in] of a projection, float32 or wider."""
+        return self.backbone.weight(site)
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all the tensors that start from it."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[return-value]
+
+
+def initialise(
+    spec: GraftSpec, backbone: Backbone, *, seed: int, samples: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """float32 tensors (float64 on a float64 backbone) by name, each by its start.
 
     A of a branch is Kaiming-uniform with a = sqrt(5) as in PEFT, B zero; g one, b zero; m the row norms of W (DoRA);
-    prefix rows are the keys and values of the backbone over `prompt` (token ids, repeated to the prefix length): a
+    prefix rows are the keys and values of the backbone over the first of `samples` (repeated to the prefix length): a
     prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4).
     """
     wide = torch.promote_types(backbone.dtype, torch.float32)
-    real = _keys_and_values(backbone, prompt, spec.prefix_length) if spec.prefix_length else {}
-    return {tensor.name: _start(tensor, backbone, seed, real).to(wide) for tensor in tensors(spec, backbone.shape)}
+    making = Making(spec, backbone, seed, samples)
+    return {tensor.name: _start(tensor, making).to(wide) for tensor in tensors(spec, backbone.shape)}
 
 
-def _start(tensor: TensorSpec, backbone: Backbone, seed: int, real: dict[Site, tuple[Tensor, Tensor]]) -> Tensor:
-    match tensor.start:
+def _start(tensor: TensorSpec, making: Making) -> Tensor:
+    arguments = tensor.start.keywords()
+    match tensor.start.name:
         case "kaiming":
-            words = sha256(f"{seed}/{tensor.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
             bound = 1 / sqrt(tensor.shape[1])
-            return torch.rand(tensor.shape, generator=generator) * (2 * bound) - bound
+            return torch.rand(tensor.shape, generator=making.generator(tensor.name)) * (2 * bound) - bound
+        case "normal":
+            std = float(arguments.get("std", 0.02))
+            return std * torch.randn(tensor.shape, generator=making.generator(tensor.name))
         case "zero":
             return torch.zeros(tensor.shape)
         case "one":
             return torch.ones(tensor.shape)
+        case "full":
+            return torch.full(tensor.shape, float(arguments["value"]))
         case "row_norm":
-            linear, member = backbone.linears[tensor.site]
+            assert tensor.site is not None
+            linear, member = making.backbone.linears[tensor.site]
             return linear.row_sq.split_with_sizes(linear.widths)[member].sqrt()
         case "prefix":
+            assert tensor.site is not None
+            length, prompt = tensor.shape[0], making.samples[0] if making.samples else ()
+            real = making.once(("prefix", length), lambda: _keys_and_values(making.backbone, prompt, length))
             return real[tensor.site][0 if tensor.part == "k" else 1]
+        case name:
+            return start(name).make(tensor, making, **arguments)
 
 
 class _Recorder:

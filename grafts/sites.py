@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Layers, Norm, Slot, SpecError
+from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Layers, Norm, Slot, SpecError
 
 LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
 SUBLAYER = ("attn.out", "ffn.out")
@@ -153,7 +153,7 @@ def _allowed(slot: Slot) -> tuple[str, ...]:
             return LINEAR
         case Affine():
             return (*LINEAR, *SUBLAYER, *NORMS)
-        case Norm():
+        case Norm() | Delta():
             return LINEAR
         case KV():
             return (KV_SITE,)

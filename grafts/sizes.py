@@ -1,33 +1,39 @@
 """The tensors of a graft on a backbone: names, shapes, starting values, and their sum. Torch-free, derived from the
-slots."""
+slots.
+
+A graft has `tensors` (what is trained, saved and moved) and `operands` (what the ops at its sites compute with). They
+are the same but for slots with a form, whose operands are a function of their tensors (`grafts/lowering.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
+from polygraft.grafts.methods.declare import Part, Place
+from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm
+from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Slot
 
-Part = Literal["A", "B", "g", "b", "m", "k", "v"]
-Start = Literal["kaiming", "zero", "one", "row_norm", "prefix"]
+SHARED = "shared"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: its slot and site, its part of the op (A, B of a branch; g, b of an affine; m; k, v) and how it
-    starts."""
+    """One tensor: its slot and site (None: shared by all sites of the slot), its part of the op or form (A, B of a
+    branch; g, b of an affine; m; k, v), its shape, how it starts, and whether it is trained."""
 
     slot: int
-    site: Site
-    part: Part
+    site: Site | None
+    part: str
     shape: tuple[int, ...]
-    start: Start
+    start: Call
+    trained: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.slot}.{self.site}.{self.part}"
+        return f"{self.slot}.{self.site or SHARED}.{self.part}"
 
     @property
     def numel(self) -> int:
@@ -35,32 +41,73 @@ class TensorSpec:
 
 
 def tensors(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
-    """Every tensor of the graft in file and slab order. A is [rank, in]; B is stored transposed, [rank, out]."""
+    """Every tensor of the graft in file and slab order, what a slot shares before what is a site's own."""
     found: list[TensorSpec] = []
-    for index, site in sites_of(spec, shape):
-        d_in, d_out = shape.dims(site.name)
-
-        def add(part: Part, size: tuple[int, ...], start: Start, index: int = index, site: Site = site) -> None:
-            found.append(TensorSpec(index, site, part, size, start))
-
-        match spec.slots[index]:
-            case Branch(rank=rank):
-                add("A", (rank, d_in), "kaiming")
-                add("B", (rank, d_out), "zero")
-            case Affine(scale=scale, shift=shift, side=side):
-                width = d_in if side == "in" else d_out
-                if scale:
-                    add("g", (width,), "one")
-                if shift:
-                    add("b", (width,), "zero")
-            case Norm():
-                add("m", (d_out,), "row_norm")
-            case KV(length=length):
-                add("k", (length, shape.kv_width), "prefix")
-                add("v", (length, shape.kv_width), "prefix")
+    for index, places in _places(spec, shape).items():
+        slot = spec.slots[index]
+        declared = form(slot.form.name) if slot.form else None
+        arguments = slot.form.keywords() if slot.form else {}
+        shared = declared.shared(slot, tuple(places.values()), **arguments) if declared else {}
+        found += _specs(index, slot, None, shared)
+        for site, place in places.items():
+            own = declared.own(slot, place, **arguments) if declared else parts(slot, place)
+            found += _specs(index, slot, site, own)
     return tuple(found)
+
+
+def operands(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
+    """Every operand of the graft's ops in the order of its slots and sites. A is [rank, in]; B lies transposed,
+    [rank, out]; the operand of a delta is all of its form's tensors at the site, flat, as a column."""
+    found: list[TensorSpec] = []
+    for index, places in _places(spec, shape).items():
+        slot = spec.slots[index]
+        for site, place in places.items():
+            if isinstance(slot, Delta):
+                columns = sum(prod(part.shape) for part in generators(slot, tuple(places.values()), place).values())
+                found += _specs(index, slot, site, {"t": Part((columns, 1))})
+            else:
+                found += _specs(index, slot, site, parts(slot, place))
+    return tuple(found)
+
+
+def generators(slot: Slot, places: tuple[Place, ...], place: Place) -> Mapping[str, Part]:
+    """The tensors that the form of `slot` reads at a place: the shared ones, then the place's own."""
+    assert slot.form is not None
+    declared, arguments = form(slot.form.name), slot.form.keywords()
+    return {**declared.shared(slot, places, **arguments), **declared.own(slot, place, **arguments)}
 
 
 def parameters(spec: GraftSpec, shape: ModelShape) -> int:
     """Trainable parameters of the graft on a backbone of this shape."""
-    return sum(tensor.numel for tensor in tensors(spec, shape))
+    return sum(tensor.numel for tensor in tensors(spec, shape) if tensor.trained)
+
+
+def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
+    """The operands of an op at a place, which without a form are the slot's tensors too."""
+    match slot:
+        case Branch(rank=rank):
+            return {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
+        case Affine(scale=scale, shift=shift, side=side):
+            width = (place.d_in if side == "in" else place.d_out,)
+            return ({"g": Part(width, "one")} if scale else {}) | ({"b": Part(width)} if shift else {})
+        case Norm():
+            return {"m": Part((place.d_out,), "row_norm")}
+        case KV(length=length):
+            return {part: Part((length, place.d_out), "prefix") for part in ("k", "v")}
+        case Delta():
+            return {}
+
+
+def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, Place]]:
+    found: dict[int, dict[Site, Place]] = {}
+    for index, site in sites_of(spec, shape):
+        places = found.setdefault(index, {})
+        places[site] = Place(site.layer, site.name, *shape.dims(site.name), index=len(places))
+    return found
+
+
+def _specs(index: int, slot: Slot, site: Site | None, declared: Mapping[str, Part]) -> Iterator[TensorSpec]:
+    for name, part in declared.items():
+        start = slot.start if slot.start is not None else part.start
+        start = Call(start) if isinstance(start, str) else start
+        yield TensorSpec(index, site, name, part.shape, start, part.trained and not slot.frozen)

@@ -1,7 +1,7 @@
 """What a graft is made of: slots, each one op at some sites of a backbone. Torch-free values shared by every part.
 
-A site applies its slots in one order (docs/architecture.md): affine on x, then W x plus the sum of branches, norm,
-bias, affine on y.
+A site applies its slots in one order (docs/architecture.md): rotate and affine on x, then W x plus the sum of branch,
+sparse and delta, norm, bias, affine and rotate on y.
 """
 
 from __future__ import annotations
@@ -21,8 +21,35 @@ class SpecError(ValueError):
     """A graft description that cannot be built; the message names the field, the value and the choices."""
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A declaration of `grafts/methods` by its name, and the arguments it is to be called with."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: str
+    arguments: tuple[tuple[str, int | float | str], ...] = ()
+
+    def keywords(self) -> dict[str, int | float | str]:
+        return dict(self.arguments)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Branch:
+class _Slot:
+    """What every slot may say beside its op.
+
+    `layers` limits it to some layers. `form` makes the op's operands out of other tensors than themselves (VeRA's two
+    vectors become A and B), `start` gives the tensors other starting values than the op's own, `frozen` keeps them
+    there.
+    """
+
+    layers: Layers = None
+    form: Call | None = None
+    start: Call | None = None
+    frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch(_Slot):
     """y += scale * B act(A t), with t the site's input or its own output; A is [rank, in], B^T is [rank, out].
 
     LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1)
@@ -36,7 +63,6 @@ class Branch:
     act: Act = "identity"
     tap: Literal["input", "output"] = "input"
     dropout: float = 0.0
-    layers: Layers = None
     op: Literal["branch"] = "branch"
 
     def __post_init__(self) -> None:
@@ -47,7 +73,7 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Affine:
+class Affine(_Slot):
     """y = y * g + b on the site's output, or the same on its input; g starts at 1, b at 0 (IA3, SSF, BitFit)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -55,7 +81,6 @@ class Affine:
     scale: bool
     shift: bool
     side: Literal["in", "out"] = "out"
-    layers: Layers = None
     op: Literal["affine"] = "affine"
 
     def __post_init__(self) -> None:
@@ -64,23 +89,21 @@ class Affine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Norm:
+class Norm(_Slot):
     """y = m / ||W + dW||_row * y over the branches of the same graft at the site (DoRA, Liu et al. 2024, eq. 5)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     at: str
-    layers: Layers = None
     op: Literal["norm"] = "norm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KV:
+class KV(_Slot):
     """`length` trained rows before every layer's keys and values (prefix tuning, Li & Liang 2021, without the MLP)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     length: int
     at: str = "kv"
-    layers: Layers = None
     op: Literal["kv"] = "kv"
 
     def __post_init__(self) -> None:
@@ -88,16 +111,31 @@ class KV:
             raise SpecError(f"prefix length: {self.length} is not a size; give at least 1")
 
 
-Slot = Branch | Affine | Norm | KV
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta(_Slot):
+    """y += x G(theta)^T with a dense dW = G(theta), made from the tensors of `form` at its site and freed after use."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    at: str
+    op: Literal["delta"] = "delta"
+
+    def __post_init__(self) -> None:
+        if self.form is None:
+            raise SpecError("form: a delta needs the form that generates its dense matrix")
+
+
+Slot = Branch | Affine | Norm | KV | Delta
 
 
 @dataclass(frozen=True, slots=True)
 class GraftSpec:
-    """A graft's description: the text it was asked for with, and the slots that text means."""
+    """A graft's description: the text it was asked for with, the slots that text means, and what happens to its
+    tensors while it is trained (`hooks`)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     method: str
     slots: tuple[Slot, ...]
+    hooks: tuple[Call, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.slots:

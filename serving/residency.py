@@ -9,6 +9,7 @@ from pathlib import Path
 
 from polygraft.cluster.model import GraftId
 from polygraft.grafts.formats import native
+from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 
@@ -56,7 +57,7 @@ class Residency:
             raise GraftUnusable(f"graft {graft} cannot be served: {error}") from error
         if stored.id != graft:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
-        return Resident(graft, stored.spec, stored.tensors)
+        return Resident(graft, *lower(stored.spec, self._backbone.shape, stored.tensors, self._backbone.weight))
 
     def get(self, graft: GraftId) -> Resident | None:
         return self._held.get(graft)

@@ -17,6 +17,7 @@ from polygraft.trainers.runner import Active
 SCHEMA = 1
 _KEPT = 2
 _TENSORS = ("master", "exp_avg", "exp_avg_sq")
+_FROZEN = "frozen."  # before the names of tensors that are not trained
 _FIELDS = ("step", "tokens", "skipped", "chain", "loss_before", "served_rows")
 
 
@@ -35,7 +36,9 @@ def save(folder: Path, active: Active) -> str:
     draft = folder / f".{name}.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file({part: getattr(active.slab, part) for part in _TENSORS}, draft / "slab.safetensors")
+    parts = {part: getattr(active.slab, part) for part in _TENSORS}
+    frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
+    save_file(parts | frozen, draft / "slab.safetensors")
     state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.spec.to_json())}
     write(draft / "state.json", json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     os.rename(draft, folder / name)
@@ -63,6 +66,8 @@ def load(folder: Path, name: str, job: TrainJob, shape: ModelShape) -> Active:
     slab = Slab(job.spec, shape, values["master"].dtype)
     for part in _TENSORS:
         getattr(slab, part).copy_(values[part])
+    for tensor, value in slab.frozen.items():
+        value.copy_(values[f"{_FROZEN}{tensor}"])
     return Active(job, slab, **{key: state[key] for key in _FIELDS})
 
 

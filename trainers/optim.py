@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,36 @@ def grad_norm(slab: Slab) -> float:
     return float(torch.linalg.vector_norm(_collected(slab)))
 
 
-def adamw(slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: float) -> None:
-    """Update the master weights with the collected gradient; `step` counts from 0. The gradient is cleared."""
+def adamw(
+    slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: float, rates: Sequence[float] = ()
+) -> None:
+    """Update the master weights with the collected gradient; `step` counts from 0.
+
+    `rates` are factors on the learning rate, one a trained tensor; none: all 1.
+    """
     grad = _collected(slab)
     if recipe.max_grad_norm and norm > recipe.max_grad_norm:
         grad.mul_(recipe.max_grad_norm / (norm + 1e-6))
-    torch._fused_adamw_(
-        [slab.master],
-        [grad],
-        [slab.exp_avg],
-        [slab.exp_avg_sq],
-        [],
-        [torch.tensor(float(step + 1))],
-        lr=learning_rate,
-        beta1=recipe.betas[0],
-        beta2=recipe.betas[1],
-        weight_decay=recipe.weight_decay,
-        eps=recipe.eps,
-        amsgrad=False,
-        maximize=False,
-    )
-    slab.clear()
+    for factor in sorted(set(rates)) if rates else (1.0,):
+
+        def chosen(flat: Tensor, factor: float = factor) -> list[Tensor]:
+            return [part for part, rate in zip(slab.split(flat), rates) if rate == factor] if rates else [flat]
+
+        torch._fused_adamw_(
+            chosen(slab.master),
+            chosen(grad),
+            chosen(slab.exp_avg),
+            chosen(slab.exp_avg_sq),
+            [],
+            [torch.tensor(float(step + 1)) for _ in chosen(grad)],
+            lr=learning_rate * factor,
+            beta1=recipe.betas[0],
+            beta2=recipe.betas[1],
+            weight_decay=recipe.weight_decay,
+            eps=recipe.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def _collected(slab: Slab) -> Tensor:

@@ -16,6 +16,7 @@ from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.spec import Branch
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
+from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import Sample, TrainJob
 from polygraft.trainers.optim import adamw, grad_norm
 
@@ -88,12 +89,14 @@ class PackRunner:
     def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.jobs: dict[str, Active] = {}
+        self._hooks: dict[str, Hooks] = {}
         self.steps = 0
         self._stacks: Stacks = backbone.stacks(())
 
     def admit(self, job: TrainJob) -> Active:
         """Join as a new job at step 0, with starting values drawn from the job's seed."""
-        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, prompt=job.train[0].ids)
+        samples = [sample.ids for sample in job.train]
+        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=samples)
         slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype)
         slab.fill(start)
         return self.restore(Active(job, slab))
@@ -103,19 +106,21 @@ class PackRunner:
         if active.job.id in self.jobs:
             raise ValueError(f"job {active.job.id} is already in the pack")
         self.jobs[active.job.id] = active
+        self._hooks[active.job.id] = Hooks(active.job.spec, active.slab)
         self._restack()
         return active
 
     def remove(self, job: str) -> Active:
         """Leave the pack; the slab stays with the returned job."""
         active = self.jobs.pop(job)
+        del self._hooks[job]
         self._restack()
         return active
 
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
         """Mean loss of a weighted token under the job's graft over `samples`."""
         active = self.jobs[job]
-        stacks = self.backbone.stacks((self._resident(active),))
+        stacks = self.backbone.stacks((Resident(job, active.job.spec, active.slab.tensors),))
         total = weight = 0.0
         for piece in _pieces(samples, self.max_rows):
             share = Share(0, active.job.spec.prefix_length, piece, tuple(range(len(piece))), 1.0)
@@ -185,7 +190,7 @@ class PackRunner:
         gradients = self._stacks.gradients()
         for (job, share), loss in zip(shares.items(), losses, strict=True):
             active = self.jobs[job]
-            active.slab.collect(gradients[share.graft])
+            active.slab.collect(self._stacks.gradient(share.graft, gradients[share.graft]))
             if (outcome := self._collected(active, share, loss)) is not None:
                 yield outcome
 
@@ -197,19 +202,19 @@ class PackRunner:
         active.tokens += share.rows
         if active.micro < len(active.job.micro_batches(active.step)):
             return None
-        step, job = active.step, active.job
+        step, job, hooks = active.step, active.job, self._hooks[active.job.id]
+        hooks.before_step()
         rate, norm = job.learning_rate(step), grad_norm(active.slab)
         usable = math.isfinite(norm) and math.isfinite(active.loss)
         if usable:
-            adamw(active.slab, job.recipe, step=step, learning_rate=rate, norm=norm)
-            self._stacks.refresh(share.graft)
-            active.skipped = 0
-        else:
-            active.slab.clear()
-            active.skipped += 1
+            adamw(active.slab, job.recipe, step=step, learning_rate=rate, norm=norm, rates=hooks.rates)
+            hooks.after_step(step, job.steps_total)
+        active.skipped = 0 if usable else active.skipped + 1
+        active.slab.clear()
         done = Stepped(job.id, step + 1, active.loss, norm, rate, active.tokens, not usable)
         active.chain = sha256(f"{active.chain}/{job.batch(step)}".encode()).hexdigest()[:16]
         active.step, active.micro, active.loss = step + 1, 0, 0.0
+        self._stacks.refresh(share.graft)
         if active.skipped >= PATIENCE:
             return Failed(
                 job.id,
@@ -219,7 +224,7 @@ class PackRunner:
         return done
 
     def _resident(self, active: Active) -> Resident:
-        return Resident(active.job.id, active.job.spec, active.slab.views)
+        return Resident(active.job.id, active.job.spec, active.slab.tensors, lambda: _key(active.job, active.step))
 
     def _restack(self) -> None:
         self._stacks = self.backbone.stacks([self._resident(active) for active in self.jobs.values()], trainable=True)

@@ -184,7 +184,7 @@ class PackWorker:
             identity = native.save(
                 self.folders.grafts,
                 active.job.spec,
-                active.slab.views,
+                active.slab.tensors,
                 shape=backbone.shape,
                 backbone=backbone.fingerprint,
             )

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 
 SCHEMA = 1
 DESCRIPTION, WEIGHTS = "graft.json", "graft.safetensors"
@@ -39,7 +39,7 @@ class StoredGraft:
 def graft_id(spec: GraftSpec, values: Mapping[str, Tensor], backbone: str) -> str:
     """Digest of tensors, slots and backbone fingerprint: the graft's identity and the key of every weight cache."""
     slots = GraftSpec.from_json(spec.to_json()).slots  # as they are read back: 2.0 where 2 was given
-    digest = sha256(json.dumps([asdict(slot) for slot in slots], sort_keys=True).encode() + backbone.encode())
+    digest = sha256(json.dumps([_said(slot) for slot in slots], sort_keys=True).encode() + backbone.encode())
     for name in sorted(values):
         digest.update(name.encode())
         digest.update(values[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -111,6 +111,11 @@ def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
     if identity != described.get("id"):
         raise FormatError(f"{folder.name}: its contents have the id {identity}, not {described.get('id')!r}")
     return StoredGraft(identity, spec, values, backbone)
+
+
+def _said(slot: Slot) -> Mapping[str, object]:
+    """The slot's op and the fields that are not at their defaults, so that a field added later changes no id."""
+    return {f.name: value for f in fields(slot) if (value := getattr(slot, f.name)) != f.default or f.name == "op"}
 
 
 def _described(folder: Path) -> dict[str, object]:

@@ -113,6 +113,7 @@ def _config(
 
 
 def _key(tensor: TensorSpec, shape: ModelShape) -> str:
+    assert tensor.site is not None
     module = f"base_model.model.model.{module_path(tensor.site, shape.arch)}"
     return f"{module}.lora_magnitude_vector" if tensor.part == "m" else f"{module}.lora_{tensor.part}.weight"
 

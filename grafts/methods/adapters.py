@@ -4,7 +4,7 @@ parallel to the feed-forward, y += s B relu(A x) (He et al. 2022, arXiv 2110.043
 
 from typing import get_args
 
-from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.spec import Act, Branch, Slot, SpecError
 
 

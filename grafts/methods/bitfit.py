@@ -1,7 +1,7 @@
 """BitFit: only biases are trained; where a projection has none, a zero one is added (Ben Zaken et al. 2022, arXiv
 2106.10199)."""
 
-from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.spec import Affine, Slot
 
 

@@ -1,8 +1,8 @@
 """DoRA: W' = m (W + BA) / ||W + BA||_row, the norm outside the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and
 11)."""
 
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.lora import lora
-from polygraft.grafts.methods.registry import Method
 from polygraft.grafts.spec import Norm, Slot
 
 

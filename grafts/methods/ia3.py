@@ -1,7 +1,7 @@
 """(IA)3: learned scales on keys, values and the input of the last feed-forward projection (Liu et al. 2022, arXiv
 2205.05638)."""
 
-from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.spec import Affine, Slot
 
 

@@ -3,7 +3,7 @@
 
 from math import sqrt
 
-from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.spec import Branch, Slot
 
 

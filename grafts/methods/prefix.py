@@ -1,7 +1,7 @@
 """Prefix tuning without the MLP (p-tuning v2): trained keys and values before every layer's own (Li & Liang 2021; Liu
 et al. 2022)."""
 
-from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.spec import KV, Slot
 
 

@@ -1,83 +1,74 @@
-"""The table of methods: one declaration a method, found by name or alias, built from named arguments."""
+"""The tables of all that the files of this folder declare, found by name or alias."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
-from math import isfinite
+from pkgutil import iter_modules
+from typing import TypeVar
 
-from polygraft.grafts.spec import Slot, SpecError
+from polygraft.grafts.methods import __path__ as folder
+from polygraft.grafts.methods.declare import Form, Hook, Method, Start
+from polygraft.grafts.spec import SpecError
 
-Build = Callable[..., tuple[Slot, ...]]
-_MODULES = ("adapters", "bitfit", "dora", "ia3", "lora", "prefix")
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search
-    from."""
-
-    name: str
-    paper: str
-    learning_rate: float
-    slots: Build
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def arguments(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.slots, eval_str=True).parameters
-
-    def positional(self, index: int) -> str:
-        """Name of the argument at `index`; raises SpecError past the last."""
-        names = list(self.arguments)
-        if index >= len(names):
-            raise SpecError(f"peft: {self.name} takes at most {len(names)} arguments: {', '.join(names)}")
-        return names[index]
-
-    def build(self, arguments: Mapping[str, str]) -> tuple[Slot, ...]:
-        """Slots for textual arguments; raises SpecError for an unknown name or a value of the wrong type."""
-        known = self.arguments
-        values: dict[str, object] = {}
-        for key, text in arguments.items():
-            if key not in known:
-                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {', '.join(known) or 'none'}")
-            values[key] = _convert(f"{self.name}.{key}", text, known[key].annotation)
-        return self.slots(**values)
+T = TypeVar("T", Form, Start, Hook)
+_OURS = ("declare", "registry")
 
 
+@cache
 def methods() -> Mapping[str, Method]:
     """Every method by its name, in alphabetical order."""
     table: dict[str, Method] = {}
-    for module in _MODULES:
-        for method in import_module(f"polygraft.grafts.methods.{module}").METHODS:
-            for name in (method.name, *method.aliases):
-                assert not any(name in (other.name, *other.aliases) for other in table.values()), (
-                    f"{name} is declared twice"
-                )
-            table[method.name] = method
+    names: set[str] = set()
+    for method in _declared("METHODS"):
+        assert isinstance(method, Method)
+        for name in (method.name, *method.aliases):
+            assert name not in names, f"{name} is declared twice"
+            names.add(name)
+        table[method.name] = method
     return dict(sorted(table.items()))
 
 
 def find(name: str) -> Method:
     """The method called `name`; raises SpecError that lists the choices."""
-    table = methods()
-    for method in table.values():
+    for method in methods().values():
         if name in (method.name, *method.aliases):
             return method
-    raise SpecError(f"peft: unknown method {name!r}; choices: {', '.join(table)}")
+    raise SpecError(f"peft: unknown method {name!r}; choices: {', '.join(methods())}")
 
 
-def _convert(field: str, text: str, kind: object) -> object:
-    try:
-        if kind is int:
-            return int(text)
-        if kind is float:
-            value = float(text)
-            if isfinite(value):
-                return value
-            raise ValueError
-    except ValueError:
-        raise SpecError(f"peft: {field}: {text!r} is not {'an integer' if kind is int else 'a number'}") from None
-    return text
+def form(name: str) -> Form:
+    return _found(Form, "FORMS", name)
+
+
+def start(name: str) -> Start:
+    return _found(Start, "STARTS", name)
+
+
+def hook(name: str) -> Hook:
+    return _found(Hook, "HOOKS", name)
+
+
+def _found(kind: type[T], plural: str, name: str) -> T:
+    """Raises SpecError for a name that nobody declares, as a file from elsewhere may bring one."""
+    table = _table(plural)
+    if name not in table:
+        raise SpecError(f"{kind.__name__.lower()}: {name!r} is unknown; choices: {', '.join(table)}")
+    declared = table[name]
+    assert isinstance(declared, kind)
+    return declared
+
+
+@cache
+def _table(plural: str) -> Mapping[str, Form | Start | Hook]:
+    found = [one for one in _declared(plural) if isinstance(one, Form | Start | Hook)]
+    table = {one.name: one for one in found}
+    assert len(table) == len(found), f"{plural}: a name is declared twice"
+    return dict(sorted(table.items()))
+
+
+def _declared(plural: str) -> Iterator[object]:
+    for module in sorted(found.name for found in iter_modules(folder)):
+        if module not in _OURS:
+            yield from getattr(import_module(f"polygraft.grafts.methods.{module}"), plural, ())

@@ -17,7 +17,7 @@ from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, pad
 from polygraft.grafts.runtime.modules import SiteLinear, SiteNorm, Sublayer
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
-from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site, module_path
 
 FUSED = (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("ffn.gate", "ffn.up"), ("ffn.down",))
@@ -90,6 +90,10 @@ class Backbone:
                 inputs_embeds=embedded, position_ids=positions, use_cache=False
             ).last_hidden_state
         return hidden[0, : len(rows)]
+
+    def weight(self, site: Site) -> Tensor:
+        """W [out, in] of a projection, in float32 or wider."""
+        return weight(self.linears, site)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, vocab] in float32 (float64 stays); N is padded to the contract's grain for the product."""

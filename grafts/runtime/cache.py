@@ -42,7 +42,7 @@ class KVCache:
     def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
         """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
         for tensor in tensors(resident.spec, self.shape):
-            if tensor.part in ("k", "v"):
+            if tensor.site is not None and tensor.part in ("k", "v"):
                 slots = _slots(table, 0, tensor.shape[0], self.block_size)
                 rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]
                 rows[slots] = resident.tensors[tensor.name].to(rows.dtype)

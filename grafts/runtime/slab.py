@@ -13,30 +13,45 @@ from polygraft.grafts.spec import GraftSpec
 
 
 class Slab:
-    """Job-major memory: to save, clone or move a job is to copy three tensors. `views` are the master's tensors by
-    name. The gradient exists only from the first `collect` of a step to `clear`, so that it never adds to a forward's
-    activations.
+    """Job-major memory: to save, clone or move a job is to copy three tensors, and those that are not trained.
+
+    `tensors` are all of the graft's by name, the trained ones being views of the master. The gradient exists only from
+    the first `collect` of a step to `clear`, so that it never adds to a forward's activations.
     """
 
     def __init__(self, spec: GraftSpec, shape: ModelShape, dtype: torch.dtype = torch.float32) -> None:
         layout = tensors(spec, shape)
-        self._sizes = [t.numel for t in layout]
+        self.trained = tuple(t for t in layout if t.trained)
+        self._sizes = [t.numel for t in self.trained]
         self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(self._sizes), dtype=dtype) for _ in range(3))
-        pieces = self.master.split_with_sizes(self._sizes)
-        self.views = {t.name: piece.view(t.shape) for t, piece in zip(layout, pieces, strict=True)}
+        self.frozen = {t.name: torch.zeros(t.shape, dtype=dtype) for t in layout if not t.trained}
+        self.views = self._by_name(self.master)
+        self.tensors = {t.name: self.views[t.name] if t.trained else self.frozen[t.name] for t in layout}
         self.grad: Tensor | None = None
 
     def fill(self, start: Mapping[str, Tensor]) -> None:
-        """Set the master weights from tensors by name."""
-        for name, view in self.views.items():
+        """Set all tensors by name."""
+        for name, view in self.tensors.items():
             view.copy_(start[name])
 
     def collect(self, parts: Sequence[Tensor | None]) -> None:
-        """Add the gradient that a backward left for this job, tensor by tensor as `Stacks.gradients` has them."""
+        """Add the gradient that a backward left for this job, trained tensor by tensor."""
         whole = [p if p is not None else self.master.new_zeros(n) for p, n in zip(parts, self._sizes, strict=True)]
         found = torch.cat(whole).to(self.master.dtype)  # joined before it is widened: two passes in place of hundreds
         self.grad = found if self.grad is None else self.grad.add_(found)
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Views of the collected gradient by name."""
+        assert self.grad is not None, "no gradient was collected"
+        return self._by_name(self.grad)
+
     def clear(self) -> None:
         """Forget the collected gradient."""
         self.grad = None
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        """The trained tensors' shares of a flat tensor, in order."""
+        return flat.split_with_sizes(self._sizes)
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        return {t.name: piece.view(t.shape) for t, piece in zip(self.trained, self.split(flat), strict=True)}

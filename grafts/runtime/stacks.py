@@ -4,7 +4,7 @@ ops compute in."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -12,11 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from polygraft.grafts.lowering import Lowered
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.sites import ModelShape, Site
-from polygraft.grafts.sizes import TensorSpec, tensors
-from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm, Slot
+from polygraft.grafts.sizes import TensorSpec
+from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Slot
 from polygraft.kernels.norm.op import row_norm
+
+WIDE = ("affine", "norm", "delta")  # ops whose operands stay in float32 or wider: bf16 has no room near 1
 
 
 class Entry(NamedTuple):
@@ -34,11 +37,15 @@ Entries = tuple[Entry, ...]
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A graft whose tensors are to be computed with; `tensors` by their names in `sizes.tensors`, usually float32."""
+    """A graft whose tensors are to be computed with; `tensors` by their names in `sizes.tensors`, usually float32.
+
+    `draw` is the number that forms are redrawn with at the step ahead (`methods.declare.Lowering`), None when served.
+    """
 
     id: str
     spec: GraftSpec
     tensors: Mapping[str, Tensor]
+    draw: Callable[[], int | None] = lambda: None
 
 
 class Kind(NamedTuple):
@@ -58,7 +65,7 @@ class Stack:
 
 
 class Piece(NamedTuple):
-    """Where a resident's tensor lies: rows [first, last) of `stack`."""
+    """Where a resident's operand lies: rows [first, last) of `stack`."""
 
     tensor: TensorSpec
     stack: Tensor
@@ -73,16 +80,23 @@ class Piece(NamedTuple):
         return None if self.stack.grad is None else self.stack.grad[self.first : self.last]
 
 
+def weight(linears: Mapping[Site, tuple[FrozenLinear, int]], site: Site) -> Tensor:
+    """W [out, in] of a projection, in float32 or wider."""
+    linear, member = linears[site]
+    weight = linear.weight().split_with_sizes(linear.widths)[member]
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Stacks:
-    """All stacks of a set of residents, by site; `pieces` by resident in the order of `sizes.tensors`. `refresh` copies
-    a resident's tensors in after they changed.
+    """All stacks of a set of residents, by site; `pieces` by resident in the order of `sizes.operands`. `refresh`
+    makes a resident's operands again after its tensors changed.
 
-    Matrices and prefix rows are in the backbone's dtype; the vectors of affine and norm stay in float32 or wider,
-    since a scale near 1 has no room in bf16.
+    Matrices and prefix rows are in the backbone's dtype, the operands of `WIDE` ops in float32 or wider.
     """
 
     residents: tuple[Resident, ...]
+    lowered: tuple[Lowered, ...]
     at: Mapping[Site, Mapping[Kind, Stack]]
     pieces: tuple[tuple[Piece, ...], ...]
     linears: Mapping[Site, tuple[FrozenLinear, int]]
@@ -103,8 +117,10 @@ class Stacks:
         places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(
             lambda: defaultdict(list)
         )
-        for index, resident in enumerate(residents):
-            for tensor in tensors(resident.spec, shape):
+        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site)) for r in residents)
+        for index, (resident, own_lowered) in enumerate(zip(residents, lowered)):
+            for tensor in own_lowered.operands:
+                assert tensor.site is not None
                 slot = resident.spec.slots[tensor.slot]
                 places[tensor.site, _kind(slot)][tensor.part].append((index, tensor, slot))
         at: dict[Site, dict[Kind, Stack]] = defaultdict(dict)
@@ -118,7 +134,7 @@ class Stacks:
             for part, members in parts.items():
                 heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
                 stack = torch.empty(
-                    sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in ("affine", "norm") else dtype
+                    sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in WIDE else dtype
                 )
                 built[part], entries, first = stack, [], 0
                 for (index, tensor, slot), height in zip(members, heights):
@@ -129,10 +145,10 @@ class Stacks:
             if kind.op == "norm":
                 built["norm"] = torch.ones_like(built["m"])
             at[site][kind] = Stack(kind, tuple(entries), built)
-        for resident, own in zip(residents, pieces):
-            order = {tensor.name: i for i, tensor in enumerate(tensors(resident.spec, shape))}
+        for made, own in zip(lowered, pieces):
+            order = {tensor.name: i for i, tensor in enumerate(made.operands)}
             own.sort(key=lambda piece: order[piece.tensor.name])
-        stacks = Stacks(tuple(residents), at, tuple(map(tuple, pieces)), linears, trainable)
+        stacks = Stacks(tuple(residents), lowered, at, tuple(map(tuple, pieces)), linears, trainable)
         for index in range(len(residents)):
             stacks.refresh(index)
         if trainable:
@@ -146,19 +162,33 @@ class Stacks:
         return self.at.get(site, self._empty)
 
     def refresh(self, graft: int) -> None:
-        """Copy a resident's tensors into the stacks, and recompute what depends on them (DoRA's norms)."""
-        if graft not in self._copies:
-            source, pieces = self.residents[graft].tensors, self.pieces[graft]
-            rows = [piece.rows() for piece in pieces]
-            self._copies[graft] = rows, [source[p.tensor.name].view(r.shape) for p, r in zip(pieces, rows)]
+        """Make a resident's operands in the stacks, and recompute what depends on them (DoRA's norms)."""
         with torch.no_grad():
-            torch._foreach_copy_(*self._copies[graft])
+            torch._foreach_copy_(*self._copied(graft))
             for piece in self.pieces[graft]:
-                if piece.tensor.part == "m":
+                if piece.tensor.part == "m" and piece.tensor.site is not None:
                     self._renorm(piece.tensor.site, graft)
 
+    def _copied(self, graft: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Rows of the stacks, and the operands to copy there; kept where these are the resident's own tensors."""
+        if graft in self._copies:
+            return self._copies[graft]
+        resident, made, pieces = self.residents[graft], self.lowered[graft], self.pieces[graft]
+        source = made.make(resident.tensors, resident.draw())
+        rows = [piece.rows() for piece in pieces]
+        copies = rows, [source[piece.tensor.name].reshape(row.shape) for piece, row in zip(pieces, rows)]
+        if made.same:
+            self._copies[graft] = copies
+        return copies
+
+    def gradient(self, graft: int, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient of a resident's trained tensors, in their order, from that of its operands."""
+        resident, made = self.residents[graft], self.lowered[graft]
+        return found if made.same else made.pull(resident.tensors, found, resident.draw())
+
     def gradients(self) -> list[list[Tensor | None]]:
-        """What a backward left for every resident: flat views in the order of its pieces, None where it never came."""
+        """What a backward left for every resident's operands: flat views in the order of its pieces, None where it
+        never came."""
         found: list[list[Tensor | None]] = [[None] * len(own) for own in self.pieces]
         for stack, shares in self._shares:
             if stack.grad is not None:
@@ -218,3 +248,6 @@ def _kind(slot: Slot) -> Kind:
             return Kind("norm")
         case KV():
             return Kind("kv")
+        case Delta(form=form):
+            assert form is not None
+            return Kind("delta", form.name)

@@ -26,7 +26,7 @@ def backbone(tiny_folder: Path) -> Backbone:
 @pytest.mark.parametrize("name", ROWS)
 def test_the_count_is_that_of_the_tensors_there_are(name: str, backbone: Backbone) -> None:
     spec = ROWS[name].spec
-    values = initialise(spec, backbone, seed=0, prompt=(1, 2, 3))
+    values = initialise(spec, backbone, seed=0, samples=((1, 2, 3),))
     count = parameters(spec, backbone.shape)
     assert count == sum(value.numel() for value in values.values()) == Slab(spec, backbone.shape).master.numel()
     assert [(t.name, t.shape) for t in tensors(spec, backbone.shape)] == [(n, v.shape) for n, v in values.items()]
@@ -50,9 +50,9 @@ def test_the_count_is_what_the_paper_says(text: str, count: int, tiny_folder: Pa
 
 
 def test_a_tensors_start_depends_on_the_seed_and_its_name_alone(backbone: Backbone) -> None:
-    one = initialise(parse("lora(r=4)"), backbone, seed=5, prompt=(1,))
-    two = initialise(parse("lora(r=4) + prefix(3) + bitfit"), backbone, seed=5, prompt=(1,))
-    other = initialise(parse("lora(r=4)"), backbone, seed=6, prompt=(1,))
+    one = initialise(parse("lora(r=4)"), backbone, seed=5, samples=((1,),))
+    two = initialise(parse("lora(r=4) + prefix(3) + bitfit"), backbone, seed=5, samples=((1,),))
+    other = initialise(parse("lora(r=4)"), backbone, seed=6, samples=((1,),))
     assert all(two[name].equal(value) for name, value in one.items())
     assert not other["0.0.attn.q.A"].equal(one["0.0.attn.q.A"])
     assert not one["0.0.attn.q.A"].equal(one["0.1.attn.q.A"])

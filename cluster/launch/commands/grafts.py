@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from polygraft.cluster.launch.commands.common import Json, flags
 from polygraft.cluster.launch.output import JsonOut, ago, print_json, print_table
-from polygraft.grafts.methods.registry import Method
+from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import methods as table
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")

@@ -53,7 +53,10 @@ def verify(
     reached."""
     backbone, tokeniser = Backbone.load(folder), Tokeniser.load(folder)
     prepared = [(plan, _job(plan, share, tokeniser), packed) for plan, share, packed in jobs]
-    starts = [initialise(job.spec, backbone, seed=SEED, prompt=job.train[0].ids) for _, job, _ in prepared]
+    starts = [
+        initialise(job.spec, backbone, seed=SEED, samples=[sample.ids for sample in job.train])
+        for _, job, _ in prepared
+    ]
     del backbone
     return tuple(
         Verified(plan.label, packed, _trained_alone(folder, plan, job, start, on_step))

@@ -1,0 +1,92 @@
+"""From a graft's tensors to the operands of its ops, and back from their gradients.
+
+Most slots compute with their tensors as they are. A slot with a form has other tensors: its operands are a
+differentiable function of them, evaluated for one graft alone, so that nothing else in a batch has to know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.methods.declare import Lowering, Place
+from polygraft.grafts.methods.registry import form
+from polygraft.grafts.sites import ModelShape, Site, sites_of
+from polygraft.grafts.sizes import TensorSpec, operands, tensors
+from polygraft.grafts.spec import Delta, GraftSpec
+
+Values = Mapping[str, Tensor]
+
+
+class Lowered:
+    """One graft's operands by name. `weight` gives the frozen W [out, in] of a site."""
+
+    def __init__(self, spec: GraftSpec, shape: ModelShape, weight: Callable[[Site], Tensor]) -> None:
+        self.spec, self._weight = spec, weight
+        self.tensors, self.operands = tensors(spec, shape), operands(spec, shape)
+        self._sites: list[tuple[int, Site, Place]] = []
+        numbers: dict[int, int] = {}
+        for index, site in sites_of(spec, shape):
+            numbers[index] = numbers.get(index, -1) + 1
+            place = Place(site.layer, site.name, *shape.dims(site.name), index=numbers[index])
+            if spec.slots[index].form is not None:
+                self._sites.append((index, site, place))
+
+    @property
+    def same(self) -> bool:
+        """Whether the operands are the trained tensors themselves, in the same order."""
+        return not self._sites and all(tensor.trained for tensor in self.tensors)
+
+    def make(self, values: Values, draw: int | None = None) -> dict[str, Tensor]:
+        """Operands in order; differentiable in `values`."""
+        found = dict(values)
+        for index, site, place in self._sites:
+            slot = self.spec.slots[index]
+            assert slot.form is not None
+            read = {
+                tensor.part: values[tensor.name] for tensor in self._of_slot[index] if tensor.site in (None, site)
+            }
+            if isinstance(slot, Delta):
+                made: Mapping[str, Tensor] = {"t": torch.cat([value.reshape(-1, 1) for value in read.values()])}
+            else:
+                lowering = Lowering(place, lambda site=site: self._weight(site), draw)  # type: ignore[misc]
+                made = form(slot.form.name).operands(slot, read, lowering, **slot.form.keywords())
+            found |= {f"{index}.{site}.{part}": value for part, value in made.items()}
+        return {operand.name: found[operand.name] for operand in self.operands}
+
+    def pull(self, values: Values, gradients: Sequence[Tensor | None], draw: int | None = None) -> list[Tensor | None]:
+        """Gradients of the trained tensors, in their order, from flat ones of the operands in theirs."""
+        leaves = {t.name: values[t.name].detach().requires_grad_() for t in self.tensors if t.trained}
+        with torch.enable_grad():
+            made = self.make({**values, **leaves}, draw)
+        reached = [(made[o.name], g) for o, g in zip(self.operands, gradients, strict=True) if g is not None]
+        reached = [(operand, gradient) for operand, gradient in reached if operand.requires_grad]
+        if not reached:
+            return [None] * len(leaves)
+        slopes = [gradient.view(operand.shape).to(operand.dtype) for operand, gradient in reached]
+        found = torch.autograd.grad([operand for operand, _ in reached], [*leaves.values()], slopes, allow_unused=True)
+        return [None if gradient is None else gradient.reshape(-1) for gradient in found]
+
+    @cached_property
+    def _of_slot(self) -> Mapping[int, list[TensorSpec]]:
+        return {
+            index: [tensor for tensor in self.tensors if tensor.slot == index] for index in range(len(self.spec.slots))
+        }
+
+
+def lower(
+    spec: GraftSpec, shape: ModelShape, values: Values, weight: Callable[[Site], Tensor]
+) -> tuple[GraftSpec, dict[str, Tensor]]:
+    """The graft as it is served: its operands are its tensors, and no slot has a form but deltas, whose dense matrix
+    exists only while it is multiplied with."""
+    slots = tuple(
+        slot if isinstance(slot, Delta) or slot.form is None else replace(slot, form=None) for slot in spec.slots
+    )
+    plain = replace(spec, slots=slots, hooks=())
+    with torch.no_grad():
+        made = Lowered(spec, shape, weight).make(values)
+    return plain, {t.name: values[t.name] if t.name in values else made[t.name] for t in tensors(plain, shape)}

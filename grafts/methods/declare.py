@@ -1,0 +1,144 @@
+"""What a method's file declares: the method itself, and the forms, starting values and hooks that only it needs.
+
+Torch-free: the functions of a declaration get tensors and may import torch inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.spec import Call, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Build = Callable[..., tuple[Slot, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search
+    from. `hooks` come with it, made from the same arguments."""
+
+    name: str
+    paper: str
+    learning_rate: float
+    slots: Build
+    aliases: tuple[str, ...] = ()
+    hooks: Callable[..., tuple[Call, ...]] | None = None
+
+    @property
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.slots, eval_str=True).parameters
+
+    def positional(self, index: int) -> str:
+        """Name of the argument at `index`; raises SpecError past the last."""
+        names = list(self.arguments)
+        if index >= len(names):
+            raise SpecError(f"peft: {self.name} takes at most {len(names)} arguments: {', '.join(names)}")
+        return names[index]
+
+    def build(self, arguments: Mapping[str, str]) -> tuple[tuple[Slot, ...], tuple[Call, ...]]:
+        """Slots and hooks for textual arguments; raises SpecError for an unknown name or a value of the wrong type."""
+        known = self.arguments
+        values: dict[str, object] = {}
+        for key, text in arguments.items():
+            if key not in known:
+                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {', '.join(known) or 'none'}")
+            values[key] = _convert(f"{self.name}.{key}", text, known[key].annotation)
+        return self.slots(**values), self.hooks(**values) if self.hooks else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A site as a form sees it: widths of its input and output, and its number among the slot's sites."""
+
+    layer: int
+    name: str
+    d_in: int
+    d_out: int
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Shape and start of one tensor; `start` names a starting value of `grafts/init.py` or of a method's file."""
+
+    shape: tuple[int, ...]
+    start: str | Call = "zero"
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """What the operands of a form may depend on beside its tensors.
+
+    `weight` gives the frozen W [out, in] of the site, float32 or wider. `draw` is a number of the job's optimiser step,
+    hashed with its seed, for forms that are redrawn each step; None when the graft is served or evaluated.
+    """
+
+    place: Place
+    weight: Callable[[], Tensor]
+    draw: int | None = None
+
+
+def _nothing(*_: object, **__: object) -> Mapping[str, Part]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A reparametrisation: a slot's operands as a function of other tensors.
+
+    `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
+    `operands` maps their values, by part, to the op's operands (A [rank, in] and B [rank, out] of a branch, "W" [out,
+    in] of a delta, ...): pure and differentiable, in the values' dtype.
+    """
+
+    name: str
+    operands: Callable[..., Mapping[str, Tensor]]  # (slot, values, lowering, **arguments)
+    own: Callable[..., Mapping[str, Part]] = _nothing  # (slot, place, **arguments)
+    shared: Callable[..., Mapping[str, Part]] = _nothing  # (slot, places, **arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Starting values by name: `make(tensor, making, **arguments)` returns the tensor's value."""
+
+    name: str
+    make: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """What a method does to its own tensors in training; every function may be left out.
+
+    `penalty(values, **arguments)` is a scalar added to the loss of every global batch, a differentiable function of the
+    trained tensors by name. `gradient(values, gradients, **arguments)` changes the collected gradients in place.
+    `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
+    optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor.
+    """
+
+    name: str
+    penalty: Callable[..., Tensor] | None = None
+    gradient: Callable[..., None] | None = None
+    after_step: Callable[..., None] | None = None
+    rate: Callable[..., float] | None = None
+
+
+def _convert(field: str, text: str, kind: object) -> object:
+    try:
+        if kind is int:
+            return int(text)
+        if kind is float:
+            value = float(text)
+            if isfinite(value):
+                return value
+            raise ValueError
+    except ValueError:
+        raise SpecError(f"peft: {field}: {text!r} is not {'an integer' if kind is int else 'a number'}") from None
+    return text
