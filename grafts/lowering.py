@@ -58,6 +58,21 @@ class Lowered:
             found |= {f"{index}.{site}.{part}": value for part, value in made.items()}
         return {operand.name: found[operand.name] for operand in self.operands}
 
+    def generator(self, index: int, site: Site) -> Callable[[Tensor], Tensor]:
+        """The dense W of a delta slot at a site as a function of its operand."""
+        slot = self.spec.slots[index]
+        assert slot.form is not None
+        declared, arguments, weight = form(slot.form.name), slot.form.keywords(), self._weight
+        place = next(place for i, s, place in self._sites if (i, s) == (index, site))
+        read = [tensor for tensor in self._of_slot[index] if tensor.site in (None, site)]
+
+        def generate(flat: Tensor) -> Tensor:
+            pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in read])
+            values = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(read, pieces)}
+            return declared.operands(slot, values, Lowering(place, lambda: weight(site)), **arguments)["W"]
+
+        return generate
+
     def pull(self, values: Values, gradients: Sequence[Tensor | None], draw: int | None = None) -> list[Tensor | None]:
         """Gradients of the trained tensors, in their order, from flat ones of the operands in theirs."""
         leaves = {t.name: values[t.name].detach().requires_grad_() for t in self.tensors if t.trained}

@@ -115,7 +115,8 @@ def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
 
 def _said(slot: Slot) -> Mapping[str, object]:
     """The slot's op and the fields that are not at their defaults, so that a field added later changes no id."""
-    return {f.name: value for f in fields(slot) if (value := getattr(slot, f.name)) != f.default or f.name == "op"}
+    said = asdict(slot)
+    return {f.name: said[f.name] for f in fields(slot) if getattr(slot, f.name) != f.default or f.name == "op"}
 
 
 def _described(folder: Path) -> dict[str, object]:

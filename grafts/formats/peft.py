@@ -78,6 +78,8 @@ def load(folder: Path, shape: ModelShape) -> tuple[GraftSpec, dict[str, Tensor]]
 
 
 def _parts(spec: GraftSpec) -> tuple[Branch, Norm | None] | None:
+    if any(slot.form is not None for slot in spec.slots):
+        return None
     match spec.slots:
         case (Branch() as branch,):
             norm = None

@@ -17,6 +17,7 @@ from polygraft.grafts.sites import Site
 from polygraft.kernels.affine.op import affine
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.dropout import dropout
+from polygraft.kernels.delta.op import delta
 
 
 class SiteLinear(nn.Module):
@@ -50,6 +51,10 @@ class SiteLinear(nn.Module):
                 own = project(flat, self.linear, ())[self.member]
                 y = torch.where(_rows(scaled, flat, route), own, y)
         y = _branches(flat, y, stacks, self.site, route, tap="input", among=_apart(stacks, route, len(self.group) > 1))
+        for kind, stack in stacks.items():
+            if kind.op == "delta":
+                generators = route.stacks.generators[self.site]
+                y = delta(flat, y, stack.parts["t"], route.segments(stack.entries), generators)
         for kind, stack in stacks.items():
             if kind.op == "norm":
                 y = affine(y, stack.parts["m"] / stack.parts["norm"], None, route.segments(stack.entries))

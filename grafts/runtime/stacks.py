@@ -161,6 +161,16 @@ class Stacks:
         """The stacks at a site by kind, empty when no graft acts there."""
         return self.at.get(site, self._empty)
 
+    @cached_property
+    def generators(self) -> Mapping[Site, Mapping[int, Callable[[Tensor], Tensor]]]:
+        """What makes the dense matrices of the deltas at a site, by their first row in the stack."""
+        found: dict[Site, dict[int, Callable[[Tensor], Tensor]]] = defaultdict(dict)
+        for made, own in zip(self.lowered, self.pieces):
+            for piece in own:
+                if piece.tensor.part == "t" and piece.tensor.site is not None:
+                    found[piece.tensor.site][piece.first] = made.generator(piece.tensor.slot, piece.tensor.site)
+        return found
+
     def refresh(self, graft: int) -> None:
         """Make a resident's operands in the stacks, and recompute what depends on them (DoRA's norms)."""
         with torch.no_grad():
@@ -248,6 +258,5 @@ def _kind(slot: Slot) -> Kind:
             return Kind("norm")
         case KV():
             return Kind("kv")
-        case Delta(form=form):
-            assert form is not None
-            return Kind("delta", form.name)
+        case Delta():
+            return Kind("delta")

@@ -15,7 +15,8 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from tests.grafts.oracle.table import METHODS, random_tensors, relative
+from tests.grafts.oracle.row import random_tensors, relative
+from tests.grafts.oracle.table import METHODS
 
 BLOCK = 8
 LENGTHS = (9, 33, 17, 1, 26, 35, 12, 7, 21)  # of the eight grafts' prompts, and of the bare backbone's

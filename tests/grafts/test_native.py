@@ -17,7 +17,8 @@ from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Branch, GraftSpec
-from tests.grafts.oracle.table import METHODS, MORE, random_tensors
+from tests.grafts.oracle.row import random_tensors
+from tests.grafts.oracle.table import METHODS, MORE
 
 SHAPE = ModelShape("llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512)
 ROWS = {**METHODS, **MORE}

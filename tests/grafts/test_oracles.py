@@ -15,7 +15,8 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.linear import padded
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from tests.grafts.oracle.table import METHODS, MORE, Row, random_tensors, relative
+from tests.grafts.oracle.row import Row, random_tensors, relative
+from tests.grafts.oracle.table import METHODS, MORE
 
 LENGTHS = (7, 20)
 # Ours and the oracle's float32 differ by the order of their sums; in float64 nothing but rounding may be left.

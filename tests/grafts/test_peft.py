@@ -22,7 +22,8 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import Branch, GraftSpec
-from tests.grafts.oracle.table import LINEAR, METHODS, MORE, random_tensors, relative
+from tests.grafts.oracle.row import LINEAR, random_tensors, relative
+from tests.grafts.oracle.table import METHODS, MORE
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

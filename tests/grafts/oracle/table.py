@@ -1,54 +1,19 @@
-"""The eight methods as rows: how we write them, and the independent model that says what they mean."""
+"""The methods as rows: how we write them, and the independent model that says what they mean.
+
+`METHODS` are the first eight, `ALL` those of the `family_*.py` files beside this one, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from importlib import import_module
 from math import sqrt
 from pathlib import Path
 
-import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
-from torch import Tensor
+from peft import IA3Config, LoraConfig, PrefixTuningConfig
 
-from polygraft.cluster.launch.demo.oracle.naive import (
-    Hook,
-    bitfit,
-    ia3_after,
-    ia3_before,
-    lora,
-    naive,
-    parallel,
-    serial,
-)
-from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import Oracle
-from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A graft as users write it, and its oracle: a PEFT config, or the equation of each slot in the order they
-    apply."""
-
-    text: str
-    config: Callable[[], PeftConfig] | None = None
-    hooks: Callable[[], Mapping[int, Hook]] = dict
-
-    @property
-    def spec(self) -> GraftSpec:
-        return parse(self.text)
-
-    def oracle(self, folder: Path, values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
-        if self.config is not None:
-            return peft_oracle(folder, self.config(), values, dtype)
-        return naive(folder, self.hooks(), values, dtype)
-
+from polygraft.cluster.launch.demo.oracle.naive import bitfit, ia3_after, ia3_before, lora, parallel, serial
+from tests.grafts.oracle.row import LINEAR, Row
 
 METHODS: Mapping[str, Row] = {
     "lora": Row("lora(r=8, alpha=16)", lambda: LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR)),
@@ -94,17 +59,7 @@ MORE: Mapping[str, Row] = {
 }
 
 
-def random_tensors(spec: GraftSpec, shape: ModelShape, seed: int) -> dict[str, Tensor]:
-    """Tensors of a graft that has been trained: none at its starting value, float64 that float32 holds exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    centre = {"g": 1.0, "m": 0.8}  # 0.8 is about the row norm of the tiny model's weights
-    return {
-        t.name: (centre.get(t.part, 0.0) + 0.15 * torch.randn(t.shape, generator=generator)).double()
-        for t in tensors(spec, shape)
-    }
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Relative L2 error."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm())
+_FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("family_*.py"))
+ALL: Mapping[str, Row] = METHODS | {
+    name: row for family in _FAMILIES for name, row in import_module(f"{__package__}.{family}").ROWS.items()
+}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, split
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Oracle, Place, plain_llama, split
 
 Parts = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Parts], None]
@@ -54,7 +54,8 @@ def parallel(scale: float) -> Hook:
 def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
     """The model with `values` as leaves; `hooks` says which equation each slot is, in the order they are to apply.
 
-    A slot's k and v parts need no hook: they are rows before every layer's cached keys and values (Li & Liang 2021,
+    A hook gets the tensors of one site, and with them those that its slot shares between all sites. A slot's k and v
+    parts need no hook: they are rows before every layer's cached keys and values (Li & Liang 2021,
     eq. 3), so the prompt's positions start after them.
     """
     model = plain_llama(folder, dtype)
@@ -63,8 +64,12 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
         sites: dict[tuple[int, str], dict[str, Tensor]] = {}
         for name, leaf in leaves.items():
             owner, layer, site, part = split(name)
-            if owner == slot:
+            if owner == slot and site != SHARED:
                 sites.setdefault((layer, site), {})[part] = leaf
+        for name, leaf in leaves.items():
+            owner, _, site, part = split(name)
+            for parts in sites.values() if owner == slot and site == SHARED else ():
+                parts[part] = leaf
         for (layer, site), parts in sites.items():
             hook(model.model.layers[layer].get_submodule(MODULES[site]), parts)
     rows = {split(name)[1:]: leaf for name, leaf in leaves.items() if split(name)[2] == "kv"}

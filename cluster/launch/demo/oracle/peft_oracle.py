@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,18 +12,27 @@ from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, split
 
+Find = Callable[[PeftModel, str, Tensor], Place]
 
-def peft_oracle(folder: Path, config: PeftConfig, values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
-    """`config` is consumed. Every trainable parameter of PEFT's model is one of `values`, or the assertion fails."""
+
+def peft_oracle(
+    folder: Path, config: PeftConfig, values: Mapping[str, Tensor], dtype: torch.dtype, place: Find | None = None
+) -> Oracle:
+    """`config` is consumed. Every trainable parameter of PEFT's model is one of `values`, or the assertion fails.
+
+    `place` finds the tensors of methods beyond LoRA, DoRA, IA3 and prefix tuning; it may return parameters that PEFT
+    does not train, or plain buffers.
+    """
     model = get_peft_model(plain_llama(folder, dtype), config, autocast_adapter_dtype=False).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # PEFT makes a prefix in float32 whatever the model
-    places = {name: _place(model, name, value) for name, value in values.items()}
-    assert sum(v.numel() for v in values.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    places = {name: (place or _place)(model, name, value) for name, value in values.items()}
+    trained = {name: where for name, where in places.items() if where.parameter.requires_grad}
+    assert sum(values[n].numel() for n in trained) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
-        for name, place in places.items():
-            place.view(place.parameter).copy_(values[name])
-    return Oracle(lambda ids: model(input_ids=ids[None], use_cache=False).logits[0], places)
+        for name, found in places.items():
+            found.view(found.parameter).copy_(values[name])
+    return Oracle(lambda ids: model(input_ids=ids[None], use_cache=False).logits[0], trained)
 
 
 def loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> PeftModel:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+SHARED = "shared"
 MODULES = {
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -63,9 +64,9 @@ def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def split(name: str) -> tuple[int, int, str, str]:
-    """(slot, layer, site, part) of a tensor's name such as `0.1.attn.q.A`."""
+    """(slot, layer, site, part) of a tensor's name such as `0.1.attn.q.A`; (0, -1, SHARED, A) of `0.shared.A`."""
     slot, layer, *site, part = name.split(".")
-    return int(slot), int(layer), ".".join(site), part
+    return (int(slot), -1, SHARED, part) if layer == SHARED else (int(slot), int(layer), ".".join(site), part)
 
 
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:

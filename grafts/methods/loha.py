@@ -1,0 +1,36 @@
+"""LoHa: dW = s (B1 A1) * (B2 A2), elementwise (Hyeon-Woo et al. 2022, arXiv 2108.06098, prop. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.spec import Call, Delta, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def loha(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    return (Delta(at=at, form=Call("loha", (("r", r), ("scale", alpha / max(r, 1))))),)
+
+
+def _own(slot: Delta, place: Place, r: int, scale: float) -> Mapping[str, Part]:
+    normal, small = Call("normal", (("std", 1.0),)), Call("normal", (("std", 0.1),))
+    return {
+        "B1": Part((place.d_out, r), small),
+        "A1": Part((r, place.d_in), normal),
+        "B2": Part((place.d_out, r)),
+        "A2": Part((r, place.d_in), normal),
+    }
+
+
+def _operands(
+    slot: Delta, values: Mapping[str, Tensor], lowering: Lowering, r: int, scale: float
+) -> Mapping[str, Tensor]:
+    return {"W": scale * (values["B1"] @ values["A1"]) * (values["B2"] @ values["A2"])}
+
+
+METHODS = (Method("loha", "arXiv 2108.06098", 3e-4, loha),)
+FORMS = (Form("loha", _operands, _own),)

@@ -1,0 +1,41 @@
+"""VeRA: y += diag(b) B diag(d) A x with A and B random, frozen and shared by all layers (Kopiczko et al. 2024, arXiv
+2310.11454, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.spec import Branch, Call, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def vera(r: int = 256, d: float = 0.1, at: str = "attn.[qv]", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """`d` is the start of the vector beside the ranks; the one beside the outputs starts at 0."""
+    return (Branch(at=at, rank=r, dropout=dropout, form=Call("vera", (("d", d),))),)
+
+
+def _own(slot: Branch, place: Place, d: float) -> Mapping[str, Part]:
+    return {"d": Part((slot.rank,), Call("full", (("value", d),))), "b": Part((place.d_out,))}
+
+
+def _shared(slot: Branch, places: Sequence[Place], d: float) -> Mapping[str, Part]:
+    """One A and one B as wide as the widest site, of which a narrower one takes the first columns."""
+    widest = max(place.d_in for place in places), max(place.d_out for place in places)
+    return {
+        "A": Part((slot.rank, widest[0]), "kaiming", trained=False),
+        "B": Part((slot.rank, widest[1]), "kaiming", trained=False),
+    }
+
+
+def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, d: float) -> Mapping[str, Tensor]:
+    place = lowering.place
+    A, B = values["A"][:, : place.d_in], values["B"][:, : place.d_out]
+    return {"A": values["d"].unsqueeze(1) * A, "B": B * values["b"]}
+
+
+METHODS = (Method("vera", "arXiv 2310.11454", 3e-3, vera),)
+FORMS = (Form("vera", _operands, _own, _shared),)

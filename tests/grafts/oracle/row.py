@@ -1,0 +1,65 @@
+"""One method in the table of oracles, and values to compare it at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+
+from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
+from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
+from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import GraftSpec
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A graft as users write it, and its oracle: a PEFT config, or the equation of each slot in the order they apply.
+
+    `place` says where PEFT's model keeps a tensor of ours, for methods that `peft_oracle` does not know by itself;
+    `fixed` replaces random values that mean something (indices, orthogonal factors).
+    """
+
+    text: str
+    config: Callable[[], PeftConfig] | None = None
+    hooks: Callable[[], Mapping[int, Hook]] = dict
+    place: Callable[[PeftModel, str, Tensor], Place] | None = None
+    fixed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values
+
+    @property
+    def spec(self) -> GraftSpec:
+        return parse(self.text)
+
+    def values(self, shape: ModelShape, seed: int) -> dict[str, Tensor]:
+        return self.fixed(random_tensors(self.spec, shape, seed))
+
+    def oracle(self, folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
+        if self.config is not None:
+            return peft_oracle(folder, self.config(), values, dtype, self.place)
+        return naive(folder, self.hooks(), values, dtype)
+
+
+def random_tensors(spec: GraftSpec, shape: ModelShape, seed: int) -> dict[str, Tensor]:
+    """Tensors of a graft that has been trained: none at its starting value, float64 that float32 holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = {"g": 1.0, "m": 0.8}  # 0.8 is about the row norm of the tiny model's weights
+    return {
+        t.name: (centre.get(t.part, 0.0) + 0.15 * torch.randn(t.shape, generator=generator)).double()
+        for t in tensors(spec, shape)
+    }
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Relative L2 error."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())

@@ -1,0 +1,154 @@
+"""Every method of the table: what its oracle computes, the same in company, as it is served, saved and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from polygraft.cluster.launch.demo.oracle.plain import Oracle
+from polygraft.grafts.formats import native
+from polygraft.grafts.init import initialise
+from polygraft.grafts.lowering import lower
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.sizes import parameters, tensors
+from tests.grafts.oracle.row import Row, relative
+from tests.grafts.oracle.table import ALL, METHODS
+
+LENGTHS = (7, 20)
+OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
+
+
+@pytest.fixture(scope="module")
+def fp64(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def fp32(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder, torch.float32)
+
+
+@pytest.fixture(params=ALL)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp64: Backbone) -> None:
+    """In float64, where nothing but rounding may be left: 1e-9."""
+    row, prompts, slopes = ALL[name], *batch(fp64)
+    values = row.values(fp64.shape, seed=3)
+    expected, wanted = judged(row.oracle(fp64.folder, values, fp64.dtype), prompts, slopes)
+    alone, own = ours([(row, values)], fp64, prompts, slopes)
+    company = [(row, values), *((METHODS[other], METHODS[other].values(fp64.shape, seed=4)) for other in OTHERS)]
+    packed, among = ours(company, fp64, prompts, slopes)
+    assert relative(alone, expected) < 1e-9
+    assert relative(packed, alone) < 1e-9
+    trained = [t.name for t in tensors(row.spec, fp64.shape) if t.trained]
+    assert list(own) == trained and set(wanted) == set(trained)
+    for tensor in trained:
+        assert wanted[tensor].norm() > 0, f"{tensor} plays no part"
+        assert relative(own[tensor], wanted[tensor]) < 1e-9, tensor
+        assert relative(among[tensor], own[tensor]) < 1e-9, tensor
+
+
+def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone) -> None:
+    """As it is served, lowered, chunk by chunk from the cache, beside other grafts and the bare backbone: 1e-5."""
+    row = ALL[name]
+    values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=5).items()}
+    lone = METHODS["lora"].values(fp32.shape, seed=6)
+    residents = [
+        Resident("own", *lower(row.spec, fp32.shape, values, fp32.weight)),
+        Resident("other", METHODS["lora"].spec, lone),
+    ]
+    ids = batch(fp32)[0][1]
+    found = decoded(fp32, residents, ids, chunks=(9, 6, 1, 1, 1, 1, 1))
+    oracle = row.oracle(fp32.folder, {k: v.double() for k, v in values.items()}, torch.float32)
+    assert relative(found, oracle.logits(ids)) < 1e-5
+
+
+def test_a_saved_graft_comes_back_with_its_id(name: str, fp32: Backbone, tmp_path: Path) -> None:
+    spec = ALL[name].spec
+    values = {tensor: value.float() for tensor, value in ALL[name].values(fp32.shape, seed=7).items()}
+    identity = native.save(tmp_path, spec, values, shape=fp32.shape, backbone="b")
+    stored = native.load(tmp_path / identity, shape=fp32.shape, backbone="b")
+    assert stored.id == identity and stored.spec == spec
+    assert all(torch.equal(stored.tensors[tensor], value) for tensor, value in values.items())
+
+
+def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbone) -> None:
+    spec = ALL[name].spec
+    values = initialise(spec, fp32, seed=0, samples=((5, 6, 7, 8), (9, 10, 11)))
+    layout = tensors(spec, fp32.shape)
+    assert [(t.name, t.shape) for t in layout] == [(n, tuple(v.shape)) for n, v in values.items()]
+    assert parameters(spec, fp32.shape) == sum(values[t.name].numel() for t in layout if t.trained)
+    assert all(value.isfinite().all() for value in values.values())
+
+
+def batch(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
+    """Token ids of every sequence, and a random slope of the loss in every one of its logits."""
+    generator = torch.Generator().manual_seed(11)
+    prompts = [torch.randint(0, backbone.shape.vocab, (n,), generator=generator) for n in LENGTHS]
+    slopes = [torch.randn(n, backbone.shape.vocab, generator=generator).to(backbone.dtype) for n in LENGTHS]
+    return prompts, slopes
+
+
+def judged(oracle: Oracle, prompts: Sequence[Tensor], slopes: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = torch.cat([oracle.logits(ids) for ids in prompts])
+    (logits * torch.cat(list(slopes))).sum().backward()
+    return logits, oracle.gradients()
+
+
+def ours(
+    grafts: Sequence[tuple[Row, Mapping[str, Tensor]]],
+    backbone: Backbone,
+    prompts: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of the first graft over the sequences, each other graft having the same beside it."""
+    residents = [Resident(str(i), row.spec, values) for i, (row, values) in enumerate(grafts)]
+    stacks = backbone.stacks(residents, trainable=True)
+    whole = sum(LENGTHS)
+    starts = [i * whole + at for i in range(len(grafts)) for at in (0, LENGTHS[0])]
+    positions = [torch.arange(n) + row.spec.prefix_length for row, _ in grafts for n in LENGTHS]
+    spans = tuple(Span(i * whole, (i + 1) * whole, i) for i in range(len(grafts)))
+    rows = Rows(torch.cat([*prompts] * len(grafts)), torch.cat(positions), spans)
+    hidden = backbone.forward(rows, stacks, WholeSequences(tuple(zip(starts, LENGTHS * len(grafts))), backbone.shape))
+    slope = backbone.head.transposed_product(torch.cat([*slopes] * len(grafts)))  # logits = hidden W^T
+    hidden.backward(slope)
+    found = stacks.gradient(0, stacks.gradients()[0])
+    trained = [t for t in tensors(grafts[0][0].spec, backbone.shape) if t.trained]
+    gradients = {t.name: g.view(t.shape) for t, g in zip(trained, found, strict=True) if g is not None}
+    with torch.no_grad():
+        return backbone.logits(hidden[:whole]), gradients
+
+
+def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chunks: Sequence[int]) -> Tensor:
+    """Logits of `ids` under the first resident, in chunks, while the second and the bare backbone take the same."""
+    stacks: Stacks = backbone.stacks(residents)
+    cache = KVCache(backbone.shape, 16, dtype=backbone.dtype)
+    tables = [tuple(range(1 + 4 * i, 5 + 4 * i)) for i in range(3)]
+    prefixes = [resident.spec.prefix_length for resident in residents] + [0]
+    for resident, table in zip(residents, tables):
+        cache.write_prefix(table, resident)
+    logits, done = [], 0
+    for chunk in chunks:
+        sequences, positions, spans = [], [], []
+        for i, (table, prefix) in enumerate(zip(tables, prefixes)):
+            layers = residents[i].spec.prefix_layers if i < len(residents) else None
+            sequences.append(PagedSequence(i * chunk, chunk, prefix + done, table, prefix, layers))
+            positions.append(torch.arange(chunk) + prefix + done)
+            spans += [Span(i * chunk, (i + 1) * chunk, i)] if i < len(residents) else []
+        rows = Rows(torch.cat([ids[done : done + chunk]] * 3), torch.cat(positions), tuple(spans))
+        with torch.inference_mode():
+            hidden = backbone.forward(rows, stacks, PagedAttention(cache, sequences))
+            logits.append(backbone.logits(hidden[:chunk]))
+        done += chunk
+    return torch.cat(logits)
