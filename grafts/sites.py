@@ -12,6 +12,8 @@ LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.dow
 SUBLAYER = ("attn.out", "ffn.out")
 NORMS = ("norm.1", "norm.2")
 KV_SITE = "kv"
+FEEDS = {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}  # all that read a norm's output
+ENDS = {"attn.out": "attn.o", "ffn.out": "ffn.down"}  # the projection whose output a sublayer's is
 ALL = (*LINEAR, *SUBLAYER, *NORMS, KV_SITE)
 
 # Module paths inside one decoder layer, per transformers architecture.

@@ -155,10 +155,17 @@ class GraftSpec:
 
     @property
     def mergeable(self) -> bool:
-        """Whether every slot is affine in W, so that the graft can be folded into the weights."""
+        """Whether every slot is affine in what a projection reads, so that the graft can be folded into the weights.
+
+        A branch around a whole sublayer is not, since its input is not the projection's.
+        """
+        from polygraft.grafts.sites import sublayers
+
         return all(
-            not isinstance(slot, KV)
-            and not (isinstance(slot, Branch) and (slot.act != "identity" or slot.tap == "output"))
+            isinstance(slot, Affine | Norm | Delta)
+            or (
+                isinstance(slot, Branch) and slot.act == "identity" and (slot.tap == "output" or not sublayers(slot.at))
+            )
             for slot in self.slots
         )
 
