@@ -104,4 +104,4 @@ def lower(
     plain = replace(spec, slots=slots, hooks=())
     with torch.no_grad():
         made = Lowered(spec, shape, weight).make(values)
-    return plain, {t.name: values[t.name] if t.name in values else made[t.name] for t in tensors(plain, shape)}
+    return plain, {t.name: made[t.name] if t.name in made else values[t.name] for t in tensors(plain, shape)}

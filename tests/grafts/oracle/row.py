@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,14 @@ class Row:
     def oracle(self, folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
         if self.config is not None:
             return peft_oracle(folder, self.config(), values, dtype, self.place)
-        return naive(folder, self.hooks(), values, dtype)
+        found = naive(folder, self.hooks(), values, dtype)
+        frozen = {t.name for t in tensors(self.spec, ModelShape.from_config(_config(folder))) if not t.trained}
+        return Oracle(found.logits, {name: place for name, place in found.places.items() if name not in frozen})
+
+
+def _config(folder: Path) -> Mapping[str, object]:
+    read: Mapping[str, object] = json.loads((folder / "config.json").read_text())
+    return read
 
 
 def random_tensors(spec: GraftSpec, shape: ModelShape, seed: int) -> dict[str, Tensor]:

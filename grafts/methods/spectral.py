@@ -1,0 +1,137 @@
+"""LoRA that starts from a factorisation of W. W itself never changes, since others share it: what a paper takes out of
+W is a frozen second branch -s B0 A0 beside the trained s B A, so that y = W x + s (B A - B0 A0) x is W x at the start.
+
+- PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2-4): B0 A0 are the r largest singular triplets of W.
+- MiLoRA (Wang et al. 2024, arXiv 2406.09044, section 3): the r smallest ones.
+- OLoRA (Buyukakyuz 2024, arXiv 2406.01775, section 3): the first r columns of Q and rows of R, W = Q R.
+- MiCA (arXiv 2604.01694): B is the r minor left singular vectors, frozen; A starts at 0, so nothing is taken out.
+- Orthogonal start (as in PEFT): A and B random in complementary subspaces of the ranks, so that B A = 0 with neither 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Method, Start
+from polygraft.grafts.sites import sublayers
+from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+
+def pissa(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    return shifted(r, alpha, at, Call("singular", (("end", "major"),)))
+
+
+def milora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    return shifted(r, alpha, at, Call("singular", (("end", "minor"),)))
+
+
+def olora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    return shifted(r, alpha, at, Call("qr"))
+
+
+def mica(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    form = Call("part-frozen", (("part", "B"), ("A", "zero"), ("B", "minor")))
+    return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
+
+
+def orthogonal(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    if r % 2:
+        raise SpecError(f"peft: orthogonal.r: {r} is odd; half of the ranks are A's and half B's, give an even number")
+    return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, start=Call("orthogonal")),)
+
+
+def shifted(r: int, alpha: float, at: str, start: Call) -> tuple[Slot, ...]:
+    """A trained branch, and the frozen one that takes its starting value away."""
+    scale = alpha / max(r, 1)
+    return (
+        Branch(at=on_projections(at), rank=r, scale=scale, start=start),
+        Branch(at=at, rank=r, scale=-scale, start=start, frozen=True),
+    )
+
+
+def on_projections(at: str) -> str:
+    """`at`, when it names no sublayer, which has no W to start from."""
+    if found := sublayers(at):
+        raise SpecError(f"at: {found[0]} has no weight matrix to start from; name projections")
+    return at
+
+
+def _singular(tensor: TensorSpec, making: Making, end: str) -> Tensor:
+    """A0 = sqrt(S / s) V^T, B0 = U sqrt(S / s) over the r triplets at one end of the spectrum."""
+    from torch import linalg
+
+    rank, scale = tensor.shape[0], strength(tensor, making)
+
+    def make() -> tuple[Tensor, Tensor]:
+        U, S, Vh = linalg.svd(weight_of(tensor, making), full_matrices=False)
+        chosen = slice(rank) if end == "major" else slice(len(S) - rank, None)
+        root = (S[chosen] / scale).sqrt().unsqueeze(1)
+        return root * Vh[chosen], root * U.T[chosen]
+
+    return making.once(("singular", end, tensor.site, rank, scale), make)["AB".index(tensor.part)]
+
+
+def _qr(tensor: TensorSpec, making: Making) -> Tensor:
+    from torch import linalg
+
+    rank = tensor.shape[0]
+
+    def make() -> tuple[Tensor, Tensor]:
+        Q, R = linalg.qr(weight_of(tensor, making))
+        return R[:rank].clone(), Q.T[:rank].clone()
+
+    return making.once(("qr", tensor.site, rank), make)["AB".index(tensor.part)]
+
+
+def _minor(tensor: TensorSpec, making: Making) -> Tensor:
+    from torch import linalg
+
+    U: Tensor = linalg.svd(weight_of(tensor, making), full_matrices=False)[0]
+    return U.T[-tensor.shape[0] :].clone()
+
+
+def _orthogonal(tensor: TensorSpec, making: Making) -> Tensor:
+    """A from the even rows of one random rotation of the ranks, B from the odd ones: B^T A sums to nothing."""
+    from torch import linalg, randn
+
+    rank = tensor.shape[0]
+
+    def make() -> Tensor:
+        square = randn(rank, rank, generator=making.generator(f"{tensor.slot}.{tensor.site}.ranks"))
+        rotated: Tensor = linalg.qr(square)[0]
+        return rotated
+
+    rows = making.once(("ranks", tensor.slot, tensor.site), make)["AB".index(tensor.part) :: 2]
+    return rows.T @ randn(rank // 2, tensor.shape[1], generator=making.generator(tensor.name)) / 10
+
+
+def weight_of(tensor: TensorSpec, making: Making) -> Tensor:
+    """W at the tensor's site, when it has as many ranks as the tensor."""
+    assert tensor.site is not None
+    weight = making.weight(tensor.site)
+    if tensor.shape[0] > min(weight.shape):
+        raise SpecError(f"r: {tensor.shape[0]} is more than the {min(weight.shape)} ranks of W at {tensor.site}")
+    return weight
+
+
+def strength(tensor: TensorSpec, making: Making) -> float:
+    """The scale of a slot and of its frozen twin alike."""
+    slot = making.spec.slots[tensor.slot]
+    assert isinstance(slot, Branch)
+    return abs(slot.scale)
+
+
+METHODS = (
+    Method("pissa", "arXiv 2404.02948", 1e-4, pissa),
+    Method("milora", "arXiv 2406.09044", 3e-4, milora),
+    Method("olora", "arXiv 2406.01775", 1e-4, olora),
+    Method("mica", "arXiv 2604.01694", 3e-4, mica),
+    Method("orthogonal", "PEFT init_lora_weights=orthogonal", 3e-4, orthogonal),
+)
+STARTS = (Start("singular", _singular), Start("qr", _qr), Start("minor", _minor), Start("orthogonal", _orthogonal))

@@ -1,0 +1,59 @@
+"""LoRA with other starting values, frozen parts or matrices in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from polygraft.cluster.launch.demo.oracle.naive import Hook, _after, lora
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Place, split
+from tests.grafts.oracle.row import LINEAR, Row
+
+
+def middle(scale: float) -> Hook:
+    """W x + s B M A x (MoSLoRA: Wu et al. 2024, eq. 6; LoRA-XS: Balazy et al. 2024, section 3)."""
+    return _after(lambda x, y, p: y + scale * (x @ p["A"].T @ p["M"].T) @ p["B"])
+
+
+def _shifted(scale: float) -> Mapping[int, Hook]:
+    """(W - s B0 A0) x + s B A x (Meng et al. 2024, eq. 2-5)."""
+    return {0: lora(scale), 1: lora(-scale)}
+
+
+def _part_frozen(part: str) -> Callable[[PeftModel, str, Tensor], Place]:
+    """PEFT's LoRA without a gradient for one of its factors, as `create_lorafa_optimizer` and its MiCA leave it (which
+    refuse float64; their starting values are in test_starts.py)."""
+
+    def place(model: PeftModel, name: str, value: Tensor) -> Place:
+        _, layer, site, found = split(name)
+        module = model.get_submodule(f"base_model.model.model.layers.{layer}.{MODULES[site]}")
+        weight = getattr(module, f"lora_{found}")["default"].weight.requires_grad_(found != part)
+        return Place(weight, (lambda t: t.T) if found == "B" else (lambda t: t))
+
+    return place
+
+
+ROWS: Mapping[str, Row] = {
+    "pissa": Row("pissa(r=4, alpha=8)", hooks=lambda: _shifted(2.0)),
+    "milora": Row("milora(r=4, alpha=2, at=attn.*)", hooks=lambda: _shifted(0.5)),
+    "olora": Row("olora(r=4)@1", hooks=lambda: _shifted(2.0)),
+    "mica": Row(
+        "mica(r=4, alpha=8)",
+        lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR),
+        place=_part_frozen("B"),
+    ),
+    "orthogonal": Row(
+        "orthogonal(r=4, alpha=8)",
+        lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights="orthogonal"),
+    ),
+    "lora-fa": Row(
+        "lora-fa(r=4, alpha=8)",
+        lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR),
+        place=_part_frozen("A"),
+    ),
+    "lora-plus": Row("lora-plus(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "moslora": Row("moslora(r=4, alpha=8)", hooks=lambda: {0: middle(2.0)}),
+    "lora-xs": Row("lora-xs(r=4, alpha=8)", hooks=lambda: {0: middle(2.0)}),
+}
