@@ -5,14 +5,14 @@ Nothing is changed in place: the backbone's own weights stay what they are, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from polygraft.grafts.lowering import Lowered, Values
-from polygraft.grafts.sites import ENDS, FEEDS, LINEAR, ModelShape, Site, resolve
+from polygraft.grafts.sites import ENDS, FEEDS, LINEAR, ModelShape, Site, sites_of
 from polygraft.grafts.spec import Affine, Branch, Delta, GraftSpec, Norm, Slot, SpecError
 
 
@@ -35,98 +35,89 @@ class Merged:
         return Merged(weight, _sum(bias, b))
 
     def branched(self, M: Tensor) -> Merged:
-        """y + M y."""
+        """y + M y; M is 0 where there is none."""
+        if M.ndim == 0:
+            return self
         return Merged(self.weight + M @ self.weight, None if self.bias is None else self.bias + M @ self.bias)
 
 
-def merge(
-    spec: GraftSpec,
-    shape: ModelShape,
-    values: Values,
-    weight: Callable[[Site], Tensor],
-    bias: Callable[[Site], Tensor | None] = lambda _: None,
-) -> dict[Site, Merged]:
-    """Every projection that the graft changes, as it is with the graft folded in.
+class Fold:
+    """A graft on the way into the weights of a backbone: `sites` are the projections it changes, `at` folds one.
 
     In the order of a site (docs/architecture.md): with x' = g_in x + b_in (what a norm's affine leaves, then the
     projection's own), y = g_out ((m / n) (W + dW) x' + bias) + b_out; what a sublayer's output goes through is folded
     into its last projection. `weight` gives W [out, in] in float32 or wider, `bias` its bias. Raises SpecError for a
     graft that is not affine in what its sites read.
     """
-    if not spec.mergeable:
-        raise SpecError(f"peft: {spec.method!r} cannot be folded into weights; serve it beside them")
-    lowered = Lowered(spec, shape, weight)
-    with torch.no_grad():
-        operands = lowered.make(values)
-        slots = _Slots(spec, shape, lowered, operands)
-        touched = sorted({projection for site in slots.sites for projection in _projections(site)})
-        return {site: _merged(site, slots, weight(site), bias(site)) for site in touched}
 
+    def __init__(
+        self,
+        spec: GraftSpec,
+        shape: ModelShape,
+        values: Values,
+        weight: Callable[[Site], Tensor],
+        bias: Callable[[Site], Tensor | None] = lambda _: None,
+    ) -> None:
+        if not spec.mergeable:
+            raise SpecError(f"peft: {spec.method!r} cannot be folded into weights; serve it beside them")
+        self._weight, self._bias = weight, bias
+        self._lowered = Lowered(spec, shape, weight)
+        with torch.no_grad():
+            self._operands = self._lowered.make(values)
+        self._slots: dict[Site, list[tuple[int, Slot]]] = {}
+        for index, site in sites_of(spec, shape):
+            self._slots.setdefault(site, []).append((index, spec.slots[index]))
+        self.sites = tuple(sorted({projection for site in self._slots for projection in _projections(site)}))
 
-class _Slots:
-    """The slots at a site, each with its operands in the dtype of a weight."""
+    @torch.no_grad()
+    def at(self, site: Site) -> Merged:
+        """The projection as it is with the graft folded in."""
+        W, bias = self._weight(site), self._bias(site)
+        merged = Merged(self._inner(site, W), None).of_scaled(*self._affine(site, "in", W))
+        for norm, readers in FEEDS.items():
+            if site.name in readers:
+                merged = merged.of_scaled(*self._affine(Site(site.layer, norm), "out", W))
+        merged = merged.scaled(None, None if bias is None else bias.to(W))
+        merged = merged.scaled(*self._affine(site, "out", W))
+        for sublayer, last in ENDS.items():
+            if site.name == last:
+                whole = Site(site.layer, sublayer)
+                merged = merged.branched(self._branches(whole, W))
+                merged = merged.scaled(*self._affine(whole, "out", W))
+        return merged
 
-    def __init__(self, spec: GraftSpec, shape: ModelShape, lowered: Lowered, operands: Values) -> None:
-        self._at: dict[Site, list[tuple[int, Slot]]] = {}
-        for index, slot in enumerate(spec.slots):
-            for site in resolve(slot, shape):
-                self._at.setdefault(site, []).append((index, slot))
-        self._lowered, self._operands = lowered, operands
+    def _inner(self, site: Site, W: Tensor) -> Tensor:
+        """(m / n) (W + dW)."""
+        found = rescaled = W + self._branches(site, W)
+        for index, slot in self._slots.get(site, ()):
+            if isinstance(slot, Delta):
+                generate = self._lowered.generator(index, site)
+                found = found + generate(self._operand(index, site, "t", W)).to(W)
+        for index, slot in self._slots.get(site, ()):
+            if isinstance(slot, Norm):  # over W and its branch
+                found = (self._operand(index, site, "m", W) / rescaled.square().sum(1).sqrt())[:, None] * found
+        return found
 
-    @property
-    def sites(self) -> Iterable[Site]:
-        return self._at
+    def _branches(self, site: Site, like: Tensor) -> Tensor:
+        """Sum of s B A over the branches at a site, [out, in]."""
+        total = torch.zeros((), dtype=like.dtype)
+        for index, slot in self._slots.get(site, ()):
+            if isinstance(slot, Branch):
+                A, B = (self._operand(index, site, part, like) for part in "AB")
+                total = total + slot.scale * B.T @ A
+        return total
 
-    def of(self, site: Site) -> Iterable[tuple[Slot, Callable[[str], Tensor]]]:
-        """Slots with their operands by part; the part W of a delta is its dense matrix."""
-        for index, slot in self._at.get(site, ()):
+    def _affine(self, site: Site, side: str, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The one scale and the one shift on a side of a site."""
+        g = b = None
+        for index, slot in self._slots.get(site, ()):
+            if isinstance(slot, Affine) and slot.side == side:
+                g = self._operand(index, site, "g", like) if slot.scale else g
+                b = self._operand(index, site, "b", like) if slot.shift else b
+        return g, b
 
-            def part(name: str, index: int = index, slot: Slot = slot) -> Tensor:
-                if isinstance(slot, Delta):
-                    return self._lowered.generator(index, site)(self._operands[f"{index}.{site}.t"])
-                return self._operands[f"{index}.{site}.{name}"]
-
-            yield slot, part
-
-
-def _merged(site: Site, slots: _Slots, W: Tensor, bias: Tensor | None) -> Merged:
-    base = W
-    found, magnitude = W, None
-    for slot, part in slots.of(site):
-        match slot:
-            case Branch():
-                dW = slot.scale * part("B").T.to(W) @ part("A").to(W)
-                found, base = found + dW, base + dW
-            case Delta():
-                found = found + part("W").to(W)
-            case Norm():
-                magnitude = part("m").to(W)
-    if magnitude is not None:  # the norm is over W and its branch
-        found = (magnitude / base.square().sum(1).sqrt())[:, None] * found
-    merged = Merged(found, None).of_scaled(*_affine(slots, site, "in", W))
-    for norm, readers in FEEDS.items():
-        if site.name in readers:
-            merged = merged.of_scaled(*_affine(slots, Site(site.layer, norm), "out", W))
-    merged = merged.scaled(None, None if bias is None else bias.to(W))
-    merged = merged.scaled(*_affine(slots, site, "out", W))
-    for sublayer, last in ENDS.items():
-        if site.name == last:
-            whole = Site(site.layer, sublayer)
-            taps = [s.scale * p("B").T.to(W) @ p("A").to(W) for s, p in slots.of(whole) if isinstance(s, Branch)]
-            if taps:
-                merged = merged.branched(torch.stack(taps).sum(0))
-            merged = merged.scaled(*_affine(slots, whole, "out", W))
-    return merged
-
-
-def _affine(slots: _Slots, site: Site, side: str, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The one scale and the one shift on a side of a site."""
-    g = b = None
-    for slot, part in slots.of(site):
-        if isinstance(slot, Affine) and slot.side == side:
-            g = part("g").to(like) if slot.scale else g
-            b = part("b").to(like) if slot.shift else b
-    return g, b
+    def _operand(self, index: int, site: Site, part: str, like: Tensor) -> Tensor:
+        return self._operands[f"{index}.{site}.{part}"].to(like)
 
 
 def _projections(site: Site) -> tuple[Site, ...]:

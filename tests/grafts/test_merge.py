@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, plain_llama
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.merge import merge
+from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.spec import GraftSpec, SpecError
 from tests.grafts.oracle.row import Row, Values, random_tensors, relative
 from tests.grafts.oracle.table import ALL, MORE
 
@@ -40,11 +40,13 @@ def test_the_plain_model_with_merged_weights_is_the_graft(name: str, fp64: Backb
     model = plain_llama(fp64.folder, torch.float64)
     bare = model(ids[None]).logits[0]
     before = {site: fp64.weight(site).clone() for site in fp64.linears}
-    for site, merged in merge(row.spec, fp64.shape, values, fp64.weight).items():
+    fold = Fold(row.spec, fp64.shape, values, fp64.weight)
+    for site in fold.sites:
+        merged = fold.at(site)
         linear = model.model.layers[site.layer].get_submodule(MODULES[site.name])
         linear.weight = nn.Parameter(merged.weight)
         linear.bias = None if merged.bias is None else nn.Parameter(merged.bias)
-    expected = unmerged(row, values, fp64, ids)
+    expected = unmerged(row.spec, values, fp64, ids)
     assert relative(bare, expected) > 1e-3
     assert relative(model(ids[None]).logits[0], expected) < 1e-9
     assert all(torch.equal(fp64.weight(site), weight) for site, weight in before.items())
@@ -54,21 +56,23 @@ def test_the_plain_model_with_merged_weights_is_the_graft(name: str, fp64: Backb
 def test_what_is_not_affine_is_refused(text: str, fp64: Backbone) -> None:
     spec = parse(text)
     with pytest.raises(SpecError, match="cannot be folded"):
-        merge(spec, fp64.shape, random_tensors(spec, fp64.shape, seed=0), fp64.weight)
+        Fold(spec, fp64.shape, random_tensors(spec, fp64.shape, seed=0), fp64.weight)
 
 
 def test_a_projections_own_bias_is_scaled_and_shifted(fp64: Backbone) -> None:
     spec = parse("ia3(at=attn.k, feedforward=) + bitfit(at=attn.k)@1")
     values = random_tensors(spec, fp64.shape, seed=1)
     own = torch.linspace(-1, 1, fp64.shape.kv_width, dtype=torch.float64)
-    found = merge(spec, fp64.shape, values, fp64.weight, lambda site: own)
-    for site, merged in found.items():
+    fold = Fold(spec, fp64.shape, values, fp64.weight, lambda site: own)
+    assert [site.layer for site in fold.sites] == [0, 1]
+    for site in fold.sites:
+        merged = fold.at(site)
         expected = values[f"0.{site}.g"] * own + values.get(f"1.{site}.b", 0)
         assert merged.bias is not None and torch.allclose(merged.bias, expected, rtol=1e-14)
 
 
-def unmerged(row: Row, values: Values, backbone: Backbone, ids: Tensor) -> Tensor:
-    stacks = backbone.stacks([Resident("r", row.spec, values)])
+def unmerged(spec: GraftSpec, values: Values, backbone: Backbone, ids: Tensor) -> Tensor:
+    stacks = backbone.stacks([Resident("r", spec, values)])
     rows = Rows(ids, torch.arange(len(ids)), (Span(0, len(ids), 0),))
     with torch.no_grad():
         hidden = backbone.forward(rows, stacks, WholeSequences(((0, len(ids)),), backbone.shape))

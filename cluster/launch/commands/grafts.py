@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.cluster.launch.commands.common import Json, flags
-from polygraft.cluster.launch.output import JsonOut, ago, print_json, print_table
+from polygraft.cluster.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import methods as table
 
@@ -33,6 +35,38 @@ def list_grafts(context: typer.Context, as_json: Json = False) -> None:
         ((escape(model.id), model.root, ago(model.created)) for model in found),
         empty="no grafts yet; train one with: polygraft submit FILE",
     )
+
+
+@grafts.command("export")
+def export_graft(
+    graft: Annotated[Path, typer.Argument(help="The folder of a graft: graft.json and graft.safetensors.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    backbone: Annotated[str, typer.Option(help="What it grew on: a name, folder or hub id.")] = "smollm2",
+    rank: Annotated[int | None, typer.Option(help="Write a LoRA of this rank, as PEFT reads it.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Write the LoRA that keeps this share of every dW.")] = None,
+) -> None:
+    """Write the whole model with the graft folded in, or with --rank or --energy a LoRA in its place."""
+    import torch
+
+    from polygraft.grafts.formats import merged, native, peft
+    from polygraft.grafts.formats.check import FormatError
+    from polygraft.grafts.formats.to_lora import to_lora
+    from polygraft.grafts.runtime.backbone import Backbone
+    from polygraft.grafts.runtime.pretrained import BackboneError, materialise
+    from polygraft.grafts.spec import SpecError
+
+    try:
+        grown = Backbone.load(materialise(backbone, backbone_cache()), torch.float32)
+        stored = native.load(graft, shape=grown.shape, backbone=grown.fingerprint)
+        if rank is None and energy is None:
+            merged.export(target, stored.spec, stored.tensors, backbone=grown.folder)
+            return
+        found = to_lora(stored.spec, grown.shape, stored.tensors, grown.weight, rank=rank, energy=energy)
+        target.mkdir(parents=True, exist_ok=True)
+        peft.export(target, found.spec, found.tensors, shape=grown.shape, base=backbone)
+    except (FormatError, SpecError, BackboneError) as error:
+        raise Failure(str(error), Status.USAGE) from None
+    typer.echo(f"{found.spec.method}: lost {found.loss:.2%} of the norm of dW")
 
 
 def methods(

@@ -10,11 +10,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from polygraft.cluster.client import Client
 from polygraft.cluster.launch.commands.common import Flags
 from polygraft.cluster.launch.main import app
+from polygraft.grafts.formats import native
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.init import initialise
+from polygraft.grafts.runtime.backbone import Backbone
+from tests.tiny import tiny_llama
 
 JOB = {
     "id": "ftjob-1",
@@ -179,3 +185,18 @@ def test_methods_lists_what_peft_may_say() -> None:
 def test_grafts_are_listed_without_the_backbone(served: Callable[[Answer], None]) -> None:
     served(lambda _: httpx.Response(200, json=MODELS))
     assert [graft["id"] for graft in json.loads(run("grafts", "list", "--json").stdout)] == ["mine@1"]
+
+
+def test_a_graft_is_exported_as_a_model_or_as_a_lora(tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    spec = parse("loha(r=2, at=attn.q)")
+    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    identity = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    graft, beside = str(tmp_path / identity), ("--backbone", str(backbone.folder))
+    assert run("grafts", "export", graft, str(tmp_path / "whole"), *beside).exit_code == 0
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    done = run("grafts", "export", graft, str(tmp_path / "lora"), *beside, "--rank", "4")
+    assert done.exit_code == 0 and "lost 0.00%" in done.stdout
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
+    again = run("grafts", "export", graft, str(tmp_path / "whole"), *beside)
+    assert again.exit_code == 2 and "exists already" in again.stderr

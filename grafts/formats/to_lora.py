@@ -1,0 +1,91 @@
+"""Any graft that changes projections' weights as a LoRA: the best low-rank B A of each dW, by its singular values
+(Eckart & Young 1936)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.merge import Fold
+from polygraft.grafts.sites import ModelShape, Site, sites_of
+from polygraft.grafts.spec import GraftSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA in place of a graft; `loss` is ||dW - B A|| / ||dW|| over all sites together (0: nothing was lost)."""
+
+    spec: GraftSpec
+    tensors: Mapping[str, Tensor]
+    loss: float
+
+
+def to_lora(
+    spec: GraftSpec,
+    shape: ModelShape,
+    values: Mapping[str, Tensor],
+    weight: Callable[[Site], Tensor],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Lora:
+    """The LoRA of `rank`, or of the smallest rank that keeps a share `energy` of every dW's squared norm.
+
+    Exact, but for rounding, where no dW has a higher rank (VeRA). Computed in float64, tensors in float32. Raises
+    SpecError for a graft that cannot be folded into weights, FormatError for one that changes biases, or arguments
+    that name no rank.
+    """
+    if (rank is None) == (energy is None):
+        raise FormatError("rank and energy: give one of the two")
+    if rank is not None and rank < 1:
+        raise FormatError(f"rank: {rank} is not a size; give at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise FormatError(f"energy: {energy} is outside (0, 1]")
+    fold = Fold(spec, shape, {name: value.double() for name, value in values.items()}, lambda s: weight(s).double())
+    found: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
+    for site in fold.sites:
+        merged = fold.at(site)
+        if merged.bias is not None and bool(merged.bias.count_nonzero()):
+            raise FormatError(f"{spec.method!r} changes the bias of {site}, which a LoRA cannot; export merged weights")
+        found[site] = torch.linalg.svd(merged.weight - weight(site).double(), full_matrices=False)
+    if rank is None:
+        assert energy is not None
+        rank = max(_rank(S, energy) for _, S, _ in found.values())
+    chosen = parse(_text(tuple(found), rank))
+    tensors: dict[str, Tensor] = {}
+    for index, site in sites_of(chosen, shape):
+        U, S, Vh = found[site]
+        kept = min(rank, len(S))
+        root = S[:kept].sqrt()
+        A, B = torch.zeros(rank, Vh.shape[1]), torch.zeros(rank, len(U))
+        A[:kept], B[:kept] = root[:, None] * Vh[:kept], (U[:, :kept] * root).T
+        tensors |= {f"{index}.{site}.A": A, f"{index}.{site}.B": B}
+    whole, lost = (sum(float(S[cut:].square().sum()) for _, S, _ in found.values()) for cut in (0, rank))
+    return Lora(chosen, tensors, sqrt(lost / whole) if whole else 0.0)
+
+
+def _rank(S: Tensor, energy: float) -> int:
+    """How many singular values hold the share; those that are only rounding count for nothing."""
+    squares = torch.where(S > S[:1] * len(S) * torch.finfo(S.dtype).eps, S, 0).square()
+    shares = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(S.dtype).tiny)
+    return min(int((shares < energy - 1e-12).sum()) + 1, len(S))
+
+
+def _text(sites: tuple[Site, ...], rank: int) -> str:
+    """A LoRA at just these sites, in as few terms as there are different sets of layers."""
+    layers: dict[str, list[int]] = {}
+    for site in sites:
+        layers.setdefault(site.name, []).append(site.layer)
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, where in layers.items():
+        names.setdefault(tuple(sorted(where)), []).append(name)
+    return " + ".join(
+        f"lora(r={rank}, alpha={rank}, at={'|'.join(those)})@{','.join(map(str, where))}"
+        for where, those in names.items()
+    )
