@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,6 +111,7 @@ def _keys(config: Mapping[str, object]) -> set[str]:
     """Names of all tensors of a model of this config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    asked: dict[str, Any] = dict(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**asked))  # type: ignore[no-untyped-call]
     return set(model.state_dict())
