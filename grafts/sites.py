@@ -10,11 +10,13 @@ from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Layers, 
 
 LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
 SUBLAYER = ("attn.out", "ffn.out")
-NORMS = ("norm.1", "norm.2")
+BLOCK_SITE = "block.out"
+FINAL_SITE = "norm.final"
+NORMS = ("norm.1", "norm.2", FINAL_SITE)
 KV_SITE = "kv"
 FEEDS = {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}  # all that read a norm's output
 ENDS = {"attn.out": "attn.o", "ffn.out": "ffn.down"}  # the projection whose output a sublayer's is
-ALL = (*LINEAR, *SUBLAYER, *NORMS, KV_SITE)
+ALL = (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS, KV_SITE)
 
 # Module paths inside one decoder layer, per transformers architecture.
 LLAMA = {
@@ -29,7 +31,9 @@ LLAMA = {
     "ffn.out": "mlp",
     "norm.1": "input_layernorm",
     "norm.2": "post_attention_layernorm",
+    BLOCK_SITE: "",
 }
+OUTSIDE = {FINAL_SITE: "norm"}  # module paths beside the layers; the final norm stands in the last one
 ARCHITECTURES: Mapping[str, Mapping[str, str]] = {"llama": LLAMA}
 
 
@@ -117,7 +121,15 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     for part in slot.at.split("|"):
         if not _matches(part, shape.arch, allowed):
             raise SpecError(f"at: {part!r} matches no site for op {slot.op!r}; sites: {', '.join(allowed)}")
-    return tuple(Site(layer, name) for layer in _layers(slot.layers, shape) for name in names)
+    found = tuple(
+        Site(layer, name)
+        for layer in _layers(slot.layers, shape)
+        for name in names
+        if name != FINAL_SITE or layer == shape.layers - 1
+    )
+    if not found:
+        raise SpecError(f"layers: {slot.at!r} stands in none of them; {FINAL_SITE} is in the last, {shape.layers - 1}")
+    return found
 
 
 def sites_of(spec: GraftSpec, shape: ModelShape) -> tuple[tuple[int, Site], ...]:
@@ -140,21 +152,28 @@ def sublayers(at: str) -> tuple[str, ...]:
     return tuple(name for name in SUBLAYER if any(_named(part, name) for part in at.split("|")))
 
 
+def apart(at: str) -> bool:
+    """Whether `at` matches a site that no projection of a layer feeds or reads, whatever the backbone."""
+    return any(_named(part, name) for part in at.split("|") for name in (BLOCK_SITE, FINAL_SITE))
+
+
 def module_path(site: Site, arch: str) -> str:
     """Path of the site's module inside the transformers decoder, e.g. `layers.3.self_attn.q_proj`."""
-    return f"layers.{site.layer}.{ARCHITECTURES[arch][site.name]}"
+    if site.name in OUTSIDE:
+        return OUTSIDE[site.name]
+    return f"layers.{site.layer}.{ARCHITECTURES[arch][site.name]}".rstrip(".")
 
 
 def _allowed(slot: Slot) -> tuple[str, ...]:
     match slot:
         case Branch(tap="output"):
-            return SUBLAYER
+            return (*SUBLAYER, BLOCK_SITE)
         case Branch():
-            return (*LINEAR, *SUBLAYER)
+            return (*LINEAR, *SUBLAYER, BLOCK_SITE)
         case Affine(side="in"):
             return LINEAR
         case Affine():
-            return (*LINEAR, *SUBLAYER, *NORMS)
+            return (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS)
         case Norm() | Delta():
             return LINEAR
         case KV():
@@ -174,6 +193,8 @@ def _named(part: str, name: str) -> bool:
     """Whether `part` means the canonical site `name`."""
     if part in ("linear", "all-linear"):
         return name in LINEAR
+    if name == BLOCK_SITE:
+        return part == BLOCK_SITE  # the residual stream after the layer; no pattern means it
     if name in SUBLAYER and "*" in part and not part.endswith("out"):
         return False  # `attn.*` means the projections; the sublayer's output is named
     return fnmatchcase(name, part)
@@ -181,7 +202,7 @@ def _named(part: str, name: str) -> bool:
 
 def _check(site: Site, slots: Sequence[Slot]) -> None:
     branches = [slot for slot in slots if isinstance(slot, Branch)]
-    linear = [branch for branch in branches if branch.act == "identity" and branch.tap == "input"]
+    linear = [b for b in branches if b.act == "identity" and b.tap == "input" and not b.bias]
     norms = sum(isinstance(slot, Norm) for slot in slots)
     if norms and not branches:
         raise SpecError(f"at: norm at {site} has no branch to rescale; add lora at the same sites")
@@ -192,7 +213,8 @@ def _check(site: Site, slots: Sequence[Slot]) -> None:
         affines = [slot for slot in slots if isinstance(slot, Affine) and slot.side == side]
         if sum(slot.scale for slot in affines) > 1 or sum(slot.shift for slot in affines) > 1:
             raise SpecError(f"at: two scales or two shifts of one graft meet at {site}; give each site one of them")
-    if len({(branch.tap, branch.act, branch.dropout) for branch in branches}) > len({(b.tap, b.act) for b in branches}):
+    kinds = {(branch.tap, branch.act, branch.bias) for branch in branches}
+    if len({(b.tap, b.act, b.bias, b.dropout) for b in branches}) > len(kinds):
         raise SpecError(f"dropout: branches of one kind have different rates at {site}; give them the same")
 
 

@@ -85,8 +85,9 @@ def parameters(spec: GraftSpec, shape: ModelShape) -> int:
 def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
     """The operands of an op at a place, which without a form are the slot's tensors too."""
     match slot:
-        case Branch(rank=rank):
-            return {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
+        case Branch(rank=rank, bias=bias):
+            factors = {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
+            return factors | ({"a": Part((rank, 1))} if bias else {})
         case Affine(scale=scale, shift=shift, side=side):
             width = (place.d_in if side == "in" else place.d_out,)
             return ({"g": Part(width, "one")} if scale else {}) | ({"b": Part(width)} if shift else {})

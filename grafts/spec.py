@@ -50,7 +50,8 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch(_Slot):
-    """y += scale * B act(A t), with t the site's input or its own output; A is [rank, in], B^T is [rank, out].
+    """y += scale * B act(A t + a), with t the site's input or its own output; A is [rank, in], B^T is [rank, out], and
+    a [rank, 1] is there with `bias`.
 
     LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1)
     have an activation, serial ones tap the output of a sublayer, parallel ones its input.
@@ -63,6 +64,7 @@ class Branch(_Slot):
     act: Act = "identity"
     tap: Literal["input", "output"] = "input"
     dropout: float = 0.0
+    bias: bool = False
     op: Literal["branch"] = "branch"
 
     def __post_init__(self) -> None:
@@ -157,17 +159,18 @@ class GraftSpec:
     def mergeable(self) -> bool:
         """Whether every slot is affine in what a projection reads, so that the graft can be folded into the weights.
 
-        A branch around a whole sublayer is not, since its input is not the projection's.
+        A branch around a whole sublayer is not, since its input is not the projection's; nor is what acts on the
+        residual stream or after the final norm, where no projection of a layer ends or begins.
         """
-        from polygraft.grafts.sites import sublayers
+        from polygraft.grafts.sites import apart, sublayers
 
-        return all(
-            isinstance(slot, Affine | Norm | Delta)
-            or (
-                isinstance(slot, Branch) and slot.act == "identity" and (slot.tap == "output" or not sublayers(slot.at))
-            )
-            for slot in self.slots
-        )
+        def affine(slot: Slot) -> bool:
+            if isinstance(slot, Branch):
+                linear = slot.act == "identity" and not slot.bias
+                return linear and (slot.tap == "output" or not sublayers(slot.at)) and not apart(slot.at)
+            return isinstance(slot, Norm | Delta) or (isinstance(slot, Affine) and not apart(slot.at))
+
+        return all(affine(slot) for slot in self.slots)
 
     def to_json(self) -> str:
         return _ADAPTER.dump_json(self).decode()

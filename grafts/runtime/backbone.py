@@ -18,7 +18,7 @@ from polygraft.grafts.runtime.modules import SiteLinear, SiteNorm, Sublayer
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
-from polygraft.grafts.sites import ModelShape, Site, module_path
+from polygraft.grafts.sites import BLOCK_SITE, FINAL_SITE, ModelShape, Site, module_path
 
 FUSED = (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("ffn.gate", "ffn.up"), ("ffn.down",))
 
@@ -47,8 +47,9 @@ class Backbone:
         self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
         for layer in range(shape.layers):
             self._adopt(layer, prepack=prepack, block=block)
-        norm = self.decoder.norm
-        self.decoder.norm = SiteNorm(None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type,union-attr]
+        last = Site(shape.layers - 1, FINAL_SITE)
+        norm = self._module(last)
+        self._replace(last, SiteNorm(last, norm.weight, norm.variance_epsilon))  # type: ignore[arg-type]
         self.embedding: Tensor = self.decoder.embed_tokens.weight.detach()  # type: ignore[union-attr,operator]
         head: Tensor = model.lm_head.weight  # type: ignore[union-attr,assignment]
         self.head = FrozenLinear([head], [None], prepack=prepack, block=HEAD_BLOCK if training else None)
@@ -127,6 +128,8 @@ class Backbone:
             if isinstance(getattr(inner, "act_fn", None), SiLUActivation):
                 inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
             self._replace(site, Sublayer(site, inner))
+        whole = Site(layer, BLOCK_SITE)
+        self._replace(whole, Sublayer(whole, self._module(whole)))
 
     def _module(self, site: Site) -> nn.Module:
         return self.decoder.get_submodule(module_path(site, self.shape.arch))

@@ -81,14 +81,14 @@ class SiteLinear(nn.Module):
             for kind, stack in stacks.items():
                 if kind.op == "branch" and kind.variant.startswith("input"):
                     entries = tuple(entry for entry in stack.entries if entry not in apart)
-                    act = kind.variant.partition(".")[2]
+                    act = _act(kind)
                     found.append(Beside(member, stack.parts["A"], stack.parts["B"], route.segments(entries), act))
         return found
 
 
 def _apart(stacks: Mapping[Kind, Stack], route: RouteTable, shared: bool) -> Entries:
-    """Branches that do not read the projection's input as it is: by dropout, or by their graft's affine on an input
-    that other projections share."""
+    """Branches that are not computed together with the projections: those with a hidden bias, and those that do not
+    read the projection's input as it is, by dropout or by their graft's affine on an input that others share."""
     changed = {
         entry.graft
         for kind, stack in stacks.items()
@@ -100,12 +100,13 @@ def _apart(stacks: Mapping[Kind, Stack], route: RouteTable, shared: bool) -> Ent
         for kind, stack in stacks.items()
         if kind.op == "branch" and kind.variant.startswith("input")
         for entry in stack.entries
-        if entry.graft in changed or (entry.dropout and route.dropout_keys is not None)
+        if "a" in stack.parts or entry.graft in changed or (entry.dropout and route.dropout_keys is not None)
     )
 
 
 class Sublayer(nn.Module):
-    """Attention or feed-forward as a whole: branches and affines on its output, before the residual sum."""
+    """Attention or feed-forward as a whole, branches and affines on its output before the residual sum; or a whole
+    layer, the same on the residual stream after it."""
 
     def __init__(self, site: Site, inner: nn.Module) -> None:
         super().__init__()
@@ -131,15 +132,13 @@ class Sublayer(nn.Module):
 class SiteNorm(nn.Module):
     """A frozen RMS norm, y = w x / rms(x) in float32 inside, and the affines of the rows' grafts after it."""
 
-    def __init__(self, site: Site | None, weight: Tensor, eps: float) -> None:
+    def __init__(self, site: Site, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.site, self.eps = site, eps
         self.weight = weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         y = rms_norm(x, self.weight, self.eps)
-        if self.site is None:
-            return y
         route = current()
         stacks = route.stacks.get(self.site)
         if stacks:
@@ -196,8 +195,12 @@ def _branches(
             into = x
             if segments.dropped and route.dropout_keys is not None:
                 into = dropout(x, segments, route.dropout_keys, crc32(f"{site}.{kind.variant}".encode()) - (1 << 31))
-            y = branch(into, y, stack.parts["A"], stack.parts["B"], segments, kind.variant.partition(".")[2])
+            y = branch(into, y, stack.parts["A"], stack.parts["B"], segments, _act(kind), stack.parts.get("a"))
     return y
+
+
+def _act(kind: Kind) -> str:
+    return kind.variant.split(".")[1]
 
 
 def _affines_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> Tensor:

@@ -250,8 +250,8 @@ class Stacks:
 
 def _kind(slot: Slot) -> Kind:
     match slot:
-        case Branch(tap=tap, act=act):
-            return Kind("branch", f"{tap}.{act}")
+        case Branch(tap=tap, act=act, bias=bias):
+            return Kind("branch", f"{tap}.{act}{'.a' if bias else ''}")
         case Affine(side=side, scale=scale, shift=shift):
             return Kind("affine", f"{side}{'.g' if scale else ''}{'.b' if shift else ''}")
         case Norm():

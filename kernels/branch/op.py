@@ -1,4 +1,4 @@
-"""The branch op: y[s] += scale_s * act(x[s] A_s^T) B_s over segments s of mixed rank (SGMV; Punica, Chen et al.
+"""The branch op: y[s] += scale_s * act(x[s] A_s^T + a_s) B_s over segments s of mixed rank (SGMV; Punica, Chen et al.
 2023)."""
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segments
 
 
-def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str = "identity") -> Tensor:
-    """Semantics: out = y; out[s.start:s.stop] += s.scale * act(x[s.start:s.stop] @ A[s.first:s.last]^T) @
-    B[s.first:s.last].
+def branch(
+    x_TI: Tensor,
+    y_TO: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    segments: Segments,
+    act: str = "identity",
+    a_R1: Tensor | None = None,
+) -> Tensor:
+    """Semantics: out = y; out[s.start:s.stop] += s.scale * act(x[s.start:s.stop] @ A[s.first:s.last]^T +
+    a[s.first:s.last]^T) @ B[s.first:s.last].
 
-    x [T, in], y [T, out], A [R, in] and B [R, out] of one dtype, R the ranks of all grafts in the stack, never padded.
+    x [T, in], y [T, out], A [R, in] and B [R, out] of one dtype, R the ranks of all grafts in the stack, never padded;
+    a [R, 1] or None, the hidden biases.
     Segments may overlap. Differentiable in x, y, A and B; the sums over rows of dA and dB stay inside a segment, so
     they do not depend on other segments (row invariance, docs/architecture.md). Where neither A nor B can collect a
     gradient the op may multiply rows by foreign ranks and select the products out before B; the caller vouches that
@@ -26,34 +35,44 @@ def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Seg
     """
     if not segments.runs:
         return y_TO
-    if x_TI.is_cuda:
+    if x_TI.is_cuda and a_R1 is None:
         from polygraft.kernels.branch import gpu  # Triton is loaded only where there is a GPU
 
         return gpu.branch(x_TI, y_TO, A_RI, B_RO, segments, act)
     if torch.is_grad_enabled() and (
         x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad
     ):
-        return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
+        return _Branch.apply(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)  # type: ignore[no-any-return,no-untyped-call]
     if A_RI.requires_grad or B_RO.requires_grad:  # evaluation in training: as in a step
-        return _segmented(x_TI, y_TO, A_RI, B_RO, segments, act)[0]
+        return _segmented(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)[0]
     runs = ((run.count, run.rows, run.size) for run in segments.runs)
     if cost.stacking_pays(len(x_TI), len(A_RI), runs, A_RI.shape[1], B_RO.shape[1]):
-        return _stacked(x_TI, y_TO, A_RI, B_RO, segments, act)
-    return _segmented(x_TI, y_TO, A_RI, B_RO, segments, act)[0]
+        return _stacked(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)
+    return _segmented(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)[0]
 
 
-def _stacked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
+def _stacked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str) -> Tensor:
     factor, foreign = segments.scales_TR(len(x), len(A), x)
-    hidden = activation.ACTIVATIONS[act](x @ A.T)
+    hidden = activation.ACTIVATIONS[act](x @ A.T if a is None else x @ A.T + a.T)
     return torch.addmm(y, (hidden * factor).masked_fill_(foreign, 0).to(y.dtype), B)
 
 
-def _segmented(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> tuple[Tensor, list[Tensor]]:
+def _segmented(
+    x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
+) -> tuple[Tensor, list[Tensor]]:
     out = y.clone()
-    return out, add_branch_(out, x, A, B, segments, act)
+    return out, add_branch_(out, x, A, B, segments, act, a)
 
 
-def add_branch_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str) -> list[Tensor]:
+def add_branch_(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    segments: Segments,
+    act: str,
+    a_R1: Tensor | None = None,
+) -> list[Tensor]:
     """The branch added to y in place, outside autograd; y may be columns of a wider tensor.
 
     Returns what `branch_gradients` needs: the activation's input of every run, [count, rows, rank].
@@ -61,6 +80,8 @@ def add_branch_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_RO: Tensor, segments
     hiddens = []
     for run in segments.runs:
         hidden = segment_bmm(run.batch(x_TI), run.stack(A_RI).transpose(1, 2))
+        if a_R1 is not None:
+            hidden += run.stack(a_R1).transpose(1, 2)
         hiddens.append(hidden)
         up = run.scaled(activation.forward(act, hidden))
         add_segment_bmm_(run.batch(y_TO), up, run.stack(B_RO))
@@ -76,8 +97,10 @@ def branch_gradients(
     act: str,
     hiddens: Sequence[Tensor],
     dx_TI: Tensor | None,
+    da_R1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) for the gradient of y + branch; the branch's share of x's gradient is added to dx in place."""
+    """(dA, dB) for the gradient of y + branch; the branch's shares of the gradients of x and of the hidden biases are
+    added to dx and da in place."""
     make = torch.empty_like if segments.covers(len(A_RI)) else torch.zeros_like
     dA, dB = make(A_RI), make(B_RO)
     for run, hidden in zip(segments.runs, hiddens):
@@ -89,6 +112,9 @@ def branch_gradients(
                 segment_bmm(left.transpose(1, 2), right, out=into)
             else:
                 into.add_(segment_bmm(left.transpose(1, 2), right))
+        if da_R1 is not None:
+            for own, slope in zip(run.stack(da_R1), dh):  # a sum over a segment's rows has that segment's shape alone
+                own.add_(slope.sum(0).unsqueeze(1))
         if dx_TI is not None:
             add_segment_bmm_(run.batch(dx_TI), dh, run.stack(A_RI))
     return dA, dB
@@ -96,10 +122,12 @@ def branch_gradients(
 
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
-        out, hiddens = _segmented(x, y, A, B, segments, act)
+    def forward(
+        ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
+    ) -> Tensor:
+        out, hiddens = _segmented(x, y, A, B, a, segments, act)
         ctx.save_for_backward(x, A, B, *hiddens)
-        ctx.segments, ctx.act = segments, act  # type: ignore[attr-defined]
+        ctx.segments, ctx.act, ctx.biased = segments, act, a is not None  # type: ignore[attr-defined]
         return out
 
     @staticmethod
@@ -108,5 +136,6 @@ class _Branch(torch.autograd.Function):
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
         grad = grad.contiguous()
         dx = torch.zeros_like(x) if needs[0] else None
-        dA, dB = branch_gradients(grad, x, A, B, ctx.segments, ctx.act, hiddens, dx)  # type: ignore[attr-defined]
-        return dx, grad if needs[1] else None, dA, dB, None, None
+        da = A.new_zeros(len(A), 1) if ctx.biased else None  # type: ignore[attr-defined]
+        dA, dB = branch_gradients(grad, x, A, B, ctx.segments, ctx.act, hiddens, dx, da)  # type: ignore[attr-defined]
+        return dx, grad if needs[1] else None, dA, dB, da, None, None

@@ -21,7 +21,7 @@ from tests.grafts.oracle.table import ALL, MORE
 
 # What no method of the table does: affines of norms and sublayers, and linear branches on a sublayer's output.
 CORNERS = {
-    "norms": Row("bitfit(at=norm.*) + ia3(at=norm.2|attn.k, feedforward=attn.q|ffn.down)"),
+    "norms": Row("bitfit(at=norm.[12]) + ia3(at=norm.2|attn.k, feedforward=attn.q|ffn.down)"),
     "sublayers": Row("serial(3, act=identity) + ia3(at=ffn.out|attn.o, feedforward=) + bitfit(at=*.out|ffn.down)"),
     "dora beside others": Row("dora(r=3) + loha(r=2, at=attn.q) + bitfit + ia3(at=norm.1)"),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +38,24 @@ def test_every_activation_equals_the_reference(act: str, dtype: torch.dtype) -> 
     inputs, upstream = branch_inputs(case, dtype)
     got = run(branch, inputs, case.segments, act, upstream=upstream)
     assert_close(got, run(reference.branch, inputs, case.segments, act, upstream=upstream), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("act", ["identity", "gelu"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_hidden_biases_equal_the_reference(case: Case, act: str) -> None:
+    inputs, upstream = branch_inputs(case, torch.float64)
+    inputs["a"] = torch.linspace(-1, 1, case.stack_rows, dtype=torch.float64).unsqueeze(1)
+
+    def biased(
+        op: Callable[..., Tensor], x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor, segments: Segments
+    ) -> Tensor:
+        return op(x, y, A, B, segments, act, a)
+
+    got = run(partial(biased, branch), inputs, case.segments, upstream=upstream)
+    want = run(partial(biased, reference.branch), inputs, case.segments, upstream=upstream)
+    assert_close(got, {name: want.get(name, torch.zeros(1)).expand_as(got[name]) for name in got}, 1e-12)
+    with torch.no_grad():
+        assert_close({"out": biased(branch, **inputs, segments=case.segments)}, {"out": got["out"]}, 1e-12)
 
 
 def test_an_unknown_activation_is_refused() -> None:

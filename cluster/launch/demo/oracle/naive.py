@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Oracle, Place, plain_llama, split
+from polygraft.cluster.launch.demo.oracle.plain import SHARED, Oracle, Place, module_of, plain_llama, split
 
 Parts = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Parts], None]
@@ -71,7 +71,7 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
             for parts in sites.values() if owner == slot and site == SHARED else ():
                 parts[part] = leaf
         for (layer, site), parts in sites.items():
-            hook(model.model.layers[layer].get_submodule(MODULES[site]), parts)
+            hook(model.get_submodule(module_of(layer, site)), parts)
     rows = {split(name)[1:]: leaf for name, leaf in leaves.items() if split(name)[2] == "kv"}
 
     def logits(ids: Tensor) -> Tensor:

@@ -23,7 +23,11 @@ MODULES = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
     "ffn.out": "mlp",
+    "norm.1": "input_layernorm",
+    "norm.2": "post_attention_layernorm",
+    "block.out": "",
 }
+OUTSIDE = {"norm.final": "model.norm", "embed": "model.embed_tokens"}  # beside the layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,11 @@ def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.train(False)
     frozen: PreTrainedModel = model
     return frozen
+
+
+def module_of(layer: int, site: str) -> str:
+    """Path of a site's module in LlamaForCausalLM."""
+    return OUTSIDE.get(site) or f"model.layers.{layer}.{MODULES[site]}".rstrip(".")
 
 
 def split(name: str) -> tuple[int, int, str, str]:
