@@ -47,29 +47,33 @@ class Lowered:
         for index, site, place in self._sites:
             slot = self.spec.slots[index]
             assert slot.form is not None
-            read = {
-                tensor.part: values[tensor.name] for tensor in self._of_slot[index] if tensor.site in (None, site)
-            }
+            read = self._read(index, site)
             if isinstance(slot, Delta):
-                made: Mapping[str, Tensor] = {"t": torch.cat([value.reshape(-1, 1) for value in read.values()])}
+                columns = [values[tensor.name].reshape(-1, 1) for tensor in _generating(read)]
+                made: Mapping[str, Tensor] = {"t": torch.cat(columns)}
             else:
                 lowering = Lowering(place, lambda site=site: self._weight(site), draw)  # type: ignore[misc]
-                made = form(slot.form.name).operands(slot, read, lowering, **slot.form.keywords())
+                made = form(slot.form.name).operands(
+                    slot, {tensor.part: values[tensor.name] for tensor in read}, lowering, **slot.form.keywords()
+                )
             found |= {f"{index}.{site}.{part}": value for part, value in made.items()}
         return {operand.name: found[operand.name] for operand in self.operands}
 
-    def generator(self, index: int, site: Site) -> Callable[[Tensor], Tensor]:
-        """The dense W of a delta slot at a site as a function of its operand."""
+    def generator(self, index: int, site: Site, values: Values) -> Callable[[Tensor], Tensor]:
+        """The dense W of a delta slot at a site as a function of its operand; what is not in the operand is read from
+        `values` where it lies."""
         slot = self.spec.slots[index]
         assert slot.form is not None
         declared, arguments, weight = form(slot.form.name), slot.form.keywords(), self._weight
         place = next(place for i, s, place in self._sites if (i, s) == (index, site))
-        read = [tensor for tensor in self._of_slot[index] if tensor.site in (None, site)]
+        read = self._read(index, site)
+        moving = _generating(read)
+        fixed = {tensor.part: values[tensor.name] for tensor in read if tensor not in moving}
 
         def generate(flat: Tensor) -> Tensor:
-            pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in read])
-            values = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(read, pieces)}
-            return declared.operands(slot, values, Lowering(place, lambda: weight(site)), **arguments)["W"]
+            pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in moving])
+            parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces)}
+            return declared.operands(slot, fixed | parts, Lowering(place, lambda: weight(site)), **arguments)["W"]
 
         return generate
 
@@ -82,9 +86,14 @@ class Lowered:
         reached = [(operand, gradient) for operand, gradient in reached if operand.requires_grad]
         if not reached:
             return [None] * len(leaves)
-        slopes = [gradient.view(operand.shape).to(operand.dtype) for operand, gradient in reached]
+        # Copied, so that where a gradient lay among those of other grafts cannot decide how a product of it is rounded.
+        slopes = [gradient.view(operand.shape).to(operand.dtype, copy=True) for operand, gradient in reached]
         found = torch.autograd.grad([operand for operand, _ in reached], [*leaves.values()], slopes, allow_unused=True)
         return [None if gradient is None else gradient.reshape(-1) for gradient in found]
+
+    def _read(self, index: int, site: Site) -> list[TensorSpec]:
+        """The tensors that the form of a slot reads at a site, the shared ones first."""
+        return [tensor for tensor in self._of_slot[index] if tensor.site in (None, site)]
 
     @cached_property
     def _of_slot(self) -> Mapping[int, list[TensorSpec]]:
@@ -102,6 +111,12 @@ def lower(
         slot if isinstance(slot, Delta) or slot.form is None else replace(slot, form=None) for slot in spec.slots
     )
     plain = replace(spec, slots=slots, hooks=())
+    made = [index for index, slot in enumerate(spec.slots) if slot.form is not None and slots[index].form is None]
     with torch.no_grad():
-        made = Lowered(spec, shape, weight).make(values)
-    return plain, {t.name: made[t.name] if t.name in made else values[t.name] for t in tensors(plain, shape)}
+        operands = Lowered(spec, shape, weight).make(values) if made else {}
+    return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in tensors(plain, shape)}
+
+
+def _generating(read: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+    """What the operand of a delta is made of (`sizes.operands`): the trained ones, all if none is."""
+    return [tensor for tensor in read if tensor.trained] or read

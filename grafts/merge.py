@@ -60,7 +60,7 @@ class Fold:
     ) -> None:
         if not spec.mergeable:
             raise SpecError(f"peft: {spec.method!r} cannot be folded into weights; serve it beside them")
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias, self._values = weight, bias, values
         self._lowered = Lowered(spec, shape, weight)
         with torch.no_grad():
             self._operands = self._lowered.make(values)
@@ -91,7 +91,7 @@ class Fold:
         found = rescaled = W + self._branches(site, W)
         for index, slot in self._slots.get(site, ()):
             if isinstance(slot, Delta):
-                generate = self._lowered.generator(index, site)
+                generate = self._lowered.generator(index, site, self._values)
                 found = found + generate(self._operand(index, site, "t", W)).to(W)
         for index, slot in self._slots.get(site, ()):
             if isinstance(slot, Norm):  # over W and its branch

@@ -57,24 +57,17 @@ def tensors(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
 
 def operands(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
     """Every operand of the graft's ops in the order of its slots and sites. A is [rank, in]; B lies transposed,
-    [rank, out]; the operand of a delta is all of its form's tensors at the site, flat, as a column."""
+    [rank, out]; the operand of a delta is its form's trained tensors at the site, flat, as a column."""
     found: list[TensorSpec] = []
     for index, places in _places(spec, shape).items():
         slot = spec.slots[index]
         for site, place in places.items():
             if isinstance(slot, Delta):
-                columns = sum(prod(part.shape) for part in generators(slot, tuple(places.values()), place).values())
-                found += _specs(index, slot, site, {"t": Part((columns, 1))})
+                rows = sum(prod(part.shape) for part in _generating(slot, tuple(places.values()), place))
+                found += _specs(index, slot, site, {"t": Part((rows, 1))})
             else:
                 found += _specs(index, slot, site, parts(slot, place))
     return tuple(found)
-
-
-def generators(slot: Slot, places: tuple[Place, ...], place: Place) -> Mapping[str, Part]:
-    """The tensors that the form of `slot` reads at a place: the shared ones, then the place's own."""
-    assert slot.form is not None
-    declared, arguments = form(slot.form.name), slot.form.keywords()
-    return {**declared.shared(slot, places, **arguments), **declared.own(slot, place, **arguments)}
 
 
 def parameters(spec: GraftSpec, shape: ModelShape) -> int:
@@ -112,3 +105,11 @@ def _specs(index: int, slot: Slot, site: Site | None, declared: Mapping[str, Par
         start = slot.start if slot.start is not None else part.start
         start = Call(start) if isinstance(start, str) else start
         yield TensorSpec(index, site, name, part.shape, start, part.trained and not slot.frozen)
+
+
+def _generating(slot: Delta, places: tuple[Place, ...], place: Place) -> list[Part]:
+    """What the operand of a delta is made of: the tensors its form reads at a place that train, all if none does."""
+    assert slot.form is not None
+    declared, arguments = form(slot.form.name), slot.form.keywords()
+    read = [*declared.shared(slot, places, **arguments).values(), *declared.own(slot, place, **arguments).values()]
+    return [part for part in read if part.trained and not slot.frozen] or read

@@ -165,10 +165,11 @@ class Stacks:
     def generators(self) -> Mapping[Site, Mapping[int, Callable[[Tensor], Tensor]]]:
         """What makes the dense matrices of the deltas at a site, by their first row in the stack."""
         found: dict[Site, dict[int, Callable[[Tensor], Tensor]]] = defaultdict(dict)
-        for made, own in zip(self.lowered, self.pieces):
+        for resident, made, own in zip(self.residents, self.lowered, self.pieces):
             for piece in own:
-                if piece.tensor.part == "t" and piece.tensor.site is not None:
-                    found[piece.tensor.site][piece.first] = made.generator(piece.tensor.slot, piece.tensor.site)
+                slot, site = piece.tensor.slot, piece.tensor.site
+                if piece.tensor.part == "t" and site is not None:
+                    found[site][piece.first] = made.generator(slot, site, resident.tensors)
         return found
 
     def refresh(self, graft: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
-from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.common.segments import Segment, Segments
 
 Generate = Callable[[Tensor], Tensor]
 
@@ -37,7 +37,7 @@ class _Delta(torch.autograd.Function):
         ctx.work = segments, generate  # type: ignore[attr-defined]
         out = y.clone()
         for s in segments:
-            W = generate[s.first](t[s.first : s.last]).to(x.dtype)
+            W = generate[s.first](_own(t, s)).to(x.dtype)
             add_segment_bmm_(out[None, s.start : s.stop], x[None, s.start : s.stop], s.scale * W.T[None])
         return out
 
@@ -47,7 +47,7 @@ class _Delta(torch.autograd.Function):
         segments, generate = ctx.work  # type: ignore[attr-defined]
         dx, dt = torch.zeros_like(x), torch.zeros_like(t)
         for s in segments:
-            own = t[s.first : s.last].detach().requires_grad_()
+            own = _own(t, s).requires_grad_()
             with torch.enable_grad():
                 W = generate[s.first](own)
             rows, dy = x[s.start : s.stop], grad[s.start : s.stop]
@@ -55,3 +55,8 @@ class _Delta(torch.autograd.Function):
             dW = segment_bmm(dy.T[None], rows[None])[0].to(W.dtype) * s.scale
             dt[s.first : s.last] += torch.autograd.grad(W, own, dW)[0]
         return dx, grad, dt, None, None
+
+
+def _own(t: Tensor, s: Segment) -> Tensor:
+    """A segment's numbers, copied: where they lie among others' must not decide how a product of them is rounded."""
+    return t[s.first : s.last].detach().clone()

@@ -42,20 +42,20 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp64: Backbone) -> None:
-    """In float64, where nothing but rounding may be left: 1e-9."""
+    """In float64, where nothing but rounding may be left: 1e-9, or what the oracle's own arithmetic allows."""
     row, prompts, slopes = ALL[name], *batch(fp64)
     values = row.values(fp64.shape, seed=3)
     expected, wanted = judged(row.oracle(fp64.folder, values, fp64.dtype), prompts, slopes)
     alone, own = ours([(row, values)], fp64, prompts, slopes)
     company = [(row, values), *((METHODS[other], METHODS[other].values(fp64.shape, seed=4)) for other in OTHERS)]
     packed, among = ours(company, fp64, prompts, slopes)
-    assert relative(alone, expected) < 1e-9
+    assert relative(alone, expected) < row.tolerance
     assert relative(packed, alone) < 1e-9
     trained = [t.name for t in tensors(row.spec, fp64.shape) if t.trained]
     assert list(own) == trained and set(wanted) == set(trained)
     for tensor in trained:
         assert wanted[tensor].norm() > 0, f"{tensor} plays no part"
-        assert relative(own[tensor], wanted[tensor]) < 1e-9, tensor
+        assert relative(own[tensor], wanted[tensor]) < row.tolerance, tensor
         assert relative(among[tensor], own[tensor]) < 1e-9, tensor
 
 

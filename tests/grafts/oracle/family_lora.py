@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, _after, lora
+from polygraft.cluster.launch.demo.oracle.naive import Hook, after, lora
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, Place, split
 from tests.grafts.oracle.row import LINEAR, Row
 
 
 def middle(scale: float) -> Hook:
     """W x + s B M A x (MoSLoRA: Wu et al. 2024, eq. 6; LoRA-XS: Balazy et al. 2024, section 3)."""
-    return _after(lambda x, y, p: y + scale * (x @ p["A"].T @ p["M"].T) @ p["B"])
+    return after(lambda x, y, p: y + scale * (x @ p["A"].T @ p["M"].T) @ p["B"])
 
 
 def _shifted(scale: float) -> Mapping[int, Hook]:

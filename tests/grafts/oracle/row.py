@@ -28,7 +28,8 @@ class Row:
     """A graft as users write it, and its oracle: a PEFT config, or the equation of each slot in the order they apply.
 
     `place` says where PEFT's model keeps a tensor of ours, for methods that `peft_oracle` does not know by itself;
-    `fixed` replaces random values that mean something (indices, orthogonal factors).
+    `fixed` replaces random values that mean something (indices, orthogonal factors). `tolerance` is wider than rounding
+    in float64 where PEFT computes in float32 whatever the model's dtype.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Row:
     hooks: Callable[[], Mapping[int, Hook]] = dict
     place: Callable[[PeftModel, str, Tensor], Place] | None = None
     fixed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values
+    tolerance: float = 1e-9
 
     @property
     def spec(self) -> GraftSpec:

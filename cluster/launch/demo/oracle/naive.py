@@ -19,12 +19,12 @@ Hook = Callable[[nn.Module, Parts], None]
 
 def lora(scale: float) -> Hook:
     """h = W x + (alpha / r) B A x (Hu et al. 2021, eq. 3)."""
-    return _after(lambda x, y, p: y + scale * (x @ p["A"].T) @ p["B"])
+    return after(lambda x, y, p: y + scale * (x @ p["A"].T) @ p["B"])
 
 
 def ia3_after() -> Hook:
     """Keys and values scaled elementwise (Liu et al. 2022, section 3.3)."""
-    return _after(lambda x, y, p: y * p["g"])
+    return after(lambda x, y, p: y * p["g"])
 
 
 def ia3_before() -> Hook:
@@ -38,17 +38,33 @@ def ia3_before() -> Hook:
 
 def bitfit() -> Hook:
     """W x + b with only b trained (Ben Zaken et al. 2022, section 3)."""
-    return _after(lambda x, y, p: y + p["b"])
+    return after(lambda x, y, p: y + p["b"])
 
 
 def serial() -> Hook:
     """h + W_up gelu(W_down h) on a sublayer's output h (Houlsby et al. 2019, figure 2), without biases."""
-    return _after(lambda x, y, p: y + F.gelu(y @ p["A"].T) @ p["B"])
+    return after(lambda x, y, p: y + F.gelu(y @ p["A"].T) @ p["B"])
 
 
 def parallel(scale: float) -> Hook:
     """h + s relu(x W_down) W_up with x the sublayer's input (He et al. 2022, table 1)."""
-    return _after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T) @ p["B"])
+    return after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T) @ p["B"])
+
+
+def after(equation: Callable[[Tensor, Tensor, Parts], Tensor]) -> Hook:
+    """The hook that puts equation(x, y, parts) in place of a module's output y for its input x."""
+
+    def hook(module: nn.Module, parts: Parts) -> None:
+        def forward(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: object) -> object:
+            x = args[0] if args else kwargs["hidden_states"]
+            if isinstance(out, tuple):
+                return equation(x, out[0], parts), *out[1:]
+            assert isinstance(out, Tensor)
+            return equation(x, out, parts)
+
+        module.register_forward_hook(forward, with_kwargs=True)
+
+    return hook
 
 
 def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
@@ -83,20 +99,6 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
         return result
 
     return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
-
-
-def _after(equation: Callable[[Tensor, Tensor, Parts], Tensor]) -> Hook:
-    def hook(module: nn.Module, parts: Parts) -> None:
-        def forward(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: object) -> object:
-            x = args[0] if args else kwargs["hidden_states"]
-            if isinstance(out, tuple):
-                return equation(x, out[0], parts), *out[1:]
-            assert isinstance(out, Tensor)
-            return equation(x, out, parts)
-
-        module.register_forward_hook(forward, with_kwargs=True)
-
-    return hook
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

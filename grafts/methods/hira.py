@@ -1,0 +1,80 @@
+"""dW made from W itself.
+
+- HiRA (Huang et al. 2025, ICLR, eq. 3): dW = W * (B A), elementwise.
+- HiWi (Liao et al. 2023, arXiv 2305.16742, section 3.2): an adapter on the rows of W, dW = s relu(W A) B, so that its
+  numbers can be thrown away after training.
+- PEANuT (arXiv 2410.01870, eq. 5): the same on the columns with `depth` residual layers between, dW^T = s N(W^T) B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.spec import Call, Delta, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def hira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
+    return (Delta(at=at, form=Call("hira", (("r", r),))),)
+
+
+def hiwi(r: int = 16, scale: float = 1.0, at: str = "ffn.*") -> tuple[Slot, ...]:
+    return (Delta(at=at, form=Call("hiwi", (("r", r), ("scale", scale)))),)
+
+
+def peanut(r: int = 32, depth: int = 0, scale: float = 1.0, at: str = "linear") -> tuple[Slot, ...]:
+    return (Delta(at=at, form=Call("peanut", (("r", r), ("depth", depth), ("scale", scale)))),)
+
+
+def _hira_own(slot: Delta, place: Place, r: int) -> Parts:
+    return {"A": Part((r, place.d_in), "kaiming"), "B": Part((place.d_out, r))}
+
+
+def _hira(slot: Delta, values: Values, lowering: Lowering, r: int) -> Mapping[str, Tensor]:
+    BA = values["B"] @ values["A"]
+    return {"W": lowering.weight().to(BA.dtype) * BA}
+
+
+def _hiwi_own(slot: Delta, place: Place, r: int, scale: float) -> Parts:
+    return {"A": Part((r, place.d_in), "kaiming"), "B": Part((r, place.d_in))}
+
+
+def _hiwi(slot: Delta, values: Values, lowering: Lowering, r: int, scale: float) -> Mapping[str, Tensor]:
+    A, B = values["A"], values["B"]
+    return {"W": scale * (lowering.weight().to(A.dtype) @ A.T).relu() @ B}
+
+
+def _peanut_own(slot: Delta, place: Place, r: int, depth: int, scale: float) -> Parts:
+    inner = {f"{name}{i}": Part((r, r), "kaiming") for name in ("encoder", "decoder") for i in range(depth)}
+    return {"A": Part((r, place.d_out), "kaiming"), **inner, "B": Part((place.d_out, r))}
+
+
+def _peanut(slot: Delta, values: Values, lowering: Lowering, r: int, depth: int, scale: float) -> Mapping[str, Tensor]:
+    A, B = values["A"], values["B"]
+    h = (lowering.weight().to(A.dtype).T @ A.T).relu()
+    outer = []
+    for i in range(depth):
+        outer.append(h)
+        h = (h @ values[f"encoder{i}"].T).relu()
+    for i in range(depth):
+        h = (h @ values[f"decoder{i}"].T).relu() + outer.pop()
+    return {"W": scale * B @ h.T}
+
+
+METHODS = (
+    Method("hira", "OpenReview TwJrTz9cRS", 4.5e-3, hira),
+    Method("hiwi", "arXiv 2305.16742", 1e-3, hiwi),
+    Method("peanut", "arXiv 2410.01870", 1e-4, peanut),
+)
+FORMS = (
+    Form("hira", _hira, _hira_own),
+    Form("hiwi", _hiwi, _hiwi_own),
+    Form("peanut", _peanut, _peanut_own),
+)

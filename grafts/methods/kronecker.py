@@ -1,0 +1,119 @@
+"""dW made of Kronecker products.
+
+- LoKr (Yeh et al. 2024, arXiv 2309.14859, eq. 8): dW = (alpha / r) C (x) (B A), each factor low-rank only where that
+  makes it smaller.
+- KronA (Edalati et al. 2022, arXiv 2212.10650, eq. 4): dW = s A (x) B with two full factors.
+- KAdaptation (He et al. 2022, arXiv 2203.16329, eq. 5): dW = sum_i S_i (x) (s_i t_i^T), the slow weights S_i shared by
+  all sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.spec import Call, Delta, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def lokr(r: int = 8, alpha: float = 8.0, at: str = "linear", factor: int = -1, both: int = 0) -> tuple[Slot, ...]:
+    """`factor` is the wished size of C, -1 for as square as possible; with `both`, C is made low-rank too."""
+    arguments = (("r", r), ("scale", alpha / max(r, 1)), ("factor", factor), ("both", both))
+    return (Delta(at=at, form=Call("lokr", arguments)),)
+
+
+def krona(scale: float = 1.0, at: str = "linear", factor: int = -1) -> tuple[Slot, ...]:
+    return (Delta(at=at, form=Call("krona", (("scale", scale), ("factor", factor)))),)
+
+
+def kadaptation(n: int = 4, at: str = "linear") -> tuple[Slot, ...]:
+    """`n` slow weights of n x n numbers."""
+    return (Delta(at=at, form=Call("kadaptation", (("n", n),))),)
+
+
+def factors(width: int, wished: int) -> tuple[int, int]:
+    """Two numbers whose product is `width`: the wished one first if it divides, else the divisor nearest below it and
+    the square root."""
+    if wished > 0 and width % wished == 0:
+        return wished, width // wished
+    below = min(isqrt(width), wished if wished > 0 else width)
+    first = next(m for m in range(below, 0, -1) if width % m == 0)
+    return first, width // first
+
+
+def divided(place: Place, n: int) -> tuple[int, int]:
+    """Widths of the input and output over n; raises SpecError where there is a rest."""
+    for width in (place.d_in, place.d_out):
+        if n < 1 or width % n:
+            raise SpecError(f"n: {n} does not divide the width {width} of {place.name}; give a common divisor")
+    return place.d_in // n, place.d_out // n
+
+
+def _lokr_own(slot: Delta, place: Place, r: int, scale: float, factor: int, both: int) -> Parts:
+    (in_1, in_2), (out_1, out_2) = factors(place.d_in, factor), factors(place.d_out, factor)
+    if both and r < max(out_1, in_1) / 2:
+        first = {"C1": Part((out_1, r)), "C2": Part((r, in_1), "kaiming")}
+    else:
+        first = {"C": Part((out_1, in_1))}
+    if r < max(out_2, in_2) / 2:
+        return first | {"B": Part((out_2, r), "kaiming"), "A": Part((r, in_2), "kaiming")}
+    return first | {"BA": Part((out_2, in_2), "kaiming")}
+
+
+def _lokr(
+    slot: Delta, values: Values, lowering: Lowering, r: int, scale: float, factor: int, both: int
+) -> Mapping[str, Tensor]:
+    from torch import kron
+
+    C = values["C"] if "C" in values else values["C1"] @ values["C2"]
+    BA = values["BA"] if "BA" in values else values["B"] @ values["A"]
+    return {"W": scale * kron(C, BA)}
+
+
+def _krona_own(slot: Delta, place: Place, scale: float, factor: int) -> Parts:
+    (in_1, in_2), (out_1, out_2) = factors(place.d_in, factor), factors(place.d_out, factor)
+    return {"A": Part((out_1, in_1), "kaiming"), "B": Part((out_2, in_2))}
+
+
+def _krona(slot: Delta, values: Values, lowering: Lowering, scale: float, factor: int) -> Mapping[str, Tensor]:
+    from torch import kron
+
+    return {"W": scale * kron(values["A"], values["B"])}
+
+
+def _kadaptation_own(slot: Delta, place: Place, n: int) -> Parts:
+    d_in, d_out = divided(place, n)
+    return {"s": Part((n, d_out)), "t": Part((n, d_in), "normal")}
+
+
+def _kadaptation_shared(slot: Delta, places: Sequence[Place], n: int) -> Parts:
+    return {"S": Part((n, n, n), Call("normal", (("std", 1.0),)))}
+
+
+def _kadaptation(slot: Delta, values: Values, lowering: Lowering, n: int) -> Mapping[str, Tensor]:
+    return {"W": kronecker_sum(values["S"], values["s"].unsqueeze(2) * values["t"].unsqueeze(1))}
+
+
+def kronecker_sum(S: Tensor, T: Tensor) -> Tensor:
+    """sum_i S_i (x) T_i, [a c, b d] of S [n, a, b] and T [n, c, d]."""
+    (n, a, b), (_, c, d) = S.shape, T.shape
+    return (S.reshape(n, a * b).T @ T.reshape(n, c * d)).view(a, b, c, d).transpose(1, 2).reshape(a * c, b * d)
+
+
+METHODS = (
+    Method("lokr", "arXiv 2309.14859", 3e-3, lokr),
+    Method("krona", "arXiv 2212.10650", 1e-3, krona),
+    Method("kadaptation", "arXiv 2203.16329", 1e-3, kadaptation),
+)
+FORMS = (
+    Form("lokr", _lokr, _lokr_own),
+    Form("krona", _krona, _krona_own),
+    Form("kadaptation", _kadaptation, _kadaptation_own, _kadaptation_shared),
+)
