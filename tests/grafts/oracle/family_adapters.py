@@ -8,44 +8,44 @@ from peft import BeftConfig, LNTuningConfig, PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, _after
+from polygraft.cluster.launch.demo.oracle.naive import Hook, after
 from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
 from tests.grafts.oracle.row import Row
 
 
 def affine() -> Hook:
     """y = gamma y + beta (Lian et al. 2022, eq. 5)."""
-    return _after(lambda x, y, p: p["g"] * y + p["b"])
+    return after(lambda x, y, p: p["g"] * y + p["b"])
 
 
 def shift() -> Hook:
     """The bias of an adapter's second projection: h + W_up act(W_down h + b_down) + b_up in two hooks."""
-    return _after(lambda x, y, p: y + p["b"])
+    return after(lambda x, y, p: y + p["b"])
 
 
 def pfeiffer() -> Hook:
     """U ReLU(D h) + r with h and r the layer's output (Pfeiffer et al. 2021, MAD-X eq. 1), D with a bias."""
-    return _after(lambda x, y, p: y + F.relu(y @ p["A"].T + p["a"].T) @ p["B"])
+    return after(lambda x, y, p: y + F.relu(y @ p["A"].T + p["a"].T) @ p["B"])
 
 
 def houlsby() -> Hook:
     """h + W_up gelu(W_down h + b_down) on a sublayer's output (Houlsby et al. 2019, figure 2)."""
-    return _after(lambda x, y, p: y + F.gelu(y @ p["A"].T + p["a"].T) @ p["B"])
+    return after(lambda x, y, p: y + F.gelu(y @ p["A"].T + p["a"].T) @ p["B"])
 
 
 def parallel(scale: float) -> Hook:
     """h + s ReLU(x W_down + b_down) W_up (He et al. 2022, table 1; Chen et al. 2022, eq. 3)."""
-    return _after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T + p["a"].T) @ p["B"])
+    return after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T + p["a"].T) @ p["B"])
 
 
 def scaled() -> Hook:
     """h + s ReLU(x W_down) W_up with s trained (He et al. 2022, table 1)."""
-    return _after(lambda x, y, p: y + p["s"] * (F.relu(x @ p["A"].T) @ p["B"]))
+    return after(lambda x, y, p: y + p["s"] * (F.relu(x @ p["A"].T) @ p["B"]))
 
 
 def plain(scale: float) -> Hook:
     """h + s ReLU(x W_down) W_up (He et al. 2022, table 1)."""
-    return _after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T) @ p["B"])
+    return after(lambda x, y, p: y + scale * F.relu(x @ p["A"].T) @ p["B"])
 
 
 def _ln(model: PeftModel, name: str, value: Tensor) -> Place:
@@ -71,7 +71,7 @@ ROWS: Mapping[str, Row] = {
         hooks=lambda: {
             0: parallel(2.0),
             1: shift(),
-            2: _after(lambda x, y, p: y + 2.0 * (x @ p["A"].T) @ p["B"]),
+            2: after(lambda x, y, p: y + 2.0 * (x @ p["A"].T) @ p["B"]),
         },
     ),
     "scaled-parallel": Row("scaled-parallel(8)", hooks=lambda: {0: scaled()}),
