@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from peft import LoraConfig, PeftModel
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, after, lora
@@ -35,6 +36,26 @@ def _part_frozen(part: str) -> Callable[[PeftModel, str, Tensor], Place]:
     return place
 
 
+def gated(scale: float) -> Hook:
+    """W x + s W_u (g * (W_d x)) (SoRA: Ding et al. 2023, eq. 5)."""
+    return _after(lambda x, y, p: y + scale * (p["keep"] * (x @ p["A"].T)) @ p["B"])
+
+
+def nested(alpha: float, rank: int) -> Hook:
+    """W x + (alpha / b) W_up[:, :b] W_down[:b] x (DyLoRA: Valipour et al. 2022, eq. 5-7)."""
+    return _after(lambda x, y, p: y + alpha / rank * (x @ p["A"][:rank].T) @ p["B"][:rank])
+
+
+def adalora(model: PeftModel, name: str, value: Tensor) -> Place:
+    _, layer, site, part = split(name)
+    if part not in "AEB":
+        return Place(torch.zeros_like(value))  # PEFT keeps what it smooths outside the model
+    module = model.get_submodule(f"base_model.model.model.layers.{layer}.{MODULES[site]}")
+    module.ranknum["default"].requires_grad_(False)  # a count; PEFT 0.21 leaves it trainable beside several layers
+    views = {"A": lambda t: t, "E": lambda t: t.view(-1), "B": lambda t: t.T}
+    return Place(getattr(module, f"lora_{part}")["default"], views[part])
+
+
 ROWS: Mapping[str, Row] = {
     "pissa": Row("pissa(r=4, alpha=8)", hooks=lambda: _shifted(2.0)),
     "milora": Row("milora(r=4, alpha=2, at=attn.*)", hooks=lambda: _shifted(0.5)),
@@ -56,4 +77,12 @@ ROWS: Mapping[str, Row] = {
     "lora-plus": Row("lora-plus(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
     "moslora": Row("moslora(r=4, alpha=8)", hooks=lambda: {0: middle(2.0)}),
     "lora-xs": Row("lora-xs(r=4, alpha=8)", hooks=lambda: {0: middle(2.0)}),
+    "adalora": Row(
+        "adalora(r=6, alpha=8, target=4)",
+        lambda: AdaLoraConfig(init_r=6, target_r=4, lora_alpha=8, total_step=100, target_modules=LINEAR),
+        place=adalora,
+    ),
+    "sora": Row("sora(r=4, alpha=8)", hooks=lambda: {0: gated(2.0)}),
+    "dylora": Row("dylora(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "lora-dropout": Row("lora-dropout(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
 }

@@ -1,0 +1,44 @@
+"""A job trained by torch's own AdamW on an oracle: another model, another loop, the recipe's arithmetic written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polygraft.cluster.launch.demo.oracle.plain import Oracle
+from polygraft.trainers.job import TrainJob
+
+
+def trained(
+    oracle: Oracle,
+    job: TrainJob,
+    *,
+    rate: Callable[[str], float] = lambda name: 1.0,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Tensor]:
+    """The trained tensors by our names; `rate` is a factor on a tensor's learning rate, `penalty` is added to the
+    loss of every global batch, `after_step` runs when the parameters have moved."""
+    recipe = job.recipe
+    groups = [
+        {"params": [place.parameter], "factor": rate(name.rpartition(".")[2])} for name, place in oracle.places.items()
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
+    for step in range(job.steps_total):
+        optimiser.zero_grad()
+        loss = torch.as_tensor(penalty(), dtype=torch.float64)
+        for number in job.batch(step):
+            sample = job.train[number]
+            logits = oracle.logits(torch.tensor(sample.ids[:-1]))
+            losses = F.cross_entropy(logits, torch.tensor(sample.ids[1:]), reduction="none")
+            loss = loss + (losses * torch.tensor(sample.weights[1:])).sum() / job.batch_weight(step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_([place.parameter for place in oracle.places.values()], recipe.max_grad_norm)
+        for group in optimiser.param_groups:
+            group["lr"] = job.learning_rate(step) * group["factor"]
+        optimiser.step()
+        after_step(step)
+    return {name: place.view(place.parameter).detach().clone() for name, place in oracle.places.items()}
