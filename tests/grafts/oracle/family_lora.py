@@ -38,12 +38,12 @@ def _part_frozen(part: str) -> Callable[[PeftModel, str, Tensor], Place]:
 
 def gated(scale: float) -> Hook:
     """W x + s W_u (g * (W_d x)) (SoRA: Ding et al. 2023, eq. 5)."""
-    return _after(lambda x, y, p: y + scale * (p["keep"] * (x @ p["A"].T)) @ p["B"])
+    return after(lambda x, y, p: y + scale * (p["keep"] * (x @ p["A"].T)) @ p["B"])
 
 
 def nested(alpha: float, rank: int) -> Hook:
     """W x + (alpha / b) W_up[:, :b] W_down[:b] x (DyLoRA: Valipour et al. 2022, eq. 5-7)."""
-    return _after(lambda x, y, p: y + alpha / rank * (x @ p["A"][:rank].T) @ p["B"][:rank])
+    return after(lambda x, y, p: y + alpha / rank * (x @ p["A"][:rank].T) @ p["B"][:rank])
 
 
 def adalora(model: PeftModel, name: str, value: Tensor) -> Place:
