@@ -202,7 +202,7 @@ def _named(part: str, name: str) -> bool:
 
 def _check(site: Site, slots: Sequence[Slot]) -> None:
     branches = [slot for slot in slots if isinstance(slot, Branch)]
-    linear = [b for b in branches if b.act == "identity" and b.tap == "input" and not b.bias]
+    linear = [b for b in branches if (b.act, b.tap, b.bias, b.gate) == ("identity", "input", False, "none")]
     norms = sum(isinstance(slot, Norm) for slot in slots)
     if norms and not branches:
         raise SpecError(f"at: norm at {site} has no branch to rescale; add lora at the same sites")
@@ -213,8 +213,8 @@ def _check(site: Site, slots: Sequence[Slot]) -> None:
         affines = [slot for slot in slots if isinstance(slot, Affine) and slot.side == side]
         if sum(slot.scale for slot in affines) > 1 or sum(slot.shift for slot in affines) > 1:
             raise SpecError(f"at: two scales or two shifts of one graft meet at {site}; give each site one of them")
-    kinds = {(branch.tap, branch.act, branch.bias) for branch in branches}
-    if len({(b.tap, b.act, b.bias, b.dropout) for b in branches}) > len(kinds):
+    kinds = {(branch.tap, branch.act, branch.bias, branch.gate) for branch in branches}
+    if len({(b.tap, b.act, b.bias, b.gate, b.dropout) for b in branches}) > len(kinds):
         raise SpecError(f"dropout: branches of one kind have different rates at {site}; give them the same")
 
 

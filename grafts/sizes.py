@@ -78,9 +78,10 @@ def parameters(spec: GraftSpec, shape: ModelShape) -> int:
 def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
     """The operands of an op at a place, which without a form are the slot's tensors too."""
     match slot:
-        case Branch(rank=rank, bias=bias):
+        case Branch(rank=rank, bias=bias, gate=gate, experts=experts):
             factors = {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
-            return factors | ({"a": Part((rank, 1))} if bias else {})
+            scores = {"G": Part((experts, place.d_in), "kaiming")} if gate != "none" else {}
+            return factors | ({"a": Part((rank, 1))} if bias else {}) | scores
         case Affine(scale=scale, shift=shift, side=side):
             width = (place.d_in if side == "in" else place.d_out,)
             return ({"g": Part(width, "one")} if scale else {}) | ({"b": Part(width)} if shift else {})

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 Act = Literal["identity", "relu", "gelu", "silu", "tanh"]
+Gating = Literal["none", "sigmoid", "softmax"]
 Layers = tuple[int, ...] | None
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -55,6 +56,10 @@ class Branch(_Slot):
 
     LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1)
     have an activation, serial ones tap the output of a sublayer, parallel ones its input.
+
+    With a `gate` the ranks are split evenly among `experts`, and every row weighs each expert's hidden values: y +=
+    scale * B (w * act(A t)) with w = gate(G t), G [experts, in]: a sigmoid each, or a softmax over all, or over the
+    `top` highest where that is not 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -65,6 +70,9 @@ class Branch(_Slot):
     tap: Literal["input", "output"] = "input"
     dropout: float = 0.0
     bias: bool = False
+    gate: Gating = "none"
+    experts: int = 1
+    top: int = 0
     op: Literal["branch"] = "branch"
 
     def __post_init__(self) -> None:
@@ -72,6 +80,14 @@ class Branch(_Slot):
             raise SpecError(f"rank: {self.rank} is not a size; give at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise SpecError(f"dropout: {self.dropout} is outside [0, 1)")
+        if self.gate == "none" and (self.experts, self.top) != (1, 0):
+            raise SpecError(f"experts: {self.experts} of a branch without a gate; choose sigmoid or softmax")
+        if self.experts < 1 or self.rank % self.experts:
+            raise SpecError(f"experts: {self.experts} do not share rank {self.rank} evenly")
+        if not 0 <= self.top <= self.experts or (self.top and self.gate != "softmax"):
+            raise SpecError(f"top: {self.top} of {self.experts} experts with gate {self.gate!r}; a softmax chooses")
+        if self.gate != "none" and (self.dropout or self.bias):
+            raise SpecError("gate: a gated branch has no dropout, since its gate reads the same input, and no bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +182,7 @@ class GraftSpec:
 
         def affine(slot: Slot) -> bool:
             if isinstance(slot, Branch):
-                linear = slot.act == "identity" and not slot.bias
+                linear = slot.act == "identity" and not slot.bias and slot.gate == "none"
                 return linear and (slot.tap == "output" or not sublayers(slot.at)) and not apart(slot.at)
             return isinstance(slot, Norm | Delta) or (isinstance(slot, Affine) and not apart(slot.at))
 

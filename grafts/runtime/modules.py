@@ -15,6 +15,7 @@ from polygraft.grafts.runtime.route import RouteTable, current
 from polygraft.grafts.runtime.stacks import Entries, Kind, Stack
 from polygraft.grafts.sites import Site
 from polygraft.kernels.affine.op import affine
+from polygraft.kernels.branch.gated import Gate, gated
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.dropout import dropout
 from polygraft.kernels.delta.op import delta
@@ -187,8 +188,13 @@ def _branches(
     tap: str,
     among: Entries | None = None,
 ) -> Tensor:
-    """y plus the branches at a tap; of `among` only, where given."""
+    """y plus the branches at a tap; of those without a gate only `among`, where given."""
     for kind, stack in stacks.items():
+        if kind.op == "gated" and kind.variant.startswith(tap):
+            _, act, gate, top = kind.variant.split(".")
+            segments, gates = route.segments(stack.entries), route.segments(stack.gates)
+            A, B, G = (stack.parts[part] for part in "ABG")
+            y = gated(x, y, A, B, G, segments, gates, act, Gate(gate, int(top)))
         if kind.op == "branch" and kind.variant.startswith(tap):
             entries = stack.entries if among is None else tuple(entry for entry in stack.entries if entry in among)
             segments = route.segments(entries)

@@ -57,11 +57,13 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The tensors of one kind at one site, [rows of all its grafts, width] by part, and whose rows are where."""
+    """The tensors of one kind at one site, [rows of all its grafts, width] by part, and whose rows are where: those of
+    its first part in `entries`, those of gates in `gates`."""
 
     kind: Kind
     entries: Entries
     parts: Mapping[str, Tensor]
+    gates: Entries = ()
 
 
 class Piece(NamedTuple):
@@ -130,21 +132,23 @@ class Stacks:
         # Reversed, so that a scale comes before a shift (y * g + b).
         for (site, kind), parts in sorted(places.items(), reverse=True):
             built: dict[str, Tensor] = {}
-            entries: list[Entry] = []
+            placed: dict[str, Entries] = {}
             for part, members in parts.items():
                 heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
                 stack = torch.empty(
                     sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in WIDE else dtype
                 )
-                built[part], entries, first = stack, [], 0
+                built[part], first = stack, 0
+                entries: list[Entry] = []
                 for (index, tensor, slot), height in zip(members, heights):
                     pieces[index].append(Piece(tensor, stack, first, first + height))
                     scale, dropout = (slot.scale, slot.dropout) if isinstance(slot, Branch) else (1.0, 0.0)
                     entries.append(Entry(index, first, first + height, scale, dropout))
                     first += height
+                placed[part] = tuple(entries)
             if kind.op == "norm":
                 built["norm"] = torch.ones_like(built["m"])
-            at[site][kind] = Stack(kind, tuple(entries), built)
+            at[site][kind] = Stack(kind, next(iter(placed.values())), built, placed.get("G", ()))
         for made, own in zip(lowered, pieces):
             order = {tensor.name: i for i, tensor in enumerate(made.operands)}
             own.sort(key=lambda piece: order[piece.tensor.name])
@@ -251,8 +255,10 @@ class Stacks:
 
 def _kind(slot: Slot) -> Kind:
     match slot:
-        case Branch(tap=tap, act=act, bias=bias):
+        case Branch(tap=tap, act=act, bias=bias, gate="none"):
             return Kind("branch", f"{tap}.{act}{'.a' if bias else ''}")
+        case Branch(tap=tap, act=act, gate=gate, top=top):
+            return Kind("gated", f"{tap}.{act}.{gate}.{top}")
         case Affine(side=side, scale=scale, shift=shift):
             return Kind("affine", f"{side}{'.g' if scale else ''}{'.b' if shift else ''}")
         case Norm():

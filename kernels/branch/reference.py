@@ -1,9 +1,10 @@
-"""Ground truth of the branch op: one segment after the other in float32 (float64 stays float64)."""
+"""Ground truth of the branch op and the gated one: one segment after the other in float32 (float64 stays float64)."""
 
 import torch
 from torch import Tensor
 
 from polygraft.kernels.branch.activation import ACTIVATIONS
+from polygraft.kernels.branch.gated import Gate
 from polygraft.kernels.common.segments import Segments
 
 
@@ -24,4 +25,34 @@ def branch(
         hidden = hidden if a_R1 is None else hidden + a_R1[s.first : s.last].to(wide).T
         delta = s.scale * ACTIVATIONS[act](hidden) @ B_RO[s.first : s.last].to(wide)
         out = torch.cat([out[: s.start], out[s.start : s.stop] + delta, out[s.stop :]])
+    return out.to(y_TO.dtype)
+
+
+def gated(
+    x_TI: Tensor,
+    y_TO: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    G_EI: Tensor,
+    segments: Segments,
+    gates: Segments,
+    act: str,
+    gate: Gate,
+) -> Tensor:
+    """y[s] += s.scale * sum_i w_i act(x[s] A_i^T) B_i over the experts i of s, differentiable by autograd."""
+    wide = torch.promote_types(y_TO.dtype, torch.float32)
+    out = y_TO.to(wide)
+    for s, g in zip(segments, gates, strict=True):
+        x = x_TI[s.start : s.stop].to(wide)
+        scores = x @ G_EI[g.first : g.last].to(wide).T
+        weights = torch.sigmoid(scores) if gate.kind == "sigmoid" else torch.softmax(scores, dim=1)
+        if gate.kind == "softmax" and 0 < gate.top < g.size:
+            kept = weights * (scores >= scores.topk(gate.top, dim=1).values[:, -1:])
+            weights = kept / kept.sum(1, keepdim=True)
+        delta = torch.zeros_like(out[s.start : s.stop])
+        size = s.size // g.size
+        for i in range(g.size):
+            own = slice(s.first + i * size, s.first + (i + 1) * size)
+            delta = delta + weights[:, i : i + 1] * ACTIVATIONS[act](x @ A_RI[own].to(wide).T) @ B_RO[own].to(wide)
+        out = torch.cat([out[: s.start], out[s.start : s.stop] + s.scale * delta, out[s.stop :]])
     return out.to(y_TO.dtype)

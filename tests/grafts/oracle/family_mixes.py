@@ -1,0 +1,60 @@
+"""Mixtures of experts and gated branches, as naive models of their papers' equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, _after
+from tests.grafts.oracle.row import Row
+
+
+def molora(experts: int, scale: float, top: int = 0) -> Hook:
+    """y = W x + sum_i s_i E_i(x), s = softmax(W_g x) (Zadouri et al. 2023, eq. 1-2), E_i = scale B_i A_i; with `top`,
+    S_j = TopK(softmax(W_r x), K)_j / sum of the K (Gao et al. 2024, eq. 3)."""
+
+    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+        weights = torch.softmax(x @ p["G"].T, dim=-1)
+        if top:
+            worst = weights.topk(top, dim=-1).values.min(-1, keepdim=True).values
+            weights = torch.where(weights >= worst, weights, 0)
+            weights = weights / weights.sum(-1, keepdim=True)
+        for i, (A, B) in enumerate(zip(p["A"].chunk(experts), p["B"].chunk(experts))):
+            y = y + scale * weights[..., i : i + 1] * (x @ A.T @ B)
+        return y
+
+    return _after(equation)
+
+
+def hydralora(experts: int, scale: float) -> Hook:
+    """W = W_0 + sum_i w_i B_i A, w = softmax(W_g x) (Tian et al. 2024, eq. 4-5)."""
+
+    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+        weights, shared = torch.softmax(x @ p["G"].T, dim=-1), x @ p["A"].T
+        for i, B in enumerate(p["B"].chunk(experts)):
+            y = y + scale * weights[..., i : i + 1] * (shared @ B)
+        return y
+
+    return _after(equation)
+
+
+def moelora(experts: int, scale: float) -> Hook:
+    """h = W_0 x + alpha / r sum_i w_i B_i A_i x (Liu et al. 2023, eq. 5), w = softmax(W_T e) (eq. 7-8)."""
+
+    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+        weights = torch.softmax(p["T"] @ p["e"], dim=0)
+        for i, (A, B) in enumerate(zip(p["A"].chunk(experts), p["B"].chunk(experts))):
+            y = y + scale * weights[i] * (x @ A.T @ B)
+        return y
+
+    return _after(equation)
+
+
+ROWS: Mapping[str, Row] = {
+    "molora": Row("molora(r=2, experts=3, alpha=4)", hooks=lambda: {0: molora(3, 2.0)}),
+    "molora top 2": Row("molora(r=2, experts=4, alpha=4, at=attn.q|ffn.down, top=2)", hooks=lambda: {0: molora(4, 2.0, 2)}),
+    "hydralora": Row("hydralora(r=3, experts=2, alpha=6, at=attn.[qv]|ffn.down)", hooks=lambda: {0: hydralora(2, 2.0)}),
+    "moelora": Row("moelora(r=8, experts=4, alpha=4, task=3)", hooks=lambda: {0: moelora(4, 0.5)}),
+}
