@@ -50,9 +50,9 @@ def gated(
     act: str,
     gate: Gate,
 ) -> Tensor:
-    """Semantics: out = y; with s, g the i-th of `segments` and `gates`, h = act(x[s.start:s.stop] @ A[s.first:s.last]^T)
-    and w = gate(x[s.start:s.stop] @ G[g.first:g.last]^T), out[s.start:s.stop] += s.scale * (h * w') @ B[s.first:s.last],
-    w' being w with every expert's weight over its rank / experts neighbouring ranks.
+    """Semantics: out = y; with s and g the i-th of `segments` and `gates`, x_s = x[s.start:s.stop], h = act(x_s @
+    A[s.first:s.last]^T) and w = gate(x_s @ G[g.first:g.last]^T), out[s.start:s.stop] += s.scale * (h * w') @
+    B[s.first:s.last], w' being w with every expert's weight over its rank / experts neighbouring ranks.
 
     x [T, in], y [T, out], A [R, in], B [R, out] and G [E, in] of one dtype. Segments may overlap. Differentiable in x,
     y, A, B and G. One segment after the other, so that a segment's numbers are its own.

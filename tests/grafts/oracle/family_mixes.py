@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, _after
+from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
 from tests.grafts.oracle.row import Row
 
 
@@ -25,7 +25,7 @@ def molora(experts: int, scale: float, top: int = 0) -> Hook:
             y = y + scale * weights[..., i : i + 1] * (x @ A.T @ B)
         return y
 
-    return _after(equation)
+    return after(equation)
 
 
 def hydralora(experts: int, scale: float) -> Hook:
@@ -37,7 +37,7 @@ def hydralora(experts: int, scale: float) -> Hook:
             y = y + scale * weights[..., i : i + 1] * (shared @ B)
         return y
 
-    return _after(equation)
+    return after(equation)
 
 
 def moelora(experts: int, scale: float) -> Hook:
@@ -49,12 +49,25 @@ def moelora(experts: int, scale: float) -> Hook:
             y = y + scale * weights[i] * (x @ A.T @ B)
         return y
 
-    return _after(equation)
+    return after(equation)
+
+
+def gated_lora() -> Hook:
+    """W x + G_L B A x with G_L = sigmoid(W_G x) in place of LoRA's scale (Mao et al. 2022, section 3.1)."""
+    return after(lambda x, y, p: y + torch.sigmoid(x @ p["G"].T) * (x @ p["A"].T @ p["B"]))
+
+
+def gated_adapter() -> Hook:
+    """h' = G_A h_A + h_F with G_A = sigmoid(W_G h_F), h_A the adapter's output (Mao et al. 2022, section 3.1)."""
+    return after(lambda x, y, p: y + torch.sigmoid(y @ p["G"].T) * (torch.relu(y @ p["A"].T) @ p["B"]))
 
 
 ROWS: Mapping[str, Row] = {
     "molora": Row("molora(r=2, experts=3, alpha=4)", hooks=lambda: {0: molora(3, 2.0)}),
-    "molora top 2": Row("molora(r=2, experts=4, alpha=4, at=attn.q|ffn.down, top=2)", hooks=lambda: {0: molora(4, 2.0, 2)}),
+    "molora top 2": Row(
+        "molora(r=2, experts=4, alpha=4, at=attn.q|ffn.down, top=2)", hooks=lambda: {0: molora(4, 2.0, top=2)}
+    ),
     "hydralora": Row("hydralora(r=3, experts=2, alpha=6, at=attn.[qv]|ffn.down)", hooks=lambda: {0: hydralora(2, 2.0)}),
+    "unipelt-al": Row("unipelt-al(r=4, size=6)", hooks=lambda: {0: gated_lora(), 1: gated_adapter()}),
     "moelora": Row("moelora(r=8, experts=4, alpha=4, task=3)", hooks=lambda: {0: moelora(4, 0.5)}),
 }
