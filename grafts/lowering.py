@@ -52,7 +52,7 @@ class Lowered:
                 columns = [values[tensor.name].reshape(-1, 1) for tensor in _generating(read)]
                 made: Mapping[str, Tensor] = {"t": torch.cat(columns)}
             else:
-                lowering = Lowering(place, lambda site=site: self._weight(site), draw)  # type: ignore[misc]
+                lowering = Lowering(place, self._weights_beside(site), draw)
                 made = form(slot.form.name).operands(
                     slot, {tensor.part: values[tensor.name] for tensor in read}, lowering, **slot.form.keywords()
                 )
@@ -64,7 +64,7 @@ class Lowered:
         `values` where it lies."""
         slot = self.spec.slots[index]
         assert slot.form is not None
-        declared, arguments, weight = form(slot.form.name), slot.form.keywords(), self._weight
+        declared, arguments, weight = form(slot.form.name), slot.form.keywords(), self._weights_beside(site)
         place = next(place for i, s, place in self._sites if (i, s) == (index, site))
         read = self._read(index, site)
         moving = _generating(read)
@@ -73,9 +73,13 @@ class Lowered:
         def generate(flat: Tensor) -> Tensor:
             pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in moving])
             parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces)}
-            return declared.operands(slot, fixed | parts, Lowering(place, lambda: weight(site)), **arguments)["W"]
+            return declared.operands(slot, fixed | parts, Lowering(place, weight), **arguments)["W"]
 
         return generate
+
+    def _weights_beside(self, site: Site) -> Callable[..., Tensor]:
+        """W of `site`, or of another site in its layer by name."""
+        return lambda name=site.name: self._weight(Site(site.layer, name))
 
     def pull(self, values: Values, gradients: Sequence[Tensor | None], draw: int | None = None) -> list[Tensor | None]:
         """Gradients of the trained tensors, in their order, from flat ones of the operands in theirs."""

@@ -93,7 +93,7 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     def dims(self, name: str) -> tuple[int, int]:
-        """(input width, output width) of the site `name`; a norm and kv have equal ones."""
+        """(input width, output width) of the site `name`; a norm has equal ones."""
         q, kv, hidden, ffn = self.heads * self.head_dim, self.kv_width, self.hidden, self.ffn
         return {
             "attn.q": (hidden, q),
@@ -103,7 +103,7 @@ class ModelShape:
             "ffn.gate": (hidden, ffn),
             "ffn.up": (hidden, ffn),
             "ffn.down": (ffn, hidden),
-            KV_SITE: (kv, kv),
+            KV_SITE: (hidden, kv),
         }.get(name, (hidden, hidden))
 
 

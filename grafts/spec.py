@@ -117,11 +117,13 @@ class Norm(_Slot):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KV(_Slot):
-    """`length` trained rows before every layer's keys and values (prefix tuning, Li & Liang 2021, without the MLP)."""
+    """`length` trained rows before every layer's keys and values (prefix tuning, Li & Liang 2021); `aside`, every row
+    attends to them in a softmax of their own and no position is theirs (LLaMA-Adapter, Zhang et al. 2023)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     length: int
     at: str = "kv"
+    aside: bool = False
     op: Literal["kv"] = "kv"
 
     def __post_init__(self) -> None:
@@ -158,18 +160,19 @@ class GraftSpec:
     def __post_init__(self) -> None:
         if not self.slots:
             raise SpecError("peft: an empty union; name at least one method")
-        if sum(slot.op == "kv" for slot in self.slots) > 1:
+        modes = [slot.aside for slot in self.slots if isinstance(slot, KV)]
+        if len(modes) > len(set(modes)):
             raise SpecError("peft: two prefixes in one graft; give one with the sum of their lengths")
 
     @property
     def prefix_length(self) -> int:
         """Virtual tokens before a sequence; the prompt's positions start here (as in PEFT)."""
-        return next((slot.length for slot in self.slots if isinstance(slot, KV)), 0)
+        return next((slot.length for slot in self.slots if isinstance(slot, KV) and not slot.aside), 0)
 
     @property
     def prefix_layers(self) -> Layers:
         """The layers that have prefix rows, None for all; in the others the virtual tokens are not seen."""
-        return next((slot.layers for slot in self.slots if isinstance(slot, KV)), None)
+        return next((slot.layers for slot in self.slots if isinstance(slot, KV) and not slot.aside), None)
 
     @property
     def mergeable(self) -> bool:

@@ -77,12 +77,13 @@ class Part:
 class Lowering:
     """What the operands of a form may depend on beside its tensors.
 
-    `weight` gives the frozen W [out, in] of the site, float32 or wider. `draw` is a number of the job's optimiser step,
-    hashed with its seed, for forms that are redrawn each step; None when the graft is served or evaluated.
+    `weight` gives the frozen W [out, in] of the site, or of another in its layer by name, float32 or wider. `draw` is a
+    number of the job's optimiser step, hashed with its seed, for forms that are redrawn each step; None when the graft
+    is served or evaluated.
     """
 
     place: Place
-    weight: Callable[[], Tensor]
+    weight: Callable[..., Tensor]
     draw: int | None = None
 
 

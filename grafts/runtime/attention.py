@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from polygraft.grafts.runtime.route import RouteTable, current
 from polygraft.grafts.runtime.stacks import Entries, Kind
 from polygraft.grafts.sites import KV_SITE, ModelShape, Site
+from polygraft.kernels.kv.aside import aside
 from polygraft.kernels.kv.layout import Layout, Sequence
 from polygraft.kernels.kv.op import attend
 
@@ -52,7 +53,12 @@ def attention_forward(
     """The function in transformers' attention registry: flattens [1, heads, T, head_dim] and asks the current route."""
     route = current()
     q, k, v = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
-    out = route.attention(int(module.layer_idx), q, k, v, route=route, scaling=scaling)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    out = route.attention(layer, q, k, v, route=route, scaling=scaling)
+    stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv", "aside"))
+    if stack is not None:
+        pk, pv, kv_heads = stack.parts["k"], stack.parts["v"], key.shape[1]
+        out = aside(q, out, pk, pv, route.segments(stack.entries), kv_heads, scaling)
     return out.view(1, len(out), query.shape[1], -1), None
 
 

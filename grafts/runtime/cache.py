@@ -14,7 +14,7 @@ from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import Layers
+from polygraft.grafts.spec import KV, Layers
 
 BUCKET_BLOCKS = (
     4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
@@ -42,7 +42,8 @@ class KVCache:
     def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
         """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
         for tensor in tensors(resident.spec, self.shape):
-            if tensor.site is not None and tensor.part in ("k", "v"):
+            slot = resident.spec.slots[tensor.slot]
+            if isinstance(slot, KV) and not slot.aside and tensor.site is not None:
                 slots = _slots(table, 0, tensor.shape[0], self.block_size)
                 rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]
                 rows[slots] = resident.tensors[tensor.name].to(rows.dtype)

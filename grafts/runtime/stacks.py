@@ -263,7 +263,7 @@ def _kind(slot: Slot) -> Kind:
             return Kind("affine", f"{side}{'.g' if scale else ''}{'.b' if shift else ''}")
         case Norm():
             return Kind("norm")
-        case KV():
-            return Kind("kv")
+        case KV(aside=aside):
+            return Kind("kv", "aside" if aside else "")
         case Delta():
             return Kind("delta")

@@ -20,6 +20,10 @@ METHODS = {
     "beside": "parallel(3, at=attn.q|ffn.down, bias=1)",
     "scaled": "scaled-parallel(8)",
     "mam": "mam(length=3, size=8)",
+    "loreft": "loreft(r=3)",
+    "direft": "direft(r=2)@1",
+    "prefix-mlp": "prefix-mlp(length=4, hidden=16)",
+    "llama-adapter": "llama-adapter(length=5)",
 }
 STEPS = 20
 

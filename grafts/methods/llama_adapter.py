@@ -1,0 +1,32 @@
+"""LLaMA-Adapter: every row also attends to a trained prompt P, in a softmax of its own times a gate that starts at 0,
+h += g softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, eq. 4 to 8; the gate enters as it is,
+as in PEFT). Biases of W_k and W_v are left out. Which layers is for the user to say: the paper takes the topmost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.spec import KV, Call, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def llama_adapter(length: int = 10) -> tuple[Slot, ...]:
+    return (KV(length=length, aside=True, form=Call("llama-adapter")),)
+
+
+def _own(slot: KV, place: Place) -> Mapping[str, Part]:
+    return {"P": Part((slot.length, place.d_in), Call("normal", (("std", 1.0),))), "gate": Part((1,))}
+
+
+def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering) -> Mapping[str, Tensor]:
+    P = values["P"]
+    k, v = (P @ lowering.weight(name).to(P.dtype).T for name in ("attn.k", "attn.v"))
+    return {"k": k, "v": values["gate"] * v}
+
+
+METHODS = (Method("llama-adapter", "arXiv 2303.16199", 5e-3, llama_adapter),)
+FORMS = (Form("llama-adapter", _operands, _own),)

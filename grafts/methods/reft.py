@@ -1,0 +1,60 @@
+"""ReFT: edits of the residual stream in a subspace of low rank (Wu et al. 2024, arXiv 2404.03592).
+
+LoReFT h + R^T (W h + b - R h) with orthonormal rows R (eq. 2), NoReFT the same with any R, DiReFT h + W2^T (W1 h + b)
+(eq. 3). R is the first columns of a product of Householder reflections, whose vectors are trained; at every position,
+where the paper takes the first and last few of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.spec import Branch, Call, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def loreft(r: int = 4, at: str = "block.out") -> tuple[Slot, ...]:
+    return (Branch(at=at, rank=r, tap="output", bias=True, form=Call("reft", (("orthonormal", 1),))),)
+
+
+def noreft(r: int = 4, at: str = "block.out") -> tuple[Slot, ...]:
+    return (Branch(at=at, rank=r, tap="output", bias=True, form=Call("reft", (("orthonormal", 0),))),)
+
+
+def direft(r: int = 4, at: str = "block.out") -> tuple[Slot, ...]:
+    return (Branch(at=at, rank=r, tap="output", bias=True),)
+
+
+def _own(slot: Branch, place: Place, orthonormal: int) -> Mapping[str, Part]:
+    rotation = Call("normal", (("std", 1.0),)) if orthonormal else "kaiming"
+    return {
+        "R": Part((slot.rank, place.d_out), rotation),
+        "W": Part((slot.rank, place.d_out), "kaiming"),
+        "b": Part((slot.rank, 1)),
+    }
+
+
+def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, orthonormal: int) -> Mapping[str, Tensor]:
+    R = _reflected(values["R"]) if orthonormal else values["R"]
+    return {"A": values["W"] - R, "B": R, "a": values["b"]}
+
+
+def _reflected(vectors: Tensor) -> Tensor:
+    """Orthonormal rows, as many as `vectors`: vector i counts from its element i + 1 on, before which stands a 1."""
+    import torch
+
+    below = vectors.T.tril(-1)
+    rotation: Tensor = torch.linalg.householder_product(below, 2 / (1 + below.square().sum(0)))
+    return rotation.T
+
+
+METHODS = (
+    Method("loreft", "arXiv 2404.03592", 1e-3, loreft),
+    Method("noreft", "arXiv 2404.03592", 1e-3, noreft),
+    Method("direft", "arXiv 2404.03592", 1e-3, direft),
+)
+FORMS = (Form("reft", _operands, _own),)

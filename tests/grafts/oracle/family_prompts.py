@@ -1,0 +1,93 @@
+"""Prefixes, prompts and edits of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import torch
+from peft import AdaptionPromptConfig, PeftModel, PrefixTuningConfig
+from peft.tuners.adaption_prompt import layer
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
+from tests.grafts.oracle.row import Row
+
+ENCODER = "prompt_encoder.default"
+
+
+def reft() -> Hook:
+    """h + R^T (W h + b - R h) (Wu et al. 2024, eq. 2) for any R, as in AdapterHub's NoReFT."""
+    return after(lambda x, y, p: y + (y @ p["W"].T + p["b"].T - y @ p["R"].T) @ p["R"])
+
+
+def loreft() -> Hook:
+    """The same with orthonormal rows R, kept so by torch's own parametrisation of its transpose."""
+
+    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+        holder = nn.Linear(*p["R"].shape, bias=False, dtype=y.dtype)  # weight [d, r]
+        orthogonal(holder, orthogonal_map="householder", use_trivialization=False)
+        R = holder.parametrizations.weight[0](p["R"].T).T
+        assert torch.allclose(R @ R.T, torch.eye(len(R), dtype=R.dtype), atol=1e-5)
+        return y + (y @ p["W"].T + p["b"].T - y @ R.T) @ R
+
+    return after(equation)
+
+
+def direft() -> Hook:
+    """h + W2^T (W1 h + b) (Wu et al. 2024, eq. 3)."""
+    return after(lambda x, y, p: y + (y @ p["A"].T + p["a"].T) @ p["B"])
+
+
+def _with_signs(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch keeps the signs of its columns on the diagonal."""
+    for name, value in values.items():
+        if name.endswith(".R"):
+            value.fill_diagonal_(1.0)
+    return values
+
+
+def _prefix_mlp(model: PeftModel, name: str, value: Tensor) -> Place:
+    part = split(name)[3]
+    names = {"E": "embedding.weight", "W1": "transform.0.weight", "b1": "transform.0.bias"}
+    names |= {"W2": "transform.2.weight", "b2": "transform.2.bias"}
+    return Place(model.get_parameter(f"{ENCODER}.{names[part]}"))
+
+
+def _adaption_config() -> AdaptionPromptConfig:
+    """PEFT asks for the softmax in float32 beside float64, too; here it gets the wider of the two."""
+
+    def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        return scores.to(torch.promote_types(scores.dtype, dtype)).softmax(dim)
+
+    setattr(layer, "F", SimpleNamespace(softmax=softmax))
+    return AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=6, adapter_layers=2)
+
+
+def _adaption(model: PeftModel, name: str, value: Tensor) -> Place:
+    _, number, _, part = split(name)
+    attention = f"base_model.model.{module_of(number, 'attn.out')}"
+    if part == "gate":
+        return Place(model.get_parameter(f"{attention}.adaption_gate"))
+    return Place(model.get_parameter(f"{attention}.adaption_prompt"), lambda t: t.view(value.shape))
+
+
+ROWS: Mapping[str, Row] = {
+    "loreft": Row("loreft(r=4)", hooks=lambda: {0: loreft()}, fixed=_with_signs),
+    "noreft": Row("noreft(r=4)@1", hooks=lambda: {0: reft()}),
+    "direft": Row("direft(r=3)", hooks=lambda: {0: direft()}),
+    "prefix-mlp": Row(
+        "prefix-mlp(length=5, hidden=24)",
+        lambda: PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=24, prefix_projection=True
+        ),
+        place=_prefix_mlp,
+    ),
+    "llama-adapter": Row(
+        "llama-adapter(length=6)",
+        _adaption_config,
+        place=_adaption,
+    ),
+}
