@@ -13,7 +13,9 @@ from torch import Tensor
 
 from polygraft.grafts.lowering import Lowered, Values
 from polygraft.grafts.sites import ENDS, FEEDS, LINEAR, ModelShape, Site, sites_of
-from polygraft.grafts.spec import Affine, Branch, Delta, GraftSpec, Norm, Slot, SpecError
+from polygraft.grafts.spec import Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, SpecError
+from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.rotate.op import rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,16 @@ class Merged:
         """The projection of g x + b."""
         scaled = self.weight if g is None else self.weight * g
         return Merged(scaled, _sum(self.bias, None if b is None else self.weight @ b))
+
+    def of_rotated(self, R: Tensor | None) -> Merged:
+        """The projection of x R."""
+        return self if R is None else Merged(self.weight @ R.T, self.bias)
+
+    def rotated(self, R: Tensor | None) -> Merged:
+        """y R."""
+        if R is None:
+            return self
+        return Merged(R.T @ self.weight, None if self.bias is None else R.T @ self.bias)
 
     def scaled(self, g: Tensor | None, b: Tensor | None) -> Merged:
         """g y + b."""
@@ -44,10 +56,10 @@ class Merged:
 class Fold:
     """A graft on the way into the weights of a backbone: `sites` are the projections it changes, `at` folds one.
 
-    In the order of a site (docs/architecture.md): with x' = g_in x + b_in (what a norm's affine leaves, then the
-    projection's own), y = g_out ((m / n) (W + dW) x' + bias) + b_out; what a sublayer's output goes through is folded
-    into its last projection. `weight` gives W [out, in] in float32 or wider, `bias` its bias. Raises SpecError for a
-    graft that is not affine in what its sites read.
+    In the order of a site (docs/architecture.md): with x' = g_in R_in x + b_in (what a norm's affine leaves, then the
+    projection's own), y = R_out (g_out ((m / n) (W + dW) x' + bias) + b_out); what a sublayer's output goes through is
+    folded into its last projection. `weight` gives W [out, in] in float32 or wider, `bias` its bias. Raises SpecError
+    for a graft that is not affine in what its sites read.
     """
 
     def __init__(
@@ -74,11 +86,12 @@ class Fold:
         """The projection as it is with the graft folded in."""
         W, bias = self._weight(site), self._bias(site)
         merged = Merged(self._inner(site, W), None).of_scaled(*self._affine(site, "in", W))
+        merged = merged.of_rotated(self._rotation(site, "in", W))
         for norm, readers in FEEDS.items():
             if site.name in readers:
                 merged = merged.of_scaled(*self._affine(Site(site.layer, norm), "out", W))
         merged = merged.scaled(None, None if bias is None else bias.to(W))
-        merged = merged.scaled(*self._affine(site, "out", W))
+        merged = merged.scaled(*self._affine(site, "out", W)).rotated(self._rotation(site, "out", W))
         for sublayer, last in ENDS.items():
             if site.name == last:
                 whole = Site(site.layer, sublayer)
@@ -93,6 +106,10 @@ class Fold:
             if isinstance(slot, Delta):
                 generate = self._lowered.generator(index, site, self._values)
                 found = found + generate(self._operand(index, site, "t", W)).to(W)
+            if isinstance(slot, Sparse):
+                place, values = (self._operand(index, site, part, W) for part in "iw")
+                values = values if slot.rows else values[:, 0]
+                found = found.index_put(place.long().unbind(1), values, accumulate=True)
         for index, slot in self._slots.get(site, ()):
             if isinstance(slot, Norm):  # over W and its branch
                 found = (self._operand(index, site, "m", W) / rescaled.square().sum(1).sqrt())[:, None] * found
@@ -115,6 +132,21 @@ class Fold:
                 g = self._operand(index, site, "g", like) if slot.scale else g
                 b = self._operand(index, site, "b", like) if slot.shift else b
         return g, b
+
+    def _rotation(self, site: Site, side: str, like: Tensor) -> Tensor | None:
+        """R [width, width] of the one rotation on a side of a site."""
+        for index, slot in self._slots.get(site, ()):
+            if isinstance(slot, Rotate) and slot.side == side:
+                stem = f"{index}.{site}."
+                own = {
+                    n.removeprefix(stem): t.view(-1, t.shape[-1]).to(like)
+                    for n, t in self._operands.items()
+                    if n.startswith(stem)
+                }
+                one = torch.eye(like.shape[1 if side == "in" else 0], dtype=like.dtype)
+                rows = max(len(operand) for operand in own.values())
+                return rotate(one, own, slot.variant, Segments((Segment(0, len(one), 0, rows),)))
+        return None
 
     def _operand(self, index: int, site: Site, part: str, like: Tensor) -> Tensor:
         return self._operands[f"{index}.{site}.{part}"].to(like)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Layers, Norm, Slot, SpecError
+from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Layers, Norm, Rotate, Slot, Sparse, SpecError
 
 LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
 SUBLAYER = ("attn.out", "ffn.out")
@@ -174,7 +174,7 @@ def _allowed(slot: Slot) -> tuple[str, ...]:
             return LINEAR
         case Affine():
             return (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS)
-        case Norm() | Delta():
+        case Norm() | Delta() | Sparse() | Rotate():
             return LINEAR
         case KV():
             return (KV_SITE,)
@@ -209,7 +209,13 @@ def _check(site: Site, slots: Sequence[Slot]) -> None:
     if norms > 1 or (norms and (len(branches) > 1 or not linear)):
         found = f"{norms} norms over {len(branches)} branches"
         raise SpecError(f"at: DoRA's norm rescales one lora at a site; found {found} at {site}")
+    others = {slot.op for slot in slots if isinstance(slot, Sparse | Rotate)}
+    if norms and others:
+        found = ", ".join(sorted(others))
+        raise SpecError(f"at: DoRA's norm rescales W and one lora; found {found} beside it at {site}")
     for side in ("in", "out"):
+        if sum(isinstance(slot, Rotate) and slot.side == side for slot in slots) > 1:
+            raise SpecError(f"at: two rotations of one graft meet at {site}; give each site one of them")
         affines = [slot for slot in slots if isinstance(slot, Affine) and slot.side == side]
         if sum(slot.scale for slot in affines) > 1 or sum(slot.shift for slot in affines) > 1:
             raise SpecError(f"at: two scales or two shifts of one graft meet at {site}; give each site one of them")

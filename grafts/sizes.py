@@ -14,7 +14,7 @@ from math import prod
 from polygraft.grafts.methods.declare import Part, Place
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Slot
+from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Rotate, Slot, Sparse
 
 SHARED = "shared"
 
@@ -91,6 +91,30 @@ def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
             return {part: Part((length, place.d_out), "prefix") for part in ("k", "v")}
         case Delta():
             return {}
+        case Sparse():
+            return sparse_parts(slot, place)
+        case Rotate():
+            return rotate_parts(slot, place)
+
+
+def sparse_parts(slot: Sparse, place: Place) -> Mapping[str, Part]:
+    """Values w beside the (row, column) of each; or whole rows w [n, in] beside the row of each."""
+    count = slot.count(place.d_in, place.d_out)
+    width, indices = (place.d_in, 1) if slot.rows else (1, 2)
+    return {"w": Part((count, width)), "i": Part((count, indices), slot.pick, trained=False)}
+
+
+def rotate_parts(slot: Rotate, place: Place) -> Mapping[str, Part]:
+    """What is added to the identity: blocks D, stage by stage; A and B; or cosines c and sines s."""
+    width = place.d_in if slot.side == "in" else place.d_out
+    slot.check(width)
+    match slot.kind:
+        case "blocks":
+            return {"D": Part((slot.stages * width, slot.size))}
+        case "lowrank":
+            return {"A": Part((slot.size, width), "kaiming"), "B": Part((slot.size, width))}
+        case "pairs":
+            return {"c": Part((width,), "one"), "s": Part((width,))}
 
 
 def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, Place]]:

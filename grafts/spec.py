@@ -144,7 +144,86 @@ class Delta(_Slot):
             raise SpecError("form: a delta needs the form that generates its dense matrix")
 
 
-Slot = Branch | Affine | Norm | KV | Delta
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse(_Slot):
+    """y += S x with S zero but for some trained entries of W's shape, or for some trained rows (`rows`).
+
+    There are rank * (in + out) of them, as many as a LoRA has, or a share `density` of W's entries or rows. `pick`
+    chooses at the start which they are.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    at: str
+    rank: int | None = None
+    density: float | None = None
+    rows: bool = False
+    pick: Call = Call("random_entries")
+    op: Literal["sparse"] = "sparse"
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.density is None):
+            raise SpecError(f"sparse: rank {self.rank} and density {self.density}; give one of them")
+        if self.rank is not None and self.rank < 1:
+            raise SpecError(f"rank: {self.rank} is not a size; give at least 1")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise SpecError(f"density: {self.density} is outside (0, 1]")
+        if self.rows and self.density is None:
+            raise SpecError("rows: whole rows are counted by density; give it in place of rank")
+
+    def count(self, d_in: int, d_out: int) -> int:
+        """Entries or rows of S at a projection; raises SpecError when there are more than in W, or none."""
+        whole = d_out if self.rows else d_in * d_out
+        count = int(whole * self.density) if self.density is not None else (self.rank or 0) * (d_in + d_out)
+        if not 1 <= count <= whole:
+            field = f"rank: {self.rank}" if self.density is None else f"density: {self.density}"
+            raise SpecError(
+                f"{field} means {count} of the {whole} {'rows' if self.rows else 'entries'} of a projection"
+            )
+        return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotate(_Slot):
+    """x <- x R before the projection, or y <- y R after it, R starting at the identity.
+
+    `blocks` (x): m = `stages` block-diagonal factors with blocks of `size`, shuffled as in a butterfly (OFT, Qiu et al.
+    2023; BOFT, Liu et al. 2024). `lowrank` (x): 1 + A^T B of rank `size` (HRA, Yuan et al. 2024). `pairs` (y): channels
+    turned two by two, halves of groups of `size` (RoAd, Liao & Monz 2024).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    at: str
+    kind: Literal["blocks", "lowrank", "pairs"]
+    size: int
+    stages: int = 1
+    op: Literal["rotate"] = "rotate"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise SpecError(f"size: {self.size} is not a size; give at least 1")
+        if not 1 <= self.stages <= 16 or (self.stages > 1 and self.kind != "blocks"):
+            raise SpecError(f"stages: {self.stages}; blocks have 1 to 16, others 1")
+
+    @property
+    def side(self) -> Literal["in", "out"]:
+        return "out" if self.kind == "pairs" else "in"
+
+    @property
+    def variant(self) -> str:
+        """The kind as the op takes it, with its sizes."""
+        sizes = {"blocks": (self.size, self.stages), "lowrank": (), "pairs": (self.size,)}[self.kind]
+        return ".".join((self.kind, *map(str, sizes)))
+
+    def check(self, width: int) -> None:
+        """Raise SpecError unless channels of that `width` can be grouped."""
+        chunk = self.size << (self.stages - 1)
+        if self.kind != "lowrank" and width % chunk:
+            raise SpecError(f"size: {chunk} channels turn together, which does not divide the {width} of a projection")
+        if self.size % 2 and (self.kind == "pairs" or self.stages > 1):
+            raise SpecError(f"size: {self.size} is odd; halves of it are paired or shuffled")
+
+
+Slot = Branch | Affine | Norm | KV | Delta | Sparse | Rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +266,9 @@ class GraftSpec:
             if isinstance(slot, Branch):
                 linear = slot.act == "identity" and not slot.bias and slot.gate == "none"
                 return linear and (slot.tap == "output" or not sublayers(slot.at)) and not apart(slot.at)
-            return isinstance(slot, Norm | Delta) or (isinstance(slot, Affine) and not apart(slot.at))
+            if isinstance(slot, Affine):
+                return not apart(slot.at)
+            return isinstance(slot, Norm | Delta | Sparse | Rotate)
 
         return all(affine(slot) for slot in self.slots)
 

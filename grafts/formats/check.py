@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import GraftSpec, Sparse, SpecError
 
 
 class FormatError(ValueError):
@@ -19,9 +19,10 @@ class FormatError(ValueError):
 def check(spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape) -> None:
     """Raise FormatError unless `values` are just the spec's tensors, of the right shapes and finite."""
     try:
-        expected = {tensor.name: tensor.shape for tensor in tensors(spec, shape)}
+        layout = tensors(spec, shape)
     except SpecError as error:
         raise FormatError(str(error)) from None
+    expected = {tensor.name: tensor.shape for tensor in layout}
     if expected.keys() != values.keys():
         odd = sorted(expected.keys() ^ values.keys())
         raise FormatError(f"tensors: {odd[:5]} are missing or unknown ({len(odd)} in all)")
@@ -30,3 +31,14 @@ def check(spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape) -> N
             raise FormatError(f"{name}: shape {tuple(values[name].shape)} is not {size}")
         if not bool(torch.isfinite(values[name]).all()):
             raise FormatError(f"{name}: holds values that are not finite")
+    for tensor in layout:
+        if tensor.site is not None and tensor.part == "i" and isinstance(spec.slots[tensor.slot], Sparse):
+            d_in, d_out = shape.dims(tensor.site.name)
+            _indices(tensor.name, values[tensor.name], (d_out, d_in)[: tensor.shape[1]])
+
+
+def _indices(name: str, value: Tensor, bounds: tuple[int, ...]) -> None:
+    """Raise FormatError unless every column holds whole numbers from 0 to its bound."""
+    for column, bound in zip(value.unbind(1), bounds):
+        if not bool(((column == column.floor()) & (column >= 0) & (column < bound)).all()):
+            raise FormatError(f"{name}: holds numbers that are no index below {bound}")

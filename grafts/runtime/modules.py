@@ -19,10 +19,13 @@ from polygraft.kernels.branch.gated import Gate, gated
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.dropout import dropout
 from polygraft.kernels.delta.op import delta
+from polygraft.kernels.rotate.op import rotate
+from polygraft.kernels.sparse.op import sparse
 
 
 class SiteLinear(nn.Module):
-    """A projection: affine on x, then W x plus the branches, norm, bias, affine on y, for the rows of each graft.
+    """A projection: rotate and affine on x, then W x plus the branches, sparse and delta, norm, bias, affine and rotate
+    on y, for the rows of each graft.
 
     `member` is the projection's place among `group`, the sites whose weights are fused in one FrozenLinear; the member
     that runs first computes all of them, with the branches that read what they all read. Rows whose graft changes this
@@ -38,21 +41,23 @@ class SiteLinear(nn.Module):
         route = current()
         stacks = route.stacks.get(self.site)
         flat = x.view(-1, x.shape[-1])
-        scaled = [stack for kind, stack in stacks.items() if kind.op == "affine" and kind.variant.startswith("in")]
+        changes = [stack for kind, stack in stacks.items() if _changes(kind, "in")]
         if len(self.group) == 1:
-            for stack in scaled:
-                flat = _affine(flat, stack, route)
+            for stack in changes:
+                flat = _changed(flat, stack, route)
             y = project(flat, self.linear, self._beside(route))[0]
         else:
-            # Before the affines, so that a backward sums the gradient of x in one order with them and without.
+            # Before the changes, so that a backward sums the gradient of x in one order with them and without.
             y = self._shared(x, flat, route)
-            for stack in scaled:
-                flat = _affine(flat, stack, route)
-            if scaled:
+            for stack in changes:
+                flat = _changed(flat, stack, route)
+            if changes:
                 own = project(flat, self.linear, ())[self.member]
-                y = torch.where(_rows(scaled, flat, route), own, y)
+                y = torch.where(_rows(changes, flat, route), own, y)
         y = _branches(flat, y, stacks, self.site, route, tap="input", among=_apart(stacks, route, len(self.group) > 1))
         for kind, stack in stacks.items():
+            if kind.op == "sparse":
+                y = sparse(flat, y, stack.parts["w"], stack.parts["i"], route.segments(stack.entries))
             if kind.op == "delta":
                 generators = route.stacks.generators[self.site]
                 y = delta(flat, y, stack.parts["t"], route.segments(stack.entries), generators)
@@ -61,7 +66,7 @@ class SiteLinear(nn.Module):
                 y = affine(y, stack.parts["m"] / stack.parts["norm"], None, route.segments(stack.entries))
         if self.bias is not None:
             y = y + self.bias
-        y = _affines_out(y, stacks, route)
+        y = _changed_out(y, stacks, route)
         return y.view(*x.shape[:-1], -1)
 
     def _shared(self, x: Tensor, flat: Tensor, route: RouteTable) -> Tensor:
@@ -89,11 +94,11 @@ class SiteLinear(nn.Module):
 
 def _apart(stacks: Mapping[Kind, Stack], route: RouteTable, shared: bool) -> Entries:
     """Branches that are not computed together with the projections: those with a hidden bias, and those that do not
-    read the projection's input as it is, by dropout or by their graft's affine on an input that others share."""
+    read the projection's input as it is, by dropout or by their graft's change of an input that others share."""
     changed = {
         entry.graft
         for kind, stack in stacks.items()
-        if shared and kind.op == "affine" and kind.variant.startswith("in")
+        if shared and _changes(kind, "in")
         for entry in stack.entries
     }
     return tuple(
@@ -126,7 +131,7 @@ class Sublayer(nn.Module):
         flat = out.view(-1, out.shape[-1])
         y = _branches(x.view(-1, x.shape[-1]), flat, stacks, self.site, route, tap="input")
         y = _branches(flat, y, stacks, self.site, route, tap="output")
-        y = _affines_out(y, stacks, route).view(out.shape)
+        y = _changed_out(y, stacks, route).view(out.shape)
         return (y, *result[1:]) if isinstance(result, tuple) else y
 
 
@@ -143,7 +148,7 @@ class SiteNorm(nn.Module):
         route = current()
         stacks = route.stacks.get(self.site)
         if stacks:
-            return _affines_out(y.view(-1, y.shape[-1]), stacks, route).view(y.shape)
+            return _changed_out(y.view(-1, y.shape[-1]), stacks, route).view(y.shape)
         source = x.detach()
         route.remember(y, lambda: _rms_forward(source, self.weight, self.eps)[0])
         return y
@@ -209,10 +214,12 @@ def _act(kind: Kind) -> str:
     return kind.variant.split(".")[1]
 
 
-def _affines_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> Tensor:
-    for kind, stack in stacks.items():
-        if kind.op == "affine" and kind.variant.startswith("out"):
-            y = _affine(y, stack, route)
+def _changed_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> Tensor:
+    """Affines on y, then rotations."""
+    for op in ("affine", "rotate"):
+        for kind, stack in stacks.items():
+            if kind.op == op and _changes(kind, "out"):
+                y = _changed(y, stack, route)
     return y
 
 
@@ -224,5 +231,12 @@ def _rows(stacks: Sequence[Stack], x: Tensor, route: RouteTable) -> Tensor:
     return mask
 
 
-def _affine(y: Tensor, stack: Stack, route: RouteTable) -> Tensor:
+def _changes(kind: Kind, side: str) -> bool:
+    """Whether the op replaces what comes in at, or goes out of, the site."""
+    return kind.op in ("affine", "rotate") and kind.variant.startswith(side)
+
+
+def _changed(y: Tensor, stack: Stack, route: RouteTable) -> Tensor:
+    if stack.kind.op == "rotate":
+        return rotate(y, stack.parts, stack.kind.variant.partition(".")[2], route.segments(stack.entries))
     return affine(y, stack.parts.get("g"), stack.parts.get("b"), route.segments(stack.entries))

@@ -16,10 +16,11 @@ from polygraft.grafts.lowering import Lowered
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec
-from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Slot
+from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse
 from polygraft.kernels.norm.op import row_norm
 
-WIDE = ("affine", "norm", "delta")  # ops whose operands stay in float32 or wider: bf16 has no room near 1
+# Ops whose operands stay in float32 or wider: bf16 has no room near 1.
+WIDE = ("affine", "norm", "delta", "sparse", "rotate")
 
 
 class Entry(NamedTuple):
@@ -94,7 +95,8 @@ class Stacks:
     """All stacks of a set of residents, by site; `pieces` by resident in the order of `sizes.operands`. `refresh`
     makes a resident's operands again after its tensors changed.
 
-    Matrices and prefix rows are in the backbone's dtype, the operands of `WIDE` ops in float32 or wider.
+    Matrices and prefix rows are in the backbone's dtype, the operands of `WIDE` ops in float32 or wider, indices are
+    integers.
     """
 
     residents: tuple[Resident, ...]
@@ -135,9 +137,8 @@ class Stacks:
             placed: dict[str, Entries] = {}
             for part, members in parts.items():
                 heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
-                stack = torch.empty(
-                    sum(heights), members[0][1].shape[-1], dtype=wide if kind.op in WIDE else dtype
-                )
+                kept = torch.int64 if part == "i" else wide if kind.op in WIDE else dtype
+                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=kept)
                 built[part], first = stack, 0
                 entries: list[Entry] = []
                 for (index, tensor, slot), height in zip(members, heights):
@@ -158,7 +159,7 @@ class Stacks:
         if trainable:
             for index in range(len(residents)):
                 for piece in stacks.pieces[index]:
-                    piece.stack.requires_grad_()
+                    piece.stack.requires_grad_(piece.stack.is_floating_point())
         return stacks
 
     def get(self, site: Site) -> Mapping[Kind, Stack]:
@@ -267,3 +268,7 @@ def _kind(slot: Slot) -> Kind:
             return Kind("kv", "aside" if aside else "")
         case Delta():
             return Kind("delta")
+        case Sparse(rows=rows):
+            return Kind("sparse", "rows" if rows else "entries")
+        case Rotate():
+            return Kind("rotate", f"{slot.side}.{slot.variant}")

@@ -1,0 +1,129 @@
+"""The rotate op: x[s] <- x[s] R_s over segments s, with R_s [D, D] given by blocks, as identity plus low rank, or by
+pairs of channels (OFT, BOFT; HRA; RoAd)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from polygraft.kernels.branch.op import branch
+from polygraft.kernels.common.segments import Segments
+
+
+def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Segments) -> Tensor:
+    """Semantics: out[s.start:s.stop] = x[s.start:s.stop] R with R made from the operands at [s.first, s.last); other
+    rows pass unchanged.
+
+    `lowrank`: R = 1 + A^T B, A and B [r, D]. `pairs.G`: x c + (-x2, x1) s, where x1 and x2 are the halves of every
+    group of G channels; c and s [1, D]. `blocks.b.m`: R = S_(m-1) ... S_0, each stage S_i = P_i (1 + D_i) P_i^T with
+    D_i block-diagonal; D [m D, b] holds the blocks stage by stage, P_i is `butterfly`'s order (P_0 = 1).
+
+    Operands are in float32 (float64 beside float64), and so is the arithmetic; the result is rounded to x's dtype.
+    Segments must not overlap. Differentiable; the operands' gradients sum over their own segment's rows only.
+    """
+    if not segments.items:
+        return x_TD
+    name, *sizes = kind.split(".")
+    wide = x_TD.to(next(iter(operands.values())).dtype)
+    if name == "lowrank":
+        wide = branch(wide, wide, operands["A"], operands["B"], segments, "identity")
+    elif name == "pairs":
+        wide = _Pairs.apply(wide, operands["c"], operands["s"], segments, int(sizes[0]))  # type: ignore[no-untyped-call]
+    else:
+        block, stages = map(int, sizes)
+        for stage in reversed(range(stages)):
+            order = butterfly(x_TD.shape[1], block, stage)
+            wide = _Blocks.apply(wide, operands["D"], segments, order, (stage, stages))  # type: ignore[no-untyped-call]
+    return wide.to(x_TD.dtype)
+
+
+@cache
+def butterfly(width: int, block: int, stage: int) -> Tensor:
+    """Place in stage `stage` of every channel: in chunks of block * 2^stage, even half blocks before the odd ones."""
+    channels = torch.arange(width)
+    if stage == 0:
+        return channels
+    halves = channels.view(-1, 2 << stage, block // 2)
+    return torch.cat([halves[:, 0::2], halves[:, 1::2]], dim=1).reshape(-1)
+
+
+class _Blocks(torch.autograd.Function):
+    """One stage. A segment's operands are copied to memory of its own: where rows are short, products of float32 round
+    by the address."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, D: Tensor, segments: Segments, order: Tensor, stage: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, D, order)
+        ctx.work = segments, stage  # type: ignore[attr-defined]
+        out = x.clone()
+        for s in segments:
+            blocks = _of_stage(D[s.first : s.last], stage).clone()
+            turned = torch.bmm(_gathered(x[s.start : s.stop], order, D.shape[1]), blocks)
+            out[s.start : s.stop] += _scattered(turned, order)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, D, order = ctx.saved_tensors  # type: ignore[attr-defined]
+        segments, stage = ctx.work  # type: ignore[attr-defined]
+        dx, dD = grad.clone(), torch.zeros_like(D)
+        for s in segments:
+            blocks = _of_stage(D[s.first : s.last], stage).clone()
+            dy = _gathered(grad[s.start : s.stop], order, D.shape[1])
+            rows = _gathered(x[s.start : s.stop], order, D.shape[1])
+            dx[s.start : s.stop] += _scattered(torch.bmm(dy, blocks.mT), order)
+            _of_stage(dD[s.first : s.last], stage).add_(torch.bmm(rows.mT, dy))
+        return dx, dD, None, None, None
+
+
+class _Pairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, c: Tensor, s: Tensor, segments: Segments, group: int) -> Tensor:
+        ctx.save_for_backward(x, c, s)
+        ctx.work = segments, group  # type: ignore[attr-defined]
+        out = x.clone()
+        for one in segments:
+            rows = x[one.start : one.stop]
+            out[one.start : one.stop] = rows * c[one.first] + _quarter(rows, group) * s[one.first]
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, c, s = ctx.saved_tensors  # type: ignore[attr-defined]
+        segments, group = ctx.work  # type: ignore[attr-defined]
+        dx, dc, ds = grad.clone(), torch.zeros_like(c), torch.zeros_like(s)
+        for one in segments:
+            rows, dy = x[one.start : one.stop], grad[one.start : one.stop]
+            dx[one.start : one.stop] = dy * c[one.first] - _quarter(dy * s[one.first], group)
+            dc[one.first] += (dy * rows).sum(0)
+            ds[one.first] += (dy * _quarter(rows, group)).sum(0)
+        return dx, dc, ds, None, None
+
+
+def _of_stage(D_RB: Tensor, stage: tuple[int, int]) -> Tensor:
+    """View of one stage's blocks, [n, b, b]."""
+    return D_RB.view(stage[1], -1, D_RB.shape[1], D_RB.shape[1])[stage[0]]
+
+
+def _gathered(x_MD: Tensor, order_D: Tensor, block: int) -> Tensor:
+    """x P by block, [n, M, b]: channel k at place order[k]."""
+    placed = torch.empty_like(x_MD)
+    placed[:, order_D] = x_MD
+    return placed.view(len(x_MD), x_MD.shape[1] // block, block).transpose(0, 1).contiguous()
+
+
+def _scattered(y_NMB: Tensor, order_D: Tensor) -> Tensor:
+    """y P^T, [M, D]."""
+    return y_NMB.transpose(0, 1).flatten(1)[:, order_D]
+
+
+def _quarter(x_MD: Tensor, group: int) -> Tensor:
+    """Every pair (x1, x2) turned by 90 degrees, (-x2, x1)."""
+    halves = x_MD.reshape(len(x_MD), x_MD.shape[1] // group, 2, group // 2)
+    return torch.stack([-halves[:, :, 1], halves[:, :, 0]], dim=2).view(x_MD.shape)

@@ -1,0 +1,54 @@
+"""Jobs that train some entries of W or rotate its inputs: alone or in company the same bits, and only theirs change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.grafts.runtime.backbone import Backbone
+from tests.tiny import tiny_llama
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+
+TEXTS = {
+    "shira": "shira(r=2)",
+    "lora": "lora(r=3)",
+    "supra": "supertuning(sparsity=0.9, r=2, at=attn.*)",
+    "oft": "oft(b=16)",
+    "boft": "boft(b=4, m=3, at=attn.[qkv]|ffn.down)",
+    "hra": "hra(r=4)",
+    "road": "road(group=16)",
+    "union": "oft(b=8, at=attn.q) + lora(r=2, at=attn.*) + ia3 + pafi(density=0.05, at=attn.q)",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_twenty_steps_in_company_are_those_alone_bit_for_bit(dtype: torch.dtype, folder: Path) -> None:
+    backbone = Backbone.load(folder, dtype, training=True)
+    jobs = jobs_of(20, TEXTS)
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_the_entries_chosen_at_the_start_stay_the_same(folder: Path) -> None:
+    backbone = Backbone.load(folder, torch.float32, training=True)
+    pack = together(backbone, [a_job("shira", TEXTS["shira"], seed=1, steps=5)])
+    slab = pack.jobs["shira"].slab
+    before = {name: value.clone() for name, value in slab.frozen.items()}
+    run(pack)
+    assert before and all(torch.equal(slab.frozen[name], value) for name, value in before.items())
+    assert all(value.count_nonzero() for value in slab.views.values())
