@@ -15,10 +15,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from polygraft.kernels.affine.tuned import tuned as affine  # noqa: E402
 from polygraft.kernels.branch.tuned import tuned as branch  # noqa: E402
 from polygraft.kernels.common.aot import CARDS, Card, Tuned, compiled, roofline  # noqa: E402
+from polygraft.kernels.kv.tuned import tuned as kv  # noqa: E402
+from polygraft.kernels.norm.tuned import tuned as norm  # noqa: E402
 
-OPS = {"branch": branch}
+OPS = {"branch": branch, "affine": affine, "norm": norm, "kv": kv}
 _WIDTH = 170
 _MICRO = 1e6
 

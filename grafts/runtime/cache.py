@@ -15,6 +15,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import KV, Layers
+from polygraft.kernels.kv.layout import Continued
 
 BUCKET_BLOCKS = (
     4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
@@ -91,7 +92,7 @@ class PagedAttention:
     """Writes the keys and values of a forward's rows into the cache, then attends to every row's own context."""
 
     def __init__(self, cache: KVCache, sequences: Sequence[PagedSequence]) -> None:
-        self.cache = cache
+        self.cache, self._sequences = cache, tuple(sequences)
         self._slots = torch.cat([_slots(s.table, s.before, s.rows, cache.block_size) for s in sequences])
         self._rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
         members: Mapping[tuple[int, int], list[PagedSequence]] = defaultdict(list)
@@ -111,6 +112,12 @@ class PagedAttention:
         """As `Attention`; rows of no sequence are 0."""
         data = self.cache.data[layer]
         data.flatten(0, 1)[self._slots] = torch.stack([k[self._rows], v[self._rows]], dim=1)
+        if q.is_cuda:
+            from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
+
+            heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
+            continued = [Continued(s.start, s.rows, s.before, s.table, s.unseen(layer)) for s in self._sequences]
+            return gpu.attend_paged(q, data, continued, heads, kv_heads, scaling)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups:
             out[group.rows.flatten()] = self._attend(q, data, group, group.hidden_in(layer), scaling)

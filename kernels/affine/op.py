@@ -18,6 +18,10 @@ def affine(y_TD: Tensor, g_JD: Tensor | None, b_JD: Tensor | None, segments: Seg
     """
     if not segments.items:
         return y_TD
+    if y_TD.is_cuda:
+        from polygraft.kernels.affine import gpu  # Triton is loaded only where there is a GPU
+
+        return gpu.affine(y_TD, g_JD, b_JD, segments)
     vectors = [v for v in (g_JD, b_JD) if v is not None]
     if torch.is_grad_enabled() and (y_TD.requires_grad or any(v.requires_grad for v in vectors)):
         return _Affine.apply(y_TD, g_JD, b_JD, segments)  # type: ignore[no-any-return,no-untyped-call]

@@ -29,6 +29,19 @@ class Sequence:
         return max(FLOOR, -(-(self.prefix_length + self.length) // GRAIN) * GRAIN)
 
 
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """Batch rows [start, start + rows) after `before` cached positions, of which the first `unseen` are not seen;
+    `blocks` hold the positions in order.
+    """
+
+    start: int
+    rows: int
+    before: int
+    blocks: tuple[int, ...]
+    unseen: int = 0
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Sequences of one padded length L: row indices into [rows; prefix rows; one zero row], each [b, L]."""

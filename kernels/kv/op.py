@@ -23,6 +23,10 @@ def attend(
     Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients
     sum over the sequences that use them, bucket by bucket, in float32 or wider.
     """
+    if q_TE.is_cuda:
+        from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
+
+        return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -1,10 +1,12 @@
 """Ground truth of attention over ragged sequences with prefixes: one sequence after the other in float32 (float64
 stays)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from polygraft.kernels.kv.layout import Layout
+from polygraft.kernels.kv.layout import Continued, Layout
 
 
 def attend(
@@ -32,3 +34,22 @@ def attend(
         end = s.start + s.length
     pieces.append(q_TE.new_zeros(len(q_TE) - end, q_TE.shape[1], dtype=wide))
     return torch.cat(pieces).to(q_TE.dtype)
+
+
+def attend_paged(
+    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scaling: float
+) -> Tensor:
+    """The same for rows that continue cached sequences, position after position; `gpu.attend_paged` has the shapes."""
+    wide = torch.promote_types(q_TE.dtype, torch.float32)
+    out = q_TE.new_zeros(q_TE.shape, dtype=wide)
+    for s in sequences:
+        context = cache[list(s.blocks)].flatten(0, 1).to(wide)
+        keys, values = (torch.unflatten(context[:, part], 1, (kv_heads, -1)) for part in (0, 1))
+        for row in range(s.rows):
+            seen = slice(s.unseen, s.before + row + 1)
+            for head in range(heads):
+                q = torch.unflatten(q_TE[s.start + row].to(wide), 0, (heads, -1))[head]
+                own = head // (heads // kv_heads)
+                weights = (scaling * keys[seen, own] @ q).softmax(-1)
+                torch.unflatten(out[s.start + row], 0, (heads, -1))[head] = weights @ values[seen, own]
+    return out.to(q_TE.dtype)

@@ -17,6 +17,10 @@ def row_norm(base_sq_O: Tensor, AW_RO: Tensor, A_RI: Tensor, B_RO: Tensor, scale
     arithmetic is in base_sq's dtype (float32, or float64). Not differentiable.
     ||W + sBA||^2 = ||W||^2 + 2 s (W A^T) . B + s^2 B (A A^T) . B.
     """
+    if base_sq_O.is_cuda:
+        from polygraft.kernels.norm import gpu  # Triton is loaded only where there is a GPU
+
+        return gpu.row_norm(base_sq_O, AW_RO, A_RI, B_RO, scale)
     wide = base_sq_O.dtype
     with torch.no_grad():
         A, B = A_RI.to(wide), B_RO.to(wide)

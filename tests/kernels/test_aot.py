@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import triton.language as tl
 
+from polygraft.kernels.affine import tuned as affine
 from polygraft.kernels.branch import tuned as branch
 from polygraft.kernels.branch.programs import outer_kernel, shrink_kernel
 from polygraft.kernels.common import aot
 from polygraft.kernels.common.aot import CARDS, Card, Tuned
+from polygraft.kernels.kv import tuned as kv
+from polygraft.kernels.norm import tuned as norm
 
-OPS = {"branch": branch.tuned}
+OPS = {"branch": branch.tuned, "affine": affine.tuned, "norm": norm.tuned, "kv": kv.tuned}
 
 
 def programs() -> Iterator[object]:
@@ -50,8 +54,8 @@ def test_float32_is_multiplied_in_full_precision() -> None:
 
 
 def test_spills_are_seen() -> None:
-    constants = {"HEIGHT": 64, "WIDTH": 128, "DEPTH": 64, "ACT": "gelu", "BACKWARD": True, "ACC": tl.float32}
-    assert aot.compiled(Tuned("", shrink_kernel, constants, "", 0, 0, warps=1), 80).spilled > 0
+    large = next(each for each in kv.tuned() if each.name == "attend, 64 rows")
+    assert aot.compiled(replace(large, warps=2), 80).spilled > 0
 
 
 def test_the_roofline_is_the_longer_of_arithmetic_and_traffic() -> None:

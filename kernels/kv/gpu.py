@@ -1,0 +1,120 @@
+"""The kv op on a GPU: whole sequences with gradients, and rows that continue sequences cached in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from polygraft.kernels.kv.layout import Continued, Layout
+from polygraft.kernels.kv.programs import attend_kernel, key_gradient_kernel, paged_kernel, query_gradient_kernel
+from polygraft.kernels.kv.tiles import KEYS, Grid, Plan, grids, height
+
+_ROWS = 16  # queries of a tile where the keys' gradient loops over them
+
+
+def attend(
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
+) -> Tensor:
+    """As `op.attend`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
+    with torch.cuda.device_of(q_TE):  # type: ignore[no-untyped-call]  # autograd itself guards the backward
+        return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float
+    ) -> Tensor:
+        q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))
+        plan, out = Plan.of(layout, q.device), torch.zeros_like(q)
+        lse = torch.empty(layout.heads, len(q), dtype=_wide(q), device=q.device)
+        for grid in plan.queries:
+            attend_kernel[len(grid.tiles), layout.heads](
+                q, k, v, pk, pv, out, lse, plan.table, grid.tiles, *_shape(q, k, layout),
+                **_constants(q, layout.heads, scaling), HEIGHT=grid.height,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, pk, pv, out, lse)
+        ctx.layout, ctx.scaling, ctx.plan = layout, scaling, plan  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, pk, pv, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        layout, plan = ctx.layout, ctx.plan  # type: ignore[attr-defined]
+        constants = _constants(q, layout.heads, ctx.scaling)  # type: ignore[attr-defined]
+        grad, wide = grad.contiguous(), _wide(q)
+        inner = torch.unflatten(grad.to(wide) * out, 1, (layout.heads, -1)).sum(-1).T.contiguous()
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        shape = _shape(q, k, layout)
+        for grid in plan.queries:
+            query_gradient_kernel[len(grid.tiles), layout.heads](
+                q, k, v, pk, pv, grad, lse, inner, dq, plan.table, grid.tiles, *shape,
+                **constants, HEIGHT=grid.height,
+            )  # fmt: skip
+        shares = [torch.empty(plan.partial, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
+        launches: tuple[tuple[tuple[Grid, ...], bool, tuple[Tensor, ...]], ...] = (
+            (plan.keys, False, (k, v, dk, dv)),
+            (plan.prefixes, True, (pk, pv, *shares)),
+        )
+        for found, prefix, (keys, values, dkeys, dvalues) in launches:
+            for grid in found:
+                key_gradient_kernel[len(grid.tiles), layout.kv_heads](
+                    q, keys, values, grad, lse, inner, dkeys, dvalues, plan.table, grid.tiles, *shape,
+                    **constants, PREFIX=prefix, HEIGHT=_ROWS,
+                )  # fmt: skip
+        return dq, dk, dv, _gathered(pk, shares[0], layout), _gathered(pv, shares[1], layout), None, None
+
+
+def _gathered(prefix: Tensor, shares: Tensor, layout: Layout) -> Tensor:
+    """The gradient of the prefix stack: every sequence's share, in the sequences' order."""
+    total = torch.zeros_like(prefix, dtype=shares.dtype)
+    offset = 0
+    for s in layout.sequences:
+        if s.prefix_length:
+            total[s.prefix_first : s.prefix_first + s.prefix_length] += shares[offset : offset + s.prefix_length]
+            offset += s.prefix_length
+    return total.to(prefix.dtype)
+
+
+def attend_paged(
+    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scaling: float
+) -> Tensor:
+    """out[row] = softmax(scaling * q[row] K^T) V over the positions up to the row's own, whose keys and values lie in
+    cache [blocks, block_size, 2, kv_width]; other rows are 0. Not differentiable.
+    """
+    q, out = q_TE.contiguous(), torch.zeros_like(q_TE, memory_format=torch.contiguous_format)
+    table: list[tuple[int, ...]] = []
+    blocks: list[int] = []
+    for s in sequences:
+        table.append((s.start, s.rows, s.before, s.unseen, len(blocks)))
+        blocks += s.blocks
+    placed = [torch.tensor(x, dtype=torch.int64).to(q.device) for x in (blocks, table)]
+    group = heads // kv_heads
+    shape = (q.shape[1], cache.shape[-1], group, q.shape[1] // heads)
+    constants = _constants(q, heads, scaling)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        for grid in grids([s.rows * group for s in sequences], q.device, height):
+            paged_kernel[len(grid.tiles), kv_heads](
+                q, cache, out, *placed, grid.tiles, *shape, **constants, BLOCK=cache.shape[1], HEIGHT=grid.height
+            )
+    return out
+
+
+def _shape(q: Tensor, k: Tensor, layout: Layout) -> tuple[int, ...]:
+    """Rows, widths, query heads of a key head, and the size of a head, as the programs take them."""
+    return len(q), q.shape[1], k.shape[1], layout.heads // layout.kv_heads, q.shape[1] // layout.heads
+
+
+def _constants(q: Tensor, heads: int, scaling: float) -> dict[str, object]:
+    head = max(16, triton.next_power_of_2(q.shape[1] // heads))
+    acc = tl.float64 if q.dtype == torch.float64 else tl.float32
+    return {"SCALING": scaling, "KEYS": KEYS, "HEAD": head, "ACC": acc}
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)

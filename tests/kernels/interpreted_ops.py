@@ -1,0 +1,131 @@
+"""As `interpreted`, for the Triton kernels of the other ops: affine, norm and kv."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+from polygraft.kernels.affine import gpu as affine_gpu  # noqa: E402
+from polygraft.kernels.affine import reference as affine_reference  # noqa: E402
+from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
+from polygraft.kernels.kv import gpu as kv_gpu  # noqa: E402
+from polygraft.kernels.kv import reference as kv_reference  # noqa: E402
+from polygraft.kernels.kv.layout import Continued  # noqa: E402
+from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
+from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
+from tests.kernels import test_affine, test_kv, test_norm  # noqa: E402
+from tests.kernels.compare import Results, assert_close, assert_equal, relative, run  # noqa: E402
+from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
+
+HALF = torch.float16
+NAN = float("nan")
+
+
+def affine_equals_reference(case: tuple[int, int, tuple[Segment, ...]], dtype: torch.dtype, parts: str) -> None:
+    rows, vectors, items = case
+    inputs, upstream = test_affine.tensors(rows, vectors, dtype, parts)
+    got = run(affine_gpu.affine, inputs, Segments(items), upstream=upstream)
+    want = run(affine_reference.affine, inputs, Segments(items), upstream=upstream)
+    assert_close(got, want, TOLERANCE[dtype])
+
+
+def affine_segment_alone(value: float) -> None:
+    inputs, upstream = test_affine.tensors(21, 1, HALF, "gb")
+    alone = run(affine_gpu.affine, inputs, Segments((Segment(0, 21, 0, 1),)), upstream=upstream)
+    joined, gradient = test_affine.tensors(40, 3, HALF, "gb", seed=1)
+    for tensor in (*joined.values(), gradient):
+        assert tensor is not None
+        tensor *= value
+    batch, stack = slice(9, 30), slice(1, 2)
+    for name, tensor in inputs.items():
+        place = joined[name]
+        assert place is not None and tensor is not None
+        place[batch if name == "y" else stack] = tensor
+    gradient[batch] = upstream
+    items = Segments((Segment(0, 7, 0, 1), Segment(9, 30, 1, 2), Segment(30, 38, 2, 3)))
+    results = run(affine_gpu.affine, joined, items, upstream=gradient)
+    assert_equal({n: t[stack if n in ("d.g", "d.b") else batch] for n, t in results.items()}, alone)
+
+
+def norm_equals_reference(shape: tuple[int, int, int], dtype: torch.dtype, scale: float) -> None:
+    W, A, B = (tensor.to(dtype) for tensor in test_norm.weights(*shape))
+    wide = torch.promote_types(dtype, torch.float32)
+    base = W.to(wide).square().sum(1)
+    got = norm_gpu.row_norm(base, (A.to(wide) @ W.to(wide).T), A, B, scale)
+    error = relative(got, norm_reference.row_norm(W, A, B, scale))
+    assert error <= TOLERANCE[wide], error
+
+
+def kv_equals_reference(case: str, heads: test_kv.Heads, dtype: torch.dtype) -> None:
+    layout, inputs, upstream = test_kv.batch(test_kv.CASES[case], heads, dtype)
+    got = run(kv_gpu.attend, inputs, layout, test_kv.SCALING, upstream=upstream)
+    want = test_kv.wanted(kv_reference.attend, inputs, layout, upstream, torch.float64)
+    assert_close(got, want, 2 * TOLERANCE[dtype])
+
+
+def kv_sequence_alone(value: float) -> None:
+    heads, length, prefix = test_kv.Heads(), 21, 5
+    layout, inputs, upstream = test_kv.batch((test_kv.Sequence(0, length, 0, prefix),), heads, HALF)
+    alone = own(run(kv_gpu.attend, inputs, layout, test_kv.SCALING, upstream=upstream), 0, length, 0, prefix)
+    sequences = (test_kv.Sequence(0, 3, 0, 4), test_kv.Sequence(4, length, 6, prefix), test_kv.Sequence(25, 40))
+    layout, joined, gradient = test_kv.batch(sequences, heads, HALF, seed=1)
+    for tensor in (*joined.values(), gradient):
+        tensor *= value
+    for name, tensor in own(inputs, 0, length, 0, prefix).items():
+        own(joined, 4, length, 6, prefix)[name][:] = tensor
+    gradient[4 : 4 + length] = upstream[:length]
+    results = run(kv_gpu.attend, joined, layout, test_kv.SCALING, upstream=gradient)
+    assert_equal(own(results, 4, length, 6, prefix), alone)
+
+
+def own(tensors: Results, start: int, length: int, first: int, prefix: int) -> Results:
+    return test_kv.cut(tensors, start, length, first, prefix)
+
+
+def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype) -> None:
+    """Decode rows, a prefill chunk, a prefix that the layer does not see, blocks out of order; the rest is NaN."""
+    sequences = (
+        Continued(0, 1, 0, (3,)),
+        Continued(1, 1, 37, (7, 1, 5)),
+        Continued(3, 20, 9, (2, 9), unseen=3),
+        Continued(23, 1, 64, (4, 8, 6, 11, 10), unseen=17),
+    )
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(25, heads.queries * heads.size, generator=generator, dtype=torch.float64).to(dtype)
+    cache = torch.full((13, 16, 2, heads.keys * heads.size), NAN, dtype=dtype)
+    for s in sequences:
+        for position in range(s.unseen, s.before + s.rows):
+            row = cache[s.blocks[position // 16], position % 16]
+            row[:] = torch.randn(row.shape, generator=generator, dtype=torch.float64)
+    rest = (sequences, heads.queries, heads.keys, test_kv.SCALING)
+    got = kv_gpu.attend_paged(q, cache, *rest)
+    want = kv_reference.attend_paged(q.double(), cache.double(), *rest)
+    assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{f"affine, {name}, {parts}": partial(affine_equals_reference, case, torch.float32, parts)
+       for name, case in test_affine.CASES.items() for parts in ("gb", "g", "b")},
+    "affine, float64": partial(affine_equals_reference, test_affine.CASES["gathered"], torch.float64, "gb"),
+    "affine, float16": partial(affine_equals_reference, test_affine.CASES["gathered"], HALF, "gb"),
+    **{f"affine, alone and joined by {value}": partial(affine_segment_alone, value) for value in (1.0, NAN)},
+    **{f"norm, {shape}, {dtype}": partial(norm_equals_reference, shape, dtype, 4 / 3)
+       for shape in (*test_norm.SHAPES, (70, 100, 65), (33, 40, 256))
+       for dtype in (torch.float32, torch.float64)},
+    "norm, float16": partial(norm_equals_reference, (70, 100, 17), HALF, -0.5),
+    **{f"kv, {name}": partial(kv_equals_reference, name, test_kv.HEADS["grouped"], torch.float32)
+       for name in test_kv.CASES},
+    "kv, float64": partial(kv_equals_reference, "prefixes of odd sizes", test_kv.Heads(3, 1, 24), torch.float64),
+    "kv, float16": partial(kv_equals_reference, "prefixes of odd sizes", test_kv.Heads(), HALF),
+    **{f"kv, alone and joined by {value}": partial(kv_sequence_alone, value) for value in (1.0, NAN)},
+    **{f"paged, {dtype}": partial(paged_equals_reference, test_kv.Heads(6, 2, 24), dtype)
+       for dtype in (torch.float32, torch.float64, HALF)},
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main(CHECKS)
