@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import sqrt
@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from polygraft.grafts import calibrate
 from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
@@ -24,12 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Making:
-    """What starting values may be made from: the backbone, the job's seed and its training samples as token ids."""
+    """What starting values may be made from: the backbone, the job's seed and its training samples as token ids, with
+    the loss weights of their tokens."""
 
     spec: GraftSpec
     backbone: Backbone
     seed: int
     samples: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]] = ()
     _kept: dict[object, object] = field(default_factory=dict)
 
     def generator(self, name: str) -> torch.Generator:
@@ -41,6 +44,29 @@ class Making:
         """The frozen W [out, in] of a projection, float32 or wider."""
         return self.backbone.weight(site)
 
+    @property
+    def inputs(self) -> Mapping[Site, int]:
+        """The projections that the graft acts at, and the widths of what they read."""
+        shape = self.backbone.shape
+        found = {tensor.site for tensor in tensors(self.spec, shape) if tensor.site in self.backbone.linears}
+        return {site: shape.dims(site.name)[0] for site in sorted(site for site in found if site is not None)}
+
+    @property
+    def observed(self) -> int:
+        """How many samples `observe` shows."""
+        return min(len(self.samples), calibrate.SAMPLES)
+
+    def observe(self, seen: calibrate.Seen) -> None:
+        """Call `seen(site, x)` with what these projections read in the bare backbone, sample by sample."""
+        calibrate.observe(self.backbone, self.samples, self.inputs, seen)
+
+    @property
+    def gradients(self) -> Mapping[Site, Tensor]:
+        """The gradient [out, in] of the bare backbone's loss on the samples in these projections' weights."""
+        return self.once(
+            "gradients", lambda: calibrate.gradients(self.backbone, self.samples, self.weights, self.inputs)
+        )
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all the tensors that start from it."""
         if key not in self._kept:
@@ -49,7 +75,12 @@ class Making:
 
 
 def initialise(
-    spec: GraftSpec, backbone: Backbone, *, seed: int, samples: Sequence[Sequence[int]]
+    spec: GraftSpec,
+    backbone: Backbone,
+    *,
+    seed: int,
+    samples: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]] = (),
 ) -> dict[str, Tensor]:
     """float32 tensors (float64 on a float64 backbone) by name, each by its start.
 
@@ -58,7 +89,7 @@ def initialise(
     prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4).
     """
     wide = torch.promote_types(backbone.dtype, torch.float32)
-    making = Making(spec, backbone, seed, samples)
+    making = Making(spec, backbone, seed, samples, weights)
     return {tensor.name: _start(tensor, making).to(wide) for tensor in tensors(spec, backbone.shape)}
 
 

@@ -95,8 +95,8 @@ class PackRunner:
 
     def admit(self, job: TrainJob) -> Active:
         """Join as a new job at step 0, with starting values drawn from the job's seed."""
-        samples = [sample.ids for sample in job.train]
-        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=samples)
+        ids, weights = [sample.ids for sample in job.train], [sample.weights for sample in job.train]
+        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=ids, weights=weights)
         slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype)
         slab.fill(start)
         return self.restore(Active(job, slab))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method, Start
-from polygraft.grafts.sites import sublayers
+from polygraft.grafts.sites import apart, sublayers
 from polygraft.grafts.spec import Branch, Call, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def pissa(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
-    return shifted(r, alpha, at, Call("singular", (("end", "major"),)))
+    return shifted(r, alpha / max(r, 1), at, Call("singular", (("end", "major"),)))
 
 
 def milora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
-    return shifted(r, alpha, at, Call("singular", (("end", "minor"),)))
+    return shifted(r, alpha / max(r, 1), at, Call("singular", (("end", "minor"),)))
 
 
 def olora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
-    return shifted(r, alpha, at, Call("qr"))
+    return shifted(r, alpha / max(r, 1), at, Call("qr"))
 
 
 def mica(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
@@ -46,9 +46,8 @@ def orthogonal(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: flo
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, start=Call("orthogonal")),)
 
 
-def shifted(r: int, alpha: float, at: str, start: Call) -> tuple[Slot, ...]:
+def shifted(r: int, scale: float, at: str, start: Call) -> tuple[Slot, ...]:
     """A trained branch, and the frozen one that takes its starting value away."""
-    scale = alpha / max(r, 1)
     return (
         Branch(at=on_projections(at), rank=r, scale=scale, start=start),
         Branch(at=at, rank=r, scale=-scale, start=start, frozen=True),
@@ -56,9 +55,9 @@ def shifted(r: int, alpha: float, at: str, start: Call) -> tuple[Slot, ...]:
 
 
 def on_projections(at: str) -> str:
-    """`at`, when it names no sublayer, which has no W to start from."""
-    if found := sublayers(at):
-        raise SpecError(f"at: {found[0]} has no weight matrix to start from; name projections")
+    """`at`, when it names no sublayer or block, which have no W to start from."""
+    if sublayers(at) or apart(at):
+        raise SpecError(f"at: {at!r} names more than projections; others have no weight matrix to start from")
     return at
 
 

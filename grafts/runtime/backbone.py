@@ -45,6 +45,7 @@ class Backbone:
             if id(parameter) not in fused:
                 parameter.data = parameter.data.clone()
         self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
+        self.projections: dict[Site, SiteLinear] = {}
         for layer in range(shape.layers):
             self._adopt(layer, prepack=prepack, block=block)
         last = Site(shape.layers - 1, FINAL_SITE)
@@ -117,7 +118,8 @@ class Backbone:
             group = [Site(layer, name) for name in names]
             for member, site in enumerate(group):
                 self.linears[site] = (linear, member)
-                self._replace(site, SiteLinear(group, linear, member))
+                self.projections[site] = SiteLinear(group, linear, member)
+                self._replace(site, self.projections[site])
         for name in ("norm.1", "norm.2"):
             site = Site(layer, name)
             norm = self._module(site)

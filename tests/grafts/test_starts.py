@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, plain_llama
@@ -19,7 +21,8 @@ from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import LINEAR, relative
 
 SITES = (Site(0, "attn.k"), Site(1, "ffn.up"), Site(1, "ffn.down"))
-SAMPLES = ((5, 6, 7, 8), (9, 10, 11))
+SAMPLES = tuple(tuple(range(5 * i + 1, 5 * i + 14 - i % 3)) for i in range(12))
+WEIGHTS = tuple((0.0, 0.0, *(1.0 + i % 2 for _ in ids[2:])) for i, ids in enumerate(SAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def backbone(tiny_folder: Path) -> Backbone:
 
 
 def started(text: str, backbone: Backbone) -> dict[str, Tensor]:
-    return initialise(parse(text), backbone, seed=1, samples=SAMPLES)
+    return initialise(parse(text), backbone, seed=1, samples=SAMPLES, weights=WEIGHTS)
 
 
 def pefts(folder: Path, start: str) -> nn.Module:
@@ -112,10 +115,97 @@ def test_an_orthogonal_start_changes_nothing_with_both_factors_as_large_as_pefts
     ("text", "message"),
     [
         ("pissa(r=40)", "40 is more than the 32 ranks of W at 0.attn.k"),
-        ("olora(at=ffn.out)", "ffn.out has no weight matrix"),
+        ("olora(at=ffn.out)", "names more than projections"),
         ("orthogonal(r=3)", "3 is odd"),
     ],
 )
 def test_a_start_that_w_cannot_give_is_refused(text: str, message: str, backbone: Backbone) -> None:
     with pytest.raises(SpecError, match=message):
         started(text, backbone)
+
+
+@pytest.fixture(scope="module")
+def read(tiny_folder: Path) -> dict[Site, list[Tensor]]:
+    """What transformers' own projections read on the samples."""
+    model, found = plain_llama(tiny_folder, torch.float64), dict[Site, list[Tensor]]()
+    for site in SITES:
+
+        def note(module: nn.Module, args: tuple[Tensor], y: Tensor, site: Site = site) -> None:
+            found.setdefault(site, []).append(args[0][0])
+
+        model.model.layers[site.layer].get_submodule(MODULES[site.name]).register_forward_hook(note)
+    with torch.no_grad():
+        for ids in SAMPLES:
+            model(torch.tensor([ids]))
+    return found
+
+
+def test_eva_starts_from_the_principal_directions_of_the_inputs(
+    backbone: Backbone, read: dict[Site, list[Tensor]]
+) -> None:
+    values = started("eva(r=4)", backbone)
+    for site in SITES:
+        rows = torch.cat(read[site]).numpy()
+        expected = torch.from_numpy(np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:4])
+        assert relative((values[f"0.{site}.A"].double() * expected).sum(1).abs(), torch.ones(4)) < 1e-4
+        assert not values[f"0.{site}.B"].any()
+
+
+def test_eva_explains_at_least_as_much_of_the_inputs_as_pefts(
+    backbone: Backbone, tiny_folder: Path, read: dict[Site, list[Tensor]]
+) -> None:
+    """No less variance than PEFT's, which is incremental, randomised and stops when it stands still."""
+    config = LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    model = get_peft_model(plain_llama(tiny_folder, torch.float32), config)
+    batches = [{"input_ids": torch.tensor([ids])} for ids in SAMPLES]
+    with torch.no_grad():
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    values = started("eva(r=4)", backbone)
+    for site in SITES:
+        rows = torch.cat(read[site])
+        centred = rows - rows.mean(0)
+        theirs = layer(model, site).lora_A["default"].weight.double()  # type: ignore[index,union-attr,operator]
+        found, reached = (float((centred @ A.double().T).square().sum()) for A in (values[f"0.{site}.A"], theirs))
+        assert 0.8 * found <= reached <= 1.0001 * found
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_cordas_residual_is_pefts(mode: str, backbone: Backbone, tiny_folder: Path) -> None:
+    model = plain_llama(tiny_folder, torch.float32)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights="corda", corda_config=CordaConfig(corda_method=mode)
+    )  # type: ignore[arg-type]
+
+    def run() -> None:
+        for ids in SAMPLES:
+            model(torch.tensor([ids]))
+
+    preprocess_corda(model, config, run_model=run)
+    theirs, values = get_peft_model(model, config), started(f"corda(r=4, alpha=8, mode={mode})", backbone)
+    for site in SITES:
+        ours = backbone.weight(site) - 2.0 * product(values, 1, site)
+        assert relative(ours, layer(theirs, site).base_layer.weight) < 1e-4  # type: ignore[union-attr,arg-type]
+        assert torch.equal(product(values, 0, site), product(values, 1, site))
+        assert product(values, 1, site).norm() > 0.01 * backbone.weight(site).norm()
+
+
+def test_lora_ga_starts_from_the_singular_vectors_of_the_gradient(backbone: Backbone, tiny_folder: Path) -> None:
+    """Wang et al. 2024, algorithm 1, on transformers' own gradient of the weighted loss."""
+    model, values = plain_llama(tiny_folder, torch.float64), started("lora-ga(r=4, gamma=9)", backbone)
+    weights = {
+        site: model.model.layers[site.layer].get_submodule(MODULES[site.name]).weight.requires_grad_() for site in SITES
+    }
+    total = sum(sum(w) for w in WEIGHTS)
+    for ids, factors in zip(SAMPLES, WEIGHTS):
+        losses = nn.functional.cross_entropy(
+            model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
+        )
+        ((losses * torch.tensor(factors[1:])).sum() / total).backward()
+    for site in SITES:
+        U, _, Vh = np.linalg.svd(weights[site].grad.numpy(), full_matrices=False)
+        factor = len(U) ** 0.25 / 3.0
+        for found, expected in ((values[f"0.{site}.A"], Vh[:4]), (values[f"0.{site}.B"], U.T[4:8])):
+            along = (found.double() * torch.from_numpy(expected)).sum(1).abs()
+            assert relative(along, factor * torch.ones(4)) < 1e-3
+            assert relative(found.norm(dim=1), factor * torch.ones(4)) < 1e-5
+        assert torch.equal(product(values, 0, site), product(values, 1, site))

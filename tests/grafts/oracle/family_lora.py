@@ -60,6 +60,9 @@ ROWS: Mapping[str, Row] = {
     "pissa": Row("pissa(r=4, alpha=8)", hooks=lambda: _shifted(2.0)),
     "milora": Row("milora(r=4, alpha=2, at=attn.*)", hooks=lambda: _shifted(0.5)),
     "olora": Row("olora(r=4)@1", hooks=lambda: _shifted(2.0)),
+    "eva": Row("eva(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "corda": Row("corda(r=2, alpha=4, at=attn.v|ffn.down)", hooks=lambda: _shifted(2.0)),
+    "lora-ga": Row("lora-ga(r=4, alpha=4)", hooks=lambda: _shifted(2.0)),
     "mica": Row(
         "mica(r=4, alpha=8)",
         lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR),

@@ -1,0 +1,92 @@
+"""What the bare backbone does on a job's first samples: the inputs of its projections, and the gradients of their
+frozen weights. For starting values that are made from data; a weight still never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.route import Rows
+from polygraft.grafts.sites import Site
+
+SAMPLES = 64  # of a job's samples, its first ones, are looked at
+
+Seen = Callable[[Site, Tensor], None]
+
+
+def observe(backbone: Backbone, samples: Sequence[Sequence[int]], sites: Collection[Site], seen: Seen) -> None:
+    """Call `seen(site, x)` with the input x [rows, in] of each projection, in float32 or wider, sample by sample."""
+    for ids in samples[:SAMPLES]:
+
+        def note(site: Site, module: nn.Module, x: Tensor, y: Tensor, rows: int = len(ids)) -> None:
+            seen(site, _wide(x[0, :rows]))
+
+        with torch.inference_mode(), _watched(backbone, sites, note):
+            _forward(backbone, ids, trainable=False)
+
+
+def gradients(
+    backbone: Backbone,
+    samples: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    sites: Collection[Site],
+) -> Mapping[Site, Tensor]:
+    """dL/dW [out, in] of each projection, L the mean next-token loss over the samples by the weights of their tokens
+    (all 1 where `weights` has none)."""
+    chosen = [ids for ids in samples[:SAMPLES] if len(ids) > 1]
+    weighted = weights[:SAMPLES] or [(1.0,) * len(ids) for ids in samples[:SAMPLES]]
+    factors = [torch.tensor(w[1:]) for w in weighted if len(w) > 1]
+    total = float(sum(factor.sum() for factor in factors)) or 1.0
+    found = {site: _wide(torch.zeros(_shape(backbone, site), dtype=backbone.dtype)) for site in sites}
+    for ids, factor in zip(chosen, factors, strict=True):
+
+        def note(site: Site, module: nn.Module, x: Tensor, y: Tensor, rows: int = len(ids) - 1) -> None:
+            source = x.detach()[0, :rows]
+
+            def collect(slope: Tensor) -> None:
+                found[site].add_(_wide(slope[0, :rows]).T @ _wide(source))
+
+            y.register_hook(collect)  # type: ignore[no-untyped-call]
+
+        with torch.enable_grad(), _watched(backbone, sites, note):
+            hidden = _forward(backbone, ids[:-1], trainable=True)
+            logits = backbone.logits(hidden.detach()).requires_grad_()
+            losses = nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+            (slope,) = torch.autograd.grad((losses * factor).sum() / total, logits)
+            hidden.backward(backbone.head.transposed_product(slope.to(hidden.dtype)))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool) -> Tensor:
+    rows = Rows(torch.tensor(ids), torch.arange(len(ids)), ())
+    attention = WholeSequences(((0, len(ids)),), backbone.shape)
+    return backbone.forward(rows, backbone.stacks((), trainable=trainable), attention)
+
+
+@contextmanager
+def _watched(
+    backbone: Backbone, sites: Collection[Site], note: Callable[[Site, nn.Module, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call `note` with the input and output [1, padded rows, width] of the projections while they run."""
+    with ExitStack() as handles:
+        for site in sites:
+
+            def hook(module: nn.Module, args: tuple[Tensor], y: Tensor, site: Site = site) -> None:
+                note(site, module, args[0], y)
+
+            handles.enter_context(backbone.projections[site].register_forward_hook(hook))
+        yield
+
+
+def _shape(backbone: Backbone, site: Site) -> tuple[int, int]:
+    d_in, d_out = backbone.shape.dims(site.name)
+    return d_out, d_in
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
