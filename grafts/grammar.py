@@ -73,11 +73,12 @@ def learning_rate(text: str) -> float:
     return min(find(name).learning_rate for name in names)
 
 
-# What PEFT writes beside the fields that make a graft: notes on its origin, and the backbone's sizes.
+# What PEFT writes beside the fields that make a graft: notes on its origin, the backbone's sizes and layout.
 _NOTES = (
     "auto_mapping",
     "base_model_name_or_path",
     "encoder_hidden_size",
+    "fan_in_fan_out",
     "inference_mode",
     "num_attention_heads",
     "num_layers",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Layers, Norm, Rotate, Slot, Sparse, SpecError
 
 LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
@@ -17,24 +18,6 @@ KV_SITE = "kv"
 FEEDS = {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}  # all that read a norm's output
 ENDS = {"attn.out": "attn.o", "ffn.out": "ffn.down"}  # the projection whose output a sublayer's is
 ALL = (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS, KV_SITE)
-
-# Module paths inside one decoder layer, per transformers architecture.
-LLAMA = {
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.o": "self_attn.o_proj",
-    "attn.out": "self_attn",
-    "ffn.gate": "mlp.gate_proj",
-    "ffn.up": "mlp.up_proj",
-    "ffn.down": "mlp.down_proj",
-    "ffn.out": "mlp",
-    "norm.1": "input_layernorm",
-    "norm.2": "post_attention_layernorm",
-    BLOCK_SITE: "",
-}
-OUTSIDE = {FINAL_SITE: "norm"}  # module paths beside the layers; the final norm stands in the last one
-ARCHITECTURES: Mapping[str, Mapping[str, str]] = {"llama": LLAMA}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,7 +33,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of a decoder that sizes and sites depend on."""
+    """The numbers of a backbone that sizes and sites depend on."""
 
     arch: str
     layers: int
@@ -63,12 +46,14 @@ class ModelShape:
 
     @staticmethod
     def from_config(config: Mapping[str, object]) -> ModelShape:
-        """From the fields of a transformers config.json; raises SpecError for an architecture without a site table."""
-        arch = str(config.get("model_type"))
-        if arch not in ARCHITECTURES:
-            raise SpecError(f"model_type: {arch!r} has no site table; supported: {', '.join(sorted(ARCHITECTURES))}")
+        """From the fields of a transformers config.json; raises SpecError for an architecture without a site table, and
+        for a config that its table is not right for."""
+        table = architecture(str(config.get("model_type")))
+        if (reason := table.refusal(config)) is not None:
+            raise SpecError(reason)
 
-        def number(key: str, default: int | None = None) -> int:
+        def number(field: str, default: int | None = None) -> int:
+            key = table.key(field)
             value = config.get(key)
             if value is None:
                 value = default
@@ -76,17 +61,22 @@ class ModelShape:
                 raise SpecError(f"{key}: {value!r} is not an integer in the backbone's config.json")
             return value
 
-        heads, hidden = number("num_attention_heads"), number("hidden_size")
+        heads, hidden = number("heads"), number("hidden")
         return ModelShape(
-            arch=arch,
-            layers=number("num_hidden_layers"),
+            arch=table.model_type,
+            layers=number("layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=number("num_key_value_heads", heads),
+            kv_heads=number("kv_heads", heads),
             head_dim=number("head_dim", hidden // heads),
-            ffn=number("intermediate_size"),
-            vocab=number("vocab_size"),
+            ffn=number("ffn", table.ffn_ratio and table.ffn_ratio * hidden),
+            vocab=number("vocab"),
         )
+
+    @property
+    def causal(self) -> bool:
+        """Whether a row sees the rows before it alone, as decoding needs; an encoder's sees all of its sequence."""
+        return architecture(self.arch).causal
 
     @property
     def kv_width(self) -> int:
@@ -114,13 +104,15 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     projections, or
     module names as in PEFT's target_modules (`q_proj`). Raises SpecError when a part matches nothing the op can act on.
     """
-    allowed = _allowed(slot)
+    allowed = tuple(name for name in _allowed(slot) if name == KV_SITE or architecture(shape.arch).has(name))
     names = tuple(
         name for name in ALL if any(name in _matches(part, shape.arch, allowed) for part in slot.at.split("|"))
     )
     for part in slot.at.split("|"):
         if not _matches(part, shape.arch, allowed):
-            raise SpecError(f"at: {part!r} matches no site for op {slot.op!r}; sites: {', '.join(allowed)}")
+            raise SpecError(
+                f"at: {part!r} matches no site of {shape.arch} for op {slot.op!r}; sites: {', '.join(allowed)}"
+            )
     found = tuple(
         Site(layer, name)
         for layer in _layers(slot.layers, shape)
@@ -158,10 +150,8 @@ def apart(at: str) -> bool:
 
 
 def module_path(site: Site, arch: str) -> str:
-    """Path of the site's module inside the transformers decoder, e.g. `layers.3.self_attn.q_proj`."""
-    if site.name in OUTSIDE:
-        return OUTSIDE[site.name]
-    return f"layers.{site.layer}.{ARCHITECTURES[arch][site.name]}".rstrip(".")
+    """Path of the site's module inside the transformers backbone, e.g. `layers.3.self_attn.q_proj`."""
+    return architecture(arch).path(site.layer, site.name)
 
 
 def _allowed(slot: Slot) -> tuple[str, ...]:
@@ -181,11 +171,9 @@ def _allowed(slot: Slot) -> tuple[str, ...]:
 
 
 def _matches(part: str, arch: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    modules = ARCHITECTURES[arch]
+    table = architecture(arch)
     return tuple(
-        name
-        for name in allowed
-        if _named(part, name) or (name in LINEAR and part in (modules[name], modules[name].rpartition(".")[2]))
+        name for name in allowed if _named(part, name) or (name in LINEAR and part and table.matches(name, part))
     )
 
 

@@ -1,12 +1,20 @@
-"""A random Llama small enough for a unit test, with a real tokenizer: byte-level BPE trained on the text below."""
+"""Random models small enough for a unit test, each with a real tokenizer: byte-level BPE trained on the text below."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -63,6 +71,44 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_COMMON = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+_GROUPED = {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}
+# What each architecture says beside the common numbers.
+CONFIGS: Mapping[str, Mapping[str, object]] = {
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, "head_dim": 32, "sliding_window": None},
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 24},
+    "gemma": {**_GROUPED, "head_dim": 32},
+    "phi": {**_GROUPED, "qk_layernorm": True},
+    "gpt2": {"n_positions": 512},
+    "gpt_neox": {"intermediate_size": 96},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
+    "bert": {"intermediate_size": 96},
+    "roberta": {"intermediate_size": 96, "pad_token_id": 1},
+}
+ENCODERS = ("bert", "roberta")
+
+
+def tiny_model(folder: Path, arch: str, seed: int = 0) -> Path:
+    """Save a random model (fp32) of an architecture, none of its norms and biases at its starting value, and a
+    tokenizer."""
+    tokenizer = tokenizer_of()
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    spread = {"init_std" if arch == "opt" else "initializer_range": 0.1}
+    config = AutoConfig.for_model(arch, **{**_COMMON, **special, **spread, **CONFIGS[arch], "dtype": "float32"})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = (AutoModelForMaskedLM if arch in ENCODERS else AutoModelForCausalLM).from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -35,7 +35,7 @@ def losses_and_gradient(
     losses, gradients = [], []
     for i in range(0, len(hidden_ND), CHUNK):
         count = min(CHUNK, len(hidden_ND) - i)
-        logits = backbone.head.product(hidden_ND[i : i + count])
+        logits = backbone.head.output(hidden_ND[i : i + count])
         for j in range(0, count, SLICE):
             rows = slice(i + j, min(i + j + SLICE, i + count))
             part = logits[j : j + rows.stop - rows.start]

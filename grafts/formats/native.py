@@ -78,7 +78,7 @@ def save(
             "spec": json.loads(spec.to_json()),
         }
         (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
-        if peft.exportable(spec):
+        if peft.exportable(spec, shape):
             peft.export(draft, spec, kept, shape=shape, base=base)
         _settle(draft)
         os.rename(draft, folder)

@@ -16,18 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.grammar import from_peft_config
-from polygraft.grafts.sites import ARCHITECTURES, ModelShape, module_path, resolve, sublayers
+from polygraft.grafts.sites import ModelShape, module_path, resolve, sublayers
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def exportable(spec: GraftSpec) -> bool:
-    """Whether PEFT has the graft: one LoRA on projections, with or without DoRA's norm at the same places."""
-    return _parts(spec) is not None
+def exportable(spec: GraftSpec, shape: ModelShape) -> bool:
+    """Whether PEFT has the graft: one LoRA on projections, with or without DoRA's norm at the same places, which are
+    whole modules that PEFT can tell from the others."""
+    parts = _parts(spec)
+    return parts is not None and _targets(parts[0], shape) is not None
 
 
 def export(
@@ -40,6 +43,9 @@ def export(
     parts = _parts(spec)
     if parts is None:
         raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; lora, rslora and dora have")
+    targets = _targets(parts[0], shape)
+    if targets is None:
+        raise FormatError(f"peft: no target_modules of {shape.arch} mean just {parts[0].at!r}; keep the native folder")
     check(spec, values, shape)
     files = {
         _key(tensor, shape): (values[tensor.name].T if tensor.part == "B" else values[tensor.name])
@@ -50,7 +56,7 @@ def export(
         for tensor in tensors(spec, shape)
     }
     save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(_config(*parts, spec.method, shape, base), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(_config(*parts, spec.method, targets, shape, base), indent=2) + "\n")
 
 
 def load(folder: Path, shape: ModelShape) -> tuple[GraftSpec, dict[str, Tensor]]:
@@ -91,22 +97,27 @@ def _parts(spec: GraftSpec) -> tuple[Branch, Norm | None] | None:
     return None if branch.act != "identity" or branch.tap == "output" or sublayers(branch.at) else (branch, norm)
 
 
+def _targets(branch: Branch, shape: ModelShape) -> tuple[str, ...] | None:
+    names = dict.fromkeys(site.name for site in resolve(branch, shape))
+    return architecture(shape.arch).targets(names)
+
+
 def _config(
-    branch: Branch, norm: Norm | None, method: str, shape: ModelShape, base: str | None
+    branch: Branch, norm: Norm | None, method: str, targets: tuple[str, ...], shape: ModelShape, base: str | None
 ) -> Mapping[str, object]:
     stable = method.startswith("rslora")
     alpha = branch.scale * (sqrt(branch.rank) if stable else branch.rank)
     whole = round(alpha)
-    names = {site.name: None for site in resolve(branch, shape)}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if shape.causal else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": branch.rank,
         "lora_alpha": whole if isclose(alpha, whole, rel_tol=1e-12) else alpha,
         **({"lora_dropout": branch.dropout} if branch.dropout else {}),
-        "target_modules": [ARCHITECTURES[shape.arch][name].rpartition(".")[2] for name in names],
+        "target_modules": list(targets),
+        **({"fan_in_fan_out": True} if architecture(shape.arch).transposed else {}),
         "layers_to_transform": None if branch.layers is None else sorted(set(branch.layers)),
         "bias": "none",
         "use_dora": norm is not None,
@@ -116,7 +127,7 @@ def _config(
 
 def _key(tensor: TensorSpec, shape: ModelShape) -> str:
     assert tensor.site is not None
-    module = f"base_model.model.model.{module_path(tensor.site, shape.arch)}"
+    module = f"base_model.model.{architecture(shape.arch).backbone}.{module_path(tensor.site, shape.arch)}"
     return f"{module}.lora_magnitude_vector" if tensor.part == "m" else f"{module}.lora_{tensor.part}.weight"
 
 

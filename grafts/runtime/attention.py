@@ -19,7 +19,8 @@ NAME = "polygraft"
 
 @dataclass(frozen=True, slots=True)
 class WholeSequences:
-    """Causal attention of (start, length) sequences, each after the prefix rows of the graft whose span holds it."""
+    """Attention inside (start, length) sequences, causal unless the backbone is an encoder, each one after the prefix
+    rows of the graft whose span holds it."""
 
     sequences: tuple[tuple[int, int], ...]
     shape: ModelShape
@@ -43,7 +44,9 @@ class WholeSequences:
                 if segment.start <= start < segment.stop
             }
             placed = tuple(Sequence(start, length, *prefixes.get(start, (0, 0))) for start, length in self.sequences)
-            self._layouts[key] = Layout(placed, rows, prefix_rows, self.shape.heads, self.shape.kv_heads)
+            self._layouts[key] = Layout(
+                placed, rows, prefix_rows, self.shape.heads, self.shape.kv_heads, self.shape.causal
+            )
         return self._layouts[key]
 
 

@@ -14,7 +14,7 @@ from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import KV, Layers
+from polygraft.grafts.spec import KV, Layers, SpecError
 from polygraft.kernels.kv.layout import Continued
 
 BUCKET_BLOCKS = (
@@ -27,6 +27,8 @@ class KVCache:
     zero."""
 
     def __init__(self, shape: ModelShape, blocks: int, *, block_size: int = 16, dtype: torch.dtype) -> None:
+        if not shape.causal:
+            raise SpecError(f"backbone: {shape.arch} is an encoder, whose rows see what follows; it cannot decode")
         self.shape, self.blocks, self.block_size = shape, blocks, block_size
         self.data = torch.zeros(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype)
 

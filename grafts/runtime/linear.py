@@ -68,6 +68,11 @@ class FrozenLinear:
         """The same as one product, for rows that are one graft's and whose count is never another."""
         return _matmul(x_TI, self._weight) if self._packs else F.linear(x_TI, self._weight)
 
+    def output(self, x_TI: Tensor) -> Tensor:
+        """x W^T + bias, [T, out]."""
+        product = self.product(x_TI)
+        return product if self.bias is None else product.add_(self.bias)
+
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         """dy W, [T, in]."""
         if self._packs and self._transpose is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.norms import FrozenNorm
 from polygraft.grafts.runtime.projection import Beside, project
 from polygraft.grafts.runtime.recompute import recomputed
 from polygraft.grafts.runtime.route import RouteTable, current
@@ -110,13 +111,32 @@ def _apart(stacks: Mapping[Kind, Stack], route: RouteTable, shared: bool) -> Ent
     )
 
 
+class FusedProjection(nn.Module):
+    """The projections that transformers has as one module: their outputs side by side, or with `heads` side by side in
+    every head."""
+
+    def __init__(self, members: Sequence[SiteLinear], heads: int | None) -> None:
+        super().__init__()
+        self.members, self.heads = nn.ModuleList(members), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = [member(x) for member in self.members]
+        if self.heads is None:
+            return torch.cat(products, dim=-1)
+        return torch.cat([torch.unflatten(y, -1, (self.heads, -1)) for y in products], dim=-1).flatten(-2)
+
+
 class Sublayer(nn.Module):
     """Attention or feed-forward as a whole, branches and affines on its output before the residual sum; or a whole
-    layer, the same on the residual stream after it."""
+    layer, the same on the residual stream after it.
 
-    def __init__(self, site: Site, inner: nn.Module) -> None:
+    `inner` is the whole of it, or with `apart` its last part, whose input is not the sublayer's: that is what a
+    `SublayerInput` of the same site saw.
+    """
+
+    def __init__(self, site: Site, inner: nn.Module, *, apart: bool = False) -> None:
         super().__init__()
-        self.site, self.inner = site, inner
+        self.site, self.inner, self.apart = site, inner, apart
 
     def forward(self, *args: Tensor, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
         x = args[0] if args else kwargs["hidden_states"]
@@ -127,6 +147,8 @@ class Sublayer(nn.Module):
         stacks = route.stacks.get(self.site)
         if not stacks:
             return result  # type: ignore[no-any-return]
+        if self.apart:
+            x = route.entered(self.site)
         out: Tensor = result[0] if isinstance(result, tuple) else result
         flat = out.view(-1, out.shape[-1])
         y = _branches(x.view(-1, x.shape[-1]), flat, stacks, self.site, route, tap="input")
@@ -135,52 +157,38 @@ class Sublayer(nn.Module):
         return (y, *result[1:]) if isinstance(result, tuple) else y
 
 
-class SiteNorm(nn.Module):
-    """A frozen RMS norm, y = w x / rms(x) in float32 inside, and the affines of the rows' grafts after it."""
+class SublayerInput(nn.Module):
+    """The part of a sublayer that takes its input first."""
 
-    def __init__(self, site: Site, weight: Tensor, eps: float) -> None:
+    def __init__(self, site: Site, inner: nn.Module) -> None:
         super().__init__()
-        self.site, self.eps = site, eps
-        self.weight = weight.detach()
+        self.site, self.inner = site, inner
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        route = current()
+        if route.stacks.get(self.site):
+            route.enter(self.site, x)
+        return self.inner(x, *args, **kwargs)
+
+
+class SiteNorm(nn.Module):
+    """A frozen norm, and the affines of the rows' grafts after it."""
+
+    def __init__(self, site: Site | None, norm: FrozenNorm) -> None:
+        super().__init__()
+        self.site, self.norm = site, norm
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rms_norm(x, self.weight, self.eps)
+        y = self.norm(x)
+        if self.site is None:
+            return y
         route = current()
         stacks = route.stacks.get(self.site)
         if stacks:
             return _changed_out(y.view(-1, y.shape[-1]), stacks, route).view(y.shape)
         source = x.detach()
-        route.remember(y, lambda: _rms_forward(source, self.weight, self.eps)[0])
+        route.remember(y, lambda: self.norm(source))
         return y
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """w * (x / sqrt(mean(x^2) + eps)), rounded to x's dtype before w as transformers does; differentiable in x."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
-    return _rms_forward(x, weight, eps)[0]
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        y, scale = _rms_forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        x, weight, scale = ctx.saved_tensors
-        wide = x.to(scale.dtype)
-        g = (grad * weight).to(scale.dtype)
-        inner = (g * wide).mean(-1, keepdim=True) * scale.square()
-        return ((g - wide * inner) * scale).to(x.dtype), None, None
-
-
-def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype), scale
 
 
 def _branches(

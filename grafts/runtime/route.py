@@ -14,6 +14,7 @@ from polygraft.kernels.common.segments import Segment, Segments
 
 if TYPE_CHECKING:
     from polygraft.grafts.runtime.stacks import Entries, Stacks
+    from polygraft.grafts.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class RouteTable:
     _segments: dict[Entries, Segments] = field(default_factory=dict)
     _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _recipe: dict[str, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)
+    _entered: dict[Site, Tensor] = field(default_factory=dict)
 
     def segments(self, entries: Entries) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
@@ -91,6 +93,14 @@ class RouteTable:
         """What was remembered of `y`, if it was the latest."""
         found = self._recipe.pop("norm", None)
         return found[1] if found is not None and found[0] is y else None
+
+    def enter(self, site: Site, x: Tensor) -> None:
+        """A sublayer's input, for the module that ends it."""
+        self._entered[site] = x
+
+    def entered(self, site: Site) -> Tensor:
+        """The input that entered the sublayer; it is forgotten."""
+        return self._entered.pop(site)
 
     def keep(self, group: int, x: Tensor, products: list[Tensor]) -> None:
         """Remember the fused products of `x` until the group's other members ask for them."""

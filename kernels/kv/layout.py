@@ -50,6 +50,7 @@ class Bucket:
     sequences: tuple[Sequence, ...]
     queries: Tensor
     keys: Tensor
+    causal: bool = True
 
     @cached_property
     def first_row(self) -> int | None:
@@ -63,7 +64,10 @@ class Bucket:
 
     @cached_property
     def hidden(self) -> Tensor:
-        """[L, L] bool: the keys after a query."""
+        """Keys that a query does not see: those after it, [L, L] bool; without causality the padding, [b, 1, L]."""
+        if not self.causal:
+            ends = torch.tensor([s.prefix_length + s.length for s in self.sequences], device=self.queries.device)
+            return torch.arange(self.length, device=self.queries.device) >= ends.view(-1, 1, 1)
         return torch.ones(self.length, self.length, dtype=torch.bool, device=self.queries.device).triu_(1)
 
 
@@ -76,6 +80,7 @@ class Layout:
     prefix_rows: int
     heads: int
     kv_heads: int
+    causal: bool = True
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -93,4 +98,4 @@ class Layout:
             queries[i, p : p + n] = torch.arange(s.start, s.start + n)
             keys[i, :p] = torch.arange(self.rows + s.prefix_first, self.rows + s.prefix_first + p)
             keys[i, p : p + n] = queries[i, p : p + n]
-        return Bucket(length, members, queries, keys)
+        return Bucket(length, members, queries, keys, self.causal)

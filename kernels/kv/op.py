@@ -1,7 +1,7 @@
-"""The kv op: causal attention of ragged sequences, each with its own trained prefix rows before its keys and values.
+"""The kv op: attention of ragged sequences, each with its own trained prefix rows before its keys and values.
 
 Prefix rows sit where a longer prompt would (Li & Liang 2021, eq. 3); a sequence is computed at its bucket's length,
-padded on the right, where causality hides the padding from every real row.
+padded on the right, where causality hides the padding from every real row, and a mask in an encoder.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from polygraft.kernels.kv.layout import Bucket, Layout
 def attend(
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
 ) -> Tensor:
-    """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]]; rows outside sequences
-    are 0.
+    """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]], without the mask of the
+    future where the layout is not causal; rows outside sequences are 0.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim].
     Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients
     sum over the sequences that use them, bucket by bucket, in float32 or wider.
     """
-    if q_TE.is_cuda:
+    if q_TE.is_cuda and layout.causal:
         from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
         return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)
@@ -119,7 +119,8 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
 
 def _weights(q: Tensor, k: Tensor, bucket: Bucket) -> Tensor:
     scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
-    torch.unflatten(scores, 1, (-1, bucket.length)).masked_fill_(bucket.hidden, float("-inf"))
+    by_sequence = scores.view(len(bucket.sequences), -1, bucket.length, bucket.length)
+    by_sequence.masked_fill_(bucket.hidden.unsqueeze(-3), float("-inf"))
     return scores.softmax(-1).to(q.dtype)
 
 

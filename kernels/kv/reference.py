@@ -29,6 +29,7 @@ def attend(
             for p, x in ((pk_PC, k_TC), (pv_PC, v_TC))
         )
         hidden = torch.ones(s.length, s.prefix_length + s.length, dtype=torch.bool).triu(s.prefix_length + 1)
+        hidden &= layout.causal
         scores = (scaling * q @ k.transpose(1, 2)).masked_fill(hidden, float("-inf"))
         pieces.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
         end = s.start + s.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,13 +10,33 @@ import pytest
 
 from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.grafts.runtime.pretrained import materialise
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shared by all tests: read it only."""
     return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+class _Folders(dict[str, Path]):
+    """Made when first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._factory = factory
+
+    def __missing__(self, arch: str) -> Path:
+        self[arch] = tiny_model(self._factory.mktemp(arch), arch)
+        return self[arch]
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Mapping[str, Path]:
+    """A tiny model of every architecture; read them only."""
+    folders = _Folders(tmp_path_factory)
+    folders["llama"] = tiny_folder
+    return folders
 
 
 @pytest.fixture(scope="session")

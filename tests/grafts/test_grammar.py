@@ -118,7 +118,6 @@ def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
         ({"bias": "all"}, ["{'bias': 'all'}"]),
         ({"init_lora_weights": "pissa"}, ["pissa"]),
         ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
-        ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
         ({"r": "many"}, ["lora.r", "'many'"]),
         ({"r": 0}, ["rank: 0"]),
         ({"layers_to_transform": "0"}, ["layers_to_transform: '0'"]),

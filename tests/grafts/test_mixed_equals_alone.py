@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_llama
+from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
@@ -121,7 +121,7 @@ def alone(fp32: Backbone, values: Mapping[str, Mapping[str, Tensor]]) -> Mapping
 def solo(
     backbone: Backbone, values: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
 ) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    bare = plain_llama(backbone.folder, dtype)
+    bare = plain_model(backbone.folder, dtype)
     models = {name: row.oracle(backbone.folder, values[name], dtype).logits for name, row in METHODS.items()}
     return {**models, BARE: lambda ids: bare(ids[None]).logits[0]}
 

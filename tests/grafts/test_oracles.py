@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_llama
+from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.linear import padded
@@ -50,7 +50,7 @@ def test_logits_and_gradients_are_the_oracles(name: str, backbone: Backbone) -> 
 
 def test_rows_without_a_graft_pass_the_bare_model(backbone: Backbone) -> None:
     (ids, _), _ = batch(backbone)
-    expected = plain_llama(backbone.folder, backbone.dtype)(ids[None]).logits[0]
+    expected = plain_model(backbone.folder, backbone.dtype)(ids[None]).logits[0]
     rows = Rows(ids, torch.arange(len(ids)), ())
     with torch.inference_mode():
         hidden = backbone.forward(rows, backbone.stacks([]), WholeSequences(((0, len(ids)),), backbone.shape))

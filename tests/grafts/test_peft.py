@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
-from polygraft.cluster.launch.demo.oracle.plain import plain_llama
+from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -94,7 +94,7 @@ def test_a_graft_comes_back_as_it_was_exported(text: str, backbone: Backbone, tm
     ids=["lora", "dora", "rslora"],
 )
 def test_we_load_what_peft_saves_and_compute_the_same(config: LoraConfig, backbone: Backbone, tmp_path: Path) -> None:
-    model = get_peft_model(plain_llama(backbone.folder, torch.float32), config).eval()
+    model = get_peft_model(plain_model(backbone.folder, torch.float32), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -149,7 +149,7 @@ def test_only_lora_and_dora_on_projections_are_exportable(
     text: str, expected: bool, backbone: Backbone, tmp_path: Path
 ) -> None:
     spec = parse(text)
-    assert peft.exportable(spec) is expected
+    assert peft.exportable(spec, backbone.shape) is expected
     values = random_tensors(spec, backbone.shape, seed=1)
     native_folder = tmp_path / native.save(tmp_path, spec, values, shape=backbone.shape, backbone="stock")
     assert (native_folder / peft.WEIGHTS).exists() is (native_folder / peft.CONFIG).exists() is expected
@@ -160,7 +160,7 @@ def test_only_lora_and_dora_on_projections_are_exportable(
 
 def test_a_linear_adapter_that_is_no_lora_is_not_exported(backbone: Backbone) -> None:
     for slot in (Branch(at="attn.q", rank=2, act="relu"), Branch(at="ffn.out", rank=2, tap="output")):
-        assert not peft.exportable(GraftSpec("x", (slot,)))
+        assert not peft.exportable(GraftSpec("x", (slot,)), backbone.shape)
 
 
 def test_tensors_that_are_not_the_grafts_are_not_exported(backbone: Backbone, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_shape_is_read_from_a_transformers_config() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mamba"}, ["'mamba'", "supported: llama"]),
+        ({"model_type": "mamba"}, ["'mamba'", "supported: bert, gemma, gpt2"]),
         ({"hidden_size": "big"}, ["hidden_size: 'big'"]),
         ({"vocab_size": None}, ["vocab_size: None"]),
     ],

@@ -39,13 +39,17 @@ HEADS = {"grouped": Heads(), "one key head": Heads(3, 1, 16), "a key head each":
 SCALING = 0.35
 
 
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "whole"])
+
+
+@CAUSAL
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
 def test_output_and_gradients_equal_the_reference(
-    sequences: tuple[Sequence, ...], dtype: torch.dtype, heads: Heads
+    sequences: tuple[Sequence, ...], dtype: torch.dtype, heads: Heads, causal: bool
 ) -> None:
-    layout, inputs, upstream = batch(sequences, heads, dtype)
+    layout, inputs, upstream = batch(sequences, heads, dtype, causal=causal)
     got = run(attend, inputs, layout, SCALING, upstream=upstream)
     assert_close(got, wanted(reference.attend, inputs, layout, upstream), TOLERANCE[dtype])
 
@@ -87,6 +91,14 @@ def test_a_row_sees_nothing_after_itself() -> None:
     assert torch.equal(attend(*inputs.values(), layout, SCALING)[:12], before[:12])
 
 
+def test_without_causality_a_row_sees_all_of_its_sequence() -> None:
+    layout, inputs, _ = batch((Sequence(0, 20, 0, 5), Sequence(20, 3)), Heads(), torch.float32, causal=False)
+    before = attend(*inputs.values(), layout, SCALING)
+    inputs["v"][19] += 1
+    after = attend(*inputs.values(), layout, SCALING)
+    assert (after[:20] != before[:20]).any(1).all() and torch.equal(after[20:], before[20:])
+
+
 @given(st.integers(1, 200), st.integers(0, 100))
 def test_a_bucket_is_the_next_multiple_of_the_grain_from_a_floor_on(length: int, prefix: int) -> None:
     bucket = Sequence(7, length, 3, prefix).bucket
@@ -94,14 +106,15 @@ def test_a_bucket_is_the_next_multiple_of_the_grain_from_a_floor_on(length: int,
     assert 0 <= bucket - length - prefix < (GRAIN if bucket > FLOOR else FLOOR)
 
 
+@CAUSAL
 @pytest.mark.parametrize("heads", [*HEADS.values(), Heads(9, 3, 64)], ids=str)
 @pytest.mark.parametrize("own", [(1, 0), (7, 5), (16, 0), (63, 0), (65, 20)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sequences_bits_do_not_change_when_others_join_whatever_they_hold(
-    dtype: torch.dtype, own: tuple[int, int], heads: Heads
+    dtype: torch.dtype, own: tuple[int, int], heads: Heads, causal: bool
 ) -> None:
     length, prefix = own
-    layout, inputs, upstream = batch((Sequence(0, length, 0, prefix),), heads, dtype)
+    layout, inputs, upstream = batch((Sequence(0, length, 0, prefix),), heads, dtype, causal=causal)
     alone = cut(run(attend, inputs, layout, SCALING, upstream=upstream), 0, length, 0, prefix)
     others = [Sequence(0, length, 0, 3), Sequence(length, length), Sequence(2 * length, 5, 3, 40)]
     start, first = 2 * length + 6, 43
@@ -111,7 +124,7 @@ def test_a_sequences_bits_do_not_change_when_others_join_whatever_they_hold(
         Sequence(start + length, length, first + prefix, prefix),
     )
     for value in (1.0, float("nan"), float("inf")):
-        layout, joined, gradient = batch(sequences, heads, dtype, seed=1)
+        layout, joined, gradient = batch(sequences, heads, dtype, seed=1, causal=causal)
         for tensor in (*joined.values(), gradient):
             tensor *= value
         for name, tensor in cut(inputs, 0, length, 0, prefix).items():
@@ -159,7 +172,7 @@ def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: La
 
 
 def batch(
-    sequences: tuple[Sequence, ...], heads: Heads, dtype: torch.dtype, seed: int = 0
+    sequences: tuple[Sequence, ...], heads: Heads, dtype: torch.dtype, seed: int = 0, *, causal: bool = True
 ) -> tuple[Layout, dict[str, Tensor], Tensor]:
     """(layout, q, k, v, pk, pv by name, an upstream gradient), with two rows and one prefix row that nobody uses."""
     generator = torch.Generator().manual_seed(seed)
@@ -176,4 +189,5 @@ def batch(
         "pk": normal(prefix_rows, heads.keys),
         "pv": normal(prefix_rows, heads.keys),
     }
-    return Layout(sequences, rows, prefix_rows, heads.queries, heads.keys), inputs, normal(rows, heads.queries)
+    layout = Layout(sequences, rows, prefix_rows, heads.queries, heads.keys, causal)
+    return layout, inputs, normal(rows, heads.queries)

@@ -1,4 +1,4 @@
-"""A graft alone, by hooks on transformers' Llama: each method as its paper's equation, with nothing of ours
+"""A graft alone, by hooks on transformers' model: each method as its paper's equation, with nothing of ours
 underneath."""
 
 from __future__ import annotations
@@ -90,10 +90,12 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
             hook(model.get_submodule(module_of(layer, site)), parts)
     rows = {split(name)[1:]: leaf for name, leaf in leaves.items() if split(name)[2] == "kv"}
 
+    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+
     def logits(ids: Tensor) -> Tensor:
         cache = DynamicCache(config=model.config)
         for layer in range(model.config.num_hidden_layers if rows else 0):
-            k, v = (_heads(rows[layer, "kv", part], model.config.num_key_value_heads) for part in ("k", "v"))
+            k, v = (_heads(rows[layer, "kv", part], heads) for part in ("k", "v"))
             cache.update(k, v, layer)
         result: Tensor = model(ids[None], past_key_values=cache if rows else None, use_cache=bool(rows)).logits[0]
         return result

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, split
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, plain_model, split
 
 Find = Callable[[PeftModel, str, Tensor], Place]
 
@@ -37,7 +37,7 @@ def peft_oracle(
 
 def loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> PeftModel:
     """PEFT's model as a user loads it from a saved folder."""
-    return PeftModel.from_pretrained(plain_llama(folder, dtype), str(adapter))
+    return PeftModel.from_pretrained(plain_model(folder, dtype), str(adapter))
 
 
 def _place(model: PeftModel, name: str, value: Tensor) -> Place:

@@ -1,4 +1,4 @@
-"""The reference backbone: transformers' own Llama, without a line of ours, in float32 or purely in float64."""
+"""The reference backbone: transformers' own model, without a line of ours, in float32 or purely in float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from polygraft.cluster.launch.demo.oracle.uniform import uniform
 
 SHARED = "shared"
+ENCODERS = ("bert", "roberta")
+# Where an oracle finds our sites, on every architecture (uniform.py).
 MODULES = {
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -54,21 +57,28 @@ class Oracle:
         return found
 
 
-def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Eager attention; in float64 with SDPA and another RMSNorm, since transformers' own compute in float32 there."""
     wide = dtype == torch.float64
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa" if wide else "eager")
+    encoder = AutoConfig.from_pretrained(folder).model_type in ENCODERS
+    model: PreTrainedModel = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa" if wide else "eager"
+    )
     for module in model.modules() if wide else ():
-        if isinstance(module, LlamaRMSNorm):
+        if type(module).__name__.endswith("RMSNorm"):
             setattr(module, "forward", MethodType(_rms_norm, module))
     model.requires_grad_(False)
     model.train(False)
-    frozen: PreTrainedModel = model
-    return frozen
+    return model
+
+
+def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The same with its parts where Llama has them, whatever the architecture."""
+    return uniform(plain_model(folder, dtype))
 
 
 def module_of(layer: int, site: str) -> str:
-    """Path of a site's module in LlamaForCausalLM."""
+    """Path of a site's module in `plain_llama`."""
     return OUTSIDE.get(site) or f"model.layers.{layer}.{MODULES[site]}".rstrip(".")
 
 
@@ -79,5 +89,6 @@ def split(name: str) -> tuple[int, int, str, str]:
 
 
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    eps = getattr(norm, "variance_epsilon")
-    return norm.get_parameter("weight") * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    eps: float = getattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon")
+    weight = norm.get_parameter("weight") + (1 if type(norm).__name__ == "GemmaRMSNorm" else 0)
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

@@ -1,0 +1,192 @@
+"""The reference backbone with its parts under Llama's module names, so that one oracle serves every architecture.
+
+Every computation stays transformers' own: a projection moves, and where it stood a call to its new place is left. A
+Conv1D becomes the linear of its transposed weight, a fused projection the linears of its rows. Written from the
+forward functions of transformers, and not from our tables of sites, which it judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Part(nn.Module):
+    """A sublayer's name space; called with its input and what it adds to the residual sum, it returns the latter."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class Call(nn.Module):
+    """A module that is but a function."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def uniform(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` itself, with `model.layers.0.self_attn.q_proj` and its like where an oracle looks for them."""
+    kind = model.config.model_type
+    if kind not in _LAYERS:
+        return model  # Llama's names already
+    path, arrange = _LAYERS[kind]
+    layers = model.get_submodule(path)
+    named = layers if path == "model.layers" else nn.ModuleList(_layer() for _ in layers.children())
+    for layer, into in zip(layers.children(), named.children()):
+        arrange(layer, into, model.config.num_attention_heads)
+    if not hasattr(model, "model"):
+        setattr(model, "model", nn.Module())
+    setattr(model.model, "layers", named)
+    return model
+
+
+def _layer() -> nn.Module:
+    layer = nn.Module()
+    layer.self_attn, layer.mlp = Part(), Part()
+    return layer
+
+
+def _gpt2(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    attention, mlp = layer.get_submodule("attn"), layer.get_submodule("mlp")
+    weight, bias = attention.get_parameter("c_attn.weight").T, attention.get_parameter("c_attn.bias")
+    _split(attention, "c_attn", into, weight.chunk(3), bias.chunk(3), lambda parts: torch.cat([*parts], -1))
+    for parent, name, target in (
+        (attention, "c_proj", "self_attn.o_proj"),
+        (mlp, "c_fc", "mlp.up_proj"),
+        (mlp, "c_proj", "mlp.down_proj"),
+    ):
+        conv = parent.get_submodule(name)
+        setattr(parent, name, _linear(conv.get_parameter("weight").T, conv.get_parameter("bias")))
+        _move(parent, name, into, target)
+    _norms(layer, into, "ln_1", "ln_2")
+    _around(layer, "attn", into, "self_attn")
+    _around(layer, "mlp", into, "mlp")
+
+
+def _gpt_neox(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    attention, mlp = layer.get_submodule("attention"), layer.get_submodule("mlp")
+    weight, bias = (attention.get_parameter(f"query_key_value.{name}") for name in ("weight", "bias"))
+    by_head = weight.view(heads, 3, -1, weight.shape[1]), bias.view(heads, 3, -1)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([torch.unflatten(part, -1, (heads, -1)) for part in parts], -2).flatten(-3)
+
+    rows = [by_head[0][:, i].flatten(0, 1) for i in range(3)], [by_head[1][:, i].flatten() for i in range(3)]
+    _split(attention, "query_key_value", into, *rows, join)
+    _move(attention, "dense", into, "self_attn.o_proj")
+    _move(mlp, "dense_h_to_4h", into, "mlp.up_proj")
+    _move(mlp, "dense_4h_to_h", into, "mlp.down_proj")
+    _norms(layer, into, "input_layernorm", "post_attention_layernorm")
+    _around(layer, "attention", into, "self_attn")
+    _around(layer, "mlp", into, "mlp")
+
+
+def _bert(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    inner = layer.get_submodule("attention.self")
+    for name, target in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        _move(inner, name, into, f"self_attn.{target}")
+    _move(layer.get_submodule("intermediate"), "dense", into, "mlp.up_proj")
+    for path, part, target, norm in (
+        ("attention.output", "self_attn", "o_proj", "input_layernorm"),
+        ("output", "mlp", "down_proj", "post_attention_layernorm"),
+    ):
+        output = layer.get_submodule(path)
+        setattr(into.get_submodule(part), target, output.get_submodule("dense"))
+        setattr(into, norm, output.get_submodule("LayerNorm"))
+        parent, _, child = path.rpartition(".")
+        setattr(layer.get_submodule(parent), child, Call(_after_norm(into, part, target, norm)))
+
+
+def _after_norm(into: nn.Module, part: str, target: str, norm: str) -> Callable[[Tensor, Tensor], object]:
+    """LayerNorm(x + sublayer(x)) (Vaswani et al. 2017, section 3.1), of the last projection's input and x."""
+
+    def forward(hidden: Tensor, x: Tensor) -> object:
+        sublayer = into.get_submodule(part)
+        return into.get_submodule(norm)(x + sublayer(x, sublayer.get_submodule(target)(hidden)))
+
+    return forward
+
+
+def _opt(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    attention = layer.get_submodule("self_attn")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        _move(attention, name, into, f"self_attn.{name}")
+    _move(attention, "out_proj", into, "self_attn.o_proj")
+    _around(layer, "self_attn", into, "self_attn")
+    _norms(layer, into, "self_attn_layer_norm", "final_layer_norm")
+    mlp, seen = into.get_submodule("mlp"), []
+    mlp.up_proj, mlp.down_proj = layer.fc1, layer.fc2
+
+    def first(x: Tensor) -> object:
+        seen.append(x)
+        return mlp.get_submodule("up_proj")(x)
+
+    setattr(layer, "fc1", Call(first))
+    setattr(layer, "fc2", Call(lambda hidden: mlp(seen.pop(), mlp.get_submodule("down_proj")(hidden))))
+
+
+def _phi(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    _move(layer.get_submodule("self_attn"), "dense", into, "self_attn.o_proj")
+    _move(layer.get_submodule("mlp"), "fc1", into, "mlp.up_proj")
+    _move(layer.get_submodule("mlp"), "fc2", into, "mlp.down_proj")
+
+
+_Arrange = Callable[[nn.Module, nn.Module, int], None]
+_LAYERS: Mapping[str, tuple[str, _Arrange]] = {
+    "bert": ("bert.encoder.layer", _bert),
+    "gpt2": ("transformer.h", _gpt2),
+    "gpt_neox": ("gpt_neox.layers", _gpt_neox),
+    "phi": ("model.layers", _phi),
+    "opt": ("model.decoder.layers", _opt),
+    "roberta": ("roberta.encoder.layer", _bert),
+}
+
+
+def _split(
+    parent: nn.Module,
+    name: str,
+    into: nn.Module,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    join: Callable[[Sequence[Tensor]], Tensor],
+) -> None:
+    """q, k and v of a fused projection as linears of their own, whose outputs `join` puts where they were."""
+    attention, names = into.get_submodule("self_attn"), ("q_proj", "k_proj", "v_proj")
+    for target, weight, bias in zip(names, weights, biases, strict=True):
+        setattr(attention, target, _linear(weight, bias))
+    setattr(parent, name, Call(lambda x: join([attention.get_submodule(target)(x) for target in names])))
+
+
+def _move(parent: nn.Module, name: str, into: nn.Module, path: str) -> None:
+    place, _, child = path.rpartition(".")
+    setattr(into.get_submodule(place), child, parent.get_submodule(name))
+    setattr(parent, name, Call(lambda x: into.get_submodule(path)(x)))
+
+
+def _norms(layer: nn.Module, into: nn.Module, first: str, second: str) -> None:
+    _move(layer, first, into, "input_layernorm")
+    _move(layer, second, into, "post_attention_layernorm")
+
+
+def _around(layer: nn.Module, name: str, into: nn.Module, part: str) -> None:
+    """Show the sublayer's part its input and output."""
+    inner, seen = layer.get_submodule(name), into.get_submodule(part)
+
+    def forward(*args: Tensor, **kwargs: Tensor) -> object:
+        out = inner(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        return (seen(x, out[0]), *out[1:]) if isinstance(out, tuple) else seen(x, out)
+
+    setattr(layer, name, Call(forward))
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear

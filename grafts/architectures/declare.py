@@ -1,0 +1,113 @@
+"""What a file of this folder says of a family of transformers classes: where the canonical sites are. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+Config = Mapping[str, object]
+BLOCK, FINAL = "block.out", "norm.final"  # sites that every architecture, or most, has in the same way
+
+# Where transformers' config.json keeps the numbers of a `ModelShape`.
+FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "ffn": "intermediate_size",
+        "vocab": "vocab_size",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """What an encoder's head does before its vocabulary projection, norm(act(dense(x))): paths from the whole model;
+    `act` None means the config's `hidden_act`."""
+
+    dense: str
+    norm: str
+    act: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """One `model_type`.
+
+    `modules` gives the module of a site by its path inside a layer, `layers` is the list of layers inside the backbone,
+    `final` its last norm (None where the last layer's is the last), and `backbone` the backbone's path inside the class
+    that has the head. Linear sites of one path are row ranges of
+    one fused module: one after the other, or head by head when `interleaved`. `transposed` weights are [in, out].
+
+    A sublayer's module takes the sublayer's input and returns what the residual sum adds. Where transformers has no
+    such module, `modules` names the last projection and `inputs` the module that takes the sublayer's input first.
+
+    `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
+    where the config does not say. `refusal` tells why a config is not one that this table is right for.
+    """
+
+    model_type: str
+    modules: Mapping[str, str]
+    layers: str = "layers"
+    final: str | None = "norm"
+    backbone: str = "model"
+    causal: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    ffn_ratio: int | None = None
+    norm_offset: float = 0.0  # the norm's factor is this plus its weight
+    first_position: int = 0
+    elsewhere: tuple[str, ...] = ()  # linear modules outside the layers, whose names PEFT could confuse with a site's
+    transform: Transform | None = None
+    refusal: Callable[[Config], str | None] = lambda config: None
+
+    def key(self, number: str) -> str:
+        """The config's name of one of `ModelShape`'s numbers."""
+        return self.fields.get(number, FIELDS[number])
+
+    def has(self, name: str) -> bool:
+        """Whether there is a module for the site."""
+        return name in self.modules or name == BLOCK or (name == FINAL and self.final is not None)
+
+    def path(self, layer: int, name: str) -> str:
+        """The site's module inside the backbone."""
+        if name == FINAL:
+            assert self.final is not None
+            return self.final
+        return f"{self.layers}.{layer}" if name == BLOCK else f"{self.layers}.{layer}.{self.modules[name]}"
+
+    def beside(self, name: str) -> tuple[str, ...]:
+        """The linear sites that share the module of `name`, in the order of their rows."""
+        return tuple(site for site, path in self.modules.items() if path == self.modules[name] and not _whole(site))
+
+    def targets(self, names: Collection[str]) -> tuple[str, ...] | None:
+        """PEFT's target_modules for the linear sites `names` of every layer: for each the fewest last parts of its path
+        that mean no other module. None where there are none, or where a site is but a part of a module."""
+        found: dict[str, None] = {}
+        others = [path for site, path in self.modules.items() if site not in names and not _whole(site)]
+        for name in names:
+            parts = self.modules[name].split(".")
+            ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+            fits = (end for end in ends if not any(_ends(path, end) for path in (*others, *self.elsewhere)))
+            target = next(fits, None)
+            if target is None or len(self.beside(name)) > 1:
+                return None
+            found[target] = None
+        return tuple(found)
+
+    def matches(self, name: str, target: str) -> bool:
+        """Whether `target` is the module of `name` as PEFT's target_modules name it: a path's last parts."""
+        return _ends(self.modules[name], target)
+
+
+def _ends(path: str, end: str) -> bool:
+    return f".{path}".endswith(f".{end}")
+
+
+def _whole(site: str) -> bool:
+    return site.endswith(".out")

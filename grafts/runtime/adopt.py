@@ -1,0 +1,144 @@
+"""How a transformers model becomes a backbone: its linears, norms and sublayers are replaced by ours, where its
+architecture's table says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from polygraft.grafts.architectures.declare import Architecture
+from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.runtime.feedforward import GatedFeedForward
+from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.modules import FusedProjection, SiteLinear, SiteNorm, Sublayer, SublayerInput
+from polygraft.grafts.runtime.norms import FrozenNorm
+from polygraft.grafts.runtime.projection import project
+from polygraft.grafts.sites import BLOCK_SITE, FINAL_SITE, NORMS, SUBLAYER, ModelShape, Site, module_path
+
+# Projections that read one input and are multiplied as one.
+TOGETHER = (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("ffn.gate", "ffn.up"), ("ffn.down",))
+
+
+class Adoption:
+    """The frozen parts of `base`, the model without its head: `linears` gives every linear site its FrozenLinear and
+    its place in it, `projections` the module that stands there."""
+
+    def __init__(self, base: nn.Module, shape: ModelShape, *, prepack: bool, block: int | None) -> None:
+        self.base, self.shape, self.table = base, shape, architecture(shape.arch)
+        self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
+        self.projections: dict[Site, SiteLinear] = {}
+        self._prepack, self._block = prepack, block
+
+    def run(self) -> None:
+        """Innermost modules first, since a module's path changes when one around it is replaced."""
+        norms = {self._path(site): site for site in self._sites(NORMS)}
+        for path, module in list(self.base.named_modules()):
+            norm = FrozenNorm.of(module, self.table.norm_offset)
+            if norm is not None:
+                self._put(path, SiteNorm(norms.get(path), norm))
+        for layer in range(self.shape.layers):
+            self._projections(layer)
+        for site in self._sites(SUBLAYER):
+            self._sublayer(site)
+        for site in self._sites((BLOCK_SITE,)):
+            self._put(self._path(site), Sublayer(site, self.base.get_submodule(self._path(site))))
+
+    def fused(self) -> Iterator[Tensor]:
+        """The weights that will be copied into one with others."""
+        for layer in range(self.shape.layers):
+            for group in self._groups(layer):
+                yield from (self._weight(site) for site in group if len(group) > 1)
+
+    def _projections(self, layer: int) -> None:
+        for group in self._groups(layer):
+            rows = [self._rows(site) for site in group]
+            linear = FrozenLinear(
+                [weight for weight, _ in rows], [bias for _, bias in rows], prepack=self._prepack, block=self._block
+            )
+            members = [SiteLinear(group, linear, member) for member in range(len(group))]
+            for member, site in enumerate(group):
+                self.linears[site], self.projections[site] = (linear, member), members[member]
+            for path, beside in groupby(members, lambda member: self._path(member.site)):
+                found = list(beside)
+                heads = self.shape.heads if self.table.interleaved else None
+                self._put(path, FusedProjection(found, heads) if len(found) > 1 else found[0])
+
+    def _sublayer(self, site: Site) -> None:
+        from transformers.activations import SiLUActivation
+
+        inner = self.base.get_submodule(self._path(site))
+        if isinstance(getattr(inner, "act_fn", None), SiLUActivation) and "ffn.gate" in self.table.modules:
+            inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
+        apart = site.name in self.table.inputs
+        self._put(self._path(site), Sublayer(site, inner, apart=apart))
+        if apart:
+            path = f"{self.table.layers}.{site.layer}.{self.table.inputs[site.name]}"
+            self._put(path, SublayerInput(site, self.base.get_submodule(path)))
+
+    def _rows(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] and bias of a projection, which may be some rows of a module's."""
+        module = self.base.get_submodule(self._path(site))
+        weight, bias = self._weight(site), module.bias
+        weight = weight.T if self.table.transposed else weight
+        assert bias is None or isinstance(bias, Tensor)
+        beside = self.table.beside(site.name)
+        if len(beside) == 1:
+            return weight, bias
+        index = beside.index(site.name)
+        return self._share(weight, beside, index), None if bias is None else self._share(bias, beside, index)
+
+    def _share(self, fused: Tensor, beside: tuple[str, ...], index: int) -> Tensor:
+        """The rows of projection `index` among those `beside` it."""
+        if self.table.interleaved:
+            return torch.unflatten(fused, 0, (self.shape.heads, len(beside), -1))[:, index].flatten(0, 1)
+        return fused.split_with_sizes([self.shape.dims(name)[1] for name in beside])[index]
+
+    def _weight(self, site: Site) -> Tensor:
+        return self.base.get_submodule(self._path(site)).get_parameter("weight")
+
+    def _groups(self, layer: int) -> Iterator[list[Site]]:
+        for names in TOGETHER:
+            group = [Site(layer, name) for name in names if name in self.table.modules]
+            if group:
+                yield group
+
+    def _sites(self, names: tuple[str, ...]) -> Iterator[Site]:
+        last = self.shape.layers - 1
+        for layer in range(self.shape.layers):
+            for name in names:
+                if self.table.has(name) and (name != FINAL_SITE or layer == last):
+                    yield Site(layer, name)
+
+    def _path(self, site: Site) -> str:
+        return module_path(site, self.shape.arch)
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, child = path.rpartition(".")
+        setattr(self.base.get_submodule(parent), child, module)
+
+
+class HeadTransform(nn.Module):
+    """norm(act(W x + b)), which an encoder's head does before its vocabulary projection (Devlin et al. 2019)."""
+
+    def __init__(self, dense: FrozenLinear, act: nn.Module, norm: FrozenNorm) -> None:
+        super().__init__()
+        self.dense, self.act, self.norm = dense, act, norm
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        (y,) = project(x_TD, self.dense, ())
+        return self.norm(self.act(y if self.dense.bias is None else y + self.dense.bias))
+
+
+def head_transform(model: nn.Module, table: Architecture, *, prepack: bool, block: int | None) -> HeadTransform | None:
+    """That of `model`, which has a head; None where the table names none."""
+    from transformers.activations import ACT2FN
+
+    if table.transform is None:
+        return None
+    dense, norm = model.get_submodule(table.transform.dense), FrozenNorm.of(model.get_submodule(table.transform.norm))
+    assert norm is not None and isinstance(dense, nn.Linear)
+    act = ACT2FN[table.transform.act or model.config.hidden_act]  # type: ignore[union-attr]
+    return HeadTransform(FrozenLinear([dense.weight], [dense.bias], prepack=prepack, block=block), act, norm)
