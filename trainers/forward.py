@@ -4,7 +4,7 @@ job."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,9 +74,17 @@ def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[f
     ]
 
 
+def probe(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[tuple[float, float]]:
+    """Each share's normalised loss at the two points around its job's tensors, residents 2 graft and 2 graft + 1 of
+    `stacks`, in one forward. There is no backward, and nothing is kept for one."""
+    twice = [replace(share, graft=2 * share.graft + side) for share in shares for side in (0, 1)]
+    losses = evaluate(backbone, stacks, twice)
+    return [(a / share.normaliser, b / share.normaliser) for share, a, b in zip(shares, losses[::2], losses[1::2])]
+
+
 @torch.inference_mode()
 def evaluate(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[float]:
-    """Summed weighted loss of each share, not normalised and without dropout."""
+    """Summed weighted loss of each share, not normalised, and without dropout where its key is None."""
     packed = _pack(backbone, shares)
     hidden = backbone.forward(packed.rows, stacks, packed.attention)
     counted = packed.weights != 0

@@ -12,11 +12,15 @@ from polygraft.grafts.spec import GraftSpec
 
 
 class Hooks:
-    """The hooks of one job over its slab, in the order of its spec. They see this job's tensors and no other's."""
+    """The hooks of one job over its slab, in the order of its spec. They see this job's tensors and no other's.
+
+    `eps` is the distance of a job that is trained by forward passes alone, None for one with a backward.
+    """
 
     def __init__(self, spec: GraftSpec, slab: Slab) -> None:
         self._slab = slab
         self._hooks = tuple((hook(call.name), call.keywords()) for call in spec.hooks)
+        self.eps = next((float(arguments["eps"]) for one, arguments in self._hooks if one.forward_only), None)
         rated = [(one.rate, arguments) for one, arguments in self._hooks if one.rate is not None]
         self.rates = tuple(prod(rate(t, **arguments) for rate, arguments in rated) for t in slab.trained if rated)
 

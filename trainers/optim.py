@@ -1,4 +1,5 @@
-"""One job's optimiser step on its slab: clip by its own norm, then AdamW (Loshchilov & Hutter 2019) in float32."""
+"""One job's optimiser step on its slab: clip by its own norm, then AdamW (Loshchilov & Hutter 2019) in float32; or
+plain SGD for jobs whose gradient is estimated."""
 
 from __future__ import annotations
 
@@ -46,6 +47,13 @@ def adamw(
             amsgrad=False,
             maximize=False,
         )
+
+
+def sgd(slab: Slab, recipe: Recipe, *, learning_rate: float, rates: Sequence[float] = ()) -> None:
+    """master -= rate (gradient + weight_decay master), without momentum or clipping."""
+    grads = slab.split(_collected(slab))
+    for weight, grad, factor in zip(slab.split(slab.master), grads, rates or (1.0,) * len(grads), strict=True):
+        weight.add_(grad.add(weight, alpha=recipe.weight_decay), alpha=-learning_rate * factor)
 
 
 def _collected(slab: Slab) -> Tensor:

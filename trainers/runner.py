@@ -18,7 +18,8 @@ from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import Sample, TrainJob
-from polygraft.trainers.optim import adamw, grad_norm
+from polygraft.trainers.mezo import Probe
+from polygraft.trainers.optim import adamw, grad_norm, sgd
 
 PATIENCE = 5  # non-finite steps in a row that end a job
 
@@ -27,7 +28,8 @@ PATIENCE = 5  # non-finite steps in a row that end a job
 class Active:
     """A job in the pack and how far it is; everything but `slab` is rebuilt from (job, step) after a restart.
 
-    `micro` counts the micro-batches of global batch `step` that are already collected; `chain` is the digest of all
+    `micro` counts the micro-batches of global batch `step` that are already collected, with the `loss` so far, and for
+    a job without a backward the `difference` of the losses on both sides of its tensors; `chain` is the digest of all
     sample numbers that went into completed steps, the identity of the work done.
     """
 
@@ -36,6 +38,7 @@ class Active:
     step: int = 0
     micro: int = 0
     loss: float = 0.0
+    difference: float = 0.0
     tokens: int = 0
     skipped: int = 0
     chain: str = ""
@@ -84,14 +87,17 @@ class PackStep:
 
 class PackRunner:
     """Jobs join and leave between steps. A job's arithmetic depends on the job alone; the pack chooses only who rides
-    together."""
+    together. Jobs that are trained by forward passes alone ride together in a forward that keeps nothing for a
+    backward."""
 
     def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.jobs: dict[str, Active] = {}
         self._hooks: dict[str, Hooks] = {}
+        self._probes: dict[str, Probe] = {}
         self.steps = 0
         self._stacks: Stacks = backbone.stacks(())
+        self._around: Stacks = self._stacks
 
     def admit(self, job: TrainJob) -> Active:
         """Join as a new job at step 0, with starting values drawn from the job's seed."""
@@ -106,7 +112,10 @@ class PackRunner:
         if active.job.id in self.jobs:
             raise ValueError(f"job {active.job.id} is already in the pack")
         self.jobs[active.job.id] = active
-        self._hooks[active.job.id] = Hooks(active.job.spec, active.slab)
+        hooks = self._hooks[active.job.id] = Hooks(active.job.spec, active.slab)
+        if hooks.eps is not None:
+            self._probes[active.job.id] = probe = Probe(active.slab, hooks.eps)
+            probe.move(_key(active.job, active.step))
         self._restack()
         return active
 
@@ -114,6 +123,7 @@ class PackRunner:
         """Leave the pack; the slab stays with the returned job."""
         active = self.jobs.pop(job)
         del self._hooks[job]
+        self._probes.pop(job, None)
         self._restack()
         return active
 
@@ -134,11 +144,12 @@ class PackRunner:
         begin = self._clock()
         riders = self._riders()
         shares = {active.job.id: self._share(active) for active in riders}
-        outcomes = tuple(self._run(shares))
+        apart = ({job: share for job, share in shares.items() if (job in self._probes) == p} for p in (False, True))
+        outcomes = tuple(outcome for together in apart for outcome in self._run(together))
         stepped = tuple(outcome for outcome in outcomes if isinstance(outcome, Stepped))
         failed = tuple(outcome for outcome in outcomes if isinstance(outcome, Failed))
         self.steps += 1
-        rows = sum(share.rows for share in shares.values())
+        rows = sum(self._rows(self.jobs[job], share) for job, share in shares.items())
         return PackStep(self.steps, rows, tuple(shares), stepped, failed, self._clock() - begin)
 
     def _riders(self) -> list[Active]:
@@ -147,7 +158,7 @@ class PackRunner:
         riders: list[Active] = []
         waiting = [active for active in self.jobs.values() if not active.finished]
         for active in sorted(waiting, key=lambda a: (a.served_rows, a.job.id)):
-            rows = self._share(active).rows
+            rows = self._rows(active, self._share(active))
             if not riders or rows <= room:
                 riders.append(active)
                 room -= rows
@@ -159,7 +170,7 @@ class PackRunner:
         numbers = job.micro_batches(active.step)[active.micro]
         dropped = any(isinstance(slot, Branch) and slot.dropout for slot in job.spec.slots)
         return Share(
-            graft=list(self.jobs).index(job.id),
+            graft=self._peers(job.id).index(job.id),
             prefix_length=job.spec.prefix_length,
             samples=tuple(job.train[i] for i in numbers),
             numbers=numbers,
@@ -167,15 +178,29 @@ class PackRunner:
             key=_key(job, active.step) if dropped else None,
         )
 
+    def _rows(self, active: Active, share: Share) -> int:
+        """Rows of a forward that a share takes."""
+        return share.rows * (2 if active.job.id in self._probes else 1)
+
+    def _peers(self, job: str) -> list[str]:
+        """The jobs that are trained as this one is, in the order of their residents."""
+        return [name for name in self.jobs if (name in self._probes) == (job in self._probes)]
+
     def _run(self, shares: Mapping[str, Share]) -> Iterator[Stepped | Failed]:
-        """What a forward over `shares` led to. A job's gradient is collected and used before the next job's is.
+        """What a forward over `shares`, all with a backward or all without, led to. A job's gradient is collected and
+        used before the next job's is.
 
         After an allocation failure whole micro-batches leave the forward, down to the job that fails alone.
         """
         if not shares:
             return
+        pairs: list[tuple[float, float]] = []
+        losses: list[float] = []
         try:
-            losses = forward.train(self.backbone, self._stacks, tuple(shares.values()))
+            if shares.keys() <= self._probes.keys():
+                pairs = forward.probe(self.backbone, self._around, tuple(shares.values()))
+            else:
+                losses = forward.train(self.backbone, self._stacks, tuple(shares.values()))
         except (MemoryError, RuntimeError) as error:
             if not _allocation_failed(error):
                 raise
@@ -186,6 +211,12 @@ class PackRunner:
                 return
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 yield from self._run({name: shares[name] for name in half})
+            return
+        for (job, share), (above, below) in zip(shares.items(), pairs):
+            self.jobs[job].difference += above - below
+            if (outcome := self._collected(self.jobs[job], share, (above + below) / 2)) is not None:
+                yield outcome
+        if pairs:
             return
         gradients = self._stacks.gradients()
         for (job, share), loss in zip(shares.items(), losses, strict=True):
@@ -198,23 +229,34 @@ class PackRunner:
         """Account for a collected micro-batch; take the optimiser step when the global batch is complete."""
         active.loss += loss
         active.micro += 1
-        active.served_rows += share.rows
+        active.served_rows += self._rows(active, share)
         active.tokens += share.rows
         if active.micro < len(active.job.micro_batches(active.step)):
             return None
         step, job, hooks = active.step, active.job, self._hooks[active.job.id]
+        probe = self._probes.get(job.id)
+        if probe is not None:
+            probe.collect(_key(job, step), active.difference)
         hooks.before_step()
         rate, norm = job.learning_rate(step), grad_norm(active.slab)
         usable = math.isfinite(norm) and math.isfinite(active.loss)
         if usable:
-            adamw(active.slab, job.recipe, step=step, learning_rate=rate, norm=norm, rates=hooks.rates)
+            if probe is not None:
+                sgd(active.slab, job.recipe, learning_rate=rate, rates=hooks.rates)
+            else:
+                adamw(active.slab, job.recipe, step=step, learning_rate=rate, norm=norm, rates=hooks.rates)
             hooks.after_step(step, job.steps_total)
         active.skipped = 0 if usable else active.skipped + 1
         active.slab.clear()
         done = Stepped(job.id, step + 1, active.loss, norm, rate, active.tokens, not usable)
         active.chain = sha256(f"{active.chain}/{job.batch(step)}".encode()).hexdigest()[:16]
-        active.step, active.micro, active.loss = step + 1, 0, 0.0
-        self._stacks.refresh(share.graft)
+        active.step, active.micro, active.loss, active.difference = step + 1, 0, 0.0, 0.0
+        if probe is not None:
+            probe.move(_key(job, active.step))
+            self._around.refresh(2 * share.graft)
+            self._around.refresh(2 * share.graft + 1)
+        else:
+            self._stacks.refresh(share.graft)
         if active.skipped >= PATIENCE:
             return Failed(
                 job.id,
@@ -223,11 +265,16 @@ class PackRunner:
             )
         return done
 
-    def _resident(self, active: Active) -> Resident:
-        return Resident(active.job.id, active.job.spec, active.slab.tensors, lambda: _key(active.job, active.step))
+    def _residents(self, active: Active) -> list[Resident]:
+        """The job's graft as its rows meet it: once, or at both points around its tensors."""
+        job, probe = active.job, self._probes.get(active.job.id)
+        points = (active.slab.tensors,) if probe is None else probe.tensors
+        return [Resident(job.id, job.spec, point, lambda: _key(job, active.step)) for point in points]
 
     def _restack(self) -> None:
-        self._stacks = self.backbone.stacks([self._resident(active) for active in self.jobs.values()], trainable=True)
+        whole = {name: self._residents(active) for name, active in self.jobs.items()}
+        apart = ([r for name, own in whole.items() if (name in self._probes) == p for r in own] for p in (False, True))
+        self._stacks, self._around = (self.backbone.stacks(residents, trainable=True) for residents in apart)
 
 
 def _key(job: TrainJob, step: int) -> int:

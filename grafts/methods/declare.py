@@ -121,7 +121,8 @@ class Hook:
     `penalty(values, **arguments)` is a scalar added to the loss of every global batch, a differentiable function of the
     trained tensors by name. `gradient(values, gradients, **arguments)` changes the collected gradients in place.
     `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
-    optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor.
+    optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `forward_only` says that
+    the gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`).
     """
 
     name: str
@@ -129,6 +130,7 @@ class Hook:
     gradient: Callable[..., None] | None = None
     after_step: Callable[..., None] | None = None
     rate: Callable[..., float] | None = None
+    forward_only: bool = False
 
 
 def _convert(field: str, text: str, kind: object) -> object:

@@ -26,13 +26,19 @@ class Slab:
         self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(self._sizes), dtype=dtype) for _ in range(3))
         self.frozen = {t.name: torch.zeros(t.shape, dtype=dtype) for t in layout if not t.trained}
         self.views = self._by_name(self.master)
-        self.tensors = {t.name: self.views[t.name] if t.trained else self.frozen[t.name] for t in layout}
+        self._names = tuple(t.name for t in layout)
+        self.tensors = self.all_of(self.master)
         self.grad: Tensor | None = None
 
     def fill(self, start: Mapping[str, Tensor]) -> None:
         """Set all tensors by name."""
         for name, view in self.tensors.items():
             view.copy_(start[name])
+
+    def all_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """All of the graft's tensors by name, the trained ones being views of a flat tensor in the master's place."""
+        views = self._by_name(flat)
+        return {name: views[name] if name in views else self.frozen[name] for name in self._names}
 
     def collect(self, parts: Sequence[Tensor | None]) -> None:
         """Add the gradient that a backward left for this job, trained tensor by tensor."""
