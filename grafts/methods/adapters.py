@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def serial(size: int = 64, act: str = "gelu", at: str = "attn.out|ffn.out", bias: int = 0) -> tuple[Slot, ...]:
-    return _with_bias(Branch(at=at, rank=size, act=_act(act), tap="output", bias=_flag(bias)))
+    return _with_bias(Branch(at=at, rank=size, act=act_of(act), tap="output", bias=_flag(bias)))
 
 
 def pfeiffer(size: int = 64, act: str = "relu", at: str = "block.out", bias: int = 1) -> tuple[Slot, ...]:
@@ -31,7 +31,7 @@ def pfeiffer(size: int = 64, act: str = "relu", at: str = "block.out", bias: int
 def parallel(
     size: int = 64, scale: float = 4.0, act: str = "relu", at: str = "ffn.out", bias: int = 0
 ) -> tuple[Slot, ...]:
-    return _with_bias(Branch(at=at, rank=size, scale=scale, act=_act(act), bias=_flag(bias)))
+    return _with_bias(Branch(at=at, rank=size, scale=scale, act=act_of(act), bias=_flag(bias)))
 
 
 def adaptformer(size: int = 64, scale: float = 0.1) -> tuple[Slot, ...]:
@@ -40,7 +40,7 @@ def adaptformer(size: int = 64, scale: float = 0.1) -> tuple[Slot, ...]:
 
 def scaled_parallel(size: int = 64, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
     """A parallel adapter whose factor s is trained, from 1 (AdapterHub's scaled_par_bn, without biases)."""
-    return (Branch(at=at, rank=size, act=_act(act), form=Call("scaled")),)
+    return (Branch(at=at, rank=size, act=act_of(act), form=Call("scaled")),)
 
 
 def mam(length: int = 30, size: int = 512, scale: float = 4.0) -> tuple[Slot, ...]:
@@ -52,7 +52,7 @@ def _with_bias(branch: Branch) -> tuple[Slot, ...]:
     return (branch, Affine(at=branch.at, scale=False, shift=True)) if branch.bias else (branch,)
 
 
-def _act(name: str) -> Act:
+def act_of(name: str) -> Act:
     for choice in get_args(Act):
         if choice == name:
             return choice  # type: ignore[no-any-return]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Place, split
 
-View = Callable[[Tensor], Tensor]
 Find = Callable[[PeftModel, str, Tensor], Place]
 
 
@@ -19,9 +18,13 @@ def layer_of(model: PeftModel, name: str) -> nn.Module:
     return model.get_submodule(f"base_model.model.model.layers.{layer}.{MODULES[site]}")
 
 
-def parts(own: Mapping[str, str], shared: Mapping[str, str] | None = None, transposed: str = "") -> Find:
-    """A site's own parts lie in dictionaries of PEFT's layer by these names, shared ones in those of its model; the
-    `transposed` ones the other way round than ours."""
+def parts(
+    own: Mapping[str, str],
+    shared: Mapping[str, str] | None = None,
+    transposed: Mapping[str, tuple[int, int]] | None = None,
+) -> Find:
+    """A site's own parts lie in dictionaries of PEFT's layer by these names, shared ones in those of its model; two
+    dimensions of the `transposed` ones are the other way round than ours."""
 
     def find(model: PeftModel, name: str, value: Tensor) -> Place:
         _, _, site, part = split(name)
@@ -31,10 +34,7 @@ def parts(own: Mapping[str, str], shared: Mapping[str, str] | None = None, trans
         else:
             kept = getattr(layer_of(model, name), own[part])["default"]
         kept = kept.weight if isinstance(kept, nn.Linear) else kept
-        return Place(kept, _turned) if part in transposed.split() else Place(kept)
+        turned = (transposed or {}).get(part)
+        return Place(kept, lambda t: t.transpose(*turned) if turned else t)
 
     return find
-
-
-def _turned(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, 1)

@@ -1,0 +1,119 @@
+"""LoRAs whose factors are made block by block.
+
+- MiSS (Kang & Yin 2024, arXiv 2409.15371, eq. 5): y += D^T sum_j x_j over the pieces x_j of x of width r, so that all
+  pieces share D [r, out]; `mini` makes D periodic in the output. Bat (the same paper, eq. 7): dW = W_b D_b + D_b over
+  blocks of r x r, which needs W.
+- GraLoRA (Jung et al. 2025, arXiv 2505.20355, eq. 5): W in k x k blocks with a LoRA of rank r / k each.
+- QA-LoRA (Xu et al. 2023, arXiv 2309.14717, algorithm 1): y += s B A pool(x) with pool the sums of groups of inputs, so
+  that it merges into the zero points of groupwise quantised weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.kronecker import divided
+from polygraft.grafts.spec import Branch, Call, Delta, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def miss(r: int = 64, mini: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """`mini` is the period of D, 0 for none."""
+    return (Branch(at=at, rank=r, dropout=dropout, form=Call("miss", (("mini", mini),))),)
+
+
+def bat(r: int = 16, at: str = "linear") -> tuple[Slot, ...]:
+    return (Delta(at=at, form=Call("bat", (("r", r),))),)
+
+
+def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    if k < 1 or r % k:
+        raise SpecError(f"peft: gralora.k: {k} does not divide the rank {r}; give a divisor")
+    return (Branch(at=at, rank=r * k, scale=alpha / max(r, 1), dropout=dropout, form=Call("gralora", (("k", k),))),)
+
+
+def qalora(
+    r: int = 8, alpha: float = 16.0, group: int = 16, at: str = "linear", dropout: float = 0.0
+) -> tuple[Slot, ...]:
+    form = Call("qalora", (("group", group),))
+    return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
+
+
+def _miss_own(slot: Branch, place: Place, mini: int) -> Parts:
+    if slot.rank > place.d_in:
+        raise SpecError(f"r: {slot.rank} is more than the {place.d_in} inputs of {place.name}")
+    if mini < 0 or (mini and place.d_out % mini):
+        raise SpecError(f"mini: {mini} does not divide the {place.d_out} outputs of {place.name}")
+    return {"D": Part((slot.rank, mini or place.d_out))}
+
+
+def _miss(slot: Branch, values: Values, lowering: Lowering, mini: int) -> Values:
+    import torch
+
+    place, D = lowering.place, values["D"]
+    pieces = torch.eye(slot.rank, dtype=D.dtype, device=D.device).repeat(1, -(-place.d_in // slot.rank))
+    return {"A": pieces[:, : place.d_in], "B": D.repeat(1, place.d_out // D.shape[1])}
+
+
+def _bat_own(slot: Delta, place: Place, r: int) -> Parts:
+    return {"D": Part((divided(place, r)[1], r, r))}
+
+
+def _bat(slot: Delta, values: Values, lowering: Lowering, r: int) -> Values:
+    D, W = values["D"], lowering.weight()
+    blocks = W.to(D.dtype).view(len(D), r, -1, r).transpose(1, 2)  # [out / r, in / r, r, r]
+    made = blocks @ D.unsqueeze(1) + D.unsqueeze(1)
+    return {"W": made.transpose(1, 2).reshape(W.shape)}
+
+
+def _gralora_own(slot: Branch, place: Place, k: int) -> Parts:
+    d_in, d_out = divided(place, k)
+    r = slot.rank // k
+    return {"A": Part((k, r, d_in), Call("uniform", (("bound", 1 / sqrt(d_in)),))), "B": Part((k, r, d_out))}
+
+
+def _gralora(slot: Branch, values: Values, lowering: Lowering, k: int) -> Values:
+    """Rank (n, j, s) of the k r ones reads inputs n, by the s-th of the r / k ranks of A_n that are for outputs j, and
+    writes outputs j, by rank (n, s) of B_j."""
+    import torch
+
+    A, B = values["A"], values["B"]
+    each = A.shape[1] // k
+    into = A.view(k, k, each, -1)  # [n, j, s, in / k]
+    out = B.view(k, k, each, -1).transpose(0, 1)  # [n, j, s, out / k]
+    eye = torch.eye(k, dtype=A.dtype, device=A.device)
+    wide_A = torch.einsum("njsi,nm->njsmi", into, eye)
+    wide_B = torch.einsum("njso,jm->njsmo", out, eye)
+    return {"A": wide_A.reshape(slot.rank, -1), "B": wide_B.reshape(slot.rank, -1)}
+
+
+def _qalora_own(slot: Branch, place: Place, group: int) -> Parts:
+    if group < 1 or place.d_in % group:
+        raise SpecError(f"group: {group} does not divide the {place.d_in} inputs of {place.name}")
+    return {"A": Part((slot.rank, place.d_in // group), "kaiming"), "B": Part((slot.rank, place.d_out))}
+
+
+def _qalora(slot: Branch, values: Values, lowering: Lowering, group: int) -> Values:
+    return {"A": values["A"].repeat_interleave(group, 1), "B": values["B"]}
+
+
+METHODS = (
+    Method("miss", "arXiv 2409.15371", 1e-4, miss),
+    Method("bat", "arXiv 2409.15371", 1e-4, bat),
+    Method("gralora", "arXiv 2505.20355", 2e-4, gralora),
+    Method("qalora", "arXiv 2309.14717", 3e-4, qalora),
+)
+FORMS = (
+    Form("miss", _miss, _miss_own),
+    Form("bat", _bat, _bat_own),
+    Form("gralora", _gralora, _gralora_own),
+    Form("qalora", _qalora, _qalora_own),
+)

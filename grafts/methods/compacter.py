@@ -1,0 +1,73 @@
+"""Serial adapters whose two matrices are sums of Kronecker products, sum_i S_i (x) T_i, with S [n, n, n] shared by all
+sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647): T_i are full in a PHM adapter (eq. 4) and of
+rank one in Compacter (eq. 6), which stands after each sublayer, or after the feed-forward alone (Compacter++:
+at=ffn.out). Without biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.adapters import act_of
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.kronecker import divided, kronecker_sum
+from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def compacter(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+    return _adapter("compacter", size, n, act, at)
+
+
+def phm(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+    return _adapter("phm", size, n, act, at)
+
+
+def _adapter(form: str, size: int, n: int, act: str, at: str) -> tuple[Slot, ...]:
+    if n < 1 or size % n:
+        raise SpecError(f"peft: {form}.n: {n} does not divide the size {size}; give a divisor")
+    return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=Call(form, (("n", n),))),)
+
+
+def _compacter_own(slot: Branch, place: Place, n: int) -> Parts:
+    (d_in, d_out), size = divided(place, n), slot.rank // n
+    return {
+        "down_s": Part((n, size), "normal"),
+        "down_t": Part((n, d_in), "normal"),
+        "up_s": Part((n, d_out)),
+        "up_t": Part((n, size), "normal"),
+    }
+
+
+def _phm_own(slot: Branch, place: Place, n: int) -> Parts:
+    (d_in, d_out), size = divided(place, n), slot.rank // n
+    return {"down": Part((n, size, d_in), "normal"), "up": Part((n, d_out, size))}
+
+
+def _shared(slot: Branch, places: Sequence[Place], n: int) -> Parts:
+    return {"S": Part((n, n, n), Call("normal", (("std", 1.0),)))}
+
+
+def _compacter(slot: Branch, values: Values, lowering: Lowering, n: int) -> Values:
+    down, up = (values[f"{side}_s"].unsqueeze(2) * values[f"{side}_t"].unsqueeze(1) for side in ("down", "up"))
+    return {"A": kronecker_sum(values["S"], down), "B": kronecker_sum(values["S"], up).T}
+
+
+def _phm(slot: Branch, values: Values, lowering: Lowering, n: int) -> Values:
+    return {"A": kronecker_sum(values["S"], values["down"]), "B": kronecker_sum(values["S"], values["up"]).T}
+
+
+METHODS = (
+    Method("compacter", "arXiv 2106.04647", 3e-3, compacter),
+    Method("phm", "arXiv 2106.04647", 1e-3, phm),
+)
+FORMS = (
+    Form("compacter", _compacter, _compacter_own, _shared),
+    Form("phm", _phm, _phm_own, _shared),
+)

@@ -1,0 +1,52 @@
+"""DeLoRA: dW = (l / r) sum_i b_i a_i^T / (|b_i| |a_i|), with only directions in A and B and the strength l apart (Bini
+et al. 2025, arXiv 2503.18225, eq. 6), times the norms of W's columns as in PEFT: l bounds how far W can be moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.spectral import on_projections
+from polygraft.grafts.spec import Branch, Call, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def delora(r: int = 8, bound: float = 15.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """`bound` is the start of l."""
+    return (Branch(at=on_projections(at), rank=r, dropout=dropout, form=Call("delora", (("bound", bound),))),)
+
+
+def _own(slot: Branch, place: Place, bound: float) -> Parts:
+    return {
+        "A": Part((slot.rank, place.d_in), "kaiming"),
+        "B": Part((slot.rank, place.d_out)),
+        "l": Part((1,), Call("full", (("value", bound),))),
+        "w": Part((place.d_in,), "column-norm", trained=False),
+    }
+
+
+def _operands(slot: Branch, values: Values, lowering: Lowering, bound: float) -> Values:
+    A, B = values["A"], values["B"]
+    lengths = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=1).clamp(min=1e-4)  # B starts at 0
+    strength = values["l"] / slot.rank / lengths
+    return {"A": strength.unsqueeze(1) * A * values["w"], "B": B}
+
+
+def _column_norm(tensor: TensorSpec, making: Making) -> Tensor:
+    assert tensor.site is not None
+    return making.weight(tensor.site).square().sum(0).sqrt()
+
+
+METHODS = (Method("delora", "arXiv 2503.18225", 1e-3, delora),)
+FORMS = (Form("delora", _operands, _own),)
+STARTS = (Start("column-norm", _column_norm),)

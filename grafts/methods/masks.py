@@ -1,0 +1,141 @@
+"""Adapters and LoRAs of which a binary mask keeps a part.
+
+- SparseAdapter (He et al. 2022, arXiv 2210.04284, eq. 3-4): a serial adapter pruned before it is trained, to its
+  largest starting values or at random.
+- ProPETL (Zeng et al. 2023, arXiv 2305.17682, eq. 3-5): one adapter for all sites, of which each keeps the elements
+  with its largest scores; a score gets the gradient of its mask.
+- CapaBoost (Song et al. 2024, arXiv 2407.01320, eq. 4): d LoRAs of the same A and B under d random masks, which
+  together have d times the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.adapters import act_of
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+SMALL = Call("normal", (("std", 0.01),))
+
+
+def sparse_adapter(
+    size: int = 256, density: float = 0.2, by: str = "magnitude", act: str = "gelu", at: str = "attn.out|ffn.out"
+) -> tuple[Slot, ...]:
+    if by not in ("magnitude", "random"):
+        raise SpecError(f"peft: sparse-adapter.by: {by!r} is not a criterion; choices: magnitude, random")
+    form = Call("sparse-adapter", (("density", _density(density)), ("by", by)))
+    return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
+
+
+def propetl(size: int = 64, density: float = 0.5, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+    form = Call("propetl", (("density", _density(density)),))
+    return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
+
+
+def capaboost(
+    r: int = 8, alpha: float = 16.0, d: int = 2, density: float = 0.5, at: str = "linear", dropout: float = 0.0
+) -> tuple[Slot, ...]:
+    form = Call("capaboost", (("d", max(d, 1)), ("density", _density(density))))
+    return (Branch(at=at, rank=r * max(d, 1), scale=alpha / max(r, 1), dropout=dropout, form=form),)
+
+
+def _density(density: float) -> float:
+    if not 0.0 < density <= 1.0:
+        raise SpecError(f"peft: density: {density} is outside (0, 1]")
+    return density
+
+
+def _sparse_own(slot: Branch, place: Place, density: float, by: str) -> Parts:
+    kept = Call("largest", (("density", density),)) if by == "magnitude" else Call("bernoulli", (("p", density),))
+    shapes = {"A": (slot.rank, place.d_in), "B": (slot.rank, place.d_out)}
+    return {part: Part(shape, SMALL) for part, shape in shapes.items()} | {
+        f"mask_{part}": Part(shape, kept, trained=False) for part, shape in shapes.items()
+    }
+
+
+def _sparse(slot: Branch, values: Values, lowering: Lowering, density: float, by: str) -> Values:
+    return {part: values[part] * values[f"mask_{part}"] for part in "AB"}
+
+
+def _propetl_own(slot: Branch, place: Place, density: float) -> Parts:
+    return {"score_A": Part((slot.rank, place.d_in), "kaiming"), "score_B": Part((slot.rank, place.d_out), "kaiming")}
+
+
+def _propetl_shared(slot: Branch, places: Sequence[Place], density: float) -> Parts:
+    """As wide as the widest site, of which a narrower one takes the first columns."""
+    widest = max(place.d_in for place in places), max(place.d_out for place in places)
+    return {"A": Part((slot.rank, widest[0]), SMALL), "B": Part((slot.rank, widest[1]), SMALL)}
+
+
+def _propetl(slot: Branch, values: Values, lowering: Lowering, density: float) -> Values:
+    found = {}
+    for part in "AB":
+        score = values[f"score_{part}"]
+        kept = max(1, round(density * score.numel()))
+        least = score.detach().flatten().topk(kept).values[-1]
+        mask = (score.detach() >= least).to(score.dtype) + (score - score.detach())
+        found[part] = values[part][:, : score.shape[1]] * mask
+    return found
+
+
+def _capaboost_own(slot: Branch, place: Place, d: int, density: float) -> Parts:
+    r, kept = slot.rank // d, Call("bernoulli", (("p", density),))
+    return {
+        "A": Part((r, place.d_in), "kaiming"),
+        "B": Part((r, place.d_out)),
+        "mask_A": Part((d, r, place.d_in), kept, trained=False),
+        "mask_B": Part((d, r, place.d_out), kept, trained=False),
+    }
+
+
+def _capaboost(slot: Branch, values: Values, lowering: Lowering, d: int, density: float) -> Values:
+    return {part: (values[part] * values[f"mask_{part}"]).flatten(0, 1) for part in "AB"}
+
+
+def _bernoulli(tensor: TensorSpec, making: Making, p: float) -> Tensor:
+    import torch
+
+    return (torch.rand(tensor.shape, generator=making.generator(tensor.name)) < p).float()
+
+
+def _largest(tensor: TensorSpec, making: Making, density: float) -> Tensor:
+    """1 where the starting value of A or B is among the largest of all that the slot has."""
+    import torch
+
+    from polygraft.grafts.sizes import tensors
+
+    def make() -> Mapping[str, Tensor]:
+        names = {
+            one.name: one.shape
+            for one in tensors(making.spec, making.backbone.shape)
+            if one.slot == tensor.slot and one.part in ("A", "B")
+        }
+        sizes = {name: torch.randn(shape, generator=making.generator(name)).abs() for name, shape in names.items()}
+        total = torch.cat([size.flatten() for size in sizes.values()])
+        least = total.topk(max(1, round(density * len(total)))).values[-1]
+        return {name: (size >= least).float() for name, size in sizes.items()}
+
+    return making.once(("largest", tensor.slot), make)[tensor.name.replace("mask_", "")]
+
+
+METHODS = (
+    Method("sparse-adapter", "arXiv 2210.04284", 1e-3, sparse_adapter),
+    Method("propetl", "arXiv 2305.17682", 1e-3, propetl),
+    Method("capaboost", "arXiv 2407.01320", 3e-4, capaboost),
+)
+FORMS = (
+    Form("sparse-adapter", _sparse, _sparse_own),
+    Form("propetl", _propetl, _propetl_own, _propetl_shared),
+    Form("capaboost", _capaboost, _capaboost_own),
+)
+STARTS = (Start("bernoulli", _bernoulli), Start("largest", _largest))

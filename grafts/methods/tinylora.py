@@ -1,0 +1,48 @@
+"""TinyLoRA: y += B (sum_i v_i P_i) A x, with A and B the r largest singular directions of W and P_i random, all frozen;
+only v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118, eq. 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.spectral import on_projections
+from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def tinylora(r: int = 2, u: int = 64, tied: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    if tied not in (0, 1):
+        raise SpecError(f"peft: tinylora.tied: {tied} is neither 0 nor 1")
+    form = Call("tinylora", (("u", u), ("tied", tied)))
+    return (Branch(at=on_projections(at), rank=r, dropout=dropout, form=form),)
+
+
+def _own(slot: Branch, place: Place, u: int, tied: int) -> Parts:
+    singular = Call("singular", (("end", "major"),))
+    return ({} if tied else {"v": Part((u,))}) | {
+        "A": Part((slot.rank, place.d_in), singular, trained=False),
+        "B": Part((slot.rank, place.d_out), singular, trained=False),
+        "P": Part((u, slot.rank, slot.rank), Call("normal", (("std", 1 / sqrt(slot.rank)),)), trained=False),
+    }
+
+
+def _shared(slot: Branch, places: Sequence[Place], u: int, tied: int) -> Parts:
+    return {"v": Part((u,))} if tied else {}
+
+
+def _operands(slot: Branch, values: Values, lowering: Lowering, u: int, tied: int) -> Values:
+    R = (values["v"] @ values["P"].flatten(1)).view(slot.rank, slot.rank)
+    return {"A": R @ values["A"], "B": values["B"]}
+
+
+METHODS = (Method("tinylora", "arXiv 2602.04118", 1e-3, tinylora),)
+FORMS = (Form("tinylora", _operands, _own, _shared),)

@@ -1,0 +1,56 @@
+"""Methods whose operands a form makes: trained in company they end with the bits of training alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.grafts.runtime.backbone import Backbone
+from tests.tiny import tiny_llama
+from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
+
+GENERATED = {
+    "lokr": "lokr(r=2)",
+    "krona": "krona(at=attn.v|ffn.down)",
+    "kadaptation": "kadaptation(n=4, at=attn.[qv])",
+    "hira": "hira(r=4, at=attn.v|ffn.down)",
+    "hiwi": "hiwi(r=4)",
+    "peanut": "peanut(r=4, depth=1, at=attn.v)",
+    "randlora": "randlora(r=6, alpha=12, at=attn.v|ffn.down)",
+    "fourierft": "fourierft(n=20)",
+    "waveft": "waveft(n=20)",
+    "c3a": "c3a(block=16, at=attn.v|ffn.down)",
+    "bat": "bat(r=8, at=attn.v)",
+    "peqa": "peqa(at=attn.v|ffn.down)",
+    "bitdelta": "bitdelta(at=attn.v)",
+    "said": "said(d=20, at=attn.v|ffn.down)",
+}
+FACTORED = {
+    "vera": "vera(r=8)",
+    "vblora": "vblora(r=3, vectors=10, length=16)",
+    "unilora": "unilora(r=3, d=24)",
+    "miss": "miss(r=6)",
+    "gralora": "gralora(r=4, k=2)",
+    "qalora": "qalora(r=4, group=8)",
+    "delora": "delora(r=4, bound=1)",
+    "tinylora": "tinylora(r=2, u=3, tied=1)",
+    "compacter": "compacter(8, n=4)",
+    "phm": "phm(8, n=2, at=ffn.out)",
+    "sparse-adapter": "sparse-adapter(12, density=0.3)",
+    "propetl": "propetl(8)",
+    "capaboost": "capaboost(r=4, d=2)",
+    "binary-adapter": "binary-adapter(8)",
+}
+STEPS = 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("methods", [GENERATED, FACTORED], ids=["generated", "factored"])
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    methods: dict[str, str], dtype: torch.dtype, one_thread: None, tmp_path: Path
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
+    jobs = jobs_of(STEPS, {"lora": "lora(r=4)", **methods})
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
