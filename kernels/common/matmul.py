@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from polygraft.kernels.common.sums import LONG
+
 _ONEDNN_FROM = 16**3  # torch's own threshold, on batch * M * K * P
-_LONG = 512  # terms of a sum that may be split
 
 
 def segment_bmm(a_NMK: Tensor, b_NKP: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -51,7 +52,7 @@ def _apart(a: Tensor) -> bool:
 
 def _one_by_one(a: Tensor, b: Tensor) -> bool:
     """Whether a bf16 member alone would not reach oneDNN, or has sums so long that it may be given other ones."""
-    return a.shape[1] * a.shape[2] * b.shape[2] <= _ONEDNN_FROM or (a.is_cpu and a.shape[2] >= _LONG)
+    return a.shape[1] * a.shape[2] * b.shape[2] <= _ONEDNN_FROM or (a.is_cpu and a.shape[2] >= LONG)
 
 
 def _like(a: Tensor, b: Tensor) -> Tensor:
