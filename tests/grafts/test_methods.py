@@ -1,12 +1,17 @@
-"""Every method of the table: what its oracle computes, the same in company, as it is served, saved and counted."""
+"""Every method of the table: what its oracle computes, the same in company, as it is served, saved and counted.
+
+On Llama every method, on GPT-2 and BERT the first eight, and every night all. A row is skipped where the architecture
+has none of its sites, and decoding where rows see what follows them (an encoder).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.plain import Oracle
@@ -18,7 +23,9 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.sites import sites_of
 from polygraft.grafts.sizes import parameters, tensors
+from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
 
@@ -26,19 +33,53 @@ LENGTHS = (7, 20)
 OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
 
 
-@pytest.fixture(scope="module")
-def fp64(tiny_folder: Path) -> Backbone:
-    return Backbone.load(tiny_folder, torch.float64)
+def cases() -> Iterator[ParameterSet]:
+    for arch in ("llama", "gpt2", "bert"):
+        for name in ALL:
+            marks = [] if arch == "llama" or name in METHODS else [pytest.mark.nightly]
+            yield pytest.param((arch, name), marks=marks, id=name if arch == "llama" else f"{arch}-{name}")
+
+
+class Backbones(dict[tuple[str, torch.dtype], Backbone]):
+    """Loaded when first asked for."""
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        super().__init__()
+        self._folders = folders
+
+    def __missing__(self, key: tuple[str, torch.dtype]) -> Backbone:
+        self[key] = Backbone.load(self._folders[key[0]], key[1])
+        return self[key]
 
 
 @pytest.fixture(scope="module")
-def fp32(tiny_folder: Path) -> Backbone:
-    return Backbone.load(tiny_folder, torch.float32)
+def backbones(tiny_folders: Mapping[str, Path]) -> Backbones:
+    return Backbones(tiny_folders)
 
 
-@pytest.fixture(params=ALL)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=cases())
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def fp64(case: tuple[str, str], backbones: Backbones) -> Backbone:
+    return backbones[case[0], torch.float64]
+
+
+@pytest.fixture
+def fp32(case: tuple[str, str], backbones: Backbones) -> Backbone:
+    return backbones[case[0], torch.float32]
+
+
+@pytest.fixture
+def name(case: tuple[str, str], backbones: Backbones) -> str:
+    try:
+        sites_of(ALL[case[1]].spec, backbones[case[0], torch.float32].shape)
+    except SpecError as error:
+        assert "matches no site" in str(error) and case[0] != "llama"
+        pytest.skip(str(error))
+    return case[1]
 
 
 def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp64: Backbone) -> None:
@@ -53,14 +94,20 @@ def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp
     assert relative(packed, alone) < 1e-9
     trained = [t.name for t in tensors(row.spec, fp64.shape) if t.trained]
     assert list(own) == trained and set(wanted) == set(trained)
+    largest = max(float(wanted[tensor].norm()) for tensor in trained)
     for tensor in trained:
         assert wanted[tensor].norm() > 0, f"{tensor} plays no part"
+        if cancels(tensor, fp64):
+            assert max(g[tensor].norm() for g in (own, among, wanted)) < 1e-12 * largest, tensor
+            continue
         assert relative(own[tensor], wanted[tensor]) < row.tolerance, tensor
         assert relative(among[tensor], own[tensor]) < 1e-9, tensor
 
 
 def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone) -> None:
     """As it is served, lowered, chunk by chunk from the cache, beside other grafts and the bare backbone: 1e-5."""
+    if not fp32.shape.causal:
+        pytest.skip(f"{fp32.shape.arch} is an encoder: it does not decode")
     row = ALL[name]
     values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=5).items()}
     lone = METHODS["lora"].values(fp32.shape, seed=6)
@@ -90,6 +137,11 @@ def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbo
     assert [(t.name, t.shape) for t in layout] == [(n, tuple(v.shape)) for n, v in values.items()]
     assert parameters(spec, fp32.shape) == sum(values[t.name].numel() for t in layout if t.trained)
     assert all(value.isfinite().all() for value in values.values())
+
+
+def cancels(tensor: str, backbone: Backbone) -> bool:
+    """Whether a tensor adds one vector to all keys, which without rotary positions no softmax sees."""
+    return backbone.shape.arch in ("gpt2", "bert") and tensor.endswith(".attn.k.b")
 
 
 def batch(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:

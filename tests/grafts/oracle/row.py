@@ -47,10 +47,11 @@ class Row:
         return self.fixed(random_tensors(self.spec, shape, seed))
 
     def oracle(self, folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
-        if self.config is not None:
+        shape = ModelShape.from_config(_config(folder))
+        if self.config is not None and (shape.causal or not self.spec.prefix_length):  # PEFT's prefixes need a decoder
             return peft_oracle(folder, self.config(), values, dtype, self.place)
         found = naive(folder, self.hooks(), values, dtype)
-        frozen = {t.name for t in tensors(self.spec, ModelShape.from_config(_config(folder))) if not t.trained}
+        frozen = {t.name for t in tensors(self.spec, shape) if not t.trained}
         return Oracle(found.logits, {name: place for name, place in found.places.items() if name not in frozen})
 
 
