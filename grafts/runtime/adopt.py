@@ -14,7 +14,9 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.modules import FusedProjection, SiteLinear, SiteNorm, Sublayer, SublayerInput
+from polygraft.grafts.runtime.nf4 import Nf4Linear
 from polygraft.grafts.runtime.norms import FrozenNorm
+from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.sites import BLOCK_SITE, FINAL_SITE, NORMS, SUBLAYER, ModelShape, Site, module_path
 
@@ -26,11 +28,13 @@ class Adoption:
     """The frozen parts of `base`, the model without its head: `linears` gives every linear site its FrozenLinear and
     its place in it, `projections` the module that stands there."""
 
-    def __init__(self, base: nn.Module, shape: ModelShape, *, prepack: bool, block: int | None) -> None:
+    def __init__(
+        self, base: nn.Module, shape: ModelShape, *, prepack: bool, block: int | None, quantise: Quantise | None = None
+    ) -> None:
         self.base, self.shape, self.table = base, shape, architecture(shape.arch)
         self.linears: dict[Site, tuple[FrozenLinear, int]] = {}
         self.projections: dict[Site, SiteLinear] = {}
-        self._prepack, self._block = prepack, block
+        self._prepack, self._block, self._quantise = prepack, block, quantise
 
     def run(self) -> None:
         """Innermost modules first, since a module's path changes when one around it is replaced."""
@@ -55,8 +59,11 @@ class Adoption:
     def _projections(self, layer: int) -> None:
         for group in self._groups(layer):
             rows = [self._rows(site) for site in group]
-            linear = FrozenLinear(
-                [weight for weight, _ in rows], [bias for _, bias in rows], prepack=self._prepack, block=self._block
+            weights, biases = [weight for weight, _ in rows], [bias for _, bias in rows]
+            linear = (
+                FrozenLinear(weights, biases, prepack=self._prepack, block=self._block)
+                if self._quantise is None
+                else Nf4Linear(weights, biases, block=self._block)
             )
             members = [SiteLinear(group, linear, member) for member in range(len(group))]
             for member, site in enumerate(group):

@@ -16,7 +16,7 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
-from polygraft.grafts.runtime.pretrained import fingerprint
+from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
@@ -30,10 +30,17 @@ class Backbone:
     """A model without gradients for its own weights. Build it with `Backbone.load`."""
 
     def __init__(
-        self, model: PreTrainedModel, shape: ModelShape, fingerprint: str, folder: Path, *, training: bool = False
+        self,
+        model: PreTrainedModel,
+        shape: ModelShape,
+        fingerprint: str,
+        folder: Path,
+        *,
+        training: bool = False,
+        quantise: Quantise | None = None,
     ) -> None:
         """Takes over `model`, a transformers model in eval mode, and replaces the modules at its sites."""
-        self.shape, self.fingerprint, self.folder = shape, fingerprint, folder
+        self.shape, self.fingerprint, self.folder, self.quantise = shape, fingerprint, folder, quantise
         prepack, block = not training or model.dtype == torch.float32, BLOCK if training else None
         table = architecture(shape.arch)
         model.requires_grad_(False)
@@ -42,7 +49,7 @@ class Backbone:
         self.base: nn.Module = model if head is None else model.get_submodule(table.backbone)
         if head is None:
             setattr(self.base, "pooler", None)  # it reads the first row of a batch, and nobody reads it
-        adoption = Adoption(self.base, shape, prepack=prepack, block=block)
+        adoption = Adoption(self.base, shape, prepack=prepack, block=block, quantise=quantise)
         copied = {id(weight) for weight in adoption.fused()}
         for parameter in model.parameters():  # what is not copied by being fused, so that no mapped file stays open
             if id(parameter) not in copied:
@@ -60,19 +67,23 @@ class Backbone:
         self.dtype = self.embedding.dtype
 
     @staticmethod
-    def load(folder: Path, dtype: torch.dtype | None = None, *, training: bool = False) -> Backbone:
+    def load(
+        folder: Path, dtype: torch.dtype | None = None, *, training: bool = False, quantise: Quantise | None = None
+    ) -> Backbone:
         """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it,
         else fp32.
 
         For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
-        lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving.
+        lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving. With
+        `quantise` the projections of the layers are in NF4 (QLoRA), and the backbone is another one by its fingerprint.
         """
         config = json.loads((folder / "config.json").read_text())
         shape = ModelShape.from_config(config)
         model = _class(shape, config).from_pretrained(
             folder, dtype=dtype or best_dtype(), attn_implementation=attention_module.register(), use_safetensors=True
         )
-        return Backbone(model.eval(), shape, fingerprint(folder), folder, training=training)
+        identity = fingerprint(folder, quantise)
+        return Backbone(model.eval(), shape, identity, folder, training=training, quantise=quantise)
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents` for this backbone's dtype and linears."""
@@ -99,6 +110,10 @@ class Backbone:
             if self._transform is not None:
                 hidden = self._transform(hidden)
         return hidden[: len(rows)]
+
+    def unquantised(self) -> Backbone:
+        """The model as it lies in its folder, in this one's dtype: another copy, to be dropped soon."""
+        return Backbone.load(self.folder, self.dtype, training=True)
 
     def weight(self, site: Site) -> Tensor:
         """W [out, in] of a projection, in float32 or wider."""

@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Literal
+
+Quantise = Literal["nf4"]
 
 EMBEDDED = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,12 +65,18 @@ def checked(folder: Path) -> Path:
     return folder
 
 
-def fingerprint(folder: Path) -> str:
-    """Digest (64 hexadecimal digits) of a model: its config and each tensor's name, type, shape and bytes.
+def fingerprint(folder: Path, quantise: Quantise | None = None) -> str:
+    """Digest (64 hexadecimal digits) of a model: its config and each tensor's name, type, shape and bytes, and how it
+    is quantised.
 
     How the tensors are spread over files does not count, nor do the config's notes on its origin. Kept beside the
     weights with the files' sizes and times, so that it is computed once. Raises BackboneError for a malformed file.
     """
+    found = _fingerprint(folder)
+    return found if quantise is None else sha256(f"{found}/{quantise}".encode()).hexdigest()
+
+
+def _fingerprint(folder: Path) -> str:
     shards = sorted(folder.glob("*.safetensors"))
     stamp = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in [folder / "config.json", *shards]]
     sidecar = folder / _SIDECAR

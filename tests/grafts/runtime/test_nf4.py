@@ -1,0 +1,192 @@
+"""QLoRA: grafts on a backbone in NF4 compute what PEFT computes on bitsandbytes' model, and what any method's oracle
+computes on the weights that NF4 stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from polygraft.grafts.formats import native
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.init import initialise
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.nf4 import Nf4
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.sites import Site
+from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import SpecError
+from tests.grafts.oracle.row import LINEAR, Row, relative
+from tests.grafts.oracle.table import ALL, METHODS
+from tests.grafts.test_methods import batch, decoded, judged, ours
+from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
+
+CHOSEN = [*METHODS, "pissa", "vera", "loha"]
+SITES = (Site(0, "attn.k"), Site(1, "ffn.down"))
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with each projection as bitsandbytes gives it back from NF4."""
+    folder = tmp_path_factory.mktemp("dense")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in LINEAR:
+            module.weight.data = given_back(module.weight.data)
+    model.save_pretrained(folder)
+    return folder
+
+
+def given_back(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    held = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    return dequantize_4bit(held.data, held.quant_state)
+
+
+@pytest.fixture(scope="module", params=CHOSEN)
+def row(request: pytest.FixtureRequest) -> Row:
+    return ALL[request.param]
+
+
+@pytest.fixture(scope="module")
+def fp64(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder, torch.float64, quantise="nf4")
+
+
+@pytest.fixture(scope="module")
+def fp32(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder, torch.float32, quantise="nf4")
+
+
+def test_every_kind_of_method_has_its_oracles_logits_and_gradients(
+    row: Row, fp64: Backbone, dense_folder: Path
+) -> None:
+    values, (prompts, slopes) = row.values(fp64.shape, seed=3), batch(fp64)
+    expected, wanted = judged(row.oracle(dense_folder, values, torch.float64), prompts, slopes)
+    company = [(row, values), (METHODS["lora"], METHODS["lora"].values(fp64.shape, seed=4))]
+    found, gradients = ours(company, fp64, prompts, slopes)
+    assert relative(found, expected) < 1e-9
+    for tensor in (t.name for t in tensors(row.spec, fp64.shape) if t.trained):
+        assert relative(gradients[tensor], wanted[tensor]) < 1e-9, tensor
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_qlora_and_qdora_are_pefts_on_transformers_4_bit_model(method: str, fp32: Backbone, tiny_folder: Path) -> None:
+    """Both in float32, forward and gradients, at weights that PEFT's model is given: 1e-5."""
+    asked = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    plain = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, quantization_config=asked, dtype=torch.float32, attn_implementation="eager", device_map="cpu"
+    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, use_dora=method == "dora")
+    model = get_peft_model(plain, config).train()  # nothing drops; in eval mode bitsandbytes multiplies in bf16 on CPU
+    row = Row(f"{method}(r=4, alpha=8)")
+    values, (prompts, slopes) = row.values(fp32.shape, seed=3), batch(fp32)
+    values = {name: value.float() for name, value in values.items()}
+    places = {}
+    for name, value in values.items():
+        _, layer, *site, part = name.split(".")
+        module = model.base_model.model.model.layers[int(layer)].get_submodule(_path(".".join(site)))
+        parameter = {
+            "A": lambda m: m.lora_A["default"].weight,
+            "B": lambda m: m.lora_B["default"].weight,
+            "m": lambda m: m.lora_magnitude_vector["default"].weight,
+        }[part](module)
+        parameter.data = (value.T if part == "B" else value).contiguous()
+        places[name] = parameter
+    logits = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in prompts])
+    (logits * torch.cat(slopes)).sum().backward()
+    found, gradients = ours([(row, values)], fp32, prompts, slopes)
+    assert relative(found, logits) < 1e-5
+    for name, parameter in places.items():
+        theirs = parameter.grad.T if name.endswith(".B") else parameter.grad
+        assert relative(gradients[name], theirs) < 1e-4, name
+
+
+def _path(site: str) -> str:
+    from polygraft.cluster.launch.demo.oracle.plain import MODULES
+
+    return MODULES[site]
+
+
+def test_decoding_from_the_cache_gives_the_oracles_logits(fp32: Backbone, dense_folder: Path) -> None:
+    row, ids = METHODS["dora"], batch(fp32)[0][1]
+    values = {name: value.float() for name, value in row.values(fp32.shape, seed=5).items()}
+    others = {name: value.float() for name, value in METHODS["ia3"].values(fp32.shape, seed=6).items()}
+    residents = [Resident("own", row.spec, values), Resident("other", METHODS["ia3"].spec, others)]
+    oracle = row.oracle(dense_folder, {k: v.double() for k, v in values.items()}, torch.float32)
+    assert relative(decoded(fp32, residents, ids, (9, 6, 1, 1, 1, 1, 1)), oracle.logits(ids)) < 1e-5
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_training_on_nf4_leaves_the_bits_of_training_alone(
+    dtype: torch.dtype, tiny_folder: Path, one_thread: None
+) -> None:
+    backbone = Backbone.load(tiny_folder, dtype, training=True, quantise="nf4")
+    jobs = jobs_of(
+        20,
+        {
+            "lora": "lora(r=8, at=attn.[qv], dropout=0.2)",
+            "dora": "dora(r=4, at=attn.v|ffn.down)",
+            "loftq": "loftq(r=4, at=attn.*)",
+            "pissa": "pissa(r=4, at=attn.v)",
+            "ia3": "ia3",
+        },
+    )
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_a_graft_of_a_quantised_backbone_is_refused_on_the_plain_one(
+    fp32: Backbone, tiny_folder: Path, tmp_path: Path
+) -> None:
+    plain, spec = Backbone.load(tiny_folder, torch.float32), parse("lora(r=4)")
+    assert plain.fingerprint != fp32.fingerprint
+    values = initialise(spec, fp32, seed=0, samples=())
+    grown = native.save(tmp_path, spec, values, shape=fp32.shape, backbone=fp32.fingerprint)
+    assert grown != native.save(tmp_path, spec, values, shape=fp32.shape, backbone=plain.fingerprint)
+    with pytest.raises(FormatError, match="grown on backbone"):
+        native.load(tmp_path / grown, shape=fp32.shape, backbone=plain.fingerprint)
+
+
+def test_a_weight_takes_half_a_byte_and_little_for_its_scales() -> None:
+    held = Nf4.of(torch.randn(512, 512))
+    inner = held.state.state2
+    size = held.codes.nbytes + held.state.absmax.nbytes + inner.absmax.nbytes
+    assert size < 0.52 * 512 * 512
+
+
+def test_loftq_starts_from_the_best_low_rank_of_what_nf4_took(fp32: Backbone, tiny_folder: Path) -> None:
+    """Li et al. 2023, algorithm 1 with T = 1, against numpy on bitsandbytes' own round trip."""
+    plain = Backbone.load(tiny_folder, torch.float32)
+    values = initialise(parse("loftq(r=4, alpha=12)"), fp32, seed=0, samples=())
+    for site in SITES:
+        lost = (plain.weight(site) - given_back(plain.weight(site))).double().numpy()
+        U, S, Vh = np.linalg.svd(lost, full_matrices=False)
+        found = 3.0 * values[f"0.{site}.B"].T @ values[f"0.{site}.A"]
+        assert relative(found, torch.from_numpy((U[:, :4] * S[:4]) @ Vh[:4])) < 1e-4
+
+
+def test_loftq_on_a_backbone_that_is_not_quantised_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(SpecError, match="this one is not"):
+        initialise(parse("loftq"), Backbone.load(tiny_folder, torch.float32), seed=0, samples=())
