@@ -18,7 +18,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
-from polygraft.grafts.spec import GraftSpec
+from polygraft.grafts.spec import GraftSpec, Tokens
 
 T = TypeVar("T")
 
@@ -86,7 +86,8 @@ def initialise(
 
     A of a branch is Kaiming-uniform with a = sqrt(5) as in PEFT, B zero; g one, b zero; m the row norms of W (DoRA);
     prefix rows are the keys and values of the backbone over the first of `samples` (repeated to the prefix length): a
-    prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4).
+    prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4). A prompt starts as the
+    embeddings of the same tokens, an edited token as its own.
     """
     wide = torch.promote_types(backbone.dtype, torch.float32)
     making = Making(spec, backbone, seed, samples, weights)
@@ -117,6 +118,11 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
             length, prompt = tensor.shape[0], making.samples[0] if making.samples else ()
             real = making.once(("prefix", length), lambda: _keys_and_values(making.backbone, prompt, length))
             return real[tensor.site][0 if tensor.part == "k" else 1]
+        case "embedded":
+            slot = making.spec.slots[tensor.slot]
+            prompt = making.samples[0] if making.samples else ()
+            ids = slot.ids if isinstance(slot, Tokens) and slot.ids else _repeated(prompt, tensor.shape[0])
+            return making.backbone.embedding[torch.tensor(ids)]
         case name:
             return start(name).make(tensor, making, **arguments)
 
@@ -132,9 +138,12 @@ class _Recorder:
         return self.inner(layer, q, k, v, route=route, scaling=scaling)
 
 
+def _repeated(prompt: Sequence[int], length: int) -> list[int]:
+    return ((list(prompt) or [0]) * (length // max(1, len(prompt)) + 1))[:length]
+
+
 def _keys_and_values(backbone: Backbone, prompt: Sequence[int], length: int) -> dict[Site, tuple[Tensor, Tensor]]:
-    repeated = (list(prompt) or [0]) * (length // max(1, len(prompt)) + 1)
-    rows = Rows(torch.tensor(repeated[:length]), torch.arange(length), ())
+    rows = Rows(torch.tensor(_repeated(prompt, length)), torch.arange(length), ())
     kept: dict[Site, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
         backbone.forward(rows, backbone.stacks([]), _Recorder(WholeSequences(((0, length),), backbone.shape), kept))

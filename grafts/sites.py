@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from polygraft.grafts.architectures.registry import architecture
-from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Layers, Norm, Rotate, Slot, Sparse, SpecError
+from polygraft.grafts.spec import (
+    KV,
+    Affine,
+    Branch,
+    Delta,
+    GraftSpec,
+    Layers,
+    Norm,
+    Rotate,
+    Slot,
+    Sparse,
+    SpecError,
+    Tokens,
+)
 
 LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
 SUBLAYER = ("attn.out", "ffn.out")
@@ -15,9 +28,10 @@ BLOCK_SITE = "block.out"
 FINAL_SITE = "norm.final"
 NORMS = ("norm.1", "norm.2", FINAL_SITE)
 KV_SITE = "kv"
+EMBED_SITE = "embed"
 FEEDS = {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}  # all that read a norm's output
 ENDS = {"attn.out": "attn.o", "ffn.out": "ffn.down"}  # the projection whose output a sublayer's is
-ALL = (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS, KV_SITE)
+ALL = (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS, KV_SITE, EMBED_SITE)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -104,7 +118,10 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     projections, or
     module names as in PEFT's target_modules (`q_proj`). Raises SpecError when a part matches nothing the op can act on.
     """
-    allowed = tuple(name for name in _allowed(slot) if name == KV_SITE or architecture(shape.arch).has(name))
+    if isinstance(slot, Tokens) and max(slot.ids, default=0) >= shape.vocab:
+        raise SpecError(f"ids: {max(slot.ids)} is not a token of this backbone; it has 0-{shape.vocab - 1}")
+    table = architecture(shape.arch)
+    allowed = tuple(name for name in _allowed(slot) if name in (KV_SITE, EMBED_SITE) or table.has(name))
     names = tuple(
         name for name in ALL if any(name in _matches(part, shape.arch, allowed) for part in slot.at.split("|"))
     )
@@ -117,10 +134,11 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
         Site(layer, name)
         for layer in _layers(slot.layers, shape)
         for name in names
-        if name != FINAL_SITE or layer == shape.layers - 1
+        if {FINAL_SITE: shape.layers - 1, EMBED_SITE: 0}.get(name, layer) == layer
     )
     if not found:
-        raise SpecError(f"layers: {slot.at!r} stands in none of them; {FINAL_SITE} is in the last, {shape.layers - 1}")
+        ends = f"{EMBED_SITE} is in layer 0, {FINAL_SITE} in the last, {shape.layers - 1}"
+        raise SpecError(f"layers: {slot.at!r} stands in none of them; {ends}")
     return found
 
 
@@ -168,6 +186,8 @@ def _allowed(slot: Slot) -> tuple[str, ...]:
             return LINEAR
         case KV():
             return (KV_SITE,)
+        case Tokens():
+            return (EMBED_SITE,)
 
 
 def _matches(part: str, arch: str, allowed: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from math import prod
 from polygraft.grafts.methods.declare import Part, Place
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Rotate, Slot, Sparse
+from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
 
 SHARED = "shared"
 
@@ -95,6 +95,8 @@ def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
             return sparse_parts(slot, place)
         case Rotate():
             return rotate_parts(slot, place)
+        case Tokens(length=length, mode=mode):
+            return {"p": Part((length, place.d_out), "zero" if mode == "add" else "embedded")}
 
 
 def sparse_parts(slot: Sparse, place: Place) -> Mapping[str, Part]:

@@ -223,7 +223,29 @@ class Rotate(_Slot):
             raise SpecError(f"size: {self.size} is odd; halves of it are paired or shuffled")
 
 
-Slot = Branch | Affine | Norm | KV | Delta | Sparse | Rotate
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens(_Slot):
+    """`length` trained rows in the input embeddings: `before` the sequence, as virtual tokens with positions of their
+    own (prompt tuning, Lester et al. 2021); in `replace` of the rows of the tokens `ids` (textual inversion, Gal et al.
+    2022); or row i to `add` to the i-th token's (DePT, Shi & Lipani 2024)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    length: int
+    mode: Literal["before", "replace", "add"] = "before"
+    ids: tuple[int, ...] = ()
+    at: str = "embed"
+    op: Literal["tokens"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise SpecError(f"prompt length: {self.length} is not a size; give at least 1")
+        if len(self.ids) != (self.length if self.mode == "replace" else 0) or len(set(self.ids)) < len(self.ids):
+            raise SpecError(f"ids: {self.ids} are not the {self.length} different tokens whose rows are replaced")
+        if any(id < 0 for id in self.ids):
+            raise SpecError(f"ids: {min(self.ids)} is not a token")
+
+
+Slot = Branch | Affine | Norm | KV | Delta | Sparse | Rotate | Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +264,24 @@ class GraftSpec:
         modes = [slot.aside for slot in self.slots if isinstance(slot, KV)]
         if len(modes) > len(set(modes)):
             raise SpecError("peft: two prefixes in one graft; give one with the sum of their lengths")
+        edits = [slot.mode for slot in self.slots if isinstance(slot, Tokens)]
+        if len(edits) > len(set(edits)):
+            raise SpecError("peft: two prompts of one kind in one graft; give one with the sum of their lengths")
 
     @property
     def prefix_length(self) -> int:
-        """Virtual tokens before a sequence; the prompt's positions start here (as in PEFT)."""
+        """Rows in the cache before a sequence, whose positions start here (as in PEFT)."""
         return next((slot.length for slot in self.slots if isinstance(slot, KV) and not slot.aside), 0)
+
+    @property
+    def virtual_length(self) -> int:
+        """Virtual tokens that are rows of the sequence, after the prefix and before the prompt."""
+        return next((slot.length for slot in self.slots if isinstance(slot, Tokens) and slot.mode == "before"), 0)
+
+    @property
+    def context_length(self) -> int:
+        """Positions before the prompt's first token."""
+        return self.prefix_length + self.virtual_length
 
     @property
     def prefix_layers(self) -> Layers:

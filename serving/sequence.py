@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from polygraft.cluster.model import GraftId, TenantId
+from polygraft.grafts.runtime.embedding import virtual_ids
+from polygraft.grafts.spec import GraftSpec
 from polygraft.serving.messages import FinishReason
 
 
@@ -43,21 +45,30 @@ class GenerationRequest:
 
 @dataclass(slots=True, kw_only=True)
 class Sequence:
-    """A request in the engine. Cache slots hold the graft's prefix, then `computed` of `tokens`."""
+    """A request in the engine. Cache slots hold the graft's prefix, then `computed` of `tokens`, the first `virtual` of
+    which are the graft's own."""
 
     request: GenerationRequest
     arrival: float
     prefix: int = 0
+    virtual: int = 0
     computed: int = 0
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.generated]
 
+    def grow_on(self, spec: GraftSpec) -> None:
+        """Take in what the graft puts before the prompt; again is as once."""
+        self.prefix = spec.prefix_length
+        if not self.virtual:
+            self.virtual = spec.virtual_length
+            self.tokens = [*virtual_ids(self.virtual), *self.tokens]
+
     @property
     def generated(self) -> int:
         """Tokens generated so far, over all attempts; also the index of the next one."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+        return len(self.tokens) - self.virtual - len(self.request.prompt_ids)
 
     @property
     def left(self) -> int:

@@ -9,6 +9,7 @@ from polygraft.cluster.policy.batching import Running, Waiting, admit_streams, e
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
+from polygraft.grafts.spec import GraftSpec
 from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
@@ -75,8 +76,11 @@ class Streams:
     def choose(self) -> list[Chunk]:
         """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand."""
         ready = [s for s in self.waiting if s.request.graft is None or self.residency.get(s.request.graft)]
+        for sequence in ready:
+            if (spec := self._spec(sequence)) is not None:
+                sequence.grow_on(spec)
         plan = admit_streams(
-            [Waiting(s.request.id, s.left, self._prefix(s) + len(s.tokens)) for s in ready],
+            [Waiting(s.request.id, s.left, s.prefix + len(s.tokens)) for s in ready],
             [self._as_running(sequence) for sequence in self.running],
             free_blocks=self.blocks.free_blocks,
             block_size=BLOCK_SIZE,
@@ -101,7 +105,6 @@ class Streams:
         """Blocks for all its tokens, its graft's prefix in the first of them."""
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_age)
-        sequence.prefix = self._prefix(sequence)
         self._grow(sequence, sequence.prefix + len(sequence.tokens))
         graft = sequence.request.graft
         if graft is not None:
@@ -126,14 +129,15 @@ class Streams:
         id = sequence.request.id
         self.cache.clear(self.blocks.allocate(id, self.blocks.missing(id, slots)))
 
-    def _prefix(self, sequence: Sequence) -> int:
-        """Virtual tokens of its graft, which must be in memory."""
+    def _spec(self, sequence: Sequence) -> GraftSpec | None:
+        """Its graft's, once that is in memory."""
         resident = self.residency.get(sequence.request.graft) if sequence.request.graft else None
-        return resident.spec.prefix_length if resident else 0
+        return resident.spec if resident else None
 
     def _check_length(self, sequence: Sequence) -> None:
         request = sequence.request
-        need = self._prefix(sequence) + len(request.prompt_ids) + request.max_tokens
+        spec = self._spec(sequence)
+        need = (spec.context_length if spec else 0) + len(request.prompt_ids) + request.max_tokens
         if need > self._settings.max_context:
             raise GraftUnusable(
                 f"prompt, answer and virtual tokens are {need}, the context is {self._settings.max_context}"

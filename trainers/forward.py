@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.kernels.common.dropout import combine
@@ -23,7 +24,7 @@ class Share:
     """One job's part of a forward: samples (with their numbers, for dropout) through resident `graft`.
 
     `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None without
-    dropout.
+    dropout. Every sequence begins with `virtual_length` virtual tokens.
     """
 
     graft: int
@@ -32,10 +33,11 @@ class Share:
     numbers: tuple[int, ...]
     normaliser: float
     key: int | None = None
+    virtual_length: int = 0
 
     @property
     def rows(self) -> int:
-        return sum(sample.rows for sample in self.samples)
+        return sum(sample.rows + self.virtual_length for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +105,15 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
     keys: list[Tensor] = []
     for share in shares:
         start = len(ids)
+        virtual = virtual_ids(share.virtual_length)
         for sample, number in zip(share.samples, share.numbers):
-            sequences.append((len(ids), sample.rows))
-            positions.append(torch.arange(sample.rows) + share.prefix_length)
-            keys.append(_dropout_keys(share.key, number, sample.rows))
-            ids += sample.ids[:-1]
-            targets += sample.ids[1:]
-            weights += sample.weights[1:]
+            count = len(virtual) + sample.rows
+            sequences.append((len(ids), count))
+            positions.append(torch.arange(count) + share.prefix_length)
+            keys.append(_dropout_keys(share.key, number, count))
+            ids += [*virtual, *sample.ids[:-1]]
+            targets += [*([0] * len(virtual)), *sample.ids[1:]]
+            weights += [*([0.0] * len(virtual)), *sample.weights[1:]]  # nothing is learned from virtual tokens' guesses
         spans.append(Span(start, len(ids), share.graft))
     dropped = any(share.key is not None for share in shares)
     rows = Rows(torch.tensor(ids), torch.cat(positions), tuple(spans), torch.cat(keys) if dropped else None)

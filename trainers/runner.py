@@ -132,8 +132,10 @@ class PackRunner:
         active = self.jobs[job]
         stacks = self.backbone.stacks((Resident(job, active.job.spec, active.slab.tensors),))
         total = weight = 0.0
-        for piece in _pieces(samples, self.max_rows):
-            share = Share(0, active.job.spec.prefix_length, piece, tuple(range(len(piece))), 1.0)
+        spec = active.job.spec
+        for piece in _pieces(samples, self.max_rows, spec.virtual_length):
+            numbers = tuple(range(len(piece)))
+            share = Share(0, spec.prefix_length, piece, numbers, 1.0, virtual_length=spec.virtual_length)
             total += forward.evaluate(self.backbone, stacks, (share,))[0]
             weight += sum(sample.weight for sample in piece)
         return total / weight
@@ -176,6 +178,7 @@ class PackRunner:
             numbers=numbers,
             normaliser=job.batch_weight(active.step),
             key=_key(job, active.step) if dropped else None,
+            virtual_length=job.spec.virtual_length,
         )
 
     def _rows(self, active: Active, share: Share) -> int:
@@ -282,10 +285,10 @@ def _key(job: TrainJob, step: int) -> int:
     return int.from_bytes(sha256(f"{job.recipe.seed}/{step}".encode()).digest()[:4], "big", signed=True)
 
 
-def _pieces(samples: Iterable[Sample], limit: int) -> Iterable[tuple[Sample, ...]]:
+def _pieces(samples: Iterable[Sample], limit: int, virtual: int) -> Iterable[tuple[Sample, ...]]:
     piece: list[Sample] = []
     for sample in samples:
-        if piece and sum(s.rows for s in piece) + sample.rows > limit:
+        if piece and sum(s.rows + virtual for s in piece) + sample.rows + virtual > limit:
             yield tuple(piece)
             piece = []
         piece.append(sample)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
+from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
@@ -97,15 +98,12 @@ class Backbone:
         back.
         """
         extra = padded(len(rows)) - len(rows)
-        ids, positions = (F.pad(x, (0, extra)).unsqueeze(0) for x in (rows.ids, rows.positions))
-        with routed(RouteTable(rows.spans, stacks, attention, rows.dropout_keys)):
-            embedded = F.embedding(ids, self.embedding)
-            if self._factor is not None:
-                embedded = embedded * self._factor.to(embedded.dtype)
-            if stacks.trainable and torch.is_grad_enabled():
-                embedded.requires_grad_()
+        ids, positions = (F.pad(x, (0, extra)) for x in (rows.ids, rows.positions))
+        route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys)
+        with routed(route):
+            embedded = embed(ids, positions, self.embedding, self._factor, route)
             hidden: Tensor = self.base(
-                inputs_embeds=embedded, position_ids=positions + self._first_position, use_cache=False
+                inputs_embeds=embedded[None], position_ids=positions[None] + self._first_position, use_cache=False
             ).last_hidden_state[0]
             if self._transform is not None:
                 hidden = self._transform(hidden)

@@ -16,11 +16,11 @@ from polygraft.grafts.lowering import Lowered
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec
-from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse
+from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
 from polygraft.kernels.norm.op import row_norm
 
 # Ops whose operands stay in float32 or wider: bf16 has no room near 1.
-WIDE = ("affine", "norm", "delta", "sparse", "rotate")
+WIDE = ("affine", "norm", "delta", "sparse", "rotate", "tokens")
 
 
 class Entry(NamedTuple):
@@ -272,3 +272,5 @@ def _kind(slot: Slot) -> Kind:
             return Kind("sparse", "rows" if rows else "entries")
         case Rotate():
             return Kind("rotate", f"{slot.side}.{slot.variant}")
+        case Tokens(mode=mode):
+            return Kind("tokens", mode)

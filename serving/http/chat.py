@@ -119,7 +119,7 @@ def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft
 def _prefix(graft: Graft | None) -> int:
     """Virtual tokens of the graft; an imported one may be described in words that say nothing of them."""
     try:
-        return parse(graft.method).prefix_length if graft else 0
+        return parse(graft.method).context_length if graft else 0
     except SpecError:
         return 0  # the engine knows, and refuses what does not fit
 

@@ -21,6 +21,7 @@ from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
+from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sites import sites_of
@@ -167,19 +168,24 @@ def ours(
     """Logits and gradients of the first graft over the sequences, each other graft having the same beside it."""
     residents = [Resident(str(i), row.spec, values) for i, (row, values) in enumerate(grafts)]
     stacks = backbone.stacks(residents, trainable=True)
-    whole = sum(LENGTHS)
-    starts = [i * whole + at for i in range(len(grafts)) for at in (0, LENGTHS[0])]
-    positions = [torch.arange(n) + row.spec.prefix_length for row, _ in grafts for n in LENGTHS]
-    spans = tuple(Span(i * whole, (i + 1) * whole, i) for i in range(len(grafts)))
-    rows = Rows(torch.cat([*prompts] * len(grafts)), torch.cat(positions), spans)
-    hidden = backbone.forward(rows, stacks, WholeSequences(tuple(zip(starts, LENGTHS * len(grafts))), backbone.shape))
+    ids, positions, sequences, spans, real = [], [], [], [], []
+    for graft, (row, _) in enumerate(grafts):
+        virtual, first = torch.tensor(virtual_ids(row.spec.virtual_length), dtype=torch.long), sum(map(len, ids))
+        for prompt in prompts:
+            sequences.append((sum(map(len, ids)), len(virtual) + len(prompt)))
+            ids.append(torch.cat([virtual, prompt]))
+            positions.append(torch.arange(len(ids[-1])) + row.spec.prefix_length)
+            real.append(torch.arange(sequences[-1][0] + len(virtual), sum(sequences[-1])))
+        spans.append(Span(first, sum(sequences[-1]), graft))
+    rows, places = Rows(torch.cat(ids), torch.cat(positions), tuple(spans)), torch.cat(real)
+    hidden = backbone.forward(rows, stacks, WholeSequences(tuple(sequences), backbone.shape))[places]
     slope = backbone.head.transposed_product(torch.cat([*slopes] * len(grafts)))  # logits = hidden W^T
     hidden.backward(slope)
     found = stacks.gradient(0, stacks.gradients()[0])
     trained = [t for t in tensors(grafts[0][0].spec, backbone.shape) if t.trained]
     gradients = {t.name: g.view(t.shape) for t, g in zip(trained, found, strict=True) if g is not None}
     with torch.no_grad():
-        return backbone.logits(hidden[:whole]), gradients
+        return backbone.logits(hidden[: sum(LENGTHS)]), gradients
 
 
 def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chunks: Sequence[int]) -> Tensor:
@@ -190,17 +196,20 @@ def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chun
     prefixes = [resident.spec.prefix_length for resident in residents] + [0]
     for resident, table in zip(residents, tables):
         cache.write_prefix(table, resident)
+    virtual = residents[0].spec.virtual_length
+    own = torch.cat([torch.tensor(virtual_ids(virtual), dtype=torch.long), ids])
     logits, done = [], 0
-    for chunk in chunks:
+    for chunk in (virtual + chunks[0], *chunks[1:]):
         sequences, positions, spans = [], [], []
         for i, (table, prefix) in enumerate(zip(tables, prefixes)):
             layers = residents[i].spec.prefix_layers if i < len(residents) else None
             sequences.append(PagedSequence(i * chunk, chunk, prefix + done, table, prefix, layers))
             positions.append(torch.arange(chunk) + prefix + done)
             spans += [Span(i * chunk, (i + 1) * chunk, i)] if i < len(residents) else []
-        rows = Rows(torch.cat([ids[done : done + chunk]] * 3), torch.cat(positions), tuple(spans))
+        taken = own[done : done + chunk]
+        rows = Rows(torch.cat([taken, *[taken.clamp_min(0)] * 2]), torch.cat(positions), tuple(spans))
         with torch.inference_mode():
             hidden = backbone.forward(rows, stacks, PagedAttention(cache, sequences))
             logits.append(backbone.logits(hidden[:chunk]))
         done += chunk
-    return torch.cat(logits)
+    return torch.cat(logits)[virtual:]

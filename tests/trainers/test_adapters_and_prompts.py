@@ -24,6 +24,10 @@ METHODS = {
     "direft": "direft(r=2)@1",
     "prefix-mlp": "prefix-mlp(length=4, hidden=16)",
     "llama-adapter": "llama-adapter(length=5)",
+    "prompt": "prompt(5)",
+    "p-tuning": "p-tuning(3, hidden=8, encoder=lstm)",
+    "dept": "dept(2, rows=6, r=2)",
+    "edited": "trainable-tokens(5|77|300) + prefix(2) + prompt(3, start=vocabulary) + lora(r=2, dropout=0.1)",
 }
 STEPS = 20
 

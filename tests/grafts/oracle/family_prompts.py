@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
 import torch
-from peft import AdaptionPromptConfig, PeftModel, PrefixTuningConfig
+from peft import AdaptionPromptConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from peft.tuners.adaption_prompt import layer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
 from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
-from tests.grafts.oracle.row import Row
+from tests.grafts.oracle.row import Row, Values
 
 ENCODER = "prompt_encoder.default"
+EDITED = (338, 37, 176)  # tokens of the table's prompts
 
 
 def reft() -> Hook:
@@ -74,6 +75,40 @@ def _adaption(model: PeftModel, name: str, value: Tensor) -> Place:
     return Place(model.get_parameter(f"{attention}.adaption_prompt"), lambda t: t.view(value.shape))
 
 
+def _prompt(model: PeftModel, name: str, value: Tensor) -> Place:
+    return Place(model.get_parameter(f"{ENCODER}.embedding.weight"))
+
+
+def _encoder(layers: tuple[int, ...]) -> Callable[[PeftModel, str, Tensor], Place]:
+    """P-tuning's: the network's linear layers are at `layers` of PEFT's."""
+
+    def place(model: PeftModel, name: str, value: Tensor) -> Place:
+        part, number = split(name)[3][:-1], split(name)[3][-1]
+        if split(name)[3] == "E":
+            return _prompt(model, name, value)
+        if part in ("W", "b"):
+            kind = "weight" if part == "W" else "bias"
+            return Place(model.get_parameter(f"{ENCODER}.mlp_head.{layers[int(number) - 1]}.{kind}"))
+        kind = {"Wi": "weight_ih", "Wh": "weight_hh", "bi": "bias_ih", "bh": "bias_hh"}[part]
+        cell = f"l{int(number) // 2}{'_reverse' if int(number) % 2 else ''}"
+        return Place(model.get_parameter(f"{ENCODER}.lstm_head.{kind}_{cell}"))
+
+    return place
+
+
+def dept(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """[P; E(x) + A B] for the first tokens (Shi & Lipani 2024, section 2.2)."""
+    offset = (p["1.0.embed.A"] @ p["1.0.embed.B"])[: len(x)]
+    return torch.cat([p["0.0.embed.p"], x[: len(offset)] + offset, x[len(offset) :]])
+
+
+def inverted(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """E(x) with the learned vector v* where a given token is (Gal et al. 2022, section 3)."""
+    for token, row in zip(EDITED, p["0.0.embed.p"]):
+        x = torch.where((ids == token).unsqueeze(1), row, x)
+    return x
+
+
 ROWS: Mapping[str, Row] = {
     "loreft": Row("loreft(r=4)", hooks=lambda: {0: loreft()}, fixed=_with_signs),
     "noreft": Row("noreft(r=4)@1", hooks=lambda: {0: reft()}),
@@ -90,4 +125,23 @@ ROWS: Mapping[str, Row] = {
         _adaption_config,
         place=_adaption,
     ),
+    "prompt": Row("prompt(6)", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6), place=_prompt),
+    "p-tuning": Row(
+        "p-tuning(5, hidden=12)",
+        lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=12),
+        place=_encoder((0, 2, 4)),
+    ),
+    "p-tuning by lstm": Row(
+        "p-tuning(5, hidden=12, encoder=lstm)",
+        lambda: PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=5,
+            encoder_hidden_size=12,
+            encoder_reparameterization_type="LSTM",
+            encoder_dropout=0.0,
+        ),
+        place=_encoder((0, 2)),
+    ),
+    "dept": Row("dept(4, rows=9, r=2)", soft=dept),
+    "trainable-tokens": Row(f"trainable-tokens({'|'.join(map(str, EDITED))})", soft=inverted),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
 from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place
+from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, plain_llama
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
@@ -29,7 +29,8 @@ class Row:
 
     `place` says where PEFT's model keeps a tensor of ours, for methods that `peft_oracle` does not know by itself;
     `fixed` replaces random values that mean something (indices, orthogonal factors). `tolerance` is wider than rounding
-    in float64 where PEFT computes in float32 whatever the model's dtype.
+    in float64 where PEFT computes in float32 whatever the model's dtype. `soft` is the equation of a method that acts
+    on the input embeddings: from token ids, their embeddings [n, D] and the tensors by name to the rows [p + n, D].
     """
 
     text: str
@@ -38,6 +39,7 @@ class Row:
     place: Callable[[PeftModel, str, Tensor], Place] | None = None
     fixed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values
     tolerance: float = 1e-9
+    soft: Callable[[Tensor, Tensor, Values], Tensor] | None = None
 
     @property
     def spec(self) -> GraftSpec:
@@ -50,9 +52,25 @@ class Row:
         shape = ModelShape.from_config(_config(folder))
         if self.config is not None and (shape.causal or not self.spec.prefix_length):  # PEFT's prefixes need a decoder
             return peft_oracle(folder, self.config(), values, dtype, self.place)
+        if self.soft is not None:
+            return _soft(folder, self.soft, values, dtype)
         found = naive(folder, self.hooks(), values, dtype)
         frozen = {t.name for t in tensors(self.spec, shape) if not t.trained}
         return Oracle(found.logits, {name: place for name, place in found.places.items() if name not in frozen})
+
+
+def _soft(
+    folder: Path, equation: Callable[[Tensor, Tensor, Values], Tensor], values: Values, dtype: torch.dtype
+) -> Oracle:
+    model = plain_llama(folder, dtype)
+    leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
+
+    def logits(ids: Tensor) -> Tensor:
+        rows = equation(ids, model.get_input_embeddings()(ids), leaves)
+        found: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits[0, -len(ids) :]
+        return found
+
+    return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
 
 
 def _config(folder: Path) -> Mapping[str, object]:

@@ -32,7 +32,8 @@ def peft_oracle(
     with torch.no_grad():
         for name, found in places.items():
             found.view(found.parameter).copy_(values[name])
-    return Oracle(lambda ids: model(input_ids=ids[None], use_cache=False).logits[0], trained)
+    # A prompt's own rows come back, too, before those of the tokens.
+    return Oracle(lambda ids: model(input_ids=ids[None], use_cache=False).logits[0, -len(ids) :], trained)
 
 
 def loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> PeftModel:
