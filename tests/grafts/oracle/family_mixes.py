@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after, parallel
 from tests.grafts.oracle.row import Row
 
 
@@ -62,6 +62,11 @@ def gated_adapter() -> Hook:
     return after(lambda x, y, p: y + torch.sigmoid(y @ p["G"].T) * (torch.relu(y @ p["A"].T) @ p["B"]))
 
 
+def feed_forward_adapter() -> Hook:
+    """h + W_up relu(W_down h) on the feed-forward's own output (Zhou et al. 2024, section 3.1)."""
+    return after(lambda x, y, p: y + torch.relu(y @ p["A"].T) @ p["B"])
+
+
 ROWS: Mapping[str, Row] = {
     "molora": Row("molora(r=2, experts=3, alpha=4)", hooks=lambda: {0: molora(3, 2.0)}),
     "molora top 2": Row(
@@ -69,5 +74,8 @@ ROWS: Mapping[str, Row] = {
     ),
     "hydralora": Row("hydralora(r=3, experts=2, alpha=6, at=attn.[qv]|ffn.down)", hooks=lambda: {0: hydralora(2, 2.0)}),
     "unipelt-al": Row("unipelt-al(r=4, size=6)", hooks=lambda: {0: gated_lora(), 1: gated_adapter()}),
+    "autopeft": Row(
+        "autopeft(serial=4, beside=6, prefix=3)", hooks=lambda: {0: feed_forward_adapter(), 1: parallel(4.0)}
+    ),
     "moelora": Row("moelora(r=8, experts=4, alpha=4, task=3)", hooks=lambda: {0: moelora(4, 0.5)}),
 }
