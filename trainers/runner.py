@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+from torch import Tensor
+
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.grafts.spec import Branch
+from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.hooks import Hooks
@@ -130,15 +132,7 @@ class PackRunner:
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
         """Mean loss of a weighted token under the job's graft over `samples`."""
         active = self.jobs[job]
-        stacks = self.backbone.stacks((Resident(job, active.job.spec, active.slab.tensors),))
-        total = weight = 0.0
-        spec = active.job.spec
-        for piece in _pieces(samples, self.max_rows, spec.virtual_length):
-            numbers = tuple(range(len(piece)))
-            share = Share(0, spec.prefix_length, piece, numbers, 1.0, virtual_length=spec.virtual_length)
-            total += forward.evaluate(self.backbone, stacks, (share,))[0]
-            weight += sum(sample.weight for sample in piece)
-        return total / weight
+        return mean_loss(self.backbone, active.job.spec, active.slab.tensors, samples, self.max_rows)
 
     def step(self) -> PackStep:
         """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that
@@ -278,6 +272,20 @@ class PackRunner:
         whole = {name: self._residents(active) for name, active in self.jobs.items()}
         apart = ([r for name, own in whole.items() if (name in self._probes) == p for r in own] for p in (False, True))
         self._stacks, self._around = (self.backbone.stacks(residents, trainable=True) for residents in apart)
+
+
+def mean_loss(
+    backbone: Backbone, spec: GraftSpec, values: Mapping[str, Tensor], samples: Iterable[Sample], max_rows: int = 768
+) -> float:
+    """Mean loss of a weighted token under a graft over `samples`, at most `max_rows` rows at a time."""
+    stacks = backbone.stacks((Resident("evaluated", spec, values),))
+    total = weight = 0.0
+    for piece in _pieces(samples, max_rows, spec.virtual_length):
+        numbers = tuple(range(len(piece)))
+        share = Share(0, spec.prefix_length, piece, numbers, 1.0, virtual_length=spec.virtual_length)
+        total += forward.evaluate(backbone, stacks, (share,))[0]
+        weight += sum(sample.weight for sample in piece)
+    return total / weight
 
 
 def _key(job: TrainJob, step: int) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.trainers.test_packed_equals_alone import assert_as_alone, backbone_of, folder, jobs_of, run, together
+from polygraft.grafts.compose import combined, experts, lorahub
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.trainers.runner import Active, mean_loss
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
 
 __all__ = ["folder"]  # the fixture
 MIXES = {
@@ -27,3 +32,40 @@ def test_twenty_steps_in_company_leave_the_bits_of_twenty_steps_alone(dtype: tor
     backbone = backbone_of(folder, dtype)
     jobs = jobs_of(20, MIXES)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_few_examples_choose_the_weights_of_loras_that_were_trained_apart(folder: Path) -> None:
+    """LoRAHub: better on the few than no graft, each member, and their mean."""
+    backbone = backbone_of(folder, torch.float32)
+    jobs = [a_job(name, "lora(r=4, at=attn.[qv])", seed=seed, steps=30) for seed, name in enumerate(("one", "two"))]
+    pack = together(backbone, jobs)
+    slabs = {job.id: pack.jobs[job.id].slab for job in jobs}
+    run(pack)
+    members, few = [slabs[job.id].tensors for job in jobs], (*jobs[0].train[:2], *jobs[1].train[:2])
+    found = lorahub(members, lambda values: mean_loss(backbone, jobs[0].spec, values, few), steps=40)
+    assert found.loss == mean_loss(backbone, jobs[0].spec, found.tensors, few)
+    for weights in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
+        assert found.loss < mean_loss(backbone, jobs[0].spec, combined(members, weights), few)
+
+
+def test_a_gate_over_frozen_loras_is_trained_alike_in_any_company(folder: Path) -> None:
+    backbone = backbone_of(folder, torch.float32)
+    lora = parse("lora(r=2, at=attn.[qv])")
+    members = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = Slab(lora, backbone.shape).tensors
+        members.append({name: 0.2 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()})
+    spec, values = experts(lora, members)
+    job = replace(a_job("gate", "lora", seed=5, steps=20), spec=spec)
+    ended, frozen = [], []
+    for others in ([], jobs_of(12, {"molora": MIXES["molora"], "lora": MIXES["lora"]})):
+        pack = together(backbone, others)
+        slab = Slab(spec, backbone.shape)
+        slab.fill(values)
+        pack.restore(Active(job, slab))
+        ended.append(run(pack)["gate"])
+        frozen.append(slab.frozen)
+    assert torch.equal(*ended)
+    assert all(torch.equal(tensor, values[name]) for kept in frozen for name, tensor in kept.items())
+    assert not torch.equal(ended[0], torch.cat([v.reshape(-1) for name, v in values.items() if name[-1] == "G"]))

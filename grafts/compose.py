@@ -1,0 +1,101 @@
+"""Grafts made of grafts: averaged, summed with found weights, or mixed by a gate that is trained over them.
+
+Members have one spec, so that their tensors are the same but for their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.spec import Branch, Call, GraftSpec, SpecError
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A weighted sum of grafts, and the few-shot loss that chose it, without its penalty."""
+
+    weights: tuple[float, ...]
+    tensors: Mapping[str, Tensor]
+    loss: float
+
+
+def combined(members: Sequence[Values], weights: Sequence[float]) -> dict[str, Tensor]:
+    """sum_i w_i theta_i, tensor by tensor, summed in float64."""
+    if not members or len(members) != len(weights):
+        raise SpecError(f"weights: {len(weights)} for {len(members)} grafts; give one each")
+    if any(member.keys() != members[0].keys() for member in members):
+        raise SpecError("members: grafts with different tensors have no sum; give grafts of one spec")
+    return {
+        name: torch.stack([w * member[name].double() for w, member in zip(weights, members)]).sum(0).to(value)
+        for name, value in members[0].items()
+    }
+
+
+def soup(members: Sequence[Values]) -> dict[str, Tensor]:
+    """AdapterSoup: the mean of the members' tensors (Chronopoulou et al. 2023, arXiv 2302.07027, eq. 1)."""
+    return combined(members, [1 / max(1, len(members))] * len(members))
+
+
+def lorahub(
+    members: Sequence[Values],
+    loss: Callable[[Values], float],
+    *,
+    steps: int = 40,
+    penalty: float = 0.05,
+    bound: float = 1.5,
+) -> Hub:
+    """LoRAHub: (sum_i w_i A_i)(sum_i w_i B_i) with w found without gradients, by at most `steps` losses of a few
+    examples (Huang et al. 2023, arXiv 2307.13269, eq. 1-2).
+
+    The objective is loss + penalty * sum |w_i|, |w_i| <= bound, from w = 0. The paper searches with Shiwa of
+    nevergrad; here it is Nelder & Mead's simplex (1965), whose corners are 0 and each member at one half.
+    """
+    import numpy as np
+    from scipy.optimize import minimize  # type: ignore[import-untyped]
+
+    found: list[tuple[float, float, tuple[float, ...]]] = []
+
+    def objective(point: Sequence[float]) -> float:
+        weights = tuple(float(w) for w in point)
+        value = loss(combined(members, weights))
+        found.append((value + penalty * sum(map(abs, weights)), value, weights))
+        return found[-1][0]
+
+    count = len(members)
+    corners = np.vstack([np.zeros(count), 0.5 * np.eye(count)])
+    options = {"maxfev": max(steps, count + 1), "initial_simplex": corners, "xatol": 1e-3, "fatol": 1e-5}
+    minimize(objective, corners[0], method="Nelder-Mead", bounds=[(-bound, bound)] * count, options=options)
+    _, value, weights = min(found)
+    return Hub(weights, combined(members, weights), value)
+
+
+def experts(
+    spec: GraftSpec, members: Sequence[Values], *, top: int = 2, seed: int = 0
+) -> tuple[GraftSpec, dict[str, Tensor]]:
+    """Existing LoRAs as the frozen experts of one graft: y += s sum_i w_i B_i A_i x, w = softmax over the `top` highest
+    of G x at every site, G alone being trained (MeteoRA, Xu et al. 2024, arXiv 2405.13053, section 3.1).
+
+    Raises SpecError unless every slot of `spec` is a plain LoRA.
+    """
+    count = len(members)
+    combined(members, [1.0] * count)  # raises for grafts that do not fit together
+    slots: list[Branch] = []
+    for slot in spec.slots:
+        if not (isinstance(slot, Branch) and (slot.act, slot.gate, slot.form) == ("identity", "none", None)):
+            raise SpecError(f"members: {spec.method!r} is no LoRA; only LoRAs become experts of a gate")
+        mixed = replace(slot, rank=count * slot.rank, dropout=0.0, form=Call("frozen_experts"))
+        slots.append(replace(mixed, gate="softmax", experts=count, top=min(top, count)))
+    tensors: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in members[0].items():
+        tensors[name] = torch.cat([member[name] for member in members])
+        if name.endswith(".A"):
+            scores = torch.rand(count, value.shape[1], generator=generator) * 2 - 1
+            tensors[f"{name[:-1]}G"] = scores.to(value) / value.shape[1] ** 0.5
+    return GraftSpec(f"{count} experts: {spec.method}", tuple(slots)), tensors
