@@ -35,9 +35,15 @@ def gradients(
     samples: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]],
     sites: Collection[Site],
+    *,
+    squared: bool = False,
 ) -> Mapping[Site, Tensor]:
     """dL/dW [out, in] of each projection, L the mean next-token loss over the samples by the weights of their tokens
-    (all 1 where `weights` has none)."""
+    (all 1 where `weights` has none).
+
+    With `squared`, the sum of the squares of the samples' own gradients: the diagonal of the empirical Fisher
+    information, but for a factor.
+    """
     chosen = [ids for ids in samples[:SAMPLES] if len(ids) > 1]
     weighted = weights[:SAMPLES] or [(1.0,) * len(ids) for ids in samples[:SAMPLES]]
     factors = [torch.tensor(w[1:]) for w in weighted if len(w) > 1]
@@ -49,7 +55,8 @@ def gradients(
             source = x.detach()[0, :rows]
 
             def collect(slope: Tensor) -> None:
-                found[site].add_(_wide(slope[0, :rows]).T @ _wide(source))
+                own = _wide(slope[0, :rows]).T @ _wide(source)
+                found[site].add_(own.square() if squared else own)
 
             y.register_hook(collect)  # type: ignore[no-untyped-call]
 

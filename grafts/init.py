@@ -67,6 +67,14 @@ class Making:
             "gradients", lambda: calibrate.gradients(self.backbone, self.samples, self.weights, self.inputs)
         )
 
+    @property
+    def fisher(self) -> Mapping[Site, Tensor]:
+        """The sum over the samples of their squared gradients in these projections' weights, [out, in]."""
+        return self.once(
+            "fisher",
+            lambda: calibrate.gradients(self.backbone, self.samples, self.weights, self.inputs, squared=True),
+        )
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all the tensors that start from it."""
         if key not in self._kept:

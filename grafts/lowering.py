@@ -59,7 +59,9 @@ class Lowered:
             found |= {f"{index}.{site}.{part}": value for part, value in made.items()}
         return {operand.name: found[operand.name] for operand in self.operands}
 
-    def generator(self, index: int, site: Site, values: Values) -> Callable[[Tensor], Tensor]:
+    def generator(
+        self, index: int, site: Site, values: Values, draw: Callable[[], int | None] = lambda: None
+    ) -> Callable[[Tensor], Tensor]:
         """The dense W of a delta slot at a site as a function of its operand; what is not in the operand is read from
         `values` where it lies."""
         slot = self.spec.slots[index]
@@ -73,7 +75,7 @@ class Lowered:
         def generate(flat: Tensor) -> Tensor:
             pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in moving])
             parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces)}
-            return declared.operands(slot, fixed | parts, Lowering(place, weight), **arguments)["W"]
+            return declared.operands(slot, fixed | parts, Lowering(place, weight, draw()), **arguments)["W"]
 
         return generate
 

@@ -1,4 +1,5 @@
-"""Which entries of W a sparse slot trains: chosen at random or by magnitude. Beside it, what every choice shares."""
+"""Which entries or rows of W a sparse slot trains: chosen at random, by magnitude, or by what the bare backbone's loss
+on the job's first samples says of them."""
 
 from __future__ import annotations
 
@@ -45,4 +46,23 @@ def _smallest(tensor: TensorSpec, making: Making) -> Tensor:
     return best(-making.weight(tensor.site).abs(), tensor.shape[0])
 
 
-STARTS = (Start("random_entries", _random), Start("largest_entries", _largest), Start("smallest_entries", _smallest))
+def _fisher(tensor: TensorSpec, making: Making) -> Tensor:
+    """The largest diagonal entries of the empirical Fisher information."""
+    assert tensor.site is not None
+    return best(making.fisher[tensor.site], tensor.shape[0])
+
+
+def _moved_rows(tensor: TensorSpec, making: Making) -> Tensor:
+    """The rows that a first gradient step moves most in the L1 norm."""
+    assert tensor.site is not None
+    moved = making.gradients[tensor.site].abs().sum(1)
+    return moved.topk(tensor.shape[0]).indices.sort().values.unsqueeze(1)
+
+
+STARTS = (
+    Start("random_entries", _random),
+    Start("largest_entries", _largest),
+    Start("smallest_entries", _smallest),
+    Start("fisher_entries", _fisher),
+    Start("moved_rows", _moved_rows),
+)

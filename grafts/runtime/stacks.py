@@ -174,7 +174,7 @@ class Stacks:
             for piece in own:
                 slot, site = piece.tensor.slot, piece.tensor.site
                 if piece.tensor.part == "t" and site is not None:
-                    found[site][piece.first] = made.generator(slot, site, resident.tensors)
+                    found[site][piece.first] = made.generator(slot, site, resident.tensors, resident.draw)
         return found
 
     def refresh(self, graft: int) -> None:

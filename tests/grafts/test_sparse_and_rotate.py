@@ -44,6 +44,13 @@ def fp32(tiny_folder: Path) -> Backbone:
         ("oft(b=8) + hra(r=2, at=attn.q)", "two rotations"),
         ("dora(r=2) + shira(r=1, at=attn.v)", "DoRA's norm .* found sparse"),
         ("shira(at=ffn.out)", "'ffn.out'"),
+        ("far(density=0.001)", "density: 0.001 means 0 of the 96 rows"),
+        ("fish-dip(pool=0.5)", "pool 0.5"),
+        ("spt(density=0)", "spt.density: 0.0"),
+        ("lt-sft(prime=1)", "prime: 1.0"),
+        ("diff-pruning(relax=0)", "relax: 0.0"),
+        ("child-tuning(p=1)", "p: 1.0"),
+        ("s-bitfit(density=1)", "s-bitfit.density: 1.0"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_field(text: str, words: str, fp32: Backbone) -> None:

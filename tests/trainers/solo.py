@@ -18,10 +18,12 @@ def trained(
     *,
     rate: Callable[[str], float] = lambda name: 1.0,
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    gradient: Callable[[], None] = lambda: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Tensor]:
     """The trained tensors by our names; `rate` is a factor on a tensor's learning rate, `penalty` is added to the
-    loss of every global batch, `after_step` runs when the parameters have moved."""
+    loss of every global batch, `gradient` may change what a backward left, `after_step` runs when the parameters have
+    moved."""
     recipe = job.recipe
     groups = [
         {"params": [place.parameter], "factor": rate(name.rpartition(".")[2])} for name, place in oracle.places.items()
@@ -36,6 +38,7 @@ def trained(
             losses = F.cross_entropy(logits, torch.tensor(sample.ids[1:]), reduction="none")
             loss = loss + (losses * torch.tensor(sample.weights[1:])).sum() / job.batch_weight(step)
         loss.backward()  # type: ignore[no-untyped-call]
+        gradient()
         torch.nn.utils.clip_grad_norm_([place.parameter for place in oracle.places.values()], recipe.max_grad_norm)
         for group in optimiser.param_groups:
             group["lr"] = job.learning_rate(step) * group["factor"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import PeftModel, ShiraConfig, SupertuningConfig
@@ -16,7 +16,7 @@ WIDTHS = {"attn.q": (64, 64), "attn.k": (32, 64), "attn.v": (32, 64), "attn.o": 
 WIDTHS |= {"ffn.gate": (96, 64), "ffn.up": (96, 64), "ffn.down": (64, 96)}  # (out, in) of the tiny model
 
 
-def sparse_update() -> Hook:
+def sparse_update(learnt: Callable[[Parts], Tensor] = lambda parts: parts["w"]) -> Hook:
     """W' x = W x + sum_k w_k x[j_k] e_(i_k): only the chosen entries of W change (PaFi, Liao et al. 2023, section 3.1;
     FishMask, Sung et al. 2021, eq. 6)."""
 
@@ -25,7 +25,7 @@ def sparse_update() -> Hook:
         rows, columns = parts["i"].detach().long().T
 
         def forward(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            change = torch.zeros_like(module.weight).index_put((rows, columns), parts["w"][:, 0])
+            change = torch.zeros_like(module.weight).index_put((rows, columns), learnt(parts)[:, 0])
             return y + args[0] @ change.T
 
         module.register_forward_hook(forward)

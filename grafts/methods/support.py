@@ -1,0 +1,195 @@
+"""Methods that train all of dW and find its sparse support on the way. While they learn they cost what full fine-tuning
+of the same projections costs.
+
+- LT-SFT (Ansell et al. 2022, arXiv 2110.07560, section 3.1): after a share `prime` of the steps the entries that
+  changed most stay, all are rewound to W, and only those that stay learn on. The schedule and the optimiser's moments
+  go on.
+- Diff pruning (Guo et al. 2021, arXiv 2012.07463, section 3): dW = z * w with gates z from the hard concrete
+  distribution and a penalty on how many are open; after a share `relax` of the steps dW keeps its largest entries,
+  which learn on without gates (3.3).
+- Child-Tuning_F (Xu et al. 2021, arXiv 2109.05687, eq. 5-6): every step a random part of the gradient is kept, divided
+  by its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from polygraft.grafts.methods.declare import Form, Hook, Lowering, Method, Part, Place, Start
+from polygraft.grafts.spec import Call, Delta, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+Values = Mapping[str, "Tensor"]
+# Parts that no other method has, since hooks know their tensors by them.
+_CHANGE, _STAYS = "change", "stays"
+_DIFF, _GATE, _KEPT, _FIXED = "diff", "diff_gate", "diff_kept", "diff_fixed"
+_CHILD, _DICE = "child", "child_dice"
+_LOW, _HIGH = -1.5, 1.5  # what the concrete distribution is stretched to
+
+
+def lt_sft(density: float = 0.05, prime: float = 0.5, at: str = "linear") -> tuple[Slot, ...]:
+    _shares(density=density, prime=prime)
+    return (Delta(at=at, form=Call("lt-sft")),)
+
+
+def diff_pruning(
+    density: float = 0.005, relax: float = 0.7, penalty: float = 1.25e-7, at: str = "linear"
+) -> tuple[Slot, ...]:
+    _shares(density=density, relax=relax)
+    return (Delta(at=at, form=Call("diff")),)
+
+
+def child_tuning(p: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
+    _shares(p=p)
+    return (Delta(at=at, form=Call("child")),)
+
+
+def _shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise SpecError(f"peft: {name}: {share} is outside (0, 1)")
+
+
+def _lt_hooks(density: float = 0.05, prime: float = 0.5, **_: object) -> tuple[Call, ...]:
+    return (Call("lt-sft", (("density", density), ("prime", prime))),)
+
+
+def _diff_hooks(density: float = 0.005, relax: float = 0.7, penalty: float = 1.25e-7, **_: object) -> tuple[Call, ...]:
+    return (Call("diff", (("density", density), ("relax", relax), ("rate", penalty))),)
+
+
+def _child_hooks(p: float = 0.3, **_: object) -> tuple[Call, ...]:
+    return (Call("child", (("p", p),)),)
+
+
+def _lt_own(slot: Delta, place: Place) -> Mapping[str, Part]:
+    shape = (place.d_out, place.d_in)
+    return {_CHANGE: Part(shape), _STAYS: Part(shape, "one", trained=False)}
+
+
+def _lt(slot: Delta, values: Values, lowering: Lowering) -> Values:
+    return {"W": values[_STAYS] * values[_CHANGE]}
+
+
+def _rewind(values: Values, gradients: Values, step: int, total: int, density: float, prime: float) -> None:
+    if step + 1 == int(prime * total):
+        _keep_largest({name: value for name, value in values.items() if name.endswith(f".{_CHANGE}")}, density, values)
+        for name in gradients:
+            if name.endswith(f".{_CHANGE}"):
+                values[name].zero_()
+
+
+def _keep_largest(changes: Values, density: float, values: Values) -> None:
+    """Mark the largest share `density` of all sites' changes together, in the mask beside each."""
+    import torch
+
+    flat = torch.cat([change.abs().flatten() for change in changes.values()])
+    limit = flat.topk(max(1, int(density * len(flat)))).values[-1]
+    for name, change in changes.items():
+        values[name.removesuffix(_CHANGE).removesuffix(_DIFF) + (_STAYS if name.endswith(_CHANGE) else _KEPT)].copy_(
+            (change.abs() >= limit).to(change.dtype)
+        )
+
+
+def _diff_own(slot: Delta, place: Place) -> Mapping[str, Part]:
+    shape = (place.d_out, place.d_in)
+    return {
+        _DIFF: Part(shape),
+        _GATE: Part(shape, Call("full", (("value", 5.0),))),
+        _KEPT: Part(shape, "one", trained=False),
+        _FIXED: Part((1,), trained=False),
+    }
+
+
+def _diff(slot: Delta, values: Values, lowering: Lowering) -> Values:
+    import torch
+
+    logits = values[_GATE]
+    if lowering.draw is not None:
+        logits = logits + torch.logit(uniform(lowering.draw, lowering.place, logits), eps=1e-6)
+    z = (torch.sigmoid(logits) * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+    return {"W": values[_KEPT] * torch.where(values[_FIXED] > 0, values[_DIFF], z * values[_DIFF])}
+
+
+def uniform(draw: int, place: Place, like: Tensor) -> Tensor:
+    """Random numbers of an optimiser step and a site alone."""
+    import torch
+
+    seed = crc32(f"{draw}/{place.layer}.{place.name}".encode())
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+
+
+def _open_gates(values: Values, rate: float, **_: object) -> Tensor:
+    """`rate` times the expected number of open gates, sum of sigmoid(a - log(-low / high))."""
+    import torch
+
+    counts = [
+        torch.sigmoid(value - log(-_LOW / _HIGH)).sum() * (1 - values[name.removesuffix(_GATE) + _FIXED])
+        for name, value in values.items()
+        if name.endswith(f".{_GATE}")
+    ]
+    return rate * torch.cat(counts).sum()
+
+
+def _project(
+    values: Values, gradients: Values, step: int, total: int, density: float, relax: float, **_: object
+) -> None:
+    import torch
+
+    if step + 1 != int(relax * total):
+        return
+    changes = {}
+    for name in (name for name in gradients if name.endswith(f".{_DIFF}")):
+        z = (torch.sigmoid(values[name.removesuffix(_DIFF) + _GATE]) * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+        changes[name] = values[name].mul_(z)
+        values[name.removesuffix(_DIFF) + _FIXED].fill_(1.0)
+    _keep_largest(changes, density, values)
+
+
+def _child_own(slot: Delta, place: Place) -> Mapping[str, Part]:
+    return {_CHILD: Part((place.d_out, place.d_in)), _DICE: Part((2,), "child_dice", trained=False)}
+
+
+def _child(slot: Delta, values: Values, lowering: Lowering) -> Values:
+    return {"W": values[_CHILD]}
+
+
+def _dice(tensor: TensorSpec, making: Making) -> Tensor:
+    """(a number of the job's seed and the site that float32 holds, how often it was used)."""
+    import torch
+
+    return torch.tensor([float(torch.randint(1 << 24, (1,), generator=making.generator(tensor.name))), 0.0])
+
+
+def _drop(values: Values, gradients: Values, p: float) -> None:
+    import torch
+
+    for name, gradient in gradients.items():
+        if name.endswith(f".{_CHILD}"):
+            dice = values[name.removesuffix(_CHILD) + _DICE]
+            seed = crc32(f"{int(dice[0])}/{int(dice[1])}".encode())
+            kept = torch.rand(gradient.shape, generator=torch.Generator().manual_seed(seed)) < p
+            gradient.div_(p).masked_fill_(~kept, 0.0)
+            dice[1] += 1
+
+
+METHODS = (
+    Method("lt-sft", "arXiv 2110.07560", 1e-4, lt_sft, hooks=_lt_hooks),
+    Method("diff-pruning", "arXiv 2012.07463", 1e-4, diff_pruning, hooks=_diff_hooks),
+    Method("child-tuning", "arXiv 2109.05687", 1e-4, child_tuning, aliases=("child-tuning-f",), hooks=_child_hooks),
+)
+FORMS = (Form("lt-sft", _lt, _lt_own), Form("diff", _diff, _diff_own), Form("child", _child, _child_own))
+STARTS = (Start("child_dice", _dice),)
+HOOKS = (
+    Hook("lt-sft", after_step=_rewind),
+    Hook("diff", penalty=_open_gates, after_step=_project),
+    Hook("child", gradient=_drop),
+)
