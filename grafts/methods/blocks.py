@@ -4,6 +4,8 @@
   pieces share D [r, out]; `mini` makes D periodic in the output. Bat (the same paper, eq. 7): dW = W_b D_b + D_b over
   blocks of r x r, which needs W.
 - GraLoRA (Jung et al. 2025, arXiv 2505.20355, eq. 5): W in k x k blocks with a LoRA of rank r / k each.
+- BD-LoRA (arXiv 2510.23346): LoRA with B block-diagonal at `at`, and A at `rows`, so that both can be cut
+  with W over several devices.
 - QA-LoRA (Xu et al. 2023, arXiv 2309.14717, algorithm 1): y += s B A pool(x) with pool the sums of groups of inputs, so
   that it merges into the zero points of groupwise quantised weights.
 """
@@ -38,6 +40,23 @@ def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dr
     if k < 1 or r % k:
         raise SpecError(f"peft: gralora.k: {k} does not divide the rank {r}; give a divisor")
     return (Branch(at=at, rank=r * k, scale=alpha / max(r, 1), dropout=dropout, form=Call("gralora", (("k", k),))),)
+
+
+def bdlora(
+    r: int = 8,
+    alpha: float = 16.0,
+    blocks: int = 2,
+    at: str = "attn.[qkv]|ffn.gate|ffn.up",
+    rows: str = "attn.o|ffn.down",
+) -> tuple[Slot, ...]:
+    """`at` and `rows` may be empty."""
+    if blocks < 1 or r % blocks:
+        raise SpecError(f"peft: bdlora.blocks: {blocks} does not divide the rank {r}; give a divisor")
+    return tuple(
+        Branch(at=sites, rank=r, scale=alpha / max(r, 1), form=Call("bdlora", (("blocks", blocks), ("part", part))))
+        for sites, part in ((at, "B"), (rows, "A"))
+        if sites
+    )
 
 
 def qalora(
@@ -95,6 +114,23 @@ def _gralora(slot: Branch, values: Values, lowering: Lowering, k: int) -> Values
     return {"A": wide_A.reshape(slot.rank, -1), "B": wide_B.reshape(slot.rank, -1)}
 
 
+def _bdlora_own(slot: Branch, place: Place, blocks: int, part: str) -> Parts:
+    width, rank = place.d_in if part == "A" else place.d_out, slot.rank // blocks
+    if width % blocks:
+        raise SpecError(f"blocks: {blocks} does not divide the width {width} of {place.name}")
+    start = Call("uniform", (("bound", 1 / sqrt(width // blocks)),)) if part == "A" else "zero"
+    whole = {"A": Part((slot.rank, place.d_in), "kaiming"), "B": Part((slot.rank, place.d_out))}
+    return {**whole, part: Part((blocks, rank, width // blocks), start)}
+
+
+def _bdlora(slot: Branch, values: Values, lowering: Lowering, blocks: int, part: str) -> Values:
+    """Block i of the ranks meets block i of the inputs (A) or of the outputs (B)."""
+    import torch
+
+    whole = torch.block_diag(*values[part])  # type: ignore[no-untyped-call]
+    return {**values, part: whole}
+
+
 def _qalora_own(slot: Branch, place: Place, group: int) -> Parts:
     if group < 1 or place.d_in % group:
         raise SpecError(f"group: {group} does not divide the {place.d_in} inputs of {place.name}")
@@ -109,11 +145,13 @@ METHODS = (
     Method("miss", "arXiv 2409.15371", 1e-4, miss),
     Method("bat", "arXiv 2409.15371", 1e-4, bat),
     Method("gralora", "arXiv 2505.20355", 2e-4, gralora),
+    Method("bdlora", "arXiv 2510.23346", 3e-4, bdlora),
     Method("qalora", "arXiv 2309.14717", 3e-4, qalora),
 )
 FORMS = (
     Form("miss", _miss, _miss_own),
     Form("bat", _bat, _bat_own),
     Form("gralora", _gralora, _gralora_own),
+    Form("bdlora", _bdlora, _bdlora_own),
     Form("qalora", _qalora, _qalora_own),
 )

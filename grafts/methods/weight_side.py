@@ -1,6 +1,8 @@
 """dW made from W itself.
 
 - HiRA (Huang et al. 2025, ICLR, eq. 3): dW = W * (B A), elementwise.
+- GLoRA (Chavan et al. 2023, arXiv 2306.07967, eq. 7) without the supports for biases: dW = W * (A_d A_u) + B_d B_u,
+  or the two as vectors over the rows with kind=vector.
 - HiWi (Liao et al. 2023, arXiv 2305.16742, section 3.2): an adapter on the rows of W, dW = s relu(W A) B, so that its
   numbers can be thrown away after training.
 - PEANuT (arXiv 2410.01870, eq. 5): the same on the columns with `depth` residual layers between, dW^T = s N(W^T) B.
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
-from polygraft.grafts.spec import Call, Delta, Slot
+from polygraft.grafts.spec import Call, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +25,12 @@ Values = Mapping[str, "Tensor"]
 
 def hira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
     return (Delta(at=at, form=Call("hira", (("r", r),))),)
+
+
+def glora(r: int = 8, kind: str = "lora", at: str = "linear") -> tuple[Slot, ...]:
+    if kind not in ("lora", "vector"):
+        raise SpecError(f"peft: glora.kind: {kind!r} is not a support; choices: lora, vector")
+    return (Delta(at=at, form=Call("glora", (("r", r), ("kind", kind)))),)
 
 
 def hiwi(r: int = 16, scale: float = 1.0, at: str = "ffn.*") -> tuple[Slot, ...]:
@@ -40,6 +48,18 @@ def _hira_own(slot: Delta, place: Place, r: int) -> Parts:
 def _hira(slot: Delta, values: Values, lowering: Lowering, r: int) -> Mapping[str, Tensor]:
     BA = values["B"] @ values["A"]
     return {"W": lowering.weight().to(BA.dtype) * BA}
+
+
+def _glora_own(slot: Delta, place: Place, r: int, kind: str) -> Parts:
+    if kind == "vector":
+        return {"A": Part((place.d_out, 1)), "B": Part((place.d_out, 1))}
+    narrow, wide = Part((place.d_out, r)), Part((r, place.d_in), "kaiming")
+    return {"A_d": narrow, "A_u": wide, "B_d": narrow, "B_u": wide}
+
+
+def _glora(slot: Delta, values: Values, lowering: Lowering, r: int, kind: str) -> Mapping[str, Tensor]:
+    A, B = (values[x] if kind == "vector" else values[f"{x}_d"] @ values[f"{x}_u"] for x in "AB")
+    return {"W": lowering.weight().to(A.dtype) * A + B}
 
 
 def _hiwi_own(slot: Delta, place: Place, r: int, scale: float) -> Parts:
@@ -70,11 +90,13 @@ def _peanut(slot: Delta, values: Values, lowering: Lowering, r: int, depth: int,
 
 METHODS = (
     Method("hira", "OpenReview TwJrTz9cRS", 4.5e-3, hira),
+    Method("glora", "arXiv 2306.07967", 1e-4, glora),
     Method("hiwi", "arXiv 2305.16742", 1e-3, hiwi),
     Method("peanut", "arXiv 2410.01870", 1e-4, peanut),
 )
 FORMS = (
     Form("hira", _hira, _hira_own),
+    Form("glora", _glora, _glora_own),
     Form("hiwi", _hiwi, _hiwi_own),
     Form("peanut", _peanut, _peanut_own),
 )

@@ -19,7 +19,8 @@ from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import relative
 from tests.trainers.test_forms import FACTORED, GENERATED
 
-FROM_ELSEWHERE = ("peqa", "sparse-adapter", "propetl", "binary-adapter", "bitdelta")  # not W at the start, or no start
+# Those that do not start at W, or at W but for rounding, or have no start.
+FROM_ELSEWHERE = ("binary-adapter", "bitdelta", "deft", "para", "peqa", "propetl", "sparse-adapter")
 NEUTRAL = {name: text for name, text in (GENERATED | FACTORED).items() if name not in FROM_ELSEWHERE}
 SITES = (Site(0, "attn.v"), Site(1, "ffn.down"))
 
@@ -88,6 +89,15 @@ def test_tinylora_stands_on_the_largest_singular_directions(backbone: Backbone) 
         assert relative(values[f"0.{site}.B"].T @ values[f"0.{site}.A"], best) < 1e-5
 
 
+@pytest.mark.parametrize("by", ["relu", "qr"])
+def test_deft_puts_back_what_it_takes_away(by: str, backbone: Backbone) -> None:
+    text = f"deft(r=4, scale=2, by={by})"
+    values = started(text, backbone)
+    for site in SITES:
+        taken = change(text, site, backbone, {n: 0 * v if n.endswith("R") else v for n, v in values.items()})
+        assert 0 < taken.norm() and change(text, site, backbone, values).norm() < 1e-5 * taken.norm()
+
+
 def test_delora_is_bounded_by_its_strength(backbone: Backbone) -> None:
     """|dW / w| <= l in spectral norm, whatever A and B are (Bini et al. 2025, section 3.2)."""
     text = "delora(r=4, bound=2)"
@@ -139,6 +149,11 @@ def test_a_tuned_model_becomes_signs_and_their_mean_size(backbone: Backbone, tin
         ("sparse-adapter(4, by=luck)", "'luck' is not a criterion"),
         ("capaboost(density=0)", "outside"),
         ("tinylora(r=40, at=attn.k)", "more than the 32 ranks"),
+        ("bdlora(r=6, blocks=4)", "4 does not divide the rank 6"),
+        ("hyperformer(code=0)", "code 0 are sizes"),
+        ("deft(by=luck)", "'luck' is not a projection"),
+        ("glora(kind=scalar)", "'scalar' is not a support"),
+        ("psoft(r=1)", "cannot be turned"),
         ("delora(at=ffn.out)", "no weight matrix"),
     ],
 )

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft import DeloraConfig, GraloraConfig, MissConfig, PeftModel, TinyLoraConfig
+import torch
+from peft import (
+    BdLoraConfig,
+    DeftConfig,
+    DeloraConfig,
+    GloraConfig,
+    GraloraConfig,
+    LoraConfig,
+    MissConfig,
+    PeftModel,
+    TinyLoraConfig,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
 from polygraft.cluster.launch.demo.oracle.plain import SHARED, Place, split
+from tests.grafts.oracle.equations import dense
 from tests.grafts.oracle.peft_places import layer_of, parts
 from tests.grafts.oracle.row import LINEAR, Row
 
@@ -30,6 +42,52 @@ def _tinylora(model: PeftModel, name: str, value: Tensor) -> Place:
         return Place(vectors["0" if site == SHARED else layer_of(model, name)._tinylora_v_key["default"]])
     kept = getattr(layer_of(model, name), f"tinylora_{part}")["default"]
     return Place(kept, (lambda t: t.T) if part == "B" else (lambda t: t))
+
+
+def deft(scale: float, by: str) -> Hook:
+    """W' = (I - P_proj) W + Q R with P_proj = P relu(P)^T, or Q Q^T of P = Q U (as PEFT documents DEFT)."""
+
+    def change(W: Tensor, p: Parts) -> Tensor:
+        P = p["P"].T
+        Q = P if by == "relu" else torch.linalg.qr(P)[0]
+        removed = Q @ (F.relu(P) if by == "relu" else Q).T @ W
+        return (scale * Q @ p["R"] if "R" in p else 0) - removed
+
+    return dense(change)
+
+
+def psoft() -> Hook:
+    """h + B (R - I) A x with R = diag(beta) (I + Q)(I - Q)^-1 diag(alpha) (PSOFT, eq. 6 and 9)."""
+
+    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+        r = len(p["A"])
+        entries = iter(p["q"])
+        upper = torch.stack([next(entries) if j > i else x.new_zeros(()) for i in range(r) for j in range(r)])
+        Q, eye = upper.view(r, r) - upper.view(r, r).T, torch.eye(r, dtype=x.dtype)
+        R = p["after"].diag() @ (eye + Q) @ torch.linalg.inv(eye - Q) @ p["before"].diag()
+        return y + x @ p["A"].T @ (R - eye).T @ p["B"]
+
+    return after(equation)
+
+
+_DEFT = parts({"P": "deft_P", "R": "deft_R"}, transposed={"P": (0, 1)})
+
+
+def _glora(model: PeftModel, name: str, value: Tensor) -> Place:
+    support, _, side = split(name)[3].partition("_")
+    path = getattr(layer_of(model, name), f"glora_{support}")["default"]
+    return Place(getattr(path, f"X{side}") if side else path.X)
+
+
+def _bdlora(model: PeftModel, name: str, value: Tensor) -> Place:
+    """PEFT keeps blocks below one another, those of B the other way round than ours."""
+    part = split(name)[3]
+    weight = getattr(layer_of(model, name), f"lora_{part}")["default"].weight
+    if value.ndim == 2:
+        return Place(weight, (lambda t: t.T) if part == "B" else (lambda t: t))
+    if part == "A":
+        return Place(weight, lambda t: t.view(value.shape))
+    return Place(weight, lambda t: t.view(len(value), -1, value.shape[1]).transpose(1, 2))
 
 
 _MISS = parts({"D": "miss_block"})
@@ -57,5 +115,36 @@ ROWS: Mapping[str, Row] = {
         "tinylora(r=3, u=5, tied=1)",
         lambda: TinyLoraConfig(r=3, u=5, weight_tying=1.0, target_modules=LINEAR),
         place=_tinylora,
+    ),
+    "bdlora": Row(
+        "bdlora(r=4, alpha=8, blocks=2)",
+        lambda: LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=LINEAR,
+            use_bdlora=BdLoraConfig(
+                target_modules_bd_a=["o_proj", "down_proj"],
+                target_modules_bd_b=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+                nblocks=2,
+            ),
+        ),
+        place=_bdlora,
+    ),
+    "deft": Row("deft(r=4, scale=2)", hooks=lambda: {0: deft(2.0, "relu")}),
+    "deft by qr": Row("deft(r=4, by=qr)", hooks=lambda: {0: deft(1.0, "qr")}),
+    "deft by PEFT": Row(
+        "deft(r=4, scale=2)", lambda: DeftConfig(r=4, alpha=8, target_modules=LINEAR), place=_DEFT, tolerance=1e-5
+    ),
+    "para": Row("para(r=4)", hooks=lambda: {0: deft(1.0, "qr")}),
+    "para by PEFT": Row(
+        "para(r=4)",
+        lambda: DeftConfig(r=4, para=True, decomposition_method="qr", target_modules=LINEAR),
+        place=_DEFT,
+        tolerance=1e-5,
+    ),
+    "psoft": Row("psoft(r=4)", hooks=lambda: {0: psoft()}),
+    "glora": Row("glora(r=4)", lambda: GloraConfig(r=4, target_modules=LINEAR), place=_glora),
+    "glora of vectors": Row(
+        "glora(kind=vector)", lambda: GloraConfig(config_A_B="vector", target_modules=LINEAR), place=_glora
     ),
 }

@@ -37,6 +37,18 @@ def phm() -> Hook:
     return after(equation)
 
 
+def hyperformer() -> Hook:
+    """(U, D) = (W^U, W^D) I with I = h(z), h two linear maps with a ReLU between, and U gelu(D(.)) after the sublayer
+    (Karimi Mahabadi et al. 2021, eq. 3-6, one task)."""
+
+    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+        code = F.linear(F.relu(F.linear(p["e"], p["first"])), p["second"])
+        down, up = (F.linear(code, p[side]).view(-1, y.shape[-1]) for side in ("down", "up"))
+        return y + F.gelu(y @ down.T) @ up
+
+    return after(equation)
+
+
 def sparse_adapter() -> Hook:
     """A serial adapter with (m * w) in place of w (He et al. 2022, eq. 3)."""
     return after(lambda x, y, p: y + F.gelu(y @ (p["mask_A"] * p["A"]).T) @ (p["mask_B"] * p["B"]))
@@ -189,4 +201,5 @@ ROWS: Mapping[str, Row] = {
         "said(d=20, at=attn.[qv]|ffn.down, seed=3)",
         hooks=lambda: {0: said(20, 3, [f"{layer}.{name}" for layer in (0, 1) for name in SITES])},
     ),
+    "hyperformer": Row("hyperformer(8, embedding=6, code=5)", hooks=lambda: {0: hyperformer()}),
 }

@@ -1,0 +1,85 @@
+"""Some directions of W's output are taken away and others put there: W' = (I - Q K^T) W + s Q R, with Q = P and K =
+relu(P), or both the orthonormal columns of P with by=qr (DEFT, arXiv 2509.22793, as in PEFT); a branch y += Q (s R -
+K^T W) x. PaRa (arXiv 2406.05641) only takes away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.spectral import on_projections
+from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+Parts = Mapping[str, Part]
+Values = Mapping[str, "Tensor"]
+
+
+def deft(r: int = 8, scale: float = 1.0, by: str = "relu", at: str = "linear") -> tuple[Slot, ...]:
+    return _branch("deft", r, by, at, ("by", by), ("scale", scale))
+
+
+def para(r: int = 8, by: str = "qr", at: str = "linear") -> tuple[Slot, ...]:
+    return _branch("para", r, by, at, ("by", by))
+
+
+def _branch(form: str, r: int, by: str, at: str, *arguments: tuple[str, int | float | str]) -> tuple[Slot, ...]:
+    if by not in ("relu", "qr"):
+        raise SpecError(f"peft: {form}.by: {by!r} is not a projection; choices: relu, qr")
+    return (Branch(at=on_projections(at), rank=r, form=Call(form, arguments)),)
+
+
+def _para_own(slot: Branch, place: Place, by: str) -> Parts:
+    if slot.rank > place.d_out:
+        raise SpecError(f"r: {slot.rank} is more than the {place.d_out} outputs of {place.name}")
+    return {"P": Part((slot.rank, place.d_out), "normal")}
+
+
+def _deft_own(slot: Branch, place: Place, by: str, scale: float) -> Parts:
+    removed = Call("removed", (("by", by), ("scale", scale)))
+    return {**_para_own(slot, place, by), "R": Part((slot.rank, place.d_in), removed)}
+
+
+def _para(slot: Branch, values: Values, lowering: Lowering, by: str) -> Values:
+    Q, K = _projection(values["P"], by)
+    return {"A": -K @ lowering.weight().to(K.dtype), "B": Q}
+
+
+def _deft(slot: Branch, values: Values, lowering: Lowering, by: str, scale: float) -> Values:
+    taken = _para(slot, values, lowering, by)
+    return {"A": scale * values["R"] + taken["A"], "B": taken["B"]}
+
+
+def _projection(P: Tensor, by: str) -> tuple[Tensor, Tensor]:
+    """Q and K, both as rows [r, out]."""
+    from torch import linalg
+
+    if by == "relu":
+        return P, P.relu()
+    Q = linalg.qr(P.T).Q.T
+    return Q, Q
+
+
+def _removed(tensor: TensorSpec, making: Making, by: str, scale: float) -> Tensor:
+    """What is taken away is put back: R = K^T W / s, with P's own start."""
+    import torch
+
+    assert tensor.site is not None
+    W, name = making.weight(tensor.site), tensor.name.removesuffix("R") + "P"
+    P = 0.02 * torch.randn(tensor.shape[0], len(W), generator=making.generator(name))
+    return _projection(P.to(W.dtype), by)[1] @ W / scale
+
+
+METHODS = (
+    Method("deft", "arXiv 2509.22793", 1e-4, deft),
+    Method("para", "arXiv 2406.05641", 1e-4, para),
+)
+FORMS = (Form("deft", _deft, _deft_own), Form("para", _para, _para_own))
+STARTS = (Start("removed", _removed),)
