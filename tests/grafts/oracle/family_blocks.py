@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from peft import (
@@ -71,6 +72,10 @@ def psoft() -> Hook:
 
 
 _DEFT = parts({"P": "deft_P", "R": "deft_R"}, transposed={"P": (0, 1)})
+
+
+def _glora_config(kind: Literal["lora", "vector"]) -> GloraConfig:
+    return GloraConfig(r=4, config_A_B=kind, config_C="none", config_D_E="none", target_modules=LINEAR)
 
 
 def _glora(model: PeftModel, name: str, value: Tensor) -> Place:
@@ -143,8 +148,6 @@ ROWS: Mapping[str, Row] = {
         tolerance=1e-5,
     ),
     "psoft": Row("psoft(r=4)", hooks=lambda: {0: psoft()}),
-    "glora": Row("glora(r=4)", lambda: GloraConfig(r=4, target_modules=LINEAR), place=_glora),
-    "glora of vectors": Row(
-        "glora(kind=vector)", lambda: GloraConfig(config_A_B="vector", target_modules=LINEAR), place=_glora
-    ),
+    "glora": Row("glora(r=4)", lambda: _glora_config("lora"), place=_glora),
+    "glora of vectors": Row("glora(kind=vector)", lambda: _glora_config("vector"), place=_glora),
 }
