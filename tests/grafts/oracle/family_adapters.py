@@ -8,7 +8,7 @@ from peft import BeftConfig, LNTuningConfig, PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, after
+from polygraft.cluster.launch.demo.oracle.naive import Hook, after, ia3_after
 from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
 from tests.grafts.oracle.row import Row
 
@@ -60,7 +60,13 @@ def _beft(model: PeftModel, name: str, value: Tensor) -> Place:
 
 
 ROWS: Mapping[str, Row] = {
-    "ln-tuning": Row("ln-tuning", lambda: LNTuningConfig(task_type="CAUSAL_LM"), place=_ln),
+    "ln-tuning": Row(
+        "ln-tuning",
+        lambda: LNTuningConfig(task_type="CAUSAL_LM"),
+        hooks=lambda: {0: ia3_after()},
+        place=_ln,
+        llama_only="PEFT trains a norm's weight in place of a factor on it; they are the same where it is one",
+    ),
     "beft": Row("beft", lambda: BeftConfig(target_modules=["v_proj"]), place=_beft),
     "ssf": Row("ssf", hooks=lambda: {0: affine()}),
     "pfeiffer": Row("pfeiffer(8)", hooks=lambda: {0: pfeiffer(), 1: shift()}),

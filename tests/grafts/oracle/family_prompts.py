@@ -124,6 +124,7 @@ ROWS: Mapping[str, Row] = {
         "llama-adapter(length=6)",
         _adaption_config,
         place=_adaption,
+        llama_only="PEFT's adaption prompt computes Llama's attention itself",
     ),
     "prompt": Row("prompt(6)", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6), place=_prompt),
     "p-tuning": Row(

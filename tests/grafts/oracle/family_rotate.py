@@ -76,7 +76,13 @@ ROWS: Mapping[str, Row] = {
         ),
         place=_oft,
     ),
-    "boft": Row("boft", lambda: BOFTConfig(boft_block_size=4, target_modules=LINEAR), place=_boft),
+    "boft": Row(
+        "boft",
+        lambda: BOFTConfig(boft_block_size=4, target_modules=LINEAR),
+        hooks=lambda: {0: butterfly(4), 1: ia3_after()},
+        place=_boft,
+        llama_only="PEFT scales W x and not the bias after it; they are the same where there is none",
+    ),
     "boft of three factors": Row(
         "boft(b=4, m=3, at=attn.k|ffn.down)",
         hooks=lambda: {0: butterfly(4), 1: ia3_after()},

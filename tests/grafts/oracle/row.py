@@ -15,9 +15,9 @@ from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
 from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
 from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, plain_llama
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec
+from polygraft.grafts.spec import KV, GraftSpec, SpecError
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Values = Mapping[str, Tensor]
@@ -31,6 +31,8 @@ class Row:
     `fixed` replaces random values that mean something (indices, orthogonal factors). `tolerance` is wider than rounding
     in float64 where PEFT computes in float32 whatever the model's dtype. `soft` is the equation of a method that acts
     on the input embeddings: from token ids, their embeddings [n, D] and the tensors by name to the rows [p + n, D].
+    `llama_only` says why PEFT's model is no oracle on another architecture; there the equations are, where they are
+    given too.
     """
 
     text: str
@@ -40,6 +42,7 @@ class Row:
     fixed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values
     tolerance: float = 1e-9
     soft: Callable[[Tensor, Tensor, Values], Tensor] | None = None
+    llama_only: str | None = None
 
     @property
     def spec(self) -> GraftSpec:
@@ -48,9 +51,31 @@ class Row:
     def values(self, shape: ModelShape, seed: int) -> dict[str, Tensor]:
         return self.fixed(random_tensors(self.spec, shape, seed))
 
+    def unfit(self, shape: ModelShape) -> str | None:
+        """Why the row says nothing on this architecture."""
+        try:
+            sites_of(self.spec, shape)
+        except SpecError as error:
+            return str(error)
+        if self.config is None or self.hooks() or self.soft is not None or self._plain_prefix:
+            return None
+        return self._not_pefts(shape)
+
+    def _not_pefts(self, shape: ModelShape) -> str | None:
+        if shape.arch != "llama" and self.llama_only is not None:
+            return self.llama_only
+        if self.spec.prefix_length and not shape.causal:
+            return "PEFT's prefixes need a decoder"
+        return None
+
+    @property
+    def _plain_prefix(self) -> bool:
+        """Whether the cache alone expresses the row (naive.py)."""
+        return all(isinstance(slot, KV) and slot.form is None and not slot.aside for slot in self.spec.slots)
+
     def oracle(self, folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
         shape = ModelShape.from_config(_config(folder))
-        if self.config is not None and (shape.causal or not self.spec.prefix_length):  # PEFT's prefixes need a decoder
+        if self.config is not None and self._not_pefts(shape) is None:
             return peft_oracle(folder, self.config(), values, dtype, self.place)
         if self.soft is not None:
             return _soft(folder, self.soft, values, dtype)

@@ -34,19 +34,28 @@ def uniform(model: PreTrainedModel) -> PreTrainedModel:
     kind = model.config.model_type
     if kind not in _LAYERS:
         return model  # Llama's names already
-    path, arrange = _LAYERS[kind]
-    layers = model.get_submodule(path)
-    named = layers if path == "model.layers" else nn.ModuleList(_layer() for _ in layers.children())
-    for layer, into in zip(layers.children(), named.children()):
-        arrange(layer, into, model.config.num_attention_heads)
+    path, arrange, outside = _LAYERS[kind]
     if not hasattr(model, "model"):
         setattr(model, "model", nn.Module())
+    for name, target in outside.items():
+        parent, _, child = name.rpartition(".")
+        _move(model.get_submodule(parent), child, model, f"model.{target}")
+    layers = model.get_submodule(path)
+    if path == "model.layers":
+        for layer in layers.children():
+            arrange(layer, layer, model.config.num_attention_heads)
+        return model
+    named = nn.ModuleList(_layer() for _ in layers.children())
+    for index, layer in enumerate(layers.children()):
+        into = named[index]
+        arrange(layer, into, model.config.num_attention_heads)
+        setattr(layers, str(index), _seen(layer, into))
     setattr(model.model, "layers", named)
     return model
 
 
 def _layer() -> nn.Module:
-    layer = nn.Module()
+    layer = Part()
     layer.self_attn, layer.mlp = Part(), Part()
     return layer
 
@@ -137,13 +146,22 @@ def _phi(layer: nn.Module, into: nn.Module, heads: int) -> None:
 
 
 _Arrange = Callable[[nn.Module, nn.Module, int], None]
-_LAYERS: Mapping[str, tuple[str, _Arrange]] = {
-    "bert": ("bert.encoder.layer", _bert),
-    "gpt2": ("transformer.h", _gpt2),
-    "gpt_neox": ("gpt_neox.layers", _gpt_neox),
-    "phi": ("model.layers", _phi),
-    "opt": ("model.decoder.layers", _opt),
-    "roberta": ("roberta.encoder.layer", _bert),
+# Where the layers are, how each is arranged, and what stands beside them.
+_LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
+    "bert": ("bert.encoder.layer", _bert, {"bert.embeddings.word_embeddings": "embed_tokens"}),
+    "gpt2": ("transformer.h", _gpt2, {"transformer.wte": "embed_tokens", "transformer.ln_f": "norm"}),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        _gpt_neox,
+        {"gpt_neox.embed_in": "embed_tokens", "gpt_neox.final_layer_norm": "norm"},
+    ),
+    "opt": (
+        "model.decoder.layers",
+        _opt,
+        {"model.decoder.embed_tokens": "embed_tokens", "model.decoder.final_layer_norm": "norm"},
+    ),
+    "phi": ("model.layers", _phi, {"model.final_layernorm": "norm"}),
+    "roberta": ("roberta.encoder.layer", _bert, {"roberta.embeddings.word_embeddings": "embed_tokens"}),
 }
 
 
@@ -175,14 +193,18 @@ def _norms(layer: nn.Module, into: nn.Module, first: str, second: str) -> None:
 
 def _around(layer: nn.Module, name: str, into: nn.Module, part: str) -> None:
     """Show the sublayer's part its input and output."""
-    inner, seen = layer.get_submodule(name), into.get_submodule(part)
+    setattr(layer, name, _seen(layer.get_submodule(name), into.get_submodule(part)))
+
+
+def _seen(inner: nn.Module, by: nn.Module) -> Call:
+    """`inner`, whose input and output pass through `by`."""
 
     def forward(*args: Tensor, **kwargs: Tensor) -> object:
         out = inner(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        return (seen(x, out[0]), *out[1:]) if isinstance(out, tuple) else seen(x, out)
+        return (by(x, out[0]), *out[1:]) if isinstance(out, tuple) else by(x, out)
 
-    setattr(layer, name, Call(forward))
+    return Call(forward)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
