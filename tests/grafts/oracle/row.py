@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PromptLearningConfig
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
@@ -64,8 +64,8 @@ class Row:
     def _not_pefts(self, shape: ModelShape) -> str | None:
         if shape.arch != "llama" and self.llama_only is not None:
             return self.llama_only
-        if self.spec.prefix_length and not shape.causal:
-            return "PEFT's prefixes need a decoder"
+        if self.config is not None and isinstance(self.config(), PromptLearningConfig) and not shape.causal:
+            return "PEFT's virtual tokens need a decoder"
         return None
 
     @property

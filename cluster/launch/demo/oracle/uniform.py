@@ -39,7 +39,9 @@ def uniform(model: PreTrainedModel) -> PreTrainedModel:
         setattr(model, "model", nn.Module())
     for name, target in outside.items():
         parent, _, child = name.rpartition(".")
+        weight = model.get_submodule(name).get_parameter("weight")
         _move(model.get_submodule(parent), child, model, f"model.{target}")
+        setattr(model.get_submodule(name), "weight", weight)  # PEFT looks for embeddings by their weight
     layers = model.get_submodule(path)
     if path == "model.layers":
         for layer in layers.children():
