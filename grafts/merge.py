@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.lowering import Lowered, Values
-from polygraft.grafts.sites import ENDS, FEEDS, LINEAR, ModelShape, Site, sites_of
+from polygraft.grafts.sites import ENDS, LINEAR, NORMS, ModelShape, Site, sites_of
 from polygraft.grafts.spec import Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, SpecError
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.rotate.op import rotate
@@ -73,13 +74,14 @@ class Fold:
         if not spec.mergeable:
             raise SpecError(f"peft: {spec.method!r} cannot be folded into weights; serve it beside them")
         self._weight, self._bias, self._values = weight, bias, values
+        self._table = architecture(shape.arch)
         self._lowered = Lowered(spec, shape, weight)
         with torch.no_grad():
             self._operands = self._lowered.make(values)
         self._slots: dict[Site, list[tuple[int, Slot]]] = {}
         for index, site in sites_of(spec, shape):
             self._slots.setdefault(site, []).append((index, spec.slots[index]))
-        self.sites = tuple(sorted({projection for site in self._slots for projection in _projections(site)}))
+        self.sites = tuple(sorted({projection for site in self._slots for projection in self._projections(site)}))
 
     @torch.no_grad()
     def at(self, site: Site) -> Merged:
@@ -87,8 +89,8 @@ class Fold:
         W, bias = self._weight(site), self._bias(site)
         merged = Merged(self._inner(site, W), None).of_scaled(*self._affine(site, "in", W))
         merged = merged.of_rotated(self._rotation(site, "in", W))
-        for norm, readers in FEEDS.items():
-            if site.name in readers:
+        for norm in NORMS:
+            if site.name in self._table.readers(norm):
                 merged = merged.of_scaled(*self._affine(Site(site.layer, norm), "out", W))
         merged = merged.scaled(None, None if bias is None else bias.to(W))
         merged = merged.scaled(*self._affine(site, "out", W)).rotated(self._rotation(site, "out", W))
@@ -148,16 +150,17 @@ class Fold:
                 return rotate(one, own, slot.variant, Segments((Segment(0, len(one), 0, rows),)))
         return None
 
+    def _projections(self, site: Site) -> tuple[Site, ...]:
+        """Where what happens at a site is folded in."""
+        if site.name in LINEAR:
+            return (site,)
+        names = self._table.readers(site.name) if site.name in NORMS else (ENDS[site.name],)
+        if not names:
+            raise SpecError(f"at: {site} of {self._table.model_type} is read by more than projections")
+        return tuple(Site(site.layer, name) for name in names)
+
     def _operand(self, index: int, site: Site, part: str, like: Tensor) -> Tensor:
         return self._operands[f"{index}.{site}.{part}"].to(like)
-
-
-def _projections(site: Site) -> tuple[Site, ...]:
-    """Where what happens at a site is folded in."""
-    if site.name in LINEAR:
-        return (site,)
-    names = FEEDS[site.name] if site.name in FEEDS else (ENDS[site.name],)
-    return tuple(Site(site.layer, name) for name in names)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -29,7 +29,6 @@ FINAL_SITE = "norm.final"
 NORMS = ("norm.1", "norm.2", FINAL_SITE)
 KV_SITE = "kv"
 EMBED_SITE = "embed"
-FEEDS = {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}  # all that read a norm's output
 ENDS = {"attn.out": "attn.o", "ffn.out": "ffn.down"}  # the projection whose output a sublayer's is
 ALL = (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS, KV_SITE, EMBED_SITE)
 

@@ -15,7 +15,7 @@ from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.grafts.spec import Branch, GraftSpec
+from polygraft.grafts.spec import Branch, GraftSpec, SpecError
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.hooks import Hooks
@@ -93,6 +93,8 @@ class PackRunner:
     backward."""
 
     def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
+        if not backbone.shape.causal:
+            raise SpecError(f"backbone: {backbone.shape.arch} is an encoder; a job learns to say the next token")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.jobs: dict[str, Active] = {}
         self._hooks: dict[str, Hooks] = {}

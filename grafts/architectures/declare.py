@@ -9,6 +9,10 @@ from types import MappingProxyType
 Config = Mapping[str, object]
 BLOCK, FINAL = "block.out", "norm.final"  # sites that every architecture, or most, has in the same way
 
+# All that read a norm's output.
+FEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}
+)
 # Where transformers' config.json keeps the numbers of a `ModelShape`.
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
@@ -45,6 +49,8 @@ class Architecture:
     A sublayer's module takes the sublayer's input and returns what the residual sum adds. Where transformers has no
     such module, `modules` names the last projection and `inputs` the module that takes the sublayer's input first.
 
+    `feeds` are the linear sites that read a norm's output, for norms that nothing else reads.
+
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.
     """
@@ -61,6 +67,7 @@ class Architecture:
     fields: Mapping[str, str] = field(default_factory=dict)
     ffn_ratio: int | None = None
     norm_offset: float = 0.0  # the norm's factor is this plus its weight
+    feeds: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FEEDS)
     first_position: int = 0
     elsewhere: tuple[str, ...] = ()  # linear modules outside the layers, whose names PEFT could confuse with a site's
     transform: Transform | None = None
@@ -80,6 +87,10 @@ class Architecture:
             assert self.final is not None
             return self.final
         return f"{self.layers}.{layer}" if name == BLOCK else f"{self.layers}.{layer}.{self.modules[name]}"
+
+    def readers(self, norm: str) -> tuple[str, ...]:
+        """The linear sites that read the norm, none where the residual stream does, too."""
+        return tuple(name for name in self.feeds.get(norm, ()) if name in self.modules)
 
     def beside(self, name: str) -> tuple[str, ...]:
         """The linear sites that share the module of `name`, in the order of their rows."""

@@ -18,6 +18,7 @@ ARCHITECTURES = (
             "ffn.out": "mlp",
             "norm.1": "input_layernorm",
         },
+        feeds={"norm.1": ("attn.q", "attn.k", "attn.v", "ffn.up")},
         refusal=rotary,
     ),
 )

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape, Site, module_path
@@ -30,8 +31,12 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     weight's own type, to the new folder `target`; whole or not at all.
 
     Where the graft adds biases that the model has not, its config says so and all its projections get one. Raises
-    SpecError for a graft that cannot be folded, FormatError for biases that the architecture has no place for.
+    SpecError for a graft that cannot be folded, FormatError for biases that the architecture has no place for, and for
+    encoders and weights that lie fused or transposed.
     """
+    table = architecture(str(json.loads((backbone / _CONFIG).read_text()).get("model_type")))
+    if table.transposed or table.interleaved or not table.causal:
+        raise FormatError(f"{table.model_type}: a merged model of it is not written; serve the graft beside it")
     if target.exists():
         raise FormatError(f"{target}: exists already; name a folder that does not")
     config = json.loads((backbone / _CONFIG).read_text())
@@ -81,9 +86,10 @@ def _folded(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File by file, its name and the tensors that it is to hold."""
     shape = ModelShape.from_config(config)
+    table = architecture(shape.arch)
 
     def module(site: Site) -> str:
-        return f"model.{module_path(site, shape.arch)}"
+        return f"{table.backbone}.{module_path(site, shape.arch)}"
 
     def bias(site: Site) -> Tensor | None:
         return stored.wide(f"{module(site)}.bias") if f"{module(site)}.bias" in stored.files else None

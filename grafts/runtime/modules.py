@@ -7,6 +7,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.norms import FrozenNorm
@@ -120,10 +121,23 @@ class FusedProjection(nn.Module):
         self.members, self.heads = nn.ModuleList(members), heads
 
     def forward(self, x: Tensor) -> Tensor:
-        products = [member(x) for member in self.members]
+        products = [_Lone.apply(member(x)) for member in self.members]  # type: ignore[no-untyped-call]
         if self.heads is None:
             return torch.cat(products, dim=-1)
         return torch.cat([torch.unflatten(y, -1, (self.heads, -1)) for y in products], dim=-1).flatten(-2)
+
+
+class _Lone(torch.autograd.Function):
+    """x, whose gradient lies in memory of its own and not among others': a batched product chooses its order of sums by
+    the layout, too."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 class Sublayer(nn.Module):

@@ -1,0 +1,66 @@
+"""On other architectures than Llama, too, a job's gradient has the same bits whoever shares its forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.init import initialise
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.spec import SpecError
+from polygraft.trainers import forward
+from polygraft.trainers.forward import Share
+from polygraft.trainers.job import Sample
+from polygraft.trainers.runner import PackRunner
+from tests.tiny import tiny_model
+
+TEXTS = ("lora(r=4)", "parallel(8)", "dora(r=2, at=attn.*)", "ia3", "prefix(3)", "bitfit", "serial(4)")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt_neox", "opt", "phi", "qwen3", "bert"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, folder: Path, dtype: torch.dtype) -> None:
+    backbone = Backbone.load(folder, dtype, training=True)
+    everyone = tuple(range(len(TEXTS)))
+    losses, gradients = gradients_of(backbone, everyone)
+    for job in everyone:
+        (loss,), (own,) = gradients_of(backbone, (job,))
+        assert loss == losses[job]
+        assert all(torch.equal(a, b) for a, b in zip(own, gradients[job], strict=True)), TEXTS[job]
+
+
+def test_a_pack_does_not_take_an_encoder(folder: Path) -> None:
+    backbone = Backbone.load(folder, torch.float32, training=True)
+    if backbone.shape.causal:
+        assert PackRunner(backbone).jobs == {}
+        return
+    with pytest.raises(SpecError, match="bert is an encoder"):
+        PackRunner(backbone)
+
+
+def gradients_of(backbone: Backbone, jobs: tuple[int, ...]) -> tuple[list[float], list[list[Tensor]]]:
+    """Losses and trained tensors' gradients of one forward of `jobs`, each with samples of its own."""
+    residents, shares = [], []
+    for place, job in enumerate(jobs):
+        spec, generator = parse(TEXTS[job]), torch.Generator().manual_seed(job)
+        values = initialise(spec, backbone, seed=job, samples=((5, 6, 7),))
+        values = {n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in values.items()}
+        residents.append(Resident(str(job), spec, values))
+        lengths = torch.randint(4, 40, (2,), generator=generator).tolist()
+        ids = [tuple(torch.randint(2, 512, (n,), generator=generator).tolist()) for n in lengths]
+        samples = tuple(Sample(row, (0.0,) + (1.0,) * (len(row) - 1)) for row in ids)
+        shares.append(Share(place, spec.prefix_length, samples, (0, 1), float(sum(lengths))))
+    stacks = backbone.stacks(residents, trainable=True)
+    losses = forward.train(backbone, stacks, shares)
+    found = stacks.gradients()
+    pulled = [stacks.gradient(place, found[place]) for place in range(len(jobs))]
+    return losses, [[g.clone() for g in own if g is not None] for own in pulled]
