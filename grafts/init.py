@@ -75,6 +75,11 @@ class Making:
             lambda: calibrate.gradients(self.backbone, self.samples, self.weights, self.inputs, squared=True),
         )
 
+    def prefix(self, length: int) -> Mapping[Site, tuple[Tensor, Tensor]]:
+        """Keys and values of the bare backbone over the first sample, repeated to `length` rows, by kv site."""
+        prompt = self.samples[0] if self.samples else ()
+        return self.once(("prefix", length), lambda: _keys_and_values(self.backbone, prompt, length))
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all the tensors that start from it."""
         if key not in self._kept:
@@ -123,9 +128,7 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
             return linear.row_sq.split_with_sizes(linear.widths)[member].sqrt()
         case "prefix":
             assert tensor.site is not None
-            length, prompt = tensor.shape[0], making.samples[0] if making.samples else ()
-            real = making.once(("prefix", length), lambda: _keys_and_values(making.backbone, prompt, length))
-            return real[tensor.site][0 if tensor.part == "k" else 1]
+            return making.prefix(tensor.shape[0])[tensor.site][0 if tensor.part == "k" else 1]
         case "embedded":
             slot = making.spec.slots[tensor.slot]
             prompt = making.samples[0] if making.samples else ()

@@ -37,7 +37,12 @@ class Share:
 
     @property
     def rows(self) -> int:
-        return sum(sample.rows + self.virtual_length for sample in self.samples)
+        return self.tokens + self.virtual_length * len(self.samples)
+
+    @property
+    def tokens(self) -> int:
+        """The samples' own: virtual ones are nobody's text."""
+        return sum(sample.rows for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)

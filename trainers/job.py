@@ -72,7 +72,8 @@ class TrainJob:
 
     def micro_batches(self, step: int) -> tuple[tuple[int, ...], ...]:
         """Global batch `step` in pieces of at most `micro_rows` rows (one sample at least), in order."""
-        return tuple(_split(self.batch(step), [self.train[i].rows for i in self.batch(step)], self.recipe.micro_rows))
+        batch, virtual = self.batch(step), self.spec.virtual_length
+        return tuple(_split(batch, [self.train[i].rows + virtual for i in batch], self.recipe.micro_rows))
 
     def batch_weight(self, step: int) -> float:
         """The normaliser of global batch `step`: the sum of its loss weights."""

@@ -229,7 +229,7 @@ class PackRunner:
         active.loss += loss
         active.micro += 1
         active.served_rows += self._rows(active, share)
-        active.tokens += share.rows
+        active.tokens += share.tokens
         if active.micro < len(active.job.micro_batches(active.step)):
             return None
         step, job, hooks = active.step, active.job, self._hooks[active.job.id]

@@ -1,17 +1,22 @@
 """Prefix tuning: trained keys and values before every layer's own (Li & Liang 2021, arXiv 2101.00190; without the MLP
 p-tuning v2, Liu et al. 2022, arXiv 2110.07602). With it, all rows are made by one network of two layers from one small
-embedding, [k_l; v_l] = W2_l tanh(W1 E + b1) + b2_l (Li & Liang 2021, section 4.3)."""
+embedding, [k_l; v_l] = W2_l tanh(W1 E + b1) + b2_l (Li & Liang 2021, section 4.3). A cartridge leaves its first rows as
+they start, so that what attends to nothing else goes on to attend to them (Eyuboglu et al. 2025, arXiv 2506.06266,
+section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
 from polygraft.grafts.spec import KV, Call, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
 
 
 def prefix(length: int = 10) -> tuple[Slot, ...]:
@@ -22,6 +27,34 @@ def prefix_mlp(length: int = 10, hidden: int = 512) -> tuple[Slot, ...]:
     if hidden < 1:
         raise SpecError(f"peft: hidden: {hidden} is not a size; give at least 1")
     return (KV(length=length, form=Call("prefix-mlp", (("hidden", hidden),))),)
+
+
+def cartridge(length: int = 64, frozen: int = 1) -> tuple[Slot, ...]:
+    if not 0 < frozen < length:
+        raise SpecError(f"peft: frozen: {frozen} of {length} rows; give at least 1, and fewer than all")
+    return (KV(length=length, form=Call("cartridge", (("frozen", frozen),))),)
+
+
+def _cut(slot: KV, place: Place, frozen: int) -> Mapping[str, Part]:
+    """Both shares start from real text: the first rows of a prefix, and those after them."""
+    found: dict[str, Part] = {}
+    for part in ("k", "v"):
+        found[f"{part}0"] = Part((frozen, place.d_out), Call("cartridge", (("first", 0),)), trained=False)
+        found[part] = Part((slot.length - frozen, place.d_out), Call("cartridge", (("first", frozen),)))
+    return found
+
+
+def _joined(slot: KV, values: Mapping[str, Tensor], lowering: Lowering, frozen: int) -> Mapping[str, Tensor]:
+    import torch
+
+    return {part: torch.cat([values[f"{part}0"], values[part]]) for part in ("k", "v")}
+
+
+def _rows(tensor: TensorSpec, making: Making, first: int) -> Tensor:
+    slot = making.spec.slots[tensor.slot]
+    assert isinstance(slot, KV) and tensor.site is not None
+    k, v = making.prefix(slot.length)[tensor.site]
+    return (k if tensor.part.startswith("k") else v)[first : first + tensor.shape[0]]
 
 
 def _shared(slot: KV, places: Sequence[Place], hidden: int) -> Mapping[str, Part]:
@@ -47,5 +80,7 @@ def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering, hidden
 METHODS = (
     Method("prefix", "arXiv 2101.00190", 5e-3, prefix, aliases=("p-tuning-v2",)),
     Method("prefix-mlp", "arXiv 2101.00190", 1e-3, prefix_mlp),
+    Method("cartridge", "arXiv 2506.06266", 5e-3, cartridge),
 )
-FORMS = (Form("prefix-mlp", _operands, shared=_shared),)
+FORMS = (Form("prefix-mlp", _operands, shared=_shared), Form("cartridge", _joined, _cut))
+STARTS = (Start("cartridge", _rows),)

@@ -41,7 +41,7 @@ def p_tuning(length: int = 20, hidden: int = 128, encoder: str = "mlp") -> tuple
 
 
 def dept(length: int = 10, rows: int = 64, r: int = 8) -> tuple[Slot, ...]:
-    low = Call("low-rank-rows", (("r", _size("r", r)),))
+    low = Call("low-rank-rows", (("r", _size("r", r)), ("std", 0.0)))
     return (Tokens(length=length), Tokens(length=rows, mode="add", form=low))
 
 
@@ -108,11 +108,14 @@ def _network(x: Tensor, values: Mapping[str, Tensor], layers: int) -> Tensor:
     return x
 
 
-def _low_own(slot: Tokens, place: Place, r: int) -> Mapping[str, Part]:
-    return {"A": Part((slot.length, r), "kaiming"), "B": Part((r, place.d_out))}
+def _low_own(slot: Tokens, place: Place, r: int, std: float) -> Mapping[str, Part]:
+    return {
+        "A": Part((slot.length, _size("r", r)), "kaiming"),
+        "B": Part((r, place.d_out), Call("normal", (("std", std),))),
+    }
 
 
-def _low(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, r: int) -> Mapping[str, Tensor]:
+def _low(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, r: int, std: float) -> Mapping[str, Tensor]:
     return {"p": values["A"] @ values["B"]}
 
 

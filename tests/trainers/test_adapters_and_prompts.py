@@ -9,7 +9,7 @@ import torch
 
 from polygraft.grafts.runtime.backbone import Backbone
 from tests.tiny import tiny_llama
-from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
 
 METHODS = {
     "lora": "lora(r=4)",
@@ -27,6 +27,9 @@ METHODS = {
     "prompt": "prompt(5)",
     "p-tuning": "p-tuning(3, hidden=8, encoder=lstm)",
     "dept": "dept(2, rows=6, r=2)",
+    "xprompt": "xprompt(6, pieces=4)",
+    "cartridge": "cartridge(4)",
+    "residual": "residual-prompt(3, size=8)",
     "edited": "trainable-tokens(5|77|300) + prefix(2) + prompt(3, start=vocabulary) + lora(r=2, dropout=0.1)",
 }
 STEPS = 20
@@ -37,3 +40,26 @@ def test_twenty_steps_in_company_leave_the_bits_of_twenty_alone(dtype: torch.dty
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
     jobs = jobs_of(STEPS, METHODS)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_xprompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path), torch.float32, training=True)
+    job = a_job("x", "xprompt(6, keep=0.5, pieces=4, keep_pieces=0.25)", seed=0, steps=18)
+    pack = together(backbone, [job])
+    values, mattered, seen = pack.jobs["x"].slab.tensors, {}, []
+    while not pack.jobs["x"].finished:
+        before = {name: value.clone() for name, value in values.items()}
+        pack.step()
+        rows, pieces = values["0.0.embed.rows"], values["0.0.embed.pieces"]
+        seen.append((int(rows.sum()), int(pieces.sum())))
+        for part, mask in (("rows", rows), ("pieces", pieces)):
+            if mask.sum() < before[f"0.0.embed.{part}"].sum():
+                mattered[part] = mask.bool(), values[f"0.0.embed.matter_{part}"].clone()
+    total = job.steps_total
+    assert seen[total // 3 - 2] == (6, 24) and seen[total // 3 - 1] == (3, 24)
+    assert seen[2 * total // 3 - 2] == (3, 24) and seen[-1] == (3, 3)  # a quarter of the twelve pieces that were left
+    kept, score = mattered["rows"]
+    assert score[kept].min() >= score[~kept].max() > 0
+    kept, score = mattered["pieces"]
+    alive = values["0.0.embed.rows"].bool().expand_as(kept)
+    assert not kept[~alive].any() and score[kept].min() >= score[alive & ~kept].max()

@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
 import torch
-from peft import AdaptionPromptConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import (
+    AdaptionPromptConfig,
+    CartridgeConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from peft.tuners.adaption_prompt import layer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
@@ -102,6 +109,49 @@ def dept(ids: Tensor, x: Tensor, p: Values) -> Tensor:
     return torch.cat([p["0.0.embed.p"], x[: len(offset)] + offset, x[len(offset) :]])
 
 
+def factored(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """P = A B (Xiao et al. 2023, section 3)."""
+    return torch.cat([p["0.0.embed.A"] @ p["0.0.embed.B"], x])
+
+
+def residual(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """P_i + Phi(P_i), Phi = LayerNorm(W_up ReLU(W_down .)) (Razdaibiedina et al. 2023, section 3)."""
+    P, A, B, g, b = (p[f"0.0.embed.{part}"] for part in ("P", "A", "B", "g", "b"))
+    up = torch.relu(P @ A.T) @ B
+    centred = up - up.mean(1, keepdim=True)
+    return torch.cat([P + g * centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() + b, x])
+
+
+def rank_one(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """P * (u v^T), elementwise (Wang et al. 2023, section 3.1)."""
+    return torch.cat([p["0.0.embed.P"] * torch.outer(p["0.0.embed.u"][:, 0], p["0.0.embed.v"][0]), x])
+
+
+def masked(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """gamma_i (zeta_i,1 q_i,1; ...; zeta_i,k q_i,k) for the pieces q of row i (Ma et al. 2022, section 3.2)."""
+    P, rows, pieces = (p[f"0.0.embed.{part}"] for part in ("P", "rows", "pieces"))
+    cut = [
+        torch.cat([rows[i, 0] * zeta * piece for zeta, piece in zip(pieces[i], row.chunk(pieces.shape[1]))])
+        for i, row in enumerate(P)
+    ]
+    return torch.cat([torch.stack(cut), x])
+
+
+def _half_masked(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, value in values.items():
+        if name.endswith(("rows", "pieces")):
+            value.copy_(value > 0)
+    values["0.0.embed.rows"][0] = values["0.0.embed.pieces"][0, 1] = 1
+    return values
+
+
+def _cartridge(model: PeftModel, name: str, value: Tensor) -> Place:
+    _, layer, _, part = split(name)
+    whole = model.get_parameter(f"{ENCODER}.{'frozen' if part.endswith('0') else 'trainable'}_embedding")
+    index = 2 * layer + part.startswith("v")
+    return Place(whole, lambda t: t.view(len(t), -1, value.shape[1])[:, index])
+
+
 def inverted(ids: Tensor, x: Tensor, p: Values) -> Tensor:
     """E(x) with the learned vector v* where a given token is (Gal et al. 2022, section 3)."""
     for token, row in zip(EDITED, p["0.0.embed.p"]):
@@ -143,6 +193,15 @@ ROWS: Mapping[str, Row] = {
         ),
         place=_encoder((0, 2)),
     ),
+    "cartridge": Row(
+        "cartridge(6, frozen=2)",
+        lambda: CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, num_frozen_tokens=2),
+        place=_cartridge,
+    ),
+    "dpt": Row("dpt(6, r=2)", soft=factored),
+    "residual-prompt": Row("residual-prompt(5, size=7)", soft=residual),
+    "mpt": Row("mpt(5)", soft=rank_one),
+    "xprompt": Row("xprompt(6, pieces=4)", soft=masked, fixed=_half_masked),
     "dept": Row("dept(4, rows=9, r=2)", soft=dept),
     "trainable-tokens": Row(f"trainable-tokens({'|'.join(map(str, EDITED))})", soft=inverted),
 }

@@ -78,8 +78,9 @@ class Row:
         if self.config is not None and self._not_pefts(shape) is None:
             return peft_oracle(folder, self.config(), values, dtype, self.place)
         if self.soft is not None:
-            return _soft(folder, self.soft, values, dtype)
-        found = naive(folder, self.hooks(), values, dtype)
+            found = _soft(folder, self.soft, values, dtype)
+        else:
+            found = naive(folder, self.hooks(), values, dtype)
         frozen = {t.name for t in tensors(self.spec, shape) if not t.trained}
         return Oracle(found.logits, {name: place for name, place in found.places.items() if name not in frozen})
 
