@@ -58,9 +58,9 @@ class Fold:
     """A graft on the way into the weights of a backbone: `sites` are the projections it changes, `at` folds one.
 
     In the order of a site (docs/architecture.md): with x' = g_in R_in x + b_in (what a norm's affine leaves, then the
-    projection's own), y = R_out (g_out ((m / n) (W + dW) x' + bias) + b_out); what a sublayer's output goes through is
-    folded into its last projection. `weight` gives W [out, in] in float32 or wider, `bias` its bias. Raises SpecError
-    for a graft that is not affine in what its sites read.
+    projection's own), y = R_out (g_out (g_rows (m / n) (W + dW) x' + bias) + b_out); what a sublayer's output goes
+    through is folded into its last projection. `weight` gives W [out, in] in float32 or wider, `bias` its bias.
+    Raises SpecError for a graft that is not affine in what its sites read.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Fold:
         for norm in NORMS:
             if site.name in self._table.readers(norm):
                 merged = merged.of_scaled(*self._affine(Site(site.layer, norm), "out", W))
+        merged = merged.scaled(*self._affine(site, "rows", W))
         merged = merged.scaled(None, None if bias is None else bias.to(W))
         merged = merged.scaled(*self._affine(site, "out", W)).rotated(self._rotation(site, "out", W))
         for sublayer, last in ENDS.items():

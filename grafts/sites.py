@@ -177,7 +177,7 @@ def _allowed(slot: Slot) -> tuple[str, ...]:
             return (*SUBLAYER, BLOCK_SITE)
         case Branch():
             return (*LINEAR, *SUBLAYER, BLOCK_SITE)
-        case Affine(side="in"):
+        case Affine(side="in" | "rows"):
             return LINEAR
         case Affine():
             return (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS)
@@ -220,7 +220,7 @@ def _check(site: Site, slots: Sequence[Slot]) -> None:
     if norms and others:
         found = ", ".join(sorted(others))
         raise SpecError(f"at: DoRA's norm rescales W and one lora; found {found} beside it at {site}")
-    for side in ("in", "out"):
+    for side in ("in", "out", "rows"):
         if sum(isinstance(slot, Rotate) and slot.side == side for slot in slots) > 1:
             raise SpecError(f"at: two rotations of one graft meet at {site}; give each site one of them")
         affines = [slot for slot in slots if isinstance(slot, Affine) and slot.side == side]

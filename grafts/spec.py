@@ -92,18 +92,23 @@ class Branch(_Slot):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affine(_Slot):
-    """y = y * g + b on the site's output, or the same on its input; g starts at 1, b at 0 (IA3, SSF, BitFit)."""
+    """y = y * g + b on the site's output, or the same on its input; g starts at 1, b at 0 (IA3, SSF, BitFit).
+
+    On the `rows` of W it is a scale of y before the projection's own bias (BOFT).
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     at: str
     scale: bool
     shift: bool
-    side: Literal["in", "out"] = "out"
+    side: Literal["in", "out", "rows"] = "out"
     op: Literal["affine"] = "affine"
 
     def __post_init__(self) -> None:
         if not (self.scale or self.shift):
             raise SpecError("affine: scale and shift are both false, so nothing would be trained; set one")
+        if self.side == "rows" and self.shift:
+            raise SpecError("affine: a shift of W's rows is one of the output; give side out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

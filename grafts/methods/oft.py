@@ -22,11 +22,9 @@ def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
 
 
 def boft(b: int = 4, m: int = 1, at: str = "linear") -> tuple[Slot, ...]:
-    """m factors with blocks of size b, and a scale of every output (Liu et al. 2024, arXiv 2311.06243, eq. 3 and 5).
-
-    The scale multiplies a projection's bias too, where it has one.
-    """
-    return (Rotate(at=at, kind="blocks", size=b, stages=m, form=Call("boft")), Affine(at=at, scale=True, shift=False))
+    """m factors with blocks of size b, and a scale of every row of W (Liu et al. 2024, arXiv 2311.06243, eq. 3-5)."""
+    rotation = Rotate(at=at, kind="blocks", size=b, stages=m, form=Call("boft"))
+    return rotation, Affine(at=at, scale=True, shift=False, side="rows")
 
 
 def _oft_own(slot: Rotate, place: Place, neumann: int) -> Mapping[str, Part]:

@@ -66,6 +66,9 @@ class SiteLinear(nn.Module):
         for kind, stack in stacks.items():
             if kind.op == "norm":
                 y = affine(y, stack.parts["m"] / stack.parts["norm"], None, route.segments(stack.entries))
+        for kind, stack in stacks.items():
+            if _changes(kind, "rows"):
+                y = _changed(y, stack, route)
         if self.bias is not None:
             y = y + self.bias
         y = _changed_out(y, stacks, route)

@@ -8,7 +8,7 @@ import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, RoadConfig
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, ia3_after
+from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, Place, split
 from tests.grafts.oracle.row import LINEAR, Row
 
@@ -64,6 +64,16 @@ def butterfly(block: int) -> Hook:
     return hook
 
 
+def row_scale() -> Hook:
+    """W' = diag(s) W R, the bias as it is (Liu et al. 2024, section 4)."""
+
+    def hook(module: nn.Module, parts: Parts) -> None:
+        bias = module.bias if isinstance(module.bias, Tensor) else 0.0
+        module.register_forward_hook(lambda _, args, y: (y - bias) * parts["g"] + bias)
+
+    return hook
+
+
 ROWS: Mapping[str, Row] = {
     "oft": Row("oft(b=8)", lambda: OFTConfig(oft_block_size=8, target_modules=LINEAR), place=_oft),
     "oft exact": Row(
@@ -79,13 +89,11 @@ ROWS: Mapping[str, Row] = {
     "boft": Row(
         "boft",
         lambda: BOFTConfig(boft_block_size=4, target_modules=LINEAR),
-        hooks=lambda: {0: butterfly(4), 1: ia3_after()},
         place=_boft,
-        llama_only="PEFT scales W x and not the bias after it; they are the same where there is none",
     ),
     "boft of three factors": Row(
         "boft(b=4, m=3, at=attn.k|ffn.down)",
-        hooks=lambda: {0: butterfly(4), 1: ia3_after()},
+        hooks=lambda: {0: butterfly(4), 1: row_scale()},
     ),
     "hra": Row("hra(r=4)", lambda: HRAConfig(r=4, target_modules=LINEAR), place=_hra),
     "road": Row("road(group=16)", lambda: _road_config("road_1", 16), place=_road),
