@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    quantise: Literal["nf4"] | None = None
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()
     limits: LimitSettings = LimitSettings()

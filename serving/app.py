@@ -20,6 +20,7 @@ def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1) -> se
             backbone_folder=backbone_folder,
             data=settings.data,
             dtype=settings.dtype,
+            quantise=settings.quantise,
             settings=settings.serve,
         )
         for index in range(replicas)

@@ -46,7 +46,7 @@ class Ingress:
             tokeniser=Tokeniser.load(folder),
             shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
             backbone=settings.backbone,
-            fingerprint=fingerprint(folder),
+            fingerprint=fingerprint(folder, settings.quantise),
             data=settings.data,
             limits=settings.limits,
             max_context=settings.serve.max_context,

@@ -16,6 +16,7 @@ from ray import serve
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.process import device_environment, in_own_thread
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
@@ -35,6 +36,7 @@ class ReplicaPlan:
     backbone_folder: Path
     data: Path
     dtype: str
+    quantise: Quantise | None
     settings: ServeSettings
 
 
@@ -68,7 +70,7 @@ class Replica:
 
 
 def _engine(plan: ReplicaPlan) -> Engine:
-    backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype])
+    backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise)
     return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
 
 

@@ -35,6 +35,7 @@ class OpenHost:
             store_url=settings.store_url,
             data=str(settings.data),
             dtype=settings.dtype,
+            quantise=settings.quantise,
             max_rows=settings.pack.max_rows,
             micro_rows=settings.pack.micro_rows,
         )

@@ -32,12 +32,19 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for a free one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="nf4: the backbone in 4 bits (QLoRA).")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it.", min=1)] = 300.0,
     as_json: Json = False,
 ) -> None:
     """Start the service on this machine; it stays up until polygraft down."""
     settings = flags(context).settings(
-        data=data, backbone=backbone, store_url=store_url, host=host, port=port, dtype=dtype
+        data=data,
+        backbone=backbone,
+        store_url=store_url,
+        host=host,
+        port=port,
+        dtype=dtype,
+        quantise=quantise,
     )
     try:
         with stages() as shown:
