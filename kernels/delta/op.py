@@ -36,7 +36,7 @@ class _Delta(torch.autograd.Function):
         ctx.save_for_backward(x, t)
         ctx.work = segments, generate  # type: ignore[attr-defined]
         out = y.clone()
-        for s in segments:
+        for s in _filled(segments):
             W = generate[s.first](_own(t, s)).to(x.dtype)
             add_segment_bmm_(out[None, s.start : s.stop], x[None, s.start : s.stop], s.scale * W.T[None])
         return out
@@ -46,7 +46,7 @@ class _Delta(torch.autograd.Function):
         x, t = ctx.saved_tensors  # type: ignore[attr-defined]
         segments, generate = ctx.work  # type: ignore[attr-defined]
         dx, dt = torch.zeros_like(x), torch.zeros_like(t)
-        for s in segments:
+        for s in _filled(segments):
             own = _own(t, s).requires_grad_()
             with torch.enable_grad():
                 W = generate[s.first](own)
@@ -55,6 +55,11 @@ class _Delta(torch.autograd.Function):
             dW = segment_bmm(dy.T[None], rows[None])[0].to(W.dtype) * s.scale
             dt[s.first : s.last] += torch.autograd.grad(W, own, dW)[0]
         return dx, grad, dt, None, None
+
+
+def _filled(segments: Segments) -> list[Segment]:
+    """Those with rows: oneDNN has no product of none."""
+    return [s for s in segments if s.rows]
 
 
 def _own(t: Tensor, s: Segment) -> Tensor:
