@@ -41,10 +41,11 @@ nightly: setup  ## every test, the long ones too, then the demo with each job re
 	$(BIN)/pytest -m 'nightly or not nightly'
 	$(BIN)/polygraft demo --verify
 
-bench: setup  ## time training and serving against their arms; QUICK=1 for one short round
+bench: setup  ## time training, serving and the branch op against their arms; QUICK=1 for one short round
 	mkdir -p reports
 	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick) --json reports/training.json
 	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick) --json reports/serving.json
+	$(BIN)/python benchmarks/kernels.py $(if $(QUICK),--quick) --json reports/kernels.json
 
 clean:  ## remove what builds and tools leave behind; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

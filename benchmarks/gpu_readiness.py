@@ -19,9 +19,10 @@ from polygraft.kernels.affine.tuned import tuned as affine  # noqa: E402
 from polygraft.kernels.branch.tuned import tuned as branch  # noqa: E402
 from polygraft.kernels.common.aot import CARDS, Card, Tuned, compiled, roofline  # noqa: E402
 from polygraft.kernels.kv.tuned import tuned as kv  # noqa: E402
+from polygraft.kernels.nf4.tuned import tuned as nf4  # noqa: E402
 from polygraft.kernels.norm.tuned import tuned as norm  # noqa: E402
 
-OPS = {"branch": branch, "affine": affine, "norm": norm, "kv": kv}
+OPS = {"branch": branch, "affine": affine, "norm": norm, "kv": kv, "nf4": nf4}
 _WIDTH = 170
 _MICRO = 1e6
 

@@ -1,4 +1,4 @@
-"""What both benchmarks do as programs: options, a folder to work in, the run itself, the table and the exit code."""
+"""What the benchmarks do as programs: options, a folder to work in, the run itself, the table and the exit code."""
 
 from __future__ import annotations
 
@@ -27,9 +27,17 @@ class OpenStage(Protocol):
 
 
 def carry_out(
-    name: str, study_of: Callable[[int], Study], shapes: Mapping[str, int | str], open_stage: OpenStage
+    name: str,
+    study_of: Callable[[int], Study],
+    shapes: Mapping[str, int | str],
+    open_stage: OpenStage,
+    *,
+    material: bool = True,
 ) -> int:
-    """Run the benchmark `name` as the command line says; 1 when a claim does not hold or is not measured."""
+    """Run the benchmark `name` as the command line says; 1 when a claim does not hold or is not measured.
+
+    With `material` the backbone, grafts and text lie in the stage's folder.
+    """
     parser = argparse.ArgumentParser(prog=f"{name}.py", description="Interleaved arms, judged on ratios of one run.")
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, proves nothing")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
@@ -52,12 +60,13 @@ def carry_out(
     if record.gate is None and given.json and given.json.exists():
         progress(f"{given.json} is of other code, versions, machine or options: starting afresh")
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder:
-        with closing(Server("material.py", Task("make", folder, head.machine.cores))) as maker:
-            progress("backbone, grafts and text")
-            try:
-                maker.ask("make")
-            except ArmFailed as error:
-                raise SystemExit(f"{name}: {error}") from None
+        if material:
+            with closing(Server("material.py", Task("make", folder, head.machine.cores))) as maker:
+                progress("backbone, grafts and text")
+                try:
+                    maker.ask("make")
+                except ArmFailed as error:
+                    raise SystemExit(f"{name}: {error}") from None
         done = measure(study, open_stage(Path(folder), quick=given.quick), record, progress)
     show(record, console)
     return 0 if done else 1

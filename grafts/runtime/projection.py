@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.grafts.runtime.linear import FrozenLinear
-from polygraft.kernels.branch.op import add_branch_, branch, branch_gradients
+from polygraft.kernels.branch.op import add_branch_, branch, branch_gradients, serve_branch_
 from polygraft.kernels.common.segments import Segments
 
 
@@ -38,6 +38,10 @@ def project(x_TI: Tensor, linear: FrozenLinear, beside: Sequence[Beside]) -> tup
         products = list(_Project.apply(x_TI, linear, ()))  # type: ignore[no-untyped-call]
     else:
         products = list(linear.product(x_TI).split_with_sizes(linear.widths, dim=1))
+        if not x_TI.is_cuda and not any(b.A.requires_grad or b.B.requires_grad for b in beside):
+            for b in beside:
+                serve_branch_(products[b.member], x_TI, b.A, b.B, b.segments, b.act)
+            return tuple(products)
     for b in beside:
         products[b.member] = branch(x_TI, products[b.member], b.A, b.B, b.segments, b.act)
     return tuple(products)

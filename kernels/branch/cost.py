@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from polygraft.kernels.common.sums import LONG
-
 DISPATCH_FLOPS = 6_000_000  # three small matmuls cost about 20 us at 300 GFLOP/s before they do anything
 
 
@@ -20,9 +18,8 @@ def bytes_moved(rows_and_ranks: Iterable[tuple[int, int]], d_in: int, d_out: int
 def stacking_pays(rows: int, stack_rank: int, runs: Iterable[tuple[int, int, int]], d_in: int, d_out: int) -> bool:
     """Whether one GEMM over the whole stack with foreign columns selected out beats one batched GEMM a run.
 
-    `runs` are (count, rows, rank). Long sums are taken segment by segment (kernels/common/matmul.py).
+    `runs` are (count, rows, rank).
     """
     shapes = list(runs)
-    calls = sum(count if max(d_in, d_out) >= LONG else 1 for count, _, _ in shapes)
-    segmented = flops(((count * r, rank) for count, r, rank in shapes), d_in, d_out) + DISPATCH_FLOPS * calls
+    segmented = flops(((count * r, rank) for count, r, rank in shapes), d_in, d_out) + DISPATCH_FLOPS * len(shapes)
     return flops([(rows, stack_rank)], d_in, d_out) + DISPATCH_FLOPS < segmented

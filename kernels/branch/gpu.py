@@ -33,7 +33,7 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
         plan = Plan.of(segments, x.device)
-        hidden = _shrink(x, A, plan)
+        hidden = shrink(x, A, plan)
         out = y.clone(memory_format=torch.contiguous_format)
         _expand(hidden, B, out, plan, act=act, scaled=True)
         ctx.save_for_backward(x, A, B, hidden)
@@ -49,7 +49,7 @@ class _Branch(torch.autograd.Function):
         if needs[3]:
             dB = _outer(hidden, grad, B, plan, act=act, scaled=True, once=once)
         if needs[0] or needs[2]:
-            dhidden = _shrink(grad, B, plan, act=act, hidden=hidden)
+            dhidden = shrink(grad, B, plan, act=act, hidden=hidden)
             if needs[2]:
                 dA = _outer(dhidden, x, A, plan, act="identity", scaled=False, once=once)
             if needs[0]:
@@ -58,7 +58,7 @@ class _Branch(torch.autograd.Function):
         return dx, grad if needs[1] else None, dA, dB, None, None
 
 
-def _shrink(x: Tensor, weight: Tensor, plan: Plan, *, act: str = "identity", hidden: Tensor | None = None) -> Tensor:
+def shrink(x: Tensor, weight: Tensor, plan: Plan, *, act: str = "identity", hidden: Tensor | None = None) -> Tensor:
     """Blocks x[s] weight[s]^T, flat; given `hidden`, times scale_s act'(hidden[s])."""
     x, weight = _rows(x), _rows(weight)
     out = torch.empty(plan.hidden, dtype=x.dtype, device=x.device)

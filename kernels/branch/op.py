@@ -45,16 +45,40 @@ def branch(
         return _Branch.apply(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)  # type: ignore[no-any-return,no-untyped-call]
     if A_RI.requires_grad or B_RO.requires_grad:  # evaluation in training: as in a step
         return _segmented(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)[0]
+    out = y_TO.clone()
+    serve_branch_(out, x_TI, A_RI, B_RO, segments, act, a_R1)
+    return out
+
+
+def serve_branch_(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    segments: Segments,
+    act: str,
+    a_R1: Tensor | None = None,
+) -> None:
+    """The branch added to y in place where no gradient will be asked for; y may be columns of a wider tensor.
+
+    In the cheaper of two forms: products of the whole stack with foreign columns selected out, or batched ones, a run
+    at a time. Unlike `add_branch_` it leaves the order of long sums to the library, which may choose it by the batch.
+    """
     runs = ((run.count, run.rows, run.size) for run in segments.runs)
     if cost.stacking_pays(len(x_TI), len(A_RI), runs, A_RI.shape[1], B_RO.shape[1]):
-        return _stacked(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)
-    return _segmented(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)[0]
-
-
-def _stacked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str) -> Tensor:
-    factor, foreign = segments.scales_TR(len(x), len(A), x)
-    hidden = activation.ACTIVATIONS[act](x @ A.T if a is None else x @ A.T + a.T)
-    return torch.addmm(y, (hidden * factor).masked_fill_(foreign, 0).to(y.dtype), B)
+        factor, foreign = segments.scales_TR(len(x_TI), len(A_RI), x_TI)
+        hidden = activation.ACTIVATIONS[act](x_TI @ A_RI.T if a_R1 is None else x_TI @ A_RI.T + a_R1.T)
+        y_TO.addmm_((hidden * factor).masked_fill_(foreign, 0).to(y_TO.dtype), B_RO)
+        return
+    for run in segments.runs:
+        hidden = torch.bmm(run.batch(x_TI), run.stack(A_RI).transpose(1, 2))
+        if a_R1 is not None:
+            hidden += run.stack(a_R1).transpose(1, 2)
+        up = activation.ACTIVATIONS[act](hidden)
+        if len(set(run.scales)) == 1:
+            run.batch(y_TO).baddbmm_(up, run.stack(B_RO), alpha=run.scales[0])
+        else:
+            run.batch(y_TO).baddbmm_(run.scaled(up), run.stack(B_RO))
 
 
 def _segmented(

@@ -54,8 +54,13 @@ class Plan:
         """The plan, kept with the segments since many sites share them."""
         kept: dict[torch.device, Plan] = segments.__dict__.setdefault("_plans", {})
         if device not in kept:
-            kept[device] = _plan([s for s in segments if s.rows and s.size], device)
+            kept[device] = Plan.over([s for s in segments if s.rows and s.size], device)
         return kept[device]
+
+    @staticmethod
+    def over(items: Sequence[Segment], device: torch.device) -> Plan:
+        """The plan of segments that have rows; those without ranks get tiles of rows only."""
+        return _plan(items, device)
 
 
 def _plan(items: Sequence[Segment], device: torch.device) -> Plan:

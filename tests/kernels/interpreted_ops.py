@@ -16,9 +16,11 @@ from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
 from polygraft.kernels.kv import gpu as kv_gpu  # noqa: E402
 from polygraft.kernels.kv import reference as kv_reference  # noqa: E402
 from polygraft.kernels.kv.layout import Continued  # noqa: E402
+from polygraft.kernels.nf4 import gpu as nf4_gpu  # noqa: E402
+from polygraft.kernels.nf4 import reference as nf4_reference  # noqa: E402
 from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
 from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
-from tests.kernels import test_affine, test_kv, test_norm  # noqa: E402
+from tests.kernels import test_affine, test_kv, test_nf4, test_norm  # noqa: E402
 from tests.kernels.compare import Results, assert_close, assert_equal, relative, run  # noqa: E402
 from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
 
@@ -108,6 +110,13 @@ def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype) -> None:
     assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
 
 
+def nf4_equals_reference(dtype: torch.dtype, items: tuple[Segment, ...]) -> None:
+    inputs = test_nf4.tensors(70, dtype)
+    got = nf4_gpu.linear(*inputs, Segments(items), "silu")
+    want = nf4_reference.linear(*inputs, Segments(items), "silu")
+    assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"affine, {name}, {parts}": partial(affine_equals_reference, case, torch.float32, parts)
        for name, case in test_affine.CASES.items() for parts in ("gb", "g", "b")},
@@ -125,6 +134,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"kv, alone and joined by {value}": partial(kv_sequence_alone, value) for value in (1.0, NAN)},
     **{f"paged, {dtype}": partial(paged_equals_reference, test_kv.Heads(6, 2, 24), dtype)
        for dtype in (torch.float32, torch.float64, HALF)},
+    **{f"nf4, {name}, {dtype}": partial(nf4_equals_reference, dtype, items)
+       for name, items in test_nf4.CASES.items() for dtype in (torch.float32, HALF)},
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from polygraft.kernels.branch.programs import outer_kernel, shrink_kernel
 from polygraft.kernels.common import aot
 from polygraft.kernels.common.aot import CARDS, Card, Tuned
 from polygraft.kernels.kv import tuned as kv
+from polygraft.kernels.nf4 import tuned as nf4
 from polygraft.kernels.norm import tuned as norm
 
-OPS = {"branch": branch.tuned, "affine": affine.tuned, "norm": norm.tuned, "kv": kv.tuned}
+OPS = {"branch": branch.tuned, "affine": affine.tuned, "norm": norm.tuned, "kv": kv.tuned, "nf4": nf4.tuned}
 
 
 def programs() -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of affine, norm and kv where no GPU is: interpreted, and chosen for CUDA tensors."""
+"""The Triton kernels of affine, norm, kv and nf4 where no GPU is: interpreted, and chosen for CUDA tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_interpreted_kernels_equal_their_references_and_keep_grafts_apart() -> N
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {result["check"].split(",")[0] for result in results} >= {"affine", "norm", "kv", "paged"}
+    assert {result["check"].split(",")[0] for result in results} >= {"affine", "norm", "kv", "paged", "nf4"}
     assert not [result for result in results if result["failure"]]
 
 

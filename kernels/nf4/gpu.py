@@ -1,0 +1,68 @@
+"""The nf4 op on a GPU: the branch's first product, then one launch that reads W at half a byte a weight."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polygraft.kernels.branch.gpu import shrink
+from polygraft.kernels.branch.tiles import Plan
+from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.nf4.cost import BLOCK
+from polygraft.kernels.nf4.op import LEVELS
+from polygraft.kernels.nf4.programs import linear_kernel
+
+FEATURES = 64
+
+
+def linear(
+    x_TI: Tensor, codes_OH: Tensor, absmax_OK: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str
+) -> Tensor:
+    """As `op.linear`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
+    plan = _plan(segments, len(x_TI), x_TI.device)
+    x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    B = B_RO if B_RO.stride(1) == 1 else B_RO.contiguous()
+    out = torch.empty(len(x), len(codes_OH), dtype=x.dtype, device=x.device)
+    with torch.no_grad(), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        hidden = shrink(x, A_RI, plan)
+        levels = torch.tensor(LEVELS, device=x.device)
+        for grid in plan.expand:
+            linear_kernel[len(grid.tiles), triton.cdiv(len(codes_OH), FEATURES)](
+                x,
+                codes_OH.contiguous(),
+                absmax_OK.contiguous(),
+                levels,
+                hidden,
+                B,
+                out,
+                plan.table,
+                plan.scales,
+                grid.tiles,
+                x.stride(0),
+                B.stride(0),
+                x.shape[1],
+                len(codes_OH),
+                HEIGHT=grid.height,
+                WIDTH=grid.width,
+                FEATURES=FEATURES,
+                BLOCK=BLOCK,
+                ACT=act,
+                ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+            )
+    return out
+
+
+def _plan(segments: Segments, rows: int, device: torch.device) -> Plan:
+    """The branch's plan with a segment without ranks for the rows between segments; kept."""
+    kept: dict[tuple[int, torch.device], Plan] = segments.__dict__.setdefault("_whole_plans", {})
+    if (rows, device) not in kept:
+        items, end = [], 0
+        for s in sorted((s for s in segments if s.rows and s.size), key=lambda s: s.start):
+            assert end <= s.start, f"segments meet in row {s.start}"
+            items += [Segment(end, s.start, 0, 0), s]
+            end = s.stop
+        items.append(Segment(end, rows, 0, 0))
+        kept[rows, device] = Plan.over([s for s in items if s.rows], device)
+    return kept[rows, device]
