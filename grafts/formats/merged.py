@@ -23,7 +23,7 @@ from polygraft.grafts.spec import Affine, GraftSpec
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _BESIDE = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation config
-_BIASES = {"attention_bias": True, "mlp_bias": True}  # how a transformers config asks for projections with biases
+_BIASES = {"attention_bias", "mlp_bias"}  # how a transformers config asks for projections with biases
 
 
 def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backbone: Path) -> None:
@@ -31,22 +31,19 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     weight's own type, to the new folder `target`; whole or not at all.
 
     Where the graft adds biases that the model has not, its config says so and all its projections get one. Raises
-    SpecError for a graft that cannot be folded, FormatError for biases that the architecture has no place for, and for
-    encoders and weights that lie fused or transposed.
+    SpecError for a graft that cannot be folded, FormatError for biases that the architecture has no place for.
     """
-    table = architecture(str(json.loads((backbone / _CONFIG).read_text()).get("model_type")))
-    if table.transposed or table.interleaved or not table.causal:
-        raise FormatError(f"{table.model_type}: a merged model of it is not written; serve the graft beside it")
     if target.exists():
         raise FormatError(f"{target}: exists already; name a folder that does not")
     config = json.loads((backbone / _CONFIG).read_text())
+    shape = ModelShape.from_config(config)
     if any(isinstance(slot, Affine) and slot.shift for slot in spec.slots):
-        config |= _BIASES
+        config |= dict.fromkeys(_BIASES & config.keys(), True)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
     try:
         places: dict[str, str] = {}
-        for shard, tensors in _folded(_Stored(backbone), spec, values, config):
+        for shard, tensors in _folded(_Stored(backbone), spec, values, shape, _keys(config, shape)):
             save_file(tensors, draft / shard, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, shard)
         if len(set(places.values())) > 1:
@@ -81,43 +78,71 @@ class _Stored:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class _Projections:
+    """A module of a model file as the projections in it: rows of a weight [out, in], which may lie transposed."""
+
+    def __init__(self, stored: _Stored, shape: ModelShape) -> None:
+        self._stored, self._shape, self._table = stored, shape, architecture(shape.arch)
+
+    def module(self, site: Site) -> str:
+        return f"{self._table.backbone}.{module_path(site, self._shape.arch)}"
+
+    def weight(self, site: Site) -> Tensor:
+        key = f"{self.module(site)}.weight"
+        if key not in self._stored.files:
+            raise FormatError(f"{key}: is not in the backbone's files")
+        return self._straight(self._stored.wide(key))[self._rows(site)]
+
+    def bias(self, site: Site) -> Tensor | None:
+        key = f"{self.module(site)}.bias"
+        return self._stored.wide(key)[self._rows(site)] if key in self._stored.files else None
+
+    def put(self, tensor: Tensor, site: Site, value: Tensor) -> None:
+        """Replace the site's rows of a module's weight or bias, rounding to its type."""
+        self._straight(tensor)[self._rows(site)] = value.to(tensor.dtype)
+
+    def _straight(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self._table.transposed and tensor.ndim == 2 else tensor
+
+    def _rows(self, site: Site) -> Tensor:
+        beside = self._table.beside(site.name)
+        widths = [self._shape.dims(name)[1] for name in beside]
+        rows, index = torch.arange(sum(widths)), beside.index(site.name)
+        if self._table.interleaved and len(beside) > 1:
+            return rows.view(self._shape.heads, len(beside), -1)[:, index].flatten()
+        return rows.split_with_sizes(widths)[index]
+
+
 def _folded(
-    stored: _Stored, spec: GraftSpec, values: Mapping[str, Tensor], config: Mapping[str, object]
+    stored: _Stored, spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape, asked: set[str]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """File by file, its name and the tensors that it is to hold."""
-    shape = ModelShape.from_config(config)
-    table = architecture(shape.arch)
-
-    def module(site: Site) -> str:
-        return f"{table.backbone}.{module_path(site, shape.arch)}"
-
-    def bias(site: Site) -> Tensor | None:
-        return stored.wide(f"{module(site)}.bias") if f"{module(site)}.bias" in stored.files else None
-
-    fold = Fold(spec, shape, values, lambda site: stored.wide(f"{module(site)}.weight"), bias)
-    sites = {module(site): site for site in fold.sites}
-    asked = _keys(config)
+    """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
+    held = _Projections(stored, shape)
+    fold = Fold(spec, shape, values, held.weight, held.bias)
     for shard in stored.shards:
         tensors = load_file(shard)
-        for name, weight in list(tensors.items()):
+        for name, tensor in list(tensors.items()):
             new = f"{name.removesuffix('weight')}bias"
             if new in asked and new not in stored.files:
-                tensors[new] = weight.new_zeros(len(weight))
-        for name in sites.keys() & {key.rpartition(".")[0] for key in tensors}:
-            merged = fold.at(sites[name])
-            if merged.bias is not None and f"{name}.bias" not in asked:
-                raise FormatError(f"{name}.bias: {shape.arch} has no such bias, so this graft cannot be merged into it")
-            for key, value in ((f"{name}.weight", merged.weight), (f"{name}.bias", merged.bias)):
-                if key in tensors and value is not None:
-                    tensors[key] = value.to(tensors[key].dtype)
+                tensors[new] = tensor.new_zeros(len(tensor))
+        for site in fold.sites:
+            weight, bias = (f"{held.module(site)}.{part}" for part in ("weight", "bias"))
+            if weight in tensors or bias in tensors:
+                merged = fold.at(site)
+                if merged.bias is not None and bias not in asked:
+                    raise FormatError(f"{bias}: {shape.arch} has no such bias, so this graft cannot be merged into it")
+                for key, value in ((weight, merged.weight), (bias, merged.bias)):
+                    if key in tensors and value is not None:
+                        held.put(tensors[key], site, value)
         yield shard.name, tensors
 
 
-def _keys(config: Mapping[str, object]) -> set[str]:
+def _keys(config: Mapping[str, object], shape: ModelShape) -> set[str]:
     """Names of all tensors of a model of this config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     asked: dict[str, Any] = dict(config)
+    kind = AutoModelForCausalLM if shape.causal else AutoModelForMaskedLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**asked))  # type: ignore[no-untyped-call]
+        model = kind.from_config(AutoConfig.for_model(**asked))  # type: ignore[no-untyped-call]
     return set(model.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import sites_of
+from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.test_merge import EVERY, unmerged
@@ -132,3 +134,50 @@ def test_nothing_is_left_of_an_export_that_fails(fp32: Backbone, tmp_path: Path)
         merged.export(tmp_path / "old", lora, random_tensors(lora, fp32.shape, 0), backbone=fp32.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert json.loads((fp32.folder / "config.json").read_text())["attention_bias"] is False
+
+
+# What every projection of an architecture can take, and what not all of them can.
+BIASED, BARE = "lora(r=2) + bitfit", "lora(r=2) + ia3(at=attn.*, feedforward=ffn.down)"
+NORMED = " + bitfit(at=norm.1) + ia3(at=ffn.out, feedforward=)"
+ARCHITECTURES = {
+    "llama": BIASED + NORMED,
+    "mistral": BARE,
+    "qwen2": BARE + " + bitfit(at=attn.[qkv])",
+    "qwen3": BARE + " + bitfit(at=attn.*)",
+    "gemma": BARE + " + ia3(at=norm.1|norm.2|ffn.out, feedforward=)",
+    "phi": BIASED + NORMED,
+    "gpt2": BIASED + NORMED,
+    "gpt_neox": BIASED + NORMED,
+    "opt": BIASED + NORMED,
+    "bert": BIASED + " + ia3(at=attn.out, feedforward=)",
+    "roberta": BIASED,
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_is_merged_into_its_own_files(
+    arch: str, tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    backbone, spec = Backbone.load(tiny_folders[arch], torch.float32), parse(ARCHITECTURES[arch])
+    values = {name: value.float() for name, value in random_tensors(spec, backbone.shape, seed=10).items()}
+    merged.export(tmp_path / "merged", spec, values, backbone=backbone.folder)
+    found = Backbone.load(tmp_path / "merged", torch.float32)
+    nothing = parse("lora(r=1)")
+    zeros = {t.name: torch.zeros(t.shape) for t in tensors(nothing, found.shape)}
+    expected = unmerged(spec, values, backbone, IDS)
+    assert relative(unmerged(nothing, zeros, found, IDS), expected) < 1e-5
+    assert relative(unmerged(nothing, zeros, backbone, IDS), expected) > 1e-2
+
+
+def test_a_bias_without_a_place_and_a_norm_before_a_residual_sum_are_refused(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    for arch, text, error in (
+        ("mistral", "bitfit", "mistral has no such bias"),
+        ("bert", "bitfit(at=norm.1)", "is read by more than projections"),
+    ):
+        backbone, spec = Backbone.load(tiny_folders[arch], torch.float32), parse(text)
+        with pytest.raises((FormatError, SpecError), match=error):
+            values = random_tensors(spec, backbone.shape, seed=0)
+            merged.export(tmp_path / arch, spec, values, backbone=backbone.folder)
+    assert not list(tmp_path.iterdir())
