@@ -14,7 +14,7 @@ from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import operands, tensors
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.spec import Affine, SpecError
 from tests.grafts.oracle.row import random_tensors
 
 SAMPLES = ((5, 6, 7, 8), (9, 10, 11))
@@ -57,6 +57,11 @@ def test_what_cannot_be_is_refused_with_its_field(text: str, words: str, fp32: B
     with pytest.raises(SpecError, match=words):
         spec = parse(text)
         tensors(spec, fp32.shape), operands(spec, fp32.shape)
+
+
+def test_a_scale_of_rows_has_no_shift() -> None:
+    with pytest.raises(SpecError, match="give side out"):
+        Affine(at="linear", scale=True, shift=True, side="rows")
 
 
 @pytest.mark.parametrize("index", [-1.0, 64.0, 0.5])
