@@ -19,6 +19,7 @@ from torch import Tensor
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.grammar import from_peft_config
+from polygraft.grafts.runtime.adopt import share
 from polygraft.grafts.sites import ModelShape, module_path, resolve, sublayers
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
@@ -60,7 +61,8 @@ def export(
 
 
 def load(folder: Path, shape: ModelShape) -> tuple[GraftSpec, dict[str, Tensor]]:
-    """The graft of a PEFT folder, float32, by our names.
+    """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes a branch of
+    the same W + dW for each of its projections: the same A, and their rows of B.
 
     Raises FormatError for pickled weights, a file that is a link out of the folder, a config that asks for more than
     LoRA, rsLoRA or DoRA on projections, a key that is missing or unknown, a wrong shape, a value that is not finite.
@@ -68,19 +70,32 @@ def load(folder: Path, shape: ModelShape) -> tuple[GraftSpec, dict[str, Tensor]]
     config = _described(folder)
     try:
         spec = from_peft_config(config)
-        expected = {_key(tensor, shape): tensor for tensor in tensors(spec, shape)}
+        expected = {tensor: _key(tensor, shape) for tensor in tensors(spec, shape)}
         stored = load_file(_file(folder, WEIGHTS))
     except (SpecError, SafetensorError, OSError) as error:
         raise FormatError(f"{folder.name}: {error}") from None
-    if expected.keys() != stored.keys():
-        odd = sorted(expected.keys() ^ stored.keys())
+    if set(expected.values()) != stored.keys():
+        odd = sorted(set(expected.values()) ^ stored.keys())
         raise FormatError(f"{folder.name}/{WEIGHTS}: {odd[:3]} are missing or unknown ({len(odd)} in all)")
     values = {
-        tensor.name: (stored[key].T if tensor.part == "B" else stored[key]).to(torch.float32).contiguous()
-        for key, tensor in expected.items()
+        tensor.name: _own(stored[key], tensor, shape).to(torch.float32).contiguous().clone()
+        for tensor, key in expected.items()
     }
     check(spec, values, shape)
     return spec, values
+
+
+def _own(stored: Tensor, tensor: TensorSpec, shape: ModelShape) -> Tensor:
+    """Our tensor in PEFT's one of its module."""
+    assert tensor.site is not None
+    if tensor.part == "A":
+        return stored
+    beside = architecture(shape.arch).beside(tensor.site.name)
+    width = sum(shape.dims(name)[1] for name in beside)
+    if len(beside) > 1 and len(stored) != width:
+        raise FormatError(f"{tensor.name}: the module's {len(stored)} rows are not {width}")
+    rows = stored if len(beside) == 1 else share(stored, tensor.site.name, shape)
+    return rows.T if tensor.part == "B" else rows
 
 
 def _parts(spec: GraftSpec) -> tuple[Branch, Norm | None] | None:

@@ -91,17 +91,7 @@ class Adoption:
         weight, bias = self._weight(site), module.bias
         weight = weight.T if self.table.transposed else weight
         assert bias is None or isinstance(bias, Tensor)
-        beside = self.table.beside(site.name)
-        if len(beside) == 1:
-            return weight, bias
-        index = beside.index(site.name)
-        return self._share(weight, beside, index), None if bias is None else self._share(bias, beside, index)
-
-    def _share(self, fused: Tensor, beside: tuple[str, ...], index: int) -> Tensor:
-        """The rows of projection `index` among those `beside` it."""
-        if self.table.interleaved:
-            return torch.unflatten(fused, 0, (self.shape.heads, len(beside), -1))[:, index].flatten(0, 1)
-        return fused.split_with_sizes([self.shape.dims(name)[1] for name in beside])[index]
+        return share(weight, site.name, self.shape), None if bias is None else share(bias, site.name, self.shape)
 
     def _weight(self, site: Site) -> Tensor:
         return self.base.get_submodule(self._path(site)).get_parameter("weight")
@@ -125,6 +115,16 @@ class Adoption:
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, child = path.rpartition(".")
         setattr(self.base.get_submodule(parent), child, module)
+
+
+def share(fused: Tensor, name: str, shape: ModelShape) -> Tensor:
+    """The rows of the linear site `name` in a tensor over the outputs of its module, which others may share."""
+    table = architecture(shape.arch)
+    beside = table.beside(name)
+    index = beside.index(name)
+    if len(beside) > 1 and table.interleaved:
+        return torch.unflatten(fused, 0, (shape.heads, len(beside), -1))[:, index].flatten(0, 1)
+    return fused.split_with_sizes([shape.dims(site)[1] for site in beside])[index]
 
 
 class HeadTransform(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded, peft_oracle
@@ -94,6 +94,26 @@ def test_peft_loads_what_we_save_for_whole_modules(folder: Path, tmp_path: Path)
     found, tensors = peft.load(tmp_path, backbone.shape)
     assert [site for _, site in sites_of(found, backbone.shape)] == [site for _, site in sites_of(spec, backbone.shape)]
     assert all(tensors[name].equal(value.float()) for name, value in values.items())
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(("arch", "target"), [("gpt2", "c_attn"), ("gpt_neox", "query_key_value")])
+def test_pefts_lora_on_a_fused_module_is_read_as_its_parts(
+    arch: str, target: str, dora: bool, tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = tiny_folders[arch]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=[target], use_dora=dora, fan_in_fan_out=arch == "gpt2")
+    model = get_peft_model(plain_model(folder, torch.float32), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+            if "magnitude" in name:
+                parameter *= 1 + 0.1 * torch.rand_like(parameter)
+        model.save_pretrained(str(tmp_path))
+        expected = torch.cat([model(input_ids=ids[None]).logits[0] for ids in IDS])
+    backbone = Backbone.load(folder, torch.float32)
+    assert relative(logits(backbone, *peft.load(tmp_path, backbone.shape)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox"])
