@@ -26,6 +26,7 @@ MIXED = {
     "mezo union": "prefix(4) + bitfit(at=attn.*) + ia3(at=ffn.up, feedforward=attn.q) + mezo(0.05)",
     "mezo dropped": "lora(r=4, at=attn.[qv], dropout=0.3) + mezo",
     "mezo generated": "vera(r=8) + mezo(eps=0.001)",
+    "mezo prompt": "prompt(3) + mezo(0.1)",
     "bitfit": "bitfit",
     "mezo gated": "molora(r=2, experts=2, at=attn.q) + dora(r=2, at=attn.v) + mezo",
 }
