@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types verify nightly bench clean
+.PHONY: help setup demo test methods lint types verify nightly bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ types: setup  ## check types, strictly
 	$(BIN)/mypy
 
 verify: lint types test  ## all that CI enforces
+
+methods: setup  ## measure every method against its oracle and write docs/methods.md
+	$(BIN)/python -m tests.grafts.page
 
 nightly: setup  ## every test, the long ones too, then the demo with each job retrained alone
 	$(BIN)/pytest -m 'nightly or not nightly'

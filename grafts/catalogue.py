@@ -1,0 +1,138 @@
+"""What can be said of a method without training it: derived from its slots and hooks, never declared twice.
+Torch-free."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass, fields
+
+from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.registry import find
+from polygraft.grafts.sites import ModelShape, sites_of
+from polygraft.grafts.sizes import parameters
+from polygraft.grafts.spec import KV, Branch, Call, GraftSpec, Slot
+
+# The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
+LLAMA_7B = ModelShape.from_config(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+    }
+)
+
+# What an op's slots make of a graft, in the words of surveys; a graft of several kinds is a hybrid.
+_KINDS = {
+    "affine": "scale and shift",
+    "norm": "low rank",
+    "kv": "prefix",
+    "tokens": "soft prompt",
+    "sparse": "selective",
+    "rotate": "rotation",
+    "delta": "generated",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
+
+    `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
+    before it alone. `chunkable`: a prompt may be computed in pieces.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    paper: str
+    summary: str
+    family: str
+    slots: tuple[str, ...]
+    hooks: tuple[str, ...]
+    parameters: int
+    mergeable: bool
+    prefix_cacheable: bool
+    chunkable: bool
+
+
+def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
+    """The catalogue's line for a method."""
+    spec = default(method)
+    return Entry(
+        name=method.name,
+        aliases=method.aliases,
+        paper=method.paper,
+        summary=_summary(method),
+        family=_family(spec),
+        slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
+        hooks=tuple(call.name for call in spec.hooks),
+        parameters=parameters(spec, shape),
+        mergeable=spec.mergeable,
+        prefix_cacheable=True,
+        chunkable=True,
+    )
+
+
+def default(method: Method) -> GraftSpec:
+    """The method with its default arguments; one that only says how others are trained stands beside LoRA."""
+    slots, hooks = method.build({})
+    return GraftSpec(method.name, slots or find("lora").build({})[0], hooks)
+
+
+def fingerprint(method: Method) -> tuple[object, ...]:
+    """What makes a method another one than its neighbours: for every slot the op and its fields but for sizes, its
+    form, start and what is frozen; and the hooks. Sizes, factors and aliases do not count."""
+    spec = default(method)
+    places = sites_of(spec, LLAMA_7B)
+    sites = {i: frozenset(site.name for index, site in places if index == i) for i in range(len(spec.slots))}
+    return (
+        tuple(_slot_print(slot, sites[i]) for i, slot in enumerate(spec.slots)),
+        tuple(call.name for call in spec.hooks),
+    )
+
+
+def _slot_print(slot: Slot, sites: frozenset[str]) -> tuple[object, ...]:
+    said = {field.name: getattr(slot, field.name) for field in fields(slot) if field.name != "at"}
+    where = sites if slot.op == "affine" else frozenset()  # an affine is all in where it stands
+    return (*((key, _words(value)) for key, value in said.items()), where)
+
+
+def _words(value: object) -> object:
+    """A field's value if it is a choice; of a declaration its name and those of its arguments that are."""
+    if isinstance(value, Call):
+        return (value.name, *(_words(argument) for _, argument in value.arguments))
+    return value if isinstance(value, str | bool) else None
+
+
+def _slot(slot: Slot) -> str:
+    said = [slot.op]
+    if isinstance(slot, Branch):
+        said += [slot.tap] * (slot.tap != "input") + [slot.act] * (slot.act != "identity")
+        said += [slot.gate] * (slot.gate != "none")
+    if isinstance(slot, KV) and slot.aside:
+        said.append("aside")
+    said += [f"form {slot.form.name}"] if slot.form else []
+    said += [f"start {slot.start.name}"] if slot.start else []
+    said += ["frozen"] if slot.frozen else []
+    return " ".join(said)
+
+
+def _family(spec: GraftSpec) -> str:
+    if any(isinstance(slot, Branch) and slot.gate == "softmax" for slot in spec.slots):
+        return "mixture"
+    kinds = {
+        ("low rank" if slot.act == "identity" else "adapter") if isinstance(slot, Branch) else _KINDS[slot.op]
+        for slot in spec.slots
+    }
+    rest = kinds - {"scale and shift"} or kinds  # biases and scales beside another op are a part of it
+    return next(iter(rest)) if len(rest) == 1 else "hybrid"
+
+
+def _summary(method: Method) -> str:
+    """The first paragraph of the builder's docstring if it names a source or a formula, else of its file's."""
+    texts = [inspect.getdoc(method.slots) or "", inspect.getdoc(sys.modules[method.slots.__module__]) or ""]
+    sourced = [text for text in texts if any(mark in text for mark in ("arXiv", "=", "et al."))]
+    return " ".join((sourced or texts)[0].split("\n\n")[0].split())
