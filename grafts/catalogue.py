@@ -108,7 +108,7 @@ def _words(value: object) -> object:
 
 
 def _slot(slot: Slot) -> str:
-    said = [slot.op]
+    said: list[str] = [slot.op]
     if isinstance(slot, Branch):
         said += [slot.tap] * (slot.tap != "input") + [slot.act] * (slot.act != "identity")
         said += [slot.gate] * (slot.gate != "none")

@@ -28,8 +28,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 ELSEWHERE: Mapping[str, str] = {"mezo": "tests/trainers/test_mezo.py"}
 # Published after the survey, or not in its tables.
 NEWER = frozenset(
-    "bat beft boft c3a corda delora direft eva fourierft gralora hira hra hydralora loha lokr "
-    "lora-ga lora-xs mica milora miss noreft oft olora orthogonal peanut pissa randlora road rslora shira "
+    "bat bdlora beft boft c3a corda deft delora direft eva fourierft glora gralora hira hra hydralora loha lokr "
+    "lora-ga lora-xs mica milora miss noreft oft olora orthogonal para peanut pissa psoft randlora road rslora shira "
     "supertuning tinylora unilora vblora waveft".split()
 )
 
@@ -72,12 +72,12 @@ def page(measured: Mapping[str, Measured]) -> str:
     lines = [
         "# Methods",
         "",
-        f"{len(entries)} methods in {len(prints)} distinct fingerprints (op, tap, activation, form, start, frozen part,",
+        f"{len(entries)} methods in {len(prints)} distinct fingerprints (op, tap, activation, form, start, frozen,",
         "hooks; sizes and aliases do not count), written by `make methods` from the registry.",
         "",
         "Parameters are the trainable ones of the defaults on Llama 7B. *Merges* says whether the graft folds into W.",
-        "*Error* is the largest relative L2 distance of logits and gradients from the oracle in float64, on a tiny random",
-        "Llama: PEFT 0.21 where it has the method, else the paper's equation as hooks on transformers' own model.",
+        "*Error* is the largest relative L2 distance of logits and gradients from the oracle in float64, on a tiny",
+        "random Llama: PEFT 0.21 where it has the method, else the paper's equation as hooks on transformers' model.",
         "",
         "| method | family | what it does | slots | hooks | parameters | merges | oracle | error |",
         "|---|---|---|---|---|---:|---|---|---:|",

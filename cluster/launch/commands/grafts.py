@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +13,10 @@ from rich.markup import escape
 from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.cluster.launch.commands.common import Json, flags
 from polygraft.cluster.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
+from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import methods as table
+from polygraft.grafts.sites import ModelShape
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
 
@@ -71,20 +75,35 @@ def export_graft(
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method; all when not given.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option(help="A backbone's config.json to count parameters on.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods a graft can be made of, with their arguments and defaults."""
+    """List the methods a graft can be made of, with their arguments and what follows from their slots.
+
+    Parameters are those of the defaults on Llama 7B, or on the backbone of --config.
+    """
     known = [method for method in table().values() if name in (None, method.name, *method.aliases)]
     if not known:
         raise typer.BadParameter(f"{name!r}; choices: {', '.join(table())}")
+    try:
+        shape = LLAMA_7B if config is None else ModelShape.from_config(json.loads(config.read_text()))
+    except (OSError, ValueError) as error:
+        raise Failure(f"--config {config}: {error}", Status.USAGE) from None
     if as_json:
-        print_json([_json(method) for method in known])
+        print_json([_json(method, entry(method, shape)) for method in known])
         return
     print_table(
-        ("method", "also", "#learning rate", "paper"),
+        ("method", "family", "#parameters", "merges", "#learning rate", "paper"),
         (
-            (escape(_usage(method)), ", ".join(method.aliases), f"{method.learning_rate:g}", escape(method.paper))
-            for method in known
+            (
+                escape(_usage(method)),
+                line.family,
+                f"{line.parameters:,}",
+                "yes" if line.mergeable else "",
+                f"{method.learning_rate:g}",
+                escape(method.paper),
+            )
+            for method, line in ((method, entry(method, shape)) for method in known)
         ),
         empty="",
     )
@@ -99,7 +118,7 @@ def _usage(method: Method) -> str:
     return f"{method.name}({', '.join(arguments)})" if method.arguments else method.name
 
 
-def _json(method: Method) -> dict[str, JsonOut]:
+def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
     arguments = {
         name: {
             "type": getattr(argument.annotation, "__name__", str(argument.annotation)),
@@ -108,9 +127,7 @@ def _json(method: Method) -> dict[str, JsonOut]:
         for name, argument in method.arguments.items()
     }
     return {
-        "name": method.name,
-        "aliases": list(method.aliases),
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
         "arguments": arguments,
         "learning_rate": method.learning_rate,
-        "paper": method.paper,
     }

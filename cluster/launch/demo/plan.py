@@ -81,7 +81,7 @@ JOBS = (
         learning_rate=5e-3,
         batch_size=4,
         max_length=64,
-        n_epochs=1,
+        n_epochs=2,
         schedule="constant",
     ),
     DemoJob(
