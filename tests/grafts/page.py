@@ -25,7 +25,10 @@ from tests.tiny import tiny_llama
 
 DOCS = Path(__file__).parents[2] / "docs"
 # What no row shows, since it is not trained alone: `oracle` names the test that does.
-ELSEWHERE: Mapping[str, str] = {"mezo": "tests/trainers/test_mezo.py"}
+ELSEWHERE: Mapping[str, str] = {
+    "loftq": "tests/grafts/runtime/test_nf4.py",
+    "mezo": "tests/trainers/test_mezo.py",
+}
 # Published after the survey, or not in its tables.
 NEWER = frozenset(
     "bat bdlora beft boft c3a corda deft delora direft eva fourierft glora gralora hira hra hydralora loha lokr "
