@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Resident
@@ -72,22 +73,26 @@ class PagedSequence:
         return 0 if self.prefix_layers is None or layer in self.prefix_layers else self.prefix
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Group:
-    """Sequences of one row count and one context bucket: batch rows [b, n], blocks [b, nb], hidden keys [b, n, nb *
-    block]."""
+    """Sequences of one row count n and one context bucket of L positions: their batch rows [b * n], blocks [b, L /
+    block], hidden keys [b, n, L]."""
 
     rows: Tensor
     blocks: Tensor
     hidden: Tensor
     sequences: tuple[PagedSequence, ...]
+    _biases: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    def hidden_in(self, layer: int) -> Tensor:
-        """Hidden keys of a layer: the future, and a prefix that the layer does not have."""
-        unseen = [sequence.unseen(layer) for sequence in self.sequences]
-        if not any(unseen):
-            return self.hidden
-        return self.hidden | (torch.arange(self.hidden.shape[2]) < torch.tensor(unseen)[:, None, None])
+    def bias(self, layer: int, heads: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of `heads` heads in a layer, [b, 1, heads * n, L]: -inf for the future and for a
+        prefix that the layer does not have."""
+        unseen = tuple(sequence.unseen(layer) for sequence in self.sequences)
+        if unseen not in self._biases:
+            hidden = self.hidden | (torch.arange(self.hidden.shape[2]) < torch.tensor(unseen)[:, None, None])
+            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self._biases[unseen] = bias.repeat(1, heads, 1).unsqueeze(1)
+        return self._biases[unseen]
 
 
 class PagedAttention:
@@ -105,7 +110,7 @@ class PagedAttention:
 
     def _group(self, width: int, sequences: Sequence[PagedSequence]) -> _Group:
         tables = [[*s.table[:width], *[0] * (width - len(s.table))] for s in sequences]
-        rows = torch.stack([torch.arange(s.start, s.start + s.rows) for s in sequences])
+        rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
         last = torch.stack([torch.arange(s.before, s.before + s.rows) for s in sequences])
         hidden = torch.arange(width * self.cache.block_size) > last.unsqueeze(-1)
         return _Group(rows, torch.tensor(tables), hidden, tuple(sequences))
@@ -113,7 +118,8 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
         """As `Attention`; rows of no sequence are 0."""
         data = self.cache.data[layer]
-        data.flatten(0, 1)[self._slots] = torch.stack([k[self._rows], v[self._rows]], dim=1)
+        new = torch.stack([x.index_select(0, self._rows) for x in (k, v)], dim=1)
+        data.flatten(0, 1).index_copy_(0, self._slots, new)
         if q.is_cuda:
             from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
@@ -122,19 +128,19 @@ class PagedAttention:
             return gpu.attend_paged(q, data, continued, heads, kv_heads, scaling)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups:
-            out[group.rows.flatten()] = self._attend(q, data, group, group.hidden_in(layer), scaling)
+            out.index_copy_(0, group.rows, self._attend(layer, q.index_select(0, group.rows), data, group, scaling))
         return out
 
-    def _attend(self, q: Tensor, data: Tensor, group: _Group, hidden: Tensor, scaling: float) -> Tensor:
-        heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
-        b, n = group.rows.shape
-        context = torch.unflatten(data[group.blocks].flatten(1, 2), -1, (kv_heads, -1))  # [b, L, 2, kv_heads, head_dim]
-        keys, values = context[:, :, 0].permute(0, 2, 3, 1), context[:, :, 1].transpose(1, 2)
-        queries = q[group.rows].view(b, n, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        scores = torch.matmul(queries * scaling, keys).to(torch.promote_types(q.dtype, torch.float32))
-        torch.unflatten(scores, 2, (-1, n)).masked_fill_(hidden[:, None, None], float("-inf"))
-        mixed = torch.matmul(scores.softmax(-1).to(q.dtype), values)
-        return torch.unflatten(mixed, 2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
+    def _attend(self, layer: int, q: Tensor, data: Tensor, group: _Group, scaling: float) -> Tensor:
+        """Attention of a group's rows [b * n, width]; the query heads of a key head are more rows to it."""
+        kv_heads, shared = self.cache.shape.kv_heads, self.cache.shape.heads // self.cache.shape.kv_heads
+        b, n, length = group.hidden.shape
+        context = data.flatten(1).index_select(0, group.blocks.flatten()).view(b, length, 2, kv_heads, -1)
+        keys, values = context[:, :, 0].transpose(1, 2), context[:, :, 1].transpose(1, 2)
+        queries = q.view(b, n, kv_heads, shared, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        bias = group.bias(layer, shared, q.dtype)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling)
+        return torch.unflatten(mixed, 2, (shared, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
 
 
 def _slots(table: Sequence[int], first: int, count: int, block_size: int) -> Tensor:
