@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache, partial
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -13,10 +15,12 @@ from record import Check, Gate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polygraft.grafts.runtime.beside import Beside, Plan
 from polygraft.grafts.runtime.linear import FrozenLinear
-from polygraft.grafts.runtime.projection import Beside, project
+from polygraft.grafts.runtime.projection import project
+from polygraft.grafts.runtime.route import Span, work_list
+from polygraft.grafts.runtime.stacks import Entry
 from polygraft.kernels.branch import cost
-from polygraft.kernels.common.segments import Segment, Segments
 
 HIDDEN, KEYS, INNER = 576, 192, 1536  # SmolLM2-135M
 GROUPS = ((HIDDEN, (HIDDEN, KEYS, KEYS)), (HIDDEN, (HIDDEN,)), (HIDDEN, (INNER, INNER)), (INNER, (HIDDEN,)))  # by input
@@ -66,16 +70,15 @@ class Layer:
         return lambda i: linears[i].product(self.x[i]).split_with_sizes(linears[i].widths, dim=1)
 
     def _ours(self) -> Callable[[], list[Tensor]]:
-        starts = [0, *self.ends]
-        segments = Segments(
-            tuple(Segment(starts[j], starts[j + 1], j * RANK, (j + 1) * RANK, SCALE) for j in range(GRAFTS))
-        )
         linears = [FrozenLinear(W, [None] * len(W)) for W in self.W]
-        beside = [
-            [Beside(m, A, B, segments, "identity") for m, (A, B) in enumerate(zip(As, Bs))]
+        entries = tuple(Entry(j, j * RANK, (j + 1) * RANK, SCALE) for j in range(GRAFTS))
+        plans = [
+            Plan(tuple(Beside(m, A, B, entries, "identity") for m, (A, B) in enumerate(zip(As, Bs))))
             for As, Bs in zip(self.A, self.B)
         ]
-        return lambda: [y for x, w, b in zip(self.x, linears, beside) for y in project(x, w, b)]
+        spans = [Span(start, stop, j) for j, (start, stop) in enumerate(pairwise((0, *self.ends)))]
+        segments = cache(partial(work_list, spans))
+        return lambda: [y for x, w, plan in zip(self.x, linears, plans) for y in project(x, w, plan, segments)]
 
     def _beside(
         self, base: Callable[[int], Sequence[Tensor]], add: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -135,7 +135,7 @@ class HeadTransform(nn.Module):
         self.dense, self.act, self.norm = dense, act, norm
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        (y,) = project(x_TD, self.dense, ())
+        (y,) = project(x_TD, self.dense)
         return self.norm(self.act(y if self.dense.bias is None else y + self.dense.bias))
 
 

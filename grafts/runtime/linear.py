@@ -52,13 +52,13 @@ class FrozenLinear:
             else None
         )
         onednn = self.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu"
-        self._packs, self._block = prepack and onednn, block if onednn else None
-        self._weight = _pack(weight) if self._packs else weight
+        self._block = block if onednn else None
+        self._weight = pack(weight) if prepack else weight
         self._transpose: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The plain W [out, in], read back from its packed layout."""
-        return self._weight.to_dense() if self._packs else self._weight
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
 
     def product(self, x_TI: Tensor) -> Tensor:
         """x W^T without the bias, [T, out]."""
@@ -66,7 +66,7 @@ class FrozenLinear:
 
     def product_alone(self, x_TI: Tensor) -> Tensor:
         """The same as one product, for rows that are one graft's and whose count is never another."""
-        return _matmul(x_TI, self._weight) if self._packs else F.linear(x_TI, self._weight)
+        return multiply(x_TI, self._weight)
 
     def output(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias, [T, out]."""
@@ -75,12 +75,12 @@ class FrozenLinear:
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         """dy W, [T, in]."""
-        if self._packs and self._transpose is None:
-            self._transpose = _pack(self.weight().T.contiguous())
+        if self._weight.is_mkldnn and self._transpose is None:
+            self._transpose = pack(self.weight().T.contiguous())
         return self._blockwise(dy_TO, self._transposed, self.in_features)
 
     def _transposed(self, dy_TO: Tensor) -> Tensor:
-        return dy_TO @ self._weight if self._transpose is None else _matmul(dy_TO, self._transpose)
+        return dy_TO @ self._weight if self._transpose is None else multiply(dy_TO, self._transpose)
 
     def _blockwise(self, rows: Tensor, multiply: Callable[[Tensor], Tensor], width: int) -> Tensor:
         if self._block is None or len(rows) == self._block:
@@ -95,9 +95,22 @@ class FrozenLinear:
         return (None,) * len(self.widths) if self.bias is None else self.bias.split_with_sizes(self.widths)
 
 
-def _pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
+    """W [out, in] as `multiply` is fastest with for a few rows: in oneDNN's layout, where that computes its dtype."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float32):
+        return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)  # type: ignore[no-any-return]
 
 
-def _matmul(x: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")  # type: ignore[no-any-return]
+def multiply(x_TI: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, [T, out], for a weight packed or plain."""
+    if not weight.is_mkldnn:
+        return F.linear(x_TI, weight)
+    return torch.ops.mkldnn._linear_pointwise(x_TI.contiguous(), weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def add_multiplied(y_TO: Tensor, x_TI: Tensor, weight: Tensor) -> Tensor:
+    """y + x W^T, rounded once."""
+    if not weight.is_mkldnn:
+        return torch.addmm(y_TO, x_TI, weight.T)
+    return torch.ops.mkldnn._linear_pointwise.binary(x_TI, y_TO, weight, None, "add")  # type: ignore[no-any-return]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from polygraft.grafts.runtime.beside import Plan, activation, changes
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.norms import FrozenNorm
-from polygraft.grafts.runtime.projection import Beside, project
+from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.recompute import recomputed
 from polygraft.grafts.runtime.route import RouteTable, current
 from polygraft.grafts.runtime.stacks import Entries, Kind, Stack
@@ -41,22 +42,22 @@ class SiteLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         route = current()
-        stacks = route.stacks.get(self.site)
+        stacks, plan = route.stacks.get(self.site), self._plan(route)
         flat = x.view(-1, x.shape[-1])
-        changes = [stack for kind, stack in stacks.items() if _changes(kind, "in")]
+        changing = [stack for kind, stack in stacks.items() if changes(kind, "in")]
         if len(self.group) == 1:
-            for stack in changes:
+            for stack in changing:
                 flat = _changed(flat, stack, route)
-            y = project(flat, self.linear, self._beside(route))[0]
+            y = project(flat, self.linear, plan, route.segments)[0]
         else:
             # Before the changes, so that a backward sums the gradient of x in one order with them and without.
-            y = self._shared(x, flat, route)
-            for stack in changes:
+            y = self._shared(x, flat, plan, route)
+            for stack in changing:
                 flat = _changed(flat, stack, route)
-            if changes:
-                own = project(flat, self.linear, ())[self.member]
-                y = torch.where(_rows(changes, flat, route), own, y)
-        y = _branches(flat, y, stacks, self.site, route, tap="input", among=_apart(stacks, route, len(self.group) > 1))
+            if changing:
+                own = project(flat, self.linear)[self.member]
+                y = torch.where(_rows(changing, flat, route), own, y)
+        y = _branches(flat, y, stacks, self.site, route, tap="input", among=plan.apart[self.member])
         for kind, stack in stacks.items():
             if kind.op == "sparse":
                 y = sparse(flat, y, stack.parts["w"], stack.parts["i"], route.segments(stack.entries))
@@ -67,52 +68,27 @@ class SiteLinear(nn.Module):
             if kind.op == "norm":
                 y = affine(y, stack.parts["m"] / stack.parts["norm"], None, route.segments(stack.entries))
         for kind, stack in stacks.items():
-            if _changes(kind, "rows"):
+            if changes(kind, "rows"):
                 y = _changed(y, stack, route)
         if self.bias is not None:
             y = y + self.bias
         y = _changed_out(y, stacks, route)
         return y.view(*x.shape[:-1], -1)
 
-    def _shared(self, x: Tensor, flat: Tensor, route: RouteTable) -> Tensor:
+    def _shared(self, x: Tensor, flat: Tensor, plan: Plan, route: RouteTable) -> Tensor:
         """This projection's product, computed together with the others that take the same input."""
         found = route.kept(id(self.linear), x, self.member)
         if found is None:
-            products = list(project(flat, self.linear, self._beside(route)))
+            products = list(project(flat, self.linear, plan, route.segments))
             route.keep(id(self.linear), x, products)
             found = products[self.member]
         return found
 
-    def _beside(self, route: RouteTable) -> list[Beside]:
-        """The branches of all members that read the group's input as it is."""
-        found = []
-        for member, site in enumerate(self.group):
-            stacks = route.stacks.get(site)
-            apart = _apart(stacks, route, len(self.group) > 1)
-            for kind, stack in stacks.items():
-                if kind.op == "branch" and kind.variant.startswith("input"):
-                    entries = tuple(entry for entry in stack.entries if entry not in apart)
-                    act = _act(kind)
-                    found.append(Beside(member, stack.parts["A"], stack.parts["B"], route.segments(entries), act))
-        return found
-
-
-def _apart(stacks: Mapping[Kind, Stack], route: RouteTable, shared: bool) -> Entries:
-    """Branches that are not computed together with the projections: those with a hidden bias, and those that do not
-    read the projection's input as it is, by dropout or by their graft's change of an input that others share."""
-    changed = {
-        entry.graft
-        for kind, stack in stacks.items()
-        if shared and _changes(kind, "in")
-        for entry in stack.entries
-    }
-    return tuple(
-        entry
-        for kind, stack in stacks.items()
-        if kind.op == "branch" and kind.variant.startswith("input")
-        for entry in stack.entries
-        if "a" in stack.parts or entry.graft in changed or (entry.dropout and route.dropout_keys is not None)
-    )
+    def _plan(self, route: RouteTable) -> Plan:
+        key = id(self.linear), route.dropout_keys is not None
+        if key not in route.stacks.plans:
+            route.stacks.plans[key] = Plan.of(self.group, route.stacks, dropping=key[1])
+        return route.stacks.plans[key]
 
 
 class FusedProjection(nn.Module):
@@ -231,19 +207,15 @@ def _branches(
             into = x
             if segments.dropped and route.dropout_keys is not None:
                 into = dropout(x, segments, route.dropout_keys, crc32(f"{site}.{kind.variant}".encode()) - (1 << 31))
-            y = branch(into, y, stack.parts["A"], stack.parts["B"], segments, _act(kind), stack.parts.get("a"))
+            y = branch(into, y, stack.parts["A"], stack.parts["B"], segments, activation(kind), stack.parts.get("a"))
     return y
-
-
-def _act(kind: Kind) -> str:
-    return kind.variant.split(".")[1]
 
 
 def _changed_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> Tensor:
     """Affines on y, then rotations."""
     for op in ("affine", "rotate"):
         for kind, stack in stacks.items():
-            if kind.op == op and _changes(kind, "out"):
+            if kind.op == op and changes(kind, "out"):
                 y = _changed(y, stack, route)
     return y
 
@@ -254,11 +226,6 @@ def _rows(stacks: Sequence[Stack], x: Tensor, route: RouteTable) -> Tensor:
     for segment in (segment for stack in stacks for segment in route.segments(stack.entries)):
         mask[segment.start : segment.stop] = True
     return mask
-
-
-def _changes(kind: Kind, side: str) -> bool:
-    """Whether the op replaces what comes in at, or goes out of, the site."""
-    return kind.op in ("affine", "rotate") and kind.variant.startswith(side)
 
 
 def _changed(y: Tensor, stack: Stack, route: RouteTable) -> Tensor:

@@ -2,60 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from polygraft.grafts.runtime.beside import Beside, Plan
 from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.stacks import Entries
+from polygraft.kernels.branch.cost import stacking_pays
 from polygraft.kernels.branch.op import add_branch_, branch, branch_gradients, serve_branch_
 from polygraft.kernels.common.segments import Segments
 
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """A branch beside projection `member` of a fused linear, as `kernels.branch.op.branch` takes it."""
-
-    member: int
-    A: Tensor
-    B: Tensor
-    segments: Segments
-    act: str
+BARE = Plan()
 
 
-def project(x_TI: Tensor, linear: FrozenLinear, beside: Sequence[Beside]) -> tuple[Tensor, ...]:
-    """x W_m^T, without the bias, plus the branches beside m, for every projection m of `linear`; [T, width] each.
+def project(
+    x_TI: Tensor, linear: FrozenLinear, plan: Plan = BARE, segments: Callable[[Entries], Segments] | None = None
+) -> tuple[Tensor, ...]:
+    """x W_m^T, without the bias, plus the plan's branches beside m, for every projection m of `linear`; [T, width]
+    each. `segments` gives the work list of a branch, as `RouteTable.segments`.
 
     Differentiable in x, A and B; never in W. In training all of it is one step of autograd: branches are summed
     into the products in place, forward and backward, and x is kept once for all of them.
     """
-    beside = [b for b in beside if b.segments.runs]
-    if torch.is_grad_enabled() and (x_TI.requires_grad or any(b.A.requires_grad for b in beside)):
+    work = [(b, segments(b.entries)) for b in plan.beside] if segments is not None else []
+    work = [(b, found) for b, found in work if found.runs]
+    trained = any(b.A.requires_grad or b.B.requires_grad for b, _ in work)
+    if torch.is_grad_enabled() and (x_TI.requires_grad or trained):
         if not x_TI.is_cuda:
-            return _Project.apply(x_TI, linear, beside, *_weights(beside))  # type: ignore[no-any-return,no-untyped-call]
+            return _Project.apply(x_TI, linear, work, *_weights(work))  # type: ignore[no-any-return,no-untyped-call]
         products = list(_Project.apply(x_TI, linear, ()))  # type: ignore[no-untyped-call]
-    else:
+    elif trained or x_TI.is_cuda or segments is None:
         products = list(linear.product(x_TI).split_with_sizes(linear.widths, dim=1))
-        if not x_TI.is_cuda and not any(b.A.requires_grad or b.B.requires_grad for b in beside):
-            for b in beside:
-                serve_branch_(products[b.member], x_TI, b.A, b.B, b.segments, b.act)
-            return tuple(products)
-    for b in beside:
-        products[b.member] = branch(x_TI, products[b.member], b.A, b.B, b.segments, b.act)
+    else:
+        return _served(x_TI, linear, plan, work, segments)
+    for b, found in work:
+        products[b.member] = branch(x_TI, products[b.member], b.A, b.B, found, b.act)
     return tuple(products)
+
+
+def _served(
+    x_TI: Tensor,
+    linear: FrozenLinear,
+    plan: Plan,
+    work: Sequence[tuple[Beside, Segments]],
+    segments: Callable[[Entries], Segments],
+) -> tuple[Tensor, ...]:
+    """The projections where no gradient will be asked for; the branches of an activation in the cheaper of two
+    forms."""
+    y = linear.product(x_TI)
+    for act in dict.fromkeys(b.act for b, _ in work):
+        own = [(b, found) for b, found in work if b.act == act]
+        runs = [(run.count, run.rows, run.size) for _, found in own for run in found.runs]
+        ranks = sum(len(b.A) for b in plan.beside if b.act == act)
+        if stacking_pays(len(x_TI), ranks, runs, linear.in_features, linear.out_features):
+            together = plan.together(act, linear.widths)
+            y = together.add(y, x_TI, segments(together.entries))
+        else:
+            products = y.split_with_sizes(linear.widths, dim=1)
+            for b, found in own:
+                serve_branch_(products[b.member], x_TI, b.A, b.B, found, act)
+    return y.split_with_sizes(linear.widths, dim=1)
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, beside: Sequence[Beside], *weights: Tensor
+        ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, work: Sequence[tuple[Beside, Segments]], *weights: Tensor
     ) -> tuple[Tensor, ...]:
         products = linear.product(x).split_with_sizes(linear.widths, dim=1)
-        hiddens = [add_branch_(products[b.member], x, b.A, b.B, b.segments, b.act) for b in beside]
-        ctx.save_for_backward(x if beside else None, *weights, *(h for group in hiddens for h in group))  # type: ignore[arg-type]  # None is allowed
-        ctx.linear, ctx.beside = linear, [(b.member, b.segments, b.act) for b in beside]  # type: ignore[attr-defined]
+        hiddens = [add_branch_(products[b.member], x, b.A, b.B, segments, b.act) for b, segments in work]
+        ctx.save_for_backward(x if work else None, *weights, *(h for group in hiddens for h in group))  # type: ignore[arg-type]  # None is allowed
+        ctx.linear, ctx.beside = linear, [(b.member, segments, b.act) for b, segments in work]  # type: ignore[attr-defined]
         return products
 
     @staticmethod
@@ -72,5 +92,5 @@ class _Project(torch.autograd.Function):
         return dx, None, None, *found
 
 
-def _weights(beside: Sequence[Beside]) -> tuple[Tensor, ...]:
-    return tuple(weight for b in beside for weight in (b.A, b.B))
+def _weights(work: Sequence[tuple[Beside, Segments]]) -> tuple[Tensor, ...]:
+    return tuple(weight for b, _ in work for weight in (b.A, b.B))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,21 +68,7 @@ class RouteTable:
     def segments(self, entries: Entries) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
         if entries not in self._segments:
-            self._segments[entries] = Segments(
-                tuple(
-                    Segment(
-                        span.start,
-                        span.stop,
-                        entry.first,
-                        entry.last,
-                        entry.scale * span.weight,
-                        entry.dropout if self.dropout_keys is not None else 0.0,
-                    )
-                    for span in self.spans
-                    for entry in entries
-                    if entry.graft == span.graft
-                )
-            )
+            self._segments[entries] = work_list(self.spans, entries, dropping=self.dropout_keys is not None)
         return self._segments[entries]
 
     def remember(self, y: Tensor, make: Callable[[], Tensor]) -> None:
@@ -115,6 +101,18 @@ class RouteTable:
         if member == len(found[1]) - 1:
             del self._fused[group]
         return found[1][member]
+
+
+def work_list(spans: Iterable[Span], entries: Entries, *, dropping: bool = False) -> Segments:
+    """Every span's rows against its graft's entries, in span order; `dropping` keeps the entries' dropout."""
+    return Segments(
+        tuple(
+            Segment(s.start, s.stop, e.first, e.last, e.scale * s.weight, e.dropout if dropping else 0.0)
+            for s in spans
+            for e in entries
+            if e.graft == s.graft
+        )
+    )
 
 
 _ROUTE: ContextVar[RouteTable] = ContextVar("route")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
 from polygraft.kernels.norm.op import row_norm
+
+if TYPE_CHECKING:
+    from polygraft.grafts.runtime.beside import Plan
 
 # Ops whose operands stay in float32 or wider: bf16 has no room near 1.
 WIDE = ("affine", "norm", "delta", "sparse", "rotate", "tokens")
@@ -105,6 +108,7 @@ class Stacks:
     pieces: tuple[tuple[Piece, ...], ...]
     linears: Mapping[Site, tuple[FrozenLinear, int]]
     trainable: bool = False
+    plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)  # by fused linear, kept by the modules
     _empty: Mapping[Kind, Stack] = field(default_factory=dict)
     _copies: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 
-DISPATCH_FLOPS = 6_000_000  # three small matmuls cost about 20 us at 300 GFLOP/s before they do anything
+# What the two forms cost before they multiply anything, at 200 GFLOP/s: a run's batched pair of products about 100 us,
+# the stack's pair of plain ones about 50 us (docs/log.md).
+RUN_FLOPS, STACK_FLOPS = 20_000_000, 10_000_000
 
 
 def flops(rows_and_ranks: Iterable[tuple[int, int]], d_in: int, d_out: int) -> int:
@@ -21,5 +23,5 @@ def stacking_pays(rows: int, stack_rank: int, runs: Iterable[tuple[int, int, int
     `runs` are (count, rows, rank).
     """
     shapes = list(runs)
-    segmented = flops(((count * r, rank) for count, r, rank in shapes), d_in, d_out) + DISPATCH_FLOPS * len(shapes)
-    return flops([(rows, stack_rank)], d_in, d_out) + DISPATCH_FLOPS < segmented
+    segmented = flops(((count * r, rank) for count, r, rank in shapes), d_in, d_out) + RUN_FLOPS * len(shapes)
+    return flops([(rows, stack_rank)], d_in, d_out) + STACK_FLOPS < segmented
