@@ -35,6 +35,7 @@ ARCHITECTURES = (
     Architecture(
         model_type="bert",
         backbone="bert",
+        embedding="embeddings.word_embeddings",
         layers="encoder.layer",
         final=None,
         modules=MODULES,
@@ -48,6 +49,7 @@ ARCHITECTURES = (
     Architecture(
         model_type="roberta",
         backbone="roberta",
+        embedding="embeddings.word_embeddings",
         layers="encoder.layer",
         final=None,
         modules=MODULES,

@@ -13,6 +13,7 @@ BLOCK, FINAL = "block.out", "norm.final"  # sites that every architecture, or mo
 FEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"norm.1": ("attn.q", "attn.k", "attn.v"), "norm.2": ("ffn.gate", "ffn.up")}
 )
+ORDER = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
 # Where transformers' config.json keeps the numbers of a `ModelShape`.
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
@@ -60,6 +61,7 @@ class Architecture:
     layers: str = "layers"
     final: str | None = "norm"
     backbone: str = "model"
+    embedding: str = "embed_tokens"
     causal: bool = True
     interleaved: bool = False
     transposed: bool = False
@@ -70,6 +72,7 @@ class Architecture:
     feeds: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FEEDS)
     first_position: int = 0
     elsewhere: tuple[str, ...] = ()  # linear modules outside the layers, whose names PEFT could confuse with a site's
+    order: tuple[str, ...] = ORDER  # of a layer's linear modules, as transformers lists them
     transform: Transform | None = None
     refusal: Callable[[Config], str | None] = lambda config: None
 

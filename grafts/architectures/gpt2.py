@@ -11,6 +11,7 @@ ARCHITECTURES = (
     Architecture(
         model_type="gpt2",
         backbone="transformer",
+        embedding="wte",
         layers="h",
         final="ln_f",
         modules={

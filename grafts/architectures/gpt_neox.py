@@ -7,6 +7,7 @@ ARCHITECTURES = (
     Architecture(
         model_type="gpt_neox",
         backbone="gpt_neox",
+        embedding="embed_in",
         final="final_layer_norm",
         modules={
             "attn.q": "attention.query_key_value",

@@ -28,6 +28,7 @@ ARCHITECTURES = (
             "norm.2": "final_layer_norm",
         },
         inputs={"ffn.out": "fc1"},
+        order=("attn.k", "attn.v", "attn.q", "attn.o", "ffn.up", "ffn.down"),
         fields={"ffn": "ffn_dim"},
         refusal=_refusal,
     ),

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.stock import CONFIG, Stock
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape, Site, module_path
 from polygraft.grafts.spec import Affine, GraftSpec
 
-_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+_CONFIG, _INDEX = CONFIG, "model.safetensors.index.json"
 _BESIDE = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation config
 _BIASES = {"attention_bias", "mlp_bias"}  # how a transformers config asks for projections with biases
 
@@ -43,7 +44,7 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
     try:
         places: dict[str, str] = {}
-        for shard, tensors in _folded(_Stored(backbone), spec, values, shape, _keys(config, shape)):
+        for shard, tensors in _folded(Stock(backbone), spec, values, shape, _keys(config, shape)):
             save_file(tensors, draft / shard, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, shard)
         if len(set(places.values())) > 1:
@@ -61,27 +62,10 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
         shutil.rmtree(draft, ignore_errors=True)
 
 
-class _Stored:
-    """The tensors of a folder, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.shards = sorted(folder.glob("*.safetensors"))
-        self.files: dict[str, Path] = {}
-        for shard in self.shards:
-            with safe_open(shard, "pt") as file:
-                self.files |= dict.fromkeys(file.keys(), shard)
-
-    def wide(self, key: str) -> Tensor:
-        """In float32 or wider."""
-        with safe_open(self.files[key], "pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 class _Projections:
     """A module of a model file as the projections in it: rows of a weight [out, in], which may lie transposed."""
 
-    def __init__(self, stored: _Stored, shape: ModelShape) -> None:
+    def __init__(self, stored: Stock, shape: ModelShape) -> None:
         self._stored, self._shape, self._table = stored, shape, architecture(shape.arch)
 
     def module(self, site: Site) -> str:
@@ -89,8 +73,6 @@ class _Projections:
 
     def weight(self, site: Site) -> Tensor:
         key = f"{self.module(site)}.weight"
-        if key not in self._stored.files:
-            raise FormatError(f"{key}: is not in the backbone's files")
         return self._straight(self._stored.wide(key))[self._rows(site)]
 
     def bias(self, site: Site) -> Tensor | None:
@@ -114,7 +96,7 @@ class _Projections:
 
 
 def _folded(
-    stored: _Stored, spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape, asked: set[str]
+    stored: Stock, spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape, asked: set[str]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
     held = _Projections(stored, shape)

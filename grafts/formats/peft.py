@@ -1,4 +1,5 @@
-"""The folder that Hugging Face PEFT reads: `adapter_config.json` beside `adapter_model.safetensors`, for LoRA and DoRA.
+"""The folder that Hugging Face PEFT reads: `adapter_config.json` beside `adapter_model.safetensors`, for every method
+whose file declares how PEFT keeps it, and for what such a method can stand for (`plain.py`).
 
 The keys are those of peft 0.21's save_pretrained; its loader only warns about missing or unknown ones, here they are
 errors.
@@ -7,173 +8,251 @@ errors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from math import isclose, sqrt
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError, check
-from polygraft.grafts.grammar import from_peft_config
-from polygraft.grafts.runtime.adopt import share
-from polygraft.grafts.sites import ModelShape, module_path, resolve, sublayers
-from polygraft.grafts.sizes import TensorSpec, tensors
-from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
+from polygraft.grafts.formats.peft_modules import groups, path, pattern, targets
+from polygraft.grafts.formats.peft_tensors import Exchange
+from polygraft.grafts.formats.plain import plain
+from polygraft.grafts.formats.stock import Stock
+from polygraft.grafts.grammar import Term, terms, union
+from polygraft.grafts.methods.configs import arguments, described, layout_of
+from polygraft.grafts.methods.exchange import Peft
+from polygraft.grafts.methods.registry import find, layouts
+from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site, sites_of
+from polygraft.grafts.spec import KV, GraftSpec, Layers, SpecError, Tokens
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def exportable(spec: GraftSpec, shape: ModelShape) -> bool:
-    """Whether PEFT has the graft: one LoRA on projections, with or without DoRA's norm at the same places, which are
-    whole modules that PEFT can tell from the others."""
-    parts = _parts(spec)
-    return parts is not None and _targets(parts[0], shape) is not None
+def exportable(spec: GraftSpec, shape: ModelShape, stock: Stock | None = None) -> bool:
+    """Whether PEFT has the graft, or one that computes the same, on whole modules; some only with the backbone's
+    files."""
+    try:
+        _written(spec, None, shape, stock)
+    except (FormatError, SpecError):
+        return False
+    return True
 
 
 def export(
-    folder: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: ModelShape, base: str | None = None
+    folder: Path,
+    spec: GraftSpec,
+    values: Mapping[str, Tensor],
+    *,
+    shape: ModelShape,
+    base: str | None = None,
+    stock: Stock | None = None,
 ) -> None:
     """Write the two files into `folder`, which exists; `base` is the backbone's public name, null when not given.
 
     Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
     """
-    parts = _parts(spec)
-    if parts is None:
-        raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; lora, rslora and dora have")
-    targets = _targets(parts[0], shape)
-    if targets is None:
-        raise FormatError(f"peft: no target_modules of {shape.arch} mean just {parts[0].at!r}; keep the native folder")
     check(spec, values, shape)
-    files = {
-        _key(tensor, shape): (values[tensor.name].T if tensor.part == "B" else values[tensor.name])
-        .detach()
-        .to(torch.float32)
-        .contiguous()
-        .clone()
-        for tensor in tensors(spec, shape)
-    }
+    config, files = _written(spec, values, shape, stock)
     save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(_config(*parts, spec.method, targets, shape, base), indent=2) + "\n")
+    notes = {
+        "peft_type": config.pop("peft_type"),
+        "task_type": "CAUSAL_LM" if shape.causal else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(notes | config, indent=2) + "\n")
 
 
-def load(folder: Path, shape: ModelShape) -> tuple[GraftSpec, dict[str, Tensor]]:
-    """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes a branch of
-    the same W + dW for each of its projections: the same A, and their rows of B.
+def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[GraftSpec, dict[str, Tensor]]:
+    """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes one for each
+    of its projections, with their rows of what is along its outputs.
 
     Raises FormatError for pickled weights, a file that is a link out of the folder, a config that asks for more than
-    LoRA, rsLoRA or DoRA on projections, a key that is missing or unknown, a wrong shape, a value that is not finite.
+    our method, a key that is missing or unknown, a wrong shape, a value that is not finite.
     """
-    config = _described(folder)
+    config = _config(folder)
     try:
-        spec = from_peft_config(config)
-        expected = {tensor: _key(tensor, shape) for tensor in tensors(spec, shape)}
-        stored = load_file(_file(folder, WEIGHTS))
-    except (SpecError, SafetensorError, OSError) as error:
-        raise FormatError(f"{folder.name}: {error}") from None
-    if set(expected.values()) != stored.keys():
-        odd = sorted(set(expected.values()) ^ stored.keys())
-        raise FormatError(f"{folder.name}/{WEIGHTS}: {odd[:3]} are missing or unknown ({len(odd)} in all)")
-    values = {
-        tensor.name: _own(stored[key], tensor, shape).to(torch.float32).contiguous().clone()
-        for tensor, key in expected.items()
-    }
+        layout = layout_of(config, stored=True)
+        spec = _read(layout, config, shape)
+        exchange = Exchange(layout, spec, shape, stock)
+        stored = load_file(file(folder, WEIGHTS))
+    except (FormatError, SpecError, SafetensorError, OSError) as error:
+        known = isinstance(error, FormatError) and str(error).startswith(folder.name)
+        raise error if known else FormatError(f"{folder.name}: {error}") from None
+    try:
+        values = exchange.read(stored)
+    except FormatError as error:
+        raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
     check(spec, values, shape)
     return spec, values
 
 
-def _own(stored: Tensor, tensor: TensorSpec, shape: ModelShape) -> Tensor:
-    """Our tensor in PEFT's one of its module."""
-    assert tensor.site is not None
-    if tensor.part == "A":
-        return stored
-    beside = architecture(shape.arch).beside(tensor.site.name)
-    width = sum(shape.dims(name)[1] for name in beside)
-    if len(beside) > 1 and len(stored) != width:
-        raise FormatError(f"{tensor.name}: the module's {len(stored)} rows are not {width}")
-    rows = stored if len(beside) == 1 else share(stored, tensor.site.name, shape)
-    return rows.T if tensor.part == "B" else rows
+def file(folder: Path, name: str) -> Path:
+    """A file of a folder that somebody else made."""
+    place = folder / name
+    if not place.is_file():
+        pickled = sorted(found.name for pattern in ("*.bin", "*.pt", "*.pth") for found in folder.glob(pattern))
+        why = f"; {pickled[0]} can run code when loaded: convert it to safetensors" if pickled else ""
+        raise FormatError(f"{folder.name}: holds no {name}{why}")
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise FormatError(f"{folder.name}/{name}: is a link out of the folder")
+    return place
 
 
-def _parts(spec: GraftSpec) -> tuple[Branch, Norm | None] | None:
-    if any(slot.form is not None for slot in spec.slots):
-        return None
-    match spec.slots:
-        case (Branch() as branch,):
-            norm = None
-        case (Branch() as branch, Norm() as norm):
-            if (norm.at, norm.layers) != (branch.at, branch.layers):
-                return None
-        case _:
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One method of a union: its layout, all its arguments, its layers, and where it stands by the argument that says
+    so."""
+
+    layout: Peft
+    arguments: Mapping[str, object]
+    layers: Layers
+    sides: Mapping[str, tuple[Site, ...]]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for sites in self.sides.values() for site in sites)
+
+    @property
+    def fixed(self) -> Mapping[str, object]:
+        """What all modules of a config have alike."""
+        patterns = self.layout.patterns.values()
+        free = {ours for ours, (theirs, _) in self.layout.names.items() if theirs in patterns}
+        return {name: value for name, value in self.arguments.items() if name not in {*free, *self.layout.sides}}
+
+
+def _written(
+    spec: GraftSpec, values: Mapping[str, Tensor] | None, shape: ModelShape, stock: Stock | None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Config and tensors (none without values), as the method itself or as a plainer one that stands for it."""
+    members = _members(spec, shape)
+    if members is None:
+        simpler = plain(spec, shape, values)
+        members = None if simpler is None else _members(simpler[0], shape)
+        if simpler is None or members is None:
+            raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; keep the native folder")
+        spec, values = simpler
+    config = _described(members, shape)
+    exchange = Exchange(members[0].layout, spec, shape, stock)
+    return config, {} if values is None else exchange.write(values)
+
+
+def _members(spec: GraftSpec, shape: ModelShape) -> list[_Member] | None:
+    """The methods of a union that one config of PEFT can say: one method, whose copies stand at different sites and
+    differ in nothing but what single modules may have; else None."""
+    try:
+        written = terms(spec.method)
+        if union(written).slots != spec.slots:
             return None
-    return None if branch.act != "identity" or branch.tap == "output" or sublayers(branch.at) else (branch, norm)
+        found = [member for term in written if (member := _member(term, shape)) is not None]
+    except SpecError:
+        return None
+    if len(found) < len(written) or len({member.layout.method for member in found}) > 1:
+        return None
+    sites = [site for member in found for site in member.sites]
+    alike = all(member.fixed == found[0].fixed for member in found) and len(sites) == len(set(sites))
+    apart = len(found) > 1 and (found[0].layout.shared or not found[0].layout.sides)
+    return found if alike and not apart else None
 
 
-def _targets(branch: Branch, shape: ModelShape) -> tuple[str, ...] | None:
-    names = dict.fromkeys(site.name for site in resolve(branch, shape))
-    return architecture(shape.arch).targets(names)
+def _member(term: Term, shape: ModelShape) -> _Member | None:
+    method = find(term.name)
+    layout = next((one for one in layouts() if one.method == method.name and one.only is None), None)
+    if layout is None:
+        return None
+    given = method.values(term.arguments)
+    whole = {name: given.get(name, argument.default) for name, argument in method.arguments.items()}
+    sides: dict[str, tuple[Site, ...]] = {}
+    for side in layout.sides:
+        if whole[side]:
+            others = {other: "" for other in layout.sides if other != side}
+            alone = union([Term(term.name, {**term.arguments, **others}, term.layers)])
+            sides[side] = tuple(dict.fromkeys(site for _, site in sites_of(alone, shape)))
+    if any(site.name not in (*LINEAR, *NORMS) for sites in sides.values() for site in sites):
+        return None
+    if not layout.sides and term.layers is not None:
+        last = tuple(range(shape.layers))[-len(set(term.layers)) :]
+        if layout.topmost is None or tuple(sorted(set(term.layers))) != last:
+            return None
+    return _Member(layout, whole, term.layers, sides)
 
 
-def _config(
-    branch: Branch, norm: Norm | None, method: str, targets: tuple[str, ...], shape: ModelShape, base: str | None
-) -> Mapping[str, object]:
-    stable = method.startswith("rslora")
-    alpha = branch.scale * (sqrt(branch.rank) if stable else branch.rank)
-    whole = round(alpha)
+def _described(members: list[_Member], shape: ModelShape) -> dict[str, object]:
+    """The config of methods that differ in where they stand and in what patterns can say."""
+    first, layout = members[0], members[0].layout
+    config: dict[str, object] = {"peft_type": layout.kind, **_fields(first)}
+    for pattern_field, changed in layout.patterns.items():
+        others = {
+            pattern(member.sites, shape, short=True): _fields(member)[changed]
+            for member in members[1:]
+            if _fields(member)[changed] != config[changed]
+        }
+        config |= {pattern_field: others} if others else {}
+    for index, (side, (key, _)) in enumerate(layout.sides.items()):
+        sites = [site for member in members for site in (member.sides.get(side, ()) if index else member.sites)]
+        where = targets(sites, shape, layered=layout.layered and not index) if sites else {"target_modules": []}
+        if where is None:
+            just = "|".join(dict.fromkeys(site.name for site in sites))
+            raise FormatError(f"peft: no target_modules of {shape.arch} mean just {just!r}; keep the native folder")
+        config |= {key if name == "target_modules" else name: value for name, value in where.items()}
+    if layout.topmost is not None:
+        config[layout.topmost] = shape.layers if first.layers is None else len(set(first.layers))
+    elif not layout.sides:
+        config |= _sizes(layout.method, shape)
+    transposed = architecture(shape.arch).transposed and layout.kind == "LORA"
+    return config | ({"fan_in_fan_out": True} if transposed else {})
+
+
+def _fields(member: _Member) -> dict[str, object]:
+    return described(member.layout, {k: v for k, v in member.arguments.items() if k not in member.layout.sides})
+
+
+def _sizes(method: str, shape: ModelShape) -> Mapping[str, object]:
+    """What PEFT wants to know of the backbone for rows of its keys and values, or of its input."""
+    slots = find(method).build({})[0]
+    if any(isinstance(slot, Tokens) and slot.mode == "replace" for slot in slots):
+        return {"target_modules": path(Site(0, EMBED_SITE), shape)}
+    rows = any(isinstance(slot, KV) for slot in slots)
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if shape.causal else None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": branch.rank,
-        "lora_alpha": whole if isclose(alpha, whole, rel_tol=1e-12) else alpha,
-        **({"lora_dropout": branch.dropout} if branch.dropout else {}),
-        "target_modules": list(targets),
-        **({"fan_in_fan_out": True} if architecture(shape.arch).transposed else {}),
-        "layers_to_transform": None if branch.layers is None else sorted(set(branch.layers)),
-        "bias": "none",
-        "use_dora": norm is not None,
-        "use_rslora": stable,
+        "token_dim": shape.kv_width if rows else shape.hidden,
+        "num_attention_heads": shape.kv_heads if rows else shape.heads,
+        "num_layers": shape.layers,
+        "num_transformer_submodules": 1,
     }
 
 
-def _key(tensor: TensorSpec, shape: ModelShape) -> str:
-    assert tensor.site is not None
-    module = f"base_model.model.{architecture(shape.arch).backbone}.{module_path(tensor.site, shape.arch)}"
-    return f"{module}.lora_magnitude_vector" if tensor.part == "m" else f"{module}.lora_{tensor.part}.weight"
+def _read(layout: Peft, config: Mapping[str, object], shape: ModelShape) -> GraftSpec:
+    if not layout.sides:
+        count = config.get(layout.topmost) if layout.topmost is not None else None
+        if layout.topmost is not None and not (isinstance(count, int) and 1 <= count <= shape.layers):
+            raise SpecError(f"{layout.topmost}: {count!r} is not one of the {shape.layers} layers")
+        layers = tuple(range(shape.layers))[-count:] if isinstance(count, int) and count < shape.layers else None
+        return union([_term(layout, config, {}, layers)])
+    found = [
+        _term(layout, group.config, {side: "|".join(those) for side, those in group.sides.items()}, group.layers)
+        for group in groups(layout, config, shape)
+    ]
+    if len(found) > 1 and (layout.shared or layout.packed is not None):
+        raise SpecError(f"target_modules: {layout.kind} shares tensors between modules; name the same in every layer")
+    return union(found)
 
 
-def _described(folder: Path) -> Mapping[str, object]:
-    """The config, less the fields that say how the adapter was made but not what it is."""
+def _term(layout: Peft, config: Mapping[str, object], sides: Mapping[str, str], layers: Layers) -> Term:
+    values = {**arguments(layout, config, stored=True), **sides}
+    return Term(layout.method, {name: str(value) for name, value in values.items()}, layers)
+
+
+def _config(folder: Path) -> Mapping[str, object]:
     try:
-        config = json.loads(_file(folder, CONFIG).read_text())
+        config = json.loads(file(folder, CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder.name}/{CONFIG}: {error}") from None
     if not isinstance(config, dict):
         raise FormatError(f"{folder.name}/{CONFIG}: not an object")
-    kind = str(config.get("peft_type")).upper()
-    if kind != "LORA":
-        raise FormatError(f"{folder.name}/{CONFIG}: peft_type {kind!r} is not read from PEFT folders; choices: LORA")
-    return dict(_settled(config))
-
-
-def _settled(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        # These starting values leave W as it is; PiSSA's and its like (refused later) were trained beside another W.
-        started = key == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal")
-        if not started and key != "eva_config":
-            yield key, value
-
-
-def _file(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        pickled = sorted(found.name for pattern in ("*.bin", "*.pt", "*.pth") for found in folder.glob(pattern))
-        why = f"; {pickled[0]} can run code when loaded: convert it to safetensors" if pickled else ""
-        raise FormatError(f"{folder.name}: holds no {name}{why}")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise FormatError(f"{folder.name}/{name}: is a link out of the folder")
-    return path
+    if not isinstance(config.get("peft_type"), str):
+        raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
+    return config

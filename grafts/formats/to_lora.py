@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.grammar import parse
+from polygraft.grafts.formats.plain import Rank, loras
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.spec import GraftSpec
@@ -57,7 +57,7 @@ def to_lora(
     if rank is None:
         assert energy is not None
         rank = max(_rank(S, energy) for _, S, _ in found.values())
-    chosen = parse(_text(tuple(found), rank))
+    chosen = loras(dict.fromkeys(found, Rank(rank, float(rank))), shape)
     tensors: dict[str, Tensor] = {}
     for index, site in sites_of(chosen, shape):
         U, S, Vh = found[site]
@@ -75,17 +75,3 @@ def _rank(S: Tensor, energy: float) -> int:
     squares = torch.where(S > S[:1] * len(S) * torch.finfo(S.dtype).eps, S, 0).square()
     shares = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(S.dtype).tiny)
     return min(int((shares < energy - 1e-12).sum()) + 1, len(S))
-
-
-def _text(sites: tuple[Site, ...], rank: int) -> str:
-    """A LoRA at just these sites, in as few terms as there are different sets of layers."""
-    layers: dict[str, list[int]] = {}
-    for site in sites:
-        layers.setdefault(site.name, []).append(site.layer)
-    names: dict[tuple[int, ...], list[str]] = {}
-    for name, where in layers.items():
-        names.setdefault(tuple(sorted(where)), []).append(name)
-    return " + ".join(
-        f"lora(r={rank}, alpha={rank}, at={'|'.join(those)})@{','.join(map(str, where))}"
-        for where, those in names.items()
-    )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Hook, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Config, Kept, Peft
 from polygraft.grafts.spec import Branch, Call, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -123,3 +124,40 @@ def _stems(values: Mapping[str, Tensor]) -> list[str]:
 METHODS = (Method("adalora", "arXiv 2303.10512", 1e-3, adalora, hooks=_hooks),)
 FORMS = (Form("adalora", _operands, _own),)
 HOOKS = (Hook("adalora", penalty=_penalty, after_step=_after_step),)
+
+
+def _schedule(warmup: float, final: float, **_: object) -> Config:
+    """In steps of a thousand."""
+    return {"total_step": 1000, "tinit": round(1000 * warmup), "tfinal": round(1000 * final)}
+
+
+def _shares(config: Config) -> Config:
+    total, begin, end = (config.get(key) for key in ("total_step", "tinit", "tfinal"))
+    if not (isinstance(total, int) and isinstance(begin or 0, int) and isinstance(end or 0, int) and total > 0):
+        return {}
+    return {"warmup": (begin or 0) / total, "final": (end or 0) / total}  # type: ignore[operator]
+
+
+PEFT = (
+    Peft(
+        kind="ADALORA",
+        method="adalora",
+        names={
+            "r": ("init_r", 12),
+            "alpha": ("lora_alpha", 8),
+            "target": ("target_r", 8),
+            "dropout": ("lora_dropout", 0.0),
+            "every": ("deltaT", 1),
+            "orthogonal": ("orth_reg_weight", 0.5),
+        },
+        fields=_schedule,
+        arguments=_shares,
+        reads=("total_step", "tinit", "tfinal"),
+        idle={"r": 8, "beta1": _SMOOTHING, "beta2": _SMOOTHING, "init_lora_weights": True, "rank_pattern": None},
+        own={
+            "A": Kept("lora_A", padded=True),
+            "E": Kept("lora_E", shape=(-1, 1), padded=True),
+            "B": Kept("lora_B", turned=(0, 1), padded=True),
+        },
+    ),
+)

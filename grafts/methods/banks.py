@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Kept, Packed, Peft
 from polygraft.grafts.methods.kronecker import divided
 from polygraft.grafts.spec import Branch, Call, Slot, SpecError
 
@@ -128,3 +129,66 @@ FORMS = (
     Form("unilora", _unilora, _unilora_own, _unilora_shared),
 )
 STARTS = (Start("uniform", _uniform), Start("unilora-index", _index), Start("unilora-scale", _scale))
+
+
+def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str]) -> Values:
+    """PEFT gives every element of A and B its own scale."""
+    found: dict[str, Tensor] = {}
+    for tensor in layout:
+        if tensor.part == "theta":
+            found["base_model.unilora_theta_d"] = values[tensor.name]
+        elif tensor.part.startswith("index_"):
+            index = values[tensor.name].long()
+            index = index if tensor.part == "index_A" else index.T
+            stem = f"{module(tensor.site)}.unilora_"
+            found[f"{stem}indices_{tensor.part[-1]}"] = index
+            found[f"{stem}scales_{tensor.part[-1]}"] = values[f"{tensor.slot}.shared.scale"][index]
+    return found
+
+
+def _unpack(stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str]) -> Values:
+    import torch
+
+    found, scales = {}, []
+    for tensor in layout:
+        if tensor.part.startswith("index_"):
+            stem = f"{module(tensor.site)}.unilora_"
+            index, scale = (stored[f"{stem}{kept}_{tensor.part[-1]}"] for kept in ("indices", "scales"))
+            scales.append((index.flatten().long(), scale.flatten()))
+            found[tensor.name] = (index if tensor.part == "index_A" else index.T).float()
+    for tensor in layout:
+        if tensor.part == "theta":
+            found[tensor.name] = stored["base_model.unilora_theta_d"]
+        if tensor.part == "scale":  # the same wherever an element is used
+            whole = torch.zeros(tensor.shape)
+            for index, scale in scales:
+                whole[index] = scale
+            found[tensor.name] = whole
+    return found
+
+
+PEFT = (
+    Peft(
+        kind="VBLORA",
+        method="vblora",
+        names={
+            "r": ("r", 4),
+            "vectors": ("num_vectors", 256),
+            "length": ("vector_length", 256),
+            "k": ("topk", 2),
+            "dropout": ("vblora_dropout", 0.0),
+        },
+        needs={"save_only_topk_weights": False},
+        idle={"init_vector_bank_bound": 0.02, "init_logits_std": 0.1},
+        own={"A": Kept("vblora_logits_A"), "B": Kept("vblora_logits_B")},
+        shared={"bank": Kept("vblora_vector_bank")},
+    ),
+    Peft(
+        kind="UNILORA",
+        method="unilora",
+        names={"r": ("r", 4), "d": ("theta_d_length", 256), "dropout": ("unilora_dropout", 0.0)},
+        needs={"save_indices": True},
+        idle={"init_weights": True, "proj_seed": 42, "init_theta_d_bound": 0.02},
+        packed=Packed(_pack, _unpack),
+    ),
+)

@@ -2,6 +2,7 @@
 2106.10199). BEFT: only those of the value projections (Huang et al. 2025, arXiv 2509.15974)."""
 
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Affine, Slot
 
 
@@ -16,4 +17,13 @@ def beft(at: str = "attn.v") -> tuple[Slot, ...]:
 METHODS = (
     Method("bitfit", "arXiv 2106.10199", 3e-3, bitfit, aliases=("bias",)),
     Method("beft", "arXiv 2509.15974", 3e-3, beft),
+)
+PEFT = (
+    Peft(
+        kind="BEFT",
+        method="beft",
+        idle={"init_weights": True},
+        layered=False,
+        own={"b": Kept("beft_bias", shape=(1, -1))},
+    ),
 )

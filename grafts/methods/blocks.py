@@ -17,6 +17,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.methods.kronecker import divided
 from polygraft.grafts.spec import Branch, Call, Delta, Slot, SpecError
 
@@ -154,4 +155,30 @@ FORMS = (
     Form("gralora", _gralora, _gralora_own),
     Form("bdlora", _bdlora, _bdlora_own),
     Form("qalora", _qalora, _qalora_own),
+)
+PEFT = (
+    Peft(
+        kind="MISS",
+        method="miss",
+        names={"r": ("r", 64), "dropout": ("miss_dropout", 0.0)},
+        fields=lambda mini, **_: {"init_weights": "mini", "mini_r": mini} if mini else {},
+        arguments=lambda config: {"mini": config.get("mini_r") if config.get("init_weights") == "mini" else 0},
+        reads=("init_weights", "mini_r"),
+        own={"D": Kept("miss_block")},
+    ),
+    Peft(
+        kind="MISS",
+        method="bat",
+        names={"r": ("r", 64)},
+        fixed={"init_weights": "bat"},
+        idle={"mini_r": 1, "miss_dropout": None},
+        own={"D": Kept("miss_block")},
+    ),
+    Peft(
+        kind="GRALORA",
+        method="gralora",
+        names={"r": ("r", 32), "alpha": ("alpha", 64), "k": ("gralora_k", 2), "dropout": ("gralora_dropout", 0.0)},
+        idle={"init_weights": True},
+        own={"A": Kept("gralora_A", turned=(1, 2)), "B": Kept("gralora_B")},
+    ),
 )

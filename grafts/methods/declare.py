@@ -44,13 +44,18 @@ class Method:
 
     def build(self, arguments: Mapping[str, str]) -> tuple[tuple[Slot, ...], tuple[Call, ...]]:
         """Slots and hooks for textual arguments; raises SpecError for an unknown name or a value of the wrong type."""
+        values = self.values(arguments)
+        return self.slots(**values), self.hooks(**values) if self.hooks else ()
+
+    def values(self, arguments: Mapping[str, str]) -> dict[str, object]:
+        """Textual arguments by their types; raises SpecError as `build` does."""
         known = self.arguments
         values: dict[str, object] = {}
         for key, text in arguments.items():
             if key not in known:
                 raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {', '.join(known) or 'none'}")
             values[key] = _convert(f"{self.name}.{key}", text, known[key].annotation)
-        return self.slots(**values), self.hooks(**values) if self.hooks else ()
+        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Config, Kept, Peft
 from polygraft.grafts.methods.spectral import on_projections
 from polygraft.grafts.spec import Branch, Call, Slot, SpecError
 
@@ -83,3 +84,34 @@ METHODS = (
 )
 FORMS = (Form("deft", _deft, _deft_own), Form("para", _para, _para_own))
 STARTS = (Start("removed", _removed),)
+
+
+def _scale(config: Config) -> Config:
+    rank, alpha = config.get("r") or 8, config.get("alpha")
+    assert isinstance(rank, int) and isinstance(alpha, int | float | None)
+    return {"scale": alpha / max(rank, 1) if alpha else 1.0}
+
+
+_IDLE: Mapping[str, object] = {"init_weights": True, "init_scale": 1.0, "deft_dropout": None}
+_KEPT = {"P": Kept("deft_P", turned=(0, 1)), "R": Kept("deft_R")}
+PEFT = (
+    Peft(
+        kind="DEFT",
+        method="deft",
+        names={"r": ("r", 8), "by": ("decomposition_method", "relu")},
+        fields=lambda r, scale, **_: {"alpha": scale * r},
+        arguments=_scale,
+        reads=("alpha",),
+        fixed={"para": False},
+        idle=_IDLE,
+        own=_KEPT,
+    ),
+    Peft(
+        kind="DEFT",
+        method="para",
+        names={"r": ("r", 8), "by": ("decomposition_method", "relu")},
+        fixed={"para": True},
+        idle=_IDLE,
+        own=_KEPT,
+    ),
+)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.methods.spectral import on_projections
 from polygraft.grafts.spec import Branch, Call, Slot
 
@@ -50,3 +51,18 @@ def _column_norm(tensor: TensorSpec, making: Making) -> Tensor:
 METHODS = (Method("delora", "arXiv 2503.18225", 1e-3, delora),)
 FORMS = (Form("delora", _operands, _own),)
 STARTS = (Start("column-norm", _column_norm),)
+PEFT = (
+    Peft(
+        kind="DELORA",
+        method="delora",
+        names={"r": ("r", 8), "bound": ("delora_lambda", 15), "dropout": ("module_dropout", 0.0)},
+        idle={"init_weights": True},
+        patterns={"rank_pattern": "r", "lambda_pattern": "delora_lambda"},
+        own={
+            "A": Kept("delora_A"),
+            "B": Kept("delora_B", turned=(0, 1)),
+            "l": Kept("delora_lambda"),
+            "w": Kept("delora_w_norm"),
+        },
+    ),
+)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.methods.kronecker import divided
 from polygraft.grafts.spec import Call, Delta, Slot, SpecError
 
@@ -101,4 +102,31 @@ FORMS = (
     Form("fourierft", _fourierft, _spectrum),
     Form("waveft", _waveft, _spectrum),
     Form("c3a", _c3a, _c3a_own),
+)
+PEFT = (
+    Peft(
+        kind="FOURIERFT",
+        method="fourierft",
+        names={"n": ("n_frequency", 1000), "scale": ("scaling", 150.0), "seed": ("random_loc_seed", 777)},
+        idle={"init_weights": None},
+        patterns={"n_frequency_pattern": "n_frequency"},
+        own={"c": Kept("fourierft_spectrum")},
+    ),
+    Peft(
+        kind="WAVEFT",
+        method="waveft",
+        names={"n": ("n_frequency", 2592), "scale": ("scaling", 25.0), "seed": ("random_loc_seed", 777)},
+        needs={"wavelet_family": "db1", "use_idwt": True},
+        idle={"init_weights": True},
+        patterns={"n_frequency_pattern": "n_frequency"},
+        own={"c": Kept("waveft_spectrum")},
+    ),
+    Peft(
+        kind="C3A",
+        method="c3a",
+        names={"block": ("block_size", 256)},
+        idle={"init_weights": "xavier_uniform"},
+        patterns={"block_size_pattern": "block_size"},
+        own={"c": Kept("c3a_kernel")},
+    ),
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Rotate, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -51,3 +52,12 @@ def _pairs(tensor: TensorSpec, making: Making) -> Tensor:
 METHODS = (Method("hra", "arXiv 2405.17484", 1e-4, hra),)
 FORMS = (Form("hra", _operands, _own),)
 STARTS = (Start("hra_pairs", _pairs),)
+PEFT = (
+    Peft(
+        kind="HRA",
+        method="hra",
+        names={"r": ("r", 8)},
+        idle={"init_weights": True},
+        own={"u": Kept("hra_u", turned=(0, 1))},
+    ),
+)

@@ -2,6 +2,7 @@
 2205.05638)."""
 
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Affine, Slot
 
 
@@ -12,3 +13,13 @@ def ia3(at: str = "attn.[kv]", feedforward: str = "ffn.down") -> tuple[Slot, ...
 
 
 METHODS = (Method("ia3", "arXiv 2205.05638", 5e-3, ia3),)
+PEFT = (
+    Peft(
+        kind="IA3",
+        method="ia3",
+        idle={"init_ia3_weights": True},
+        sides={"at": ("target_modules", ()), "feedforward": ("feedforward_modules", ("down_proj",))},
+        layered=False,
+        own={"g": Kept("ia3_l", shape=lambda slot: (1, -1) if slot.side == "in" else (-1, 1), rows=True)},
+    ),
+)

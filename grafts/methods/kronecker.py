@@ -14,6 +14,7 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -116,4 +117,24 @@ FORMS = (
     Form("lokr", _lokr, _lokr_own),
     Form("krona", _krona, _krona_own),
     Form("kadaptation", _kadaptation, _kadaptation_own, _kadaptation_shared),
+)
+PEFT = (
+    Peft(
+        kind="LOKR",
+        method="lokr",
+        names={"r": ("r", 8), "alpha": ("alpha", 8), "factor": ("decompose_factor", -1)},
+        fields=lambda both, **_: {"decompose_both": bool(both)},
+        arguments=lambda config: {"both": int(bool(config.get("decompose_both")))},
+        reads=("decompose_both",),
+        idle={"init_weights": True, "rank_dropout": None, "module_dropout": None, "rank_dropout_scale": None},
+        patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
+        own={
+            "C": Kept("lokr_w1"),
+            "C1": Kept("lokr_w1_a"),
+            "C2": Kept("lokr_w1_b"),
+            "BA": Kept("lokr_w2"),
+            "B": Kept("lokr_w2_a"),
+            "A": Kept("lokr_w2_b"),
+        },
+    ),
 )

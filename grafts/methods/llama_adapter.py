@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import KV, Call, Slot
 
 if TYPE_CHECKING:
@@ -30,3 +31,18 @@ def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering) -> Map
 
 METHODS = (Method("llama-adapter", "arXiv 2303.16199", 5e-3, llama_adapter),)
 FORMS = (Form("llama-adapter", _operands, _own),)
+PEFT = (
+    Peft(
+        kind="ADAPTION_PROMPT",
+        method="llama-adapter",
+        names={"length": ("adapter_len", 10)},
+        reads=("adapter_layers", "target_modules"),
+        sides={},
+        layered=False,
+        topmost="adapter_layers",
+        own={
+            "P": Kept("adaption_prompt", shape=lambda slot: (1, slot.length, -1)),
+            "gate": Kept("adaption_gate"),
+        },
+    ),
+)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Delta, Slot
 
 if TYPE_CHECKING:
@@ -34,3 +35,18 @@ def _operands(
 
 METHODS = (Method("loha", "arXiv 2108.06098", 3e-4, loha),)
 FORMS = (Form("loha", _operands, _own),)
+PEFT = (
+    Peft(
+        kind="LOHA",
+        method="loha",
+        names={"r": ("r", 8), "alpha": ("alpha", 8)},
+        idle={"init_weights": True, "rank_dropout": None, "module_dropout": None},
+        patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
+        own={
+            "B1": Kept("hada_w1_a", rows=True),
+            "A1": Kept("hada_w1_b"),
+            "B2": Kept("hada_w2_a", rows=True),
+            "A2": Kept("hada_w2_b"),
+        },
+    ),
+)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Config, Kept, Peft
 from polygraft.grafts.spec import Affine, Call, Rotate, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -73,3 +74,29 @@ METHODS = (
     Method("boft", "arXiv 2311.06243", 1e-4, boft),
 )
 FORMS = (Form("oft", _oft, _oft_own), Form("boft", _boft, _boft_own))
+
+
+def _neumann(config: Config) -> Config:
+    series = config.get("use_cayley_neumann", True)
+    return {"neumann": config.get("num_cayley_neumann_terms", 5) if series else 0}
+
+
+PEFT = (
+    Peft(
+        kind="OFT",
+        method="oft",
+        names={"b": ("oft_block_size", 32)},
+        fields=lambda neumann, **_: {"use_cayley_neumann": bool(neumann), "num_cayley_neumann_terms": neumann or 5},
+        arguments=_neumann,
+        reads=("use_cayley_neumann", "num_cayley_neumann_terms"),
+        idle={"init_weights": True, "eps": 6e-5, "module_dropout": None},
+        own={"q": Kept("oft_R.weight")},
+    ),
+    Peft(
+        kind="BOFT",
+        method="boft",
+        names={"b": ("boft_block_size", 4), "m": ("boft_n_butterfly_factor", 1)},
+        idle={"init_weights": True, "boft_dropout": None},
+        own={"R": Kept("boft_R"), "g": Kept("boft_s", shape=(-1, 1), rows=True)},
+    ),
+)

@@ -6,10 +6,11 @@ section 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Packed, Peft
 from polygraft.grafts.spec import KV, Call, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from polygraft.grafts.init import Making
     from polygraft.grafts.sizes import TensorSpec
+
+
+Values = Mapping[str, "Tensor"]
 
 
 def prefix(length: int = 10) -> tuple[Slot, ...]:
@@ -84,3 +88,60 @@ METHODS = (
 )
 FORMS = (Form("prefix-mlp", _operands, shared=_shared), Form("cartridge", _joined, _cut))
 STARTS = (Start("cartridge", _rows),)
+_ROWS = "prompt_embeddings"
+
+
+def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str]) -> Values:
+    """Row by row the keys and values of all layers, one after the other; of a cartridge the fixed rows first."""
+    import torch
+
+    sites = dict.fromkeys(tensor.site for tensor in layout)
+    found = []
+    for site in sites:
+        for part in ("k", "v"):
+            rows = [t.name for fixed in ("0", "") for t in layout if (t.site, t.part) == (site, f"{part}{fixed}")]
+            found.append(torch.cat([values[name] for name in rows]))
+    return {_ROWS: torch.cat(found, dim=1)}
+
+
+def _unpack(stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str]) -> Values:
+    sites = list(dict.fromkeys(tensor.site for tensor in layout))
+    pieces = stored[_ROWS].chunk(2 * len(sites), dim=1)
+    found: dict[str, Tensor] = {}
+    for tensor in layout:
+        rows = pieces[2 * sites.index(tensor.site) + tensor.part.startswith("v")]
+        fixed = len(rows) - tensor.shape[0]
+        found[tensor.name] = rows[: tensor.shape[0]] if tensor.part.endswith("0") else rows[max(fixed, 0) :]
+    return found
+
+
+_LENGTH: dict[str, tuple[str, object]] = {"length": ("num_virtual_tokens", 20)}
+PEFT = (
+    Peft(
+        kind="PREFIX_TUNING",
+        method="prefix",
+        names=_LENGTH,
+        reads=("encoder_hidden_size",),
+        idle={"prefix_projection": None, "init_weights": None},  # its files hold what the network made
+        sides={},
+        layered=False,
+        packed=Packed(_pack, _unpack),
+    ),
+    Peft(
+        kind="PREFIX_TUNING",
+        method="prefix-mlp",
+        names=_LENGTH | {"hidden": ("encoder_hidden_size", 512)},
+        fixed={"prefix_projection": True},
+        sides={},
+        layered=False,
+        only="job",
+    ),
+    Peft(
+        kind="CARTRIDGE",
+        method="cartridge",
+        names=_LENGTH | {"frozen": ("num_frozen_tokens", 1)},
+        sides={},
+        layered=False,
+        packed=Packed(_pack, _unpack),
+    ),
+)

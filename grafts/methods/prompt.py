@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Config, Kept, Peft
 from polygraft.grafts.spec import Call, Slot, SpecError, Tokens
 
 if TYPE_CHECKING:
@@ -139,3 +140,74 @@ FORMS = (
     Form("low-rank-rows", _low, _low_own),
 )
 STARTS = (Start("sampled-tokens", _sampled),)
+_INITS = {"normal": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}
+
+
+def _start(config: Config) -> Config:
+    found = [ours for ours, theirs in _INITS.items() if config.get("prompt_tuning_init", "RANDOM") == theirs]
+    return {"start": found[0]} if found else {}
+
+
+def _ids(config: Config) -> Config:
+    found = config.get("token_indices")
+    if not isinstance(found, list) or not found:
+        raise SpecError(f"token_indices: {found!r} is not a list of tokens")
+    return {"ids": "|".join(map(str, found))}
+
+
+_LENGTH: dict[str, tuple[str, object]] = {"length": ("num_virtual_tokens", 20)}
+_KEPT = {"p": Kept("prompt_embeddings", of="file")}
+PEFT = (
+    Peft(
+        kind="PROMPT_TUNING",
+        method="prompt",
+        names=_LENGTH,
+        fields=lambda start, **_: {"prompt_tuning_init": _INITS.get(start, "RANDOM")},
+        arguments=_start,
+        reads=("prompt_tuning_init",),
+        idle={"prompt_tuning_init_text": None},
+        sides={},
+        layered=False,
+        own=_KEPT,
+    ),
+    Peft(
+        kind="P_TUNING",
+        method="prompt",  # PEFT's files hold what the encoder made
+        names=_LENGTH,
+        idle=dict.fromkeys(
+            (
+                "encoder_reparameterization_type",
+                "encoder_hidden_size",
+                "encoder_num_layers",
+                "encoder_dropout",
+            )
+        ),
+        sides={},
+        layered=False,
+        own=_KEPT,
+        only="folder",
+    ),
+    Peft(
+        kind="TRAINABLE_TOKENS",
+        method="trainable-tokens",
+        fields=lambda ids, **_: {"token_indices": [int(token) for token in ids.split("|")]},
+        arguments=_ids,
+        reads=("token_indices", "target_modules"),
+        idle={"init_weights": True},
+        sides={},
+        layered=False,
+        own={"p": Kept("trainable_tokens_delta")},
+        untied=True,
+    ),
+    Peft(
+        kind="P_TUNING",
+        method="p-tuning",
+        names=_LENGTH | {"hidden": ("encoder_hidden_size", 128)},
+        arguments=lambda config: {"encoder": str(config.get("encoder_reparameterization_type", "MLP")).lower()},
+        reads=("encoder_reparameterization_type",),
+        idle={"encoder_num_layers": 2, "encoder_dropout": None},
+        sides={},
+        layered=False,
+        only="job",
+    ),
+)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Hook, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Slot, SpecError, Tokens
 
 if TYPE_CHECKING:
@@ -140,3 +141,19 @@ FORMS = (
     Form("xprompt", _masked, _masked_own),
 )
 HOOKS = (Hook("xprompt", gradient=_weigh, after_step=_prune),)
+PEFT = (
+    Peft(
+        kind="MULTITASK_PROMPT_TUNING",
+        method="mpt",
+        names={"length": ("num_virtual_tokens", 100)},
+        needs={"num_tasks": 1, "num_ranks": 1},
+        idle={"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "prompt_tuning_init_task": None},
+        sides={},
+        layered=False,
+        own={
+            "P": Kept("prompt_embeddings", of="file"),
+            "u": Kept("prefix_task_cols", shape=lambda slot: (1, slot.length, 1), of="file"),
+            "v": Kept("prefix_task_rows", shape=(1, 1, -1), of="file"),
+        },
+    ),
+)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Delta, Slot
 
 if TYPE_CHECKING:
@@ -67,3 +68,20 @@ def _unit_variance(tensor: TensorSpec, making: Making) -> Tensor:
 METHODS = (Method("randlora", "arXiv 2502.00987", 1e-4, randlora),)
 FORMS = (Form("randlora", _operands, _own, _shared),)
 STARTS = (Start("unit-variance", _unit_variance),)
+PEFT = (
+    Peft(
+        kind="RANDLORA",
+        method="randlora",
+        names={"r": ("r", 32), "alpha": ("randlora_alpha", 640)},
+        needs={"save_projection": True},
+        idle={
+            "init_weights": True,
+            "projection_prng_key": None,
+            "randlora_dropout": None,
+            "sparse": None,
+            "very_sparse": None,
+        },
+        own={"l": Kept("randlora_lambda"), "g": Kept("randlora_gamma")},
+        shared={"A": Kept("randlora_A"), "B": Kept("randlora_B")},
+    ),
+)

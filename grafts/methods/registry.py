@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from polygraft.grafts.methods import __path__ as folder
 from polygraft.grafts.methods.declare import Form, Hook, Method, Start
+from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.spec import SpecError
 
 T = TypeVar("T", Form, Start, Hook)
-_OURS = ("declare", "registry")
+_OURS = ("configs", "declare", "exchange", "registry")
 
 
 @cache
@@ -48,6 +49,13 @@ def start(name: str) -> Start:
 
 def hook(name: str) -> Hook:
     return _found(Hook, "HOOKS", name)
+
+
+@cache
+def layouts() -> tuple[Peft, ...]:
+    """How PEFT keeps methods; of one `peft_type` first the layouts that ask for most."""
+    found = [layout for layout in _declared("PEFT") if isinstance(layout, Peft)]
+    return tuple(sorted(found, key=lambda layout: (layout.kind, -len(layout.fixed), layout.method)))
 
 
 def _found(kind: type[T], plural: str, name: str) -> T:

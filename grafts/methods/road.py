@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Rotate, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -46,3 +47,16 @@ def _columns(vector: Tensor, group: int, variant: int) -> tuple[Tensor, Tensor]:
 
 METHODS = (Method("road", "arXiv 2409.00119", 1e-3, road),)
 FORMS = (Form("road", _operands, _own),)
+PEFT = (
+    Peft(
+        kind="ROAD",
+        method="road",
+        names={"group": ("group_size", 64)},
+        fields=lambda variant, **_: {"variant": f"road_{variant}"},
+        arguments=lambda config: {"variant": str(config.get("variant", "road_1")).removeprefix("road_")},
+        reads=("variant",),
+        idle={"init_weights": True},
+        layered=False,
+        own={"theta": Kept("road_theta"), "alpha": Kept("road_alpha")},
+    ),
+)

@@ -1,7 +1,15 @@
 """Sparse updates at entries chosen without data: SHiRA, PaFi, Super-Tuning."""
 
-from polygraft.grafts.methods.declare import Method
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Method, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Branch, Call, Slot, Sparse, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def shira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
@@ -32,4 +40,55 @@ METHODS = (
     Method("shira", "arXiv 2406.13175", 3e-4, shira),
     Method("pafi", "arXiv 2305.16742", 3e-4, pafi),
     Method("supertuning", "arXiv 2607.09287", 3e-4, supertuning, aliases=("super-tuning",)),
+)
+
+
+def _flat(index: Tensor, place: Place) -> Tensor:
+    return index[:, 0] * place.d_in + index[:, 1]
+
+
+def _pairs(flat: Tensor, place: Place) -> Tensor:
+    import torch
+
+    return torch.stack([flat // place.d_in, flat % place.d_in], dim=1)
+
+
+_STARTS: dict[str, object] = {"init_weights": True}
+PEFT = (
+    Peft(
+        kind="SHIRA",
+        method="shira",
+        names={"r": ("r", 32)},
+        idle=_STARTS | {"mask_type": "random", "random_seed": None},
+        layered=False,
+        own={
+            "w": Kept("shira_weight", shape=(-1,)),
+            "i": Kept("shira_indices", turned=(0, 1), dtype="int32"),
+        },
+    ),
+    Peft(
+        kind="SUPERTUNING",
+        method="supertuning",
+        names={"sparsity": ("sparsity", 0.99)},
+        fields=lambda r, alpha, end, **_: {
+            "r": r or None,
+            "lora_alpha": (alpha or 2 * r) or None,
+            "select_top": end == "top",
+        },
+        arguments=lambda config: {
+            "r": config.get("r") or 0,
+            "alpha": config.get("lora_alpha") or 0,
+            "end": "top" if config.get("select_top", True) else "bottom",
+        },
+        reads=("r", "lora_alpha", "select_top"),
+        needs={"save_precomputed_indices": True},
+        idle=_STARTS | {"lora_dropout": None},
+        layered=False,
+        own={
+            "w": Kept("supertuning_values", shape=(-1,)),
+            "i": Kept("supertuning_indices", coded=(_flat, _pairs), dtype="int32"),
+            "A": Kept("supertuning_lora_A.weight"),
+            "B": Kept("supertuning_lora_B.weight", turned=(0, 1)),
+        },
+    ),
 )

@@ -9,6 +9,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Config, Kept, Peft
 from polygraft.grafts.methods.spectral import on_projections
 from polygraft.grafts.spec import Branch, Call, Slot, SpecError
 
@@ -46,3 +47,31 @@ def _operands(slot: Branch, values: Values, lowering: Lowering, u: int, tied: in
 
 METHODS = (Method("tinylora", "arXiv 2602.04118", 1e-3, tinylora),)
 FORMS = (Form("tinylora", _operands, _own, _shared),)
+
+
+def _tied(config: Config) -> Config:
+    tying = config.get("weight_tying") or 0
+    if tying not in (0, 1):
+        raise SpecError(f"weight_tying: {tying} ties groups of modules; here it is 0 or 1")
+    return {"tied": int(tying == 1)}
+
+
+PEFT = (
+    Peft(
+        kind="TINYLORA",
+        method="tinylora",
+        names={"r": ("r", 2), "u": ("u", 64), "dropout": ("tinylora_dropout", 0.0)},
+        fields=lambda tied, **_: {"weight_tying": float(tied)},
+        arguments=_tied,
+        reads=("weight_tying",),
+        needs={"save_projection": True},
+        idle={"init_weights": True, "init_v_bound": 0.02, "projection_seed": 42},
+        own={
+            "A": Kept("tinylora_A"),
+            "B": Kept("tinylora_B", turned=(0, 1)),
+            "P": Kept("tinylora_P"),
+            "v": Kept("tinylora_v.{n}", of="model"),
+        },
+        shared={"v": Kept("tinylora_v.0")},
+    ),
+)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Branch, Call, Slot
 
 if TYPE_CHECKING:
@@ -39,3 +40,14 @@ def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, d:
 
 METHODS = (Method("vera", "arXiv 2310.11454", 3e-3, vera),)
 FORMS = (Form("vera", _operands, _own, _shared),)
+PEFT = (
+    Peft(
+        kind="VERA",
+        method="vera",
+        names={"r": ("r", 256), "d": ("d_initial", 0.1), "dropout": ("vera_dropout", 0.0)},
+        needs={"save_projection": True},
+        idle={"init_weights": True, "projection_prng_key": None},
+        own={"d": Kept("vera_lambda_d"), "b": Kept("vera_lambda_b")},
+        shared={"A": Kept("vera_A"), "B": Kept("vera_B", turned=(0, 1))},
+    ),
+)

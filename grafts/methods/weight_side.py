@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Call, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -99,4 +100,49 @@ FORMS = (
     Form("glora", _glora, _glora_own),
     Form("hiwi", _hiwi, _hiwi_own),
     Form("peanut", _peanut, _peanut_own),
+)
+_STARTS: dict[str, object] = {"init_weights": True}
+PEFT = (
+    Peft(
+        kind="HIRA",
+        method="hira",
+        names={"r": ("r", 32)},
+        idle=_STARTS | {"hira_dropout": None},
+        patterns={"rank_pattern": "r"},
+        own={"A": Kept("hira_A"), "B": Kept("hira_B", rows=True)},
+    ),
+    Peft(
+        kind="GLORA",
+        method="glora",
+        names={"r": ("r", 8), "kind": ("config_A_B", "lora")},
+        fixed={"config_C": "none", "config_D_E": "none"},
+        idle=_STARTS,
+        layered=False,
+        own={
+            "A": Kept("glora_A.X"),
+            "B": Kept("glora_B.X"),
+            "A_d": Kept("glora_A.Xd"),
+            "A_u": Kept("glora_A.Xu"),
+            "B_d": Kept("glora_B.Xd"),
+            "B_u": Kept("glora_B.Xu"),
+        },
+        blank=lambda place: {
+            "glora_C.zeros": (place.d_in, 1),
+            "glora_D.zeros": (place.d_out,),
+            "glora_E.zeros": (place.d_out,),
+        },
+    ),
+    Peft(
+        kind="PEANUT",
+        method="peanut",
+        names={"r": ("r", 32), "depth": ("depth", 0), "scale": ("scaling", 1.0)},
+        needs={"act_fn": "relu"},
+        idle=_STARTS,
+        own={
+            "A": Kept("peanut_A.weight"),
+            "B": Kept("peanut_B.weight"),
+            **{f"encoder{i}": Kept(f"peanut_encoders.{i}.weight") for i in range(64)},
+            **{f"decoder{i}": Kept(f"peanut_decoders.{i}.weight") for i in range(64)},
+        },
+    ),
 )

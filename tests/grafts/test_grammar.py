@@ -26,6 +26,7 @@ def test_a_union_is_its_terms_slots_in_order() -> None:
     assert spec.method == "prefix(10) + parallel(64)@0-2,5 +lora(r=4, at=attn.*)"
     assert spec.prefix_length == 10
 
+
 WAYS = ("mezo",)  # how a graft is trained and not what it is
 
 
@@ -97,6 +98,14 @@ def test_no_text_does_worse_than_a_spec_error(text: str) -> None:
         ),
         ({"peft_type": "IA3", "target_modules": "k_proj", "feedforward_modules": []}, "ia3(at=k_proj, feedforward=)"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 7, "token_dim": 64, "num_layers": 2}, "prefix(7)"),
+        (
+            {"peft_type": "PREFIX_TUNING", "prefix_projection": True, "encoder_hidden_size": 9},
+            "prefix-mlp(20, hidden=9)",
+        ),
+        ({"peft_type": "P_TUNING", "num_virtual_tokens": 7, "encoder_hidden_size": 9}, "p-tuning(7, hidden=9)"),
+        ({"peft_type": "VERA", "r": 16, "target_modules": ["q_proj"]}, "vera(r=16, at=q_proj)"),
+        ({"peft_type": "OFT", "use_cayley_neumann": False, "target_modules": "q_proj"}, "oft(neumann=0, at=q_proj)"),
+        ({"peft_type": "MISS", "init_weights": "bat", "r": 8, "target_modules": "all-linear"}, "bat(8, at=all-linear)"),
     ],
 )
 def test_a_peft_config_means_what_it_means_in_peft(config: dict[str, object], text: str) -> None:
@@ -114,8 +123,8 @@ def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "VERA"}, ["'VERA'", "choices: LORA, IA3, PREFIX_TUNING"]),
-        ({"rank": 4}, ["{'rank': 4}", "Fields: r, lora_alpha"]),
+        ({"peft_type": "XLORA"}, ["'XLORA'", "choices: ADALORA, ADAPTION_PROMPT, ", "VERA"]),
+        ({"rank": 4}, ["{'rank': 4}", "Fields: ", "lora_alpha", " r,"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
         ({"bias": "all"}, ["{'bias': 'all'}"]),
         ({"init_lora_weights": "pissa"}, ["pissa"]),
@@ -124,7 +133,8 @@ def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
         ({"r": 0}, ["rank: 0"]),
         ({"layers_to_transform": "0"}, ["layers_to_transform: '0'"]),
         ({"layers_to_transform": []}, ["layers_to_transform: []"]),
-        ({"peft_type": "PREFIX_TUNING", "prefix_projection": True}, ["prefix_projection"]),
+        ({"peft_type": "WAVEFT", "wavelet_family": "db2"}, ["wavelet_family: 'db2'", "WAVEFT", "'db1'"]),
+        ({"peft_type": "VERA", "projection_prng_key": 3}, ["projection_prng_key"]),
     ],
 )
 def test_a_peft_field_that_is_not_read_is_refused(config: dict[str, object], words: list[str]) -> None:

@@ -1,0 +1,181 @@
+"""Which projections and norms a PEFT config means, and the config for given ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import regex
+
+from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.methods.configs import names
+from polygraft.grafts.methods.exchange import Config, Peft
+from polygraft.grafts.sites import EMBED_SITE, FINAL_SITE, LINEAR, NORMS, ModelShape, Site, module_path
+from polygraft.grafts.spec import SpecError
+
+_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Modules with one config: our argument for where they are and the sites' names by it, in these layers (None:
+    all)."""
+
+    config: Config
+    sides: Mapping[str, tuple[str, ...]]
+    layers: tuple[int, ...] | None
+
+
+def path(site: Site, shape: ModelShape) -> str:
+    """The site's module in the model with its head, as PEFT's patterns see it."""
+    table = architecture(shape.arch)
+    return f"{table.backbone}.{table.embedding if site.name == EMBED_SITE else module_path(site, shape.arch)}"
+
+
+def groups(layout: Peft, config: Config, shape: ModelShape) -> tuple[Group, ...]:
+    """The modules that the config means, those together that it gives the same values in the same layers.
+
+    Raises SpecError for a name or pattern that means none.
+    """
+    (whole, (key, _)), *others = layout.sides.items()
+    found: dict[tuple[str, str, tuple[tuple[str, object], ...]], list[int]] = {}
+    for site in _candidates(shape):
+        place = path(site, shape)
+        if _means(config, key, place) and not _left_out(config, place):
+            side = next((ours for ours, (field, _) in others if _means(config, field, place)), whole)
+            values = tuple(_values(layout, config, place))
+            found.setdefault((side, site.name, values), []).append(site.layer)
+    _all_mean_something(config, key, shape)
+    together: dict[tuple[tuple[tuple[str, object], ...], tuple[int, ...] | None], dict[str, list[str]]] = {}
+    for (side, name, values), layers in found.items():
+        whole_model = name == FINAL_SITE or len(layers) == shape.layers
+        where = together.setdefault(
+            (values, None if whole_model else tuple(layers)), {ours: [] for ours in layout.sides}
+        )
+        where[side].append(name)
+    return tuple(
+        Group({**config, **dict(values)}, {side: tuple(those) for side, those in sides.items()}, layers)
+        for (values, layers), sides in together.items()
+    )
+
+
+def targets(sites: Iterable[Site], shape: ModelShape, *, layered: bool) -> Mapping[str, object] | None:
+    """The fields of a config that mean just these sites: names and numbers of layers where that is enough and the
+    config can say them (`layered`), else a pattern. None where a site is but a part of a module."""
+    table = architecture(shape.arch)
+    layers: dict[str, list[int]] = {}
+    for site in sorted(sites):
+        if site.name in LINEAR and len(table.beside(site.name)) > 1:
+            return None
+        layers.setdefault(site.name, []).append(0 if site.name == FINAL_SITE else site.layer)
+    every = list(range(shape.layers))
+    one = next(iter(layers.values()))
+    if FINAL_SITE not in layers and all(where == one for where in layers.values()) and (layered or one == every):
+        listed = table.targets(layers)
+        if listed is not None:
+            chosen = {"layers_to_transform": None if one == every else one} if layered else {}
+            return {"target_modules": list(listed), **chosen}
+    return {"target_modules": pattern(sites, shape)}
+
+
+def pattern(sites: Iterable[Site], shape: ModelShape, *, short: bool = False) -> str:
+    """A regular expression for just these sites' modules, or for the `short` ends of their paths in the backbone."""
+    by_name: dict[str, list[int]] = {}
+    for site in sorted(sites):
+        by_name.setdefault(site.name, []).append(site.layer)
+    layers: dict[tuple[int, ...], list[str]] = {}
+    for name, chosen in by_name.items():
+        layers.setdefault(tuple(chosen) if name != FINAL_SITE else (), []).append(name)
+    table, found = architecture(shape.arch), []
+    front = "" if short else f"{table.backbone}."
+    for where, those in layers.items():
+        ends = "|".join(re.escape(table.modules[name]) for name in those if name != FINAL_SITE)
+        if not where:
+            found.append(re.escape(front + module_path(Site(shape.layers - 1, FINAL_SITE), shape.arch)))
+        else:
+            number = r"\d+" if len(where) == shape.layers else "|".join(map(str, where))
+            found.append(rf"{re.escape(front + table.layers)}\.({number})\.({ends})")
+    return f"({'|'.join(found)})" if len(found) > 1 else found[0]
+
+
+def numbers(sites: Sequence[Site], shape: ModelShape) -> Mapping[Site, int]:
+    """Each site's place among the modules of the graft in the order in which transformers has them."""
+    order = architecture(shape.arch).order
+    ranked = sorted(sites, key=lambda site: (site.layer, order.index(site.name)))
+    return {site: index for index, site in enumerate(ranked)}
+
+
+def _candidates(shape: ModelShape) -> Iterator[Site]:
+    table = architecture(shape.arch)
+    for layer in range(shape.layers):
+        for name in (*LINEAR, *NORMS):
+            if table.has(name) and (name != FINAL_SITE or layer == shape.layers - 1):
+                yield Site(layer, name)
+
+
+def _means(config: Config, key: str, place: str) -> bool:
+    """As PEFT's `check_target_module_exists`."""
+    value = config.get(key)
+    if value == "all-linear":
+        return not any(word in place.rpartition(".")[2] for word in ("norm", "ln_", "LayerNorm"))
+    if isinstance(value, str):
+        return _fits(key, value, place)
+    if not any(f".{place}".endswith(f".{name}") for name in names(config, key)):
+        return False
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == [] or key != "target_modules":
+        return True
+    lists = names(config, "layers_pattern")
+    before = [rf"(?:^|.*?\.){name}" for name in lists] or [r".*?\.[^.]*"]
+    match = next((found for one in before if (found := _match("layers_pattern", rf"{one}\.(\d+)\..*", place))), None)
+    layers = chosen if isinstance(chosen, list) else [chosen]
+    return match is not None and int(match[1]) in layers
+
+
+def _left_out(config: Config, place: str) -> bool:
+    value = config.get("exclude_modules")
+    if isinstance(value, str):
+        return _fits("exclude_modules", value, place)
+    return any(f".{place}".endswith(f".{name}") for name in names(config, "exclude_modules"))
+
+
+def _values(layout: Peft, config: Config, place: str) -> Iterator[tuple[str, object]]:
+    """The fields that a pattern gives the module another value of."""
+    for field, changed in layout.patterns.items():
+        given = config.get(field) or {}
+        if not isinstance(given, Mapping):
+            raise SpecError(f"{field}: {given!r} is not an object of module names and values")
+        for name, value in given.items():
+            if _fits(field, rf"(.*\.)?({name})", place):
+                yield changed, value
+                break
+
+
+def _fits(field: str, expression: str, place: str) -> bool:
+    return _match(field, expression, place) is not None
+
+
+def _match(field: str, expression: str, place: str) -> regex.Match[str] | None:
+    """Of the whole place; raises SpecError for an expression that is none, or that somebody made to take long."""
+    try:
+        return regex.fullmatch(expression, place, timeout=_SECONDS)
+    except regex.error as error:
+        raise SpecError(f"{field}: {expression!r} is not a regular expression: {error}") from None
+    except TimeoutError:
+        raise SpecError(f"{field}: {expression!r} takes more than {_SECONDS} s on {place!r}") from None
+
+
+def _all_mean_something(config: Config, key: str, shape: ModelShape) -> None:
+    """Raise SpecError for a name of the list, or a pattern, that means nothing here, and for a layer that is not."""
+    chosen = config.get("layers_to_transform")
+    for layer in [] if chosen is None else chosen if isinstance(chosen, list) else [chosen]:
+        if not isinstance(layer, int) or not 0 <= layer < shape.layers:
+            raise SpecError(f"layers: {layer} is not a layer of this backbone; it has 0-{shape.layers - 1}")
+    value = config.get(key)
+    asked: list[object] = [value] if isinstance(value, str) or not value else list(names(config, key))
+    for one in asked:
+        alone: Config = {key: one if isinstance(value, str) or not value else [one]}
+        if not any(_means(alone, key, path(site, shape)) for site in _candidates(shape)):
+            known = ", ".join(architecture(shape.arch).modules)
+            raise SpecError(f"{key}: {one!r} matches no site of {shape.arch}; sites: {known}")

@@ -1,0 +1,111 @@
+"""A graft as one of the plainest method that computes just the same: branches that are linear as one LoRA a site, rows
+before the input or the keys and values as the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.grammar import Term, union
+from polygraft.grafts.lowering import Lowered
+from polygraft.grafts.sites import LINEAR, ModelShape, Site, sites_of
+from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import KV, Branch, GraftSpec, Tokens
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Rank:
+    """What a LoRA is at one site."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+
+    def term(self, names: tuple[str, ...], layers: tuple[int, ...], depth: int) -> Term:
+        said = {"r": str(self.r), "alpha": str(self.alpha), "at": "|".join(names), "dropout": str(self.dropout)}
+        return Term("lora", said, None if layers == tuple(range(depth)) else layers)
+
+
+def plain(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[GraftSpec, Values | None] | None:
+    """The graft as a LoRA, prompt or prefix, exact but for rounding; None for one that is none of these. Without
+    `values` only what it would be."""
+    match spec.slots:
+        case (Tokens(mode="before", length=length),):
+            simpler = union([Term("prompt", {"length": str(length)})])
+        case (KV(aside=False, layers=None, length=length),):
+            simpler = union([Term("prefix", {"length": str(length)})])
+        case _:
+            return _lora(spec, shape, values)
+    if not _weightless(spec, shape):
+        return None
+    return simpler, None if values is None else _operands(spec, shape, values)
+
+
+def loras(ranks: Mapping[Site, Rank], shape: ModelShape) -> GraftSpec:
+    """LoRAs at just these sites, in as few terms as there are different ranks and sets of layers."""
+    layers: dict[tuple[str, Rank], list[int]] = {}
+    for site, rank in sorted(ranks.items()):
+        layers.setdefault((site.name, rank), []).append(site.layer)
+    together: dict[tuple[Rank, tuple[int, ...]], list[str]] = {}
+    for (name, rank), where in layers.items():
+        together.setdefault((rank, tuple(where)), []).append(name)
+    return union([rank.term(tuple(those), where, shape.layers) for (rank, where), those in together.items()])
+
+
+def _lora(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[GraftSpec, Values | None] | None:
+    branches: dict[Site, list[tuple[int, Branch]]] = {}
+    for index, site in sites_of(spec, shape):
+        slot = spec.slots[index]
+        if not (isinstance(slot, Branch) and slot.act == "identity" and slot.tap == "input" and site.name in LINEAR):
+            return None
+        if slot.bias or slot.gate != "none":
+            return None
+        branches.setdefault(site, []).append((index, slot))
+    if not _weightless(spec, shape):
+        return None
+    ranks = {site: _rank([slot for _, slot in those]) for site, those in branches.items()}
+    simpler = loras(ranks, shape)
+    if values is None:
+        return simpler, None
+    operands = _operands(spec, shape, values)
+    found: dict[str, Tensor] = {}
+    for index, site in sites_of(simpler, shape):
+        first = branches[site][0][1].scale
+        A = [operands[f"{i}.{site}.A"] for i, _ in branches[site]]
+        B = [operands[f"{i}.{site}.B"] * (slot.scale / first) for i, slot in branches[site]]
+        found |= {f"{index}.{site}.A": torch.cat(A), f"{index}.{site}.B": torch.cat(B)}
+    return simpler, found
+
+
+def _rank(branches: list[Branch]) -> Rank:
+    """All ranks together, with the scale of the first branch; the others' is in their B."""
+    r = sum(branch.rank for branch in branches)
+    return Rank(r, branches[0].scale * r, max(branch.dropout for branch in branches))
+
+
+def _operands(spec: GraftSpec, shape: ModelShape, values: Values) -> Values:
+    with torch.no_grad():
+        return Lowered(spec, shape, _refuse).make(values)
+
+
+def _weightless(spec: GraftSpec, shape: ModelShape) -> bool:
+    """Whether the operands are made of the graft's own tensors alone: tried with zeros in one layer."""
+    if all(slot.form is None for slot in spec.slots):
+        return True
+    one = replace(spec, slots=tuple(replace(slot, layers=(min(slot.layers or (0,)),)) for slot in spec.slots))
+    try:
+        _operands(one, shape, {tensor.name: torch.zeros(tensor.shape) for tensor in tensors(one, shape)})
+    except FormatError:
+        return False
+    return True
+
+
+def _refuse(site: Site) -> NoReturn:
+    raise FormatError(f"{site}: its operands are made of W; name a backbone")

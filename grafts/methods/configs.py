@@ -1,0 +1,92 @@
+"""PEFT's configs as methods with arguments, and back, by what the methods' files declare (`exchange.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polygraft.grafts.methods.exchange import Config, Peft
+from polygraft.grafts.methods.registry import layouts
+from polygraft.grafts.spec import SpecError
+
+# What PEFT writes beside the fields that make a graft: notes on its origin, the backbone's sizes and layout.
+_NOTES = frozenset(
+    "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode num_attention_heads num_layers "
+    "num_transformer_submodules peft_type peft_version revision task_type token_dim tokenizer_kwargs "
+    "tokenizer_name_or_path".split()
+)
+# Values at which fields of many configs mean nothing.
+_PLAIN: Config = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+# Which modules of the backbone: read where the backbone is known.
+_PLACES = ("layers_pattern", "exclude_modules")
+
+
+def layout_of(config: Config, *, stored: bool) -> Peft:
+    """The declaration that the config means, of a folder (`stored`) or a job; raises SpecError with the choices."""
+    kind = str(config.get("peft_type", "LORA")).upper()
+    found = [layout for layout in layouts() if layout.kind == kind and layout.only != ("job" if stored else "folder")]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(layout.kind for layout in layouts()))
+        raise SpecError(f"peft_type: {kind!r} is not supported here; choices: {kinds}")
+    for layout in found:
+        if all(_is(config.get(key), value) for key, value in layout.fixed.items()):
+            return layout
+    differ = {key: config.get(key) for layout in found for key in layout.fixed}
+    raise SpecError(f"peft: {kind} with {str(differ)[:200]} is not read here")
+
+
+def arguments(layout: Peft, config: Config, *, stored: bool) -> dict[str, object]:
+    """Our arguments for the config, but for those that say where.
+
+    Raises SpecError for a field that is not read and not at its default: it may change what the graft is. From a folder
+    (`stored`) fields are read that need the backbone, and those that only mattered in training are passed over.
+    """
+    _check(layout, config, stored)
+    named = {
+        ours: config[theirs] if config.get(theirs) is not None else default
+        for ours, (theirs, default) in layout.names.items()
+    }
+    return {**named, **layout.arguments(config)}
+
+
+def described(layout: Peft, values: Mapping[str, object]) -> dict[str, object]:
+    """PEFT's fields for all arguments of the method but those that say where."""
+    named = {theirs: _number(values[ours]) for ours, (theirs, _) in layout.names.items()}
+    made = {key: _number(value) for key, value in layout.fields(**values).items()}
+    return {**layout.needs, **layout.fixed, **named, **made}
+
+
+def names(config: Config, key: str) -> list[str]:
+    """A field that is a list of module names; one name may stand alone."""
+    value = config.get(key) or []
+    return [str(item) for item in value] if isinstance(value, list | tuple | set) else [str(value)]
+
+
+def _check(layout: Peft, config: Config, stored: bool) -> None:
+    read = {theirs for theirs, _ in layout.names.values()} | {*layout.reads, *layout.fixed, *layout.needs, *_NOTES}
+    read |= {theirs for theirs, _ in layout.sides.values()} | ({"layers_to_transform"} if layout.layered else set())
+    plain = {**_PLAIN, **layout.idle}
+    if stored:
+        read |= {*layout.patterns, *_PLACES, *layout.idle.keys() - layout.harmless.keys()}
+    odd = {
+        key: value
+        for key, value in config.items()
+        if value
+        and key not in read
+        and value != plain.get(key)
+        and not (stored and value in layout.harmless.get(key, ()))
+    }
+    if odd:
+        said = ", ".join(sorted(read - {*_NOTES, *_PLACES, *layout.idle}))
+        raise SpecError(f"peft: {str(odd)[:200]} is not read for {layout.kind}; remove it. Fields: {said}")
+    for key, value in layout.needs.items():
+        if config.get(key, value) != value:
+            raise SpecError(f"{key}: {config[key]!r} is not read for {layout.kind}; it takes {value!r}")
+
+
+def _is(value: object, wished: object) -> bool:
+    return bool(value) == wished if isinstance(wished, bool) else value == wished
+
+
+def _number(value: object) -> object:
+    """Whole numbers without a point, as people write them."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

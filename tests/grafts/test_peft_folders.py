@@ -1,0 +1,126 @@
+"""PEFT's folders of every method it has: PEFT computes the same from what we write, we from what PEFT writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
+from polygraft.cluster.launch.demo.oracle.plain import plain_model
+from polygraft.grafts.formats import peft
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.stock import Stock
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.embedding import virtual_ids
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.spec import GraftSpec
+from tests.grafts.oracle.row import relative
+from tests.grafts.oracle.table import ALL
+from tests.tiny import tiny_llama
+
+IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
+THEIRS = {name: row for name, row in ALL.items() if row.config is not None}
+MULTITASK = "multitask prompt tuning"
+TOKENS = "trainable tokens"
+FIELDS = {"unilora": {"save_indices": True}}  # which PEFT draws again otherwise
+REFUSED = {"bdlora": "use_bdlora"}  # written as the LoRA that it is
+CUDA_ONLY = ("boft of three factors",)
+
+
+@pytest.fixture(scope="module")
+def tied(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return Backbone.load(tiny_llama(tmp_path_factory.mktemp("untied"), tied=False), torch.float32)
+
+
+@pytest.fixture
+def backbone(name: str, tied: Backbone, untied: Backbone) -> Backbone:
+    return untied if name in (TOKENS, "trainable-tokens") else tied
+
+
+def ours(backbone: Backbone, spec: GraftSpec, values: dict[str, Tensor]) -> Tensor:
+    virtual = torch.tensor(virtual_ids(spec.virtual_length), dtype=torch.long)
+    ids = torch.cat([virtual, IDS])
+    rows = Rows(ids, torch.arange(len(ids)) + spec.prefix_length, (Span(0, len(ids), 0),))
+    attention = WholeSequences(((0, len(ids)),), backbone.shape)
+    with torch.inference_mode():
+        hidden = backbone.forward(rows, backbone.stacks([Resident("g", spec, values)]), attention)
+        return backbone.logits(hidden[len(virtual) :])
+
+
+def theirs(model: PeftModel) -> Tensor:
+    several = isinstance(model.peft_config["default"], MultitaskPromptTuningConfig)
+    tasks = {"task_ids": torch.zeros(1, dtype=torch.long)} if several else {}
+    with torch.inference_mode():
+        found: Tensor = model.eval()(input_ids=IDS[None], use_cache=False, **tasks).logits[0, -len(IDS) :]
+    return found
+
+
+def config_of(name: str) -> PeftConfig:
+    if name == TOKENS:
+        return TrainableTokensConfig(token_indices=[17, 42])
+    if name == MULTITASK:
+        return MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=1)
+    make = THEIRS[name].config
+    assert make is not None
+    return dataclasses.replace(make(), **FIELDS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in CUDA_ONLY])
+def test_peft_computes_the_same_from_what_we_write(
+    name: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    row = ALL[name]
+    values = {tensor: value.float() for tensor, value in row.values(backbone.shape, seed=4).items()}
+    stock = Stock(backbone.folder)
+    if not peft.exportable(row.spec, backbone.shape, stock):
+        assert name not in THEIRS
+        with pytest.raises(FormatError, match="has no equal in PEFT"):
+            peft.export(tmp_path, row.spec, values, shape=backbone.shape, stock=stock)
+        return
+    peft.export(tmp_path, row.spec, values, shape=backbone.shape, stock=stock)
+    model = loaded(backbone.folder, tmp_path, torch.float32)
+    assert relative(ours(backbone, row.spec, values), theirs(model)) < 1e-5
+    if name != "randlora":  # whose bases PEFT writes for every module again
+        assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
+
+
+@pytest.mark.parametrize("name", [*THEIRS, MULTITASK, TOKENS])
+def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
+    name: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    model = get_peft_model(plain_model(backbone.folder, torch.float32), config_of(name))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(tmp_path))
+    stock = Stock(backbone.folder)
+    if name in REFUSED:
+        with pytest.raises(FormatError, match=REFUSED[name]):
+            peft.load(tmp_path, backbone.shape, stock)
+        return
+    spec, values = peft.load(tmp_path, backbone.shape, stock)
+    assert relative(ours(backbone, spec, values), theirs(model)) < 1e-5
+    (again := tmp_path / "again").mkdir()
+    peft.export(again, spec, values, shape=backbone.shape, stock=stock)
+    before, after = (load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again))
+    copies = {key for key in before if "layers" in key and key.rpartition(".")[2] in ("randlora_A", "randlora_B")}
+    assert after.keys() == before.keys() - copies
+    assert all(value.equal(before[key]) and value.dtype == before[key].dtype for key, value in after.items())
+    configs = [json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again)]
+    assert configs[1]["peft_type"] == configs[0]["peft_type"].replace("P_TUNING", "PROMPT_TUNING")
