@@ -83,7 +83,7 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
         ({"method": supervised(peft="lora(at=attn.x)")}, PEFT, "sites: attn.q"),
         ({"method": supervised(peft="lora(r=0)")}, PEFT, "rank: 0"),
         ({"method": supervised(peft="lora@7")}, PEFT, "7 is not a layer"),
-        ({"method": supervised(peft={"peft_type": "VERA"})}, PEFT, "VERA"),
+        ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
         ({"method": supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs", "0"),
         ({"method": supervised(learning_rate="fast")}, "method.supervised.hyperparameters.learning_rate", "fast"),
         ({"method": supervised(colour="red")}, "method.supervised.hyperparameters.colour", "peft"),
