@@ -19,6 +19,7 @@ from polygraft.grafts.runtime.route import Attention, RouteTable, Rows
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import GraftSpec, Tokens
+from polygraft.kernels.kv.scores import Scores
 
 T = TypeVar("T")
 
@@ -144,9 +145,9 @@ class _Recorder:
     def __init__(self, inner: Attention, kept: dict[Site, tuple[Tensor, Tensor]]) -> None:
         self.inner, self.kept = inner, kept
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         self.kept[Site(layer, KV_SITE)] = (k.clone(), v.clone())
-        return self.inner(layer, q, k, v, route=route, scaling=scaling)
+        return self.inner(layer, q, k, v, route=route, scores=scores)
 
 
 def _repeated(prompt: Sequence[int], length: int) -> list[int]:

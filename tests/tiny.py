@@ -78,13 +78,16 @@ def tiny_llama(
 
 _COMMON = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 _GROUPED = {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}
+_UNCAPPED = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
 # What each architecture says beside the common numbers.
 CONFIGS: Mapping[str, Mapping[str, object]] = {
     "llama": _GROUPED,
-    "mistral": {**_GROUPED, "head_dim": 32, "sliding_window": None},
-    "qwen2": _GROUPED,
+    "mistral": {**_GROUPED, "head_dim": 32, "sliding_window": 6},
+    "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {**_GROUPED, "head_dim": 24},
     "gemma": {**_GROUPED, "head_dim": 32},
+    "gemma2": {**_GROUPED, "head_dim": 32, "sliding_window": 5, **_UNCAPPED},
+    "gemma3_text": {**_GROUPED, "head_dim": 32, "sliding_window": 5, "sliding_window_pattern": 2},
     "phi": {**_GROUPED, "qk_layernorm": True},
     "gpt2": {"n_positions": 512},
     "gpt_neox": {"intermediate_size": 96},

@@ -1,8 +1,8 @@
 """Llama and the families with its module names: Mistral, Qwen2 (biases on q, k and v), Qwen3 (norms on every head's
-query and key), Gemma (norm factors 1 + w, scaled embeddings)."""
+query and key); all but Llama may have sliding windows, which their attention asks for layer by layer."""
 
 from polygraft.grafts.architectures.declare import Architecture
-from polygraft.grafts.architectures.refusals import rotary, windowed
+from polygraft.grafts.architectures.refusals import rotary
 
 MODULES = {
     "attn.q": "self_attn.q_proj",
@@ -20,8 +20,7 @@ MODULES = {
 
 ARCHITECTURES = (
     Architecture(model_type="llama", modules=MODULES, refusal=rotary),
-    Architecture(model_type="mistral", modules=MODULES, refusal=windowed),
-    Architecture(model_type="qwen2", modules=MODULES, refusal=windowed),
-    Architecture(model_type="qwen3", modules=MODULES, refusal=windowed),
-    Architecture(model_type="gemma", modules=MODULES, refusal=rotary, norm_offset=1.0),
+    Architecture(model_type="mistral", modules=MODULES, refusal=rotary),
+    Architecture(model_type="qwen2", modules=MODULES, refusal=rotary),
+    Architecture(model_type="qwen3", modules=MODULES, refusal=rotary),
 )

@@ -13,6 +13,7 @@ from polygraft.grafts.sites import KV_SITE, ModelShape, Site
 from polygraft.kernels.kv.aside import aside
 from polygraft.kernels.kv.layout import Layout, Sequence
 from polygraft.kernels.kv.op import attend
+from polygraft.kernels.kv.scores import Scores
 
 NAME = "polygraft"
 
@@ -26,13 +27,13 @@ class WholeSequences:
     shape: ModelShape
     _layouts: dict[tuple[Entries, int], Layout] = field(default_factory=dict)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv"))
         if stack is None:
             empty = k.new_empty(0, k.shape[1])
-            return attend(q, k, v, empty, empty, self._layout((), len(q), 0, route), scaling)
+            return attend(q, k, v, empty, empty, self._layout((), len(q), 0, route), scores)
         pk, pv = stack.parts["k"], stack.parts["v"]
-        return attend(q, k, v, pk, pv, self._layout(stack.entries, len(q), len(pk), route), scaling)
+        return attend(q, k, v, pk, pv, self._layout(stack.entries, len(q), len(pk), route), scores)
 
     def _layout(self, entries: Entries, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
         key = (entries, rows)
@@ -51,13 +52,20 @@ class WholeSequences:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, scaling: float, **_: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """The function in transformers' attention registry: flattens [1, heads, T, head_dim] and asks the current route."""
     route = current()
     q, k, v = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    out = route.attention(layer, q, k, v, route=route, scaling=scaling)
+    out = route.attention(layer, q, k, v, route=route, scores=Scores(scaling, sliding_window))
     stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv", "aside"))
     if stack is not None:
         pk, pv, kv_heads = stack.parts["k"], stack.parts["v"], key.shape[1]

@@ -16,7 +16,8 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import KV, Layers, SpecError
-from polygraft.kernels.kv.layout import Continued
+from polygraft.kernels.kv.layout import Continued, outside
+from polygraft.kernels.kv.scores import Scores
 
 BUCKET_BLOCKS = (
     4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
@@ -76,20 +77,21 @@ class PagedSequence:
 @dataclass(frozen=True)
 class _Group:
     """Sequences of one row count n and one context bucket of L positions: their batch rows [b * n], blocks [b, L /
-    block], hidden keys [b, n, L]."""
+    block], the positions [b, L] in them, hidden keys [b, n, L]."""
 
     rows: Tensor
     blocks: Tensor
+    positions: Tensor
     hidden: Tensor
     sequences: tuple[PagedSequence, ...]
     _biases: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def bias(self, layer: int, heads: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of `heads` heads in a layer, [b, 1, heads * n, L]: -inf for the future and for a
-        prefix that the layer does not have."""
+        """What is added to the scores of `heads` heads in a layer, [b, 1, heads * n, L]: -inf for what a window leaves
+        out and for a prefix that the layer does not have."""
         unseen = tuple(sequence.unseen(layer) for sequence in self.sequences)
         if unseen not in self._biases:
-            hidden = self.hidden | (torch.arange(self.hidden.shape[2]) < torch.tensor(unseen)[:, None, None])
+            hidden = self.hidden | (self.positions < torch.tensor(unseen).unsqueeze(1)).unsqueeze(1)
             bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
             self._biases[unseen] = bias.repeat(1, heads, 1).unsqueeze(1)
         return self._biases[unseen]
@@ -102,20 +104,30 @@ class PagedAttention:
         self.cache, self._sequences = cache, tuple(sequences)
         self._slots = torch.cat([_slots(s.table, s.before, s.rows, cache.block_size) for s in sequences])
         self._rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
-        members: Mapping[tuple[int, int], list[PagedSequence]] = defaultdict(list)
-        for s in sequences:
-            span = cache.block_size * BUCKET_BLOCKS
-            members[s.rows, -(-(s.before + s.rows) // span) * BUCKET_BLOCKS].append(s)
-        self._groups = [self._group(blocks, group) for (_, blocks), group in sorted(members.items())]
+        self._by_window: dict[int | None, list[_Group]] = {}
 
-    def _group(self, width: int, sequences: Sequence[PagedSequence]) -> _Group:
-        tables = [[*s.table[:width], *[0] * (width - len(s.table))] for s in sequences]
-        rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
-        last = torch.stack([torch.arange(s.before, s.before + s.rows) for s in sequences])
-        hidden = torch.arange(width * self.cache.block_size) > last.unsqueeze(-1)
-        return _Group(rows, torch.tensor(tables), hidden, tuple(sequences))
+    def _groups(self, window: int | None) -> list[_Group]:
+        """The sequences by row count and context bucket, from the first whole bucket that the window reaches into."""
+        if window not in self._by_window:
+            members: Mapping[tuple[int, int], list[tuple[int, PagedSequence]]] = defaultdict(list)
+            span = self.cache.block_size * BUCKET_BLOCKS
+            for s in self._sequences:
+                first = 0 if window is None else max(0, s.before - window + 1) // span * BUCKET_BLOCKS
+                stop = -(-(s.before + s.rows) // span) * BUCKET_BLOCKS
+                members[s.rows, stop - first].append((first, s))
+            self._by_window[window] = [self._group(*key, found, window) for key, found in sorted(members.items())]
+        return self._by_window[window]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+    def _group(self, count: int, width: int, found: Sequence[tuple[int, PagedSequence]], window: int | None) -> _Group:
+        tables = [[*s.table[first : first + width], *[0] * (first + width - len(s.table))] for first, s in found]
+        rows = torch.cat([torch.arange(s.start, s.start + count) for _, s in found])
+        own = torch.stack([torch.arange(s.before, s.before + count) for _, s in found])
+        starts = torch.tensor([first * self.cache.block_size for first, _ in found])
+        positions = starts.unsqueeze(1) + torch.arange(width * self.cache.block_size)
+        hidden = outside(own.unsqueeze(2), positions.unsqueeze(1), window)
+        return _Group(rows, torch.tensor(tables), positions, hidden, tuple(s for _, s in found))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         """As `Attention`; rows of no sequence are 0."""
         data = self.cache.data[layer]
         new = torch.stack([x.index_select(0, self._rows) for x in (k, v)], dim=1)
@@ -125,10 +137,11 @@ class PagedAttention:
 
             heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
             continued = [Continued(s.start, s.rows, s.before, s.table, s.unseen(layer)) for s in self._sequences]
-            return gpu.attend_paged(q, data, continued, heads, kv_heads, scaling)
+            return gpu.attend_paged(q, data, continued, heads, kv_heads, scores)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for group in self._groups:
-            out.index_copy_(0, group.rows, self._attend(layer, q.index_select(0, group.rows), data, group, scaling))
+        for group in self._groups(scores.window):
+            own = q.index_select(0, group.rows)
+            out.index_copy_(0, group.rows, self._attend(layer, own, data, group, scores.scaling))
         return out
 
     def _attend(self, layer: int, q: Tensor, data: Tensor, group: _Group, scaling: float) -> Tensor:

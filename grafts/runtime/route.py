@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.kv.scores import Scores
 
 if TYPE_CHECKING:
     from polygraft.grafts.runtime.stacks import Entries, Stacks
@@ -47,7 +48,7 @@ class Rows:
 class Attention(Protocol):
     """How the rows of one forward attend; q [T, heads * head_dim], k and v [T, kv_heads * head_dim], rotary applied."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scaling: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         """[T, heads * head_dim]; rows that attend to nothing are 0."""
         ...
 

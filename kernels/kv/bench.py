@@ -11,6 +11,7 @@ from polygraft.kernels.common.bench import Case, show
 from polygraft.kernels.kv import cost
 from polygraft.kernels.kv.layout import Layout, Sequence
 from polygraft.kernels.kv.op import attend
+from polygraft.kernels.kv.scores import Scores
 
 HEADS, KV_HEADS, HEAD, GRAFTS = 9, 3, 64, 8
 
@@ -27,7 +28,7 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
         shapes = [(length, prefix)] * GRAFTS
         moved = cost.bytes_moved(shapes, HEADS * HEAD, KV_HEADS * HEAD, itemsize=dtype.itemsize)
         name = f"kv, {GRAFTS} sequences of {length} after {prefix}"
-        call = (q, k, v, pk, pv, layout, HEAD**-0.5)
+        call = (q, k, v, pk, pv, layout, Scores(HEAD**-0.5))
         yield Case(name, partial(attend, *call), cost.flops(shapes, HEADS, HEAD), moved)
 
 

@@ -12,45 +12,47 @@ from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.kv.layout import Continued, Layout
 from polygraft.kernels.kv.programs import attend_kernel, key_gradient_kernel, paged_kernel, query_gradient_kernel
+from polygraft.kernels.kv.scores import Scores
 from polygraft.kernels.kv.tiles import KEYS, Grid, Plan, grids, height
 
 _ROWS = 16  # queries of a tile where the keys' gradient loops over them
+_ALL = (1 << 31) - 1  # a window that hides nothing
 
 
 def attend(
-    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """As `op.attend`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
     with torch.cuda.device_of(q_TE):  # type: ignore[no-untyped-call]  # autograd itself guards the backward
-        return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
+        return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> Tensor:
         q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))
         plan, out = Plan.of(layout, q.device), torch.zeros_like(q)
         lse = torch.empty(layout.heads, len(q), dtype=_wide(q), device=q.device)
         for grid in plan.queries:
             attend_kernel[len(grid.tiles), layout.heads](
-                q, k, v, pk, pv, out, lse, plan.table, grid.tiles, *_shape(q, k, layout),
-                **_constants(q, layout.heads, scaling), HEIGHT=grid.height,
+                q, k, v, pk, pv, out, lse, plan.table, grid.tiles, *_shape(q, k, layout, scores),
+                **_constants(q, layout.heads, scores), HEIGHT=grid.height,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, pk, pv, out, lse)
-        ctx.layout, ctx.scaling, ctx.plan = layout, scaling, plan  # type: ignore[attr-defined]
+        ctx.layout, ctx.scores, ctx.plan = layout, scores, plan  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pk, pv, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        layout, plan = ctx.layout, ctx.plan  # type: ignore[attr-defined]
-        constants = _constants(q, layout.heads, ctx.scaling)  # type: ignore[attr-defined]
+        layout, scores, plan = ctx.layout, ctx.scores, ctx.plan  # type: ignore[attr-defined]
+        constants = _constants(q, layout.heads, scores)
         grad, wide = grad.contiguous(), _wide(q)
         inner = torch.unflatten(grad.to(wide) * out, 1, (layout.heads, -1)).sum(-1).T.contiguous()
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        shape = _shape(q, k, layout)
+        shape = _shape(q, k, layout, scores)
         for grid in plan.queries:
             query_gradient_kernel[len(grid.tiles), layout.heads](
                 q, k, v, pk, pv, grad, lse, inner, dq, plan.table, grid.tiles, *shape,
@@ -82,10 +84,10 @@ def _gathered(prefix: Tensor, shares: Tensor, layout: Layout) -> Tensor:
 
 
 def attend_paged(
-    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scaling: float
+    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scores: Scores
 ) -> Tensor:
-    """out[row] = softmax(scaling * q[row] K^T) V over the positions up to the row's own, whose keys and values lie in
-    cache [blocks, block_size, 2, kv_width]; other rows are 0. Not differentiable.
+    """out[row] = softmax(scaling * q[row] K^T) V over the window that ends at the row's position, with keys and values
+    in cache [blocks, block_size, 2, kv_width]; other rows are 0. Not differentiable.
     """
     q, out = q_TE.contiguous(), torch.zeros_like(q_TE, memory_format=torch.contiguous_format)
     table: list[tuple[int, ...]] = []
@@ -95,8 +97,8 @@ def attend_paged(
         blocks += s.blocks
     placed = [torch.tensor(x, dtype=torch.int64).to(q.device) for x in (blocks, table)]
     group = heads // kv_heads
-    shape = (q.shape[1], cache.shape[-1], group, q.shape[1] // heads)
-    constants = _constants(q, heads, scaling)
+    shape = (q.shape[1], cache.shape[-1], group, q.shape[1] // heads, scores.window or _ALL)
+    constants = _constants(q, heads, scores)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         for grid in grids([s.rows * group for s in sequences], q.device, height):
             paged_kernel[len(grid.tiles), kv_heads](
@@ -105,15 +107,16 @@ def attend_paged(
     return out
 
 
-def _shape(q: Tensor, k: Tensor, layout: Layout) -> tuple[int, ...]:
-    """Rows, widths, query heads of a key head, and the size of a head, as the programs take them."""
-    return len(q), q.shape[1], k.shape[1], layout.heads // layout.kv_heads, q.shape[1] // layout.heads
+def _shape(q: Tensor, k: Tensor, layout: Layout, scores: Scores) -> tuple[int, ...]:
+    """Rows, widths, query heads of a key head, the size of a head, and the window, as the programs take them."""
+    group, head_dim = layout.heads // layout.kv_heads, q.shape[1] // layout.heads
+    return len(q), q.shape[1], k.shape[1], group, head_dim, scores.window or _ALL
 
 
-def _constants(q: Tensor, heads: int, scaling: float) -> dict[str, object]:
+def _constants(q: Tensor, heads: int, scores: Scores) -> dict[str, object]:
     head = max(16, triton.next_power_of_2(q.shape[1] // heads))
     acc = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return {"SCALING": scaling, "KEYS": KEYS, "HEAD": head, "ACC": acc}
+    return {"SCALING": scores.scaling, "KEYS": KEYS, "HEAD": head, "ACC": acc}
 
 
 def _wide(q: Tensor) -> torch.dtype:

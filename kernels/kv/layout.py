@@ -4,13 +4,20 @@ lies."""
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 GRAIN, FLOOR = 16, 32  # from 32 on, a member of the batched products is never below oneDNN's threshold
+
+
+def outside(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Whether a query does not see a key, bool, of positions that broadcast: what lies after it, and what lies `window`
+    or more before it (None: nothing)."""
+    after = keys > positions
+    return after if window is None else after | (keys <= positions - window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,7 @@ class Bucket:
     queries: Tensor
     keys: Tensor
     causal: bool = True
+    _hidden: dict[int | None, Tensor] = field(default_factory=dict)
 
     @cached_property
     def first_row(self) -> int | None:
@@ -62,13 +70,17 @@ class Bucket:
         )
         return start if adjacent else None
 
-    @cached_property
-    def hidden(self) -> Tensor:
-        """Keys that a query does not see: those after it, [L, L] bool; without causality the padding, [b, 1, L]."""
-        if not self.causal:
-            ends = torch.tensor([s.prefix_length + s.length for s in self.sequences], device=self.queries.device)
-            return torch.arange(self.length, device=self.queries.device) >= ends.view(-1, 1, 1)
-        return torch.ones(self.length, self.length, dtype=torch.bool, device=self.queries.device).triu_(1)
+    def hidden(self, window: int | None = None) -> Tensor:
+        """Keys that a query does not see: those after it and before its window, [L, L] bool; without causality the
+        padding, [b, 1, L]."""
+        if window not in self._hidden:
+            keys = torch.arange(self.length, device=self.queries.device)
+            if not self.causal:
+                ends = torch.tensor([s.prefix_length + s.length for s in self.sequences], device=self.queries.device)
+                self._hidden[window] = keys >= ends.view(-1, 1, 1)
+            else:
+                self._hidden[window] = outside(keys.unsqueeze(1), keys, window)
+        return self._hidden[window]
 
 
 @dataclass(frozen=True)

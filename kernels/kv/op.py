@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.kv.layout import Bucket, Layout
+from polygraft.kernels.kv.scores import Scores
 
 
 def attend(
-    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]], without the mask of the
-    future where the layout is not causal; rows outside sequences are 0.
+    future where the layout is not causal; rows outside sequences are 0. `Scores` says what else a query does not see.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim].
     Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients
@@ -26,14 +27,14 @@ def attend(
     if q_TE.is_cuda and layout.causal:
         from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
-        return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)
-    return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scaling)  # type: ignore[no-any-return,no-untyped-call]
+        return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
+    return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> Tensor:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         qx, kx, vx = _Rows(q, pk.new_zeros(len(pk), q.shape[1])), _Rows(k, pk), _Rows(v, pv)
@@ -41,17 +42,17 @@ class _Attend(torch.autograd.Function):
         for bucket in layout.buckets:
             qb = _query_heads(qx.queries(bucket), layout)
             kb, vb = _key_heads(kx.keys(bucket), layout), _key_heads(vx.keys(bucket), layout)
-            weights = _weights(qb * scaling, kb, bucket)
+            weights = _weights(qb, kb, bucket, scores)
             _scatter(out, torch.bmm(weights, vb), bucket, layout)
             saved += [qb, kb, vb]
         ctx.save_for_backward(pk, *saved)
-        ctx.layout, ctx.scaling, ctx.rows = layout, scaling, len(q)  # type: ignore[attr-defined]
+        ctx.layout, ctx.scores, ctx.rows = layout, scores, len(q)  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         pk, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        layout, scaling, rows = ctx.layout, ctx.scaling, ctx.rows  # type: ignore[attr-defined]
+        layout, scores, rows = ctx.layout, ctx.scores, ctx.rows  # type: ignore[attr-defined]
         grad_x = _Rows(grad, pk.new_zeros(len(pk), grad.shape[1]))
         width = pk.shape[1]
         dq = torch.zeros_like(grad)
@@ -60,12 +61,12 @@ class _Attend(torch.autograd.Function):
         dpk, dpv = pk.new_zeros(pk.shape, dtype=wide), pk.new_zeros(pk.shape, dtype=wide)
         for i, bucket in enumerate(layout.buckets):
             qb, kb, vb = saved[3 * i : 3 * i + 3]
-            weights = _weights(qb * scaling, kb, bucket)  # again: they grow with the square of the length
+            weights = _weights(qb, kb, bucket, scores)  # again: they grow with the square of the length
             dout = _query_heads(grad_x.queries(bucket), layout)
             dvb = torch.bmm(weights.transpose(1, 2), dout)
             dw = torch.bmm(dout, vb.transpose(1, 2)).to(wide)
             p = weights.to(wide)
-            ds = (p * (dw - (p * dw).sum(-1, keepdim=True)) * scaling).to(qb.dtype)
+            ds = (p * (dw - (p * dw).sum(-1, keepdim=True)) * scores.scaling).to(qb.dtype)
             _scatter(dq, torch.bmm(ds, kb), bucket, layout)
             dkb = torch.bmm(ds.transpose(1, 2), qb)
             for into, prefix_into, part in ((dk, dpk, dkb), (dv, dpv, dvb)):
@@ -117,11 +118,11 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
     return x_bLC.view(b, length, layout.kv_heads, -1).transpose(1, 2).reshape(b * layout.kv_heads, length, -1)
 
 
-def _weights(q: Tensor, k: Tensor, bucket: Bucket) -> Tensor:
-    scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
-    by_sequence = scores.view(len(bucket.sequences), -1, bucket.length, bucket.length)
-    by_sequence.masked_fill_(bucket.hidden.unsqueeze(-3), float("-inf"))
-    return scores.softmax(-1).to(q.dtype)
+def _weights(q: Tensor, k: Tensor, bucket: Bucket, scores: Scores) -> Tensor:
+    found = torch.bmm(q * scores.scaling, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    by_sequence = found.view(len(bucket.sequences), -1, bucket.length, bucket.length)
+    by_sequence.masked_fill_(bucket.hidden(scores.window).unsqueeze(-3), float("-inf"))
+    return found.softmax(-1).to(q.dtype)
 
 
 def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) -> None:

@@ -27,6 +27,7 @@ def attend_kernel(
     kv_width,
     group,
     head_dim,
+    window,
     SCALING: tl.constexpr,
     HEIGHT: tl.constexpr,
     KEYS: tl.constexpr,
@@ -46,15 +47,15 @@ def attend_kernel(
     top = tl.full((HEIGHT,), float("-inf"), ACC)
     total = tl.full((HEIGHT,), 0, ACC)
     acc = tl.full((HEIGHT, HEAD), 0, ACC)
-    for low in range(0, prefix_length, KEYS):
+    for low in range(_first(prefix_length + tile * HEIGHT, window, KEYS), prefix_length, KEYS):
         c = low + tl.arange(0, KEYS)
-        seen = (t >= 0)[:, None] & (c < prefix_length)[None, :]
+        seen = (c[None, :] > prefix_length + t[:, None] - window) & (c < prefix_length)[None, :]
         address = (prefix_first + c)[:, None] * kv_width + column[None, :]
         present = (c < prefix_length)[:, None] & (d < head_dim)[None, :]
         acc, top, total = _step(q, pk_ptr + address, pv_ptr + address, present, seen, acc, top, total, SCALING, ACC)
-    for low in range(0, tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
+    for low in range(_first(tile * HEIGHT, window, KEYS), tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
         c = low + tl.arange(0, KEYS)
-        seen = (c[None, :] <= t[:, None]) & (c < length)[None, :]
+        seen = (c[None, :] <= t[:, None]) & (c[None, :] > t[:, None] - window) & (c < length)[None, :]
         address = (start + c)[:, None] * kv_width + column[None, :]
         present = (c < length)[:, None] & (d < head_dim)[None, :]
         acc, top, total = _step(q, k_ptr + address, v_ptr + address, present, seen, acc, top, total, SCALING, ACC)
@@ -80,6 +81,7 @@ def query_gradient_kernel(
     kv_width,
     group,
     head_dim,
+    window,
     SCALING: tl.constexpr,
     HEIGHT: tl.constexpr,
     KEYS: tl.constexpr,
@@ -100,18 +102,19 @@ def query_gradient_kernel(
     lse = tl.load(lse_ptr + head * rows + start + t, mask=t < length, other=0)
     inner = tl.load(inner_ptr + head * rows + start + t, mask=t < length, other=0)
     acc = tl.full((HEIGHT, HEAD), 0, ACC)
-    for low in range(0, prefix_length, KEYS):
+    for low in range(_first(prefix_length + tile * HEIGHT, window, KEYS), prefix_length, KEYS):
         c = low + tl.arange(0, KEYS)
-        seen = (t < length)[:, None] & (c < prefix_length)[None, :]
+        seen = (c[None, :] > prefix_length + t[:, None] - window) & (t < length)[:, None] & (c < prefix_length)[None, :]
         address = (prefix_first + c)[:, None] * kv_width + column[None, :]
         present = (c < prefix_length)[:, None] & (d < head_dim)[None, :]
         k = tl.load(pk_ptr + address, mask=present, other=0)
         v = tl.load(pv_ptr + address, mask=present, other=0)
         p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, ACC)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee", out_dtype=ACC)
-    for low in range(0, tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
+    for low in range(_first(tile * HEIGHT, window, KEYS), tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
         c = low + tl.arange(0, KEYS)
         seen = (t < length)[:, None] & (c[None, :] <= t[:, None]) & (c < length)[None, :]
+        seen = seen & (c[None, :] > t[:, None] - window)
         address = (start + c)[:, None] * kv_width + column[None, :]
         present = (c < length)[:, None] & (d < head_dim)[None, :]
         k = tl.load(k_ptr + address, mask=present, other=0)
@@ -138,6 +141,7 @@ def key_gradient_kernel(
     kv_width,
     group,
     head_dim,
+    window,
     SCALING: tl.constexpr,
     PREFIX: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -154,8 +158,10 @@ def key_gradient_kernel(
     d = tl.arange(0, HEAD)
     column = (kv_head * head_dim + d)[None, :]
     count, first, into, begin = length, start, start, (tile * KEYS // HEIGHT) * HEIGHT
+    stop = tl.minimum(length, (tile + 1) * KEYS - 1 + window)  # the window of the tile's last key ends before it
     if PREFIX:
         count, first, into, begin = prefix_length, prefix_first, partial, tile * 0
+        stop = tl.minimum(length, (tile + 1) * KEYS - 1 + window - prefix_length)
     present = (c < count)[:, None] & (d < head_dim)[None, :]
     k = tl.load(k_ptr + (first + c)[:, None] * kv_width + column, mask=present, other=0)
     v = tl.load(v_ptr + (first + c)[:, None] * kv_width + column, mask=present, other=0)
@@ -163,7 +169,7 @@ def key_gradient_kernel(
     dv = tl.full((KEYS, HEAD), 0, ACC)
     for member in range(0, group):
         head = kv_head * group + member
-        for low in range(begin, length, HEIGHT):
+        for low in range(begin, stop, HEIGHT):
             t = low + tl.arange(0, HEIGHT)
             query = (start + t)[:, None] * width + (head * head_dim + d)[None, :]
             inside = (t < length)[:, None] & (d < head_dim)[None, :]
@@ -172,8 +178,10 @@ def key_gradient_kernel(
             lse = tl.load(lse_ptr + head * rows + start + t, mask=t < length, other=0)
             inner = tl.load(inner_ptr + head * rows + start + t, mask=t < length, other=0)
             seen = (t < length)[:, None] & (c < count)[None, :]
-            if not PREFIX:
-                seen = seen & (c[None, :] <= t[:, None])
+            if PREFIX:
+                seen = seen & (c[None, :] > prefix_length + t[:, None] - window)
+            else:
+                seen = seen & (c[None, :] <= t[:, None]) & (c[None, :] > t[:, None] - window)
             p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, ACC)
             dv = tl.dot(tl.trans(p).to(grad.dtype), grad, dv, input_precision="ieee", out_dtype=ACC)
             dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee", out_dtype=ACC)
@@ -194,6 +202,7 @@ def paged_kernel(
     kv_width,
     group,
     head_dim,
+    window,
     SCALING: tl.constexpr,
     BLOCK: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -216,9 +225,11 @@ def paged_kernel(
     total = tl.full((HEIGHT,), 0, ACC)
     acc = tl.full((HEIGHT, HEAD), 0, ACC)
     stop = before + tl.minimum(rows, (tile * HEIGHT + HEIGHT - 1) // group + 1)
-    for low in range((unseen // KEYS) * KEYS, stop, KEYS):
+    begin = tl.maximum((unseen // KEYS) * KEYS, _first(before + tile * HEIGHT // group, window, KEYS))
+    for low in range(begin, stop, KEYS):
         c = low + tl.arange(0, KEYS)
         seen = (c >= unseen)[None, :] & (c[None, :] <= before + t[:, None]) & (c < stop)[None, :]
+        seen = seen & (c[None, :] > before + t[:, None] - window)
         block = tl.load(blocks_ptr + first + c // BLOCK, mask=c < stop, other=0)
         row = (block * BLOCK + c % BLOCK)[:, None] * 2 * kv_width + (kv_head * head_dim + d)[None, :]
         present = ((c >= unseen) & (c < stop))[:, None] & (d < head_dim)[None, :]
@@ -236,8 +247,9 @@ def _step(q, k_at, v_at, present, seen, acc, top, total, SCALING: tl.constexpr, 
     scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALING
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
-    shrunk = tl.exp(top - higher)
-    p = tl.exp(scores - higher[:, None])
+    base = tl.where(higher > float("-inf"), higher, 0)  # a window may begin in a later tile of keys
+    shrunk = tl.exp(top - base)
+    p = tl.exp(scores - base[:, None])
     acc = tl.dot(p.to(v.dtype), v, acc * shrunk[:, None], input_precision="ieee", out_dtype=ACC)
     return acc, higher, total * shrunk + tl.sum(p, 1)
 
@@ -249,6 +261,12 @@ def _weights(q, k, v, grad, lse, inner, seen, SCALING: tl.constexpr, ACC: tl.con
     p = tl.where(seen, tl.exp(scores - lse[:, None]), 0)
     dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=ACC)
     return p, p * (dp - inner[:, None]) * SCALING
+
+
+@triton.jit
+def _first(position, window, KEYS: tl.constexpr):
+    """Where the tile of keys begins that holds the first one that the query at `position` sees."""
+    return tl.maximum(position - window + 1, 0) // KEYS * KEYS
 
 
 @triton.jit

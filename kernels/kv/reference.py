@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from polygraft.kernels.kv.layout import Continued, Layout
+from polygraft.kernels.kv.scores import Scores
 
 
 def attend(
-    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scaling: float
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """softmax(scaling * q [pk; k]^T, causal) [pv; v] of every sequence; rows outside sequences are 0. Same shapes as
     the op."""
@@ -28,17 +29,19 @@ def attend(
             .repeat_interleave(layout.heads // layout.kv_heads, 0)
             for p, x in ((pk_PC, k_TC), (pv_PC, v_TC))
         )
-        hidden = torch.ones(s.length, s.prefix_length + s.length, dtype=torch.bool).triu(s.prefix_length + 1)
-        hidden &= layout.causal
-        scores = (scaling * q @ k.transpose(1, 2)).masked_fill(hidden, float("-inf"))
-        pieces.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        hidden = torch.zeros(s.length, s.prefix_length + s.length, dtype=torch.bool)
+        for row in range(s.length if layout.causal else 0):
+            hidden[row, s.prefix_length + row + 1 :] = True
+            hidden[row, : _first(s.prefix_length + row, scores)] = True
+        weights = (scores.scaling * q @ k.transpose(1, 2)).masked_fill(hidden, float("-inf")).softmax(-1)
+        pieces.append((weights @ v).transpose(0, 1).flatten(1))
         end = s.start + s.length
     pieces.append(q_TE.new_zeros(len(q_TE) - end, q_TE.shape[1], dtype=wide))
     return torch.cat(pieces).to(q_TE.dtype)
 
 
 def attend_paged(
-    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scaling: float
+    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scores: Scores
 ) -> Tensor:
     """The same for rows that continue cached sequences, position after position; `gpu.attend_paged` has the shapes."""
     wide = torch.promote_types(q_TE.dtype, torch.float32)
@@ -47,10 +50,15 @@ def attend_paged(
         context = cache[list(s.blocks)].flatten(0, 1).to(wide)
         keys, values = (torch.unflatten(context[:, part], 1, (kv_heads, -1)) for part in (0, 1))
         for row in range(s.rows):
-            seen = slice(s.unseen, s.before + row + 1)
+            seen = slice(max(s.unseen, _first(s.before + row, scores)), s.before + row + 1)
             for head in range(heads):
                 q = torch.unflatten(q_TE[s.start + row].to(wide), 0, (heads, -1))[head]
                 own = head // (heads // kv_heads)
-                weights = (scaling * keys[seen, own] @ q).softmax(-1)
+                weights = (scores.scaling * keys[seen, own] @ q).softmax(-1)
                 torch.unflatten(out[s.start + row], 0, (heads, -1))[head] = weights @ values[seen, own]
     return out.to(q_TE.dtype)
+
+
+def _first(position: int, scores: Scores) -> int:
+    """The first position that the query at `position` may see."""
+    return 0 if scores.window is None else max(0, position - scores.window + 1)

@@ -1,6 +1,7 @@
 """Every method of the table: what its oracle computes, the same in company, as it is served, saved and counted.
 
-On Llama every method, on GPT-2 and BERT the first eight, and every night all. A row is skipped where the architecture
+On Llama every method, on GPT-2 and BERT the first eight, and every night all; where layers have sliding windows shorter
+than the sequences, one that attends to rows of its own and one that does not. A row is skipped where the architecture
 has none of its sites or PEFT has the method for Llama alone, and decoding where rows see what follows (an encoder).
 """
 
@@ -37,6 +38,9 @@ def cases() -> Iterator[ParameterSet]:
         for name in ALL:
             marks = [] if arch == "llama" or name in METHODS else [pytest.mark.nightly]
             yield pytest.param((arch, name), marks=marks, id=name if arch == "llama" else f"{arch}-{name}")
+    for arch in ("mistral", "gemma3_text"):
+        for name in ("dora", "prefix", "serial"):
+            yield pytest.param((arch, name), id=f"{arch}-{name}")
 
 
 class Backbones(dict[tuple[str, torch.dtype], Backbone]):

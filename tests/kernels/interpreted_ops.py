@@ -16,6 +16,7 @@ from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
 from polygraft.kernels.kv import gpu as kv_gpu  # noqa: E402
 from polygraft.kernels.kv import reference as kv_reference  # noqa: E402
 from polygraft.kernels.kv.layout import Continued  # noqa: E402
+from polygraft.kernels.kv.scores import Scores  # noqa: E402
 from polygraft.kernels.nf4 import gpu as nf4_gpu  # noqa: E402
 from polygraft.kernels.nf4 import reference as nf4_reference  # noqa: E402
 from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
@@ -63,10 +64,12 @@ def norm_equals_reference(shape: tuple[int, int, int], dtype: torch.dtype, scale
     assert error <= TOLERANCE[wide], error
 
 
-def kv_equals_reference(case: str, heads: test_kv.Heads, dtype: torch.dtype) -> None:
+def kv_equals_reference(
+    case: str, heads: test_kv.Heads, dtype: torch.dtype, scores: Scores = test_kv.SCALING
+) -> None:
     layout, inputs, upstream = test_kv.batch(test_kv.CASES[case], heads, dtype)
-    got = run(kv_gpu.attend, inputs, layout, test_kv.SCALING, upstream=upstream)
-    want = test_kv.wanted(kv_reference.attend, inputs, layout, upstream, torch.float64)
+    got = run(kv_gpu.attend, inputs, layout, scores, upstream=upstream)
+    want = test_kv.wanted(kv_reference.attend, inputs, layout, upstream, torch.float64, scores)
     assert_close(got, want, 2 * TOLERANCE[dtype])
 
 
@@ -89,7 +92,7 @@ def own(tensors: Results, start: int, length: int, first: int, prefix: int) -> R
     return test_kv.cut(tensors, start, length, first, prefix)
 
 
-def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype) -> None:
+def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype, scores: Scores = test_kv.SCALING) -> None:
     """Decode rows, a prefill chunk, a prefix that the layer does not see, blocks out of order; the rest is NaN."""
     sequences = (
         Continued(0, 1, 0, (3,)),
@@ -104,7 +107,7 @@ def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype) -> None:
         for position in range(s.unseen, s.before + s.rows):
             row = cache[s.blocks[position // 16], position % 16]
             row[:] = torch.randn(row.shape, generator=generator, dtype=torch.float64)
-    rest = (sequences, heads.queries, heads.keys, test_kv.SCALING)
+    rest = (sequences, heads.queries, heads.keys, scores)
     got = kv_gpu.attend_paged(q, cache, *rest)
     want = kv_reference.attend_paged(q.double(), cache.double(), *rest)
     assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
@@ -131,9 +134,15 @@ CHECKS: dict[str, Callable[[], None]] = {
        for name in test_kv.CASES},
     "kv, float64": partial(kv_equals_reference, "prefixes of odd sizes", test_kv.Heads(3, 1, 24), torch.float64),
     "kv, float16": partial(kv_equals_reference, "prefixes of odd sizes", test_kv.Heads(), HALF),
+    **{f"kv, window {window}, {name}": partial(
+           kv_equals_reference, name, test_kv.HEADS["grouped"], torch.float32, Scores(0.35, window))
+       for name in ("63 and 65 rows", "prefixes of odd sizes") for window in test_kv.WINDOWS},
     **{f"kv, alone and joined by {value}": partial(kv_sequence_alone, value) for value in (1.0, NAN)},
     **{f"paged, {dtype}": partial(paged_equals_reference, test_kv.Heads(6, 2, 24), dtype)
        for dtype in (torch.float32, torch.float64, HALF)},
+    **{f"paged, window {window}": partial(
+           paged_equals_reference, test_kv.Heads(6, 2, 24), torch.float32, Scores(0.35, window))
+       for window in test_kv.WINDOWS},
     **{f"nf4, {name}, {dtype}": partial(nf4_equals_reference, dtype, items)
        for name, items in test_nf4.CASES.items() for dtype in (torch.float32, HALF)},
 }  # fmt: skip

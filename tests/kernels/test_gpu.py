@@ -17,6 +17,7 @@ from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv import gpu as kv_gpu
 from polygraft.kernels.kv.layout import Layout, Sequence
 from polygraft.kernels.kv.op import attend
+from polygraft.kernels.kv.scores import Scores
 from polygraft.kernels.norm import gpu as norm_gpu
 from polygraft.kernels.norm.op import row_norm
 
@@ -42,6 +43,6 @@ def test_cuda_tensors_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         found: list[object] = [
             affine(x, x, None, Segments((Segment(0, 4, 0, 1),))),
             row_norm(torch.empty(8, device="cuda"), x, x, x, 1.0),
-            attend(x, x, x, x, x, Layout((Sequence(0, 4),), 4, 4, 1, 1), 1.0),
+            attend(x, x, x, x, x, Layout((Sequence(0, 4),), 4, 4, 1, 1), Scores(1.0)),
         ]
     assert found == ["on the GPU"] * 3

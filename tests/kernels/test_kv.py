@@ -13,6 +13,7 @@ from torch import Tensor
 from polygraft.kernels.kv import reference
 from polygraft.kernels.kv.layout import FLOOR, GRAIN, Layout, Sequence
 from polygraft.kernels.kv.op import attend
+from polygraft.kernels.kv.scores import Scores
 from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
 
 
@@ -36,7 +37,8 @@ CASES = {
     "no sequence": (),
 }
 HEADS = {"grouped": Heads(), "one key head": Heads(3, 1, 16), "a key head each": Heads(3, 3, 4)}
-SCALING = 0.35
+SCALING = Scores(0.35)
+WINDOWS = (1, 5, 16, 40)  # the least, inside a prefix, a tile or a bucket, and beyond most of the sequences
 
 
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "whole"])
@@ -52,6 +54,24 @@ def test_output_and_gradients_equal_the_reference(
     layout, inputs, upstream = batch(sequences, heads, dtype, causal=causal)
     got = run(attend, inputs, layout, SCALING, upstream=upstream)
     assert_close(got, wanted(reference.attend, inputs, layout, upstream), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
+def test_a_sliding_window_equals_the_reference(sequences: tuple[Sequence, ...], window: int) -> None:
+    layout, inputs, upstream = batch(sequences, Heads(), torch.float64)
+    scores = Scores(0.35, window)
+    got = run(attend, inputs, layout, scores, upstream=upstream)
+    assert_close(got, wanted(reference.attend, inputs, layout, upstream, scores=scores), TOLERANCE[torch.float64])
+
+
+def test_a_row_sees_the_last_rows_of_its_window_and_no_other() -> None:
+    layout, inputs, _ = batch((Sequence(0, 20, 0, 5),), Heads(), torch.float32)
+    before = attend(*inputs.values(), layout, Scores(0.35, 6))
+    inputs["v"][9] += 1
+    inputs["pv"][4] += 1  # position 4, which the rows at positions 5 to 9 see
+    changed = (attend(*inputs.values(), layout, Scores(0.35, 6)) != before).any(1).nonzero().flatten().tolist()
+    assert changed == [0, 1, 2, 3, 4, *range(9, 15)]
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
@@ -141,16 +161,21 @@ def cut(tensors: dict[str, Tensor], start: int, length: int, first: int, prefix:
 
 
 def wanted(
-    op: object, inputs: dict[str, Tensor], layout: Layout, upstream: Tensor, dtype: torch.dtype | None = None
+    op: object,
+    inputs: dict[str, Tensor],
+    layout: Layout,
+    upstream: Tensor,
+    dtype: torch.dtype | None = None,
+    scores: Scores = SCALING,
 ) -> Results:
     """The reference's results, 0 for inputs that nothing reaches."""
     if not layout.sequences:
         return {"out": torch.zeros_like(inputs["q"]), **{f"d.{n}": torch.zeros_like(t) for n, t in inputs.items()}}
-    results = run(op, inputs, layout, SCALING, upstream=upstream, dtype=dtype)  # type: ignore[arg-type]
+    results = run(op, inputs, layout, scores, upstream=upstream, dtype=dtype)  # type: ignore[arg-type]
     return {"out": results["out"], **{f"d.{n}": results.get(f"d.{n}", torch.zeros_like(t)) for n, t in inputs.items()}}
 
 
-def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scaling: float) -> Tensor:
+def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """What transformers' eager attention does with each sequence: products in the inputs' dtype, softmax in float32."""
     pieces, end = [], 0
     for s in layout.sequences:
@@ -163,9 +188,9 @@ def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: La
             .repeat_interleave(layout.heads // layout.kv_heads, 0)
             for p, x in ((pk, k), (pv, v))
         )
-        scores = query @ key.transpose(1, 2) * scaling
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(s.prefix_length + 1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+        products = query @ key.transpose(1, 2) * scores.scaling
+        hidden = torch.ones(products.shape[1:], dtype=torch.bool).triu(s.prefix_length + 1)
+        weights = products.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
         pieces += [q.new_zeros(s.start - end, q.shape[1]), (weights @ value).transpose(0, 1).flatten(1)]
         end = s.start + s.length
     return torch.cat([*pieces, q.new_zeros(len(q) - end, q.shape[1])])

@@ -1,5 +1,6 @@
 """Decoding from the cache gives what the whole sequence gives, where the cache has a case of its own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,24 @@ def test_a_layer_without_prefix_rows_does_not_see_the_virtual_tokens(tiny_folder
             sequence = PagedSequence(0, stop - start, p + start, (1, 2), p, spec.prefix_layers)
             hidden = backbone.forward(piece, stacks, PagedAttention(cache, (sequence,)))
             torch.testing.assert_close(hidden, whole[start:stop], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["mistral", "qwen2", "gemma2", "gemma3_text"])
+def test_decoding_goes_on_far_beyond_a_sliding_window(tiny_folders: Mapping[str, Path], arch: str) -> None:
+    """Where whole buckets of blocks lie before the window and are not read."""
+    backbone = Backbone.load(tiny_folders[arch], torch.float32)
+    spec = parse("prefix(4)@1")
+    resident = Resident("g", spec, {t.name: torch.randn(t.shape) for t in tensors(spec, backbone.shape)})
+    stacks, ids, p, table = backbone.stacks((resident,)), torch.arange(40, 240), spec.prefix_length, tuple(range(1, 14))
+    cache = KVCache(backbone.shape, 14, dtype=torch.float32)
+    cache.write_prefix(table, resident)
+    with torch.inference_mode():
+        rows = Rows(ids, torch.arange(200) + p, (Span(0, 200, 0),))
+        whole = backbone.forward(rows, stacks, WholeSequences(((0, 200),), backbone.shape))
+        for start, stop in ((0, 70), (70, 71), (71, 140), (140, 199), (199, 200)):
+            piece = Rows(ids[start:stop], torch.arange(start, stop) + p, (Span(0, stop - start, 0),))
+            sequence = PagedSequence(0, stop - start, p + start, table, p, spec.prefix_layers)
+            hidden = backbone.forward(piece, stacks, PagedAttention(cache, (sequence,)))
+            torch.testing.assert_close(hidden, whole[start:stop], rtol=1e-5, atol=1e-5)
+            if arch == "mistral":  # the others have layers that see everything
+                cache.data[:, list(table[: (stop + p - 5) // 64 * 4])] = float("nan")

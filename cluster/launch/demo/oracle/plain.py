@@ -62,7 +62,7 @@ def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     wide = dtype == torch.float64
     encoder = AutoConfig.from_pretrained(folder).model_type in ENCODERS
     model: PreTrainedModel = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa" if wide else "eager"
+        folder, dtype=dtype, attn_implementation=_sdpa() if wide else "eager"
     )
     for module in model.modules() if wide else ():
         if type(module).__name__.endswith("RMSNorm"):
@@ -88,7 +88,17 @@ def split(name: str) -> tuple[int, int, str, str]:
     return (int(slot), -1, SHARED, part) if layer == SHARED else (int(slot), int(layer), ".".join(site), part)
 
 
+def _sdpa() -> str:
+    """transformers' SDPA under a name of its own, for classes that do not list it (Gemma 2, which may cap scores)."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("float64", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register("float64", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return "float64"
+
+
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     eps: float = getattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon")
-    weight = norm.get_parameter("weight") + (1 if type(norm).__name__ == "GemmaRMSNorm" else 0)
+    weight = norm.get_parameter("weight") + (1 if type(norm).__name__.startswith("Gemma") else 0)
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
