@@ -13,6 +13,7 @@ from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows
 from polygraft.grafts.sites import Site
+from polygraft.grafts.spec import SpecError
 
 SAMPLES = 64  # of a job's samples, its first ones, are looked at
 
@@ -70,6 +71,8 @@ def gradients(
 
 
 def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool) -> Tensor:
+    if backbone.shape.images:
+        raise SpecError(f"peft: this method starts from a job's text, and {backbone.shape.arch} reads images")
     rows = Rows(torch.tensor(ids), torch.arange(len(ids)), ())
     attention = WholeSequences(((0, len(ids)),), backbone.shape)
     return backbone.forward(rows, backbone.stacks((), trainable=trainable), attention)

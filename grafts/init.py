@@ -77,9 +77,15 @@ class Making:
         )
 
     def prefix(self, length: int) -> Mapping[Site, tuple[Tensor, Tensor]]:
-        """Keys and values of the bare backbone over the first sample, repeated to `length` rows, by kv site."""
-        prompt = self.samples[0] if self.samples else ()
-        return self.once(("prefix", length), lambda: _keys_and_values(self.backbone, prompt, length))
+        """Keys and values of the bare backbone over `prompt`, repeated to `length` rows, by kv site."""
+        return self.once(("prefix", length), lambda: _keys_and_values(self.backbone, self.prompt, length))
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """What prefixes and prompts start as: the first sample, or the rows of an image without content."""
+        if self.backbone.shape.images:
+            return range(len(self.backbone.embedding))
+        return self.samples[0] if self.samples else ()
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all the tensors that start from it."""
@@ -132,8 +138,7 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
             return making.prefix(tensor.shape[0])[tensor.site][0 if tensor.part == "k" else 1]
         case "embedded":
             slot = making.spec.slots[tensor.slot]
-            prompt = making.samples[0] if making.samples else ()
-            ids = slot.ids if isinstance(slot, Tokens) and slot.ids else _repeated(prompt, tensor.shape[0])
+            ids = slot.ids if isinstance(slot, Tokens) and slot.ids else _repeated(making.prompt, tensor.shape[0])
             return making.backbone.embedding[torch.tensor(ids)]
         case name:
             return start(name).make(tensor, making, **arguments)

@@ -83,13 +83,18 @@ class ModelShape:
             kv_heads=number("kv_heads", heads),
             head_dim=number("head_dim", hidden // heads),
             ffn=number("ffn", table.ffn_ratio and table.ffn_ratio * hidden),
-            vocab=number("vocab"),
+            vocab=0 if table.patches else number("vocab"),
         )
 
     @property
     def causal(self) -> bool:
         """Whether a row sees the rows before it alone, as decoding needs; an encoder's sees all of its sequence."""
         return architecture(self.arch).causal
+
+    @property
+    def images(self) -> bool:
+        """Whether the rows are patches of images and not tokens."""
+        return architecture(self.arch).patches
 
     @property
     def kv_width(self) -> int:
@@ -117,8 +122,9 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     projections, or
     module names as in PEFT's target_modules (`q_proj`). Raises SpecError when a part matches nothing the op can act on.
     """
-    if isinstance(slot, Tokens) and max(slot.ids, default=0) >= shape.vocab:
-        raise SpecError(f"ids: {max(slot.ids)} is not a token of this backbone; it has 0-{shape.vocab - 1}")
+    if isinstance(slot, Tokens) and max(slot.ids, default=-1) >= shape.vocab:
+        known = f"0-{shape.vocab - 1}" if shape.vocab else "none"
+        raise SpecError(f"ids: {max(slot.ids)} is not a token of this backbone; it has {known}")
     table = architecture(shape.arch)
     allowed = tuple(name for name in _allowed(slot) if name in (KV_SITE, EMBED_SITE) or table.has(name))
     names = tuple(

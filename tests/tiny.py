@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -94,8 +95,9 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
     "bert": {"intermediate_size": 96},
     "roberta": {"intermediate_size": 96, "pad_token_id": 1},
+    "vit": {"intermediate_size": 96, "image_size": 20, "patch_size": 5, "num_channels": 3, "num_labels": 10},
 }
-ENCODERS = ("bert", "roberta")
+HEADS = {"bert": AutoModelForMaskedLM, "roberta": AutoModelForMaskedLM, "vit": AutoModelForImageClassification}
 
 
 def tiny_model(folder: Path, arch: str, seed: int = 0) -> Path:
@@ -107,7 +109,7 @@ def tiny_model(folder: Path, arch: str, seed: int = 0) -> Path:
     config = AutoConfig.for_model(arch, **{**_COMMON, **special, **spread, **CONFIGS[arch], "dtype": "float32"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (AutoModelForMaskedLM if arch in ENCODERS else AutoModelForCausalLM).from_config(config)
+        model = HEADS.get(arch, AutoModelForCausalLM).from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

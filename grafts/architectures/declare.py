@@ -52,6 +52,9 @@ class Architecture:
 
     `feeds` are the linear sites that read a norm's output, for norms that nothing else reads.
 
+    The rows of one with `patches` are those of images, as the class's own module `embeddings` makes them; it has no
+    tokens. `auto` is transformers' class of models with a head, `head` its path where it is not the output embeddings.
+
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.
     """
@@ -73,7 +76,10 @@ class Architecture:
     first_position: int = 0
     elsewhere: tuple[str, ...] = ()  # linear modules outside the layers, whose names PEFT could confuse with a site's
     order: tuple[str, ...] = ORDER  # of a layer's linear modules, as transformers lists them
+    auto: str = "AutoModelForCausalLM"
     transform: Transform | None = None
+    patches: bool = False
+    head: str | None = None
     refusal: Callable[[Config], str | None] = lambda config: None
 
     def key(self, number: str) -> str:

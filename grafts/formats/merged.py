@@ -121,10 +121,11 @@ def _folded(
 
 def _keys(config: Mapping[str, object], shape: ModelShape) -> set[str]:
     """Names of all tensors of a model of this config."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
+    from transformers import AutoConfig
 
     asked: dict[str, Any] = dict(config)
-    kind = AutoModelForCausalLM if shape.causal else AutoModelForMaskedLM
+    kind = getattr(transformers, architecture(shape.arch).auto)
     with torch.device("meta"):
-        model = kind.from_config(AutoConfig.for_model(**asked))  # type: ignore[no-untyped-call]
+        model = kind.from_config(AutoConfig.for_model(**asked))
     return set(model.state_dict())

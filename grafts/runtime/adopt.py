@@ -79,11 +79,13 @@ class Adoption:
         inner = self.base.get_submodule(self._path(site))
         if isinstance(getattr(inner, "act_fn", None), SiLUActivation) and "ffn.gate" in self.table.modules:
             inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
-        apart = site.name in self.table.inputs
+        apart, first = site.name in self.table.inputs, inner
         self._put(self._path(site), Sublayer(site, inner, apart=apart))
         if apart:
             path = f"{self.table.layers}.{site.layer}.{self.table.inputs[site.name]}"
-            self._put(path, SublayerInput(site, self.base.get_submodule(path)))
+            first = self.base.get_submodule(path)
+            self._put(path, SublayerInput(site, first))
+        setattr(first, "layer_idx", site.layer)  # what attends says where it stands; not every class does
 
     def _rows(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias of a projection, which may be some rows of a module's."""

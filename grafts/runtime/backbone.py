@@ -17,10 +17,12 @@ from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
+from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
+from polygraft.grafts.spec import SpecError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +49,8 @@ class Backbone:
         model.requires_grad_(False)
         embed: nn.Module = model.get_input_embeddings()
         head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if table.head is not None and hasattr(model, table.head):
+            head = model.get_submodule(table.head)
         self.base: nn.Module = model if head is None else model.get_submodule(table.backbone)
         if head is None:
             setattr(self.base, "pooler", None)  # it reads the first row of a batch, and nobody reads it
@@ -57,7 +61,8 @@ class Backbone:
                 parameter.data = parameter.data.clone()
         adoption.run()
         self.linears, self.projections = adoption.linears, adoption.projections
-        self.embedding = embed.get_parameter("weight").detach()
+        self._patches: Patches | None = Patches.of(self.base) if table.patches else None
+        self.embedding = embed.get_parameter("weight").detach() if self._patches is None else self._patches.bare
         self._factor: Tensor | None = getattr(embed, "embed_scale", None)  # Gemma's
         self._first_position = table.first_position
         self._transform = head_transform(model, table, prepack=prepack, block=block) if head is not None else None
@@ -97,17 +102,23 @@ class Backbone:
         Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come
         back.
         """
-        extra = padded(len(rows)) - len(rows)
-        ids, positions = (F.pad(x, (0, extra)) for x in (rows.ids, rows.positions))
+        full = rows.padded(padded(len(rows)))
         route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys)
         with routed(route):
-            embedded = embed(ids, positions, self.embedding, self._factor, route)
+            embedded, positions = embed(full, self.embedding, self._factor, route)[None], full.positions[None]
+            taken = "inputs_embeds" if self._patches is None else "pixel_values"
             hidden: Tensor = self.base(
-                inputs_embeds=embedded[None], position_ids=positions[None] + self._first_position, use_cache=False
+                **{taken: embedded}, position_ids=positions + self._first_position, use_cache=False
             ).last_hidden_state[0]
             if self._transform is not None:
                 hidden = self._transform(hidden)
         return hidden[: len(rows)]
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """The rows [b, n, hidden] of images [b, channels, height, width], a class token first, for `Rows.given`."""
+        if self._patches is None:
+            raise SpecError(f"pixels: {self.shape.arch} reads tokens and no images")
+        return self._patches.rows(pixels)
 
     def unquantised(self) -> Backbone:
         """The model as it lies in its folder, in this one's dtype: another copy, to be dropped soon."""
@@ -126,13 +137,14 @@ class Backbone:
 
 def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoModelClass]:
     """The transformers class that loads the backbone with its head, or without one if its files hold none."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
 
-    if shape.causal:
-        return AutoModelForCausalLM
     classes = config.get("architectures")
-    headless = isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
-    return AutoModel if headless else AutoModelForMaskedLM
+    headless = not shape.causal and isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
+    found: type[_BaseAutoModelClass] = getattr(
+        transformers, "AutoModel" if headless else architecture(shape.arch).auto
+    )
+    return found
 
 
 def best_dtype() -> torch.dtype:

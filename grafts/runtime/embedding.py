@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.grafts.runtime.route import RouteTable
+from polygraft.grafts.runtime.route import RouteTable, Rows
 from polygraft.grafts.runtime.stacks import Entry, Stack
 from polygraft.grafts.sites import EMBED_SITE, Site
 from polygraft.grafts.spec import GraftSpec, Tokens
 from polygraft.kernels.tokens.op import tokens
 
 
-def embed(ids_T: Tensor, positions_T: Tensor, embedding_VD: Tensor, factor: Tensor | None, route: RouteTable) -> Tensor:
+def embed(rows: Rows, embedding_VD: Tensor, factor: Tensor | None, route: RouteTable) -> Tensor:
     """[T, D]; a virtual token of no graft has the embedding of token 0. `factor` scales the rows of tokens, edited ones
     too (Gemma)."""
-    x = F.embedding(ids_T.clamp_min(0), embedding_VD)
+    ids_T, positions_T = rows.ids, rows.positions
+    x = F.embedding(ids_T.clamp_min(0), embedding_VD) if rows.given is None else rows.given.detach()
     if factor is not None:
         x = x * factor.to(x.dtype)
     if route.stacks.trainable and torch.is_grad_enabled():

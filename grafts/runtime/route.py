@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.scores import Scores
@@ -33,16 +34,24 @@ class Rows:
     """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
-    row.
+    row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images.
     """
 
     ids: Tensor
     positions: Tensor
     spans: tuple[Span, ...]
     dropout_keys: Tensor | None = None
+    given: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def padded(self, count: int) -> Rows:
+        """The same with rows at the end that belong to nothing."""
+        extra = count - len(self)
+        ids, positions = (F.pad(x, (0, extra)) for x in (self.ids, self.positions))
+        given = None if self.given is None else F.pad(self.given, (0, 0, 0, extra))
+        return replace(self, ids=ids, positions=positions, given=given)
 
 
 class Attention(Protocol):

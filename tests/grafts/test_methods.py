@@ -1,21 +1,24 @@
 """Every method of the table: what its oracle computes, the same in company, as it is served, saved and counted.
 
-On Llama every method, on GPT-2 and BERT the first eight, and every night all; where layers have sliding windows shorter
-than the sequences, one that attends to rows of its own and one that does not. A row is skipped where the architecture
-has none of its sites or PEFT has the method for Llama alone, and decoding where rows see what follows (an encoder).
+On Llama every method, on GPT-2, BERT and ViT the first eight, and every night all; some where layers have windows that
+are shorter than the sequences. A row is skipped where the architecture has none of its sites or PEFT has the method for
+Llama alone, and decoding where rows see what follows (an encoder).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig
 
-from polygraft.cluster.launch.demo.oracle.plain import Oracle
+from polygraft.cluster.launch.demo.oracle.plain import Oracle, image
 from polygraft.grafts.formats import native
 from polygraft.grafts.init import initialise
 from polygraft.grafts.lowering import lower
@@ -26,17 +29,19 @@ from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sizes import parameters, tensors
+from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
 
 LENGTHS = (7, 20)
 OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
+MORE = (("vit", "prompt"), ("vit", "ssf"))  # beside the first eight in each run: visual prompts (VPT), scale and shift
 
 
 def cases() -> Iterator[ParameterSet]:
-    for arch in ("llama", "gpt2", "bert"):
+    for arch in ("llama", "gpt2", "bert", "vit"):
         for name in ALL:
-            marks = [] if arch == "llama" or name in METHODS else [pytest.mark.nightly]
+            marks = [] if arch == "llama" or name in METHODS or (arch, name) in MORE else [pytest.mark.nightly]
             yield pytest.param((arch, name), marks=marks, id=name if arch == "llama" else f"{arch}-{name}")
     for arch in ("mistral", "gemma3_text"):
         for name in ("dora", "prefix", "serial"):
@@ -134,7 +139,11 @@ def test_a_saved_graft_comes_back_with_its_id(name: str, fp32: Backbone, tmp_pat
 
 def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbone) -> None:
     spec = ALL[name].spec
-    values = initialise(spec, fp32, seed=0, samples=((5, 6, 7, 8), (9, 10, 11)))
+    try:
+        values = initialise(spec, fp32, seed=0, samples=((5, 6, 7, 8), (9, 10, 11)))
+    except SpecError as error:
+        assert fp32.shape.images
+        pytest.skip(str(error))
     layout = tensors(spec, fp32.shape)
     assert [(t.name, t.shape) for t in layout] == [(n, tuple(v.shape)) for n, v in values.items()]
     assert parameters(spec, fp32.shape) == sum(values[t.name].numel() for t in layout if t.trained)
@@ -143,14 +152,15 @@ def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbo
 
 def cancels(tensor: str, backbone: Backbone) -> bool:
     """Whether a tensor adds one vector to all keys, which without rotary positions no softmax sees."""
-    return backbone.shape.arch in ("gpt2", "bert") and tensor.endswith(".attn.k.b")
+    return backbone.shape.arch in ("gpt2", "bert", "vit") and tensor.endswith(".attn.k.b")
 
 
 def batch(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids of every sequence, and a random slope of the loss in every one of its logits."""
+    """Token ids of every sequence, or what decides an image, and a random slope of the loss in every logit."""
     generator = torch.Generator().manual_seed(11)
-    prompts = [torch.randint(0, backbone.shape.vocab, (n,), generator=generator) for n in LENGTHS]
-    slopes = [torch.randn(n, backbone.shape.vocab, generator=generator).to(backbone.dtype) for n in LENGTHS]
+    rows, outputs = ((1, 1) if backbone.shape.images else LENGTHS), backbone.head.out_features
+    prompts = [torch.randint(0, outputs, (n,), generator=generator) for n in LENGTHS]
+    slopes = [torch.randn(n, outputs, generator=generator).to(backbone.dtype) for n in rows]
     return prompts, slopes
 
 
@@ -169,16 +179,23 @@ def ours(
     """Logits and gradients of the first graft over the sequences, each other graft having the same beside it."""
     residents = [Resident(str(i), row.spec, values) for i, (row, values) in enumerate(grafts)]
     stacks = backbone.stacks(residents, trainable=True)
-    ids, positions, sequences, spans, real = [], [], [], [], []
+    ids, positions, sequences, spans, real, given = [], [], [], [], [], []
     for graft, (row, _) in enumerate(grafts):
         virtual, first = torch.tensor(virtual_ids(row.spec.virtual_length), dtype=torch.long), sum(map(len, ids))
-        for prompt in prompts:
-            sequences.append((sum(map(len, ids)), len(virtual) + len(prompt)))
-            ids.append(torch.cat([virtual, prompt]))
+        for prompt, slope in zip(prompts, slopes):
+            own, patches = prompt, backbone.embedding.new_zeros(len(prompt), backbone.shape.hidden)
+            if backbone.shape.images:
+                patches = backbone.patches(image(AutoConfig.from_pretrained(backbone.folder), prompt)[None])[0]
+                own = torch.zeros(len(patches), dtype=torch.long)
+            sequences.append((sum(map(len, ids)), len(virtual) + len(own)))
+            ids.append(torch.cat([virtual, own]))
+            given.append(F.pad(patches, (0, 0, len(virtual), 0)))
             positions.append(torch.arange(len(ids[-1])) + row.spec.prefix_length)
-            real.append(torch.arange(sequences[-1][0] + len(virtual), sum(sequences[-1])))
+            real.append(torch.arange(sequences[-1][0] + len(virtual), sum(sequences[-1]))[: len(slope)])
         spans.append(Span(first, sum(sequences[-1]), graft))
     rows, places = Rows(torch.cat(ids), torch.cat(positions), tuple(spans)), torch.cat(real)
+    if backbone.shape.images:
+        rows = replace(rows, given=torch.cat(given))
     hidden = backbone.forward(rows, stacks, WholeSequences(tuple(sequences), backbone.shape))[places]
     slope = backbone.head.transposed_product(torch.cat([*slopes] * len(grafts)))  # logits = hidden W^T
     hidden.backward(slope)
@@ -186,7 +203,7 @@ def ours(
     trained = [t for t in tensors(grafts[0][0].spec, backbone.shape) if t.trained]
     gradients = {t.name: g.view(t.shape) for t, g in zip(trained, found, strict=True) if g is not None}
     with torch.no_grad():
-        return backbone.logits(hidden[: sum(LENGTHS)]), gradients
+        return backbone.logits(hidden[: sum(map(len, slopes))]), gradients
 
 
 def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chunks: Sequence[int]) -> Tensor:

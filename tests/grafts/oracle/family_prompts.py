@@ -103,6 +103,11 @@ def _encoder(layers: tuple[int, ...]) -> Callable[[PeftModel, str, Tensor], Plac
     return place
 
 
+def before(ids: Tensor, x: Tensor, p: Values) -> Tensor:
+    """[P; E(x)] (Lester et al. 2021, section 2), for images [P; x, E] (Jia et al. 2022, arXiv 2203.12119, eq. 4)."""
+    return torch.cat([p["0.0.embed.p"], x])
+
+
 def dept(ids: Tensor, x: Tensor, p: Values) -> Tensor:
     """[P; E(x) + A B] for the first tokens (Shi & Lipani 2024, section 2.2)."""
     offset = (p["1.0.embed.A"] @ p["1.0.embed.B"])[: len(x)]
@@ -176,7 +181,12 @@ ROWS: Mapping[str, Row] = {
         place=_adaption,
         llama_only="PEFT's adaption prompt computes Llama's attention itself",
     ),
-    "prompt": Row("prompt(6)", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6), place=_prompt),
+    "prompt": Row(
+        "prompt(6)",
+        lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6),
+        place=_prompt,
+        soft=before,
+    ),
     "p-tuning": Row(
         "p-tuning(5, hidden=12)",
         lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=12),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
 from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, plain_llama
+from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, embedded, plain_llama, read_rows
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.sizes import tensors
@@ -92,9 +92,8 @@ def _soft(
     leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
 
     def logits(ids: Tensor) -> Tensor:
-        rows = equation(ids, model.get_input_embeddings()(ids), leaves)
-        found: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits[0, -len(ids) :]
-        return found
+        own = embedded(model, ids)
+        return read_rows(model, equation(ids, own, leaves), len(own))
 
     return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
 

@@ -3,7 +3,6 @@ computes on the weights that NF4 stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,14 +128,6 @@ def test_decoding_from_the_cache_gives_the_oracles_logits(fp32: Backbone, dense_
     residents = [Resident("own", row.spec, values), Resident("other", METHODS["ia3"].spec, others)]
     oracle = row.oracle(dense_folder, {k: v.double() for k, v in values.items()}, torch.float32)
     assert relative(decoded(fp32, residents, ids, (9, 6, 1, 1, 1, 1, 1)), oracle.logits(ids)) < 1e-5
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

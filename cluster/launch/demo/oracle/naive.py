@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from polygraft.cluster.launch.demo.oracle.plain import SHARED, Oracle, Place, module_of, plain_llama, split
+from polygraft.cluster.launch.demo.oracle.plain import SHARED, Oracle, Place, module_of, plain_llama, read, split
+from polygraft.cluster.launch.demo.oracle.prefixed import prefix
 
 Parts = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Parts], None]
+CACHELESS = ("vit",)  # classes that take no keys and values from elsewhere
 
 
 def lora(scale: float) -> Hook:
@@ -91,14 +93,19 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
     rows = {split(name)[1:]: leaf for name, leaf in leaves.items() if split(name)[2] == "kv"}
 
     heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    if model.config.model_type in CACHELESS and rows:
+        own = {(layer, part): leaf for (layer, _, part), leaf in rows.items()}
+        prefix(model, own, model.config.num_hidden_layers)
+        rows = {}
 
     def logits(ids: Tensor) -> Tensor:
+        if not rows:
+            return read(model, ids)
         cache = DynamicCache(config=model.config)
-        for layer in range(model.config.num_hidden_layers if rows else 0):
+        for layer in range(model.config.num_hidden_layers):
             k, v = (_heads(rows[layer, "kv", part], heads) for part in ("k", "v"))
             cache.update(k, v, layer)
-        result: Tensor = model(ids[None], past_key_values=cache if rows else None, use_cache=bool(rows)).logits[0]
-        return result
+        return read(model, ids, past_key_values=cache, use_cache=True)
 
     return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, plain_model, split
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, plain_model, read, split
 
 Find = Callable[[PeftModel, str, Tensor], Place]
 
@@ -32,8 +32,7 @@ def peft_oracle(
     with torch.no_grad():
         for name, found in places.items():
             found.view(found.parameter).copy_(values[name])
-    # A prompt's own rows come back, too, before those of the tokens.
-    return Oracle(lambda ids: model(input_ids=ids[None], use_cache=False).logits[0, -len(ids) :], trained)
+    return Oracle(lambda ids: read(model, ids), trained)
 
 
 def loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> PeftModel:

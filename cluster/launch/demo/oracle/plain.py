@@ -9,12 +9,24 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from polygraft.cluster.launch.demo.oracle.uniform import uniform
 
 SHARED = "shared"
-ENCODERS = ("bert", "roberta")
+HEADS: Mapping[str, type[_BaseAutoModelClass]] = {  # a decoder's where nothing stands
+    "bert": AutoModelForMaskedLM,
+    "roberta": AutoModelForMaskedLM,
+    "vit": AutoModelForImageClassification,
+}
 # Where an oracle finds our sites, on every architecture (uniform.py).
 MODULES = {
     "attn.q": "self_attn.q_proj",
@@ -60,8 +72,8 @@ class Oracle:
 def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Eager attention; in float64 with SDPA and another RMSNorm, since transformers' own compute in float32 there."""
     wide = dtype == torch.float64
-    encoder = AutoConfig.from_pretrained(folder).model_type in ENCODERS
-    model: PreTrainedModel = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
+    kind = AutoConfig.from_pretrained(folder).model_type
+    model: PreTrainedModel = HEADS.get(kind, AutoModelForCausalLM).from_pretrained(
         folder, dtype=dtype, attn_implementation=_sdpa() if wide else "eager"
     )
     for module in model.modules() if wide else ():
@@ -75,6 +87,45 @@ def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The same with its parts where Llama has them, whatever the architecture."""
     return uniform(plain_model(folder, dtype))
+
+
+def read(model: nn.Module, ids: Tensor, **inputs: object) -> Tensor:
+    """Logits of what `ids` [n] mean to the model: of all of these tokens, [n, vocab]; of one image, [1, classes]."""
+    if model.config.model_type == "vit":  # type: ignore[union-attr]
+        found: Tensor = model(pixel_values=_image(model, ids)[None], **inputs).logits
+        return found
+    text: Tensor = model(**{"input_ids": ids[None], "use_cache": False, **inputs}).logits[0, -len(ids) :]
+    return text
+
+
+def read_rows(model: nn.Module, rows: Tensor, count: int) -> Tensor:
+    """The same where `rows` [p + count, hidden] stand for the embedding: p virtual ones, then those of ids or image."""
+    if model.config.model_type == "vit":  # type: ignore[union-attr]
+        embeddings = model.get_submodule("vit.embeddings")
+        # A patch's place is in its row, so that the class token may stand first, where the class reads it.
+        handle = embeddings.register_forward_hook(lambda *_: rows.roll(count - len(rows), 0)[None])
+        with handle:
+            return read(model, torch.zeros(1))
+    found: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits[0, -count:]
+    return found
+
+
+def embedded(model: nn.Module, ids: Tensor) -> Tensor:
+    """The rows [n, hidden] that the model's first layer reads of ids or of their image."""
+    if model.config.model_type == "vit":  # type: ignore[union-attr]
+        rows: Tensor = model.get_submodule("vit.embeddings")(_image(model, ids)[None])[0]
+        return rows
+    return model.get_input_embeddings()(ids)  # type: ignore[no-any-return,operator]
+
+
+def image(config: PreTrainedConfig, ids: Tensor) -> Tensor:
+    """Noise [channels, height, width] that the ids decide."""
+    shape = (config.num_channels, config.image_size, config.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(ids.sum())))
+
+
+def _image(model: nn.Module, ids: Tensor) -> Tensor:
+    return image(model.config, ids).to(model.get_parameter("vit.embeddings.cls_token").dtype)  # type: ignore[arg-type]
 
 
 def module_of(layer: int, site: str) -> str:

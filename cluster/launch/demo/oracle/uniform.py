@@ -147,6 +147,17 @@ def _phi(layer: nn.Module, into: nn.Module, heads: int) -> None:
     _move(layer.get_submodule("mlp"), "fc2", into, "mlp.down_proj")
 
 
+def _vit(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    attention, mlp = layer.get_submodule("attention"), layer.get_submodule("mlp")
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        _move(attention, name, into, f"self_attn.{name}")
+    _move(mlp, "fc1", into, "mlp.up_proj")
+    _move(mlp, "fc2", into, "mlp.down_proj")
+    _norms(layer, into, "layernorm_before", "layernorm_after")
+    _around(layer, "attention", into, "self_attn")
+    _around(layer, "mlp", into, "mlp")
+
+
 _Arrange = Callable[[nn.Module, nn.Module, int], None]
 # Where the layers are, how each is arranged, and what stands beside them.
 _LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
@@ -163,6 +174,7 @@ _LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
         {"model.decoder.embed_tokens": "embed_tokens", "model.decoder.final_layer_norm": "norm"},
     ),
     "phi": ("model.layers", _phi, {"model.final_layernorm": "norm"}),
+    "vit": ("vit.layers", _vit, {"vit.layernorm": "norm"}),
     "roberta": ("roberta.encoder.layer", _bert, {"roberta.embeddings.word_embeddings": "embed_tokens"}),
 }
 
