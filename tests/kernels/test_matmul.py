@@ -12,10 +12,10 @@ from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from tests.kernels.compare import TOLERANCE, relative
 
 Product = Callable[[Tensor, Tensor], Tensor]
-SEGMENT_SHAPES = ((1, 65, 65), (2, 33, 576), (5, 3, 576), (7, 576, 5), (8, 65, 1), (33, 65, 8), (65, 17, 33))
+SEGMENT_SHAPES = ((1, 65, 65), (2, 33, 576), (5, 3, 576), (7, 576, 5), (65, 1536, 16), (128, 1024, 65), (8, 65, 1), (33, 65, 8), (65, 17, 33))
 ATTENTION_SHAPES = ((16, 16, 16), (48, 64, 16), (32, 8, 32), (64, 64, 64))  # which the kv op gives to torch.bmm
 SHAPES = [(segment_bmm, shape) for shape in SEGMENT_SHAPES] + [(torch.bmm, shape) for shape in ATTENTION_SHAPES]
-MEMBERS = 6
+MEMBERS = 11
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -32,7 +32,7 @@ def test_a_members_bits_depend_neither_on_the_others_nor_on_its_address(
 ) -> None:
     for a, b in layouts(shape, dtype):
         together = product(a, b)
-        for low, high in ((0, 1), (3, 4), (1, 3), (2, 6)):
+        for low, high in ((0, 1), (3, 4), (1, 3), (2, 6), (4, 8), (7, 11), (8, 11), (1, 10)):
             alone = product(a[low:high].clone(), b[low:high].clone())  # clones begin at 64 bytes, members do not
             assert torch.equal(together[low:high], alone), (low, high)
 
