@@ -23,6 +23,10 @@ class UnknownModel(LookupError):
         self.model = model
 
 
+class BadName(ValueError):
+    """A name that no graft can have."""
+
+
 def publish(
     store: Store,
     job: JobId,
@@ -70,6 +74,48 @@ def publish(
     raise AssertionError("the loop returns or raises")
 
 
+def adopt(
+    store: Store,
+    tenant: TenantId,
+    name: str,
+    *,
+    graft: GraftId,
+    method: str,
+    backbone_fingerprint: str,
+    parameters: int,
+    bytes: int,
+    at: float,
+    promote: bool = False,
+) -> Graft:
+    """A graft that no job trained, whose folder is in place, as `name@n`, each time as another version.
+
+    Raises BadName.
+    """
+    if _MODEL.fullmatch(name) is None or "@" in name:
+        raise BadName(f"name: {name!r} is not one for a graft; use up to 64 small letters, digits and dashes")
+    for attempt in range(TRIES):
+        alias = store.get(keys.alias(tenant, name))
+        found = Graft(
+            tenant=tenant,
+            name=name,
+            version=alias.value.latest + 1 if alias else 1,
+            id=graft,
+            method=method,
+            backbone_fingerprint=backbone_fingerprint,
+            parameters=parameters,
+            bytes=bytes,
+            created_at=at,
+        )
+        writes, events = _named(found, alias, promote)
+        try:
+            store.commit(writes, events)
+            return found
+        except Conflict:
+            if attempt == TRIES - 1:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
 def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft | None:
     """The graft that a name or name@n means for the tenant now; None for the bare backbone. Raises UnknownModel."""
     if model == backbone:
@@ -100,18 +146,23 @@ def _commit(
         loss_after=job.value.loss_after,
         at=at,
     )
-    moves = alias is None or job.value.spec.promote
+    writes, events = _named(graft, alias, job.value.spec.promote)
+    done = Write(job.key, job_after(job.value, succeeded), job.version)
+    store.commit([done, *writes], [succeeded, *events], fence=fence)
+
+
+def _named(graft: Graft, alias: Versioned[Alias] | None, promote: bool) -> tuple[list[Write], list[Event]]:
+    """What gives the graft its version of the name, and moves the name there if it is the first or is asked to."""
+    moves = alias is None or promote
     current = graft.version if alias is None or moves else alias.value.version
     named = Alias(tenant=graft.tenant, name=graft.name, version=current, latest=graft.version)
-    events: list[Event] = [succeeded, GraftPublished(graft=graft, at=at)]
+    events: list[Event] = [GraftPublished(graft=graft, at=graft.created_at)]
     if moves:
-        events.append(AliasMoved(tenant=graft.tenant, name=graft.name, version=graft.version, at=at))
-    writes = [
-        Write(job.key, job_after(job.value, succeeded), job.version),
+        events.append(AliasMoved(tenant=graft.tenant, name=graft.name, version=graft.version, at=graft.created_at))
+    return [
         Write(keys.graft(graft.tenant, graft.name, graft.version), graft, 0),
         Write(keys.alias(graft.tenant, graft.name), named, alias.version if alias else 0),
-    ]
-    store.commit(writes, events, fence=fence)
+    ], events
 
 
 def _version(store: Store, tenant: TenantId, model: str) -> Graft:

@@ -74,7 +74,9 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
     Raises FormatError for pickled weights, a file that is a link out of the folder, a config that asks for more than
     our method, a key that is missing or unknown, a wrong shape, a value that is not finite.
     """
-    config = _config(folder)
+    config = config_of(folder)
+    if not isinstance(config.get("peft_type"), str):
+        raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
         layout = layout_of(config, stored=True)
         spec = _read(layout, config, shape)
@@ -246,13 +248,12 @@ def _term(layout: Peft, config: Mapping[str, object], sides: Mapping[str, str], 
     return Term(layout.method, {name: str(value) for name, value in values.items()}, layers)
 
 
-def _config(folder: Path) -> Mapping[str, object]:
+def config_of(folder: Path) -> Mapping[str, object]:
+    """Its adapter_config.json, which other libraries call so, too."""
     try:
         config = json.loads(file(folder, CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder.name}/{CONFIG}: {error}") from None
     if not isinstance(config, dict):
         raise FormatError(f"{folder.name}/{CONFIG}: not an object")
-    if not isinstance(config.get("peft_type"), str):
-        raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     return config

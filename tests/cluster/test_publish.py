@@ -9,7 +9,7 @@ import pytest
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import AliasMoved, GraftPublished, JobCancelled, JobSucceeded
 from polygraft.cluster.model import START, FileId, Graft, GraftId, Job, JobId, JobSpec, TenantId
-from polygraft.cluster.publish import UnknownModel, publish, resolve
+from polygraft.cluster.publish import BadName, UnknownModel, adopt, publish, resolve
 from polygraft.cluster.states import IllegalTransition, JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Fenced, Store, Write
@@ -121,3 +121,34 @@ def test_another_tenants_model_is_unknown(store: Store) -> None:
     assert resolve(store, T, "tutor@1", "b")
     with pytest.raises(UnknownModel):
         resolve(store, U, "tutor@1", "b")
+
+
+def adopted(store: Store, name: str = "tutor", *, promote: bool = False) -> Graft:
+    return adopt(
+        store,
+        T,
+        name,
+        graft=GraftId("h"),
+        method="ia3",
+        backbone_fingerprint="f",
+        parameters=5,
+        bytes=20,
+        at=7.0,
+        promote=promote,
+    )
+
+
+def test_a_graft_made_elsewhere_is_another_version_of_its_name(store: Store) -> None:
+    assert adopted(store).model == "tutor@1"
+    assert [type(one.event) for one in store.events(START)] == [GraftPublished, AliasMoved]
+    published(store, job_in(store, "a"))
+    assert adopted(store).model == "tutor@3"
+    assert resolve(store, T, "tutor", "b").model == "tutor@1"  # type: ignore[union-attr]
+    promoted = adopted(store, promote=True)
+    assert resolve(store, T, "tutor", "b") == promoted and promoted.job is None
+
+
+@pytest.mark.parametrize("name", ["", "Tutor", "tutor@1", "a/b", "x" * 65])
+def test_a_name_that_no_request_could_give_is_refused(name: str, store: Store) -> None:
+    with pytest.raises(BadName, match="name: "):
+        adopted(store, name)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -13,12 +17,26 @@ from rich.markup import escape
 from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.cluster.launch.commands.common import Json, flags
 from polygraft.cluster.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
+from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.publish import BadName, adopt
 from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.sites import ModelShape
 
+if TYPE_CHECKING:
+    from polygraft.grafts.runtime.backbone import Backbone
+
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
+
+
+class Form(StrEnum):
+    """What a graft can be written as."""
+
+    MERGED = "merged"
+    PEFT = "peft"
+    GGUF = "gguf"
+    NATIVE = "native"
 
 
 def register(app: typer.Typer) -> None:
@@ -43,34 +61,103 @@ def list_grafts(context: typer.Context, as_json: Json = False) -> None:
 
 @grafts.command("export")
 def export_graft(
-    graft: Annotated[Path, typer.Argument(help="The folder of a graft: graft.json and graft.safetensors.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    graft: Annotated[Path, typer.Argument(help="The folder of a graft: ours, PEFT's or AdapterHub's.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, or with --format gguf the file.")],
     backbone: Annotated[str, typer.Option(help="What it grew on: a name, folder or hub id.")] = "smollm2",
-    rank: Annotated[int | None, typer.Option(help="Write a LoRA of this rank, as PEFT reads it.")] = None,
+    format: Annotated[
+        Form | None, typer.Option(help="What to write: merged, or peft with --rank or --energy, where not given.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Write a LoRA of this rank in its place.")] = None,
     energy: Annotated[float | None, typer.Option(help="Write the LoRA that keeps this share of every dW.")] = None,
 ) -> None:
-    """Write the whole model with the graft folded in, or with --rank or --energy a LoRA in its place."""
+    """Write the whole model with the graft folded in (merged), or the graft as PEFT's folder (peft), llama.cpp's file
+    (gguf) or ours (native, in a folder named by its id); with --rank or --energy a LoRA in its place."""
+    from polygraft.grafts.formats import gguf_lora, merged, native, peft
+    from polygraft.grafts.formats.read import read
+    from polygraft.grafts.formats.stock import Stock
+    from polygraft.grafts.formats.to_lora import to_lora
+
+    form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
+    with _usage_errors():
+        grown = _grown(backbone)
+        spec, values = read(graft, grown)
+        if rank is not None or energy is not None:
+            found = to_lora(spec, grown.shape, values, grown.weight, rank=rank, energy=energy)
+            spec, values = found.spec, found.tensors
+            typer.echo(f"{spec.method}: lost {found.loss:.2%} of the norm of dW")
+        match form:
+            case Form.MERGED:
+                merged.export(target, spec, values, backbone=grown.folder)
+            case Form.PEFT:
+                stock = Stock(grown.folder)
+                if not peft.exportable(spec, grown.shape, stock):
+                    peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=stock)
+                target.mkdir(parents=True, exist_ok=True)
+                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=stock)
+            case Form.GGUF:
+                gguf_lora.export(target, spec, values, shape=grown.shape)
+            case Form.NATIVE:
+                typer.echo(native.save(target, spec, values, shape=grown.shape, backbone=grown.fingerprint))
+
+
+@grafts.command("import")
+def import_graft(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A graft made elsewhere: PEFT's folder, AdapterHub's or ours.")],
+    name: Annotated[str, typer.Argument(help="The name to serve it under.")],
+    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose graft it is.")] = "local",
+    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+) -> None:
+    """Give the local service a graft made elsewhere, for its backbone."""
+    from polygraft.grafts.formats import native
+    from polygraft.grafts.formats.read import read
+    from polygraft.grafts.sizes import parameters
+
+    store, settings = flags(context).store(), flags(context).settings()
+    with _usage_errors():
+        if name == settings.backbone:
+            raise BadName(f"name: {name!r} is that of the backbone; choose another")
+        grown = _grown(backbone or settings.backbone, settings.quantise)
+        spec, values = read(folder, grown)
+        root = settings.data / "grafts"
+        identity = native.save(root, spec, values, shape=grown.shape, backbone=grown.fingerprint)
+        graft = adopt(
+            store,
+            TenantId(tenant),
+            name,
+            graft=GraftId(identity),
+            method=spec.method,
+            backbone_fingerprint=grown.fingerprint,
+            parameters=parameters(spec, grown.shape),
+            bytes=sum(file.stat().st_size for file in (root / identity).iterdir()),
+            at=time.time(),
+            promote=promote,
+        )
+    store.close()
+    typer.echo(graft.model)
+
+
+def _grown(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
     import torch
 
-    from polygraft.grafts.formats import merged, native, peft
-    from polygraft.grafts.formats.check import FormatError
-    from polygraft.grafts.formats.to_lora import to_lora
     from polygraft.grafts.runtime.backbone import Backbone
-    from polygraft.grafts.runtime.pretrained import BackboneError, materialise
+    from polygraft.grafts.runtime.pretrained import materialise
+
+    return Backbone.load(materialise(backbone, backbone_cache()), torch.float32, quantise=quantise)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What is wrong with a folder or a name, as the command's answer."""
+    from polygraft.grafts.formats.check import FormatError
+    from polygraft.grafts.runtime.pretrained import BackboneError
     from polygraft.grafts.spec import SpecError
 
     try:
-        grown = Backbone.load(materialise(backbone, backbone_cache()), torch.float32)
-        stored = native.load(graft, shape=grown.shape, backbone=grown.fingerprint)
-        if rank is None and energy is None:
-            merged.export(target, stored.spec, stored.tensors, backbone=grown.folder)
-            return
-        found = to_lora(stored.spec, grown.shape, stored.tensors, grown.weight, rank=rank, energy=energy)
-        target.mkdir(parents=True, exist_ok=True)
-        peft.export(target, found.spec, found.tensors, shape=grown.shape, base=backbone)
-    except (FormatError, SpecError, BackboneError) as error:
+        yield
+    except (FormatError, SpecError, BackboneError, BadName) as error:
         raise Failure(str(error), Status.USAGE) from None
-    typer.echo(f"{found.spec.method}: lost {found.loss:.2%} of the norm of dW")
 
 
 def methods(

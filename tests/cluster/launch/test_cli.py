@@ -16,10 +16,14 @@ from typer.testing import CliRunner, Result
 from polygraft.cluster.client import Client
 from polygraft.cluster.launch.commands.common import Flags
 from polygraft.cluster.launch.main import app
-from polygraft.grafts.formats import native
+from polygraft.cluster.model import TenantId
+from polygraft.cluster.publish import resolve
+from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.formats import native, peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.serving.residency import Residency
 from tests.tiny import tiny_llama
 
 JOB = {
@@ -200,3 +204,48 @@ def test_a_graft_is_exported_as_a_model_or_as_a_lora(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
     again = run("grafts", "export", graft, str(tmp_path / "whole"), *beside)
     assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+def test_a_graft_is_exported_in_the_format_asked_for(tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    spec = parse("loha(r=2, at=attn.q)")
+    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    identity = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+
+    def export(source: str, target: str, *flags: str) -> Result:
+        where = (str(tmp_path / source), str(tmp_path / target), "--backbone", str(backbone.folder))
+        return run("grafts", "export", *where, "--format", *flags)
+
+    assert export(identity, "theirs", "peft").exit_code == 0
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+    done = export("theirs", "a.gguf", "gguf")
+    assert done.exit_code == 2 and "give a rank or an energy" in done.stderr
+    assert export("theirs", "a.gguf", "gguf", "--rank", "4").exit_code == 0
+    assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
+    done = export("theirs", "ours", "native")
+    assert done.exit_code == 0 and (tmp_path / "ours" / done.stdout.strip() / "graft.json").is_file()
+    done = export("tiny", "x", "peft")
+    assert done.exit_code == 2 and "holds no adapter_config.json" in done.stderr
+
+
+def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    spec = parse("oft(b=8)")
+    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    (tmp_path / "theirs").mkdir()
+    peft.export(tmp_path / "theirs", spec, values, shape=backbone.shape)
+    store = MemoryStore()
+    monkeypatch.setattr(Flags, "store", lambda _: store)
+    monkeypatch.setattr(store, "close", lambda: None)
+    home = ("--home", str(tmp_path / "home"))
+    done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "mine", "--backbone", str(backbone.folder))
+    assert (done.exit_code, done.stdout) == (0, "mine@1\n")
+    graft = resolve(store, TenantId("local"), "mine", "smollm2")
+    assert graft is not None and graft.backbone_fingerprint == backbone.fingerprint
+    folder = tmp_path / "home" / "data" / "grafts"
+    resident = Residency(folder=folder, backbone=backbone, budget_bytes=1 << 20).fetch(graft.id)
+    assert {slot.op for slot in resident.spec.slots} == {"rotate"}
+    done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "Mine", "--backbone", str(backbone.folder))
+    assert done.exit_code == 2 and "name: 'Mine'" in done.stderr

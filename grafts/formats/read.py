@@ -1,0 +1,24 @@
+"""A graft's folder of any format that is read here, told apart by the files in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from polygraft.grafts.formats import adapterhub, native, peft
+from polygraft.grafts.formats.stock import Stock
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.spec import GraftSpec
+
+
+def read(folder: Path, backbone: Backbone) -> tuple[GraftSpec, Mapping[str, Tensor]]:
+    """Our own folder, PEFT's or AdapterHub's; raises FormatError for another, or a graft that does not fit."""
+    if (folder / native.DESCRIPTION).is_file():
+        stored = native.load(folder, shape=backbone.shape, backbone=backbone.fingerprint)
+        return stored.spec, stored.tensors
+    config = peft.config_of(folder)
+    if adapterhub.wrote(config):
+        return adapterhub.load(folder, backbone)
+    return peft.load(folder, backbone.shape, Stock(backbone.folder))
