@@ -113,7 +113,7 @@ def _slot(slot: Slot) -> str:
         said += [slot.tap] * (slot.tap != "input") + [slot.act] * (slot.act != "identity")
         said += [slot.gate] * (slot.gate != "none")
     if isinstance(slot, KV) and slot.aside:
-        said.append("aside")
+        said += ["aside"] + [slot.gate] * (slot.gate != "none")
     said += [f"form {slot.form.name}"] if slot.form else []
     said += [f"start {slot.start.name}"] if slot.start else []
     said += ["frozen"] if slot.frozen else []

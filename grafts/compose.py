@@ -1,4 +1,4 @@
-"""Grafts made of grafts: averaged, summed with found weights, or mixed by a gate that is trained over them.
+"""Grafts made of grafts: averaged, or summed with found weights.
 
 Members have one spec, so that their tensors are the same but for their values.
 """
@@ -6,12 +6,12 @@ Members have one spec, so that their tensors are the same but for their values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from polygraft.grafts.spec import Branch, Call, GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 
 Values = Mapping[str, Tensor]
 
@@ -73,29 +73,3 @@ def lorahub(
     minimize(objective, corners[0], method="Nelder-Mead", bounds=[(-bound, bound)] * count, options=options)
     _, value, weights = min(found)
     return Hub(weights, combined(members, weights), value)
-
-
-def experts(
-    spec: GraftSpec, members: Sequence[Values], *, top: int = 2, seed: int = 0
-) -> tuple[GraftSpec, dict[str, Tensor]]:
-    """Existing LoRAs as the frozen experts of one graft: y += s sum_i w_i B_i A_i x, w = softmax over the `top` highest
-    of G x at every site, G alone being trained (MeteoRA, Xu et al. 2024, arXiv 2405.13053, section 3.1).
-
-    Raises SpecError unless every slot of `spec` is a plain LoRA.
-    """
-    count = len(members)
-    combined(members, [1.0] * count)  # raises for grafts that do not fit together
-    slots: list[Branch] = []
-    for slot in spec.slots:
-        if not (isinstance(slot, Branch) and (slot.act, slot.gate, slot.form) == ("identity", "none", None)):
-            raise SpecError(f"members: {spec.method!r} is no LoRA; only LoRAs become experts of a gate")
-        mixed = replace(slot, rank=count * slot.rank, dropout=0.0, form=Call("frozen_experts"))
-        slots.append(replace(mixed, gate="softmax", experts=count, top=min(top, count)))
-    tensors: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in members[0].items():
-        tensors[name] = torch.cat([member[name] for member in members])
-        if name.endswith(".A"):
-            scores = torch.rand(count, value.shape[1], generator=generator) * 2 - 1
-            tensors[f"{name[:-1]}G"] = scores.to(value) / value.shape[1] ** 0.5
-    return GraftSpec(f"{count} experts: {spec.method}", tuple(slots)), tensors

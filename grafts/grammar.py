@@ -70,6 +70,19 @@ def union(members: Sequence[Term], text: str | None = None) -> GraftSpec:
     return GraftSpec(" + ".join(map(str, members)) if text is None else text, tuple(slots), tuple(hooks))
 
 
+def pinned(text: str, versions: Mapping[str, str]) -> str:
+    """The union with the grafts that it is made over (`of`) under other names."""
+
+    def named(of: str) -> str:
+        return "|".join(versions.get(name.strip(), name.strip()) for name in of.split("|"))
+
+    found = []
+    for term in terms(text):
+        changed = {key: named(value) if key == "of" else value for key, value in term.arguments.items()}
+        found.append(str(replace(term, arguments=changed)))
+    return " + ".join(found)
+
+
 def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
     """The graft of a PEFT config (adapter_config.json or its essential fields), where no folder goes with it.
 

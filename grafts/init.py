@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts import calibrate
+from polygraft.grafts.lowering import lower
 from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
+from polygraft.grafts.sources import Source, check, continued
 from polygraft.grafts.spec import GraftSpec, Tokens
 from polygraft.kernels.kv.scores import Scores
 
@@ -26,14 +28,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Making:
-    """What starting values may be made from: the backbone, the job's seed and its training samples as token ids, with
-    the loss weights of their tokens."""
+    """What starting values may be made from: the backbone, the job's seed, its training samples as token ids with the
+    loss weights of their tokens, and the grafts that its spec names."""
 
     spec: GraftSpec
     backbone: Backbone
     seed: int
     samples: Sequence[Sequence[int]]
     weights: Sequence[Sequence[float]] = ()
+    sources: Mapping[str, Source] = field(default_factory=dict)
     _kept: dict[object, object] = field(default_factory=dict)
 
     def generator(self, name: str) -> torch.Generator:
@@ -87,6 +90,15 @@ class Making:
             return range(len(self.backbone.embedding))
         return self.samples[0] if self.samples else ()
 
+    def source(self, name: str) -> Source:
+        """A graft that the spec names, as it is served."""
+
+        def make() -> Source:
+            found = self.sources[name]
+            return Source(*lower(found.spec, self.backbone.shape, found.tensors, self.backbone.weight))
+
+        return self.once(("source", name), make)
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all the tensors that start from it."""
         if key not in self._kept:
@@ -101,17 +113,25 @@ def initialise(
     seed: int,
     samples: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]] = (),
+    sources: Mapping[str, Source] | None = None,
 ) -> dict[str, Tensor]:
     """float32 tensors (float64 on a float64 backbone) by name, each by its start.
 
     A of a branch is Kaiming-uniform with a = sqrt(5) as in PEFT, B zero; g one, b zero; m the row norms of W (DoRA);
     prefix rows are the keys and values of the backbone over the first of `samples` (repeated to the prefix length): a
     prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4). A prompt starts as the
-    embeddings of the same tokens, an edited token as its own.
+    embeddings of the same tokens, an edited token as its own. `sources` are the grafts of `spec.sources`, by name;
+    raises SpecError where they do not give what the spec takes of them.
     """
     wide = torch.promote_types(backbone.dtype, torch.float32)
-    making = Making(spec, backbone, seed, samples, weights)
-    return {tensor.name: _start(tensor, making).to(wide) for tensor in tensors(spec, backbone.shape)}
+    sources = sources or {}
+    check(spec, {name: source.spec for name, source in sources.items()}, backbone.shape)
+    making = Making(spec, backbone, seed, samples, weights, sources)
+    taken = continued(spec, sources)
+    return {
+        t.name: (taken[t.name] if t.name in taken else _start(t, making)).to(wide)
+        for t in tensors(spec, backbone.shape)
+    }
 
 
 def _start(tensor: TensorSpec, making: Making) -> Tensor:
@@ -153,6 +173,11 @@ class _Recorder:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         self.kept[Site(layer, KV_SITE)] = (k.clone(), v.clone())
         return self.inner(layer, q, k, v, route=route, scores=scores)
+
+    def with_sums(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        return self.inner.with_sums(layer, q, k, v, route=route, scores=scores)
 
 
 def _repeated(prompt: Sequence[int], length: int) -> list[int]:

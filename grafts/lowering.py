@@ -7,7 +7,6 @@ differentiable function of them, evaluated for one graft alone, so that nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -111,13 +110,10 @@ class Lowered:
 def lower(
     spec: GraftSpec, shape: ModelShape, values: Values, weight: Callable[[Site], Tensor]
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
-    """The graft as it is served: its operands are its tensors, and no slot has a form but deltas, whose dense matrix
-    exists only while it is multiplied with."""
-    slots = tuple(
-        slot if isinstance(slot, Delta) or slot.form is None else replace(slot, form=None) for slot in spec.slots
-    )
-    plain = replace(spec, slots=slots, hooks=())
-    made = [index for index, slot in enumerate(spec.slots) if slot.form is not None and slots[index].form is None]
+    """The graft as it is served (`GraftSpec.plain`): its operands are its tensors."""
+    plain = spec.plain
+    pairs = enumerate(zip(spec.slots, plain.slots))
+    made = [index for index, (slot, served) in pairs if slot.form is not None and served.form is None]
     with torch.no_grad():
         operands = Lowered(spec, shape, weight).make(values) if made else {}
     return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in tensors(plain, shape)}

@@ -80,15 +80,17 @@ def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
     match slot:
         case Branch(rank=rank, bias=bias, gate=gate, experts=experts):
             factors = {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
-            scores = {"G": Part((experts, place.d_in), "kaiming")} if gate != "none" else {}
+            read = Part((rank if gate == "attention" else experts, place.d_in), "kaiming")
+            scores = {"G": read} if gate != "none" else {}
             return factors | ({"a": Part((rank, 1))} if bias else {}) | scores
         case Affine(scale=scale, shift=shift, side=side):
             width = (place.d_in if side == "in" else place.d_out,)
             return ({"g": Part(width, "one")} if scale else {}) | ({"b": Part(width)} if shift else {})
         case Norm():
             return {"m": Part((place.d_out,), "row_norm")}
-        case KV(length=length):
-            return {part: Part((length, place.d_out), "prefix") for part in ("k", "v")}
+        case KV(length=length, gate=gate, experts=experts):
+            rows = {part: Part((length, place.d_out), "prefix") for part in ("k", "v")}
+            return rows | ({"G": Part((experts, place.d_in), "kaiming")} if gate != "none" else {})
         case Delta():
             return {}
         case Sparse():

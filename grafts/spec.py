@@ -6,13 +6,14 @@ sparse and delta, norm, bias, affine and rotate on y.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 Act = Literal["identity", "relu", "gelu", "silu", "tanh"]
-Gating = Literal["none", "sigmoid", "softmax"]
+Gating = Literal["none", "sigmoid", "softmax", "attention"]
 Layers = tuple[int, ...] | None
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -59,7 +60,8 @@ class Branch(_Slot):
 
     With a `gate` the ranks are split evenly among `experts`, and every row weighs each expert's hidden values: y +=
     scale * B (w * act(A t)) with w = gate(G t), G [experts, in]: a sigmoid each, or a softmax over all, or over the
-    `top` highest where that is not 0.
+    `top` highest where that is not 0. With `attention` G is [rank, in], and the softmax is over the inner products of
+    an expert's share of G t with its hidden values (AdapterFusion, Pfeiffer et al. 2021).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -123,17 +125,29 @@ class Norm(_Slot):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KV(_Slot):
     """`length` trained rows before every layer's keys and values (prefix tuning, Li & Liang 2021); `aside`, every row
-    attends to them in a softmax of their own and no position is theirs (LLaMA-Adapter, Zhang et al. 2023)."""
+    attends to them in a softmax of their own and no position is theirs (LLaMA-Adapter, Zhang et al. 2023).
+
+    Rows aside with a `gate` join the one softmax, their keys and values times the row's own gate(G x) with x the input
+    of attention, G [experts, hidden]; the rows are split evenly among `experts` (UniPELT, Mao et al. 2022).
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     length: int
     at: str = "kv"
     aside: bool = False
+    gate: Gating = "none"
+    experts: int = 1
     op: Literal["kv"] = "kv"
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise SpecError(f"prefix length: {self.length} is not a size; give at least 1")
+        if self.gate == "attention":
+            raise SpecError("gate: 'attention' of prefix rows, which have no hidden values; choose sigmoid or softmax")
+        if self.gate != "none" and not self.aside:
+            raise SpecError(f"gate: {self.gate!r} of rows that stand in the cache, where all read the same; set aside")
+        if self.experts < 1 or self.length % self.experts or (self.gate == "none" and self.experts != 1):
+            raise SpecError(f"experts: {self.experts} with gate {self.gate!r} do not share {self.length} rows evenly")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +264,15 @@ class Tokens(_Slot):
             raise SpecError(f"ids: {min(self.ids)} is not a token")
 
 
+def source_names(of: str) -> tuple[str, ...]:
+    """The names in `of`, joined by |: a graft's `name` or `name@version`, as a request's model."""
+    names = tuple(name.strip() for name in of.split("|")) if of else ()
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9-]{1,64}(@[1-9][0-9]{0,8})?", name):
+            raise SpecError(f"of: {name!r} is not a graft's name or name@version; join several by |")
+    return names
+
+
 Slot = Branch | Affine | Norm | KV | Delta | Sparse | Rotate | Tokens
 
 
@@ -272,6 +295,19 @@ class GraftSpec:
         edits = [slot.mode for slot in self.slots if isinstance(slot, Tokens)]
         if len(edits) > len(set(edits)):
             raise SpecError("peft: two prompts of one kind in one graft; give one with the sum of their lengths")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The grafts that this one is made over or starts from, as they were named: `of` of its declarations."""
+        calls = [*(call for slot in self.slots for call in (slot.form, slot.start) if call), *self.hooks]
+        found = (name for call in calls for name in source_names(str(call.keywords().get("of", ""))))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def plain(self) -> GraftSpec:
+        """As it is served: no slot has a form but deltas, whose dense matrix exists while it is multiplied with."""
+        slots = (s if isinstance(s, Delta) or s.form is None else replace(s, form=None) for s in self.slots)
+        return replace(self, slots=tuple(slots), hooks=())
 
     @property
     def prefix_length(self) -> int:

@@ -15,6 +15,7 @@ from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import Branch, GraftSpec, SpecError
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
@@ -103,10 +104,11 @@ class PackRunner:
         self._stacks: Stacks = backbone.stacks(())
         self._around: Stacks = self._stacks
 
-    def admit(self, job: TrainJob) -> Active:
-        """Join as a new job at step 0, with starting values drawn from the job's seed."""
+    def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> Active:
+        """Join as a new job at step 0, with starting values drawn from the job's seed, or made of the grafts that its
+        spec names."""
         ids, weights = [sample.ids for sample in job.train], [sample.weights for sample in job.train]
-        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=ids, weights=weights)
+        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=ids, weights=weights, sources=sources)
         slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype)
         slab.fill(start)
         return self.restore(Active(job, slab))

@@ -14,14 +14,16 @@ from pathlib import Path
 
 from polygraft.cluster.advance import advance_job, advance_pack, record_progress
 from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
-from polygraft.cluster.model import GraftId, JobError, JobId, PackId
-from polygraft.cluster.publish import publish
+from polygraft.cluster.model import GraftId, JobError, JobId, PackId, TenantId
+from polygraft.cluster.publish import UnknownModel, publish, resolve
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import EntryId, Store
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sources import Source
+from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.job import TrainJob
@@ -116,7 +118,7 @@ class PackWorker:
                 shape=self.runner.backbone.shape,
                 micro_rows=self.micro_rows,
             )
-            active = self._activate(trained, name)
+            active = self._activate(trained, name, record.tenant)
         except (ValueError, OSError) as error:
             self._fail(job, JobError("invalid_training_data", str(error), "training_file"))
             return
@@ -141,10 +143,21 @@ class PackWorker:
         )
         self._progress(active)
 
-    def _activate(self, job: TrainJob, name: str | None) -> Active:
+    def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> Active:
         if name is None:
-            return self.runner.admit(job)
+            return self.runner.admit(job, {source: self._source(tenant, source) for source in job.spec.sources})
         return self.runner.restore(checkpoint.load(self.folders.job(job.id), name, job, self.runner.backbone.shape))
+
+    def _source(self, tenant: TenantId, name: str) -> Source:
+        """A graft that a job is made over. Raises SpecError if the tenant has none of that name, FormatError."""
+        backbone = self.runner.backbone
+        try:
+            graft = resolve(self.store, tenant, name, backbone="")
+        except UnknownModel as error:
+            raise SpecError(f"of: {error}") from None
+        assert graft is not None, "no graft has the empty name"
+        stored = native.load(self.folders.grafts / graft.id, shape=backbone.shape, backbone=backbone.fingerprint)
+        return Source(stored.spec, stored.tensors)
 
     def _cancel(self, job: JobId) -> None:
         if job in self.runner.jobs:

@@ -113,6 +113,14 @@ def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
     return StoredGraft(identity, spec, values, backbone)
 
 
+def described(folder: Path) -> GraftSpec:
+    """What a graft's folder says that it is, without its tensors; raises FormatError."""
+    try:
+        return GraftSpec.from_json(json.dumps(_described(folder).get("spec")))
+    except SpecError as error:
+        raise FormatError(f"{folder.name}: {error}") from None
+
+
 def _said(slot: Slot) -> Mapping[str, object]:
     """The slot's op and the fields that are not at their defaults, so that a field added later changes no id."""
     said = asdict(slot)

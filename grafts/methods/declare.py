@@ -36,8 +36,8 @@ class Method:
         return inspect.signature(self.slots, eval_str=True).parameters
 
     def positional(self, index: int) -> str:
-        """Name of the argument at `index`; raises SpecError past the last."""
-        names = list(self.arguments)
+        """Name of the argument at `index`; raises SpecError past the last. Some are given by name alone (`of`)."""
+        names = [name for name, one in self.arguments.items() if one.kind is not inspect.Parameter.KEYWORD_ONLY]
         if index >= len(names):
             raise SpecError(f"peft: {self.name} takes at most {len(names)} arguments: {', '.join(names)}")
         return names[index]
@@ -113,10 +113,15 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Starting values by name: `make(tensor, making, **arguments)` returns the tensor's value."""
+    """Starting values by name: `make(tensor, making, **arguments)` returns the tensor's value.
+
+    `check(tensor, spec, sources, shape, **arguments)` raises SpecError where the specs of the grafts that it starts
+    from do not give it; without tensors, so that a request can be refused.
+    """
 
     name: str
     make: Callable[..., Tensor]
+    check: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,26 +69,12 @@ def _task_gate(
     return {"A": values["A"], "B": weights[:, None] * values["B"]}
 
 
-def _frozen_own(slot: Branch, place: Place) -> Mapping[str, Part]:
-    """Experts that were trained before, by `grafts/compose.py`; only their gate is trained here."""
-    return {
-        "A": Part((slot.rank, place.d_in), trained=False),
-        "B": Part((slot.rank, place.d_out), trained=False),
-        "G": Part((slot.experts, place.d_in)),
-    }
-
-
-def _frozen(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering) -> Mapping[str, Tensor]:
-    return values
-
-
 METHODS = (
     Method("molora", "arXiv 2309.05444", 3e-4, molora),
     Method("hydralora", "arXiv 2404.19245", 3e-4, hydralora),
     Method("moelora", "arXiv 2310.18339", 3e-4, moelora),
 )
 FORMS = (
-    Form("frozen_experts", _frozen, _frozen_own),
     Form("one_down", _one_down, _one_down_own),
     Form("task_gate", _task_gate, _task_own, _task_shared),
 )

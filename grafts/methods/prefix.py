@@ -28,9 +28,14 @@ def prefix(length: int = 10) -> tuple[Slot, ...]:
 
 
 def prefix_mlp(length: int = 10, hidden: int = 512) -> tuple[Slot, ...]:
+    return (KV(length=length, form=network(hidden)),)
+
+
+def network(hidden: int) -> Call:
+    """The form of rows made by a network of `hidden` neurons."""
     if hidden < 1:
         raise SpecError(f"peft: hidden: {hidden} is not a size; give at least 1")
-    return (KV(length=length, form=Call("prefix-mlp", (("hidden", hidden),))),)
+    return Call("prefix-mlp", (("hidden", hidden),))
 
 
 def cartridge(length: int = 64, frozen: int = 1) -> tuple[Slot, ...]:
@@ -61,6 +66,10 @@ def _rows(tensor: TensorSpec, making: Making, first: int) -> Tensor:
     return (k if tensor.part.startswith("k") else v)[first : first + tensor.shape[0]]
 
 
+def _own(slot: KV, place: Place, hidden: int) -> Mapping[str, Part]:
+    return {"G": Part((slot.experts, place.d_in), "kaiming")} if slot.gate != "none" else {}
+
+
 def _shared(slot: KV, places: Sequence[Place], hidden: int) -> Mapping[str, Part]:
     width = places[0].d_out
     return {
@@ -78,7 +87,8 @@ def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering, hidden
     width = lowering.place.d_out
     own = slice(2 * lowering.place.index * width, 2 * (lowering.place.index + 1) * width)
     rows = torch.tanh(values["E"] @ values["W1"].T + values["b1"]) @ values["W2"][own].T + values["b2"][own]
-    return {"k": rows[:, :width], "v": rows[:, width:]}
+    gates = {"G": values["G"]} if slot.gate != "none" else {}
+    return {"k": rows[:, :width], "v": rows[:, width:], **gates}
 
 
 METHODS = (
@@ -86,7 +96,7 @@ METHODS = (
     Method("prefix-mlp", "arXiv 2101.00190", 1e-3, prefix_mlp),
     Method("cartridge", "arXiv 2506.06266", 5e-3, cartridge),
 )
-FORMS = (Form("prefix-mlp", _operands, shared=_shared), Form("cartridge", _joined, _cut))
+FORMS = (Form("prefix-mlp", _operands, _own, _shared), Form("cartridge", _joined, _cut))
 STARTS = (Start("cartridge", _rows),)
 _ROWS = "prompt_embeddings"
 

@@ -47,6 +47,12 @@ def start(name: str) -> Start:
     return _found(Start, "STARTS", name)
 
 
+def known_start(name: str) -> Start | None:
+    """The start that a file of this folder declares, None for those of `grafts/init.py`."""
+    found = _table("STARTS").get(name)
+    return found if isinstance(found, Start) else None
+
+
 def hook(name: str) -> Hook:
     return _found(Hook, "HOOKS", name)
 

@@ -1,23 +1,65 @@
-"""UniPELT of a LoRA and an adapter: every row opens each of them by a gate of its own, W x + G_L B A x on queries and
-values, h + G_A B act(A h) after the feed-forward, with G = sigmoid(W_G input) (Mao et al. 2022, arXiv 2110.07577,
-section 3.1).
+"""UniPELT: every row opens a LoRA, an adapter and a prefix by a gate of its own (Mao et al. 2022, arXiv 2110.07577,
+section 3.1), W x + G_L B A x on queries and values, h + G_A B act(A h) after the feed-forward, and keys and values
+[G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G input).
 
-As in the paper a gate reads its module's direct input; it is the row's own, where AdapterHub takes the mean over the
-sequence, which a decoder does not know while it writes. The prefix is left out: its gate would stand inside attention.
+A gate reads its module's direct input: what the projections, the adapter and attention read. It is the row's own, where
+the authors' code takes the mean over the sequence for adapter and prefix, which a decoder does not know while it
+writes.
 """
 
-from polygraft.grafts.methods.declare import Method
-from polygraft.grafts.spec import Branch, Slot
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.prefix import network
+from polygraft.grafts.spec import KV, Branch, Call, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def unipelt(
+    r: int = 8, size: int = 48, length: int = 10, hidden: int = 512, at: str = "attn.[qv]", adapter: str = "ffn.out"
+) -> tuple[Slot, ...]:
+    """The prefix is made by a network of `hidden` neurons."""
+    rows = KV(length=length, aside=True, gate="sigmoid", form=network(hidden))
+    return (*unipelt_al(r, size, at, adapter), rows)
 
 
 def unipelt_al(
     r: int = 8, size: int = 48, at: str = "attn.[qv]", adapter: str = "ffn.out", scale: float = 1.0
 ) -> tuple[Slot, ...]:
-    """`scale` is LoRA's beside its gate, which replaces it in the paper."""
+    """Without the prefix. `scale` is LoRA's beside its gate, which replaces it in the paper."""
     return (
         Branch(at=at, rank=r, scale=scale, gate="sigmoid"),
         Branch(at=adapter, rank=size, act="relu", tap="output", gate="sigmoid"),
     )
 
 
-METHODS = (Method("unipelt-al", "arXiv 2110.07577", 3e-4, unipelt_al),)
+def apt(length: int = 16) -> tuple[Slot, ...]:
+    """APT: a gate for every prefix row and a factor for every layer, l a * [P_k; P_v] with a = sigmoid(W x), x what
+    attention reads (Zhang et al. 2023, arXiv 2305.15212, section 3)."""
+    return (KV(length=length, aside=True, gate="sigmoid", experts=length, form=Call("apt")),)
+
+
+def _own(slot: KV, place: Place) -> Mapping[str, Part]:
+    return {
+        "k": Part((slot.length, place.d_out), "prefix"),
+        "v": Part((slot.length, place.d_out), "prefix"),
+        "G": Part((slot.experts, place.d_in), "kaiming"),
+        "l": Part((1,), "one"),
+    }
+
+
+def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering) -> Mapping[str, Tensor]:
+    return {"k": values["l"] * values["k"], "v": values["l"] * values["v"], "G": values["G"]}
+
+
+METHODS = (
+    Method("unipelt", "arXiv 2110.07577", 3e-4, unipelt),
+    Method("unipelt-al", "arXiv 2110.07577", 3e-4, unipelt_al),
+    Method("apt", "arXiv 2305.15212", 5e-3, apt),
+)
+FORMS = (Form("apt", _operands, _own),)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from polygraft.grafts.runtime.route import RouteTable, current
 from polygraft.grafts.runtime.stacks import Entries, Kind
 from polygraft.grafts.sites import KV_SITE, ModelShape, Site
+from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.kv.aside import aside
+from polygraft.kernels.kv.joined import joined
 from polygraft.kernels.kv.layout import Layout, Sequence
-from polygraft.kernels.kv.op import attend
+from polygraft.kernels.kv.op import attend, attend_with_sums
 from polygraft.kernels.kv.scores import Scores
 
 NAME = "polygraft"
@@ -28,12 +30,21 @@ class WholeSequences:
     _layouts: dict[tuple[Entries, int], Layout] = field(default_factory=dict)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
+        return attend(q, k, v, *self._prefixes(layer, k, route), scores)
+
+    def with_sums(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        return attend_with_sums(q, k, v, *self._prefixes(layer, k, route), scores)
+
+    def _prefixes(self, layer: int, k: Tensor, route: RouteTable) -> tuple[Tensor, Tensor, Layout]:
+        """The layer's prefix stack, keys and values, and where its rows stand."""
         stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv"))
         if stack is None:
             empty = k.new_empty(0, k.shape[1])
-            return attend(q, k, v, empty, empty, self._layout((), len(q), 0, route), scores)
+            return empty, empty, self._layout((), len(k), 0, route)
         pk, pv = stack.parts["k"], stack.parts["v"]
-        return attend(q, k, v, pk, pv, self._layout(stack.entries, len(q), len(pk), route), scores)
+        return pk, pv, self._layout(stack.entries, len(k), len(pk), route)
 
     def _layout(self, entries: Entries, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
         key = (entries, rows)
@@ -65,12 +76,30 @@ def attention_forward(
     route = current()
     q, k, v = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    out = route.attention(layer, q, k, v, route=route, scores=Scores(scaling, sliding_window))
-    stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv", "aside"))
+    scores, kv_heads = Scores(scaling, sliding_window), key.shape[1]
+    stacks = route.stacks.get(Site(layer, KV_SITE))
+    if any(kind.gate for kind in stacks):
+        out = _gated(layer, q, k, v, route, kv_heads, scores)
+    else:
+        out = route.attention(layer, q, k, v, route=route, scores=scores)
+    stack = stacks.get(Kind("kv", "aside"))
     if stack is not None:
-        pk, pv, kv_heads = stack.parts["k"], stack.parts["v"], key.shape[1]
+        pk, pv = stack.parts["k"], stack.parts["v"]
         out = aside(q, out, pk, pv, route.segments(stack.entries), kv_heads, scaling)
     return out.view(1, len(out), query.shape[1], -1), None
+
+
+def _gated(layer: int, q: Tensor, k: Tensor, v: Tensor, route: RouteTable, kv_heads: int, scores: Scores) -> Tensor:
+    """Attention that gated prefix rows join."""
+    site = Site(layer, KV_SITE)
+    out, sums = route.attention.with_sums(layer, q, k, v, route=route, scores=scores)
+    x = route.entered(site)
+    for kind, stack in route.stacks.get(site).items():
+        if kind.gate:
+            segments, gates = route.segments(stack.entries), route.segments(stack.gates)
+            pk, pv, G = (stack.parts[part] for part in "kvG")
+            out = joined(q, out, sums, x, pk, pv, G, segments, gates, Gate(kind.gate), kv_heads, scores.scaling)
+    return out
 
 
 def register() -> str:

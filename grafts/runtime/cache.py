@@ -129,6 +129,17 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         """As `Attention`; rows of no sequence are 0."""
+        return self._over(layer, q, k, v, scores, None)
+
+    def with_sums(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        sums = q.new_full((len(q), self.cache.shape.heads), float("-inf"), dtype=wide)
+        return self._over(layer, q, k, v, scores, sums), sums
+
+    def _over(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores, sums: Tensor | None) -> Tensor:
+        """Writes the log sums of scores into `sums`, where they are asked for."""
         data = self.cache.data[layer]
         new = torch.stack([x.index_select(0, self._rows) for x in (k, v)], dim=1)
         data.flatten(0, 1).index_copy_(0, self._slots, new)
@@ -137,14 +148,16 @@ class PagedAttention:
 
             heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
             continued = [Continued(s.start, s.rows, s.before, s.table, s.unseen(layer)) for s in self._sequences]
-            return gpu.attend_paged(q, data, continued, heads, kv_heads, scores)
+            return gpu.attend_paged(q, data, continued, heads, kv_heads, scores, sums)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups(scores.window):
             own = q.index_select(0, group.rows)
-            out.index_copy_(0, group.rows, self._attend(layer, own, data, group, scores.scaling))
+            out.index_copy_(0, group.rows, self._attend(layer, own, data, group, scores.scaling, sums))
         return out
 
-    def _attend(self, layer: int, q: Tensor, data: Tensor, group: _Group, scaling: float) -> Tensor:
+    def _attend(
+        self, layer: int, q: Tensor, data: Tensor, group: _Group, scaling: float, sums: Tensor | None
+    ) -> Tensor:
         """Attention of a group's rows [b * n, width]; the query heads of a key head are more rows to it."""
         kv_heads, shared = self.cache.shape.kv_heads, self.cache.shape.heads // self.cache.shape.kv_heads
         b, n, length = group.hidden.shape
@@ -152,8 +165,16 @@ class PagedAttention:
         keys, values = context[:, :, 0].transpose(1, 2), context[:, :, 1].transpose(1, 2)
         queries = q.view(b, n, kv_heads, shared, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         bias = group.bias(layer, shared, q.dtype)
+        if sums is not None:  # again: the library keeps them for itself
+            scored = (torch.matmul(queries * scaling, keys.transpose(2, 3)) + bias).to(sums.dtype)
+            sums.index_copy_(0, group.rows, _by_row(scored.logsumexp(-1, keepdim=True), shared, n))
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling)
-        return torch.unflatten(mixed, 2, (shared, n)).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
+        return _by_row(mixed, shared, n)
+
+
+def _by_row(x: Tensor, shared: int, n: int) -> Tensor:
+    """[b * n, heads * width] of [b, kv_heads, shared * n, width]."""
+    return torch.unflatten(x, 2, (shared, n)).permute(0, 3, 1, 2, 4).reshape(len(x) * n, -1)
 
 
 def _slots(table: Sequence[int], first: int, count: int, block_size: int) -> Tensor:

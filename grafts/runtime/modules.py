@@ -16,11 +16,12 @@ from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.recompute import recomputed
 from polygraft.grafts.runtime.route import RouteTable, current
 from polygraft.grafts.runtime.stacks import Entries, Kind, Stack
-from polygraft.grafts.sites import Site
+from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.kernels.affine.op import affine
-from polygraft.kernels.branch.gated import Gate, gated
+from polygraft.kernels.branch.gated import gated
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.dropout import dropout
+from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.delta.op import delta
 from polygraft.kernels.rotate.op import rotate
 from polygraft.kernels.sparse.op import sparse
@@ -39,11 +40,14 @@ class SiteLinear(nn.Module):
         super().__init__()
         self.group, self.linear, self.member = tuple(group), linear, member
         self.site, self.bias = self.group[member], linear.biases()[member]
+        self.beside = Site(self.site.layer, KV_SITE)
 
     def forward(self, x: Tensor) -> Tensor:
         route = current()
         stacks, plan = route.stacks.get(self.site), self._plan(route)
         flat = x.view(-1, x.shape[-1])
+        if self.site.name == "attn.q" and any(kind.gate for kind in route.stacks.get(self.beside)):
+            route.enter(self.beside, flat)  # the gates of prefix rows read what attention reads
         changing = [stack for kind, stack in stacks.items() if changes(kind, "in")]
         if len(self.group) == 1:
             for stack in changing:
@@ -197,10 +201,10 @@ def _branches(
     """y plus the branches at a tap; of those without a gate only `among`, where given."""
     for kind, stack in stacks.items():
         if kind.op == "gated" and kind.variant.startswith(tap):
-            _, act, gate, top = kind.variant.split(".")
+            _, act, gate, top, count = kind.variant.split(".")
             segments, gates = route.segments(stack.entries), route.segments(stack.gates)
             A, B, G = (stack.parts[part] for part in "ABG")
-            y = gated(x, y, A, B, G, segments, gates, act, Gate(gate, int(top)))
+            y = gated(x, y, A, B, G, segments, gates, act, Gate(gate, int(top), int(count)))
         if kind.op == "branch" and kind.variant.startswith(tap):
             entries = stack.entries if among is None else tuple(entry for entry in stack.entries if entry in among)
             segments = route.segments(entries)

@@ -61,6 +61,12 @@ class Attention(Protocol):
         """[T, heads * head_dim]; rows that attend to nothing are 0."""
         ...
 
+    def with_sums(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """The same and the log sum exp of the scores [T, heads], for keys that join the softmax later."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
@@ -91,11 +97,11 @@ class RouteTable:
         return found[1] if found is not None and found[0] is y else None
 
     def enter(self, site: Site, x: Tensor) -> None:
-        """A sublayer's input, for the module that ends it."""
+        """An input at a site, for what ends the site."""
         self._entered[site] = x
 
     def entered(self, site: Site) -> Tensor:
-        """The input that entered the sublayer; it is forgotten."""
+        """The input that entered at the site; it is forgotten."""
         return self._entered.pop(site)
 
     def keep(self, group: int, x: Tensor, products: list[Tensor]) -> None:

@@ -58,6 +58,11 @@ class Kind(NamedTuple):
     op: str
     variant: str = ""
 
+    @property
+    def gate(self) -> str:
+        """The gate of rows that join attention's softmax, "" for everything else."""
+        return self.variant.removeprefix("joined.") if self.variant.startswith("joined.") else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -262,14 +267,18 @@ def _kind(slot: Slot) -> Kind:
     match slot:
         case Branch(tap=tap, act=act, bias=bias, gate="none"):
             return Kind("branch", f"{tap}.{act}{'.a' if bias else ''}")
+        case Branch(tap=tap, act=act, gate="attention", experts=experts):
+            return Kind("gated", f"{tap}.{act}.attention.0.{experts}")
         case Branch(tap=tap, act=act, gate=gate, top=top):
-            return Kind("gated", f"{tap}.{act}.{gate}.{top}")
+            return Kind("gated", f"{tap}.{act}.{gate}.{top}.0")
         case Affine(side=side, scale=scale, shift=shift):
             return Kind("affine", f"{side}{'.g' if scale else ''}{'.b' if shift else ''}")
         case Norm():
             return Kind("norm")
-        case KV(aside=aside):
+        case KV(gate="none", aside=aside):
             return Kind("kv", "aside" if aside else "")
+        case KV(gate=gate):
+            return Kind("kv", f"joined.{gate}")
         case Delta():
             return Kind("delta")
         case Sparse(rows=rows):

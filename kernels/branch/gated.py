@@ -3,40 +3,14 @@ gate(x[s] G_s^T) (mixtures of LoRA experts, Zadouri et al. 2023; UniPELT, Mao et
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.branch import activation
+from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segment, Segments
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """Weights of a row's experts from its scores: each its own `sigmoid`, or a `softmax` over all of them, or over the
-    `top` highest (0: all), the others being 0."""
-
-    kind: str
-    top: int = 0
-
-    def weights(self, scores_TE: Tensor) -> Tensor:
-        """[T, experts]; differentiable. A score that is among the highest at a tie is chosen by its place."""
-        if self.kind == "sigmoid":
-            return torch.sigmoid(scores_TE)
-        if 0 < self.top < scores_TE.shape[1]:
-            chosen = scores_TE.topk(self.top, dim=1).indices
-            out = torch.ones_like(scores_TE, dtype=torch.bool).scatter_(1, chosen, False)
-            scores_TE = scores_TE.masked_fill(out, -torch.inf)
-        return torch.softmax(scores_TE, dim=1)
-
-    def slope(self, grad_TE: Tensor, weights_TE: Tensor) -> Tensor:
-        """The gradient of the scores from that of the weights."""
-        if self.kind == "sigmoid":
-            return grad_TE * weights_TE * (1 - weights_TE)
-        return weights_TE * (grad_TE - (grad_TE * weights_TE).sum(1, keepdim=True))
 
 
 def gated(
@@ -51,7 +25,7 @@ def gated(
     gate: Gate,
 ) -> Tensor:
     """Semantics: out = y; with s and g the i-th of `segments` and `gates`, x_s = x[s.start:s.stop], h = act(x_s @
-    A[s.first:s.last]^T) and w = gate(x_s @ G[g.first:g.last]^T), out[s.start:s.stop] += s.scale * (h * w') @
+    A[s.first:s.last]^T) and w = gate(x_s @ G[g.first:g.last]^T, h), out[s.start:s.stop] += s.scale * (h * w') @
     B[s.first:s.last], w' being w with every expert's weight over its rank / experts neighbouring ranks.
 
     x [T, in], y [T, out], A [R, in], B [R, out] and G [E, in] of one dtype. Segments may overlap. Differentiable in x,
@@ -80,8 +54,9 @@ class _Gated(torch.autograd.Function):
         ctx.work = segments, gates, act, gate  # type: ignore[attr-defined]
         out = y.clone()
         for s, g in _pairs(segments, gates):
-            hidden, weights = _down(x, A, s), gate.weights(_down(x, G, g)[0])
-            up = activation.forward(act, hidden) * _spread(weights, s) * s.scale
+            active = activation.forward(act, _down(x, A, s))
+            weights = gate.weights(gate.scores(_down(x, G, g)[0], active[0]))
+            up = active * _spread(weights, s) * s.scale
             add_segment_bmm_(out[None, s.start : s.stop], up, B[None, s.first : s.last])
         return out
 
@@ -93,17 +68,22 @@ class _Gated(torch.autograd.Function):
         dx, dA, dB, dG = (torch.zeros_like(tensor) for tensor in (x, A, B, G))
         for s, g in _pairs(segments, gates):
             rows, dy = x[None, s.start : s.stop], grad[None, s.start : s.stop]
-            hidden, weights = _down(x, A, s), gate.weights(_down(x, G, g)[0])
-            spread, active = _spread(weights, s) * s.scale, activation.forward(act, hidden)
+            hidden, read = _down(x, A, s), _down(x, G, g)
+            active = activation.forward(act, hidden)
+            weights = gate.weights(gate.scores(read[0], active[0]))
+            spread = _spread(weights, s) * s.scale
             dup = segment_bmm(dy, B[None, s.first : s.last].transpose(1, 2))
             dweights = (dup * active * s.scale).view(*weights.shape, -1).sum(-1)
-            dhidden = activation.backward(act, dup * spread, hidden)
-            dscores = gate.slope(dweights, weights)[None]
+            dactive, dread = dup * spread, gate.slope(dweights, weights)[None]
+            if gate.kind == "attention":
+                dscores = _spread(dread[0], s)
+                dactive, dread = dactive + dscores * read, dscores * active
+            dhidden = activation.backward(act, dactive, hidden)
             dB[s.first : s.last] += segment_bmm((active * spread).transpose(1, 2), dy)[0]
             dA[s.first : s.last] += segment_bmm(dhidden.transpose(1, 2), rows)[0]
-            dG[g.first : g.last] += segment_bmm(dscores.transpose(1, 2), rows)[0]
+            dG[g.first : g.last] += segment_bmm(dread.transpose(1, 2), rows)[0]
             add_segment_bmm_(dx[None, s.start : s.stop], dhidden, A[None, s.first : s.last])
-            add_segment_bmm_(dx[None, s.start : s.stop], dscores, G[None, g.first : g.last])
+            add_segment_bmm_(dx[None, s.start : s.stop], dread, G[None, g.first : g.last])
         return dx, grad, dA, dB, dG, None, None, None, None
 
 

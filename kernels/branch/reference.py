@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from polygraft.kernels.branch.activation import ACTIVATIONS
-from polygraft.kernels.branch.gated import Gate
+from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.common.segments import Segments
 
 
@@ -45,13 +45,18 @@ def gated(
     for s, g in zip(segments, gates, strict=True):
         x = x_TI[s.start : s.stop].to(wide)
         scores = x @ G_EI[g.first : g.last].to(wide).T
+        count = gate.experts or g.size
+        if gate.kind == "attention":
+            hidden = ACTIVATIONS[act](x @ A_RI[s.first : s.last].to(wide).T)
+            pairs = zip(scores.chunk(count, 1), hidden.chunk(count, 1))
+            scores = torch.stack([(read * own).sum(1) for read, own in pairs], 1)
         weights = torch.sigmoid(scores) if gate.kind == "sigmoid" else torch.softmax(scores, dim=1)
         if gate.kind == "softmax" and 0 < gate.top < g.size:
             kept = weights * (scores >= scores.topk(gate.top, dim=1).values[:, -1:])
             weights = kept / kept.sum(1, keepdim=True)
         delta = torch.zeros_like(out[s.start : s.stop])
-        size = s.size // g.size
-        for i in range(g.size):
+        size = s.size // count
+        for i in range(count):
             own = slice(s.first + i * size, s.first + (i + 1) * size)
             delta = delta + weights[:, i : i + 1] * ACTIVATIONS[act](x @ A_RI[own].to(wide).T) @ B_RO[own].to(wide)
         out = torch.cat([out[: s.start], out[s.start : s.stop] + s.scale * delta, out[s.stop :]])

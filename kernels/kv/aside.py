@@ -43,9 +43,9 @@ class _Aside(torch.autograd.Function):
         ctx.work = segments, kv_heads, scaling  # type: ignore[attr-defined]
         found = out.clone()
         for s in segments:
-            k, v = _keys(pk, s, kv_heads), _keys(pv, s, kv_heads)
-            weights = _weights(_queries(q, s, k), k, scaling)
-            found[s.start : s.stop] += _rows(segment_bmm(weights, v), s)
+            k, v = keys_of(pk, s, kv_heads), keys_of(pv, s, kv_heads)
+            weights = _weights(queries_of(q, s, k), k, scaling)
+            found[s.start : s.stop] += rows_of(segment_bmm(weights, v), s)
         return found
 
     @staticmethod
@@ -54,32 +54,32 @@ class _Aside(torch.autograd.Function):
         segments, kv_heads, scaling = ctx.work  # type: ignore[attr-defined]
         dq, dpk, dpv = torch.zeros_like(q), torch.zeros_like(pk), torch.zeros_like(pv)
         for s in segments:
-            k, v = _keys(pk, s, kv_heads), _keys(pv, s, kv_heads)
-            qs, slope = _queries(q, s, k), _queries(grad, s, k)
+            k, v = keys_of(pk, s, kv_heads), keys_of(pv, s, kv_heads)
+            qs, slope = queries_of(q, s, k), queries_of(grad, s, k)
             weights = _weights(qs, k, scaling)  # again: they are as many as the rows times the keys
             p = weights.to(torch.promote_types(q.dtype, torch.float32))
             dw = segment_bmm(slope, v.transpose(1, 2).contiguous()).to(p.dtype)
             ds = (p * (dw - (p * dw).sum(-1, keepdim=True)) * scaling).to(q.dtype)
-            dq[s.start : s.stop] += _rows(segment_bmm(ds, k), s)
+            dq[s.start : s.stop] += rows_of(segment_bmm(ds, k), s)
             for into, left, right in ((dpk, ds, qs), (dpv, weights, slope)):
                 own = segment_bmm(left.transpose(1, 2).contiguous(), right)
                 into[s.first : s.last] += own.transpose(0, 1).flatten(1)
         return dq, grad, dpk, dpv, None, None, None
 
 
-def _queries(x_TE: Tensor, s: Segment, keys: Tensor) -> Tensor:
+def queries_of(x_TE: Tensor, s: Segment, keys: Tensor) -> Tensor:
     """A segment's rows beside `keys`, [kv_heads, rows * group, head_dim]."""
     kv_heads, _, head_dim = keys.shape
     rows = x_TE[s.start : s.stop].reshape(s.rows, kv_heads, -1, head_dim).transpose(0, 1)
     return rows.reshape(kv_heads, -1, head_dim)
 
 
-def _keys(p_PC: Tensor, s: Segment, kv_heads: int) -> Tensor:
+def keys_of(p_PC: Tensor, s: Segment, kv_heads: int) -> Tensor:
     """[kv_heads, size, head_dim]."""
     return torch.unflatten(p_PC[s.first : s.last], 1, (kv_heads, -1)).transpose(0, 1).contiguous()
 
 
-def _rows(x: Tensor, s: Segment) -> Tensor:
+def rows_of(x: Tensor, s: Segment) -> Tensor:
     """[rows, heads * head_dim] of [kv_heads, rows * group, head_dim]."""
     return torch.unflatten(x, 1, (s.rows, -1)).transpose(0, 1).flatten(1)
 

@@ -23,18 +23,26 @@ def attend(
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """As `op.attend`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
+    return attend_with_sums(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)[0]
+
+
+def attend_with_sums(
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """As `op.attend_with_sums`."""
     with torch.cuda.device_of(q_TE):  # type: ignore[no-untyped-call]  # autograd itself guards the backward
-        return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-any-return,no-untyped-call]
+        out, lse = _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-untyped-call]
+    return out, lse.T
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))
         plan, out = Plan.of(layout, q.device), torch.zeros_like(q)
-        lse = torch.empty(layout.heads, len(q), dtype=_wide(q), device=q.device)
+        lse = torch.full((layout.heads, len(q)), float("-inf"), dtype=_wide(q), device=q.device)
         for grid in plan.queries:
             attend_kernel[len(grid.tiles), layout.heads](
                 q, k, v, pk, pv, out, lse, plan.table, grid.tiles, *_shape(q, k, layout, scores),
@@ -42,15 +50,16 @@ class _Attend(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, pk, pv, out, lse)
         ctx.layout, ctx.scores, ctx.plan = layout, scores, plan  # type: ignore[attr-defined]
-        return out
+        return out, lse
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pk, pv, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
         layout, scores, plan = ctx.layout, ctx.scores, ctx.plan  # type: ignore[attr-defined]
         constants = _constants(q, layout.heads, scores)
         grad, wide = grad.contiguous(), _wide(q)
-        inner = torch.unflatten(grad.to(wide) * out, 1, (layout.heads, -1)).sum(-1).T.contiguous()
+        inner = torch.unflatten(grad.to(wide) * out, 1, (layout.heads, -1)).sum(-1).T - grad_lse
+        inner = inner.contiguous()
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         shape = _shape(q, k, layout, scores)
         for grid in plan.queries:
@@ -84,12 +93,20 @@ def _gathered(prefix: Tensor, shares: Tensor, layout: Layout) -> Tensor:
 
 
 def attend_paged(
-    q_TE: Tensor, cache: Tensor, sequences: Sequence[Continued], heads: int, kv_heads: int, scores: Scores
+    q_TE: Tensor,
+    cache: Tensor,
+    sequences: Sequence[Continued],
+    heads: int,
+    kv_heads: int,
+    scores: Scores,
+    sums_TH: Tensor | None = None,
 ) -> Tensor:
     """out[row] = softmax(scaling * q[row] K^T) V over the window that ends at the row's position, with keys and values
-    in cache [blocks, block_size, 2, kv_width]; other rows are 0. Not differentiable.
+    in cache [blocks, block_size, 2, kv_width]; other rows are 0. Not differentiable. The log sums of the scores are
+    written into `sums_TH`, where it is given.
     """
     q, out = q_TE.contiguous(), torch.zeros_like(q_TE, memory_format=torch.contiguous_format)
+    sums = torch.empty(len(q), heads, dtype=_wide(q), device=q.device) if sums_TH is None else sums_TH
     table: list[tuple[int, ...]] = []
     blocks: list[int] = []
     for s in sequences:
@@ -102,7 +119,7 @@ def attend_paged(
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         for grid in grids([s.rows * group for s in sequences], q.device, height):
             paged_kernel[len(grid.tiles), kv_heads](
-                q, cache, out, *placed, grid.tiles, *shape, **constants, BLOCK=cache.shape[1], HEIGHT=grid.height
+                q, cache, out, sums, *placed, grid.tiles, *shape, **constants, BLOCK=cache.shape[1], HEIGHT=grid.height
             )
     return out
 

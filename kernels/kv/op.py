@@ -28,32 +28,57 @@ def attend(
         from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
         return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
-    return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-any-return,no-untyped-call]
+    return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, False)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def attend_with_sums(
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """The same, and log sum exp of the scores of every row and head [T, heads], in float32 or wider and differentiable,
+    for keys that join the softmax later; -inf where a row is in no sequence."""
+    if q_TE.is_cuda and layout.causal:
+        from polygraft.kernels.kv import gpu
+
+        return gpu.attend_with_sums(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
+    return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, True)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
-    ) -> Tensor:
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pk: Tensor,
+        pv: Tensor,
+        layout: Layout,
+        scores: Scores,
+        with_sums: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        sums = q.new_full((len(q), layout.heads if with_sums else 0), float("-inf"), dtype=wide)
         qx, kx, vx = _Rows(q, pk.new_zeros(len(pk), q.shape[1])), _Rows(k, pk), _Rows(v, pv)
         saved: list[Tensor] = []
         for bucket in layout.buckets:
             qb = _query_heads(qx.queries(bucket), layout)
             kb, vb = _key_heads(kx.keys(bucket), layout), _key_heads(vx.keys(bucket), layout)
-            weights = _weights(qb, kb, bucket, scores)
-            _scatter(out, torch.bmm(weights, vb), bucket, layout)
+            found = _scored(qb, kb, bucket, scores)
+            _scatter(out, torch.bmm(found.softmax(-1).to(q.dtype), vb), bucket, layout)
+            if with_sums:
+                _scatter(sums, found.logsumexp(-1, keepdim=True), bucket, layout)
             saved += [qb, kb, vb]
         ctx.save_for_backward(pk, *saved)
         ctx.layout, ctx.scores, ctx.rows = layout, scores, len(q)  # type: ignore[attr-defined]
-        return out
+        return (out, sums) if with_sums else out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor, grad_sums: Tensor | None = None) -> tuple[Tensor | None, ...]:
         pk, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         layout, scores, rows = ctx.layout, ctx.scores, ctx.rows  # type: ignore[attr-defined]
         grad_x = _Rows(grad, pk.new_zeros(len(pk), grad.shape[1]))
+        sums_x = None if grad_sums is None else _Rows(grad_sums, grad_sums.new_zeros(len(pk), layout.heads))
         width = pk.shape[1]
         dq = torch.zeros_like(grad)
         dk, dv = grad.new_zeros(rows, width), grad.new_zeros(rows, width)
@@ -61,17 +86,21 @@ class _Attend(torch.autograd.Function):
         dpk, dpv = pk.new_zeros(pk.shape, dtype=wide), pk.new_zeros(pk.shape, dtype=wide)
         for i, bucket in enumerate(layout.buckets):
             qb, kb, vb = saved[3 * i : 3 * i + 3]
-            weights = _weights(qb, kb, bucket, scores)  # again: they grow with the square of the length
+            found = _scored(qb, kb, bucket, scores)  # again: they grow with the square of the length
+            weights = found.softmax(-1).to(qb.dtype)
             dout = _query_heads(grad_x.queries(bucket), layout)
             dvb = torch.bmm(weights.transpose(1, 2), dout)
             dw = torch.bmm(dout, vb.transpose(1, 2)).to(wide)
             p = weights.to(wide)
-            ds = (p * (dw - (p * dw).sum(-1, keepdim=True)) * scores.scaling).to(qb.dtype)
+            inner = (p * dw).sum(-1, keepdim=True)
+            if sums_x is not None:
+                inner = inner - _query_heads(sums_x.queries(bucket), layout)
+            ds = (p * (dw - inner) * scores.scaling).to(qb.dtype)
             _scatter(dq, torch.bmm(ds, kb), bucket, layout)
             dkb = torch.bmm(ds.transpose(1, 2), qb)
             for into, prefix_into, part in ((dk, dpk, dkb), (dv, dpv, dvb)):
                 _scatter_keys(into, prefix_into, part, bucket, layout)
-        return dq, dk, dv, dpk.to(pk.dtype), dpv.to(pk.dtype), None, None
+        return dq, dk, dv, dpk.to(pk.dtype), dpv.to(pk.dtype), None, None, None
 
 
 class _Rows:
@@ -118,11 +147,11 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
     return x_bLC.view(b, length, layout.kv_heads, -1).transpose(1, 2).reshape(b * layout.kv_heads, length, -1)
 
 
-def _weights(q: Tensor, k: Tensor, bucket: Bucket, scores: Scores) -> Tensor:
+def _scored(q: Tensor, k: Tensor, bucket: Bucket, scores: Scores) -> Tensor:
     found = torch.bmm(q * scores.scaling, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
     by_sequence = found.view(len(bucket.sequences), -1, bucket.length, bucket.length)
     by_sequence.masked_fill_(bucket.hidden(scores.window).unsqueeze(-3), float("-inf"))
-    return found.softmax(-1).to(q.dtype)
+    return found
 
 
 def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) -> None:

@@ -195,6 +195,7 @@ def paged_kernel(
     q_ptr,
     cache_ptr,
     out_ptr,
+    sums_ptr,
     blocks_ptr,
     table_ptr,
     tiles_ptr,
@@ -237,6 +238,8 @@ def paged_kernel(
             q, cache_ptr + row, cache_ptr + row + kv_width, present, seen, acc, top, total, SCALING, ACC
         )
     tl.store(out_ptr + query, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    sums = sums_ptr + (start + t) * (width // head_dim) + head
+    tl.store(sums, top + tl.log(total), mask=t < rows)
 
 
 @triton.jit

@@ -11,11 +11,14 @@ from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
 from polygraft.cluster.model import Job, JobSpec, TenantId
+from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
-from polygraft.grafts.grammar import parse
+from polygraft.grafts.formats.native import described
+from polygraft.grafts.grammar import parse, pinned
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sources import check
 from polygraft.grafts.spec import GraftSpec, SpecError
 from polygraft.grafts.text import jsonl
 from polygraft.serving.http.context import Api
@@ -38,6 +41,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     try:
         graft = parse(spec.peft)
         size = parameters(graft, api.shape)
+        spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
     if spec.learning_rate is None:
@@ -47,6 +51,23 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         if file is not None:
             _check_examples(api, api.blob(find_file(api, tenant, file, param=param).value), spec, param)
     return _job(api, tenant, request, spec, size)
+
+
+def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str:
+    """`peft` with the versions of the grafts that it is made over, which must give what it takes of them."""
+    found = {}
+    for name in graft.sources:
+        try:
+            source = resolve(api.store, tenant, name, api.backbone)
+        except UnknownModel:
+            source = None
+        if source is None:
+            raise not_found("model", name, param=_PEFT)
+        if source.backbone_fingerprint != api.fingerprint:
+            raise SpecError(f"of: {name!r} has grown on another backbone")
+        found[name] = source
+    check(graft, {name: described(api.data / "grafts" / one.id) for name, one in found.items()}, api.shape)
+    return pinned(peft, {name: one.model for name, one in found.items()}) if found else peft
 
 
 def default_learning_rate(graft: GraftSpec) -> float:

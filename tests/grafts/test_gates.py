@@ -6,7 +6,7 @@ import pytest
 
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape, sites_of
-from polygraft.grafts.spec import Branch, Norm, SpecError
+from polygraft.grafts.spec import KV, Branch, Norm, SpecError
 
 SHAPE = ModelShape("llama", layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=12, vocab=10)
 
@@ -44,3 +44,16 @@ def test_a_gated_branch_is_no_lora_for_a_norm_and_is_not_merged() -> None:
     assert not spec.mergeable and parse("moelora(at=attn.q)").mergeable
     with pytest.raises(SpecError, match="norm rescales one lora"):
         sites_of(type(spec)("x", (*spec.slots, Norm(at="attn.q"))), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"gate": "sigmoid"}, "set aside"),
+        ({"gate": "sigmoid", "aside": True, "experts": 3}, "3 with gate 'sigmoid' do not share 4 rows"),
+        ({"aside": True, "experts": 2}, "2 with gate 'none'"),
+    ],
+)
+def test_prefix_rows_say_which_gate_they_cannot_have(fields: dict[str, object], wrong: str) -> None:
+    with pytest.raises(SpecError, match=wrong):
+        KV(length=4, **fields)  # type: ignore[arg-type]

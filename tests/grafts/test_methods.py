@@ -139,8 +139,9 @@ def test_a_saved_graft_comes_back_with_its_id(name: str, fp32: Backbone, tmp_pat
 
 def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbone) -> None:
     spec = ALL[name].spec
+    samples, sources = ((5, 6, 7, 8), (9, 10, 11)), ALL[name].sources(fp32.shape)
     try:
-        values = initialise(spec, fp32, seed=0, samples=((5, 6, 7, 8), (9, 10, 11)))
+        values = initialise(spec, fp32, seed=0, samples=samples, sources=sources)
     except SpecError as error:
         assert fp32.shape.images
         pytest.skip(str(error))

@@ -14,6 +14,7 @@ from polygraft.kernels.affine import gpu as affine_gpu  # noqa: E402
 from polygraft.kernels.affine import reference as affine_reference  # noqa: E402
 from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
 from polygraft.kernels.kv import gpu as kv_gpu  # noqa: E402
+from polygraft.kernels.kv import op as kv_op  # noqa: E402
 from polygraft.kernels.kv import reference as kv_reference  # noqa: E402
 from polygraft.kernels.kv.layout import Continued  # noqa: E402
 from polygraft.kernels.kv.scores import Scores  # noqa: E402
@@ -73,6 +74,23 @@ def kv_equals_reference(
     assert_close(got, want, 2 * TOLERANCE[dtype])
 
 
+def kv_sums_are_the_cpus(dtype: torch.dtype) -> None:
+    """Log sums of scores beside the output, and the gradients that come through them."""
+
+    def both(op: Callable[..., tuple[torch.Tensor, torch.Tensor]], *given: object) -> torch.Tensor:
+        out, sums = op(*given)
+        return torch.cat([out, sums.nan_to_num(neginf=0.0)], 1)
+
+    heads = test_kv.Heads(6, 2, 24)
+    layout, inputs, upstream = test_kv.batch(test_kv.CASES["prefixes of odd sizes"], heads, dtype)
+    slopes = torch.cat([upstream, upstream[:, : heads.queries]], 1)
+    got, want = (
+        run(partial(both, op), inputs, layout, Scores(0.35), upstream=slopes)
+        for op in (kv_gpu.attend_with_sums, kv_op.attend_with_sums)
+    )
+    assert_close(got, want, 2 * TOLERANCE[dtype])
+
+
 def kv_sequence_alone(value: float) -> None:
     heads, length, prefix = test_kv.Heads(), 21, 5
     layout, inputs, upstream = test_kv.batch((test_kv.Sequence(0, length, 0, prefix),), heads, HALF)
@@ -108,9 +126,18 @@ def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype, scores: Sco
             row = cache[s.blocks[position // 16], position % 16]
             row[:] = torch.randn(row.shape, generator=generator, dtype=torch.float64)
     rest = (sequences, heads.queries, heads.keys, scores)
-    got = kv_gpu.attend_paged(q, cache, *rest)
+    sums = torch.full((25, heads.queries), float("-inf"), dtype=torch.promote_types(dtype, torch.float32))
+    got = kv_gpu.attend_paged(q, cache, *rest, sums)
     want = kv_reference.attend_paged(q.double(), cache.double(), *rest)
     assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
+    last, group = sequences[-1], heads.queries // heads.keys
+    first = last.unseen if scores.window is None else max(last.unseen, last.before + 1 - scores.window)
+    seen = cache[list(last.blocks)].flatten(0, 1)[first : last.before + 1, 0].double()
+    keys = torch.unflatten(seen, 1, (heads.keys, -1))
+    found = [keys[:, head // group] @ one for head, one in enumerate(q[23].double().view(heads.queries, -1))]
+    total = scores.scaling * torch.stack(found)
+    assert_close({"sums": sums[23]}, {"sums": total.logsumexp(1)}, TOLERANCE[dtype])
+    assert sums[2].isneginf().all() and sums[3:23].isfinite().all()
 
 
 def nf4_equals_reference(dtype: torch.dtype, items: tuple[Segment, ...]) -> None:
@@ -137,6 +164,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"kv, window {window}, {name}": partial(
            kv_equals_reference, name, test_kv.HEADS["grouped"], torch.float32, Scores(0.35, window))
        for name in ("63 and 65 rows", "prefixes of odd sizes") for window in test_kv.WINDOWS},
+    **{f"kv, sums, {dtype}": partial(kv_sums_are_the_cpus, dtype) for dtype in (torch.float32, torch.float64)},
     **{f"kv, alone and joined by {value}": partial(kv_sequence_alone, value) for value in (1.0, NAN)},
     **{f"paged, {dtype}": partial(paged_equals_reference, test_kv.Heads(6, 2, 24), dtype)
        for dtype in (torch.float32, torch.float64, HALF)},

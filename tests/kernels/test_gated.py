@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from polygraft.kernels.branch import reference
-from polygraft.kernels.branch.gated import Gate, gated
+from polygraft.kernels.branch.gated import gated
+from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.common.segments import Segment, Segments
 from tests.kernels.cases import CASES, Case, branch_inputs
 from tests.kernels.compare import TOLERANCE, Results, assert_close, assert_equal, run
 
 GATES = (Gate("sigmoid"), Gate("softmax"), Gate("softmax", 2))
+ATTENTION = Gate("attention", experts=3)
 DTYPES = (torch.float64, torch.float32)
 
 
@@ -48,13 +50,25 @@ def test_output_and_gradients_equal_the_reference(case: Case, dtype: torch.dtype
     assert_close(got, want, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_to_experts_equals_the_reference(dtype: torch.dtype) -> None:
+    segments = (Segment(0, 5, 0, 12, 0.5), Segment(3, 9, 12, 15), Segment(12, 13, 15, 21, 2.0))
+    case = Case(14, 21, segments, 10, 8)
+    inputs, upstream = inputs_of(case, 21, dtype)
+    rest = (case.segments, case.segments, "relu", ATTENTION)
+    got, want = (run(op, inputs, *rest, upstream=upstream) for op in (gated, reference.gated))
+    assert got["d.G"].count_nonzero() and got["d.G"].norm() > 1e-3
+    assert_close(got, want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("gate", [*GATES, ATTENTION], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_a_segments_bits_do_not_change_when_others_join(rows: int, dtype: torch.dtype, gate: Gate) -> None:
     own = Case(rows, 12, (Segment(0, rows, 0, 12, 4 / 3),), 576, 192)
-    inputs, upstream = inputs_of(own, 4, dtype)
-    alone = run(gated, inputs, own.segments, Segments((Segment(0, rows, 0, 4),)), "gelu", gate, upstream=upstream)
+    scores = 12 if gate == ATTENTION else 4
+    inputs, upstream = inputs_of(own, scores, dtype)
+    alone = run(gated, inputs, own.segments, Segments((Segment(0, rows, 0, scores),)), "gelu", gate, upstream=upstream)
     for poison in (None, float("nan")):
         results, mine = joined(own, inputs, upstream, gate, poison)
         assert_equal({name: results[name][mine[name]] for name in alone}, alone)
@@ -68,9 +82,11 @@ def joined(
     segments = Segments(
         (Segment(0, rows, 0, 12, 0.5), Segment(rows, 2 * rows, 12, 24, 4 / 3), Segment(2 * rows, 2 * rows + 3, 24, 30))
     )
-    gates = Segments((Segment(0, rows, 0, 4), Segment(rows, 2 * rows, 4, 8), Segment(2 * rows, 2 * rows + 3, 8, 11)))
-    others, slope = inputs_of(Case(2 * rows + 3, 30, (), own.d_in, own.d_out), 11, dtype, seed=1)
-    batch, stack, scores = slice(rows, 2 * rows), slice(12, 24), slice(4, 8)
+    edges = (12, 24, 30) if gate == ATTENTION else (4, 8, 11)
+    lasts = zip((0, *edges), edges, segments)
+    gates = Segments(tuple(Segment(s.start, s.stop, first, last) for first, last, s in lasts))
+    others, slope = inputs_of(Case(2 * rows + 3, 30, (), own.d_in, own.d_out), edges[2], dtype, seed=1)
+    batch, stack, scores = slice(rows, 2 * rows), slice(12, 24), slice(*edges[:2])
     mine = {"x": batch, "y": batch, "A": stack, "B": stack, "G": scores}
     for name, tensor in inputs.items():
         if poison is not None:

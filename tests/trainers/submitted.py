@@ -22,23 +22,28 @@ def submit(store: Store, data: Path, jobs: Mapping[str, str]) -> None:
     opening = PackOpening(pack=PACK, backbone="tiny", device=DeviceId("d"), epoch=1, reason=Reason.JOBS_WAIT, at=0.0)
     advance_pack(store, opening)
     for index, (job, peft) in enumerate(jobs.items()):
-        pairs = [("What is a graft?", "A shoot."), ("Who feeds it?", "The stock."), ("When?", "In late winter.")]
-        lines = [
-            {"messages": [{"role": "user", "content": f"{q} {index}"}, {"role": "assistant", "content": a}]}
-            for q, a in pairs
-        ]
-        (data / "files" / f"file-{job}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        spec = JobSpec(
-            backbone="tiny",
-            training_file=FileId(f"file-{job}"),
-            validation_file=FileId(f"file-{job}"),
-            peft=peft,
-            epochs=4,
-            batch_size=1 + index,
-            learning_rate=0.01,
-            seed=index,
-        )
-        record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
-        store.commit([Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=0.0)])
-        advance_job(store, JobAdmitted(job=record.id, pack=PACK, at=1.0))
-        store.append(keys.commands(PACK), {"op": "admit", "job": job})
+        submit_one(store, data, job, peft, index)
+
+
+def submit_one(store: Store, data: Path, job: str, peft: str, index: int) -> None:
+    """One job more for the pack."""
+    pairs = [("What is a graft?", "A shoot."), ("Who feeds it?", "The stock."), ("When?", "In late winter.")]
+    lines = [
+        {"messages": [{"role": "user", "content": f"{q} {index}"}, {"role": "assistant", "content": a}]}
+        for q, a in pairs
+    ]
+    (data / "files" / f"file-{job}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spec = JobSpec(
+        backbone="tiny",
+        training_file=FileId(f"file-{job}"),
+        validation_file=FileId(f"file-{job}"),
+        peft=peft,
+        epochs=4,
+        batch_size=1 + index,
+        learning_rate=0.01,
+        seed=index,
+    )
+    record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
+    store.commit([Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=0.0)])
+    advance_job(store, JobAdmitted(job=record.id, pack=PACK, at=1.0))
+    store.append(keys.commands(PACK), {"op": "admit", "job": job})

@@ -29,6 +29,8 @@ METHODS = {
     "dept": "dept(2, rows=6, r=2)",
     "xprompt": "xprompt(6, pieces=4)",
     "cartridge": "cartridge(4)",
+    "unipelt": "unipelt(r=2, size=4, length=3, hidden=8)",
+    "apt": "apt(4) + lora(r=2)",
     "residual": "residual-prompt(3, size=8)",
     "edited": "trainable-tokens(5|77|300) + prefix(2) + prompt(3, start=vocabulary) + lora(r=2, dropout=0.1)",
 }

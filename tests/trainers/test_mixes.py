@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from polygraft.grafts.compose import combined, experts, lorahub
-from polygraft.grafts.grammar import parse
-from polygraft.grafts.runtime.slab import Slab
-from polygraft.trainers.runner import Active, mean_loss
+from polygraft.grafts.compose import combined, lorahub
+from polygraft.trainers.runner import mean_loss
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
 
 __all__ = ["folder"]  # the fixture
@@ -46,26 +43,3 @@ def test_few_examples_choose_the_weights_of_loras_that_were_trained_apart(folder
     assert found.loss == mean_loss(backbone, jobs[0].spec, found.tensors, few)
     for weights in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
         assert found.loss < mean_loss(backbone, jobs[0].spec, combined(members, weights), few)
-
-
-def test_a_gate_over_frozen_loras_is_trained_alike_in_any_company(folder: Path) -> None:
-    backbone = backbone_of(folder, torch.float32)
-    lora = parse("lora(r=2, at=attn.[qv])")
-    members = []
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = Slab(lora, backbone.shape).tensors
-        members.append({name: 0.2 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()})
-    spec, values = experts(lora, members)
-    job = replace(a_job("gate", "lora", seed=5, steps=20), spec=spec)
-    ended, frozen = [], []
-    for others in ([], jobs_of(12, {"molora": MIXES["molora"], "lora": MIXES["lora"]})):
-        pack = together(backbone, others)
-        slab = Slab(spec, backbone.shape)
-        slab.fill(values)
-        pack.restore(Active(job, slab))
-        ended.append(run(pack)["gate"])
-        frozen.append(slab.frozen)
-    assert torch.equal(*ended)
-    assert all(torch.equal(tensor, values[name]) for kept in frozen for name, tensor in kept.items())
-    assert not torch.equal(ended[0], torch.cat([v.reshape(-1) for name, v in values.items() if name[-1] == "G"]))

@@ -21,7 +21,7 @@ from polygraft.trainers import worker as worker_module
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
 from tests.tiny import tiny_llama
-from tests.trainers.submitted import PACK, submit
+from tests.trainers.submitted import PACK, submit, submit_one
 
 METHODS = ("lora(r=4, at=attn.*)", "ia3", "prefix(4)")
 
@@ -76,6 +76,31 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
     good, bad = _jobs(store)
     assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
     assert bad.error is not None and "line 1" in bad.error.message
+
+
+def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp_path: Path) -> None:
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "lora(r=2)", "ftjob-1": "ia3"})
+    asked: list[str] = []
+
+    def between() -> None:
+        if not asked and all(job.state is JobState.SUCCEEDED for job in _jobs(store)):
+            asked.extend(["o-lora(r=2, old=2, of=ftjob-0@1)", "meteora(r=2, of=ftjob-0|ftjob-1)", "spot(of=ftjob-9)"])
+            for index, peft in enumerate(asked, start=2):
+                submit_one(store, tmp_path, f"ftjob-{index}", peft, index)
+            store.append(keys.commands(PACK), {"op": "close", "job": ""})
+
+    _worker(store, backbone, tmp_path).run(between)
+    first, _, over, unlike, missing = _jobs(store)
+    assert over.state is JobState.SUCCEEDED and unlike.state is missing.state is JobState.FAILED
+    assert unlike.error is not None and "'ftjob-1' is 'ia3', not a LoRA" in unlike.error.message
+    assert missing.error is not None and "'ftjob-9' does not exist" in missing.error.message
+    old, new = (
+        native.load(tmp_path / "grafts" / str(job.graft), shape=backbone.shape, backbone=backbone.fingerprint)
+        for job in (first, over)
+    )
+    assert torch.equal(new.tensors["0.1.attn.q.A0"], old.tensors["0.1.attn.q.A"])
+    assert torch.equal(new.tensors["0.1.attn.q.B0"], 8.0 * old.tensors["0.1.attn.q.B"])  # alpha / r
 
 
 def test_a_cancelled_job_leaves_the_pack_and_its_checkpoints_go(backbone: Backbone, tmp_path: Path) -> None:

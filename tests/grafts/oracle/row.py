@@ -17,6 +17,7 @@ from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, embedded, 
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.sizes import tensors
+from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import KV, GraftSpec, SpecError
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -31,6 +32,8 @@ class Row:
     `fixed` replaces random values that mean something (indices, orthogonal factors). `tolerance` is wider than rounding
     in float64 where PEFT computes in float32 whatever the model's dtype. `soft` is the equation of a method that acts
     on the input embeddings: from token ids, their embeddings [n, D] and the tensors by name to the rows [p + n, D].
+    `model` makes the oracle of a method that is neither a hook nor such a function.
+    `members` are the grafts that a method over others is given, all of this text.
     `llama_only` says why PEFT's model is no oracle on another architecture; there the equations are, where they are
     given too.
     """
@@ -43,6 +46,8 @@ class Row:
     tolerance: float = 1e-9
     soft: Callable[[Tensor, Tensor, Values], Tensor] | None = None
     llama_only: str | None = None
+    model: Callable[[Path, Values, torch.dtype], Oracle] | None = None
+    members: str = ""
 
     @property
     def spec(self) -> GraftSpec:
@@ -50,6 +55,11 @@ class Row:
 
     def values(self, shape: ModelShape, seed: int) -> dict[str, Tensor]:
         return self.fixed(random_tensors(self.spec, shape, seed))
+
+    def sources(self, shape: ModelShape) -> dict[str, Source]:
+        """Trained grafts under the names that the row says."""
+        spec, named = parse(self.members or "lora"), enumerate(self.spec.sources)
+        return {name: Source(spec, random_tensors(spec, shape, seed)) for seed, name in named}
 
     def unfit(self, shape: ModelShape) -> str | None:
         """Why the row says nothing on this architecture."""
@@ -77,7 +87,9 @@ class Row:
         shape = ModelShape.from_config(_config(folder))
         if self.config is not None and self._not_pefts(shape) is None:
             return peft_oracle(folder, self.config(), values, dtype, self.place)
-        if self.soft is not None:
+        if self.model is not None:
+            found = self.model(folder, values, dtype)
+        elif self.soft is not None:
             found = _soft(folder, self.soft, values, dtype)
         else:
             found = naive(folder, self.hooks(), values, dtype)

@@ -102,6 +102,26 @@ async def test_bad_fields_are_400_and_named_with_their_choices(
     assert service.api.store.events(START) == []
 
 
+async def test_a_job_over_other_grafts_keeps_the_versions_that_their_names_meant(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    service.publish("ann", "lora(r=2)", "a", 3)
+    service.publish("ann", "lora(r=4)", "b", 1)
+    file = await upload(ann)
+    asked = body(file, method=supervised(peft="meteora(r=4, of=a|b@1) + prefix(3)"))
+    made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
+    assert made["method"]["supervised"]["hyperparameters"]["peft"] == "meteora(r=4, of=a@3|b@1) + prefix(length=3)"
+    service.publish("ann", "lora(r=2)", "far", backbone="another")
+    service.publish("bob", "lora(r=2)", "bobs")
+    wrong = (("bobs", 404, "bobs"), ("a@4", 404, "a@4"), ("tiny", 404, "tiny"), ("far", 400, "another"))
+    for of, status, said in wrong:
+        answer = await ann.post("/fine_tuning/jobs", json=body(file, method=supervised(peft=f"meteora(of={of})")))
+        error = refusal(answer, status)
+        assert error["param"] == PEFT and said in error["message"]
+    answer = await ann.post("/fine_tuning/jobs", json=body(file, method=supervised(peft="meteora(r=2, of=a|b)")))
+    assert "'b' has rank 4 at 0.attn.q, more than 2" in refusal(answer, 400)["message"]
+
+
 async def test_unknown_models_and_files_are_404(ann: httpx.AsyncClient, bob: httpx.AsyncClient) -> None:
     file, bobs = await upload(ann), await upload(bob)
     assert refusal(await ann.post("/fine_tuning/jobs", json=body(file, model="gpt")), 404)["param"] == "model"

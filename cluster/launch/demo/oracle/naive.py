@@ -72,24 +72,12 @@ def after(equation: Callable[[Tensor, Tensor, Parts], Tensor]) -> Hook:
 def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor], dtype: torch.dtype) -> Oracle:
     """The model with `values` as leaves; `hooks` says which equation each slot is, in the order they are to apply.
 
-    A hook gets the tensors of one site, and with them those that its slot shares between all sites. A slot's k and v
-    parts need no hook: they are rows before every layer's cached keys and values (Li & Liang 2021,
+    A slot's k and v parts need no hook: they are rows before every layer's cached keys and values (Li & Liang 2021,
     eq. 3), so the prompt's positions start after them.
     """
     model = plain_llama(folder, dtype)
     leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
-    for slot, hook in hooks.items():
-        sites: dict[tuple[int, str], dict[str, Tensor]] = {}
-        for name, leaf in leaves.items():
-            owner, layer, site, part = split(name)
-            if owner == slot and site != SHARED:
-                sites.setdefault((layer, site), {})[part] = leaf
-        for name, leaf in leaves.items():
-            owner, _, site, part = split(name)
-            for parts in sites.values() if owner == slot and site == SHARED else ():
-                parts[part] = leaf
-        for (layer, site), parts in sites.items():
-            hook(model.get_submodule(module_of(layer, site)), parts)
+    attach(model, hooks, leaves)
     rows = {split(name)[1:]: leaf for name, leaf in leaves.items() if split(name)[2] == "kv"}
 
     heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
@@ -108,6 +96,23 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
         return read(model, ids, past_key_values=cache, use_cache=True)
 
     return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
+
+
+def attach(model: nn.Module, hooks: Mapping[int, Hook], leaves: Parts) -> None:
+    """Put every slot's hook on the modules of its sites; it gets the tensors of one site, and with them those that its
+    slot shares between all sites."""
+    for slot, hook in hooks.items():
+        sites: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for name, leaf in leaves.items():
+            owner, layer, site, part = split(name)
+            if owner == slot and site != SHARED:
+                sites.setdefault((layer, site), {})[part] = leaf
+        for name, leaf in leaves.items():
+            owner, _, site, part = split(name)
+            for parts in sites.values() if owner == slot and site == SHARED else ():
+                parts[part] = leaf
+        for (layer, site), parts in sites.items():
+            hook(model.get_submodule(module_of(layer, site)), parts)
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""Prefixes that a row weighs itself: attention is computed query by query over [gate * P; own rows]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from polygraft.cluster.launch.demo.oracle.naive import Hook, attach
+from polygraft.cluster.launch.demo.oracle.plain import ENCODERS, Oracle, Place, module_of, plain_llama
+from tests.grafts.oracle.family_mixes import gated_adapter, gated_lora
+from tests.grafts.oracle.row import Row, Values
+
+NAME = "oracle-of-gated-prefixes"
+# From a layer, what its attention reads [T, D] and the tensors: prefix keys and values [T, P, kv_heads * head_dim], for
+# every query its own.
+Prefix = Callable[[int, Tensor, Values], tuple[Tensor, Tensor]]
+
+
+def unipelt(layer: int, x: Tensor, p: Values) -> tuple[Tensor, Tensor]:
+    """G_P P with G_P = sigmoid(W_G x) for keys and values alike (Mao et al. 2022, section 3.1), and P of layer l from
+    W2_l tanh(W1 E + b1) + b2_l (Li & Liang 2021, section 4.3)."""
+    E, W1, b1, W2, b2 = (p[f"2.shared.{part}"] for part in ("E", "W1", "b1", "W2", "b2"))
+    made = (torch.tanh(E @ W1.T + b1) @ W2.T + b2).chunk(W2.shape[0] // (2 * E.shape[1]), dim=1)[layer]
+    gate = torch.sigmoid(x @ p[f"2.{layer}.kv.G"][0])[:, None, None]
+    keys, values = made.chunk(2, dim=1)
+    return gate * keys, gate * values
+
+
+def apt(layer: int, x: Tensor, p: Values) -> tuple[Tensor, Tensor]:
+    """l a_i P_i with a = sigmoid(h W), a number for every prefix row (Zhang et al. 2023, section 3)."""
+    gate = p[f"0.{layer}.kv.l"] * torch.sigmoid(x @ p[f"0.{layer}.kv.G"].T)[:, :, None]
+    return gate * p[f"0.{layer}.kv.k"], gate * p[f"0.{layer}.kv.v"]
+
+
+def model(prefix: Prefix, hooks: Mapping[int, Hook]) -> Callable[[Path, Values, torch.dtype], Oracle]:
+    """The oracle of such a prefix and of the slots with `hooks`."""
+
+    def make(folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+        base = plain_llama(folder, dtype)
+        base.config._attn_implementation = NAME
+        leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
+        attach(base, hooks, leaves)
+        read: dict[int, Tensor] = {}
+        for layer in range(base.config.num_hidden_layers):
+            base.get_submodule(module_of(layer, "attn.q")).register_forward_pre_hook(
+                lambda _, args, layer=layer: read.update({layer: args[0].flatten(0, -2)})
+            )
+        # Its attention modules, which uniform.py hides on some architectures, have the config.
+        setattr(base.config, NAME, lambda layer: prefix(layer, read[layer], leaves))
+
+        def logits(ids: Tensor) -> Tensor:
+            found: Tensor = base(ids[None], use_cache=False).logits[0]
+            return found
+
+        return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
+
+    return make
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    config, layer = module.config, int(module.layer_idx)  # type: ignore[arg-type]
+    pk, pv = (torch.unflatten(rows, -1, (key.shape[1], -1)) for rows in getattr(config, NAME)(layer))
+    group, out = query.shape[1] // key.shape[1], []
+    for t in range(query.shape[2]):
+        seen = key.shape[2] if config.model_type in ENCODERS else t + 1
+        keys, values = (
+            torch.cat([pk[t], key[0, :, :seen].transpose(0, 1)]),
+            torch.cat([pv[t], value[0, :, :seen].transpose(0, 1)]),
+        )
+        heads = []
+        for head in range(query.shape[1]):
+            weights = (scaling * keys[:, head // group] @ query[0, head, t]).softmax(0)
+            heads.append(weights @ values[:, head // group])
+        out.append(torch.stack(heads))
+    return torch.stack(out)[None], None
+
+
+ROWS: Mapping[str, Row] = {
+    "unipelt": Row(
+        "unipelt(r=4, size=6, length=5, hidden=24)", model=model(unipelt, {0: gated_lora(), 1: gated_adapter()})
+    ),
+    "apt": Row("apt(6)", model=model(apt, {})),
+}
