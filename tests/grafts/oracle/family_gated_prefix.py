@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, attach
-from polygraft.cluster.launch.demo.oracle.plain import ENCODERS, Oracle, Place, module_of, plain_llama
+from polygraft.cluster.launch.demo.oracle.plain import HEADS, Oracle, Place, module_of, plain_llama, read
 from tests.grafts.oracle.family_mixes import gated_adapter, gated_lora
 from tests.grafts.oracle.row import Row, Values
 
@@ -45,19 +45,14 @@ def model(prefix: Prefix, hooks: Mapping[int, Hook]) -> Callable[[Path, Values, 
         base.config._attn_implementation = NAME
         leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
         attach(base, hooks, leaves)
-        read: dict[int, Tensor] = {}
+        latest: list[tuple[Tensor, Tensor]] = []  # the prefix of the attention that is to come
         for layer in range(base.config.num_hidden_layers):
             base.get_submodule(module_of(layer, "attn.q")).register_forward_pre_hook(
-                lambda _, args, layer=layer: read.update({layer: args[0].flatten(0, -2)})
+                lambda _, args, layer=layer: latest.append(prefix(layer, args[0].flatten(0, -2), leaves))
             )
         # Its attention modules, which uniform.py hides on some architectures, have the config.
-        setattr(base.config, NAME, lambda layer: prefix(layer, read[layer], leaves))
-
-        def logits(ids: Tensor) -> Tensor:
-            found: Tensor = base(ids[None], use_cache=False).logits[0]
-            return found
-
-        return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
+        setattr(base.config, NAME, latest.pop)
+        return Oracle(lambda ids: read(base, ids), {name: Place(leaf) for name, leaf in leaves.items()})
 
     return make
 
@@ -65,11 +60,10 @@ def model(prefix: Prefix, hooks: Mapping[int, Hook]) -> Callable[[Path, Values, 
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    config, layer = module.config, int(module.layer_idx)  # type: ignore[arg-type]
-    pk, pv = (torch.unflatten(rows, -1, (key.shape[1], -1)) for rows in getattr(config, NAME)(layer))
+    pk, pv = (torch.unflatten(rows, -1, (key.shape[1], -1)) for rows in getattr(module.config, NAME)())
     group, out = query.shape[1] // key.shape[1], []
     for t in range(query.shape[2]):
-        seen = key.shape[2] if config.model_type in ENCODERS else t + 1
+        seen = key.shape[2] if module.config.model_type in HEADS else t + 1
         keys, values = (
             torch.cat([pk[t], key[0, :, :seen].transpose(0, 1)]),
             torch.cat([pv[t], value[0, :, :seen].transpose(0, 1)]),
