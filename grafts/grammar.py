@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from polygraft.grafts.methods.configs import arguments, layout_of, names
+from polygraft.grafts.methods.configs import arguments, flat, layout_of, names
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.spec import Call, GraftSpec, Layers, Slot, SpecError
 
@@ -88,6 +88,7 @@ def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
 
     Raises SpecError for a field that is not read here and not at its default: it may change what the graft is.
     """
+    config = flat(config)
     layout = layout_of(config, stored=False)
     values = arguments(layout, config, stored=False)
     listed = {ours: set(names(config, key)) for ours, (key, _) in layout.sides.items()}

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import CONFIG, Stock
+from polygraft.grafts.formats.stock import CONFIG, Projections, Stock
 from polygraft.grafts.merge import Fold
-from polygraft.grafts.sites import ModelShape, Site, module_path
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Affine, GraftSpec
 
 _CONFIG, _INDEX = CONFIG, "model.safetensors.index.json"
@@ -62,44 +62,11 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
         shutil.rmtree(draft, ignore_errors=True)
 
 
-class _Projections:
-    """A module of a model file as the projections in it: rows of a weight [out, in], which may lie transposed."""
-
-    def __init__(self, stored: Stock, shape: ModelShape) -> None:
-        self._stored, self._shape, self._table = stored, shape, architecture(shape.arch)
-
-    def module(self, site: Site) -> str:
-        return f"{self._table.backbone}.{module_path(site, self._shape.arch)}"
-
-    def weight(self, site: Site) -> Tensor:
-        key = f"{self.module(site)}.weight"
-        return self._straight(self._stored.wide(key))[self._rows(site)]
-
-    def bias(self, site: Site) -> Tensor | None:
-        key = f"{self.module(site)}.bias"
-        return self._stored.wide(key)[self._rows(site)] if key in self._stored.files else None
-
-    def put(self, tensor: Tensor, site: Site, value: Tensor) -> None:
-        """Replace the site's rows of a module's weight or bias, rounding to its type."""
-        self._straight(tensor)[self._rows(site)] = value.to(tensor.dtype)
-
-    def _straight(self, tensor: Tensor) -> Tensor:
-        return tensor.T if self._table.transposed and tensor.ndim == 2 else tensor
-
-    def _rows(self, site: Site) -> Tensor:
-        beside = self._table.beside(site.name)
-        widths = [self._shape.dims(name)[1] for name in beside]
-        rows, index = torch.arange(sum(widths)), beside.index(site.name)
-        if self._table.interleaved and len(beside) > 1:
-            return rows.view(self._shape.heads, len(beside), -1)[:, index].flatten()
-        return rows.split_with_sizes(widths)[index]
-
-
 def _folded(
     stored: Stock, spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape, asked: set[str]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
-    held = _Projections(stored, shape)
+    held = Projections(stored, shape)
     fold = Fold(spec, shape, values, held.weight, held.bias)
     for site in sorted(fold.sites):
         if (key := f"{held.module(site)}.weight") not in stored.files:

@@ -23,7 +23,7 @@ from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
 from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, terms, union
-from polygraft.grafts.methods.configs import arguments, described, layout_of
+from polygraft.grafts.methods.configs import arguments, described, flat, layout_of
 from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.methods.registry import find, layouts
 from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site, sites_of
@@ -51,12 +51,13 @@ def export(
     base: str | None = None,
     stock: Stock | None = None,
 ) -> None:
-    """Write the two files into `folder`, which exists; `base` is the backbone's public name, null when not given.
+    """Write the two files into `folder`; `base` is the backbone's public name, null when not given.
 
     Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
     """
     check(spec, values, shape)
     config, files = _written(spec, values, shape, stock)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
     notes = {
         "peft_type": config.pop("peft_type"),
@@ -74,11 +75,13 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
     Raises FormatError for pickled weights, a file that is a link out of the folder, a config that asks for more than
     our method, a key that is missing or unknown, a wrong shape, a value that is not finite.
     """
-    config = config_of(folder)
+    config = flat(config_of(folder))
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
         layout = layout_of(config, stored=True)
+        if not _has(layout, shape):
+            raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         spec = _read(layout, config, shape)
         exchange = Exchange(layout, spec, shape, stock)
         stored = load_file(file(folder, WEIGHTS))
@@ -87,7 +90,7 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
         raise error if known else FormatError(f"{folder.name}: {error}") from None
     try:
         values = exchange.read(stored)
-    except FormatError as error:
+    except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
     check(spec, values, shape)
     return spec, values
@@ -163,8 +166,8 @@ def _members(spec: GraftSpec, shape: ModelShape) -> list[_Member] | None:
 
 def _member(term: Term, shape: ModelShape) -> _Member | None:
     method = find(term.name)
-    layout = next((one for one in layouts() if one.method == method.name and one.only is None), None)
-    if layout is None:
+    layout = next((one for one in layouts() if one.method == method.name and one.only is None and one.written), None)
+    if layout is None or not _has(layout, shape):
         return None
     given = method.values(term.arguments)
     whole = {name: given.get(name, argument.default) for name, argument in method.arguments.items()}
@@ -181,6 +184,13 @@ def _member(term: Term, shape: ModelShape) -> _Member | None:
         if layout.topmost is None or tuple(sorted(set(term.layers))) != last:
             return None
     return _Member(layout, whole, term.layers, sides)
+
+
+def _has(layout: Peft, shape: ModelShape) -> bool:
+    """Whether PEFT has the method on this architecture; its virtual tokens need a decoder."""
+    table = architecture(shape.arch)
+    fits = layout.conv1d or not table.transposed or not layout.sides
+    return fits and (shape.causal or bool(layout.sides)) and shape.arch in (layout.only_on or (shape.arch,))
 
 
 def _described(members: list[_Member], shape: ModelShape) -> dict[str, object]:

@@ -44,10 +44,48 @@ class Stock:
             tensor: Tensor = file.get_tensor(key)
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-    def norm(self, site: Site) -> tuple[Tensor, float]:
-        """A norm's weight as it lies, and what the architecture adds to it to have the factor."""
+    def weight(self, site: Site) -> Tensor:
+        """W [out, in] of a projection that has a module of its own."""
+        if len(architecture(self.shape.arch).beside(site.name)) > 1:
+            raise FormatError(f"{site}: is but a part of a module of {self.shape.arch}")
+        return Projections(self, self.shape).weight(site)
+
+    def norm(self, site: Site) -> tuple[Tensor, Tensor | None, float]:
+        """A norm's weight as it lies, its bias, and what the architecture adds to the weight to have the factor."""
         table = architecture(self.shape.arch)
         key = f"{table.backbone}.{module_path(site, self.shape.arch)}"
-        if f"{key}.bias" in self.files:
-            raise FormatError(f"{key}: has a bias, which a scale of the norm changes, too; keep the native folder")
-        return self.wide(f"{key}.weight"), table.norm_offset
+        bias = self.wide(f"{key}.bias") if f"{key}.bias" in self.files else None
+        return self.wide(f"{key}.weight"), bias, table.norm_offset
+
+
+class Projections:
+    """A module of a model file as the projections in it: rows of a weight [out, in], which may lie transposed."""
+
+    def __init__(self, stored: Stock, shape: ModelShape) -> None:
+        self._stored, self._shape, self._table = stored, shape, architecture(shape.arch)
+
+    def module(self, site: Site) -> str:
+        return f"{self._table.backbone}.{module_path(site, self._shape.arch)}"
+
+    def weight(self, site: Site) -> Tensor:
+        key = f"{self.module(site)}.weight"
+        return self._straight(self._stored.wide(key))[self._rows(site)]
+
+    def bias(self, site: Site) -> Tensor | None:
+        key = f"{self.module(site)}.bias"
+        return self._stored.wide(key)[self._rows(site)] if key in self._stored.files else None
+
+    def put(self, tensor: Tensor, site: Site, value: Tensor) -> None:
+        """Replace the site's rows of a module's weight or bias, rounding to its type."""
+        self._straight(tensor)[self._rows(site)] = value.to(tensor.dtype)
+
+    def _straight(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self._table.transposed and tensor.ndim == 2 else tensor
+
+    def _rows(self, site: Site) -> Tensor:
+        beside = self._table.beside(site.name)
+        widths = [self._shape.dims(name)[1] for name in beside]
+        rows, index = torch.arange(sum(widths)), beside.index(site.name)
+        if self._table.interleaved and len(beside) > 1:
+            return rows.view(self._shape.heads, len(beside), -1)[:, index].flatten()
+        return rows.split_with_sizes(widths)[index]

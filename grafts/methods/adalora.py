@@ -142,6 +142,7 @@ PEFT = (
     Peft(
         kind="ADALORA",
         method="adalora",
+        conv1d=True,
         names={
             "r": ("init_r", 12),
             "alpha": ("lora_alpha", 8),

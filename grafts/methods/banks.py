@@ -171,6 +171,7 @@ PEFT = (
     Peft(
         kind="VBLORA",
         method="vblora",
+        conv1d=True,
         names={
             "r": ("r", 4),
             "vectors": ("num_vectors", 256),
@@ -186,6 +187,7 @@ PEFT = (
     Peft(
         kind="UNILORA",
         method="unilora",
+        conv1d=True,
         names={"r": ("r", 4), "d": ("theta_d_length", 256), "dropout": ("unilora_dropout", 0.0)},
         needs={"save_indices": True},
         idle={"init_weights": True, "proj_seed": 42, "init_theta_d_bound": 0.02},

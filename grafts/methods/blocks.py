@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
 from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.methods.kronecker import divided
+from polygraft.grafts.methods.lora import LORA_HARMLESS, LORA_IDLE, LORA_PATTERNS
 from polygraft.grafts.spec import Branch, Call, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -156,6 +157,17 @@ FORMS = (
     Form("bdlora", _bdlora, _bdlora_own),
     Form("qalora", _qalora, _qalora_own),
 )
+
+
+def _columns(slot: Branch) -> tuple[int, int]:
+    """PEFT's B, whose blocks lie below one another."""
+    assert slot.form is not None
+    arguments = slot.form.keywords()
+    blocks = arguments["blocks"] if arguments["part"] == "B" else 1
+    assert isinstance(blocks, int)
+    return -1, slot.rank // blocks
+
+
 PEFT = (
     Peft(
         kind="MISS",
@@ -177,8 +189,31 @@ PEFT = (
     Peft(
         kind="GRALORA",
         method="gralora",
+        conv1d=True,
         names={"r": ("r", 32), "alpha": ("alpha", 64), "k": ("gralora_k", 2), "dropout": ("gralora_dropout", 0.0)},
         idle={"init_weights": True},
         own={"A": Kept("gralora_A", turned=(1, 2)), "B": Kept("gralora_B")},
+    ),
+    Peft(
+        kind="LORA",
+        method="bdlora",
+        conv1d=True,
+        names={
+            "r": ("r", 8),
+            "alpha": ("lora_alpha", 8),
+            "blocks": ("use_bdlora.nblocks", 1),
+        },
+        reads=("use_bdlora.target_modules_bd_b",),
+        fixed={"use_bdlora": True, "use_dora": False, "use_rslora": False},
+        needs={"use_bdlora.match_strict": True},
+        idle=LORA_IDLE | {"lora_dropout": None},
+        harmless=LORA_HARMLESS,
+        sides={"at": ("target_modules", ()), "rows": ("use_bdlora.target_modules_bd_a", ())},
+        patterns=LORA_PATTERNS,
+        written=False,
+        own={
+            "A": Kept("lora_A.weight", shape=lambda slot: (slot.rank, -1)),
+            "B": Kept("lora_B.weight", turned=(-2, -1), shape=_columns),
+        },
     ),
 )

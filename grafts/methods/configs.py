@@ -20,6 +20,17 @@ _PLAIN: Config = {"bias": "none", "megatron_core": "megatron.core", "qalora_grou
 _PLACES = ("layers_pattern", "exclude_modules")
 
 
+def flat(config: Config) -> dict[str, object]:
+    """The config with what a variant's own object says (`use_bdlora`) under keys with points, and true in its place."""
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        if key.startswith("use_") and isinstance(value, Mapping):
+            found |= {key: True, **{f"{key}.{inner}": one for inner, one in value.items()}}
+        else:
+            found[key] = value
+    return found
+
+
 def layout_of(config: Config, *, stored: bool) -> Peft:
     """The declaration that the config means, of a folder (`stored`) or a job; raises SpecError with the choices."""
     kind = str(config.get("peft_type", "LORA")).upper()

@@ -98,6 +98,7 @@ PEFT = (
     Peft(
         kind="DEFT",
         method="deft",
+        conv1d=True,
         names={"r": ("r", 8), "by": ("decomposition_method", "relu")},
         fields=lambda r, scale, **_: {"alpha": scale * r},
         arguments=_scale,
@@ -109,6 +110,7 @@ PEFT = (
     Peft(
         kind="DEFT",
         method="para",
+        conv1d=True,
         names={"r": ("r", 8), "by": ("decomposition_method", "relu")},
         fixed={"para": True},
         idle=_IDLE,

@@ -28,6 +28,7 @@ PEFT = (
     Peft(
         kind="LORA",
         method="dora",
+        conv1d=True,
         names=LORA_NAMES | {"alpha": ("lora_alpha", 8)},
         fixed={"use_dora": True, "use_rslora": False},
         idle=LORA_IDLE,
@@ -38,6 +39,7 @@ PEFT = (
     Peft(
         kind="LORA",
         method="dora",
+        conv1d=True,
         names=LORA_NAMES,
         arguments=_stable,
         reads=("lora_alpha",),

@@ -88,5 +88,8 @@ class Peft:
     shared: Mapping[str, Kept] = field(default_factory=dict)
     packed: Packed | None = None
     blank: Callable[[Place], Mapping[str, tuple[int, ...]]] = _none  # zeros that PEFT keeps, too: shapes by key
+    conv1d: bool = False  # whether PEFT has it on weights that lie transposed (GPT-2's), too
+    only_on: tuple[str, ...] | None = None  # the architectures that PEFT has it on
+    written: bool = True  # else a graft is written as the plainer one that it is (`formats/plain.py`)
     untied: bool = False  # where the head is tied to the embeddings, PEFT's graft is another one
     only: Literal["folder", "job"] | None = None

@@ -107,6 +107,7 @@ PEFT = (
     Peft(
         kind="FOURIERFT",
         method="fourierft",
+        conv1d=True,
         names={"n": ("n_frequency", 1000), "scale": ("scaling", 150.0), "seed": ("random_loc_seed", 777)},
         idle={"init_weights": None},
         patterns={"n_frequency_pattern": "n_frequency"},
@@ -115,6 +116,7 @@ PEFT = (
     Peft(
         kind="WAVEFT",
         method="waveft",
+        conv1d=True,
         names={"n": ("n_frequency", 2592), "scale": ("scaling", 25.0), "seed": ("random_loc_seed", 777)},
         needs={"wavelet_family": "db1", "use_idwt": True},
         idle={"init_weights": True},

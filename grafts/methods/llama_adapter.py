@@ -35,6 +35,7 @@ PEFT = (
     Peft(
         kind="ADAPTION_PROMPT",
         method="llama-adapter",
+        only_on=("llama", "mistral"),
         names={"length": ("adapter_len", 10)},
         reads=("adapter_layers", "target_modules"),
         sides={},

@@ -32,6 +32,7 @@ PEFT = tuple(
     Peft(
         kind="LORA",
         method=method,
+        conv1d=True,
         names=LORA_NAMES | {"alpha": ("lora_alpha", 8)},
         fixed={"use_dora": False, "use_rslora": method == "rslora"},
         idle=LORA_IDLE,

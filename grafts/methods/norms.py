@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Packed, Peft
-from polygraft.grafts.spec import Affine, Slot
+from polygraft.grafts.spec import Affine, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +36,15 @@ METHODS = (
 
 
 def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
-    """PEFT keeps the whole w'; where an architecture's factor is c + w, c + w' = g (c + w)."""
+    """PEFT keeps the whole norm: w' with c + w' = g (c + w) where an architecture's factor is c + w, and g b."""
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, offset = stock.norm(tensor.site)
-        found[f"{module(tensor.site)}.ln_tuning_layers.weight"] = values[tensor.name] * (offset + weight) - offset
+        weight, bias, offset = stock.norm(tensor.site)
+        key, g = f"{module(tensor.site)}.ln_tuning_layers", values[tensor.name]
+        found[f"{key}.weight"] = g * (offset + weight) - offset
+        if bias is not None:
+            found[f"{key}.bias"] = g * bias
     return found
 
 
@@ -49,8 +52,11 @@ def _unpack(stored: Values, layout: Sequence[TensorSpec], module: Callable[..., 
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, offset = stock.norm(tensor.site)
-        found[tensor.name] = (offset + stored[f"{module(tensor.site)}.ln_tuning_layers.weight"]) / (offset + weight)
+        weight, bias, offset = stock.norm(tensor.site)
+        key = f"{module(tensor.site)}.ln_tuning_layers"
+        found[tensor.name] = g = (offset + stored[f"{key}.weight"]) / (offset + weight)
+        if bias is not None and not stored[f"{key}.bias"].float().isclose(g * bias, rtol=1e-4, atol=1e-6).all():
+            raise SpecError(f"{key}.bias: is not scaled as the norm's weight; here only their scale is trained")
     return found
 
 

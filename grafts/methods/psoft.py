@@ -4,15 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Packed, Peft
 from polygraft.grafts.methods.spectral import on_projections
 from polygraft.grafts.spec import Branch, Call, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from polygraft.grafts.formats.stock import Stock
+    from polygraft.grafts.sizes import TensorSpec
+
+Values = Mapping[str, "Tensor"]
 
 
 def psoft(r: int = 32, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
@@ -46,3 +52,57 @@ def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering) ->
 
 METHODS = (Method("psoft", "OpenReview FSHrinMArK", 1e-4, psoft),)
 FORMS = (Form("psoft", _operands, _own),)
+
+
+def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
+    return {
+        f"{module(tensor.site)}.psoft_R.{_KEPT[tensor.part]}": values[tensor.name]
+        for tensor in layout
+        if tensor.part in _KEPT
+    }
+
+
+def _unpack(stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
+    """A and B are not in PEFT's file: it makes them from W again."""
+    from torch import linalg
+
+    found: dict[str, Tensor] = {}
+    for tensor in layout:
+        assert tensor.site is not None
+        if tensor.part in _KEPT:
+            found[tensor.name] = stored[f"{module(tensor.site)}.psoft_R.{_KEPT[tensor.part]}"]
+        elif tensor.part == "A":
+            rank = tensor.shape[0]
+            U, S, Vh = linalg.svd(stock.weight(tensor.site), full_matrices=False)
+            found[tensor.name] = Vh[:rank]
+            found[f"{tensor.name.removesuffix('A')}B"] = S[:rank].unsqueeze(1) * U.T[:rank]
+    return found
+
+
+_KEPT = {"q": "weight", "before": "vector_a", "after": "vector_b"}
+PEFT = (
+    Peft(
+        kind="PSOFT",
+        method="psoft",
+        conv1d=True,
+        names={"r": ("r", 32), "dropout": ("psoft_dropout", 0.0)},
+        needs={
+            "ab_svd_init": "psoft_init",
+            "psoft_svd": "full",
+            "psoft_orth": True,
+            "psoft_mag_a": True,
+            "psoft_mag_b": True,
+            "use_cayley_neumann": False,
+        },
+        idle={
+            "init_weights": True,
+            "psoft_alpha": 32,  # what it multiplies is divided by it, too
+            "psoft_svd_lowrank_niter": 10,
+            "num_cayley_neumann_terms": 5,
+            "cayley_neumann_eps": None,
+            "random_seed": None,
+        },
+        written=False,
+        packed=Packed(_pack, _unpack, stock=True),
+    ),
+)

@@ -72,6 +72,7 @@ PEFT = (
     Peft(
         kind="RANDLORA",
         method="randlora",
+        conv1d=True,
         names={"r": ("r", 32), "alpha": ("randlora_alpha", 640)},
         needs={"save_projection": True},
         idle={

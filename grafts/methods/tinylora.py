@@ -60,6 +60,7 @@ PEFT = (
     Peft(
         kind="TINYLORA",
         method="tinylora",
+        conv1d=True,
         names={"r": ("r", 2), "u": ("u", 64), "dropout": ("tinylora_dropout", 0.0)},
         fields=lambda tied, **_: {"weight_tying": float(tied)},
         arguments=_tied,

@@ -44,6 +44,7 @@ PEFT = (
     Peft(
         kind="VERA",
         method="vera",
+        conv1d=True,
         names={"r": ("r", 256), "d": ("d_initial", 0.1), "dropout": ("vera_dropout", 0.0)},
         needs={"save_projection": True},
         idle={"init_weights": True, "projection_prng_key": None},

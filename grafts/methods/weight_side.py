@@ -106,6 +106,7 @@ PEFT = (
     Peft(
         kind="HIRA",
         method="hira",
+        conv1d=True,
         names={"r": ("r", 32)},
         idle=_STARTS | {"hira_dropout": None},
         patterns={"rank_pattern": "r"},

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import (
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PeftModel,
+    PsoftConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,13 +25,16 @@ from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.stock import Stock
+from polygraft.grafts.grammar import Term, parse, terms, union
+from polygraft.grafts.methods.registry import find
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.spec import GraftSpec
-from tests.grafts.oracle.row import relative
+from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import GraftSpec, SpecError
+from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.table import ALL
 from tests.tiny import tiny_llama
 
@@ -32,7 +43,7 @@ THEIRS = {name: row for name, row in ALL.items() if row.config is not None}
 MULTITASK = "multitask prompt tuning"
 TOKENS = "trainable tokens"
 FIELDS = {"unilora": {"save_indices": True}}  # which PEFT draws again otherwise
-REFUSED = {"bdlora": "use_bdlora"}  # written as the LoRA that it is
+PLAINER = ("bdlora", "psoft")  # written as the LoRA that they are
 CUDA_ONLY = ("boft of three factors",)
 
 
@@ -69,12 +80,15 @@ def theirs(model: PeftModel) -> Tensor:
     return found
 
 
+EXTRA: Mapping[str, Callable[[], PeftConfig]] = {
+    MULTITASK: lambda: MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=1),
+    TOKENS: lambda: TrainableTokensConfig(token_indices=[17, 42]),
+    "psoft": lambda: PsoftConfig(r=4, psoft_alpha=6, target_modules=LINEAR),
+}
+
+
 def config_of(name: str) -> PeftConfig:
-    if name == TOKENS:
-        return TrainableTokensConfig(token_indices=[17, 42])
-    if name == MULTITASK:
-        return MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=1)
-    make = THEIRS[name].config
+    make = EXTRA[name] if name in EXTRA else THEIRS[name].config
     assert make is not None
     return dataclasses.replace(make(), **FIELDS.get(name, {}))
 
@@ -98,7 +112,7 @@ def test_peft_computes_the_same_from_what_we_write(
         assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
 
 
-@pytest.mark.parametrize("name", [*THEIRS, MULTITASK, TOKENS])
+@pytest.mark.parametrize("name", [*THEIRS, *EXTRA])
 def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
     name: str, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -110,17 +124,61 @@ def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
                 parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(str(tmp_path))
     stock = Stock(backbone.folder)
-    if name in REFUSED:
-        with pytest.raises(FormatError, match=REFUSED[name]):
-            peft.load(tmp_path, backbone.shape, stock)
-        return
     spec, values = peft.load(tmp_path, backbone.shape, stock)
     assert relative(ours(backbone, spec, values), theirs(model)) < 1e-5
     (again := tmp_path / "again").mkdir()
     peft.export(again, spec, values, shape=backbone.shape, stock=stock)
+    if name in PLAINER:
+        assert relative(theirs(loaded(backbone.folder, again, torch.float32)), theirs(model)) < 1e-5
+        return
     before, after = (load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again))
     copies = {key for key in before if "layers" in key and key.rpartition(".")[2] in ("randlora_A", "randlora_B")}
     assert after.keys() == before.keys() - copies
     assert all(value.equal(before[key]) and value.dtype == before[key].dtype for key, value in after.items())
     configs = [json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again)]
     assert configs[1]["peft_type"] == configs[0]["peft_type"].replace("P_TUNING", "PROMPT_TUNING")
+
+
+OTHERS = ("qwen2", "gemma", "phi", "opt", "gpt2", "bert")
+SOME = ("lora", "dora", "ia3", "vera", "oft", "tinylora", "shira", "prefix", "prompt")
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.nightly) for n in ALL if n not in CUDA_ONLY]
+)
+def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back(
+    arch: str, name: str, backbones: Mapping[str, Backbone], tmp_path: Path
+) -> None:
+    """On GPT-2 where q, k and v have no modules of their own, at the others."""
+    backbone = backbones[arch]
+    spec = parse(ALL[name].text) if arch != "gpt2" else whole_modules(ALL[name].text)
+    stock = Stock(backbone.folder)
+    if not fits(spec, backbone) or not peft.exportable(spec, backbone.shape, stock):
+        pytest.skip("PEFT has nothing like it there")
+    values = ALL[name].fixed(random_tensors(spec, backbone.shape, seed=4))
+    values = {tensor: value.float() for tensor, value in values.items()}
+    peft.export(tmp_path, spec, values, shape=backbone.shape, stock=stock)
+    expected = ours(backbone, spec, values)
+    assert relative(expected, theirs(loaded(backbone.folder, tmp_path, torch.float32))) < 1e-5
+    assert relative(ours(backbone, *peft.load(tmp_path, backbone.shape, stock)), expected) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def backbones(tiny_folders: Mapping[str, Path]) -> Mapping[str, Backbone]:
+    return {arch: Backbone.load(tiny_folders[arch], torch.float32) for arch in OTHERS}
+
+
+def whole_modules(text: str) -> GraftSpec:
+    found = [
+        Term(one.name, dict(one.arguments) | ({"at": "attn.o|ffn.*"} if "at" in find(one.name).arguments else {}))
+        for one in terms(text)
+    ]
+    return union([Term(one.name, {**one.arguments, "feedforward": ""}) if one.name == "ia3" else one for one in found])
+
+
+def fits(spec: GraftSpec, backbone: Backbone) -> bool:
+    try:
+        return bool(tensors(spec, backbone.shape))
+    except SpecError:
+        return False

@@ -89,11 +89,7 @@ def export_graft(
             case Form.MERGED:
                 merged.export(target, spec, values, backbone=grown.folder)
             case Form.PEFT:
-                stock = Stock(grown.folder)
-                if not peft.exportable(spec, grown.shape, stock):
-                    peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=stock)
-                target.mkdir(parents=True, exist_ok=True)
-                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=stock)
+                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=Stock(grown.folder))
             case Form.GGUF:
                 gguf_lora.export(target, spec, values, shape=grown.shape)
             case Form.NATIVE:
