@@ -273,6 +273,7 @@ class PackRunner:
         return [Resident(job.id, job.spec, point, lambda: _key(job, active.step)) for point in points]
 
     def _restack(self) -> None:
+        self._stacks = self._around = self.backbone.stacks(())  # the old ones go before the new ones come
         whole = {name: self._residents(active) for name, active in self.jobs.items()}
         apart = ([r for name, own in whole.items() if (name in self._probes) == p for r in own] for p in (False, True))
         self._stacks, self._around = (self.backbone.stacks(residents, trainable=True) for residents in apart)

@@ -45,5 +45,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
-        d_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), d_up
+        both = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])  # side by side, as the fused projection takes them
+        d_gate, d_up = both.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return d_gate, d_up

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class FrozenLinear:
 
     def product(self, x_TI: Tensor) -> Tensor:
         """x W^T without the bias, [T, out]."""
-        return self._blockwise(x_TI, self.product_alone, self.out_features)
+        return self._blockwise(x_TI, self._weight, self.out_features)
 
     def product_alone(self, x_TI: Tensor) -> Tensor:
         """The same as one product, for rows that are one graft's and whose count is never another."""
@@ -75,20 +75,22 @@ class FrozenLinear:
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         """dy W, [T, in]."""
-        if self._weight.is_mkldnn and self._transpose is None:
+        if not self._weight.is_mkldnn:
+            return self._blockwise(dy_TO, self._weight.T, self.in_features)
+        if self._transpose is None:
             self._transpose = pack(self.weight().T.contiguous())
-        return self._blockwise(dy_TO, self._transposed, self.in_features)
+        return self._blockwise(dy_TO, self._transpose, self.in_features)
 
-    def _transposed(self, dy_TO: Tensor) -> Tensor:
-        return dy_TO @ self._weight if self._transpose is None else multiply(dy_TO, self._transpose)
-
-    def _blockwise(self, rows: Tensor, multiply: Callable[[Tensor], Tensor], width: int) -> Tensor:
+    def _blockwise(self, rows: Tensor, weight: Tensor, width: int) -> Tensor:
         if self._block is None or len(rows) == self._block:
-            return multiply(rows)
+            return multiply(rows, weight)
         out = rows.new_empty(len(rows), width)
         for piece, into in zip(torch.split(rows, self._block), torch.split(out, self._block)):
             short = self._block - len(piece)
-            into.copy_(multiply(F.pad(piece, (0, 0, 0, short)) if short else piece)[: len(piece)])
+            if short or weight.is_mkldnn:
+                into.copy_(multiply(F.pad(piece, (0, 0, 0, short)) if short else piece, weight)[: len(piece)])
+            else:
+                torch.mm(piece, weight.T, out=into)
         return out
 
     def biases(self) -> tuple[Tensor | None, ...]:
@@ -105,7 +107,7 @@ def pack(weight: Tensor) -> Tensor:
 def multiply(x_TI: Tensor, weight: Tensor) -> Tensor:
     """x W^T, [T, out], for a weight packed or plain."""
     if not weight.is_mkldnn:
-        return F.linear(x_TI, weight)
+        return torch.mm(x_TI, weight.T)
     return torch.ops.mkldnn._linear_pointwise(x_TI.contiguous(), weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.linear import FrozenLinear, multiply
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -59,12 +58,10 @@ class Nf4Linear(FrozenLinear):
         return torch.cat([part.dense() for part in self._parts])
 
     def product(self, x_TI: Tensor) -> Tensor:
-        weight = self.weight()
-        return self._blockwise(x_TI, lambda rows: F.linear(rows, weight), self.out_features)
+        return self._blockwise(x_TI, self.weight(), self.out_features)
 
     def product_alone(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight())
+        return multiply(x_TI, self.weight())
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
-        weight = self.weight()
-        return self._blockwise(dy_TO, lambda rows: rows @ weight, self.in_features)
+        return self._blockwise(dy_TO, self.weight().T, self.in_features)

@@ -83,13 +83,30 @@ class _Project(torch.autograd.Function):
         linear, beside = ctx.linear, ctx.beside  # type: ignore[attr-defined]
         x, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         weights, hiddens = saved[: 2 * len(beside)], iter(saved[2 * len(beside) :])
-        dx = linear.transposed_product(grads[0] if len(grads) == 1 else torch.cat(grads, dim=1))
+        joined = _joined(grads)
+        # Each member's columns of that, however they came: a product's order of sums may depend on the layout, too.
+        columns = joined.split_with_sizes(linear.widths, dim=1)
+        dx = linear.transposed_product(joined)
         found: list[Tensor | None] = []
         for i, (member, segments, act) in enumerate(beside):
             own = [next(hiddens) for _ in segments.runs]
             A, B = weights[2 * i : 2 * i + 2]
-            found += branch_gradients(grads[member], x, A, B, segments, act, own, dx)
+            found += branch_gradients(columns[member], x, A, B, segments, act, own, dx)
         return dx, None, None, *found
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Columns side by side: a view where they lie so already (`feedforward.swiglu`), else a copy."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    width, end = sum(part.shape[1] for part in parts), first.storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != (width, 1) or part.storage_offset() != end:
+            return torch.cat(list(parts), dim=1)
+        end += part.shape[1]
+    return first.as_strided((len(first), width), (width, 1))
 
 
 def _weights(work: Sequence[tuple[Beside, Segments]]) -> tuple[Tensor, ...]:

@@ -12,7 +12,10 @@ from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from tests.kernels.compare import TOLERANCE, relative
 
 Product = Callable[[Tensor, Tensor], Tensor]
-SEGMENT_SHAPES = ((1, 65, 65), (2, 33, 576), (5, 3, 576), (7, 576, 5), (65, 1536, 16), (128, 1024, 65), (8, 65, 1), (33, 65, 8), (65, 17, 33))
+SEGMENT_SHAPES = (
+    *((1, 65, 65), (2, 33, 576), (5, 3, 576), (7, 576, 5), (65, 1536, 16), (128, 1024, 65)),
+    *((8, 65, 1), (33, 65, 8), (65, 17, 33)),
+)
 ATTENTION_SHAPES = ((16, 16, 16), (48, 64, 16), (32, 8, 32), (64, 64, 64))  # which the kv op gives to torch.bmm
 SHAPES = [(segment_bmm, shape) for shape in SEGMENT_SHAPES] + [(torch.bmm, shape) for shape in ATTENTION_SHAPES]
 MEMBERS = 11
