@@ -6,7 +6,8 @@ of the same projections costs.
   go on.
 - Diff pruning (Guo et al. 2021, arXiv 2012.07463, section 3): dW = z * w with gates z from the hard concrete
   distribution and a penalty on how many are open; after a share `relax` of the steps dW keeps its largest entries,
-  which learn on without gates (3.3).
+  which learn on without gates (3.3). With `structured` every matrix has a gate, too, which its entries' are multiplied
+  by.
 - Child-Tuning_F (Xu et al. 2021, arXiv 2109.05687, eq. 5-6): every step a random part of the gradient is kept, divided
   by its share.
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, "Tensor"]
 # Parts that no other method has, since hooks know their tensors by them.
 _CHANGE, _STAYS = "change", "stays"
-_DIFF, _GATE, _KEPT, _FIXED = "diff", "diff_gate", "diff_kept", "diff_fixed"
+_DIFF, _GATE, _GROUP, _KEPT, _FIXED = "diff", "diff_gate", "diff_group", "diff_kept", "diff_fixed"
 _CHILD, _DICE = "child", "child_dice"
 _LOW, _HIGH = -1.5, 1.5  # what the concrete distribution is stretched to
 
@@ -41,10 +42,12 @@ def lt_sft(density: float = 0.05, prime: float = 0.5, at: str = "linear") -> tup
 
 
 def diff_pruning(
-    density: float = 0.005, relax: float = 0.7, penalty: float = 1.25e-7, at: str = "linear"
+    density: float = 0.005, relax: float = 0.7, penalty: float = 1.25e-7, at: str = "linear", structured: int = 0
 ) -> tuple[Slot, ...]:
     _shares(density=density, relax=relax)
-    return (Delta(at=at, form=Call("diff")),)
+    if structured not in (0, 1):
+        raise SpecError(f"peft: structured: {structured} is neither 0 nor 1")
+    return (Delta(at=at, form=Call("diff-groups" if structured else "diff")),)
 
 
 def child_tuning(p: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
@@ -109,48 +112,65 @@ def _diff_own(slot: Delta, place: Place) -> Mapping[str, Part]:
     }
 
 
+def _grouped_own(slot: Delta, place: Place) -> Mapping[str, Part]:
+    return {**_diff_own(slot, place), _GROUP: Part((1,), Call("full", (("value", 5.0),)))}
+
+
 def _diff(slot: Delta, values: Values, lowering: Lowering) -> Values:
     import torch
 
-    logits = values[_GATE]
-    if lowering.draw is not None:
-        logits = logits + torch.logit(uniform(lowering.draw, lowering.place, logits), eps=1e-6)
-    z = (torch.sigmoid(logits) * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+    z = _gates(values[_GATE], lowering)
+    if _GROUP in values:
+        z = z * _gates(values[_GROUP], lowering, _GROUP)
     return {"W": values[_KEPT] * torch.where(values[_FIXED] > 0, values[_DIFF], z * values[_DIFF])}
 
 
-def uniform(draw: int, place: Place, like: Tensor) -> Tensor:
-    """Random numbers of an optimiser step and a site alone."""
+def _gates(logits: Tensor, lowering: Lowering | None = None, what: str = "") -> Tensor:
+    """The hard concrete gates of a step, or their middle."""
     import torch
 
-    seed = crc32(f"{draw}/{place.layer}.{place.name}".encode())
+    if lowering is not None and lowering.draw is not None:
+        logits = logits + torch.logit(uniform(lowering.draw, lowering.place, logits, what), eps=1e-6)
+    return (torch.sigmoid(logits) * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+
+
+def uniform(draw: int, place: Place, like: Tensor, what: str = "") -> Tensor:
+    """Random numbers of an optimiser step and a site alone, for `what` there."""
+    import torch
+
+    seed = crc32(f"{draw}/{place.layer}.{place.name}{what}".encode())
     return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
 
 
 def _open_gates(values: Values, rate: float, **_: object) -> Tensor:
-    """`rate` times the expected number of open gates, sum of sigmoid(a - log(-low / high))."""
+    """`rate` times the expected number of open gates, sum of sigmoid(a - log(-low / high)), an entry's and its group's
+    at once."""
     import torch
 
-    counts = [
-        torch.sigmoid(value - log(-_LOW / _HIGH)).sum() * (1 - values[name.removesuffix(_GATE) + _FIXED])
-        for name, value in values.items()
-        if name.endswith(f".{_GATE}")
-    ]
+    counts = []
+    for name, value in values.items():
+        if name.endswith(f".{_GATE}"):
+            site = name.removesuffix(_GATE)
+            likely = torch.sigmoid(value - log(-_LOW / _HIGH)).sum()
+            if f"{site}{_GROUP}" in values:
+                likely = likely * torch.sigmoid(values[f"{site}{_GROUP}"] - log(-_LOW / _HIGH))
+            counts.append(likely * (1 - values[f"{site}{_FIXED}"]))
     return rate * torch.cat(counts).sum()
 
 
 def _project(
     values: Values, gradients: Values, step: int, total: int, density: float, relax: float, **_: object
 ) -> None:
-    import torch
-
     if step + 1 != int(relax * total):
         return
     changes = {}
     for name in (name for name in gradients if name.endswith(f".{_DIFF}")):
-        z = (torch.sigmoid(values[name.removesuffix(_DIFF) + _GATE]) * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+        site = name.removesuffix(_DIFF)
+        z = _gates(values[f"{site}{_GATE}"])
+        if f"{site}{_GROUP}" in values:
+            z = z * _gates(values[f"{site}{_GROUP}"])
         changes[name] = values[name].mul_(z)
-        values[name.removesuffix(_DIFF) + _FIXED].fill_(1.0)
+        values[f"{site}{_FIXED}"].fill_(1.0)
     _keep_largest(changes, density, values)
 
 
@@ -186,7 +206,12 @@ METHODS = (
     Method("diff-pruning", "arXiv 2012.07463", 1e-4, diff_pruning, hooks=_diff_hooks),
     Method("child-tuning", "arXiv 2109.05687", 1e-4, child_tuning, aliases=("child-tuning-f",), hooks=_child_hooks),
 )
-FORMS = (Form("lt-sft", _lt, _lt_own), Form("diff", _diff, _diff_own), Form("child", _child, _child_own))
+FORMS = (
+    Form("lt-sft", _lt, _lt_own),
+    Form("diff", _diff, _diff_own),
+    Form("diff-groups", _diff, _grouped_own),
+    Form("child", _child, _child_own),
+)
 STARTS = (Start("child_dice", _dice),)
 HOOKS = (
     Hook("lt-sft", after_step=_rewind),

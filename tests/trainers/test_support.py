@@ -36,6 +36,7 @@ FAMILY = {
     "spt": "spt(r=2, density=0.04)",
     "lt-sft": f"lt-sft(density=0.1, {AT})",
     "diff-pruning": f"diff-pruning(density=0.1, relax=0.5, penalty=0.001, {AT})",
+    "diff groups": f"diff-pruning(density=0.1, relax=0.5, penalty=0.001, structured=1, {AT})",
     "child-tuning": f"child-tuning(p=0.4, {AT})",
     "s-bitfit": "s-bitfit(density=0.5)",
 }
@@ -149,6 +150,19 @@ def test_lt_sft_rewinds_and_trains_what_changed_most(fp64: Backbone) -> None:
     assert_trained(found, trained(oracle, job, after_step=after_step))
     stays = torch.cat([v.flatten() for n, v in found.items() if n.endswith(".stays")])
     assert int(stays.sum()) == int(0.1 * len(stays))
+
+
+def test_a_penalty_closes_a_matrix_as_a_whole(fp64: Backbone) -> None:
+    """With a gate for every matrix its expected count is a product, which a penalty lowers by that gate, too."""
+
+    def groups(penalty: float) -> Tensor:
+        text = f"diff-pruning(density=0.1, relax=0.9, penalty={penalty}, structured=1, {AT})"
+        pack = together(fp64, [a_job("groups", text, seed=2, steps=12)])
+        values = pack.jobs["groups"].slab.tensors
+        run(pack)
+        return torch.cat([value for name, value in values.items() if name.endswith("diff_group")])
+
+    assert (groups(0.1) < groups(0.0) - 0.01).all()
 
 
 def test_diff_pruning_trains_gates_and_then_what_is_left(fp64: Backbone) -> None:

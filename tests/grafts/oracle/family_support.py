@@ -63,10 +63,12 @@ def sensitive(rank_scale: float) -> Mapping[int, Hook]:
 
 
 def gates(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gates on both sides of their kinks, and not fixed."""
+    """Gates on both sides of their kinks, whole matrices' ajar, and not fixed."""
     for name, value in values.items():
         if name.endswith("diff_fixed"):
             value.zero_()
+        if name.endswith("diff_group"):
+            value.abs_().add_(0.1)
     return values
 
 
@@ -80,6 +82,15 @@ ROWS: Mapping[str, Row] = {
     "diff-pruning": Row(
         "diff-pruning(at=attn.[qv]|ffn.down)",
         hooks=lambda: {0: changed(lambda p: p["diff_kept"] * hard_concrete(p["diff_gate"]) * p["diff"])},
+        fixed=gates,
+    ),
+    "diff-pruning by groups": Row(
+        "diff-pruning(at=attn.[qv]|ffn.down, structured=1)",
+        hooks=lambda: {
+            0: changed(
+                lambda p: p["diff_kept"] * hard_concrete(p["diff_group"]) * hard_concrete(p["diff_gate"]) * p["diff"]
+            )
+        },
         fixed=gates,
     ),
     "child-tuning": Row("child-tuning(at=attn.[qv])", hooks=lambda: {0: changed(lambda p: p["child"])}),

@@ -1,0 +1,67 @@
+"""AdapterDrop and AdaMix draw what the papers say, each step anew, and the same in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.cluster.launch.demo.oracle.naive import naive, serial
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.lowering import lower
+from polygraft.grafts.runtime.backbone import Backbone
+from tests.grafts.oracle.row import random_tensors
+from tests.trainers.test_lora_family import loss_gradients, recorded
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
+
+__all__ = ["folder"]  # the fixture
+METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "adamix(4, experts=3)", "plain": "serial(4)"}
+
+
+@pytest.fixture(scope="module")
+def fp64(folder: Path) -> Backbone:
+    return Backbone.load(folder, torch.float64, training=True)
+
+
+def test_twenty_steps_in_company_leave_the_bits_of_twenty_alone(folder: Path) -> None:
+    backbone = backbone_of(folder, torch.float32)
+    jobs = jobs_of(20, METHODS)
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_adapter_drop_trains_without_a_random_number_of_first_layers(
+    fp64: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step's gradient is that of the layers from n on, and over the steps all n come up."""
+    job, seen = a_job("drop", "adapter-drop(4, upto=2)", seed=2, steps=14), set()
+    for step, (before, gradients) in enumerate(recorded(job, fp64, monkeypatch)):
+        moved = {int(name.split(".")[1]) for name, g in gradients.items() if name.endswith("B") and g.any()}
+        without = 2 - len(moved)
+        assert moved == set(range(without, 2))
+        seen.add(without)
+        kept = {n: v if int(n.split(".")[1]) >= without else 0.0 * v for n, v in before.items()}
+        expected = loss_gradients(naive(fp64.folder, {0: serial()}, kept, torch.float64), job, step)
+        for name, gradient in gradients.items():
+            if int(name.split(".")[1]) >= without:
+                assert (gradient - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
+    assert seen == {0, 1, 2}
+
+
+def test_adapter_drop_is_served_without_as_many_layers_as_asked(fp64: Backbone) -> None:
+    spec = parse("adapter-drop(4, upto=2, served=1)")
+    values = random_tensors(spec, fp64.shape, 0)
+    _, operands = lower(spec, fp64.shape, values, fp64.weight)
+    assert operands["0.0.ffn.out.B"].count_nonzero() == 0
+    assert torch.equal(operands["0.1.ffn.out.B"], values["0.1.ffn.out.B"])
+
+
+def test_adamix_trains_one_way_down_and_one_up_at_a_time(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, pairs = a_job("mix", "adamix(4, experts=3)", seed=1, steps=12), set()
+    for before, gradients in recorded(job, fp64, monkeypatch):
+        for layer in (0, 1):
+            used = [gradients[f"0.{layer}.ffn.out.{part}"].view(3, 4, -1).flatten(1).any(1) for part in "AB"]
+            assert int(used[1].sum()) == 1
+            if before[f"0.{layer}.ffn.out.B"].any():  # else no gradient reaches A
+                pairs.add((layer, int(used[0].int().argmax()), int(used[1].int().argmax())))
+    assert len(pairs) >= 8 and {down for _, down, _ in pairs} == {up for _, _, up in pairs} == {0, 1, 2}
