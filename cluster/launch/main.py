@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from polygraft.cluster.client import ApiFailure
-from polygraft.cluster.launch.commands import chat, demo, doctor, grafts, jobs, keys, search, service, story
+from polygraft.cluster.launch.commands import chat, demo, doctor, grafts, jobs, keys, search, service, soups, story
 from polygraft.cluster.launch.commands.common import Flags
 from polygraft.cluster.launch.output import Failure, Status, print_error
 from polygraft.cluster.service import ServiceNotRunning
@@ -65,6 +65,7 @@ service.register(app)
 jobs.register(app)
 chat.register(app)
 grafts.register(app)
+soups.register()
 search.register(app)
 story.register(app)
 keys.register(app)

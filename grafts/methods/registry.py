@@ -11,10 +11,11 @@ from typing import TypeVar
 from polygraft.grafts.methods import __path__ as folder
 from polygraft.grafts.methods.declare import Form, Hook, Method, Start
 from polygraft.grafts.methods.exchange import Peft
+from polygraft.grafts.methods.refused import REFUSED
 from polygraft.grafts.spec import SpecError
 
 T = TypeVar("T", Form, Start, Hook)
-_OURS = ("configs", "declare", "exchange", "registry")
+_OURS = ("configs", "declare", "exchange", "refused", "registry")
 
 
 @cache
@@ -32,10 +33,12 @@ def methods() -> Mapping[str, Method]:
 
 
 def find(name: str) -> Method:
-    """The method called `name`; raises SpecError that lists the choices."""
+    """The method called `name`; raises SpecError that lists the choices, or says why it is not one of them."""
     for method in methods().values():
         if name in (method.name, *method.aliases):
             return method
+    if name in REFUSED:
+        raise SpecError(f"peft: {name!r} is not here: {REFUSED[name]}")
     raise SpecError(f"peft: unknown method {name!r}; choices: {', '.join(methods())}")
 
 

@@ -16,6 +16,7 @@ from typing import TypedDict
 import torch
 
 from polygraft.grafts.catalogue import entry, fingerprint
+from polygraft.grafts.methods.refused import table
 from polygraft.grafts.methods.registry import find, methods
 from polygraft.grafts.runtime.backbone import Backbone
 from tests.grafts.oracle.row import relative
@@ -32,7 +33,7 @@ ELSEWHERE: Mapping[str, str] = {
 # Published after the survey, or not in its tables.
 NEWER = frozenset(
     "bat bdlora beft boft c3a corda deft delora direft eva fourierft glora gralora hira hra hydralora loha lokr "
-    "lora-ga lora-xs mica milora miss noreft oft olora orthogonal para peanut pissa psoft randlora road rslora shira "
+    "from lora-ga lora-xs meteora mica milora miss noreft oft olora orthogonal para peanut pissa psoft o-lora randlora road rslora shira "
     "supertuning tinylora unilora vblora waveft".split()
 )
 
@@ -95,7 +96,8 @@ def page(measured: Mapping[str, Measured]) -> str:
             f"| `{e.name}`{also} | {e.family} | {summary} [{e.paper}] | {'; '.join(e.slots)} | {', '.join(e.hooks)} "
             f"| {e.parameters:,} | {'yes' if e.mergeable else 'no'} | {oracle} | {error} |"
         )
-    return "\n".join(lines) + "\n\n" + (DOCS / "refused.md").read_text()
+    lines += ["", "## What is not here, and why", "", "Asked for by name, each of these is refused with its reason.", ""]
+    return "\n".join([*lines, *table()]) + "\n"
 
 
 def main() -> int:

@@ -7,7 +7,10 @@ import json
 import pytest
 
 from polygraft.grafts.catalogue import fingerprint
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.methods.refused import REFUSED
 from polygraft.grafts.methods.registry import methods
+from polygraft.grafts.spec import SpecError
 from tests.grafts.page import DOCS, ELSEWHERE, NEWER, page, rows_of
 
 MEASURED = json.loads((DOCS / "methods.json").read_text())
@@ -24,6 +27,13 @@ def test_a_method_is_claimed_only_with_an_oracle(name: str) -> None:
     else:
         assert rows_of(name), "no row of the table has it"
         assert max(MEASURED[name]["logits"], MEASURED[name]["gradients"]) < 1e-9
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_says_why(name: str) -> None:
+    with pytest.raises(SpecError, match=f"'{name}' is not here: ") as refusal:
+        parse(f"lora + {name}")
+    assert REFUSED[name] in str(refusal.value) and name not in methods()
 
 
 def test_there_are_sixty_methods_of_the_survey_and_twenty_newer_ones() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -17,14 +17,20 @@ from rich.markup import escape
 from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.cluster.launch.commands.common import Json, flags
 from polygraft.cluster.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
-from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.model import Graft, GraftId, TenantId
 from polygraft.cluster.publish import BadName, adopt
+from polygraft.cluster.settings import Settings
+from polygraft.cluster.store.base import Store
 from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spindle import s4
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from polygraft.grafts.runtime.backbone import Backbone
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
@@ -78,8 +84,8 @@ def export_graft(
     from polygraft.grafts.formats.to_lora import to_lora
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
-    with _usage_errors():
-        grown = _grown(backbone)
+    with usage_errors():
+        grown = grown_on(backbone)
         spec, values = read(graft, grown)
         if rank is not None or energy is not None:
             found = to_lora(spec, grown.shape, values, grown.weight, rank=rank, energy=energy)
@@ -106,35 +112,49 @@ def import_graft(
     promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
 ) -> None:
     """Give the local service a graft made elsewhere, for its backbone."""
-    from polygraft.grafts.formats import native
     from polygraft.grafts.formats.read import read
-    from polygraft.grafts.sizes import parameters
 
     store, settings = flags(context).store(), flags(context).settings()
-    with _usage_errors():
+    with usage_errors():
         if name == settings.backbone:
             raise BadName(f"name: {name!r} is that of the backbone; choose another")
-        grown = _grown(backbone or settings.backbone, settings.quantise)
-        spec, values = read(folder, grown)
-        root = settings.data / "grafts"
-        identity = native.save(root, spec, values, shape=grown.shape, backbone=grown.fingerprint)
-        graft = adopt(
-            store,
-            TenantId(tenant),
-            name,
-            graft=GraftId(identity),
-            method=spec.method,
-            backbone_fingerprint=grown.fingerprint,
-            parameters=parameters(spec, grown.shape),
-            bytes=sum(file.stat().st_size for file in (root / identity).iterdir()),
-            at=time.time(),
-            promote=promote,
-        )
+        grown = grown_on(backbone or settings.backbone, settings.quantise)
+        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, grown), grown, promote)
     store.close()
     typer.echo(graft.model)
 
 
-def _grown(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def adopted(
+    store: Store,
+    settings: Settings,
+    tenant: TenantId,
+    name: str,
+    spec: GraftSpec,
+    values: Mapping[str, Tensor],
+    grown: Backbone,
+    promote: bool,
+) -> Graft:
+    """The graft, saved and published under the name."""
+    from polygraft.grafts.formats import native
+    from polygraft.grafts.sizes import parameters
+
+    root = settings.data / "grafts"
+    identity = native.save(root, spec, values, shape=grown.shape, backbone=grown.fingerprint)
+    return adopt(
+        store,
+        tenant,
+        name,
+        graft=GraftId(identity),
+        method=spec.method,
+        backbone_fingerprint=grown.fingerprint,
+        parameters=parameters(spec, grown.shape),
+        bytes=sum(file.stat().st_size for file in (root / identity).iterdir()),
+        at=time.time(),
+        promote=promote,
+    )
+
+
+def grown_on(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone
@@ -144,11 +164,10 @@ def _grown(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
 
 
 @contextmanager
-def _usage_errors() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """What is wrong with a folder or a name, as the command's answer."""
     from polygraft.grafts.formats.check import FormatError
     from polygraft.grafts.runtime.pretrained import BackboneError
-    from polygraft.grafts.spec import SpecError
 
     try:
         yield
@@ -159,6 +178,9 @@ def _usage_errors() -> Iterator[None]:
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method; all when not given.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="A backbone's config.json to count parameters on.")] = None,
+    budget: Annotated[
+        int | None, typer.Option("--s4", help="Print S4's union with at most so many trainable parameters, for --peft.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods a graft can be made of, with their arguments and what follows from their slots.
@@ -172,6 +194,12 @@ def methods(
         shape = LLAMA_7B if config is None else ModelShape.from_config(json.loads(config.read_text()))
     except (OSError, ValueError) as error:
         raise Failure(f"--config {config}: {error}", Status.USAGE) from None
+    if budget is not None:
+        try:
+            typer.echo(s4(shape, budget))
+        except SpecError as error:
+            raise Failure(f"--s4: {error}", Status.USAGE) from None
+        return
     if as_json:
         print_json([_json(method, entry(method, shape)) for method in known])
         return

@@ -16,14 +16,18 @@ from typer.testing import CliRunner, Result
 from polygraft.cluster.client import Client
 from polygraft.cluster.launch.commands.common import Flags
 from polygraft.cluster.launch.main import app
-from polygraft.cluster.model import TenantId
-from polygraft.cluster.publish import resolve
+from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.publish import adopt, resolve
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sizes import parameters
+from polygraft.grafts.spindle import s4
 from polygraft.serving.residency import Residency
+from tests.grafts.oracle.row import random_tensors
 from tests.tiny import tiny_llama
 
 JOB = {
@@ -45,6 +49,15 @@ MODELS = {
         {"id": "mine@1", "created": 1, "owned_by": "local", "root": "mine@1", "parent": "smollm2"},
     ],
     "has_more": False,
+}
+SMOLLM2_CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
 }
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -184,6 +197,55 @@ def test_methods_lists_what_peft_may_say() -> None:
     names = {method["name"] for method in json.loads(run("methods", "--json").stdout)}
     assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
     assert run("methods", "nonsense").exit_code == 2
+
+
+def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SMOLLM2_CONFIG))
+    said = run("methods", "--s4", "1000000", "--config", str(config)).stdout.strip()
+    shape = ModelShape.from_config(SMOLLM2_CONFIG)
+    assert said == s4(shape, 1_000_000) and 900_000 < parameters(parse(said), shape) <= 1_000_000
+    few = run("methods", "--s4", "1000", "--config", str(config))
+    assert few.exit_code == 2 and "budget: 1000 is too small" in few.stderr
+
+
+def test_a_soup_is_made_of_published_grafts_and_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    store, root, members = MemoryStore(), tmp_path / "home" / "data" / "grafts", []
+    monkeypatch.setattr(Flags, "store", lambda _: store)
+    monkeypatch.setattr(store, "close", lambda: None)
+    for name, text in (("one", "lora(r=2)"), ("two", "lora(r=2)"), ("odd", "ia3")):
+        spec = parse(text)
+        values = {n: v.float() for n, v in random_tensors(spec, backbone.shape, len(members)).items()}
+        members.append(values)
+        adopt(
+            store,
+            TenantId("local"),
+            name,
+            graft=GraftId(native.save(root, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)),
+            method=text,
+            backbone_fingerprint=backbone.fingerprint,
+            parameters=1,
+            bytes=1,
+            at=0.0,
+        )
+    asked = ("--home", str(tmp_path / "home"), "grafts", "soup", "mean", "--backbone", str(backbone.folder))
+    done = run(*asked, "one", "two@1")
+    assert (done.exit_code, done.stdout) == (0, "mean@1\n"), done.stderr
+    graft = resolve(store, TenantId("local"), "mean", "smollm2")
+    assert graft is not None
+    made = native.load(root / graft.id, shape=backbone.shape, backbone=backbone.fingerprint).tensors
+    assert all(torch.allclose(value, (members[0][n] + members[1][n]) / 2) for n, value in made.items())
+    few = tmp_path / "few.jsonl"
+    example = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A graft."}]}
+    few.write_text(json.dumps(example) + "\n")
+    done = run(*asked, "one", "two", "--examples", str(few), "--steps", "12")
+    assert (done.exit_code, done.stdout) == (0, "mean@2\n") and "weights" in done.stderr
+    for wrong, said in ((("one", "odd"), "not of one spec"), (("one", "nobody"), "'nobody' does not exist")):
+        done = run(*asked, *wrong)
+        assert done.exit_code == 2 and said in done.stderr.replace("\n", " ")
 
 
 def test_grafts_are_listed_without_the_backbone(served: Callable[[Answer], None]) -> None:
