@@ -33,8 +33,8 @@ ELSEWHERE: Mapping[str, str] = {
 # Published after the survey, or not in its tables.
 NEWER = frozenset(
     "bat bdlora beft boft c3a corda deft delora direft eva fourierft glora gralora hira hra hydralora loha lokr "
-    "from lora-ga lora-xs meteora mica milora miss noreft oft olora orthogonal para peanut pissa psoft o-lora randlora road rslora shira "
-    "supertuning tinylora unilora vblora waveft".split()
+    "from lora-ga lora-xs meteora mica milora miss noreft o-lora oft olora orthogonal para peanut pissa psoft randlora "
+    "road rslora shira supertuning tinylora unilora vblora waveft".split()
 )
 
 
@@ -96,8 +96,8 @@ def page(measured: Mapping[str, Measured]) -> str:
             f"| `{e.name}`{also} | {e.family} | {summary} [{e.paper}] | {'; '.join(e.slots)} | {', '.join(e.hooks)} "
             f"| {e.parameters:,} | {'yes' if e.mergeable else 'no'} | {oracle} | {error} |"
         )
-    lines += ["", "## What is not here, and why", "", "Asked for by name, each of these is refused with its reason.", ""]
-    return "\n".join([*lines, *table()]) + "\n"
+    refused = ["", "## What is not here, and why", "", "Asked for by name, each is refused with its reason.", ""]
+    return "\n".join([*lines, *refused, *table()]) + "\n"
 
 
 def main() -> int:
