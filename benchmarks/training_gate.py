@@ -63,7 +63,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     sample = first.job.train[number]
     forward.train(backbone, stacks, [Share(0, 0, (sample,), (number,), sample.weight)])
     names = {
-        tensor.name: f"{module_path(tensor.site, backbone.shape.arch)}.lora_{tensor.part}"
+        tensor.name: f"{module_path(tensor.site, backbone.shape)}.lora_{tensor.part}"
         for tensor in tensors(first.job.spec, backbone.shape)
     }
     gradients: dict[str, Tensor] = {}

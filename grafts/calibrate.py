@@ -71,8 +71,8 @@ def gradients(
 
 
 def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool) -> Tensor:
-    if backbone.shape.images:
-        raise SpecError(f"peft: this method starts from a job's text, and {backbone.shape.arch} reads images")
+    if backbone.shape.images or backbone.shape.encoder_layers:
+        raise SpecError(f"peft: this method starts from a job's text, and {backbone.shape.arch} reads other things")
     rows = Rows(torch.tensor(ids), torch.arange(len(ids)), ())
     attention = WholeSequences(((0, len(ids)),), backbone.shape)
     return backbone.forward(rows, backbone.stacks((), trainable=trainable), attention)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import sqrt
 from typing import TypeVar
@@ -16,7 +16,7 @@ from polygraft.grafts.lowering import lower
 from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.route import Attention, RouteTable, Rows
+from polygraft.grafts.runtime.route import RouteTable, Rows
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.sources import Source, check, continued
@@ -164,20 +164,15 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
             return start(name).make(tensor, making, **arguments)
 
 
-class _Recorder:
+@dataclass(frozen=True)
+class _Recorder(WholeSequences):
     """An attention that keeps every layer's keys and values and attends as usual."""
 
-    def __init__(self, inner: Attention, kept: dict[Site, tuple[Tensor, Tensor]]) -> None:
-        self.inner, self.kept = inner, kept
+    kept: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         self.kept[Site(layer, KV_SITE)] = (k.clone(), v.clone())
-        return self.inner(layer, q, k, v, route=route, scores=scores)
-
-    def with_sums(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores
-    ) -> tuple[Tensor, Tensor]:
-        return self.inner.with_sums(layer, q, k, v, route=route, scores=scores)
+        return super().__call__(layer, q, k, v, route=route, scores=scores)
 
 
 def _repeated(prompt: Sequence[int], length: int) -> list[int]:
@@ -186,7 +181,8 @@ def _repeated(prompt: Sequence[int], length: int) -> list[int]:
 
 def _keys_and_values(backbone: Backbone, prompt: Sequence[int], length: int) -> dict[Site, tuple[Tensor, Tensor]]:
     rows = Rows(torch.tensor(_repeated(prompt, length)), torch.arange(length), ())
-    kept: dict[Site, tuple[Tensor, Tensor]] = {}
+    own = ((0, length),)
+    attention = _Recorder(own, backbone.shape, own)
     with torch.inference_mode():
-        backbone.forward(rows, backbone.stacks([]), _Recorder(WholeSequences(((0, length),), backbone.shape), kept))
-    return {site: (k[:length].clone(), v[:length].clone()) for site, (k, v) in kept.items()}
+        backbone.forward(replace(rows, source=rows), backbone.stacks([]), attention)
+    return {site: (k[:length].clone(), v[:length].clone()) for site, (k, v) in attention.kept.items()}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.spec import (
     KV,
@@ -22,14 +23,18 @@ from polygraft.grafts.spec import (
     Tokens,
 )
 
-LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
-SUBLAYER = ("attn.out", "ffn.out")
+ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
+CROSS = ("cross.q", "cross.k", "cross.v", "cross.o")  # a decoder's attention to its encoder's states
+LINEAR = (*ATTENTION, *CROSS, "ffn.gate", "ffn.up", "ffn.down")
+SUBLAYER = ("attn.out", "cross.out", "ffn.out")
+SOURCE = ("cross.k", "cross.v")  # projections that read an encoder's rows and not their own layer's
 BLOCK_SITE = "block.out"
 FINAL_SITE = "norm.final"
-NORMS = ("norm.1", "norm.2", FINAL_SITE)
+NORMS = ("norm.1", "norm.cross", "norm.2", FINAL_SITE)
 KV_SITE = "kv"
 EMBED_SITE = "embed"
-ENDS = {"attn.out": "attn.o", "ffn.out": "ffn.down"}  # the projection whose output a sublayer's is
+# The projection whose output a sublayer's is.
+ENDS = {"attn.out": "attn.o", "cross.out": "cross.o", "ffn.out": "ffn.down"}
 ALL = (*LINEAR, *SUBLAYER, BLOCK_SITE, *NORMS, KV_SITE, EMBED_SITE)
 
 
@@ -56,12 +61,15 @@ class ModelShape:
     head_dim: int
     ffn: int
     vocab: int
+    encoder_layers: int = 0  # of the layers, the first ones, where a decoder follows
 
     @staticmethod
     def from_config(config: Mapping[str, object]) -> ModelShape:
         """From the fields of a transformers config.json; raises SpecError for an architecture without a site table, and
         for a config that its table is not right for."""
         table = architecture(str(config.get("model_type")))
+        if table.variant is not None:
+            table = architecture(table.variant(config))
         if (reason := table.refusal(config)) is not None:
             raise SpecError(reason)
 
@@ -75,21 +83,48 @@ class ModelShape:
             return value
 
         heads, hidden = number("heads"), number("hidden")
+        before = number("encoder_layers") if table.encoder else 0
         return ModelShape(
             arch=table.model_type,
-            layers=number("layers"),
+            layers=before + number("layers", before or None),
             hidden=hidden,
             heads=heads,
             kv_heads=number("kv_heads", heads),
             head_dim=number("head_dim", hidden // heads),
             ffn=number("ffn", table.ffn_ratio and table.ffn_ratio * hidden),
             vocab=0 if table.patches else number("vocab"),
+            encoder_layers=before,
         )
 
     @property
     def causal(self) -> bool:
-        """Whether a row sees the rows before it alone, as decoding needs; an encoder's sees all of its sequence."""
-        return architecture(self.arch).causal
+        """Whether a row sees the rows before it alone, as decoding and jobs need; `sees` says what it sees else."""
+        return architecture(self.arch).causal and not self.encoder_layers
+
+    @property
+    def sees(self) -> str:
+        if self.encoder_layers:
+            return f"{self.arch} is an encoder and a decoder, whose rows see another sequence, too"
+        return f"{self.arch} is an encoder, whose rows see what follows"
+
+    def stack(self, layer: int) -> Architecture:
+        """The table of the layer: the encoder's where a decoder follows, else the architecture's own."""
+        table = architecture(self.arch)
+        return table.encoder if table.encoder is not None and layer < self.encoder_layers else table
+
+    def within(self, layer: int) -> int:
+        """The layer's number in its own stack."""
+        return layer if layer < self.encoder_layers else layer - self.encoder_layers
+
+    def depth(self, layers: str) -> int:
+        """How many layers the stack has whose list of layers this is."""
+        encoder = self.encoder_layers and self.stack(0).layers == layers
+        return self.encoder_layers if encoder else self.layers - self.encoder_layers
+
+    def has(self, site: Site) -> bool:
+        """Whether the layer has a module for the site; the last norm is in the last layer of each stack."""
+        ends = (self.encoder_layers - 1, self.layers - 1)
+        return self.stack(site.layer).has(site.name) and (site.name != FINAL_SITE or site.layer in ends)
 
     @property
     def images(self) -> bool:
@@ -108,6 +143,10 @@ class ModelShape:
             "attn.k": (hidden, kv),
             "attn.v": (hidden, kv),
             "attn.o": (q, hidden),
+            "cross.q": (hidden, q),
+            "cross.k": (hidden, kv),
+            "cross.v": (hidden, kv),
+            "cross.o": (q, hidden),
             "ffn.gate": (hidden, ffn),
             "ffn.up": (hidden, ffn),
             "ffn.down": (ffn, hidden),
@@ -139,7 +178,7 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
         Site(layer, name)
         for layer in _layers(slot.layers, shape)
         for name in names
-        if {FINAL_SITE: shape.layers - 1, EMBED_SITE: 0}.get(name, layer) == layer
+        if (layer == 0 if name == EMBED_SITE else name == KV_SITE or shape.has(Site(layer, name)))
     )
     if not found:
         ends = f"{EMBED_SITE} is in layer 0, {FINAL_SITE} in the last, {shape.layers - 1}"
@@ -172,9 +211,14 @@ def apart(at: str) -> bool:
     return any(_named(part, name) for part in at.split("|") for name in (BLOCK_SITE, FINAL_SITE))
 
 
-def module_path(site: Site, arch: str) -> str:
+def module_path(site: Site, shape: ModelShape) -> str:
     """Path of the site's module inside the transformers backbone, e.g. `layers.3.self_attn.q_proj`."""
-    return architecture(arch).path(site.layer, site.name)
+    return shape.stack(site.layer).path(shape.within(site.layer), site.name)
+
+
+def model_path(site: Site, shape: ModelShape) -> str:
+    """The same inside the model with its head."""
+    return f"{architecture(shape.arch).backbone}.{module_path(site, shape)}".lstrip(".")
 
 
 def _allowed(slot: Slot) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -80,6 +81,8 @@ def tiny_llama(
 _COMMON = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 _GROUPED = {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}
 _UNCAPPED = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+_T5 = {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "relative_attention_max_distance": 20}
+_GATED = {"d_kv": 24, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 # What each architecture says beside the common numbers.
 CONFIGS: Mapping[str, Mapping[str, object]] = {
     "llama": _GROUPED,
@@ -95,9 +98,17 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
     "bert": {"intermediate_size": 96},
     "roberta": {"intermediate_size": 96, "pad_token_id": 1},
+    "t5": _T5,
+    "t5.gated": {**_T5, **_GATED},
     "vit": {"intermediate_size": 96, "image_size": 20, "patch_size": 5, "num_channels": 3, "num_labels": 10},
 }
-HEADS = {"bert": AutoModelForMaskedLM, "roberta": AutoModelForMaskedLM, "vit": AutoModelForImageClassification}
+HEADS = {
+    "bert": AutoModelForMaskedLM,
+    "roberta": AutoModelForMaskedLM,
+    "vit": AutoModelForImageClassification,
+    "t5": AutoModelForSeq2SeqLM,
+    "t5.gated": AutoModelForSeq2SeqLM,
+}
 
 
 def tiny_model(folder: Path, arch: str, seed: int = 0) -> Path:
@@ -106,7 +117,8 @@ def tiny_model(folder: Path, arch: str, seed: int = 0) -> Path:
     tokenizer = tokenizer_of()
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     spread = {"init_std" if arch == "opt" else "initializer_range": 0.1}
-    config = AutoConfig.for_model(arch, **{**_COMMON, **special, **spread, **CONFIGS[arch], "dtype": "float32"})
+    said = {**_COMMON, **special, **spread, **CONFIGS[arch], "dtype": "float32"}
+    config = AutoConfig.for_model(arch.partition(".")[0], **said)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HEADS.get(arch, AutoModelForCausalLM).from_config(config)

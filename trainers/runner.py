@@ -95,7 +95,7 @@ class PackRunner:
 
     def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
         if not backbone.shape.causal:
-            raise SpecError(f"backbone: {backbone.shape.arch} is an encoder; a job learns to say the next token")
+            raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.jobs: dict[str, Active] = {}
         self._hooks: dict[str, Hooks] = {}

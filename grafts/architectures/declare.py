@@ -17,6 +17,7 @@ ORDER = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down
 # Where transformers' config.json keeps the numbers of a `ModelShape`.
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
+        "encoder_layers": "encoder_layers",
         "layers": "num_hidden_layers",
         "hidden": "hidden_size",
         "heads": "num_attention_heads",
@@ -55,6 +56,9 @@ class Architecture:
     The rows of one with `patches` are those of images, as the class's own module `embeddings` makes them; it has no
     tokens. `auto` is transformers' class of models with a head, `head` its path where it is not the output embeddings.
 
+    A decoder with an `encoder` attends to that one's last states, too; the encoder's layers count first. Both are in
+    one `backbone`. `variant` names the table of a config, where those of a model_type differ.
+
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.
     """
@@ -80,6 +84,8 @@ class Architecture:
     transform: Transform | None = None
     patches: bool = False
     head: str | None = None
+    encoder: Architecture | None = None
+    variant: Callable[[Config], str] | None = None
     refusal: Callable[[Config], str | None] = lambda config: None
 
     def key(self, number: str) -> str:
@@ -91,7 +97,7 @@ class Architecture:
         return name in self.modules or name == BLOCK or (name == FINAL and self.final is not None)
 
     def path(self, layer: int, name: str) -> str:
-        """The site's module inside the backbone."""
+        """The site's module inside the backbone, `layer` counting in this stack alone."""
         if name == FINAL:
             assert self.final is not None
             return self.final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import regex
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import Config, Peft
-from polygraft.grafts.sites import EMBED_SITE, FINAL_SITE, LINEAR, NORMS, ModelShape, Site, module_path
+from polygraft.grafts.sites import EMBED_SITE, FINAL_SITE, LINEAR, NORMS, ModelShape, Site, model_path, module_path
 from polygraft.grafts.spec import SpecError
 
 _SECONDS = 0.5
@@ -30,7 +31,7 @@ class Group:
 def path(site: Site, shape: ModelShape) -> str:
     """The site's module in the model with its head, as PEFT's patterns see it."""
     table = architecture(shape.arch)
-    return f"{table.backbone}.{table.embedding if site.name == EMBED_SITE else module_path(site, shape.arch)}"
+    return f"{table.backbone}.{table.embedding}".lstrip(".") if site.name == EMBED_SITE else model_path(site, shape)
 
 
 def groups(layout: Peft, config: Config, shape: ModelShape) -> tuple[Group, ...]:
@@ -47,9 +48,10 @@ def groups(layout: Peft, config: Config, shape: ModelShape) -> tuple[Group, ...]
             values = tuple(_values(layout, config, place))
             found.setdefault((side, site.name, values), []).append(site.layer)
     _all_mean_something(config, key, shape)
+    everywhere = Counter(site.name for site in _candidates(shape))
     together: dict[tuple[tuple[tuple[str, object], ...], tuple[int, ...] | None], dict[str, list[str]]] = {}
     for (side, name, values), layers in found.items():
-        whole_model = name == FINAL_SITE or len(layers) == shape.layers
+        whole_model = name == FINAL_SITE or len(layers) == everywhere[name]
         where = together.setdefault(
             (values, None if whole_model else tuple(layers)), {ours: [] for ours in layout.sides}
         )
@@ -69,6 +71,7 @@ def targets(sites: Iterable[Site], shape: ModelShape, *, layered: bool) -> Mappi
         if site.name in LINEAR and len(table.beside(site.name)) > 1:
             return None
         layers.setdefault(site.name, []).append(0 if site.name == FINAL_SITE else site.layer)
+    layered = layered and not shape.encoder_layers  # PEFT's numbers are those of either stack
     every = list(range(shape.layers))
     one = next(iter(layers.values()))
     if FINAL_SITE not in layers and all(where == one for where in layers.values()) and (layered or one == every):
@@ -81,21 +84,22 @@ def targets(sites: Iterable[Site], shape: ModelShape, *, layered: bool) -> Mappi
 
 def pattern(sites: Iterable[Site], shape: ModelShape, *, short: bool = False) -> str:
     """A regular expression for just these sites' modules, or for the `short` ends of their paths in the backbone."""
-    by_name: dict[str, list[int]] = {}
+    by_end: dict[tuple[str, str], list[int]] = {}  # by the list of layers and the module's path in one
     for site in sorted(sites):
-        by_name.setdefault(site.name, []).append(site.layer)
-    layers: dict[tuple[int, ...], list[str]] = {}
-    for name, chosen in by_name.items():
-        layers.setdefault(tuple(chosen) if name != FINAL_SITE else (), []).append(name)
-    table, found = architecture(shape.arch), []
-    front = "" if short else f"{table.backbone}."
-    for where, those in layers.items():
-        ends = "|".join(re.escape(table.modules[name]) for name in those if name != FINAL_SITE)
-        if not where:
-            found.append(re.escape(front + module_path(Site(shape.layers - 1, FINAL_SITE), shape.arch)))
+        stack = shape.stack(site.layer)
+        place = ("", module_path(site, shape)) if site.name == FINAL_SITE else (stack.layers, stack.modules[site.name])
+        by_end.setdefault(place, []).append(shape.within(site.layer))
+    together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (layers, end), where in by_end.items():
+        together.setdefault((layers, tuple(where) if layers else ()), []).append(re.escape(end))
+    backbone, found = architecture(shape.arch).backbone, []
+    front = "" if short or not backbone else f"{backbone}."
+    for (layers, chosen), ends in together.items():
+        if not layers:
+            found += [re.escape(front) + end for end in ends]
         else:
-            number = r"\d+" if len(where) == shape.layers else "|".join(map(str, where))
-            found.append(rf"{re.escape(front + table.layers)}\.({number})\.({ends})")
+            number = r"\d+" if len(chosen) == shape.depth(layers) else "|".join(map(str, chosen))
+            found.append(rf"{re.escape(front + layers)}\.({number})\.({'|'.join(ends)})")
     return f"({'|'.join(found)})" if len(found) > 1 else found[0]
 
 
@@ -107,11 +111,8 @@ def numbers(sites: Sequence[Site], shape: ModelShape) -> Mapping[Site, int]:
 
 
 def _candidates(shape: ModelShape) -> Iterator[Site]:
-    table = architecture(shape.arch)
     for layer in range(shape.layers):
-        for name in (*LINEAR, *NORMS):
-            if table.has(name) and (name != FINAL_SITE or layer == shape.layers - 1):
-                yield Site(layer, name)
+        yield from (site for name in (*LINEAR, *NORMS) if shape.has(site := Site(layer, name)))
 
 
 def _means(config: Config, key: str, place: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.sites import ModelShape, Site, module_path
+from polygraft.grafts.sites import ModelShape, Site, model_path
 
 CONFIG = "config.json"
 
@@ -53,7 +53,7 @@ class Stock:
     def norm(self, site: Site) -> tuple[Tensor, Tensor | None, float]:
         """A norm's weight as it lies, its bias, and what the architecture adds to the weight to have the factor."""
         table = architecture(self.shape.arch)
-        key = f"{table.backbone}.{module_path(site, self.shape.arch)}"
+        key = model_path(site, self.shape)
         bias = self.wide(f"{key}.bias") if f"{key}.bias" in self.files else None
         return self.wide(f"{key}.weight"), bias, table.norm_offset
 
@@ -65,7 +65,7 @@ class Projections:
         self._stored, self._shape, self._table = stored, shape, architecture(shape.arch)
 
     def module(self, site: Site) -> str:
-        return f"{self._table.backbone}.{module_path(site, self._shape.arch)}"
+        return model_path(site, self._shape)
 
     def weight(self, site: Site) -> Tensor:
         key = f"{self.module(site)}.weight"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.runtime.attention import position_bias
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.modules import FusedProjection, SiteLinear, SiteNorm, Sublayer, SublayerInput
@@ -18,10 +19,18 @@ from polygraft.grafts.runtime.nf4 import Nf4Linear
 from polygraft.grafts.runtime.norms import FrozenNorm
 from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.projection import project
-from polygraft.grafts.sites import BLOCK_SITE, FINAL_SITE, NORMS, SUBLAYER, ModelShape, Site, module_path
+from polygraft.grafts.sites import BLOCK_SITE, NORMS, SUBLAYER, ModelShape, Site, module_path
 
 # Projections that read one input and are multiplied as one.
-TOGETHER = (("attn.q", "attn.k", "attn.v"), ("attn.o",), ("ffn.gate", "ffn.up"), ("ffn.down",))
+TOGETHER = (
+    ("attn.q", "attn.k", "attn.v"),
+    ("attn.o",),
+    ("cross.q",),
+    ("cross.k", "cross.v"),
+    ("cross.o",),
+    ("ffn.gate", "ffn.up"),
+    ("ffn.down",),
+)
 
 
 class Adoption:
@@ -86,6 +95,9 @@ class Adoption:
             first = self.base.get_submodule(path)
             self._put(path, SublayerInput(site, first))
         setattr(first, "layer_idx", site.layer)  # what attends says where it stands; not every class does
+        setattr(first, "crosses", site.name == "cross.out")
+        if hasattr(first, "relative_attention_bias"):
+            setattr(first, "compute_bias", position_bias(first.compute_bias))  # type: ignore[arg-type]
 
     def _rows(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias of a projection, which may be some rows of a module's."""
@@ -100,19 +112,16 @@ class Adoption:
 
     def _groups(self, layer: int) -> Iterator[list[Site]]:
         for names in TOGETHER:
-            group = [Site(layer, name) for name in names if name in self.table.modules]
+            group = [site for name in names if self.shape.has(site := Site(layer, name))]
             if group:
                 yield group
 
     def _sites(self, names: tuple[str, ...]) -> Iterator[Site]:
-        last = self.shape.layers - 1
         for layer in range(self.shape.layers):
-            for name in names:
-                if self.table.has(name) and (name != FINAL_SITE or layer == last):
-                    yield Site(layer, name)
+            yield from (site for name in names if self.shape.has(site := Site(layer, name)))
 
     def _path(self, site: Site) -> str:
-        return module_path(site, self.shape.arch)
+        return module_path(site, self.shape)
 
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, child = path.rpartition(".")

@@ -3,7 +3,8 @@ prefix."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from polygraft.grafts.sites import KV_SITE, ModelShape, Site
 from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.kv.aside import aside
 from polygraft.kernels.kv.joined import joined
-from polygraft.kernels.kv.layout import Layout, Sequence
+from polygraft.kernels.kv.layout import Layout, Sequence, bucket
 from polygraft.kernels.kv.op import attend, attend_with_sums
 from polygraft.kernels.kv.scores import Scores
 
@@ -22,12 +23,13 @@ NAME = "polygraft"
 
 @dataclass(frozen=True, slots=True)
 class WholeSequences:
-    """Attention inside (start, length) sequences, causal unless the backbone is an encoder, each one after the prefix
-    rows of the graft whose span holds it."""
+    """Attention inside (start, length) sequences, causal unless the layer is an encoder's, each one after the prefix
+    rows of the graft whose span holds it. `source` has for each the sequence of an encoder's rows that it reads."""
 
     sequences: tuple[tuple[int, int], ...]
     shape: ModelShape
-    _layouts: dict[tuple[Entries, int], Layout] = field(default_factory=dict)
+    source: tuple[tuple[int, int], ...] = ()
+    _layouts: dict[tuple[Entries | None, int, bool], Layout] = field(default_factory=dict)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         return attend(q, k, v, *self._prefixes(layer, k, route), scores)
@@ -42,12 +44,31 @@ class WholeSequences:
         stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv"))
         if stack is None:
             empty = k.new_empty(0, k.shape[1])
-            return empty, empty, self._layout((), len(k), 0, route)
+            return empty, empty, self._layout(layer, (), len(k), 0, route)
         pk, pv = stack.parts["k"], stack.parts["v"]
-        return pk, pv, self._layout(stack.entries, len(k), len(pk), route)
+        return pk, pv, self._layout(layer, stack.entries, len(k), len(pk), route)
 
-    def _layout(self, entries: Entries, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
-        key = (entries, rows)
+    def cross(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """Attention to the encoder's rows, whose keys and values k and v are."""
+        key, empty = (None, len(q), False), k.new_empty(0, k.shape[1])
+        if key not in self._layouts:
+            placed = tuple(Sequence(*own, source=read) for own, read in zip(self.sequences, self.source, strict=True))
+            heads = self.shape.heads, self.shape.kv_heads
+            self._layouts[key] = Layout(placed, len(q), 0, *heads, causal=False, key_rows=len(k))
+        return attend(q, k, v, empty, empty, self._layouts[key], scores)
+
+    def of_source(self) -> WholeSequences:
+        """The attention of the encoder's own rows."""
+        return replace(self, sequences=self.source, source=(), _layouts={})
+
+    def longest(self, route: RouteTable) -> int:
+        """Padded length that no sequence with its prefix goes beyond."""
+        prefix = max((resident.spec.prefix_length for resident in route.stacks.residents), default=0)
+        return bucket(prefix + max(length for _, length in self.sequences))
+
+    def _layout(self, layer: int, entries: Entries, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
+        causal = self.shape.stack(layer).causal
+        key = (entries, rows, causal)
         if key not in self._layouts:
             prefixes = {
                 start: (segment.first, segment.size)
@@ -56,9 +77,7 @@ class WholeSequences:
                 if segment.start <= start < segment.stop
             }
             placed = tuple(Sequence(start, length, *prefixes.get(start, (0, 0))) for start, length in self.sequences)
-            self._layouts[key] = Layout(
-                placed, rows, prefix_rows, self.shape.heads, self.shape.kv_heads, self.shape.causal
-            )
+            self._layouts[key] = Layout(placed, rows, prefix_rows, self.shape.heads, self.shape.kv_heads, causal)
         return self._layouts[key]
 
 
@@ -70,13 +89,18 @@ def attention_forward(
     attention_mask: object,
     scaling: float,
     sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """The function in transformers' attention registry: flattens [1, heads, T, head_dim] and asks the current route."""
     route = current()
     q, k, v = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    scores, kv_heads = Scores(scaling, sliding_window), key.shape[1]
+    kv_heads = key.shape[1]
+    if getattr(module, "crosses", False):
+        assert isinstance(route.attention, WholeSequences)
+        return route.attention.cross(q, k, v, Scores(scaling)).view(1, len(q), query.shape[1], -1), None
+    scores = Scores(scaling, sliding_window, None if position_bias is None else position_bias[0])
     stacks = route.stacks.get(Site(layer, KV_SITE))
     if any(kind.gate for kind in stacks):
         out = _gated(layer, q, k, v, route, kv_heads, scores)
@@ -100,6 +124,19 @@ def _gated(layer: int, q: Tensor, k: Tensor, v: Tensor, route: RouteTable, kv_he
             pk, pv, G = (stack.parts[part] for part in "kvG")
             out = joined(q, out, sums, x, pk, pv, G, segments, gates, Gate(kind.gate), kv_heads, scores.scaling)
     return out
+
+
+def position_bias(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A class's bias of relative positions, over the positions of one sequence and not of all rows: what it is between
+    two positions is a function of their difference, so the longest sequence's serves every one."""
+
+    def bias(query_length: int, key_length: int, device: object = None, past_seen_tokens: int = 0) -> Tensor:
+        route = current()
+        assert isinstance(route.attention, WholeSequences)
+        length = route.attention.longest(route)
+        return compute(length, length, device=device)
+
+    return bias
 
 
 def register() -> str:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
+from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
 from polygraft.grafts.runtime.patches import Patches
@@ -60,6 +61,11 @@ class Backbone:
             if id(parameter) not in copied:
                 parameter.data = parameter.data.clone()
         adoption.run()
+        # An encoder and a decoder are called one after the other, since their rows belong to different sequences.
+        self._encoder: nn.Module | None = self.base.get_submodule("encoder") if table.encoder is not None else None
+        self._decoder: nn.Module = self.base if self._encoder is None else self.base.get_submodule("decoder")
+        scaled = head is not None and getattr(model.config, "scale_decoder_outputs", False)
+        self._scale: float | None = shape.hidden**-0.5 if scaled else None  # T5's, before its head
         self.linears, self.projections = adoption.linears, adoption.projections
         self._patches: Patches | None = Patches.of(self.base) if table.patches else None
         self.embedding = embed.get_parameter("weight").detach() if self._patches is None else self._patches.bare
@@ -102,17 +108,29 @@ class Backbone:
         Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come
         back.
         """
-        full = rows.padded(padded(len(rows)))
-        route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys)
-        with routed(route):
-            embedded, positions = embed(full, self.embedding, self._factor, route)[None], full.positions[None]
-            taken = "inputs_embeds" if self._patches is None else "pixel_values"
-            hidden: Tensor = self.base(
-                **{taken: embedded}, position_ids=positions + self._first_position, use_cache=False
-            ).last_hidden_state[0]
-            if self._transform is not None:
-                hidden = self._transform(hidden)
+        if self._encoder is None:
+            hidden = self._run(self.base, rows, RouteTable(rows.spans, stacks, attention, rows.dropout_keys))
+        else:
+            if rows.source is None or not isinstance(attention, WholeSequences):
+                raise SpecError(f"rows: {self.shape.arch} reads whole sequences, each with a source")
+            read, attends = rows.source, attention.of_source()
+            source = RouteTable(read.spans, stacks, attends, read.dropout_keys)
+            states = self._run(self._encoder, read, source)
+            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, source)
+            hidden = self._run(self._decoder, rows, route, encoder_hidden_states=states[None])
+        if self._scale is not None:
+            hidden = hidden * self._scale
         return hidden[: len(rows)]
+
+    def _run(self, module: nn.Module, rows: Rows, route: RouteTable, **more: Tensor) -> Tensor:
+        """Last states of the rows and of their padding."""
+        full, taken = rows.padded(padded(len(rows))), "inputs_embeds" if self._patches is None else "pixel_values"
+        with routed(route):
+            more[taken] = embed(full, self.embedding, self._factor, route)[None]
+            hidden: Tensor = module(
+                position_ids=full.positions[None] + self._first_position, use_cache=False, **more
+            ).last_hidden_state[0]
+            return hidden if self._transform is None else self._transform(hidden)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """The rows [b, n, hidden] of images [b, channels, height, width], a class token first, for `Rows.given`."""

@@ -30,7 +30,7 @@ class KVCache:
 
     def __init__(self, shape: ModelShape, blocks: int, *, block_size: int = 16, dtype: torch.dtype) -> None:
         if not shape.causal:
-            raise SpecError(f"backbone: {shape.arch} is an encoder, whose rows see what follows; it cannot decode")
+            raise SpecError(f"backbone: {shape.sees}; it cannot decode")
         self.shape, self.blocks, self.block_size = shape, blocks, block_size
         self.data = torch.zeros(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype)
 

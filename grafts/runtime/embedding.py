@@ -27,6 +27,8 @@ def embed(rows: Rows, embedding_VD: Tensor, factor: Tensor | None, route: RouteT
     if route.stacks.trainable and torch.is_grad_enabled():
         x.requires_grad_()
     for kind, stack in route.stacks.get(Site(0, EMBED_SITE)).items():
+        if kind.variant == "add" and route.source is not None:
+            continue  # where an encoder reads the prompt, it is its rows that are edited
         index = _index(kind.variant, stack, ids_T, positions_T, route)
         own = stack.parts["p"]
         own = own * factor.to(own.dtype) if factor is not None and kind.variant == "replace" else own

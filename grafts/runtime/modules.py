@@ -36,6 +36,8 @@ class SiteLinear(nn.Module):
     projection's input take a product and branches of their own.
     """
 
+    weight = None  # T5 asks for its dtype, if it has one
+
     def __init__(self, group: Sequence[Site], linear: FrozenLinear, member: int) -> None:
         super().__init__()
         self.group, self.linear, self.member = tuple(group), linear, member
@@ -43,7 +45,7 @@ class SiteLinear(nn.Module):
         self.beside = Site(self.site.layer, KV_SITE)
 
     def forward(self, x: Tensor) -> Tensor:
-        route = current()
+        route = current().at(self.site)
         stacks, plan = route.stacks.get(self.site), self._plan(route)
         flat = x.view(-1, x.shape[-1])
         if self.site.name == "attn.q" and any(kind.gate for kind in route.stacks.get(self.beside)):

@@ -25,7 +25,7 @@ class FrozenNorm:
         if isinstance(module, nn.LayerNorm):
             weight, bias = (None if x is None else x.detach() for x in (module.weight, module.bias))
             return FrozenNorm(weight, bias, module.eps, centred=True)
-        if not type(module).__name__.endswith("RMSNorm"):
+        if not type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):  # T5's has no mean
             return None
         weight = module.get_parameter("weight").detach()
         if offset:

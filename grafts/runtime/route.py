@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.sites import SOURCE, Site
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.scores import Scores
 
 if TYPE_CHECKING:
     from polygraft.grafts.runtime.stacks import Entries, Stacks
-    from polygraft.grafts.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Rows:
     """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
-    row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images.
+    row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images. An
+    encoder reads the rows of `source` first, where there is one.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class Rows:
     spans: tuple[Span, ...]
     dropout_keys: Tensor | None = None
     given: Tensor | None = None
+    source: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,16 +72,22 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
-    """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes."""
+    """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
+    forward of a decoder `source` is that of the encoder's rows."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
     attention: Attention
     dropout_keys: Tensor | None = None
+    source: RouteTable | None = None
     _segments: dict[Entries, Segments] = field(default_factory=dict)
     _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _recipe: dict[str, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)
     _entered: dict[Site, Tensor] = field(default_factory=dict)
+
+    def at(self, site: Site) -> RouteTable:
+        """The routing of the rows that the site reads."""
+        return self.source if self.source is not None and site.name in SOURCE else self
 
     def segments(self, entries: Entries) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""

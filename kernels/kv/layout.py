@@ -20,20 +20,35 @@ def outside(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return after if window is None else after | (keys <= positions - window)
 
 
+def bucket(length: int) -> int:
+    return max(FLOOR, -(-length // GRAIN) * GRAIN)
+
+
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """Rows [start, start + length) of the batch, seeing also `prefix_length` rows of the prefix stack from
-    `prefix_first`."""
+    `prefix_first`. Keys are those of the same rows, or with a `source` (start, length) of rows of another batch."""
 
     start: int
     length: int
     prefix_first: int = 0
     prefix_length: int = 0
+    source: tuple[int, int] | None = None
 
     @property
     def bucket(self) -> int:
         """Padded length: a function of the sequence alone, so that neighbours cannot change its arithmetic."""
-        return max(FLOOR, -(-(self.prefix_length + self.length) // GRAIN) * GRAIN)
+        return bucket(self.prefix_length + self.length)
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """(start, length) of the rows that it has keys of."""
+        return self.source or (self.start, self.length)
+
+    @property
+    def width(self) -> int:
+        """Padded count of keys."""
+        return bucket(self.prefix_length + self.keys[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +66,11 @@ class Continued:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of one padded length L: row indices into [rows; prefix rows; one zero row], each [b, L]."""
+    """Sequences of one padded length L and one padded count of keys M: row indices into [rows; prefix rows; one zero
+    row], queries [b, L] and keys [b, M]."""
 
     length: int
+    width: int
     sequences: tuple[Sequence, ...]
     queries: Tensor
     keys: Tensor
@@ -65,18 +82,18 @@ class Bucket:
         """Where the rows lie when they are all real, adjacent and without a prefix, so that they need no gathering."""
         start = self.sequences[0].start
         adjacent = all(
-            (s.start, s.length, s.prefix_length) == (start + i * self.length, self.length, 0)
+            (s.start, s.length, s.prefix_length, s.source) == (start + i * self.length, self.length, 0, None)
             for i, s in enumerate(self.sequences)
         )
         return start if adjacent else None
 
     def hidden(self, window: int | None = None) -> Tensor:
         """Keys that a query does not see: those after it and before its window, [L, L] bool; without causality the
-        padding, [b, 1, L]."""
+        padding, [b, 1, M]."""
         if window not in self._hidden:
-            keys = torch.arange(self.length, device=self.queries.device)
+            keys = torch.arange(self.width, device=self.queries.device)
             if not self.causal:
-                ends = torch.tensor([s.prefix_length + s.length for s in self.sequences], device=self.queries.device)
+                ends = torch.tensor([s.prefix_length + s.keys[1] for s in self.sequences], device=self.queries.device)
                 self._hidden[window] = keys >= ends.view(-1, 1, 1)
             else:
                 self._hidden[window] = outside(keys.unsqueeze(1), keys, window)
@@ -85,7 +102,8 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """The sequences of one forward, in row order, over `rows` batch rows and `prefix_rows` stack rows."""
+    """The sequences of one forward, in row order, over `rows` batch rows and `prefix_rows` stack rows; `key_rows` where
+    their keys are another batch's."""
 
     sequences: tuple[Sequence, ...]
     rows: int
@@ -93,21 +111,22 @@ class Layout:
     heads: int
     kv_heads: int
     causal: bool = True
+    key_rows: int | None = None
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        by_length: dict[int, list[Sequence]] = defaultdict(list)
+        by_size: dict[tuple[int, int], list[Sequence]] = defaultdict(list)
         for sequence in self.sequences:
-            by_length[sequence.bucket].append(sequence)
-        return tuple(self._bucket(length, tuple(members)) for length, members in sorted(by_length.items()))
+            by_size[sequence.bucket, sequence.width].append(sequence)
+        return tuple(self._bucket(*size, tuple(members)) for size, members in sorted(by_size.items()))
 
-    def _bucket(self, length: int, members: tuple[Sequence, ...]) -> Bucket:
-        zero = self.rows + self.prefix_rows
-        queries = torch.full((len(members), length), zero)
-        keys = torch.full((len(members), length), zero)
+    def _bucket(self, length: int, width: int, members: tuple[Sequence, ...]) -> Bucket:
+        rows = self.rows if self.key_rows is None else self.key_rows
+        queries = torch.full((len(members), length), self.rows + self.prefix_rows)
+        keys = torch.full((len(members), width), rows + self.prefix_rows)
         for i, s in enumerate(members):
-            p, n = s.prefix_length, s.length
-            queries[i, p : p + n] = torch.arange(s.start, s.start + n)
-            keys[i, :p] = torch.arange(self.rows + s.prefix_first, self.rows + s.prefix_first + p)
-            keys[i, p : p + n] = queries[i, p : p + n]
-        return Bucket(length, members, queries, keys, self.causal)
+            p, (start, count) = s.prefix_length, s.keys
+            queries[i, p : p + s.length] = torch.arange(s.start, s.start + s.length)
+            keys[i, :p] = torch.arange(rows + s.prefix_first, rows + s.prefix_first + p)
+            keys[i, p : p + count] = torch.arange(start, start + count)
+        return Bucket(length, width, members, queries, keys, self.causal)

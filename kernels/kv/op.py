@@ -20,11 +20,11 @@ def attend(
     """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]], without the mask of the
     future where the layout is not causal; rows outside sequences are 0. `Scores` says what else a query does not see.
 
-    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], prefix stacks pk and pv [P, kv_heads * head_dim].
-    Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix gradients
-    sum over the sequences that use them, bucket by bucket, in float32 or wider.
+    q [T, heads * head_dim], k and v [T or rows of the sources, kv_heads * head_dim], prefix stacks pk and pv [P,
+    the same]. Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix
+    gradients sum over the sequences that use them, bucket by bucket, in float32 or wider.
     """
-    if q_TE.is_cuda and layout.causal:
+    if q_TE.is_cuda and layout.causal and scores.bias is None:
         from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
         return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
@@ -70,7 +70,7 @@ class _Attend(torch.autograd.Function):
                 _scatter(sums, found.logsumexp(-1, keepdim=True), bucket, layout)
             saved += [qb, kb, vb]
         ctx.save_for_backward(pk, *saved)
-        ctx.layout, ctx.scores, ctx.rows = layout, scores, len(q)  # type: ignore[attr-defined]
+        ctx.layout, ctx.scores, ctx.rows = layout, scores, len(k)  # type: ignore[attr-defined]
         return (out, sums) if with_sums else out
 
     @staticmethod
@@ -149,7 +149,9 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
 
 def _scored(q: Tensor, k: Tensor, bucket: Bucket, scores: Scores) -> Tensor:
     found = torch.bmm(q * scores.scaling, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
-    by_sequence = found.view(len(bucket.sequences), -1, bucket.length, bucket.length)
+    by_sequence = found.view(len(bucket.sequences), -1, bucket.length, bucket.width)
+    if scores.bias is not None:
+        by_sequence.add_(scores.bias[:, : bucket.length, : bucket.width])
     by_sequence.masked_fill_(bucket.hidden(scores.window).unsqueeze(-3), float("-inf"))
     return found
 
@@ -169,11 +171,12 @@ def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) 
 
 def _scatter_keys(out_TC: Tensor, prefix_PC: Tensor, part: Tensor, bucket: Bucket, layout: Layout) -> None:
     """Write key rows back to their batch rows and add prefix rows to the stack's, sequence by sequence."""
-    rows = part.view(len(bucket.sequences), layout.kv_heads, bucket.length, -1).transpose(1, 2)
+    rows = part.view(len(bucket.sequences), layout.kv_heads, bucket.width, -1).transpose(1, 2)
     if bucket.first_row is not None:
         _adjacent(out_TC, bucket).view(rows.shape).copy_(rows)
         return
     for x, s in zip(rows.flatten(2), bucket.sequences):
-        out_TC[s.start : s.start + s.length] = x[s.prefix_length : s.prefix_length + s.length]
+        start, count = s.keys
+        out_TC[start : start + count] = x[s.prefix_length : s.prefix_length + count]
         if s.prefix_length:
             prefix_PC[s.prefix_first : s.prefix_first + s.prefix_length] += x[: s.prefix_length]

@@ -20,20 +20,24 @@ def attend(
     end = 0
     for s in layout.sequences:
         pieces.append(q_TE.new_zeros(s.start - end, q_TE.shape[1], dtype=wide))
-        rows = slice(s.start, s.start + s.length)
+        (first, count), rows = s.keys, slice(s.start, s.start + s.length)
+        keys = slice(first, first + count)
         prefix = slice(s.prefix_first, s.prefix_first + s.prefix_length)
         q = torch.unflatten(q_TE[rows].to(wide), 1, (layout.heads, -1)).transpose(0, 1)
         k, v = (
-            torch.unflatten(torch.cat([p[prefix], x[rows]]).to(wide), 1, (layout.kv_heads, -1))
+            torch.unflatten(torch.cat([p[prefix], x[keys]]).to(wide), 1, (layout.kv_heads, -1))
             .transpose(0, 1)
             .repeat_interleave(layout.heads // layout.kv_heads, 0)
             for p, x in ((pk_PC, k_TC), (pv_PC, v_TC))
         )
-        hidden = torch.zeros(s.length, s.prefix_length + s.length, dtype=torch.bool)
+        hidden = torch.zeros(s.length, s.prefix_length + count, dtype=torch.bool)
         for row in range(s.length if layout.causal else 0):
             hidden[row, s.prefix_length + row + 1 :] = True
             hidden[row, : _first(s.prefix_length + row, scores)] = True
-        weights = (scores.scaling * q @ k.transpose(1, 2)).masked_fill(hidden, float("-inf")).softmax(-1)
+        products = scores.scaling * q @ k.transpose(1, 2)
+        if scores.bias is not None:
+            products = products + scores.bias[:, s.prefix_length :][:, : s.length, : products.shape[2]]
+        weights = products.masked_fill(hidden, float("-inf")).softmax(-1)
         pieces.append((weights @ v).transpose(0, 1).flatten(1))
         end = s.start + s.length
     pieces.append(q_TE.new_zeros(len(q_TE) - end, q_TE.shape[1], dtype=wide))

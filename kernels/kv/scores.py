@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """score = scaling * q k, of which a query sees the last `window` keys up to its own (None: all of them).
+    """score[t, c] = scaling * q[t] k[c] + bias[head, t, c], of which query t sees the last `window` keys up to its own
+    (None: all of them).
 
-    Keys count by their position in the sequence, whose prefix rows come first and slide out of the window, too.
+    t and c are positions in the sequence, whose prefix rows come first and slide out of the window, too. `bias` is
+    frozen and reaches as far as the longest bucket; a model with relative positions has one (T5).
     """
 
     scaling: float
     window: int | None = None
+    bias: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Every architecture that reads text: its bare logits are transformers' own, a LoRA on all its projections PEFT's."""
+"""Every architecture that reads a text: its bare logits are transformers' own, a LoRA on all its projections PEFT's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sites import LINEAR, sites_of
+from polygraft.grafts.sites import CROSS, LINEAR, sites_of
 from polygraft.grafts.spec import GraftSpec, SpecError
 from tests.grafts.oracle.row import LINEAR as LLAMA_NAMES
 from tests.grafts.oracle.row import random_tensors, relative
@@ -32,7 +32,7 @@ IDS = [torch.tensor([5, 17, 300, 42, 8, 511, 3, 99]), torch.arange(2, 40)]
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS.keys() - {"vit"}))
+@pytest.fixture(scope="module", params=sorted(CONFIGS.keys() - {"t5", "t5.gated", "vit"}))
 def folder(request: pytest.FixtureRequest, tiny_folders: Mapping[str, Path]) -> Path:
     return tiny_folders[request.param]
 
@@ -136,7 +136,7 @@ def test_a_part_of_a_fused_module_is_not_exported(arch: str, tiny_folders: Mappi
         ("bert", "output.dense", ["attn.o", "ffn.down"]),
         ("bert", "attention.output.dense", ["attn.o"]),
         ("opt", "fc1|out_proj", ["attn.o", "ffn.up"]),
-        ("qwen3", "all-linear", [*LINEAR]),
+        ("qwen3", "all-linear", [name for name in LINEAR if name not in CROSS]),
     ],
 )
 def test_pefts_module_names_mean_sites(

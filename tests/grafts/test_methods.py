@@ -1,28 +1,24 @@
 """Every method of the table: what its oracle computes, the same in company, as it is served, saved and counted.
 
-On Llama every method, on GPT-2, BERT and ViT the first eight, and every night all; some where layers have windows that
-are shorter than the sequences. A row is skipped where the architecture has none of its sites or PEFT has the method for
-Llama alone, and decoding where rows see what follows (an encoder).
+On Llama every method, on GPT-2, BERT, ViT and T5 the first eight, and every night all; some where layers have windows
+that are shorter than the sequences. A row is skipped where the architecture has none of its sites or PEFT has the
+method for Llama alone, and decoding where rows see more than the rows before them (an encoder).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoConfig
 
-from polygraft.cluster.launch.demo.oracle.plain import Oracle, image
+from polygraft.cluster.launch.demo.oracle.plain import Oracle
 from polygraft.grafts.formats import native
 from polygraft.grafts.init import initialise
 from polygraft.grafts.lowering import lower
-from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.embedding import virtual_ids
@@ -32,6 +28,7 @@ from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
+from tests.grafts.packing import packed
 
 LENGTHS = (7, 20)
 OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
@@ -39,7 +36,7 @@ MORE = (("vit", "prompt"), ("vit", "ssf"))  # beside the first eight in each run
 
 
 def cases() -> Iterator[ParameterSet]:
-    for arch in ("llama", "gpt2", "bert", "vit"):
+    for arch in ("llama", "gpt2", "bert", "vit", "t5"):
         for name in ALL:
             marks = [] if arch == "llama" or name in METHODS or (arch, name) in MORE else [pytest.mark.nightly]
             yield pytest.param((arch, name), marks=marks, id=name if arch == "llama" else f"{arch}-{name}")
@@ -143,7 +140,7 @@ def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbo
     try:
         values = initialise(spec, fp32, seed=0, samples=samples, sources=sources)
     except SpecError as error:
-        assert fp32.shape.images
+        assert fp32.shape.images or fp32.shape.encoder_layers
         pytest.skip(str(error))
     layout = tensors(spec, fp32.shape)
     assert [(t.name, t.shape) for t in layout] == [(n, tuple(v.shape)) for n, v in values.items()]
@@ -153,7 +150,7 @@ def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbo
 
 def cancels(tensor: str, backbone: Backbone) -> bool:
     """Whether a tensor adds one vector to all keys, which without rotary positions no softmax sees."""
-    return backbone.shape.arch in ("gpt2", "bert", "vit") and tensor.endswith(".attn.k.b")
+    return backbone.shape.arch in ("gpt2", "bert", "vit", "t5") and tensor.endswith((".attn.k.b", ".cross.k.b"))
 
 
 def batch(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
@@ -180,24 +177,9 @@ def ours(
     """Logits and gradients of the first graft over the sequences, each other graft having the same beside it."""
     residents = [Resident(str(i), row.spec, values) for i, (row, values) in enumerate(grafts)]
     stacks = backbone.stacks(residents, trainable=True)
-    ids, positions, sequences, spans, real, given = [], [], [], [], [], []
-    for graft, (row, _) in enumerate(grafts):
-        virtual, first = torch.tensor(virtual_ids(row.spec.virtual_length), dtype=torch.long), sum(map(len, ids))
-        for prompt, slope in zip(prompts, slopes):
-            own, patches = prompt, backbone.embedding.new_zeros(len(prompt), backbone.shape.hidden)
-            if backbone.shape.images:
-                patches = backbone.patches(image(AutoConfig.from_pretrained(backbone.folder), prompt)[None])[0]
-                own = torch.zeros(len(patches), dtype=torch.long)
-            sequences.append((sum(map(len, ids)), len(virtual) + len(own)))
-            ids.append(torch.cat([virtual, own]))
-            given.append(F.pad(patches, (0, 0, len(virtual), 0)))
-            positions.append(torch.arange(len(ids[-1])) + row.spec.prefix_length)
-            real.append(torch.arange(sequences[-1][0] + len(virtual), sum(sequences[-1]))[: len(slope)])
-        spans.append(Span(first, sum(sequences[-1]), graft))
-    rows, places = Rows(torch.cat(ids), torch.cat(positions), tuple(spans)), torch.cat(real)
-    if backbone.shape.images:
-        rows = replace(rows, given=torch.cat(given))
-    hidden = backbone.forward(rows, stacks, WholeSequences(tuple(sequences), backbone.shape))[places]
+    specs = [(graft, row.spec) for graft, (row, _) in enumerate(grafts)]
+    rows, attention, answers = packed(backbone, specs, [prompts] * len(grafts))
+    hidden = backbone.forward(rows, stacks, attention)[torch.cat(answers)]
     slope = backbone.head.transposed_product(torch.cat([*slopes] * len(grafts)))  # logits = hidden W^T
     hidden.backward(slope)
     found = stacks.gradient(0, stacks.gradients()[0])

@@ -70,7 +70,7 @@ def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, fol
 
 def test_what_starts_from_text_is_refused(folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32)
-    with pytest.raises(SpecError, match="vit reads images"):
+    with pytest.raises(SpecError, match="vit reads other things"):
         initialise(parse("lora-ga"), backbone, seed=0, samples=((1, 2, 3),))
     with pytest.raises(SpecError, match="is not a token of this backbone; it has none"):
         tensors(parse("trainable-tokens(1)"), backbone.shape)

@@ -65,6 +65,46 @@ def test_a_sliding_window_equals_the_reference(sequences: tuple[Sequence, ...], 
     assert_close(got, wanted(reference.attend, inputs, layout, upstream, scores=scores), TOLERANCE[torch.float64])
 
 
+@CAUSAL
+@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
+def test_a_bias_of_positions_equals_the_reference(sequences: tuple[Sequence, ...], causal: bool) -> None:
+    layout, inputs, upstream = batch(sequences, Heads(), torch.float64, causal=causal)
+    scores = Scores(1.0, bias=torch.randn(4, 80, 80, generator=torch.Generator().manual_seed(2)).double())
+    got = run(attend, inputs, layout, scores, upstream=upstream)
+    assert_close(got, wanted(reference.attend, inputs, layout, upstream, scores=scores), TOLERANCE[torch.float64])
+
+
+ELSEWHERE = (Sequence(0, 7, source=(3, 40)), Sequence(7, 33, source=(43, 5)), Sequence(41, 2, source=(48, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_keys_of_another_batch_equal_the_reference(dtype: torch.dtype) -> None:
+    layout, inputs, upstream = crossing(ELSEWHERE, dtype)
+    got = run(attend, inputs, layout, SCALING, upstream=upstream)
+    assert_close(got, wanted(reference.attend, inputs, layout, upstream), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequence_with_a_source_has_the_same_bits_alone(dtype: torch.dtype) -> None:
+    layout, inputs, upstream = crossing(ELSEWHERE, dtype)
+    together = run(attend, inputs, layout, SCALING, upstream=upstream)
+    for s in ELSEWHERE:
+        layout, _, _ = crossing((s,), dtype)
+        alone = run(attend, inputs, layout, SCALING, upstream=upstream)
+        rows, (first, count) = slice(s.start, s.start + s.length), s.keys
+        assert_equal({"out": together["out"][rows], "d.q": together["d.q"][rows]},
+                     {"out": alone["out"][rows], "d.q": alone["d.q"][rows]})  # fmt: skip
+        assert torch.equal(together["d.k"][first : first + count], alone["d.k"][first : first + count])
+
+
+def crossing(sequences: tuple[Sequence, ...], dtype: torch.dtype) -> tuple[Layout, dict[str, Tensor], Tensor]:
+    """45 rows and 52 rows of keys."""
+    _, inputs, upstream = batch((Sequence(0, 43),), Heads(), dtype, causal=False)
+    _, other, _ = batch((Sequence(0, 50),), Heads(), dtype, seed=1)
+    layout = Layout(sequences, 45, 1, 4, 2, causal=False, key_rows=52)
+    return layout, {**inputs, "k": other["k"], "v": other["v"]}, upstream
+
+
 def test_a_row_sees_the_last_rows_of_its_window_and_no_other() -> None:
     layout, inputs, _ = batch((Sequence(0, 20, 0, 5),), Heads(), torch.float32)
     before = attend(*inputs.values(), layout, Scores(0.35, 6))

@@ -49,7 +49,7 @@ class Solo:
             if isinstance(spec.slots[slots[0]], KV):
                 self._prefix[site.layer] = (values[f"{slots[0]}.{site}.k"], values[f"{slots[0]}.{site}.v"])
             else:
-                _hook(self._model.model.get_submodule(module_path(site, shape.arch)), spec, slots, site, values)
+                _hook(self._model.model.get_submodule(module_path(site, shape)), spec, slots, site, values)
 
     def logits(self, ids: list[int]) -> Tensor:
         """[len(ids), vocab] of the whole sequence, computed afresh."""

@@ -199,7 +199,7 @@ ROWS: Mapping[str, Row] = {
     "binary-adapter": Row("binary-adapter(8, scale=2)", hooks=lambda: {0: binary_adapter(2.0)}),
     "said": Row(
         "said(d=20, at=attn.[qv]|ffn.down, seed=3)",
-        hooks=lambda: {0: said(20, 3, [f"{layer}.{name}" for layer in (0, 1) for name in SITES])},
+        hooks=lambda: {0: said(20, 3, [f"{layer}.{name}" for layer in range(4) for name in SITES])},
     ),
     "hyperformer": Row("hyperformer(8, embedding=6, code=5)", hooks=lambda: {0: hyperformer()}),
 }

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
 from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, embedded, plain_llama, read_rows
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, embedded, plain_llama, read_rows
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import ModelShape, sites_of
+from polygraft.grafts.sites import CROSS, ModelShape, sites_of
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import KV, GraftSpec, SpecError
@@ -67,6 +67,8 @@ class Row:
             sites_of(self.spec, shape)
         except SpecError as error:
             return str(error)
+        if shape.encoder_layers and any(slot.op == "tokens" and slot.mode == "replace" for slot in self.spec.slots):
+            return "the equation edits what one stack reads, and both have its tokens"
         if self.config is None or self.hooks() or self.soft is not None or self._plain_prefix:
             return None
         return self._not_pefts(shape)
@@ -86,7 +88,11 @@ class Row:
     def oracle(self, folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
         shape = ModelShape.from_config(_config(folder))
         if self.config is not None and self._not_pefts(shape) is None:
-            return peft_oracle(folder, self.config(), values, dtype, self.place)
+            config = self.config()
+            names = {site.name for _, site in sites_of(self.spec, shape)} & set(CROSS)
+            if crossing := {MODULES[name].rpartition(".")[2] for name in names}:
+                config.target_modules |= crossing  # type: ignore[attr-defined]
+            return peft_oracle(folder, config, values, dtype, self.place)
         if self.model is not None:
             found = self.model(folder, values, dtype)
         elif self.soft is not None:
@@ -105,7 +111,7 @@ def _soft(
 
     def logits(ids: Tensor) -> Tensor:
         own = embedded(model, ids)
-        return read_rows(model, equation(ids, own, leaves), len(own))
+        return read_rows(model, ids, equation(ids, own, leaves))
 
     return Oracle(logits, {name: Place(leaf) for name, leaf in leaves.items()})
 

@@ -16,7 +16,7 @@ from polygraft.cluster.launch.demo.oracle.prefixed import prefix
 
 Parts = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Parts], None]
-CACHELESS = ("vit",)  # classes that take no keys and values from elsewhere
+CACHELESS = ("vit", "t5")  # classes that take no keys and values from elsewhere
 
 
 def lora(scale: float) -> Hook:
@@ -82,8 +82,7 @@ def naive(folder: Path, hooks: Mapping[int, Hook], values: Mapping[str, Tensor],
 
     heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     if model.config.model_type in CACHELESS and rows:
-        own = {(layer, part): leaf for (layer, _, part), leaf in rows.items()}
-        prefix(model, own, model.config.num_hidden_layers)
+        prefix(model, {(layer, part): leaf for (layer, _, part), leaf in rows.items()})
         rows = {}
 
     def logits(ids: Tensor) -> Tensor:
@@ -112,7 +111,13 @@ def attach(model: nn.Module, hooks: Mapping[int, Hook], leaves: Parts) -> None:
             for parts in sites.values() if owner == slot and site == SHARED else ():
                 parts[part] = leaf
         for (layer, site), parts in sites.items():
-            hook(model.get_submodule(module_of(layer, site)), parts)
+            hook(model.get_submodule(_place(model, layer, site)), parts)
+
+
+def _place(model: nn.Module, layer: int, site: str) -> str:
+    """An encoder that a decoder follows has a last norm of its own."""
+    before = site == "norm.final" and layer + 1 < len(list(model.get_submodule("model.layers").children()))
+    return "model.encoder_norm" if before else module_of(layer, site)
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

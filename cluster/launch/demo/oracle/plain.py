@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -26,6 +27,7 @@ HEADS: Mapping[str, type[_BaseAutoModelClass]] = {  # a decoder's where nothing 
     "bert": AutoModelForMaskedLM,
     "roberta": AutoModelForMaskedLM,
     "vit": AutoModelForImageClassification,
+    "t5": AutoModelForSeq2SeqLM,
 }
 # Where an oracle finds our sites, on every architecture (uniform.py).
 MODULES = {
@@ -38,8 +40,14 @@ MODULES = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
     "ffn.out": "mlp",
+    "cross.q": "cross_attn.cross_q",
+    "cross.k": "cross_attn.cross_k",
+    "cross.v": "cross_attn.cross_v",
+    "cross.o": "cross_attn.cross_o",
+    "cross.out": "cross_attn",
     "norm.1": "input_layernorm",
     "norm.2": "post_attention_layernorm",
+    "norm.cross": "cross_attn_layernorm",
     "block.out": "",
 }
 OUTSIDE = {"norm.final": "model.norm", "embed": "model.embed_tokens"}  # beside the layers
@@ -77,7 +85,7 @@ def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         folder, dtype=dtype, attn_implementation=_sdpa() if wide else "eager"
     )
     for module in model.modules() if wide else ():
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
             setattr(module, "forward", MethodType(_rms_norm, module))
     model.requires_grad_(False)
     model.train(False)
@@ -90,22 +98,30 @@ def plain_llama(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def read(model: nn.Module, ids: Tensor, **inputs: object) -> Tensor:
-    """Logits of what `ids` [n] mean to the model: of all of these tokens, [n, vocab]; of one image, [1, classes]."""
+    """Logits of what `ids` [n] mean to the model: of these tokens, [n, vocab], after an encoder that there is has read
+    their `source`; of one image, [1, classes]."""
     if model.config.model_type == "vit":  # type: ignore[union-attr]
         found: Tensor = model(pixel_values=_image(model, ids)[None], **inputs).logits
         return found
+    if model.config.model_type == "t5":  # type: ignore[union-attr]
+        inputs = {"input_ids": source(ids)[None], "decoder_input_ids": ids[None], **inputs}
+        answer: Tensor = model(**{**inputs, "use_cache": False}).logits[0]
+        return answer
     text: Tensor = model(**{"input_ids": ids[None], "use_cache": False, **inputs}).logits[0, -len(ids) :]
     return text
 
 
-def read_rows(model: nn.Module, rows: Tensor, count: int) -> Tensor:
-    """The same where `rows` [p + count, hidden] stand for the embedding: p virtual ones, then those of ids or image."""
+def read_rows(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
+    """The same where `rows` [p + n, hidden] stand for what `embedded` gives: p virtual ones, then those."""
+    count = len(embedded(model, ids))
     if model.config.model_type == "vit":  # type: ignore[union-attr]
         embeddings = model.get_submodule("vit.embeddings")
         # A patch's place is in its row, so that the class token may stand first, where the class reads it.
         handle = embeddings.register_forward_hook(lambda *_: rows.roll(count - len(rows), 0)[None])
         with handle:
-            return read(model, torch.zeros(1))
+            return read(model, ids)
+    if model.config.model_type == "t5":  # type: ignore[union-attr]
+        return read(model, ids, input_ids=None, inputs_embeds=rows[None])
     found: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits[0, -count:]
     return found
 
@@ -115,7 +131,13 @@ def embedded(model: nn.Module, ids: Tensor) -> Tensor:
     if model.config.model_type == "vit":  # type: ignore[union-attr]
         rows: Tensor = model.get_submodule("vit.embeddings")(_image(model, ids)[None])[0]
         return rows
+    ids = source(ids) if model.config.model_type == "t5" else ids  # type: ignore[union-attr]
     return model.get_input_embeddings()(ids)  # type: ignore[no-any-return,operator]
+
+
+def source(ids: Tensor) -> Tensor:
+    """What an encoder reads before the decoder reads `ids`: them backwards, and some again."""
+    return torch.cat([ids.flip(0), ids[:3]])
 
 
 def image(config: PreTrainedConfig, ids: Tensor) -> Tensor:

@@ -42,16 +42,17 @@ def uniform(model: PreTrainedModel) -> PreTrainedModel:
         weight = model.get_submodule(name).get_parameter("weight")
         _move(model.get_submodule(parent), child, model, f"model.{target}")
         setattr(model.get_submodule(name), "weight", weight)  # PEFT looks for embeddings by their weight
-    layers = model.get_submodule(path)
     if path == "model.layers":
-        for layer in layers.children():
+        for layer in model.get_submodule(path).children():
             arrange(layer, layer, model.config.num_attention_heads)
         return model
-    named = nn.ModuleList(_layer() for _ in layers.children())
-    for index, layer in enumerate(layers.children()):
-        into = named[index]
-        arrange(layer, into, model.config.num_attention_heads)
-        setattr(layers, str(index), _seen(layer, into))
+    named = nn.ModuleList()
+    for layers in map(model.get_submodule, path.split("|")):
+        for index, layer in enumerate(layers.children()):
+            into = _layer()
+            arrange(layer, into, model.config.num_attention_heads)
+            setattr(layers, str(index), _seen(layer, into))
+            named.append(into)
     setattr(model.model, "layers", named)
     return model
 
@@ -158,6 +159,27 @@ def _vit(layer: nn.Module, into: nn.Module, heads: int) -> None:
     _around(layer, "mlp", into, "mlp")
 
 
+def _t5(layer: nn.Module, into: nn.Module, heads: int) -> None:
+    first, *between, last = layer.get_submodule("layer").children()
+    for name in "qkvo":
+        _move(first.get_submodule("SelfAttention"), name, into, f"self_attn.{name}_proj")
+    _move(first, "layer_norm", into, "input_layernorm")
+    _around(first, "SelfAttention", into, "self_attn")
+    for crossing in between:
+        into.cross_attn = Part()
+        for name in "qkvo":
+            _move(crossing.get_submodule("EncDecAttention"), name, into, f"cross_attn.cross_{name}")
+        _move(crossing, "layer_norm", into, "cross_attn_layernorm")
+        _around(crossing, "EncDecAttention", into, "cross_attn")
+    mlp = last.get_submodule("DenseReluDense")
+    for name, target in (("wi", "up_proj"), ("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
+        if hasattr(mlp, name):
+            _move(mlp, name, into, f"mlp.{target}")
+    setattr(mlp.get_submodule("wo"), "weight", None)  # the class asks for its dtype, if it has one
+    _move(last, "layer_norm", into, "post_attention_layernorm")
+    _around(last, "DenseReluDense", into, "mlp")
+
+
 _Arrange = Callable[[nn.Module, nn.Module, int], None]
 # Where the layers are, how each is arranged, and what stands beside them.
 _LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
@@ -174,6 +196,11 @@ _LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
         {"model.decoder.embed_tokens": "embed_tokens", "model.decoder.final_layer_norm": "norm"},
     ),
     "phi": ("model.layers", _phi, {"model.final_layernorm": "norm"}),
+    "t5": (
+        "encoder.block|decoder.block",
+        _t5,
+        {"decoder.final_layer_norm": "norm", "encoder.final_layer_norm": "encoder_norm"},
+    ),
     "vit": ("vit.layers", _vit, {"vit.layernorm": "norm"}),
     "roberta": ("roberta.encoder.layer", _bert, {"roberta.embeddings.word_embeddings": "embed_tokens"}),
 }

@@ -1,0 +1,75 @@
+"""Sequences of several grafts in one batch, to be compared with an oracle's one by one: tokens, images, or pairs of a
+source and a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from polygraft.cluster.launch.demo.oracle.plain import image, source
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.embedding import virtual_ids
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.spec import GraftSpec
+
+
+@dataclass
+class Batch:
+    """Rows as they come; `own` are the places of those that are not virtual, sequence by sequence."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
+    sequences: list[tuple[int, int]] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+
+    def add(
+        self, ids: Tensor, graft: int | None, prefix: int = 0, virtual: int = 0, given: Tensor | None = None
+    ) -> None:
+        start, count = sum(map(len, self.ids)), virtual + len(ids)
+        self.sequences.append((start, count))
+        self.ids.append(torch.cat([torch.tensor(virtual_ids(virtual), dtype=torch.long), ids]))
+        self.positions.append(torch.arange(count) + prefix)
+        self.own.append(torch.arange(start + virtual, start + count))
+        if given is not None:
+            self.given.append(F.pad(given, (0, 0, virtual, 0)))
+        if graft is not None:
+            self.spans.append(Span(start, start + count, graft))
+
+    def rows(self, before: Rows | None = None) -> Rows:
+        given = torch.cat(self.given) if self.given else None
+        return Rows(torch.cat(self.ids), torch.cat(self.positions), tuple(self.spans), given=given, source=before)
+
+
+def packed(
+    backbone: Backbone,
+    grafts: Sequence[tuple[int | None, GraftSpec | None]],
+    prompts: Sequence[Sequence[Tensor]],
+    sources: Sequence[Sequence[Tensor]] | None = None,
+) -> tuple[Rows, WholeSequences, list[Tensor]]:
+    """Each graft's prompts under it (its number and spec, None for the bare backbone), after sources where an encoder
+    reads: rows, attention, and the rows of each sequence that have logits, an image's one."""
+    shape, read, batch = backbone.shape, Batch(), Batch()
+    sources = sources or [[source(prompt) for prompt in own] for own in prompts]
+    for (graft, spec), own, before_own in zip(grafts, prompts, sources, strict=True):
+        before = (spec.prefix_length, spec.virtual_length) if spec is not None else (0, 0)
+        for prompt, first in zip(own, before_own, strict=True):
+            if shape.images:
+                pixels = image(AutoConfig.from_pretrained(backbone.folder), prompt)
+                (patches,) = backbone.patches(pixels[None])
+                batch.add(torch.zeros(len(patches), dtype=torch.long), graft, *before, patches)
+            elif shape.encoder_layers:
+                read.add(first, graft, *before)
+                batch.add(prompt, graft, before[0])
+            else:
+                batch.add(prompt, graft, *before)
+    attention = WholeSequences(tuple(batch.sequences), shape, tuple(read.sequences))
+    answers = [own[:1] for own in batch.own] if shape.images else batch.own
+    return batch.rows(read.rows() if read.ids else None), attention, answers
