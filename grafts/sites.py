@@ -164,6 +164,8 @@ def resolve(slot: Slot, shape: ModelShape) -> tuple[Site, ...]:
     if isinstance(slot, Tokens) and max(slot.ids, default=-1) >= shape.vocab:
         known = f"0-{shape.vocab - 1}" if shape.vocab else "none"
         raise SpecError(f"ids: {max(slot.ids)} is not a token of this backbone; it has {known}")
+    if isinstance(slot, KV) and slot.aside and shape.encoder_layers:
+        raise SpecError(f"aside: rows without a place have no bias of positions, which {shape.arch} adds; use a prefix")
     table = architecture(shape.arch)
     allowed = tuple(name for name in _allowed(slot) if name in (KV_SITE, EMBED_SITE) or table.has(name))
     names = tuple(

@@ -125,6 +125,20 @@ def test_peft_loads_what_we_save_and_we_what_it_has(folder: Path, tmp_path: Path
     assert relative(logits(backbone, [Resident("g", found, tensors)]), expected) < 1e-5
 
 
+def test_edited_tokens_are_edited_in_what_both_stacks_read(folder: Path) -> None:
+    backbone, spec = Backbone.load(folder, torch.float64), parse("trainable-tokens(42|300)")
+    values, theirs = random_tensors(spec, backbone.shape, seed=8), plain_model(folder, torch.float64)
+
+    def embed(ids: Tensor) -> Tensor:
+        rows = theirs.get_input_embeddings()(ids)
+        for token, row in zip((42, 300), values["0.0.embed.p"]):
+            rows = torch.where((ids == token).unsqueeze(1), row, rows)
+        return rows[None]
+
+    expected = [theirs(inputs_embeds=embed(source(i)), decoder_inputs_embeds=embed(i)).logits[0] for i in IDS]
+    assert relative(logits(backbone, [Resident("g", spec, values)]), torch.cat(expected)) < 1e-9
+
+
 def test_names_mean_both_attentions_and_patterns_one(tiny_folders: Mapping[str, Path]) -> None:
     shape = Backbone.load(tiny_folders["t5"], torch.float32).shape
     texts = ("q", "attn.q", "cross.*")
@@ -147,6 +161,8 @@ def test_what_is_not_done_is_refused(tiny_folders: Mapping[str, Path]) -> None:
         backbone.forward(type(rows)(rows.ids, rows.positions, ()), backbone.stacks([]), attention)
     with pytest.raises(SpecError, match="layers: 'cross.q' stands in none of them"):
         sites_of(parse("lora(at=cross.q)@0"), backbone.shape)
+    with pytest.raises(SpecError, match="aside: rows without a place"):
+        sites_of(parse("llama-adapter(6)"), backbone.shape)
     with pytest.raises(SpecError, match="starts from a job's text"):
         initialise(parse("lora-ga"), backbone, seed=0, samples=((1, 2, 3),))
 
