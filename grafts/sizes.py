@@ -14,7 +14,7 @@ from math import prod
 from polygraft.grafts.methods.declare import Part, Place
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
+from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, SpecError, Tokens
 
 SHARED = "shared"
 
@@ -131,6 +131,8 @@ def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, Place]]:
 
 def _specs(index: int, slot: Slot, site: Site | None, declared: Mapping[str, Part]) -> Iterator[TensorSpec]:
     for name, part in declared.items():
+        if any(size < 0 for size in part.shape):
+            raise SpecError(f"{slot.op}: its {name} would have the shape {list(part.shape)}; give sizes of at least 1")
         start = slot.start if slot.start is not None else part.start
         start = Call(start) if isinstance(start, str) else start
         yield TensorSpec(index, site, name, part.shape, start, part.trained and not slot.frozen)

@@ -144,9 +144,7 @@ def _stored(
 ) -> Iterator[_Bottleneck]:
     """The adapters at one place of all layers, with their scale in their second projection."""
     table = architecture(shape.arch)
-    left_out = config.get("leave_out") or []
-    assert isinstance(left_out, list)
-    for layer in (layer for layer in range(shape.layers) if layer not in left_out):
+    for layer in _layers(config, shape):
         stem = f"{table.layers}.{layer}.{place}.adapters.{name}."
 
         def tensor(end: str, stem: str = stem) -> Tensor:
@@ -167,22 +165,21 @@ def _prefix(
     config: Config, name: str, stored: Mapping[str, Tensor], backbone: Backbone
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
     _only(config, _PREFIX)
-    shape, left_out = backbone.shape, config.get("leave_out") or []
+    shape = backbone.shape
     if shape.arch not in _ROTARY:
         raise SpecError(f"prefix_tuning on {shape.arch}: its prompt would start at another position than here")
-    assert isinstance(left_out, list)
-    layers = tuple(layer for layer in range(shape.layers) if layer not in left_out)
+    layers = _layers(config, shape)
     pattern = re.compile(rf"(?:.*\.)?prefix_tunings\.{re.escape(name)}\.self_prefix\.(.*)")
     parts = {match[1]: value.float() for key, value in stored.items() if (match := pattern.fullmatch(key)) is not None}
     length = config.get("prefix_length")
-    wanted = {"control_trans"} if config.get("flat") else {"wte.weight", *_LAYERS}
+    wanted = {"control_trans"} if config.get("flat") else {"wte.weight", *_LINEARS}
     if len(parts) != len(stored) or parts.keys() != wanted or not isinstance(length, int):
         raise FormatError(f"{WEIGHTS}: {sorted(stored)[:3]} are not the {sorted(wanted)} of prefixes called {name!r}")
     rows = parts["control_trans"] if config.get("flat") else _network(config, parts)
     if rows.numel() != length * 2 * len(layers) * shape.kv_width:
         raise FormatError(f"{WEIGHTS}: {rows.numel()} numbers are not {length} keys and values of {len(layers)} layers")
     pieces = rows.reshape(length, 2 * len(layers), shape.kv_heads, shape.head_dim).unbind(1)
-    spec = union([Term("prefix", {"length": str(length)}, layers if left_out else None)])
+    spec = union([Term("prefix", {"length": str(length)}, layers if len(layers) < shape.layers else None)])
     values: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
         values[f"0.{layer}.kv.k"] = _turned(pieces[2 * index], length, backbone).flatten(1)
@@ -190,14 +187,14 @@ def _prefix(
     return spec, values
 
 
-_LAYERS = tuple(f"control_trans.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias"))
+_LINEARS = tuple(f"control_trans.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias"))
 
 
 def _network(config: Config, parts: Mapping[str, Tensor]) -> Tensor:
     """W2 act(W1 E + b1) + b2."""
     if config.get("non_linearity") != "tanh":
         raise SpecError(f"non_linearity: {config.get('non_linearity')!r} of a prefix is not 'tanh'")
-    W1, b1, W2, b2 = (parts[key] for key in _LAYERS)
+    W1, b1, W2, b2 = (parts[key] for key in _LINEARS)
     return torch.tanh(parts["wte.weight"] @ W1.T + b1) @ W2.T + b2
 
 
@@ -207,6 +204,13 @@ def _turned(k: Tensor, by: int, backbone: Backbone) -> Tensor:
     angles = (by * frequencies.double()).repeat(2)
     one, other = k.double().chunk(2, dim=-1)
     return (k * angles.cos() + torch.cat([-other, one], dim=-1) * angles.sin()).float()
+
+
+def _layers(config: Config, shape: ModelShape) -> tuple[int, ...]:
+    left_out = config.get("leave_out") or []
+    if not isinstance(left_out, list):
+        raise SpecError(f"leave_out: {left_out!r} is not a list of layers")
+    return tuple(layer for layer in range(shape.layers) if layer not in left_out)
 
 
 def _only(config: Config, plain: Config) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.peft_beside import beside
 from polygraft.grafts.formats.peft_modules import groups, path, pattern, targets
 from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
@@ -85,13 +86,15 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
         spec = _read(layout, config, shape)
         exchange = Exchange(layout, spec, shape, stock)
         stored = load_file(file(folder, WEIGHTS))
+        more, changes, keys = beside(config, stored, shape, stock, len(spec.slots))
     except (FormatError, SpecError, SafetensorError, OSError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
         raise error if known else FormatError(f"{folder.name}: {error}") from None
     try:
-        values = exchange.read(stored)
+        values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
+    spec = union([*terms(spec.method), *more]) if more else spec
     check(spec, values, shape)
     return spec, values
 

@@ -41,14 +41,14 @@ def groups(layout: Peft, config: Config, shape: ModelShape) -> tuple[Group, ...]
     """
     (whole, (key, _)), *others = layout.sides.items()
     found: dict[tuple[str, str, tuple[tuple[str, object], ...]], list[int]] = {}
-    for site in _candidates(shape):
+    for site in candidates(shape):
         place = path(site, shape)
         if _means(config, key, place) and not _left_out(config, place):
             side = next((ours for ours, (field, _) in others if _means(config, field, place)), whole)
             values = tuple(_values(layout, config, place))
             found.setdefault((side, site.name, values), []).append(site.layer)
     _all_mean_something(config, key, shape)
-    everywhere = Counter(site.name for site in _candidates(shape))
+    everywhere = Counter(site.name for site in candidates(shape))
     together: dict[tuple[tuple[tuple[str, object], ...], tuple[int, ...] | None], dict[str, list[str]]] = {}
     for (side, name, values), layers in found.items():
         whole_model = name == FINAL_SITE or len(layers) == everywhere[name]
@@ -110,7 +110,8 @@ def numbers(sites: Sequence[Site], shape: ModelShape) -> Mapping[Site, int]:
     return {site: index for index, site in enumerate(ranked)}
 
 
-def _candidates(shape: ModelShape) -> Iterator[Site]:
+def candidates(shape: ModelShape) -> Iterator[Site]:
+    """All projections and norms of the backbone."""
     for layer in range(shape.layers):
         yield from (site for name in (*LINEAR, *NORMS) if shape.has(site := Site(layer, name)))
 
@@ -148,6 +149,8 @@ def _values(layout: Peft, config: Config, place: str) -> Iterator[tuple[str, obj
         if not isinstance(given, Mapping):
             raise SpecError(f"{field}: {given!r} is not an object of module names and values")
         for name, value in given.items():
+            if not isinstance(value, int | float):
+                raise SpecError(f"{field}: {value!r} is not a number")
             if _fits(field, rf"(.*\.)?({name})", place):
                 yield changed, value
                 break
@@ -177,6 +180,6 @@ def _all_mean_something(config: Config, key: str, shape: ModelShape) -> None:
     asked: list[object] = [value] if isinstance(value, str) or not value else list(names(config, key))
     for one in asked:
         alone: Config = {key: one if isinstance(value, str) or not value else [one]}
-        if not any(_means(alone, key, path(site, shape)) for site in _candidates(shape)):
+        if not any(_means(alone, key, path(site, shape)) for site in candidates(shape)):
             known = ", ".join(architecture(shape.arch).modules)
             raise SpecError(f"{key}: {one!r} matches no site of {shape.arch}; sites: {known}")

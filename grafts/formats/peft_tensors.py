@@ -20,6 +20,7 @@ from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import GraftSpec, Slot
 
 Values = Mapping[str, Tensor]
+_SOME = 1 << 20
 
 
 class Exchange:
@@ -48,13 +49,13 @@ class Exchange:
 
     def read(self, stored: Values) -> dict[str, Tensor]:
         """Ours by name, float32, from PEFT's by key; raises FormatError unless they are just those of the graft."""
+        self._fits(stored)
         if self._layout.packed is not None:
             return self._unpacked(stored)
         keys = {tensor.name: self._key(tensor, kept) for tensor, kept in self._kept}
         self._same({*keys.values(), *self._passed_over(stored)}, stored)
-        found = {tensor.name: torch.zeros(tensor.shape) for tensor in self._tensors}
-        for tensor, kept in self._kept:
-            found[tensor.name] = self._own(stored[keys[tensor.name]], tensor, kept)
+        kept = {tensor.name: self._own(stored[keys[tensor.name]], tensor, kept) for tensor, kept in self._kept}
+        found = {t.name: kept[t.name] if t.name in kept else torch.zeros(t.shape) for t in self._tensors}
         return {name: value.to(torch.float32).contiguous().clone() for name, value in found.items()}
 
     @cached_property
@@ -135,6 +136,12 @@ class Exchange:
                 raise FormatError(f"{key}: shape {tuple(stored[key].shape)} is not {tuple(value.shape)}")
         found = packed.unpack(stored, self._tensors, self._module, *self._more)
         return {name: value.to(torch.float32).contiguous().clone() for name, value in found.items()}
+
+    def _fits(self, stored: Values) -> None:
+        """Raise FormatError before room is made for far more than the file holds."""
+        count, held = sum(tensor.numel for tensor in self._tensors), sum(value.numel() for value in stored.values())
+        if count > 64 * held + _SOME:
+            raise FormatError(f"{held} numbers are too few for the {count} that the config asks for")
 
     def _same(self, expected: set[str], stored: Values) -> None:
         if expected != stored.keys():

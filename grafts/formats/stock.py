@@ -69,11 +69,15 @@ class Projections:
 
     def weight(self, site: Site) -> Tensor:
         key = f"{self.module(site)}.weight"
-        return self._straight(self._stored.wide(key))[self._rows(site)]
+        return self.part(self._stored.wide(key), site)
 
     def bias(self, site: Site) -> Tensor | None:
         key = f"{self.module(site)}.bias"
         return self._stored.wide(key)[self._rows(site)] if key in self._stored.files else None
+
+    def part(self, tensor: Tensor, site: Site) -> Tensor:
+        """The site's rows of a module's weight or bias."""
+        return self._straight(tensor)[self._rows(site)]
 
     def put(self, tensor: Tensor, site: Site, value: Tensor) -> None:
         """Replace the site's rows of a module's weight or bias, rounding to its type."""

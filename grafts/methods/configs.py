@@ -16,8 +16,8 @@ _NOTES = frozenset(
 )
 # Values at which fields of many configs mean nothing.
 _PLAIN: Config = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
-# Which modules of the backbone: read where the backbone is known.
-_PLACES = ("layers_pattern", "exclude_modules")
+# Which modules of the backbone, and what of it was trained beside: read where the backbone is known.
+_PLACES = ("layers_pattern", "exclude_modules", "modules_to_save", "bias")
 
 
 def flat(config: Config) -> dict[str, object]:

@@ -88,7 +88,8 @@ STARTS = (Start("removed", _removed),)
 
 def _scale(config: Config) -> Config:
     rank, alpha = config.get("r") or 8, config.get("alpha")
-    assert isinstance(rank, int) and isinstance(alpha, int | float | None)
+    if not (isinstance(rank, int) and isinstance(alpha, int | float | None)):
+        raise SpecError(f"r, alpha: {rank!r} and {alpha!r} are not numbers")
     return {"scale": alpha / max(rank, 1) if alpha else 1.0}
 
 

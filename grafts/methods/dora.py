@@ -6,7 +6,7 @@ from math import sqrt
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
 from polygraft.grafts.methods.lora import LORA_HARMLESS, LORA_IDLE, LORA_KEPT, LORA_NAMES, LORA_PATTERNS, lora
-from polygraft.grafts.spec import Norm, Slot
+from polygraft.grafts.spec import Norm, Slot, SpecError
 
 
 def dora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
@@ -19,7 +19,8 @@ METHODS = (Method("dora", "arXiv 2402.09353", 3e-4, dora),)
 def _stable(config: Config) -> Config:
     """alpha / sqrt(r) is this over r."""
     rank, alpha = config.get("r") or 8, config.get("lora_alpha") or 8
-    assert isinstance(rank, int) and isinstance(alpha, int | float)
+    if not (isinstance(rank, int) and isinstance(alpha, int | float)):
+        raise SpecError(f"r, lora_alpha: {rank!r} and {alpha!r} are not numbers")
     return {"alpha": alpha * sqrt(max(rank, 1))}
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Parts = Mapping[str, Part]
 Values = Mapping[str, "Tensor"]
+_DEEPEST = 64
 
 
 def hira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
@@ -39,6 +40,8 @@ def hiwi(r: int = 16, scale: float = 1.0, at: str = "ffn.*") -> tuple[Slot, ...]
 
 
 def peanut(r: int = 32, depth: int = 0, scale: float = 1.0, at: str = "linear") -> tuple[Slot, ...]:
+    if not 0 <= depth <= _DEEPEST:
+        raise SpecError(f"peft: peanut.depth: {depth} is not between 0 and {_DEEPEST}")
     return (Delta(at=at, form=Call("peanut", (("r", r), ("depth", depth), ("scale", scale)))),)
 
 
@@ -142,8 +145,8 @@ PEFT = (
         own={
             "A": Kept("peanut_A.weight"),
             "B": Kept("peanut_B.weight"),
-            **{f"encoder{i}": Kept(f"peanut_encoders.{i}.weight") for i in range(64)},
-            **{f"decoder{i}": Kept(f"peanut_decoders.{i}.weight") for i in range(64)},
+            **{f"encoder{i}": Kept(f"peanut_encoders.{i}.weight") for i in range(_DEEPEST)},
+            **{f"decoder{i}": Kept(f"peanut_decoders.{i}.weight") for i in range(_DEEPEST)},
         },
     ),
 )

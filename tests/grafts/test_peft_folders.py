@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.stock import Stock
-from polygraft.grafts.grammar import Term, parse, terms, union
+from polygraft.grafts.grammar import Term, from_peft_config, parse, terms, union
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
@@ -44,6 +45,7 @@ MULTITASK = "multitask prompt tuning"
 TOKENS = "trainable tokens"
 FIELDS = {"unilora": {"save_indices": True}}  # which PEFT draws again otherwise
 PLAINER = ("bdlora", "psoft")  # written as the LoRA that they are
+MORE_OF_ONE = ("road 2", "road 4", "eva", "mica", "orthogonal", "lora-fa", "lora-plus", "dylora", "lora-dropout")
 CUDA_ONLY = ("boft of three factors",)
 
 
@@ -182,3 +184,35 @@ def fits(spec: GraftSpec, backbone: Backbone) -> bool:
         return bool(tensors(spec, backbone.shape))
     except SpecError:
         return False
+
+
+ODD: tuple[object, ...] = (None, True, False, "x", "", -1, 0, 10**30, 1.5, 1e308, [], [1], ["x"], [[1]], {}, {"x": [1]})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("lora", "oft", "prefix", "vera") else pytest.param(name, marks=pytest.mark.nightly)
+        for name in THEIRS
+        if name not in MORE_OF_ONE
+    ],
+)
+def test_an_odd_value_of_any_field_is_an_error_of_ours(name: str, backbone: Backbone, tmp_path: Path) -> None:
+    """Or does no harm, whatever the field; for a job's config, too."""
+    make = THEIRS[name].config
+    assert make is not None
+    peft_model = get_peft_model(plain_model(backbone.folder, torch.float32), config_of(name))
+    peft_model.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    refused = 0
+    for field in config:
+        for value in ODD:
+            changed = config | {field: value}
+            (tmp_path / peft.CONFIG).write_text(json.dumps(changed))
+            try:
+                peft.load(tmp_path, backbone.shape, Stock(backbone.folder))
+            except FormatError:
+                refused += 1
+            with suppress(SpecError):
+                from_peft_config(changed)
+    assert refused > len(ODD)

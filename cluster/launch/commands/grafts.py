@@ -23,6 +23,7 @@ from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.base import Store
 from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, SpecError
@@ -240,5 +241,6 @@ def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
     return {
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
         "arguments": arguments,
+        "peft": list(dict.fromkeys(layout.kind for layout in layouts() if layout.method == method.name)),
         "learning_rate": method.learning_rate,
     }

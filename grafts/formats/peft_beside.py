@@ -1,0 +1,108 @@
+"""What a PEFT config trains beside its method: whole modules (`modules_to_save`) and biases (`bias`), as changes of the
+backbone's own: a dense dW for a projection, a scale and a shift for a norm, a shift for a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.peft_modules import candidates, path
+from polygraft.grafts.formats.stock import Projections, Stock
+from polygraft.grafts.grammar import Term, union
+from polygraft.grafts.methods.configs import names
+from polygraft.grafts.methods.exchange import Config
+from polygraft.grafts.sites import LINEAR, ModelShape, Site
+from polygraft.grafts.spec import SpecError
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What one method does at a site, its tensors by slot and part, and the keys that it is read from."""
+
+    method: str
+    site: Site
+    values: Mapping[tuple[int, str], Tensor]
+    keys: tuple[str, ...]
+
+
+def beside(
+    config: Config, stored: Values, shape: ModelShape, stock: Stock | None, first: int
+) -> tuple[list[Term], dict[str, Tensor], set[str]]:
+    """Terms to add to the graft, whose slots count from `first`, their tensors, and the keys that they are read from.
+
+    Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
+    """
+    saved, bias = names(config, "modules_to_save"), config.get("bias") or "none"
+    if not saved and bias == "none":
+        return [], {}, set()
+    if stock is None:
+        raise FormatError("modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder")
+    found = [*_modules(saved, stored, shape, stock), *(_biases(stored, shape, stock) if bias != "none" else ())]
+    terms: list[Term] = []
+    values: dict[str, Tensor] = {}
+    for change in found:
+        slot = first + sum(len(union([term]).slots) for term in terms)
+        terms.append(Term(change.method, {"at": change.site.name}, (change.site.layer,)))
+        values |= {f"{slot + index}.{change.site}.{part}": value for (index, part), value in change.values.items()}
+    return terms, values, {key for change in found for key in change.keys}
+
+
+def _modules(saved: list[str], stored: Values, shape: ModelShape, stock: Stock) -> Iterator[_Change]:
+    chosen: set[Site] = set()
+    for name in saved:
+        sites = [site for site in candidates(shape) if path(site, shape).endswith(name)]  # as PEFT does
+        if not sites:
+            raise SpecError(f"modules_to_save: {name!r} is no projection and no norm; others are not replaced")
+        chosen.update(sites)
+    for site in sorted(chosen):
+        key = f"base_model.model.{path(site, shape)}"
+        weight, bias = stored.get(f"{key}.weight"), stored.get(f"{key}.bias")
+        if weight is None:
+            raise FormatError(f"{key}.weight: is missing")
+        keys = (f"{key}.weight", f"{key}.bias") if bias is not None else (f"{key}.weight",)
+        if site.name in LINEAR:
+            yield _dense(site, weight, shape, stock, keys[0])
+            if bias is not None:
+                yield _shift(site, bias, shape, stock, f"{key}.bias")
+        else:
+            yield _norm(site, weight.float(), bias, stock, keys)
+
+
+def _dense(site: Site, weight: Tensor, shape: ModelShape, stock: Stock, key: str) -> _Change:
+    """Child-tuning has the whole dW; its throws of dice are of training."""
+    held = Projections(stock, shape)
+    values = {(0, "child"): held.part(weight, site).float() - held.weight(site), (0, "child_dice"): torch.zeros(2)}
+    return _Change("child-tuning", site, values, (key,))
+
+
+def _norm(site: Site, weight: Tensor, bias: Tensor | None, stock: Stock, keys: tuple[str, ...]) -> _Change:
+    """c + w' = g (c + w), and b' = g b + s."""
+    own, b, offset = stock.norm(site)
+    g = (offset + weight) / (offset + own)
+    if bias is None or b is None:
+        return _Change("ln-tuning", site, {(0, "g"): g}, keys)
+    return _Change("ssf", site, {(0, "g"): g, (0, "b"): bias.float() - g * b}, keys)
+
+
+def _biases(stored: Values, shape: ModelShape, stock: Stock) -> Iterator[_Change]:
+    for site in candidates(shape):
+        for end in ("bias", "base_layer.bias"):
+            key = f"base_model.model.{path(site, shape)}.{end}"
+            if key in stored:
+                yield _shift(site, stored[key], shape, stock, key)
+
+
+def _shift(site: Site, bias: Tensor, shape: ModelShape, stock: Stock, key: str) -> _Change:
+    if site.name in LINEAR:
+        held = Projections(stock, shape)
+        own, bias = held.bias(site), held.part(bias, site)
+    else:
+        own = stock.norm(site)[1]
+    change = bias.float() if own is None else bias.float() - own
+    return _Change("bitfit", site, {(0, "b"): change}, (key,))
