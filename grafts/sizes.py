@@ -14,7 +14,20 @@ from math import prod
 from polygraft.grafts.methods.declare import Part, Place
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import KV, Affine, Branch, Call, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, SpecError, Tokens
+from polygraft.grafts.spec import (
+    KV,
+    Affine,
+    Branch,
+    Call,
+    Delta,
+    GraftSpec,
+    Norm,
+    Rotate,
+    Slot,
+    Sparse,
+    SpecError,
+    Tokens,
+)
 
 SHARED = "shared"
 

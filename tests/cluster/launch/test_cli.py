@@ -194,7 +194,10 @@ def test_logs_tell_the_events_oldest_first(served: Callable[[Answer], None]) -> 
 
 
 def test_methods_lists_what_peft_may_say() -> None:
-    names = {method["name"] for method in json.loads(run("methods", "--json").stdout)}
+    found = json.loads(run("methods", "--json").stdout)
+    names = {method["name"] for method in found}
+    kinds = {method["name"]: method["peft"] for method in found}
+    assert (kinds["dora"], kinds["vera"], kinds["serial"]) == (["LORA"], ["VERA"], [])
     assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
     assert run("methods", "nonsense").exit_code == 2
 
