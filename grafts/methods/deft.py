@@ -1,5 +1,5 @@
 """Some directions of W's output are taken away and others put there: W' = (I - Q K^T) W + s Q R, with Q = P and K =
-relu(P), or both the orthonormal columns of P with by=qr (DEFT, arXiv 2509.22793, as in PEFT); a branch y += Q (s R -
+relu(P), or both the orthonormal columns of P with by=qr (DEFT, NeurIPS 2025, as in PEFT); a branch y += Q (s R -
 K^T W) x. PaRa (arXiv 2406.05641) only takes away.
 """
 
@@ -79,7 +79,7 @@ def _removed(tensor: TensorSpec, making: Making, by: str, scale: float) -> Tenso
 
 
 METHODS = (
-    Method("deft", "arXiv 2509.22793", 1e-4, deft),
+    Method("deft", "NeurIPS 2025, DEFT", 1e-4, deft),
     Method("para", "arXiv 2406.05641", 1e-4, para),
 )
 FORMS = (Form("deft", _deft, _deft_own), Form("para", _para, _para_own))
