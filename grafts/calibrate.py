@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.route import Rows
+from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sites import Site
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.spec import GraftSpec, SpecError
 
 SAMPLES = 64  # of a job's samples, its first ones, are looked at
 
@@ -45,12 +46,8 @@ def gradients(
     With `squared`, the sum of the squares of the samples' own gradients: the diagonal of the empirical Fisher
     information, but for a factor.
     """
-    chosen = [ids for ids in samples[:SAMPLES] if len(ids) > 1]
-    weighted = weights[:SAMPLES] or [(1.0,) * len(ids) for ids in samples[:SAMPLES]]
-    factors = [torch.tensor(w[1:]) for w in weighted if len(w) > 1]
-    total = float(sum(factor.sum() for factor in factors)) or 1.0
     found = {site: _wide(torch.zeros(_shape(backbone, site), dtype=backbone.dtype)) for site in sites}
-    for ids, factor in zip(chosen, factors, strict=True):
+    for ids, factor in _weighted(samples, weights):
 
         def note(site: Site, module: nn.Module, x: Tensor, y: Tensor, rows: int = len(ids) - 1) -> None:
             source = x.detach()[0, :rows]
@@ -62,20 +59,52 @@ def gradients(
             y.register_hook(collect)  # type: ignore[no-untyped-call]
 
         with torch.enable_grad(), _watched(backbone, sites, note):
-            hidden = _forward(backbone, ids[:-1], trainable=True)
-            logits = backbone.logits(hidden.detach()).requires_grad_()
-            losses = nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-            (slope,) = torch.autograd.grad((losses * factor).sum() / total, logits)
-            hidden.backward(backbone.head.transposed_product(slope.to(hidden.dtype)))  # type: ignore[no-untyped-call]
+            _backward(backbone, _forward(backbone, ids[:-1], trainable=True), ids, factor)
     return found
 
 
-def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool) -> Tensor:
+def graft_gradients(
+    backbone: Backbone,
+    spec: GraftSpec,
+    values: Mapping[str, Tensor],
+    samples: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+) -> Mapping[str, Tensor]:
+    """The gradient of the same loss under a graft without forms in the graft's own tensors, by name."""
+    stacks = backbone.stacks((Resident("calibrated", spec, values),), trainable=True)
+    for ids, factor in _weighted(samples, weights):
+        with torch.enable_grad():
+            _backward(backbone, _forward(backbone, ids[:-1], trainable=True, stacks=stacks), ids, factor)
+    pairs = zip(stacks.pieces[0], stacks.gradients()[0], strict=True)
+    return {piece.tensor.name: slope.view(piece.tensor.shape) for piece, slope in pairs if slope is not None}
+
+
+def _weighted(
+    samples: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """The first samples that have something to predict, with every prediction's share of the mean loss."""
+    chosen = [ids for ids in samples[:SAMPLES] if len(ids) > 1]
+    weighted = weights[:SAMPLES] or [(1.0,) * len(ids) for ids in samples[:SAMPLES]]
+    factors = [torch.tensor(w[1:]) for w in weighted if len(w) > 1]
+    total = float(sum(factor.sum() for factor in factors)) or 1.0
+    for ids, factor in zip(chosen, factors, strict=True):
+        yield ids, factor / total
+
+
+def _backward(backbone: Backbone, hidden: Tensor, ids: Sequence[int], factor: Tensor) -> None:
+    logits = backbone.logits(hidden.detach()).requires_grad_()
+    losses = nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    (slope,) = torch.autograd.grad((losses * factor).sum(), logits)
+    hidden.backward(backbone.head.transposed_product(slope.to(hidden.dtype)))  # type: ignore[no-untyped-call]
+
+
+def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool, stacks: Stacks | None = None) -> Tensor:
+    """Hidden states of the bare backbone, or under the one graft of `stacks`."""
     if backbone.shape.images or backbone.shape.encoder_layers:
         raise SpecError(f"peft: this method starts from a job's text, and {backbone.shape.arch} reads other things")
-    rows = Rows(torch.tensor(ids), torch.arange(len(ids)), ())
+    rows = Rows(torch.tensor(ids), torch.arange(len(ids)), () if stacks is None else (Span(0, len(ids), 0),))
     attention = WholeSequences(((0, len(ids)),), backbone.shape)
-    return backbone.forward(rows, backbone.stacks((), trainable=trainable), attention)
+    return backbone.forward(rows, stacks or backbone.stacks((), trainable=trainable), attention)
 
 
 @contextmanager

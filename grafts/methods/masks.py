@@ -1,7 +1,7 @@
 """Adapters and LoRAs of which a binary mask keeps a part.
 
 - SparseAdapter (He et al. 2022, arXiv 2210.04284, eq. 3-4): a serial adapter pruned before it is trained, to its
-  largest starting values or at random.
+  largest starting values, to those without which the loss of the first samples would change most (SNIP), or at random.
 - ProPETL (Zeng et al. 2023, arXiv 2305.17682, eq. 3-5): one adapter for all sites, of which each keeps the elements
   with its largest scores; a score gets the gradient of its mask.
 - CapaBoost (Song et al. 2024, arXiv 2407.01320, eq. 4): d LoRAs of the same A and B under d random masks, which
@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.adapters import act_of
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place, Start
-from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+from polygraft.grafts.spec import Branch, Call, GraftSpec, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 Parts = Mapping[str, Part]
 Values = Mapping[str, "Tensor"]
 SMALL = Call("normal", (("std", 0.01),))
+_CRITERIA = {"magnitude": "largest", "snip": "snip", "random": "bernoulli"}
 
 
 def sparse_adapter(
     size: int = 256, density: float = 0.2, by: str = "magnitude", act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
-    if by not in ("magnitude", "random"):
-        raise SpecError(f"peft: sparse-adapter.by: {by!r} is not a criterion; choices: magnitude, random")
+    if by not in _CRITERIA:
+        raise SpecError(f"peft: sparse-adapter.by: {by!r} is not a criterion; choices: {', '.join(_CRITERIA)}")
     form = Call("sparse-adapter", (("density", _density(density)), ("by", by)))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
@@ -56,7 +58,7 @@ def _density(density: float) -> float:
 
 
 def _sparse_own(slot: Branch, place: Place, density: float, by: str) -> Parts:
-    kept = Call("largest", (("density", density),)) if by == "magnitude" else Call("bernoulli", (("p", density),))
+    kept = Call(_CRITERIA[by], (("p" if by == "random" else "density", density),))
     shapes = {"A": (slot.rank, place.d_in), "B": (slot.rank, place.d_out)}
     return {part: Part(shape, SMALL) for part, shape in shapes.items()} | {
         f"mask_{part}": Part(shape, kept, trained=False) for part, shape in shapes.items()
@@ -110,22 +112,49 @@ def _bernoulli(tensor: TensorSpec, making: Making, p: float) -> Tensor:
 
 def _largest(tensor: TensorSpec, making: Making, density: float) -> Tensor:
     """1 where the starting value of A or B is among the largest of all that the slot has."""
+
+    def make() -> Mapping[str, Tensor]:
+        return _best({name: value.abs() for name, value in _started(tensor.slot, making).items()}, density)
+
+    return making.once(("largest", tensor.slot), make)[tensor.name.replace("mask_", "")]
+
+
+def _snip(tensor: TensorSpec, making: Making, density: float) -> Tensor:
+    """1 where |w dL/dw| is among the largest, for the starting value w (Lee et al. 2019, eq. 5)."""
+    from polygraft.grafts.calibrate import graft_gradients
+
+    def make() -> Mapping[str, Tensor]:
+        slot, values = making.spec.slots[tensor.slot], _started(tensor.slot, making)
+        plain = GraftSpec("started", (replace(slot, form=None),))
+        first = {f"0.{name.partition('.')[2]}": value for name, value in values.items()}
+        slopes = graft_gradients(making.backbone, plain, first, making.samples, making.weights)
+        found = zip(values.items(), first)
+        return _best({name: (value * slopes[own]).abs() for (name, value), own in found}, density)
+
+    return making.once(("snip", tensor.slot), make)[tensor.name.replace("mask_", "")]
+
+
+def _started(slot: int, making: Making) -> Mapping[str, Tensor]:
+    """The values that A and B of a slot start with, by name."""
     import torch
 
     from polygraft.grafts.sizes import tensors
 
-    def make() -> Mapping[str, Tensor]:
-        names = {
-            one.name: one.shape
-            for one in tensors(making.spec, making.backbone.shape)
-            if one.slot == tensor.slot and one.part in ("A", "B")
-        }
-        sizes = {name: torch.randn(shape, generator=making.generator(name)).abs() for name, shape in names.items()}
-        total = torch.cat([size.flatten() for size in sizes.values()])
-        least = total.topk(max(1, round(density * len(total)))).values[-1]
-        return {name: (size >= least).float() for name, size in sizes.items()}
+    std = float(SMALL.keywords()["std"])
+    return {
+        one.name: std * torch.randn(one.shape, generator=making.generator(one.name))
+        for one in tensors(making.spec, making.backbone.shape)
+        if one.slot == slot and one.part in ("A", "B")
+    }
 
-    return making.once(("largest", tensor.slot), make)[tensor.name.replace("mask_", "")]
+
+def _best(scores: Mapping[str, Tensor], density: float) -> Mapping[str, Tensor]:
+    """Masks of the share `density` of all scores together."""
+    import torch
+
+    total = torch.cat([score.flatten() for score in scores.values()])
+    least = total.topk(max(1, round(density * len(total)))).values[-1]
+    return {name: (score >= least).float() for name, score in scores.items()}
 
 
 METHODS = (
@@ -138,4 +167,4 @@ FORMS = (
     Form("propetl", _propetl, _propetl_own, _propetl_shared),
     Form("capaboost", _capaboost, _capaboost_own),
 )
-STARTS = (Start("bernoulli", _bernoulli), Start("largest", _largest))
+STARTS = (Start("bernoulli", _bernoulli), Start("largest", _largest), Start("snip", _snip))

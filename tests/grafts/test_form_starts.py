@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from polygraft.cluster.launch.demo.oracle.naive import naive, serial
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, plain_llama
 from polygraft.grafts.formats.bitdelta import bitdelta_of
 from polygraft.grafts.grammar import parse
@@ -20,7 +22,7 @@ from tests.grafts.oracle.row import relative
 from tests.trainers.test_forms import FACTORED, GENERATED
 
 # Those that do not start at W, or at W but for rounding, or have no start.
-FROM_ELSEWHERE = ("binary-adapter", "bitdelta", "deft", "para", "peqa", "propetl", "sparse-adapter")
+FROM_ELSEWHERE = ("binary-adapter", "bitdelta", "deft", "para", "peqa", "propetl", "snip", "sparse-adapter")
 NEUTRAL = {name: text for name, text in (GENERATED | FACTORED).items() if name not in FROM_ELSEWHERE}
 SITES = (Site(0, "attn.v"), Site(1, "ffn.down"))
 
@@ -79,6 +81,25 @@ def test_a_sparse_adapter_keeps_its_largest_values_or_any(backbone: Backbone) ->
     by_chance = started("sparse-adapter(12, density=0.25, by=random)", backbone)
     kept = torch.cat([value.flatten() for name, value in by_chance.items() if ".mask_" in name])
     assert set(kept.tolist()) == {0.0, 1.0} and kept.mean() == pytest.approx(0.25, abs=0.05)
+
+
+def test_snip_keeps_what_the_loss_would_miss_most(tiny_folder: Path) -> None:
+    """The largest |w dL/dw| at the start (Lee et al. 2019, eq. 5), with the gradients of the naive adapter."""
+    backbone, samples = Backbone.load(tiny_folder, torch.float64), ((5, 6, 7), (8, 9))
+    spec = parse("sparse-adapter(6, density=0.25, by=snip)")
+    values = initialise(spec, backbone, seed=1, samples=samples)
+    weights = {name: value for name, value in values.items() if ".mask_" not in name}
+    oracle = naive(tiny_folder, {0: serial()}, weights, torch.float64)
+    loss = sum(
+        F.cross_entropy(oracle.logits(torch.tensor(ids[:-1])), torch.tensor(ids[1:]), reduction="sum")
+        for ids in samples
+    )
+    (loss / 3).backward()  # type: ignore[union-attr]
+    scores = {name: (weights[name] * slope).abs() for name, slope in oracle.gradients().items()}
+    limit = torch.cat([score.flatten() for score in scores.values()]).quantile(0.75)
+    for name, score in scores.items():
+        *site, part = name.split(".")
+        assert torch.equal(values[".".join([*site, f"mask_{part}"])] == 1, score >= limit), name
 
 
 def test_tinylora_stands_on_the_largest_singular_directions(backbone: Backbone) -> None:

@@ -45,6 +45,7 @@ FACTORED = {
     "hyperformer": "hyperformer(8, embedding=6, code=5)",
     "phm": "phm(8, n=2, at=ffn.out)",
     "sparse-adapter": "sparse-adapter(12, density=0.3)",
+    "snip": "sparse-adapter(6, density=0.3, by=snip)",
     "propetl": "propetl(8)",
     "capaboost": "capaboost(r=4, d=2)",
     "binary-adapter": "binary-adapter(8)",
