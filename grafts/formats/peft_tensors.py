@@ -33,7 +33,7 @@ class Exchange:
             raise FormatError(f"{layout.kind}: PEFT keeps it together with the backbone's own numbers; name its folder")
         if layout.untied and stock is not None and stock.tied:
             raise FormatError(f"{layout.kind}: PEFT edits the head tied to the embeddings, too; keep the native folder")
-        self._more = (stock,) if layout.packed is not None and layout.packed.stock else ()
+        self._more = (stock, spec) if layout.packed is not None and layout.packed.stock else ()
         self._tensors = tensors(spec, shape)
 
     def write(self, values: Values) -> dict[str, Tensor]:

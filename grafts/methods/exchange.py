@@ -42,7 +42,7 @@ class Kept:
 class Packed:
     """Tensors that PEFT keeps otherwise than one for one: `pack(values, layout, module)` gives PEFT's by key from ours
     by name, `unpack(stored, layout, module)` ours from PEFT's. `layout` is `sizes.tensors` of the graft, `module(site)`
-    the key of a site's module. With `stock` both get the backbone's files (`formats/stock.py`), too."""
+    the key of a site's module. With `stock` both get the backbone's files (`formats/stock.py`) and the graft, too."""
 
     pack: Callable[..., Mapping[str, Tensor]]
     unpack: Callable[..., Mapping[str, Tensor]]

@@ -35,7 +35,7 @@ METHODS = (
 )
 
 
-def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
+def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock, _: object) -> Values:
     """PEFT keeps the whole norm: w' with c + w' = g (c + w) where an architecture's factor is c + w, and g b."""
     found: dict[str, Tensor] = {}
     for tensor in layout:
@@ -48,7 +48,9 @@ def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., st
     return found
 
 
-def _unpack(stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
+def _unpack(
+    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock, _: object
+) -> Values:
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None

@@ -54,7 +54,7 @@ METHODS = (Method("psoft", "OpenReview FSHrinMArK", 1e-4, psoft),)
 FORMS = (Form("psoft", _operands, _own),)
 
 
-def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
+def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock, _: object) -> Values:
     return {
         f"{module(tensor.site)}.psoft_R.{_KEPT[tensor.part]}": values[tensor.name]
         for tensor in layout
@@ -62,7 +62,9 @@ def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., st
     }
 
 
-def _unpack(stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock) -> Values:
+def _unpack(
+    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock, _: object
+) -> Values:
     """A and B are not in PEFT's file: it makes them from W again."""
     from torch import linalg
 

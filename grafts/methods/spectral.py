@@ -10,17 +10,23 @@ W is a frozen second branch -s B0 A0 beside the trained s B A, so that y = W x +
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method, Start
+from polygraft.grafts.methods.exchange import Packed, Peft
+from polygraft.grafts.methods.lora import LORA_PATTERNS
 from polygraft.grafts.sites import apart, sublayers
-from polygraft.grafts.spec import Branch, Call, Slot, SpecError
+from polygraft.grafts.spec import Branch, Call, GraftSpec, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.formats.stock import Stock
     from polygraft.grafts.init import Making
     from polygraft.grafts.sizes import TensorSpec
+
+Values = Mapping[str, "Tensor"]
 
 
 def pissa(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
@@ -63,27 +69,36 @@ def on_projections(at: str) -> str:
 
 def _singular(tensor: TensorSpec, making: Making, end: str) -> Tensor:
     """A0 = sqrt(S / s) V^T, B0 = U sqrt(S / s) over the r triplets at one end of the spectrum."""
-    from torch import linalg
-
     rank, scale = tensor.shape[0], strength(tensor, making)
 
     def make() -> tuple[Tensor, Tensor]:
-        U, S, Vh = linalg.svd(weight_of(tensor, making), full_matrices=False)
-        chosen = slice(rank) if end == "major" else slice(len(S) - rank, None)
-        root = (S[chosen] / scale).sqrt().unsqueeze(1)
-        return root * Vh[chosen], root * U.T[chosen]
+        return _factors(weight_of(tensor, making), rank, scale, end)
 
     return making.once(("singular", end, tensor.site, rank, scale), make)["AB".index(tensor.part)]
 
 
-def _qr(tensor: TensorSpec, making: Making) -> Tensor:
+def _factors(W: Tensor, rank: int, scale: float, end: str = "major") -> tuple[Tensor, Tensor]:
     from torch import linalg
 
+    U, S, Vh = linalg.svd(W, full_matrices=False)
+    chosen = slice(rank) if end == "major" else slice(len(S) - rank, None)
+    root = (S[chosen] / scale).sqrt().unsqueeze(1)
+    return root * Vh[chosen], root * U.T[chosen]
+
+
+def _rows(W: Tensor, rank: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The first rows of R and columns of Q, W = Q R, whatever the scale."""
+    from torch import linalg
+
+    Q, R = linalg.qr(W)
+    return R[:rank].clone(), Q.T[:rank].clone()
+
+
+def _qr(tensor: TensorSpec, making: Making) -> Tensor:
     rank = tensor.shape[0]
 
     def make() -> tuple[Tensor, Tensor]:
-        Q, R = linalg.qr(weight_of(tensor, making))
-        return R[:rank].clone(), Q.T[:rank].clone()
+        return _rows(weight_of(tensor, making), rank)
 
     return making.once(("qr", tensor.site, rank), make)["AB".index(tensor.part)]
 
@@ -134,3 +149,52 @@ METHODS = (
     Method("orthogonal", "PEFT init_lora_weights=orthogonal", 3e-4, orthogonal),
 )
 STARTS = (Start("singular", _singular), Start("qr", _qr), Start("minor", _minor), Start("orthogonal", _orthogonal))
+
+
+def _pack(
+    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock, spec: GraftSpec
+) -> Values:
+    """PEFT's file holds the trained A and B alone: it takes their start out of W again when it loads them."""
+    return {
+        f"{module(tensor.site)}.lora_{tensor.part}.weight": _turned(tensor, values[tensor.name])
+        for tensor in layout
+        if tensor.trained
+    }
+
+
+def _unpack(
+    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: Stock, spec: GraftSpec
+) -> Values:
+    found: dict[str, Tensor] = {}
+    taken: dict[object, tuple[Tensor, Tensor]] = {}
+    for tensor in layout:
+        slot = spec.slots[tensor.slot]
+        assert tensor.site is not None and isinstance(slot, Branch) and slot.start is not None
+        if tensor.trained:
+            found[tensor.name] = _turned(tensor, stored[f"{module(tensor.site)}.lora_{tensor.part}.weight"])
+            continue
+        if tensor.site not in taken:
+            factors = _factors if slot.start.name == "singular" else _rows
+            taken[tensor.site] = factors(stock.weight(tensor.site), slot.rank, -slot.scale)
+        found[tensor.name] = taken[tensor.site]["AB".index(tensor.part)]
+    return found
+
+
+def _turned(tensor: TensorSpec, value: Tensor) -> Tensor:
+    return value.T if tensor.part == "B" else value
+
+
+PEFT = tuple(
+    Peft(
+        kind="LORA",
+        method=method,
+        conv1d=True,
+        names={"r": ("r", 8), "alpha": ("lora_alpha", 8)},
+        fixed={"init_lora_weights": method, "use_dora": False, "use_rslora": False},
+        idle={"lora_dropout": None},
+        patterns=LORA_PATTERNS,
+        packed=Packed(_pack, _unpack, stock=True),
+        written=False,
+    )
+    for method in ("pissa", "olora")
+)

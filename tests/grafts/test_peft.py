@@ -225,7 +225,7 @@ def test_a_link_out_of_the_folder_is_refused(name: str, adapter: Path, backbone:
         ({"modules_to_save": ["o_proj"]}, "o_proj.weight: is missing"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "corda"}, "corda"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
@@ -44,7 +45,7 @@ THEIRS = {name: row for name, row in ALL.items() if row.config is not None}
 MULTITASK = "multitask prompt tuning"
 TOKENS = "trainable tokens"
 FIELDS = {"unilora": {"save_indices": True}}  # which PEFT draws again otherwise
-PLAINER = ("bdlora", "psoft")  # written as the LoRA that they are
+PLAINER = ("bdlora", "olora", "pissa", "psoft")  # written as the LoRA that they are
 MORE_OF_ONE = ("road 2", "road 4", "eva", "mica", "orthogonal", "lora-fa", "lora-plus", "dylora", "lora-dropout")
 CUDA_ONLY = ("boft of three factors",)
 
@@ -85,6 +86,8 @@ def theirs(model: PeftModel) -> Tensor:
 EXTRA: Mapping[str, Callable[[], PeftConfig]] = {
     MULTITASK: lambda: MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=1),
     TOKENS: lambda: TrainableTokensConfig(token_indices=[17, 42]),
+    "pissa": lambda: LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, init_lora_weights="pissa"),
+    "olora": lambda: LoraConfig(r=4, lora_alpha=6, target_modules=["v_proj", "up_proj"], init_lora_weights="olora"),
     "psoft": lambda: PsoftConfig(r=4, psoft_alpha=6, target_modules=LINEAR),
 }
 
@@ -132,6 +135,7 @@ def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
     peft.export(again, spec, values, shape=backbone.shape, stock=stock)
     if name in PLAINER:
         assert relative(theirs(loaded(backbone.folder, again, torch.float32)), theirs(model)) < 1e-5
+        assert relative(theirs(loaded(backbone.folder, tmp_path, torch.float32)), theirs(model)) < 1e-5
         return
     before, after = (load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again))
     copies = {key for key in before if "layers" in key and key.rpartition(".")[2] in ("randlora_A", "randlora_B")}
