@@ -79,7 +79,7 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "said"),
     [
-        ({"method": supervised(peft="lorra(r=4)")}, PEFT, "choices: adalora, adaptformer"),
+        ({"method": supervised(peft="lorra(r=4)")}, PEFT, "choices: adalora, adamix"),
         ({"method": supervised(peft="lora(at=attn.x)")}, PEFT, "sites: attn.q"),
         ({"method": supervised(peft="lora(r=0)")}, PEFT, "rank: 0"),
         ({"method": supervised(peft="lora@7")}, PEFT, "7 is not a layer"),
