@@ -95,7 +95,8 @@ def _backward(backbone: Backbone, hidden: Tensor, ids: Sequence[int], factor: Te
     logits = backbone.logits(hidden.detach()).requires_grad_()
     losses = nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     (slope,) = torch.autograd.grad((losses * factor).sum(), logits)
-    hidden.backward(backbone.head.transposed_product(slope.to(hidden.dtype)))  # type: ignore[no-untyped-call]
+    slope = backbone.uncapped(slope, logits).to(hidden.dtype)
+    hidden.backward(backbone.head.transposed_product(slope))  # type: ignore[no-untyped-call]
 
 
 def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool, stacks: Stacks | None = None) -> Tensor:

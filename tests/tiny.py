@@ -80,7 +80,7 @@ def tiny_llama(
 
 _COMMON = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 _GROUPED = {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}
-_UNCAPPED = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+_CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}  # as tight as the tiny model's scores need
 _T5 = {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "relative_attention_max_distance": 20}
 _GATED = {"d_kv": 24, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 # What each architecture says beside the common numbers.
@@ -90,7 +90,7 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {
     "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {**_GROUPED, "head_dim": 24},
     "gemma": {**_GROUPED, "head_dim": 32},
-    "gemma2": {**_GROUPED, "head_dim": 32, "sliding_window": 5, **_UNCAPPED},
+    "gemma2": {**_GROUPED, "head_dim": 32, "sliding_window": 5, **_CAPS},
     "gemma3_text": {**_GROUPED, "head_dim": 32, "sliding_window": 5, "sliding_window_pattern": 2},
     "phi": {**_GROUPED, "qk_layernorm": True},
     "gpt2": {"n_positions": 512},

@@ -39,17 +39,24 @@ def losses_and_gradient(
         for j in range(0, count, SLICE):
             rows = slice(i + j, min(i + j + SLICE, i + count))
             part = logits[j : j + rows.stop - rows.start]
-            losses.append(_replace_by_slope(part, targets_N[rows], factors_N[rows], workspace))
+            losses.append(_replace_by_slope(part, targets_N[rows], factors_N[rows], workspace, backbone.cap))
         gradients.append(backbone.head.transposed_product(logits))
     return torch.cat(losses), torch.cat(gradients)
 
 
-def _replace_by_slope(logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor, workspace: Tensor) -> Tensor:
+def _replace_by_slope(
+    logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor, workspace: Tensor, cap: float | None
+) -> Tensor:
     """-log p(target) of the rows; the logits become factor * d loss / d logits, rounded once to their dtype."""
     logs = workspace[: len(logits_NV)].copy_(logits_NV)
+    bend = None if cap is None else logs.div_(cap).tanh_().clone()
+    if cap is not None:
+        logs.mul_(cap)
     torch._log_softmax(logs, 1, False, out=logs)
     losses = -logs.gather(1, targets_N.unsqueeze(1)).squeeze(1)
     slope = logs.exp_()
     slope.scatter_add_(1, targets_N.unsqueeze(1), slope.new_full((len(targets_N), 1), -1.0))
+    if bend is not None:
+        slope.mul_(1 - bend.square_())
     logits_NV.copy_(slope.mul_(factors_N.unsqueeze(1)))
     return losses

@@ -11,9 +11,6 @@ BETWEEN = {**MODULES, "norm.2": "pre_feedforward_layernorm"}
 def _refusal(config: Config) -> str | None:
     if config.get("use_bidirectional_attention"):
         return "use_bidirectional_attention: true makes an encoder of a decoder; set it to false"
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(cap) is not None:
-            return f"{cap}: {config[cap]} bends scores, which is not done here; only a model without it (null) fits"
     return rotary(config)
 
 

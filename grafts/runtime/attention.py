@@ -90,6 +90,7 @@ def attention_forward(
     scaling: float,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """The function in transformers' attention registry: flattens [1, heads, T, head_dim] and asks the current route."""
@@ -100,7 +101,7 @@ def attention_forward(
     if getattr(module, "crosses", False):
         assert isinstance(route.attention, WholeSequences)
         return route.attention.cross(q, k, v, Scores(scaling)).view(1, len(q), query.shape[1], -1), None
-    scores = Scores(scaling, sliding_window, None if position_bias is None else position_bias[0])
+    scores = Scores(scaling, sliding_window, None if position_bias is None else position_bias[0], softcap)
     stacks = route.stacks.get(Site(layer, KV_SITE))
     if any(kind.gate for kind in stacks):
         out = _gated(layer, q, k, v, route, kv_heads, scores)

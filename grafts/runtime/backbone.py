@@ -77,6 +77,7 @@ class Backbone:
         bias = getattr(head, "bias", None)
         self.head = FrozenLinear([rows], [bias], prepack=prepack, block=HEAD_BLOCK if training else None)
         self.dtype = self.embedding.dtype
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2's
 
     @staticmethod
     def load(
@@ -147,10 +148,16 @@ class Backbone:
         return weight(self.linears, site)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, vocab] in float32 (float64 stays); N is padded to the contract's grain for the product."""
+        """[N, vocab] in float32 (float64 stays), capped where the model caps them; N is padded to the contract's grain
+        for the product."""
         count = len(hidden_ND)
         product = self.head.output(F.pad(hidden_ND, (0, 0, 0, padded(count) - count)))[:count]
-        return product.to(torch.promote_types(product.dtype, torch.float32))
+        product = product.to(torch.promote_types(product.dtype, torch.float32))
+        return product if self.cap is None else self.cap * torch.tanh(product / self.cap)
+
+    def uncapped(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of the head's product from that of these logits."""
+        return slope if self.cap is None else slope * (1 - (logits.detach() / self.cap).square())
 
 
 def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoModelClass]:

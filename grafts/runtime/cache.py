@@ -152,11 +152,11 @@ class PagedAttention:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups(scores.window):
             own = q.index_select(0, group.rows)
-            out.index_copy_(0, group.rows, self._attend(layer, own, data, group, scores.scaling, sums))
+            out.index_copy_(0, group.rows, self._attend(layer, own, data, group, scores, sums))
         return out
 
     def _attend(
-        self, layer: int, q: Tensor, data: Tensor, group: _Group, scaling: float, sums: Tensor | None
+        self, layer: int, q: Tensor, data: Tensor, group: _Group, scores: Scores, sums: Tensor | None
     ) -> Tensor:
         """Attention of a group's rows [b * n, width]; the query heads of a key head are more rows to it."""
         kv_heads, shared = self.cache.shape.kv_heads, self.cache.shape.heads // self.cache.shape.kv_heads
@@ -165,10 +165,15 @@ class PagedAttention:
         keys, values = context[:, :, 0].transpose(1, 2), context[:, :, 1].transpose(1, 2)
         queries = q.view(b, n, kv_heads, shared, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         bias = group.bias(layer, shared, q.dtype)
-        if sums is not None:  # again: the library keeps them for itself
-            scored = (torch.matmul(queries * scaling, keys.transpose(2, 3)) + bias).to(sums.dtype)
+        if sums is not None or scores.cap is not None:  # again: the library keeps them for itself, and has no caps
+            products = torch.matmul(queries * scores.scaling, keys.transpose(2, 3))
+            products = products.to(torch.promote_types(q.dtype, torch.float32))
+            scored = (products if scores.cap is None else scores.cap * torch.tanh(products / scores.cap)) + bias
+        if sums is not None:
             sums.index_copy_(0, group.rows, _by_row(scored.logsumexp(-1, keepdim=True), shared, n))
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling)
+        if scores.cap is not None:
+            return _by_row(torch.matmul(scored.softmax(-1).to(q.dtype), values), shared, n)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scores.scaling)
         return _by_row(mixed, shared, n)
 
 

@@ -133,7 +133,7 @@ def _shape(q: Tensor, k: Tensor, layout: Layout, scores: Scores) -> tuple[int, .
 def _constants(q: Tensor, heads: int, scores: Scores) -> dict[str, object]:
     head = max(16, triton.next_power_of_2(q.shape[1] // heads))
     acc = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return {"SCALING": scores.scaling, "KEYS": KEYS, "HEAD": head, "ACC": acc}
+    return {"SCALING": scores.scaling, "CAP": scores.cap or 0.0, "KEYS": KEYS, "HEAD": head, "ACC": acc}
 
 
 def _wide(q: Tensor) -> torch.dtype:

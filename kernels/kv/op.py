@@ -95,7 +95,10 @@ class _Attend(torch.autograd.Function):
             inner = (p * dw).sum(-1, keepdim=True)
             if sums_x is not None:
                 inner = inner - _query_heads(sums_x.queries(bucket), layout)
-            ds = (p * (dw - inner) * scores.scaling).to(qb.dtype)
+            ds = p * (dw - inner) * scores.scaling
+            if scores.cap is not None:
+                ds *= torch.where(found.isinf(), 0, 1 - (found / scores.cap).square())  # of a bias there is none then
+            ds = ds.to(qb.dtype)
             _scatter(dq, torch.bmm(ds, kb), bucket, layout)
             dkb = torch.bmm(ds.transpose(1, 2), qb)
             for into, prefix_into, part in ((dk, dpk, dkb), (dv, dpv, dvb)):
@@ -149,6 +152,8 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
 
 def _scored(q: Tensor, k: Tensor, bucket: Bucket, scores: Scores) -> Tensor:
     found = torch.bmm(q * scores.scaling, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    if scores.cap is not None:
+        found = found.div_(scores.cap).tanh_().mul_(scores.cap)
     by_sequence = found.view(len(bucket.sequences), -1, bucket.length, bucket.width)
     if scores.bias is not None:
         by_sequence.add_(scores.bias[:, : bucket.length, : bucket.width])

@@ -29,6 +29,7 @@ def attend_kernel(
     head_dim,
     window,
     SCALING: tl.constexpr,
+    CAP: tl.constexpr,
     HEIGHT: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD: tl.constexpr,
@@ -52,13 +53,17 @@ def attend_kernel(
         seen = (c[None, :] > prefix_length + t[:, None] - window) & (c < prefix_length)[None, :]
         address = (prefix_first + c)[:, None] * kv_width + column[None, :]
         present = (c < prefix_length)[:, None] & (d < head_dim)[None, :]
-        acc, top, total = _step(q, pk_ptr + address, pv_ptr + address, present, seen, acc, top, total, SCALING, ACC)
+        acc, top, total = _step(
+            q, pk_ptr + address, pv_ptr + address, present, seen, acc, top, total, SCALING, CAP, ACC
+        )
     for low in range(_first(tile * HEIGHT, window, KEYS), tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
         c = low + tl.arange(0, KEYS)
         seen = (c[None, :] <= t[:, None]) & (c[None, :] > t[:, None] - window) & (c < length)[None, :]
         address = (start + c)[:, None] * kv_width + column[None, :]
         present = (c < length)[:, None] & (d < head_dim)[None, :]
-        acc, top, total = _step(q, k_ptr + address, v_ptr + address, present, seen, acc, top, total, SCALING, ACC)
+        acc, top, total = _step(
+            q, k_ptr + address, v_ptr + address, present, seen, acc, top, total, SCALING, CAP, ACC
+        )
     tl.store(out_ptr + query, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + head * rows + start + t, top + tl.log(total), mask=t < length)
 
@@ -83,6 +88,7 @@ def query_gradient_kernel(
     head_dim,
     window,
     SCALING: tl.constexpr,
+    CAP: tl.constexpr,
     HEIGHT: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD: tl.constexpr,
@@ -109,7 +115,7 @@ def query_gradient_kernel(
         present = (c < prefix_length)[:, None] & (d < head_dim)[None, :]
         k = tl.load(pk_ptr + address, mask=present, other=0)
         v = tl.load(pv_ptr + address, mask=present, other=0)
-        p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, ACC)
+        p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee", out_dtype=ACC)
     for low in range(_first(tile * HEIGHT, window, KEYS), tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
         c = low + tl.arange(0, KEYS)
@@ -119,7 +125,7 @@ def query_gradient_kernel(
         present = (c < length)[:, None] & (d < head_dim)[None, :]
         k = tl.load(k_ptr + address, mask=present, other=0)
         v = tl.load(v_ptr + address, mask=present, other=0)
-        p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, ACC)
+        p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee", out_dtype=ACC)
     tl.store(dq_ptr + query, acc.to(dq_ptr.dtype.element_ty), mask=inside)
 
@@ -143,6 +149,7 @@ def key_gradient_kernel(
     head_dim,
     window,
     SCALING: tl.constexpr,
+    CAP: tl.constexpr,
     PREFIX: tl.constexpr,
     HEIGHT: tl.constexpr,
     KEYS: tl.constexpr,
@@ -182,7 +189,7 @@ def key_gradient_kernel(
                 seen = seen & (c[None, :] > prefix_length + t[:, None] - window)
             else:
                 seen = seen & (c[None, :] <= t[:, None]) & (c[None, :] > t[:, None] - window)
-            p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, ACC)
+            p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
             dv = tl.dot(tl.trans(p).to(grad.dtype), grad, dv, input_precision="ieee", out_dtype=ACC)
             dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee", out_dtype=ACC)
     out = (into + c)[:, None] * kv_width + column
@@ -205,6 +212,7 @@ def paged_kernel(
     head_dim,
     window,
     SCALING: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
     HEIGHT: tl.constexpr,
     KEYS: tl.constexpr,
@@ -235,7 +243,7 @@ def paged_kernel(
         row = (block * BLOCK + c % BLOCK)[:, None] * 2 * kv_width + (kv_head * head_dim + d)[None, :]
         present = ((c >= unseen) & (c < stop))[:, None] & (d < head_dim)[None, :]
         acc, top, total = _step(
-            q, cache_ptr + row, cache_ptr + row + kv_width, present, seen, acc, top, total, SCALING, ACC
+            q, cache_ptr + row, cache_ptr + row + kv_width, present, seen, acc, top, total, SCALING, CAP, ACC
         )
     tl.store(out_ptr + query, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     sums = sums_ptr + (start + t) * (width // head_dim) + head
@@ -243,11 +251,11 @@ def paged_kernel(
 
 
 @triton.jit
-def _step(q, k_at, v_at, present, seen, acc, top, total, SCALING: tl.constexpr, ACC: tl.constexpr):
+def _step(q, k_at, v_at, present, seen, acc, top, total, SCALING: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr):
     """A tile of keys more: (acc, top, total), the sums being relative to exp(top)."""
     k = tl.load(k_at, mask=present, other=0)
     v = tl.load(v_at, mask=present, other=0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALING
+    scores = _bent(tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALING, CAP)
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(higher > float("-inf"), higher, 0)  # a window may begin in a later tile of keys
@@ -258,12 +266,23 @@ def _step(q, k_at, v_at, present, seen, acc, top, total, SCALING: tl.constexpr, 
 
 
 @triton.jit
-def _weights(q, k, v, grad, lse, inner, seen, SCALING: tl.constexpr, ACC: tl.constexpr):
+def _weights(q, k, v, grad, lse, inner, seen, SCALING: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr):
     """(p, ds): the softmax again from its log sums, and the gradient of the unscaled scores."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALING
+    scores = _bent(tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALING, CAP)
     p = tl.where(seen, tl.exp(scores - lse[:, None]), 0)
     dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=ACC)
-    return p, p * (dp - inner[:, None]) * SCALING
+    ds = p * (dp - inner[:, None]) * SCALING
+    if CAP > 0:
+        ds = ds * (1 - (scores / CAP) * (scores / CAP))
+    return p, ds
+
+
+@triton.jit
+def _bent(scores, CAP: tl.constexpr):
+    """CAP tanh(scores / CAP), or the scores for a CAP of 0."""
+    if CAP > 0:
+        scores = CAP * (1 - 2 / (tl.exp(2 * scores / CAP) + 1))
+    return scores
 
 
 @triton.jit

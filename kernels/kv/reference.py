@@ -34,7 +34,7 @@ def attend(
         for row in range(s.length if layout.causal else 0):
             hidden[row, s.prefix_length + row + 1 :] = True
             hidden[row, : _first(s.prefix_length + row, scores)] = True
-        products = scores.scaling * q @ k.transpose(1, 2)
+        products = _bent(scores.scaling * q @ k.transpose(1, 2), scores)
         if scores.bias is not None:
             products = products + scores.bias[:, s.prefix_length :][:, : s.length, : products.shape[2]]
         weights = products.masked_fill(hidden, float("-inf")).softmax(-1)
@@ -58,9 +58,13 @@ def attend_paged(
             for head in range(heads):
                 q = torch.unflatten(q_TE[s.start + row].to(wide), 0, (heads, -1))[head]
                 own = head // (heads // kv_heads)
-                weights = (scores.scaling * keys[seen, own] @ q).softmax(-1)
+                weights = _bent(scores.scaling * keys[seen, own] @ q, scores).softmax(-1)
                 torch.unflatten(out[s.start + row], 0, (heads, -1))[head] = weights @ values[seen, own]
     return out.to(q_TE.dtype)
+
+
+def _bent(products: Tensor, scores: Scores) -> Tensor:
+    return products if scores.cap is None else scores.cap * torch.tanh(products / scores.cap)
 
 
 def _first(position: int, scores: Scores) -> int:

@@ -19,7 +19,7 @@ def tuned() -> Iterator[Tuned]:
     whole = [(length, PREFIX) for length in LENGTHS]
     widths = HEADS * HEAD, KV_HEADS * HEAD
     flops, moved = cost.flops(whole, HEADS, HEAD), cost.bytes_moved(whole, *widths, itemsize=2)
-    constants = {"SCALING": HEAD**-0.5, "KEYS": KEYS, "HEAD": HEAD, "ACC": tl.float32}
+    constants = {"SCALING": HEAD**-0.5, "CAP": 0.0, "KEYS": KEYS, "HEAD": HEAD, "ACC": tl.float32}
     pointers = {"lse_ptr": "*fp32", "sums_ptr": "*fp32", "inner_ptr": "*fp32", "blocks_ptr": "*i64"}
     work = f"{len(LENGTHS)} sequences of {LENGTHS[0]} after {PREFIX}, {HEADS} heads on {KV_HEADS}"
     for height in HEIGHTS:

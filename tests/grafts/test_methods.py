@@ -40,7 +40,7 @@ def cases() -> Iterator[ParameterSet]:
         for name in ALL:
             marks = [] if arch == "llama" or name in METHODS or (arch, name) in MORE else [pytest.mark.nightly]
             yield pytest.param((arch, name), marks=marks, id=name if arch == "llama" else f"{arch}-{name}")
-    for arch in ("mistral", "gemma3_text"):
+    for arch in ("mistral", "gemma2", "gemma3_text"):
         for name in ("dora", "prefix", "serial"):
             yield pytest.param((arch, name), id=f"{arch}-{name}")
 
@@ -180,8 +180,8 @@ def ours(
     specs = [(graft, row.spec) for graft, (row, _) in enumerate(grafts)]
     rows, attention, answers = packed(backbone, specs, [prompts] * len(grafts))
     hidden = backbone.forward(rows, stacks, attention)[torch.cat(answers)]
-    slope = backbone.head.transposed_product(torch.cat([*slopes] * len(grafts)))  # logits = hidden W^T
-    hidden.backward(slope)
+    slope = backbone.uncapped(torch.cat([*slopes] * len(grafts)), backbone.logits(hidden.detach()))
+    hidden.backward(backbone.head.transposed_product(slope))  # logits = hidden W^T, but for a cap
     found = stacks.gradient(0, stacks.gradients()[0])
     trained = [t for t in tensors(grafts[0][0].spec, backbone.shape) if t.trained]
     gradients = {t.name: g.view(t.shape) for t, g in zip(trained, found, strict=True) if g is not None}

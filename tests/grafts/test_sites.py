@@ -113,7 +113,6 @@ def test_the_shape_is_read_from_a_transformers_config() -> None:
         ({"model_type": "mamba"}, ["'mamba'", "supported: bert, gemma, gemma2, "]),
         ({"hidden_size": "big"}, ["hidden_size: 'big'"]),
         ({"vocab_size": None}, ["vocab_size: None"]),
-        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping: 50.0"]),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, ["'dynamic'"]),
     ],

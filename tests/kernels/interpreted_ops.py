@@ -136,6 +136,7 @@ def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype, scores: Sco
     keys = torch.unflatten(seen, 1, (heads.keys, -1))
     found = [keys[:, head // group] @ one for head, one in enumerate(q[23].double().view(heads.queries, -1))]
     total = scores.scaling * torch.stack(found)
+    total = total if scores.cap is None else scores.cap * torch.tanh(total / scores.cap)
     assert_close({"sums": sums[23]}, {"sums": total.logsumexp(1)}, TOLERANCE[dtype])
     assert sums[2].isneginf().all() and sums[3:23].isfinite().all()
 
@@ -161,6 +162,9 @@ CHECKS: dict[str, Callable[[], None]] = {
        for name in test_kv.CASES},
     "kv, float64": partial(kv_equals_reference, "prefixes of odd sizes", test_kv.Heads(3, 1, 24), torch.float64),
     "kv, float16": partial(kv_equals_reference, "prefixes of odd sizes", test_kv.Heads(), HALF),
+    "kv, capped": partial(
+        kv_equals_reference, "prefixes of odd sizes", test_kv.HEADS["grouped"], torch.float32, Scores(1.0, cap=1.5)),
+    "paged, capped": partial(paged_equals_reference, test_kv.Heads(6, 2, 24), torch.float32, Scores(1.0, cap=1.5)),
     **{f"kv, window {window}, {name}": partial(
            kv_equals_reference, name, test_kv.HEADS["grouped"], torch.float32, Scores(0.35, window))
        for name in ("63 and 65 rows", "prefixes of odd sizes") for window in test_kv.WINDOWS},

@@ -67,6 +67,15 @@ def test_a_sliding_window_equals_the_reference(sequences: tuple[Sequence, ...], 
 
 @CAUSAL
 @pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
+def test_capped_scores_equal_the_reference(sequences: tuple[Sequence, ...], causal: bool) -> None:
+    layout, inputs, upstream = batch(sequences, Heads(), torch.float64, causal=causal)
+    scores = Scores(1.0, window=11 if causal else None, cap=1.5)
+    got = run(attend, inputs, layout, scores, upstream=upstream)
+    assert_close(got, wanted(reference.attend, inputs, layout, upstream, scores=scores), TOLERANCE[torch.float64])
+
+
+@CAUSAL
+@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
 def test_a_bias_of_positions_equals_the_reference(sequences: tuple[Sequence, ...], causal: bool) -> None:
     layout, inputs, upstream = batch(sequences, Heads(), torch.float64, causal=causal)
     scores = Scores(1.0, bias=torch.randn(4, 80, 80, generator=torch.Generator().manual_seed(2)).double())

@@ -22,7 +22,10 @@ from tests.tiny import tiny_model
 TEXTS = ("lora(r=4)", "parallel(8)", "dora(r=2, at=attn.*)", "ia3", "prefix(3)", "bitfit", "serial(4)")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt_neox", "opt", "phi", "qwen3", "bert", "mistral", "gemma3_text"])
+ARCHITECTURES = ("gpt2", "gpt_neox", "opt", "phi", "qwen3", "bert", "mistral", "gemma2", "gemma3_text")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp(request.param), request.param)
 

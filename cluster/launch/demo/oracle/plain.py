@@ -82,7 +82,7 @@ def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     wide = dtype == torch.float64
     kind = AutoConfig.from_pretrained(folder).model_type
     model: PreTrainedModel = HEADS.get(kind, AutoModelForCausalLM).from_pretrained(
-        folder, dtype=dtype, attn_implementation=_sdpa() if wide else "eager"
+        folder, dtype=dtype, attn_implementation=_float64() if wide else "eager"
     )
     for module in model.modules() if wide else ():
         if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
@@ -161,13 +161,27 @@ def split(name: str) -> tuple[int, int, str, str]:
     return (int(slot), -1, SHARED, part) if layer == SHARED else (int(slot), int(layer), ".".join(site), part)
 
 
-def _sdpa() -> str:
-    """transformers' SDPA under a name of its own, for classes that do not list it (Gemma 2, which may cap scores)."""
+def _float64() -> str:
+    """transformers' SDPA under a name of its own, since Gemma 2 does not list it; where that caps scores, which SDPA
+    cannot, cap tanh(score / cap) before the mask (Gemma Team 2024, arXiv 2408.00118, section 2)."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register("float64", ALL_ATTENTION_FUNCTIONS["sdpa"])
-    ALL_MASK_ATTENTION_FUNCTIONS.register("float64", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: object
+    ) -> tuple[Tensor, None]:
+        cap, scaling = options.pop("softcap", None), options.get("scaling")
+        if not isinstance(cap, float):
+            return sdpa(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
+        assert mask is not None and isinstance(scaling, float)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        scores = cap * torch.tanh(scaling * query @ key.transpose(2, 3) / cap) + mask
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("float64", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("float64", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     return "float64"
 
 
