@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
@@ -16,6 +18,7 @@ from polygraft.grafts.spec import SpecError
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.job import Sample
+from polygraft.trainers.loss import losses_and_gradient
 from polygraft.trainers.runner import PackRunner
 from tests.tiny import tiny_model
 
@@ -39,6 +42,19 @@ def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, fol
         (loss,), (own,) = gradients_of(backbone, (job,))
         assert loss == losses[job]
         assert all(torch.equal(a, b) for a, b in zip(own, gradients[job], strict=True)), TEXTS[job]
+
+
+def test_the_loss_of_capped_logits_is_transformers_own(tmp_path: Path) -> None:
+    """Gemma 2: by autograd through its head and its cap (arXiv 2408.00118, section 2)."""
+    backbone = Backbone.load(tiny_model(tmp_path, "gemma2"), torch.float64, training=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    cap, targets, factors = theirs.config.final_logit_softcapping, torch.arange(40), torch.rand(40).double()
+    hidden = (4 * torch.randn(40, 64).double()).requires_grad_()
+    expected = cross_entropy(cap * torch.tanh(theirs.lm_head(hidden) / cap), targets, reduction="none")
+    (expected * factors).sum().backward()
+    losses, gradient = losses_and_gradient(backbone, hidden.detach(), targets, factors)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, hidden.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_pack_does_not_take_an_encoder(folder: Path) -> None:
