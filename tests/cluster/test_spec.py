@@ -106,7 +106,7 @@ def test_all_of_openais_fields_are_ours_too() -> None:
         (body(colour="red"), "colour", "colour: unknown field (got 'red'); choices: hyperparameters, integrations"),
         (body({"lr": 1}), f"{HYPER}.lr", "unknown field (got 1); choices: batch_size, dropout, learning_rate,"),
         (body({"peft": "lora(r=0)"}), f"{HYPER}.peft", "rank: 0"),
-        (body({"peft": "magic"}), f"{HYPER}.peft", "unknown method 'magic'; choices: adalora, adaptformer"),
+        (body({"peft": "magic"}), f"{HYPER}.peft", "unknown method 'magic'; choices: adalora, adamix"),
         (body({"peft": {"peft_type": "X"}}), f"{HYPER}.peft", "peft_type: 'X'"),
         (body({"peft": 3}), f"{HYPER}.peft", "valid string; or: Input should be a valid dictionary (got 3)"),
         (body({"n_epochs": 0}), f"{HYPER}.n_epochs", "greater than or equal to 1 (got 0)"),
