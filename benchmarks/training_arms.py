@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import torch
 from child import Round, Worker, task, timed, work
 from limits import Ceiling
 from material import TRAIN_TOKENS, Material
-from peft_models import adapt, load, name
-from safetensors.torch import load_file
 from servers import Task
-from torch import Tensor
-from training_jobs import adamw, backbone_of, loss_of, pack
+from training_jobs import backbone_of, pack
 
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import best_dtype
+from polygraft.grafts.runtime.process import lean_imports
 from polygraft.grafts.runtime.route import Rows
 
 _WARM_STEPS = 3
@@ -28,7 +24,8 @@ class Packed:
         self._task, self._material = given, Material.read(given.folder)
 
     def load(self) -> str:
-        self._backbone = backbone_of(self._material, best_dtype())
+        with lean_imports():
+            self._backbone = backbone_of(self._material, best_dtype())
         prompt = torch.tensor(self._material.prompts[0])
         whole = WholeSequences(((0, len(prompt)),), self._backbone.shape)
         with torch.inference_mode():
@@ -49,88 +46,14 @@ class Packed:
         return count * len(self._task.jobs) * TRAIN_TOKENS
 
 
-class InTurn:
-    """PEFT, one job after the other: one adapter and one optimiser, started afresh for every job."""
-
-    def __init__(self, given: Task) -> None:
-        self._task, self._material = given, Material.read(given.folder)
-
-    def load(self) -> str:
-        self._base = load(self._material, self._task.variant)
-        return self._task.variant
-
-    def warm(self) -> None:
-        self._model = adapt(self._base, self._material, self._task.jobs[:1], trainable=True)
-        self._trained = {key: value for key, value in self._model.named_parameters() if value.requires_grad}
-        self._optimiser = adamw(self._trained.values())
-        self._job(self._task.jobs[0], _WARM_STEPS)
-
-    def round(self) -> Round:
-        return timed(lambda: sum(self._job(job, self._task.size) for job in self._task.jobs))
-
-    def _job(self, job: int, steps: int) -> int:
-        self._restart(job)
-        samples = cycle(self._material.samples[job])
-        for _ in range(steps):
-            torch.autograd.backward(loss_of(self._model, next(samples)))
-            self._optimiser.step()
-            self._optimiser.zero_grad()
-        return steps * TRAIN_TOKENS
-
-    @torch.no_grad()
-    def _restart(self, job: int) -> None:
-        """The job's starting values and an optimiser without a past, in the memory that is there."""
-        start = load_file(self._material.graft_folder(job) / "adapter_model.safetensors")
-        own = f".{name(self._task.jobs[0])}."
-        for key, value in self._trained.items():
-            value.copy_(start[key.replace(own, ".")])
-        for state in self._optimiser.state.values():
-            for part in state.values():
-                if isinstance(part, Tensor):
-                    part.zero_()
-
-
-class Switching:
-    """PEFT, one backbone with every job's adapter, switching between them step by step."""
-
-    def __init__(self, given: Task) -> None:
-        self._task, self._material = given, Material.read(given.folder)
-
-    def load(self) -> str:
-        self._base = load(self._material, self._task.variant)
-        return self._task.variant
-
-    def warm(self) -> None:
-        jobs = self._task.jobs
-        self._model = adapt(self._base, self._material, jobs, trainable=True)
-        self._optimisers = {}
-        for job in jobs:
-            self._model.set_adapter(name(job))
-            self._optimisers[job] = adamw(self._model.parameters())
-        self._samples = {job: cycle(self._material.samples[job]) for job in jobs}
-        self._steps(1)
-
-    def round(self) -> Round:
-        return timed(lambda: self._steps(self._task.size))
-
-    def _steps(self, count: int) -> int:
-        for _ in range(count):
-            for job, optimiser in self._optimisers.items():
-                self._model.set_adapter(name(job))
-                torch.autograd.backward(loss_of(self._model, next(self._samples[job])))
-                optimiser.step()
-                optimiser.zero_grad()
-        return count * len(self._optimisers) * TRAIN_TOKENS
-
-
 def arm(given: Task) -> Worker:
     match given.kind:
         case "packed":
             return Packed(given)
-        case "in_turn":
-            return InTurn(given)
-        case "switching":
-            return Switching(given)
+        case "in_turn" | "switching":
+            from training_rivals import InTurn, Switching
+
+            return InTurn(given) if given.kind == "in_turn" else Switching(given)
         case "ceiling":
             rows = len(given.jobs) * TRAIN_TOKENS
             return Ceiling(Material.read(given.folder), rows=rows, passes=given.size, backward=True)

@@ -17,7 +17,7 @@ from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.pretrained import Quantise
-from polygraft.grafts.runtime.process import device_environment, in_own_thread
+from polygraft.grafts.runtime.process import device_environment, in_own_thread, lean_imports
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
@@ -70,7 +70,8 @@ class Replica:
 
 
 def _engine(plan: ReplicaPlan) -> Engine:
-    backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise)
+    with lean_imports():
+        backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise)
     return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
 
 

@@ -19,7 +19,7 @@ from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.grafts.runtime.pretrained import Quantise
-from polygraft.grafts.runtime.process import device_environment
+from polygraft.grafts.runtime.process import device_environment, lean_imports
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
@@ -80,7 +80,8 @@ def train_loop(config: dict[str, object]) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(plan.backbone_folder)
     dtype = DTYPES[plan.dtype] or best_dtype()
-    backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise)
+    with lean_imports():
+        backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise)
     runner = PackRunner(backbone, max_rows=plan.max_rows)
     store = connect(plan.store_url)
     worker = PackWorker(
