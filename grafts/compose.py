@@ -1,6 +1,7 @@
 """Grafts made of grafts: averaged, or summed with found weights.
 
-Members have one spec, so that their tensors are the same but for their values.
+Members have one spec, so that their tensors are the same but for their values. Of what was trained there is a sum; the
+rest, such as random bases, indices and masks, gives it its meaning, and must be the same in all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import SpecError
 
 Values = Mapping[str, Tensor]
@@ -25,24 +27,37 @@ class Hub:
     loss: float
 
 
-def combined(members: Sequence[Values], weights: Sequence[float]) -> dict[str, Tensor]:
-    """sum_i w_i theta_i, tensor by tensor, summed in float64."""
+def combined(layout: Sequence[TensorSpec], members: Sequence[Values], weights: Sequence[float]) -> dict[str, Tensor]:
+    """sum_i w_i theta_i, trained tensor by tensor of the `layout`, summed in float64, beside what the members share.
+
+    Raises SpecError for members that differ in a tensor that is not trained.
+    """
     if not members or len(members) != len(weights):
         raise SpecError(f"weights: {len(weights)} for {len(members)} grafts; give one each")
-    if any(member.keys() != members[0].keys() for member in members):
+    if any(member.keys() != {tensor.name for tensor in layout} for member in members):
         raise SpecError("members: grafts with different tensors have no sum; give grafts of one spec")
-    return {
-        name: torch.stack([w * member[name].double() for w, member in zip(weights, members)]).sum(0).to(value)
-        for name, value in members[0].items()
-    }
+    found: dict[str, Tensor] = {}
+    for tensor in layout:
+        values = [member[tensor.name] for member in members]
+        if tensor.trained:
+            terms = [w * value.double() for w, value in zip(weights, values)]
+            found[tensor.name] = torch.stack(terms).sum(0).to(values[0])
+        elif all(value.equal(values[0]) for value in values):
+            found[tensor.name] = values[0]
+        else:
+            raise SpecError(
+                f"members: {tensor.name} is not trained and differs between them; give grafts that share it"
+            )
+    return found
 
 
-def soup(members: Sequence[Values]) -> dict[str, Tensor]:
-    """AdapterSoup: the mean of the members' tensors (Chronopoulou et al. 2023, arXiv 2302.07027, eq. 1)."""
-    return combined(members, [1 / max(1, len(members))] * len(members))
+def soup(layout: Sequence[TensorSpec], members: Sequence[Values]) -> dict[str, Tensor]:
+    """AdapterSoup: the mean of the members' trained tensors (Chronopoulou et al. 2023, arXiv 2302.07027, eq. 1)."""
+    return combined(layout, members, [1 / max(1, len(members))] * len(members))
 
 
 def lorahub(
+    layout: Sequence[TensorSpec],
     members: Sequence[Values],
     loss: Callable[[Values], float],
     *,
@@ -63,7 +78,7 @@ def lorahub(
 
     def objective(point: Sequence[float]) -> float:
         weights = tuple(float(w) for w in point)
-        value = loss(combined(members, weights))
+        value = loss(combined(layout, members, weights))
         found.append((value + penalty * sum(map(abs, weights)), value, weights))
         return found[-1][0]
 
@@ -72,4 +87,4 @@ def lorahub(
     options = {"maxfev": max(steps, count + 1), "initial_simplex": corners, "xatol": 1e-3, "fatol": 1e-5}
     minimize(objective, corners[0], method="Nelder-Mead", bounds=[(-bound, bound)] * count, options=options)
     _, value, weights = min(found)
-    return Hub(weights, combined(members, weights), value)
+    return Hub(weights, combined(layout, members, weights), value)

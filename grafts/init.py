@@ -127,7 +127,7 @@ def initialise(
     sources = sources or {}
     check(spec, {name: source.spec for name, source in sources.items()}, backbone.shape)
     making = Making(spec, backbone, seed, samples, weights, sources)
-    taken = continued(spec, sources)
+    taken = continued(spec, sources, backbone.shape)
     return {
         t.name: (taken[t.name] if t.name in taken else _start(t, making)).to(wide)
         for t in tensors(spec, backbone.shape)

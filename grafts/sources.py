@@ -40,12 +40,15 @@ def check(spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape) 
             declared.check(tensor, spec, sources, shape, **tensor.start.keywords())
 
 
-def continued(spec: GraftSpec, sources: Mapping[str, Source]) -> dict[str, Tensor]:
-    """The tensors of the grafts that the spec goes on from, the mean of several; {} where it goes on from none."""
-    import torch
+def continued(spec: GraftSpec, sources: Mapping[str, Source], shape: ModelShape) -> dict[str, Tensor]:
+    """The tensors of the grafts that the spec goes on from, the mean of several; {} where it goes on from none.
+
+    Raises SpecError for several that differ in a tensor that is not trained.
+    """
+    from polygraft.grafts.compose import soup
 
     members = [sources[name].tensors for name in _origins(spec)]
-    return {name: torch.stack([one[name] for one in members]).mean(0) for name in (members[0] if members else ())}
+    return soup(tensors(spec, shape), members) if members else {}
 
 
 def _origins(spec: GraftSpec) -> tuple[str, ...]:

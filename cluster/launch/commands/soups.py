@@ -36,6 +36,7 @@ def soup_of(
     """Give the local service the mean of grafts (AdapterSoup), or with --examples their weighted sum (LoRAHub)."""
     from polygraft.grafts.compose import lorahub, soup
     from polygraft.grafts.formats import native
+    from polygraft.grafts.sizes import tensors
     from polygraft.grafts.spec import SpecError
     from polygraft.grafts.text.jsonl import DataError, read
     from polygraft.grafts.text.tokenise import Tokeniser
@@ -53,8 +54,9 @@ def soup_of(
         spec, values = stored[0].spec, [one.tensors for one in stored]
         if any(one.spec.slots != spec.slots for one in stored):
             raise SpecError(f"members: {', '.join(one.spec.method for one in stored)} are not of one spec")
+        layout = tensors(spec, grown.shape)
         if examples is None:
-            made = soup(values)
+            made = soup(layout, values)
         else:
             tokeniser = Tokeniser.load(grown.folder)
             try:
@@ -62,7 +64,7 @@ def soup_of(
             except (DataError, OSError) as error:
                 raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
             few = [Sample(one.ids, one.weights) for one in encoded]
-            hub = lorahub(values, lambda tensors: mean_loss(grown, spec, tensors, few), steps=steps)
+            hub = lorahub(layout, values, lambda made: mean_loss(grown, spec, made, few), steps=steps)
             typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
             made = dict(hub.tensors)
         graft = adopted(store, settings, TenantId(tenant), name, spec, made, grown, promote)
