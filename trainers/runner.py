@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.process import give_back
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sources import Source
@@ -277,6 +278,7 @@ class PackRunner:
         whole = {name: self._residents(active) for name, active in self.jobs.items()}
         apart = ([r for name, own in whole.items() if (name in self._probes) == p for r in own] for p in (False, True))
         self._stacks, self._around = (self.backbone.stacks(residents, trainable=True) for residents in apart)
+        give_back()
 
 
 def mean_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_UNUSED = ("accelerate", "scipy", "triton")  # what transformers and torch import where it is installed
+_UNUSED = ("accelerate", "scipy", "triton")  # what transformers and torch import only because it is installed
 
 
 def device_environment() -> dict[str, str]:
@@ -21,7 +22,7 @@ def device_environment() -> dict[str, str]:
 
     All cores, whatever Ray gives an actor, and threads that spin only briefly before they sleep, since they share the
     cores with other processes. Memory that a step frees stays at hand for the next one: handing pages back between
-    steps made packed training 8% slower (docs/log.md).
+    steps made packed training 8% slower (docs/log.md). So `give_back` says when it goes.
     """
     return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "20000", **_allocator()}
 
@@ -35,7 +36,7 @@ def _allocator() -> dict[str, str]:
     ray = find_spec("ray")
     library = Path(next(iter(ray.submodule_search_locations or ()), "")) / "core" / "libjemalloc.so" if ray else Path()
     if library.is_file():
-        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "narenas:1,dirty_decay_ms:10000,muzzy_decay_ms:0"}
+        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "narenas:1,dirty_decay_ms:-1"}
     return {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "33554432",
@@ -43,13 +44,24 @@ def _allocator() -> dict[str, str]:
     }
 
 
+def give_back() -> None:
+    """Hand freed memory back to the system: after loading, never between steps."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallctl"):
+        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))  # 4096 stands for all arenas
+    elif hasattr(allocator, "malloc_trim"):
+        allocator.malloc_trim(0)
+
+
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Inside, packages that transformers would import only because they are installed cannot be: 58 MiB a process.
 
-    For processes of our own that compute on a CPU: transformers remembers that they are absent.
+    For processes that are ours alone, since transformers remembers that they are absent; nothing changes on a GPU.
     """
-    hidden = [name for name in _UNUSED if name not in sys.modules]
+    import torch
+
+    hidden = [name for name in _UNUSED if name not in sys.modules and not torch.cuda.is_available()]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None stands for "cannot be imported"
     try:
         yield

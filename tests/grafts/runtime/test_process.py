@@ -1,0 +1,50 @@
+"""What the processes that own a device share are given, tried in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from polygraft.grafts.runtime.process import device_environment
+
+FREED = """
+import json
+from polygraft.grafts.runtime.process import give_back
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+kept = [bytearray(100_000) for _ in range(1_000)]
+held = resident()
+del kept
+freed = resident()
+give_back()
+print(json.dumps([held, freed, resident()]))
+"""
+LEAN = """
+import json, sys
+from polygraft.grafts.runtime.process import lean_imports
+with lean_imports():
+    from transformers import LlamaForCausalLM
+hidden = [name for name in ("accelerate", "scipy") if name in sys.modules]
+import scipy
+print(json.dumps(hidden))
+"""
+
+
+def test_freed_memory_stays_until_it_is_given_back() -> None:
+    held, freed, given = _told(FREED)
+    assert freed > held - 10_000  # KiB, of 100 MB
+    assert given < held - 80_000
+
+
+def test_transformers_is_loaded_without_what_it_can_do_without_and_others_may_load_it_later() -> None:
+    assert _told(LEAN) == []
+
+
+def _told(program: str) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | device_environment(), capture_output=True, check=True
+    )
+    found: list[int] = json.loads(done.stdout)
+    return found
