@@ -100,7 +100,8 @@ class Job:
 
     A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
     why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed under it.
-    `parameters` (trainable ones) are known from the submission on where the ingress knows the backbone's shape.
+    `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the submission on
+    where the ingress knows the backbone's shape.
     `model` is "name@n" once published. Progress (`step`, tokens, losses) is written by the worker without an event;
     every other field changes only through `evolve`.
     """
@@ -111,6 +112,7 @@ class Job:
     created_at: float
     state: JobState = JobState.QUEUED
     parameters: int | None = None
+    frozen: int = 0
     owner: str | None = None
     lease_until: float | None = None
     cancel_requested: bool = False

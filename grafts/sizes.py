@@ -88,6 +88,11 @@ def parameters(spec: GraftSpec, shape: ModelShape) -> int:
     return sum(tensor.numel for tensor in tensors(spec, shape) if tensor.trained)
 
 
+def frozen(spec: GraftSpec, shape: ModelShape) -> int:
+    """Elements of the graft's tensors that stay as they started."""
+    return sum(tensor.numel for tensor in tensors(spec, shape) if not tensor.trained)
+
+
 def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
     """The operands of an op at a place, which without a form are the slot's tensors too."""
     match slot:

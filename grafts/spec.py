@@ -270,6 +270,8 @@ def source_names(of: str) -> tuple[str, ...]:
     for name in names:
         if not re.fullmatch(r"[a-z0-9-]{1,64}(@[1-9][0-9]{0,8})?", name):
             raise SpecError(f"of: {name!r} is not a graft's name or name@version; join several by |")
+        if names.count(name) > 1:
+            raise SpecError(f"of: {name!r} is named {names.count(name)} times; name a graft once")
     return names
 
 

@@ -129,7 +129,7 @@ class PackRunner:
     def remove(self, job: str) -> Active:
         """Leave the pack; the slab stays with the returned job."""
         active = self.jobs.pop(job)
-        del self._hooks[job]
+        self._hooks.pop(job, None)  # none where memory was short while it joined
         self._probes.pop(job, None)
         self._restack()
         return active
@@ -204,7 +204,7 @@ class PackRunner:
             else:
                 losses = forward.train(self.backbone, self._stacks, tuple(shares.values()))
         except (MemoryError, RuntimeError) as error:
-            if not _allocation_failed(error):
+            if not allocation_failed(error):
                 raise
             names = list(shares)
             if len(names) == 1:
@@ -311,6 +311,7 @@ def _pieces(samples: Iterable[Sample], limit: int, virtual: int) -> Iterable[tup
         yield tuple(piece)
 
 
-def _allocation_failed(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
+def allocation_failed(error: BaseException) -> bool:
+    """Whether it says that memory was short, or could never suffice."""
+    said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from polygraft.cluster.advance import advance_job, advance_pack, record_progress
 from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
-from polygraft.cluster.model import GraftId, JobError, JobId, PackId, TenantId
+from polygraft.cluster.model import GraftId, Job, JobError, JobId, PackId, TenantId
 from polygraft.cluster.publish import UnknownModel, publish, resolve
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
@@ -29,7 +29,7 @@ from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.prepare import prepare
-from polygraft.trainers.runner import Active, PackRunner, Stepped
+from polygraft.trainers.runner import Active, PackRunner, Stepped, allocation_failed
 from polygraft.trainers.steplog import StepLog
 
 CHECKPOINT_S = 30.0
@@ -105,25 +105,16 @@ class PackWorker:
             self._save(self.runner.jobs)
 
     def _admit(self, job: JobId, name: str | None) -> None:
-        """Take a job in, from its checkpoint if it has one. Bad data fails the job, with the line or field to blame."""
+        """Take a job in, from its checkpoint if it has one, or fail it with the line or field to blame."""
         found = self.store.get(keys.job(job))
         if found is None or found.value.final or job in self.runner.jobs:
             return
-        record = found.value
-        try:
-            trained = prepare(
-                record,
-                files=self.folders.files,
-                tokeniser=self.tokeniser,
-                shape=self.runner.backbone.shape,
-                micro_rows=self.micro_rows,
-            )
-            active = self._activate(trained, name, record.tenant)
-        except (ValueError, OSError) as error:
-            self._fail(job, JobError("invalid_training_data", str(error), "training_file"))
+        active = self._active(found.value, name)
+        if isinstance(active, JobError):
+            self._drop(job)
+            self._fail(job, active)
             return
-        if active.loss_before is None and trained.held_out:
-            active.loss_before = self.runner.evaluate(job, trained.held_out)
+        trained = active.job
         started = JobStarted(
             job=job,
             pack=self.pack,
@@ -142,6 +133,27 @@ class PackWorker:
             held_out_loss=active.loss_before,
         )
         self._progress(active)
+
+    def _active(self, record: Job, name: str | None) -> Active | JobError:
+        """The job in the pack, or what of its own keeps it out."""
+        try:
+            trained = prepare(
+                record,
+                files=self.folders.files,
+                tokeniser=self.tokeniser,
+                shape=self.runner.backbone.shape,
+                micro_rows=self.micro_rows,
+            )
+            active = self._activate(trained, name, record.tenant)
+            if active.loss_before is None and trained.held_out:
+                active.loss_before = self.runner.evaluate(record.id, trained.held_out)
+        except (ValueError, OSError) as error:
+            return JobError("invalid_training_data", str(error), "training_file")
+        except (MemoryError, RuntimeError) as error:
+            if not allocation_failed(error):
+                raise
+            return JobError("out_of_memory", f"{record.spec.peft!r} does not fit beside the pack's other jobs")
+        return active
 
     def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> Active:
         if name is None:

@@ -8,6 +8,7 @@ from polygraft.cluster.model import Job, Limits
 from polygraft.cluster.states import Reason
 
 STATE_BYTES = 16  # a trainable parameter: fp32 master weight, gradient, two moments
+FROZEN_BYTES = 4  # an element that is not trained
 
 
 class Budget:
@@ -36,4 +37,4 @@ class Budget:
 
 def state_bytes(job: Job) -> int:
     """Memory of the job's graft in training; 0 while its size is not known."""
-    return STATE_BYTES * (job.parameters or 0)
+    return STATE_BYTES * (job.parameters or 0) + FROZEN_BYTES * job.frozen

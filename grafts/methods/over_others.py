@@ -12,6 +12,7 @@ et al. 2021, arXiv 2005.00247, section 3.2).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -150,10 +151,10 @@ def _taken(tensor: TensorSpec, making: Making, of: str) -> Tensor:
 
 
 def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape, of: str) -> None:
-    """Every source is branches of our kind, at no other sites, and no larger."""
+    """Every source is branches of our kind, at no other sites, and no larger; `old` is as large as one of them."""
     own, names = spec.slots[tensor.slot], source_names(of)
-    assert isinstance(own, Branch)
-    share = tensor.shape[0] // len(names)
+    assert isinstance(own, Branch) and own.form is not None and tensor.site is not None
+    share, largest = tensor.shape[0] // len(names), 0
     sites = {one.site for one in tensors(spec, shape) if one.slot == tensor.slot}
     for name in names:
         plain = sources[name].plain
@@ -167,12 +168,24 @@ def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec]
             if not like:
                 kind = "a LoRA" if own.act == "identity" else f"an adapter with {own.act} and no biases"
                 raise SpecError(f"of: {name!r} is {sources[name].method!r}, not {kind}")
-        beside = {site for _, site in sites_of(plain, shape)} - sites
-        if beside:
+        ranks = _ranks(plain, shape)
+        if beside := ranks.keys() - sites:
             raise SpecError(f"at: {name!r} also acts at {min(beside)}, where {spec.method!r} does not")
-        size = sum(slot.rank for _, slot in _at(plain, tensor.site, shape))
-        if size > share:
+        if (size := ranks[tensor.site]) > share:
             raise SpecError(f"of: {name!r} has rank {size} at {tensor.site}, more than {share}; give that")
+        largest = max(largest, *ranks.values())
+    if own.form.name == "o-lora" and share > largest:
+        raise SpecError(f"old: {share} is more than the largest rank of {of!r}; give {largest}")
+
+
+def _ranks(spec: GraftSpec, shape: ModelShape) -> Counter[Site]:
+    """The ranks of all branches at a site together."""
+    found: Counter[Site] = Counter()
+    for index, site in sites_of(spec, shape):
+        slot = spec.slots[index]
+        if isinstance(slot, Branch):
+            found[site] += slot.rank
+    return found
 
 
 def _at(spec: GraftSpec, site: Site | None, shape: ModelShape) -> Iterator[tuple[int, Branch]]:

@@ -17,7 +17,7 @@ from polygraft.cluster.validation import shown
 from polygraft.grafts.formats.native import described
 from polygraft.grafts.grammar import parse, pinned
 from polygraft.grafts.methods.registry import find
-from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sizes import frozen, parameters
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import GraftSpec, SpecError
 from polygraft.grafts.text import jsonl
@@ -40,7 +40,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     spec = request.to_spec()
     try:
         graft = parse(spec.peft)
-        size = parameters(graft, api.shape)
+        sizes = parameters(graft, api.shape), frozen(graft, api.shape)
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
@@ -50,7 +50,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
         if file is not None:
             _check_examples(api, api.blob(find_file(api, tenant, file, param=param).value), spec, param)
-    return _job(api, tenant, request, spec, size)
+    return _job(api, tenant, request, spec, sizes)
 
 
 def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str:
@@ -76,15 +76,16 @@ def default_learning_rate(graft: GraftSpec) -> float:
     return min(find(name).learning_rate for name in names)
 
 
-def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, size: int) -> Job:
-    now = api.clock()
+def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, sizes: tuple[int, int]) -> Job:
+    now, (trained, kept) = api.clock(), sizes
     owner = request.owner
     return Job(
         id=new_job_id(),
         tenant=tenant,
         spec=spec,
         created_at=now,
-        parameters=size,
+        parameters=trained,
+        frozen=kept,
         owner=owner.name if owner else None,
         lease_until=now + owner.lease_s if owner else None,
     )

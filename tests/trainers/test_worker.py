@@ -16,7 +16,9 @@ from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.spec import GraftSpec
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
@@ -76,6 +78,34 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
     good, bad = _jobs(store)
     assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
     assert bad.error is not None and "line 1" in bad.error.message
+
+
+@pytest.mark.parametrize("at", ["initialise", "Hooks"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_job_that_no_memory_is_left_for_fails_alone(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
+) -> None:
+    real = getattr(runner_module, at)
+
+    def full(spec: GraftSpec, *given: object, **more: object) -> object:
+        if spec.method == "lora(r=9)":
+            raise error
+        return real(spec, *given, **more)
+
+    monkeypatch.setattr(runner_module, at, full)
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
+    _work(store, backbone, tmp_path)
+    good, large = _jobs(store)
+    assert good.state is JobState.SUCCEEDED and large.state is JobState.FAILED
+    assert large.error is not None and large.error.code == "out_of_memory" and "lora(r=9)" in large.error.message
+
+
+def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp_path: Path) -> None:
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": f"lora(r={10**15})", "ftjob-1": f"lora(r={10**18})"})
+    _work(store, backbone, tmp_path)
+    assert [job.error is not None and job.error.code for job in _jobs(store)] == ["out_of_memory"] * 2
 
 
 def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp_path: Path) -> None:

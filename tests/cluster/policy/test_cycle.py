@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Hold, OpenPack, Refuse
 from polygraft.cluster.model import DeviceId, JobId, Limits, PackId, Snapshot
-from polygraft.cluster.policy.budget import STATE_BYTES
+from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import JobState, PackState, Reason
 from tests.cluster.builders import make_job, make_pack, make_snapshot, running
@@ -95,6 +95,20 @@ def test_a_pack_takes_jobs_up_to_its_memory_and_no_small_job_overtakes() -> None
         Hold(B, Reason.PACK_MEMORY),
         Hold(JobId("ftjob-c"), Reason.PACK_MEMORY),
         Refuse(JobId("ftjob-d"), Reason.TOO_LARGE),
+    )
+
+
+def test_what_is_not_trained_takes_memory_too() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES)
+    jobs = (
+        make_job("a", created_at=1.0, parameters=1, frozen=60 * STATE_BYTES // FROZEN_BYTES),
+        make_job("b", created_at=2.0, parameters=40),
+        make_job("c", created_at=3.0, parameters=1, frozen=100 * STATE_BYTES // FROZEN_BYTES),
+    )
+    assert decide(make_snapshot(jobs=jobs, packs=(make_pack(),), limits=limits)) == (
+        Admit(A, P),
+        Hold(B, Reason.PACK_MEMORY),
+        Refuse(JobId("ftjob-c"), Reason.TOO_LARGE),
     )
 
 

@@ -14,7 +14,7 @@ from polygraft.cluster.model import START, JobId, PackId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sizes import frozen, parameters
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
@@ -111,6 +111,8 @@ async def test_a_job_over_other_grafts_keeps_the_versions_that_their_names_meant
     asked = body(file, method=supervised(peft="meteora(r=4, of=a|b@1) + prefix(3)"))
     made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
     assert made["method"]["supervised"]["hyperparameters"]["peft"] == "meteora(r=4, of=a@3|b@1) + prefix(length=3)"
+    record = service.api.store.get(keys.job(JobId(made["id"])))
+    assert record is not None and record.value.frozen == frozen(parse("meteora(r=4, of=a|b)"), service.api.shape) > 0
     service.publish("ann", "lora(r=2)", "far", backbone="another")
     service.publish("bob", "lora(r=2)", "bobs")
     wrong = (("bobs", 404, "bobs"), ("a@4", 404, "a@4"), ("tiny", 404, "tiny"), ("far", 400, "another"))
