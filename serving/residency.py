@@ -12,6 +12,8 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import Branch
 
 
 class GraftUnusable(Exception):
@@ -50,14 +52,24 @@ class Residency:
         return sum(self._sizes[graft] for graft in self._held)
 
     def fetch(self, graft: GraftId) -> Resident:
-        """Read a graft from the artefact folder; values that are not finite are refused. Raises GraftUnusable."""
+        """Read a graft from the artefact folder. Raises GraftUnusable, also for values that are not finite as they are
+        computed with, since products with foreign ranks may be selected out only after the first of two."""
         try:
             stored = native.load(self._folder / graft, shape=self._backbone.shape, backbone=self._backbone.fingerprint)
         except (OSError, ValueError) as error:
             raise GraftUnusable(f"graft {graft} cannot be served: {error}") from error
         if stored.id != graft:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
-        return Resident(graft, *lower(stored.spec, self._backbone.shape, stored.tensors, self._backbone.weight))
+        spec, values = lower(stored.spec, self._backbone.shape, stored.tensors, self._backbone.weight)
+        for tensor in tensors(spec, self._backbone.shape):
+            slot = spec.slots[tensor.slot]
+            scale = slot.scale if isinstance(slot, Branch) else 1.0
+            if not bool((values[tensor.name].to(self._backbone.dtype) * scale).isfinite().all()):
+                raise GraftUnusable(
+                    f"graft {graft} cannot be served: {tensor.name} times {scale:g} is not finite in "
+                    f"{self._backbone.dtype}"
+                )
+        return Resident(graft, spec, values)
 
     def get(self, graft: GraftId) -> Resident | None:
         return self._held.get(graft)

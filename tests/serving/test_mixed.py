@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.cluster.model import GraftId
+from polygraft.cluster.model import GraftId, TenantId
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -129,6 +129,37 @@ def test_a_graft_larger_than_the_budget_fails_alone(
     engine.submit(request("bare", prompt_of(1), 4))
     run(engine)
     assert heard.reasons() == {"big": "error", "bare": "length"} and "1000" in str(heard.ends["big"].error)
+
+
+@pytest.mark.parametrize(
+    ("text", "largest", "dtype"),
+    [
+        ("lora(r=4)", 3.4e38, torch.bfloat16),  # rounds to infinity
+        ("lora(r=4)", 3e38, torch.float32),  # times alpha / r
+        ("lora(r=4, alpha=1e39)", 1e-3, torch.float32),
+        ("vera(r=4)", 3e38, torch.float32),  # its B is a product
+        ("ia3", 3.4e38, torch.bfloat16),
+    ],
+)
+def test_a_graft_that_overflows_as_it_is_computed_with_is_refused_and_meets_no_other(
+    folder: Path, tmp_path: Path, text: str, largest: float, dtype: torch.dtype
+) -> None:
+    backbone = Backbone.load(folder, dtype)
+    saved = []
+    for seed, (method, factor) in enumerate((("lora(r=4)", 1.0), (text, largest))):
+        spec = parse(method)
+        values = random_tensors(spec, backbone.shape, seed)
+        values = {name: value / value.abs().max() * factor for name, value in values.items()}
+        id = native.save(tmp_path / "grafts", spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+        saved.append(GraftId(id))
+    alone, beside = Heard(), Heard()
+    for heard, tenants in ((alone, {"good": saved[0]}), (beside, {"good": saved[0], "bad": saved[1]})):
+        engine = engine_on(backbone, tmp_path, heard=heard)
+        for tenant, graft in tenants.items():
+            engine.submit(request(tenant, (5, 6, 7), 6, graft=graft, tenant=TenantId(tenant)))
+        run(engine)
+    assert beside.reasons() == {"good": "length", "bad": "error"} and "not finite" in str(beside.ends["bad"].error)
+    assert beside.tokens["good"] == alone.tokens["good"]
 
 
 def test_a_graft_for_another_backbone_is_refused(backbone: Backbone, tmp_path: Path) -> None:
