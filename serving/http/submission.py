@@ -10,10 +10,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
-from polygraft.cluster.model import Job, JobSpec, TenantId
+from polygraft.cluster.model import Graft, Job, JobSpec, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
+from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
 from polygraft.grafts.grammar import parse, pinned
 from polygraft.grafts.methods.registry import find
@@ -55,7 +56,8 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
 
 def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str:
     """`peft` with the versions of the grafts that it is made over, which must give what it takes of them."""
-    found = {}
+    found: dict[str, Graft] = {}
+    specs: dict[str, GraftSpec] = {}
     for name in graft.sources:
         try:
             source = resolve(api.store, tenant, name, api.backbone)
@@ -66,7 +68,11 @@ def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str
         if source.backbone_fingerprint != api.fingerprint:
             raise SpecError(f"of: {name!r} has grown on another backbone")
         found[name] = source
-    check(graft, {name: described(api.data / "grafts" / one.id) for name, one in found.items()}, api.shape)
+        try:
+            specs[name] = described(api.data / "grafts" / source.id)
+        except FormatError:
+            raise SpecError(f"of: the files of {name!r} are missing or damaged") from None
+    check(graft, specs, api.shape)
     return pinned(peft, {name: one.model for name, one in found.items()}) if found else peft
 
 

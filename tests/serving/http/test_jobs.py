@@ -124,6 +124,19 @@ async def test_a_job_over_other_grafts_keeps_the_versions_that_their_names_meant
     assert "'b' has rank 4 at 0.attn.q, more than 2" in refusal(answer, 400)["message"]
 
 
+async def test_a_job_over_a_graft_whose_files_are_gone_or_damaged_is_400(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    description = service.api.data / "grafts" / service.publish("ann", "lora(r=2)", "a").id / "graft.json"
+    asked = body(await upload(ann), method=supervised(peft="meteora(of=a)"))
+    description.write_text('{"spec": {"slots": []}}')
+    answers = [await ann.post("/fine_tuning/jobs", json=asked)]
+    description.unlink()
+    answers.append(await ann.post("/fine_tuning/jobs", json=asked))
+    for error in (refusal(answer, 400) for answer in answers):
+        assert error["param"] == PEFT and "the files of 'a' are missing or damaged" in error["message"]
+
+
 async def test_unknown_models_and_files_are_404(ann: httpx.AsyncClient, bob: httpx.AsyncClient) -> None:
     file, bobs = await upload(ann), await upload(bob)
     assert refusal(await ann.post("/fine_tuning/jobs", json=body(file, model="gpt")), 404)["param"] == "model"
