@@ -73,7 +73,11 @@ def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str
         except FormatError:
             raise SpecError(f"of: the files of {name!r} are missing or damaged") from None
     check(graft, specs, api.shape)
-    return pinned(peft, {name: one.model for name, one in found.items()}) if found else peft
+    if not found:
+        return peft
+    text = pinned(peft, {name: one.model for name, one in found.items()})
+    parse(text)  # as the pack will: it is longer, and two names may mean one version
+    return text
 
 
 def default_learning_rate(graft: GraftSpec) -> float:

@@ -124,6 +124,18 @@ async def test_a_job_over_other_grafts_keeps_the_versions_that_their_names_meant
     assert "'b' has rank 4 at 0.attn.q, more than 2" in refusal(answer, 400)["message"]
 
 
+async def test_names_whose_versions_make_no_job_are_400(service: Service, ann: httpx.AsyncClient) -> None:
+    service.publish("ann", "lora(r=2)", "a", 3)
+    names = [f"{index:063}" for index in range(30)]
+    for name in names:
+        service.publish("ann", "lora(r=2)", name, 100)
+    file = await upload(ann)
+    for of, said in (("|".join(names), "at most 2000"), ("a|a@3", "'a@3' is named 2 times")):
+        answer = await ann.post("/fine_tuning/jobs", json=body(file, method=supervised(peft=f"meteora(r=2, of={of})")))
+        error = refusal(answer, 400)
+        assert error["param"] == PEFT and said in error["message"]
+
+
 async def test_a_job_over_a_graft_whose_files_are_gone_or_damaged_is_400(
     service: Service, ann: httpx.AsyncClient
 ) -> None:
