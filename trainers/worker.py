@@ -36,6 +36,7 @@ CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
 METRICS_KEPT = 100_000
+PEFT = "method.supervised.hyperparameters.peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,8 @@ class PackWorker:
             active = self._activate(trained, name, record.tenant)
             if active.loss_before is None and trained.held_out:
                 active.loss_before = self.runner.evaluate(record.id, trained.held_out)
+        except SpecError as error:
+            return JobError("invalid_value", f"{PEFT}: {error}", PEFT)
         except (ValueError, OSError) as error:
             return JobError("invalid_training_data", str(error), "training_file")
         except (MemoryError, RuntimeError) as error:
@@ -161,14 +164,17 @@ class PackWorker:
         return self.runner.restore(checkpoint.load(self.folders.job(job.id), name, job, self.runner.backbone.shape))
 
     def _source(self, tenant: TenantId, name: str) -> Source:
-        """A graft that a job is made over. Raises SpecError if the tenant has none of that name, FormatError."""
+        """A graft that a job is made over. Raises SpecError if the tenant has none of that name that can be read."""
         backbone = self.runner.backbone
         try:
             graft = resolve(self.store, tenant, name, backbone="")
         except UnknownModel as error:
             raise SpecError(f"of: {error}") from None
         assert graft is not None, "no graft has the empty name"
-        stored = native.load(self.folders.grafts / graft.id, shape=backbone.shape, backbone=backbone.fingerprint)
+        try:
+            stored = native.load(self.folders.grafts / graft.id, shape=backbone.shape, backbone=backbone.fingerprint)
+        except FormatError as error:
+            raise SpecError(f"of: {name!r} cannot be read: {error}") from None
         return Source(stored.spec, stored.tensors)
 
     def _cancel(self, job: JobId) -> None:

@@ -110,21 +110,25 @@ def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp
 
 def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
-    submit(store, tmp_path, {"ftjob-0": "lora(r=2)", "ftjob-1": "ia3"})
+    submit(store, tmp_path, {"ftjob-0": "lora(r=2)", "ftjob-1": "ia3", "ftjob-2": "lora(r=3)"})
     asked: list[str] = []
 
     def between() -> None:
         if not asked and all(job.state is JobState.SUCCEEDED for job in _jobs(store)):
             asked.extend(["o-lora(r=2, old=2, of=ftjob-0@1)", "meteora(r=2, of=ftjob-0|ftjob-1)", "spot(of=ftjob-9)"])
-            for index, peft in enumerate(asked, start=2):
+            asked.append("lora(r=3) + from(of=ftjob-2@1)")
+            (tmp_path / "grafts" / str(_jobs(store)[2].graft) / "graft.safetensors").unlink()
+            for index, peft in enumerate(asked, start=3):
                 submit_one(store, tmp_path, f"ftjob-{index}", peft, index)
             store.append(keys.commands(PACK), {"op": "close", "job": ""})
 
     _worker(store, backbone, tmp_path).run(between)
-    first, _, over, unlike, missing = _jobs(store)
-    assert over.state is JobState.SUCCEEDED and unlike.state is missing.state is JobState.FAILED
-    assert unlike.error is not None and "'ftjob-1' is 'ia3', not a LoRA" in unlike.error.message
-    assert missing.error is not None and "'ftjob-9' does not exist" in missing.error.message
+    first, _, _, over, unlike, missing, damaged = _jobs(store)
+    assert over.state is JobState.SUCCEEDED
+    wrong = ("'ftjob-1' is 'ia3', not a LoRA", "'ftjob-9' does not exist", "'ftjob-2@1' cannot be read")
+    for failed, said in zip((unlike, missing, damaged), wrong):
+        assert failed.state is JobState.FAILED and failed.error is not None and said in failed.error.message
+        assert (failed.error.code, failed.error.param) == ("invalid_value", worker_module.PEFT)
     old, new = (
         native.load(tmp_path / "grafts" / str(job.graft), shape=backbone.shape, backbone=backbone.fingerprint)
         for job in (first, over)
