@@ -113,6 +113,8 @@ class Residency:
         wanted = frozenset(grafts)
         fitting = [key for key in self._compositions if wanted.issubset(key) and len(key) <= max(1, 2 * len(wanted))]
         key = min(fitting, key=lambda key: (len(key), key)) if fitting else tuple(sorted(wanted))
+        if self._compositions and (front := next(reversed(self._compositions))) != key:
+            self._compositions[front].stacks.plans.clear()  # its packed copies are outside the budget
         if key not in self._compositions:
             stacks = self._backbone.stacks([self._held[graft] for graft in key])
             self._compositions[key] = Composition(stacks, {graft: place for place, graft in enumerate(key)})

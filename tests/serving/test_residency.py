@@ -12,6 +12,7 @@ from polygraft.cluster.model import GraftId
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.beside import Plan
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.serving.residency import GraftUnusable, Residency
 from tests.serving.naive import random_tensors
@@ -87,6 +88,15 @@ def test_stacks_of_a_graft_that_was_let_go_go_with_it(backbone: Backbone) -> Non
     residency.admit(named(backbone, "a"), ())
     assert residency.held == ("a", "c")
     assert residency.compose([GraftId("a")]) is not before
+
+
+def test_only_the_composition_in_use_keeps_packed_copies(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b")
+    first, second = (residency.compose([GraftId(id)]).stacks for id in "ab")
+    for stacks in (first, second):
+        stacks.plans[0, False] = Plan()
+    assert residency.compose([GraftId("b")]).stacks.plans and residency.compose([GraftId("a")]).stacks is first
+    assert first.plans and not second.plans
 
 
 def test_a_folder_that_holds_another_graft_or_bad_values_is_refused(backbone: Backbone, tmp_path: Path) -> None:
