@@ -43,7 +43,10 @@ def beside(
         return [], {}, set()
     if stock is None:
         raise FormatError("modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder")
-    found = [*_modules(saved, stored, shape, stock), *(_biases(stored, shape, stock) if bias != "none" else ())]
+    found = [*_modules(saved, stored, shape, stock)]
+    if bias != "none":
+        read = {key for change in found for key in change.keys}  # a whole module's bias is among them
+        found += _biases({key: value for key, value in stored.items() if key not in read}, shape, stock)
     terms: list[Term] = []
     values: dict[str, Tensor] = {}
     for change in found:

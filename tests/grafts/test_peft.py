@@ -357,8 +357,18 @@ def test_a_union_of_linear_branches_is_one_lora(backbone: Backbone, tmp_path: Pa
         ("gpt2", LoraConfig(r=2, target_modules=["mlp.c_fc"], modules_to_save=["c_attn", "ln_1"], fan_in_fan_out=True)),
         ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)),
         ("qwen2", LoraConfig(r=2, target_modules=["q_proj", "o_proj"], bias="lora_only")),
+        ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["ln_1"], bias="lora_only")),
+        ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["mlp.c_fc"], bias="lora_only")),
     ],
-    ids=["modules", "one module", "fused modules", "all biases", "biases of the method's modules"],
+    ids=[
+        "modules",
+        "one module",
+        "fused modules",
+        "all biases",
+        "biases of the method's modules",
+        "a norm with its bias",
+        "a projection with its bias",
+    ],
 )
 def test_what_was_trained_beside_the_method_comes_along(
     arch: str, config: LoraConfig, tiny_folders: Mapping[str, Path], tmp_path: Path
