@@ -123,7 +123,7 @@ def _gated(layer: int, q: Tensor, k: Tensor, v: Tensor, route: RouteTable, kv_he
         if kind.gate:
             segments, gates = route.segments(stack.entries), route.segments(stack.gates)
             pk, pv, G = (stack.parts[part] for part in "kvG")
-            out = joined(q, out, sums, x, pk, pv, G, segments, gates, Gate(kind.gate), kv_heads, scores.scaling)
+            out = joined(q, out, sums, x, pk, pv, G, segments, gates, Gate(kind.gate), kv_heads, scores)
     return out
 
 

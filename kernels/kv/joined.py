@@ -18,6 +18,7 @@ from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.aside import keys_of, queries_of, rows_of
+from polygraft.kernels.kv.scores import Scores
 
 
 def joined(
@@ -32,11 +33,11 @@ def joined(
     gates: Segments,
     gate: Gate,
     kv_heads: int,
-    scaling: float,
+    scores: Scores,
 ) -> Tensor:
     """Semantics: with s and g the i-th of `segments` and `gates`, w = gate(x_s G_g^T) spread over s.size / g.size
-    neighbouring prefix rows each, out[s] = softmax([sums[s]; scaling * w * (q[s] pk_s^T)]) [out[s]; w * pv_s], head by
-    head.
+    neighbouring prefix rows each, out[s] = softmax([sums[s]; bent(scaling * w * (q[s] pk_s^T))]) [out[s]; w * pv_s],
+    head by head. Of the `scores` the scaling and the cap hold; prefix rows have no place that a window or a bias knows.
 
     q and out [T, heads * head_dim], sums [T, heads] the log of the sum that out was divided by, x [T, D], stacks pk and
     pv [P, kv_heads * head_dim] and G [N, D]; softmax in float32 or wider. Differentiable in the seven tensors; products
@@ -45,7 +46,7 @@ def joined(
     if not segments.items:
         return out_TE
     return _Joined.apply(  # type: ignore[no-any-return,no-untyped-call]
-        q_TE, out_TE, sums_TH, x_TD, pk_PC, pv_PC, G_ND, segments, gates, gate, kv_heads, scaling
+        q_TE, out_TE, sums_TH, x_TD, pk_PC, pv_PC, G_ND, segments, gates, gate, kv_heads, scores
     )
 
 
@@ -58,6 +59,7 @@ class _Share(NamedTuple):
     gates: Tensor  # [rows, experts]
     spread: Tensor  # [M, size]
     raw: Tensor  # scaling * q k^T, [kv_heads, M, size]
+    bend: Tensor | float  # slope of the capped scores, [kv_heads, M, size]
     new: Tensor  # weights of the prefix rows, [kv_heads, M, size]
     old: Tensor  # weight of what was attended to before, [kv_heads, M, 1]
 
@@ -77,13 +79,13 @@ class _Joined(torch.autograd.Function):
         gates: Segments,
         gate: Gate,
         kv_heads: int,
-        scaling: float,
+        scores: Scores,
     ) -> Tensor:
         ctx.save_for_backward(q, out, sums, x, pk, pv, G)
-        ctx.work = segments, gates, gate, kv_heads, scaling  # type: ignore[attr-defined]
+        ctx.work = segments, gates, gate, kv_heads, scores  # type: ignore[attr-defined]
         found = out.clone()
         for s, g in zip(segments, gates, strict=True):
-            one = _share(q, sums, x, pk, pv, G, s, g, gate, kv_heads, scaling)
+            one = _share(q, sums, x, pk, pv, G, s, g, gate, kv_heads, scores)
             before = queries_of(out, s, one.k)
             mixed = one.old * before + segment_bmm((one.new * one.spread).to(q.dtype), one.v)
             found[s.start : s.stop] = rows_of(mixed.to(q.dtype), s)
@@ -92,19 +94,19 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, sums, x, pk, pv, G = ctx.saved_tensors  # type: ignore[attr-defined]
-        segments, gates, gate, kv_heads, scaling = ctx.work  # type: ignore[attr-defined]
+        segments, gates, gate, kv_heads, scores = ctx.work  # type: ignore[attr-defined]
         dout = grad.clone()
         dq, dsums, dx, dpk, dpv, dG = (torch.zeros_like(tensor) for tensor in (q, sums, x, pk, pv, G))
         for s, g in zip(segments, gates, strict=True):
-            one = _share(q, sums, x, pk, pv, G, s, g, gate, kv_heads, scaling)
+            one = _share(q, sums, x, pk, pv, G, s, g, gate, kv_heads, scores)
             slope, before = queries_of(grad, s, one.k), queries_of(out, s, one.k)
             along = (slope * before).to(one.old.dtype).sum(-1, keepdim=True)
             dvalue = segment_bmm(slope, one.v.transpose(1, 2).contiguous()).to(one.new.dtype)
             inner = one.old * along + (one.new * one.spread * dvalue).sum(-1, keepdim=True)
-            dscore = one.new * (one.spread * dvalue - inner)
+            dscore = one.new * (one.spread * dvalue - inner) * one.bend
             dspread = (dscore * one.raw + one.new * dvalue).sum(0).view(s.rows, -1, s.size).sum(1)
             dscores = gate.slope(dspread.view(*one.gates.shape, -1).sum(-1).to(x.dtype), one.gates)[None]
-            draw = (dscore * one.spread * scaling).to(q.dtype)
+            draw = (dscore * one.spread * scores.scaling).to(q.dtype)
             dout[s.start : s.stop] = rows_of((one.old * slope).to(q.dtype), s)
             dsums[s.start : s.stop] = rows_of(one.old * (along - inner), s)
             dq[s.start : s.stop] += rows_of(segment_bmm(draw, one.k), s)
@@ -128,14 +130,19 @@ def _share(
     g: Segment,
     gate: Gate,
     kv_heads: int,
-    scaling: float,
+    scores: Scores,
 ) -> _Share:
     k, v = keys_of(pk, s, kv_heads), keys_of(pv, s, kv_heads)
     queries = queries_of(q, s, k)
     weights = gate.weights(segment_bmm(x[None, s.start : s.stop], G[None, g.first : g.last].transpose(1, 2))[0])
     spread = weights.repeat_interleave(s.size // g.size, dim=1)
     spread = spread.repeat_interleave(queries.shape[1] // s.rows, dim=0).to(sums.dtype)
-    raw = segment_bmm(queries, k.transpose(1, 2).contiguous()).to(sums.dtype) * scaling
+    raw = segment_bmm(queries, k.transpose(1, 2).contiguous()).to(sums.dtype) * scores.scaling
     before = torch.unflatten(sums[s.start : s.stop], 1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, 1)
-    shares = torch.cat([before, spread * raw], dim=-1).softmax(-1)
-    return _Share(k, v, queries, weights, spread, raw, shares[..., 1:], shares[..., :1])
+    scored = spread * raw
+    bend: Tensor | float = 1.0
+    if scores.cap is not None:
+        turned = torch.tanh(scored / scores.cap)
+        scored, bend = scores.cap * turned, 1 - turned.square()
+    shares = torch.cat([before, scored], dim=-1).softmax(-1)
+    return _Share(k, v, queries, weights, spread, raw, bend, shares[..., 1:], shares[..., :1])

@@ -43,6 +43,7 @@ def cases() -> Iterator[ParameterSet]:
     for arch in ("mistral", "gemma2", "gemma3_text"):
         for name in ("dora", "prefix", "serial"):
             yield pytest.param((arch, name), id=f"{arch}-{name}")
+    yield pytest.param(("gemma2", "apt"), id="gemma2-apt")  # gated prefix rows are capped, too
 
 
 class Backbones(dict[tuple[str, torch.dtype], Backbone]):

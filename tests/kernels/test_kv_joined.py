@@ -33,15 +33,19 @@ def inputs(dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], Tensor
 def op(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor, pk: Tensor, pv: Tensor, G: Tensor,
     sequences: tuple[Sequence, ...], segments: tuple[Segment, ...], gates: tuple[Segment, ...], gate: Gate,
+    cap: float | None = None,
 ) -> Tensor:  # fmt: skip
     plain = torch.ones(2, k.shape[1], dtype=k.dtype)  # prefix rows in the cache, as another slot has them
     layout = Layout(sequences, len(q), 2, HEADS, KV_HEADS)
-    out, sums = attend_with_sums(q, k, v, plain, plain, layout, Scores(SCALING))
-    return joined(q, out, sums, x, pk, pv, G, Segments(segments), Segments(gates), gate, KV_HEADS, SCALING)
+    scores = Scores(SCALING, cap=cap)
+    out, sums = attend_with_sums(q, k, v, plain, plain, layout, scores)
+    return joined(q, out, sums, x, pk, pv, G, Segments(segments), Segments(gates), gate, KV_HEADS, scores)
 
 
-def obvious(q: Tensor, k: Tensor, v: Tensor, x: Tensor, pk: Tensor, pv: Tensor, G: Tensor, gate: Gate) -> Tensor:
-    """Query by query, softmax over [w * pk; ones; k] of [w * pv; ones; v]."""
+def obvious(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, pk: Tensor, pv: Tensor, G: Tensor, gate: Gate, cap: float | None
+) -> Tensor:
+    """Query by query, softmax over [w * pk; ones; k] of [w * pv; ones; v], scores s as cap tanh(s / cap)."""
     out = torch.zeros_like(q)
     for sequence, s, g in zip(SEQUENCES, SEGMENTS, GATES, strict=True):
         weights = gate.weights(x[s.start : s.stop] @ G[g.first : g.last].T).repeat_interleave(s.size // g.size, dim=1)
@@ -55,16 +59,18 @@ def obvious(q: Tensor, k: Tensor, v: Tensor, x: Tensor, pk: Tensor, pv: Tensor, 
             for head in range(HEADS):
                 own = slice(head // (HEADS // KV_HEADS) * DIM, (head // (HEADS // KV_HEADS) + 1) * DIM)
                 scores = SCALING * keys[:, own] @ q[s.start + t, head * DIM : (head + 1) * DIM]
+                scores = scores if cap is None else cap * torch.tanh(scores / cap)
                 heads.append(scores.softmax(0) @ values[:, own])
             out = out.index_copy(0, torch.tensor([s.start + t]), torch.cat(heads)[None])
     return out
 
 
+@pytest.mark.parametrize("cap", [None, 0.7], ids=["plain", "capped"])
 @pytest.mark.parametrize("gate", [SIGMOID, Gate("softmax")], ids=["sigmoid", "softmax"])
-def test_output_and_gradients_are_those_of_one_softmax(gate: Gate) -> None:
+def test_output_and_gradients_are_those_of_one_softmax(gate: Gate, cap: float | None) -> None:
     given, upstream = inputs(torch.float64)
-    got = run(op, given, SEQUENCES, SEGMENTS, GATES, gate, upstream=upstream)
-    assert_close(got, run(obvious, given, gate, upstream=upstream), 1e-12)
+    got = run(op, given, SEQUENCES, SEGMENTS, GATES, gate, cap, upstream=upstream)
+    assert_close(got, run(obvious, given, gate, cap, upstream=upstream), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -58,20 +58,30 @@ def model(prefix: Prefix, hooks: Mapping[int, Hook]) -> Callable[[Path, Values, 
 
 
 def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, scaling: float, **_: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: object,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
 ) -> tuple[Tensor, None]:
     pk, pv = (torch.unflatten(rows, -1, (key.shape[1], -1)) for rows in getattr(module.config, NAME)())
     group, out = query.shape[1] // key.shape[1], []
     for t in range(query.shape[2]):
         seen = key.shape[2] if module.config.model_type in HEADS else t + 1
+        own = slice(max(0, seen - sliding_window) if sliding_window else 0, seen)
         keys, values = (
-            torch.cat([pk[t], key[0, :, :seen].transpose(0, 1)]),
-            torch.cat([pv[t], value[0, :, :seen].transpose(0, 1)]),
+            torch.cat([pk[t], key[0, :, own].transpose(0, 1)]),
+            torch.cat([pv[t], value[0, :, own].transpose(0, 1)]),
         )
         heads = []
         for head in range(query.shape[1]):
-            weights = (scaling * keys[:, head // group] @ query[0, head, t]).softmax(0)
-            heads.append(weights @ values[:, head // group])
+            scores = scaling * keys[:, head // group] @ query[0, head, t]
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
+            heads.append(scores.softmax(0) @ values[:, head // group])
         out.append(torch.stack(heads))
     return torch.stack(out)[None], None
 
