@@ -87,9 +87,9 @@ def export(
 
 
 def _alpha(lora: GraftSpec) -> float:
-    """The first term's, as a float32 holds it."""
+    """The first term's, as a float32 holds it, or its rank where that is 0."""
     (first, *_) = (slot for slot in lora.slots if isinstance(slot, Branch))
-    return float(torch.tensor(first.scale * first.rank, dtype=torch.float32))
+    return float(torch.tensor(first.scale * first.rank, dtype=torch.float32)) or float(first.rank)
 
 
 def _interleaved(B: Tensor, site: Site, shape: ModelShape, kind: str) -> Tensor:

@@ -77,7 +77,7 @@ def _lora(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[Gr
     operands = _operands(spec, shape, values)
     found: dict[str, Tensor] = {}
     for index, site in sites_of(simpler, shape):
-        first = branches[site][0][1].scale
+        first = branches[site][0][1].scale or 1.0
         A = [operands[f"{i}.{site}.A"] for i, _ in branches[site]]
         B = [operands[f"{i}.{site}.B"] * (slot.scale / first) for i, slot in branches[site]]
         found |= {f"{index}.{site}.A": torch.cat(A), f"{index}.{site}.B": torch.cat(B)}
@@ -85,9 +85,9 @@ def _lora(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[Gr
 
 
 def _rank(branches: list[Branch]) -> Rank:
-    """All ranks together, with the scale of the first branch; the others' is in their B."""
+    """All ranks together, with the scale of the first branch, or 1 where that is 0; the others' is in their B."""
     r = sum(branch.rank for branch in branches)
-    return Rank(r, branches[0].scale * r, max(branch.dropout for branch in branches))
+    return Rank(r, (branches[0].scale or 1.0) * r, max(branch.dropout for branch in branches))
 
 
 def _operands(spec: GraftSpec, shape: ModelShape, values: Values) -> Values:

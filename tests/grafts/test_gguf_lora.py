@@ -62,6 +62,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
         "vera(r=4, at=attn.[qv])",
         "moslora(r=3, at=ffn.*)",
         "lora(r=2, alpha=3, at=attn.q) + lora(r=5, alpha=1, at=attn.[qk])@0",
+        "lora(r=2, alpha=0, at=attn.q) + lora(r=3, alpha=4, at=attn.[qv])",
     ],
 )
 def test_the_file_is_the_change_of_the_weights(text: str, tiny_folder: Path, tmp_path: Path) -> None:
@@ -145,3 +146,11 @@ def test_a_file_that_is_there_stays(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="exists already"):
         gguf_lora.export(tmp_path / "a.gguf", spec, random_tensors(spec, shape, seed=1), shape=shape)
     assert (tmp_path / "a.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize("alpha", ["0", "1e-50"])
+def test_a_lora_of_alpha_zero_changes_nothing(alpha: str, tiny_folder: Path, tmp_path: Path) -> None:
+    shape, spec = Backbone.load(tiny_folder, torch.float32).shape, parse(f"lora(r=2, alpha={alpha}, at=attn.v)")
+    gguf_lora.export(tmp_path / "a.gguf", spec, random_tensors(spec, shape, seed=1), shape=shape)
+    found = changes(tmp_path / "a.gguf")
+    assert len(found) == shape.layers and not any(change.any() for change in found.values())
