@@ -83,7 +83,7 @@ class Branch(_Slot):
         if not 0.0 <= self.dropout < 1.0:
             raise SpecError(f"dropout: {self.dropout} is outside [0, 1)")
         if self.gate == "none" and (self.experts, self.top) != (1, 0):
-            raise SpecError(f"experts: {self.experts} of a branch without a gate; choose sigmoid or softmax")
+            raise SpecError(f"experts: {self.experts} of a branch without a gate; choose sigmoid, softmax or attention")
         if self.experts < 1 or self.rank % self.experts:
             raise SpecError(f"experts: {self.experts} do not share rank {self.rank} evenly")
         if not 0 <= self.top <= self.experts or (self.top and self.gate != "softmax"):

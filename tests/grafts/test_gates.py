@@ -27,7 +27,7 @@ def test_experts_that_cannot_be_are_refused(text: str, wrong: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
-        ({"experts": 2}, "without a gate"),
+        ({"experts": 2}, "without a gate; choose sigmoid, softmax or attention"),
         ({"gate": "softmax", "experts": 3}, "3 do not share rank 4"),
         ({"gate": "sigmoid", "experts": 2, "top": 1}, "a softmax chooses"),
         ({"gate": "sigmoid", "dropout": 0.1}, "no dropout"),
