@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
-from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.check import FormatError, check, sized
 from polygraft.grafts.formats.peft import CONFIG, config_of, file
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.runtime.backbone import Backbone
@@ -147,17 +147,20 @@ def _stored(
     for layer in _layers(config, shape):
         stem = f"{table.layers}.{layer}.{place}.adapters.{name}."
 
-        def tensor(end: str, stem: str = stem) -> Tensor:
+        def tensor(end: str, *shapes: tuple[int, ...], stem: str = stem) -> Tensor:
             keys = [key for key in stored if f".{key}".endswith(f".{stem}{end}")]
             if len(keys) != 1:
                 raise FormatError(f"{WEIGHTS}: {stem}{end} is missing")
             read.add(keys[0])
-            return stored[keys[0]].float()
+            value = stored[keys[0]].float()
+            return sized(keys[0], value, *shapes) if shapes else value
 
         scaling = config.get("scaling", 1.0)
-        scale = torch.tensor(float(scaling)) if isinstance(scaling, int | float) else tensor("scaling")
-        up, b = tensor("adapter_up.weight"), tensor("adapter_up.bias")
-        down, a = tensor("adapter_down.0.weight"), tensor("adapter_down.0.bias")
+        r, d = tensor("adapter_down.0.bias").numel(), shape.hidden
+        learned = None if isinstance(scaling, int | float) else tensor("scaling", (1,), (d,))
+        scale = torch.tensor(scaling, dtype=torch.float32) if learned is None else learned
+        up, b = tensor("adapter_up.weight", (d, r)), tensor("adapter_up.bias", (d,))
+        down, a = tensor("adapter_down.0.weight", (r, d)), tensor("adapter_down.0.bias", (r,))
         yield _Bottleneck(layer, down, a, scale.view(-1, 1) * up, scale * b)
 
 
@@ -175,8 +178,9 @@ def _prefix(
     wanted = {"control_trans"} if config.get("flat") else {"wte.weight", *_LINEARS}
     if len(parts) != len(stored) or parts.keys() != wanted or not isinstance(length, int):
         raise FormatError(f"{WEIGHTS}: {sorted(stored)[:3]} are not the {sorted(wanted)} of prefixes called {name!r}")
-    rows = parts["control_trans"] if config.get("flat") else _network(config, parts)
-    if rows.numel() != length * 2 * len(layers) * shape.kv_width:
+    width = 2 * len(layers) * shape.kv_width
+    rows = parts["control_trans"] if config.get("flat") else _network(config, parts, (length, shape.hidden, width))
+    if rows.numel() != length * width:
         raise FormatError(f"{WEIGHTS}: {rows.numel()} numbers are not {length} keys and values of {len(layers)} layers")
     pieces = rows.reshape(length, 2 * len(layers), shape.kv_heads, shape.head_dim).unbind(1)
     spec = union([Term("prefix", {"length": str(length)}, layers if len(layers) < shape.layers else None)])
@@ -190,12 +194,14 @@ def _prefix(
 _LINEARS = tuple(f"control_trans.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias"))
 
 
-def _network(config: Config, parts: Mapping[str, Tensor]) -> Tensor:
-    """W2 act(W1 E + b1) + b2."""
+def _network(config: Config, parts: Mapping[str, Tensor], sizes: tuple[int, int, int]) -> Tensor:
+    """W2 act(W1 E + b1) + b2, of E's rows and columns and W2's rows."""
     if config.get("non_linearity") != "tanh":
         raise SpecError(f"non_linearity: {config.get('non_linearity')!r} of a prefix is not 'tanh'")
-    W1, b1, W2, b2 = (parts[key] for key in _LINEARS)
-    return torch.tanh(parts["wte.weight"] @ W1.T + b1) @ W2.T + b2
+    (length, d, width), m = sizes, parts[_LINEARS[1]].numel()
+    shapes = ((m, d), (m,), (width, m), (width,))
+    W1, b1, W2, b2 = (sized(key, parts[key], size) for key, size in zip(_LINEARS, shapes, strict=True))
+    return torch.tanh(sized("wte.weight", parts["wte.weight"], (length, d)) @ W1.T + b1) @ W2.T + b2
 
 
 def _turned(k: Tensor, by: int, backbone: Backbone) -> Tensor:

@@ -16,6 +16,13 @@ class FormatError(ValueError):
     """A graft folder that cannot be used; the message names the file and what is wrong with it."""
 
 
+def sized(name: str, value: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+    """The value; raises FormatError unless it has one of the shapes."""
+    if tuple(value.shape) not in shapes:
+        raise FormatError(f"{name}: shape {tuple(value.shape)} is not {' or '.join(map(str, shapes))}")
+    return value
+
+
 def check(spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape) -> None:
     """Raise FormatError unless `values` are just the spec's tensors, of the right shapes and finite."""
     try:
@@ -27,9 +34,7 @@ def check(spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape) -> N
         odd = sorted(expected.keys() ^ values.keys())
         raise FormatError(f"tensors: {odd[:5]} are missing or unknown ({len(odd)} in all)")
     for name, size in expected.items():
-        if tuple(values[name].shape) != size:
-            raise FormatError(f"{name}: shape {tuple(values[name].shape)} is not {size}")
-        if not bool(torch.isfinite(values[name]).all()):
+        if not bool(torch.isfinite(sized(name, values[name], size)).all()):
             raise FormatError(f"{name}: holds values that are not finite")
     for tensor in layout:
         if tensor.site is not None and tensor.part == "i" and isinstance(spec.slots[tensor.slot], Sparse):

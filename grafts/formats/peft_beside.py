@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.formats.stock import Projections, Stock
 from polygraft.grafts.grammar import Term, union
@@ -68,29 +68,31 @@ def _modules(saved: list[str], stored: Values, shape: ModelShape, stock: Stock) 
         weight, bias = stored.get(f"{key}.weight"), stored.get(f"{key}.bias")
         if weight is None:
             raise FormatError(f"{key}.weight: is missing")
-        keys = (f"{key}.weight", f"{key}.bias") if bias is not None else (f"{key}.weight",)
         if site.name in LINEAR:
-            yield _dense(site, weight, shape, stock, keys[0])
+            yield _dense(site, weight, shape, stock, f"{key}.weight")
             if bias is not None:
                 yield _shift(site, bias, shape, stock, f"{key}.bias")
         else:
-            yield _norm(site, weight.float(), bias, stock, keys)
+            yield _norm(site, weight.float(), bias, stock, key)
 
 
 def _dense(site: Site, weight: Tensor, shape: ModelShape, stock: Stock, key: str) -> _Change:
     """Child-tuning has the whole dW; its throws of dice are of training."""
     held = Projections(stock, shape)
-    values = {(0, "child"): held.part(weight, site).float() - held.weight(site), (0, "child_dice"): torch.zeros(2)}
-    return _Change("child-tuning", site, values, (key,))
+    change = held.part(sized(key, weight, held.shapes(site)[0]), site).float() - held.weight(site)
+    return _Change("child-tuning", site, {(0, "child"): change, (0, "child_dice"): torch.zeros(2)}, (key,))
 
 
-def _norm(site: Site, weight: Tensor, bias: Tensor | None, stock: Stock, keys: tuple[str, ...]) -> _Change:
+def _norm(site: Site, weight: Tensor, bias: Tensor | None, stock: Stock, key: str) -> _Change:
     """c + w' = g (c + w), and b' = g b + s."""
     own, b, offset = stock.norm(site)
-    g = (offset + weight) / (offset + own)
-    if bias is None or b is None:
-        return _Change("ln-tuning", site, {(0, "g"): g}, keys)
-    return _Change("ssf", site, {(0, "g"): g, (0, "b"): bias.float() - g * b}, keys)
+    g = (offset + sized(f"{key}.weight", weight, tuple(own.shape))) / (offset + own)
+    if b is None:
+        return _Change("ln-tuning", site, {(0, "g"): g}, (f"{key}.weight",))
+    if bias is None:
+        raise FormatError(f"{key}.bias: is missing")
+    s = sized(f"{key}.bias", bias.float(), tuple(b.shape)) - g * b
+    return _Change("ssf", site, {(0, "g"): g, (0, "b"): s}, (f"{key}.weight", f"{key}.bias"))
 
 
 def _biases(stored: Values, shape: ModelShape, stock: Stock) -> Iterator[_Change]:
@@ -104,8 +106,9 @@ def _biases(stored: Values, shape: ModelShape, stock: Stock) -> Iterator[_Change
 def _shift(site: Site, bias: Tensor, shape: ModelShape, stock: Stock, key: str) -> _Change:
     if site.name in LINEAR:
         held = Projections(stock, shape)
-        own, bias = held.bias(site), held.part(bias, site)
+        own, bias = held.bias(site), held.part(sized(key, bias, held.shapes(site)[1]), site)
     else:
-        own = stock.norm(site)[1]
+        weight, own, _ = stock.norm(site)
+        sized(key, bias, tuple(weight.shape))
     change = bias.float() if own is None else bias.float() - own
     return _Change("bitfit", site, {(0, "b"): change}, (key,))

@@ -75,6 +75,12 @@ class Projections:
         key = f"{self.module(site)}.bias"
         return self._stored.wide(key)[self._rows(site)] if key in self._stored.files else None
 
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the module's weight as it lies, and of its bias."""
+        columns = self._shape.dims(site.name)[0]
+        rows = sum(self._shape.dims(name)[1] for name in self._table.beside(site.name))
+        return (columns, rows) if self._table.transposed else (rows, columns), (rows,)
+
     def part(self, tensor: Tensor, site: Site) -> Tensor:
         """The site's rows of a module's weight or bias."""
         return self._straight(tensor)[self._rows(site)]

@@ -265,6 +265,30 @@ def test_what_is_another_function_is_refused(
         read(tmp_path, Backbone.load(tiny_folder, torch.float32))
 
 
+def other_shapes(value: Tensor) -> list[Tensor]:
+    return [value.sum(), value[:1].clone(), value[None], torch.cat([value, value]), value[..., None]]
+
+
+@pytest.mark.parametrize("config", [SEQ | {"scaling": "learned"}, PREFIX], ids=["bottlenecks", "prefix"])
+def test_a_tensor_of_any_other_shape_is_an_error_that_names_it(
+    config: Mapping[str, object], tiny_folder: Path, tmp_path: Path
+) -> None:
+    backbone, tensors = Backbone.load(tiny_folder, torch.float32), bottlenecks(LLAMA[1:], 4)
+    tensors |= {f"{LLAMA[1].format(layer)}.adapters.{NAME}.scaling": torch.ones(1) for layer in (0, 1)}
+    if config is PREFIX:
+        stem = f"model.prefix_tuning.prefix_tunings.{NAME}.self_prefix."
+        shapes = {"wte.weight": (3, 64), "control_trans.0.weight": (6, 64), "control_trans.0.bias": (6,)}
+        shapes |= {"control_trans.2.weight": (128, 6), "control_trans.2.bias": (128,)}
+        tensors = {stem + end: torch.ones(size) for end, size in shapes.items()}
+    read(written(tmp_path, config, tensors), backbone)
+    for key, value in tensors.items():
+        for odd in other_shapes(value):
+            if odd.shape != value.shape:
+                written(tmp_path, config, tensors | {key: odd.contiguous()})
+                with pytest.raises(FormatError, match=r"shape \(.*\) is not \("):
+                    read(tmp_path, backbone)
+
+
 def test_prefixes_of_a_model_with_learned_positions_are_refused(
     tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
