@@ -17,8 +17,8 @@ from training_jobs import adamw, loss_of
 _WARM_STEPS = 3
 
 
-class InTurn:
-    """PEFT, one job after the other: one adapter and one optimiser, started afresh for every job."""
+class _Peft:
+    """The bare backbone as transformers loads it."""
 
     def __init__(self, given: Task) -> None:
         self._task, self._material = given, Material.read(given.folder)
@@ -26,6 +26,10 @@ class InTurn:
     def load(self) -> str:
         self._base = load(self._material, self._task.variant)
         return self._task.variant
+
+
+class InTurn(_Peft):
+    """PEFT, one job after the other: one adapter and one optimiser, started afresh for every job."""
 
     def warm(self) -> None:
         self._model = adapt(self._base, self._material, self._task.jobs[:1], trainable=True)
@@ -58,15 +62,8 @@ class InTurn:
                     part.zero_()
 
 
-class Switching:
+class Switching(_Peft):
     """PEFT, one backbone with every job's adapter, switching between them step by step."""
-
-    def __init__(self, given: Task) -> None:
-        self._task, self._material = given, Material.read(given.folder)
-
-    def load(self) -> str:
-        self._base = load(self._material, self._task.variant)
-        return self._task.variant
 
     def warm(self) -> None:
         jobs = self._task.jobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from polygraft.cluster.events import AliasMoved, Event, GraftPublished, JobSucceeded
 from polygraft.cluster.evolve import job_after
@@ -44,19 +45,19 @@ def publish(
     The first version of a name makes the alias; a later one moves it only if the job asks (`promote`). Steps, tokens
     and losses are those last recorded. Raises Fenced, and IllegalTransition if the job ended otherwise meanwhile.
     """
-    for attempt in range(TRIES):
+
+    def once() -> Graft:
         found = store.get(keys.job(job))
         if found is None:
             raise IllegalTransition(job, "absent", JobState.SUCCEEDED)
         if found.value.state is JobState.SUCCEEDED and found.value.graft == graft:
             assert found.value.model is not None
             return _version(store, found.value.tenant, found.value.model)
-        tenant, name = found.value.tenant, found.value.name
-        alias = store.get(keys.alias(tenant, name))
+        alias = store.get(keys.alias(found.value.tenant, found.value.name))
         published = Graft(
-            tenant=tenant,
-            name=name,
-            version=alias.value.latest + 1 if alias else 1,
+            tenant=found.value.tenant,
+            name=found.value.name,
+            version=_next(alias),
             id=graft,
             method=method,
             backbone_fingerprint=backbone_fingerprint,
@@ -65,13 +66,10 @@ def publish(
             created_at=at,
             job=job,
         )
-        try:
-            _commit(store, published, found, alias, fence)
-            return published
-        except Conflict:
-            if attempt == TRIES - 1:
-                raise
-    raise AssertionError("the loop returns or raises")
+        _commit(store, published, found, alias, fence)
+        return published
+
+    return _retried(once)
 
 
 def adopt(
@@ -93,12 +91,13 @@ def adopt(
     """
     if _MODEL.fullmatch(name) is None or "@" in name:
         raise BadName(f"name: {name!r} is not one for a graft; use up to 64 small letters, digits and dashes")
-    for attempt in range(TRIES):
+
+    def once() -> Graft:
         alias = store.get(keys.alias(tenant, name))
         found = Graft(
             tenant=tenant,
             name=name,
-            version=alias.value.latest + 1 if alias else 1,
+            version=_next(alias),
             id=graft,
             method=method,
             backbone_fingerprint=backbone_fingerprint,
@@ -106,14 +105,10 @@ def adopt(
             bytes=bytes,
             created_at=at,
         )
-        writes, events = _named(found, alias, promote)
-        try:
-            store.commit(writes, events)
-            return found
-        except Conflict:
-            if attempt == TRIES - 1:
-                raise
-    raise AssertionError("the loop returns or raises")
+        store.commit(*_named(found, alias, promote))
+        return found
+
+    return _retried(once)
 
 
 def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft | None:
@@ -130,6 +125,20 @@ def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft 
             raise UnknownModel(model)
         version = str(alias.value.version)
     return _version(store, tenant, f"{name}@{version}")
+
+
+def _retried(once: Callable[[], Graft]) -> Graft:
+    """What `once` returns when no other version of the name came between; the last Conflict if one always does."""
+    for _ in range(TRIES - 1):
+        try:
+            return once()
+        except Conflict:
+            pass
+    return once()
+
+
+def _next(alias: Versioned[Alias] | None) -> int:
+    return alias.value.latest + 1 if alias else 1
 
 
 def _commit(

@@ -102,12 +102,9 @@ def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
     return union([Term(layout.method, {key: str(value) for key, value in values.items()}, layers)])
 
 
-def learning_rate(text: str) -> float:
-    """The rate to start from for what `text` describes: the smallest of its methods' own."""
-    if text.lstrip().startswith("{"):
-        text = from_peft_config(_object(text)).method
-    found = re.findall(r"(?:^|\+)\s*([a-z][a-z0-9_-]*)", text)
-    return min(find(name).learning_rate for name in found)
+def learning_rate(spec: GraftSpec) -> float:
+    """The rate to start from: the smallest of the union's methods' own, since one must suit them all."""
+    return min(find(term.name).learning_rate for term in terms(spec.method))
 
 
 def _chosen(layers: object) -> Layers:

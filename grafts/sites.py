@@ -135,6 +135,17 @@ class ModelShape:
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def rows(self, name: str) -> slice | list[int]:
+        """The rows of the linear site `name` among the outputs of its module, which other sites may share."""
+        table = architecture(self.arch)
+        beside = table.beside(name)
+        index = beside.index(name)
+        if table.interleaved and len(beside) > 1:
+            size = self.dims(name)[1] // self.heads
+            return [(head * len(beside) + index) * size + i for head in range(self.heads) for i in range(size)]
+        first = sum(self.dims(other)[1] for other in beside[:index])
+        return slice(first, first + self.dims(name)[1])
+
     def dims(self, name: str) -> tuple[int, int]:
         """(input width, output width) of the site `name`; a norm has equal ones."""
         q, kv, hidden, ffn = self.heads * self.head_dim, self.kv_width, self.hidden, self.ffn

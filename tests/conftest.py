@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,17 @@ def _no_ray_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray._private.worker, "init", refuse)
     monkeypatch.setattr(ray._private.node.Node, "__init__", refuse)  # what ray.cluster_utils.Cluster starts
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests about company rather than about threads: tiny matmuls only lose time in a second one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _folder(item: pytest.Item) -> str:

@@ -22,7 +22,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, m
     recipe = Recipe(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
-        learning_rate=(learning_rate(job.spec.peft) if asked is None else asked) * job.spec.learning_rate_multiplier,
+        learning_rate=(learning_rate(spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
         schedule=job.spec.schedule,
         warmup_ratio=job.spec.warmup_ratio,
         weight_decay=job.spec.weight_decay,

@@ -240,7 +240,7 @@ class PackWorker:
                 method=active.job.spec.method,
                 backbone_fingerprint=backbone.fingerprint,
                 parameters=active.slab.master.numel(),
-                bytes=sum(file.stat().st_size for file in (self.folders.grafts / identity).iterdir()),
+                bytes=native.size(self.folders.grafts / identity),
                 at=time.time(),
                 fence=self.fence,
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import CONFIG, Projections, Stock
+from polygraft.grafts.formats.stock import CONFIG, Stock
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Affine, GraftSpec
@@ -37,14 +37,14 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     if target.exists():
         raise FormatError(f"{target}: exists already; name a folder that does not")
     config = json.loads((backbone / _CONFIG).read_text())
-    shape = ModelShape.from_config(config)
     if any(isinstance(slot, Affine) and slot.shift for slot in spec.slots):
         config |= dict.fromkeys(_BIASES & config.keys(), True)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
     try:
         places: dict[str, str] = {}
-        for shard, tensors in _folded(Stock(backbone), spec, values, shape, _keys(config, shape)):
+        stored = Stock(backbone)
+        for shard, tensors in _folded(stored, spec, values, _keys(config, stored.shape)):
             save_file(tensors, draft / shard, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, shard)
         if len(set(places.values())) > 1:
@@ -63,13 +63,12 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
 
 
 def _folded(
-    stored: Stock, spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape, asked: set[str]
+    stored: Stock, spec: GraftSpec, values: Mapping[str, Tensor], asked: set[str]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
-    held = Projections(stored, shape)
-    fold = Fold(spec, shape, values, held.weight, held.bias)
+    fold = Fold(spec, stored.shape, values, stored.weight, stored.bias)
     for site in sorted(fold.sites):
-        if (key := f"{held.module(site)}.weight") not in stored.files:
+        if (key := f"{stored.module(site)}.weight") not in stored.files:
             raise FormatError(f"{key}: is not in the backbone's files, which name it otherwise; keep the graft apart")
     for shard in stored.shards:
         tensors = load_file(shard)
@@ -78,14 +77,15 @@ def _folded(
             if new in asked and new not in stored.files:
                 tensors[new] = tensor.new_zeros(len(tensor))
         for site in fold.sites:
-            weight, bias = (f"{held.module(site)}.{part}" for part in ("weight", "bias"))
+            weight, bias = (f"{stored.module(site)}.{part}" for part in ("weight", "bias"))
             if weight in tensors or bias in tensors:
                 merged = fold.at(site)
                 if merged.bias is not None and bias not in asked:
-                    raise FormatError(f"{bias}: {shape.arch} has no such bias, so this graft cannot be merged into it")
+                    arch = stored.shape.arch
+                    raise FormatError(f"{bias}: {arch} has no such bias, so this graft cannot be merged into it")
                 for key, value in ((weight, merged.weight), (bias, merged.bias)):
                     if key in tensors and value is not None:
-                        held.put(tensors[key], site, value)
+                        stored.put(tensors[key], site, value)
         yield shard.name, tensors
 
 

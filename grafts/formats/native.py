@@ -113,6 +113,11 @@ def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
     return StoredGraft(identity, spec, values, backbone)
 
 
+def size(folder: Path) -> int:
+    """Bytes of a graft's files."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
 def described(folder: Path) -> GraftSpec:
     """What a graft's folder says that it is, without its tensors; raises FormatError."""
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_modules import candidates, path
-from polygraft.grafts.formats.stock import Projections, Stock
+from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import Config
@@ -43,10 +43,10 @@ def beside(
         return [], {}, set()
     if stock is None:
         raise FormatError("modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder")
-    found = [*_modules(saved, stored, shape, stock)]
+    found = [*_modules(saved, stored, stock)]
     if bias != "none":
         read = {key for change in found for key in change.keys}  # a whole module's bias is among them
-        found += _biases({key: value for key, value in stored.items() if key not in read}, shape, stock)
+        found += _biases({key: value for key, value in stored.items() if key not in read}, stock)
     terms: list[Term] = []
     values: dict[str, Tensor] = {}
     for change in found:
@@ -56,30 +56,29 @@ def beside(
     return terms, values, {key for change in found for key in change.keys}
 
 
-def _modules(saved: list[str], stored: Values, shape: ModelShape, stock: Stock) -> Iterator[_Change]:
+def _modules(saved: list[str], stored: Values, stock: Stock) -> Iterator[_Change]:
     chosen: set[Site] = set()
     for name in saved:
-        sites = [site for site in candidates(shape) if path(site, shape).endswith(name)]  # as PEFT does
+        sites = [site for site in candidates(stock.shape) if path(site, stock.shape).endswith(name)]  # as PEFT does
         if not sites:
             raise SpecError(f"modules_to_save: {name!r} is no projection and no norm; others are not replaced")
         chosen.update(sites)
     for site in sorted(chosen):
-        key = f"base_model.model.{path(site, shape)}"
+        key = f"base_model.model.{path(site, stock.shape)}"
         weight, bias = stored.get(f"{key}.weight"), stored.get(f"{key}.bias")
         if weight is None:
             raise FormatError(f"{key}.weight: is missing")
         if site.name in LINEAR:
-            yield _dense(site, weight, shape, stock, f"{key}.weight")
+            yield _dense(site, weight, stock, f"{key}.weight")
             if bias is not None:
-                yield _shift(site, bias, shape, stock, f"{key}.bias")
+                yield _shift(site, bias, stock, f"{key}.bias")
         else:
             yield _norm(site, weight.float(), bias, stock, key)
 
 
-def _dense(site: Site, weight: Tensor, shape: ModelShape, stock: Stock, key: str) -> _Change:
+def _dense(site: Site, weight: Tensor, stock: Stock, key: str) -> _Change:
     """Child-tuning has the whole dW; its throws of dice are of training."""
-    held = Projections(stock, shape)
-    change = held.part(sized(key, weight, held.shapes(site)[0]), site).float() - held.weight(site)
+    change = stock.part(sized(key, weight, stock.shapes(site)[0]), site).float() - stock.weight(site)
     return _Change("child-tuning", site, {(0, "child"): change, (0, "child_dice"): torch.zeros(2)}, (key,))
 
 
@@ -95,18 +94,17 @@ def _norm(site: Site, weight: Tensor, bias: Tensor | None, stock: Stock, key: st
     return _Change("ssf", site, {(0, "g"): g, (0, "b"): s}, (f"{key}.weight", f"{key}.bias"))
 
 
-def _biases(stored: Values, shape: ModelShape, stock: Stock) -> Iterator[_Change]:
-    for site in candidates(shape):
+def _biases(stored: Values, stock: Stock) -> Iterator[_Change]:
+    for site in candidates(stock.shape):
         for end in ("bias", "base_layer.bias"):
-            key = f"base_model.model.{path(site, shape)}.{end}"
+            key = f"base_model.model.{path(site, stock.shape)}.{end}"
             if key in stored:
-                yield _shift(site, stored[key], shape, stock, key)
+                yield _shift(site, stored[key], stock, key)
 
 
-def _shift(site: Site, bias: Tensor, shape: ModelShape, stock: Stock, key: str) -> _Change:
+def _shift(site: Site, bias: Tensor, stock: Stock, key: str) -> _Change:
     if site.name in LINEAR:
-        held = Projections(stock, shape)
-        own, bias = held.bias(site), held.part(sized(key, bias, held.shapes(site)[1]), site)
+            own, bias = stock.bias(site), stock.part(sized(key, bias, stock.shapes(site)[1]), site)
     else:
         weight, own, _ = stock.norm(site)
         sized(key, bias, tuple(weight.shape))

@@ -14,7 +14,6 @@ from polygraft.grafts.formats.peft_modules import numbers, path
 from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.methods.declare import Place
 from polygraft.grafts.methods.exchange import Kept, Peft
-from polygraft.grafts.runtime.adopt import share
 from polygraft.grafts.sites import KV_SITE, ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.spec import GraftSpec, Slot
@@ -114,7 +113,7 @@ class Exchange:
             beside = architecture(self._shape.arch).beside(tensor.site.name)
             width = sum(self._shape.dims(name)[1] for name in beside)
             if len(beside) > 1 and len(stored) == width and rows[0] == place.d_out:
-                stored = share(stored, tensor.site.name, self._shape)
+                stored = stored[self._shape.rows(tensor.site.name)]
         if kept.padded:
             stored = _widened(stored, rows)
         if stored.shape != rows:

@@ -19,12 +19,14 @@ CONFIG = "config.json"
 
 
 class Stock:
-    """The tensors of a model's folder, read one at a time."""
+    """The tensors of a model's folder, read one at a time; a module's are the rows of one projection or of several, and
+    may lie transposed."""
 
     def __init__(self, folder: Path) -> None:
         self.shards = sorted(folder.glob("*.safetensors"))
         self.config: Mapping[str, object] = json.loads((folder / CONFIG).read_text())
         self.shape = ModelShape.from_config(self.config)
+        self._table = architecture(self.shape.arch)
         self.files: dict[str, Path] = {}
         for shard in self.shards:
             with safe_open(shard, "pt") as file:
@@ -44,58 +46,44 @@ class Stock:
             tensor: Tensor = file.get_tensor(key)
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
+    def module(self, site: Site) -> str:
+        """Where the files keep what holds the site, maybe among others."""
+        return model_path(site, self.shape)
+
     def weight(self, site: Site) -> Tensor:
-        """W [out, in] of a projection that has a module of its own."""
-        if len(architecture(self.shape.arch).beside(site.name)) > 1:
+        """W [out, in] of a projection."""
+        return self.part(self.wide(f"{self.module(site)}.weight"), site)
+
+    def whole(self, site: Site) -> Tensor:
+        """W of a projection that has a module of its own."""
+        if len(self._table.beside(site.name)) > 1:
             raise FormatError(f"{site}: is but a part of a module of {self.shape.arch}")
-        return Projections(self, self.shape).weight(site)
+        return self.weight(site)
+
+    def bias(self, site: Site) -> Tensor | None:
+        """A projection's bias, where it has one."""
+        key = f"{self.module(site)}.bias"
+        return self.part(self.wide(key), site) if key in self.files else None
 
     def norm(self, site: Site) -> tuple[Tensor, Tensor | None, float]:
         """A norm's weight as it lies, its bias, and what the architecture adds to the weight to have the factor."""
-        table = architecture(self.shape.arch)
-        key = model_path(site, self.shape)
+        key = self.module(site)
         bias = self.wide(f"{key}.bias") if f"{key}.bias" in self.files else None
-        return self.wide(f"{key}.weight"), bias, table.norm_offset
-
-
-class Projections:
-    """A module of a model file as the projections in it: rows of a weight [out, in], which may lie transposed."""
-
-    def __init__(self, stored: Stock, shape: ModelShape) -> None:
-        self._stored, self._shape, self._table = stored, shape, architecture(shape.arch)
-
-    def module(self, site: Site) -> str:
-        return model_path(site, self._shape)
-
-    def weight(self, site: Site) -> Tensor:
-        key = f"{self.module(site)}.weight"
-        return self.part(self._stored.wide(key), site)
-
-    def bias(self, site: Site) -> Tensor | None:
-        key = f"{self.module(site)}.bias"
-        return self._stored.wide(key)[self._rows(site)] if key in self._stored.files else None
+        return self.wide(f"{key}.weight"), bias, self._table.norm_offset
 
     def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the module's weight as it lies, and of its bias."""
-        columns = self._shape.dims(site.name)[0]
-        rows = sum(self._shape.dims(name)[1] for name in self._table.beside(site.name))
+        """Of the weight of a projection's module as it lies, and of its bias."""
+        columns = self.shape.dims(site.name)[0]
+        rows = sum(self.shape.dims(name)[1] for name in self._table.beside(site.name))
         return (columns, rows) if self._table.transposed else (rows, columns), (rows,)
 
     def part(self, tensor: Tensor, site: Site) -> Tensor:
-        """The site's rows of a module's weight or bias."""
-        return self._straight(tensor)[self._rows(site)]
+        """The site's rows of its module's weight or bias."""
+        return self._straight(tensor)[self.shape.rows(site.name)]
 
     def put(self, tensor: Tensor, site: Site, value: Tensor) -> None:
-        """Replace the site's rows of a module's weight or bias, rounding to its type."""
-        self._straight(tensor)[self._rows(site)] = value.to(tensor.dtype)
+        """Replace the site's rows of its module's weight or bias, rounding to its type."""
+        self._straight(tensor)[self.shape.rows(site.name)] = value.to(tensor.dtype)
 
     def _straight(self, tensor: Tensor) -> Tensor:
         return tensor.T if self._table.transposed and tensor.ndim == 2 else tensor
-
-    def _rows(self, site: Site) -> Tensor:
-        beside = self._table.beside(site.name)
-        widths = [self._shape.dims(name)[1] for name in beside]
-        rows, index = torch.arange(sum(widths)), beside.index(site.name)
-        if self._table.interleaved and len(beside) > 1:
-            return rows.view(self._shape.heads, len(beside), -1)[:, index].flatten()
-        return rows.split_with_sizes(widths)[index]

@@ -75,7 +75,7 @@ def _unpack(
             found[tensor.name] = stored[f"{module(tensor.site)}.psoft_R.{_KEPT[tensor.part]}"]
         elif tensor.part == "A":
             rank = tensor.shape[0]
-            U, S, Vh = linalg.svd(stock.weight(tensor.site), full_matrices=False)
+            U, S, Vh = linalg.svd(stock.whole(tensor.site), full_matrices=False)
             found[tensor.name] = Vh[:rank]
             found[f"{tensor.name.removesuffix('A')}B"] = S[:rank].unsqueeze(1) * U.T[:rank]
     return found

@@ -175,7 +175,7 @@ def _unpack(
             continue
         if tensor.site not in taken:
             factors = _factors if slot.start.name == "singular" else _rows
-            taken[tensor.site] = factors(stock.weight(tensor.site), slot.rank, -slot.scale)
+            taken[tensor.site] = factors(stock.whole(tensor.site), slot.rank, -slot.scale)
         found[tensor.name] = taken[tensor.site]["AB".index(tensor.part)]
     return found
 

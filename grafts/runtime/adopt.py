@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-import torch
 from torch import Tensor, nn
 
 from polygraft.grafts.architectures.declare import Architecture
@@ -105,7 +104,8 @@ class Adoption:
         weight, bias = self._weight(site), module.bias
         weight = weight.T if self.table.transposed else weight
         assert bias is None or isinstance(bias, Tensor)
-        return share(weight, site.name, self.shape), None if bias is None else share(bias, site.name, self.shape)
+        rows = self.shape.rows(site.name)
+        return weight[rows], None if bias is None else bias[rows]
 
     def _weight(self, site: Site) -> Tensor:
         return self.base.get_submodule(self._path(site)).get_parameter("weight")
@@ -126,16 +126,6 @@ class Adoption:
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, child = path.rpartition(".")
         setattr(self.base.get_submodule(parent), child, module)
-
-
-def share(fused: Tensor, name: str, shape: ModelShape) -> Tensor:
-    """The rows of the linear site `name` in a tensor over the outputs of its module, which others may share."""
-    table = architecture(shape.arch)
-    beside = table.beside(name)
-    index = beside.index(name)
-    if len(beside) > 1 and table.interleaved:
-        return torch.unflatten(fused, 0, (shape.heads, len(beside), -1))[:, index].flatten(0, 1)
-    return fused.split_with_sizes([shape.dims(site)[1] for site in beside])[index]
 
 
 class HeadTransform(nn.Module):

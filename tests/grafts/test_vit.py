@@ -23,6 +23,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors, relative
+from tests.grafts.packing import assert_same_bits_in_company
 from tests.tiny import tiny_model
 
 TEXTS = ("lora(r=4)", "prompt(5)", "dora(r=2, at=attn.*)", "prefix(3)", "ssf", "houlsby(6)", "ia3")
@@ -62,10 +63,7 @@ def test_a_graft_of_a_model_with_a_head_fits_one_without(folder: Path, tmp_path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, folder: Path, dtype: torch.dtype) -> None:
     backbone = Backbone.load(folder, dtype, training=True)
-    together = gradients(backbone, tuple(range(len(TEXTS))))
-    for job, text in enumerate(TEXTS):
-        (own,) = gradients(backbone, (job,))
-        assert len(own) and all(torch.equal(a, b) for a, b in zip(own, together[job], strict=True)), text
+    assert_same_bits_in_company(lambda jobs: gradients(backbone, jobs), TEXTS)
 
 
 def test_what_starts_from_text_is_refused(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from polygraft.grafts.runtime.backbone import Backbone
 from tests.tiny import tiny_llama
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = {
     "shira": "shira(r=2)",
@@ -27,14 +28,6 @@ TEXTS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,8 @@ from tests.tiny import tiny_llama
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, loss_gradients, ours, recorded
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 AT = "at=attn.[qv]"
 FAMILY = {
@@ -51,14 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fp64(folder: Path) -> Backbone:
     return Backbone.load(folder, torch.float64, training=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_twenty_steps_in_company_leave_the_bits_of_twenty_steps_alone(folder: Path) -> None:

@@ -149,7 +149,7 @@ def adopted(
         method=spec.method,
         backbone_fingerprint=grown.fingerprint,
         parameters=parameters(spec, grown.shape),
-        bytes=sum(file.stat().st_size for file in (root / identity).iterdir()),
+        bytes=native.size(root / identity),
         at=time.time(),
         promote=promote,
     )
