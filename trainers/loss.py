@@ -49,8 +49,9 @@ def _replace_by_slope(
 ) -> Tensor:
     """-log p(target) of the rows; the logits become factor * d loss / d logits, rounded once to their dtype."""
     logs = workspace[: len(logits_NV)].copy_(logits_NV)
-    bend = None if cap is None else logs.div_(cap).tanh_().clone()
+    bend = None
     if cap is not None:
+        bend = logs.div_(cap).tanh_().clone()
         logs.mul_(cap)
     torch._log_softmax(logs, 1, False, out=logs)
     losses = -logs.gather(1, targets_N.unsqueeze(1)).squeeze(1)
