@@ -34,13 +34,12 @@ METHODS = {
     "residual": "residual-prompt(3, size=8)",
     "edited": "trainable-tokens(5|77|300) + prefix(2) + prompt(3, start=vocabulary) + lora(r=2, dropout=0.1)",
 }
-STEPS = 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_twenty_steps_in_company_leave_the_bits_of_twenty_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
-    jobs = jobs_of(STEPS, METHODS)
+    jobs = jobs_of(steps, METHODS)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

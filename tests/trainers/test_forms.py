@@ -50,14 +50,13 @@ FACTORED = {
     "capaboost": "capaboost(r=4, d=2)",
     "binary-adapter": "binary-adapter(8)",
 }
-STEPS = 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("methods", [GENERATED, FACTORED], ids=["generated", "factored"])
 def test_steps_in_company_leave_the_bits_of_as_many_alone(
-    methods: dict[str, str], dtype: torch.dtype, one_thread: None, tmp_path: Path
+    steps: int, methods: dict[str, str], dtype: torch.dtype, one_thread: None, tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
-    jobs = jobs_of(STEPS, {"lora": "lora(r=4)", **methods})
+    jobs = jobs_of(steps, {"lora": "lora(r=4)", **methods})
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)

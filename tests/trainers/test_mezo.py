@@ -33,9 +33,9 @@ MIXED = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_twenty_steps_in_company_leave_the_bits_of_twenty_steps_alone(dtype: torch.dtype, folder: Path) -> None:
+def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
     backbone = backbone_of(folder, dtype)
-    jobs = jobs_of(20, MIXED)
+    jobs = jobs_of(steps, MIXED)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

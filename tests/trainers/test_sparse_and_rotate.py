@@ -31,9 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_twenty_steps_in_company_are_those_alone_bit_for_bit(dtype: torch.dtype, folder: Path) -> None:
+def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
     backbone = Backbone.load(folder, dtype, training=True)
-    jobs = jobs_of(20, TEXTS)
+    jobs = jobs_of(steps, TEXTS)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

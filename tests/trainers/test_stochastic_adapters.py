@@ -24,9 +24,9 @@ def fp64(folder: Path) -> Backbone:
     return Backbone.load(folder, torch.float64, training=True)
 
 
-def test_twenty_steps_in_company_leave_the_bits_of_twenty_alone(folder: Path) -> None:
+def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
     backbone = backbone_of(folder, torch.float32)
-    jobs = jobs_of(20, METHODS)
+    jobs = jobs_of(steps, METHODS)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

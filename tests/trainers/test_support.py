@@ -55,9 +55,9 @@ def fp64(folder: Path) -> Backbone:
     return Backbone.load(folder, torch.float64, training=True)
 
 
-def test_twenty_steps_in_company_leave_the_bits_of_twenty_steps_alone(folder: Path) -> None:
+def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
-    jobs = jobs_of(20, FAMILY)
+    jobs = jobs_of(steps, FAMILY)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
