@@ -17,6 +17,16 @@ def bytes_moved(rows_and_ranks: Iterable[tuple[int, int]], d_in: int, d_out: int
     return sum(itemsize * ((rows + rank) * (d_in + d_out) + 2 * rows * rank) for rows, rank in rows_and_ranks)
 
 
+def bias_flops(rows_and_ranks: Iterable[tuple[int, int]]) -> int:
+    """Adds of the hidden biases' gradient, the sums of every segment's columns."""
+    return sum(rows * rank for rows, rank in rows_and_ranks)
+
+
+def bias_bytes(rows_and_ranks: Iterable[tuple[int, int]], *, itemsize: int) -> int:
+    """Bytes read and written by the hidden biases' gradient."""
+    return sum(itemsize * (rows + 2) * rank for rows, rank in rows_and_ranks)
+
+
 def stacking_pays(rows: int, stack_rank: int, runs: Iterable[tuple[int, int, int]], d_in: int, d_out: int) -> bool:
     """Whether one GEMM over the whole stack with foreign columns selected out beats one batched GEMM a run.
 

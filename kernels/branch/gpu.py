@@ -1,8 +1,8 @@
-"""The branch op on a GPU: plans, launches and the autograd of three Triton kernels.
+"""The branch op on a GPU: plans, launches and the autograd of its Triton kernels.
 
-shrink: H[s] = x[s] A[s]^T; expand: y[s] += scale_s act(H[s]) B[s]; outer: dB[s] += (scale_s act(H[s]))^T dy[s]. The
-backward is the same three: dH = act'(H) scale dy B^T is a shrink, dx += dH A an expand, dA += dH^T x an outer. H lies
-flat, one [rows, rank] block a segment.
+shrink: H[s] = x[s] A[s]^T + a[s]^T; expand: y[s] += scale_s act(H[s]) B[s]; outer: dB[s] += (scale_s act(H[s]))^T
+dy[s]. The backward is the same three: dH = act'(H) scale dy B^T is a shrink, dx += dH A an expand, dA += dH^T x an
+outer; da is the sums of dH's columns. H lies flat, one [rows, rank] block a segment.
 """
 
 from __future__ import annotations
@@ -13,27 +13,37 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from polygraft.kernels.branch.programs import expand_kernel, outer_kernel, shrink_kernel
+from polygraft.kernels.branch.programs import columns_kernel, expand_kernel, outer_kernel, shrink_kernel
 from polygraft.kernels.branch.tiles import Plan
 from polygraft.kernels.common.segments import Segments
 
 FEATURE_BYTES = 128  # of a row of x or y that a tile spans: 64 bf16 columns
 
 
-def branch(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str = "identity") -> Tensor:
+def branch(
+    x_TI: Tensor,
+    y_TO: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    segments: Segments,
+    act: str = "identity",
+    a_R1: Tensor | None = None,
+) -> Tensor:
     """As `op.branch`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
     assert x_TI.dtype == y_TO.dtype == A_RI.dtype == B_RO.dtype, (x_TI.dtype, y_TO.dtype, A_RI.dtype, B_RO.dtype)
     assert x_TI.shape[1] == A_RI.shape[1] and y_TO.shape[1] == B_RO.shape[1], (x_TI.shape, y_TO.shape)
     assert len(x_TI) == len(y_TO) and len(A_RI) == len(B_RO), (A_RI.shape, B_RO.shape)
     with torch.cuda.device_of(x_TI):  # type: ignore[no-untyped-call]  # autograd itself guards the backward
-        return _Branch.apply(x_TI, y_TO, A_RI, B_RO, segments, act)  # type: ignore[no-any-return,no-untyped-call]
+        return _Branch.apply(x_TI, y_TO, A_RI, B_RO, a_R1, segments, act)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, act: str) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
+    ) -> Tensor:
         plan = Plan.of(segments, x.device)
-        hidden = shrink(x, A, plan)
+        hidden = shrink(x, A, plan, bias=a)
         out = y.clone(memory_format=torch.contiguous_format)
         _expand(hidden, B, out, plan, act=act, scaled=True)
         ctx.save_for_backward(x, A, B, hidden)
@@ -45,27 +55,38 @@ class _Branch(torch.autograd.Function):
         x, A, B, hidden = ctx.saved_tensors  # type: ignore[attr-defined]
         plan, act, once = ctx.plan, ctx.act, ctx.once  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
-        dx = dA = dB = None
+        dx = dA = dB = da = None
         if needs[3]:
             dB = _outer(hidden, grad, B, plan, act=act, scaled=True, once=once)
-        if needs[0] or needs[2]:
+        if needs[0] or needs[2] or needs[4]:
             dhidden = shrink(grad, B, plan, act=act, hidden=hidden)
             if needs[2]:
                 dA = _outer(dhidden, x, A, plan, act="identity", scaled=False, once=once)
+            if needs[4]:
+                da = _columns(dhidden, A, plan, once=once)
             if needs[0]:
                 dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
                 _expand(dhidden, A, dx, plan, act="identity", scaled=False)
-        return dx, grad if needs[1] else None, dA, dB, None, None
+        return dx, grad if needs[1] else None, dA, dB, da, None, None
 
 
-def shrink(x: Tensor, weight: Tensor, plan: Plan, *, act: str = "identity", hidden: Tensor | None = None) -> Tensor:
-    """Blocks x[s] weight[s]^T, flat; given `hidden`, times scale_s act'(hidden[s])."""
+def shrink(
+    x: Tensor,
+    weight: Tensor,
+    plan: Plan,
+    *,
+    bias: Tensor | None = None,
+    act: str = "identity",
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """Blocks x[s] weight[s]^T, flat, plus bias[s]^T, if given; given `hidden`, times scale_s act'(hidden[s])."""
     x, weight = _rows(x), _rows(weight)
     out = torch.empty(plan.hidden, dtype=x.dtype, device=x.device)
     for grid in plan.shrink:
         shrink_kernel[(len(grid.tiles),)](
             x,
             weight,
+            out if bias is None else bias.contiguous(),
             out if hidden is None else hidden,
             out,
             plan.table,
@@ -78,6 +99,7 @@ def shrink(x: Tensor, weight: Tensor, plan: Plan, *, act: str = "identity", hidd
             WIDTH=grid.width,
             DEPTH=_features(x),
             ACT=act,
+            BIASED=bias is not None,
             BACKWARD=hidden is not None,
             ACC=_accumulator(x.dtype),
         )
@@ -129,6 +151,23 @@ def _outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, sca
             SCALED=scaled,
             ADD=not once,
             ACC=_accumulator(x.dtype),
+        )
+    return out
+
+
+def _columns(hidden: Tensor, stack: Tensor, plan: Plan, *, once: bool) -> Tensor:
+    """Sums of hidden[s] over its rows, [R, 1] for the rows of `stack`; `once` as in `_outer`."""
+    out = (stack.new_empty if once else stack.new_zeros)(len(stack), 1)
+    for grid in plan.outer:
+        columns_kernel[(len(grid.tiles),)](
+            hidden,
+            out,
+            plan.table,
+            grid.tiles,
+            HEIGHT=grid.height,
+            WIDTH=grid.width,
+            ADD=not once,
+            ACC=_accumulator(hidden.dtype),
         )
     return out
 

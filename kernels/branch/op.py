@@ -28,17 +28,17 @@ def branch(
 
     x [T, in], y [T, out], A [R, in] and B [R, out] of one dtype, R the ranks of all grafts in the stack, never padded;
     a [R, 1] or None, the hidden biases.
-    Segments may overlap. Differentiable in x, y, A and B; the sums over rows of dA and dB stay inside a segment, so
-    they do not depend on other segments (row invariance, docs/architecture.md). Where neither A nor B can collect a
-    gradient the op may multiply rows by foreign ranks and select the products out before B; the caller vouches that
-    the stack is finite.
+    Segments may overlap. Differentiable in x, y, A, B and a; the sums over rows of dA, dB and da stay inside a
+    segment, so they do not depend on other segments (row invariance, docs/architecture.md). Where neither A nor B can
+    collect a gradient the op may multiply rows by foreign ranks and select the products out before B; the caller
+    vouches that the stack is finite.
     """
     if not segments.runs:
         return y_TO
-    if x_TI.is_cuda and a_R1 is None:
+    if x_TI.is_cuda:
         from polygraft.kernels.branch import gpu  # Triton is loaded only where there is a GPU
 
-        return gpu.branch(x_TI, y_TO, A_RI, B_RO, segments, act)
+        return gpu.branch(x_TI, y_TO, A_RI, B_RO, segments, act, a_R1)
     if torch.is_grad_enabled() and (
         x_TI.requires_grad or y_TO.requires_grad or A_RI.requires_grad or B_RO.requires_grad
     ):

@@ -15,6 +15,7 @@ import triton.language as tl
 def shrink_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     hidden_ptr,
     out_ptr,
     table_ptr,
@@ -27,10 +28,12 @@ def shrink_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     ACT: tl.constexpr,
+    BIASED: tl.constexpr,
     BACKWARD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """out[s][t, r] = sum_d x[start + t, d] weight[first + r, d], BACKWARD: times scale act'(hidden[s][t, r])."""
+    """out[s][t, r] = sum_d x[start + t, d] weight[first + r, d], BIASED: plus bias[first + r], BACKWARD: times
+    scale act'(hidden[s][t, r])."""
     segment, row_tile, rank_tile = _tile(tiles_ptr)
     start, rows, first, size, offset = _segment(table_ptr, segment)
     t = row_tile * HEIGHT + tl.arange(0, HEIGHT)
@@ -45,6 +48,8 @@ def shrink_kernel(
         acc = tl.dot(x, weight, acc, input_precision="ieee", out_dtype=ACC)
     block = offset + t[:, None] * size + r[None, :]
     inside = (t < rows)[:, None] & (r < size)[None, :]
+    if BIASED:
+        acc += tl.load(bias_ptr + first + r, mask=r < size, other=0).to(ACC)[None, :]
     if BACKWARD:
         hidden = tl.load(hidden_ptr + block, mask=inside, other=0).to(ACC)
         acc = _activation_backward(acc * tl.load(scales_ptr + segment).to(ACC), hidden, ACT)
@@ -143,6 +148,32 @@ def outer_kernel(
     if ADD:
         acc += tl.load(out, mask=inside, other=0).to(ACC)
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def columns_kernel(
+    hidden_ptr,
+    out_ptr,
+    table_ptr,
+    tiles_ptr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """out[first + r] = (ADD: +=) sum_t hidden[s][t, r]."""
+    segment, _, rank_tile = _tile(tiles_ptr)
+    _, rows, first, size, offset = _segment(table_ptr, segment)
+    r = rank_tile * WIDTH + tl.arange(0, WIDTH)
+    sums = tl.full((HEIGHT, WIDTH), 0, ACC)
+    for low in range(0, rows, HEIGHT):
+        t = low + tl.arange(0, HEIGHT)
+        block = hidden_ptr + offset + t[:, None] * size + r[None, :]
+        sums += tl.load(block, mask=(t < rows)[:, None] & (r < size)[None, :], other=0).to(ACC)
+    total = tl.sum(sums, 0)
+    if ADD:
+        total += tl.load(out_ptr + first + r, mask=r < size, other=0).to(ACC)
+    tl.store(out_ptr + first + r, total.to(out_ptr.dtype.element_ty), mask=r < size)
 
 
 @triton.jit

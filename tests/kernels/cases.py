@@ -52,8 +52,10 @@ CASES = {
 }
 
 
-def branch_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """(x, y, A, B by name, an upstream gradient), of size one on every output."""
+def branch_inputs(
+    case: Case, dtype: torch.dtype, seed: int = 0, *, biased: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(x, y, A, B and with `biased` a by name, an upstream gradient), of size one on every output."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int) -> Tensor:
@@ -65,14 +67,23 @@ def branch_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict[s
         "A": normal(case.stack_rows, case.d_in) / case.d_in**0.5,
         "B": normal(case.stack_rows, case.d_out),
     }
-    return {name: tensor.to(dtype) for name, tensor in inputs.items()}, normal(case.rows, case.d_out).to(dtype)
+    upstream = normal(case.rows, case.d_out).to(dtype)
+    if biased:
+        inputs["a"] = normal(case.stack_rows, 1)
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()}, upstream
 
 
 class Joined:
     """The segment of a case with foreign ones of (rows, rank, factor) before and after it, in batch and stack."""
 
     def __init__(
-        self, own: Case, before: list[tuple[int, int, float]], after: list[tuple[int, int, float]], dtype: torch.dtype
+        self,
+        own: Case,
+        before: list[tuple[int, int, float]],
+        after: list[tuple[int, int, float]],
+        dtype: torch.dtype,
+        *,
+        biased: bool = False,
     ) -> None:
         items: list[Segment] = []
         start = first = 0
@@ -82,8 +93,9 @@ class Joined:
         self.segments = Segments(tuple(items))
         placed = items[len(before)]
         self.batch, self.stack = slice(placed.start, placed.stop), slice(placed.first, placed.last)
-        self.inputs, self.upstream = branch_inputs(Case(start, first, (), own.d_in, own.d_out), dtype, seed=1)
-        inputs, upstream = branch_inputs(own, dtype)
+        others = Case(start, first, (), own.d_in, own.d_out)
+        self.inputs, self.upstream = branch_inputs(others, dtype, seed=1, biased=biased)
+        inputs, upstream = branch_inputs(own, dtype, biased=biased)
         for name, tensor in inputs.items():
             self.inputs[name][self._place(name)] = tensor
         self.upstream[self.batch] = upstream
@@ -101,4 +113,4 @@ class Joined:
         return {name: tensor[self._place(name)] for name, tensor in results.items()}
 
     def _place(self, name: str) -> slice:
-        return self.stack if name in ("A", "B", "d.A", "d.B") else self.batch
+        return self.stack if name.removeprefix("d.") in ("A", "B", "a") else self.batch

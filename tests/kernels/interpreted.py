@@ -29,12 +29,24 @@ TILED = Case(
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
 
 
-def equals_reference(case: Case, dtype: torch.dtype, act: str = "identity", tolerance: float | None = None) -> None:
-    inputs, upstream = branch_inputs(case, dtype)
-    got = run(gpu.branch, inputs, case.segments, act, upstream=upstream)
-    want = run(reference.branch, inputs, case.segments, act, upstream=upstream, dtype=torch.float64)
+def equals_reference(
+    case: Case, dtype: torch.dtype, act: str = "identity", tolerance: float | None = None, *, biased: bool = False
+) -> None:
+    inputs, upstream = branch_inputs(case, dtype, biased=biased)
+    got = run(called(gpu.branch), inputs, case.segments, act, upstream=upstream)
+    want = run(called(reference.branch), inputs, case.segments, act, upstream=upstream, dtype=torch.float64)
     want = {name: want.get(name, torch.zeros_like(got[name])) for name in got}
     assert_close(got, want, tolerance or TOLERANCE[dtype])
+
+
+def called(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op with the hidden biases, where there are any, as its last input."""
+
+    def call(x: Tensor, y: Tensor, A: Tensor, B: Tensor, *rest: object) -> Tensor:
+        *biases, segments, act = rest
+        return op(x, y, A, B, segments, act, *biases)
+
+    return call
 
 
 def takes_strided_rows_and_gradients() -> None:
@@ -59,13 +71,13 @@ def only_what_is_asked_for_gets_a_gradient() -> None:
     assert_close({"d.x": inputs["x"].grad}, {"d.x": want}, TOLERANCE[torch.float32])
 
 
-def a_segment_is_a_function_of_itself_alone(dtype: torch.dtype, value: float) -> None:
+def a_segment_is_a_function_of_itself_alone(dtype: torch.dtype, value: float, *, biased: bool = False) -> None:
     own = Case(21, 17, (Segment(0, 21, 0, 17, 4 / 3),))
-    inputs, upstream = branch_inputs(own, dtype)
-    alone = run(gpu.branch, inputs, own.segments, "silu", upstream=upstream)
-    joined = Joined(own, [(5, 17, 1.0)], [(1, 3, 0.5), (70, 40, 2.0)], dtype)
+    inputs, upstream = branch_inputs(own, dtype, biased=biased)
+    alone = run(called(gpu.branch), inputs, own.segments, "silu", upstream=upstream)
+    joined = Joined(own, [(5, 17, 1.0)], [(1, 3, 0.5), (70, 40, 2.0)], dtype, biased=biased)
     joined.fill_others(value)
-    results = run(gpu.branch, joined.inputs, joined.segments, "silu", upstream=joined.upstream)
+    results = run(called(gpu.branch), joined.inputs, joined.segments, "silu", upstream=joined.upstream)
     assert_equal(joined.own(results), alone)
 
 
@@ -77,6 +89,13 @@ CHECKS: dict[str, Callable[[], None]] = {
     "float64, tanh": lambda: equals_reference(CASES["mixed ranks"], torch.float64, "tanh", 1e-9),  # a series near 0
     "float32, many tiles": lambda: equals_reference(TILED, torch.float32, "gelu"),
     "float16, many tiles": lambda: equals_reference(TILED, torch.float16, "gelu"),
+    **{f"hidden biases, {name}": lambda case=case: equals_reference(case, torch.float32, "gelu", biased=True)
+       for name, case in CASES.items()},
+    "hidden biases, float64": lambda: equals_reference(CASES["mixed ranks"], torch.float64, "silu", biased=True),
+    "hidden biases, float16": lambda: equals_reference(TILED, torch.float16, "gelu", biased=True),
+    **{f"hidden biases, alone and joined by {value}":
+       lambda value=value: a_segment_is_a_function_of_itself_alone(torch.float16, value, biased=True)
+       for value in (1.0, float("nan"))},
     "strided rows and gradients": takes_strided_rows_and_gradients,
     "only the gradient asked for": only_what_is_asked_for_gets_a_gradient,
     **{f"alone and joined by {value} in {dtype}":

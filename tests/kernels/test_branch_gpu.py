@@ -36,4 +36,6 @@ def test_cuda_tensors_and_only_they_go_to_triton(monkeypatch: pytest.MonkeyPatch
     assert isinstance(branch(*inputs.values(), case.segments), torch.Tensor)
     with FakeTensorMode():
         fake = [torch.empty(tensor.shape, device="cuda") for tensor in inputs.values()]
+        biases = torch.empty(case.stack_rows, 1, device="cuda")
         assert branch(*fake, case.segments) == "on the GPU"  # type: ignore[comparison-overlap]
+        assert branch(*fake, case.segments, "gelu", biases) == "on the GPU"  # type: ignore[comparison-overlap]
