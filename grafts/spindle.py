@@ -1,5 +1,5 @@
 """S4: which methods each group of layers has, and how large they may be for a budget (Chen et al. 2023, arXiv
-2301.01821, sections 4-5). Torch-free; what comes out is a union as text."""
+2301.01821). Torch-free; what comes out is a union as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.sizes import parameters
 from polygraft.grafts.spec import SpecError
 
-# The found model (section 5.2, T5-base): adapters A, LoRA L, prefix P and biases B, from the lowest group up.
+# The found model (for T5-base): adapters A, LoRA L, prefix P and biases B, from the lowest group up.
 FOUND = ("AL", "AP", "APB", "PBL")
 _TERMS = {"A": "serial({}, at=ffn.out)", "L": "lora(r={0}, alpha={0}, at=attn.[qv])", "P": "prefix({})", "B": "bitfit"}
 _SPINDLE = (1, 2, 2, 1)  # groups in the middle have more layers than those at the ends
@@ -21,7 +21,7 @@ def s4(shape: ModelShape, budget: int, strategies: Sequence[str] = FOUND) -> str
     """The union of the largest sizes within `budget` trainable parameters.
 
     Layers are grouped as a spindle; every layer may spend the same, and in a layer every method of its group does
-    (the even assignments that section 4 found best). Biases cost what they cost; all prefixes have one length, the
+    (the even assignments that the paper found best). Biases cost what they cost; all prefixes have one length, the
     shortest that a group affords, and what it leaves goes to the group's other methods. Raises SpecError for a budget
     that is too small for one of each, too few layers, or a letter that is no method.
     """

@@ -17,7 +17,7 @@ def bitdelta_of(
     shape: ModelShape, base: Callable[[Site], Tensor], tuned: Callable[[Site], Tensor], at: str = "linear"
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
     """The graft W + a S of all projections `at`, with S the signs of tuned - base and a their mean size, which is
-    nearest to the difference (eq. 2-3). `base` and `tuned` give W [out, in].
+    nearest to the difference (section 3). `base` and `tuned` give W [out, in].
 
     What else was tuned (embeddings, norms) is not in the graft. Raises SpecError for a tuned W of another shape.
     """

@@ -1,8 +1,8 @@
 """LoRAs whose factors are read out of one vector or bank of vectors that all sites share.
 
-- VB-LoRA (Li et al. 2024, arXiv 2405.15179, eq. 4-6): every piece of A and B is a mixture of the k vectors of the bank
+- VB-LoRA (Li et al. 2024, arXiv 2405.15179): every piece of A and B is a mixture of the k vectors of the bank
   that it gives the largest logits.
-- Uni-LoRA (Li et al. 2025, arXiv 2506.00799, eq. 3): every element of A and B is one of the d elements of a vector,
+- Uni-LoRA (Li et al. 2025, arXiv 2506.00799): every element of A and B is one of the d elements of a vector,
   over the root of how often that is used.
 """
 

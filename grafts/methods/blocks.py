@@ -1,9 +1,9 @@
 """LoRAs whose factors are made block by block.
 
-- MiSS (Kang & Yin 2024, arXiv 2409.15371, eq. 5): y += D^T sum_j x_j over the pieces x_j of x of width r, so that all
-  pieces share D [r, out]; `mini` makes D periodic in the output. Bat (the same paper, eq. 7): dW = W_b D_b + D_b over
+- MiSS (Kang & Yin 2024, arXiv 2409.15371): y += D^T sum_j x_j over the pieces x_j of x of width r, so that all
+  pieces share D [r, out]; `mini` makes D periodic in the output. Bat (the same paper): dW = W_b D_b + D_b over
   blocks of r x r, which needs W.
-- GraLoRA (Jung et al. 2025, arXiv 2505.20355, eq. 5): W in k x k blocks with a LoRA of rank r / k each.
+- GraLoRA (Jung et al. 2025, arXiv 2505.20355): W in k x k blocks with a LoRA of rank r / k each.
 - BD-LoRA (arXiv 2510.23346): LoRA with B block-diagonal at `at`, and A at `rows`, so that both can be cut
   with W over several devices.
 - QA-LoRA (Xu et al. 2023, arXiv 2309.14717, algorithm 1): y += s B A pool(x) with pool the sums of groups of inputs, so

@@ -2,8 +2,9 @@
 
 - EVA (Paischer et al. 2024, arXiv 2410.07170, section 3): A is the r principal directions of the projection's centred
   inputs, B 0; every site keeps r ranks (the paper's rho = 1), since a graft's sizes are those it was asked for with.
-- CorDA (Yang et al. 2024, arXiv 2406.05223, eq. 3-6): W C = U S V^T with C the second moment of the inputs; A0, B0 are
-  r triplets of U S (V^T C^-1), the first ones (`ipm`: adapt to the samples) or the last (`kpm`: keep what they hold).
+- CorDA (Yang et al. 2024, arXiv 2406.05223, section 3): W C = U S V^T with C the second moment of the inputs; A0, B0
+  are r triplets of U S (V^T C^-1), the first ones (`ipm`: adapt to the samples) or the last (`kpm`: keep what they
+  hold).
 - LoRA-GA (Wang et al. 2024, arXiv 2407.05000, algorithm 1): dL/dW = U S V^T; A0 takes the first r right vectors, B0
   the next r left ones, both times d_out^(1/4) / gamma^(1/2), with the scale alpha / sqrt(r).
 

@@ -1,7 +1,7 @@
 """Serial adapters whose two matrices are sums of Kronecker products, sum_i S_i (x) T_i, with S [n, n, n] shared by all
-sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647): T_i are full in a PHM adapter (eq. 4) and of
-rank one in Compacter (eq. 6), which stands after each sublayer, or after the feed-forward alone (Compacter++:
-at=ffn.out). Without biases.
+sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647, section 3): T_i are full in a PHM adapter and of
+rank one in Compacter, which stands after each sublayer, or after the feed-forward alone (Compacter++: at=ffn.out).
+Without biases.
 """
 
 from __future__ import annotations

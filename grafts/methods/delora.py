@@ -1,5 +1,5 @@
 """DeLoRA: dW = (l / r) sum_i b_i a_i^T / (|b_i| |a_i|), with only directions in A and B and the strength l apart (Bini
-et al. 2025, arXiv 2503.18225, eq. 6), times the norms of W's columns as in PEFT: l bounds how far W can be moved.
+et al. 2025, arXiv 2503.18225), times the norms of W's columns as in PEFT: l bounds how far W can be moved.
 """
 
 from __future__ import annotations

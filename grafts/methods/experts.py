@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def molora(r: int = 4, experts: int = 4, alpha: float = 8.0, at: str = "linear", top: int = 0) -> tuple[Slot, ...]:
-    """w = softmax(W_g x) of every row and site (Zadouri et al. 2023, arXiv 2309.05444, eq. 1-2); with `top` over the
-    highest alone (MoLA, Gao et al. 2024, arXiv 2402.08562, eq. 3)."""
+    """w = softmax(W_g x) of every row and site (Zadouri et al. 2023, arXiv 2309.05444); with `top` over the
+    highest alone (MoLA, Gao et al. 2024, arXiv 2402.08562)."""
     return (_mixture(r, experts, alpha, at, top),)
 
 
 def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "linear") -> tuple[Slot, ...]:
-    """One A for all experts, a B each: y += s sum_i w_i B_i A x (Tian et al. 2024, arXiv 2404.19245, eq. 4-5)."""
+    """One A for all experts, a B each: y += s sum_i w_i B_i A x (Tian et al. 2024, arXiv 2404.19245)."""
     return (_mixture(r, experts, alpha, at, form=Call("one_down")),)
 
 
@@ -28,7 +28,7 @@ def moelora(
     r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16
 ) -> tuple[Slot, ...]:
     """w = softmax(W_T e) with e [task] the trained embedding of the job's task and one W_T for all sites; `r` is the
-    ranks of all experts together (Liu et al. 2023, arXiv 2310.18339, eq. 5-8). What is served is a plain LoRA."""
+    ranks of all experts together (Liu et al. 2023, arXiv 2310.18339). What is served is a plain LoRA."""
     if experts < 1 or r % experts:
         raise SpecError(f"peft: experts: {experts} do not share rank {r} evenly")
     form = Call("task_gate", (("experts", experts), ("task", task)))

@@ -1,7 +1,7 @@
 """Entries of W that matter most to the loss on the job's first samples.
 
-- FishMask (Sung et al. 2021, arXiv 2111.09839, eq. 4 and 6), which is Child-Tuning_D (Xu et al. 2021, arXiv 2109.05687,
-  eq. 8) too: the entries of the largest empirical Fisher information. The share is that of every matrix, not of all.
+- FishMask (Sung et al. 2021, arXiv 2111.09839), which is Child-Tuning_D (Xu et al. 2021, arXiv 2109.05687, section
+  2) too: the entries of the largest empirical Fisher information. The share is that of every matrix, not of all.
 - Fish-Dip (Das et al. 2023, arXiv 2311.03748, section 3): the mask is chosen anew every few steps. It moves inside a
   pool of candidates, by the squared gradients of the batches in between and not of the hardest samples.
 - FAR (Vucetic et al. 2022, arXiv 2205.01541, section 3): whole nodes of the feed-forward learn, those that change most

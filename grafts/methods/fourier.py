@@ -2,7 +2,7 @@
 
 - FourierFT (Gao et al. 2024, arXiv 2405.03003, eq. 2-4): dW = s Re(F^-1(E)), E having n entries c.
 - WaveFT (Bilican et al. 2025, arXiv 2505.12532, section 3): the same with the inverse Haar transform.
-- C3A (Chen et al. 2024, arXiv 2407.19342, eq. 8): blocks of b x b that are circulant, each made of b numbers.
+- C3A (Chen et al. 2024, arXiv 2407.19342): blocks of b x b that are circulant, each made of b numbers.
 """
 
 from __future__ import annotations

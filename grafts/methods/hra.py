@@ -1,5 +1,5 @@
 """HRA: W' = W H_1 ... H_r with trained Householder reflections H_k = 1 - 2 u_k u_k^T / |u_k|^2 (Yuan et al. 2024, arXiv
-2405.17484, eq. 2)."""
+2405.17484)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Hyperformer: the matrices of the serial adapters are a linear function of a code, and a site's code is a small
 network's function of its embedding; the networks are shared by all sites (Karimi Mahabadi et al. 2021, arXiv
-2106.04489, eq. 4-6). One task, so that the embedding is the site's own; without the norms' own networks.
+2106.04489, section 2). One task, so that the embedding is the site's own; without the norms' own networks.
 """
 
 from __future__ import annotations

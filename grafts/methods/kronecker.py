@@ -1,9 +1,9 @@
 """dW made of Kronecker products.
 
-- LoKr (Yeh et al. 2024, arXiv 2309.14859, eq. 8): dW = (alpha / r) C (x) (B A), each factor low-rank only where that
+- LoKr (Yeh et al. 2024, arXiv 2309.14859): dW = (alpha / r) C (x) (B A), each factor low-rank only where that
   makes it smaller.
-- KronA (Edalati et al. 2022, arXiv 2212.10650, eq. 4): dW = s A (x) B with two full factors.
-- KAdaptation (He et al. 2022, arXiv 2203.16329, eq. 5): dW = sum_i S_i (x) (s_i t_i^T), the slow weights S_i shared by
+- KronA (Edalati et al. 2022, arXiv 2212.10650): dW = s A (x) B with two full factors.
+- KAdaptation (He et al. 2022, arXiv 2203.16329): dW = sum_i S_i (x) (s_i t_i^T), the slow weights S_i shared by
   all sites.
 """
 

@@ -1,5 +1,5 @@
 """LLaMA-Adapter: every row also attends to a trained prompt P, in a softmax of its own times a gate that starts at 0,
-h += g softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, eq. 4 to 8; the gate enters as it is,
+h += g softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, section 3.2; the gate enters as it is,
 as in PEFT). Biases of W_k and W_v are left out. Which layers is for the user to say: the paper takes the topmost."""
 
 from __future__ import annotations

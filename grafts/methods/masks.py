@@ -1,10 +1,10 @@
 """Adapters and LoRAs of which a binary mask keeps a part.
 
-- SparseAdapter (He et al. 2022, arXiv 2210.04284, eq. 3-4): a serial adapter pruned before it is trained, to its
+- SparseAdapter (He et al. 2022, arXiv 2210.04284): a serial adapter pruned before it is trained, to its
   largest starting values, to those without which the loss of the first samples would change most (SNIP), or at random.
-- ProPETL (Zeng et al. 2023, arXiv 2305.17682, eq. 3-5): one adapter for all sites, of which each keeps the elements
+- ProPETL (Zeng et al. 2023, arXiv 2305.17682): one adapter for all sites, of which each keeps the elements
   with its largest scores; a score gets the gradient of its mask.
-- CapaBoost (Song et al. 2024, arXiv 2407.01320, eq. 4): d LoRAs of the same A and B under d random masks, which
+- CapaBoost (Song et al. 2024, arXiv 2407.01320): d LoRAs of the same A and B under d random masks, which
   together have d times the rank.
 """
 

@@ -7,7 +7,7 @@ from polygraft.grafts.spec import Call, Slot, SpecError
 
 def mezo(eps: float = 1e-2) -> tuple[Slot, ...]:
     """`eps` is how far the tensors are moved along a random direction, there and back (1e-2 for LoRA, 1e-1 for
-    prefixes in the paper, table 15)."""
+    prefixes in the paper's appendix)."""
     if eps <= 0:
         raise SpecError(f"peft: eps: {eps} is not a distance; give a positive number")
     return ()

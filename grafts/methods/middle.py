@@ -1,6 +1,6 @@
 """LoRA with a small matrix between A and B.
 
-- MoSLoRA (Wu et al. 2024, arXiv 2406.11909, eq. 6): y += s B M A x, M [r, r] trained with the others; it starts
+- MoSLoRA (Wu et al. 2024, arXiv 2406.11909): y += s B M A x, M [r, r] trained with the others; it starts
   random, so that the ranks of A and B are mixed.
 - LoRA-XS (Balazy et al. 2024, arXiv 2405.17604, section 3): y += s B M A x with B = U_r S_r and A = V_r^T of W's
   truncated SVD, frozen; M alone is trained and starts almost at 0.

@@ -1,6 +1,6 @@
 """Norms and what stands beside every operation: LN-tuning trains the norms' scales alone (Zhao et al. 2024, arXiv
 2312.11420, section 3), as factors g on the frozen ones, w' = w g. SSF scales and shifts the output of every operation,
-y = g y + b (Lian et al. 2022, arXiv 2210.08823, eq. 5).
+y = g y + b (Lian et al. 2022, arXiv 2210.08823, section 3).
 """
 
 from __future__ import annotations

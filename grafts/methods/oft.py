@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
-    """Blocks of size b (Qiu et al. 2023, arXiv 2306.07280, eq. 2). With `neumann` terms the inverse in the Cayley
-    transform is a truncated Neumann series (Qiu et al. 2025, arXiv 2506.19847, section 4.2), exact with 0."""
+    """Blocks of size b (Qiu et al. 2023, arXiv 2306.07280). With `neumann` terms the inverse in the Cayley
+    transform is a truncated Neumann series (Qiu et al. 2025, arXiv 2506.19847), exact with 0."""
     if neumann and neumann < 4:
         raise SpecError(f"neumann: {neumann} terms; give at least 4, or 0 for the exact inverse")
     return (Rotate(at=at, kind="blocks", size=b, form=Call("oft", (("neumann", neumann),))),)
 
 
 def boft(b: int = 4, m: int = 1, at: str = "linear") -> tuple[Slot, ...]:
-    """m factors with blocks of size b, and a scale of every row of W (Liu et al. 2024, arXiv 2311.06243, eq. 3-5)."""
+    """m factors with blocks of size b, and a scale of every row of W (Liu et al. 2024, arXiv 2311.06243)."""
     rotation = Rotate(at=at, kind="blocks", size=b, stages=m, form=Call("boft"))
     return rotation, Affine(at=at, scale=True, shift=False, side="rows")
 

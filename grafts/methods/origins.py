@@ -2,7 +2,7 @@
 
 `from` is written beside what is trained, `lora(r=8) + from(of=support)`: all tensors start as those of a graft with the
 same slots, or as the mean of several. A prompt that starts from one of another task is SPoT (Vu et al. 2022, arXiv
-2110.07904, section 3). Intrinsic prompt tuning moves only inside the subspace that prompts of other tasks span, P = m +
+2110.07904). Intrinsic prompt tuning moves only inside the subspace that prompts of other tasks span, P = m +
 sum_i z_i D_i (Qin et al. 2021, arXiv 2110.07867, section 3); D are the principal components of their prompts, where the
 paper trains an auto-encoder.
 """

@@ -1,11 +1,11 @@
 """Methods over grafts that were trained before and stay as they are; `of` names them.
 
 MeteoRA weighs LoRAs row by row, y += sum_i w_i s_i B_i A_i x with w a softmax over the `top` highest of G x at every
-site (Xu et al. 2024, arXiv 2405.13053, section 3.1). MoLE's gate reads what the LoRAs give, w = softmax(e [E_1 x; ...;
-E_N x]) (Wu et al. 2024, arXiv 2404.13628, section 3.2), here of the row alone and without its normalisation. O-LoRA
+site (Xu et al. 2024, arXiv 2405.13053, section 3). MoLE's gate reads what the LoRAs give, w = softmax(e [E_1 x; ...;
+E_N x]) (Wu et al. 2024, arXiv 2404.13628, section 3), here of the row alone and without its normalisation. O-LoRA
 learns one LoRA more, orthogonal to the others by a penalty lambda sum |A_i A^T|^2 (Wang et al. 2023, arXiv 2310.14152,
 section 3). AdapterFusion attends to the outputs z_i of adapters, h + sum_i softmax_i((h Q) (z_i K)^T) z_i V (Pfeiffer
-et al. 2021, arXiv 2005.00247, section 3.2).
+et al. 2021, arXiv 2005.00247, section 3).
 
 `r` or `size` is the largest that one of the others has; where one has nothing, it adds nothing.
 """

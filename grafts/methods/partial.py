@@ -2,7 +2,7 @@
 
 - LoRA-FA (Zhang et al. 2023, arXiv 2308.03303, section 3): A is random and frozen, B alone is trained. With `correct`,
   B's gradient is that of the low-rank update nearest to the full gradient, (1 / s^2) (A A^T)^-1 dB, as in PEFT.
-- LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B learns `ratio` times as fast as A.
+- LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns `ratio` times as fast as A.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Prompt tuning puts trained rows P before the embeddings of a sequence, [P; E(x)] (Lester et al. 2021, arXiv 2104.08691,
 section 2). P-tuning makes them by an encoder, a network of three layers or an LSTM with one of two (Liu et al. 2021,
-arXiv 2103.10385, section 3.2). DePT has a shorter P and adds A B to the embeddings of the first tokens, [P; E(x) + A B]
+arXiv 2103.10385, section 3). DePT has a shorter P and adds A B to the embeddings of the first tokens, [P; E(x) + A B]
 (Shi & Lipani 2024, arXiv 2309.05173, section 2.2). Trainable tokens edit the rows of given tokens (Gal et al. 2022,
 arXiv 2208.01618, section 3), in the input only: where the head is tied to the embeddings, it keeps the old ones.
 """

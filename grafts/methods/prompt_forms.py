@@ -3,7 +3,7 @@
 DPT factors them, P = A B (Xiao et al. 2023, arXiv 2310.10094, section 3). Residual prompt tuning adds what a small
 shared network makes of each row, P + LayerNorm(W_up relu(W_down P)) (Razdaibiedina et al. 2023, arXiv 2305.03937,
 section 3). MPT multiplies a prompt by a matrix of rank one, P * (u v^T) (Wang et al. 2023, arXiv 2303.02861, section
-3.1; here of one task). XPrompt masks rows and then pieces of rows, those whose masks' gradients were smallest, and
+3; here of one task). XPrompt masks rows and then pieces of rows, those whose masks' gradients were smallest, and
 trains on (Ma et al. 2022, arXiv 2210.04457, section 3); a masked row stays in its place as zeros.
 """
 

@@ -1,10 +1,10 @@
 """Methods around few bits.
 
-- PEQA (Kim et al. 2023, arXiv 2305.14152, eq. 1-2): W becomes s q with q its rounding to a grid of 2^bits values,
+- PEQA (Kim et al. 2023, arXiv 2305.14152, section 3): W becomes s q with q its rounding to a grid of 2^bits values,
   frozen, and the scale s of each row, or of each group of a row, trained: dW = s q - W.
-- BitDelta (Liu et al. 2024, arXiv 2402.10193, eq. 2-4): dW = a sign(W_tuned - W), one bit an element and a trained a
+- BitDelta (Liu et al. 2024, arXiv 2402.10193, section 3): dW = a sign(W_tuned - W), one bit an element and a trained a
   (`grafts/formats/bitdelta.py` makes it from a tuned model). 24 signs lie in one number, which float32 holds exactly.
-- Bi-Adapter (Jie et al. 2023, arXiv 2307.16867, eq. 5-7): a parallel adapter whose weights are computed with as mean
+- Bi-Adapter (Jie et al. 2023, arXiv 2307.16867, section 3): a parallel adapter whose weights are computed with as mean
   +- 0.674 deviations, the two medians of a normal distribution's halves; rounding passes gradients on.
 """
 

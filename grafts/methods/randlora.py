@@ -1,5 +1,5 @@
 """RandLoRA: dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i) of full rank, with random bases A and B_i frozen and
-shared by all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987, eq. 3).
+shared by all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987).
 
 A lies on the narrower side of W, so that a site has r n + n min(in, out) numbers for its n = ceil(min(in, out) / r)
 bases.

@@ -1,8 +1,8 @@
 """LoRA of which each step trains another random part.
 
-- DyLoRA (Valipour et al. 2022, arXiv 2210.07558, eq. 5-7): a step draws b from 1 to r and computes with the first b
+- DyLoRA (Valipour et al. 2022, arXiv 2210.07558): a step draws b from 1 to r and computes with the first b
   ranks and the scale alpha / b, so that the graft may be served at any of these ranks afterwards.
-- LoRA Dropout (Lin et al. 2024, arXiv 2404.09610, section 3.1): a step drops columns of A and rows of B [out, rank],
+- LoRA Dropout (Lin et al. 2024, arXiv 2404.09610): a step drops columns of A and rows of B [out, rank],
   each with probability p. Both masks are divided by 1 - p, so that the mean over all masks, which the paper's ensemble
   of them tends to, is the graft as it is served.
 """

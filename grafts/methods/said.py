@@ -1,7 +1,7 @@
 """Intrinsic dimension, structure-aware (SAID): all of the sites' dW are one random projection of one vector z [d], each
-with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, eq. 3).
+with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, section 3).
 
-P is Fastfood (Le et al. 2013, eq. 8), stacked blocks H G Pi H B / |.| over d rounded up to a power of two: H Walsh and
+P is Fastfood (Le et al. 2013), stacked blocks H G Pi H B / |.| over d rounded up to a power of two: H Walsh and
 Hadamard's matrix, B signs, Pi a permutation, G normal, every row of length 1. A seed and the site's name give B, Pi and
 G, so that no file has to keep them.
 """

@@ -1,5 +1,5 @@
 """SoRA: y += s B diag(g) A x, the gate g driven to exact zeros by a proximal step (Ding et al. 2023, arXiv 2311.11696,
-eq. 6-8)."""
+section 3)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 lowers the loss most are found in all matrices together; a matrix with as many of them as a LoRA has parameters gets a
 LoRA, the others train just those entries.
 
-A parameter's sensitivity is its squared gradient, summed over the job's first samples (eq. 4). Both slots exist at
+A parameter's sensitivity is its squared gradient, summed over the job's first samples. Both slots exist at
 every site, the one that is not chosen multiplied by 0; so `parameters` counts more than what learns.
 """
 

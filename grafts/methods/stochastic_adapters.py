@@ -1,6 +1,6 @@
 """Serial adapters of which each step trains another random part.
 
-- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3.2): every step draws n from 0 to `upto` and computes
+- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3): every step draws n from 0 to `upto` and computes
   without the adapters of the first n layers, so that the graft may be served without those of any so many.
 - AdaMix (Wang et al. 2022, arXiv 2205.12410, section 3): every step each adapter projects down by one of `experts`
   matrices and up by another's, drawn apart; served are their means. Without the paper's second pass, whose KL

@@ -6,10 +6,10 @@ of the same projections costs.
   go on.
 - Diff pruning (Guo et al. 2021, arXiv 2012.07463, section 3): dW = z * w with gates z from the hard concrete
   distribution and a penalty on how many are open; after a share `relax` of the steps dW keeps its largest entries,
-  which learn on without gates (3.3). With `structured` every matrix has a gate, too, which its entries' are multiplied
-  by.
-- Child-Tuning_F (Xu et al. 2021, arXiv 2109.05687, eq. 5-6): every step a random part of the gradient is kept, divided
-  by its share.
+  which learn on without gates (3.2). With `structured` every matrix has a gate, too, which its entries' are multiplied
+  by (3.3).
+- Child-Tuning_F (Xu et al. 2021, arXiv 2109.05687, section 2): every step a random part of the gradient is kept,
+  divided by its share.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """TinyLoRA: y += B (sum_i v_i P_i) A x, with A and B the r largest singular directions of W and P_i random, all frozen;
-only v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118, eq. 3).
+only v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118).
 """
 
 from __future__ import annotations

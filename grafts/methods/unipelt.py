@@ -1,5 +1,5 @@
 """UniPELT: every row opens a LoRA, an adapter and a prefix by a gate of its own (Mao et al. 2022, arXiv 2110.07577,
-section 3.1), W x + G_L B A x on queries and values, h + G_A B act(A h) after the feed-forward, and keys and values
+section 3), W x + G_L B A x on queries and values, h + G_A B act(A h) after the feed-forward, and keys and values
 [G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G input).
 
 A gate reads its module's direct input: what the projections, the adapter and attention read. It is the row's own, where

@@ -1,11 +1,11 @@
 """dW made from W itself.
 
-- HiRA (Huang et al. 2025, ICLR, eq. 3): dW = W * (B A), elementwise.
-- GLoRA (Chavan et al. 2023, arXiv 2306.07967, eq. 7) without the supports for biases: dW = W * (A_d A_u) + B_d B_u,
+- HiRA (Huang et al. 2025, ICLR): dW = W * (B A), elementwise.
+- GLoRA (Chavan et al. 2023, arXiv 2306.07967) without the supports for biases: dW = W * (A_d A_u) + B_d B_u,
   or the two as vectors over the rows with kind=vector.
 - HiWi (Liao et al. 2023, arXiv 2305.16742, section 3.2): an adapter on the rows of W, dW = s relu(W A) B, so that its
   numbers can be thrown away after training.
-- PEANuT (arXiv 2410.01870, eq. 5): the same on the columns with `depth` residual layers between, dW^T = s N(W^T) B.
+- PEANuT (arXiv 2410.01870): the same on the columns with `depth` residual layers between, dW^T = s N(W^T) B.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention to trained rows aside: every row also attends to its graft's own keys, in a softmax of their own.
 
-LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199, eq. 6 to 8) scales the second softmax by a gate; the gate is in the
+LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199, section 3.2) scales the second softmax by a gate; the gate is in the
 values here, since the sum is linear in them. The rows need no place in a cache: they are the graft's, not a sequence's.
 """
 

@@ -1,7 +1,7 @@
 """Gated prefix rows that join a softmax: every row also attends to its graft's own keys, which it weighs itself, in one
 softmax with what it attended to before.
 
-UniPELT (Mao et al. 2022, arXiv 2110.07577, section 3.1) multiplies prefix keys and values by one gate of the input, APT
+UniPELT (Mao et al. 2022, arXiv 2110.07577, section 3) multiplies prefix keys and values by one gate of the input, APT
 (Zhang et al. 2023, arXiv 2305.15212) by one for every prefix row. A softmax over more keys is the old one's output
 beside the new values, weighed by the log of its sum; so that the new rows need no place in a cache.
 """

@@ -120,7 +120,7 @@ def test_deft_puts_back_what_it_takes_away(by: str, backbone: Backbone) -> None:
 
 
 def test_delora_is_bounded_by_its_strength(backbone: Backbone) -> None:
-    """|dW / w| <= l in spectral norm, whatever A and B are (Bini et al. 2025, section 3.2)."""
+    """|dW / w| <= l in spectral norm, whatever A and B are (Bini et al. 2025)."""
     text = "delora(r=4, bound=2)"
     values = {n: v + torch.randn(v.shape) if n[-1] in "AB" else v for n, v in started(text, backbone).items()}
     for site in SITES:

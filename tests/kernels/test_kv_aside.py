@@ -22,7 +22,7 @@ def inputs(dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def obvious(q: Tensor, out: Tensor, pk: Tensor, pv: Tensor, segments: Segments) -> Tensor:
-    """out + softmax(scaling * q pk^T) pv (Zhang et al. 2023, eq. 6 to 8), head by head and by autograd."""
+    """out + softmax(scaling * q pk^T) pv (Zhang et al. 2023, section 3.2), head by head and by autograd."""
     for s in segments:
         heads = []
         for head in range(HEADS):

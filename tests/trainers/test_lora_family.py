@@ -83,7 +83,7 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Pa
 
 @pytest.mark.parametrize("ratio", [16.0, 4.0])
 def test_lora_plus_is_pefts_lora_with_a_faster_b(ratio: float, fp64: Backbone) -> None:
-    """Hayou et al. 2024, section 4: eta_B = ratio eta_A."""
+    """Hayou et al. 2024: eta_B = ratio eta_A."""
     job = a_job("plus", f"lora-plus(r=4, alpha=8, {AT}, ratio={ratio})", seed=3, steps=12)
     oracle = peft_oracle(
         fp64.folder, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS), start_of(job, fp64), torch.float64
@@ -139,7 +139,7 @@ def test_adalora_is_trained_and_pruned_as_by_peft(fp64: Backbone) -> None:
 
 
 def test_soras_gate_takes_a_proximal_step_after_each_of_the_optimisers(fp64: Backbone) -> None:
-    """Ding et al. 2023, eq. 8: T(x) = x - xi above xi, x + xi below -xi, 0 between."""
+    """Ding et al. 2023, section 3: T(x) = x - xi above xi, x + xi below -xi, 0 between."""
     job = a_job("sora", f"sora(r=4, alpha=8, {AT}, threshold=0.05)", seed=1, steps=15)
     oracle = naive(fp64.folder, {0: family_lora.gated(2.0)}, start_of(job, fp64), torch.float64)
 
@@ -171,7 +171,7 @@ def test_dylora_trains_a_random_number_of_first_ranks_a_step(fp64: Backbone, mon
 
 
 def test_lora_dropout_drops_columns_of_a_and_rows_of_b(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lin et al. 2024, section 3.1: y = W x + s (m_B * B) (A * m_A) x, the same masks in a whole step, new ones in the
+    """Lin et al. 2024: y = W x + s (m_B * B) (A * m_A) x, the same masks in a whole step, new ones in the
     next."""
     job, masks = a_job("dropped", f"lora-dropout(r=4, alpha=8, {AT}, p=0.25)", seed=2, steps=6), []
     for step, (before, gradients) in enumerate(recorded(job, fp64, monkeypatch)):

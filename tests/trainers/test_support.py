@@ -62,7 +62,7 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Pa
 
 
 def test_fishmask_takes_the_entries_of_the_largest_empirical_fisher_information(fp64: Backbone) -> None:
-    """Sung et al. 2021, eq. 4: F = mean over the samples of the squared gradient of log p(y | x)."""
+    """Sung et al. 2021: F = mean over the samples of the squared gradient of log p(y | x)."""
     fisher = {site: sum(g.square() for g in found) for site, found in sample_gradients(fp64).items()}
     values = initialise(parse("fishmask(density=0.02)"), fp64, seed=0, samples=SAMPLES)
     for site, expected in fisher.items():
@@ -82,7 +82,7 @@ def test_fars_nodes_are_those_that_a_first_step_moves_most(fp64: Backbone) -> No
 
 
 def test_spt_shares_sensitive_entries_out_over_all_matrices(fp64: Backbone) -> None:
-    """He et al. 2023, eq. 4-7: top tau of all entries; a LoRA where a matrix has enough of them, else they alone."""
+    """He et al. 2023, section 3: top tau of all entries; a LoRA where a matrix has enough of them, else they alone."""
     fisher = {site: torch.stack(g).square().sum(0) for site, g in sample_gradients(fp64).items()}
     everything = torch.cat([f.flatten() for f in fisher.values()])
     limit = everything.sort(descending=True).values[int(0.04 * len(everything)) - 1]
@@ -160,7 +160,7 @@ def test_a_penalty_closes_a_matrix_as_a_whole(fp64: Backbone) -> None:
 
 
 def test_diff_pruning_trains_gates_and_then_what_is_left(fp64: Backbone) -> None:
-    """Guo et al. 2021, section 3: L(theta + z * w) + lambda sum sigma(a - log(-l / r)), then magnitude pruning, 3.3."""
+    """Guo et al. 2021, section 3: L(theta + z * w) + lambda sum sigma(a - log(-l / r)), then magnitude pruning, 3.2."""
     job = a_job("diff", FAMILY["diff-pruning"], seed=2, steps=12)
     u: dict[int, Tensor] = {}
     kept: dict[int, Tensor] = {}
@@ -199,7 +199,7 @@ def test_diff_pruning_trains_gates_and_then_what_is_left(fp64: Backbone) -> None
 def test_child_tuning_keeps_a_new_random_part_of_every_gradient(
     fp64: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Xu et al. 2021, eq. 6: g * M / p with M Bernoulli(p), drawn in every step."""
+    """Xu et al. 2021, section 2: g * M / p with M Bernoulli(p), drawn in every step."""
     job, masks = a_job("child", FAMILY["child-tuning"], seed=2, steps=6), []
     for step, (before, gradients) in enumerate(recorded(job, fp64, monkeypatch)):
         oracle = of(job, fp64, before, {0: changed(lambda p: p["child"])})

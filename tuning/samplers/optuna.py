@@ -2,7 +2,7 @@
 
 The first trials are a Latin hypercube, which covers every parameter's range evenly. Then a model proposes, given the
 results and the trials still running, so that several at once do not flock together: TPE (arXiv 2304.11127) at no cost
-to speak of, or Optuna's Gaussian process with qLogEHVI (arXiv 2006.05078), which imports torch and takes seconds a
+to speak of, or Optuna's Gaussian process with qLogEHVI (arXiv 2310.20708), which imports torch and takes seconds a
 proposal. On an invented AutoPEFT-like problem of ten parameters TPE found the larger hypervolume in 12 trials, the
 Gaussian process in 30.
 """

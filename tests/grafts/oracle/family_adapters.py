@@ -14,7 +14,7 @@ from tests.grafts.oracle.row import Row
 
 
 def affine() -> Hook:
-    """y = gamma y + beta (Lian et al. 2022, eq. 5)."""
+    """y = gamma y + beta (Lian et al. 2022, section 3)."""
     return after(lambda x, y, p: p["g"] * y + p["b"])
 
 

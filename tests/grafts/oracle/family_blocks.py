@@ -58,7 +58,7 @@ def deft(scale: float, by: str) -> Hook:
 
 
 def psoft() -> Hook:
-    """h + B (R - I) A x with R = diag(beta) (I + Q)(I - Q)^-1 diag(alpha) (PSOFT, eq. 6 and 9)."""
+    """h + B (R - I) A x with R = diag(beta) (I + Q)(I - Q)^-1 diag(alpha) (PSOFT)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         r = len(p["A"])

@@ -16,7 +16,7 @@ from tests.grafts.oracle.row import Row
 
 
 def compacter() -> Hook:
-    """h + up(gelu(down(h))) with W = sum_i A_i (x) (s_i t_i^T) (Karimi Mahabadi et al. 2021, eq. 6)."""
+    """h + up(gelu(down(h))) with W = sum_i A_i (x) (s_i t_i^T) (Karimi Mahabadi et al. 2021, section 3)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         down = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["down_s"], p["down_t"]))
@@ -27,7 +27,7 @@ def compacter() -> Hook:
 
 
 def phm() -> Hook:
-    """h + up(gelu(down(h))) with W = sum_i A_i (x) B_i (Karimi Mahabadi et al. 2021, eq. 4)."""
+    """h + up(gelu(down(h))) with W = sum_i A_i (x) B_i (Karimi Mahabadi et al. 2021, section 3)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         down = sum(torch.kron(S, T) for S, T in zip(p["S"], p["down"]))
@@ -39,7 +39,7 @@ def phm() -> Hook:
 
 def hyperformer() -> Hook:
     """(U, D) = (W^U, W^D) I with I = h(z), h two linear maps with a ReLU between, and U gelu(D(.)) after the sublayer
-    (Karimi Mahabadi et al. 2021, eq. 3-6, one task)."""
+    (Karimi Mahabadi et al. 2021, section 2, one task)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         code = F.linear(F.relu(F.linear(p["e"], p["first"])), p["second"])
@@ -50,12 +50,12 @@ def hyperformer() -> Hook:
 
 
 def sparse_adapter() -> Hook:
-    """A serial adapter with (m * w) in place of w (He et al. 2022, eq. 3)."""
+    """A serial adapter with (m * w) in place of w (He et al. 2022)."""
     return after(lambda x, y, p: y + F.gelu(y @ (p["mask_A"] * p["A"]).T) @ (p["mask_B"] * p["B"]))
 
 
 class _Threshold(torch.autograd.Function):
-    """1 for the k largest scores, 0 for the others, and the identity backwards (Zeng et al. 2023, eq. 4-5)."""
+    """1 for the k largest scores, 0 for the others, and the identity backwards (Zeng et al. 2023)."""
 
     @staticmethod
     def forward(ctx: object, score: Tensor, density: float) -> Tensor:
@@ -70,7 +70,7 @@ class _Threshold(torch.autograd.Function):
 
 
 def propetl(density: float) -> Hook:
-    """A serial adapter whose weights are the prototype's under the site's masks (Zeng et al. 2023, eq. 3)."""
+    """A serial adapter whose weights are the prototype's under the site's masks (Zeng et al. 2023)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         masks = {part: _Threshold.apply(p[f"score_{part}"], density) for part in "AB"}
@@ -80,7 +80,7 @@ def propetl(density: float) -> Hook:
 
 
 def capaboost(scale: float) -> Hook:
-    """h + s sum_i (B * M_i) (A * M'_i) x (Song et al. 2024, eq. 4)."""
+    """h + s sum_i (B * M_i) (A * M'_i) x (Song et al. 2024)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         for mask_A, mask_B in zip(p["mask_A"], p["mask_B"]):
@@ -91,7 +91,7 @@ def capaboost(scale: float) -> Hook:
 
 
 def peqa(bits: int, groups: int) -> Hook:
-    """W^ = s (clamp(round(W / s0) + z0, 0, 2^b - 1) - z0), s trained (Kim et al. 2023, eq. 1-2), group by group."""
+    """W^ = s (clamp(round(W / s0) + z0, 0, 2^b - 1) - z0), s trained (Kim et al. 2023, section 3), group by group."""
 
     def change(W: Tensor, p: Parts) -> Tensor:
         found = []
@@ -107,7 +107,7 @@ def peqa(bits: int, groups: int) -> Hook:
 
 
 def bitdelta() -> Hook:
-    """W + a S with S of +1 and -1 (Liu et al. 2024, eq. 2); a number's lowest bit is the sign of its first element."""
+    """W + a S with S of +1 and -1 (Liu et al. 2024); a number's lowest bit is the sign of its first element."""
 
     def change(W: Tensor, p: Parts) -> Tensor:
         rows = []
@@ -142,7 +142,7 @@ class _Round(torch.autograd.Function):
 
 
 def binary_adapter(scale: float) -> Hook:
-    """h + s gelu(x A) B with each weight standardised, rounded to one bit and scaled back (Jie et al. 2023, eq. 5-7;
+    """h + s gelu(x A) B with each weight standardised, rounded to one bit and scaled back (Jie et al. 2023, section 3;
     the 1e-5 beside the deviation is their code's)."""
 
     def rounded(w: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ def binary_adapter(scale: float) -> Hook:
 
 
 def said(d: int, seed: int, sites: Sequence[str]) -> Hook:
-    """vec(dW) = l P z with P of stacked H G Pi H B, rows of length 1 (Aghajanyan et al. 2021, eq. 3; Le et al. 2013,
-    eq. 8), by dense matrices. The draws of the sites, in their order, are those that the method's file promises."""
+    """vec(dW) = l P z with P of stacked H G Pi H B, rows of length 1 (Aghajanyan et al. 2021, section 3; Le et al.
+    2013), by dense matrices. The draws of the sites, in their order, are those that the method's file promises."""
     width = 1 << (d - 1).bit_length()
     H, names = hadamard(width), iter(sites)
 

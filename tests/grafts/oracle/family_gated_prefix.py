@@ -21,7 +21,7 @@ Prefix = Callable[[int, Tensor, Values], tuple[Tensor, Tensor]]
 
 
 def unipelt(layer: int, x: Tensor, p: Values) -> tuple[Tensor, Tensor]:
-    """G_P P with G_P = sigmoid(W_G x) for keys and values alike (Mao et al. 2022, section 3.1), and P of layer l from
+    """G_P P with G_P = sigmoid(W_G x) for keys and values alike (Mao et al. 2022, section 3), and P of layer l from
     W2_l tanh(W1 E + b1) + b2_l (Li & Liang 2021, section 4.3)."""
     E, W1, b1, W2, b2 = (p[f"2.shared.{part}"] for part in ("E", "W1", "b1", "W2", "b2"))
     made = (torch.tanh(E @ W1.T + b1) @ W2.T + b2).chunk(W2.shape[0] // (2 * E.shape[1]), dim=1)[layer]

@@ -32,7 +32,7 @@ def krona(scale: float) -> Hook:
 
 
 def kadaptation() -> Hook:
-    """dW = sum_i S_i (x) (u_i v_i^T), element by element of the blocks (He et al. 2022, eq. 5)."""
+    """dW = sum_i S_i (x) (u_i v_i^T), element by element of the blocks (He et al. 2022)."""
 
     def change(W: Tensor, p: Parts) -> Tensor:
         S, u, v = p["S"], p["s"], p["t"]

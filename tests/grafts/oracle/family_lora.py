@@ -14,7 +14,7 @@ from tests.grafts.oracle.row import LINEAR, Row
 
 
 def middle(scale: float) -> Hook:
-    """W x + s B M A x (MoSLoRA: Wu et al. 2024, eq. 6; LoRA-XS: Balazy et al. 2024, section 3)."""
+    """W x + s B M A x (MoSLoRA: Wu et al. 2024; LoRA-XS: Balazy et al. 2024, section 3)."""
     return after(lambda x, y, p: y + scale * (x @ p["A"].T @ p["M"].T) @ p["B"])
 
 
@@ -37,12 +37,12 @@ def _part_frozen(part: str) -> Callable[[PeftModel, str, Tensor], Place]:
 
 
 def gated(scale: float) -> Hook:
-    """W x + s W_u (g * (W_d x)) (SoRA: Ding et al. 2023, eq. 5)."""
+    """W x + s W_u (g * (W_d x)) (SoRA: Ding et al. 2023, section 3)."""
     return after(lambda x, y, p: y + scale * (p["keep"] * (x @ p["A"].T)) @ p["B"])
 
 
 def nested(alpha: float, rank: int) -> Hook:
-    """W x + (alpha / b) W_up[:, :b] W_down[:b] x (DyLoRA: Valipour et al. 2022, eq. 5-7)."""
+    """W x + (alpha / b) W_up[:, :b] W_down[:b] x (DyLoRA: Valipour et al. 2022)."""
     return after(lambda x, y, p: y + alpha / rank * (x @ p["A"][:rank].T) @ p["B"][:rank])
 
 

@@ -12,8 +12,8 @@ from tests.grafts.oracle.row import Row
 
 
 def molora(experts: int, scale: float, top: int = 0) -> Hook:
-    """y = W x + sum_i s_i E_i(x), s = softmax(W_g x) (Zadouri et al. 2023, eq. 1-2), E_i = scale B_i A_i; with `top`,
-    S_j = TopK(softmax(W_r x), K)_j / sum of the K (Gao et al. 2024, eq. 3)."""
+    """y = W x + sum_i s_i E_i(x), s = softmax(W_g x) (Zadouri et al. 2023), E_i = scale B_i A_i; with `top`,
+    S_j = TopK(softmax(W_r x), K)_j / sum of the K (Gao et al. 2024)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         weights = torch.softmax(x @ p["G"].T, dim=-1)
@@ -29,7 +29,7 @@ def molora(experts: int, scale: float, top: int = 0) -> Hook:
 
 
 def hydralora(experts: int, scale: float) -> Hook:
-    """W = W_0 + sum_i w_i B_i A, w = softmax(W_g x) (Tian et al. 2024, eq. 4-5)."""
+    """W = W_0 + sum_i w_i B_i A, w = softmax(W_g x) (Tian et al. 2024)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         weights, shared = torch.softmax(x @ p["G"].T, dim=-1), x @ p["A"].T
@@ -41,7 +41,7 @@ def hydralora(experts: int, scale: float) -> Hook:
 
 
 def moelora(experts: int, scale: float) -> Hook:
-    """h = W_0 x + alpha / r sum_i w_i B_i A_i x (Liu et al. 2023, eq. 5), w = softmax(W_T e) (eq. 7-8)."""
+    """h = W_0 x + alpha / r sum_i w_i B_i A_i x (Liu et al. 2023), w = softmax(W_T e)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         weights = torch.softmax(p["T"] @ p["e"], dim=0)
@@ -53,12 +53,12 @@ def moelora(experts: int, scale: float) -> Hook:
 
 
 def gated_lora() -> Hook:
-    """W x + G_L B A x with G_L = sigmoid(W_G x) in place of LoRA's scale (Mao et al. 2022, section 3.1)."""
+    """W x + G_L B A x with G_L = sigmoid(W_G x) in place of LoRA's scale (Mao et al. 2022, section 3)."""
     return after(lambda x, y, p: y + torch.sigmoid(x @ p["G"].T) * (x @ p["A"].T @ p["B"]))
 
 
 def gated_adapter() -> Hook:
-    """h' = G_A h_A + h_F with G_A = sigmoid(W_G h_F), h_A the adapter's output (Mao et al. 2022, section 3.1)."""
+    """h' = G_A h_A + h_F with G_A = sigmoid(W_G h_F), h_A the adapter's output (Mao et al. 2022, section 3)."""
     return after(lambda x, y, p: y + torch.sigmoid(y @ p["G"].T) * (torch.relu(y @ p["A"].T) @ p["B"]))
 
 

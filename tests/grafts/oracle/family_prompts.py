@@ -128,12 +128,12 @@ def residual(ids: Tensor, x: Tensor, p: Values) -> Tensor:
 
 
 def rank_one(ids: Tensor, x: Tensor, p: Values) -> Tensor:
-    """P * (u v^T), elementwise (Wang et al. 2023, section 3.1)."""
+    """P * (u v^T), elementwise (Wang et al. 2023, section 3)."""
     return torch.cat([p["0.0.embed.P"] * torch.outer(p["0.0.embed.u"][:, 0], p["0.0.embed.v"][0]), x])
 
 
 def masked(ids: Tensor, x: Tensor, p: Values) -> Tensor:
-    """gamma_i (zeta_i,1 q_i,1; ...; zeta_i,k q_i,k) for the pieces q of row i (Ma et al. 2022, section 3.2)."""
+    """gamma_i (zeta_i,1 q_i,1; ...; zeta_i,k q_i,k) for the pieces q of row i (Ma et al. 2022, section 3)."""
     P, rows, pieces = (p[f"0.0.embed.{part}"] for part in ("P", "rows", "pieces"))
     cut = [
         torch.cat([rows[i, 0] * zeta * piece for zeta, piece in zip(pieces[i], row.chunk(pieces.shape[1]))])

@@ -39,7 +39,7 @@ def _road_config(variant: str, group: int) -> RoadConfig:
 
 def butterfly(block: int) -> Hook:
     """x <- x B_m ... B_1, B_i = P_i diag(R_1 ... R_n) P_i^T, every R = (1 - Q) (1 + Q)^-1 with Q = (A - A^T) / 2 (Liu
-    et al. 2024, eq. 3 and 4). P_i sorts the half blocks inside every run of 2^i blocks by parity, as PEFT's
+    et al. 2024). P_i sorts the half blocks inside every run of 2^i blocks by parity, as PEFT's
     `block_butterfly_perm` does."""
 
     def matrix(factors: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def butterfly(block: int) -> Hook:
 
 
 def row_scale() -> Hook:
-    """W' = diag(s) W R, the bias as it is (Liu et al. 2024, section 4)."""
+    """W' = diag(s) W R, the bias as it is (Liu et al. 2024)."""
 
     def hook(module: nn.Module, parts: Parts) -> None:
         bias = module.bias if isinstance(module.bias, Tensor) else 0.0

@@ -20,7 +20,7 @@ WIDTHS |= {name: (32, 64) for name in CROSS}
 
 def sparse_update(learnt: Callable[[Parts], Tensor] = lambda parts: parts["w"]) -> Hook:
     """W' x = W x + sum_k w_k x[j_k] e_(i_k): only the chosen entries of W change (PaFi, Liao et al. 2023, section 3.1;
-    FishMask, Sung et al. 2021, eq. 6)."""
+    FishMask, Sung et al. 2021)."""
 
     def hook(module: nn.Module, parts: Parts) -> None:
         assert isinstance(module, nn.Linear)

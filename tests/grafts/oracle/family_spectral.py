@@ -35,7 +35,7 @@ def fourierft(scale: float, seed: int) -> Hook:
 
 
 def c3a() -> Hook:
-    """Blocks of circulant matrices, each row the one above shifted to the right (Chen et al. 2024, eq. 6-8), over the
+    """Blocks of circulant matrices, each row the one above shifted to the right (Chen et al. 2024), over the
     width of the input as in PEFT."""
 
     def change(W: Tensor, p: Parts) -> Tensor:

@@ -49,13 +49,13 @@ def trained_rows() -> Hook:
 
 def hard_concrete(logits: Tensor, u: Tensor | None = None) -> Tensor:
     """z = min(1, max(0, 3 s - 1.5)), s = sigma(log u - log(1 - u) + a), without the noise where there is no u (Guo et
-    al. 2021, section 3.1; Louizos et al. 2018, eq. 10-12 and 14)."""
+    al. 2021, section 3.1; Louizos et al. 2018)."""
     noise = 0.0 if u is None else torch.log(u) - torch.log(1 - u)
     return (torch.sigmoid(noise + logits) * 3.0 - 1.5).clamp(0, 1)
 
 
 def sensitive(rank_scale: float) -> Mapping[int, Hook]:
-    """A LoRA where a matrix was chosen, sensitive entries elsewhere (He et al. 2023, eq. 7)."""
+    """A LoRA where a matrix was chosen, sensitive entries elsewhere (He et al. 2023, section 3)."""
     return {
         0: changed(lambda p: rank_scale * p["chosen"] * p["B"].T @ p["A"]),
         1: sparse_update(lambda p: p["sensitive"] * p["w"]),
