@@ -24,6 +24,11 @@ class Hooks:
         rated = [(one.rate, arguments) for one, arguments in self._hooks if one.rate is not None]
         self.rates = tuple(prod(rate(t, **arguments) for rate, arguments in rated) for t in slab.trained if rated)
 
+    def phase(self, step: int, total: int) -> range:
+        """The steps, of `total`, around `step` that one optimiser takes, with moments and a schedule of its own."""
+        anew = [one.anew(total, **arguments) for one, arguments in self._hooks if one.anew is not None]
+        return range(max((s for s in anew if s <= step), default=0), min((s for s in anew if s > step), default=total))
+
     def before_step(self) -> None:
         """Add the penalties' gradients to the collected one, then let methods change it."""
         for declared, arguments in self._hooks:

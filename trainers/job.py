@@ -79,9 +79,12 @@ class TrainJob:
         """The normaliser of global batch `step`: the sum of its loss weights."""
         return sum(self.train[i].weight for i in self.batch(step))
 
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of optimiser step `step`: linear warm-up, then the recipe's schedule down to 0."""
+    def learning_rate(self, step: int, phase: range | None = None) -> float:
+        """Learning rate of optimiser step `step`: linear warm-up, then the recipe's schedule down to 0, over all steps
+        or those of its phase."""
         recipe, total = self.recipe, self.steps_total
+        if phase is not None:
+            step, total = phase.index(step), len(phase)
         warmup = int(recipe.warmup_ratio * total)
         if step < warmup:
             return recipe.learning_rate * (step + 1) / warmup

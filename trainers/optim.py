@@ -20,7 +20,7 @@ def grad_norm(slab: Slab) -> float:
 def adamw(
     slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: float, rates: Sequence[float] = ()
 ) -> None:
-    """Update the master weights with the collected gradient; `step` counts from 0.
+    """Update the master weights with the collected gradient; `step` counts from 0 since the moments were.
 
     `rates` are factors on the learning rate, one a trained tensor; none: all 1.
     """

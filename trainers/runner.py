@@ -240,13 +240,17 @@ class PackRunner:
         if probe is not None:
             probe.collect(_key(job, step), active.difference)
         hooks.before_step()
-        rate, norm = job.learning_rate(step), grad_norm(active.slab)
+        phase = hooks.phase(step, job.steps_total)
+        rate, norm = job.learning_rate(step, phase), grad_norm(active.slab)
+        if step == phase.start:
+            active.slab.forget()
         usable = math.isfinite(norm) and math.isfinite(active.loss)
         if usable:
             if probe is not None:
                 sgd(active.slab, job.recipe, learning_rate=rate, rates=hooks.rates)
             else:
-                adamw(active.slab, job.recipe, step=step, learning_rate=rate, norm=norm, rates=hooks.rates)
+                taken = phase.index(step)
+                adamw(active.slab, job.recipe, step=taken, learning_rate=rate, norm=norm, rates=hooks.rates)
             hooks.after_step(step, job.steps_total)
         active.skipped = 0 if usable else active.skipped + 1
         active.slab.clear()

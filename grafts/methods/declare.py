@@ -131,8 +131,9 @@ class Hook:
     `penalty(values, **arguments)` is a scalar added to the loss of every global batch, a differentiable function of the
     trained tensors by name. `gradient(values, gradients, **arguments)` changes the collected gradients in place.
     `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
-    optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `forward_only` says that
-    the gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`).
+    optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `anew(total, **arguments)`
+    is the step, of `total`, at which the job's optimiser and its schedule start anew. `forward_only` says that the
+    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`).
     """
 
     name: str
@@ -140,6 +141,7 @@ class Hook:
     gradient: Callable[..., None] | None = None
     after_step: Callable[..., None] | None = None
     rate: Callable[..., float] | None = None
+    anew: Callable[..., int] | None = None
     forward_only: bool = False
 
 

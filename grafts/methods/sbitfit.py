@@ -2,7 +2,7 @@
 left is trained from the start (Lawton et al. 2023, arXiv 2305.16597, section 3: structured pruning of BitFit).
 
 A projection's bias b stays by the first-order rise -b . dL/db, summed over the steps of the first share `prime`.
-Training goes on in the same schedule, with the optimiser's moments.
+The optimiser and its schedule start anew then.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ def _operands(slot: Affine, values: Mapping[str, Tensor], lowering: Lowering) ->
     return {"b": values[_STAYS] * values["b"]}
 
 
+def _primed(total: int, prime: float, **_: object) -> int:
+    return int(prime * total)
+
+
 def _prune(
     values: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
@@ -54,7 +58,7 @@ def _prune(
     import torch
 
     stems = [name.removesuffix(_RISE) for name in values if name.endswith(f".{_RISE}")]
-    last = int(prime * total) - 1
+    last = _primed(total, prime) - 1
     if step <= last:
         for stem in stems:
             values[stem + _RISE].sub_((values[f"{stem}b"] * gradients[f"{stem}b"]).sum())
@@ -68,4 +72,4 @@ def _prune(
 
 METHODS = (Method("s-bitfit", "arXiv 2305.16597", 3e-3, s_bitfit, hooks=_hooks),)
 FORMS = (Form("s-bitfit", _operands, _own),)
-HOOKS = (Hook("s-bitfit", after_step=_prune),)
+HOOKS = (Hook("s-bitfit", after_step=_prune, anew=_primed),)

@@ -2,8 +2,8 @@
 of the same projections costs.
 
 - LT-SFT (Ansell et al. 2022, arXiv 2110.07560, section 3.1): after a share `prime` of the steps the entries that
-  changed most stay, all are rewound to W, and only those that stay learn on. The schedule and the optimiser's moments
-  go on.
+  changed most stay, all are rewound to W, and only those that stay are trained, by an optimiser and a schedule that
+  start anew as in the authors' code.
 - Diff pruning (Guo et al. 2021, arXiv 2012.07463, section 3): dW = z * w with gates z from the hard concrete
   distribution and a penalty on how many are open; after a share `relax` of the steps dW keeps its largest entries,
   which learn on without gates (3.2). With `structured` every matrix has a gate, too, which its entries' are multiplied
@@ -83,11 +83,15 @@ def _lt(slot: Delta, values: Values, lowering: Lowering) -> Values:
 
 
 def _rewind(values: Values, gradients: Values, step: int, total: int, density: float, prime: float) -> None:
-    if step + 1 == int(prime * total):
+    if step + 1 == _primed(total, prime):
         _keep_largest({name: value for name, value in values.items() if name.endswith(f".{_CHANGE}")}, density, values)
         for name in gradients:
             if name.endswith(f".{_CHANGE}"):
                 values[name].zero_()
+
+
+def _primed(total: int, prime: float, **_: object) -> int:
+    return int(prime * total)
 
 
 def _keep_largest(changes: Values, density: float, values: Values) -> None:
@@ -214,7 +218,7 @@ FORMS = (
 )
 STARTS = (Start("child_dice", _dice),)
 HOOKS = (
-    Hook("lt-sft", after_step=_rewind),
+    Hook("lt-sft", after_step=_rewind, anew=_primed),
     Hook("diff", penalty=_open_gates, after_step=_project),
     Hook("child", gradient=_drop),
 )

@@ -55,6 +55,11 @@ class Slab:
         """Forget the collected gradient."""
         self.grad = None
 
+    def forget(self) -> None:
+        """Set the moments back to 0, for an optimiser that starts anew."""
+        self.exp_avg.zero_()
+        self.exp_avg_sq.zero_()
+
     def split(self, flat: Tensor) -> Sequence[Tensor]:
         """The trained tensors' shares of a flat tensor, in order."""
         return flat.split_with_sizes(self._sizes)

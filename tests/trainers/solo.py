@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,16 +21,25 @@ def trained(
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
     gradient: Callable[[], None] = lambda: None,
     after_step: Callable[[int], None] = lambda step: None,
+    anew: int = 0,
 ) -> dict[str, Tensor]:
     """The trained tensors by our names; `rate` is a factor on a tensor's learning rate, `penalty` is added to the
     loss of every global batch, `gradient` may change what a backward left, `after_step` runs when the parameters have
-    moved."""
+    moved; at step `anew` another optimiser takes over, and another schedule."""
     recipe = job.recipe
     groups = [
         {"params": [place.parameter], "factor": rate(name.rpartition(".")[2])} for name, place in oracle.places.items()
     ]
-    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
+
+    def optimiser_of(steps: int) -> tuple[torch.optim.AdamW, TrainJob]:
+        """And a job of as many steps, for its schedule."""
+        decay, betas = recipe.weight_decay, recipe.betas
+        alike = replace(job, train=job.train[:1], recipe=replace(recipe, batch_size=1, epochs=steps))
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=recipe.eps, weight_decay=decay), alike
+
     for step in range(job.steps_total):
+        if step in (0, anew):
+            began, (optimiser, alike) = step, optimiser_of((anew if step < anew else job.steps_total) - step)
         optimiser.zero_grad()
         loss = torch.as_tensor(penalty(), dtype=torch.float64)
         for number in job.batch(step):
@@ -41,7 +51,7 @@ def trained(
         gradient()
         torch.nn.utils.clip_grad_norm_([place.parameter for place in oracle.places.values()], recipe.max_grad_norm)
         for group in optimiser.param_groups:
-            group["lr"] = job.learning_rate(step) * group["factor"]
+            group["lr"] = alike.learning_rate(step - began) * group["factor"]
         optimiser.step()
         after_step(step)
     return {name: place.view(place.parameter).detach().clone() for name, place in oracle.places.items()}
