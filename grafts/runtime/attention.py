@@ -110,7 +110,7 @@ def attention_forward(
     stack = stacks.get(Kind("kv", "aside"))
     if stack is not None:
         pk, pv = stack.parts["k"], stack.parts["v"]
-        out = aside(q, out, pk, pv, route.segments(stack.entries), kv_heads, scaling)
+        out = aside(q, out, pk, pv, route.segments(stack.entries), kv_heads, scores)
     return out.view(1, len(out), query.shape[1], -1), None
 
 

@@ -139,10 +139,6 @@ def _share(
     spread = spread.repeat_interleave(queries.shape[1] // s.rows, dim=0).to(sums.dtype)
     raw = segment_bmm(queries, k.transpose(1, 2).contiguous()).to(sums.dtype) * scores.scaling
     before = torch.unflatten(sums[s.start : s.stop], 1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, 1)
-    scored = spread * raw
-    bend: Tensor | float = 1.0
-    if scores.cap is not None:
-        turned = torch.tanh(scored / scores.cap)
-        scored, bend = scores.cap * turned, 1 - turned.square()
+    scored, bend = scores.bent(spread * raw)
     shares = torch.cat([before, scored], dim=-1).softmax(-1)
     return _Share(k, v, queries, weights, spread, raw, bend, shares[..., 1:], shares[..., :1])

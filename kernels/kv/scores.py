@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,10 @@ class Scores:
     window: int | None = None
     bias: Tensor | None = None
     cap: float | None = None
+
+    def bent(self, scores: Tensor) -> tuple[Tensor, Tensor | float]:
+        """bent(s), and its slope there."""
+        if self.cap is None:
+            return scores, 1.0
+        turned = torch.tanh(scores / self.cap)
+        return self.cap * turned, 1 - turned.square()

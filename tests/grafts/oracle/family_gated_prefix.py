@@ -1,8 +1,10 @@
-"""Prefixes that a row weighs itself: attention is computed query by query over [gate * P; own rows]."""
+"""Prefixes that a row weighs itself: attention is computed query by query over [gate * P; own rows], or over the two
+apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +17,8 @@ from tests.grafts.oracle.family_mixes import gated_adapter, gated_lora
 from tests.grafts.oracle.row import Row, Values
 
 NAME = "oracle-of-gated-prefixes"
-# From a layer, what its attention reads [T, D] and the tensors: prefix keys and values [T, P, kv_heads * head_dim], for
-# every query its own.
+# From a layer, what its attention reads [T, D] and the tensors, W of its keys and values among them: prefix keys and
+# values [T, P, kv_heads * head_dim], for every query its own.
 Prefix = Callable[[int, Tensor, Values], tuple[Tensor, Tensor]]
 
 
@@ -36,19 +38,32 @@ def apt(layer: int, x: Tensor, p: Values) -> tuple[Tensor, Tensor]:
     return gate * p[f"0.{layer}.kv.k"], gate * p[f"0.{layer}.kv.v"]
 
 
-def model(prefix: Prefix, hooks: Mapping[int, Hook]) -> Callable[[Path, Values, torch.dtype], Oracle]:
-    """The oracle of such a prefix and of the slots with `hooks`."""
+def llama_adapter(layer: int, x: Tensor, p: Values) -> tuple[Tensor, Tensor]:
+    """[W_k P; g W_v P] for every query, in a softmax of their own (Zhang et al. 2023, section 3.2)."""
+    P, gate = p[f"0.{layer}.kv.P"], p[f"0.{layer}.kv.gate"]
+    keys, values = P @ p[f"{layer}.attn.k"].T, gate * (P @ p[f"{layer}.attn.v"].T)
+    return keys.expand(len(x), -1, -1), values.expand(len(x), -1, -1)
+
+
+def model(
+    prefix: Prefix, hooks: Mapping[int, Hook], *, apart: bool = False
+) -> Callable[[Path, Values, torch.dtype], Oracle]:
+    """The oracle of such a prefix and of the slots with `hooks`; a prefix `apart` has a softmax of its own."""
 
     def make(folder: Path, values: Values, dtype: torch.dtype) -> Oracle:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, partial(_forward, apart=apart))
         base = plain_llama(folder, dtype)
         base.config._attn_implementation = NAME
         leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
         attach(base, hooks, leaves)
         latest: list[tuple[Tensor, Tensor]] = []  # the prefix of the attention that is to come
         for layer in range(base.config.num_hidden_layers):
+            sites = ("attn.k", "attn.v")
+            frozen = {f"{layer}.{site}": base.get_submodule(module_of(layer, site)).weight for site in sites}
             base.get_submodule(module_of(layer, "attn.q")).register_forward_pre_hook(
-                lambda _, args, layer=layer: latest.append(prefix(layer, args[0].flatten(0, -2), leaves))
+                lambda _, args, layer=layer, given={**leaves, **frozen}: latest.append(
+                    prefix(layer, args[0].flatten(0, -2), given)
+                )
             )
         # Its attention modules, which uniform.py hides on some architectures, have the config.
         setattr(base.config, NAME, latest.pop)
@@ -66,6 +81,7 @@ def _forward(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    apart: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
     pk, pv = (torch.unflatten(rows, -1, (key.shape[1], -1)) for rows in getattr(module.config, NAME)())
@@ -73,16 +89,14 @@ def _forward(
     for t in range(query.shape[2]):
         seen = key.shape[2] if module.config.model_type in HEADS else t + 1
         own = slice(max(0, seen - sliding_window) if sliding_window else 0, seen)
-        keys, values = (
-            torch.cat([pk[t], key[0, :, own].transpose(0, 1)]),
-            torch.cat([pv[t], value[0, :, own].transpose(0, 1)]),
-        )
+        parts = [(pk[t], pv[t]), (key[0, :, own].transpose(0, 1), value[0, :, own].transpose(0, 1))]
         heads = []
-        for head in range(query.shape[1]):
-            scores = scaling * keys[:, head // group] @ query[0, head, t]
-            scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
-            heads.append(scores.softmax(0) @ values[:, head // group])
-        out.append(torch.stack(heads))
+        for keys, values in parts if apart else [tuple(map(torch.cat, zip(*parts)))]:
+            for head in range(query.shape[1]):
+                scores = scaling * keys[:, head // group] @ query[0, head, t]
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
+                heads.append(scores.softmax(0) @ values[:, head // group])
+        out.append(torch.stack(heads).unflatten(0, (-1, query.shape[1])).sum(0))
     return torch.stack(out)[None], None
 
 

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
 from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
+from tests.grafts.oracle.family_gated_prefix import llama_adapter, model
 from tests.grafts.oracle.row import Row, Values
 
 ENCODER = "prompt_encoder.default"
@@ -180,6 +181,7 @@ ROWS: Mapping[str, Row] = {
         _adaption_config,
         place=_adaption,
         llama_only="PEFT's adaption prompt computes Llama's attention itself",
+        model=model(llama_adapter, {}, apart=True),
     ),
     "prompt": Row(
         "prompt(6)",

@@ -69,7 +69,7 @@ class Row:
             return str(error)
         if shape.encoder_layers and any(slot.op == "tokens" and slot.mode == "replace" for slot in self.spec.slots):
             return "the equation edits what one stack reads, and both have its tokens"
-        if self.config is None or self.hooks() or self.soft is not None or self._plain_prefix:
+        if self.config is None or self.hooks() or self.soft or self.model or self._plain_prefix:
             return None
         return self._not_pefts(shape)
 
