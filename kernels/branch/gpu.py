@@ -45,7 +45,7 @@ class _Branch(torch.autograd.Function):
         plan = Plan.of(segments, x.device)
         hidden = shrink(x, A, plan, bias=a)
         out = y.clone(memory_format=torch.contiguous_format)
-        _expand(hidden, B, out, plan, act=act, scaled=True)
+        expand(hidden, B, out, plan, act=act, scaled=True)
         ctx.save_for_backward(x, A, B, hidden)
         ctx.plan, ctx.act, ctx.once = plan, act, segments.covers(len(A))  # type: ignore[attr-defined]
         return out
@@ -57,16 +57,16 @@ class _Branch(torch.autograd.Function):
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
         dx = dA = dB = da = None
         if needs[3]:
-            dB = _outer(hidden, grad, B, plan, act=act, scaled=True, once=once)
+            dB = outer(hidden, grad, B, plan, act=act, scaled=True, once=once)
         if needs[0] or needs[2] or needs[4]:
             dhidden = shrink(grad, B, plan, act=act, hidden=hidden)
             if needs[2]:
-                dA = _outer(dhidden, x, A, plan, act="identity", scaled=False, once=once)
+                dA = outer(dhidden, x, A, plan, act="identity", scaled=False, once=once)
             if needs[4]:
                 da = _columns(dhidden, A, plan, once=once)
             if needs[0]:
                 dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-                _expand(dhidden, A, dx, plan, act="identity", scaled=False)
+                expand(dhidden, A, dx, plan, act="identity", scaled=False)
         return dx, grad if needs[1] else None, dA, dB, da, None, None
 
 
@@ -106,7 +106,7 @@ def shrink(
     return out
 
 
-def _expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str, scaled: bool) -> None:
+def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str, scaled: bool) -> None:
     """out[s] += f(hidden[s]) weight[s], f being scale_s act(.) if `scaled`, else nothing."""
     weight = _rows(weight)
     for grid in plan.expand:
@@ -129,7 +129,7 @@ def _expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str
         )
 
 
-def _outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scaled: bool, once: bool) -> Tensor:
+def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scaled: bool, once: bool) -> Tensor:
     """Sums of f(hidden[s])^T x[s] over segments, as `like`; `once` says that every stack row has just one segment."""
     x = _rows(x)
     out = (torch.empty_like if once else torch.zeros_like)(like, memory_format=torch.contiguous_format)
@@ -156,7 +156,7 @@ def _outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, sca
 
 
 def _columns(hidden: Tensor, stack: Tensor, plan: Plan, *, once: bool) -> Tensor:
-    """Sums of hidden[s] over its rows, [R, 1] for the rows of `stack`; `once` as in `_outer`."""
+    """Sums of hidden[s] over its rows, [R, 1] for the rows of `stack`; `once` as in `outer`."""
     out = (stack.new_empty if once else stack.new_zeros)(len(stack), 1)
     for grid in plan.outer:
         columns_kernel[(len(grid.tiles),)](

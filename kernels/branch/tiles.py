@@ -64,29 +64,35 @@ class Plan:
 
 
 def _plan(items: Sequence[Segment], device: torch.device) -> Plan:
-    table, offset = [], 0
-    for s in items:
-        table.append((s.start, s.rows, s.first, s.size, offset))
-        offset += s.rows * s.size
-    batch = _waves([(s.start, s.stop) for s in items])
-    stack = _waves([(s.first, s.last) for s in items])
+    batch = waves([(s.start, s.stop) for s in items])
+    stack = waves([(s.first, s.last) for s in items])
     one = [0] * len(items)
     return Plan(
-        torch.tensor(table, dtype=torch.int64).view(-1, FIELDS).to(device),
+        table(items).to(device),
         torch.tensor([s.scale for s in items], dtype=torch.float64).to(device),
-        offset,
-        _grids(items, one, device, rows=True, ranks=True),
-        _grids(items, batch, device, rows=True, ranks=False),
-        _grids(items, stack, device, rows=False, ranks=True),
+        sum(s.rows * s.size for s in items),
+        grids(items, one, device, rows=True, ranks=True),
+        grids(items, batch, device, rows=True, ranks=False),
+        grids(items, stack, device, rows=False, ranks=True),
     )
 
 
-def _grids(
-    items: Sequence[Segment], waves: Sequence[int], device: torch.device, *, rows: bool, ranks: bool
+def table(items: Sequence[Segment]) -> Tensor:
+    """`Plan.table`."""
+    rows, offset = [], 0
+    for s in items:
+        rows.append((s.start, s.rows, s.first, s.size, offset))
+        offset += s.rows * s.size
+    return torch.tensor(rows, dtype=torch.int64).view(-1, FIELDS)
+
+
+def grids(
+    items: Sequence[Segment], order: Sequence[int], device: torch.device, *, rows: bool, ranks: bool
 ) -> tuple[Grid, ...]:
-    """Launches by wave and tile extent; `rows` and `ranks` say which of the two are split over programs."""
+    """Launches by wave, every segment's in `order`, and tile extent; `rows` and `ranks` say which of the two are split
+    over programs."""
     tiles: dict[tuple[int, int, int], list[tuple[int, int, int]]] = defaultdict(list)
-    for index, (s, wave) in enumerate(zip(items, waves)):
+    for index, (s, wave) in enumerate(zip(items, order)):
         height, width = _extent(s.rows, HEIGHTS), _extent(s.size, WIDTHS)
         tiles[wave, height, width] += [
             (index, t, r)
@@ -94,8 +100,8 @@ def _grids(
             for r in range(-(-s.size // width) if ranks else 1)
         ]
     return tuple(
-        Grid(height, width, torch.tensor(found, dtype=torch.int32).to(device))
-        for (_, height, width), found in sorted(tiles.items())
+        Grid(height, width, torch.tensor(own, dtype=torch.int32).to(device))
+        for (_, height, width), own in sorted(tiles.items())
     )
 
 
@@ -104,13 +110,13 @@ def _extent(size: int, extents: Sequence[int]) -> int:
     return next((extent for extent in extents if size <= extent), extents[-1])
 
 
-def _waves(ranges: Sequence[tuple[int, int]]) -> list[int]:
+def waves(ranges: Sequence[tuple[int, int]]) -> list[int]:
     """A wave for every range: those of one wave are disjoint, and of two that meet the later one has the later wave."""
     edges = sorted(ranges)
     if all(a[1] <= b[0] for a, b in zip(edges, edges[1:])):
         return [0] * len(ranges)
-    waves: list[int] = []
+    found: list[int] = []
     for i, (low, high) in enumerate(ranges):
-        met = (wave for (a, b), wave in zip(ranges[:i], waves) if a < high and low < b)
-        waves.append(max(met, default=-1) + 1)
-    return waves
+        met = (wave for (a, b), wave in zip(ranges[:i], found) if a < high and low < b)
+        found.append(max(met, default=-1) + 1)
+    return found

@@ -9,3 +9,8 @@ def flops(rows: int, entries: int) -> int:
 def bytes_moved(rows: int, entries: int, d_out: int, *, itemsize: int) -> int:
     """Of every entry its value, its place and the column of x that it meets; results read and written."""
     return entries * (4 + 16 + rows * itemsize) + 2 * rows * d_out * itemsize
+
+
+def column_bytes(rows: int, size: int, *, itemsize: int) -> int:
+    """Whole rows of S: of every one its place, and a column read and written."""
+    return size * (8 + 2 * rows * itemsize)

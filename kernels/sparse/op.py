@@ -22,10 +22,15 @@ def sparse(x_TI: Tensor, y_TO: Tensor, v_NK: Tensor, i_NP: Tensor, segments: Seg
 
     x [T, in] and y [T, out] of one dtype. Entries: v [N, 1], i [N, 2] int64 (row, column); rows: v [N, in], i [N, 1].
     v in float32 or wider; the sums of entries are in its precision and rounded once, rows are rounded to x's dtype.
-    Segments may overlap. Differentiable in x, y and v; sums run over one segment alone, in the order of k.
+    Segments may overlap. Differentiable in x, y and v; sums run over one segment alone, in the order of k. On a GPU i
+    is sorted when it is met first, and must not change afterwards.
     """
     if not segments.items:
         return y_TO
+    if x_TI.is_cuda:
+        from polygraft.kernels.sparse import gpu  # Triton is loaded only where there is a GPU
+
+        return gpu.sparse(x_TI, y_TO, v_NK, i_NP, segments)
     return _Sparse.apply(x_TI, y_TO, v_NK, i_NP, segments)  # type: ignore[no-any-return,no-untyped-call]
 
 

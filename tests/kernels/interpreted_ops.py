@@ -1,4 +1,4 @@
-"""As `interpreted`, for the Triton kernels of the other ops: affine, norm and kv."""
+"""As `interpreted`, for the Triton kernels of the other ops."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ from polygraft.kernels.nf4 import gpu as nf4_gpu  # noqa: E402
 from polygraft.kernels.nf4 import reference as nf4_reference  # noqa: E402
 from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
 from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
-from tests.kernels import test_affine, test_kv, test_nf4, test_norm  # noqa: E402
+from polygraft.kernels.sparse import gpu as sparse_gpu  # noqa: E402
+from polygraft.kernels.sparse import reference as sparse_reference  # noqa: E402
+from polygraft.kernels.sparse.order import Order  # noqa: E402
+from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_sparse  # noqa: E402
 from tests.kernels.compare import Results, assert_close, assert_equal, relative, run  # noqa: E402
 from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
 
 HALF = torch.float16
 NAN = float("nan")
+# More than one tile of rows and of entries, a gap in both, rows that two segments write.
+MANY = (150, 290, (Segment(0, 70, 0, 140, 0.5), Segment(60, 145, 141, 290), Segment(147, 148, 100, 200, 2.0)))
 
 
 def affine_equals_reference(case: tuple[int, int, tuple[Segment, ...]], dtype: torch.dtype, parts: str) -> None:
@@ -148,6 +153,41 @@ def nf4_equals_reference(dtype: torch.dtype, items: tuple[Segment, ...]) -> None
     assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
 
 
+def sparse_equals_reference(case: tuple[int, int, tuple[Segment, ...]], dtype: torch.dtype, indices: int) -> None:
+    rows, count, items = case
+    inputs, place, upstream = test_sparse.tensors(rows, count, dtype, indices)
+    got = run(sparse_gpu.sparse, inputs, place, Segments(items), upstream=upstream)
+    want = run(sparse_reference.sparse, inputs, place, Segments(items), upstream=upstream, dtype=torch.float64)
+    want = {name: want.get(name, torch.zeros_like(got[name])) for name in got}
+    assert_close(got, want, TOLERANCE[dtype])
+
+
+def sparse_takes_strided_rows_and_gradients(indices: int) -> None:
+    rows, count, items = test_sparse.CASES["overlapping"]
+    inputs, place, upstream = test_sparse.tensors(rows, count, torch.float32, indices)
+
+    def strided(x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        wide = torch.cat([x, y], 1)
+        return sparse_gpu.sparse(wide[:, : x.shape[1]], wide[:, x.shape[1] :], v, place, Segments(items))
+
+    got = run(strided, inputs, upstream=upstream.T.contiguous().T)
+    assert_close(got, run(sparse_reference.sparse, inputs, place, Segments(items), upstream=upstream), 1e-5)
+
+
+def sparse_segment_alone(indices: int, value: float) -> None:
+    alone, mine = test_sparse.alone_and_joined(sparse_gpu.sparse, 65, HALF, indices, value)
+    assert_equal(mine, alone)
+
+
+def sparse_sorts_an_index_once() -> None:
+    inputs, place, upstream = test_sparse.tensors(8, 9, torch.float32, 2)
+    orders = []
+    for items in ((Segment(0, 8, 0, 9),), (Segment(0, 3, 2, 5), Segment(4, 8, 0, 9))):
+        run(sparse_gpu.sparse, inputs, place, Segments(items), upstream=upstream)
+        orders.append([Order.of(place, side) for side in (0, 1)])
+    assert all(a is b for a, b in zip(*orders))
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"affine, {name}, {parts}": partial(affine_equals_reference, case, torch.float32, parts)
        for name, case in test_affine.CASES.items() for parts in ("gb", "g", "b")},
@@ -177,6 +217,15 @@ CHECKS: dict[str, Callable[[], None]] = {
        for window in test_kv.WINDOWS},
     **{f"nf4, {name}, {dtype}": partial(nf4_equals_reference, dtype, items)
        for name, items in test_nf4.CASES.items() for dtype in (torch.float32, HALF)},
+    **{f"sparse, {name}, {kind}": partial(sparse_equals_reference, case, torch.float32, indices)
+       for name, case in test_sparse.CASES.items() for kind, indices in test_sparse.KINDS.items()},
+    **{f"sparse, {kind}, {dtype}": partial(sparse_equals_reference, MANY, dtype, indices)
+       for kind, indices in test_sparse.KINDS.items() for dtype in (torch.float32, torch.float64, HALF)},
+    **{f"sparse, strided, {kind}": partial(sparse_takes_strided_rows_and_gradients, indices)
+       for kind, indices in test_sparse.KINDS.items()},
+    **{f"sparse, alone and joined by {value}, {kind}": partial(sparse_segment_alone, indices, value)
+       for kind, indices in test_sparse.KINDS.items() for value in (1.0, NAN)},
+    "sparse, an index is sorted once": sparse_sorts_an_index_once,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -17,8 +17,16 @@ from polygraft.kernels.common.aot import CARDS, Card, Tuned
 from polygraft.kernels.kv import tuned as kv
 from polygraft.kernels.nf4 import tuned as nf4
 from polygraft.kernels.norm import tuned as norm
+from polygraft.kernels.sparse import tuned as sparse
 
-OPS = {"branch": branch.tuned, "affine": affine.tuned, "norm": norm.tuned, "kv": kv.tuned, "nf4": nf4.tuned}
+OPS = {
+    "branch": branch.tuned,
+    "affine": affine.tuned,
+    "norm": norm.tuned,
+    "kv": kv.tuned,
+    "nf4": nf4.tuned,
+    "sparse": sparse.tuned,
+}
 
 
 def programs() -> Iterator[object]:

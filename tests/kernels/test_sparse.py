@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,20 +71,27 @@ def test_entries_taken_in_pieces_give_the_same_bits(monkeypatch: pytest.MonkeyPa
 def test_a_segments_bits_do_not_change_when_others_join_whatever_they_hold(
     rows: int, dtype: torch.dtype, indices: int
 ) -> None:
-    inputs, place, upstream = tensors(rows, 11, dtype, indices)
-    alone = run(sparse, inputs, place, Segments((Segment(0, rows, 0, 11, 0.3),)), upstream=upstream)
     for value in (1.0, float("nan"), float("inf")):
-        items = (Segment(0, 3, 0, 5), Segment(3, 3 + rows, 5, 16, 0.3), Segment(3 + rows, 5 + rows, 16, 18))
-        joined, among, gradient = tensors(rows + 5, 18, dtype, indices, seed=1)
-        for tensor in (*joined.values(), gradient):
-            tensor *= value
-        batch, stack = slice(3, 3 + rows), slice(5, 16)
-        for name, tensor in inputs.items():
-            joined[name][stack if name == "v" else batch] = tensor
-        among[stack], gradient[batch] = place, upstream
-        results = run(sparse, joined, among, Segments(items), upstream=gradient)
-        mine: Results = {name: t[stack if name == "d.v" else batch] for name, t in results.items()}
+        alone, mine = alone_and_joined(sparse, rows, dtype, indices, value)
         assert_equal(mine, alone)
+
+
+def alone_and_joined(
+    op: Callable[..., Tensor], rows: int, dtype: torch.dtype, indices: int, value: float
+) -> tuple[Results, Results]:
+    """The results of a segment by itself, and its share of those of a batch where others hold multiples of `value`."""
+    inputs, place, upstream = tensors(rows, 11, dtype, indices)
+    alone = run(op, inputs, place, Segments((Segment(0, rows, 0, 11, 0.3),)), upstream=upstream)
+    items = (Segment(0, 3, 0, 5), Segment(3, 3 + rows, 5, 16, 0.3), Segment(3 + rows, 5 + rows, 16, 18))
+    joined, among, gradient = tensors(rows + 5, 18, dtype, indices, seed=1)
+    for tensor in (*joined.values(), gradient):
+        tensor *= value
+    batch, stack = slice(3, 3 + rows), slice(5, 16)
+    for name, tensor in inputs.items():
+        joined[name][stack if name == "v" else batch] = tensor
+    among[stack], gradient[batch] = place, upstream
+    results = run(op, joined, among, Segments(items), upstream=gradient)
+    return alone, {name: t[stack if name == "d.v" else batch] for name, t in results.items()}
 
 
 def tensors(
