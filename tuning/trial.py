@@ -20,7 +20,7 @@ from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.plan import SearchPlan
 
 REPORT_S = 2.0  # a step of the trial; Tune can stop it in between
-POLL_S = 0.5
+POLL_S = 1.0
 _CALL_S = 15.0  # one call of the service
 _PASSING = (0, 429, 503)  # statuses that say "not now": no answer, too many, a dependency is down
 

@@ -13,6 +13,10 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "16",  # a pack and a search start a dozen processes that hardly compute
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every shutdown waits for 30 s
+    # What wakes processes ten times a second takes the cores from a pack: its threads wait for each other.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "LOG_NAME_UPDATE_INTERVAL_S": "5",
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -19,6 +19,7 @@ def job_progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[note]}"),
         console=errors,
+        refresh_per_second=2,  # a service on the same machine needs its cores
     )
 
 

@@ -83,9 +83,8 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
 @contextmanager
 def demo_home(keep: bool, home: Path | None) -> Iterator[Settings]:
     """The user's own home folder when the service stays up, else one that is gone afterwards, on any free port."""
-    pack = PackSettings(
-        max_rows=768, micro_rows=128
-    )  # so small micro-batches that most of the eight jobs fit one forward
+    # Micro-batches of most jobs' whole batches, and room for all eight: what a step costs is mostly its many small ops.
+    pack = PackSettings(max_rows=1536, micro_rows=256)
     if keep:
         yield load(home=home, pack=pack)
         return

@@ -11,7 +11,7 @@ from polygraft.cluster.launch.corpus import Share
 from polygraft.cluster.launch.demo.plan import DemoJob
 from polygraft.cluster.launch.output import Failure
 
-_PERIOD_S = 2.0  # eight tenants that ask twice a second would cost the pack a third of a core
+_PERIOD_S = 4.0  # eight tenants that ask twice a second would cost the pack a third of a core
 
 
 class JobsFailed(Failure):
