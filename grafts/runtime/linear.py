@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from polygraft.grafts.runtime.beside import Beside
+    from polygraft.kernels.common.segments import Segments
+
+    Work = Sequence[tuple[Beside, Segments]]
 
 GRAIN, FLOOR = 8, 16  # rows of every forward are a multiple of 8 and at least 16
 BLOCK = 256  # rows of one product in training; with AMX, 128 cost 6% of a packed step of 512 rows
@@ -67,6 +74,11 @@ class FrozenLinear:
     def product_alone(self, x_TI: Tensor) -> Tensor:
         """The same as one product, for rows that are one graft's and whose count is never another."""
         return multiply(x_TI, self._weight)
+
+    def products(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Work]:
+        """x W_m^T for every projection m, and of the branches beside them those that are still to be added; where no
+        gradient will be asked for."""
+        return list(self.product(x_TI).split_with_sizes(self.widths, dim=1)), work
 
     def output(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias, [T, out]."""

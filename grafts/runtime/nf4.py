@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polygraft.grafts.runtime.linear import FrozenLinear, multiply
+from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.nf4.op import linear
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
+
+    from polygraft.grafts.runtime.beside import Beside
+    from polygraft.grafts.runtime.linear import Work
 
 GROUP = 64  # weights that share a scale; the scales themselves are of 8 bits, 256 of which share one
 
@@ -42,26 +47,69 @@ class Nf4:
         found: Tensor = dequantize_4bit(self.codes, self.state)
         return found.to(self.dtype)
 
+    def absmax(self) -> Tensor:
+        """The blocks' scales [weights / 64] in float32, as `dequantize_4bit` makes them from their 8 bits.
+
+        Made for every product, which costs an eighth of what reading the codes does: kept, they would take back the
+        third of a bit a weight that the double quantisation saves.
+        """
+        from bitsandbytes.functional import dequantize_blockwise
+
+        found: Tensor = dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
+        return found.float()
+
 
 class Nf4Linear(FrozenLinear):
-    """A frozen linear whose weights are dense only while they are multiplied with, in either direction.
+    """A frozen linear whose weights are dense only while they are multiplied with, in either direction; on a GPU the
+    product x W^T reads the codes.
 
     Every projection of a fused one is quantised by itself, so that it has the codes it has in a model by itself.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, block: int | None = None) -> None:
-        self._parts = [Nf4.of(weight) for weight in weights]
-        super().__init__([part.dense() for part in self._parts], biases, prepack=False, block=block)
+        parts = [Nf4.of(weight) for weight in weights]
+        super().__init__([part.dense() for part in parts], biases, prepack=False, block=block)
         self._weight = self._weight.new_empty(0)
+        # Side by side, so that one product may read the codes of all.
+        self._codes = torch.cat([part.codes for part in parts])
+        views = self._codes.split_with_sizes([len(part.codes) for part in parts])
+        self._parts = [replace(part, codes=codes) for part, codes in zip(parts, views)]
 
     def weight(self) -> Tensor:
         return torch.cat([part.dense() for part in self._parts])
 
     def product(self, x_TI: Tensor) -> Tensor:
+        if self._read(x_TI):
+            return self._multiplied(x_TI, self._codes, self._parts)
         return self._blockwise(x_TI, self.weight(), self.out_features)
 
     def product_alone(self, x_TI: Tensor) -> Tensor:
-        return multiply(x_TI, self.weight())
+        return self.product(x_TI) if self._read(x_TI) else multiply(x_TI, self.weight())
+
+    def products(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Work]:
+        chosen = {pair[0].member: pair for pair in reversed(work) if pair[1].disjoint}
+        if not chosen or not self._read(x_TI):
+            return super().products(x_TI, work)
+        found = [
+            self._multiplied(x_TI, part.codes, [part], chosen.get(member)) for member, part in enumerate(self._parts)
+        ]
+        return found, [pair for pair in work if chosen.get(pair[0].member) is not pair]
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         return self._blockwise(dy_TO, self.weight().T, self.in_features)
+
+    def _read(self, x_TI: Tensor) -> bool:
+        """Whether the op multiplies: on a GPU, where rows of W are whole blocks."""
+        return x_TI.is_cuda and self.in_features % GROUP == 0
+
+    def _multiplied(
+        self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: tuple[Beside, Segments] | None = None
+    ) -> Tensor:
+        """x W^T for neighbouring parts, and a branch beside them."""
+        codes_OH = codes.view(-1, self.in_features // 2)
+        absmax_OK = torch.cat([part.absmax() for part in parts]).view(-1, self.in_features // GROUP)
+        if branch is None:
+            none = x_TI.new_empty(0, self.in_features), x_TI.new_empty(0, len(codes_OH))
+            return linear(x_TI, codes_OH, absmax_OK, *none, Segments(()))
+        beside, segments = branch
+        return linear(x_TI, codes_OH, absmax_OK, beside.A, beside.B, segments, beside.act)

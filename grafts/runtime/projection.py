@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from polygraft.grafts.runtime.beside import Beside, Plan
+from polygraft.grafts.runtime.beside import Plan
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.stacks import Entries
 from polygraft.kernels.branch.cost import stacking_pays
 from polygraft.kernels.branch.op import add_branch_, branch, branch_gradients, serve_branch_
 from polygraft.kernels.common.segments import Segments
+
+if TYPE_CHECKING:
+    from polygraft.grafts.runtime.linear import Work
 
 BARE = Plan()
 
@@ -27,19 +31,21 @@ def project(
     Differentiable in x, A and B; never in W. In training all of it is one step of autograd: branches are summed
     into the products in place, forward and backward, and x is kept once for all of them.
     """
-    work = [(b, segments(b.entries)) for b in plan.beside] if segments is not None else []
-    work = [(b, found) for b, found in work if found.runs]
+    found = ((b, segments(b.entries)) for b in plan.beside) if segments is not None else ()
+    work: Work = [(b, own) for b, own in found if own.runs]
     trained = any(b.A.requires_grad or b.B.requires_grad for b, _ in work)
     if torch.is_grad_enabled() and (x_TI.requires_grad or trained):
         if not x_TI.is_cuda:
             return _Project.apply(x_TI, linear, work, *_weights(work))  # type: ignore[no-any-return,no-untyped-call]
         products = list(_Project.apply(x_TI, linear, ()))  # type: ignore[no-untyped-call]
-    elif trained or x_TI.is_cuda or segments is None:
+    elif trained or segments is None:
         products = list(linear.product(x_TI).split_with_sizes(linear.widths, dim=1))
+    elif x_TI.is_cuda:
+        products, work = linear.products(x_TI, work)
     else:
         return _served(x_TI, linear, plan, work, segments)
-    for b, found in work:
-        products[b.member] = branch(x_TI, products[b.member], b.A, b.B, found, b.act)
+    for b, own in work:
+        products[b.member] = branch(x_TI, products[b.member], b.A, b.B, own, b.act)
     return tuple(products)
 
 
@@ -47,7 +53,7 @@ def _served(
     x_TI: Tensor,
     linear: FrozenLinear,
     plan: Plan,
-    work: Sequence[tuple[Beside, Segments]],
+    work: Work,
     segments: Callable[[Entries], Segments],
 ) -> tuple[Tensor, ...]:
     """The projections where no gradient will be asked for; the branches of an activation in the cheaper of two
@@ -69,9 +75,7 @@ def _served(
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, work: Sequence[tuple[Beside, Segments]], *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, work: Work, *weights: Tensor) -> tuple[Tensor, ...]:
         products = linear.product(x).split_with_sizes(linear.widths, dim=1)
         hiddens = [add_branch_(products[b.member], x, b.A, b.B, segments, b.act) for b, segments in work]
         ctx.save_for_backward(x if work else None, *weights, *(h for group in hiddens for h in group))  # type: ignore[arg-type]  # None is allowed
@@ -109,5 +113,5 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(first), width), (width, 1))
 
 
-def _weights(work: Sequence[tuple[Beside, Segments]]) -> tuple[Tensor, ...]:
+def _weights(work: Work) -> tuple[Tensor, ...]:
     return tuple(weight for b, _ in work for weight in (b.A, b.B))

@@ -80,6 +80,12 @@ class Segments:
     def dropped(self) -> bool:
         return any(segment.dropout for segment in self.items)
 
+    @cached_property
+    def disjoint(self) -> bool:
+        """Whether no row of the batch is in two segments."""
+        spans = sorted((segment.start, segment.stop) for segment in self.items if segment.rows and segment.size)
+        return all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+
     def covers(self, stack_rows: int) -> bool:
         """Whether the segments touch every stack row just once, so that a gradient can be written without clearing."""
         edges = sorted((segment.first, segment.last) for segment in self.items if segment.rows and segment.size)

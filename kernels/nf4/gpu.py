@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ def linear(
     out = torch.empty(len(x), len(codes_OH), dtype=x.dtype, device=x.device)
     with torch.no_grad(), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         hidden = shrink(x, A_RI, plan)
-        levels = torch.tensor(LEVELS, device=x.device)
+        levels = _levels(x.device)
         for grid in plan.expand:
             linear_kernel[len(grid.tiles), triton.cdiv(len(codes_OH), FEATURES)](
                 x,
@@ -52,6 +54,11 @@ def linear(
                 ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
             )
     return out
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(LEVELS, device=device)
 
 
 def _plan(segments: Segments, rows: int, device: torch.device) -> Plan:

@@ -3,6 +3,9 @@ computes on the weights that NF4 stands for."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
+from polygraft.kernels.nf4.op import dequantise
 from tests.grafts.oracle.row import LINEAR, Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
 from tests.grafts.test_methods import batch, decoded, judged, ours
@@ -158,6 +162,27 @@ def test_a_graft_of_a_quantised_backbone_is_refused_on_the_plain_one(
     assert grown != native.save(tmp_path, spec, values, shape=fp32.shape, backbone=plain.fingerprint)
     with pytest.raises(FormatError, match="grown on backbone"):
         native.load(tmp_path / grown, shape=fp32.shape, backbone=plain.fingerprint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_kernels_codes_and_scales_stand_for_bitsandbytes_weights(dtype: torch.dtype) -> None:
+    held = Nf4.of(torch.randn(96, 192, generator=torch.Generator().manual_seed(2)).to(dtype))
+    found = dequantise(held.codes.view(96, -1), held.absmax().view(96, -1), dtype)
+    assert held.state.nested and torch.equal(found, held.dense())
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # either default will do
+def test_on_a_gpu_the_products_read_the_codes_and_add_the_branches() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.grafts.runtime.interpreted_nf4"],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == 9 and not [result for result in results if result["failure"]]
 
 
 def test_a_weight_takes_half_a_byte_and_little_for_its_scales() -> None:
