@@ -45,15 +45,16 @@ def beside(
         raise FormatError("modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder")
     found = [*_modules(saved, stored, stock)]
     if bias != "none":
-        read = {key for change in found for key in change.keys}  # a whole module's bias is among them
-        found += _biases({key: value for key, value in stored.items() if key not in read}, stock)
+        known = {key for change in found for key in change.keys}  # a whole module's bias is among them
+        found += _biases({key: value for key, value in stored.items() if key not in known}, stock)
+    read = {key for change in found for key in change.keys}
     terms: list[Term] = []
     values: dict[str, Tensor] = {}
     for change in found:
         slot = first + sum(len(union([term]).slots) for term in terms)
         terms.append(Term(change.method, {"at": change.site.name}, (change.site.layer,)))
         values |= {f"{slot + index}.{change.site}.{part}": value for (index, part), value in change.values.items()}
-    return terms, values, {key for change in found for key in change.keys}
+    return terms, values, read | {key for one in read for key in _again(one, stored)}
 
 
 def _modules(saved: list[str], stored: Values, stock: Stock) -> Iterator[_Change]:
@@ -74,6 +75,18 @@ def _modules(saved: list[str], stored: Values, stock: Stock) -> Iterator[_Change
                 yield _shift(site, bias, stock, f"{key}.bias")
         else:
             yield _norm(site, weight.float(), bias, stock, key)
+
+
+def _again(key: str, stored: Values) -> Iterator[str]:
+    """The keys under which PEFT has the biases of a whole module once more, with `bias` "all": as they were, which no
+    forward of it reads, and as they are. Raises FormatError where these are others."""
+    module, _, part = key.rpartition(".")
+    for wrapper in ("original_module", "modules_to_save"):
+        if (again := f"{module}.{wrapper}.{part}") in stored:
+            sized(again, stored[again], tuple(stored[key].shape))
+            if wrapper == "modules_to_save" and not stored[again].equal(stored[key]):
+                raise FormatError(f"{again}: is not {key}, which it says again")
+            yield again
 
 
 def _dense(site: Site, weight: Tensor, stock: Stock, key: str) -> _Change:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -347,42 +346,3 @@ def test_a_union_of_linear_branches_is_one_lora(backbone: Backbone, tmp_path: Pa
     assert config["peft_type"] == "LORA" and {config["r"], *config["rank_pattern"].values()} == {3, 4, 5, 7, 9}
     theirs = loaded(backbone.folder, tmp_path, torch.float32)
     assert relative(theirs(input_ids=IDS[None]).logits[0], logits(backbone, spec, values)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("arch", "config"),
-    [
-        ("llama", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj", "input_layernorm", "norm"])),
-        ("llama", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp.up_proj"], use_dora=True)),
-        ("gpt2", LoraConfig(r=2, target_modules=["mlp.c_fc"], modules_to_save=["c_attn", "ln_1"], fan_in_fan_out=True)),
-        ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)),
-        ("qwen2", LoraConfig(r=2, target_modules=["q_proj", "o_proj"], bias="lora_only")),
-        ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["ln_1"], bias="lora_only")),
-        ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["mlp.c_fc"], bias="lora_only")),
-    ],
-    ids=[
-        "modules",
-        "one module",
-        "fused modules",
-        "all biases",
-        "biases of the method's modules",
-        "a norm with its bias",
-        "a projection with its bias",
-    ],
-)
-def test_what_was_trained_beside_the_method_comes_along(
-    arch: str, config: LoraConfig, tiny_folders: Mapping[str, Path], tmp_path: Path
-) -> None:
-    backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    model = get_peft_model(plain_model(backbone.folder, torch.float32), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(str(tmp_path))
-        expected = model(input_ids=IDS[None]).logits[0]
-    found = peft.load(tmp_path, backbone.shape, Stock(backbone.folder))
-    assert relative(logits(backbone, *found), expected) < 1e-5
-    with pytest.raises(FormatError, match="modules_to_save, bias: .* name the backbone's folder"):
-        peft.load(tmp_path, backbone.shape)
