@@ -74,6 +74,7 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
         done = True
         return report, service
     finally:
+        signal.alarm(0)  # set by Ray when SIGTERM met it: three seconds later it would abort this process
         if not (keep and done):
             with stages() as shown:
                 shown.enter("stopping the service")
