@@ -11,7 +11,7 @@ from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.sizes import parameters
-from polygraft.grafts.spec import KV, Branch, Call, GraftSpec, Slot
+from polygraft.grafts.spec import KV, Branch, Call, GraftSpec, Slot, Tokens
 
 # The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
 LLAMA_7B = ModelShape.from_config(
@@ -42,7 +42,8 @@ class Entry:
     """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
 
     `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
-    before it alone. `chunkable`: a prompt may be computed in pieces.
+    before it alone. `chunkable`: a prompt may be computed in pieces. `recompute_needs_prompt_len`: keys and values that
+    were dropped depend on where the prompt ends, and not on the tokens alone.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Entry:
     mergeable: bool
     prefix_cacheable: bool
     chunkable: bool
+    recompute_needs_prompt_len: bool
 
 
 def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
@@ -71,8 +73,9 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         hooks=tuple(call.name for call in spec.hooks),
         parameters=parameters(spec, shape),
         mergeable=spec.mergeable,
-        prefix_cacheable=True,
-        chunkable=True,
+        prefix_cacheable=not spec.reads_prompt,
+        chunkable=not spec.reads_prompt,
+        recompute_needs_prompt_len=spec.reads_prompt,
     )
 
 
@@ -112,6 +115,8 @@ def _slot(slot: Slot) -> str:
     if isinstance(slot, Branch):
         said += [slot.tap] * (slot.tap != "input") + [slot.act] * (slot.act != "identity")
         said += [slot.gate] * (slot.gate != "none")
+    if isinstance(slot, Tokens) and slot.gate != "none":
+        said += [slot.gate]
     if isinstance(slot, KV) and slot.aside:
         said += ["aside"] + [slot.gate] * (slot.gate != "none")
     said += [f"form {slot.form.name}"] if slot.form else []

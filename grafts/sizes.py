@@ -115,6 +115,12 @@ def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
             return sparse_parts(slot, place)
         case Rotate():
             return rotate_parts(slot, place)
+        case Tokens(length=length, gate="highest", experts=experts):
+            prompts = Part((experts * length, place.d_out), "embedded")
+            return {"p": prompts, "G": Part((experts, place.d_out), "kaiming")}
+        case Tokens(length=length, gate="relu", experts=experts):
+            weights = {"G": Part((experts, place.d_out), "kaiming"), "a": Part((experts, 1))}
+            return {"p": Part((experts * length, place.d_out)), **weights, "c": Part((length, place.d_out), "embedded")}
         case Tokens(length=length, mode=mode):
             return {"p": Part((length, place.d_out), "zero" if mode == "add" else "embedded")}
 

@@ -246,12 +246,21 @@ class Rotate(_Slot):
 class Tokens(_Slot):
     """`length` trained rows in the input embeddings: `before` the sequence, as virtual tokens with positions of their
     own (prompt tuning, Lester et al. 2021); in `replace` of the rows of the tokens `ids` (textual inversion, Gal et al.
-    2022); or row i to `add` to the i-th token's (DePT, Shi & Lipani 2024)."""
+    2022); or row i to `add` to the i-th token's (DePT, Shi & Lipani 2024).
+
+    With a `gate` the rows before are a sum of `experts` prompts P_j [length, hidden], sum_j w_j P_j, whose weights read
+    x, the mean of the embeddings of the request's own tokens: `highest`, w is softmax(G x) where that is largest and 0
+    elsewhere (SMoP, Choi et al. 2023); `relu`, w = relu(G x + a), and c [length, hidden] is added (IDPG, Wu et al.
+    2022). In training the scores of `highest` are G x (1 + noise z), z ~ N(0, 1).
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     length: int
     mode: Literal["before", "replace", "add"] = "before"
     ids: tuple[int, ...] = ()
+    gate: Literal["none", "highest", "relu"] = "none"
+    experts: int = 1
+    noise: float = 0.0
     at: str = "embed"
     op: Literal["tokens"] = "tokens"
 
@@ -262,6 +271,14 @@ class Tokens(_Slot):
             raise SpecError(f"ids: {self.ids} are not the {self.length} different tokens whose rows are replaced")
         if any(id < 0 for id in self.ids):
             raise SpecError(f"ids: {min(self.ids)} is not a token")
+        if self.gate == "none" and (self.experts, self.noise) != (1, 0.0):
+            raise SpecError(f"experts: {self.experts} of a prompt without a gate; choose highest or relu")
+        if self.gate != "none" and (self.mode != "before" or self.form is not None):
+            raise SpecError(f"gate: {self.gate!r} weighs whole prompts before the sequence, of rows without a form")
+        if self.experts < 1:
+            raise SpecError(f"experts: {self.experts} is not a number of prompts; give at least 1")
+        if self.noise < 0 or (self.noise and self.gate != "highest"):
+            raise SpecError(f"noise: {self.noise} with gate {self.gate!r}; scores of highest take one of at least 0")
 
 
 def source_names(of: str) -> tuple[str, ...]:
@@ -320,6 +337,18 @@ class GraftSpec:
     def virtual_length(self) -> int:
         """Virtual tokens that are rows of the sequence, after the prefix and before the prompt."""
         return next((slot.length for slot in self.slots if isinstance(slot, Tokens) and slot.mode == "before"), 0)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its virtual tokens are a function of the whole prompt. It then has to be computed in one piece, again
+        after a preemption without what has been generated, and no keys of its tokens are those of another prompt."""
+        return any(isinstance(slot, Tokens) and slot.gate != "none" for slot in self.slots)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward in training depends on random numbers."""
+        dropped = any(isinstance(slot, Branch) and slot.dropout for slot in self.slots)
+        return dropped or any(isinstance(slot, Tokens) and slot.noise for slot in self.slots)
 
     @property
     def context_length(self) -> int:

@@ -54,8 +54,11 @@ class Batch:
         sequences: list[PagedSequence] = []
         sampled: list[Sequence] = []
         last: list[int] = []
+        inputs: list[tuple[int, int]] = []
         for chunk in order:
             sequence, start = chunk.sequence, len(ids)
+            if sequence.whole > 1:
+                inputs.append((start + sequence.virtual, start + sequence.whole))
             ids += sequence.tokens[sequence.computed : sequence.computed + chunk.rows]
             positions += range(sequence.cached, sequence.cached + chunk.rows)
             table, graft = tables[sequence.request.id], sequence.request.graft
@@ -68,5 +71,5 @@ class Batch:
             if graft is not None:
                 first = spans.pop().start if spans and spans[-1].graft == place[graft] else start
                 spans.append(Span(first, len(ids), place[graft]))
-        rows = Rows(torch.tensor(ids), torch.tensor(positions), tuple(spans))
+        rows = Rows(torch.tensor(ids), torch.tensor(positions), tuple(spans), inputs=tuple(inputs))
         return Batch(tuple(order), rows, composition.stacks, tuple(sequences), tuple(sampled), tuple(last))

@@ -152,7 +152,7 @@ class Engine:
             self._end(sequence, "error", error=str(error))
         if self._suspects:
             suspect = self._suspects[0]
-            chunks = [Chunk(suspect, min(suspect.left, self._settings.max_rows))]
+            chunks = [Chunk(suspect, max(suspect.whole, min(suspect.left, self._settings.max_rows)))]
         else:
             chunks = self._streams.choose()
         if not chunks:

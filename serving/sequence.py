@@ -52,6 +52,7 @@ class Sequence:
     arrival: float
     prefix: int = 0
     virtual: int = 0
+    reads_prompt: bool = False
     computed: int = 0
     tokens: list[int] = field(default_factory=list)
 
@@ -60,7 +61,7 @@ class Sequence:
 
     def grow_on(self, spec: GraftSpec) -> None:
         """Take in what the graft puts before the prompt; again is as once."""
-        self.prefix = spec.prefix_length
+        self.prefix, self.reads_prompt = spec.prefix_length, spec.reads_prompt
         if not self.virtual:
             self.virtual = spec.virtual_length
             self.tokens = [*virtual_ids(self.virtual), *self.tokens]
@@ -74,6 +75,11 @@ class Sequence:
     def left(self) -> int:
         """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def whole(self) -> int:
+        """How many of these must be computed in one step: those of a prompt that virtual tokens are made of."""
+        return self.virtual + len(self.request.prompt_ids) if self.reads_prompt and not self.computed else 1
 
     @property
     def remaining(self) -> int:

@@ -23,8 +23,8 @@ from polygraft.trainers.loss import losses_and_gradient, token_losses
 class Share:
     """One job's part of a forward: samples (with their numbers, for dropout) through resident `graft`.
 
-    `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None without
-    dropout. Every sequence begins with `virtual_length` virtual tokens.
+    `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None where
+    nothing is drawn. Every sequence begins with `virtual_length` virtual tokens.
     """
 
     graft: int
@@ -108,6 +108,7 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
     sequences: list[tuple[int, int]] = []
     spans: list[Span] = []
     keys: list[Tensor] = []
+    inputs: list[tuple[int, int]] = []
     for share in shares:
         start = len(ids)
         virtual = virtual_ids(share.virtual_length)
@@ -116,12 +117,21 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
             sequences.append((len(ids), count))
             positions.append(torch.arange(count) + share.prefix_length)
             keys.append(_dropout_keys(share.key, number, count))
+            if virtual:
+                first = len(ids) + len(virtual)
+                inputs.append((first, first + sample.prompt))
             ids += [*virtual, *sample.ids[:-1]]
             targets += [*([0] * len(virtual)), *sample.ids[1:]]
             weights += [*([0.0] * len(virtual)), *sample.weights[1:]]  # nothing is learned from virtual tokens' guesses
         spans.append(Span(start, len(ids), share.graft))
     dropped = any(share.key is not None for share in shares)
-    rows = Rows(torch.tensor(ids), torch.cat(positions), tuple(spans), torch.cat(keys) if dropped else None)
+    rows = Rows(
+        torch.tensor(ids),
+        torch.cat(positions),
+        tuple(spans),
+        torch.cat(keys) if dropped else None,
+        inputs=tuple(inputs),
+    )
     wide = torch.promote_types(backbone.dtype, torch.float32)
     bounds = tuple((span.start, span.stop) for span in spans)
     attention = WholeSequences(tuple(sequences), backbone.shape)

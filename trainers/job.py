@@ -25,6 +25,11 @@ class Sample:
         return len(self.ids) - 1
 
     @property
+    def prompt(self) -> int:
+        """How many tokens stand before the first that is learned."""
+        return next((t for t in range(1, self.rows) if self.weights[t]), self.rows)
+
+    @property
     def weight(self) -> float:
         return sum(self.weights[1:])
 

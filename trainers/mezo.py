@@ -4,23 +4,12 @@ direction that is drawn again, never stored."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import pi
 
 import torch
 from torch import Tensor
 
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.kernels.common.dropout import combine
-
-_UNIT = 2.0**-32
-
-
-def noise(key: int, count: int, dtype: torch.dtype) -> Tensor:
-    """z ~ N(0, I), [count]: a function of the key (of a job's seed and step) and an element's place (Box-Muller)."""
-    place = torch.arange(count, dtype=torch.int32)
-    seed = torch.tensor(key, dtype=torch.int32)
-    u, v = (combine(combine(seed, half), place).to(torch.float64) * _UNIT + 0.5 for half in (-1, -2))
-    return ((-2 * (u + _UNIT / 2).log()).sqrt() * (2 * pi * v).cos()).to(dtype)
+from polygraft.kernels.common.noise import normal
 
 
 class Probe:
@@ -45,4 +34,4 @@ class Probe:
         self._slab.collect(self._slab.split(self._direction(key).mul_(difference / (2 * self.eps))))
 
     def _direction(self, key: int) -> Tensor:
-        return noise(key, len(self._slab.master), self._slab.master.dtype)
+        return normal(key, len(self._slab.master), self._slab.master.dtype)

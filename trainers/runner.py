@@ -17,7 +17,7 @@ from polygraft.grafts.runtime.process import give_back
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sources import Source
-from polygraft.grafts.spec import Branch, GraftSpec, SpecError
+from polygraft.grafts.spec import GraftSpec, SpecError
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.hooks import Hooks
@@ -169,14 +169,13 @@ class PackRunner:
     def _share(self, active: Active) -> Share:
         job = active.job
         numbers = job.micro_batches(active.step)[active.micro]
-        dropped = any(isinstance(slot, Branch) and slot.dropout for slot in job.spec.slots)
         return Share(
             graft=self._peers(job.id).index(job.id),
             prefix_length=job.spec.prefix_length,
             samples=tuple(job.train[i] for i in numbers),
             numbers=numbers,
             normaliser=job.batch_weight(active.step),
-            key=_key(job, active.step) if dropped else None,
+            key=_key(job, active.step) if job.spec.draws else None,
             virtual_length=job.spec.virtual_length,
         )
 

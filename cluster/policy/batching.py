@@ -8,21 +8,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A stream in the cache: `left` rows to compute (1 while decoding), blocks `held` and `missing` for the next."""
+    """A stream in the cache: `left` rows to compute (1 while decoding), the first `whole` of them in one step, blocks
+    `held` and `missing` for the next."""
 
     id: str
     left: int
     held: int
     missing: int
+    whole: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A stream without cache blocks: `left` rows to compute, which with its graft's prefix fill `slots` cache slots."""
+    """A stream without cache blocks: `left` rows to compute, the first `whole` of them in one step, which with its
+    graft's prefix fill `slots` cache slots."""
 
     id: str
     left: int
     slots: int
+    whole: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ def admit_streams(
     max_streams: int,
     rows: int,
 ) -> StepPlan:
-    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows.
+    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows; a chunk that must be
+    whole may go beyond, and is the last.
 
     Decoding streams get a row each, then prefills get chunks, then new streams are admitted while each leaves a free
     block for every running stream and itself (S-LoRA's test, one step ahead). The first that does not fit stops the
@@ -56,7 +61,7 @@ def admit_streams(
     chunks: list[tuple[str, int]] = []
     for stream in sorted(stay, key=lambda stream: stream.left > 1):  # stable: oldest first within decode and prefill
         if rows > 0:
-            chunks.append((stream.id, min(stream.left, rows)))
+            chunks.append((stream.id, max(stream.whole, min(stream.left, rows))))
             rows -= chunks[-1][1]
 
     admitted: list[str] = []
@@ -66,7 +71,7 @@ def admit_streams(
         if rows < 1 or streams >= max_streams or free < needed + streams + 1:
             break
         admitted.append(candidate.id)
-        chunks.append((candidate.id, min(candidate.left, rows)))
+        chunks.append((candidate.id, max(candidate.whole, min(candidate.left, rows))))
         rows -= chunks[-1][1]
         free -= needed
     return StepPlan(evicted, tuple(admitted), tuple(chunks))

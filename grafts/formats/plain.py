@@ -37,7 +37,7 @@ def plain(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[Gr
     """The graft as a LoRA, prompt or prefix, exact but for rounding; None for one that is none of these. Without
     `values` only what it would be."""
     match spec.slots:
-        case (Tokens(mode="before", length=length),):
+        case (Tokens(mode="before", gate="none", length=length),):
             simpler = union([Term("prompt", {"length": str(length)})])
         case (KV(aside=False, layers=None, length=length),):
             simpler = union([Term("prefix", {"length": str(length)})])

@@ -86,7 +86,7 @@ def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec]
 def _prompt(spec: GraftSpec, name: str = "it") -> int:
     """Which slot is the prompt."""
     for index, slot in enumerate(spec.slots):
-        if isinstance(slot, Tokens) and slot.mode == "before":
+        if isinstance(slot, Tokens) and (slot.mode, slot.gate) == ("before", "none"):
             return index
     raise SpecError(f"of: {name!r} is {spec.method!r}, without a prompt")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.runtime.generated import generate
 from polygraft.grafts.runtime.route import RouteTable, Rows
 from polygraft.grafts.runtime.stacks import Entry, Stack
 from polygraft.grafts.sites import EMBED_SITE, Site
@@ -24,11 +25,15 @@ def embed(rows: Rows, embedding_VD: Tensor, factor: Tensor | None, route: RouteT
     x = F.embedding(ids_T.clamp_min(0), embedding_VD) if rows.given is None else rows.given.detach()
     if factor is not None:
         x = x * factor.to(x.dtype)
+    bare = x.detach()
     if route.stacks.trainable and torch.is_grad_enabled():
         x.requires_grad_()
     for kind, stack in route.stacks.get(Site(0, EMBED_SITE)).items():
         if kind.variant == "add" and route.source is not None:
             continue  # where an encoder reads the prompt, it is its rows that are edited
+        if kind.variant.startswith("gated."):
+            x = tokens(x, *generate(stack, rows, bare, route), add=False)
+            continue
         index = _index(kind.variant, stack, ids_T, positions_T, route)
         own = stack.parts["p"]
         own = own * factor.to(own.dtype) if factor is not None and kind.variant == "replace" else own

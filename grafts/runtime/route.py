@@ -35,7 +35,8 @@ class Rows:
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
     row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images. An
-    encoder reads the rows of `source` first, where there is one.
+    encoder reads the rows of `source` first, where there is one. `inputs` are the rows [start, stop) of every prompt
+    that begins here and has virtual tokens right before it, for grafts that make them of it.
     """
 
     ids: Tensor
@@ -44,6 +45,7 @@ class Rows:
     dropout_keys: Tensor | None = None
     given: Tensor | None = None
     source: Rows | None = None
+    inputs: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -285,5 +285,7 @@ def _kind(slot: Slot) -> Kind:
             return Kind("sparse", "rows" if rows else "entries")
         case Rotate():
             return Kind("rotate", f"{slot.side}.{slot.variant}")
-        case Tokens(mode=mode):
+        case Tokens(mode=mode, gate="none"):
             return Kind("tokens", mode)
+        case Tokens(gate=gate):
+            return Kind("tokens", f"gated.{gate}")

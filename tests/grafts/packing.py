@@ -18,10 +18,13 @@ from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.spec import GraftSpec
 
+PROMPT = 5  # rows at the head of every sequence that are its input, for prompts that are made of one
+
 
 @dataclass
 class Batch:
-    """Rows as they come; `own` are the places of those that are not virtual, sequence by sequence."""
+    """Rows as they come; `own` are the places of those that are not virtual, sequence by sequence, `inputs` the rows of
+    the prompts behind virtual ones."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -29,6 +32,7 @@ class Batch:
     sequences: list[tuple[int, int]] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    inputs: list[tuple[int, int]] = field(default_factory=list)
 
     def add(
         self, ids: Tensor, graft: int | None, prefix: int = 0, virtual: int = 0, given: Tensor | None = None
@@ -38,6 +42,8 @@ class Batch:
         self.ids.append(torch.cat([torch.tensor(virtual_ids(virtual), dtype=torch.long), ids]))
         self.positions.append(torch.arange(count) + prefix)
         self.own.append(torch.arange(start + virtual, start + count))
+        if virtual:
+            self.inputs.append((start + virtual, start + virtual + PROMPT))
         if given is not None:
             self.given.append(F.pad(given, (0, 0, virtual, 0)))
         if graft is not None:
@@ -45,7 +51,8 @@ class Batch:
 
     def rows(self, before: Rows | None = None) -> Rows:
         given = torch.cat(self.given) if self.given else None
-        return Rows(torch.cat(self.ids), torch.cat(self.positions), tuple(self.spans), given=given, source=before)
+        ids, positions = torch.cat(self.ids), torch.cat(self.positions)
+        return Rows(ids, positions, tuple(self.spans), given=given, source=before, inputs=tuple(self.inputs))
 
 
 def packed(

@@ -72,6 +72,7 @@ def measure(backbone: Backbone, method: str) -> Measured:
 def page(measured: Mapping[str, Measured]) -> str:
     """The whole page."""
     entries = [entry(method) for method in methods().values()]
+    whole = " and ".join(f"`{e.name}`" for e in entries if not e.chunkable)
     prints = {fingerprint(method) for method in methods().values()}
     lines = [
         "# Methods",
@@ -82,6 +83,9 @@ def page(measured: Mapping[str, Measured]) -> str:
         "Parameters are the trainable ones of the defaults on Llama 7B. *Merges* says whether the graft folds into W.",
         "*Error* is the largest relative L2 distance of logits and gradients from the oracle in float64, on a tiny",
         "random Llama: PEFT 0.21 where it has the method, else the paper's equation as hooks on transformers' model.",
+        "",
+        "A prompt may be computed in pieces, and a token's keys depend on the graft and the tokens before it alone,",
+        f"but for {whole}, whose virtual tokens read the whole prompt.",
         "",
         "| method | family | what it does | slots | hooks | parameters | merges | oracle | error |",
         "|---|---|---|---|---|---:|---|---|---:|",

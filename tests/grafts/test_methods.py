@@ -28,7 +28,7 @@ from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
-from tests.grafts.packing import packed
+from tests.grafts.packing import PROMPT, packed
 
 LENGTHS = (7, 20)
 OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
@@ -210,7 +210,9 @@ def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chun
             positions.append(torch.arange(chunk) + prefix + done)
             spans += [Span(i * chunk, (i + 1) * chunk, i)] if i < len(residents) else []
         taken = own[done : done + chunk]
-        rows = Rows(torch.cat([taken, *[taken.clamp_min(0)] * 2]), torch.cat(positions), tuple(spans))
+        inputs = ((virtual, virtual + PROMPT),) if virtual and not done else ()
+        mixed = torch.cat([taken, *[taken.clamp_min(0)] * 2])
+        rows = Rows(mixed, torch.cat(positions), tuple(spans), inputs=inputs)
         with torch.inference_mode():
             hidden = backbone.forward(rows, stacks, PagedAttention(cache, sequences))
             logits.append(backbone.logits(hidden[:chunk]))

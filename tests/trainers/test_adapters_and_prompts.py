@@ -32,6 +32,8 @@ METHODS = {
     "unipelt": "unipelt(r=2, size=4, length=3, hidden=8)",
     "apt": "apt(4) + lora(r=2)",
     "residual": "residual-prompt(3, size=8)",
+    "smop": "smop(3, k=3)",
+    "idpg": "idpg(2, hidden=6) + lora(r=2, dropout=0.1)",
     "edited": "trainable-tokens(5|77|300) + prefix(2) + prompt(3, start=vocabulary) + lora(r=2, dropout=0.1)",
 }
 

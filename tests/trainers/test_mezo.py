@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from polygraft.cluster.launch.demo.oracle.naive import lora, naive
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.spec import SpecError
+from polygraft.kernels.common.noise import normal
 from polygraft.trainers import forward
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.mezo import noise
 from polygraft.trainers.runner import Active, PackRunner, _key
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
 
@@ -50,7 +50,7 @@ def test_the_steps_are_those_of_the_papers_loop(folder: Path) -> None:
         pack.step()
     start = {name: value.clone() for name, value in theta.items()}
     for step in range(8):
-        flat = noise(_key(job, step), sum(value.numel() for value in theta.values()), torch.float64)
+        flat = normal(_key(job, step), sum(value.numel() for value in theta.values()), torch.float64)
         z = dict(zip(theta, flat.split([value.numel() for value in theta.values()])))
 
         def moved(distance: float, z: dict[str, Tensor] = z) -> dict[str, Tensor]:
@@ -67,8 +67,8 @@ def test_the_steps_are_those_of_the_papers_loop(folder: Path) -> None:
 
 
 def test_the_direction_is_standard_normal_and_another_at_every_step() -> None:
-    z, other = (noise(key, 200_000, torch.float64) for key in (7, 8))
-    assert torch.equal(z, noise(7, 200_000, torch.float64)) and torch.equal(z[:100], noise(7, 100, torch.float64))
+    z, other = (normal(key, 200_000, torch.float64) for key in (7, 8))
+    assert torch.equal(z, normal(7, 200_000, torch.float64)) and torch.equal(z[:100], normal(7, 100, torch.float64))
     assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02 and abs((z**4).mean() - 3) < 0.1
     assert abs(torch.corrcoef(torch.stack([z, other]))[0, 1]) < 0.01
     assert abs(torch.corrcoef(torch.stack([z[1:], z[:-1]]))[0, 1]) < 0.01

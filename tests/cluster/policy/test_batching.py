@@ -38,6 +38,14 @@ def test_decoding_comes_before_prefill_and_prefill_is_cut_into_chunks() -> None:
     assert plan((Waiting("a", 9, 9),), (decoding("x"),), rows=5) == StepPlan((), ("a",), (("x", 1), ("a", 4)))
 
 
+def test_a_prompt_that_must_be_whole_is_never_cut_and_nobody_comes_after_one_that_is_too_long() -> None:
+    found = plan((Waiting("a", 9, 9, whole=7), Waiting("b", 3, 3)), (decoding("x"),), rows=5)
+    assert found == StepPlan((), ("a",), (("x", 1), ("a", 7)))
+    assert plan((Waiting("a", 9, 9, whole=7),), rows=8).chunks == (("a", 8),)
+    assert plan((), (Running("a", 9, 3, 0, whole=7), Running("p", 30, 8, 0)), rows=4).chunks == (("a", 7),)
+    assert plan((Waiting("a", 9, 9, whole=7),), (decoding("x"), decoding("y")), rows=2).admitted == ()
+
+
 def test_a_stream_enters_only_while_everyone_keeps_a_block() -> None:
     # 2 blocks for a, one for x and one for a itself
     assert plan((Waiting("a", 8, 8),), (decoding("x"),), free=4).admitted == ("a",)
@@ -64,6 +72,7 @@ class Stream:
     name: str
     prompt: int
     wanted: int
+    entire: bool = False
     computed: int = 0
     produced: int = 0
     held: int = 0
@@ -76,18 +85,22 @@ class Stream:
     def left(self) -> int:
         return self.slots - self.computed
 
+    @property
+    def whole(self) -> int:
+        return self.prompt if self.entire and not self.computed else 1
+
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=10),
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20), st.booleans()), min_size=1, max_size=10),
     st.integers(14, 30),
     st.integers(1, 6),
     st.integers(4, 40),
 )
 def test_all_streams_finish_and_no_block_is_overdrawn(
-    wishes: list[tuple[int, int]], blocks: int, max_streams: int, rows: int
+    wishes: list[tuple[int, int, bool]], blocks: int, max_streams: int, rows: int
 ) -> None:
-    waiting = [Stream(f"{n}", prompt, wanted) for n, (prompt, wanted) in enumerate(wishes)]
+    waiting = [Stream(f"{n}", *wish) for n, wish in enumerate(wishes)]
     assert all(ever_fits(one.prompt + one.wanted, blocks=blocks, block_size=BLOCK) for one in waiting)
     running: list[Stream] = []
     free, finished = blocks, 0
@@ -95,15 +108,17 @@ def test_all_streams_finish_and_no_block_is_overdrawn(
         if not waiting and not running:
             break
         found = admit_streams(
-            [Waiting(one.name, one.left, one.slots) for one in waiting],
-            [Running(one.name, one.left, one.held, max(0, blocks_for(one.slots, BLOCK) - one.held)) for one in running],
+            [Waiting(one.name, one.left, one.slots, one.whole) for one in waiting],
+            [
+                Running(one.name, one.left, one.held, max(0, blocks_for(one.slots, BLOCK) - one.held), one.whole)
+                for one in running
+            ],
             free_blocks=free,
             block_size=BLOCK,
             max_streams=max_streams,
             rows=rows,
         )
         assert found.chunks, "something moves in every step"
-        assert sum(count for _, count in found.chunks) <= rows
         for name in found.evicted:
             gone = running.pop()
             assert gone.name == name
@@ -117,8 +132,11 @@ def test_all_streams_finish_and_no_block_is_overdrawn(
             needed = max(0, blocks_for(one.slots, BLOCK) - one.held)
             free, one.held = free - needed, one.held + needed
         assert free >= 0
+        used = 0
         for name, count in found.chunks:
             one = next(stream for stream in running if stream.name == name)
+            assert used < rows and (used + count <= rows or count == one.whole) and count >= one.whole
+            used += count
             one.computed += count
             if one.left == 0:
                 one.produced += 1
