@@ -21,9 +21,10 @@ from polygraft.kernels.common.aot import CARDS, Card, Tuned, compiled, roofline 
 from polygraft.kernels.kv.tuned import tuned as kv  # noqa: E402
 from polygraft.kernels.nf4.tuned import tuned as nf4  # noqa: E402
 from polygraft.kernels.norm.tuned import tuned as norm  # noqa: E402
+from polygraft.kernels.rotate.tuned import tuned as rotate  # noqa: E402
 from polygraft.kernels.sparse.tuned import tuned as sparse  # noqa: E402
 
-OPS = {"branch": branch, "affine": affine, "norm": norm, "kv": kv, "nf4": nf4, "sparse": sparse}
+OPS = {"branch": branch, "affine": affine, "norm": norm, "kv": kv, "nf4": nf4, "sparse": sparse, "rotate": rotate}
 _WIDTH = 170
 _MICRO = 1e6
 

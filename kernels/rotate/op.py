@@ -4,7 +4,6 @@ pairs of channels (OFT, BOFT; HRA; RoAd)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.rotate.order import butterfly
 
 
 def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Segments) -> Tensor:
@@ -23,11 +23,16 @@ def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Se
     D_i block-diagonal; D [m D, b] holds the blocks stage by stage, P_i is `butterfly`'s order (P_0 = 1).
 
     Operands are in float32 (float64 beside float64), and so is the arithmetic; the result is rounded to x's dtype.
+    On a GPU blocks multiply float32 as three tf32 products.
     Segments must not overlap. Differentiable; the operands' gradients sum over their own segment's rows only.
     """
     if not segments.items:
         return x_TD
     name, *sizes = kind.split(".")
+    if x_TD.is_cuda and name == "blocks":
+        from polygraft.kernels.rotate import gpu  # Triton is loaded only where there is a GPU
+
+        return gpu.blocks(x_TD, operands["D"], segments, *map(int, sizes))
     wide = x_TD.to(next(iter(operands.values())).dtype)
     if name == "lowrank":
         wide = branch(wide, wide, operands["A"], operands["B"], segments, "identity")
@@ -39,16 +44,6 @@ def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Se
             order = butterfly(x_TD.shape[1], block, stage)
             wide = _Blocks.apply(wide, operands["D"], segments, order, (stage, stages))  # type: ignore[no-untyped-call]
     return wide.to(x_TD.dtype)
-
-
-@cache
-def butterfly(width: int, block: int, stage: int) -> Tensor:
-    """Place in stage `stage` of every channel: in chunks of block * 2^stage, even half blocks before the odd ones."""
-    channels = torch.arange(width)
-    if stage == 0:
-        return channels
-    halves = channels.view(-1, 2 << stage, block // 2)
-    return torch.cat([halves[:, 0::2], halves[:, 1::2]], dim=1).reshape(-1)
 
 
 class _Blocks(torch.autograd.Function):

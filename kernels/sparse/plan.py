@@ -1,5 +1,6 @@
-"""How segments become launches of the sparse op on a GPU. Unlike ranks, entries are too many for a list of their
-tiles: a launch is as wide as its longest segment needs, and the others' programs beyond their end have no work."""
+"""How segments become launches on a GPU for the sparse and the rotate op. Unlike ranks, entries are too many for a list
+of their tiles: a launch is as wide as its longest segment needs, and the others' programs beyond their end have no
+work."""
 
 from __future__ import annotations
 

@@ -22,10 +22,12 @@ from polygraft.kernels.nf4 import gpu as nf4_gpu  # noqa: E402
 from polygraft.kernels.nf4 import reference as nf4_reference  # noqa: E402
 from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
 from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
+from polygraft.kernels.rotate import gpu as rotate_gpu  # noqa: E402
+from polygraft.kernels.rotate import reference as rotate_reference  # noqa: E402
 from polygraft.kernels.sparse import gpu as sparse_gpu  # noqa: E402
 from polygraft.kernels.sparse import reference as sparse_reference  # noqa: E402
 from polygraft.kernels.sparse.order import Order  # noqa: E402
-from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_sparse  # noqa: E402
+from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_rotate, test_sparse  # noqa: E402
 from tests.kernels.compare import Results, assert_close, assert_equal, relative, run  # noqa: E402
 from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
 
@@ -179,6 +181,27 @@ def sparse_segment_alone(indices: int, value: float) -> None:
     assert_equal(mine, alone)
 
 
+def rotate_on_gpu(
+    x: torch.Tensor, operands: dict[str, torch.Tensor], kind: str, segments: Segments
+) -> torch.Tensor:
+    _, block, stages = kind.split(".")
+    return rotate_gpu.blocks(x, operands["D"], segments, int(block), int(stages))
+
+
+def rotate_equals_reference(case: str, dtype: torch.dtype, kind: str) -> None:
+    rows, grafts, items = test_rotate.CASES[case]
+    inputs, upstream = test_rotate.tensors(rows, grafts, dtype, kind)
+    segments = Segments(tuple(test_rotate.segment(kind, *item) for item in items))
+    got = run(test_rotate.named(rotate_on_gpu, kind), inputs, segments, upstream=upstream)
+    want = run(test_rotate.named(rotate_reference.rotate, kind), inputs, segments, upstream=upstream)
+    assert_close(got, want, TOLERANCE[dtype])
+
+
+def rotate_segment_alone(kind: str, value: float) -> None:
+    alone, mine = test_rotate.alone_and_joined(rotate_on_gpu, 65, HALF, kind, value)
+    assert_equal(mine, alone)
+
+
 def sparse_sorts_an_index_once() -> None:
     inputs, place, upstream = test_sparse.tensors(8, 9, torch.float32, 2)
     orders = []
@@ -225,6 +248,14 @@ CHECKS: dict[str, Callable[[], None]] = {
        for kind, indices in test_sparse.KINDS.items()},
     **{f"sparse, alone and joined by {value}, {kind}": partial(sparse_segment_alone, indices, value)
        for kind, indices in test_sparse.KINDS.items() for value in (1.0, NAN)},
+    **{f"rotate, blocks.48.1, {case}": partial(rotate_equals_reference, case, torch.float32, "blocks.48.1")
+       for case in test_rotate.CASES},
+    **{f"rotate, {kind}": partial(rotate_equals_reference, "uncovered rows and grafts", torch.float32, kind)
+       for kind in ("blocks.8.1", "blocks.3.1", "blocks.4.3")},
+    **{f"rotate, {dtype}": partial(rotate_equals_reference, "uncovered rows and grafts", dtype, "blocks.8.1")
+       for dtype in (torch.float64, HALF)},
+    **{f"rotate, alone and joined by {value}": partial(rotate_segment_alone, "blocks.48.1", value)
+       for value in (1.0, NAN)},
     "sparse, an index is sorted once": sparse_sorts_an_index_once,
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from polygraft.kernels.common.aot import CARDS, Card, Tuned
 from polygraft.kernels.kv import tuned as kv
 from polygraft.kernels.nf4 import tuned as nf4
 from polygraft.kernels.norm import tuned as norm
+from polygraft.kernels.rotate import tuned as rotate
 from polygraft.kernels.sparse import tuned as sparse
 
 OPS = {
@@ -26,6 +27,7 @@ OPS = {
     "kv": kv.tuned,
     "nf4": nf4.tuned,
     "sparse": sparse.tuned,
+    "rotate": rotate.tuned,
 }
 
 

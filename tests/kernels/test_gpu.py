@@ -1,4 +1,4 @@
-"""The Triton kernels of affine, norm, kv, nf4 and sparse where no GPU is: interpreted, and chosen for CUDA tensors."""
+"""The Triton kernels of the other ops where no GPU is: interpreted, and chosen for CUDA tensors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from polygraft.kernels.kv.op import attend
 from polygraft.kernels.kv.scores import Scores
 from polygraft.kernels.norm import gpu as norm_gpu
 from polygraft.kernels.norm.op import row_norm
+from polygraft.kernels.rotate import gpu as rotate_gpu
+from polygraft.kernels.rotate.op import rotate
 from polygraft.kernels.sparse import gpu as sparse_gpu
 from polygraft.kernels.sparse.op import sparse
 
@@ -33,12 +35,26 @@ def test_interpreted_kernels_equal_their_references_and_keep_grafts_apart() -> N
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {result["check"].split(",")[0] for result in results} >= {"affine", "norm", "kv", "paged", "nf4", "sparse"}
+    assert {result["check"].split(",")[0] for result in results} >= {
+        "affine",
+        "norm",
+        "kv",
+        "paged",
+        "nf4",
+        "sparse",
+        "rotate",
+    }
     assert not [result for result in results if result["failure"]]
 
 
 def test_cuda_tensors_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((affine_gpu, "affine"), (norm_gpu, "row_norm"), (kv_gpu, "attend"), (sparse_gpu, "sparse")):
+    for module, name in (
+        (affine_gpu, "affine"),
+        (norm_gpu, "row_norm"),
+        (kv_gpu, "attend"),
+        (sparse_gpu, "sparse"),
+        (rotate_gpu, "blocks"),
+    ):
         monkeypatch.setattr(module, name, lambda *_: "on the GPU")
     with FakeTensorMode():
         x = torch.empty(4, 8, device="cuda")
@@ -47,5 +63,6 @@ def test_cuda_tensors_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             row_norm(torch.empty(8, device="cuda"), x, x, x, 1.0),
             attend(x, x, x, x, x, Layout((Sequence(0, 4),), 4, 4, 1, 1), Scores(1.0)),
             sparse(x, x, x, x, Segments((Segment(0, 4, 0, 1),))),
+            rotate(x, {"D": x}, "blocks.8.1", Segments((Segment(0, 4, 0, 8),))),
         ]
-    assert found == ["on the GPU"] * 4
+    assert found == ["on the GPU"] * 5

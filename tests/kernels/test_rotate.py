@@ -10,7 +10,8 @@ from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.rotate import reference
-from polygraft.kernels.rotate.op import butterfly, rotate
+from polygraft.kernels.rotate.op import rotate
+from polygraft.kernels.rotate.order import butterfly
 from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
 
 WIDTH = 48
@@ -19,6 +20,7 @@ KINDS = {
     "blocks.8.1": ({"D": 8}, WIDTH),
     "blocks.3.1": ({"D": 3}, WIDTH),
     "blocks.4.3": ({"D": 4}, 3 * WIDTH),
+    "blocks.48.1": ({"D": 48}, WIDTH),
     "lowrank": ({"A": WIDTH, "B": WIDTH}, 4),
     "pairs.16": ({"c": WIDTH, "s": WIDTH}, 1),
     "pairs.2": ({"c": WIDTH, "s": WIDTH}, 1),
@@ -74,21 +76,26 @@ def test_without_segments_the_rows_pass_as_they_are() -> None:
 def test_a_segments_bits_do_not_change_when_others_join_whatever_they_hold(
     rows: int, dtype: torch.dtype, kind: str
 ) -> None:
-    inputs, upstream = tensors(rows, 1, dtype, kind)
-    alone = run(named(rotate, kind), inputs, Segments((segment(kind, 0, rows, 0),)), upstream=upstream)
-    size = KINDS[kind][1]
     for value in (1.0, float("nan"), float("inf")):
-        items = (segment(kind, 0, 3, 0), segment(kind, 3, 3 + rows, 1), segment(kind, 3 + rows, 5 + rows, 2))
-        joined, gradient = tensors(rows + 5, 3, dtype, kind, seed=1)
-        for tensor in (*joined.values(), gradient):
-            tensor *= value
-        batch, stack = slice(3, 3 + rows), slice(size, 2 * size)
-        for name, tensor in inputs.items():
-            joined[name][batch if name == "x" else stack] = tensor
-        gradient[batch] = upstream
-        results = run(named(rotate, kind), joined, Segments(items), upstream=gradient)
-        mine: Results = {name: t[batch if name in ("out", "d.x") else stack] for name, t in results.items()}
+        alone, mine = alone_and_joined(rotate, rows, dtype, kind, value)
         assert_equal(mine, alone)
+
+
+def alone_and_joined(op: object, rows: int, dtype: torch.dtype, kind: str, value: float) -> tuple[Results, Results]:
+    """The results of a segment by itself, and its share of those of a batch where others hold multiples of `value`."""
+    inputs, upstream = tensors(rows, 1, dtype, kind)
+    alone = run(named(op, kind), inputs, Segments((segment(kind, 0, rows, 0),)), upstream=upstream)
+    size = KINDS[kind][1]
+    items = (segment(kind, 0, 3, 0), segment(kind, 3, 3 + rows, 1), segment(kind, 3 + rows, 5 + rows, 2))
+    joined, gradient = tensors(rows + 5, 3, dtype, kind, seed=1)
+    for tensor in (*joined.values(), gradient):
+        tensor *= value
+    batch, stack = slice(3, 3 + rows), slice(size, 2 * size)
+    for name, tensor in inputs.items():
+        joined[name][batch if name == "x" else stack] = tensor
+    gradient[batch] = upstream
+    results = run(named(op, kind), joined, Segments(items), upstream=gradient)
+    return alone, {name: t[batch if name in ("out", "d.x") else stack] for name, t in results.items()}
 
 
 def named(op: object, kind: str) -> partial[Tensor]:
