@@ -73,10 +73,15 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         hooks=tuple(call.name for call in spec.hooks),
         parameters=parameters(spec, shape),
         mergeable=spec.mergeable,
-        prefix_cacheable=not spec.reads_prompt,
+        prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,
-        recompute_needs_prompt_len=spec.reads_prompt,
+        recompute_needs_prompt_len=needs_prompt_length(spec),
     )
+
+
+def needs_prompt_length(spec: GraftSpec) -> bool:
+    """Whether what it does to a token depends on where the prompt ends."""
+    return spec.reads_prompt or any(isinstance(slot, Branch) and slot.last for slot in spec.slots)
 
 
 def default(method: Method) -> GraftSpec:
@@ -114,7 +119,7 @@ def _slot(slot: Slot) -> str:
     said: list[str] = [slot.op]
     if isinstance(slot, Branch):
         said += [slot.tap] * (slot.tap != "input") + [slot.act] * (slot.act != "identity")
-        said += [slot.gate] * (slot.gate != "none")
+        said += [slot.gate] * (slot.gate != "none") + ["at ends"] * bool(slot.first or slot.last)
     if isinstance(slot, Tokens) and slot.gate != "none":
         said += [slot.gate]
     if isinstance(slot, KV) and slot.aside:

@@ -53,7 +53,8 @@ class _Slot:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch(_Slot):
     """y += scale * B act(A t + a), with t the site's input or its own output; A is [rank, in], B^T is [rank, out], and
-    a [rank, 1] is there with `bias`.
+    a [rank, 1] is there with `bias`. Where `first` or `last` is not 0, only as many tokens of the prompt's ends pass
+    it, each once, and none that is generated (ReFT, Wu et al. 2024).
 
     LoRA (Hu et al. 2021, eq. 3) is act = identity; bottleneck adapters (Houlsby et al. 2019; He et al. 2022, table 1)
     have an activation, serial ones tap the output of a sublayer, parallel ones its input.
@@ -75,6 +76,8 @@ class Branch(_Slot):
     gate: Gating = "none"
     experts: int = 1
     top: int = 0
+    first: int = 0
+    last: int = 0
     op: Literal["branch"] = "branch"
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class Branch(_Slot):
             raise SpecError(f"top: {self.top} of {self.experts} experts with gate {self.gate!r}; a softmax chooses")
         if self.gate != "none" and (self.dropout or self.bias):
             raise SpecError("gate: a gated branch has no dropout, since its gate reads the same input, and no bias")
+        if min(ends := (self.first, self.last)) < 0 or (any(ends) and (self.tap != "output" or self.gate != "none")):
+            raise SpecError(f"first, last: {ends} are not 0 or more tokens that a branch of an output has, ungated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 
 from polygraft.cluster.model import GraftId
 from polygraft.grafts.runtime.cache import PagedSequence
-from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.serving.residency import Composition
 from polygraft.serving.sequence import Sequence
@@ -54,11 +54,10 @@ class Batch:
         sequences: list[PagedSequence] = []
         sampled: list[Sequence] = []
         last: list[int] = []
-        inputs: list[tuple[int, int]] = []
+        inputs: list[Input] = []
         for chunk in order:
             sequence, start = chunk.sequence, len(ids)
-            if sequence.whole > 1:
-                inputs.append((start + sequence.virtual, start + sequence.whole))
+            inputs += sequence.inputs(start, chunk.rows)
             ids += sequence.tokens[sequence.computed : sequence.computed + chunk.rows]
             positions += range(sequence.cached, sequence.cached + chunk.rows)
             table, graft = tables[sequence.request.id], sequence.request.graft

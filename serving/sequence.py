@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polygraft.cluster.model import GraftId, TenantId
 from polygraft.grafts.runtime.embedding import virtual_ids
+from polygraft.grafts.runtime.route import Input
 from polygraft.grafts.spec import GraftSpec
 from polygraft.serving.messages import FinishReason
 
@@ -80,6 +82,13 @@ class Sequence:
     def whole(self) -> int:
         """How many of these must be computed in one step: those of a prompt that virtual tokens are made of."""
         return self.virtual + len(self.request.prompt_ids) if self.reads_prompt and not self.computed else 1
+
+    def inputs(self, start: int, rows: int) -> Iterator[Input]:
+        """Which of its next `rows` tokens are the prompt's, as rows from `start` on."""
+        first, end = self.virtual, self.virtual + len(self.request.prompt_ids)
+        low, high = max(first, self.computed), min(end, self.computed + rows)
+        if low < high:
+            yield Input(start + low - self.computed, start + high - self.computed, low - first, end - high)
 
     @property
     def remaining(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
-from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.kernels.common.dropout import combine
 from polygraft.trainers.job import Sample
@@ -108,7 +108,7 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
     sequences: list[tuple[int, int]] = []
     spans: list[Span] = []
     keys: list[Tensor] = []
-    inputs: list[tuple[int, int]] = []
+    inputs: list[Input] = []
     for share in shares:
         start = len(ids)
         virtual = virtual_ids(share.virtual_length)
@@ -117,9 +117,8 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
             sequences.append((len(ids), count))
             positions.append(torch.arange(count) + share.prefix_length)
             keys.append(_dropout_keys(share.key, number, count))
-            if virtual:
-                first = len(ids) + len(virtual)
-                inputs.append((first, first + sample.prompt))
+            first = len(ids) + len(virtual)
+            inputs.append(Input(first, first + sample.prompt))
             ids += [*virtual, *sample.ids[:-1]]
             targets += [*([0] * len(virtual)), *sample.ids[1:]]
             weights += [*([0.0] * len(virtual)), *sample.weights[1:]]  # nothing is learned from virtual tokens' guesses

@@ -1,8 +1,10 @@
 """ReFT: edits of the residual stream in a subspace of low rank (Wu et al. 2024, arXiv 2404.03592).
 
 LoReFT h + R^T (W h + b - R h) with orthonormal rows R (eq. 2), NoReFT the same with any R, DiReFT h + W2^T (W1 h + b)
-(eq. 3). R is the first columns of a product of Householder reflections, whose vectors are trained; at every position,
-where the paper takes the first and last few of the prompt.
+(eq. 3), of the prompt's `first` and `last` tokens alone (section 4), the same edit of both; where a prompt is shorter,
+each of its tokens is edited once. Generated tokens are not. With two terms, of first=7, last=0 and of first=0, last=7,
+the ends have edits of their own; with 0 and 0 every token is edited. R is the first columns of a product of Householder
+reflections, whose vectors are trained.
 """
 
 from __future__ import annotations
@@ -17,16 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def loreft(r: int = 4, at: str = "block.out") -> tuple[Slot, ...]:
-    return (Branch(at=at, rank=r, tap="output", bias=True, form=Call("reft", (("orthonormal", 1),))),)
+def loreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    return (_edit(r, first, last, at, Call("reft", (("orthonormal", 1),))),)
 
 
-def noreft(r: int = 4, at: str = "block.out") -> tuple[Slot, ...]:
-    return (Branch(at=at, rank=r, tap="output", bias=True, form=Call("reft", (("orthonormal", 0),))),)
+def noreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    return (_edit(r, first, last, at, Call("reft", (("orthonormal", 0),))),)
 
 
-def direft(r: int = 4, at: str = "block.out") -> tuple[Slot, ...]:
-    return (Branch(at=at, rank=r, tap="output", bias=True),)
+def direft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    return (_edit(r, first, last, at),)
+
+
+def _edit(r: int, first: int, last: int, at: str, form: Call | None = None) -> Branch:
+    return Branch(at=at, rank=r, tap="output", bias=True, first=first, last=last, form=form)
 
 
 def _own(slot: Branch, place: Place, orthonormal: int) -> Mapping[str, Part]:

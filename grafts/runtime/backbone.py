@@ -110,14 +110,15 @@ class Backbone:
         back.
         """
         if self._encoder is None:
-            hidden = self._run(self.base, rows, RouteTable(rows.spans, stacks, attention, rows.dropout_keys))
+            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, inputs=rows.inputs)
+            hidden = self._run(self.base, rows, route)
         else:
             if rows.source is None or not isinstance(attention, WholeSequences):
                 raise SpecError(f"rows: {self.shape.arch} reads whole sequences, each with a source")
             read, attends = rows.source, attention.of_source()
-            source = RouteTable(read.spans, stacks, attends, read.dropout_keys)
+            source = RouteTable(read.spans, stacks, attends, read.dropout_keys, inputs=read.inputs)
             states = self._run(self._encoder, read, source)
-            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, source)
+            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, source, rows.inputs)
             hidden = self._run(self._decoder, rows, route, encoder_hidden_states=states[None])
         if self._scale is not None:
             hidden = hidden * self._scale

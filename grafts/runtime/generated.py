@@ -35,7 +35,7 @@ def generate(stack: Stack, rows: Rows, bare_TD: Tensor, route: RouteTable) -> tu
     for span in route.spans:
         if (slot := slots.get(span.graft)) is None:
             continue
-        inputs = [(start, stop) for start, stop in rows.inputs if span.start <= start < span.stop]
+        inputs = [(one.start, one.stop) for one in rows.inputs if span.start <= one.start < span.stop]
         if int((rows.ids[span.start : span.stop] == -1).sum()) != len(inputs):
             where = f"rows {span.start}-{span.stop - 1}"
             raise SpecError(f"inputs: {len(inputs)} in {where}; give one for each prompt that begins there")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.scores import Scores
 
 if TYPE_CHECKING:
-    from polygraft.grafts.runtime.stacks import Entries, Stacks
+    from polygraft.grafts.runtime.stacks import Entries, Entry, Stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,31 @@ class Span:
     weight: float = 1.0
 
 
+class Input(NamedTuple):
+    """Rows [start, stop) are tokens of one prompt, which has so many `before` and `after` them in other forwards."""
+
+    start: int
+    stop: int
+    before: int = 0
+    after: int = 0
+
+    def ends(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Which of these rows are of the prompt's `first` or its `last` tokens, each once; all for (0, 0)."""
+        begin, end = self.start - self.before, self.stop + self.after  # of the whole prompt, in rows
+        edge = min(begin + first, end)
+        for low, high in ((begin, edge), (max(edge, end - last), end)) if first or last else ((begin, end),):
+            if max(low, self.start) < min(high, self.stop):
+                yield max(low, self.start), min(high, self.stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
     row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images. An
-    encoder reads the rows of `source` first, where there is one. `inputs` are the rows [start, stop) of every prompt
-    that begins here and has virtual tokens right before it, for grafts that make them of it.
+    encoder reads the rows of `source` first, where there is one. `inputs` are the rows of prompts, for
+    grafts that make virtual tokens of them, right before them and in the same forward, or edit some of them alone.
     """
 
     ids: Tensor
@@ -45,7 +62,7 @@ class Rows:
     dropout_keys: Tensor | None = None
     given: Tensor | None = None
     source: Rows | None = None
-    inputs: tuple[tuple[int, int], ...] = ()
+    inputs: tuple[Input, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,6 +99,7 @@ class RouteTable:
     attention: Attention
     dropout_keys: Tensor | None = None
     source: RouteTable | None = None
+    inputs: tuple[Input, ...] = ()
     _segments: dict[Entries, Segments] = field(default_factory=dict)
     _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _recipe: dict[str, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)
@@ -94,7 +112,9 @@ class RouteTable:
     def segments(self, entries: Entries) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
         if entries not in self._segments:
-            self._segments[entries] = work_list(self.spans, entries, dropping=self.dropout_keys is not None)
+            self._segments[entries] = work_list(
+                self.spans, entries, dropping=self.dropout_keys is not None, inputs=self.inputs
+            )
         return self._segments[entries]
 
     def remember(self, y: Tensor, make: Callable[[], Tensor]) -> None:
@@ -129,16 +149,29 @@ class RouteTable:
         return found[1][member]
 
 
-def work_list(spans: Iterable[Span], entries: Entries, *, dropping: bool = False) -> Segments:
-    """Every span's rows against its graft's entries, in span order; `dropping` keeps the entries' dropout."""
+def work_list(
+    spans: Iterable[Span], entries: Entries, *, dropping: bool = False, inputs: Iterable[Input] = ()
+) -> Segments:
+    """Every span's rows, or those of its `inputs` that an entry is for, against its graft's entries, in span order;
+    `dropping` keeps the entries' dropout."""
     return Segments(
         tuple(
-            Segment(s.start, s.stop, e.first, e.last, e.scale * s.weight, e.dropout if dropping else 0.0)
+            Segment(start, stop, e.first, e.last, e.scale * s.weight, e.dropout if dropping else 0.0)
             for s in spans
             for e in entries
             if e.graft == s.graft
+            for start, stop in _passing(s, e, inputs)
         )
     )
+
+
+def _passing(span: Span, entry: Entry, inputs: Iterable[Input]) -> Iterator[tuple[int, int]]:
+    if entry.ends == (0, 0):
+        yield span.start, span.stop
+    else:
+        for one in inputs:
+            if span.start <= one.start < span.stop:
+                yield from one.ends(*entry.ends)
 
 
 _ROUTE: ContextVar[RouteTable] = ContextVar("route")

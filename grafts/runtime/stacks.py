@@ -27,13 +27,15 @@ WIDE = ("affine", "norm", "delta", "sparse", "rotate", "tokens")
 
 
 class Entry(NamedTuple):
-    """Stack rows [first, last) belong to resident `graft`."""
+    """Stack rows [first, last) belong to resident `graft`; `ends` are how many of a prompt's first and last tokens pass
+    them, (0, 0) for all rows."""
 
     graft: int
     first: int
     last: int
     scale: float = 1.0
     dropout: float = 0.0
+    ends: tuple[int, int] = (0, 0)
 
 
 Entries = tuple[Entry, ...]
@@ -152,8 +154,8 @@ class Stacks:
                 entries: list[Entry] = []
                 for (index, tensor, slot), height in zip(members, heights):
                     pieces[index].append(Piece(tensor, stack, first, first + height))
-                    scale, dropout = (slot.scale, slot.dropout) if isinstance(slot, Branch) else (1.0, 0.0)
-                    entries.append(Entry(index, first, first + height, scale, dropout))
+                    says = (slot.scale, slot.dropout, (slot.first, slot.last)) if isinstance(slot, Branch) else ()
+                    entries.append(Entry(index, first, first + height, *says))
                     first += height
                 placed[part] = tuple(entries)
             if kind.op == "norm":

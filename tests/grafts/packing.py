@@ -15,16 +15,16 @@ from polygraft.cluster.launch.demo.oracle.plain import image, source
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
-from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.spec import GraftSpec
 
-PROMPT = 5  # rows at the head of every sequence that are its input, for prompts that are made of one
+PROMPT = 5  # rows at the head of every sequence that are its prompt
 
 
 @dataclass
 class Batch:
     """Rows as they come; `own` are the places of those that are not virtual, sequence by sequence, `inputs` the rows of
-    the prompts behind virtual ones."""
+    the prompts."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Batch:
     sequences: list[tuple[int, int]] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    inputs: list[tuple[int, int]] = field(default_factory=list)
+    inputs: list[Input] = field(default_factory=list)
 
     def add(
         self, ids: Tensor, graft: int | None, prefix: int = 0, virtual: int = 0, given: Tensor | None = None
@@ -42,8 +42,7 @@ class Batch:
         self.ids.append(torch.cat([torch.tensor(virtual_ids(virtual), dtype=torch.long), ids]))
         self.positions.append(torch.arange(count) + prefix)
         self.own.append(torch.arange(start + virtual, start + count))
-        if virtual:
-            self.inputs.append((start + virtual, start + virtual + PROMPT))
+        self.inputs.append(Input(start + virtual, start + min(virtual + PROMPT, count)))
         if given is not None:
             self.given.append(F.pad(given, (0, 0, virtual, 0)))
         if graft is not None:

@@ -14,7 +14,7 @@ from polygraft.grafts.methods.registry import find, methods
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
-from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import SpecError, Tokens
 from polygraft.kernels.common.noise import normal
@@ -35,17 +35,17 @@ def states(backbone: Backbone, text: str, ids: list[int], prompt: int) -> torch.
         torch.tensor([*virtual_ids(virtual), *ids]),
         torch.arange(count) + prefix,
         (Span(0, count, 0),),
-        inputs=((virtual, virtual + prompt),) if prompt else (),
+        inputs=(Input(virtual, virtual + prompt),) if prompt else (),
     )
     stacks = backbone.stacks([Resident("r", spec, random_tensors(spec, backbone.shape, seed=1))])
     return backbone.forward(rows, stacks, WholeSequences(((0, count),), backbone.shape))[virtual:]
 
 
-def test_the_catalogue_says_that_these_alone_read_the_whole_prompt() -> None:
+def test_the_catalogue_says_that_these_alone_depend_on_where_the_prompt_ends() -> None:
     entries = [entry(method) for method in methods().values()]
     reading = {one.name for one in entries if one.recompute_needs_prompt_len}
-    assert reading == {"idpg", "smop"}
-    assert {one.name for one in entries if not one.chunkable} == reading
+    assert reading == {"idpg", "smop", "direft", "loreft", "noreft"}
+    assert {one.name for one in entries if not one.chunkable} == {"idpg", "smop"}
     assert {one.name for one in entries if not one.prefix_cacheable} == reading
     assert not parse("prompt(5) + lora").reads_prompt and parse("lora + smop").reads_prompt
     assert entry(find("smop")).slots == ("tokens highest",) and entry(find("idpg")).slots == ("tokens relu",)

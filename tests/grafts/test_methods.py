@@ -22,7 +22,7 @@ from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.embedding import virtual_ids
-from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import SpecError
@@ -210,7 +210,7 @@ def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chun
             positions.append(torch.arange(chunk) + prefix + done)
             spans += [Span(i * chunk, (i + 1) * chunk, i)] if i < len(residents) else []
         taken = own[done : done + chunk]
-        inputs = ((virtual, virtual + PROMPT),) if virtual and not done else ()
+        inputs = (Input(virtual, virtual + PROMPT),) if not done else ()
         mixed = torch.cat([taken, *[taken.clamp_min(0)] * 2])
         rows = Rows(mixed, torch.cat(positions), tuple(spans), inputs=inputs)
         with torch.inference_mode():

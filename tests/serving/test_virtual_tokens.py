@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polygraft.cluster.model import GraftId
+from polygraft.grafts.catalogue import needs_prompt_length
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.batch import Batch
@@ -85,6 +86,8 @@ def test_a_mixed_batch_answers_as_each_oracle(
         prompt, said, row = prompt_of(index), heard.tokens[name], ALL[name]
         if row.spec.reads_prompt:
             row = replace(row, soft=partial(row.soft, prompt=len(prompt)))
+        elif needs_prompt_length(row.spec):
+            row = replace(row, hooks=partial(row.hooks, prompt=len(prompt)))
         oracle = row.oracle(backbone.folder, {k: v.double() for k, v in grafts[name][1].items()}, torch.float32)
         assert heard.ends[name].finish_reason == "length" and len(said) == TOKENS
         forced = oracle.logits(torch.tensor([*prompt, *said]))[len(prompt) - 1 :].detach()
@@ -105,7 +108,7 @@ def test_a_prompt_counts_in_the_context(backbone: Backbone, tmp_path: Path) -> N
     assert heard.ends["long"].finish_reason == "error" and "virtual tokens" in str(heard.ends["long"].error)
 
 
-@pytest.mark.parametrize("name", ["smop", "idpg"])
+@pytest.mark.parametrize("name", ["smop", "idpg", "loreft"])
 def test_what_was_said_is_not_in_a_prompt_that_is_read_again(
     name: str, backbone: Backbone, tmp_path: Path, logits: dict[tuple[str, int], Tensor]
 ) -> None:

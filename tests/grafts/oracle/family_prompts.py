@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -22,32 +23,49 @@ from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
 from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
 from tests.grafts.oracle.family_gated_prefix import llama_adapter, model
 from tests.grafts.oracle.row import Row, Values
+from tests.grafts.packing import PROMPT
 
 ENCODER = "prompt_encoder.default"
 EDITED = (338, 37, 176)  # tokens of the table's prompts
 
 
-def reft() -> Hook:
-    """h + R^T (W h + b - R h) (Wu et al. 2024, eq. 2) for any R, as in AdapterHub's NoReFT."""
-    return after(lambda x, y, p: y + (y @ p["W"].T + p["b"].T - y @ p["R"].T) @ p["R"])
+Edit = Callable[[Tensor, Parts], Tensor]
 
 
-def loreft() -> Hook:
-    """The same with orthonormal rows R, kept so by torch's own parametrisation of its transpose."""
+def at_ends(edit: Edit, first: int, last: int, prompt: int) -> Hook:
+    """`edit` of the positions {1, ..., first} and {n - last + 1, ..., n} of a prompt of n tokens (Wu et al. 2024,
+    section 4), in the residual stream of a sequence that goes on after it."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
-        holder = nn.Linear(*p["R"].shape, bias=False, dtype=y.dtype)  # weight [d, r]
-        orthogonal(holder, orthogonal_map="householder", use_trivialization=False)
-        R = holder.parametrizations.weight[0](p["R"].T).T
-        assert torch.allclose(R @ R.T, torch.eye(len(R), dtype=R.dtype), atol=1e-5)
-        return y + (y @ p["W"].T + p["b"].T - y @ R.T) @ R
+        n = min(prompt, y.shape[-2])
+        edited = sorted({*range(min(first, n)), *range(max(n - last, 0), n)})
+        return y.index_copy(-2, torch.tensor(edited), edit(y[..., edited, :], p))
 
     return after(equation)
 
 
-def direft() -> Hook:
+def noreft(y: Tensor, p: Parts) -> Tensor:
+    """h + R^T (W h + b - R h) (Wu et al. 2024, eq. 2) for any R, as in AdapterHub's NoReFT."""
+    return y + (y @ p["W"].T + p["b"].T - y @ p["R"].T) @ p["R"]
+
+
+def loreft(y: Tensor, p: Parts) -> Tensor:
+    """The same with orthonormal rows R, kept so by torch's own parametrisation of its transpose."""
+    holder = nn.Linear(*p["R"].shape, bias=False, dtype=y.dtype)  # weight [d, r]
+    orthogonal(holder, orthogonal_map="householder", use_trivialization=False)
+    R = holder.parametrizations.weight[0](p["R"].T).T
+    assert torch.allclose(R @ R.T, torch.eye(len(R), dtype=R.dtype), atol=1e-5)
+    return y + (y @ p["W"].T + p["b"].T - y @ R.T) @ R
+
+
+def direft(y: Tensor, p: Parts) -> Tensor:
     """h + W2^T (W1 h + b) (Wu et al. 2024, eq. 3)."""
-    return after(lambda x, y, p: y + (y @ p["A"].T + p["a"].T) @ p["B"])
+    return y + (y @ p["A"].T + p["a"].T) @ p["B"]
+
+
+def ends_of(*edits: tuple[Edit, int, int], prompt: int = PROMPT) -> Mapping[int, Hook]:
+    """The hooks of slots that edit so many first and last tokens."""
+    return {slot: at_ends(edit, first, last, prompt) for slot, (edit, first, last) in enumerate(edits)}
 
 
 def _with_signs(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,9 +184,17 @@ def inverted(ids: Tensor, x: Tensor, p: Values) -> Tensor:
 
 
 ROWS: Mapping[str, Row] = {
-    "loreft": Row("loreft(r=4)", hooks=lambda: {0: loreft()}, fixed=_with_signs),
-    "noreft": Row("noreft(r=4)@1", hooks=lambda: {0: reft()}),
-    "direft": Row("direft(r=3)", hooks=lambda: {0: direft()}),
+    "loreft": Row("loreft(r=4, first=2, last=1)", hooks=partial(ends_of, (loreft, 2, 1)), fixed=_with_signs),
+    "loreft of all tokens": Row(
+        "loreft(r=4, first=0, last=0)", hooks=lambda: {0: after(lambda x, y, p: loreft(y, p))}, fixed=_with_signs
+    ),
+    "reft of each end": Row(
+        "loreft(r=4, first=2, last=0) + direft(r=3, first=0, last=2)",
+        hooks=partial(ends_of, (loreft, 2, 0), (direft, 0, 2)),
+        fixed=_with_signs,
+    ),
+    "noreft": Row("noreft(r=4)@1", hooks=partial(ends_of, (noreft, 7, 7))),
+    "direft": Row("direft(r=3, first=0, last=3)", hooks=partial(ends_of, (direft, 0, 3))),
     "prefix-mlp": Row(
         "prefix-mlp(length=5, hidden=24)",
         lambda: PrefixTuningConfig(

@@ -69,6 +69,8 @@ class Row:
             return str(error)
         if shape.encoder_layers and any(slot.op == "tokens" and slot.mode == "replace" for slot in self.spec.slots):
             return "the equation edits what one stack reads, and both have its tokens"
+        if shape.images and any(slot.op == "branch" and slot.last and not slot.first for slot in self.spec.slots):
+            return "of the last layer an image's head reads the first row alone"
         if self.config is None or self.hooks() or self.soft or self.model or self._plain_prefix:
             return None
         return self._not_pefts(shape)
