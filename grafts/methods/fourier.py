@@ -90,7 +90,8 @@ def _entries(total: int, n: int, seed: int) -> Tensor:
     """n of `total` entries without repetition, the ones that PEFT draws from the seed."""
     import torch
 
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].clone()
+    with torch.inference_mode(False):  # kept for steps of training, though an evaluation may ask first
+        return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].clone()
 
 
 METHODS = (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 @cache
+@torch.inference_mode(False)  # kept for steps of training, though an evaluation may ask first
 def butterfly(width: int, block: int, stage: int) -> Tensor:
     """Place in stage `stage` of every channel: in chunks of block * 2^stage, even half blocks before the odd ones."""
     channels = torch.arange(width)

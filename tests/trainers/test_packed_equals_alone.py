@@ -107,9 +107,11 @@ def run(
 
 
 def together(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
+    """A pack of these jobs, each with its loss before training known, as the worker asks for it."""
     pack = PackRunner(backbone, max_rows=MAX_ROWS)
     for job in jobs:
         pack.admit(job)
+        pack.evaluate(job.id, job.train[:1])
     return pack
 
 
