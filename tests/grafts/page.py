@@ -73,7 +73,7 @@ def page(measured: Mapping[str, Measured]) -> str:
     """The whole page."""
     entries = [entry(method) for method in methods().values()]
     whole = " and ".join(f"`{e.name}`" for e in entries if not e.chunkable)
-    ends = " and ".join(f"`{e.name}`" for e in entries if e.chunkable and e.recompute_needs_prompt_len)
+    ends = ", ".join(f"`{e.name}`" for e in entries if e.chunkable and e.recompute_needs_prompt_len)
     prints = {fingerprint(method) for method in methods().values()}
     lines = [
         "# Methods",
@@ -86,8 +86,8 @@ def page(measured: Mapping[str, Measured]) -> str:
         "random Llama: PEFT 0.21 where it has the method, else the paper's equation as hooks on transformers' model.",
         "",
         "A prompt may be computed in pieces, and a token's keys depend on the graft and the tokens before it alone,",
-        f"but for {whole}, whose virtual tokens read the whole prompt; {ends} edit its last tokens,",
-        "which it may be computed in pieces for, but not be known by its beginning.",
+        f"but for {whole}, whose virtual tokens read the whole prompt, and {ends},",
+        "which edit its last tokens: in pieces too, but keys of theirs depend on where the prompt ends.",
         "",
         "| method | family | what it does | slots | hooks | parameters | merges | oracle | error |",
         "|---|---|---|---|---|---:|---|---|---:|",
