@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.branch.programs import columns_kernel, expand_kernel, outer_kernel, shrink_kernel
-from polygraft.kernels.branch.tiles import Plan
+from polygraft.kernels.common.gpu import accumulator, adjacent
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.common.tiles import Plan
 
 FEATURE_BYTES = 128  # of a row of x or y that a tile spans: 64 bf16 columns
 
@@ -80,7 +80,7 @@ def shrink(
     hidden: Tensor | None = None,
 ) -> Tensor:
     """Blocks x[s] weight[s]^T, flat, plus bias[s]^T, if given; given `hidden`, times scale_s act'(hidden[s])."""
-    x, weight = _rows(x), _rows(weight)
+    x, weight = adjacent(x), adjacent(weight)
     out = torch.empty(plan.hidden, dtype=x.dtype, device=x.device)
     for grid in plan.shrink:
         shrink_kernel[(len(grid.tiles),)](
@@ -101,14 +101,14 @@ def shrink(
             ACT=act,
             BIASED=bias is not None,
             BACKWARD=hidden is not None,
-            ACC=_accumulator(x.dtype),
+            ACC=accumulator(x.dtype),
         )
     return out
 
 
 def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str, scaled: bool) -> None:
     """out[s] += f(hidden[s]) weight[s], f being scale_s act(.) if `scaled`, else nothing."""
-    weight = _rows(weight)
+    weight = adjacent(weight)
     for grid in plan.expand:
         expand_kernel[(len(grid.tiles), triton.cdiv(out.shape[1], _features(out)))](
             hidden,
@@ -125,13 +125,13 @@ def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str,
             FEATURES=_features(out),
             ACT=act,
             SCALED=scaled,
-            ACC=_accumulator(out.dtype),
+            ACC=accumulator(out.dtype),
         )
 
 
 def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scaled: bool, once: bool) -> Tensor:
     """Sums of f(hidden[s])^T x[s] over segments, as `like`; `once` says that every stack row has just one segment."""
-    x = _rows(x)
+    x = adjacent(x)
     out = (torch.empty_like if once else torch.zeros_like)(like, memory_format=torch.contiguous_format)
     for grid in plan.outer:
         outer_kernel[(len(grid.tiles), triton.cdiv(x.shape[1], _features(x)))](
@@ -150,7 +150,7 @@ def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scal
             ACT=act,
             SCALED=scaled,
             ADD=not once,
-            ACC=_accumulator(x.dtype),
+            ACC=accumulator(x.dtype),
         )
     return out
 
@@ -167,18 +167,9 @@ def _columns(hidden: Tensor, stack: Tensor, plan: Plan, *, once: bool) -> Tensor
             HEIGHT=grid.height,
             WIDTH=grid.width,
             ADD=not once,
-            ACC=_accumulator(hidden.dtype),
+            ACC=accumulator(hidden.dtype),
         )
     return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with adjacent columns; its row stride stays free."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _features(x: Tensor) -> int:

@@ -34,8 +34,8 @@ def shrink_kernel(
 ):
     """out[s][t, r] = sum_d x[start + t, d] weight[first + r, d], BIASED: plus bias[first + r], BACKWARD: times
     scale act'(hidden[s][t, r])."""
-    segment, row_tile, rank_tile = _tile(tiles_ptr)
-    start, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, row_tile, rank_tile = tile_of(tiles_ptr)
+    start, rows, first, size, offset = segment_of(table_ptr, segment)
     t = row_tile * HEIGHT + tl.arange(0, HEIGHT)
     r = rank_tile * WIDTH + tl.arange(0, WIDTH)
     x_row = x_ptr + (start + t)[:, None] * x_stride
@@ -75,8 +75,8 @@ def expand_kernel(
     ACC: tl.constexpr,
 ):
     """out[start + t, d] += sum_r f(hidden[s][t, r]) weight[first + r, d], f = scale act(.) if SCALED."""
-    segment, row_tile, _ = _tile(tiles_ptr)
-    start, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, row_tile, _ = tile_of(tiles_ptr)
+    start, rows, first, size, offset = segment_of(table_ptr, segment)
     t = row_tile * HEIGHT + tl.arange(0, HEIGHT)
     d = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     scale = tl.load(scales_ptr + segment).to(ACC)
@@ -89,7 +89,7 @@ def expand_kernel(
             other=0,
         )
         if SCALED:
-            hidden = (_activation(hidden.to(ACC), ACT) * scale).to(hidden_ptr.dtype.element_ty)
+            hidden = (activated(hidden.to(ACC), ACT) * scale).to(hidden_ptr.dtype.element_ty)
         weight = tl.load(
             weight_ptr + (first + r)[:, None] * weight_stride + d[None, :],
             mask=(r < size)[:, None] & (d < features)[None, :],
@@ -122,8 +122,8 @@ def outer_kernel(
     ACC: tl.constexpr,
 ):
     """out[first + r, d] = (ADD: +=) sum_t f(hidden[s][t, r]) x[start + t, d]; features take the product's long side."""
-    segment, _, rank_tile = _tile(tiles_ptr)
-    start, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, _, rank_tile = tile_of(tiles_ptr)
+    start, rows, first, size, offset = segment_of(table_ptr, segment)
     r = rank_tile * WIDTH + tl.arange(0, WIDTH)
     d = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     scale = tl.load(scales_ptr + segment).to(ACC)
@@ -136,7 +136,7 @@ def outer_kernel(
             other=0,
         )
         if SCALED:
-            hidden = (_activation(hidden.to(ACC), ACT) * scale).to(hidden_ptr.dtype.element_ty)
+            hidden = (activated(hidden.to(ACC), ACT) * scale).to(hidden_ptr.dtype.element_ty)
         x = tl.load(
             x_ptr + (start + t)[None, :] * x_stride + d[:, None],
             mask=(t < rows)[None, :] & (d < features)[:, None],
@@ -162,8 +162,8 @@ def columns_kernel(
     ACC: tl.constexpr,
 ):
     """out[first + r] = (ADD: +=) sum_t hidden[s][t, r]."""
-    segment, _, rank_tile = _tile(tiles_ptr)
-    _, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, _, rank_tile = tile_of(tiles_ptr)
+    _, rows, first, size, offset = segment_of(table_ptr, segment)
     r = rank_tile * WIDTH + tl.arange(0, WIDTH)
     sums = tl.full((HEIGHT, WIDTH), 0, ACC)
     for low in range(0, rows, HEIGHT):
@@ -177,21 +177,21 @@ def columns_kernel(
 
 
 @triton.jit
-def _tile(tiles_ptr):
+def tile_of(tiles_ptr):
     """(segment, row tile, rank tile) of this program, int64, so that every address built from them is."""
     tile = tiles_ptr + tl.program_id(0).to(tl.int64) * 3
     return tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
 
 
 @triton.jit
-def _segment(table_ptr, segment):
+def segment_of(table_ptr, segment):
     """(start, rows, first, size, block offset), int64."""
     row = table_ptr + segment * 5
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
 
 
 @triton.jit
-def _activation(h, ACT: tl.constexpr):
+def activated(h, ACT: tl.constexpr):
     if ACT == "relu":
         h = tl.where(h > 0, h, tl.where(h == h, 0, h))
     elif ACT == "gelu":

@@ -6,12 +6,12 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from polygraft.kernels.branch.gpu import shrink
-from polygraft.kernels.branch.tiles import Plan
+from polygraft.kernels.common.gpu import accumulator, adjacent
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.common.tiles import Plan
 from polygraft.kernels.nf4.cost import BLOCK
 from polygraft.kernels.nf4.op import LEVELS
 from polygraft.kernels.nf4.programs import linear_kernel
@@ -24,8 +24,8 @@ def linear(
 ) -> Tensor:
     """As `op.linear`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
     plan = _plan(segments, len(x_TI), x_TI.device)
-    x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-    B = B_RO if B_RO.stride(1) == 1 else B_RO.contiguous()
+    x = adjacent(x_TI)
+    B = adjacent(B_RO)
     out = torch.empty(len(x), len(codes_OH), dtype=x.dtype, device=x.device)
     with torch.no_grad(), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         hidden = shrink(x, A_RI, plan)
@@ -51,7 +51,7 @@ def linear(
                 FEATURES=FEATURES,
                 BLOCK=BLOCK,
                 ACT=act,
-                ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+                ACC=accumulator(x.dtype),
             )
     return out
 

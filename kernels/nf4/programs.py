@@ -7,7 +7,7 @@ top before the tile is written."""
 import triton
 import triton.language as tl
 
-from polygraft.kernels.branch.programs import _activation, _segment, _tile
+from polygraft.kernels.branch.programs import activated, segment_of, tile_of
 
 
 @triton.jit
@@ -37,8 +37,8 @@ def linear_kernel(
 
     A block of W is two products: even columns, in the high nibbles, and odd ones.
     """
-    segment, row_tile, _ = _tile(tiles_ptr)
-    start, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, row_tile, _ = tile_of(tiles_ptr)
+    start, rows, first, size, offset = segment_of(table_ptr, segment)
     t = row_tile * HEIGHT + tl.arange(0, HEIGHT)
     o = tl.program_id(1).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     half = tl.arange(0, BLOCK // 2)
@@ -60,7 +60,7 @@ def linear_kernel(
         r = low + tl.arange(0, WIDTH)
         block = hidden_ptr + offset + t[:, None] * size + r[None, :]
         hidden = tl.load(block, mask=own & (r < size)[None, :], other=0)
-        up = (_activation(hidden.to(ACC), ACT) * scale).to(hidden.dtype)
+        up = (activated(hidden.to(ACC), ACT) * scale).to(hidden.dtype)
         b = tl.load(b_ptr + (first + r)[:, None] * b_stride + o[None, :], mask=(r < size)[:, None] & real, other=0)
         acc = tl.dot(up, b, acc, input_precision="ieee", out_dtype=ACC)
     out = out_ptr + (start + t)[:, None] * features + o[None, :]

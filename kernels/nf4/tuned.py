@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import triton.language as tl
 
-from polygraft.kernels.branch.tiles import HEIGHTS
 from polygraft.kernels.common.aot import Tuned
+from polygraft.kernels.common.tiles import HEIGHTS
 from polygraft.kernels.nf4 import cost
 from polygraft.kernels.nf4.gpu import FEATURES
 from polygraft.kernels.nf4.programs import linear_kernel

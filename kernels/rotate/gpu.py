@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from polygraft.kernels.common.gpu import adjacent
+from polygraft.kernels.common.launches import Plan
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.rotate.order import butterfly
 from polygraft.kernels.rotate.programs import squares_kernel, turn_kernel
-from polygraft.kernels.sparse.plan import Plan
 
 HEIGHT = 32  # rows of one product in the sums of squares
 WIDTHS = (16, 32)  # columns of a block in a tile; 16 is the least that tensor cores multiply, 64 spill registers
@@ -49,7 +50,7 @@ class _Stage(torch.autograd.Function):
 
 def _turned(x: Tensor, D: Tensor, plan: Plan, stage: int, dtype: torch.dtype, *, transposed: bool) -> Tensor:
     """x + x P D P^T on the segments' rows, in `dtype`."""
-    x, block, width = _rows(x), D.shape[1], _width(D)
+    x, block, width = adjacent(x), D.shape[1], _width(D)
     out = x.to(dtype, copy=True).contiguous()
     for grid in plan.batch:
         turn_kernel[len(grid.tiles), x.shape[1] // block * triton.cdiv(block, width)](
@@ -73,7 +74,7 @@ def _turned(x: Tensor, D: Tensor, plan: Plan, stage: int, dtype: torch.dtype, *,
 
 def _squares(x: Tensor, grad: Tensor, D: Tensor, plan: Plan, stage: int) -> Tensor:
     """The gradient of one stage's blocks; 0 elsewhere."""
-    x, grad, block, width = _rows(x), _rows(grad), D.shape[1], _width(D)
+    x, grad, block, width = adjacent(x), adjacent(grad), D.shape[1], _width(D)
     out = torch.zeros_like(D, memory_format=torch.contiguous_format)
     for own, _ in plan.stack:
         squares_kernel[len(own), x.shape[1] // block * triton.cdiv(block, width) ** 2](
@@ -108,8 +109,3 @@ def _arithmetic(D: Tensor) -> dict[str, object]:
     if D.dtype == torch.float64:
         return {"ACC": tl.float64, "PRECISION": "ieee"}
     return {"ACC": tl.float32, "PRECISION": "tf32x3"}
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with adjacent columns; its row stride stays free."""
-    return x if x.stride(1) == 1 else x.contiguous()

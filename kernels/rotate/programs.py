@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from polygraft.kernels.branch.programs import _segment, _tile
+from polygraft.kernels.branch.programs import segment_of, tile_of
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def turn_kernel(
 ):
     """out[start + t, c(j)] = x[start + t, c(j)] + sum_i x[start + t, c(i)] D[i, j] for i and j in one block, c being
     the channel at a place; TRANSPOSED: D[j, i]. A graft's blocks of this stage begin `base` rows after its first."""
-    segment, row_tile, _ = _tile(tiles_ptr)
-    start, rows, first, _, _ = _segment(table_ptr, segment)
+    segment, row_tile, _ = tile_of(tiles_ptr)
+    start, rows, first, _, _ = segment_of(table_ptr, segment)
     tiles = tl.cdiv(block, WIDTH)
     place = (tl.program_id(1) // tiles).to(tl.int64) * block
     t = row_tile * HEIGHT + tl.arange(0, HEIGHT)
@@ -72,7 +72,7 @@ def squares_kernel(
 ):
     """out's block [i, j] += sum_t x[start + t, c(i)] grad[start + t, c(j)]."""
     segment = tl.load(segments_ptr + tl.program_id(0))
-    start, rows, first, _, _ = _segment(table_ptr, segment)
+    start, rows, first, _, _ = segment_of(table_ptr, segment)
     tiles = tl.cdiv(block, WIDTH)
     place = (tl.program_id(1) // (tiles * tiles)).to(tl.int64) * block
     i = (tl.program_id(1) // tiles % tiles) * WIDTH + tl.arange(0, WIDTH)

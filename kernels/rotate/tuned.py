@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import triton.language as tl
 
-from polygraft.kernels.branch.tiles import HEIGHTS
 from polygraft.kernels.common.aot import Tuned
+from polygraft.kernels.common.tiles import HEIGHTS
 from polygraft.kernels.rotate import cost
 from polygraft.kernels.rotate.gpu import HEIGHT, WIDTHS
 from polygraft.kernels.rotate.programs import squares_kernel, turn_kernel

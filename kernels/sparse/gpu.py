@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from polygraft.kernels.branch import tiles
 from polygraft.kernels.branch.gpu import expand, outer, shrink
+from polygraft.kernels.common import tiles
+from polygraft.kernels.common.gpu import accumulator, adjacent
+from polygraft.kernels.common.launches import Plan
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.sparse.order import Order
-from polygraft.kernels.sparse.plan import Plan
 from polygraft.kernels.sparse.programs import columns_kernel, meet_kernel, values_kernel
 
 FEATURES = 64  # outputs of a tile
@@ -34,7 +34,7 @@ class _Entries(torch.autograd.Function):
         ctx.save_for_backward(x, v, i)
         ctx.segments = segments  # type: ignore[attr-defined]
         out = y.clone(memory_format=torch.contiguous_format)
-        _meet(_rows(x), v, out, Order.of(i, 0), Plan.of(segments, x.device))
+        _meet(adjacent(x), v, out, Order.of(i, 0), Plan.of(segments, x.device))
         return out
 
     @staticmethod
@@ -42,13 +42,13 @@ class _Entries(torch.autograd.Function):
         x, v, i = ctx.saved_tensors  # type: ignore[attr-defined]
         segments: Segments = ctx.segments  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
-        plan, rows = Plan.of(segments, x.device), _rows(grad)
+        plan, rows = Plan.of(segments, x.device), adjacent(grad)
         dx = dv = None
         if needs[0]:
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
             _meet(rows, v, dx, Order.of(i, 1), plan)
         if needs[2]:
-            dv = _values(_rows(x), rows, v, i, plan, once=segments.covers(len(v)))
+            dv = _values(adjacent(x), rows, v, i, plan, once=segments.covers(len(v)))
         return dx, grad if needs[1] else None, dv, None, None
 
 
@@ -72,7 +72,7 @@ class _Rows(torch.autograd.Function):
         plan = tiles.Plan.of(segments, x.device)
         dx = dv = None
         if needs[0] or needs[2]:
-            met = _columns(_rows(grad), i, plan)
+            met = _columns(adjacent(grad), i, plan)
             if needs[0]:
                 dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
                 expand(met, v.to(x.dtype), dx, plan, act="identity", scaled=True)
@@ -104,7 +104,7 @@ def _meet(source: Tensor, v: Tensor | None, out: Tensor, order: Order, plan: Pla
             HEIGHT=grid.height,
             FEATURES=FEATURES,
             ENTRIES=v is not None,
-            ACC=_accumulator(kept),
+            ACC=accumulator(kept.dtype),
         )
 
 
@@ -125,7 +125,7 @@ def _values(x: Tensor, grad: Tensor, v: Tensor, i: Tensor, plan: Plan, *, once: 
             HEIGHT=ROWS,
             WIDTH=ENTRIES,
             ADD=not once,
-            ACC=_accumulator(v),
+            ACC=accumulator(v.dtype),
         )
     return out
 
@@ -145,12 +145,3 @@ def _columns(source: Tensor, i: Tensor, plan: tiles.Plan) -> Tensor:
             WIDTH=grid.width,
         )
     return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with adjacent columns; its row stride stays free."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _accumulator(like: Tensor) -> tl.dtype:
-    return tl.float64 if like.dtype == torch.float64 else tl.float32

@@ -7,7 +7,7 @@ other in one program; nothing is summed across programs."""
 import triton
 import triton.language as tl
 
-from polygraft.kernels.branch.programs import _segment, _tile
+from polygraft.kernels.branch.programs import segment_of, tile_of
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def meet_kernel(
     ENTRIES: f = v[k] source[start + t, other(k)]; else f = source[s][t, k - first], blocks as `shrink` leaves them.
     A program does a tile of rows and places; its loop is as long as the longest list of these.
     """
-    segment, row_tile, _ = _tile(tiles_ptr)
-    start, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, row_tile, _ = tile_of(tiles_ptr)
+    start, rows, first, size, offset = segment_of(table_ptr, segment)
     t = row_tile * HEIGHT + tl.arange(0, HEIGHT)
     o = tl.program_id(1).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     own, real = (t < rows)[:, None], o < features
@@ -81,7 +81,7 @@ def values_kernel(
 ):
     """out[k] = (ADD: +=) scale sum_t grad[start + t, i[k, 0]] x[start + t, i[k, 1]]."""
     segment = tl.load(segments_ptr + tl.program_id(0))
-    start, rows, first, size, _ = _segment(table_ptr, segment)
+    start, rows, first, size, _ = segment_of(table_ptr, segment)
     place = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     live, k = place < size, first + place
     a = tl.load(i_ptr + 2 * k + 1, mask=live, other=0)[None, :]
@@ -110,8 +110,8 @@ def columns_kernel(
     WIDTH: tl.constexpr,
 ):
     """out[s][t, k - first] = source[start + t, i[k]]: blocks of the columns that the segment's stack rows are at."""
-    segment, row_tile, rank_tile = _tile(tiles_ptr)
-    start, rows, first, size, offset = _segment(table_ptr, segment)
+    segment, row_tile, rank_tile = tile_of(tiles_ptr)
+    start, rows, first, size, offset = segment_of(table_ptr, segment)
     t = (row_tile * HEIGHT + tl.arange(0, HEIGHT))[:, None]
     r = rank_tile * WIDTH + tl.arange(0, WIDTH)
     at = tl.load(i_ptr + first + r, mask=r < size, other=0)[None, :]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import triton.language as tl
 
-from polygraft.kernels.branch.tiles import HEIGHTS
 from polygraft.kernels.common.aot import Tuned
+from polygraft.kernels.common.tiles import HEIGHTS
 from polygraft.kernels.sparse import cost
 from polygraft.kernels.sparse.gpu import ENTRIES, FEATURES, ROWS
 from polygraft.kernels.sparse.programs import columns_kernel, meet_kernel, values_kernel

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygraft.kernels.branch.tiles import Grid, Plan
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.common.tiles import Grid, Plan
 from tests.kernels.cases import CASES, Case
 
 CPU = torch.device("cpu")

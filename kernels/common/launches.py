@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polygraft.kernels.branch.tiles import Grid, grids, table, waves
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.common.tiles import Grid, grids, table, waves
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Plan:
     @staticmethod
     def of(segments: Segments, device: torch.device) -> Plan:
         """The plan, kept with the segments since many sites share them."""
-        kept: dict[torch.device, Plan] = segments.__dict__.setdefault("_sparse_plans", {})
+        kept: dict[torch.device, Plan] = segments.__dict__.setdefault("_launches", {})
         if device not in kept:
             kept[device] = _plan(segments, device)
         return kept[device]
