@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from math import sqrt
 from typing import TypeVar
@@ -14,14 +14,13 @@ from torch import Tensor
 from polygraft.grafts import calibrate
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.methods.registry import start
-from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.route import RouteTable, Rows
+from polygraft.grafts.runtime.recorded import keys_and_values, states
+from polygraft.grafts.runtime.route import Rows
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
 from polygraft.grafts.sources import Source, check, continued
 from polygraft.grafts.spec import GraftSpec, Tokens
-from polygraft.kernels.kv.scores import Scores
 
 T = TypeVar("T")
 
@@ -81,7 +80,21 @@ class Making:
 
     def prefix(self, length: int) -> Mapping[Site, tuple[Tensor, Tensor]]:
         """Keys and values of the bare backbone over `prompt`, repeated to `length` rows, by kv site."""
-        return self.once(("prefix", length), lambda: _keys_and_values(self.backbone, self.prompt, length))
+
+        def make() -> Mapping[Site, tuple[Tensor, Tensor]]:
+            with torch.inference_mode():
+                found = keys_and_values(self.backbone, self._rows(length))
+                return {Site(layer, KV_SITE): (k.clone(), v.clone()) for layer, (k, v) in found.items()}
+
+        return self.once(("prefix", length), make)
+
+    def states(self, length: int, layer: int) -> Tensor:
+        """What a layer of the bare backbone reads of `prompt`, repeated to `length` rows, [length, hidden]."""
+        with torch.inference_mode():
+            return states(self.backbone, self._rows(length), layer).clone()
+
+    def _rows(self, length: int) -> Rows:
+        return Rows(torch.tensor(_repeated(self.prompt, length)), torch.arange(length), ())
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -95,7 +108,8 @@ class Making:
 
         def make() -> Source:
             found = self.sources[name]
-            return Source(*lower(found.spec, self.backbone.shape, found.tensors, self.backbone.weight))
+            frozen = self.backbone.weight, self.backbone.through
+            return Source(*lower(found.spec, self.backbone.shape, found.tensors, *frozen))
 
         return self.once(("source", name), make)
 
@@ -164,25 +178,5 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
             return start(name).make(tensor, making, **arguments)
 
 
-@dataclass(frozen=True)
-class _Recorder(WholeSequences):
-    """An attention that keeps every layer's keys and values and attends as usual."""
-
-    kept: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
-        self.kept[Site(layer, KV_SITE)] = (k.clone(), v.clone())
-        return super().__call__(layer, q, k, v, route=route, scores=scores)
-
-
 def _repeated(prompt: Sequence[int], length: int) -> list[int]:
     return ((list(prompt) or [0]) * (length // max(1, len(prompt)) + 1))[:length]
-
-
-def _keys_and_values(backbone: Backbone, prompt: Sequence[int], length: int) -> dict[Site, tuple[Tensor, Tensor]]:
-    rows = Rows(torch.tensor(_repeated(prompt, length)), torch.arange(length), ())
-    own = ((0, length),)
-    attention = _Recorder(own, backbone.shape, own)
-    with torch.inference_mode():
-        backbone.forward(replace(rows, source=rows), backbone.stacks([]), attention)
-    return {site: (k[:length].clone(), v[:length].clone()) for site, (k, v) in attention.kept.items()}

@@ -7,25 +7,34 @@ differentiable function of them, evaluated for one graft alone, so that nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from polygraft.grafts.methods.declare import Lowering, Place
+from polygraft.grafts.methods.declare import Lowering, Place, Through
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.sizes import TensorSpec, operands, tensors
-from polygraft.grafts.spec import Delta, GraftSpec
+from polygraft.grafts.spec import Delta, GraftSpec, SpecError
 
 Values = Mapping[str, Tensor]
 
 
-class Lowered:
-    """One graft's operands by name. `weight` gives the frozen W [out, in] of a site."""
+def no_layers(rows: Tensor, first: int) -> NoReturn:
+    """`Lowered.through` where there is no backbone to run rows through."""
+    raise SpecError("form: its operands are what a backbone's layers make of rows; name a backbone")
 
-    def __init__(self, spec: GraftSpec, shape: ModelShape, weight: Callable[[Site], Tensor]) -> None:
-        self.spec, self._weight = spec, weight
+
+class Lowered:
+    """One graft's operands by name. `weight` gives the frozen W [out, in] of a site, `through` what rows leave in the
+    frozen layers (`methods.declare.Lowering`)."""
+
+    def __init__(
+        self, spec: GraftSpec, shape: ModelShape, weight: Callable[[Site], Tensor], through: Through = no_layers
+    ) -> None:
+        self.spec, self._weight, self._through = spec, weight, through
         self.tensors, self.operands = tensors(spec, shape), operands(spec, shape)
         self._sites: list[tuple[int, Site, Place]] = []
         numbers: dict[int, int] = {}
@@ -42,7 +51,7 @@ class Lowered:
 
     def make(self, values: Values, draw: int | None = None) -> dict[str, Tensor]:
         """Operands in order; differentiable in `values`."""
-        found = dict(values)
+        found, through = dict(values), cache(self._through)
         for index, site, place in self._sites:
             slot = self.spec.slots[index]
             assert slot.form is not None
@@ -51,7 +60,7 @@ class Lowered:
                 columns = [values[tensor.name].reshape(-1, 1) for tensor in _generating(read)]
                 made: Mapping[str, Tensor] = {"t": torch.cat(columns)}
             else:
-                lowering = Lowering(place, self._weights_beside(site), draw)
+                lowering = Lowering(place, self._weights_beside(site), through, draw)
                 made = form(slot.form.name).operands(
                     slot, {tensor.part: values[tensor.name] for tensor in read}, lowering, **slot.form.keywords()
                 )
@@ -74,7 +83,8 @@ class Lowered:
         def generate(flat: Tensor) -> Tensor:
             pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in moving])
             parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces)}
-            return declared.operands(slot, fixed | parts, Lowering(place, weight, draw()), **arguments)["W"]
+            lowering = Lowering(place, weight, self._through, draw())
+            return declared.operands(slot, fixed | parts, lowering, **arguments)["W"]
 
         return generate
 
@@ -108,14 +118,18 @@ class Lowered:
 
 
 def lower(
-    spec: GraftSpec, shape: ModelShape, values: Values, weight: Callable[[Site], Tensor]
+    spec: GraftSpec,
+    shape: ModelShape,
+    values: Values,
+    weight: Callable[[Site], Tensor],
+    through: Through = no_layers,
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
     """The graft as it is served (`GraftSpec.plain`): its operands are its tensors."""
     plain = spec.plain
     pairs = enumerate(zip(spec.slots, plain.slots))
     made = [index for index, (slot, served) in pairs if slot.form is not None and served.form is None]
     with torch.no_grad():
-        operands = Lowered(spec, shape, weight).make(values) if made else {}
+        operands = Lowered(spec, shape, weight, through).make(values) if made else {}
     return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in tensors(plain, shape)}
 
 

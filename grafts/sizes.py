@@ -147,6 +147,9 @@ def rotate_parts(slot: Rotate, place: Place) -> Mapping[str, Part]:
 
 def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, Place]]:
     found: dict[int, dict[Site, Place]] = {}
+    for slot in spec.slots:
+        if slot.form is not None and form(slot.form.name).through and not shape.causal:
+            raise SpecError(f"{slot.form.name}: {shape.sees}; rows that enter at a layer would read the input there")
     for index, site in sites_of(spec, shape):
         places = found.setdefault(index, {})
         places[site] = Place(site.layer, site.name, *shape.dims(site.name), index=len(places))

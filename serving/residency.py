@@ -60,7 +60,8 @@ class Residency:
             raise GraftUnusable(f"graft {graft} cannot be served: {error}") from error
         if stored.id != graft:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
-        spec, values = lower(stored.spec, self._backbone.shape, stored.tensors, self._backbone.weight)
+        backbone = self._backbone
+        spec, values = lower(stored.spec, backbone.shape, stored.tensors, backbone.weight, backbone.through)
         for tensor in tensors(spec, self._backbone.shape):
             slot = spec.slots[tensor.slot]
             scale = slot.scale if isinstance(slot, Branch) else 1.0

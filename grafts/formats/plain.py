@@ -92,7 +92,7 @@ def _rank(branches: list[Branch]) -> Rank:
 
 def _operands(spec: GraftSpec, shape: ModelShape, values: Values) -> Values:
     with torch.no_grad():
-        return Lowered(spec, shape, _refuse).make(values)
+        return Lowered(spec, shape, _refuse, _refuse).make(values)
 
 
 def _weightless(spec: GraftSpec, shape: ModelShape) -> bool:
@@ -107,5 +107,5 @@ def _weightless(spec: GraftSpec, shape: ModelShape) -> bool:
     return True
 
 
-def _refuse(site: Site) -> NoReturn:
-    raise FormatError(f"{site}: its operands are made of W; name a backbone")
+def _refuse(*_: object) -> NoReturn:
+    raise FormatError("form: its operands are made of the backbone's weights; name a backbone")

@@ -12,7 +12,6 @@ _REASONS: Mapping[tuple[str, ...], str] = {
     ("periodic-lora", "relora"): "it changes W, which others share",
     ("mixlora",): "an expert inside the feed-forward's nonlinearity, not beside it",
     ("ipa",): "a second model that multiplies the output's probabilities",
-    ("lpt",): "its prompt enters at a middle layer, as new rows there that the layers below do not have",
     ("x-lora", "xlora"): "its gates read the last layer of a first pass of the bare backbone, a second pass for every "
     "token; mole and meteora weigh trained LoRAs by what the layer itself reads",
     ("aprompt",): "trained queries are rows of attention that belong to no token",

@@ -13,7 +13,7 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime.attention import position_bias
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.linear import FrozenLinear
-from polygraft.grafts.runtime.modules import FusedProjection, SiteLinear, SiteNorm, Sublayer, SublayerInput
+from polygraft.grafts.runtime.modules import FusedProjection, Layer, SiteLinear, SiteNorm, Sublayer, SublayerInput
 from polygraft.grafts.runtime.nf4 import Nf4Linear
 from polygraft.grafts.runtime.norms import FrozenNorm
 from polygraft.grafts.runtime.pretrained import Quantise
@@ -56,7 +56,7 @@ class Adoption:
         for site in self._sites(SUBLAYER):
             self._sublayer(site)
         for site in self._sites((BLOCK_SITE,)):
-            self._put(self._path(site), Sublayer(site, self.base.get_submodule(self._path(site))))
+            self._put(self._path(site), Layer(site, self.base.get_submodule(self._path(site))))
 
     def fused(self) -> Iterator[Tensor]:
         """The weights that will be copied into one with others."""

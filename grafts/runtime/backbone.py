@@ -20,6 +20,7 @@ from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
 from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
+from polygraft.grafts.runtime.recorded import keys_and_values
 from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
@@ -100,7 +101,7 @@ class Backbone:
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents` for this backbone's dtype and linears."""
-        return Stacks.of(residents, self.shape, self.dtype, self.linears, trainable=trainable)
+        return Stacks.of(residents, self.shape, self.dtype, self.linears, self.through, trainable=trainable)
 
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
         """What the head multiplies, [T, hidden], for T = len(rows): hidden states after the final norm, in an encoder
@@ -110,7 +111,8 @@ class Backbone:
         back.
         """
         if self._encoder is None:
-            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, inputs=rows.inputs)
+            enters = None if rows.first is None or rows.given is None else (rows.first, rows.given)
+            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, enters)
             hidden = self._run(self.base, rows, route)
         else:
             if rows.source is None or not isinstance(attention, WholeSequences):
@@ -147,6 +149,18 @@ class Backbone:
     def weight(self, site: Site) -> Tensor:
         """W [out, in] of a projection, in float32 or wider."""
         return weight(self.linears, site)
+
+    def through(self, rows_PD: Tensor, first: int) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Keys and values [P, kv_width] that rows entering before layer `first` leave there and in all later ones, with
+        positions 0 to P - 1 and nothing else to see; differentiable, in the rows' dtype."""
+        if not self.shape.causal:
+            raise SpecError(f"backbone: {self.shape.sees}; no rows run through it by themselves")
+        ids = torch.zeros(len(rows_PD), dtype=torch.long, device=rows_PD.device)
+        positions = torch.arange(len(rows_PD), device=rows_PD.device)
+        found = keys_and_values(self, Rows(ids, positions, (), given=rows_PD.to(self.dtype), first=first))
+        # Copied, so that they do not hold the projections of the whole input that they are a part of.
+        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in found.items()}
+        return {layer: (k, v) for layer, (k, v) in kept.items()}
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, vocab] in float32 (float64 stays), capped where the model caps them; N is padded to the contract's grain

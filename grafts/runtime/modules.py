@@ -8,6 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
 
 from polygraft.grafts.runtime.beside import Plan, activation, changes
 from polygraft.grafts.runtime.linear import FrozenLinear
@@ -154,6 +155,20 @@ class Sublayer(nn.Module):
         y = _branches(flat, y, stacks, self.site, route, tap="output")
         y = _changed_out(y, stacks, route).view(out.shape)
         return (y, *result[1:]) if isinstance(result, tuple) else y
+
+
+class Layer(Sublayer):
+    """A whole layer, which rows that enter above it pass by."""
+
+    def forward(self, *args: Tensor, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
+        if (entry := current().enters) is not None:
+            first, rows = entry
+            x, *others = args
+            if self.site.layer < first:
+                return x
+            if self.site.layer == first:
+                args = (F.pad(rows, (0, 0, 0, x.shape[1] - len(rows)))[None], *others)
+        return super().forward(*args, **kwargs)
 
 
 class SublayerInput(nn.Module):

@@ -51,7 +51,8 @@ class Rows:
     """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
-    row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images. An
+    row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images; where
+    `first` is not None, for what that layer reads, and the layers below it are passed by. An
     encoder reads the rows of `source` first, where there is one. `inputs` are the rows of prompts, for
     grafts that make virtual tokens of them, right before them and in the same forward, or edit some of them alone.
     """
@@ -63,6 +64,7 @@ class Rows:
     given: Tensor | None = None
     source: Rows | None = None
     inputs: tuple[Input, ...] = ()
+    first: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,7 +94,8 @@ class Attention(Protocol):
 @dataclass(frozen=True, slots=True)
 class RouteTable:
     """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
-    forward of a decoder `source` is that of the encoder's rows."""
+    forward of a decoder `source` is that of the encoder's rows. `enters` are rows, and the layer that they are the
+    input of."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
@@ -100,6 +103,7 @@ class RouteTable:
     dropout_keys: Tensor | None = None
     source: RouteTable | None = None
     inputs: tuple[Input, ...] = ()
+    enters: tuple[int, Tensor] | None = None
     _segments: dict[Entries, Segments] = field(default_factory=dict)
     _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _recipe: dict[str, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from polygraft.grafts.lowering import Lowered
+from polygraft.grafts.lowering import Lowered, no_layers
+from polygraft.grafts.methods.declare import Through
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec
@@ -125,14 +126,16 @@ class Stacks:
         shape: ModelShape,
         dtype: torch.dtype,
         linears: Mapping[Site, tuple[FrozenLinear, int]],
+        through: Through = no_layers,
         *,
         trainable: bool = False,
     ) -> Stacks:
-        """Stacks holding `residents` in order; with `trainable` each stack is a leaf that collects a gradient."""
+        """Stacks holding `residents` in order; with `trainable` each stack is a leaf that collects a gradient.
+        `through` runs the rows of forms through the backbone's layers."""
         places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(
             lambda: defaultdict(list)
         )
-        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site)) for r in residents)
+        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site), through) for r in residents)
         for index, (resident, own_lowered) in enumerate(zip(residents, lowered)):
             for tensor in own_lowered.operands:
                 assert tensor.site is not None

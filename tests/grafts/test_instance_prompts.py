@@ -78,7 +78,6 @@ def test_what_makes_no_sense_is_refused() -> None:
         ("smop(k=1)", "at least 2"),
         ("idpg(hidden=0)", "hidden"),
         ("smop + prompt", "two prompts"),
-        ("lpt", "middle layer"),
     ):
         with pytest.raises(SpecError, match=said):
             parse(text)

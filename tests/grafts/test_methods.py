@@ -32,7 +32,8 @@ from tests.grafts.packing import PROMPT, packed
 
 LENGTHS = (7, 20)
 OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
-MORE = (("vit", "prompt"), ("vit", "ssf"))  # beside the first eight in each run: visual prompts (VPT), scale and shift
+# Beside the first eight in each run: visual prompts (VPT), scale and shift, a prompt below which positions are learned.
+MORE = (("vit", "prompt"), ("vit", "ssf"), ("gpt2", "lpt"))
 
 
 def cases() -> Iterator[ParameterSet]:
@@ -41,7 +42,7 @@ def cases() -> Iterator[ParameterSet]:
             marks = [] if arch == "llama" or name in METHODS or (arch, name) in MORE else [pytest.mark.nightly]
             yield pytest.param((arch, name), marks=marks, id=name if arch == "llama" else f"{arch}-{name}")
     for arch in ("mistral", "gemma2", "gemma3_text"):
-        for name in ("dora", "prefix", "serial"):
+        for name in ("dora", "prefix", "serial", "lpt"):
             yield pytest.param((arch, name), id=f"{arch}-{name}")
     for name in ("apt", "llama-adapter"):  # scores of rows that no cache holds are capped, too
         yield pytest.param(("gemma2", name), id=f"gemma2-{name}")
@@ -118,7 +119,7 @@ def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone)
     values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=5).items()}
     lone = METHODS["lora"].values(fp32.shape, seed=6)
     residents = [
-        Resident("own", *lower(row.spec, fp32.shape, values, fp32.weight)),
+        Resident("own", *lower(row.spec, fp32.shape, values, fp32.weight, fp32.through)),
         Resident("other", METHODS["lora"].spec, lone),
     ]
     ids = batch(fp32)[0][1]

@@ -64,7 +64,7 @@ class Row:
     def unfit(self, shape: ModelShape) -> str | None:
         """Why the row says nothing on this architecture."""
         try:
-            sites_of(self.spec, shape)
+            tensors(self.spec, shape)
         except SpecError as error:
             return str(error)
         if shape.encoder_layers and any(slot.op == "tokens" and slot.mode == "replace" for slot in self.spec.slots):

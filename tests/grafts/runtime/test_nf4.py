@@ -32,7 +32,7 @@ from tests.grafts.oracle.table import ALL, METHODS
 from tests.grafts.test_methods import batch, decoded, judged, ours
 from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
 
-CHOSEN = [*METHODS, "pissa", "vera", "loha"]
+CHOSEN = [*METHODS, "pissa", "vera", "loha", "lpt"]
 SITES = (Site(0, "attn.k"), Site(1, "ffn.down"))
 
 
