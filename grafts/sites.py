@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
@@ -23,6 +24,7 @@ from polygraft.grafts.spec import (
     Tokens,
 )
 
+K = TypeVar("K", bound=Hashable)
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 CROSS = ("cross.q", "cross.k", "cross.v", "cross.o")  # a decoder's attention to its encoder's states
 LINEAR = (*ATTENTION, *CROSS, "ffn.gate", "ffn.up", "ffn.down")
@@ -212,6 +214,20 @@ def sites_of(spec: GraftSpec, shape: ModelShape) -> tuple[tuple[int, Site], ...]
     for site, slots in together.items():
         _check(site, slots)
     return placed
+
+
+def gathered(placed: Iterable[tuple[Site, K]], shape: ModelShape) -> Iterator[tuple[K, tuple[str, ...], Layers]]:
+    """What is placed at sites, as slots say it: names that have a thing in the same layers, None for all they are
+    in."""
+    layers: dict[tuple[str, K], list[int]] = {}
+    for site, one in placed:
+        layers.setdefault((site.name, one), []).append(site.layer)
+    together: dict[tuple[K, Layers], list[str]] = {}
+    for (name, one), where in layers.items():
+        every = [layer for layer in range(shape.layers) if shape.has(Site(layer, name))]
+        together.setdefault((one, None if where == every else tuple(where)), []).append(name)
+    for (one, chosen), names in together.items():
+        yield one, tuple(names), chosen
 
 
 def sublayers(at: str) -> tuple[str, ...]:

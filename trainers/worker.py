@@ -21,6 +21,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import EntryId, Store
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.sizes import parameters
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
@@ -218,6 +219,7 @@ class PackWorker:
                 active.slab.tensors,
                 shape=backbone.shape,
                 backbone=backbone.fingerprint,
+                stock=Stock(backbone.folder),
             )
         except (FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
             self._drop(job)

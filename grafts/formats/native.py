@@ -19,6 +19,7 @@ from torch import Tensor
 
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 
@@ -54,11 +55,12 @@ def save(
     shape: ModelShape,
     backbone: str,
     base: str | None = None,
+    stock: Stock | None = None,
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 
-    PEFT's files lie beside ours where PEFT has the method, with `base` as the backbone's public name. Raises OSError,
-    and FormatError for tensors that `load` would refuse.
+    PEFT's files lie beside ours where PEFT has the method, with `base` as the backbone's public name; for some methods
+    the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
     """
     kept = {name: value.detach().to(torch.float32).contiguous().clone() for name, value in values.items()}
     check(spec, kept, shape)
@@ -78,8 +80,8 @@ def save(
             "spec": json.loads(spec.to_json()),
         }
         (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
-        if peft.exportable(spec, shape):
-            peft.export(draft, spec, kept, shape=shape, base=base)
+        if peft.exportable(spec, shape, stock):
+            peft.export(draft, spec, kept, shape=shape, base=base, stock=stock)
         _settle(draft)
         os.rename(draft, folder)
         _sync(root)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.formats import peft_beside
 from polygraft.grafts.formats.check import FormatError, check
-from polygraft.grafts.formats.peft_beside import beside
 from polygraft.grafts.formats.peft_modules import groups, path, pattern, targets
 from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
@@ -86,7 +86,7 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
         spec = _read(layout, config, shape)
         exchange = Exchange(layout, spec, shape, stock)
         stored = load_file(file(folder, WEIGHTS))
-        more, changes, keys = beside(config, stored, shape, stock, len(spec.slots))
+        more, changes, keys = peft_beside.read(config, stored, spec, shape, stock)
     except (FormatError, SpecError, SafetensorError, OSError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
         raise error if known else FormatError(f"{folder.name}: {error}") from None
@@ -136,17 +136,22 @@ class _Member:
 def _written(
     spec: GraftSpec, values: Mapping[str, Tensor] | None, shape: ModelShape, stock: Stock | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Config and tensors (none without values), as the method itself or as a plainer one that stands for it."""
-    members = _members(spec, shape)
+    """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
+    is trained beside."""
+    graft = peft_beside.apart(spec, shape)
+    own = graft.own
+    kept: Mapping[str, Tensor] | None = None if values is None else graft.values(values)
+    members = _members(own, shape)
     if members is None:
-        simpler = plain(spec, shape, values)
+        simpler = plain(own, shape, kept)
         members = None if simpler is None else _members(simpler[0], shape)
         if simpler is None or members is None:
             raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; keep the native folder")
-        spec, values = simpler
-    config = _described(members, shape)
-    exchange = Exchange(members[0].layout, spec, shape, stock)
-    return config, {} if values is None else exchange.write(values)
+        own, kept = simpler
+    layout = members[0].layout
+    more, files = peft_beside.write(layout, graft, values, stock)
+    exchange = Exchange(layout, own, shape, stock)
+    return _described(members, shape) | more, files if kept is None else exchange.write(kept) | files
 
 
 def _members(spec: GraftSpec, shape: ModelShape) -> list[_Member] | None:

@@ -1,125 +1,198 @@
-"""What a PEFT config trains beside its method: whole modules (`modules_to_save`) and biases (`bias`), as changes of the
-backbone's own: a dense dW for a projection, a scale and a shift for a norm, a shift for a bias."""
+"""What PEFT trains beside a method, whole modules (`modules_to_save`) and biases (`bias`), as terms of a union, and
+back where a config means just those."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from polygraft.grafts.formats.check import FormatError, sized
+from polygraft.grafts.formats.peft_changes import SHIFT, Change, Trained, change_of
 from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.formats.stock import Stock
-from polygraft.grafts.grammar import Term, union
+from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
-from polygraft.grafts.methods.exchange import Config
-from polygraft.grafts.sites import LINEAR, ModelShape, Site
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.methods.exchange import Config, Peft
+from polygraft.grafts.sites import ModelShape, Site, gathered, resolve, sites_of
+from polygraft.grafts.spec import GraftSpec, SpecError
 
 Values = Mapping[str, Tensor]
+_NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What one method does at a site, its tensors by slot and part, and the keys that it is read from."""
-
-    method: str
-    site: Site
-    values: Mapping[tuple[int, str], Tensor]
-    keys: tuple[str, ...]
-
-
-def beside(
-    config: Config, stored: Values, shape: ModelShape, stock: Stock | None, first: int
+def read(
+    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: Stock | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
-    """Terms to add to the graft, whose slots count from `first`, their tensors, and the keys that they are read from.
+    """Terms to add to the method's `own` graft, their tensors, and the keys that they are read from.
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    saved, bias = names(config, "modules_to_save"), config.get("bias") or "none"
+    saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
     if not saved and bias == "none":
         return [], {}, set()
+    if bias not in ("none", "all") and not bias.endswith("_only"):
+        raise SpecError(f"bias: {bias!r} is not none, all or the method's name with _only")
     if stock is None:
-        raise FormatError("modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder")
-    found = [*_modules(saved, stored, stock)]
-    if bias != "none":
-        known = {key for change in found for key in change.keys}  # a whole module's bias is among them
-        found += _biases({key: value for key, value in stored.items() if key not in known}, stock)
-    read = {key for change in found for key in change.keys}
-    terms: list[Term] = []
+        raise FormatError(_NO_STOCK)
+    trained = Trained(stock, _wrapped(own, shape), _saved(saved, shape), bias)
+    found: dict[tuple[Site, Change], Values] = {}
+    keys = _said_again(trained, stored)
+    for site, ends, changes in trained.sites():
+        numbers = trained.own(site, ends)
+        places = {end: _key(f"{trained.key(site)}.{end}", stored) for end in ends}
+        kept = {end: sized(key, stored[key], tuple(numbers[end].shape)) for end, key in places.items()}
+        for change in changes:
+            found[site, change] = change.read(trained.seen(numbers, site), trained.seen(kept, site))
+        keys |= {*places.values()}
+    more: list[Term] = []
     values: dict[str, Tensor] = {}
-    for change in found:
-        slot = first + sum(len(union([term]).slots) for term in terms)
-        terms.append(Term(change.method, {"at": change.site.name}, (change.site.layer,)))
-        values |= {f"{slot + index}.{change.site}.{part}": value for (index, part), value in change.values.items()}
-    return terms, values, read | {key for one in read for key in _again(one, stored)}
+    for index, (change, at, layers) in enumerate(gathered(found, shape), len(own.slots)):
+        more.append(Term(change.method, {"at": "|".join(at)}, layers))
+        for site in resolve(union(more[-1:]).slots[0], shape):
+            values |= {f"{index}.{site}.{part}": value.float() for part, value in found[site, change].items()}
+    return more, values, keys
 
 
-def _modules(saved: list[str], stored: Values, stock: Stock) -> Iterator[_Change]:
-    chosen: set[Site] = set()
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """A graft as a method's `own`, whose slots have these `numbers` in the whole, and the changes `beside` it, by the
+    number of the slot that makes them."""
+
+    own: GraftSpec
+    numbers: tuple[int, ...]
+    beside: Mapping[tuple[Site, Change], int]
+
+    def values(self, values: Values) -> dict[str, Tensor]:
+        """The own graft's."""
+        places = {str(number): index for index, number in enumerate(self.numbers)}
+        parts = ((name.partition("."), value) for name, value in values.items())
+        return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
+
+
+def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
+    """The method is what PEFT cannot have beside one; where there is nothing such, it is the first."""
+    whole = Apart(spec, tuple(range(len(spec.slots))), {})
+    try:
+        built = [(term, union([term]).slots) for term in terms(spec.method)]
+        places = [[(site, slot) for slot in slots for site in resolve(slot, shape)] for _, slots in built]
+    except SpecError:
+        return whole
+    if tuple(slot for _, slots in built for slot in slots) != spec.slots:
+        return whole
+    placed = [[(site, change_of(slot, site)) for site, slot in those] for those in places]
+    free = [all(change is not None for _, change in those) for those in placed]
+    if all(free):
+        free = [term.name != built[0][0].name for term, _ in built]
+    own: list[Term] = []
+    numbers: list[int] = []
+    beside: dict[tuple[Site, Change], int] = {}
+    first = 0
+    for (term, slots), those, loose in zip(built, placed, free):
+        if not loose:
+            own.append(term)
+            numbers += range(first, first + len(slots))
+        for site, change in those if loose else ():
+            if change is None or (site, change) in beside:
+                return whole
+            beside[site, change] = first  # each of these methods has one slot
+        first += len(slots)
+    return Apart(union(own), tuple(numbers), beside) if beside else whole
+
+
+def write(
+    layout: Peft, graft: Apart, values: Values | None, stock: Stock | None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Fields of the config and tensors (none without `values`); raises FormatError where none mean just the changes."""
+    if not graft.beside:
+        return {}, {}
+    if stock is None:
+        raise FormatError(_NO_STOCK)
+    trained = _fitting(layout, graft, stock)
+    fields: dict[str, object] = {"modules_to_save": _named(trained.saved, stock) or None, "bias": trained.bias}
+    fields = fields if layout.biases else {"modules_to_save": fields["modules_to_save"]}
+    if values is None:
+        return fields, {}
+    modules: dict[str, dict[str, Tensor]] = {}  # each of one site's numbers or of several's
+    files: dict[str, Tensor] = {}
+    for site, ends, changes in trained.sites():
+        own = trained.own(site, ends)
+        seen, module = trained.seen(own, site), modules.setdefault(trained.key(site), own)
+        for change in changes:
+            front = f"{graft.beside[site, change]}.{site}."
+            ours = {name.removeprefix(front): value for name, value in values.items() if name.startswith(front)}
+            trained.put(module, site, change.write(seen, ours))
+        files |= {f"{trained.key(site)}.{end}": module[end] for end in ends}
+    files |= {key: files[of].clone() for key, of in trained.again().items()}
+    return fields, files | {key: stock.wide(of) for key, of in {**trained.unused(), **trained.elsewhere()}.items()}
+
+
+def _fitting(layout: Peft, graft: Apart, stock: Stock) -> Trained:
+    """What trains just the changes beside the method."""
+    if not layout.sides:
+        raise FormatError(f"modules_to_save, bias: are not written beside {layout.kind}; keep the native folder")
+    wrapped = _wrapped(graft.own, stock.shape)
+    saved = frozenset(site for site, change in graft.beside if change is not SHIFT)
+    if both := sorted(wrapped & saved):
+        where = path(both[0], stock.shape)
+        raise FormatError(f"modules_to_save: PEFT has either the method or a whole {where}; keep the native folder")
+    words = ("none", f"{layout.kind.lower()}_only", "all") if layout.biases else ("none",)
+    tried = [Trained(stock, wrapped, saved, word) for word in words]
+    trained = min(tried, key=lambda one: len(one.changes() ^ graft.beside.keys()))
+    odd = [(site, change.method) for site, change in trained.changes() ^ graft.beside.keys()]
+    if odd:
+        site, method = min(odd)
+        more = any((site, method) == (place, change.method) for place, change in trained.changes())
+        said = f"trains {method} at {site}, too" if more else f"has no {method} at {site}"
+        raise FormatError(f"modules_to_save, bias: PEFT {said} (bias {trained.bias!r}); keep the native folder")
+    return trained
+
+
+def _wrapped(own: GraftSpec, shape: ModelShape) -> frozenset[Site]:
+    return frozenset(site for _, site in sites_of(own, shape))
+
+
+def _saved(saved: list[str], shape: ModelShape) -> frozenset[Site]:
+    """The sites of the modules that a list names by the ends of their paths, as PEFT does."""
+    found: set[Site] = set()
     for name in saved:
-        sites = [site for site in candidates(stock.shape) if path(site, stock.shape).endswith(name)]  # as PEFT does
+        sites = [site for site in candidates(shape) if path(site, shape).endswith(name)]
         if not sites:
             raise SpecError(f"modules_to_save: {name!r} is no projection and no norm; others are not replaced")
-        chosen.update(sites)
-    for site in sorted(chosen):
-        key = f"base_model.model.{path(site, stock.shape)}"
-        weight, bias = stored.get(f"{key}.weight"), stored.get(f"{key}.bias")
-        if weight is None:
-            raise FormatError(f"{key}.weight: is missing")
-        if site.name in LINEAR:
-            yield _dense(site, weight, stock, f"{key}.weight")
-            if bias is not None:
-                yield _shift(site, bias, stock, f"{key}.bias")
-        else:
-            yield _norm(site, weight.float(), bias, stock, key)
+        found.update(sites)
+    return frozenset(found)
 
 
-def _again(key: str, stored: Values) -> Iterator[str]:
-    """The keys under which PEFT has the biases of a whole module once more, with `bias` "all": as they were, which no
-    forward of it reads, and as they are. Raises FormatError where these are others."""
-    module, _, part = key.rpartition(".")
-    for wrapper in ("original_module", "modules_to_save"):
-        if (again := f"{module}.{wrapper}.{part}") in stored:
-            sized(again, stored[again], tuple(stored[key].shape))
-            if wrapper == "modules_to_save" and not stored[again].equal(stored[key]):
-                raise FormatError(f"{again}: is not {key}, which it says again")
-            yield again
+def _named(saved: frozenset[Site], stock: Stock) -> list[str]:
+    """The fewest last parts of each module's path that no other module's ends with."""
+    every = {name.rpartition(".")[0] for name in stock.files}
+    chosen = {path(site, stock.shape) for site in saved}
+    found: dict[str, None] = {}
+    for place in (path(site, stock.shape) for site in sorted(saved)):
+        parts = place.split(".")
+        ends = (".".join(parts[first:]) for first in reversed(range(len(parts))) if not parts[first].isdigit())
+        found[next(end for end in ends if not any(other.endswith(end) for other in every - chosen))] = None
+    return [*found]
 
 
-def _dense(site: Site, weight: Tensor, stock: Stock, key: str) -> _Change:
-    """Child-tuning has the whole dW; its throws of dice are of training."""
-    change = stock.part(sized(key, weight, stock.shapes(site)[0]), site).float() - stock.weight(site)
-    return _Change("child-tuning", site, {(0, "child"): change, (0, "child_dice"): torch.zeros(2)}, (key,))
+def _key(key: str, stored: Values) -> str:
+    """The one that is there; PEFT's earlier versions did not name what is wrapped."""
+    found = next((one for one in (key, key.replace(".base_layer.", ".")) if one in stored), None)
+    if found is None:
+        raise FormatError(f"{key}: is missing")
+    return found
 
 
-def _norm(site: Site, weight: Tensor, bias: Tensor | None, stock: Stock, key: str) -> _Change:
-    """c + w' = g (c + w), and b' = g b + s."""
-    own, b, offset = stock.norm(site)
-    g = (offset + sized(f"{key}.weight", weight, tuple(own.shape))) / (offset + own)
-    if b is None:
-        return _Change("ln-tuning", site, {(0, "g"): g}, (f"{key}.weight",))
-    if bias is None:
-        raise FormatError(f"{key}.bias: is missing")
-    s = sized(f"{key}.bias", bias.float(), tuple(b.shape)) - g * b
-    return _Change("ssf", site, {(0, "g"): g, (0, "b"): s}, (f"{key}.weight", f"{key}.bias"))
-
-
-def _biases(stored: Values, stock: Stock) -> Iterator[_Change]:
-    for site in candidates(stock.shape):
-        for end in ("bias", "base_layer.bias"):
-            key = f"base_model.model.{path(site, stock.shape)}.{end}"
-            if key in stored:
-                yield _shift(site, stored[key], stock, key)
-
-
-def _shift(site: Site, bias: Tensor, stock: Stock, key: str) -> _Change:
-    if site.name in LINEAR:
-            own, bias = stock.bias(site), stock.part(sized(key, bias, stock.shapes(site)[1]), site)
-    else:
-        weight, own, _ = stock.norm(site)
-        sized(key, bias, tuple(weight.shape))
-    change = bias.float() if own is None else bias.float() - own
-    return _Change("bitfit", site, {(0, "b"): change}, (key,))
+def _said_again(trained: Trained, stored: Values) -> set[str]:
+    """The keys beside those of the changes; raises FormatError where one says another thing."""
+    for key, of in trained.again().items():
+        if key in stored and of in stored and not sized(key, stored[key], tuple(stored[of].shape)).equal(stored[of]):
+            raise FormatError(f"{key}: is not {of}, which it says again")
+    for key, of in {**trained.unused(), **trained.elsewhere()}.items():
+        if key in stored:
+            own = trained.stock.wide(of)
+            same = sized(key, stored[key], tuple(own.shape)).to(own.dtype).equal(own)
+            if not same and key in trained.elsewhere():
+                raise FormatError(f"{key}: is not the backbone's, and no op of ours changes it")
+    return {key for key in (*trained.again(), *trained.unused(), *trained.elsewhere()) if key in stored}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,21 @@ import regex
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import Config, Peft
-from polygraft.grafts.sites import EMBED_SITE, FINAL_SITE, LINEAR, NORMS, ModelShape, Site, model_path, module_path
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.sites import (
+    EMBED_SITE,
+    FINAL_SITE,
+    LINEAR,
+    NORMS,
+    ModelShape,
+    Site,
+    gathered,
+    model_path,
+    module_path,
+)
+from polygraft.grafts.spec import Layers, SpecError
 
 _SECONDS = 0.5
+_Fields = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +35,7 @@ class Group:
 
     config: Config
     sides: Mapping[str, tuple[str, ...]]
-    layers: tuple[int, ...] | None
+    layers: Layers
 
 
 def path(site: Site, shape: ModelShape) -> str:
@@ -40,26 +50,17 @@ def groups(layout: Peft, config: Config, shape: ModelShape) -> tuple[Group, ...]
     Raises SpecError for a name or pattern that means none.
     """
     (whole, (key, _)), *others = layout.sides.items()
-    found: dict[tuple[str, str, tuple[tuple[str, object], ...]], list[int]] = {}
+    found: list[tuple[Site, tuple[str, _Fields]]] = []
     for site in candidates(shape):
         place = path(site, shape)
         if _means(config, key, place) and not _left_out(config, place):
             side = next((ours for ours, (field, _) in others if _means(config, field, place)), whole)
-            values = tuple(_values(layout, config, place))
-            found.setdefault((side, site.name, values), []).append(site.layer)
+            found.append((site, (side, tuple(_values(layout, config, place)))))
     _all_mean_something(config, key, shape)
-    everywhere = Counter(site.name for site in candidates(shape))
-    together: dict[tuple[tuple[tuple[str, object], ...], tuple[int, ...] | None], dict[str, list[str]]] = {}
-    for (side, name, values), layers in found.items():
-        whole_model = name == FINAL_SITE or len(layers) == everywhere[name]
-        where = together.setdefault(
-            (values, None if whole_model else tuple(layers)), {ours: [] for ours in layout.sides}
-        )
-        where[side].append(name)
-    return tuple(
-        Group({**config, **dict(values)}, {side: tuple(those) for side, those in sides.items()}, layers)
-        for (values, layers), sides in together.items()
-    )
+    together: dict[tuple[_Fields, Layers], dict[str, tuple[str, ...]]] = {}
+    for (side, values), those, layers in gathered(found, shape):
+        together.setdefault((values, layers), dict.fromkeys(layout.sides, ()))[side] = those
+    return tuple(Group({**config, **dict(values)}, sides, layers) for (values, layers), sides in together.items())
 
 
 def targets(sites: Iterable[Site], shape: ModelShape, *, layered: bool) -> Mapping[str, object] | None:
@@ -136,6 +137,8 @@ def _means(config: Config, key: str, place: str) -> bool:
 
 
 def _left_out(config: Config, place: str) -> bool:
+    if any(_fits("modules_to_save", rf"(^|.*\.){name}($|\..*)", place) for name in names(config, "modules_to_save")):
+        return True
     value = config.get("exclude_modules")
     if isinstance(value, str):
         return _fits("exclude_modules", value, place)

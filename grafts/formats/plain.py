@@ -13,9 +13,9 @@ from torch import Tensor
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.lowering import Lowered
-from polygraft.grafts.sites import LINEAR, ModelShape, Site, sites_of
+from polygraft.grafts.sites import LINEAR, ModelShape, Site, gathered, sites_of
 from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import KV, Branch, GraftSpec, Tokens
+from polygraft.grafts.spec import KV, Branch, GraftSpec, Layers, Tokens
 
 Values = Mapping[str, Tensor]
 
@@ -28,9 +28,9 @@ class Rank:
     alpha: float
     dropout: float = 0.0
 
-    def term(self, names: tuple[str, ...], layers: tuple[int, ...], depth: int) -> Term:
+    def term(self, names: tuple[str, ...], layers: Layers) -> Term:
         said = {"r": str(self.r), "alpha": str(self.alpha), "at": "|".join(names), "dropout": str(self.dropout)}
-        return Term("lora", said, None if layers == tuple(range(depth)) else layers)
+        return Term("lora", said, layers)
 
 
 def plain(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[GraftSpec, Values | None] | None:
@@ -50,13 +50,7 @@ def plain(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[Gr
 
 def loras(ranks: Mapping[Site, Rank], shape: ModelShape) -> GraftSpec:
     """LoRAs at just these sites, in as few terms as there are different ranks and sets of layers."""
-    layers: dict[tuple[str, Rank], list[int]] = {}
-    for site, rank in sorted(ranks.items()):
-        layers.setdefault((site.name, rank), []).append(site.layer)
-    together: dict[tuple[Rank, tuple[int, ...]], list[str]] = {}
-    for (name, rank), where in layers.items():
-        together.setdefault((rank, tuple(where)), []).append(name)
-    return union([rank.term(tuple(those), where, shape.layers) for (rank, where), those in together.items()])
+    return union([rank.term(names, layers) for rank, names, layers in gathered(sorted(ranks.items()), shape)])
 
 
 def _lora(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[GraftSpec, Values | None] | None:

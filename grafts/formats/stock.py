@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.sites import ModelShape, Site, model_path
+from polygraft.grafts.sites import NORMS, ModelShape, Site, model_path
 
 CONFIG = "config.json"
 
@@ -60,30 +60,29 @@ class Stock:
             raise FormatError(f"{site}: is but a part of a module of {self.shape.arch}")
         return self.weight(site)
 
+    def biased(self, site: Site) -> bool:
+        """Whether the site's module has a bias."""
+        return f"{self.module(site)}.bias" in self.files
+
     def bias(self, site: Site) -> Tensor | None:
-        """A projection's bias, where it has one."""
-        key = f"{self.module(site)}.bias"
-        return self.part(self.wide(key), site) if key in self.files else None
+        """A projection's or norm's bias, where it has one."""
+        return self.part(self.wide(f"{self.module(site)}.bias"), site) if self.biased(site) else None
 
-    def norm(self, site: Site) -> tuple[Tensor, Tensor | None, float]:
-        """A norm's weight as it lies, its bias, and what the architecture adds to the weight to have the factor."""
-        key = self.module(site)
-        bias = self.wide(f"{key}.bias") if f"{key}.bias" in self.files else None
-        return self.wide(f"{key}.weight"), bias, self._table.norm_offset
-
-    def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the weight of a projection's module as it lies, and of its bias."""
-        columns = self.shape.dims(site.name)[0]
-        rows = sum(self.shape.dims(name)[1] for name in self._table.beside(site.name))
-        return (columns, rows) if self._table.transposed else (rows, columns), (rows,)
+    @property
+    def norm_offset(self) -> float:
+        """What the architecture adds to a norm's weight to have its factor."""
+        return self._table.norm_offset
 
     def part(self, tensor: Tensor, site: Site) -> Tensor:
         """The site's rows of its module's weight or bias."""
-        return self._straight(tensor)[self.shape.rows(site.name)]
+        return self._straight(tensor)[self._rows(site)]
 
     def put(self, tensor: Tensor, site: Site, value: Tensor) -> None:
         """Replace the site's rows of its module's weight or bias, rounding to its type."""
-        self._straight(tensor)[self.shape.rows(site.name)] = value.to(tensor.dtype)
+        self._straight(tensor)[self._rows(site)] = value.to(tensor.dtype)
+
+    def _rows(self, site: Site) -> slice | list[int]:
+        return slice(None) if site.name in NORMS else self.shape.rows(site.name)
 
     def _straight(self, tensor: Tensor) -> Tensor:
         return tensor.T if self._table.transposed and tensor.ndim == 2 else tensor

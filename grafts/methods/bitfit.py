@@ -22,6 +22,7 @@ PEFT = (
     Peft(
         kind="BEFT",
         method="beft",
+        biases=False,
         idle={"init_weights": True},
         layered=False,
         own={"b": Kept("beft_bias", shape=(1, -1))},

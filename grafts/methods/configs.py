@@ -17,7 +17,7 @@ _NOTES = frozenset(
 # Values at which fields of many configs mean nothing.
 _PLAIN: Config = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
 # Which modules of the backbone, and what of it was trained beside: read where the backbone is known.
-_PLACES = ("layers_pattern", "exclude_modules", "modules_to_save", "bias")
+_PLACES = ("layers_pattern", "exclude_modules", "modules_to_save")
 
 
 def flat(config: Config) -> dict[str, object]:
@@ -77,7 +77,8 @@ def _check(layout: Peft, config: Config, stored: bool) -> None:
     read |= {theirs for theirs, _ in layout.sides.values()} | ({"layers_to_transform"} if layout.layered else set())
     plain = {**_PLAIN, **layout.idle}
     if stored:
-        read |= {*layout.patterns, *_PLACES, *layout.idle.keys() - layout.harmless.keys()}
+        read |= {*layout.patterns, *layout.idle.keys() - layout.harmless.keys()}
+        read |= {*_PLACES, *(["bias"] if layout.biases else [])} if layout.sides else set()
     odd = {
         key: value
         for key, value in config.items()

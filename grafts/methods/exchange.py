@@ -92,4 +92,5 @@ class Peft:
     only_on: tuple[str, ...] | None = None  # the architectures that PEFT has it on
     written: bool = True  # else a graft is written as the plainer one that it is (`formats/plain.py`)
     untied: bool = False  # where the head is tied to the embeddings, PEFT's graft is another one
+    biases: bool = True  # with sides, whether PEFT can train the backbone's biases beside it
     only: Literal["folder", "job"] | None = None

@@ -17,6 +17,7 @@ PEFT = (
     Peft(
         kind="IA3",
         method="ia3",
+        biases=False,
         conv1d=True,
         idle={"init_ia3_weights": True},
         sides={"at": ("target_modules", ()), "feedforward": ("feedforward_modules", ("down_proj",))},

@@ -122,6 +122,7 @@ PEFT = (
     Peft(
         kind="LOKR",
         method="lokr",
+        biases=False,
         names={"r": ("r", 8), "alpha": ("alpha", 8), "factor": ("decompose_factor", -1)},
         fields=lambda both, **_: {"decompose_both": bool(both)},
         arguments=lambda config: {"both": int(bool(config.get("decompose_both")))},

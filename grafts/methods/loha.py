@@ -39,6 +39,7 @@ PEFT = (
     Peft(
         kind="LOHA",
         method="loha",
+        biases=False,
         names={"r": ("r", 8), "alpha": ("alpha", 8)},
         idle={"init_weights": True, "rank_dropout": None, "module_dropout": None},
         patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},

@@ -40,7 +40,7 @@ def _pack(values: Values, layout: Sequence[TensorSpec], module: Callable[..., st
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, bias, offset = stock.norm(tensor.site)
+        weight, bias, offset = stock.weight(tensor.site), stock.bias(tensor.site), stock.norm_offset
         key, g = f"{module(tensor.site)}.ln_tuning_layers", values[tensor.name]
         found[f"{key}.weight"] = g * (offset + weight) - offset
         if bias is not None:
@@ -54,7 +54,7 @@ def _unpack(
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, bias, offset = stock.norm(tensor.site)
+        weight, bias, offset = stock.weight(tensor.site), stock.bias(tensor.site), stock.norm_offset
         key = f"{module(tensor.site)}.ln_tuning_layers"
         found[tensor.name] = g = (offset + stored[f"{key}.weight"]) / (offset + weight)
         if bias is not None and not stored[f"{key}.bias"].float().isclose(g * bias, rtol=1e-4, atol=1e-6).all():
@@ -62,4 +62,6 @@ def _unpack(
     return found
 
 
-PEFT = (Peft(kind="LN_TUNING", method="ln-tuning", layered=False, packed=Packed(_pack, _unpack, stock=True)),)
+PEFT = (
+    Peft(kind="LN_TUNING", method="ln-tuning", layered=False, biases=False, packed=Packed(_pack, _unpack, stock=True)),
+)

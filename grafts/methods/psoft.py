@@ -86,6 +86,7 @@ PEFT = (
     Peft(
         kind="PSOFT",
         method="psoft",
+        biases=False,
         conv1d=True,
         names={"r": ("r", 32), "dropout": ("psoft_dropout", 0.0)},
         needs={

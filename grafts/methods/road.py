@@ -51,6 +51,7 @@ PEFT = (
     Peft(
         kind="ROAD",
         method="road",
+        biases=False,
         names={"group": ("group_size", 64)},
         fields=lambda variant, **_: {"variant": f"road_{variant}"},
         arguments=lambda config: {"variant": str(config.get("variant", "road_1")).removeprefix("road_")},

@@ -58,6 +58,7 @@ PEFT = (
     Peft(
         kind="SHIRA",
         method="shira",
+        biases=False,
         names={"r": ("r", 32)},
         idle=_STARTS | {"mask_type": "random", "random_seed": None},
         layered=False,
@@ -69,6 +70,7 @@ PEFT = (
     Peft(
         kind="SUPERTUNING",
         method="supertuning",
+        biases=False,
         names={"sparsity": ("sparsity", 0.99)},
         fields=lambda r, alpha, end, **_: {
             "r": r or None,

@@ -109,6 +109,7 @@ PEFT = (
     Peft(
         kind="HIRA",
         method="hira",
+        biases=False,
         conv1d=True,
         names={"r": ("r", 32)},
         idle=_STARTS | {"hira_dropout": None},
@@ -139,6 +140,7 @@ PEFT = (
     Peft(
         kind="PEANUT",
         method="peanut",
+        biases=False,
         names={"r": ("r", 32), "depth": ("depth", 0), "scale": ("scaling", 1.0)},
         needs={"act_fn": "relu"},
         idle=_STARTS,

@@ -38,6 +38,7 @@ from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec, SpecError
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.table import ALL
+from tests.grafts.oracle.trained import trained
 from tests.tiny import tiny_llama
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
@@ -140,13 +141,7 @@ def test_peft_computes_the_same_from_what_we_write(
 def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
     name: str, backbone: Backbone, tmp_path: Path
 ) -> None:
-    model = get_peft_model(plain_model(backbone.folder, torch.float32), config_of(name))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(str(tmp_path))
+    model = trained(backbone.folder, config_of(name), tmp_path)
     stock = Stock(backbone.folder)
     spec, values = peft.load(tmp_path, backbone.shape, stock)
     assert relative(ours(backbone, spec, values), theirs(model)) < 1e-5

@@ -100,7 +100,10 @@ def export_graft(
             case Form.GGUF:
                 gguf_lora.export(target, spec, values, shape=grown.shape)
             case Form.NATIVE:
-                typer.echo(native.save(target, spec, values, shape=grown.shape, backbone=grown.fingerprint))
+                stock = Stock(grown.folder)
+                typer.echo(
+                    native.save(target, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=stock)
+                )
 
 
 @grafts.command("import")
@@ -137,10 +140,13 @@ def adopted(
 ) -> Graft:
     """The graft, saved and published under the name."""
     from polygraft.grafts.formats import native
+    from polygraft.grafts.formats.stock import Stock
     from polygraft.grafts.sizes import parameters
 
     root = settings.data / "grafts"
-    identity = native.save(root, spec, values, shape=grown.shape, backbone=grown.fingerprint)
+    identity = native.save(
+        root, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=Stock(grown.folder)
+    )
     return adopt(
         store,
         tenant,

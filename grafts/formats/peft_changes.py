@@ -1,0 +1,137 @@
+"""What a PEFT config trains of the backbone's own numbers, and as which op's tensors we have that: one table for both
+ways (`peft_beside.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.formats.peft_modules import candidates, path
+from polygraft.grafts.formats.stock import Stock
+from polygraft.grafts.grammar import Term, union
+from polygraft.grafts.sites import NORMS, Site
+from polygraft.grafts.spec import Slot
+
+Values = Mapping[str, Tensor]
+ROOT = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one method's slot does at a site: `read` gives its tensors from the backbone's own numbers and those that
+    PEFT keeps in their place, by `weight` and `bias`, `write` these from the op's. A norm's weight is its factor."""
+
+    method: str
+    read: Callable[[Values, Values], Values]
+    write: Callable[[Values, Values], Values]
+
+    def is_of(self, slot: Slot) -> bool:
+        """Whether the slot is the method's, wherever it stands."""
+        (own,) = union([Term(self.method, {})]).slots
+        return replace(slot, at=own.at, layers=None) == own
+
+
+def _scale_and_shift(own: Values, kept: Values) -> Values:
+    g = kept["weight"] / own["weight"]
+    return {"g": g, "b": kept["bias"] - g * own["bias"]}
+
+
+# Child-tuning has the whole dW; its throws of dice are of training.
+DENSE = Change(
+    "child-tuning",
+    lambda own, kept: {"child": kept["weight"] - own["weight"], "child_dice": torch.zeros(2)},
+    lambda own, ours: {"weight": own["weight"] + ours["child"]},
+)
+SHIFT = Change(
+    "bitfit",
+    lambda own, kept: {"b": kept["bias"] - own["bias"]},
+    lambda own, ours: {"bias": own["bias"] + ours["b"]},
+)
+SCALE = Change(
+    "ln-tuning",
+    lambda own, kept: {"g": kept["weight"] / own["weight"]},
+    lambda own, ours: {"weight": ours["g"] * own["weight"]},
+)
+SCALE_AND_SHIFT = Change(
+    "ssf",
+    _scale_and_shift,
+    lambda own, ours: {"weight": ours["g"] * own["weight"], "bias": ours["g"] * own["bias"] + ours["b"]},
+)
+# By whether the site is a norm and what of it is trained.
+_CHANGES: Mapping[tuple[bool, tuple[str, ...]], tuple[Change, ...]] = {
+    (False, ("weight",)): (DENSE,),
+    (False, ("weight", "bias")): (DENSE, SHIFT),
+    (False, ("bias",)): (SHIFT,),
+    (True, ("weight",)): (SCALE,),
+    (True, ("weight", "bias")): (SCALE_AND_SHIFT,),
+    (True, ("bias",)): (SHIFT,),
+}
+
+
+def change_of(slot: Slot, site: Site) -> Change | None:
+    """The change that the slot is at the site, where one of them is."""
+    those = (one for (norm, _), changes in _CHANGES.items() if norm == (site.name in NORMS) for one in changes)
+    return next((one for one in those if one.is_of(slot)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a config trains beside a method whose sites are `wrapped`: the `saved` modules whole, and with `bias` the
+    biases of none, of the method's modules (`lora_only`) or of all."""
+
+    stock: Stock
+    wrapped: frozenset[Site]
+    saved: frozenset[Site]
+    bias: str
+
+    def sites(self) -> Iterator[tuple[Site, tuple[str, ...], tuple[Change, ...]]]:
+        """Each site with what of it is trained, and the changes that this is."""
+        for site in candidates(self.stock.shape):
+            whole, of_method = site in self.saved, self.bias.endswith("_only") and site in self.wrapped
+            bias = self.stock.biased(site) and (whole or of_method or self.bias == "all")
+            if ends := ("weight",) * whole + ("bias",) * bias:
+                yield site, ends, _CHANGES[site.name in NORMS, ends]
+
+    def changes(self) -> set[tuple[Site, Change]]:
+        return {(site, change) for site, _, changes in self.sites() for change in changes}
+
+    def key(self, site: Site) -> str:
+        """PEFT's of what holds the site's numbers, which is inside what it wraps."""
+        return f"{ROOT}{path(site, self.stock.shape)}{'.base_layer' * (site in self.wrapped)}"
+
+    def own(self, site: Site, ends: Iterable[str]) -> dict[str, Tensor]:
+        """The numbers of the backbone's module that holds the site."""
+        return {end: self.stock.wide(f"{self.stock.module(site)}.{end}") for end in ends}
+
+    def seen(self, module: Values, site: Site) -> dict[str, Tensor]:
+        """What the site computes with of such numbers, wide enough for sums of them."""
+        return {end: self.stock.part(v, site).double() + self._offset(site, end) for end, v in module.items()}
+
+    def put(self, module: Values, site: Site, seen: Values) -> None:
+        """The other way: replace the site's numbers of its module."""
+        for end, value in seen.items():
+            self.stock.put(module[end], site, value - self._offset(site, end))
+
+    def again(self) -> Mapping[str, str]:
+        """The keys under which PEFT has the biases of whole modules once more, where it has all, and whose they are."""
+        keys = (self.key(site) for site, ends, _ in self.sites() if site in self.saved and "bias" in ends)
+        return {f"{key}.modules_to_save.bias": f"{key}.bias" for key in keys if self.bias == "all"}
+
+    def unused(self) -> Mapping[str, str]:
+        """Those under which it has them as they were, which no forward of it reads, and where the backbone has them."""
+        return {
+            key.replace(".modules_to_save.", ".original_module."): of.removeprefix(ROOT)
+            for key, of in self.again().items()
+        }
+
+    def elsewhere(self) -> Mapping[str, str]:
+        """And those of biases that no site has."""
+        at_sites = {f"{self.stock.module(site)}.bias" for site in candidates(self.stock.shape)}
+        others = (name for name in self.stock.files if name.endswith(".bias") and name not in at_sites)
+        return {f"{ROOT}{name}": name for name in others if self.bias == "all"}
+
+    def _offset(self, site: Site, end: str) -> float:
+        return self.stock.norm_offset if site.name in NORMS and end == "weight" else 0.0
