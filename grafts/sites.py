@@ -240,6 +240,16 @@ def apart(at: str) -> bool:
     return any(_named(part, name) for part in at.split("|") for name in (BLOCK_SITE, FINAL_SITE))
 
 
+def folds(slot: Slot) -> bool:
+    """Whether a slot, as it is served, is affine in what projections read (`GraftSpec.mergeable`)."""
+    if isinstance(slot, Branch):
+        linear = slot.act == "identity" and not slot.bias and slot.gate in ("none", "noise")
+        return linear and (slot.tap == "output" or not sublayers(slot.at)) and not apart(slot.at)
+    if isinstance(slot, Affine):
+        return not apart(slot.at)
+    return isinstance(slot, Norm | Delta | Sparse | Rotate)
+
+
 def module_path(site: Site, shape: ModelShape) -> str:
     """Path of the site's module inside the transformers backbone, e.g. `layers.3.self_attn.q_proj`."""
     return shape.stack(site.layer).path(shape.within(site.layer), site.name)

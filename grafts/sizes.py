@@ -98,7 +98,7 @@ def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
     match slot:
         case Branch(rank=rank, bias=bias, gate=gate, experts=experts):
             factors = {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
-            read = Part((rank if gate == "attention" else experts, place.d_in), "kaiming")
+            read = Part((rank if gate in ("attention", "noise") else experts, place.d_in), "kaiming")
             scores = {"G": read} if gate != "none" else {}
             return factors | ({"a": Part((rank, 1))} if bias else {}) | scores
         case Affine(scale=scale, shift=shift, side=side):

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 Act = Literal["identity", "relu", "gelu", "silu", "tanh"]
-Gating = Literal["none", "sigmoid", "softmax", "attention"]
+Gating = Literal["none", "sigmoid", "softmax", "attention", "noise"]
 Layers = tuple[int, ...] | None
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -62,7 +62,8 @@ class Branch(_Slot):
     With a `gate` the ranks are split evenly among `experts`, and every row weighs each expert's hidden values: y +=
     scale * B (w * act(A t)) with w = gate(G t), G [experts, in]: a sigmoid each, or a softmax over all, or over the
     `top` highest where that is not 0. With `attention` G is [rank, in], and the softmax is over the inner products of
-    an expert's share of G t with its hidden values (AdapterFusion, Pfeiffer et al. 2021).
+    an expert's share of G t with its hidden values (AdapterFusion, Pfeiffer et al. 2021). With `noise` it is that, too:
+    in training exp(G t / 2) z is added to A t, every z a normal number of its own, else nothing (PVeRA).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -87,6 +88,8 @@ class Branch(_Slot):
             raise SpecError(f"dropout: {self.dropout} is outside [0, 1)")
         if self.gate == "none" and (self.experts, self.top) != (1, 0):
             raise SpecError(f"experts: {self.experts} of a branch without a gate; choose sigmoid, softmax or attention")
+        if self.gate == "noise" and (self.experts, self.act) != (1, "identity"):
+            raise SpecError(f"gate: 'noise' of {self.experts} experts and act {self.act!r}; it takes 1 and 'identity'")
         if self.experts < 1 or self.rank % self.experts:
             raise SpecError(f"experts: {self.experts} do not share rank {self.rank} evenly")
         if not 0 <= self.top <= self.experts or (self.top and self.gate != "softmax"):
@@ -147,8 +150,8 @@ class KV(_Slot):
     def __post_init__(self) -> None:
         if self.length < 1:
             raise SpecError(f"prefix length: {self.length} is not a size; give at least 1")
-        if self.gate == "attention":
-            raise SpecError("gate: 'attention' of prefix rows, which have no hidden values; choose sigmoid or softmax")
+        if self.gate in ("attention", "noise"):
+            raise SpecError(f"gate: {self.gate!r} of prefix rows, which have no hidden values; sigmoid or softmax")
         if self.gate != "none" and not self.aside:
             raise SpecError(f"gate: {self.gate!r} of rows that stand in the cache, where all read the same; set aside")
         if self.experts < 1 or self.length % self.experts or (self.gate == "none" and self.experts != 1):
@@ -329,9 +332,9 @@ class GraftSpec:
 
     @property
     def plain(self) -> GraftSpec:
-        """As it is served: no slot has a form but deltas, whose dense matrix exists while it is multiplied with."""
-        slots = (s if isinstance(s, Delta) or s.form is None else replace(s, form=None) for s in self.slots)
-        return replace(self, slots=tuple(slots), hooks=())
+        """As it is served: no slot has a form but deltas, whose dense matrix exists while it is multiplied with, and no
+        branch has noise."""
+        return replace(self, slots=tuple(map(_served, self.slots)), hooks=())
 
     @property
     def prefix_length(self) -> int:
@@ -352,7 +355,7 @@ class GraftSpec:
     @property
     def draws(self) -> bool:
         """Whether a forward in training depends on random numbers."""
-        dropped = any(isinstance(slot, Branch) and slot.dropout for slot in self.slots)
+        dropped = any(isinstance(slot, Branch) and (slot.dropout or slot.gate == "noise") for slot in self.slots)
         return dropped or any(isinstance(slot, Tokens) and slot.noise for slot in self.slots)
 
     @property
@@ -372,17 +375,9 @@ class GraftSpec:
         A branch around a whole sublayer is not, since its input is not the projection's; nor is what acts on the
         residual stream or after the final norm, where no projection of a layer ends or begins.
         """
-        from polygraft.grafts.sites import apart, sublayers
+        from polygraft.grafts.sites import folds
 
-        def affine(slot: Slot) -> bool:
-            if isinstance(slot, Branch):
-                linear = slot.act == "identity" and not slot.bias and slot.gate == "none"
-                return linear and (slot.tap == "output" or not sublayers(slot.at)) and not apart(slot.at)
-            if isinstance(slot, Affine):
-                return not apart(slot.at)
-            return isinstance(slot, Norm | Delta | Sparse | Rotate)
-
-        return all(affine(slot) for slot in self.slots)
+        return all(folds(slot) for slot in self.slots)
 
     def to_json(self) -> str:
         return _ADAPTER.dump_json(self).decode()
@@ -395,6 +390,11 @@ class GraftSpec:
         except ValidationError as error:
             first = error.errors()[0]
             raise SpecError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _served(slot: Slot) -> Slot:
+    slot = slot if isinstance(slot, Delta) or slot.form is None else replace(slot, form=None)
+    return replace(slot, gate="none") if isinstance(slot, Branch) and slot.gate == "noise" else slot
 
 
 _ADAPTER: TypeAdapter[GraftSpec] = TypeAdapter(GraftSpec)

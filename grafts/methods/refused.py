@@ -6,11 +6,14 @@ from collections.abc import Mapping
 
 _REASONS: Mapping[tuple[str, ...], str] = {
     ("lst", "side-tuning"): "a side network fed by every layer needs a ninth op, a ladder beside the backbone",
-    ("galore", "osf", "full"): "a dense gradient and optimiser state for W, for each job",
+    ("galore", "full"): "a dense gradient and optimiser state for W, for each job",
+    ("osf",): "it trains all of W, by a dense gradient kept in the complement of W's largest singular directions",
     ("coda", "meft"): "another data flow through the backbone's own blocks",
     ("controlnet", "t2i-adapter", "ip-adapter"): "a copy of the encoder, or one of the condition; diffusion backbones",
     ("periodic-lora", "relora"): "it changes W, which others share",
     ("mixlora",): "an expert inside the feed-forward's nonlinearity, not beside it",
+    ("lily",): "its experts' weights are a mean over all tokens of a batch, so that a row depends on who else is in it",
+    ("shadow",): "a second network whose hidden states ride beside the backbone's, and whole layers that read both",
     ("ipa",): "a second model that multiplies the output's probabilities",
     ("x-lora", "xlora"): "its gates read the last layer of a first pass of the bare backbone, a second pass for every "
     "token; mole and meteora weigh trained LoRAs by what the layer itself reads",

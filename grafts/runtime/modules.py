@@ -20,6 +20,7 @@ from polygraft.grafts.runtime.stacks import Entries, Kind, Stack
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.kernels.affine.op import affine
 from polygraft.kernels.branch.gated import gated
+from polygraft.kernels.branch.noisy import noisy
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.dropout import dropout
 from polygraft.kernels.common.gate import Gate
@@ -221,15 +222,23 @@ def _branches(
             _, act, gate, top, count = kind.variant.split(".")
             segments, gates = route.segments(stack.entries), route.segments(stack.gates)
             A, B, G = (stack.parts[part] for part in "ABG")
-            y = gated(x, y, A, B, G, segments, gates, act, Gate(gate, int(top), int(count)))
+            if gate == "noise":
+                y = noisy(x, y, A, B, G, segments, gates, route.dropout_keys, _site_key(site, kind))
+            else:
+                y = gated(x, y, A, B, G, segments, gates, act, Gate(gate, int(top), int(count)))
         if kind.op == "branch" and kind.variant.startswith(tap):
             entries = stack.entries if among is None else tuple(entry for entry in stack.entries if entry in among)
             segments = route.segments(entries)
             into = x
             if segments.dropped and route.dropout_keys is not None:
-                into = dropout(x, segments, route.dropout_keys, crc32(f"{site}.{kind.variant}".encode()) - (1 << 31))
+                into = dropout(x, segments, route.dropout_keys, _site_key(site, kind))
             y = branch(into, y, stack.parts["A"], stack.parts["B"], segments, activation(kind), stack.parts.get("a"))
     return y
+
+
+def _site_key(site: Site, kind: Kind) -> int:
+    """What random numbers at a site are hashed with."""
+    return crc32(f"{site}.{kind.variant}".encode()) - (1 << 31)
 
 
 def _changed_out(y: Tensor, stacks: Mapping[Kind, Stack], route: RouteTable) -> Tensor:

@@ -53,9 +53,9 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(x, A, B, G)
         ctx.work = segments, gates, act, gate  # type: ignore[attr-defined]
         out = y.clone()
-        for s, g in _pairs(segments, gates):
-            active = activation.forward(act, _down(x, A, s))
-            weights = gate.weights(gate.scores(_down(x, G, g)[0], active[0]))
+        for s, g in pairs(segments, gates):
+            active = activation.forward(act, down(x, A, s))
+            weights = gate.weights(gate.scores(down(x, G, g)[0], active[0]))
             up = active * _spread(weights, s) * s.scale
             add_segment_bmm_(out[None, s.start : s.stop], up, B[None, s.first : s.last])
         return out
@@ -66,9 +66,9 @@ class _Gated(torch.autograd.Function):
         segments, gates, act, gate = ctx.work  # type: ignore[attr-defined]
         grad = grad.contiguous()
         dx, dA, dB, dG = (torch.zeros_like(tensor) for tensor in (x, A, B, G))
-        for s, g in _pairs(segments, gates):
+        for s, g in pairs(segments, gates):
             rows, dy = x[None, s.start : s.stop], grad[None, s.start : s.stop]
-            hidden, read = _down(x, A, s), _down(x, G, g)
+            hidden, read = down(x, A, s), down(x, G, g)
             active = activation.forward(act, hidden)
             weights = gate.weights(gate.scores(read[0], active[0]))
             spread = _spread(weights, s) * s.scale
@@ -87,11 +87,12 @@ class _Gated(torch.autograd.Function):
         return dx, grad, dA, dB, dG, None, None, None, None
 
 
-def _pairs(segments: Segments, gates: Segments) -> list[tuple[Segment, Segment]]:
+def pairs(segments: Segments, gates: Segments) -> list[tuple[Segment, Segment]]:
+    """Segments that are not empty, each with that of its gate."""
     return [(s, g) for s, g in zip(segments, gates, strict=True) if s.rows and s.size]
 
 
-def _down(x: Tensor, weight: Tensor, s: Segment) -> Tensor:
+def down(x: Tensor, weight: Tensor, s: Segment) -> Tensor:
     """x[s] weight[s]^T, [1, rows, size]."""
     return segment_bmm(x[None, s.start : s.stop], weight[None, s.first : s.last].transpose(1, 2))
 

@@ -1,11 +1,13 @@
-"""Ground truth of the branch op and the gated one: one segment after the other in float32 (float64 stays float64)."""
+"""Ground truth of the branch ops, plain, gated and noisy: one segment after the other in float32 (float64 stays so)."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from polygraft.kernels.branch.activation import ACTIVATIONS
 from polygraft.kernels.common.gate import Gate
-from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.common.segments import Segment, Segments
 
 
 def branch(
@@ -60,4 +62,25 @@ def gated(
             own = slice(s.first + i * size, s.first + (i + 1) * size)
             delta = delta + weights[:, i : i + 1] * ACTIVATIONS[act](x @ A_RI[own].to(wide).T) @ B_RO[own].to(wide)
         out = torch.cat([out[: s.start], out[s.start : s.stop] + s.scale * delta, out[s.stop :]])
+    return out.to(y_TO.dtype)
+
+
+def noisy(
+    x_TI: Tensor,
+    y_TO: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    G_RI: Tensor,
+    segments: Segments,
+    gates: Segments,
+    z_of: Callable[[Segment], Tensor],
+) -> Tensor:
+    """y[s] += s.scale * (x[s] A_s^T + exp(x[s] G_s^T / 2) * z_s) B_s with given z_s, differentiable by autograd."""
+    wide = torch.promote_types(y_TO.dtype, torch.float32)
+    out = y_TO.to(wide)
+    for s, g in zip(segments, gates, strict=True):
+        x = x_TI[s.start : s.stop].to(wide)
+        mean, variance = x @ A_RI[s.first : s.last].to(wide).T, torch.exp(x @ G_RI[g.first : g.last].to(wide).T)
+        delta = s.scale * (mean + variance.sqrt() * z_of(s).to(wide)) @ B_RO[s.first : s.last].to(wide)
+        out = torch.cat([out[: s.start], out[s.start : s.stop] + delta, out[s.stop :]])
     return out.to(y_TO.dtype)

@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx
 from polygraft.kernels.common.segments import Segments
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32 (Wellons 2018): xor-shift-multiply rounds
-_CHANNEL = 0x9E3779B9 - (1 << 32)
+CHANNEL = 0x9E3779B9 - (1 << 32)
 
 
 def mix32(h: Tensor) -> Tensor:
@@ -22,13 +22,13 @@ def mix32(h: Tensor) -> Tensor:
 
 def combine(seed: Tensor, word: Tensor | int) -> Tensor:
     """Hash of (seed, word), elementwise over int32."""
-    return mix32(mix32(seed + _CHANNEL) ^ word)
+    return mix32(mix32(seed + CHANNEL) ^ word)
 
 
 def keep_mask(row_keys_N: Tensor, site_key: int, width: int, p: float) -> Tensor:
     """[N, width] bool, True with probability 1 - p; a function of (row key, site key, channel)."""
     rows = combine(row_keys_N, site_key).unsqueeze(1)
-    channels = torch.arange(width, dtype=torch.int32, device=row_keys_N.device) * _CHANNEL
+    channels = torch.arange(width, dtype=torch.int32, device=row_keys_N.device) * CHANNEL
     threshold = int(p * 2**32) - 2**31
     return mix32(rows ^ channels) >= threshold
 

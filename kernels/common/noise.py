@@ -7,7 +7,7 @@ from math import pi
 import torch
 from torch import Tensor
 
-from polygraft.kernels.common.dropout import combine
+from polygraft.kernels.common.dropout import CHANNEL, combine, mix32
 
 _UNIT = 2.0**-32
 
@@ -17,4 +17,16 @@ def normal(key: int, count: int, dtype: torch.dtype) -> Tensor:
     place = torch.arange(count, dtype=torch.int32)
     seed = torch.tensor(key, dtype=torch.int32)
     u, v = (combine(combine(seed, half), place).to(torch.float64) * _UNIT + 0.5 for half in (-1, -2))
-    return ((-2 * (u + _UNIT / 2).log()).sqrt() * (2 * pi * v).cos()).to(dtype)
+    return _box_muller(u, v).to(dtype)
+
+
+def normal_rows(row_keys_N: Tensor, site_key: int, width: int, dtype: torch.dtype) -> Tensor:
+    """z ~ N(0, I), [N, width]: a function of (row key, site key, channel), as dropout's masks are."""
+    channels = torch.arange(width, dtype=torch.int32, device=row_keys_N.device) * CHANNEL
+    rows = combine(row_keys_N, site_key)
+    u, v = (mix32(combine(rows, half).unsqueeze(1) ^ channels).to(torch.float64) * _UNIT + 0.5 for half in (-1, -2))
+    return _box_muller(u, v).to(dtype)
+
+
+def _box_muller(u: Tensor, v: Tensor) -> Tensor:
+    return (-2 * (u + _UNIT / 2).log()).sqrt() * (2 * pi * v).cos()

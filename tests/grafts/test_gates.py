@@ -32,6 +32,7 @@ def test_experts_that_cannot_be_are_refused(text: str, wrong: str) -> None:
         ({"gate": "sigmoid", "experts": 2, "top": 1}, "a softmax chooses"),
         ({"gate": "sigmoid", "dropout": 0.1}, "no dropout"),
         ({"gate": "sigmoid", "bias": True}, "no bias"),
+        ({"gate": "noise", "act": "relu"}, "takes 1 and 'identity'"),
     ],
 )
 def test_a_branch_says_which_gate_it_cannot_have(fields: dict[str, object], wrong: str) -> None:

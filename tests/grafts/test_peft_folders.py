@@ -65,7 +65,7 @@ NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
     "gpt2": "ln-tuning|beft|bat|glora|glora of vectors|loha|lokr|lokr with a wished factor|peanut|llama-adapter"
     "|trainable-tokens|oft|oft exact|boft|hra|road|road 2|road 4|shira|supertuning|supra|c3a|c3a by PEFT",
     "bert": "prefix|prefix-mlp|prompt|p-tuning|p-tuning by lstm|spot|ipt|from|cartridge|dpt|residual-prompt|mpt|xprompt"
-    "|llama-adapter|trainable-tokens",
+    "|llama-adapter|trainable-tokens|cpt",
 }
 
 
@@ -156,7 +156,8 @@ def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
     assert after.keys() == before.keys() - copies
     assert all(value.equal(before[key]) and value.dtype == before[key].dtype for key, value in after.items())
     configs = [json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again)]
-    assert configs[1]["peft_type"] == configs[0]["peft_type"].replace("P_TUNING", "PROMPT_TUNING")
+    made = ("P_TUNING", "CPT")  # PEFT keeps the prompt that these make
+    assert configs[1]["peft_type"] == ("PROMPT_TUNING" if (kind := configs[0]["peft_type"]) in made else kind)
 
 
 OTHERS = ("qwen2", "gemma", "phi", "opt", "gpt2", "bert")
@@ -180,6 +181,8 @@ def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back
     assert peft.exportable(spec, backbone.shape, stock) != missing
     if missing:
         pytest.skip("PEFT has nothing like it there")
+    if (arch, name) == ("opt", "poly"):
+        pytest.skip("PEFT's layer needs rows by sequence, and OPT's feed-forward gives them flat")
     values = ALL[name].fixed(random_tensors(spec, backbone.shape, seed=4))
     values = {tensor: value.float() for tensor, value in values.items()}
     peft.export(tmp_path, spec, values, shape=backbone.shape, stock=stock)

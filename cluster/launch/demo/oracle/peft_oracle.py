@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PolyModel, get_peft_model
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama, plain_model, read, split
@@ -26,6 +26,7 @@ def peft_oracle(
     model = get_peft_model(plain_llama(folder, dtype), config, autocast_adapter_dtype=False).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # PEFT makes a prefix in float32 whatever the model
+    first_task(model)
     places = {name: (place or _place)(model, name, value) for name, value in values.items()}
     trained = {name: where for name, where in places.items() if where.parameter.requires_grad}
     assert sum(values[n].numel() for n in trained) == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -37,7 +38,14 @@ def peft_oracle(
 
 def loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> PeftModel:
     """PEFT's model as a user loads it from a saved folder."""
-    return PeftModel.from_pretrained(plain_model(folder, dtype), str(adapter))
+    return first_task(PeftModel.from_pretrained(plain_model(folder, dtype), str(adapter)))
+
+
+def first_task(model: PeftModel) -> PeftModel:
+    """The same model; Poly, which is to be told the task of every sequence, takes each for the first."""
+    if isinstance(model.base_model, PolyModel):
+        model.base_model._register_pre_hooks(torch.zeros(1, dtype=torch.long))  # type: ignore[no-untyped-call]
+    return model
 
 
 def _place(model: PeftModel, name: str, value: Tensor) -> Place:

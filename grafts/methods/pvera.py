@@ -1,0 +1,56 @@
+"""PVeRA: y += diag(b) B h with B frozen and shared by all layers, and h ~ N(m, diag(exp(v))) where [m; v] = diag(d) A x
+of a frozen, shared A of twice as many rows (arXiv 2512.07703, as PEFT 0.21 has it). In training every row draws its own
+h, without a penalty on the distribution; served and evaluated is the mean, which is a VeRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
+from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.spec import Branch, Call, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def pvera(r: int = 256, d: float = 0.1, at: str = "attn.[qv]") -> tuple[Slot, ...]:
+    """`d` is the start of the vector beside the ranks; the one beside the outputs starts at 0."""
+    return (Branch(at=at, rank=r, gate="noise", form=Call("pvera", (("d", d),))),)
+
+
+def _own(slot: Branch, place: Place, d: float) -> Mapping[str, Part]:
+    return {"d": Part((2 * slot.rank,), Call("full", (("value", d),))), "b": Part((place.d_out,))}
+
+
+def _shared(slot: Branch, places: Sequence[Place], d: float) -> Mapping[str, Part]:
+    """One A and one B as wide as the widest site, of which a narrower one takes the first columns."""
+    widest = max(place.d_in for place in places), max(place.d_out for place in places)
+    return {
+        "A": Part((2 * slot.rank, widest[0]), "kaiming", trained=False),
+        "B": Part((slot.rank, widest[1]), "kaiming", trained=False),
+    }
+
+
+def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, d: float) -> Mapping[str, Tensor]:
+    place = lowering.place
+    A, G = (values["d"].unsqueeze(1) * values["A"][:, : place.d_in]).chunk(2)
+    return {"A": A, "B": values["B"][:, : place.d_out] * values["b"], "G": G}
+
+
+METHODS = (Method("pvera", "arXiv 2512.07703", 3e-3, pvera),)
+FORMS = (Form("pvera", _operands, _own, _shared),)
+PEFT = (
+    Peft(
+        kind="PVERA",
+        method="pvera",
+        conv1d=True,
+        names={"r": ("r", 256), "d": ("d_initial", 0.1)},
+        needs={"save_projection": True, "sample_at_inference": False},
+        idle={"init_weights": True, "projection_prng_key": None, "pvera_dropout": None, "generator_seed": None},
+        own={"d": Kept("pvera_lambda_d"), "b": Kept("pvera_lambda_b")},
+        shared={"A": Kept("pvera_A"), "B": Kept("pvera_B", turned=(0, 1))},
+    ),
+)

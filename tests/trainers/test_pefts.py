@@ -1,0 +1,168 @@
+"""Methods that PEFT 0.21 brought: trained as PEFT trains them with the same random numbers, and packed equal to
+alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.poly.router import PolyRouter
+from peft.tuners.pvera import PveraLayer
+from torch import Tensor
+
+from polygraft.cluster.launch.demo.oracle.peft_oracle import Find, peft_oracle
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place
+from polygraft.grafts.init import initialise
+from polygraft.grafts.methods import declare
+from polygraft.grafts.methods.support import uniform
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.modules import _site_key
+from polygraft.grafts.runtime.stacks import Kind
+from polygraft.grafts.sites import Site
+from polygraft.kernels.common.noise import normal_rows
+from polygraft.trainers.forward import _dropout_keys
+from polygraft.trainers.job import TrainJob
+from polygraft.trainers.runner import _key
+from tests.grafts.oracle.family_pefts import ROWS
+from tests.tiny import tiny_llama
+from tests.trainers.solo import trained
+from tests.trainers.test_lora_family import assert_trained, ours, start_of
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILY = {
+    "pvera": "pvera(r=6)",
+    "poly": "poly(r=2, skills=3, splits=2, at=attn.[qv])",
+    "cpt": "cpt(ids=5|17|300|42|8, types=1|2|2|3|4)",
+    "cpt of a sample": "cpt(4)",
+    "pvera of all": "pvera(r=3, at=linear)",
+    "lora": "lora(r=2, dropout=0.1)",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def fp64(folder: Path) -> Backbone:
+    return Backbone.load(folder, torch.float64, training=True)
+
+
+def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
+    backbone = Backbone.load(folder, torch.float32, training=True)
+    jobs = jobs_of(steps, FAMILY)
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def of(name: str, job: TrainJob, backbone: Backbone) -> tuple[Oracle, PeftModel]:
+    """PEFT's model of a row, with the tensors that the job starts with."""
+    models: list[PeftModel] = []
+    config, place = ROWS[name].config, ROWS[name].place
+    assert config is not None and place is not None
+    found: Find = place
+
+    def noted(model: PeftModel, tensor: str, value: Tensor) -> Place:
+        models.append(model)
+        return found(model, tensor, value)
+
+    return peft_oracle(backbone.folder, config(), start_of(job, backbone), torch.float64, noted), models[0]
+
+
+def read(job: TrainJob) -> Iterator[tuple[int, int]]:
+    """Step and number of every sample, as an oracle reads them."""
+    return ((step, number) for step in range(job.steps_total) for number in job.batch(step))
+
+
+def layer_of(model: PeftModel, site: Site) -> torch.nn.Module:
+    return model.get_submodule(f"base_model.model.model.layers.{site.layer}.{MODULES[site.name]}")
+
+
+def test_pvera_trains_as_pefts_with_the_same_noise(fp64: Backbone) -> None:
+    """h = mu + eps exp(logvar / 2), eps ~ N(0, 1) for every row."""
+    job = a_job("pvera", ROWS["pvera"].text, seed=2, steps=8)
+    oracle, model = of("pvera", job, fp64)
+    samples, keys = read(job), torch.empty(0)
+    variances = []
+
+    def logits(ids: Tensor) -> Tensor:
+        nonlocal keys
+        step, number = next(samples)
+        keys = _dropout_keys(_key(job, step), number, len(ids))
+        return oracle.logits(ids)
+
+    def noisy(layer: PveraLayer, site: Site) -> None:
+        site_key = _site_key(site, Kind("gated", "input.identity.noise.0.0"))
+
+        def reparametrised(mean: Tensor, logvar: Tensor, adapter: str) -> Tensor:
+            variances.append(logvar.detach().exp().mean())
+            return mean + normal_rows(keys, site_key, mean.shape[-1], mean.dtype) * torch.exp(0.5 * logvar)
+
+        layer._reparametrize = reparametrised
+
+    for layer in range(2):
+        for name in ("attn.q", "attn.v", "ffn.down"):
+            noisy(layer_of(model, Site(layer, name)), Site(layer, name))
+    expected = trained(Oracle(logits, oracle.places), job)
+    found = ours(job, fp64)
+    assert_trained(found, expected)
+    assert variances and all(found[name].count_nonzero() for name in expected)
+
+
+def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's router in training, RelaxedBernoulli(1, logits), given the uniform numbers that it would draw."""
+    job = a_job("poly", ROWS["poly"].text, seed=1, steps=8)
+    oracle, model = of("poly", job, fp64)
+    samples, current = read(job), 0
+
+    def logits(ids: Tensor) -> Tensor:
+        nonlocal current
+        current = next(samples)[0]
+        return oracle.logits(ids)
+
+    def drawn(router: PolyRouter, site: Site) -> None:
+        real, shape = router.forward, fp64.shape.dims(site.name)
+
+        def forward(task_ids: Tensor, input_ids: Tensor) -> Tensor:
+            u = uniform(_key(job, current), declare.Place(site.layer, site.name, *shape), router.module_logits)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "rand", lambda size, **_: u.view(size))
+                return real(task_ids, input_ids)
+
+        router.forward = forward
+        router.train()
+
+    for layer in range(2):
+        for name in ("attn.q", "attn.v", "ffn.down"):
+            drawn(layer_of(model, Site(layer, name)).poly_router["default"], Site(layer, name))
+    found, expected = ours(job, fp64), trained(Oracle(logits, oracle.places), job)
+    assert_trained(found, expected)
+    assert all(found[name].count_nonzero() for name in expected)
+
+
+def test_cpt_trains_as_pefts_and_stays_in_its_balls(fp64: Backbone) -> None:
+    job = a_job("cpt", ROWS["cpt"].text, seed=1, steps=12)
+    oracle, model = of("cpt", job, fp64)
+    encoder = model.prompt_encoder["default"]
+    start = start_of(job, fp64)
+    assert torch.equal(start["0.0.embed.context"], fp64.embedding[torch.tensor([5, 17, 300, 42, 8])].double())
+
+    def project(step: int) -> None:
+        encoder.delta_embedding.weight.data = encoder.get_projection()
+
+    expected = trained(oracle, job, after_step=project)
+    found = ours(job, fp64)
+    assert_trained(found, expected)
+    radii = (64 / 2048) ** 0.5 * torch.tensor([0.1, 0.2, 0.2, 0.1, 0.0], dtype=torch.float64)
+    norms = found["0.0.embed.context_change"].norm(dim=1)
+    assert torch.allclose(norms, radii, rtol=1e-6), "all that may move reach the edge at this rate"
+
+
+def test_a_cpt_without_tokens_starts_as_the_first_sample(fp64: Backbone) -> None:
+    values = initialise(a_job("cpt", "cpt(5)", seed=1, steps=1).spec, fp64, seed=0, samples=((7, 8, 9), (1, 2)))
+    assert torch.equal(values["0.0.embed.context"], fp64.embedding[torch.tensor([7, 8, 9, 7, 8])].double())
