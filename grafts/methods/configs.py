@@ -34,9 +34,10 @@ def flat(config: Config) -> dict[str, object]:
 def layout_of(config: Config, *, stored: bool) -> Peft:
     """The declaration that the config means, of a folder (`stored`) or a job; raises SpecError with the choices."""
     kind = str(config.get("peft_type", "LORA")).upper()
-    found = [layout for layout in layouts() if layout.kind == kind and layout.only != ("job" if stored else "folder")]
+    fit = [layout for layout in layouts() if layout.only != ("job" if stored else "folder")]
+    found = [layout for layout in fit if layout.kind == kind]
     if not found:
-        kinds = ", ".join(dict.fromkeys(layout.kind for layout in layouts()))
+        kinds = ", ".join(dict.fromkeys(layout.kind for layout in fit))
         raise SpecError(f"peft_type: {kind!r} is not supported here; choices: {kinds}")
     for layout in found:
         if all(_is(config.get(key), value) for key, value in layout.fixed.items()):

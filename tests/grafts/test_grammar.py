@@ -124,7 +124,7 @@ def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "XLORA"}, ["'XLORA'", "choices: ADALORA, ADAPTION_PROMPT, ", "VERA"]),
+        ({"peft_type": "XLORA"}, ["'XLORA'", "choices: ADALORA, ADAMSS, ADAPTION_PROMPT, ", "VERA"]),
         ({"rank": 4}, ["{'rank': 4}", "Fields: ", "lora_alpha", " r,"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
         ({"bias": "all"}, ["{'bias': 'all'}"]),

@@ -28,6 +28,7 @@ from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, from_peft_config, parse, terms, union
+from polygraft.grafts.init import initialise
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
@@ -122,8 +123,7 @@ def test_peft_computes_the_same_from_what_we_write(
     name: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     row = ALL[name]
-    values = {tensor: value.float() for tensor, value in row.values(backbone.shape, seed=4).items()}
-    stock = Stock(backbone.folder)
+    values, stock = values_of(name, row.spec, backbone), Stock(backbone.folder)
     assert peft.exportable(row.spec, backbone.shape, stock) == (name not in OURS_ALONE)
     if name in OURS_ALONE:
         assert name not in THEIRS
@@ -183,8 +183,7 @@ def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back
         pytest.skip("PEFT has nothing like it there")
     if (arch, name) == ("opt", "poly"):
         pytest.skip("PEFT's layer needs rows by sequence, and OPT's feed-forward gives them flat")
-    values = ALL[name].fixed(random_tensors(spec, backbone.shape, seed=4))
-    values = {tensor: value.float() for tensor, value in values.items()}
+    values = values_of(name, spec, backbone)
     peft.export(tmp_path, spec, values, shape=backbone.shape, stock=stock)
     expected = ours(backbone, spec, values)
     assert relative(expected, theirs(loaded(backbone.folder, tmp_path, torch.float32))) < 1e-5
@@ -194,6 +193,16 @@ def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back
 @pytest.fixture(scope="module")
 def backbones(tiny_folders: Mapping[str, Path]) -> Mapping[str, Backbone]:
     return {arch: Backbone.load(tiny_folders[arch], torch.float32) for arch in OTHERS}
+
+
+def values_of(name: str, spec: GraftSpec, backbone: Backbone) -> dict[str, Tensor]:
+    """Of a graft that has been trained; FRoD's basis is the one of W, which PEFT makes again."""
+    values = ALL[name].fixed(random_tensors(spec, backbone.shape, seed=4))
+    if name == "frod":
+        moved = {t.name for t in tensors(spec, backbone.shape) if t.trained}
+        start = initialise(spec, backbone, seed=4, samples=())
+        values = {tensor: value + (tensor in moved) * values[tensor] for tensor, value in start.items()}
+    return {tensor: value.float() for tensor, value in values.items()}
 
 
 def whole_modules(text: str) -> GraftSpec:

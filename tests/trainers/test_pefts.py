@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.tuners.poly.router import PolyRouter
 from peft.tuners.pvera import PveraLayer
 from torch import Tensor
 
 from polygraft.cluster.launch.demo.oracle.peft_oracle import Find, peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama
 from polygraft.grafts.init import initialise
+from polygraft.grafts.merge import Fold
 from polygraft.grafts.methods import declare
 from polygraft.grafts.methods.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
@@ -27,6 +28,7 @@ from polygraft.trainers.forward import _dropout_keys
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import _key
 from tests.grafts.oracle.family_pefts import ROWS
+from tests.grafts.oracle.row import relative
 from tests.tiny import tiny_llama
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, ours, start_of
@@ -39,6 +41,8 @@ FAMILY = {
     "poly": "poly(r=2, skills=3, splits=2, at=attn.[qv])",
     "cpt": "cpt(ids=5|17|300|42|8, types=1|2|2|3|4)",
     "cpt of a sample": "cpt(4)",
+    "frod": "frod(at=attn.[qv])",
+    "adamss": "adamss(r=20, subspaces=3, rank=2)",
     "pvera of all": "pvera(r=3, at=linear)",
     "lora": "lora(r=2, dropout=0.1)",
 }
@@ -166,3 +170,20 @@ def test_cpt_trains_as_pefts_and_stays_in_its_balls(fp64: Backbone) -> None:
 def test_a_cpt_without_tokens_starts_as_the_first_sample(fp64: Backbone) -> None:
     values = initialise(a_job("cpt", "cpt(5)", seed=1, steps=1).spec, fp64, seed=0, samples=((7, 8, 9), (1, 2)))
     assert torch.equal(values["0.0.embed.context"], fp64.embedding[torch.tensor([7, 8, 9, 7, 8])].double())
+
+
+def test_frod_starts_as_the_backbone_with_pefts_basis_and_trains_as_pefts(fp64: Backbone) -> None:
+    job = a_job("frod", ROWS["frod"].text, seed=1, steps=8)
+    start = start_of(job, fp64)
+    config = ROWS["frod"].config
+    assert config is not None
+    theirs = get_peft_model(plain_llama(fp64.folder, torch.float64), config()).base_model.frod_V
+    for name, category in (("attn_q", "self_attn_q_proj"), ("ffn_down", "mlp_down_proj")):
+        assert relative(start[f"0.shared.V_{name}"], theirs[category]["default"]) < 1e-6
+        rows, columns = start[f"0.shared.i_{name}"].long().T
+        assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist())}) == len(rows)
+    merged = Fold(job.spec, fp64.shape, start, fp64.weight)
+    for site in merged.sites:
+        assert relative(merged.at(site).weight, fp64.weight(site)) < 1e-6
+    oracle, _ = of("frod", job, fp64)
+    assert_trained(ours(job, fp64), trained(oracle, job))

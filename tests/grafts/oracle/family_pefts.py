@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft import CPTConfig, PeftModel, PolyConfig, PveraConfig
+import torch
+from peft import CPTConfig, FrodConfig, PeftModel, PolyConfig, PveraConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import Place, split
+from polygraft.cluster.launch.demo.oracle.naive import Parts, after
+from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Place, split
 from tests.grafts.oracle.peft_places import layer_of, parts
 from tests.grafts.oracle.row import Row
 
@@ -27,6 +29,52 @@ def poly(model: PeftModel, name: str, value: Tensor) -> Place:
 def cpt(model: PeftModel, name: str, value: Tensor) -> Place:
     encoder = model.prompt_encoder["default"]
     return Place((encoder.embedding if split(name)[3] == "context" else encoder.delta_embedding).weight)
+
+
+def frod(model: PeftModel, name: str, value: Tensor) -> Place:
+    """U, which PEFT makes of W and the V that it starts with, is made again of the V that is copied in."""
+    _, _, site, part = split(name)
+    if site == SHARED:
+        kind, _, projection = part.partition("_")
+        category = MODULES[projection.replace("_", ".")].replace(".", "_")
+        match kind:
+            case "V":
+                return Place(model.base_model.frod_V[category]["default"])
+            case "i":
+                return Place(model.base_model.frod_s_indices[category]["default"], lambda t: t.T)
+        return Place(torch.empty_like(value))  # PEFT solves for it
+    layer = layer_of(model, name)
+    if part == "s":
+        return Place(layer.frod_lambda_s_values["default"])
+
+    def lengths(kept: Tensor) -> Tensor:
+        columns = torch.linalg.solve(layer.frod_V["default"].to(value), layer.base_layer.weight.to(value).T).T
+        layer.frod_U["default"] = columns / columns.norm(dim=0)
+        return kept
+
+    return Place(layer.frod_lambda_l["default"], lengths)
+
+
+def a_basis(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """V far from singular, its inverse, and different entries beside the diagonal."""
+    found = dict(values)
+    for name, value in values.items():
+        if ".shared.V_" in name:
+            far = (value + torch.eye(len(value))).float().double()
+            inverse = torch.linalg.inv(far).T
+            first = inverse.float().double()
+            found |= {name: far, name.replace("V_", "inverse_"): torch.stack([first, inverse - first])}
+        if ".shared.i_" in name:
+            width = len(values[name.replace("i_", "V_")])
+            rows = torch.arange(len(value)) % width
+            found[name] = torch.stack([rows, (rows + 1 + torch.arange(len(value)) // width) % width], 1).double()
+    return found
+
+
+def clustered(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+    """y_i += b_i A_k N x for the row i in cluster k."""
+    read = torch.einsum("krn,nd,...d->...kr", p["A"], p["N"], x)
+    return y + (read[..., p["cluster"].long(), :] * p["B"]).sum(-1)
 
 
 ROWS: Mapping[str, Row] = {
@@ -49,5 +97,19 @@ ROWS: Mapping[str, Row] = {
             opt_projection_epsilon=0.2,
         ),
         place=cpt,
+    ),
+    "frod": Row(
+        "frod(rate=0.02, at=attn.[qv]|ffn.down)",
+        lambda: FrodConfig(sparse_rate=0.02, progressbar=False, target_modules=["q_proj", "v_proj", "down_proj"]),
+        place=frod,
+        fixed=a_basis,
+    ),
+    "adamss": Row(
+        "adamss(r=12, subspaces=3, rank=2, at=attn.[qv]|ffn.down)",
+        hooks=lambda: {0: after(clustered)},
+        fixed=lambda values: {  # as test_adamss.py has it
+            name: (torch.arange(len(value)) % 3).double() if name.endswith(".cluster") else value
+            for name, value in values.items()
+        },
     ),
 }
