@@ -112,8 +112,7 @@ PEFT = (
         biases=False,
         conv1d=True,
         names={"r": ("r", 32)},
-        idle=_STARTS | {"hira_dropout": None},
-        patterns={"rank_pattern": "r"},
+        idle=_STARTS | {"hira_dropout": None, "rank_pattern": {}},  # PEFT 0.21 gives every module the rank r
         own={"A": Kept("hira_A"), "B": Kept("hira_B", rows=True)},
     ),
     Peft(

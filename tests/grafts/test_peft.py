@@ -22,7 +22,6 @@ from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sites import sites_of
 from polygraft.grafts.spec import Branch, GraftSpec
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.trained import trained
@@ -250,58 +249,6 @@ def test_a_file_that_is_broken_or_not_there_is_named(name: str, adapter: Path, b
     (adapter / name).unlink()
     with pytest.raises(FormatError, match=f"holds no {name}"):
         peft.load(adapter, backbone.shape)
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        (LoraConfig(r=2, target_modules="all-linear"), "lora(r=2, alpha=8, at=linear)"),
-        (LoraConfig(r=2, target_modules=r".*\.[01]\..*\.(q|v)_proj"), "lora(r=2, alpha=8, at=attn.q|attn.v)"),
-        (
-            LoraConfig(r=2, target_modules=r"model\.layers\.(0\.mlp\.up_proj|1\.self_attn\.q_proj)"),
-            "lora(r=2, alpha=8, at=ffn.up)@0 + lora(r=2, alpha=8, at=attn.q)@1",
-        ),
-        (
-            LoraConfig(
-                r=2,
-                target_modules=["q_proj", "v_proj", "up_proj"],
-                rank_pattern={"v_proj": 4, r"layers\.1\.mlp\.up_proj": 3},
-                alpha_pattern={"^model.layers.1.self_attn.v_proj": 5},
-            ),
-            "lora(r=2, alpha=8, at=attn.q) + lora(r=4, alpha=8, at=attn.v)@0 + lora(r=2, alpha=8, at=ffn.up)@0"
-            " + lora(r=4, alpha=5, at=attn.v)@1 + lora(r=3, alpha=8, at=ffn.up)@1",
-        ),
-        (
-            LoraConfig(
-                r=2, target_modules=[*LINEAR], exclude_modules=["q_proj"], layers_to_transform=[1], use_rslora=True
-            ),
-            "rslora(r=2, alpha=8, at=attn.[kvo]|ffn.*)@1",
-        ),
-        (
-            LoraConfig(r=2, target_modules=["o_proj"], layers_to_transform=[0], layers_pattern="layers"),
-            "lora(r=2, alpha=8, at=attn.o)@0",
-        ),
-    ],
-    ids=["all-linear", "pattern", "other modules in every layer", "ranks and alphas", "excluded", "layers pattern"],
-)
-def test_every_way_to_name_modules_means_what_it_means_in_peft(
-    config: LoraConfig, text: str, backbone: Backbone, tmp_path: Path
-) -> None:
-    expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
-    spec, values = peft.load(tmp_path, backbone.shape)
-    assert sites(spec, backbone) == sites(parse(text), backbone)
-    assert relative(logits(backbone, spec, values), expected) < 1e-5
-    (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape)
-    theirs = loaded(backbone.folder, again, torch.float32)
-    assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < 1e-5
-    before, after = (load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again))
-    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
-
-
-def sites(spec: GraftSpec, backbone: Backbone) -> set[tuple[str, int, float]]:
-    placed = ((site, spec.slots[index]) for index, site in sites_of(spec, backbone.shape))
-    return {(str(site), slot.rank, slot.scale) for site, slot in placed if isinstance(slot, Branch)}
 
 
 def test_pruned_ranks_of_adalora_are_zeros(backbone: Backbone, tmp_path: Path) -> None:
