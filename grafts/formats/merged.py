@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.draft import drafted
 from polygraft.grafts.formats.stock import CONFIG, Stock
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
@@ -39,27 +38,21 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     config = json.loads((backbone / _CONFIG).read_text())
     if any(isinstance(slot, Affine) and slot.shift for slot in spec.slots):
         config |= dict.fromkeys(_BIASES & config.keys(), True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
     try:
-        places: dict[str, str] = {}
-        stored = Stock(backbone)
-        for shard, tensors in _folded(stored, spec, values, _keys(config, stored.shape)):
-            save_file(tensors, draft / shard, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, shard)
-        if len(set(places.values())) > 1:
-            (draft / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1))
-        for file in backbone.iterdir():
-            if file.suffix in _BESIDE and file.name not in (_CONFIG, _INDEX) and not file.name.startswith("."):
-                shutil.copy(file, draft)
-        (draft / _CONFIG).write_text(json.dumps(config, indent=2))
-        for path in (draft, *draft.iterdir()):  # mkdtemp and safetensors shut out others
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.rename(draft, target)
+        with drafted(target) as draft:
+            places: dict[str, str] = {}
+            stored = Stock(backbone)
+            for shard, tensors in _folded(stored, spec, values, _keys(config, stored.shape)):
+                save_file(tensors, draft / shard, metadata={"format": "pt"})
+                places |= dict.fromkeys(tensors, shard)
+            if len(set(places.values())) > 1:
+                (draft / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1))
+            for file in backbone.iterdir():
+                if file.suffix in _BESIDE and file.name not in (_CONFIG, _INDEX) and not file.name.startswith("."):
+                    shutil.copy(file, draft)
+            (draft / _CONFIG).write_text(json.dumps(config, indent=2))
     except SafetensorError as error:
         raise FormatError(f"{backbone.name}: {error}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _folded(

@@ -4,9 +4,6 @@ float32)."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.draft import drafted
 from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
@@ -68,30 +66,24 @@ def save(
     folder = root / identity
     if folder.exists():
         return identity
-    root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
+    described = {
+        "schema": SCHEMA,
+        "id": identity,
+        "backbone": backbone,
+        "shape": asdict(shape),
+        "spec": json.loads(spec.to_json()),
+    }
     try:
-        save_file(kept, draft / WEIGHTS)
-        described = {
-            "schema": SCHEMA,
-            "id": identity,
-            "backbone": backbone,
-            "shape": asdict(shape),
-            "spec": json.loads(spec.to_json()),
-        }
-        (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
-        if peft.exportable(spec, shape, stock):
-            peft.export(draft, spec, kept, shape=shape, base=base, stock=stock)
-        _settle(draft)
-        os.rename(draft, folder)
-        _sync(root)
+        with drafted(folder) as draft:
+            save_file(kept, draft / WEIGHTS)
+            (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
+            if peft.exportable(spec, shape, stock):
+                peft.export(draft, spec, kept, shape=shape, base=base, stock=stock)
     except SafetensorError as error:
         raise OSError(f"{folder.name}: {error}") from None
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return identity
 
 
@@ -142,18 +134,3 @@ def _described(folder: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise FormatError(f"{folder.name}/{DESCRIPTION}: not an object")
     return value
-
-
-def _settle(draft: Path) -> None:
-    """Let others read what mkdtemp and safetensors shut them out of, and wait until it is on disk."""
-    for path in (*draft.iterdir(), draft):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

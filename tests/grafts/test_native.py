@@ -6,13 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polygraft.grafts.formats import native
+from polygraft.grafts.formats import draft, native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
@@ -81,14 +82,16 @@ def test_others_may_read_the_folder(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("broken", ["_settle", "save_file"])
-def test_a_save_that_fails_leaves_nothing(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "broken"), [(draft, "_settle"), (native, "save_file")])
+def test_a_save_that_fails_leaves_nothing(
+    module: ModuleType, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         if broken == "save_file":
             save_file({"x": torch.ones(1)}, tmp_path / "no such folder" / "x")  # raises safetensors' own error
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native, broken, full)
+    monkeypatch.setattr(module, broken, full)
     with pytest.raises(OSError):
         saved(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -96,13 +99,13 @@ def test_a_save_that_fails_leaves_nothing(broken: str, tmp_path: Path, monkeypat
 
 def test_a_race_for_the_same_graft_has_two_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = saved(tmp_path / "elsewhere")
-    settle = native._settle
+    settle = draft._settle
 
-    def overtaken(draft: Path) -> None:
-        settle(draft)
+    def overtaken(folder: Path) -> None:
+        settle(folder)
         shutil.copytree(twin, tmp_path / "here" / twin.name)
 
-    monkeypatch.setattr(native, "_settle", overtaken)
+    monkeypatch.setattr(draft, "_settle", overtaken)
     assert saved(tmp_path / "here").name == twin.name
     assert [path.name for path in (tmp_path / "here").iterdir()] == [twin.name]
 

@@ -141,6 +141,7 @@ def test_no_path_of_this_machine_is_written(adapter: Path) -> None:
         ("lora(at=ffn.out)", False),
         ("lora(at=attn.*|attn.out)", False),
         ("dora + bitfit", False),
+        ("hira(r=2, at=attn.q) + hira(r=3, at=attn.v)", False),
         ("dora(at=attn.q) + lora(r=2, at=attn.v)", False),
         ("bitfit", False),
         ("serial", False),
