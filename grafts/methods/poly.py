@@ -72,6 +72,7 @@ PEFT = (
     Peft(
         kind="POLY",
         method="poly",
+        biases=False,
         names={"r": ("r", 8), "skills": ("n_skills", 4), "splits": ("n_splits", 1)},
         needs={"n_tasks": 1, "poly_type": "poly"},
         idle={"init_weights": True},
