@@ -1,5 +1,6 @@
 """What the bare backbone does on a job's first samples: the inputs of its projections, and the gradients of their
-frozen weights. For starting values that are made from data; a weight still never changes."""
+frozen weights. For starting values that are made from data; a weight still never changes. What is found is handed out
+on the CPU, where starting values are made."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def observe(backbone: Backbone, samples: Sequence[Sequence[int]], sites: Collect
     for ids in samples[:SAMPLES]:
 
         def note(site: Site, module: nn.Module, x: Tensor, y: Tensor, rows: int = len(ids)) -> None:
-            seen(site, _wide(x[0, :rows]))
+            seen(site, _wide(x[0, :rows]).cpu())
 
         with torch.inference_mode(), _watched(backbone, sites, note):
             _forward(backbone, ids, trainable=False)
@@ -46,7 +47,8 @@ def gradients(
     With `squared`, the sum of the squares of the samples' own gradients: the diagonal of the empirical Fisher
     information, but for a factor.
     """
-    found = {site: _wide(torch.zeros(_shape(backbone, site), dtype=backbone.dtype)) for site in sites}
+    wide = torch.promote_types(backbone.dtype, torch.float32)
+    found = {site: torch.zeros(_shape(backbone, site), dtype=wide, device=backbone.device) for site in sites}
     for ids, factor in _weighted(samples, weights):
 
         def note(site: Site, module: nn.Module, x: Tensor, y: Tensor, rows: int = len(ids) - 1) -> None:
@@ -60,7 +62,7 @@ def gradients(
 
         with torch.enable_grad(), _watched(backbone, sites, note):
             _backward(backbone, _forward(backbone, ids[:-1], trainable=True), ids, factor)
-    return found
+    return {site: gradient.cpu() for site, gradient in found.items()}
 
 
 def graft_gradients(
@@ -76,7 +78,7 @@ def graft_gradients(
         with torch.enable_grad():
             _backward(backbone, _forward(backbone, ids[:-1], trainable=True, stacks=stacks), ids, factor)
     pairs = zip(stacks.pieces[0], stacks.gradients()[0], strict=True)
-    return {piece.tensor.name: slope.view(piece.tensor.shape) for piece, slope in pairs if slope is not None}
+    return {piece.tensor.name: slope.view(piece.tensor.shape).cpu() for piece, slope in pairs if slope is not None}
 
 
 def _weighted(
@@ -93,8 +95,9 @@ def _weighted(
 
 def _backward(backbone: Backbone, hidden: Tensor, ids: Sequence[int], factor: Tensor) -> None:
     logits = backbone.logits(hidden.detach()).requires_grad_()
-    losses = nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-    (slope,) = torch.autograd.grad((losses * factor).sum(), logits)
+    targets = torch.tensor(ids[1:]).to(backbone.device)
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    (slope,) = torch.autograd.grad((losses * factor.to(backbone.device)).sum(), logits)
     slope = backbone.uncapped(slope, logits).to(hidden.dtype)
     hidden.backward(backbone.head.transposed_product(slope))  # type: ignore[no-untyped-call]
 

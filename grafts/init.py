@@ -28,7 +28,10 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Making:
     """What starting values may be made from: the backbone, the job's seed, its training samples as token ids with the
-    loss weights of their tokens, and the grafts that its spec names."""
+    loss weights of their tokens, and the grafts that its spec names.
+
+    All tensors here lie on the CPU, so that a job draws the same numbers on every device.
+    """
 
     spec: GraftSpec
     backbone: Backbone
@@ -45,7 +48,11 @@ class Making:
 
     def weight(self, site: Site) -> Tensor:
         """The frozen W [out, in] of a projection, float32 or wider."""
-        return self.backbone.weight(site)
+        return self.backbone.weight(site).cpu()
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The backbone's input embeddings of token ids, [n, hidden]."""
+        return self.backbone.embedding[ids.to(self.backbone.device)].cpu()
 
     @property
     def inputs(self) -> Mapping[Site, int]:
@@ -84,14 +91,14 @@ class Making:
         def make() -> Mapping[Site, tuple[Tensor, Tensor]]:
             with torch.inference_mode():
                 found = keys_and_values(self.backbone, self._rows(length))
-                return {Site(layer, KV_SITE): (k.clone(), v.clone()) for layer, (k, v) in found.items()}
+                return {Site(layer, KV_SITE): (k.cpu().clone(), v.cpu().clone()) for layer, (k, v) in found.items()}
 
         return self.once(("prefix", length), make)
 
     def states(self, length: int, layer: int) -> Tensor:
         """What a layer of the bare backbone reads of `prompt`, repeated to `length` rows, [length, hidden]."""
         with torch.inference_mode():
-            return states(self.backbone, self._rows(length), layer).clone()
+            return states(self.backbone, self._rows(length), layer).cpu().clone()
 
     def _rows(self, length: int) -> Rows:
         return Rows(torch.tensor(_repeated(self.prompt, length)), torch.arange(length), ())
@@ -108,8 +115,10 @@ class Making:
 
         def make() -> Source:
             found = self.sources[name]
+            values = {name: value.to(self.backbone.device) for name, value in found.tensors.items()}
             frozen = self.backbone.weight, self.backbone.through
-            return Source(*lower(found.spec, self.backbone.shape, found.tensors, *frozen))
+            spec, served = lower(found.spec, self.backbone.shape, values, *frozen)
+            return Source(spec, {name: value.cpu() for name, value in served.items()})
 
         return self.once(("source", name), make)
 
@@ -129,7 +138,7 @@ def initialise(
     weights: Sequence[Sequence[float]] = (),
     sources: Mapping[str, Source] | None = None,
 ) -> dict[str, Tensor]:
-    """float32 tensors (float64 on a float64 backbone) by name, each by its start.
+    """float32 tensors (float64 on a float64 backbone) by name on the CPU, each by its start.
 
     A of a branch is Kaiming-uniform with a = sqrt(5) as in PEFT, B zero; g one, b zero; m the row norms of W (DoRA);
     prefix rows are the keys and values of the backbone over the first of `samples` (repeated to the prefix length): a
@@ -166,14 +175,14 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
         case "row_norm":
             assert tensor.site is not None
             linear, member = making.backbone.linears[tensor.site]
-            return linear.row_sq.split_with_sizes(linear.widths)[member].sqrt()
+            return linear.row_sq.split_with_sizes(linear.widths)[member].cpu().sqrt()
         case "prefix":
             assert tensor.site is not None
             return making.prefix(tensor.shape[0])[tensor.site][0 if tensor.part == "k" else 1]
         case "embedded":
             slot = making.spec.slots[tensor.slot]
             ids = slot.ids if isinstance(slot, Tokens) and slot.ids else _repeated(making.prompt, tensor.shape[0])
-            return making.backbone.embedding[torch.tensor(ids)]
+            return making.embedded(torch.tensor(ids))
         case name:
             return start(name).make(tensor, making, **arguments)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from polygraft.grafts.runtime.slab import Slab
@@ -38,7 +39,7 @@ def save(folder: Path, active: Active) -> str:
     draft.mkdir(parents=True)
     parts = {part: getattr(active.slab, part) for part in _TENSORS}
     frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    save_file(parts | frozen, draft / "slab.safetensors")
+    save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
     state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.spec.to_json())}
     write(draft / "state.json", json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     os.rename(draft, folder / name)
@@ -52,8 +53,8 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
-def load(folder: Path, name: str, job: TrainJob, shape: ModelShape) -> Active:
-    """The job as it was; raises CheckpointError when the checkpoint is another job's or another graft's."""
+def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torch.device | str = "cpu") -> Active:
+    """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
     try:
         state = json.loads((folder / name / "state.json").read_text())
         values = load_file(folder / name / "slab.safetensors")
@@ -63,7 +64,7 @@ def load(folder: Path, name: str, job: TrainJob, shape: ModelShape) -> Active:
         raise CheckpointError(
             f"{name}: of job {state['job']}, schema {state['schema']}; expected {job.id}, schema {SCHEMA}"
         )
-    slab = Slab(job.spec, shape, values["master"].dtype)
+    slab = Slab(job.spec, shape, values["master"].dtype, device)
     for part in _TENSORS:
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():

@@ -47,8 +47,12 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
+    """`counted` [n] are the rows that something is learned from, with their `targets` [n] on the backbone's device and
+    their `weights` [n] on the CPU; `bounds` are each share's part of these."""
+
     rows: Rows
     attention: WholeSequences
+    counted: Tensor
     targets: Tensor
     weights: Tensor
     bounds: tuple[tuple[int, int], ...]
@@ -63,22 +67,17 @@ def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[f
     for leaf in stacks.leaves():
         leaf.grad = None
     hidden = backbone.forward(packed.rows, stacks, packed.attention)
-    counted = packed.weights != 0
-    factors = torch.zeros_like(packed.weights)
+    factors = packed.weights.clone()
     for share, (start, stop) in zip(shares, packed.bounds):
-        factors[start:stop] = packed.weights[start:stop] / share.normaliser
+        factors[start:stop] /= share.normaliser
     losses, gradient = losses_and_gradient(
-        backbone, hidden.detach()[counted], packed.targets[counted], factors[counted]
+        backbone, hidden.detach()[packed.counted], packed.targets, factors.to(hidden.device)
     )
     into = torch.zeros_like(hidden)
-    into[counted] = gradient
+    into[packed.counted] = gradient
     if hidden.requires_grad:
         torch.autograd.backward(hidden, into)
-    scattered = torch.zeros_like(factors)
-    scattered[counted] = losses
-    return [
-        float((scattered[start:stop] * factors[start:stop])[counted[start:stop]].sum()) for start, stop in packed.bounds
-    ]
+    return _sums(losses, factors, packed.bounds)
 
 
 def probe(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[tuple[float, float]]:
@@ -94,10 +93,14 @@ def evaluate(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> lis
     """Summed weighted loss of each share, not normalised, and without dropout where its key is None."""
     packed = _pack(backbone, shares)
     hidden = backbone.forward(packed.rows, stacks, packed.attention)
-    counted = packed.weights != 0
-    scattered = torch.zeros_like(packed.weights)
-    scattered[counted] = token_losses(backbone, hidden[counted], packed.targets[counted]).to(scattered.dtype)
-    return [float((scattered[a:b] * packed.weights[a:b])[counted[a:b]].sum()) for a, b in packed.bounds]
+    losses = token_losses(backbone, hidden[packed.counted], packed.targets)
+    return _sums(losses.to(packed.weights.dtype), packed.weights, packed.bounds)
+
+
+def _sums(losses: Tensor, factors: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
+    """Each share's weighted loss; here the host waits for the device."""
+    found = losses.cpu()
+    return [float((found[start:stop] * factors[start:stop]).sum()) for start, stop in bounds]
 
 
 def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
@@ -109,8 +112,10 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
     spans: list[Span] = []
     keys: list[Tensor] = []
     inputs: list[Input] = []
+    bounds: list[tuple[int, int]] = []
+    counted: list[int] = []
     for share in shares:
-        start = len(ids)
+        start, learned = len(ids), len(counted)
         virtual = virtual_ids(share.virtual_length)
         for sample, number in zip(share.samples, share.numbers):
             count = len(virtual) + sample.rows
@@ -120,9 +125,12 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
             first = len(ids) + len(virtual)
             inputs.append(Input(first, first + sample.prompt))
             ids += [*virtual, *sample.ids[:-1]]
-            targets += [*([0] * len(virtual)), *sample.ids[1:]]
-            weights += [*([0.0] * len(virtual)), *sample.weights[1:]]  # nothing is learned from virtual tokens' guesses
+            told = [place for place, weight in enumerate(sample.weights[1:]) if weight]  # no guess of a virtual token
+            counted += [first + place for place in told]
+            targets += [sample.ids[1 + place] for place in told]
+            weights += [sample.weights[1 + place] for place in told]
         spans.append(Span(start, len(ids), share.graft))
+        bounds.append((learned, len(counted)))
     dropped = any(share.key is not None for share in shares)
     rows = Rows(
         torch.tensor(ids),
@@ -132,9 +140,9 @@ def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
         inputs=tuple(inputs),
     )
     wide = torch.promote_types(backbone.dtype, torch.float32)
-    bounds = tuple((span.start, span.stop) for span in spans)
     attention = WholeSequences(tuple(sequences), backbone.shape)
-    return _Packed(rows, attention, torch.tensor(targets), torch.tensor(weights, dtype=wide), bounds)
+    places, labels = (torch.tensor(x, dtype=torch.long).to(backbone.device) for x in (counted, targets))
+    return _Packed(rows, attention, places, labels, torch.tensor(weights, dtype=wide), tuple(bounds))
 
 
 def _dropout_keys(key: int | None, number: int, rows: int) -> Tensor:

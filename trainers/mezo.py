@@ -34,4 +34,5 @@ class Probe:
         self._slab.collect(self._slab.split(self._direction(key).mul_(difference / (2 * self.eps))))
 
     def _direction(self, key: int) -> Tensor:
-        return normal(key, len(self._slab.master), self._slab.master.dtype)
+        master = self._slab.master
+        return normal(key, len(master), master.dtype, master.device)

@@ -13,8 +13,8 @@ from polygraft.trainers.job import Recipe
 
 
 def grad_norm(slab: Slab) -> float:
-    """L2 norm of the job's whole gradient; inf or nan when any part is."""
-    return float(torch.linalg.vector_norm(_collected(slab)))
+    """L2 norm of the job's whole gradient; inf or nan when any part is. Here the host waits for the device."""
+    return float(torch.linalg.vector_norm(_collected(slab)).cpu())
 
 
 def adamw(
@@ -38,7 +38,7 @@ def adamw(
             chosen(slab.exp_avg),
             chosen(slab.exp_avg_sq),
             [],
-            [torch.tensor(float(step + 1)) for _ in chosen(grad)],
+            [torch.tensor(float(step + 1), device=grad.device) for _ in chosen(grad)],
             lr=learning_rate * factor,
             beta1=recipe.betas[0],
             beta2=recipe.betas[1],

@@ -110,7 +110,7 @@ class PackRunner:
         spec names."""
         ids, weights = [sample.ids for sample in job.train], [sample.weights for sample in job.train]
         start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=ids, weights=weights, sources=sources)
-        slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype)
+        slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype, self.backbone.device)
         slab.fill(start)
         return self.restore(Active(job, slab))
 

@@ -162,7 +162,10 @@ class PackWorker:
     def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> Active:
         if name is None:
             return self.runner.admit(job, {source: self._source(tenant, source) for source in job.spec.sources})
-        return self.runner.restore(checkpoint.load(self.folders.job(job.id), name, job, self.runner.backbone.shape))
+        backbone = self.runner.backbone
+        return self.runner.restore(
+            checkpoint.load(self.folders.job(job.id), name, job, backbone.shape, backbone.device)
+        )
 
     def _source(self, tenant: TenantId, name: str) -> Source:
         """A graft that a job is made over. Raises SpecError if the tenant has none of that name that can be read."""

@@ -60,7 +60,7 @@ def save(
     PEFT's files lie beside ours where PEFT has the method, with `base` as the backbone's public name; for some methods
     the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
     """
-    kept = {name: value.detach().to(torch.float32).contiguous().clone() for name, value in values.items()}
+    kept = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in values.items()}
     check(spec, kept, shape)
     identity = graft_id(spec, kept, backbone)
     folder = root / identity

@@ -71,7 +71,7 @@ def _penalty(values: Mapping[str, Tensor], orthogonal: float, **_: object) -> Te
     import torch
 
     factors = [values[stem + part] for stem in _stems(values) for part in "AB"]
-    gaps = [torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)) for rows in factors]
+    gaps = [torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows)).to(rows)) for rows in factors]
     return orthogonal * torch.stack(gaps).mean()
 
 

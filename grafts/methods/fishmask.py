@@ -88,7 +88,7 @@ def _after_step(
     for name, mask in values.items():
         if name.endswith(f".{_ON}") and (step + 1) % every == 0:
             seen = values[name.removesuffix(_ON) + _SEEN]
-            mask.copy_(_top(seen, int(mask.sum())))
+            mask.copy_(_top(seen, int(mask.sum().cpu())))
             seen.zero_()
 
 

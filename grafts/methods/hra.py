@@ -34,7 +34,7 @@ def _operands(slot: Rotate, values: Mapping[str, Tensor], lowering: Lowering) ->
     import torch
 
     U = values["u"] / values["u"].norm(dim=1, keepdim=True)
-    L = (U @ U.T).tril(-1) + 0.5 * torch.eye(len(U), dtype=U.dtype)
+    L = (U @ U.T).tril(-1) + 0.5 * torch.eye(len(U), dtype=U.dtype, device=U.device)
     return {"A": U, "B": -torch.linalg.solve_triangular(L, U, upper=False)}
 
 

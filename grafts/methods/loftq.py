@@ -34,7 +34,7 @@ def _residual(tensor: TensorSpec, making: Making) -> Tensor:
     def make() -> tuple[Tensor, Tensor]:
         assert site is not None
         plain = making.once("unquantised", making.backbone.unquantised)
-        lost = plain.weight(site) - weight_of(tensor, making)
+        lost = plain.weight(site).cpu() - weight_of(tensor, making)
         U, S, Vh = linalg.svd(lost, full_matrices=False)
         root = (S[:rank] / scale).sqrt().unsqueeze(1)
         return root * Vh[:rank], root * U.T[:rank]

@@ -38,9 +38,10 @@ def _oft(slot: Rotate, values: Mapping[str, Tensor], lowering: Lowering, neumann
     (1 + Q) (1 - Q)^-1, and the exact inverse the other."""
     import torch
 
-    upper = torch.triu_indices(slot.size, slot.size, 1)
     q = values["q"]
-    Q = q.new_zeros(len(q), slot.size, slot.size).index_put((torch.arange(len(q))[:, None], *upper), q)
+    upper = torch.triu_indices(slot.size, slot.size, 1, device=q.device)
+    each = torch.arange(len(q), device=q.device)[:, None]
+    Q = q.new_zeros(len(q), slot.size, slot.size).index_put((each, *upper), q)
     Q = Q - Q.mT
     if not neumann:
         return {"D": _cayley(Q).reshape(-1, slot.size)}
@@ -65,7 +66,7 @@ def _cayley(Q: Tensor) -> Tensor:
     """(1 - Q) (1 + Q)^-1 - 1 of skew-symmetric matrices, which is -2 Q (1 + Q)^-1."""
     import torch
 
-    turned: Tensor = torch.linalg.solve(torch.eye(Q.shape[-1], dtype=Q.dtype) + Q, -2 * Q, left=False)
+    turned: Tensor = torch.linalg.solve(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + Q, -2 * Q, left=False)
     return turned
 
 

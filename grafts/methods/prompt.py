@@ -124,8 +124,8 @@ def _sampled(tensor: TensorSpec, making: Making) -> Tensor:
     """Embeddings of tokens drawn at random, as PEFT's SAMPLE_VOCAB."""
     import torch
 
-    table = making.backbone.embedding
-    return table[torch.randint(0, len(table), (tensor.shape[0],), generator=making.generator(tensor.name))]
+    count = len(making.backbone.embedding)
+    return making.embedded(torch.randint(0, count, (tensor.shape[0],), generator=making.generator(tensor.name)))
 
 
 METHODS = (

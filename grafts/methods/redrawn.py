@@ -56,7 +56,7 @@ def _masked(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, p: f
     place = lowering.place
     seed = crc32(f"{lowering.draw}/{place.layer}.{place.name}".encode())
     kept = torch.rand(place.d_in + place.d_out, generator=torch.Generator().manual_seed(seed)) >= p
-    columns, rows = kept.split_with_sizes([place.d_in, place.d_out])
+    columns, rows = kept.to(values["A"].device).split_with_sizes([place.d_in, place.d_out])
     scaled = {part: value / (1 - p) for part, value in values.items()}
     return {"A": scaled["A"].masked_fill(~columns, 0.0), "B": scaled["B"].masked_fill(~rows, 0.0)}
 

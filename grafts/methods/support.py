@@ -143,7 +143,7 @@ def uniform(draw: int, place: Place, like: Tensor, what: str = "") -> Tensor:
     import torch
 
     seed = crc32(f"{draw}/{place.layer}.{place.name}{what}".encode())
-    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
 
 def _open_gates(values: Values, rate: float, **_: object) -> Tensor:
@@ -196,13 +196,13 @@ def _dice(tensor: TensorSpec, making: Making) -> Tensor:
 def _drop(values: Values, gradients: Values, p: float) -> None:
     import torch
 
-    for name, gradient in gradients.items():
-        if name.endswith(f".{_CHILD}"):
-            dice = values[name.removesuffix(_CHILD) + _DICE]
-            seed = crc32(f"{int(dice[0])}/{int(dice[1])}".encode())
-            kept = torch.rand(gradient.shape, generator=torch.Generator().manual_seed(seed)) < p
-            gradient.div_(p).masked_fill_(~kept, 0.0)
-            dice[1] += 1
+    own = [name for name in gradients if name.endswith(f".{_CHILD}")]
+    dice = [values[name.removesuffix(_CHILD) + _DICE] for name in own]
+    for name, mine, (number, used) in zip(own, dice, torch.stack(dice).cpu().tolist()):
+        seed, gradient = crc32(f"{int(number)}/{int(used)}".encode()), gradients[name]
+        kept = torch.rand(gradient.shape, generator=torch.Generator().manual_seed(seed)) < p
+        gradient.div_(p).masked_fill_(~kept.to(gradient.device), 0.0)
+        mine[1] += 1
 
 
 METHODS = (

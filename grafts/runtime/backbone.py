@@ -17,6 +17,7 @@ from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.embedding import embed
+from polygraft.grafts.runtime.generated import check_inputs
 from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
 from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
@@ -74,18 +75,27 @@ class Backbone:
         self._first_position = table.first_position
         self._transform = head_transform(model, table, prepack=prepack, block=block) if head is not None else None
         # A model without a head has the identity for one: its logits are its hidden states.
-        rows = torch.eye(shape.hidden, dtype=self.embedding.dtype) if head is None else head.get_parameter("weight")
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        rows = (
+            torch.eye(shape.hidden, dtype=self.dtype, device=self.device)
+            if head is None
+            else head.get_parameter("weight")
+        )
         bias = getattr(head, "bias", None)
         self.head = FrozenLinear([rows], [bias], prepack=prepack, block=HEAD_BLOCK if training else None)
-        self.dtype = self.embedding.dtype
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2's
 
     @staticmethod
     def load(
-        folder: Path, dtype: torch.dtype | None = None, *, training: bool = False, quantise: Quantise | None = None
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        *,
+        training: bool = False,
+        quantise: Quantise | None = None,
+        device: torch.device | str = "cpu",
     ) -> Backbone:
-        """From a local folder (config.json + safetensors); dtype None takes bf16 where the processor computes in it,
-        else fp32.
+        """From a local folder (config.json + safetensors), read on the CPU, to a device; dtype None takes bf16 where
+        that computes in it, else fp32.
 
         For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
         lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving. With
@@ -94,22 +104,28 @@ class Backbone:
         config = json.loads((folder / "config.json").read_text())
         shape = ModelShape.from_config(config)
         model = _class(shape, config).from_pretrained(
-            folder, dtype=dtype or best_dtype(), attn_implementation=attention_module.register(), use_safetensors=True
+            folder,
+            dtype=dtype or best_dtype(device),
+            attn_implementation=attention_module.register(),
+            use_safetensors=True,
         )
         identity = fingerprint(folder, quantise)
-        return Backbone(model.eval(), shape, identity, folder, training=training, quantise=quantise)
+        return Backbone(model.eval().to(device), shape, identity, folder, training=training, quantise=quantise)
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
-        """Weight stacks of `residents` for this backbone's dtype and linears."""
-        return Stacks.of(residents, self.shape, self.dtype, self.linears, self.through, trainable=trainable)
+        """Weight stacks of `residents`, wherever their tensors lie, for this backbone's device, dtype and linears."""
+        made_on = self.shape, self.dtype, self.linears, self.through
+        return Stacks.of(residents, *made_on, device=self.device, trainable=trainable)
 
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
         """What the head multiplies, [T, hidden], for T = len(rows): hidden states after the final norm, in an encoder
-        after the head's transform.
+        after the head's transform. The rows may lie anywhere; what is returned lies on the backbone's device.
 
         Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come
         back.
         """
+        check_inputs(rows, stacks)
+        rows = rows.to(self.device)
         if self._encoder is None:
             enters = None if rows.first is None or rows.given is None else (rows.first, rows.given)
             route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, enters)
@@ -140,11 +156,11 @@ class Backbone:
         """The rows [b, n, hidden] of images [b, channels, height, width], a class token first, for `Rows.given`."""
         if self._patches is None:
             raise SpecError(f"pixels: {self.shape.arch} reads tokens and no images")
-        return self._patches.rows(pixels)
+        return self._patches.rows(pixels.to(self.device))
 
     def unquantised(self) -> Backbone:
         """The model as it lies in its folder, in this one's dtype: another copy, to be dropped soon."""
-        return Backbone.load(self.folder, self.dtype, training=True)
+        return Backbone.load(self.folder, self.dtype, training=True, device=self.device)
 
     def weight(self, site: Site) -> Tensor:
         """W [out, in] of a projection, in float32 or wider."""
@@ -187,8 +203,10 @@ def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoMod
     return found
 
 
-def best_dtype() -> torch.dtype:
-    """bf16 where the processor multiplies in it, else float32."""
-    return (
-        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
-    )
+def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bf16 where the device multiplies in it, else float32."""
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32

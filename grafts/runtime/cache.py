@@ -28,11 +28,19 @@ class KVCache:
     """Keys and values of all layers, [layers, blocks, block_size, 2, kv_width]; block 0 is never given out and stays
     zero."""
 
-    def __init__(self, shape: ModelShape, blocks: int, *, block_size: int = 16, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        blocks: int,
+        *,
+        block_size: int = 16,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not shape.causal:
             raise SpecError(f"backbone: {shape.sees}; it cannot decode")
         self.shape, self.blocks, self.block_size = shape, blocks, block_size
-        self.data = torch.zeros(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype)
+        self.data = torch.zeros(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype, device=device)
 
     @staticmethod
     def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
@@ -42,14 +50,14 @@ class KVCache:
         """Zero blocks before another sequence gets them: what one left behind, even a NaN, cannot reach the next."""
         index = torch.tensor(list(blocks), dtype=torch.long)
         if len(index):
-            self.data[:, index] = 0
+            self.data[:, index.to(self.data.device)] = 0
 
     def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
         """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
         for tensor in tensors(resident.spec, self.shape):
             slot = resident.spec.slots[tensor.slot]
             if isinstance(slot, KV) and not slot.aside and tensor.site is not None:
-                slots = _slots(table, 0, tensor.shape[0], self.block_size)
+                slots = _slots(table, 0, tensor.shape[0], self.block_size).to(self.data.device)
                 rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]
                 rows[slots] = resident.tensors[tensor.name].to(rows.dtype)
 
@@ -102,8 +110,9 @@ class PagedAttention:
 
     def __init__(self, cache: KVCache, sequences: Sequence[PagedSequence]) -> None:
         self.cache, self._sequences = cache, tuple(sequences)
-        self._slots = torch.cat([_slots(s.table, s.before, s.rows, cache.block_size) for s in sequences])
-        self._rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
+        slots = torch.cat([_slots(s.table, s.before, s.rows, cache.block_size) for s in sequences])
+        rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
+        self._slots, self._rows = (index.to(cache.data.device) for index in (slots, rows))
         self._by_window: dict[int | None, list[_Group]] = {}
 
     def _groups(self, window: int | None) -> list[_Group]:

@@ -13,13 +13,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from polygraft.grafts.runtime.route import RouteTable, Rows
-from polygraft.grafts.runtime.stacks import Stack
+from polygraft.grafts.runtime.route import RouteTable, Rows, Span
+from polygraft.grafts.runtime.stacks import Stack, Stacks
+from polygraft.grafts.sites import EMBED_SITE, Site
 from polygraft.grafts.spec import GraftSpec, SpecError, Tokens
 from polygraft.kernels.common.dropout import combine
 from polygraft.kernels.common.noise import normal
 
 _ROUTER = -3  # the noise's key, among those that sites have for dropout
+
+
+def check_inputs(rows: Rows, stacks: Stacks) -> None:
+    """Raise SpecError unless `rows` say where each prompt is that virtual tokens will be made of. Asked before the rows
+    move to a device, which would have to be waited for."""
+    kinds = stacks.get(Site(0, EMBED_SITE)).items()
+    grafts = {entry.graft for kind, stack in kinds if kind.variant.startswith("gated.") for entry in stack.entries}
+    for span in rows.spans:
+        if span.graft in grafts:
+            inputs = len(_inputs(span, rows))
+            if int((rows.ids[span.start : span.stop] == -1).sum()) != inputs:
+                where = f"rows {span.start}-{span.stop - 1}"
+                raise SpecError(f"inputs: {inputs} in {where}; give one for each prompt that begins there")
+    if rows.source is not None:
+        check_inputs(rows.source, stacks)
 
 
 def generate(stack: Stack, rows: Rows, bare_TD: Tensor, route: RouteTable) -> tuple[Tensor, Tensor]:
@@ -35,10 +51,7 @@ def generate(stack: Stack, rows: Rows, bare_TD: Tensor, route: RouteTable) -> tu
     for span in route.spans:
         if (slot := slots.get(span.graft)) is None:
             continue
-        inputs = [(one.start, one.stop) for one in rows.inputs if span.start <= one.start < span.stop]
-        if int((rows.ids[span.start : span.stop] == -1).sum()) != len(inputs):
-            where = f"rows {span.start}-{span.stop - 1}"
-            raise SpecError(f"inputs: {len(inputs)} in {where}; give one for each prompt that begins there")
+        inputs = _inputs(span, rows)
         if not inputs:
             continue
         # Copied, so that where a graft's rows lie in a stack cannot decide how a product of them is rounded.
@@ -60,11 +73,15 @@ def _prompt(slot: Tokens, parts: Mapping[str, Tensor], mean_D: Tensor, key: Tens
         weights = (scores + parts["a"].squeeze(1)).relu()
         return (weights @ prompts.flatten(1)).view_as(parts["c"]) + parts["c"]
     if slot.noise and key is not None:
-        z = normal(int(combine(key, _ROUTER)), slot.experts, scores.dtype).to(scores.device)
+        z = normal(combine(key, _ROUTER), slot.experts, scores.dtype)
         scores = scores * (1 + slot.noise * z)
     shares = scores.softmax(0)
-    chosen = int(shares.argmax())
-    return shares[chosen] * prompts[chosen]
+    chosen = shares.argmax(0, keepdim=True)  # a tensor, so that nobody waits for the device
+    return shares.index_select(0, chosen)[0] * prompts.index_select(0, chosen)[0]
+
+
+def _inputs(span: Span, rows: Rows) -> list[tuple[int, int]]:
+    return [(one.start, one.stop) for one in rows.inputs if span.start <= one.start < span.stop]
 
 
 def _slot(spec: GraftSpec) -> Tokens:

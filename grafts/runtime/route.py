@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,6 +69,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on a device: all of a forward that depends on its rows moves here, at once."""
+        ids, positions = self.ids.to(device), self.positions.to(device)
+        keys, given = (None if x is None else x.to(device) for x in (self.dropout_keys, self.given))
+        source = None if self.source is None else self.source.to(device)
+        return replace(self, ids=ids, positions=positions, dropout_keys=keys, given=given, source=source)
 
     def padded(self, count: int) -> Rows:
         """The same with rows at the end that belong to nothing."""

@@ -19,12 +19,19 @@ class Slab:
     the first `collect` of a step to `clear`, so that it never adds to a forward's activations.
     """
 
-    def __init__(self, spec: GraftSpec, shape: ModelShape, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        spec: GraftSpec,
+        shape: ModelShape,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         layout = tensors(spec, shape)
         self.trained = tuple(t for t in layout if t.trained)
         self._sizes = [t.numel for t in self.trained]
-        self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(self._sizes), dtype=dtype) for _ in range(3))
-        self.frozen = {t.name: torch.zeros(t.shape, dtype=dtype) for t in layout if not t.trained}
+        parts = (torch.zeros(sum(self._sizes), dtype=dtype, device=device) for _ in range(3))
+        self.master, self.exp_avg, self.exp_avg_sq = parts
+        self.frozen = {t.name: torch.zeros(t.shape, dtype=dtype, device=device) for t in layout if not t.trained}
         self.views = self._by_name(self.master)
         self._names = tuple(t.name for t in layout)
         self.tensors = self.all_of(self.master)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,6 +53,10 @@ class Resident:
     spec: GraftSpec
     tensors: Mapping[str, Tensor]
     draw: Callable[[], int | None] = lambda: None
+
+    def to(self, device: torch.device) -> Resident:
+        """The same with its tensors on a device; those that are there already are the same ones."""
+        return replace(self, tensors={name: value.to(device) for name, value in self.tensors.items()})
 
 
 class Kind(NamedTuple):
@@ -128,10 +132,12 @@ class Stacks:
         linears: Mapping[Site, tuple[FrozenLinear, int]],
         through: Through = no_layers,
         *,
+        device: torch.device,
         trainable: bool = False,
     ) -> Stacks:
-        """Stacks holding `residents` in order; with `trainable` each stack is a leaf that collects a gradient.
-        `through` runs the rows of forms through the backbone's layers."""
+        """Stacks holding `residents` in order, all on a device; with `trainable` each stack is a leaf that collects a
+        gradient. `through` runs the rows of forms through the backbone's layers."""
+        residents = [resident.to(device) for resident in residents]
         places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -152,7 +158,7 @@ class Stacks:
             for part, members in parts.items():
                 heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
                 kept = torch.int64 if part == "i" else wide if kind.op in WIDE else dtype
-                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=kept)
+                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=kept, device=device)
                 built[part], first = stack, 0
                 entries: list[Entry] = []
                 for (index, tensor, slot), height in zip(members, heights):

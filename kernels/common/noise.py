@@ -12,10 +12,11 @@ from polygraft.kernels.common.dropout import CHANNEL, combine, mix32
 _UNIT = 2.0**-32
 
 
-def normal(key: int, count: int, dtype: torch.dtype) -> Tensor:
-    """z ~ N(0, I), [count]: a function of the key (32 bits, signed) and an element's place."""
-    place = torch.arange(count, dtype=torch.int32)
-    seed = torch.tensor(key, dtype=torch.int32)
+def normal(key: int | Tensor, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """z ~ N(0, I), [count]: a function of the key (32 bits, signed) and an element's place. A key that is a tensor lies
+    where the numbers are made."""
+    seed = key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int32, device=device)
+    place = torch.arange(count, dtype=torch.int32, device=seed.device)
     u, v = (combine(combine(seed, half), place).to(torch.float64) * _UNIT + 0.5 for half in (-1, -2))
     return _box_muller(u, v).to(dtype)
 

@@ -67,13 +67,15 @@ class Continued:
 @dataclass(frozen=True)
 class Bucket:
     """Sequences of one padded length L and one padded count of keys M: row indices into [rows; prefix rows; one zero
-    row], queries [b, L] and keys [b, M]."""
+    row], queries [b, L] and keys [b, M]; which of the b L queries are `real` [n], and the batch `rows` [n] they are."""
 
     length: int
     width: int
     sequences: tuple[Sequence, ...]
     queries: Tensor
     keys: Tensor
+    real: Tensor
+    rows: Tensor
     causal: bool = True
     _hidden: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -113,14 +115,18 @@ class Layout:
     causal: bool = True
     key_rows: int | None = None
 
-    @cached_property
-    def buckets(self) -> tuple[Bucket, ...]:
-        by_size: dict[tuple[int, int], list[Sequence]] = defaultdict(list)
-        for sequence in self.sequences:
-            by_size[sequence.bucket, sequence.width].append(sequence)
-        return tuple(self._bucket(*size, tuple(members)) for size, members in sorted(by_size.items()))
+    def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
+        """The sequences by padded lengths, their indices on a device; kept, since all layers share them."""
+        kept: dict[torch.device, tuple[Bucket, ...]] = self.__dict__.setdefault("_buckets", {})
+        if device not in kept:
+            by_size: dict[tuple[int, int], list[Sequence]] = defaultdict(list)
+            for sequence in self.sequences:
+                by_size[sequence.bucket, sequence.width].append(sequence)
+            found = (self._bucket(*size, tuple(members), device) for size, members in sorted(by_size.items()))
+            kept[device] = tuple(found)
+        return kept[device]
 
-    def _bucket(self, length: int, width: int, members: tuple[Sequence, ...]) -> Bucket:
+    def _bucket(self, length: int, width: int, members: tuple[Sequence, ...], device: torch.device) -> Bucket:
         rows = self.rows if self.key_rows is None else self.key_rows
         queries = torch.full((len(members), length), self.rows + self.prefix_rows)
         keys = torch.full((len(members), width), rows + self.prefix_rows)
@@ -129,4 +135,6 @@ class Layout:
             queries[i, p : p + s.length] = torch.arange(s.start, s.start + s.length)
             keys[i, :p] = torch.arange(rows + s.prefix_first, rows + s.prefix_first + p)
             keys[i, p : p + count] = torch.arange(start, start + count)
-        return Bucket(length, width, members, queries, keys, self.causal)
+        real = torch.cat([i * length + s.prefix_length + torch.arange(s.length) for i, s in enumerate(members)])
+        queries, keys, real, batch = (index.to(device) for index in (queries, keys, real, queries.flatten()[real]))
+        return Bucket(length, width, members, queries, keys, real, batch, self.causal)

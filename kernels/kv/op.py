@@ -61,7 +61,7 @@ class _Attend(torch.autograd.Function):
         sums = q.new_full((len(q), layout.heads if with_sums else 0), float("-inf"), dtype=wide)
         qx, kx, vx = _Rows(q, pk.new_zeros(len(pk), q.shape[1])), _Rows(k, pk), _Rows(v, pv)
         saved: list[Tensor] = []
-        for bucket in layout.buckets:
+        for bucket in layout.buckets(q.device):
             qb = _query_heads(qx.queries(bucket), layout)
             kb, vb = _key_heads(kx.keys(bucket), layout), _key_heads(vx.keys(bucket), layout)
             found = _scored(qb, kb, bucket, scores)
@@ -84,7 +84,7 @@ class _Attend(torch.autograd.Function):
         dk, dv = grad.new_zeros(rows, width), grad.new_zeros(rows, width)
         wide = torch.promote_types(grad.dtype, torch.float32)
         dpk, dpv = pk.new_zeros(pk.shape, dtype=wide), pk.new_zeros(pk.shape, dtype=wide)
-        for i, bucket in enumerate(layout.buckets):
+        for i, bucket in enumerate(layout.buckets(grad.device)):
             qb, kb, vb = saved[3 * i : 3 * i + 3]
             found = _scored(qb, kb, bucket, scores)  # again: they grow with the square of the length
             weights = found.softmax(-1).to(qb.dtype)
@@ -168,10 +168,7 @@ def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) 
     if bucket.first_row is not None:
         _adjacent(out_TE, bucket).view(grouped.shape).copy_(grouped)
         return
-    flat = grouped.reshape(b * bucket.length, -1)
-    index = bucket.queries.flatten()
-    real = index < layout.rows
-    out_TE[index[real]] = flat[real]
+    out_TE[bucket.rows] = grouped.reshape(b * bucket.length, -1)[bucket.real]
 
 
 def _scatter_keys(out_TC: Tensor, prefix_PC: Tensor, part: Tensor, bucket: Bucket, layout: Layout) -> None:

@@ -14,6 +14,10 @@ def tokens(x_TD: Tensor, p_PD: Tensor, index_T: Tensor, add: bool) -> Tensor:
     x [T, D]; p [P, D] in float32 (float64 beside float64), rounded once; index [T] int64, -1 where no row is placed.
     Differentiable in x and p. dp sums over the rows that use a row of p, in batch order: rows of one graft alone.
     """
+    if x_TD.is_cuda:
+        from polygraft.kernels.tokens import gpu
+
+        return gpu.tokens(x_TD, p_PD, index_T, add)
     return _Tokens.apply(x_TD, p_PD, index_T, add)  # type: ignore[no-any-return,no-untyped-call]
 
 

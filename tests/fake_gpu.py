@@ -1,0 +1,115 @@
+"""A machine with a GPU where there is none.
+
+What lies on the CPU is real. What lies on the device has a shape, a type and a device, and no values
+(`torch._subclasses.FakeTensorMode`): an operation on tensors of both raises as it would there, where it is allowed
+neither with one of no dimensions; so does what cannot go on without a value of the device (`item`, `nonzero`, a mask as
+an index). A copy to the CPU gives ones and is counted, since the host waits for it. Triton programs are not run, but
+every tensor that one is given must lie on the device. Shapes, types and devices are tested, then, and no numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from triton.runtime.jit import JITFunction
+
+from polygraft.grafts.methods import fourier
+from polygraft.kernels.nf4 import gpu as nf4_gpu
+from polygraft.kernels.rotate import gpu as rotate_gpu
+
+DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
+_KEPT = (fourier._entries, nf4_gpu._levels, rotate_gpu._channels)  # tensors that processes keep
+
+
+class FakeGpu(TorchDispatchMode):
+    """Operations of the CPU alone are done; `reads` are the copies from the device to it, `launches` the programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.launches, self.loading = 0, 0, False
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is torch.ops.prim.device.default:
+            return _META
+        given = dict(kwargs or {})
+        if given.get("device") == _META and not self.loading:
+            given["device"] = DEVICE
+        leaves = tree_leaves((args, given))
+        if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
+            with unset_fake_temporarily():
+                return func(*args, **given)
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:
+                return func.decompose(*args, **given)
+        if func is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
+            raise RuntimeError("a copy into a tensor on the CPU would be lost here; use .cpu()")
+        found = func(*args, **given)
+        if func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) and found.device.type == "cpu":
+            self.reads += 1
+            with unset_fake_temporarily():
+                return torch.ones(found.shape, dtype=found.dtype)
+        return found
+
+
+@contextmanager
+def fake_gpu() -> Iterator[FakeGpu]:
+    """Inside, `Backbone.load(..., device=DEVICE)` and what is done with it."""
+    machine = FakeGpu()
+
+    def launch(_: JITFunction[object], *args: object, grid: object, warmup: bool, **constants: object) -> None:
+        machine.launches += 1
+        for x in args:
+            assert not isinstance(x, Tensor) or x.device == DEVICE, f"a program was given a tensor on {x.device}"
+
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def loaded(cls: type[PreTrainedModel], *args: object, **options: object) -> PreTrainedModel:
+        machine.loading = True
+        try:
+            return load(cls, *args, **options)  # type: ignore[no-any-return]
+        finally:
+            machine.loading = False
+
+    dispatch = FakeTensor.__torch_dispatch__.__func__
+
+    def dispatched(cls: type[FakeTensor], func: object, *rest: object) -> object:
+        return _META if func is torch.ops.prim.device.default else dispatch(cls, func, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", launch)
+        for name in ("_exchange_device", "_maybe_exchange_device"):
+            patch.setattr(torch.cuda, name, lambda device: -1)
+        patch.setattr(FakeTensor, "data_ptr", _place, raising=False)
+        patch.setattr(FakeTensor, "is_cuda", property(lambda x: x.fake_device.type == "cuda"), raising=False)
+        patch.setattr(FakeTensor, "is_cpu", property(lambda x: x.fake_device.type == "cpu"), raising=False)
+        patch.setattr(FakeTensor, "get_device", lambda x: x.fake_device.index, raising=False)
+        patch.setattr(FakeTensor, "_normalize_fake_device", staticmethod(lambda x: x if x.type == "cpu" else DEVICE))
+        patch.setattr(FakeTensor, "__torch_dispatch__", classmethod(dispatched))
+        patch.setitem(fake_tensor._DISPATCH_META_HANDLERS, torch.ops.prim.device.default, lambda _: _META)
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(loaded))
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), machine:
+                yield machine
+        finally:
+            for kept in _KEPT:
+                kept.cache_clear()
+
+
+def _place(x: Tensor) -> int:
+    """A number that tensors share where they share their memory's beginning."""
+    return x.untyped_storage()._cdata + x.storage_offset() * x.element_size()  # type: ignore[no-any-return]
