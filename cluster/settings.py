@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     store_url: str = Field(default="embedded", pattern=r"^(embedded$|memory://|rediss?://|unix://)")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = a GPU where there is one")
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     quantise: Literal["nf4"] | None = None
     pack: PackSettings = PackSettings()

@@ -19,6 +19,7 @@ def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1) -> se
             replica=ReplicaId(f"replica-{index}"),
             backbone_folder=backbone_folder,
             data=settings.data,
+            device=settings.device,
             dtype=settings.dtype,
             quantise=settings.quantise,
             settings=settings.serve,

@@ -257,6 +257,7 @@ class Engine:
                 "grafts": list(residents),
                 "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
                 "merged": False,
+                "device": str(self._backbone.device),
             }
         )
 

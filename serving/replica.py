@@ -17,7 +17,7 @@ from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.pretrained import Quantise
-from polygraft.grafts.runtime.process import device_environment, in_own_thread, lean_imports
+from polygraft.grafts.runtime.process import chosen_device, device_environment, in_own_thread, lean_imports
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
@@ -35,6 +35,7 @@ class ReplicaPlan:
     replica: ReplicaId
     backbone_folder: Path
     data: Path
+    device: str
     dtype: str
     quantise: Quantise | None
     settings: ServeSettings
@@ -70,8 +71,9 @@ class Replica:
 
 
 def _engine(plan: ReplicaPlan) -> Engine:
+    device = chosen_device(plan.device)
     with lean_imports():
-        backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise)
+        backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise, device=device)
     return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
 
 

@@ -52,8 +52,9 @@ class Residency:
         return sum(self._sizes[graft] for graft in self._held)
 
     def fetch(self, graft: GraftId) -> Resident:
-        """Read a graft from the artefact folder. Raises GraftUnusable, also for values that are not finite as they are
-        computed with, since products with foreign ranks may be selected out only after the first of two."""
+        """Read a graft from the artefact folder and move it to the backbone's device. Raises GraftUnusable, also for
+        values that are not finite as they are computed with, since products with foreign ranks may be selected out only
+        after the first of two."""
         try:
             stored = native.load(self._folder / graft, shape=self._backbone.shape, backbone=self._backbone.fingerprint)
         except (OSError, ValueError) as error:
@@ -61,11 +62,12 @@ class Residency:
         if stored.id != graft:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
         backbone = self._backbone
-        spec, values = lower(stored.spec, backbone.shape, stored.tensors, backbone.weight, backbone.through)
+        held = {name: value.to(backbone.device) for name, value in stored.tensors.items()}
+        spec, values = lower(stored.spec, backbone.shape, held, backbone.weight, backbone.through)
         for tensor in tensors(spec, self._backbone.shape):
             slot = spec.slots[tensor.slot]
             scale = slot.scale if isinstance(slot, Branch) else 1.0
-            if not bool((values[tensor.name].to(self._backbone.dtype) * scale).isfinite().all()):
+            if not bool((values[tensor.name].to(self._backbone.dtype) * scale).isfinite().all().cpu()):
                 raise GraftUnusable(
                     f"graft {graft} cannot be served: {tensor.name} times {scale:g} is not finite in "
                     f"{self._backbone.dtype}"

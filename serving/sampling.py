@@ -30,17 +30,18 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """One token a row of `logits` [n, vocab] fp32; None for a row that holds a NaN or an infinity."""
-    finite = torch.isfinite(
-        logits.sum(dim=1)
-    ).tolist()  # what is not finite stays so in a sum; one pass in place of four
-    tokens: list[int | None] = [
-        token if good else None for token, good in zip(logits.argmax(dim=1).tolist(), finite, strict=True)
-    ]
+    """One token a row of `logits` [n, vocab] fp32; None for a row that holds a NaN or an infinity.
+
+    Here the host waits for the device, whose likeliest tokens it takes; where a token is drawn, for the row's logits.
+    """
+    # What is not finite stays so in a sum; one pass in place of four.
+    finite: list[bool] = torch.isfinite(logits.sum(dim=1)).cpu().tolist()
+    likeliest: list[int] = logits.argmax(dim=1).cpu().tolist()
+    tokens: list[int | None] = [token if good else None for token, good in zip(likeliest, finite, strict=True)]
     rows = [row for row, draw in enumerate(draws) if draw.temperature >= _GREEDY_BELOW and finite[row]]
     if rows:
         chosen = [draws[row] for row in rows]
-        for row, token in zip(rows, _drawn(logits[rows], chosen), strict=True):
+        for row, token in zip(rows, _drawn(logits[rows].cpu(), chosen), strict=True):
             tokens[row] = token
     return tokens
 
@@ -53,7 +54,7 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """Inverse-CDF draws from softmax(logits / temperature), over the likeliest whose mass first reaches top_p."""
-    temperature = torch.tensor([[draw.temperature] for draw in draws], device=logits.device)
+    temperature = torch.tensor([[draw.temperature] for draw in draws])
     probabilities = torch.softmax((logits - logits.amax(dim=1, keepdim=True)) / temperature, dim=1)
     tokens: list[int] = []
     for row, draw in zip(probabilities, draws, strict=True):

@@ -30,7 +30,8 @@ class Streams:
                 f"serve.kv_bytes: {settings.kv_bytes} is less than one context of {settings.max_context} tokens needs; "
                 f"give at least {(-(-settings.max_context // BLOCK_SIZE) + 2) * per_block}"
             )
-        self.cache = KVCache(backbone.shape, count, block_size=BLOCK_SIZE, dtype=backbone.dtype)
+        dtype, device = backbone.dtype, backbone.device
+        self.cache = KVCache(backbone.shape, count, block_size=BLOCK_SIZE, dtype=dtype, device=device)
         self.blocks = Blocks(count=count, block_size=BLOCK_SIZE, bytes_per_block=per_block)
         self.residency = residency
         self._settings = settings

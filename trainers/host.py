@@ -19,7 +19,7 @@ from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.grafts.runtime.pretrained import Quantise
-from polygraft.grafts.runtime.process import device_environment, lean_imports
+from polygraft.grafts.runtime.process import chosen_device, device_environment, lean_imports
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
@@ -38,6 +38,7 @@ class PackPlan:
     backbone_folder: str
     store_url: str
     data: str
+    device: str = "auto"
     dtype: str = "auto"
     quantise: Quantise | None = None
     max_rows: int = 768
@@ -79,9 +80,10 @@ def train_loop(config: dict[str, object]) -> None:
     plan = PackPlan(**config)  # type: ignore[arg-type]
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(plan.backbone_folder)
-    dtype = DTYPES[plan.dtype] or best_dtype()
+    device = chosen_device(plan.device)
+    dtype = DTYPES[plan.dtype] or best_dtype(device)
     with lean_imports():
-        backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise)
+        backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise, device=device)
     runner = PackRunner(backbone, max_rows=plan.max_rows)
     store = connect(plan.store_url)
     worker = PackWorker(

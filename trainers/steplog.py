@@ -11,9 +11,10 @@ from polygraft.trainers.runner import PackStep
 
 
 class StepLog:
-    """Appends to `steps.jsonl` in the pack's folder."""
+    """Appends to `steps.jsonl` in the pack's folder; `device` is what the pack computes on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
+        self._device = device
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / "steps.jsonl", "a", buffering=1)
 
@@ -27,6 +28,7 @@ class StepLog:
             "jobs": list(step.jobs),
             "methods": sorted({methods[job] for job in step.jobs}),
             "merged": False,
+            "device": self._device,
         }
         self._file.write(json.dumps(line) + "\n")
 

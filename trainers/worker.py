@@ -72,7 +72,7 @@ class PackWorker:
         lease = store.acquire(keys.pack_scope(pack), f"worker of {pack}", 60.0, steal=True)
         assert lease is not None, "a stolen lease is always granted"
         self.fence = lease.fence
-        self._log = StepLog(folders.pack(pack))
+        self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
 
     def run(self, heartbeat: Callable[[], None]) -> None:

@@ -37,7 +37,7 @@ Look = Callable[[Settings], Finding]
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Every check in turn; the ones that import torch come late."""
-    for look in (_python, _packages, _valkey, _disk, _backbone, _port, _service, _threads, _torch):
+    for look in (_python, _packages, _valkey, _disk, _backbone, _port, _service, _threads, _device):
         try:
             yield look(settings)
         except Exception as error:  # a check that breaks is a finding too, and the others are still of use
@@ -137,23 +137,18 @@ def _threads(_: Settings) -> Finding:
     return Finding("threads", "note" if advice else "ok", f"{cores} cores, OMP_NUM_THREADS {told or 'not set'}", advice)
 
 
-def _torch(_: Settings) -> Finding:
+def _device(settings: Settings) -> Finding:
     import torch
 
     from polygraft.grafts.runtime.backbone import best_dtype
+    from polygraft.grafts.runtime.process import chosen_device
 
-    if torch.cuda.is_available():
-        return Finding(
-            "device", "ok", f"{torch.cuda.get_device_name()}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
-        )
-    fast = best_dtype() is torch.bfloat16
-    advice = "" if fast else "this processor has no bf16 arithmetic; dtype auto means fp32 here"
-    return Finding(
-        "device",
-        "ok" if fast else "note",
-        f"{torch.get_num_threads()} CPU threads, bf16 {'yes' if fast else 'no'}",
-        advice,
-    )
+    device = chosen_device(settings.device)  # raises where it is asked for and not here
+    fast = best_dtype(device) is torch.bfloat16
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    found = f"{name}, bf16 {'yes' if fast else 'no'} (device: {settings.device})"
+    advice = "" if fast else "it has no bf16 arithmetic; dtype auto means fp32 here"
+    return Finding("device", "ok" if fast else "note", found, advice)
 
 
 def _is_up(settings: Settings) -> bool:

@@ -34,6 +34,7 @@ class OpenHost:
             backbone_folder=self.backbone_folder,
             store_url=settings.store_url,
             data=str(settings.data),
+            device=settings.device,
             dtype=settings.dtype,
             quantise=settings.quantise,
             max_rows=settings.pack.max_rows,

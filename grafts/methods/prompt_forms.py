@@ -116,7 +116,7 @@ def _prune(values: Values, gradients: Values, step: int, total: int, keep: float
             _keep_largest(rows, values[f"{site}.matter_rows"], round(keep * len(rows)))
         if step + 1 == max(1, 2 * total // 3):
             matter = values[f"{site}.matter_pieces"].where(rows > 0, -1)
-            _keep_largest(pieces, matter, round(keep_pieces * pieces.shape[1] * int(rows.sum())))
+            _keep_largest(pieces, matter, round(keep_pieces * pieces.shape[1] * int(rows.sum().cpu())))
 
 
 def _keep_largest(mask: Tensor, matter: Tensor, count: int) -> None:

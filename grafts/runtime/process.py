@@ -53,6 +53,17 @@ def give_back() -> None:
         allocator.malloc_trim(0)
 
 
+def chosen_device(setting: str) -> str:
+    """Where a process computes by its setting: "auto" takes a GPU where there is one. Raises ValueError where "cuda" is
+    asked for and there is none."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if setting == "cuda" and not there:
+        raise ValueError("device: 'cuda' is asked for, and torch finds no GPU here; choices: auto, cpu")
+    return "cuda" if there and setting != "cpu" else "cpu"
+
+
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Inside, packages that transformers would import only because they are installed cannot be: 58 MiB a process.

@@ -10,7 +10,9 @@ from torch.autograd.function import FunctionCtx
 
 def tokens(x_TD: Tensor, p_PD: Tensor, index_T: Tensor, add: bool) -> Tensor:
     """As `op.tokens`."""
-    return _Tokens.apply(x_TD, p_PD, index_T, add) if len(p_PD) else x_TD  # type: ignore[no-any-return,no-untyped-call]
+    if not len(p_PD):  # nothing to place
+        return x_TD
+    return _Tokens.apply(x_TD, p_PD, index_T, add)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Tokens(torch.autograd.Function):

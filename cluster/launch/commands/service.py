@@ -31,6 +31,7 @@ def up(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for a free one.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     quantise: Annotated[str | None, typer.Option(help="nf4: the backbone in 4 bits (QLoRA).")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it.", min=1)] = 300.0,
@@ -43,6 +44,7 @@ def up(
         store_url=store_url,
         host=host,
         port=port,
+        device=device,
         dtype=dtype,
         quantise=quantise,
     )

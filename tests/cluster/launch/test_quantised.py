@@ -29,11 +29,12 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     plans: list[host.PackPlan] = []
     monkeypatch.setattr(host, "start_host", plans.append)
     OpenHost.of(settings, folder)(SimpleNamespace(id="pack-1"))  # type: ignore[arg-type]
-    assert plans[0].quantise == "nf4"
+    assert (plans[0].quantise, plans[0].device) == ("nf4", "auto")
     plan = replica.ReplicaPlan(
         replica=ReplicaId("replica-0"),
         backbone_folder=folder,
         data=tmp_path,
+        device=settings.device,
         dtype=settings.dtype,
         quantise=settings.quantise,
         settings=settings.serve,

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
-from polygraft.grafts.runtime.process import device_environment
+import pytest
+import torch
+
+from polygraft.grafts.runtime.process import chosen_device, device_environment
 
 FREED = """
 import json
@@ -48,3 +51,14 @@ def _told(program: str) -> list[int]:
     )
     found: list[int] = json.loads(done.stdout)
     return found
+
+
+def test_a_process_computes_on_a_gpu_where_there_is_one_unless_it_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [chosen_device(setting) for setting in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [chosen_device(setting) for setting in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(ValueError, match="device: 'cuda' is asked for"):
+        chosen_device("cuda")
