@@ -99,6 +99,7 @@ PEFT = (
     Peft(
         kind="ADAMSS",
         method="adamss",
+        biases=False,
         names={"r": ("r", 100), "subspaces": ("num_subspaces", 5), "rank": ("subspace_rank", 1)},
         needs={"use_asa": False, "use_dynamic_rank": False},
         idle={
