@@ -87,11 +87,19 @@ class FrozenLinear:
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         """dy W, [T, in]."""
+        return self._blockwise(dy_TO, self._back(), self.in_features)
+
+    def transposed_alone(self, dy_TO: Tensor) -> Tensor:
+        """The same as one product, as `product_alone`."""
+        return multiply(dy_TO, self._back())
+
+    def _back(self) -> Tensor:
+        """W^T as `multiply` takes it."""
         if not self._weight.is_mkldnn:
-            return self._blockwise(dy_TO, self._weight.T, self.in_features)
+            return self._weight.T
         if self._transpose is None:
             self._transpose = pack(self.weight().T.contiguous())
-        return self._blockwise(dy_TO, self._transpose, self.in_features)
+        return self._transpose
 
     def _blockwise(self, rows: Tensor, weight: Tensor, width: int) -> Tensor:
         if self._block is None or len(rows) == self._block:

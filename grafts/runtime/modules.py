@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from polygraft.grafts.runtime.beside import Plan, activation, changes
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.norms import FrozenNorm
-from polygraft.grafts.runtime.projection import project
+from polygraft.grafts.runtime.projection import project, project_alone
 from polygraft.grafts.runtime.recompute import recomputed
 from polygraft.grafts.runtime.route import RouteTable, current
 from polygraft.grafts.runtime.stacks import Entries, Kind, Stack
@@ -56,7 +56,7 @@ class SiteLinear(nn.Module):
         if len(self.group) == 1:
             for stack in changing:
                 flat = _changed(flat, stack, route)
-            y = project(flat, self.linear, plan, route.segments)[0]
+            y = self._products(flat, plan, route)[0]
         else:
             # Before the changes, so that a backward sums the gradient of x in one order with them and without.
             y = self._shared(x, flat, plan, route)
@@ -87,10 +87,15 @@ class SiteLinear(nn.Module):
         """This projection's product, computed together with the others that take the same input."""
         found = route.kept(id(self.linear), x, self.member)
         if found is None:
-            products = list(project(flat, self.linear, plan, route.segments))
+            products = list(self._products(flat, plan, route))
             route.keep(id(self.linear), x, products)
             found = products[self.member]
         return found
+
+    def _products(self, flat: Tensor, plan: Plan, route: RouteTable) -> tuple[Tensor, ...]:
+        if route.enters is not None:
+            return project_alone(flat, self.linear)
+        return project(flat, self.linear, plan, route.segments)
 
     def _plan(self, route: RouteTable) -> Plan:
         key = id(self.linear), route.dropout_keys is not None

@@ -95,8 +95,8 @@ class Nf4Linear(FrozenLinear):
         ]
         return found, [pair for pair in work if chosen.get(pair[0].member) is not pair]
 
-    def transposed_product(self, dy_TO: Tensor) -> Tensor:
-        return self._blockwise(dy_TO, self.weight().T, self.in_features)
+    def _back(self) -> Tensor:
+        return self.weight().T
 
     def _read(self, x_TI: Tensor) -> bool:
         """Whether the op multiplies: on a GPU, where rows of W are whole blocks."""

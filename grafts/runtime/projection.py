@@ -49,6 +49,11 @@ def project(
     return tuple(products)
 
 
+def project_alone(x_TI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
+    """The same without branches, for rows that are one graft's and whose count is never another."""
+    return _Alone.apply(x_TI, linear)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _served(
     x_TI: Tensor,
     linear: FrozenLinear,
@@ -97,6 +102,18 @@ class _Project(torch.autograd.Function):
             A, B = weights[2 * i : 2 * i + 2]
             found += branch_gradients(columns[member], x, A, B, segments, act, own, dx)
         return dx, None, None, *found
+
+
+class _Alone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
+        ctx.linear = linear  # type: ignore[attr-defined]
+        return linear.product_alone(x).split_with_sizes(linear.widths, dim=1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        linear: FrozenLinear = ctx.linear  # type: ignore[attr-defined]
+        return linear.transposed_alone(_joined(grads)), None
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

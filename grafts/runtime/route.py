@@ -103,7 +103,7 @@ class Attention(Protocol):
 class RouteTable:
     """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
     forward of a decoder `source` is that of the encoder's rows. `enters` are rows, and the layer that they are the
-    input of."""
+    input of; they are one graft's, and nothing acts on them."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
