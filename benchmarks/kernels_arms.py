@@ -55,6 +55,8 @@ class Layer:
         match kind:
             case "base":
                 return lambda: [y for i in range(len(GROUPS)) for y in base(i)]
+            case "least":
+                return self._least(base)
             case "ours":
                 return self._ours()
             case "loop":
@@ -68,6 +70,20 @@ class Layer:
         """A group's projections as one product; `plain` weights or prepacked ones."""
         linears = [FrozenLinear(W, [None] * len(W), prepack=variant != "plain") for W in self.W]
         return lambda i: linears[i].product(self.x[i]).split_with_sizes(linears[i].widths, dim=1)
+
+    def _least(self, base: Callable[[int], Sequence[Tensor]]) -> Callable[[], list[Tensor]]:
+        """What any branch after a finished product costs at least: its group's A and B read once, the results read and
+        written once."""
+        grafts = [torch.cat([w.flatten() for w in (*As, *Bs)]).view(torch.float32) for As, Bs in zip(self.A, self.B)]
+
+        def group(i: int) -> Sequence[Tensor]:
+            products = base(i)
+            grafts[i].sum()
+            joined = products[0].as_strided((self.rows, sum(y.shape[1] for y in products)), products[0].stride())
+            joined.neg_()
+            return products
+
+        return lambda: [y for i in range(len(GROUPS)) for y in group(i)]
 
     def _ours(self) -> Callable[[], list[Tensor]]:
         linears = [FrozenLinear(W, [None] * len(W)) for W in self.W]
