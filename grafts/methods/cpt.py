@@ -112,10 +112,10 @@ def _numbers(field: str, text: str) -> list[int]:
 def _embedded(tensor: TensorSpec, making: Making, ids: str) -> Tensor:
     import torch
 
-    table, tokens = making.backbone.embedding, _numbers("ids", ids)
-    if max(tokens) >= len(table):
-        raise SpecError(f"peft: cpt.ids: {max(tokens)} is not one of the {len(table)} tokens")
-    return table[torch.tensor(tokens)]
+    tokens, count = _numbers("ids", ids), len(making.backbone.embedding)
+    if max(tokens) >= count:
+        raise SpecError(f"peft: cpt.ids: {max(tokens)} is not one of the {count} tokens")
+    return making.embedded(torch.tensor(tokens))
 
 
 METHODS = (Method("cpt", "arXiv 2410.17222", 3e-3, cpt, hooks=_hooks),)

@@ -28,8 +28,8 @@ SAMPLES = tuple(Sample(tuple(range(3, 3 + n)), (0.0,) * 4 + (1.0,) * (n - 4)) fo
 # One for each op and kind of form, and those whose start or hooks are apart.
 DAILY = tuple(
     (
-        "dora ia3 moelora fusion loha far hra boft road trainable-tokens dept smop llama-adapter apt loreft adalora "
-        "lora-dropout diff-pruning child-tuning eva lora-ga"
+        "dora ia3 pvera moelora fusion loha far hra boft road trainable-tokens dept smop llama-adapter apt loreft "
+        "adalora lora-dropout diff-pruning child-tuning eva lora-ga"
     ).split()
 )
 
@@ -76,7 +76,7 @@ def test_a_step_of_several_jobs_stays_on_the_device(pack: PackRunner, gpu: FakeG
         "lora(r=4, dropout=0.1)",
         "dora(r=4, at=attn.v)",
         "prefix(5) + ia3",
-        "prompt(4)",
+        "cpt(ids=5|6|7)",
         "shira(r=2)@0",
         "hra(r=2)@1",
     )
