@@ -38,6 +38,7 @@ class Streams:
         self._loader = loader
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._held_up: Sequence | None = None  # the oldest whose graft is read and does not fit
 
     @property
     def load(self) -> Load:
@@ -56,6 +57,7 @@ class Streams:
 
     def load_grafts(self) -> list[tuple[Sequence, Exception]]:
         """Bring in the grafts that waiting streams need, oldest first; returns who can never have theirs, and why."""
+        self._held_up = None
         failed: list[tuple[Sequence, Exception]] = []
         wanted: set[GraftId] = set()
         for sequence in self.waiting:
@@ -63,8 +65,11 @@ class Streams:
             try:
                 if graft is not None and self.residency.get(graft) is None:
                     resident = self._loader.ask(graft)
-                    if resident is not None and self.residency.can_admit(resident, wanted):
-                        self.residency.admit(resident, wanted)
+                    if resident is not None:
+                        if self.residency.can_admit(resident, wanted):
+                            self.residency.admit(resident, wanted)
+                        else:
+                            self._held_up = self._held_up or sequence
                 self._check_length(sequence)
             except Exception as error:  # whatever is wrong with one graft concerns only those who want it
                 failed.append((sequence, error))
@@ -76,7 +81,7 @@ class Streams:
 
     def choose(self) -> list[Chunk]:
         """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand."""
-        ready = [s for s in self.waiting if s.request.graft is None or self.residency.get(s.request.graft)]
+        ready = [s for s in self.waiting if s.request.graft is None or self._may_pin(s, s.request.graft)]
         for sequence in ready:
             if (spec := self._spec(sequence)) is not None:
                 sequence.grow_on(spec)
@@ -97,6 +102,12 @@ class Streams:
         for chunk in chunks:
             self._grow(chunk.sequence, chunk.sequence.cached + chunk.rows)
         return chunks
+
+    def _may_pin(self, sequence: Sequence, graft: GraftId) -> bool:
+        """Whether its graft is in memory and nobody older waits for the room that such grafts take: younger streams
+        that kept them in use, one after the other, would keep it out for ever."""
+        held_up = self._held_up is not None and _age(self._held_up) < _age(sequence)
+        return self.residency.get(graft) is not None and not held_up
 
     def _as_running(self, sequence: Sequence) -> Running:
         id = sequence.request.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,28 @@ def test_grafts_move_in_and_out_of_a_small_budget(
         run(engine, 2000)
     assert tight.tokens == free.tokens and set(tight.reasons().values()) == {"length"}
     assert sum(4 * v.numel() for g in engine.load.resident for v in grafts[g][1].values()) <= largest
+
+
+def test_a_graft_that_does_not_fit_beside_those_in_use_is_not_kept_out_by_younger_streams(
+    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[GraftSpec, dict[str, Tensor]]]
+) -> None:
+    size = {graft: sum(4 * value.numel() for value in values.values()) for graft, (_, values) in grafts.items()}
+    small, large = min(size, key=lambda g: size[g]), max(size, key=lambda g: size[g])
+    heard = Heard()
+    engine = engine_on(backbone, data, heard=heard, graft_bytes=size[large])
+    engine.submit(request("first", prompt_of(0), 40, graft=small))
+    while engine.load.resident != (small,):
+        engine.turn()
+    engine.submit(request("large", prompt_of(1), 2, graft=large))
+    for index in range(100):  # always one more of the small graft's before the last of them ends
+        engine.submit(request(f"small{index}", prompt_of(2), 3, graft=small))
+        engine.turn()
+        if "large" in heard.ends:
+            break
+        time.sleep(0.01)
+    assert heard.ends["large"].finish_reason == "length"
+    run(engine, 2000)
+    assert set(heard.reasons().values()) == {"length"}
 
 
 def test_a_graft_larger_than_the_budget_fails_alone(
