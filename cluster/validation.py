@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
@@ -14,7 +15,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """Path and message of the first thing wrong; an unknown field outranks what it may have caused elsewhere."""
     errors = error.errors()
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    location = _location(first["loc"])
+    unknown = first["type"] == "extra_forbidden"
+    # What a client calls a field may look like a union's member, or like no name at all.
+    location = (*_location(first["loc"][:-1]), first["loc"][-1]) if unknown else _location(first["loc"])
     path = ".".join(map(str, location))
     match first["type"]:
         case "extra_forbidden":
@@ -45,7 +48,14 @@ def _location(parts: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 def _choices(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        members = (annotation, *get_args(annotation))
-        model = next((one for one in members if isinstance(one, type) and issubclass(one, BaseModel)), model)
+        if isinstance(part, str):  # the items of a list have the choices that the list has
+            model = next(_models(model.model_fields[part].annotation), model)
     return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """The models among what a field may hold, itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for member in get_args(annotation):
+        yield from _models(member)

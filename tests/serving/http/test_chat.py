@@ -184,6 +184,22 @@ async def test_what_is_not_supported_is_400_and_names_the_field(
     assert str(error["param"]).split(".")[0] == field and field in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("message", "param", "choices"),
+    [
+        ({"content": "x", "foo": 1}, "messages.0.foo", "annotations, audio, content"),
+        ({"content": [{"type": "text", "text": "x", "foo-bar": 1}]}, "messages.0.content.0.foo-bar", "text, type"),
+        ({"content": "x", "int": 1}, "messages.0.int", "annotations, audio, content"),
+    ],
+)
+async def test_an_unknown_field_inside_a_message_is_named_with_the_choices_there(
+    ann: httpx.AsyncClient, message: dict[str, object], param: str, choices: str
+) -> None:
+    asked = body(messages=[{"role": "user", **message}])
+    error = refusal(await ann.post("/chat/completions", json=asked), 400)
+    assert error["param"] == param and f"{param}: unknown field (got 1); choices: {choices}" in error["message"]
+
+
 async def test_two_different_token_limits_are_refused(ann: httpx.AsyncClient) -> None:
     error = refusal(await ann.post("/chat/completions", json=body(max_completion_tokens=5)), 400)
     assert error["param"] == "max_completion_tokens"
