@@ -200,6 +200,16 @@ async def test_an_unknown_field_inside_a_message_is_named_with_the_choices_there
     assert error["param"] == param and f"{param}: unknown field (got 1); choices: {choices}" in error["message"]
 
 
+async def test_half_of_a_surrogate_pair_is_400_and_a_whole_one_is_a_character(ann: httpx.AsyncClient) -> None:
+    async def said(text: str) -> httpx.Response:
+        asked = json.dumps(body(messages=[{"role": "user", "content": "?"}])).replace("?", text)
+        return await ann.post("/chat/completions", content=asked)
+
+    error = refusal(await said(r"a\ud800b"), 400)
+    assert error["param"] == "messages.0.content" and "half of a surrogate pair" in error["message"]
+    assert (await said(r"a\ud83d\ude00b")).status_code == 200
+
+
 async def test_two_different_token_limits_are_refused(ann: httpx.AsyncClient) -> None:
     error = refusal(await ann.post("/chat/completions", json=body(max_completion_tokens=5)), 400)
     assert error["param"] == "max_completion_tokens"

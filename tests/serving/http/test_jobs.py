@@ -171,6 +171,16 @@ async def test_a_body_that_is_not_an_object_is_400(ann: httpx.AsyncClient, conte
     refusal(await ann.post("/fine_tuning/jobs", content=content), 400)
 
 
+@pytest.mark.parametrize(("pair", "param"), [(r'"a": "\ud800"', "metadata.a"), (r'"\udc00": "a"', "metadata")])
+async def test_half_of_a_surrogate_pair_is_400_and_nothing_is_written(
+    service: Service, ann: httpx.AsyncClient, pair: str, param: str
+) -> None:
+    asked = json.dumps(body(await upload(ann), metadata={})).replace("{}", f"{{{pair}}}")
+    error = refusal(await ann.post("/fine_tuning/jobs", content=asked), 400)
+    assert error["param"] == param and "half of a surrogate pair" in error["message"]
+    assert service.api.store.events(START) == []
+
+
 async def test_a_body_of_megabytes_is_413(ann: httpx.AsyncClient) -> None:
     refusal(await ann.post("/fine_tuning/jobs", content=b'"' + b"x" * (5 << 20) + b'"'), 413)
 
