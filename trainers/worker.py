@@ -6,11 +6,15 @@ one job leaves the loop; only the loss of the store, the disk or the process doe
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
+
+from torch import AcceleratorError
 
 from polygraft.cluster.advance import advance_job, advance_pack, record_progress
 from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
@@ -18,7 +22,7 @@ from polygraft.cluster.model import GraftId, Job, JobError, JobId, PackId, Tenan
 from polygraft.cluster.publish import UnknownModel, publish, resolve
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import EntryId, Store
+from polygraft.cluster.store.base import EntryId, Store, StoreError
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.stock import Stock
@@ -33,6 +37,7 @@ from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import Active, PackRunner, Stepped, allocation_failed
 from polygraft.trainers.steplog import StepLog
 
+_LOG = logging.getLogger(__name__)
 CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
@@ -137,7 +142,8 @@ class PackWorker:
         self._progress(active)
 
     def _active(self, record: Job, name: str | None) -> Active | JobError:
-        """The job in the pack, or what of its own keeps it out."""
+        """The job in the pack, or what of its own keeps it out. Raises what is not its own: of store and device."""
+        peft = record.spec.peft
         try:
             trained = prepare(
                 record,
@@ -149,14 +155,19 @@ class PackWorker:
             active = self._activate(trained, name, record.tenant)
             if active.loss_before is None and trained.held_out:
                 active.loss_before = self.runner.evaluate(record.id, trained.held_out)
+                if not isfinite(active.loss_before):
+                    raise SpecError(f"{peft!r} has a held-out loss of {active.loss_before} before its first step")
+        except (StoreError, AcceleratorError):
+            raise
         except SpecError as error:
             return JobError("invalid_value", f"{PEFT}: {error}", PEFT)
         except (ValueError, OSError) as error:
             return JobError("invalid_training_data", str(error), "training_file")
-        except (MemoryError, RuntimeError) as error:
-            if not allocation_failed(error):
-                raise
-            return JobError("out_of_memory", f"{record.spec.peft!r} does not fit beside the pack's other jobs")
+        except Exception as error:  # whatever its graft or its samples lead to is the job's own
+            if allocation_failed(error):
+                return JobError("out_of_memory", f"{peft!r} does not fit beside the pack's other jobs")
+            _LOG.exception("job %s of %s could not start", record.id, self.pack)
+            return JobError("cannot_start", f"{PEFT}: {peft!r} cannot start: {type(error).__name__}: {error}", PEFT)
         return active
 
     def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> Active:

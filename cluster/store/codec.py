@@ -63,9 +63,8 @@ def decode_event(text: str | bytes) -> Event:
 
 
 def encode_entry(entry: Mapping[str, JSON]) -> str:
-    """A stream entry; numbers that are not finite become null."""
-    finite = (None if isinstance(value, float) and not isfinite(value) else value for value in entry.values())
-    return _dump(dict(zip(entry, finite, strict=True)))
+    """A stream entry; numbers that are not finite become null, however deep they lie."""
+    return _dump({name: _finite(value) for name, value in entry.items()})
 
 
 def decode_entry(text: str | bytes) -> Mapping[str, JSON]:
@@ -100,6 +99,17 @@ def _decode(text: str | bytes, at: str) -> object:
         known = _schema(name)
         raise CodecError(f"{at}: {name} of schema {schema!r}, not {known}; another version of polygraft wrote it")
     return _form(_types()[name]).decode(body, name)
+
+
+def _finite(value: JSON) -> JSON:
+    match value:
+        case float():
+            return value if isfinite(value) else None
+        case Mapping():
+            return {name: _finite(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_finite(one) for one in value]
+    return value
 
 
 def _dump(body: Mapping[str, JSON]) -> str:

@@ -1,8 +1,10 @@
 """The pack's worker over the in-memory store: what a job's tenant sees, and what a crash may not change."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from polygraft.cluster.events import JobCancelRequested
 from polygraft.cluster.model import Job, JobId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Store
+from polygraft.cluster.store.base import Store, StoreUnavailable
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
@@ -85,14 +87,7 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
 def test_a_job_that_no_memory_is_left_for_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
 ) -> None:
-    real = getattr(runner_module, at)
-
-    def full(spec: GraftSpec, *given: object, **more: object) -> object:
-        if spec.method == "lora(r=9)":
-            raise error
-        return real(spec, *given, **more)
-
-    monkeypatch.setattr(runner_module, at, full)
+    _raise_for("lora(r=9)", error, at, monkeypatch)
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
@@ -106,6 +101,51 @@ def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp
     submit(store, tmp_path, {"ftjob-0": f"lora(r={10**15})", "ftjob-1": f"lora(r={10**18})"})
     _work(store, backbone, tmp_path)
     assert [job.error is not None and job.error.code for job in _jobs(store)] == ["out_of_memory"] * 2
+
+
+def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = runner_module.mean_loss
+
+    def loss(backbone: Backbone, spec: GraftSpec, *given: Any) -> float:
+        return math.nan if spec.method == "lora(r=9)" else real(backbone, spec, *given)
+
+    monkeypatch.setattr(runner_module, "mean_loss", loss)
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
+    _work(store, backbone, tmp_path)
+    good, bad = _jobs(store)
+    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
+    assert bad.error is not None and bad.error.param == worker_module.PEFT
+    assert "lora(r=9)" in bad.error.message and "held-out loss of nan" in bad.error.message
+
+
+@pytest.mark.parametrize("at", ["initialise", "Hooks"])
+@pytest.mark.parametrize("error", [TypeError("size"), OverflowError("10**30"), RuntimeError("overflow")])
+def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_why(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
+) -> None:
+    _raise_for("lora(r=9)", error, at, monkeypatch)
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
+    _work(store, backbone, tmp_path)
+    good, bad = _jobs(store)
+    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
+    assert bad.error is not None and bad.error.param == worker_module.PEFT
+    assert "'lora(r=9)'" in bad.error.message and f"{type(error).__name__}: {error}" in bad.error.message
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("gone"), torch.AcceleratorError("CUDA error: unknown")])
+def test_the_loss_of_the_store_or_the_device_is_not_blamed_on_a_job(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    _raise_for("ia3", error, "initialise", monkeypatch)
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
+    with pytest.raises(type(error)):
+        _work(store, backbone, tmp_path)
+    assert not _jobs(store)[0].final
 
 
 def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp_path: Path) -> None:
@@ -168,6 +208,18 @@ def test_a_saved_graft_is_the_job_s_weights(backbone: Backbone, tmp_path: Path) 
     assert loaded.id == job.graft and any(
         value.abs().sum() > 0 for name, value in loaded.tensors.items() if name.endswith("B")
     )
+
+
+def _raise_for(method: str, error: Exception, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`error` in what the runner calls `at`, for jobs of the method."""
+    real = getattr(runner_module, at)
+
+    def failing(spec: GraftSpec, *given: object, **more: object) -> object:
+        if spec.method == method:
+            raise error
+        return real(spec, *given, **more)
+
+    monkeypatch.setattr(runner_module, at, failing)
 
 
 def _crash(*_args: object, **_options: object) -> None:

@@ -17,7 +17,7 @@ from polygraft.cluster.events import Event, JobStarted
 from polygraft.cluster.model import JobError, JobId, PackId, Record, Snapshot
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Key
+from polygraft.cluster.store.base import JSON, Key
 from polygraft.cluster.store.codec import (
     CodecError,
     decode_entry,
@@ -91,6 +91,11 @@ def test_a_value_of_a_subclass_is_written_plainly() -> None:
 def test_a_number_that_is_not_finite_is_refused() -> None:
     with pytest.raises(CodecError, match="Job: a number is not finite"):
         encode_record(JOB_KEY, make_job("a", loss_after=math.nan))
+
+
+def test_numbers_of_an_entry_that_are_not_finite_become_null_at_any_depth() -> None:
+    entry: dict[str, JSON] = {"a": math.inf, "b": {"c": math.nan, "d": [1.5, -math.inf, {"e": math.nan}]}, "f": 2}
+    assert decode_entry(encode_entry(entry)) == {"a": None, "b": {"c": None, "d": [1.5, None, {"e": None}]}, "f": 2}
 
 
 def test_a_missing_field_is_an_error_even_where_it_has_a_default() -> None:
