@@ -64,6 +64,7 @@ class ModelShape:
     ffn: int
     vocab: int
     encoder_layers: int = 0  # of the layers, the first ones, where a decoder follows
+    positions: int = 0  # that a sequence may have; 0 = no limit
 
     @staticmethod
     def from_config(config: Mapping[str, object]) -> ModelShape:
@@ -96,7 +97,18 @@ class ModelShape:
             ffn=number("ffn", table.ffn_ratio and table.ffn_ratio * hidden),
             vocab=0 if table.patches else number("vocab"),
             encoder_layers=before,
+            positions=max(0, number("positions", 0) - table.first_position),
         )
+
+    def check_length(self, max_length: int, before: int) -> None:
+        """Raise SpecError where examples of so many tokens, after the `before` that a graft puts there, reach beyond
+        the last position."""
+        if 0 < self.positions < before + max_length:
+            beside = f" and the {before} that the graft puts before them" if before else ""
+            raise SpecError(
+                f"max_length: {max_length} tokens{beside} are more than the backbone's {self.positions} positions; "
+                f"at most {max(0, self.positions - before)} are left for an example"
+            )
 
     @property
     def causal(self) -> bool:

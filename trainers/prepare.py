@@ -18,6 +18,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, m
     """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
     spec = with_dropout(parse(job.spec.peft), job.spec.dropout)
     sites_of(spec, shape)
+    shape.check_length(job.spec.max_length, spec.context_length)
     asked = job.spec.learning_rate
     recipe = Recipe(
         epochs=job.spec.epochs,

@@ -25,6 +25,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "head_dim": "head_dim",
         "ffn": "intermediate_size",
         "vocab": "vocab_size",
+        "positions": "max_position_embeddings",
     }
 )
 

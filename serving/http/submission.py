@@ -25,6 +25,7 @@ from polygraft.serving.http.errors import bad_request, not_found
 from polygraft.serving.http.files import find_file
 
 _PEFT = "method.supervised.hyperparameters.peft"
+_MAX_LENGTH = "method.supervised.hyperparameters.max_length"
 _CHECK_S = 5.0  # how long a request may wait for its examples; the pack's worker checks all of them again
 
 
@@ -43,6 +44,10 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
+    try:
+        api.shape.check_length(spec.max_length, graft.context_length)
+    except SpecError as error:
+        raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
     if spec.learning_rate is None:
         rate = learning_rate(graft) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)

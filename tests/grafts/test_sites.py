@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoConfig
 
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import CROSS, LINEAR, ModelShape, Site, module_path, resolve, sites_of, sublayers
@@ -105,6 +106,20 @@ def test_the_shape_is_read_from_a_transformers_config() -> None:
     assert ModelShape.from_config(CONFIG) == SHAPE
     assert ModelShape.from_config({**CONFIG, "head_dim": 32}).kv_width == 64
     assert module_path(Site(2, "ffn.down"), SHAPE) == "layers.2.mlp.down_proj"
+
+
+def test_an_example_may_be_as_long_as_positions_are_left_beside_the_graft() -> None:
+    shape = ModelShape.from_config({**CONFIG, "max_position_embeddings": 512})
+    shape.check_length(502, 10)
+    with pytest.raises(SpecError, match="max_length: 503 tokens and the 10 .* 512 positions; at most 502"):
+        shape.check_length(503, 10)
+    SHAPE.check_length(1 << 20, 10)  # a config that names no limit
+
+
+@pytest.mark.parametrize(("arch", "positions"), [("gpt2", 512), ("opt", 512), ("llama", 512), ("roberta", 510)])
+def test_the_positions_of_an_architecture_are_those_of_its_config(arch: str, positions: int) -> None:
+    config = AutoConfig.for_model(arch, **{"max_position_embeddings": 512, "n_positions": 512}).to_dict()
+    assert ModelShape.from_config(config).positions == positions
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,17 @@ def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_
     assert "'lora(r=9)'" in bad.error.message and f"{type(error).__name__}: {error}" in bad.error.message
 
 
+def test_a_job_whose_examples_may_reach_beyond_the_last_position_fails_alone(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "prefix(300)"})
+    _work(store, backbone, tmp_path)
+    good, bad = _jobs(store)
+    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
+    assert bad.error is not None and "max_length: 256 tokens and the 300" in bad.error.message
+
+
 @pytest.mark.parametrize("error", [StoreUnavailable("gone"), torch.AcceleratorError("CUDA error: unknown")])
 def test_the_loss_of_the_store_or_the_device_is_not_blamed_on_a_job(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

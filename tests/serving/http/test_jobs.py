@@ -19,6 +19,7 @@ from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
 PEFT = "method.supervised.hyperparameters.peft"
+MAX_LENGTH = "method.supervised.hyperparameters.max_length"
 
 
 def body(file: str, /, **changes: Any) -> dict[str, Any]:
@@ -84,6 +85,8 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
         ({"method": supervised(peft="lora(r=0)")}, PEFT, "rank: 0"),
         ({"method": supervised(peft="lora@7")}, PEFT, "7 is not a layer"),
         ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
+        ({"method": supervised(max_length=513)}, MAX_LENGTH, "513 tokens are more than the backbone's 512 positions"),
+        ({"method": supervised(peft="prefix(300)")}, MAX_LENGTH, "256 tokens and the 300 "),
         ({"method": supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs", "0"),
         ({"method": supervised(learning_rate="fast")}, "method.supervised.hyperparameters.learning_rate", "fast"),
         ({"method": supervised(colour="red")}, "method.supervised.hyperparameters.colour", "peft"),
