@@ -301,7 +301,7 @@ def _described(status: int, error: Mapping[str, JsonValue]) -> ApiFailure:
 
 def _retry_after_s(answer: httpx.Response, attempt: int) -> float:
     told = answer.headers.get("Retry-After", "")
-    return min(float(told), 10.0) if told.isdigit() else 0.5 * 2.0**attempt
+    return min(float(told), 10.0) if told.isdecimal() else 0.5 * 2.0**attempt
 
 
 def _segment(text: str) -> str:

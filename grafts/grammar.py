@@ -7,7 +7,6 @@ argument := [key "="] value    layers := number | number "-" number, joined by "
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,11 @@ from dataclasses import dataclass, replace
 from polygraft.grafts.methods.configs import arguments, flat, layout_of, names
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.spec import Call, GraftSpec, Layers, Slot, SpecError
+from polygraft.grafts.text.plain_json import JsonError, load
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*(?:@([0-9,\- ]+))?\s*", re.ASCII)
 _LIMIT = 2000
+_LAST_LAYER = 9999
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +112,16 @@ def _chosen(layers: object) -> Layers:
     if layers is None:
         return None
     found = layers if isinstance(layers, list | tuple) else [layers]
-    if not found or not all(isinstance(layer, int) for layer in found):
-        raise SpecError(f"layers_to_transform: {layers!r} is not a list of layer numbers")
+    if not found or not all(type(layer) is int and 0 <= layer <= _LAST_LAYER for layer in found):
+        raise SpecError(f"layers_to_transform: {repr(layers)[:200]} is not a list of layer numbers")
     return tuple(found)
 
 
 def _object(text: str) -> Mapping[str, object]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SpecError(f"peft: not JSON at character {error.pos}: {error.msg}") from None
+        value = load(text)
+    except JsonError as error:
+        raise SpecError(f"peft: {error}") from None
     if not isinstance(value, dict):
         raise SpecError("peft: expected a JSON object with peft_type")
     return value
@@ -150,11 +151,10 @@ def _layer_list(text: str | None) -> Layers:
     for part in text.replace(" ", "").split(","):
         first, dash, last = part.partition("-")
         if (
-            not first.isdigit()
-            or (dash and not last.isdigit())
-            or (dash and int(last) < int(first))
-            or int(last or 0) > 9999
+            not first.isdecimal()
+            or (dash and not last.isdecimal())
+            or not int(first) <= int(last or first) <= _LAST_LAYER
         ):
-            raise SpecError(f"layers: cannot read {part!r}; write 3 or 0-5, joined by commas")
+            raise SpecError(f"layers: cannot read {part[:40]!r}; write 3 or 0-5, joined by commas")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)

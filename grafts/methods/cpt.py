@@ -104,7 +104,7 @@ def _kinds(types: str, length: int) -> list[int]:
 
 def _numbers(field: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split("|")] if text else []
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise SpecError(f"peft: cpt.{field}: {text!r} are not numbers joined by |")
     return [int(part) for part in parts]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.spec import Call, Slot, SpecError
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Build = Callable[..., tuple[Slot, ...]]
+_LARGEST_INTEGER = 2**31 - 1  # more than a model has of anything
+_LARGEST_NUMBER = 3.4028234e38  # that float32 holds
 Through = Callable[["Tensor", int], Mapping[int, tuple["Tensor", "Tensor"]]]
 
 
@@ -152,14 +153,16 @@ class Hook:
 
 
 def _convert(field: str, text: str, kind: object) -> object:
+    if kind is not int and kind is not float:
+        return text
+    given, name = f"peft: {field}: {text[:60]!r}", "an integer" if kind is int else "a number"
     try:
-        if kind is int:
-            return int(text)
-        if kind is float:
-            value = float(text)
-            if isfinite(value):
-                return value
-            raise ValueError
+        value: int | float = int(text) if kind is int else float(text)
     except ValueError:
-        raise SpecError(f"peft: {field}: {text!r} is not {'an integer' if kind is int else 'a number'}") from None
-    return text
+        raise SpecError(f"{given} is not {name}") from None
+    most = _LARGEST_INTEGER if kind is int else _LARGEST_NUMBER
+    if value != value:
+        raise SpecError(f"{given} is not {name}")
+    if abs(value) > most:
+        raise SpecError(f"{given} is out of bounds; give {name} up to {most}")
+    return value

@@ -48,7 +48,7 @@ def dept(length: int = 10, rows: int = 64, r: int = 8) -> tuple[Slot, ...]:
 
 def trainable_tokens(ids: str = "1|2") -> tuple[Slot, ...]:
     """`ids`: numbers of tokens, joined by `|`."""
-    if not all(part.strip().isdigit() for part in ids.split("|")):
+    if not all(part.strip().isdecimal() for part in ids.split("|")):
         raise SpecError(f"peft: ids: {ids!r} are not numbers of tokens joined by |")
     found = tuple(int(part) for part in ids.split("|"))
     return (Tokens(length=len(found), mode="replace", ids=found),)

@@ -41,7 +41,7 @@ async def receive(request: Request, *, folder: Path, limit_bytes: int) -> Upload
     if kind != b"multipart/form-data" or not boundary:
         raise bad_request("Content-Type: expected multipart/form-data with a file and a purpose", param="file")
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit_bytes + 64 * 1024:
+    if announced.isdecimal() and int(announced) > limit_bytes + 64 * 1024:
         raise _too_large(limit_bytes)
     await run_in_threadpool(folder.mkdir, parents=True, exist_ok=True)
     path = folder / uuid4().hex

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygraft.grafts.grammar import from_peft_config, learning_rate, parse
-from polygraft.grafts.methods.registry import methods
+from polygraft.grafts.methods.registry import find, methods
 from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm, SpecError
 
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
@@ -65,6 +65,13 @@ def test_every_method_builds_from_its_name_alone_and_survives_json(name: str) ->
         ("ia3(at=, feedforward=)", ["empty union"]),
         ("lora" + " " * 2000, ["characters; at most 2000"]),
         ("{", ["not JSON at character 1"]),
+        ('{"a":' + "[" * 1900, ["not JSON", "recursion"]),
+        ('{"a":' + "[" * 40 + "]" * 40 + "}", ["a: lists and objects lie in each other more than 32 deep"]),
+        ('{"auto_mapping": 1e999}', ["auto_mapping: is a number past"]),
+        (r'{"auto_mapping": "\ud800"}', ["auto_mapping: holds half of a surrogate pair"]),
+        ("trainable-tokens(²)", ["ids: '²' are not numbers"]),
+        ("cpt(ids=²)", ["cpt.ids: '²' are not numbers"]),
+        ("lora@10000", ["layers: cannot read '10000'"]),
     ],
 )
 def test_a_mistake_is_named_with_the_choices(text: str, words: list[str]) -> None:
@@ -72,6 +79,16 @@ def test_a_mistake_is_named_with_the_choices(text: str, words: list[str]) -> Non
         parse(text)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "digits"), [(int, 10), (int, 1500), (float, 40), (float, 1500)])
+def test_numbers_that_no_model_has_are_refused_by_every_method(kind: type, digits: int) -> None:
+    """More than 2**31 - 1, or than float32 holds."""
+    for name in methods():
+        for key, argument in find(name).arguments.items():
+            for sign in ("", "-") if argument.annotation is kind else ():
+                with pytest.raises(SpecError, match=rf"{name}\.{key}: '{sign}9+' is out of bounds; give an? "):
+                    parse(f"{name}({key}={sign}{'9' * digits})")
 
 
 @given(st.text(alphabet='lora(r=4,)@0-9 +.*|{}":', max_size=40))
@@ -134,6 +151,8 @@ def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
         ({"r": 0}, ["rank: 0"]),
         ({"layers_to_transform": "0"}, ["layers_to_transform: '0'"]),
         ({"layers_to_transform": []}, ["layers_to_transform: []"]),
+        ({"layers_to_transform": [True]}, ["layers_to_transform: [True]"]),
+        ({"layers_to_transform": [-1]}, ["layers_to_transform: [-1]"]),
         ({"peft_type": "WAVEFT", "wavelet_family": "db2"}, ["wavelet_family: 'db2'", "WAVEFT", "'db1'"]),
         ({"peft_type": "VERA", "projection_prng_key": 3}, ["projection_prng_key"]),
     ],

@@ -1,0 +1,60 @@
+"""JSON of strangers: read if all readers would find the same in it and it can be written again."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from pydantic import JsonValue
+
+_LEVELS = 32
+_LARGEST = sys.float_info.max
+
+
+class JsonError(ValueError):
+    """Text that is refused; `path` leads to the value to blame, "" for all of it."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}" if path else message)
+        self.path = path
+
+
+def load(text: str | bytes | bytearray) -> JsonValue:
+    """The value. Raises JsonError for what is not JSON, NaN and numbers past float64's, half of a surrogate pair, and
+    more than 32 levels."""
+    try:
+        value: JsonValue = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise JsonError("", f"not JSON at character {error.pos}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # other bytes than UTF-8's, a number of thousands of digits, depth
+        raise JsonError("", f"not JSON: {str(error)[:200]}") from None
+    _check(value, ())
+    return value
+
+
+def _check(value: JsonValue, path: tuple[str, ...]) -> None:
+    if len(path) > _LEVELS:
+        raise JsonError(path[0], f"lists and objects lie in each other more than {_LEVELS} deep")
+    match value:
+        case str():
+            if not _has_bytes(value):
+                raise JsonError(".".join(path), "holds half of a surrogate pair, which is no character")
+        case int() | float():
+            if not -_LARGEST <= value <= _LARGEST:
+                raise JsonError(".".join(path), f"is a number past {_LARGEST}")
+        case dict():
+            if not all(map(_has_bytes, value)):
+                raise JsonError(".".join(path), "a key holds half of a surrogate pair, which is no character")
+            for key, one in value.items():
+                _check(one, (*path, key))
+        case list():
+            for index, one in enumerate(value):
+                _check(one, (*path, str(index)))
+
+
+def _has_bytes(text: str) -> bool:
+    return text.isascii() or text.encode(errors="ignore").decode() == text
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
