@@ -178,6 +178,10 @@ class Store(Protocol):
         """
         ...
 
+    def submitted(self, idempotency: str, digest: str) -> Key[Record] | None:
+        """What `submit` would find: the first submission's key. Raises IdempotencyConflict as it does."""
+        ...
+
     def acquire(self, scope: str, holder: str, ttl_s: float, *, steal: bool = False) -> Lease | None:
         """A lease with a new epoch; None while another holder's is running and `steal` is not given."""
         ...

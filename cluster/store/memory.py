@@ -102,16 +102,23 @@ class MemoryStore:
         key = writes[0].key
         with self._changed:
             self._check_open()
-            if idempotency is not None:
-                used, first, until = self._submissions.get(idempotency, ("", key, 0.0))
-                if until > self._clock():
-                    if used != digest:
-                        raise IdempotencyConflict(idempotency)
-                    return Submitted(False, first)
+            first = None if idempotency is None else self.submitted(idempotency, digest)
+            if first is not None:
+                return Submitted(False, first)
             self.commit(writes, events)
             if idempotency is not None:
                 self._submissions[idempotency] = (digest, key, self._clock() + IDEMPOTENCY_S)
             return Submitted(True, key)
+
+    def submitted(self, idempotency: str, digest: str) -> Key[Record] | None:
+        with self._changed:
+            self._check_open()
+            used, first, until = self._submissions.get(idempotency, (digest, None, 0.0))
+            if until <= self._clock():
+                return None
+            if used != digest:
+                raise IdempotencyConflict(idempotency)
+            return first
 
     def acquire(self, scope: str, holder: str, ttl_s: float, *, steal: bool = False) -> Lease | None:
         with self._changed:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from polygraft.cluster.events import Event
-from polygraft.cluster.model import EventId
+from polygraft.cluster.model import EventId, Record
 from polygraft.cluster.store.base import (
     IDEMPOTENCY_S,
     JSON,
@@ -90,6 +90,15 @@ class RedisStore:
             return Submitted(False, Key(_text(answer[1])))
         return Submitted(True, writes[0].key)
 
+    def submitted(self, idempotency: str, digest: str) -> Key[Record] | None:
+        row = self._wire.call("HMGET", self._submission(idempotency), "digest", "name")
+        used, name = cast(Sequence[bytes | None], row)
+        if used is None or name is None:
+            return None
+        if used.decode() != digest:
+            raise IdempotencyConflict(idempotency)
+        return Key(name.decode())
+
     def acquire(self, scope: str, holder: str, ttl_s: float, *, steal: bool = False) -> Lease | None:
         arguments: list[Argument] = [holder, round(ttl_s * 1000), int(steal)]
         epoch = cast(int, self._wire.script("acquire", [self._lease(scope)], arguments))
@@ -141,7 +150,7 @@ class RedisStore:
         scope, epoch = (fence.scope, fence.epoch) if fence else ("", "")
         used, digest = submission or ("", "")
         names = [self._key("version"), self._key("index"), self._key("log"), self._lease(scope)]
-        names += [self._key(f"submission:{used}"), *(self._record(write.key) for write in writes)]
+        names += [self._submission(used), *(self._record(write.key) for write in writes)]
         names += [self._stream(append.stream) for append in appends]
         arguments: list[Argument] = [epoch, digest, IDEMPOTENCY_S, len(writes), len(events), len(appends)]
         for write in writes:
@@ -183,6 +192,9 @@ class RedisStore:
 
     def _stream(self, stream: str) -> str:
         return f"{self._prefix}stream:{stream}"
+
+    def _submission(self, idempotency: str) -> str:
+        return f"{self._prefix}submission:{idempotency}"
 
     def _lease(self, scope: str) -> str:
         return f"{self._prefix}lease:{scope}"

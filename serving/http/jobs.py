@@ -12,10 +12,10 @@ from starlette.concurrency import run_in_threadpool
 
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelRequested, JobLeaseRenewed, JobSubmitted
-from polygraft.cluster.model import Job, JobId, TenantId
+from polygraft.cluster.model import Job, JobId, Record, TenantId
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import IdempotencyConflict, Write
+from polygraft.cluster.store.base import IdempotencyConflict, Key, Write
 from polygraft.cluster.validation import shown
 from polygraft.serving.http.body import read_as, read_json
 from polygraft.serving.http.context import Api, Caller, Here
@@ -130,29 +130,41 @@ def shown_job(job: Job) -> FineTuningJob:
 
 
 def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | None) -> FineTuningJob:
+    key = None if idempotency_key is None else f"{tenant}/fine_tuning/{idempotency_key}"
+    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    try:
+        # Before all checks: what they look at may have changed since the first time.
+        first = None if key is None else api.store.submitted(key, digest)
+        job = _new(api, tenant, body, key, digest) if first is None else _first(api, first)
+    except IdempotencyConflict:
+        message = f"Idempotency-Key: {shown(idempotency_key)} was used for a different request; use a new one"
+        raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
+    api.store.durable()
+    return shown_job(job)
+
+
+def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Job:
     record = new_job(api, tenant, body)
     limit = api.limits.jobs_per_tenant
     if sum(not job.final for job in _jobs_of(api, tenant)) >= limit:
         raise ApiError(
             429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs"
         )
-    try:
-        submitted = api.store.submit(
-            None if idempotency_key is None else f"{tenant}/fine_tuning/{idempotency_key}",
-            sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
-            [Write(keys.job(record.id), record, 0)],
-            [JobSubmitted(record=record, at=record.created_at)],
-        )
-    except IdempotencyConflict:
-        message = f"Idempotency-Key: {shown(idempotency_key)} was used for a different request; use a new one"
-        raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
-    api.store.durable()
-    if submitted.created:
-        return shown_job(record)
-    first = api.store.get(submitted.key)
-    if first is None or not isinstance(first.value, Job):
-        raise not_found("job", submitted.key, param=None)
-    return shown_job(first.value)
+    submitted = api.store.submit(
+        key,
+        digest,
+        [Write(keys.job(record.id), record, 0)],
+        [JobSubmitted(record=record, at=record.created_at)],
+    )
+    return record if submitted.created else _first(api, submitted.key)
+
+
+def _first(api: Api, key: Key[Record]) -> Job:
+    """The job that an Idempotency-Key has made before."""
+    found = api.store.get(key)
+    if found is None or not isinstance(found.value, Job):
+        raise not_found("job", key, param=None)
+    return found.value
 
 
 def _renew(api: Api, tenant: TenantId, job: str, lease_s: float) -> FineTuningJob:

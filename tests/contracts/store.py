@@ -214,11 +214,14 @@ class StoreContract:
         assert (again.created, again.key) == (False, keys.job(A.id))
         assert [one.event for one in store.events(START)] == submitted
         assert store.get(keys.job(B.id)) is None
+        assert store.submitted("t/1", "digest") == keys.job(A.id) and store.submitted("t/2", "digest") is None
 
     def test_an_idempotency_key_is_for_one_request(self, store: Store) -> None:
         store.submit("t/1", "digest", [Write(keys.job(A.id), A, 0)])
         with pytest.raises(IdempotencyConflict, match="'t/1' was used for a different request"):
             store.submit("t/1", "other", [Write(keys.job(B.id), B, 0)])
+        with pytest.raises(IdempotencyConflict, match="'t/1' was used for a different request"):
+            store.submitted("t/1", "other")
         assert store.submit("t2/1", "other", [Write(keys.job(B.id), B, 0)]).created
 
     def test_submissions_without_a_key_are_all_new(self, store: Store) -> None:
@@ -231,6 +234,7 @@ class StoreContract:
         store.commit([Write(keys.job(A.id), A, 0)])
         with pytest.raises(Conflict):
             store.submit("t/1", "digest", [Write(keys.job(A.id), A, 0)])
+        assert store.submitted("t/1", "digest") is None
         assert store.submit("t/1", "digest", [Write(keys.job(B.id), B, 0)]).created
 
     def test_a_lease_is_one_holders_until_it_is_released(self, store: Store) -> None:

@@ -31,3 +31,4 @@ def test_an_idempotency_key_is_forgotten_after_a_day() -> None:
     for job in jobs:
         assert store.submit("t/1", job.id, [Write(keys.job(job.id), job, 0)]).created
         now += IDEMPOTENCY_S + 1
+        assert store.submitted("t/1", job.id) is None

@@ -206,6 +206,21 @@ async def test_the_same_idempotency_key_gives_the_first_job_again(
     assert len(service.api.store.events(START)) == 2
 
 
+async def test_a_retry_gives_the_first_job_whatever_has_changed_since(service: Service, ann: httpx.AsyncClient) -> None:
+    """The limit of unfinished jobs is reached, the first job is cancelled, and its file is gone."""
+    file, url, key = await upload(ann), "/fine_tuning/jobs", {"Idempotency-Key": "once"}
+    first = (await ann.post(url, json=body(file), headers=key)).json()
+    others = [(await ann.post(url, json=body(file))).json()["id"] for _ in range(3)]
+    assert refusal(await ann.post(url, json=body(file)), 429)["code"] == "too_many_jobs"
+    assert (await ann.post(url, json=body(file), headers=key)).json() == first
+    refusal(await ann.post(url, json=body(file, seed=1), headers=key), 409)
+    for id in (first["id"], *others):
+        advance_job(service.api.store, JobCancelled(job=id, at=1001.0))
+    assert (await ann.delete(f"/files/{file}")).status_code == 200
+    again = (await ann.post(url, json=body(file), headers=key)).json()
+    assert (again["id"], again["status"]) == (first["id"], "cancelled")
+
+
 async def test_lists_show_a_tenants_own_jobs_newest_first(
     service: Service, ann: httpx.AsyncClient, bob: httpx.AsyncClient
 ) -> None:
