@@ -25,7 +25,7 @@ from polygraft.trainers.job import Sample, TrainJob
 from polygraft.trainers.mezo import Probe
 from polygraft.trainers.optim import adamw, grad_norm, sgd
 
-PATIENCE = 5  # non-finite steps in a row that end a job
+PATIENCE = 5  # non-finite steps in a row that end a job; all of a shorter one
 
 
 @dataclass(slots=True)
@@ -262,11 +262,11 @@ class PackRunner:
             self._around.refresh(2 * share.graft + 1)
         else:
             self._stacks.refresh(share.graft)
-        if active.skipped >= PATIENCE:
+        if active.skipped >= min(PATIENCE, job.steps_total):
             return Failed(
                 job.id,
                 "non_finite_loss",
-                f"loss or gradient was not finite in {PATIENCE} steps in a row; lower learning_rate",
+                f"loss or gradient was not finite in {active.skipped} steps in a row; lower learning_rate",
             )
         return done
 

@@ -194,6 +194,20 @@ def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone)
     assert_as_alone(ended, jobs, fp32)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_job_too_short_for_patience_fails_if_none_of_its_steps_was_finite(steps: int, fp32: Backbone) -> None:
+    bad = a_job("bad", "lora(r=8)", seed=20, steps=200)
+    slab = Slab(bad.spec, fp32.shape)
+    slab.master.fill_(torch.nan)
+    pack = PackRunner(fp32)
+    short = Recipe(epochs=steps, batch_size=len(bad.train), learning_rate=1e-3)
+    pack.restore(Active(TrainJob("bad", bad.spec, short, bad.train), slab))
+    failures: list[Failed] = []
+    assert not run(pack, failures=failures)
+    assert [(failed.job, failed.code) for failed in failures] == [("bad", "non_finite_loss")]
+    assert f"{steps} steps in a row" in failures[0].message
+
+
 def test_joining_late_and_leaving_early_change_nothing_for_the_others(fp32: Backbone) -> None:
     jobs = jobs_of(SHORT, METHODS)
     gone = a_job("gone", "parallel(8) + lora(r=8)", seed=30, steps=200)
