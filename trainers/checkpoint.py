@@ -26,8 +26,9 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the job, or cannot be read."""
 
 
-def save(folder: Path, active: Active) -> str:
-    """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept.
+def save(folder: Path, active: Active, named: str | None = None) -> str:
+    """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept, and the one that
+    the manifest on disk has `named`, which need not be among them after a crash.
 
     Micro-batches collected since the last step are not in it: they are computed again, with the same result.
     """
@@ -44,7 +45,8 @@ def save(folder: Path, active: Active) -> str:
     write(draft / "state.json", json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     os.rename(draft, folder / name)
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != named:
+            shutil.rmtree(old, ignore_errors=True)
     return name
 
 

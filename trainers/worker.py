@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -85,6 +86,7 @@ class PackWorker:
         boundary."""
         manifest = Manifest.load(self.folders.pack(self.pack))
         self._cursor, self._closing = EntryId(manifest.cursor), manifest.closing
+        self._named: Mapping[str, str | None] = manifest.jobs
         self.runner.steps = manifest.step
         advance_pack(self.store, PackOpened(pack=self.pack, at=time.time()), fence=self.fence)
         for job, name in manifest.jobs.items():
@@ -113,12 +115,14 @@ class PackWorker:
 
     def _admit(self, job: JobId, name: str | None) -> None:
         """Take a job in, from its checkpoint if it has one, or fail it with the line or field to blame."""
+        if job in self.runner.jobs:
+            return
         found = self.store.get(keys.job(job))
-        if found is None or found.value.final or job in self.runner.jobs:
+        if found is None or found.value.final:
+            self._drop(job)  # which a crash may have prevented
             return
         active = self._active(found.value, name)
         if isinstance(active, JobError):
-            self._drop(job)
             self._fail(job, active)
             return
         trained = active.job
@@ -194,11 +198,9 @@ class PackWorker:
 
     def _cancel(self, job: JobId) -> None:
         if job in self.runner.jobs:
-            self._drop(job)
-            try:
+            with suppress(IllegalTransition):  # it ended by itself just before
                 advance_job(self.store, JobCancelled(job=job, at=time.time()), fence=self.fence)
-            except IllegalTransition:  # it ended by itself just before
-                return
+            self._drop(job)
 
     def _step(self) -> None:
         before = dict(self.runner.jobs)
@@ -207,7 +209,6 @@ class PackWorker:
         for stepped in done.stepped:
             self._metrics(stepped)
         for failed in done.failed:
-            self._drop(failed.job)
             self._fail(JobId(failed.job), JobError(failed.code, failed.message))
         for job, active in list(self.runner.jobs.items()):
             if active.finished:
@@ -236,7 +237,6 @@ class PackWorker:
                 stock=Stock(backbone.folder),
             )
         except (FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
-            self._drop(job)
             self._fail(job, JobError("graft_not_saved", str(error)))
             return
         record_progress(
@@ -268,24 +268,25 @@ class PackWorker:
         self._save(self.runner.jobs)
 
     def _drop(self, job: str) -> None:
-        """Leave the pack; what a finished job saved for its restart is of no more use."""
+        """Leave the pack; what a job saved for its restart is of no more use once the store knows its end."""
         if job in self.runner.jobs:
             self.runner.remove(job)
         shutil.rmtree(self.folders.job(job), ignore_errors=True)
 
     def _fail(self, job: JobId, error: JobError) -> None:
-        try:
+        with suppress(IllegalTransition):
             advance_job(self.store, JobFailed(job=job, error=error, at=time.time()), fence=self.fence)
-        except IllegalTransition:
-            return
-        self._note(job, error.message, level="error")
+            self._note(job, error.message, level="error")
+        self._drop(job)
 
     def _save(self, jobs: Mapping[str, Active]) -> None:
         """Checkpoint every job at its last step boundary, then the manifest that names them all."""
         names = {
-            job: checkpoint.save(self.folders.job(job), active) if active.step else None for job, active in jobs.items()
+            job: checkpoint.save(self.folders.job(job), active, self._named.get(job)) if active.step else None
+            for job, active in jobs.items()
         }
         Manifest(self.runner.steps, self._cursor, self._closing, names).save(self.folders.pack(self.pack))
+        self._named = names
         self._saved = time.monotonic()
 
     def _metrics(self, stepped: Stepped) -> None:

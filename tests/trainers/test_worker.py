@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from polygraft.grafts.spec import GraftSpec
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
+from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
 from tests.tiny import tiny_llama
@@ -70,6 +72,78 @@ def test_a_worker_that_dies_before_publication_resumes_to_the_same_weights(
             _work(stormy, backbone, tmp_path / "stormy")
     _work(stormy, backbone, tmp_path / "stormy")
     assert [(j.state, j.graft, j.model) for j in _jobs(stormy)] == [(j.state, j.graft, j.model) for j in _jobs(calm)]
+
+
+def test_crashes_between_checkpoints_and_manifest_lose_no_job(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, stormy = MemoryStore(), MemoryStore()
+    submit(calm, tmp_path / "calm", {"ftjob-0": "lora(r=4)"})
+    _work(calm, backbone, tmp_path / "calm")
+
+    submit(stormy, tmp_path / "stormy", {"ftjob-0": "lora(r=4)"})
+    monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
+    saved = tmp_path / "stormy" / "jobs" / "ftjob-0"
+    real = Manifest.save
+
+    def save(manifest: Manifest, folder: Path) -> None:
+        if (saved / "checkpoint-00000003").exists():
+            raise Crash
+        real(manifest, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", save)
+        with pytest.raises(Crash):
+            _work(stormy, backbone, tmp_path / "stormy")
+        (saved / "checkpoint-00000003").rename(saved / "checkpoint-00000008")  # as if it had got further, twice
+        shutil.copytree(saved / "checkpoint-00000008", saved / "checkpoint-00000009")
+        patch.setattr(Manifest, "save", _crash)
+        with pytest.raises(Crash):
+            _work(stormy, backbone, tmp_path / "stormy")
+    _work(stormy, backbone, tmp_path / "stormy")
+    assert [(job.state, job.graft) for job in _jobs(stormy)] == [(job.state, job.graft) for job in _jobs(calm)]
+
+
+@pytest.mark.parametrize("at", ["advance_job", "_drop"])
+def test_a_worker_that_dies_while_it_cancels_a_job_cancels_it_when_it_is_back(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
+    with monkeypatch.context() as patch:
+
+        def cancel() -> None:
+            if list((tmp_path / "jobs" / "ftjob-0").glob("checkpoint-*")):
+                advance_job(store, JobCancelRequested(job=JobId("ftjob-0"), at=2.0))
+                store.append(keys.commands(PACK), {"op": "cancel", "job": "ftjob-0"})
+                store.append(keys.commands(PACK), {"op": "close", "job": ""})
+                patch.setattr(PackWorker if at == "_drop" else worker_module, at, _crash)
+
+        with pytest.raises(Crash):
+            _worker(store, backbone, tmp_path).run(cancel)
+    _work(store, backbone, tmp_path)
+    assert [job.state for job in _jobs(store)] == [JobState.CANCELLED]
+    assert not (tmp_path / "jobs" / "ftjob-0").exists()
+
+
+def test_a_worker_that_dies_while_it_fails_a_job_takes_it_up_from_its_checkpoint(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
+    with monkeypatch.context() as patch:
+
+        def full(*_args: object, **_more: object) -> str:
+            patch.setattr(worker_module, "advance_job", _crash)
+            raise OSError("no space left")
+
+        patch.setattr(worker_module.native, "save", full)
+        with pytest.raises(Crash):
+            _work(store, backbone, tmp_path)
+    _work(store, backbone, tmp_path)
+    assert [job.state for job in _jobs(store)] == [JobState.SUCCEEDED]
 
 
 def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbone: Backbone, tmp_path: Path) -> None:
