@@ -63,7 +63,10 @@ def file(file: str, api: Here, tenant: Caller) -> FileObject:
 @router.get("/{file}/content")
 def content(file: str, api: Here, tenant: Caller) -> FileResponse:
     found = find_file(api, tenant, file, param="id").value
-    return FileResponse(api.blob(found), media_type="application/jsonl", filename=found.filename)
+    blob = api.blob(found)
+    if not blob.is_file():
+        raise ApiError(404, f"the content of {shown(file)} is gone; upload it again", param="id", code="content_gone")
+    return FileResponse(blob, media_type="application/jsonl", filename=found.filename)
 
 
 @router.delete("/{file}")
@@ -89,8 +92,6 @@ def find_file(api: Api, tenant: TenantId, file: str, *, param: str) -> Versioned
 
 
 def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
-    if unknown := sorted(received.fields.keys() - {"purpose"}):
-        raise bad_request(f"{unknown[0]}: unknown field; choices: file, purpose", param=unknown[0])
     purpose = received.fields.get("purpose", "")
     if purpose != PURPOSE:
         raise bad_request(f"purpose: {shown(purpose)} is not supported; use {PURPOSE!r}", param="purpose")

@@ -18,6 +18,8 @@ from polygraft.cluster.validation import shown
 from polygraft.serving.http.errors import ApiError, bad_request
 
 _FIELD_LIMIT = 1024
+_AROUND_BYTES = 64 * 1024  # what a form may hold beside its file
+_FIELDS = ("file", "purpose")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +36,25 @@ class Upload:
 async def receive(request: Request, *, folder: Path, limit_bytes: int) -> Upload:
     """Stream the request's one file part into `folder`; on any failure nothing stays there.
 
-    Raises ApiError 400 for a body that is not a form with a file, 413 past `limit_bytes`.
+    Raises ApiError 400 for a body that is not a whole form with a file, 413 past `limit_bytes`.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise bad_request("Content-Type: expected multipart/form-data with a file and a purpose", param="file")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit_bytes + 64 * 1024:
+    if announced.isdecimal() and int(announced) > limit_bytes + _AROUND_BYTES:
         raise _too_large(limit_bytes)
     await run_in_threadpool(folder.mkdir, parents=True, exist_ok=True)
     path = folder / uuid4().hex
     form = _Form(path, limit_bytes)
     try:
         parser = form.parser(boundary)
+        left = limit_bytes + _AROUND_BYTES
         async for chunk in request.stream():
+            left -= len(chunk)
+            if left < 0:
+                raise _too_large(limit_bytes)
             await run_in_threadpool(parser.write, chunk)
         parser.finalize()
         return form.upload()
@@ -74,6 +80,7 @@ class _Form:
         self._name = ""
         self._header = b""
         self._headers: dict[bytes, bytes] = {}
+        self._ended = False
 
     def parser(self, boundary: bytes) -> MultipartParser:
         return MultipartParser(
@@ -85,10 +92,13 @@ class _Form:
                 "on_header_end": self._header_end,
                 "on_headers_finished": self._headers_finished,
                 "on_part_data": self._part_data,
+                "on_end": self._end,
             },
         )
 
     def upload(self) -> Upload:
+        if not self._ended:
+            raise bad_request("body: ends before the form's closing boundary; send all of it", param="file")
         if self._out is None or self._filename is None:
             raise bad_request("file: required, but missing", param="file", code="missing_required_parameter")
         self._out.flush()
@@ -101,6 +111,9 @@ class _Form:
         if self._out is not None:
             self._out.close()
             self._path.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        self._ended = True
 
     def _part_begin(self) -> None:
         self._headers = {}
@@ -118,6 +131,9 @@ class _Form:
     def _headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._name not in _FIELDS:
+            name = shown(self._name)
+            raise bad_request(f"{name}: unknown field; choices: {', '.join(_FIELDS)}", param=self._name)
         if self._name != "file":
             self._fields[self._name] = b""
             return

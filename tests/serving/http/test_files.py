@@ -129,6 +129,43 @@ async def test_a_body_that_is_no_form_with_a_file_is_400(
     assert left_behind(service) == []
 
 
+async def test_a_form_without_its_closing_boundary_is_400_and_nothing_is_kept(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    purpose = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+    file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    whole = purpose + file + jsonl() + b"\r\n--b--\r\n"
+    for cut in (whole[: -len("\r\n--b--\r\n")], whole[: -len("--\r\n")]):
+        error = refusal(await ann.post("/files", content=cut, headers=headers), 400)
+        assert error["param"] == "file" and "closing boundary" in error["message"]
+    assert left_behind(service) == []
+    for end in (whole, whole[: -len("\r\n")]):  # the last line may lack its end
+        assert (await ann.post("/files", content=end, headers=headers)).status_code == 200
+
+
+async def test_what_lies_outside_the_file_is_limited_too(service: Service, ann: httpx.AsyncClient) -> None:
+    """In many short fields, or after the last boundary."""
+    sent = 0
+
+    async def chunks(first: bytes, again: bytes):  # type: ignore[no-untyped-def]
+        nonlocal sent
+        sent = 0
+        yield first
+        for sent in range(1000):
+            yield again * (2000 // len(again))
+
+    field = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    for first, again in ((b"", field), (field[:-2] + b"\r\n--b--\r\n", b"\r\n")):
+        error = refusal(await ann.post("/files", content=chunks(first, again), headers=headers), 413)
+        assert "20000" in error["message"] and sent < 60
+    unknown = b'--b\r\nContent-Disposition: form-data; name="colour"\r\n\r\nred\r\n'
+    error = refusal(await ann.post("/files", content=chunks(unknown, b"x"), headers=headers), 400)
+    assert error["param"] == "colour" and "choices: file, purpose" in error["message"] and sent < 2
+    assert left_behind(service) == []
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..\\..\\boot.ini", "/etc/passwd"])
 async def test_a_filename_never_becomes_a_path(service: Service, ann: httpx.AsyncClient, name: str) -> None:
     id = await upload(ann, name=name)
@@ -148,6 +185,13 @@ async def test_another_tenants_file_does_not_exist(ann: httpx.AsyncClient, bob: 
         assert refusal(answer, 404)["message"] == f"file '{id}' does not exist"
     assert (await bob.get("/files")).json()["data"] == []
     assert (await ann.get(f"/files/{id}")).status_code == 200
+
+
+async def test_a_file_whose_content_is_gone_is_404(service: Service, ann: httpx.AsyncClient) -> None:
+    id = await upload(ann)
+    (service.api.files / f"{id}.jsonl").unlink()
+    assert "is gone" in refusal(await ann.get(f"/files/{id}/content"), 404)["message"]
+    assert (await ann.delete(f"/files/{id}")).status_code == 200
 
 
 async def test_a_file_that_a_job_needs_stays(service: Service, ann: httpx.AsyncClient) -> None:
