@@ -17,13 +17,13 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import PagedAttention
 from polygraft.serving.batch import Batch, Chunk
 from polygraft.serving.loading import Loader
-from polygraft.serving.messages import FinishReason, StepTokens
+from polygraft.serving.messages import ErrorCode, FinishReason, StepTokens
 from polygraft.serving.outbox import Listener, Outbox
 from polygraft.serving.residency import Residency
 from polygraft.serving.sampling import Draw, sample
 from polygraft.serving.sequence import GenerationRequest, Sequence
 from polygraft.serving.steps import StepLog
-from polygraft.serving.streams import Streams
+from polygraft.serving.streams import ContextExceeded, Streams
 
 _LOG = logging.getLogger(__name__)
 _IDLE_S = 0.5  # how long an idle engine sleeps before it shows that it is alive
@@ -149,7 +149,8 @@ class Engine:
         """Take in what came, and lay out the rows of the next forward; None when there are none."""
         self._take_in()
         for sequence, error in self._streams.load_grafts():
-            self._end(sequence, "error", error=str(error))
+            code: ErrorCode | None = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
+            self._end(sequence, "error", error=str(error), code=code)
         if self._suspects:
             suspect = self._suspects[0]
             chunks = [Chunk(suspect, max(suspect.whole, min(suspect.left, self._settings.max_rows)))]
@@ -215,16 +216,27 @@ class Engine:
         return (*self._streams.waiting, *self._streams.running)
 
     def _tell(
-        self, sequence: Sequence, token: int | None, reason: FinishReason | None, error: str | None = None
+        self,
+        sequence: Sequence,
+        token: int | None,
+        reason: FinishReason | None,
+        error: str | None = None,
+        code: ErrorCode | None = None,
     ) -> None:
         request = sequence.request
         index = sequence.generated - (token is not None)
-        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.epoch, error))
+        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.epoch, error, code))
 
     def _end(
-        self, sequence: Sequence, reason: FinishReason, *, token: int | None = None, error: str | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        token: int | None = None,
+        error: str | None = None,
+        code: ErrorCode | None = None,
     ) -> None:
-        self._tell(sequence, token, reason, error)
+        self._tell(sequence, token, reason, error, code)
         self._streams.remove(sequence)
         if sequence in self._suspects:
             self._suspects.remove(sequence)

@@ -8,12 +8,14 @@ from typing import Literal
 from polygraft.cluster.model import GraftId
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+ErrorCode = Literal["context_length_exceeded"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
     """What a step gave one request: token number `index` (None: it ended without one), and why it ended if it did.
 
+    `code` says of an `error` what whoever asked can mend; without one it is the service's.
     (request, choice, index) is unique over all attempts; `epoch` is the attempt that computed it.
     """
 
@@ -24,6 +26,7 @@ class StepTokens:
     finish_reason: FinishReason | None = None
     epoch: int = 0
     error: str | None = None
+    code: ErrorCode | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,12 @@ from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
 from polygraft.serving.messages import Load
-from polygraft.serving.residency import GraftUnusable, Residency
+from polygraft.serving.residency import Residency
 from polygraft.serving.sequence import Sequence
+
+
+class ContextExceeded(Exception):
+    """A request that is longer than the context together with its graft's virtual tokens."""
 
 
 class Streams:
@@ -152,7 +156,7 @@ class Streams:
         spec = self._spec(sequence)
         need = (spec.context_length if spec else 0) + len(request.prompt_ids) + request.max_tokens
         if need > self._settings.max_context:
-            raise GraftUnusable(
+            raise ContextExceeded(
                 f"prompt, answer and virtual tokens are {need}, the context is {self._settings.max_context}"
             )
 

@@ -125,10 +125,12 @@ def _prefix(graft: Graft | None) -> int:
 
 
 async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
-    """The gateway's tokens, its refusals as answers."""
+    """The gateway's tokens, its refusals and failures as answers."""
     try:
         async with aclosing(api.gateway.generate(wanted)) as stream:
             async for tokens in stream:
+                if (failure := _failure(tokens)) is not None:
+                    raise failure
                 yield tokens
     except Busy as error:
         raise ApiError(429, f"{error}; try again", code="overloaded", headers={"Retry-After": "1"}) from None
@@ -136,6 +138,19 @@ async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTok
         raise bad_request(f"messages: {error}", param="messages", code="context_length_exceeded") from None
     except Unavailable as error:
         raise unavailable(f"{error}; try again") from None
+
+
+def _failure(tokens: StepTokens) -> ApiError | None:
+    """The answer when a generation failed, by who can mend it, or was broken off."""
+    match tokens.finish_reason:
+        case "error" if tokens.code is not None:
+            return bad_request(f"messages: {tokens.error}", param="messages", code=tokens.code)
+        case "error":
+            return ApiError(500, f"the generation failed: {tokens.error}", code="generation_failed")
+        case "cancelled":
+            return unavailable("the generation was broken off by the service; try again")
+        case _:
+            return None
 
 
 async def _first(tokens: AsyncGenerator[StepTokens, None]) -> StepTokens:

@@ -6,14 +6,13 @@ from typing import Literal
 
 from polygraft.grafts.text.detokenise import Detokeniser
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.serving.http.errors import ApiError, unavailable
 from polygraft.serving.http.schemas import Usage
 from polygraft.serving.http.stops import Stops
 from polygraft.serving.messages import StepTokens
 
 
 class Transcript:
-    """Feed it a request's tokens in order until `finish_reason` is set."""
+    """Feed it the tokens of a request that does not fail, in order, until `finish_reason` is set."""
 
     def __init__(self, tokeniser: Tokeniser, prompt_ids: tuple[int, ...], stops: tuple[str, ...]) -> None:
         self._detokeniser = Detokeniser(tokeniser, prompt_ids)
@@ -23,13 +22,9 @@ class Transcript:
         self.finish_reason: Literal["stop", "length"] | None = None
 
     def feed(self, tokens: StepTokens) -> str:
-        """The text that became certain. Raises ApiError when the generation failed or was broken off."""
+        """The text that became certain."""
         self._tokens += tokens.token is not None
         match tokens.finish_reason:
-            case "error":
-                raise ApiError(500, f"the generation failed: {tokens.error}", code="generation_failed")
-            case "cancelled":
-                raise unavailable("the generation was broken off by the service; try again")
             case "stop":  # the end token itself is no text, whether or not the tokenizer calls it special
                 return self._end("stop", "")
             case "length":

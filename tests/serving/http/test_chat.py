@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Write
 from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
@@ -235,6 +237,18 @@ async def test_a_context_overflow_is_400_and_counts_virtual_tokens(service: Serv
     )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_context_overflow_that_only_the_engine_sees_is_400_too(
+    service: Service, ann: httpx.AsyncClient, stream: bool
+) -> None:
+    """An imported graft's record may describe it in words that say nothing of its virtual tokens."""
+    graft = replace(service.publish("ann", "prefix(100)", "wide"), method="somebody's prefix")
+    service.api.store.commit([Write(keys.graft(graft.tenant, graft.name, graft.version), graft, None)])
+    error = refusal(await ann.post("/chat/completions", json=body("wide", max_tokens=100, stream=stream)), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "the context is 160" in error["message"]
+
+
 async def test_a_graft_for_another_backbone_is_400(service: Service, ann: httpx.AsyncClient) -> None:
     service.publish("ann", "ia3", "foreign", backbone="f" * 64)
     assert "backbone" in refusal(await ann.post("/chat/completions", json=body("foreign")), 400)["message"]
@@ -250,8 +264,7 @@ async def test_a_graft_whose_files_are_gone_fails_its_own_request_only(
     )
     assert refusal(answers[0], 500)["code"] == "generation_failed"
     assert answers[1].status_code == 200
-    (broken,) = [await ann.post("/chat/completions", json=body("lost", stream=True))]
-    refusal(broken, 500) if broken.status_code != 200 else None
+    refusal(await ann.post("/chat/completions", json=body("lost", stream=True)), 500)
 
 
 async def test_full_queues_are_429_with_retry_after(service: Service, ann: httpx.AsyncClient) -> None:
