@@ -43,7 +43,10 @@ class PackSettings(BaseModel):
     max_rows: PositiveInt = 768
     micro_rows: PositiveInt = 128
     max_jobs: PositiveInt = 32
-    memory_bytes: NonNegativeInt = Field(default=0, description="for jobs and activations; 0 = no limit")
+    memory_bytes: NonNegativeInt | None = Field(
+        default=None,
+        description="for jobs and activations; 0 = no limit. Not given: half the machine's under `up`, else no limit",
+    )
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
     max_attempts: PositiveInt = Field(default=3, description="a job fails after this many packs failed under it")
@@ -118,7 +121,7 @@ class Settings(BaseSettings):
         pack = self.pack
         return Limits(
             max_jobs=pack.max_jobs,
-            pack_bytes=pack.memory_bytes,
+            pack_bytes=pack.memory_bytes or 0,
             max_rows=pack.max_rows,
             row_bytes=pack.row_bytes,
             idle_s=pack.idle_s,

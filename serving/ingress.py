@@ -49,6 +49,7 @@ class Ingress:
             fingerprint=fingerprint(folder, settings.quantise),
             data=settings.data,
             limits=settings.limits,
+            pack=settings.pack_limits,
             max_context=settings.serve.max_context,
             clock=time.time,
         )

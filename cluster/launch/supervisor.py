@@ -24,6 +24,7 @@ from polygraft.cluster.launch.children import Child, GaveUp, supervise
 from polygraft.cluster.launch.leftovers import clear
 from polygraft.cluster.launch.processes import Identity
 from polygraft.cluster.launch.program import Program
+from polygraft.cluster.launch.ram import limited
 from polygraft.cluster.launch.run_folder import RunFolder, Supervision
 from polygraft.cluster.service import write_private
 from polygraft.cluster.settings import Settings
@@ -79,6 +80,7 @@ def _supervise(settings: Settings, folder: RunFolder) -> int:
 def _children(settings: Settings, folder: RunFolder, scratch: Path) -> list[Child]:
     """The store, unless it is someone else's, and the head, which finds it through the settings it is given."""
     children: list[Child] = []
+    settings = limited(settings)
     if settings.store_url == "embedded":
         server = EmbeddedServer(settings.store_folder, port=_free_port("127.0.0.1"))
         children.append(EmbeddedStore(server))

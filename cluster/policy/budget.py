@@ -17,7 +17,7 @@ class Budget:
     def __init__(self, limits: Limits, present: Iterable[Job] = ()) -> None:
         self._limited = limits.pack_bytes > 0
         self.jobs = limits.max_jobs
-        self.bytes = limits.pack_bytes - limits.max_rows * limits.row_bytes
+        self.bytes = job_bytes(limits) or 0
         for job in present:
             self.take(job)
 
@@ -25,16 +25,26 @@ class Budget:
         """Why the job does not fit; None if it does."""
         if self.jobs < 1:
             return Reason.PACK_FULL
-        if self._limited and self.bytes < state_bytes(job):
+        if self._limited and self.bytes < _bytes(job):
             return Reason.PACK_MEMORY
         return None
 
     def take(self, job: Job) -> None:
         """Count the job, whether or not it fits."""
         self.jobs -= 1
-        self.bytes -= state_bytes(job)
+        self.bytes -= _bytes(job)
 
 
-def state_bytes(job: Job) -> int:
-    """Memory of the job's graft in training; 0 while its size is not known."""
-    return STATE_BYTES * (job.parameters or 0) + FROZEN_BYTES * job.frozen
+def job_bytes(limits: Limits) -> int | None:
+    """What an empty pack has for its jobs' state; None: as much as it takes."""
+    return limits.pack_bytes - limits.max_rows * limits.row_bytes if limits.pack_bytes else None
+
+
+def state_bytes(trained: int, frozen: int) -> int:
+    """Memory of a graft in training that has so many elements of each kind."""
+    return STATE_BYTES * trained + FROZEN_BYTES * frozen
+
+
+def _bytes(job: Job) -> int:
+    """0 while the job's size is not known."""
+    return state_bytes(job.parameters or 0, job.frozen)

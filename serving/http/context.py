@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import Request
 
-from polygraft.cluster.model import DataFile, TenantId
+from polygraft.cluster.model import DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
 from polygraft.grafts.sites import ModelShape
@@ -20,7 +20,8 @@ from polygraft.serving.gateway import Gateway
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """`backbone` is the bare backbone's model id, `fingerprint` its weights'; `clock` gives seconds since the epoch."""
+    """`backbone` is the bare backbone's model id, `fingerprint` its weights'; `limits` are those
+    of a request, `pack` those of a pack; `clock` gives seconds since the epoch."""
 
     store: Store
     gateway: Gateway
@@ -30,6 +31,7 @@ class Api:
     fingerprint: str
     data: Path
     limits: LimitSettings
+    pack: Limits
     max_context: int
     clock: Callable[[], float]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
-from polygraft.cluster.model import Graft, Job, JobSpec, TenantId
+from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
+from polygraft.cluster.policy.budget import job_bytes, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
@@ -44,6 +45,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
+    _check_memory(api.pack, spec.peft, sizes)
     try:
         api.shape.check_length(spec.max_length, graft.context_length)
     except SpecError as error:
@@ -96,6 +98,18 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
         owner=owner.name if owner else None,
         lease_until=now + owner.lease_s if owner else None,
     )
+
+
+def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
+    """Raise ApiError 400 for a graft that not even an empty pack could hold in training."""
+    needs, room = state_bytes(*sizes), job_bytes(pack)
+    if room is not None and needs > room:
+        has = f"a pack has {max(0, room):,}"
+        raise bad_request(
+            f"{_PEFT}: {shown(peft)} needs {needs:,} bytes in training, {has}; choose a smaller graft",
+            param=_PEFT,
+            code="invalid_value",
+        )
 
 
 def _check_examples(api: Api, path: Path, spec: JobSpec, param: str) -> None:

@@ -14,6 +14,7 @@ def test_a_home_without_a_file_has_the_defaults(tmp_path: Path) -> None:
     settings = load(home=tmp_path, port=None)
     assert (settings.port, settings.backbone, settings.store_url) == (8000, "smollm2", "embedded")
     assert settings.data == tmp_path / "data"
+    assert settings.pack.memory_bytes is None
     assert settings.pack_limits == Limits(max_rows=settings.pack.max_rows)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from polygraft.cluster.api_keys import create_key
-from polygraft.cluster.model import Alias, Graft, GraftId, ReplicaId, TenantId
+from polygraft.cluster.model import Alias, Graft, GraftId, Limits, ReplicaId, TenantId
 from polygraft.cluster.settings import LimitSettings, ServeSettings
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
@@ -31,6 +31,7 @@ from tests.tiny import tiny_llama
 
 SETTINGS = ServeSettings(max_streams=4, max_queued=2, max_context=160, kv_bytes=4 << 20, max_rows=64)
 LIMITS = LimitSettings(upload_bytes=20_000, line_bytes=2_000, jobs_per_tenant=4)
+PACK_BYTES = 64 << 20
 EXAMPLE = {"messages": [{"role": "user", "content": "What is a graft?"}, {"role": "assistant", "content": "A shoot."}]}
 
 
@@ -112,6 +113,7 @@ async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Pa
         fingerprint=backbone.fingerprint,
         data=tmp_path,
         limits=LIMITS,
+        pack=Limits(pack_bytes=PACK_BYTES),
         max_context=SETTINGS.max_context,
         clock=lambda: now[0],
     )

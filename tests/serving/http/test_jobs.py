@@ -85,6 +85,8 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
         ({"method": supervised(peft="lora(r=0)")}, PEFT, "rank: 0"),
         ({"method": supervised(peft="lora@7")}, PEFT, "7 is not a layer"),
         ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
+        ({"method": supervised(peft="lora(r=10000)")}, PEFT, "bytes in training, a pack has 67,108,864"),
+        ({"method": supervised(peft="serial(100000)")}, PEFT, "'serial(100000)' needs"),
         ({"method": supervised(max_length=513)}, MAX_LENGTH, "513 tokens are more than the backbone's 512 positions"),
         ({"method": supervised(peft="prefix(300)")}, MAX_LENGTH, "256 tokens and the 300 "),
         ({"method": supervised(peft='{"a":' + "[" * 1900)}, PEFT, "not JSON"),

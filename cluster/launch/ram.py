@@ -1,0 +1,29 @@
+"""How much memory this machine has, and what a pack may take of it where nobody said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from polygraft.cluster.settings import Settings
+
+_SHARE = 2  # one part for the jobs' state; the other for backbones, activations, stacks, Ray and the system
+_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def ram(limits: tuple[Path, ...] = _CGROUP) -> int:
+    """Bytes that the processes of this machine, or of this container, may take together."""
+    found = [psutil.virtual_memory().total]
+    for file in limits:
+        text = file.read_text().strip() if file.exists() else ""
+        if text.isdecimal():  # else "max"
+            found.append(int(text))
+    return min(found)
+
+
+def limited(settings: Settings) -> Settings:
+    """The settings with pack.memory_bytes decided."""
+    if settings.pack.memory_bytes is not None:
+        return settings
+    return settings.model_copy(update={"pack": settings.pack.model_copy(update={"memory_bytes": ram() // _SHARE})})
