@@ -172,7 +172,7 @@ def test_a_job_that_no_memory_is_left_for_fails_alone(
 
 def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
-    submit(store, tmp_path, {"ftjob-0": f"lora(r={10**15})", "ftjob-1": f"lora(r={10**18})"})
+    submit(store, tmp_path, {"ftjob-0": f"lora(r={2**31 - 1})", "ftjob-1": f"serial({2**31 - 1})"})
     _work(store, backbone, tmp_path)
     assert [job.error is not None and job.error.code for job in _jobs(store)] == ["out_of_memory"] * 2
 
