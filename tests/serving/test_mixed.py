@@ -159,7 +159,7 @@ def test_a_graft_larger_than_the_budget_fails_alone(
     [
         ("lora(r=4)", 3.4e38, torch.bfloat16),  # rounds to infinity
         ("lora(r=4)", 3e38, torch.float32),  # times alpha / r
-        ("lora(r=4, alpha=1e39)", 1e-3, torch.float32),
+        ("lora(r=4, alpha=3e38)", 10.0, torch.float32),
         ("vera(r=4)", 3e38, torch.float32),  # its B is a product
         ("ia3", 3.4e38, torch.bfloat16),
     ],
