@@ -29,9 +29,10 @@ def embed(rows: Rows, embedding_VD: Tensor, factor: Tensor | None, route: RouteT
     if route.stacks.trainable and torch.is_grad_enabled():
         x.requires_grad_()
     for kind, stack in route.stacks.get(Site(0, EMBED_SITE)).items():
-        if kind.variant == "add" and route.source is not None:
-            continue  # where an encoder reads the prompt, it is its rows that are edited
-        if kind.variant.startswith("gated."):
+        gated = kind.variant.startswith("gated.")
+        if (gated or kind.variant == "add") and route.source is not None:
+            continue  # where an encoder reads the prompt, it is its rows that are edited or made
+        if gated:
             x = tokens(x, *generate(stack, rows, bare, route), add=False)
             continue
         index = _index(kind.variant, stack, ids_T, positions_T, route)

@@ -24,8 +24,10 @@ _ROUTER = -3  # the noise's key, among those that sites have for dropout
 
 
 def check_inputs(rows: Rows, stacks: Stacks) -> None:
-    """Raise SpecError unless `rows` say where each prompt is that virtual tokens will be made of. Asked before the rows
-    move to a device, which would have to be waited for."""
+    """Raise SpecError unless `rows` say where each prompt is that virtual tokens will be made of: those of the source
+    where there is one, since an encoder reads the prompts. Asked before the rows move to a device, which would have to
+    be waited for."""
+    rows = rows if rows.source is None else rows.source
     kinds = stacks.get(Site(0, EMBED_SITE)).items()
     grafts = {entry.graft for kind, stack in kinds if kind.variant.startswith("gated.") for entry in stack.entries}
     for span in rows.spans:
@@ -34,8 +36,6 @@ def check_inputs(rows: Rows, stacks: Stacks) -> None:
             if int((rows.ids[span.start : span.stop] == -1).sum()) != inputs:
                 where = f"rows {span.start}-{span.stop - 1}"
                 raise SpecError(f"inputs: {inputs} in {where}; give one for each prompt that begins there")
-    if rows.source is not None:
-        check_inputs(rows.source, stacks)
 
 
 def generate(stack: Stack, rows: Rows, bare_TD: Tensor, route: RouteTable) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,9 @@ from tests.grafts.packing import PROMPT, packed
 
 LENGTHS = (7, 20)
 OTHERS = ("lora", "prefix", "ia3")  # who rides beside the method
-# Beside the first eight in each run: visual prompts (VPT), scale and shift, a prompt below which positions are learned.
-MORE = (("vit", "prompt"), ("vit", "ssf"), ("gpt2", "lpt"))
+# Beside the first eight in each run: visual prompts (VPT), scale and shift, a prompt below which positions are learned,
+# one that is made where an encoder reads.
+MORE = (("vit", "prompt"), ("vit", "ssf"), ("gpt2", "lpt"), ("t5", "smop"))
 
 
 def cases() -> Iterator[ParameterSet]:
