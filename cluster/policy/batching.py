@@ -32,8 +32,7 @@ class Waiting:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Do it in this order: `evicted` give up their blocks and go back to the head of the queue, `admitted` get blocks
-    for all their
-    slots, then `chunks` (stream, rows) are computed, those of admitted streams last."""
+    for all their slots, then `chunks` (stream, rows) are computed, those of admitted streams last."""
 
     evicted: tuple[str, ...]
     admitted: tuple[str, ...]

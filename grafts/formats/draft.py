@@ -19,7 +19,7 @@ def drafted(target: Path) -> Iterator[Path]:
         yield draft
         _settle(draft)
         os.rename(draft, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -28,10 +28,11 @@ def _settle(draft: Path) -> None:
     """Let others read what mkdtemp and safetensors shut them out of, and wait until it is on disk."""
     for path in (*draft.iterdir(), draft):
         path.chmod(0o755 if path.is_dir() else 0o644)
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Form, Lowering, Method, Part, Place
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.vera import frozen_pair
 from polygraft.grafts.spec import Branch, Call, Slot
 
 if TYPE_CHECKING:
@@ -26,12 +27,7 @@ def _own(slot: Branch, place: Place, d: float) -> Mapping[str, Part]:
 
 
 def _shared(slot: Branch, places: Sequence[Place], d: float) -> Mapping[str, Part]:
-    """One A and one B as wide as the widest site, of which a narrower one takes the first columns."""
-    widest = max(place.d_in for place in places), max(place.d_out for place in places)
-    return {
-        "A": Part((2 * slot.rank, widest[0]), "kaiming", trained=False),
-        "B": Part((slot.rank, widest[1]), "kaiming", trained=False),
-    }
+    return frozen_pair(slot, places, 2 * slot.rank)
 
 
 def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, d: float) -> Mapping[str, Tensor]:

@@ -23,13 +23,17 @@ def _own(slot: Branch, place: Place, d: float) -> Mapping[str, Part]:
     return {"d": Part((slot.rank,), Call("full", (("value", d),))), "b": Part((place.d_out,))}
 
 
-def _shared(slot: Branch, places: Sequence[Place], d: float) -> Mapping[str, Part]:
-    """One A and one B as wide as the widest site, of which a narrower one takes the first columns."""
+def frozen_pair(slot: Branch, places: Sequence[Place], read: int) -> Mapping[str, Part]:
+    """One A, of `read` rows, and one B as wide as the widest site, of which a narrower one takes the first columns."""
     widest = max(place.d_in for place in places), max(place.d_out for place in places)
     return {
-        "A": Part((slot.rank, widest[0]), "kaiming", trained=False),
+        "A": Part((read, widest[0]), "kaiming", trained=False),
         "B": Part((slot.rank, widest[1]), "kaiming", trained=False),
     }
+
+
+def _shared(slot: Branch, places: Sequence[Place], d: float) -> Mapping[str, Part]:
+    return frozen_pair(slot, places, slot.rank)
 
 
 def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, d: float) -> Mapping[str, Tensor]:

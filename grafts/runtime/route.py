@@ -53,9 +53,9 @@ class Rows:
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
     row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images; where
-    `first` is not None, for what that layer reads, and the layers below it are passed by. An
-    encoder reads the rows of `source` first, where there is one. `inputs` are the rows of prompts, for
-    grafts that make virtual tokens of them, right before them and in the same forward, or edit some of them alone.
+    `first` is not None, for what that layer reads, and the layers below it are passed by. An encoder reads the rows of
+    `source` first, where there is one. `inputs` are the rows of prompts, for grafts that make virtual tokens of them,
+    right before them and in the same forward, or edit some of them alone.
     """
 
     ids: Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -15,6 +14,7 @@ from polygraft.cluster.model import DataFile, FileId, TenantId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Versioned, Write
 from polygraft.cluster.validation import shown
+from polygraft.grafts.formats.draft import sync
 from polygraft.grafts.text import jsonl
 from polygraft.serving.http.context import Api, Caller, Here
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
@@ -112,18 +112,9 @@ def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
     )
     # The blob first: a record never names content that is not on disk, and a blob without a record is only waste.
     os.replace(received.path, api.blob(record))
-    _sync(api.files)
+    sync(api.files)
     api.store.commit([Write(keys.file(record.id), record, 0)])
     return _shown(record)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shown(file: DataFile) -> FileObject:

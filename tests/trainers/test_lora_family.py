@@ -26,7 +26,6 @@ from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import Recipe, TrainJob
 from tests.grafts.oracle import family_lora
 from tests.grafts.oracle.row import relative
-from tests.tiny import tiny_llama
 from tests.trainers.solo import trained
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
 
@@ -51,16 +50,6 @@ FAMILY = {
     "lora-dropout": f"lora-dropout(r=4, {AT}, p=0.3)",
     "lora": f"lora(r=4, {AT})",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def fp64(folder: Path) -> Backbone:
-    return Backbone.load(folder, torch.float64, training=True)
 
 
 def ours(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:

@@ -17,9 +17,8 @@ from polygraft.kernels.common.noise import normal
 from polygraft.trainers import forward
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import Active, PackRunner, _key
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
-__all__ = ["folder"]  # the fixture
 MIXED = {
     "mezo lora": "lora(r=4) + mezo",
     "lora": "lora(r=8, at=attn.[qv], dropout=0.2)",

@@ -10,9 +10,8 @@ import torch
 from polygraft.grafts.compose import combined, lorahub
 from polygraft.grafts.sizes import tensors
 from polygraft.trainers.runner import mean_loss
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
-__all__ = ["folder"]  # the fixture
 MIXES = {
     "molora": "molora(r=2, experts=4, at=attn.[qv]|ffn.down)",
     "top": "molora(r=2, experts=3, at=attn.v, top=2)",

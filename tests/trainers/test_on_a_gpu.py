@@ -22,7 +22,6 @@ from polygraft.trainers.runner import PackRunner
 from tests.fake_gpu import DEVICE, FakeGpu, fake_gpu
 from tests.grafts.oracle.row import Row
 from tests.grafts.oracle.table import ALL
-from tests.tiny import tiny_llama
 
 SAMPLES = tuple(Sample(tuple(range(3, 3 + n)), (0.0,) * 4 + (1.0,) * (n - 4)) for n in (8, 9))
 # One for each op and kind of form, and those whose start or hooks are apart.
@@ -39,11 +38,6 @@ def methods() -> list[ParameterSet]:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from polygraft.grafts.sources import Source
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import PackRunner
 from tests.grafts.oracle.row import random_tensors
-from tests.trainers.test_packed_equals_alone import MAX_ROWS, a_job, backbone_of, folder, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import MAX_ROWS, a_job, backbone_of, jobs_of, run, together
 
-__all__ = ["folder"]  # the fixture
 MEMBERS = {
     "lora": "lora(r=2, at=attn.[qv])",
     "other": "rslora(r=3, at=attn.v)",

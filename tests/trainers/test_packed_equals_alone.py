@@ -21,7 +21,6 @@ from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.job import Recipe, Sample, TrainJob
 from polygraft.trainers.runner import Active, Failed, PackRunner
-from tests.tiny import tiny_llama
 
 METHODS = {
     "lora": "lora(r=8, dropout=0.2)",
@@ -48,11 +47,6 @@ MAX_ROWS = 140  # less than all jobs' micro-batches together, so that the compan
 @cache
 def backbone_of(folder: Path, dtype: torch.dtype) -> Backbone:
     return Backbone.load(folder, dtype, training=True)  # as the pack worker does
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

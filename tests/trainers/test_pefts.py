@@ -29,7 +29,6 @@ from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import _key
 from tests.grafts.oracle.family_pefts import ROWS
 from tests.grafts.oracle.row import relative
-from tests.tiny import tiny_llama
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, ours, start_of
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
@@ -46,16 +45,6 @@ FAMILY = {
     "pvera of all": "pvera(r=3, at=linear)",
     "lora": "lora(r=2, dropout=0.1)",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def fp64(folder: Path) -> Backbone:
-    return Backbone.load(folder, torch.float64, training=True)
 
 
 def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from polygraft.grafts.runtime.backbone import Backbone
-from tests.tiny import tiny_llama
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,11 +22,6 @@ TEXTS = {
     "road": "road(group=16)",
     "union": "oft(b=8, at=attn.q) + lora(r=2, at=attn.*) + ia3 + pafi(density=0.05, at=attn.q)",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,15 +13,9 @@ from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
 from tests.grafts.oracle.row import random_tensors
 from tests.trainers.test_lora_family import loss_gradients, recorded
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, folder, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
-__all__ = ["folder"]  # the fixture
 METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "adamix(4, experts=3)", "plain": "serial(4)"}
-
-
-@pytest.fixture(scope="module")
-def fp64(folder: Path) -> Backbone:
-    return Backbone.load(folder, torch.float64, training=True)
 
 
 def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:

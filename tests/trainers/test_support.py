@@ -22,7 +22,6 @@ from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import _key
 from tests.grafts.oracle.family_sparse import sparse_update
 from tests.grafts.oracle.family_support import changed, hard_concrete, shifted
-from tests.tiny import tiny_llama
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, loss_gradients, ours, recorded
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
@@ -43,16 +42,6 @@ FAMILY = {
     "s-bitfit": "s-bitfit(density=0.5)",
 }
 SAMPLES = ((5, 6, 7, 8, 300, 21), (9, 10, 11), (400, 3, 3, 17, 90))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def fp64(folder: Path) -> Backbone:
-    return Backbone.load(folder, torch.float64, training=True)
 
 
 def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:

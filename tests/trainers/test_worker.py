@@ -12,7 +12,7 @@ import torch
 
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelRequested
-from polygraft.cluster.model import Job, JobId
+from polygraft.cluster.model import Job, JobError, JobId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, StoreUnavailable
@@ -151,9 +151,8 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "ia3"})
     (tmp_path / "files" / "file-ftjob-1.jsonl").write_text('{"messages": 3}\n')
     _work(store, backbone, tmp_path)
-    good, bad = _jobs(store)
-    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
-    assert bad.error is not None and "line 1" in bad.error.message
+    told = _failed_alone(store)
+    assert "line 1" in told.message
 
 
 @pytest.mark.parametrize("at", ["initialise", "Hooks"])
@@ -165,9 +164,8 @@ def test_a_job_that_no_memory_is_left_for_fails_alone(
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
-    good, large = _jobs(store)
-    assert good.state is JobState.SUCCEEDED and large.state is JobState.FAILED
-    assert large.error is not None and large.error.code == "out_of_memory" and "lora(r=9)" in large.error.message
+    told = _failed_alone(store)
+    assert told.code == "out_of_memory" and "lora(r=9)" in told.message
 
 
 def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp_path: Path) -> None:
@@ -189,10 +187,9 @@ def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
-    good, bad = _jobs(store)
-    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
-    assert bad.error is not None and bad.error.param == worker_module.PEFT
-    assert "lora(r=9)" in bad.error.message and "held-out loss of nan" in bad.error.message
+    told = _failed_alone(store)
+    assert told.param == worker_module.PEFT
+    assert "lora(r=9)" in told.message and "held-out loss of nan" in told.message
 
 
 @pytest.mark.parametrize("at", ["initialise", "Hooks"])
@@ -204,10 +201,9 @@ def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
-    good, bad = _jobs(store)
-    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
-    assert bad.error is not None and bad.error.param == worker_module.PEFT
-    assert "'lora(r=9)'" in bad.error.message and f"{type(error).__name__}: {error}" in bad.error.message
+    told = _failed_alone(store)
+    assert told.param == worker_module.PEFT
+    assert "'lora(r=9)'" in told.message and f"{type(error).__name__}: {error}" in told.message
 
 
 def test_a_job_whose_examples_may_reach_beyond_the_last_position_fails_alone(
@@ -216,9 +212,8 @@ def test_a_job_whose_examples_may_reach_beyond_the_last_position_fails_alone(
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "prefix(300)"})
     _work(store, backbone, tmp_path)
-    good, bad = _jobs(store)
-    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
-    assert bad.error is not None and "max_length: 256 tokens and the 300" in bad.error.message
+    told = _failed_alone(store)
+    assert "max_length: 256 tokens and the 300" in told.message
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("gone"), torch.AcceleratorError("CUDA error: unknown")])
@@ -320,6 +315,14 @@ def _work(store: Store, backbone: Backbone, data: Path) -> None:
     if not (data / "packs" / PACK / "manifest.json").exists():
         store.append(keys.commands(PACK), {"op": "close", "job": ""})
     _worker(store, backbone, data).run(lambda: None)
+
+
+def _failed_alone(store: Store) -> JobError:
+    """Why the second of two jobs failed; the first succeeded."""
+    good, bad = _jobs(store)
+    assert good.state is JobState.SUCCEEDED and bad.state is JobState.FAILED
+    assert bad.error is not None
+    return bad.error
 
 
 def _jobs(store: Store) -> list[Job]:
