@@ -20,6 +20,7 @@ from polygraft.grafts.formats.draft import drafted
 from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
+from polygraft.grafts.text.plain_json import load as load_json
 
 SCHEMA = 1
 DESCRIPTION, WEIGHTS = "graft.json", "graft.safetensors"
@@ -126,9 +127,9 @@ def _said(slot: Slot) -> Mapping[str, object]:
     return {f.name: said[f.name] for f in fields(slot) if getattr(slot, f.name) != f.default or f.name == "op"}
 
 
-def _described(folder: Path) -> dict[str, object]:
+def _described(folder: Path) -> Mapping[str, object]:
     try:
-        value = json.loads((folder / DESCRIPTION).read_text())
+        value = load_json((folder / DESCRIPTION).read_bytes())
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder.name}/{DESCRIPTION}: {error}") from None
     if not isinstance(value, dict):

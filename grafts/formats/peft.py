@@ -29,6 +29,7 @@ from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.methods.registry import find, layouts
 from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site, sites_of
 from polygraft.grafts.spec import KV, GraftSpec, Layers, SpecError, Tokens
+from polygraft.grafts.text.plain_json import load as load_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -87,6 +88,7 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
         exchange = Exchange(layout, spec, shape, stock)
         stored = load_file(file(folder, WEIGHTS))
         more, changes, keys = peft_beside.read(config, stored, spec, shape, stock)
+        whole = union([*terms(spec.method), *more]) if more else spec
     except (FormatError, SpecError, SafetensorError, OSError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
         raise error if known else FormatError(f"{folder.name}: {error}") from None
@@ -94,9 +96,8 @@ def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[G
         values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
-    spec = union([*terms(spec.method), *more]) if more else spec
-    check(spec, values, shape)
-    return spec, values
+    check(whole, values, shape)
+    return whole, values
 
 
 def file(folder: Path, name: str) -> Path:
@@ -269,7 +270,7 @@ def _term(layout: Peft, config: Mapping[str, object], sides: Mapping[str, str], 
 def config_of(folder: Path) -> Mapping[str, object]:
     """Its adapter_config.json, which other libraries call so, too."""
     try:
-        config = json.loads(file(folder, CONFIG).read_text())
+        config = load_json(file(folder, CONFIG).read_bytes())
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder.name}/{CONFIG}: {error}") from None
     if not isinstance(config, dict):

@@ -1,5 +1,5 @@
-"""What PEFT trains beside a method, whole modules (`modules_to_save`) and biases (`bias`), as terms of a union, and
-back where a config means just those."""
+"""What PEFT trains beside a method, whole modules (`modules_to_save`), biases (`bias`) and rows of the embeddings
+(`trainable_token_indices`), as terms of a union, and back where a config means just those."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polygraft.grafts.formats import peft_tokens
 from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_changes import SHIFT, Change, Trained, change_of
 from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
-from polygraft.grafts.methods.exchange import Config, Peft
+from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
 from polygraft.grafts.sites import ModelShape, Site, gathered, resolve, sites_of
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import GraftSpec, SpecError, Tokens
 
 Values = Mapping[str, Tensor]
 _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
@@ -29,6 +30,18 @@ def read(
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
+    more, values, keys = _changes(config, stored, own, shape, stock)
+    if edited := peft_tokens.read(config, stored, stock):
+        term, rows, places = edited
+        values[f"{len(own.slots) + len(more)}.{peft_tokens.EMBED}.p"] = rows  # each term beside has one slot
+        return [*more, term], values, keys | places
+    return more, values, keys
+
+
+def _changes(
+    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: Stock | None
+) -> tuple[list[Term], dict[str, Tensor], set[str]]:
+    """Those of whole modules and biases."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
     if not saved and bias == "none":
         return [], {}, set()
@@ -57,12 +70,13 @@ def read(
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """A graft as a method's `own`, whose slots have these `numbers` in the whole, and the changes `beside` it, by the
-    number of the slot that makes them."""
+    """A graft as a method's `own`, whose slots have these `numbers` in the whole, the changes `beside` it, by the
+    number of the slot that makes them, and the one that edits the embeddings, with its own."""
 
     own: GraftSpec
     numbers: tuple[int, ...]
     beside: Mapping[tuple[Site, Change], int]
+    edits: tuple[int, Tokens] | None = None
 
     def values(self, values: Values) -> dict[str, Tensor]:
         """The own graft's."""
@@ -82,31 +96,49 @@ def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
     if tuple(slot for _, slots in built for slot in slots) != spec.slots:
         return whole
     placed = [[(site, change_of(slot, site)) for site, slot in those] for those in places]
-    free = [all(change is not None for _, change in those) for those in placed]
+    edits = [slots[0] if peft_tokens.edits(slots[0]) else None for _, slots in built]
+    free = [edit is not None or all(change is not None for _, change in those) for edit, those in zip(edits, placed)]
     if all(free):
         free = [term.name != built[0][0].name for term, _ in built]
     own: list[Term] = []
     numbers: list[int] = []
     beside: dict[tuple[Site, Change], int] = {}
+    edited: tuple[int, Tokens] | None = None
     first = 0
-    for (term, slots), those, loose in zip(built, placed, free):
+    for (term, slots), edit, those, loose in zip(built, edits, placed, free):
         if not loose:
             own.append(term)
             numbers += range(first, first + len(slots))
-        for site, change in those if loose else ():
-            if change is None or (site, change) in beside:
-                return whole
-            beside[site, change] = first  # each of these methods has one slot
+        elif edit is not None:
+            edited = (first, edit)
+        else:
+            for site, change in those:
+                if change is None or (site, change) in beside:
+                    return whole
+                beside[site, change] = first  # each of these methods has one slot
         first += len(slots)
-    return Apart(union(own), tuple(numbers), beside) if beside else whole
+    return Apart(union(own), tuple(numbers), beside, edited) if beside or edited else whole
 
 
 def write(
     layout: Peft, graft: Apart, values: Values | None, stock: Stock | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Fields of the config and tensors (none without `values`); raises FormatError where none mean just the changes."""
-    if not graft.beside:
-        return {}, {}
+    fields, files = _changed(layout, graft, values, stock) if graft.beside else ({}, {})
+    if graft.edits is None:
+        return fields, files
+    if not layout.edits_tokens:
+        raise FormatError(f"{TOKENS_FIELD}: is not written beside {layout.kind}; keep the native folder")
+    number, slot = graft.edits
+    rows = None if values is None else values[f"{number}.{peft_tokens.EMBED}.p"]
+    more, edited = peft_tokens.write(slot, rows, stock)
+    return fields | more, files | edited
+
+
+def _changed(
+    layout: Peft, graft: Apart, values: Values | None, stock: Stock | None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Those of whole modules and biases."""
     if stock is None:
         raise FormatError(_NO_STOCK)
     trained = _fitting(layout, graft, stock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polygraft.grafts.methods.exchange import Config, Peft
+from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
 from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.spec import SpecError
 
@@ -80,6 +80,7 @@ def _check(layout: Peft, config: Config, stored: bool) -> None:
     if stored:
         read |= {*layout.patterns, *layout.idle.keys() - layout.harmless.keys()}
         read |= {*_PLACES, *(["bias"] if layout.biases else [])} if layout.sides else set()
+        read |= {TOKENS_FIELD} if layout.edits_tokens else set()
     odd = {
         key: value
         for key, value in config.items()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.methods.declare import Place
 
 Config = Mapping[str, object]
+TOKENS_FIELD = "trainable_token_indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +95,8 @@ class Peft:
     untied: bool = False  # where the head is tied to the embeddings, PEFT's graft is another one
     biases: bool = True  # with sides, whether PEFT can train the backbone's biases beside it
     only: Literal["folder", "job"] | None = None
+
+    @property
+    def edits_tokens(self) -> bool:
+        """Whether PEFT can edit rows of the embeddings beside it: LoRA's config has the field, and its descendant's."""
+        return self.kind in ("LORA", "ADALORA")

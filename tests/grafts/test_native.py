@@ -165,7 +165,7 @@ def test_a_description_that_does_not_fit_is_refused(change: dict[str, object], m
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])
 def test_a_description_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / "graft.json").write_text(text)
