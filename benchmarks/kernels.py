@@ -25,6 +25,7 @@ SHARE = {"decode": 0.35, "chunk": 0.15}  # of the linears' own time that the bra
 
 ABOUT = {
     "base": ("the linears alone, plain or prepacked", ("plain", "packed")),
+    "own": ("the linears alone by the dense op", ("compiled",)),
     "least": ("the linears, then the grafts read and the results read and written once", ("plain", "packed")),
     "ours": ("the linears and the branch op", ("packed",)),
     "loop": ("the linears and a loop over the grafts", ("plain", "packed")),
@@ -53,6 +54,7 @@ GOALS = tuple(
         ),
         Goal(f"kernels.{name}.of_roof", "speed", f"ours_{name}", (f"roof_{name}",)),
         Goal(f"kernels.{name}.least_of_linears", "speed", f"least_{name}", (f"base_{name}",)),
+        Goal(f"kernels.{name}.of_own_linears", "speed", f"ours_{name}", (f"own_{name}",)),
     )
 )
 SHAPES: Mapping[str, int | str] = {

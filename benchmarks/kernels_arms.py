@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime.beside import Beside, Plan
+from polygraft.grafts.runtime.compiled import frozen_linear
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import Span, work_list
@@ -28,7 +29,7 @@ GRAFTS, RANK, SCALE = 8, 16, 2.0
 BF16 = torch.bfloat16
 ROUNDED = 1e-2  # rel-L2 to float64
 MATTERS = 0.1  # what the grafts at least change, rel-L2
-WAYS = ("base", "ours", "loop", "peft", "grouped")
+WAYS = ("base", "own", "ours", "loop", "peft", "grouped")
 
 
 class Layer:
@@ -51,9 +52,9 @@ class Layer:
         """A pass through the layer: the outputs of all projections, in order."""
         if kind == "peft":
             return self._peft()
-        base = self._base(variant)
+        base = self._base("compiled" if kind == "own" else variant)
         match kind:
-            case "base":
+            case "base" | "own":
                 return lambda: [y for i in range(len(GROUPS)) for y in base(i)]
             case "least":
                 return self._least(base)
@@ -68,7 +69,12 @@ class Layer:
 
     def _base(self, variant: str) -> Callable[[int], Sequence[Tensor]]:
         """A group's projections as one product; `plain` weights or prepacked ones."""
-        linears = [FrozenLinear(W, [None] * len(W), prepack=variant != "plain") for W in self.W]
+        made = {
+            "plain": partial(FrozenLinear, prepack=False),
+            "packed": FrozenLinear,
+            "compiled": partial(frozen_linear, prepack=True, block=None),
+        }
+        linears = [made[variant or "packed"](W, [None] * len(W)) for W in self.W]
         return lambda i: linears[i].product(self.x[i]).split_with_sizes(linears[i].widths, dim=1)
 
     def _least(self, base: Callable[[int], Sequence[Tensor]]) -> Callable[[], list[Tensor]]:
@@ -86,7 +92,7 @@ class Layer:
         return lambda: [y for i in range(len(GROUPS)) for y in group(i)]
 
     def _ours(self) -> Callable[[], list[Tensor]]:
-        linears = [FrozenLinear(W, [None] * len(W)) for W in self.W]
+        linears = [frozen_linear(W, [None] * len(W), prepack=True, block=None) for W in self.W]
         entries = tuple(Entry(j, j * RANK, (j + 1) * RANK, SCALE) for j in range(GRAFTS))
         plans = [
             Plan(tuple(Beside(m, A, B, entries, "identity") for m, (A, B) in enumerate(zip(As, Bs))))
@@ -226,7 +232,7 @@ def check(rows: Sequence[int]) -> Gate:
         for kind in WAYS:
             with torch.inference_mode():
                 found = layer.way(kind, "")()
-            wanted = bare if kind == "base" else true
+            wanted = bare if kind in ("base", "own") else true
             checks.append(Check(f"{count} rows: {kind}, rel-L2 to float64", max(map(apart, found, wanted)), ROUNDED))
     return Gate(tuple(checks))
 

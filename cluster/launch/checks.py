@@ -37,7 +37,7 @@ Look = Callable[[Settings], Finding]
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Every check in turn; the ones that import torch come late."""
-    for look in (_python, _packages, _valkey, _disk, _backbone, _port, _service, _threads, _device):
+    for look in (_python, _packages, _valkey, _disk, _backbone, _port, _service, _threads, _device, _products):
         try:
             yield look(settings)
         except Exception as error:  # a check that breaks is a finding too, and the others are still of use
@@ -149,6 +149,15 @@ def _device(settings: Settings) -> Finding:
     found = f"{name}, bf16 {'yes' if fast else 'no'} (device: {settings.device})"
     advice = "" if fast else "it has no bf16 arithmetic; dtype auto means fp32 here"
     return Finding("device", "ok" if fast else "note", found, advice)
+
+
+def _products(_: Settings) -> Finding:
+    from polygraft.kernels.dense.library import Unavailable, build
+
+    try:
+        return Finding("products", "ok", f"compiled for this CPU: {build()}")
+    except Unavailable as error:
+        return Finding("products", "ok", f"torch's: {error}")
 
 
 def _is_up(settings: Settings) -> bool:

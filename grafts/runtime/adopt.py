@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime.attention import position_bias
+from polygraft.grafts.runtime.compiled import frozen_linear
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.modules import FusedProjection, Layer, SiteLinear, SiteNorm, Sublayer, SublayerInput
@@ -69,7 +70,7 @@ class Adoption:
             rows = [self._rows(site) for site in group]
             weights, biases = [weight for weight, _ in rows], [bias for _, bias in rows]
             linear = (
-                FrozenLinear(weights, biases, prepack=self._prepack, block=self._block)
+                frozen_linear(weights, biases, prepack=self._prepack, block=self._block)
                 if self._quantise is None
                 else Nf4Linear(weights, biases, block=self._block)
             )
@@ -149,4 +150,4 @@ def head_transform(model: nn.Module, table: Architecture, *, prepack: bool, bloc
     dense, norm = model.get_submodule(table.transform.dense), FrozenNorm.of(model.get_submodule(table.transform.norm))
     assert norm is not None and isinstance(dense, nn.Linear)
     act = ACT2FN[table.transform.act or model.config.hidden_act]  # type: ignore[union-attr]
-    return HeadTransform(FrozenLinear([dense.weight], [dense.bias], prepack=prepack, block=block), act, norm)
+    return HeadTransform(frozen_linear([dense.weight], [dense.bias], prepack=prepack, block=block), act, norm)

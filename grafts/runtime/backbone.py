@@ -16,9 +16,10 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.compiled import frozen_linear
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.generated import check_inputs
-from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, FrozenLinear, padded
+from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, padded
 from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
 from polygraft.grafts.runtime.recorded import keys_and_values
@@ -82,7 +83,7 @@ class Backbone:
             else head.get_parameter("weight")
         )
         bias = getattr(head, "bias", None)
-        self.head = FrozenLinear([rows], [bias], prepack=prepack, block=HEAD_BLOCK if training else None)
+        self.head = frozen_linear([rows], [bias], prepack=prepack, block=HEAD_BLOCK if training else None)
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2's
 
     @staticmethod
@@ -197,9 +198,7 @@ def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoMod
 
     classes = config.get("architectures")
     headless = not shape.causal and isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
-    found: type[_BaseAutoModelClass] = getattr(
-        transformers, "AutoModel" if headless else architecture(shape.arch).auto
-    )
+    found: type[_BaseAutoModelClass] = getattr(transformers, "AutoModel" if headless else architecture(shape.arch).auto)
     return found
 
 

@@ -38,6 +38,8 @@ class FrozenLinear:
     row's result cannot depend on how many rows are beside it.
     """
 
+    fuses = False  # whether `products` adds branches on a CPU
+
     def __init__(
         self,
         weights: Sequence[Tensor],

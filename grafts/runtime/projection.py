@@ -40,7 +40,7 @@ def project(
         products = list(_Project.apply(x_TI, linear, ()))  # type: ignore[no-untyped-call]
     elif trained or segments is None:
         products = list(linear.product(x_TI).split_with_sizes(linear.widths, dim=1))
-    elif x_TI.is_cuda:
+    elif x_TI.is_cuda or linear.fuses:
         products, work = linear.products(x_TI, work)
     else:
         return _served(x_TI, linear, plan, work, segments)

@@ -1,0 +1,154 @@
+// Tiles of AMX, the operands that they take, and memory for them.
+//
+// A tile is 16 rows of 64 bytes, and a product of tiles sums 32 terms. Its left operand is 16 rows of 32 terms as they
+// lie in memory; its right one is 16 pairs of terms by 16 columns.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, terms and elements of a tile
+constexpr int64_t ACROSS = 4, PANEL = ACROSS * SIDE;           // tiles and columns of y that are computed at a time
+
+int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+__mmask32 below(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; }
+
+// Memory that a thread keeps from call to call.
+template <typename T>
+class Space {
+ public:
+  T *get(size_t elements) {
+    if (elements > size_) {
+      size_ = elements;
+      held_.reset(static_cast<T *>(aligned_alloc(64, tiles(elements * sizeof(T), 64) * 64)));
+    }
+    return held_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void *p) const { free(p); }
+  };
+  std::unique_ptr<T, Free> held_;
+  size_t size_ = 0;
+};
+
+// Tiles 0 to 4 have `rows` rows: the sums of a block of x by a panel, and a left operand; 5 to 7 are right ones.
+class Tiles {
+ public:
+  void shape(int64_t rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    struct {
+      uint8_t palette = 1, rest[15] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) config.rows[i] = i < 5 ? rows : SIDE;
+    asm volatile("" : : "r"(&config) : "memory");  // gcc believes that only its first bytes are read
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+
+ private:
+  int64_t rows_ = 0;
+};
+
+// t[i][j] <-> t[j][i], of 32 bits each.
+void transpose(__m512i (&t)[SIDE]) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int s = 1; s < SIDE; s *= 2) {
+    const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+    const __m512i even = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(SIDE - s));
+    const __m512i other = _mm512_add_epi32(even, _mm512_set1_epi32(s));
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++)
+      if (!(i & s)) {
+        const __m512i low = t[i], high = t[i + s];
+        t[i] = _mm512_permutex2var_epi32(low, even, high);
+        t[i + s] = _mm512_permutex2var_epi32(low, other, high);
+      }
+  }
+}
+
+// Right operands whose columns are up to 16 rows of x, zeros beyond `count`.
+void flip(const bf16 *x, int64_t stride, int64_t count, int64_t depth, bf16 *to) {
+  for (int64_t k = 0; k < depth; k++) {
+    __m512i t[SIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++)
+      t[i] = i < count ? _mm512_loadu_si512(x + i * stride + k * DEPTH) : _mm512_setzero_si512();
+    transpose(t);
+    for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + k * TILE + i * DEPTH, t[i]);
+  }
+}
+
+// Right operands of `width` columns of B, four tiles for every 32 ranks; whether all of it is finite.
+bool interleave(const bf16 *B, int64_t stride, int64_t ranks, int64_t width, bf16 *to) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  // A pair of 16 bits: column c of one row, and (32 on) column c of the next.
+  const __m512i left = _mm512_or_epi32(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+  const __m512i right = _mm512_add_epi32(left, _mm512_set1_epi32(0x100010));
+  const __m512i exponent = _mm512_set1_epi16(0x7f80), none = _mm512_setzero_si512();
+  __mmask32 infinite = 0;
+  for (int64_t r = 0; r < tiles(ranks, DEPTH) * DEPTH; r += 2)
+    for (int64_t half = 0; half < 2; half++) {
+      const __mmask32 valid = below(width - half * DEPTH);
+      const bf16 *row = B + r * stride + half * DEPTH;
+      const __m512i one = r < ranks ? _mm512_maskz_loadu_epi16(valid, row) : none;
+      const __m512i two = r + 1 < ranks ? _mm512_maskz_loadu_epi16(valid, row + stride) : none;
+      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(one, exponent), exponent);
+      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(two, exponent), exponent);
+      bf16 *pair = to + (r / DEPTH * ACROSS + half * 2) * TILE + r % DEPTH / 2 * DEPTH;
+      _mm512_store_si512(pair, _mm512_permutex2var_epi16(one, left, two));
+      _mm512_store_si512(pair + TILE, _mm512_permutex2var_epi16(one, right, two));
+    }
+  return !infinite;
+}
+
+// The sums of a block of x by a panel, in tiles 0 to 3.
+void zero() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+void load(const float *sums) {
+  _tile_loadd(0, sums, PANEL * sizeof(float));
+  _tile_loadd(1, sums + SIDE, PANEL * sizeof(float));
+  _tile_loadd(2, sums + 2 * SIDE, PANEL * sizeof(float));
+  _tile_loadd(3, sums + 3 * SIDE, PANEL * sizeof(float));
+}
+
+void store(float *sums) {
+  _tile_stored(0, sums, PANEL * sizeof(float));
+  _tile_stored(1, sums + SIDE, PANEL * sizeof(float));
+  _tile_stored(2, sums + 2 * SIDE, PANEL * sizeof(float));
+  _tile_stored(3, sums + 3 * SIDE, PANEL * sizeof(float));
+}
+
+// Adds `depth` tiles of a left operand, whose rows are `stride` apart, times the right ones, four for each.
+void multiply(const bf16 *left, int64_t stride, const bf16 *right, int64_t depth) {
+  for (int64_t k = 0; k < depth; k++, left += DEPTH, right += ACROSS * TILE) {
+    _tile_loadd(4, left, stride * sizeof(bf16));
+    _tile_loadd(5, right, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, right + TILE, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(7, right + 2 * TILE, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, right + 3 * TILE, 64);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+}
+
+}  // namespace

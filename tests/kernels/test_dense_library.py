@@ -1,0 +1,74 @@
+"""How the compiled part of the dense op is found, built and kept; and that it is gone without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from polygraft.kernels.dense import library
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder that caches are kept in, on a CPU that says it has AMX."""
+    monkeypatch.setattr(library, "_features", lambda: library.NEEDED | {"fpu"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(library.LIMIT, raising=False)
+    return tmp_path / "polygraft" / "kernels"
+
+
+def compiler(path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+
+
+COPY = 'while [ "$1" != "-o" ]; do shift; done; echo built >> "$2"; echo run >> "$(dirname "$0")/runs"'
+
+
+def test_it_is_built_once_and_found_again(amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(tmp_path / "cxx", COPY, monkeypatch)
+    first, second = library.build(), library.build()
+    assert first == second and first.read_text() == "built\n" and (tmp_path / "runs").read_text() == "run\n"
+    assert os.listdir(amx) == [first.name], "nothing else may be left"
+
+
+def test_another_cpu_builds_its_own(amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(tmp_path / "cxx", COPY, monkeypatch)
+    first = library.build()
+    monkeypatch.setattr(library, "_features", lambda: library.NEEDED | {"fpu", "avx10"})
+    assert library.build() != first
+
+
+def test_a_compiler_that_fails_is_named_with_its_words(
+    amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tmp_path / "cxx", "echo unknown option >&2; exit 1", monkeypatch)
+    with pytest.raises(library.Unavailable, match=r"cxx cannot build linear.cpp: unknown option"):
+        library.build()
+    assert os.listdir(amx) == []
+
+
+def test_no_compiler_says_what_to_install(amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(library.Unavailable, match=r"install g\+\+"):
+        library.build()
+
+
+def test_a_cpu_without_amx_is_named_by_what_it_lacks(amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_features", lambda: library.NEEDED - {"amx_bf16"})
+    with pytest.raises(library.Unavailable, match="no amx_bf16"):
+        library.build()
+
+
+def test_a_limit_on_onednn_is_one_on_us(amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(tmp_path / "cxx", COPY, monkeypatch)
+    monkeypatch.setenv(library.LIMIT, "AVX512_CORE_BF16")
+    with pytest.raises(library.Unavailable, match="AVX512_CORE_BF16"):
+        library.build()
+    for limit in ("ALL", "avx512_core_amx"):
+        monkeypatch.setenv(library.LIMIT, limit)
+        assert library.build().exists()
