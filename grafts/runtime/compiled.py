@@ -3,57 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from polygraft.grafts.runtime.linear import FrozenLinear
-from polygraft.kernels.dense.op import Packed, Side, linear, supports
-
-if TYPE_CHECKING:
-    from polygraft.grafts.runtime.linear import Work
+from polygraft.grafts.runtime.linear import FrozenLinear, Hiddens, Work
+from polygraft.kernels.branch.op import add_branch_, branch_gradients
+from polygraft.kernels.dense.op import GATED, Weights, linear, outer, supports, transposed
 
 
 class CompiledLinear(FrozenLinear):
-    """One packed copy of the weights for products, and one of their transpose once a gradient asks for it. Rows do not
-    depend on their neighbours, whatever their count."""
+    """With `prepack` weights lie as serving's few rows read them fastest, and plain too once a gradient asks for it;
+    else one plain copy serves both directions. Rows do not depend on their neighbours, whatever their count."""
 
     fuses = True
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, prepack: bool) -> None:
         super().__init__(weights, biases, prepack=False)
-        self._packed = Packed.of(weights)
-        self._weight = self._weight.new_empty(0)
-        self._transposed: Packed | None = None
+        self._weights = Weights.plain(self._weight, self.widths)
+        self._plain: Weights | None = self._weights
+        if prepack:
+            self._weights, self._plain = Weights.packed(weights), None
+            self._weight = self._weight.new_empty(0)
 
     def weight(self) -> Tensor:
-        return self._packed.dense()
+        return self._weights.dense()
 
     def product(self, x_TI: Tensor) -> Tensor:
-        return linear(x_TI, self._packed)
+        return linear(x_TI, self._weights)[0]
 
     def product_alone(self, x_TI: Tensor) -> Tensor:
         return self.product(x_TI)
 
     def products(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Work]:
-        sides = [Side(b.member, b.A, b.B, segments, b.act) for b, segments in work]
-        return list(linear(x_TI, self._packed, sides).split_with_sizes(self.widths, dim=1)), ()
+        return self._split(linear(x_TI, self._weights, work)[0]), ()
+
+    def recorded(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Hiddens]:
+        own = [side for side in work if side.act in GATED]
+        out, kept = linear(x_TI, self._weights, own, keep=True)
+        products, values = self._split(out), iter(kept)
+        return products, [
+            [next(values)]
+            if side.act in GATED
+            else add_branch_(products[side.member], x_TI, side.A, side.B, side.segments, side.act)
+            for side in work
+        ]
+
+    def gradients(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, hiddens: Hiddens
+    ) -> tuple[Tensor, list[Tensor]]:
+        own = [side for side in work if side.act in GATED]
+        kept = [values[0] for side, values in zip(work, hiddens) if side.act in GATED]
+        dx, dh = transposed(dy_TO, self._unpacked(), own, kept)
+        found, columns, slopes = [], self._split(dy_TO), iter(dh)
+        for (member, A, B, segments, act), values in zip(work, hiddens):
+            assert x_TI is not None
+            if act in GATED:
+                found += [
+                    outer(next(slopes), x_TI, segments, len(A)),
+                    outer(values[0], columns[member], segments, len(B)),
+                ]
+            else:
+                found += branch_gradients(columns[member], x_TI, A, B, segments, act, values, dx)
+        return dx, found
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
-        if not supports(self._weight.new_empty(0, self.out_features)):
-            return dy_TO @ self.weight()
-        if self._transposed is None:
-            self._transposed = Packed.of([self.weight().T])
-        return linear(dy_TO, self._transposed)
+        return transposed(dy_TO, self._unpacked())[0]
 
     def transposed_alone(self, dy_TO: Tensor) -> Tensor:
         return self.transposed_product(dy_TO)
+
+    def _unpacked(self) -> Weights:
+        if self._plain is None:
+            self._plain = Weights.plain(self.weight(), self.widths)
+        return self._plain
 
 
 def frozen_linear(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, prepack: bool, block: int | None
 ) -> FrozenLinear:
-    """The fastest for these weights on this machine; prepacked and blockwise mean what they do for `FrozenLinear`."""
-    if prepack and all(map(supports, weights)):
-        return CompiledLinear(weights, biases)
+    """The fastest for these weights on this machine; `block` means what it does for `FrozenLinear`."""
+    if all(map(supports, weights)):
+        return CompiledLinear(weights, biases, prepack=prepack)
     return FrozenLinear(weights, biases, prepack=prepack, block=block)

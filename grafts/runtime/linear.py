@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from polygraft.grafts.runtime.beside import Beside
-    from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.branch.op import add_branch_, branch_gradients
+from polygraft.kernels.dense.op import Side
 
-    Work = Sequence[tuple[Beside, Segments]]
+Work = Sequence[Side]  # the branches beside the projections of a linear that have rows
+Hiddens = Sequence[Sequence[Tensor]]  # what each of them keeps of a forward for its gradients
 
 GRAIN, FLOOR = 8, 16  # rows of every forward are a multiple of 8 and at least 16
 BLOCK = 256  # rows of one product in training; with AMX, 128 cost 6% of a packed step of 512 rows
@@ -80,7 +79,25 @@ class FrozenLinear:
     def products(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Work]:
         """x W_m^T for every projection m, and of the branches beside them those that are still to be added; where no
         gradient will be asked for."""
-        return list(self.product(x_TI).split_with_sizes(self.widths, dim=1)), work
+        return self._split(self.product(x_TI)), work
+
+    def recorded(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Hiddens]:
+        """x W_m^T plus the branches for every projection m, and what `gradients` needs of them."""
+        products = self._split(self.product(x_TI))
+        return products, [add_branch_(products[s.member], x_TI, s.A, s.B, s.segments, s.act) for s in work]
+
+    def gradients(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, hiddens: Hiddens
+    ) -> tuple[Tensor, list[Tensor]]:
+        """dx, and dA and dB of every branch in turn; x is None where there is none."""
+        # Each member's columns of dy, however they came: a product's order of sums may depend on the layout, too.
+        dx, columns = self.transposed_product(dy_TO), self._split(dy_TO)
+        found: list[Tensor] = []
+        for side, hidden in zip(work, hiddens):
+            assert x_TI is not None
+            own = columns[side.member]
+            found += branch_gradients(own, x_TI, side.A, side.B, side.segments, side.act, hidden, dx)
+        return dx, found
 
     def output(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias, [T, out]."""
@@ -114,6 +131,9 @@ class FrozenLinear:
             else:
                 torch.mm(piece, weight.T, out=into)
         return out
+
+    def _split(self, y_TO: Tensor) -> list[Tensor]:
+        return list(y_TO.split_with_sizes(self.widths, dim=1))
 
     def biases(self) -> tuple[Tensor | None, ...]:
         return (None,) * len(self.widths) if self.bias is None else self.bias.split_with_sizes(self.widths)

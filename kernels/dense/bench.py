@@ -12,7 +12,7 @@ from polygraft.kernels.common.bench import Case, show
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.dense import cost
 from polygraft.kernels.dense.library import build
-from polygraft.kernels.dense.op import Packed, Side, linear
+from polygraft.kernels.dense.op import Side, Weights, linear
 
 WIDTH, RANK, GRAFTS = 576, 16, 8
 
@@ -21,7 +21,7 @@ def cases() -> Iterator[Case]:
     """Raises `library.Unavailable` where the op cannot be built."""
     build()
     W, A, B = (torch.randn(rows, WIDTH).bfloat16() for rows in (WIDTH, GRAFTS * RANK, GRAFTS * RANK))
-    packed = Packed.of([W])
+    packed = Weights.packed([W])
     for rows in (16, 512):
         x, own = torch.randn(rows, WIDTH).bfloat16(), rows // GRAFTS
         segments = Segments(

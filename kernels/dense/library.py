@@ -31,8 +31,9 @@ def library() -> ctypes.CDLL | None:
     except (Unavailable, OSError) as error:
         logging.getLogger(__name__).info("products are torch's: %s", error)
         return None
-    found.linear.argtypes = [kind for c in "piiippipipii" for kind in [ctypes.c_void_p if c == "p" else ctypes.c_int64]]
-    found.linear.restype = None
+    for function, kinds in ((found.linear, "piiipipipipii"), (found.outer, "ppiipipii")):
+        function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
+        function.restype = None
     return found if found.ready() else None
 
 

@@ -26,15 +26,22 @@ struct Segment {
   double scale;
 };
 
-struct Branch {  // A [R, in] and B [R, width], the latter for columns [column, column + width) of y
+// A [R, depth] for columns [from, from + depth) of x, B [R, width] for columns [column, column + width) of y. With
+// `kept` the values between them are written there: segment after segment [ranks, rows in whole tiles of terms]. With
+// `gate`, which lies alike, they are 0 where it is.
+struct Branch {
   const bf16 *A, *B;
   const Segment *segments;
-  int64_t count, column, width, act;  // act: a place in ACTIVATIONS
+  int64_t count, from, depth, column, width, act;  // act: a place in ACTIVATIONS
+  bf16 *kept;
+  const bf16 *gate;
 };
 
 struct Member {  // a projection: its first panel, and its columns of y
   int64_t panel, column, width;
 };
+
+enum Layout { PANELS, ROWS, COLUMNS };  // of weights: as Packed has them, W [out, in], or W^T [in, out]
 
 // Rows [from, to) of a block of 16 rows that pass through a segment of a branch.
 struct Item {
@@ -42,9 +49,10 @@ struct Item {
   const Segment *segment;
   int64_t from, to, ranks;
   size_t hidden;  // where scale * act(x A^T) lies, [16, ranks in whole tiles], zeros in the block's other rows
+  int64_t kept;   // where the segment's values are kept
 };
 
-thread_local Space<bf16> hidden_space, flipped_space, right_space;
+thread_local Space<bf16> hidden_space, flipped_space, right_space, panel_space;
 thread_local Space<float> sums_space;
 
 __m512 activated(__m512 h, int64_t act) {
@@ -63,6 +71,10 @@ float widened(bf16 x) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+// Rows of a segment in whole tiles of terms, and the elements of its kept values.
+int64_t kept_rows(const Segment &s) { return tiles(s.stop - s.start, DEPTH) * DEPTH; }
+int64_t kept_size(const Segment &s) { return kept_rows(s) * (s.last - s.first); }
 
 // The ranks of B that are beside a panel, for the item that asked last.
 struct Right {
@@ -83,7 +95,8 @@ struct Right {
 struct Product {
   const bf16 *x;
   int64_t stride, rows, in;
-  const bf16 *P;
+  const bf16 *W;
+  Layout layout;
   bf16 *y;
   int64_t wide;
   const Branch *branches;
@@ -100,19 +113,22 @@ struct Product {
     for (int64_t b = 0; b < blocks(); b++)
       for (const Branch *branch = branches; branch < branches + beside; branch++) {
         firsts.push_back(items.size());
+        int64_t place = 0;
         for (const Segment *s = branch->segments; s < branch->segments + branch->count; s++) {
           const int64_t from = max(s->start - b * SIDE, int64_t{0}), to = min(s->stop - b * SIDE, SIDE);
           const int64_t ranks = s->last - s->first, depth = tiles(ranks, DEPTH);
-          if (from >= to || !ranks) continue;
-          items.push_back({branch, s, from, to, ranks, size});
-          size += depth * TILE;
-          deepest = max(deepest, depth);
+          if (from < to && ranks) {
+            items.push_back({branch, s, from, to, ranks, size, place});
+            size += depth * TILE;
+            deepest = max(deepest, depth);
+          }
+          place += kept_size(*s);
         }
       }
     firsts.push_back(items.size());
   }
 
-  // scale * act(x A^T) of items [begin, end).
+  // The values between A and B of items [begin, end).
   void hide(int64_t begin, int64_t end, Tiles &shaped) const {
     bf16 *flipped = flipped_space.get(in * SIDE);
     int64_t last = -1;
@@ -120,43 +136,53 @@ struct Product {
       const int64_t b = (std::upper_bound(firsts.begin(), firsts.end(), i) - firsts.begin() - 1) / beside;
       if (b != last) flip(x + b * SIDE * stride, stride, rows - b * SIDE, in / DEPTH, flipped);
       last = b;
-      const int64_t depth = tiles(items[i].ranks, DEPTH);
-      for (int64_t r = 0; r < depth * DEPTH; r += SIDE)
-        hide_ranks(items[i], r, flipped, hidden + items[i].hidden + r, depth * DEPTH, shaped);
+      const int64_t width = tiles(items[i].ranks, DEPTH) * DEPTH;
+      for (int64_t r = 0; r < width; r += SIDE) {
+        __m512i t[SIDE];
+        for (auto &row : t) row = _mm512_setzero_si512();
+        if (r < items[i].ranks) hide_ranks(items[i], b, r, flipped, shaped, t);
+        transpose(t);
+        for (int64_t row = 0; row < SIDE; row++) {
+          const auto values = (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(t[row]));
+          _mm256_storeu_si256(reinterpret_cast<__m256i *>(hidden + items[i].hidden + row * width + r), values);
+        }
+      }
     }
   }
 
-  // 16 ranks of an item from rank r on, zeros beyond its last; `to` has rows of `width`.
-  void hide_ranks(const Item &item, int64_t r, const bf16 *flipped, bf16 *to, int64_t width, Tiles &shaped) const {
-    const int64_t ranks = min(item.ranks - r, SIDE);
-    __m512i t[SIDE];
-    for (auto &row : t) row = _mm512_setzero_si512();
-    if (ranks > 0) {
-      alignas(64) float even[SIDE * SIDE], odd[SIDE * SIDE];  // two sums, so that one need not wait for the other
-      const bf16 *A = item.branch->A + (item.segment->first + r) * in;
-      shaped.shape(ranks);
-      _tile_zero(0);
-      _tile_zero(1);
-      for (int64_t k = 0; k < in; k += 2 * DEPTH) {
-        _tile_loadd(4, A + k, in * sizeof(bf16));
-        _tile_loadd(5, flipped + k * SIDE, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        if (k + DEPTH == in) break;
-        _tile_loadd(4, A + k + DEPTH, in * sizeof(bf16));
-        _tile_loadd(6, flipped + k * SIDE + TILE, 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      _tile_stored(0, even, 64);
-      _tile_stored(1, odd, 64);
-      for (int i = 0; i < ranks; i++)
-        t[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_load_ps(even + i * SIDE), _mm512_load_ps(odd + i * SIDE)));
-      transpose(t);
+  // Those of up to 16 ranks of an item of block b from rank r on, a row of t for each; 0 outside its rows.
+  void hide_ranks(const Item &item, int64_t b, int64_t r, const bf16 *flipped, Tiles &shaped,
+                  __m512i (&t)[SIDE]) const {
+    const Branch &own = *item.branch;
+    const int64_t ranks = min(item.ranks - r, SIDE), depth = own.depth;
+    const bf16 *A = own.A + (item.segment->first + r) * depth, *right = flipped + own.from * SIDE;
+    alignas(64) float even[SIDE * SIDE], odd[SIDE * SIDE];  // two sums, so that one need not wait for the other
+    shaped.shape(ranks);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < depth; k += 2 * DEPTH) {
+      _tile_loadd(4, A + k, depth * sizeof(bf16));
+      _tile_loadd(5, right + k * SIDE, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      if (k + DEPTH == depth) break;
+      _tile_loadd(4, A + k + DEPTH, depth * sizeof(bf16));
+      _tile_loadd(6, right + k * SIDE + TILE, 64);
+      _tile_dpbf16ps(1, 4, 6);
     }
-    for (int i = 0; i < SIDE; i++) {
-      __m512 h = i >= item.from && i < item.to ? _mm512_castsi512_ps(t[i]) : _mm512_setzero_ps();
-      if (i >= item.from && i < item.to) h = activated(h, item.branch->act);
-      h = _mm512_mul_ps(h, _mm512_set1_ps(static_cast<float>(item.segment->scale)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + i * width), (__m256i)_mm512_cvtneps_pbh(h));
+    _tile_stored(0, even, 64);
+    _tile_stored(1, odd, 64);
+    const __m512 scale = _mm512_set1_ps(static_cast<float>(item.segment->scale));
+    const __mmask16 mine = below(item.to) & ~below(item.from);
+    const int64_t terms = kept_rows(*item.segment), place = item.kept + b * SIDE - item.segment->start;
+    for (int64_t i = 0; i < ranks; i++) {
+      __m512 h = _mm512_add_ps(_mm512_load_ps(even + i * SIDE), _mm512_load_ps(odd + i * SIDE));
+      h = _mm512_maskz_mul_ps(mine, activated(h, own.act), scale);
+      if (own.gate) {
+        const __m256i gate = _mm256_maskz_loadu_epi16(mine, own.gate + place + (r + i) * terms);
+        h = _mm512_maskz_mov_ps(_mm256_test_epi16_mask(gate, _mm256_set1_epi16(0x7fff)), h);
+      }
+      if (own.kept) _mm256_mask_storeu_epi16(own.kept + place + (r + i) * terms, mine, (__m256i)_mm512_cvtneps_pbh(h));
+      t[i] = _mm512_castps_si512(h);
     }
   }
 
@@ -165,13 +191,14 @@ struct Product {
     Right right{right_space.get(deepest * ACROSS * TILE)};
     float *kept = sums_space.get(blocks() * SIDE * PANEL);
     const int64_t chunk = blocks() > 1 ? CHUNK : in;
+    const bf16 *weights = layout == PANELS ? W + p * in * PANEL : unpacked(column, width);
     for (int64_t k = 0; k < in; k += chunk)
       for (int64_t b = 0; b < blocks(); b++) {
         const int64_t valid = min(rows - b * SIDE, SIDE);
         float *sums = kept + b * SIDE * PANEL;
         shaped.shape(valid);
         k ? load(sums) : zero();
-        multiply(x + b * SIDE * stride + k, stride, P + (p * in + k) * PANEL, min(chunk, in - k) / DEPTH);
+        multiply(x + b * SIDE * stride + k, stride, weights + k * PANEL, min(chunk, in - k) / DEPTH);
         if (k + chunk < in) {
           store(sums);
           continue;
@@ -188,16 +215,27 @@ struct Product {
             right.hold(item, column, width);
             if (!right.finite) add_alone(item, right.tiles, width, sums);
           });
-        round(sums, valid, width, y + b * SIDE * wide + column);
+        round(sums, valid, width, y + b * SIDE * wide + column, wide, false);
       }
   }
 
-  void round(const float *sums, int64_t valid, int64_t width, bf16 *to) const {
-    for (int64_t r = 0; r < valid; r++, sums += PANEL, to += wide)
-      for (int64_t c = 0; c < PANEL; c += DEPTH) {
-        const __m512 first = _mm512_load_ps(sums + c), second = _mm512_load_ps(sums + c + SIDE);
-        _mm512_mask_storeu_epi16(to + c, below(width - c), (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  // A panel of weights that lie plain.
+  const bf16 *unpacked(int64_t column, int64_t width) const {
+    bf16 *panel = panel_space.get(in * PANEL);
+    for (int64_t k = 0; k < in; k += DEPTH)
+      if (layout == COLUMNS) {
+        const bf16 *w = W + k * wide + column;
+        for (int64_t r = 0; k + DEPTH < in && r < DEPTH; r++) {
+          _mm_prefetch(w + (DEPTH + r) * wide, _MM_HINT_T0);
+          _mm_prefetch(w + (DEPTH + r) * wide + DEPTH, _MM_HINT_T0);
+        }
+        interleave(w, wide, DEPTH, width, panel + k * PANEL);
+      } else {
+        const bf16 *w = W + column * in + k;
+        for (int64_t r = 0; k + DEPTH < in && r < width; r++) _mm_prefetch(w + r * in + DEPTH, _MM_HINT_T0);
+        for (int64_t c = 0; c < PANEL; c += SIDE) flip(w + c * in, in, width - c, 1, panel + k * PANEL + c * DEPTH);
       }
+    return panel;
   }
 
   // The items of block b that are beside a column.
@@ -227,10 +265,10 @@ struct Product {
 extern "C" int ready() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
 // x [rows, in] whose rows are `stride` apart, `in` a multiple of 32; y [rows, wide].
-extern "C" void linear(const bf16 *x, int64_t stride, int64_t rows, int64_t in, const bf16 *P, const Member *members,
-                       int64_t member_count, bf16 *y, int64_t wide, const Branch *branches, int64_t branch_count,
-                       int64_t threads) {
-  Product product{x, stride, rows, in, P, y, wide, branches, branch_count, {}, {}};
+extern "C" void linear(const bf16 *x, int64_t stride, int64_t rows, int64_t in, const bf16 *W, int64_t layout,
+                       const Member *members, int64_t member_count, bf16 *y, int64_t wide, const Branch *branches,
+                       int64_t beside, int64_t threads) {
+  Product product{x, stride, rows, in, W, static_cast<Layout>(layout), y, wide, branches, beside, {}, {}};
   product.list();
   product.hidden = hidden_space.get(product.size);
   const int64_t items = product.items.size();
@@ -248,6 +286,41 @@ extern "C" void linear(const bf16 *x, int64_t stride, int64_t rows, int64_t in, 
       while (p >= m->panel + tiles(m->width, PANEL)) m++;
       const int64_t within = (p - m->panel) * PANEL;
       product.panel(p, m->column + within, min(PANEL, m->width - within), shaped);
+    }
+  }
+}
+
+// out[s.first:s.last] (+)= h_s x_s for every segment: h its kept values [ranks, rows], x [rows, width], out [R, width].
+extern "C" void outer(const bf16 *kept, const bf16 *x, int64_t stride, int64_t width, const Segment *segments,
+                      int64_t count, bf16 *out, int64_t adds, int64_t threads) {
+  int64_t terms = 0, work = 0;
+  for (const Segment *s = segments; s < segments + count; s++) {
+    terms = max(terms, kept_rows(*s));
+    work += kept_size(*s) * width;
+  }
+  const int64_t panels = tiles(width, PANEL);
+#pragma omp parallel num_threads(work < ALONE ? 1 : threads)
+  {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    Tiles shaped;
+    bf16 *right = right_space.get(terms * PANEL);
+    alignas(64) float sums[SIDE * PANEL];
+    for (int64_t p = panels * me / all; p < panels * (me + 1) / all; p++) {
+      const int64_t column = p * PANEL, own = min(PANEL, width - column);
+      const bf16 *h = kept;
+      for (const Segment *s = segments; s < segments + count; h += kept_size(*s++)) {
+        const int64_t ranks = s->last - s->first, rows = s->stop - s->start;
+        if (!ranks || !rows) continue;
+        interleave(x + s->start * stride + column, stride, rows, own, right);
+        for (int64_t r = 0; r < ranks; r += SIDE) {
+          const int64_t some = min(ranks - r, SIDE);
+          shaped.shape(some);
+          zero();
+          multiply(h + r * kept_rows(*s), kept_rows(*s), right, kept_rows(*s) / DEPTH);
+          store(sums);
+          round(sums, some, own, out + (s->first + r) * width + column, width, adds);
+        }
+      }
     }
   }
 }

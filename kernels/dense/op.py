@@ -1,10 +1,10 @@
-"""The dense op: x W^T of frozen projections in bf16 on a CPU with AMX, with the branches beside them added before a
-result is written (linear.cpp)."""
+"""The dense op: products of frozen projections in bf16 on a CPU with AMX, with the branches beside them added before a
+result is written (linear.cpp), and their gradients."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.dense.library import library
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")  # by their numbers in linear.cpp
+GATED = ("identity", "relu")  # those whose derivative is 1 where their value is not 0
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
+PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
 
 
 class Side(NamedTuple):
@@ -31,87 +33,157 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """Frozen projections of one input as `linear` reads them: tiles of 16 pairs of terms by 16 columns, four side by
-    side and all terms one after the other in a panel; every projection begins a panel, zeros beyond its last column.
+class Weights:
+    """Frozen projections of one input, `plain` as W [out of all, in] or `packed` as few rows read them fastest: tiles
+    of 16 pairs of terms by 16 columns, four side by side and all terms one after the other in a panel; every projection
+    begins a panel, zeros beyond its last column.
 
-    `places` are (first panel, first column, columns) of every projection, `table` the same for linear.cpp.
+    `places` are (first panel, first column, columns) of every projection.
     """
 
-    panels: Tensor
-    widths: tuple[int, ...]
+    data: Tensor
+    layout: int
     in_features: int
     places: tuple[tuple[int, int, int], ...]
-    table: ctypes.Array[ctypes.c_int64]
 
     @staticmethod
-    def of(weights: Sequence[Tensor]) -> Packed:
-        """Of W [out, in] for every projection; `supports` must hold."""
-        panels, places, column, panel = [], [], 0, 0
+    def plain(W: Tensor, widths: Sequence[int]) -> Weights:
+        return Weights(W, ROWS, W.shape[1], tuple(_places(widths)))
+
+    @staticmethod
+    def packed(weights: Sequence[Tensor]) -> Weights:
+        """Of W [out, in] for every projection."""
+        panels = []
         for W in weights:
             count = -(-len(W) // PANEL)
-            places.append((panel, column, len(W)))
-            panel, column = panel + count, column + len(W)
             whole = F.pad(W.detach(), (0, 0, 0, count * PANEL - len(W))).contiguous().view(torch.int32)
             tiles = whole.view(count, ACROSS, SIDE, W.shape[1] // DEPTH, DEPTH // 2)
             panels.append(tiles.permute(0, 3, 1, 4, 2).flatten())
-        table = [field for place in places for field in place]
-        array = (ctypes.c_int64 * len(table))(*table)
-        return Packed(torch.cat(panels), tuple(map(len, weights)), weights[0].shape[1], tuple(places), array)
+        return Weights(torch.cat(panels), PANELS, weights[0].shape[1], tuple(_places(map(len, weights))))
+
+    @property
+    def out_features(self) -> int:
+        _, column, width = self.places[-1]
+        return column + width
 
     def dense(self) -> Tensor:
         """W [out of all, in]."""
-        tiles = self.panels.view(-1, self.in_features // DEPTH, ACROSS, DEPTH // 2, SIDE).permute(0, 2, 4, 1, 3)
+        if self.layout == ROWS:
+            return self.data
+        tiles = self.data.view(-1, self.in_features // DEPTH, ACROSS, DEPTH // 2, SIDE).permute(0, 2, 4, 1, 3)
         rows = tiles.reshape(-1, self.in_features // 2).view(torch.bfloat16)
-        heights = [-(-width // PANEL) * PANEL for width in self.widths]
-        return torch.cat([own[:width] for own, width in zip(rows.split_with_sizes(heights), self.widths)])
+        return torch.cat([rows[panel * PANEL :][:width] for panel, _, width in self.places])
 
 
 def supports(weight: Tensor) -> bool:
-    """Whether this machine and a weight's dtype and shape are what the op is for."""
+    """Whether this machine and a weight's dtype and shape are what the op is for, in both directions."""
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
-        and weight.shape[1] % DEPTH == 0
+        and not any(width % DEPTH for width in weight.shape)
         and library() is not None
     )
 
 
-def linear(x_TI: Tensor, packed: Packed, beside: Sequence[Side] = ()) -> Tensor:
+def linear(
+    x_TI: Tensor, weights: Weights, beside: Sequence[Side] = (), *, keep: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Semantics: out = x W^T, [T, out of all]; for every side's segments out[s.start:s.stop, its projection's columns]
-    += s.scale * act(x[s.start:s.stop] A_s^T) B_s, act in float32.
+    += s.scale * act(x[s.start:s.stop] A_s^T) B_s, with act in float32. And with `keep`, of every side, the values
+    before B, for `transposed` and `outer`.
 
     A result is one float32 sum, in an order that depends on its own segments alone (row invariance), rounded once; the
-    hidden values of a branch are rounded to bf16 before B. Not differentiable.
+    values between A and B are rounded to bf16. Not differentiable.
     """
-    compiled = library()
-    assert compiled is not None and x_TI.dtype == torch.bfloat16 and x_TI.shape[1] == packed.in_features
-    x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-    rows, stride, wide = x.shape[0], x.stride(0), sum(packed.widths)
-    out = x.new_empty(rows, wide)
+    kept = [_kept(x_TI, side.segments) for side in beside] if keep else []
     fields: list[int] = []
-    for member, A, B, segments, act in beside:
-        _, column, width = packed.places[member]
-        fields += (A.data_ptr(), B.data_ptr(), *_listed(segments), column, width, ACTIVATIONS.index(act))
-    compiled.linear(
-        *(x.data_ptr(), stride, rows, packed.in_features),
-        *(packed.panels.data_ptr(), packed.table, len(packed.places)),
-        *(out.data_ptr(), wide),
-        *((ctypes.c_int64 * len(fields))(*fields), len(beside)),
-        torch.get_num_threads(),
+    for i, (member, A, B, segments, act) in enumerate(beside):
+        _, column, width = weights.places[member]
+        where = _listed(segments, len(x_TI), min(len(A), len(B)))
+        fields += (A.data_ptr(), B.data_ptr(), *where, 0, weights.in_features, column, width)
+        fields += (ACTIVATIONS.index(act), kept[i].data_ptr() if keep else 0, 0)
+    return _call(x_TI, weights.data, weights.layout, weights.places, fields), kept
+
+
+def transposed(
+    dy_TO: Tensor, weights: Weights, beside: Sequence[Side] = (), kept: Sequence[Tensor] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """Semantics: dx = dy W + the sum over sides and their segments of dh_s A_s, [T, in], with dh_s = s.scale * dy[s]
+    B_s^T where what `linear` kept of act(x A^T) is not 0; and dh of every side, as `linear` keeps. For plain weights
+    and the activations in GATED."""
+    assert weights.layout == ROWS
+    dh = [_kept(dy_TO, side.segments) for side in beside]
+    fields: list[int] = []
+    for i, (member, A, B, segments, act) in enumerate(beside):
+        _, column, width = weights.places[member]
+        where = _listed(segments, len(dy_TO), min(len(A), len(B)))
+        fields += (B.data_ptr(), A.data_ptr(), *where, column, width, 0, weights.in_features)
+        fields += (0, dh[i].data_ptr(), 0 if act == "identity" else kept[i].data_ptr())
+    return _call(dy_TO, weights.data, COLUMNS, ((0, 0, weights.in_features),), fields), dh
+
+
+def outer(kept: Tensor, x_TD: Tensor, segments: Segments, ranks: int) -> Tensor:
+    """Semantics: out[s.first:s.last] += h_s x[s.start:s.stop] for every segment, [ranks, D], h_s [s.size, rows] its
+    kept values: dA of dh and x, dB of what `linear` kept and dy. Sums stay inside a segment."""
+    covered = segments.covers(ranks)
+    out = (x_TD.new_empty if covered else x_TD.new_zeros)(ranks, x_TD.shape[1])
+    compiled = library()
+    assert compiled is not None and x_TD.stride(1) == 1
+    compiled.outer(
+        *(kept.data_ptr(), x_TD.data_ptr(), x_TD.stride(0), x_TD.shape[1]),
+        *(*_listed(segments, len(x_TD), ranks), out.data_ptr(), not covered, torch.get_num_threads()),
     )
     return out
+
+
+def _call(x: Tensor, data: Tensor, layout: int, places: Sequence[tuple[int, int, int]], fields: list[int]) -> Tensor:
+    compiled = library()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, terms = x.shape
+    assert compiled is not None and x.dtype == torch.bfloat16 and terms % DEPTH == 0
+    wide = places[-1][1] + places[-1][2]
+    out = x.new_empty(rows, wide)
+    table = [field for place in places for field in place]
+    compiled.linear(
+        *(x.data_ptr(), x.stride(0), rows, terms, data.data_ptr(), layout),
+        *((ctypes.c_int64 * len(table))(*table), len(places), out.data_ptr(), wide),
+        *((ctypes.c_int64 * len(fields))(*fields), len(fields) // 11, torch.get_num_threads()),
+    )
+    return out
+
+
+def _places(widths: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    panel = column = 0
+    for width in widths:
+        yield panel, column, width
+        panel, column = panel - -width // PANEL, column + width
 
 
 class _Segment(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in ("start", "stop", "first", "last")), ("scale", ctypes.c_double)]
 
 
-def _listed(segments: Segments) -> tuple[int, int]:
-    """Where a work list lies as linear.cpp reads it, and its length; kept, since many sites share it."""
-    kept: dict[str, tuple[int, int, object]] = segments.__dict__.setdefault("_compiled", {})
+class _List(NamedTuple):
+    """A work list as linear.cpp reads it, and the rows and ranks that it needs."""
+
+    items: ctypes.Array[_Segment]
+    rows: int
+    ranks: int
+
+
+def _listed(segments: Segments, rows: int, ranks: int) -> tuple[int, int]:
+    """Where a work list lies, and its length; made once, since many sites share it. IndexError beyond rows or ranks."""
+    kept: dict[str, _List] = segments.__dict__.setdefault("_compiled", {})
     if not kept:
         items = [_Segment(s.start, s.stop, s.first, s.last, s.scale) for s in segments]
-        array = (_Segment * len(items))(*items)
-        kept["list"] = (ctypes.addressof(array), len(items), array)
-    return kept["list"][:2]
+        stop, last = max((s.stop for s in segments), default=0), max((s.last for s in segments), default=0)
+        kept["list"] = _List((_Segment * len(items))(*items), stop, last)
+    found = kept["list"]
+    if found.rows > rows or found.ranks > ranks:
+        raise IndexError(f"segments of {found.rows} rows and {found.ranks} ranks for {rows} rows and {ranks} ranks")
+    return ctypes.addressof(found.items), len(found.items)
+
+
+def _kept(like: Tensor, segments: Segments) -> Tensor:
+    """Room for the values between A and B: [ranks, rows in whole tiles of terms] of each segment in turn."""
+    return like.new_zeros(sum(s.size * -(-s.rows // DEPTH) * DEPTH for s in segments))

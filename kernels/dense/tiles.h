@@ -151,4 +151,21 @@ void multiply(const bf16 *left, int64_t stride, const bf16 *right, int64_t depth
   }
 }
 
+__m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// The first `count` rows and `width` columns of sums, rounded, to rows that are `stride` apart; or their sum with those.
+void round(const float *sums, int64_t count, int64_t width, bf16 *to, int64_t stride, bool adds) {
+  for (int64_t r = 0; r < count; r++, sums += PANEL, to += stride)
+    for (int64_t c = 0; c < PANEL; c += DEPTH) {
+      const __mmask32 valid = below(width - c);
+      __m512 first = _mm512_load_ps(sums + c), second = _mm512_load_ps(sums + c + SIDE);
+      if (adds) {
+        const __m512i before = _mm512_maskz_loadu_epi16(valid, to + c);
+        first = _mm512_add_ps(first, widened(_mm512_castsi512_si256(before)));
+        second = _mm512_add_ps(second, widened(_mm512_extracti64x4_epi64(before, 1)));
+      }
+      _mm512_mask_storeu_epi16(to + c, valid, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
+}
+
 }  // namespace

@@ -15,6 +15,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.kernels.dense import op as dense
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.table import METHODS
 
@@ -96,9 +97,12 @@ def fp32(tiny_folder: Path) -> Backbone:
     return Backbone.load(tiny_folder, torch.float32)
 
 
-@pytest.fixture(scope="module")
-def bf16(tiny_folder: Path) -> Backbone:
-    return Backbone.load(tiny_folder, torch.bfloat16)
+@pytest.fixture(scope="module", params=["the machine's products", "torch's products"])
+def bf16(request: pytest.FixtureRequest, tiny_folder: Path) -> Backbone:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch's products":
+            patch.setattr(dense, "library", lambda: None)
+        return Backbone.load(tiny_folder, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sizes import tensors
+from polygraft.kernels.dense import op as dense
 from polygraft.trainers import forward
 from polygraft.trainers.forward import Share
 from polygraft.trainers.job import Recipe, Sample, TrainJob
@@ -158,6 +159,12 @@ def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, T
 def test_a_hundred_steps_in_company_leave_the_bits_of_a_hundred_steps_alone(dtype: torch.dtype, folder: Path) -> None:
     backbone = backbone_of(folder, dtype)
     jobs = jobs_of(100, LIGHT)
+    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_so_do_steps_in_bf16_with_torchs_products(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "library", lambda: None)
+    backbone, jobs = Backbone.load(folder, torch.bfloat16, training=True), jobs_of(SHORT, LIGHT)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
