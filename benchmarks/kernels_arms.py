@@ -95,7 +95,7 @@ class Layer:
         linears = [frozen_linear(W, [None] * len(W), prepack=True, block=None) for W in self.W]
         entries = tuple(Entry(j, j * RANK, (j + 1) * RANK, SCALE) for j in range(GRAFTS))
         plans = [
-            Plan(tuple(Beside(m, A, B, entries, "identity") for m, (A, B) in enumerate(zip(As, Bs))))
+            Plan(tuple(Beside(m, A, B, "identity", entries) for m, (A, B) in enumerate(zip(As, Bs))))
             for As, Bs in zip(self.A, self.B)
         ]
         spans = [Span(start, stop, j) for j, (start, stop) in enumerate(pairwise((0, *self.ends)))]

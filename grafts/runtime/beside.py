@@ -14,17 +14,14 @@ from polygraft.grafts.runtime.stacks import Entries, Entry, Kind, Stack, Stacks
 from polygraft.grafts.sites import Site
 from polygraft.kernels.branch.activation import ACTIVATIONS
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.dense.op import Side
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """A branch beside projection `member` of a fused linear: what `kernels.branch.op.branch` takes, for `entries`."""
+class Beside(Side):
+    """A branch beside a projection of a fused linear: what `kernels.branch.op.branch` takes, for `entries`."""
 
-    member: int
-    A: Tensor
-    B: Tensor
     entries: Entries
-    act: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ class Plan:
             apart.append(out)
             for kind, stack in _branches(kinds):
                 entries = tuple(entry for entry in stack.entries if entry not in out)
-                beside.append(Beside(member, stack.parts["A"], stack.parts["B"], entries, activation(kind)))
+                beside.append(Beside(member, stack.parts["A"], stack.parts["B"], activation(kind), entries))
         return Plan(tuple(b for b in beside if b.entries), tuple(apart))
 
     def together(self, act: str, widths: Sequence[int]) -> Together:

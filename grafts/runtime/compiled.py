@@ -1,4 +1,4 @@
-"""The frozen linear of a CPU with AMX: products by the dense op, which adds the branches beside them."""
+"""The frozen linear in bf16 on a CPU that the dense op is for, which adds the branches beside its products."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polygraft.grafts.runtime.linear import FrozenLinear, Hiddens, Work
+from polygraft.grafts.runtime.linear import FrozenLinear, Hiddens
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.dense.op import GATED, Weights, linear, outer, supports, transposed
+from polygraft.kernels.dense.op import GATED, Weights, Work, linear, outer, supports, transposed
 
 
 class CompiledLinear(FrozenLinear):
@@ -38,32 +38,27 @@ class CompiledLinear(FrozenLinear):
         return self._split(linear(x_TI, self._weights, work)[0]), ()
 
     def recorded(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Hiddens]:
-        own = [side for side in work if side.act in GATED]
-        out, kept = linear(x_TI, self._weights, own, keep=True)
+        out, kept = linear(x_TI, self._weights, [pair for pair in work if pair[0].act in GATED], keep=True)
         products, values = self._split(out), iter(kept)
         return products, [
-            [next(values)]
-            if side.act in GATED
-            else add_branch_(products[side.member], x_TI, side.A, side.B, side.segments, side.act)
-            for side in work
+            [next(values)] if b.act in GATED else add_branch_(products[b.member], x_TI, b.A, b.B, segments, b.act)
+            for b, segments in work
         ]
 
     def gradients(
         self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, hiddens: Hiddens
     ) -> tuple[Tensor, list[Tensor]]:
-        own = [side for side in work if side.act in GATED]
-        kept = [values[0] for side, values in zip(work, hiddens) if side.act in GATED]
+        own = [pair for pair in work if pair[0].act in GATED]
+        kept = [values[0] for (b, _), values in zip(work, hiddens) if b.act in GATED]
         dx, dh = transposed(dy_TO, self._unpacked(), own, kept)
         found, columns, slopes = [], self._split(dy_TO), iter(dh)
-        for (member, A, B, segments, act), values in zip(work, hiddens):
+        for (b, segments), values in zip(work, hiddens):
             assert x_TI is not None
-            if act in GATED:
-                found += [
-                    outer(next(slopes), x_TI, segments, len(A)),
-                    outer(values[0], columns[member], segments, len(B)),
-                ]
+            dy = columns[b.member]
+            if b.act in GATED:
+                found += [outer(next(slopes), x_TI, segments, len(b.A)), outer(values[0], dy, segments, len(b.B))]
             else:
-                found += branch_gradients(columns[member], x_TI, A, B, segments, act, values, dx)
+                found += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
         return dx, found
 
     def transposed_product(self, dy_TO: Tensor) -> Tensor:

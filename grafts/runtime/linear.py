@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.dense.op import Side
+from polygraft.kernels.dense.op import Work
 
-Work = Sequence[Side]  # the branches beside the projections of a linear that have rows
 Hiddens = Sequence[Sequence[Tensor]]  # what each of them keeps of a forward for its gradients
 
 GRAIN, FLOOR = 8, 16  # rows of every forward are a multiple of 8 and at least 16
@@ -84,7 +83,7 @@ class FrozenLinear:
     def recorded(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Hiddens]:
         """x W_m^T plus the branches for every projection m, and what `gradients` needs of them."""
         products = self._split(self.product(x_TI))
-        return products, [add_branch_(products[s.member], x_TI, s.A, s.B, s.segments, s.act) for s in work]
+        return products, [add_branch_(products[b.member], x_TI, b.A, b.B, segments, b.act) for b, segments in work]
 
     def gradients(
         self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, hiddens: Hiddens
@@ -93,10 +92,9 @@ class FrozenLinear:
         # Each member's columns of dy, however they came: a product's order of sums may depend on the layout, too.
         dx, columns = self.transposed_product(dy_TO), self._split(dy_TO)
         found: list[Tensor] = []
-        for side, hidden in zip(work, hiddens):
+        for (b, segments), hidden in zip(work, hiddens):
             assert x_TI is not None
-            own = columns[side.member]
-            found += branch_gradients(own, x_TI, side.A, side.B, side.segments, side.act, hidden, dx)
+            found += branch_gradients(columns[b.member], x_TI, b.A, b.B, segments, b.act, hidden, dx)
         return dx, found
 
     def output(self, x_TI: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ class FrozenLinear:
         return out
 
     def _split(self, y_TO: Tensor) -> list[Tensor]:
-        return list(y_TO.split_with_sizes(self.widths, dim=1))
+        return [y_TO] if len(self.widths) == 1 else list(y_TO.split_with_sizes(self.widths, dim=1))
 
     def biases(self) -> tuple[Tensor | None, ...]:
         return (None,) * len(self.widths) if self.bias is None else self.bias.split_with_sizes(self.widths)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polygraft.grafts.runtime.linear import FrozenLinear, Work, multiply
+from polygraft.grafts.runtime.linear import FrozenLinear, multiply
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.dense.op import Side
+from polygraft.kernels.dense.op import Side, Work
 from polygraft.kernels.nf4.op import linear
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ class Nf4Linear(FrozenLinear):
         return self.product(x_TI) if self._read(x_TI) else multiply(x_TI, self.weight())
 
     def products(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Work]:
-        chosen = {side.member: side for side in reversed(work) if side.segments.disjoint}
+        chosen = {pair[0].member: pair for pair in reversed(work) if pair[1].disjoint}
         if not chosen or not self._read(x_TI):
             return super().products(x_TI, work)
         found = [
             self._multiplied(x_TI, part.codes, [part], chosen.get(member)) for member, part in enumerate(self._parts)
         ]
-        return found, [side for side in work if chosen.get(side.member) is not side]
+        return found, [pair for pair in work if chosen.get(pair[0].member) is not pair]
 
     def _back(self) -> Tensor:
         return self.weight().T
@@ -101,11 +101,14 @@ class Nf4Linear(FrozenLinear):
         """Whether the op multiplies: on a GPU, where rows of W are whole blocks."""
         return x_TI.is_cuda and self.in_features % GROUP == 0
 
-    def _multiplied(self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: Side | None = None) -> Tensor:
+    def _multiplied(
+        self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: tuple[Side, Segments] | None = None
+    ) -> Tensor:
         """x W^T for neighbouring parts, and a branch beside them."""
         codes_OH = codes.view(-1, self.in_features // 2)
         absmax_OK = torch.cat([part.absmax() for part in parts]).view(-1, self.in_features // GROUP)
         if branch is None:
             none = x_TI.new_empty(0, self.in_features), x_TI.new_empty(0, len(codes_OH))
             return linear(x_TI, codes_OH, absmax_OK, *none, Segments(()))
-        return linear(x_TI, codes_OH, absmax_OK, branch.A, branch.B, branch.segments, branch.act)
+        beside, segments = branch
+        return linear(x_TI, codes_OH, absmax_OK, beside.A, beside.B, segments, beside.act)

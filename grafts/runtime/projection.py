@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.grafts.runtime.beside import Plan
-from polygraft.grafts.runtime.linear import FrozenLinear, Work
+from polygraft.grafts.runtime.linear import FrozenLinear
 from polygraft.grafts.runtime.stacks import Entries
 from polygraft.kernels.branch.cost import stacking_pays
 from polygraft.kernels.branch.op import branch, serve_branch_
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.dense.op import Side
+from polygraft.kernels.dense.op import Side, Work
 
 BARE = Plan()
 
@@ -30,20 +30,19 @@ def project(
     into the products in place, forward and backward, and x is kept once for all of them.
     """
     listed = ((b, segments(b.entries)) for b in plan.beside) if segments is not None else ()
-    work: Work = [Side(b.member, b.A, b.B, own, b.act) for b, own in listed if own.runs]
-    trained = any(side.A.requires_grad or side.B.requires_grad for side in work)
-    if torch.is_grad_enabled() and (x_TI.requires_grad or trained):
+    work: Work = [(b, own) for b, own in listed if own.runs]
+    if torch.is_grad_enabled() and (x_TI.requires_grad or _trained(work)):
         if not x_TI.is_cuda:
             return _Project.apply(x_TI, linear, work, *_weights(work))  # type: ignore[no-any-return,no-untyped-call]
         products = list(_Project.apply(x_TI, linear, ()))  # type: ignore[no-untyped-call]
-    elif linear.fuses or x_TI.is_cuda and not trained:
+    elif linear.fuses or x_TI.is_cuda and not _trained(work):
         products, work = linear.products(x_TI, work)
-    elif trained or segments is None:
+    elif segments is None or _trained(work):
         products = list(linear.product(x_TI).split_with_sizes(linear.widths, dim=1))
     else:
         return _served(x_TI, linear, plan, work, segments)
-    for member, A, B, own, act in work:
-        products[member] = branch(x_TI, products[member], A, B, own, act)
+    for b, own in work:
+        products[b.member] = branch(x_TI, products[b.member], b.A, b.B, own, b.act)
     return tuple(products)
 
 
@@ -62,17 +61,17 @@ def _served(
     """The projections where no gradient will be asked for; the branches of an activation in the cheaper of two
     forms."""
     y = linear.product(x_TI)
-    for act in dict.fromkeys(side.act for side in work):
-        own = [side for side in work if side.act == act]
-        runs = [(run.count, run.rows, run.size) for side in own for run in side.segments.runs]
+    for act in dict.fromkeys(b.act for b, _ in work):
+        own = [(b, found) for b, found in work if b.act == act]
+        runs = [(run.count, run.rows, run.size) for _, found in own for run in found.runs]
         ranks = sum(len(b.A) for b in plan.beside if b.act == act)
         if stacking_pays(len(x_TI), ranks, runs, linear.in_features, linear.out_features):
             together = plan.together(act, linear.widths)
             y = together.add(y, x_TI, segments(together.entries))
         else:
             products = y.split_with_sizes(linear.widths, dim=1)
-            for side in own:
-                serve_branch_(products[side.member], x_TI, side.A, side.B, side.segments, act)
+            for b, found in own:
+                serve_branch_(products[b.member], x_TI, b.A, b.B, found, act)
     return y.split_with_sizes(linear.widths, dim=1)
 
 
@@ -81,7 +80,7 @@ class _Project(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, work: Work, *weights: Tensor) -> tuple[Tensor, ...]:
         products, hiddens = linear.recorded(x, work)
         ctx.save_for_backward(x if work else None, *weights, *(h for group in hiddens for h in group))  # type: ignore[arg-type]  # None is allowed
-        ctx.linear, ctx.beside = linear, [(s.member, s.segments, s.act) for s in work]  # type: ignore[attr-defined]
+        ctx.linear, ctx.beside = linear, [(b.member, b.act, segments) for b, segments in work]  # type: ignore[attr-defined]
         ctx.kept = [len(group) for group in hiddens]  # type: ignore[attr-defined]
         return tuple(products)
 
@@ -90,10 +89,8 @@ class _Project(torch.autograd.Function):
         linear: FrozenLinear = ctx.linear  # type: ignore[attr-defined]
         beside, (x, *saved) = ctx.beside, ctx.saved_tensors  # type: ignore[attr-defined]
         weights, values = saved[: 2 * len(beside)], iter(saved[2 * len(beside) :])
-        work = [
-            Side(member, *pair, segments, act)
-            for pair, (member, segments, act) in zip(zip(weights[::2], weights[1::2]), beside)
-        ]
+        pairs = zip(weights[::2], weights[1::2])
+        work = [(Side(member, *pair, act), segments) for pair, (member, act, segments) in zip(pairs, beside)]
         hiddens = [list(islice(values, count)) for count in ctx.kept]  # type: ignore[attr-defined]
         dx, found = linear.gradients(_joined(grads), x, work, hiddens)
         return dx, None, None, *found
@@ -126,4 +123,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _weights(work: Work) -> tuple[Tensor, ...]:
-    return tuple(weight for side in work for weight in (side.A, side.B))
+    return tuple(weight for b, _ in work for weight in (b.A, b.B))
+
+
+def _trained(work: Work) -> bool:
+    return any(b.A.requires_grad or b.B.requires_grad for b, _ in work)

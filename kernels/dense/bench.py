@@ -31,7 +31,7 @@ def cases() -> Iterator[Case]:
         flops = cost.flops(rows, WIDTH, WIDTH) + branches.flops(shapes, WIDTH, WIDTH)
         moved = cost.bytes_moved(rows, WIDTH, WIDTH) + branches.bytes_moved(shapes, WIDTH, WIDTH, itemsize=2)
         yield Case(
-            f"dense, {rows} rows", partial(linear, x, packed, [Side(0, A, B, segments, "identity")]), flops, moved
+            f"dense, {rows} rows", partial(linear, x, packed, [(Side(0, A, B, "identity"), segments)]), flops, moved
         )
 
 

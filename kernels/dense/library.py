@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-SOURCE, TILES = Path(__file__).with_name("linear.cpp"), Path(__file__).with_name("tiles.h")
+SOURCE = Path(__file__).with_name("linear.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
-NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"}
+VECTORS, TILES = {"avx512bw", "avx512vl", "avx512_bf16"}, {"amx_tile", "amx_bf16"}  # what a CPU must have, and may
 LIMIT = "ONEDNN_MAX_CPU_ISA"  # who holds oneDNN to an older instruction set means us, too
 _TIMEOUT_S = 120
 
@@ -27,45 +28,54 @@ class Unavailable(Exception):
 def library() -> ctypes.CDLL | None:
     """The library, loaded; None where `build` says why not. Nothing but speed depends on it."""
     try:
-        found = ctypes.CDLL(str(build()))
+        found = load(build())
     except (Unavailable, OSError) as error:
         logging.getLogger(__name__).info("products are torch's: %s", error)
         return None
-    for function, kinds in ((found.linear, "piiipipipipii"), (found.outer, "ppiipipii")):
-        function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
-        function.restype = None
     return found if found.ready() else None
 
 
+def load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    for function, kinds in ((found.linear, "p"), (found.outer, "ppiipipii")):
+        function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
+        function.restype = None
+    return found
+
+
 def build() -> Path:
-    """The path of the built library. Raises Unavailable on a CPU without AMX, or without a compiler that builds it.
+    """The path of the built library, with AMX's tiles where there are any, else with AVX-512's products of bf16. Raises
+    Unavailable on a CPU without either, or without a compiler that builds it.
 
     It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
     may be shared by machines that differ.
     """
     features = _features()
-    if missing := NEEDED - features:
+    if missing := VECTORS - features:
         raise Unavailable(f"this CPU has no {', '.join(sorted(missing))}")
     limit = os.environ.get(LIMIT, "ALL").upper()
-    if limit not in ("ALL", "DEFAULT") and "AMX" not in limit:
+    tiles = features >= TILES and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+    if limit not in ("ALL", "DEFAULT") and not any(part in limit for part in ("BF16", "FP16", "AMX")):
         raise Unavailable(f"{LIMIT} is {limit}")
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler is on PATH; install g++ 11 or later")
-    made_from = (SOURCE.read_text(), TILES.read_text(), compiler, *FLAGS, *sorted(features))
+    flags = (*FLAGS, "-DAMX") if tiles else FLAGS
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h"))]
+    made_from = (SOURCE.read_text(), *sources, compiler, *flags, *sorted(features))
     path = _folder() / f"linear-{sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        _compile(compiler, path)
+        _compile(compiler, flags, path)
     return path
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         try:
             ran = subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT_S
+                [compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"{compiler}: {error}") from None

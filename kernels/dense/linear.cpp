@@ -1,23 +1,26 @@
-// y = x W^T and the branches beside it, in bf16 on a CPU with AMX: results are written once, with what the grafts add.
+// y = x W^T and the branches beside it, in bf16 on a CPU: results are written once, with what the grafts add.
 //
 // Every result is a sum in one order, which no other row and no other graft has a part in.
 
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "tiles.h"
+#include "operands.h"
+#ifdef AMX
+#include "amx.h"
+#else
+#include "avx512.h"
+#endif
 
 namespace {
 
 using std::max, std::min;
 
-constexpr int64_t CHUNK = 320;  // terms at a time: so many of a panel fit the first cache beside a block of x
+constexpr int64_t CHUNK = 320;      // terms at a time: so many of a panel fit the first cache beside a block of x
 constexpr int64_t ALONE = 1 << 20;  // multiply-adds below which one thread is enough
 
 // What polygraft.kernels.dense.op sends, every field of 8 bytes.
@@ -41,7 +44,7 @@ struct Member {  // a projection: its first panel, and its columns of y
   int64_t panel, column, width;
 };
 
-enum Layout { PANELS, ROWS, COLUMNS };  // of weights: as Packed has them, W [out, in], or W^T [in, out]
+enum Layout { PANELS, ROWS, COLUMNS };  // of weights: as Weights.packed has them, W [out, in], W^T [in, out]
 
 // Rows [from, to) of a block of 16 rows that pass through a segment of a branch.
 struct Item {
@@ -103,8 +106,8 @@ struct Product {
   int64_t beside;  // branches
   std::vector<Item> items;
   std::vector<int64_t> firsts;
-  size_t size = 0;        // elements of all hidden values
-  int64_t deepest = 0;    // tiles of the largest rank
+  size_t size = 0;      // elements of all hidden values
+  int64_t deepest = 0;  // tiles of the largest rank
   bf16 *hidden = nullptr;
 
   int64_t blocks() const { return tiles(rows, SIDE); }
@@ -129,7 +132,7 @@ struct Product {
   }
 
   // The values between A and B of items [begin, end).
-  void hide(int64_t begin, int64_t end, Tiles &shaped) const {
+  void hide(int64_t begin, int64_t end, Sums &sums) const {
     bf16 *flipped = flipped_space.get(in * SIDE);
     int64_t last = -1;
     for (int64_t i = begin; i < end; i++) {
@@ -140,7 +143,7 @@ struct Product {
       for (int64_t r = 0; r < width; r += SIDE) {
         __m512i t[SIDE];
         for (auto &row : t) row = _mm512_setzero_si512();
-        if (r < items[i].ranks) hide_ranks(items[i], b, r, flipped, shaped, t);
+        if (r < items[i].ranks) hide_ranks(items[i], b, r, flipped, sums, t);
         transpose(t);
         for (int64_t row = 0; row < SIDE; row++) {
           const auto values = (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(t[row]));
@@ -151,32 +154,19 @@ struct Product {
   }
 
   // Those of up to 16 ranks of an item of block b from rank r on, a row of t for each; 0 outside its rows.
-  void hide_ranks(const Item &item, int64_t b, int64_t r, const bf16 *flipped, Tiles &shaped,
+  void hide_ranks(const Item &item, int64_t b, int64_t r, const bf16 *flipped, Sums &sums,
                   __m512i (&t)[SIDE]) const {
     const Branch &own = *item.branch;
     const int64_t ranks = min(item.ranks - r, SIDE), depth = own.depth;
     const bf16 *A = own.A + (item.segment->first + r) * depth, *right = flipped + own.from * SIDE;
-    alignas(64) float even[SIDE * SIDE], odd[SIDE * SIDE];  // two sums, so that one need not wait for the other
-    shaped.shape(ranks);
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t k = 0; k < depth; k += 2 * DEPTH) {
-      _tile_loadd(4, A + k, depth * sizeof(bf16));
-      _tile_loadd(5, right + k * SIDE, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      if (k + DEPTH == depth) break;
-      _tile_loadd(4, A + k + DEPTH, depth * sizeof(bf16));
-      _tile_loadd(6, right + k * SIDE + TILE, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    _tile_stored(0, even, 64);
-    _tile_stored(1, odd, 64);
+    alignas(64) float products[SIDE * SIDE];
+    sums.shape(ranks);
+    sums.narrow(A, depth, right, depth / DEPTH, products);
     const __m512 scale = _mm512_set1_ps(static_cast<float>(item.segment->scale));
     const __mmask16 mine = below(item.to) & ~below(item.from);
     const int64_t terms = kept_rows(*item.segment), place = item.kept + b * SIDE - item.segment->start;
     for (int64_t i = 0; i < ranks; i++) {
-      __m512 h = _mm512_add_ps(_mm512_load_ps(even + i * SIDE), _mm512_load_ps(odd + i * SIDE));
-      h = _mm512_maskz_mul_ps(mine, activated(h, own.act), scale);
+      __m512 h = _mm512_maskz_mul_ps(mine, activated(_mm512_load_ps(products + i * SIDE), own.act), scale);
       if (own.gate) {
         const __m256i gate = _mm256_maskz_loadu_epi16(mine, own.gate + place + (r + i) * terms);
         h = _mm512_maskz_mov_ps(_mm256_test_epi16_mask(gate, _mm256_set1_epi16(0x7fff)), h);
@@ -187,35 +177,35 @@ struct Product {
   }
 
   // Columns [column, column + width) of y, from panel p.
-  void panel(int64_t p, int64_t column, int64_t width, Tiles &shaped) const {
+  void panel(int64_t p, int64_t column, int64_t width, Sums &sums) const {
     Right right{right_space.get(deepest * ACROSS * TILE)};
-    float *kept = sums_space.get(blocks() * SIDE * PANEL);
+    float *unfinished = sums_space.get(blocks() * SIDE * PANEL);
     const int64_t chunk = blocks() > 1 ? CHUNK : in;
     const bf16 *weights = layout == PANELS ? W + p * in * PANEL : unpacked(column, width);
     for (int64_t k = 0; k < in; k += chunk)
       for (int64_t b = 0; b < blocks(); b++) {
         const int64_t valid = min(rows - b * SIDE, SIDE);
-        float *sums = kept + b * SIDE * PANEL;
-        shaped.shape(valid);
-        k ? load(sums) : zero();
-        multiply(x + b * SIDE * stride + k, stride, weights + k * PANEL, min(chunk, in - k) / DEPTH);
+        float *results = unfinished + b * SIDE * PANEL;
+        sums.shape(valid);
+        k ? sums.load(results) : sums.zero();
+        sums.multiply(x + b * SIDE * stride + k, stride, weights + k * PANEL, min(chunk, in - k) / DEPTH);
         if (k + chunk < in) {
-          store(sums);
+          sums.store(results);
           continue;
         }
         bool poisoned = false;
         each(b, column, [&](const Item &item) {
           const int64_t depth = tiles(item.ranks, DEPTH);
           right.hold(item, column, width);
-          right.finite ? multiply(hidden + item.hidden, depth * DEPTH, right.tiles, depth) : void(poisoned = true);
+          right.finite ? sums.multiply(hidden + item.hidden, depth * DEPTH, right.tiles, depth) : void(poisoned = true);
         });
-        store(sums);
+        sums.store(results);
         if (poisoned)
           each(b, column, [&](const Item &item) {
             right.hold(item, column, width);
-            if (!right.finite) add_alone(item, right.tiles, width, sums);
+            if (!right.finite) add_alone(item, right.tiles, width, results);
           });
-        round(sums, valid, width, y + b * SIDE * wide + column, wide, false);
+        write(results, valid, width, y + b * SIDE * wide + column, wide, false);
       }
   }
 
@@ -261,31 +251,43 @@ struct Product {
 
 }  // namespace
 
-// Asks the kernel for the tiles; whether this process may use them.
-extern "C" int ready() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+// Whether this process may use what the library was built for.
+extern "C" int ready() { return allowed(); }
 
-// x [rows, in] whose rows are `stride` apart, `in` a multiple of 32; y [rows, wide].
-extern "C" void linear(const bf16 *x, int64_t stride, int64_t rows, int64_t in, const bf16 *W, int64_t layout,
-                       const Member *members, int64_t member_count, bf16 *y, int64_t wide, const Branch *branches,
-                       int64_t beside, int64_t threads) {
+// x [rows, in] whose rows are `stride` apart, `in` a multiple of 32; y [rows, wide]; then the branches.
+struct Call {
+  const bf16 *x;
+  int64_t stride, rows, in;
+  const bf16 *W;
+  int64_t layout;
+  const Member *members;
+  int64_t member_count;
+  bf16 *y;
+  int64_t wide, beside, threads;
+};
+
+extern "C" void linear(const Call *call) {
+  const auto &[x, stride, rows, in, W, layout, members, member_count, y, wide, beside, threads] = *call;
+  const auto *branches = reinterpret_cast<const Branch *>(call + 1);
   Product product{x, stride, rows, in, W, static_cast<Layout>(layout), y, wide, branches, beside, {}, {}};
   product.list();
   product.hidden = hidden_space.get(product.size);
   const int64_t items = product.items.size();
   const int64_t panels = members[member_count - 1].panel + tiles(members[member_count - 1].width, PANEL);
-#pragma omp parallel num_threads(rows * in * wide < ALONE ? 1 : threads)
+  const int64_t used = rows * in * wide < ALONE ? 1 : threads;
+#pragma omp parallel num_threads(used)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    Tiles shaped;
+    Sums sums;
     if (items) {
-      product.hide(items * me / all, items * (me + 1) / all, shaped);
+      product.hide(items * me / all, items * (me + 1) / all, sums);
 #pragma omp barrier
     }
-    const Member *m = members;
+    const Member *m = call->members;
     for (int64_t p = panels * me / all; p < panels * (me + 1) / all; p++) {
       while (p >= m->panel + tiles(m->width, PANEL)) m++;
       const int64_t within = (p - m->panel) * PANEL;
-      product.panel(p, m->column + within, min(PANEL, m->width - within), shaped);
+      product.panel(p, m->column + within, min(PANEL, m->width - within), sums);
     }
   }
 }
@@ -302,9 +304,9 @@ extern "C" void outer(const bf16 *kept, const bf16 *x, int64_t stride, int64_t w
 #pragma omp parallel num_threads(work < ALONE ? 1 : threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    Tiles shaped;
+    Sums sums;
     bf16 *right = right_space.get(terms * PANEL);
-    alignas(64) float sums[SIDE * PANEL];
+    alignas(64) float results[SIDE * PANEL];
     for (int64_t p = panels * me / all; p < panels * (me + 1) / all; p++) {
       const int64_t column = p * PANEL, own = min(PANEL, width - column);
       const bf16 *h = kept;
@@ -314,11 +316,11 @@ extern "C" void outer(const bf16 *kept, const bf16 *x, int64_t stride, int64_t w
         interleave(x + s->start * stride + column, stride, rows, own, right);
         for (int64_t r = 0; r < ranks; r += SIDE) {
           const int64_t some = min(ranks - r, SIDE);
-          shaped.shape(some);
-          zero();
-          multiply(h + r * kept_rows(*s), kept_rows(*s), right, kept_rows(*s) / DEPTH);
-          store(sums);
-          round(sums, some, own, out + (s->first + r) * width + column, width, adds);
+          sums.shape(some);
+          sums.zero();
+          sums.multiply(h + r * kept_rows(*s), kept_rows(*s), right, kept_rows(*s) / DEPTH);
+          sums.store(results);
+          write(results, some, own, out + (s->first + r) * width + column, width, adds);
         }
       }
     }

@@ -1,11 +1,12 @@
-"""The dense op: products of frozen projections in bf16 on a CPU with AMX, with the branches beside them added before a
-result is written (linear.cpp), and their gradients."""
+"""The dense op: products of frozen projections in bf16 on a CPU, with the branches beside them added before a result
+is written (linear.cpp), and their gradients."""
 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,16 +21,26 @@ GATED = ("identity", "relu")  # those whose derivative is 1 where their value is
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
 PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
+FIELDS = 11  # of a branch there
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Side:
     """A branch beside projection `member`: A [R, in] and B [R, out] of all grafts as `branch` has them, contiguous."""
 
     member: int
     A: Tensor
     B: Tensor
-    segments: Segments
     act: str
+    ranks: int = field(init=False)
+    pointers: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", min(len(self.A), len(self.B)))
+        object.__setattr__(self, "pointers", (self.A.data_ptr(), self.B.data_ptr()))
+
+
+Work = Sequence[tuple[Side, Segments]]  # branches and the segments that pass through them
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +49,17 @@ class Weights:
     of 16 pairs of terms by 16 columns, four side by side and all terms one after the other in a panel; every projection
     begins a panel, zeros beyond its last column.
 
-    `places` are (first panel, first column, columns) of every projection.
+    `places` are (first panel, first column, columns) of every projection, `table` the same for linear.cpp.
     """
 
     data: Tensor
     layout: int
     in_features: int
     places: tuple[tuple[int, int, int], ...]
+    table: array[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", array("q", [number for place in self.places for number in place]))
 
     @staticmethod
     def plain(W: Tensor, widths: Sequence[int]) -> Weights:
@@ -85,41 +100,41 @@ def supports(weight: Tensor) -> bool:
     )
 
 
-def linear(
-    x_TI: Tensor, weights: Weights, beside: Sequence[Side] = (), *, keep: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """Semantics: out = x W^T, [T, out of all]; for every side's segments out[s.start:s.stop, its projection's columns]
-    += s.scale * act(x[s.start:s.stop] A_s^T) B_s, with act in float32. And with `keep`, of every side, the values
-    before B, for `transposed` and `outer`.
+def linear(x_TI: Tensor, weights: Weights, work: Work = (), *, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Semantics: out = x W^T, [T, out of all]; for every branch's segments out[s.start:s.stop, its projection's
+    columns] += s.scale * act(x[s.start:s.stop] A_s^T) B_s, with act in float32. And with `keep`, of every branch, the
+    values before B, for `transposed` and `outer`.
 
     A result is one float32 sum, in an order that depends on its own segments alone (row invariance), rounded once; the
     values between A and B are rounded to bf16. Not differentiable.
     """
-    kept = [_kept(x_TI, side.segments) for side in beside] if keep else []
-    fields: list[int] = []
-    for i, (member, A, B, segments, act) in enumerate(beside):
-        _, column, width = weights.places[member]
-        where = _listed(segments, len(x_TI), min(len(A), len(B)))
-        fields += (A.data_ptr(), B.data_ptr(), *where, 0, weights.in_features, column, width)
-        fields += (ACTIVATIONS.index(act), kept[i].data_ptr() if keep else 0, 0)
-    return _call(x_TI, weights.data, weights.layout, weights.places, fields), kept
+    kept = [_kept(x_TI, segments) for _, segments in work] if keep else []
+    rows, terms = len(x_TI), weights.in_features
+    branches: list[int] = []
+    for i, (side, segments) in enumerate(work):
+        _, column, width = weights.places[side.member]
+        where = _listed(segments, rows, side.ranks)
+        branches += (*side.pointers, *where, 0, terms, column, width)
+        branches += (ACTIVATIONS.index(side.act), kept[i].data_ptr() if keep else 0, 0)
+    return _call(x_TI, weights, branches), kept
 
 
 def transposed(
-    dy_TO: Tensor, weights: Weights, beside: Sequence[Side] = (), kept: Sequence[Tensor] = ()
+    dy_TO: Tensor, weights: Weights, work: Work = (), kept: Sequence[Tensor] = ()
 ) -> tuple[Tensor, list[Tensor]]:
-    """Semantics: dx = dy W + the sum over sides and their segments of dh_s A_s, [T, in], with dh_s = s.scale * dy[s]
-    B_s^T where what `linear` kept of act(x A^T) is not 0; and dh of every side, as `linear` keeps. For plain weights
+    """Semantics: dx = dy W + the sum over branches and their segments of dh_s A_s, [T, in], with dh_s = s.scale * dy[s]
+    B_s^T where what `linear` kept of act(x A^T) is not 0; and dh of every branch, as `linear` keeps. For plain weights
     and the activations in GATED."""
     assert weights.layout == ROWS
-    dh = [_kept(dy_TO, side.segments) for side in beside]
-    fields: list[int] = []
-    for i, (member, A, B, segments, act) in enumerate(beside):
-        _, column, width = weights.places[member]
-        where = _listed(segments, len(dy_TO), min(len(A), len(B)))
-        fields += (B.data_ptr(), A.data_ptr(), *where, column, width, 0, weights.in_features)
-        fields += (0, dh[i].data_ptr(), 0 if act == "identity" else kept[i].data_ptr())
-    return _call(dy_TO, weights.data, COLUMNS, ((0, 0, weights.in_features),), fields), dh
+    dh = [_kept(dy_TO, segments) for _, segments in work]
+    branches: list[int] = []
+    for i, (side, segments) in enumerate(work):
+        _, column, width = weights.places[side.member]
+        where = _listed(segments, len(dy_TO), side.ranks)
+        branches += (*side.pointers[::-1], *where, column, width, 0, weights.in_features)
+        branches += (0, dh[i].data_ptr(), 0 if side.act == "identity" else kept[i].data_ptr())
+    whole = Weights(weights.data, COLUMNS, weights.out_features, ((0, 0, weights.in_features),))
+    return _call(dy_TO, whole, branches), dh
 
 
 def outer(kept: Tensor, x_TD: Tensor, segments: Segments, ranks: int) -> Tensor:
@@ -136,19 +151,17 @@ def outer(kept: Tensor, x_TD: Tensor, segments: Segments, ranks: int) -> Tensor:
     return out
 
 
-def _call(x: Tensor, data: Tensor, layout: int, places: Sequence[tuple[int, int, int]], fields: list[int]) -> Tensor:
+def _call(x: Tensor, weights: Weights, branches: list[int]) -> Tensor:
     compiled = library()
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, terms = x.shape
-    assert compiled is not None and x.dtype == torch.bfloat16 and terms % DEPTH == 0
-    wide = places[-1][1] + places[-1][2]
-    out = x.new_empty(rows, wide)
-    table = [field for place in places for field in place]
-    compiled.linear(
-        *(x.data_ptr(), x.stride(0), rows, terms, data.data_ptr(), layout),
-        *((ctypes.c_int64 * len(table))(*table), len(places), out.data_ptr(), wide),
-        *((ctypes.c_int64 * len(fields))(*fields), len(fields) // 11, torch.get_num_threads()),
-    )
+    assert compiled is not None and x.dtype == torch.bfloat16 and terms == weights.in_features
+    out = x.new_empty(rows, weights.out_features)
+    head = (x.data_ptr(), x.stride(0), rows, terms, weights.data.data_ptr(), weights.layout)
+    members = (weights.table.buffer_info()[0], len(weights.places))
+    tail = (out.data_ptr(), weights.out_features, len(branches) // FIELDS, torch.get_num_threads())
+    call = array("q", (*head, *members, *tail, *branches))  # ctypes' own arrays take ten times as long to fill
+    compiled.linear(call.buffer_info()[0])
     return out
 
 

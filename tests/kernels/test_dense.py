@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,17 +14,29 @@ from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.dense import library, op, reference
-from polygraft.kernels.dense.op import ACTIVATIONS, Side, Weights, supports
+from polygraft.kernels.dense.op import ACTIVATIONS, Side, Weights, Work, supports
 
 WIDTHS = (48, 33)  # a panel and a half, and one column more than a panel
 ROUNDED = 1e-2  # rel-L2 of bf16 results and hidden values to float64
 
-try:
-    library.build()
-    HERE = library.library() is not None
-except library.Unavailable:
-    HERE = False
-here = pytest.mark.skipif(not HERE, reason="no AMX or no compiler on this machine")
+HERE = library.library() is not None
+here = pytest.mark.skipif(not HERE, reason="no AVX-512 for bf16 or no compiler on this machine")
+
+
+@cache
+def built(limit: str) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(library.LIMIT, limit)
+        found = library.load(library.build())
+    assert found.ready()
+    return found
+
+
+@pytest.fixture(autouse=True, params=["ALL", "AVX512_CORE_BF16"] if HERE else ["ALL"])
+def _instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that this CPU has, and without tiles."""
+    if HERE:
+        monkeypatch.setattr(op, "library", lambda: built(request.param))
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -33,16 +47,21 @@ def weights(inner: int, widths: tuple[int, ...] = WIDTHS) -> list[Tensor]:
     return [normal(width, inner, seed=i) / inner**0.5 for i, width in enumerate(widths)]
 
 
-def sides(inner: int, items: tuple[Segment, ...], act: str = "identity") -> list[Side]:
+def sides(inner: int, items: tuple[Segment, ...], act: str = "identity") -> Work:
     """A branch of those segments beside every projection."""
     ranks = max((s.last for s in items), default=1)
     return [
-        Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), Segments(items), act)
+        (Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), act), Segments(items))
         for i, width in enumerate(WIDTHS)
     ]
 
 
-def linear(x: Tensor, weights: Weights, beside: Sequence[Side] = ()) -> Tensor:
+def of_ranks(beside: Work, ranks: slice, segments: Segments) -> Work:
+    """The branches of some ranks by themselves."""
+    return [(replace(side, A=side.A[ranks].clone(), B=side.B[ranks].clone()), segments) for side, _ in beside]
+
+
+def linear(x: Tensor, weights: Weights, beside: Work = ()) -> Tensor:
     return op.linear(x, weights, beside)[0]
 
 
@@ -87,12 +106,7 @@ def test_a_row_is_the_same_bits_alone_and_in_company(rows: int) -> None:
     for start in (0, 5, rows):
         items = (Segment(0, start, 0, 8), Segment(start, start + own, 8, 50, 0.3), Segment(start + own, rows, 50, 64))
         beside = sides(inner, items)
-        alone = [
-            side._replace(
-                A=side.A[8:50].clone(), B=side.B[8:50].clone(), segments=Segments((Segment(0, own, 0, 42, 0.3),))
-            )
-            for side in beside
-        ]
+        alone = of_ranks(beside, slice(8, 50), Segments((Segment(0, own, 0, 42, 0.3),)))
         together = linear(x, packed, beside)[start : start + own]
         assert torch.equal(together, linear(x[start : start + own].clone(), packed, alone))
 
@@ -105,7 +119,7 @@ def test_what_is_not_finite_stays_in_the_rows_of_its_graft(poisoned: str, value:
     items = (Segment(0, 3, 0, 4), Segment(3, 10, 4, 8), Segment(10, 20, 8, 40))
     x, packed, beside = normal(20, inner, seed=1), Weights.packed(weights(inner)), sides(inner, items)
     clean = linear(x, packed, beside)
-    for side in beside:
+    for side, _ in beside:
         for name, rows in (("A", side.A), ("B", side.B)):
             if name == poisoned:
                 rows[:4], rows[8:] = value, value
@@ -121,7 +135,7 @@ def test_finite_columns_of_a_graft_that_is_not_finite_are_as_good() -> None:
     inner = 64
     items = (Segment(0, 3, 0, 4), Segment(3, 20, 4, 40))
     x, W, beside = normal(20, inner, seed=1), weights(inner), sides(inner, items)
-    beside[0].B[5, 7] = float("inf")
+    beside[0][0].B[5, 7] = float("inf")
     found, wanted = linear(x, Weights.packed(W), beside), reference.linear(x.double(), W, beside)
     kept = wanted.isfinite()
     assert not found[~kept].isfinite().any() and apart(found[kept], wanted[kept]) < ROUNDED
@@ -138,8 +152,8 @@ def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
     )
     x, W = normal(rows, inner, seed=1), weights(inner)
     beside = [
-        side._replace(A=normal(ranks, inner, seed=3), B=normal(ranks, WIDTHS[side.member], seed=4))
-        for side in sides(inner, items)
+        (replace(side, A=normal(ranks, inner, seed=3), B=normal(ranks, WIDTHS[side.member], seed=4)), segments)
+        for side, segments in sides(inner, items)
     ]
     assert apart(linear(x, Weights.packed(W), beside), reference.linear(x.double(), W, beside)) < ROUNDED
 
@@ -165,7 +179,7 @@ def test_rows_may_be_columns_of_a_wider_tensor() -> None:
 @here
 @pytest.mark.parametrize("beyond", [Segment(0, 21, 0, 4), Segment(0, 20, 0, 5)], ids=["rows", "ranks"])
 def test_segments_beyond_the_rows_or_the_ranks_are_refused(beyond: Segment) -> None:
-    beside = [side._replace(segments=Segments((beyond,))) for side in sides(64, (Segment(0, 20, 0, 4),))]
+    beside = [(side, Segments((beyond,))) for side, _ in sides(64, (Segment(0, 20, 0, 4),))]
     with pytest.raises(
         IndexError, match=f"segments of {beyond.stop} rows and {beyond.last} ranks for 20 rows and 4 ranks"
     ):
@@ -189,34 +203,34 @@ EVEN = (64, 96)
 RUNS = (Segment(0, 5, 0, 5, 0.7), Segment(5, 50, 5, 25, -1.5), Segment(50, 90, 25, 27))
 
 
-def even_sides(inner: int, act: str, items: tuple[Segment, ...] = RUNS) -> list[Side]:
+def even_sides(inner: int, act: str, items: tuple[Segment, ...] = RUNS) -> Work:
     ranks = max(s.last for s in items)
     return [
-        Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), Segments(items), act)
+        (Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), act), Segments(items))
         for i, width in enumerate(EVEN)
     ]
 
 
-def gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Sequence[Side]) -> list[Tensor]:
+def gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> list[Tensor]:
     """dx, then dA and dB of every side, by the op."""
     weights = Weights.plain(torch.cat(list(W)), [len(w) for w in W])
     _, kept = op.linear(x, weights, beside, keep=True)
     dx, dh = op.transposed(dy, weights, beside, kept)
     columns, found = dy.split_with_sizes([len(w) for w in W], dim=1), [dx]
-    for side, up, slope in zip(beside, kept, dh):
-        found.append(op.outer(slope, x, side.segments, len(side.A)))
-        found.append(op.outer(up, columns[side.member], side.segments, len(side.B)))
+    for (side, segments), up, slope in zip(beside, kept, dh):
+        found.append(op.outer(slope, x, segments, len(side.A)))
+        found.append(op.outer(up, columns[side.member], segments, len(side.B)))
     return found
 
 
-def true_gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Sequence[Side]) -> list[Tensor]:
+def true_gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> list[Tensor]:
     """The same by autograd over the reference, in float64."""
     leaves = [x.double().requires_grad_()]
     wide = []
-    for side in beside:
+    for side, segments in beside:
         A, B = side.A.double().requires_grad_(), side.B.double().requires_grad_()
         leaves += [A, B]
-        wide.append(side._replace(A=A, B=B))
+        wide.append((replace(side, A=A, B=B), segments))
     reference.linear(leaves[0], [w.double() for w in W], wide).backward(dy.double())
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -265,12 +279,7 @@ def test_a_segments_gradients_are_the_same_bits_alone_and_in_company(start: int)
     beside = even_sides(inner, "relu", items)
     dx, *rest = gradients(x, dy, W, beside)
     mine = slice(start, start + own)
-    alone = [
-        side._replace(
-            A=side.A[8:28].clone(), B=side.B[8:28].clone(), segments=Segments((Segment(0, own, 0, ranks, 0.3),))
-        )
-        for side in beside
-    ]
+    alone = of_ranks(beside, slice(8, 28), Segments((Segment(0, own, 0, ranks, 0.3),)))
     dx_alone, *rest_alone = gradients(x[mine].clone(), dy[mine].clone(), W, alone)
     assert torch.equal(dx[mine], dx_alone)
     for found, wanted in zip(rest, rest_alone, strict=True):
@@ -283,7 +292,7 @@ def test_gradients_of_other_grafts_are_untouched_by_what_is_not_finite(poisoned:
     x, dy, W = normal(90, 64, seed=1), normal(90, sum(EVEN), seed=2), weights(64, EVEN)
     beside = even_sides(64, "relu")
     clean = gradients(x, dy, W, beside)
-    for side in beside:
+    for side, _ in beside:
         if poisoned in ("A", "B"):
             tensor = side.A if poisoned == "A" else side.B
             tensor[:5], tensor[25:] = float("nan"), float("inf")

@@ -12,8 +12,8 @@ from polygraft.kernels.dense import library
 
 @pytest.fixture
 def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder that caches are kept in, on a CPU that says it has AMX."""
-    monkeypatch.setattr(library, "_features", lambda: library.NEEDED | {"fpu"})
+    """The folder that caches are kept in, on a CPU that says it has AMX, too."""
+    monkeypatch.setattr(library, "_features", lambda: library.VECTORS | library.TILES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(library.LIMIT, raising=False)
     return tmp_path / "polygraft" / "kernels"
@@ -38,7 +38,7 @@ def test_it_is_built_once_and_found_again(amx: Path, tmp_path: Path, monkeypatch
 def test_another_cpu_builds_its_own(amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(tmp_path / "cxx", COPY, monkeypatch)
     first = library.build()
-    monkeypatch.setattr(library, "_features", lambda: library.NEEDED | {"fpu", "avx10"})
+    monkeypatch.setattr(library, "_features", lambda: library.VECTORS | {"avx10"})
     assert library.build() != first
 
 
@@ -58,17 +58,27 @@ def test_no_compiler_says_what_to_install(amx: Path, monkeypatch: pytest.MonkeyP
         library.build()
 
 
-def test_a_cpu_without_amx_is_named_by_what_it_lacks(amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_features", lambda: library.NEEDED - {"amx_bf16"})
-    with pytest.raises(library.Unavailable, match="no amx_bf16"):
+def test_a_cpu_without_products_of_bf16_is_named_by_what_it_lacks(amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_features", lambda: library.VECTORS - {"avx512_bf16"})
+    with pytest.raises(library.Unavailable, match="no avx512_bf16"):
         library.build()
+
+
+def test_tiles_are_used_where_there_are_any(amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(tmp_path / "cxx", 'echo "$@" > "$(dirname "$0")/flags"; ' + COPY, monkeypatch)
+    library.build()
+    assert "-DAMX" in (tmp_path / "flags").read_text()
+    monkeypatch.setattr(library, "_features", lambda: library.VECTORS)
+    library.build()
+    assert "-DAMX" not in (tmp_path / "flags").read_text()
 
 
 def test_a_limit_on_onednn_is_one_on_us(amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler(tmp_path / "cxx", COPY, monkeypatch)
-    monkeypatch.setenv(library.LIMIT, "AVX512_CORE_BF16")
-    with pytest.raises(library.Unavailable, match="AVX512_CORE_BF16"):
+    compiler(tmp_path / "cxx", 'echo "$@" > "$(dirname "$0")/flags"; ' + COPY, monkeypatch)
+    monkeypatch.setenv(library.LIMIT, "AVX2")
+    with pytest.raises(library.Unavailable, match="AVX2"):
         library.build()
-    for limit in ("ALL", "avx512_core_amx"):
+    for limit, tiles in (("AVX512_CORE_BF16", False), ("avx512_core_amx", True)):
         monkeypatch.setenv(library.LIMIT, limit)
-        assert library.build().exists()
+        library.build()
+        assert ("-DAMX" in (tmp_path / "flags").read_text()) == tiles

@@ -59,7 +59,7 @@ def a_bare_linear_is_its_dense_product(dtype: torch.dtype) -> None:
 def branches_are_added_in_the_product_or_after_it(case: str, dtype: torch.dtype) -> None:
     (places, launches), (linear, x) = CASES[case], made(dtype)
     beside = [
-        Beside(member, normal(2 * RANK, D_IN).to(dtype) / D_IN**0.5, normal(2 * RANK, WIDTHS[member]).to(dtype), e, act)
+        Beside(member, normal(2 * RANK, D_IN).to(dtype) / D_IN**0.5, normal(2 * RANK, WIDTHS[member]).to(dtype), act, e)
         for member, e, act in places
     ]
     want = list(F.linear(x.double(), linear.weight().double()).split_with_sizes(WIDTHS, dim=1))
@@ -77,7 +77,7 @@ def branches_are_added_in_the_product_or_after_it(case: str, dtype: torch.dtype)
 
 def training_takes_the_product_and_its_gradient(dtype: torch.dtype) -> None:
     linear, x = made(dtype)
-    b = Beside(1, normal(2 * RANK, D_IN).to(dtype), normal(2 * RANK, WIDTHS[1]).to(dtype), FIRST, "gelu")
+    b = Beside(1, normal(2 * RANK, D_IN).to(dtype), normal(2 * RANK, WIDTHS[1]).to(dtype), "gelu", FIRST)
     leaf = on_gpu(x).requires_grad_()
     products = project(leaf, linear, Plan((b,)), lambda entries: Segments(LISTS[entries]))
     slopes = [normal(ROWS, width).to(dtype) for width in WIDTHS]

@@ -17,7 +17,7 @@ from polygraft.grafts.runtime.stacks import Entry
 from polygraft.kernels.dense import op
 from polygraft.kernels.dense.library import library
 
-here = pytest.mark.skipif(library() is None, reason="no AMX or no compiler on this machine")
+here = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16 or no compiler on this machine")
 INNER, WIDTHS = 576, (192, 64)
 SPANS = (Span(0, 23, 0), Span(23, 70, 1), Span(70, 100, 0, 0.5))
 ENTRIES = (Entry(0, 0, 8, 2.0), Entry(1, 8, 28, 0.7))
@@ -38,8 +38,8 @@ def plan(act: str) -> Plan:
                 member,
                 (normal(28, INNER) / INNER**0.5).requires_grad_(),
                 normal(28, width).requires_grad_(),
-                ENTRIES,
                 act,
+                ENTRIES,
             )
             for member, width in enumerate(WIDTHS)
         )

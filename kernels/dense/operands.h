@@ -1,7 +1,9 @@
-// Tiles of AMX, the operands that they take, and memory for them.
+// The operands of products, memory for them, and what becomes of the sums.
 //
-// A tile is 16 rows of 64 bytes, and a product of tiles sums 32 terms. Its left operand is 16 rows of 32 terms as they
-// lie in memory; its right one is 16 pairs of terms by 16 columns.
+// They come in tiles of 16 rows of 64 bytes, as AMX has them; a product of two sums 32 terms. Its left operand is 16 rows
+// of 32 terms as they lie in memory; its right one is 16 pairs of terms by 16 columns.
+
+#pragma once
 
 #include <immintrin.h>
 
@@ -38,27 +40,6 @@ class Space {
   };
   std::unique_ptr<T, Free> held_;
   size_t size_ = 0;
-};
-
-// Tiles 0 to 4 have `rows` rows: the sums of a block of x by a panel, and a left operand; 5 to 7 are right ones.
-class Tiles {
- public:
-  void shape(int64_t rows) {
-    if (rows == rows_) return;
-    rows_ = rows;
-    struct {
-      uint8_t palette = 1, rest[15] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) config.rows[i] = i < 5 ? rows : SIDE;
-    asm volatile("" : : "r"(&config) : "memory");  // gcc believes that only its first bytes are read
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-
- private:
-  int64_t rows_ = 0;
 };
 
 // t[i][j] <-> t[j][i], of 32 bits each.
@@ -114,47 +95,10 @@ bool interleave(const bf16 *B, int64_t stride, int64_t ranks, int64_t width, bf1
   return !infinite;
 }
 
-// The sums of a block of x by a panel, in tiles 0 to 3.
-void zero() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-void load(const float *sums) {
-  _tile_loadd(0, sums, PANEL * sizeof(float));
-  _tile_loadd(1, sums + SIDE, PANEL * sizeof(float));
-  _tile_loadd(2, sums + 2 * SIDE, PANEL * sizeof(float));
-  _tile_loadd(3, sums + 3 * SIDE, PANEL * sizeof(float));
-}
-
-void store(float *sums) {
-  _tile_stored(0, sums, PANEL * sizeof(float));
-  _tile_stored(1, sums + SIDE, PANEL * sizeof(float));
-  _tile_stored(2, sums + 2 * SIDE, PANEL * sizeof(float));
-  _tile_stored(3, sums + 3 * SIDE, PANEL * sizeof(float));
-}
-
-// Adds `depth` tiles of a left operand, whose rows are `stride` apart, times the right ones, four for each.
-void multiply(const bf16 *left, int64_t stride, const bf16 *right, int64_t depth) {
-  for (int64_t k = 0; k < depth; k++, left += DEPTH, right += ACROSS * TILE) {
-    _tile_loadd(4, left, stride * sizeof(bf16));
-    _tile_loadd(5, right, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, right + TILE, 64);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(7, right + 2 * TILE, 64);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_loadd(5, right + 3 * TILE, 64);
-    _tile_dpbf16ps(3, 4, 5);
-  }
-}
-
 __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 // The first `count` rows and `width` columns of sums, rounded, to rows that are `stride` apart; or their sum with those.
-void round(const float *sums, int64_t count, int64_t width, bf16 *to, int64_t stride, bool adds) {
+void write(const float *sums, int64_t count, int64_t width, bf16 *to, int64_t stride, bool adds) {
   for (int64_t r = 0; r < count; r++, sums += PANEL, to += stride)
     for (int64_t c = 0; c < PANEL; c += DEPTH) {
       const __mmask32 valid = below(width - c);
