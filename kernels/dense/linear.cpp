@@ -21,6 +21,7 @@ namespace {
 using std::max, std::min;
 
 constexpr int64_t CHUNK = 320;      // terms at a time: so many of a panel fit the first cache beside a block of x
+constexpr int64_t ENOUGH = 8;       // blocks that are worth a thread's own reading of all packed weights
 constexpr int64_t ALONE = 1 << 20;  // multiply-adds below which one thread is enough
 
 // What polygraft.kernels.dense.op sends, every field of 8 bytes.
@@ -176,14 +177,14 @@ struct Product {
     }
   }
 
-  // Columns [column, column + width) of y, from panel p.
-  void panel(int64_t p, int64_t column, int64_t width, Sums &sums) const {
+  // Columns [column, column + width) of y, from panel p, for blocks [begin, end).
+  void panel(int64_t p, int64_t column, int64_t width, int64_t begin, int64_t end, Sums &sums) const {
     Right right{right_space.get(deepest * ACROSS * TILE)};
     float *unfinished = sums_space.get(blocks() * SIDE * PANEL);
     const int64_t chunk = blocks() > 1 ? CHUNK : in;
     const bf16 *weights = layout == PANELS ? W + p * in * PANEL : unpacked(column, width);
     for (int64_t k = 0; k < in; k += chunk)
-      for (int64_t b = 0; b < blocks(); b++) {
+      for (int64_t b = begin; b < end; b++) {
         const int64_t valid = min(rows - b * SIDE, SIDE);
         float *results = unfinished + b * SIDE * PANEL;
         sums.shape(valid);
@@ -279,15 +280,21 @@ extern "C" void linear(const Call *call) {
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     Sums sums;
-    if (items) {
+    // A thread has all panels for its part of the rows, and waits for nobody, or its part of the panels for all rows.
+    const int64_t blocks = product.blocks();
+    const bool apart = product.layout == PANELS && blocks >= ENOUGH * all;
+    const int64_t begin = apart ? blocks * me / all : 0, end = apart ? blocks * (me + 1) / all : blocks;
+    if (items && apart) {
+      product.hide(product.firsts[begin * beside], product.firsts[end * beside], sums);
+    } else if (items) {
       product.hide(items * me / all, items * (me + 1) / all, sums);
 #pragma omp barrier
     }
     const Member *m = call->members;
-    for (int64_t p = panels * me / all; p < panels * (me + 1) / all; p++) {
+    for (int64_t p = apart ? 0 : panels * me / all; p < (apart ? panels : panels * (me + 1) / all); p++) {
       while (p >= m->panel + tiles(m->width, PANEL)) m++;
       const int64_t within = (p - m->panel) * PANEL;
-      product.panel(p, m->column + within, min(PANEL, m->width - within), sums);
+      product.panel(p, m->column + within, min(PANEL, m->width - within), begin, end, sums);
     }
   }
 }

@@ -81,7 +81,7 @@ MIXED = (
 
 @here
 @pytest.mark.parametrize("inner", [32, 64, 352, 1536])
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 70, 129])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 70, 129, 300])
 def test_products_equal_the_reference(rows: int, inner: int) -> None:
     x, W = normal(rows, inner, seed=1), weights(inner)
     assert apart(linear(x, Weights.packed(W)), reference.linear(x.double(), W)) < ROUNDED
@@ -98,7 +98,7 @@ def test_branches_of_mixed_ranks_beside_products_equal_the_reference(inner: int,
 
 
 @here
-@pytest.mark.parametrize("rows", [16, 70, 100])
+@pytest.mark.parametrize("rows", [16, 70, 100, 400])
 def test_a_row_is_the_same_bits_alone_and_in_company(rows: int) -> None:
     inner = 352
     packed, own = Weights.packed(weights(inner)), 7
@@ -159,8 +159,9 @@ def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
 
 
 @here
-def test_one_thread_and_two_give_the_same_bits() -> None:
-    x, packed, beside = normal(100, 1536, seed=1), Weights.packed(weights(1536)), sides(1536, MIXED)
+@pytest.mark.parametrize("rows", [70, 300])
+def test_one_thread_and_two_give_the_same_bits(rows: int) -> None:
+    x, packed, beside = normal(rows, 1536, seed=1), Weights.packed(weights(1536)), sides(1536, MIXED)
     found, threads = linear(x, packed, beside), torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
