@@ -20,7 +20,7 @@ namespace {
 
 using std::max, std::min;
 
-constexpr int64_t CHUNK = 320;      // terms at a time: so many of a panel fit the first cache beside a block of x
+constexpr int64_t CHUNK = 384;      // terms at a time: so many of a panel fit the first cache beside a block of x
 constexpr int64_t ENOUGH = 8;       // blocks that are worth a thread's own reading of all packed weights
 constexpr int64_t ALONE = 1 << 20;  // multiply-adds below which one thread is enough
 
