@@ -36,6 +36,7 @@ class Side:
     pointers: tuple[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        assert self.A.is_contiguous() and self.B.is_contiguous()
         object.__setattr__(self, "ranks", min(len(self.A), len(self.B)))
         object.__setattr__(self, "pointers", (self.A.data_ptr(), self.B.data_ptr()))
 
