@@ -238,7 +238,9 @@ def check(rows: Sequence[int]) -> Gate:
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    """rel-L2; NaN is infinitely far, so that a maximum shows it."""
+    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return float("inf") if error != error else error
 
 
 if __name__ == "__main__":

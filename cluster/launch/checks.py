@@ -152,10 +152,11 @@ def _device(settings: Settings) -> Finding:
 
 
 def _products(_: Settings) -> Finding:
-    from polygraft.kernels.dense.library import Unavailable, build
+    from polygraft.kernels.dense.library import Unavailable, build, load
 
     try:
-        return Finding("products", "ok", f"compiled for this CPU: {build()}")
+        load(path := build())
+        return Finding("products", "ok", f"compiled for this CPU: {path}")
     except Unavailable as error:
         return Finding("products", "ok", f"torch's: {error}")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
 from polygraft.kernels.dense.op import Work
 
-Hiddens = Sequence[Sequence[Tensor]]  # what each of them keeps of a forward for its gradients
+Hiddens = Sequence[Sequence[Tensor]]  # what every branch beside a product keeps of a forward for its gradients
 
 GRAIN, FLOOR = 8, 16  # rows of every forward are a multiple of 8 and at least 16
 BLOCK = 256  # rows of one product in training; with AMX, 128 cost 6% of a packed step of 512 rows

@@ -18,7 +18,6 @@ from polygraft.kernels.nf4.op import linear
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-
 GROUP = 64  # weights that share a scale; the scales themselves are of 8 bits, 256 of which share one
 
 

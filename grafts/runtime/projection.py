@@ -38,7 +38,7 @@ def project(
     elif linear.fuses or x_TI.is_cuda and not _trained(work):
         products, work = linear.products(x_TI, work)
     elif segments is None or _trained(work):
-        products = list(linear.product(x_TI).split_with_sizes(linear.widths, dim=1))
+        products, _ = linear.products(x_TI, ())
     else:
         return _served(x_TI, linear, plan, work, segments)
     for b, own in work:

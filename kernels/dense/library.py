@@ -26,17 +26,22 @@ class Unavailable(Exception):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, loaded; None where `build` says why not. Nothing but speed depends on it."""
+    """The library, loaded; None where there is none. Nothing but speed depends on it."""
     try:
-        found = load(build())
-    except (Unavailable, OSError) as error:
+        return load(build())
+    except Unavailable as error:
         logging.getLogger(__name__).info("products are torch's: %s", error)
         return None
-    return found if found.ready() else None
 
 
 def load(path: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
+    """A built library, ready to be called; raises Unavailable where it cannot be."""
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path}: {error}") from None
+    if not found.ready():
+        raise Unavailable("the kernel does not let this process use AMX's tiles")
     for function, kinds in ((found.linear, "p"), (found.outer, "ppiipipii")):
         function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
         function.restype = None

@@ -51,7 +51,7 @@ enum Layout { PANELS, ROWS, COLUMNS };  // of weights: as Weights.packed has the
 struct Item {
   const Branch *branch;
   const Segment *segment;
-  int64_t from, to, ranks;
+  int64_t block, from, to, ranks;
   size_t hidden;  // where scale * act(x A^T) lies, [16, ranks in whole tiles], zeros in the block's other rows
   int64_t kept;   // where the segment's values are kept
 };
@@ -122,7 +122,7 @@ struct Product {
           const int64_t from = max(s->start - b * SIDE, int64_t{0}), to = min(s->stop - b * SIDE, SIDE);
           const int64_t ranks = s->last - s->first, depth = tiles(ranks, DEPTH);
           if (from < to && ranks) {
-            items.push_back({branch, s, from, to, ranks, size, place});
+            items.push_back({branch, s, b, from, to, ranks, size, place});
             size += depth * TILE;
             deepest = max(deepest, depth);
           }
@@ -137,14 +137,14 @@ struct Product {
     bf16 *flipped = flipped_space.get(in * SIDE);
     int64_t last = -1;
     for (int64_t i = begin; i < end; i++) {
-      const int64_t b = (std::upper_bound(firsts.begin(), firsts.end(), i) - firsts.begin() - 1) / beside;
+      const int64_t b = items[i].block;
       if (b != last) flip(x + b * SIDE * stride, stride, rows - b * SIDE, in / DEPTH, flipped);
       last = b;
       const int64_t width = tiles(items[i].ranks, DEPTH) * DEPTH;
       for (int64_t r = 0; r < width; r += SIDE) {
         __m512i t[SIDE];
         for (auto &row : t) row = _mm512_setzero_si512();
-        if (r < items[i].ranks) hide_ranks(items[i], b, r, flipped, sums, t);
+        if (r < items[i].ranks) hide_ranks(items[i], r, flipped, sums, t);
         transpose(t);
         for (int64_t row = 0; row < SIDE; row++) {
           const auto values = (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(t[row]));
@@ -154,9 +154,8 @@ struct Product {
     }
   }
 
-  // Those of up to 16 ranks of an item of block b from rank r on, a row of t for each; 0 outside its rows.
-  void hide_ranks(const Item &item, int64_t b, int64_t r, const bf16 *flipped, Sums &sums,
-                  __m512i (&t)[SIDE]) const {
+  // Those of up to 16 ranks of an item from rank r on, a row of t for each; 0 outside its rows.
+  void hide_ranks(const Item &item, int64_t r, const bf16 *flipped, Sums &sums, __m512i (&t)[SIDE]) const {
     const Branch &own = *item.branch;
     const int64_t ranks = min(item.ranks - r, SIDE), depth = own.depth;
     const bf16 *A = own.A + (item.segment->first + r) * depth, *right = flipped + own.from * SIDE;
@@ -165,7 +164,7 @@ struct Product {
     sums.narrow(A, depth, right, depth / DEPTH, products);
     const __m512 scale = _mm512_set1_ps(static_cast<float>(item.segment->scale));
     const __mmask16 mine = below(item.to) & ~below(item.from);
-    const int64_t terms = kept_rows(*item.segment), place = item.kept + b * SIDE - item.segment->start;
+    const int64_t terms = kept_rows(*item.segment), place = item.kept + item.block * SIDE - item.segment->start;
     for (int64_t i = 0; i < ranks; i++) {
       __m512 h = _mm512_maskz_mul_ps(mine, activated(_mm512_load_ps(products + i * SIDE), own.act), scale);
       if (own.gate) {
@@ -290,8 +289,9 @@ extern "C" void linear(const Call *call) {
       product.hide(items * me / all, items * (me + 1) / all, sums);
 #pragma omp barrier
     }
+    const int64_t first = apart ? 0 : panels * me / all, last = apart ? panels : panels * (me + 1) / all;
     const Member *m = call->members;
-    for (int64_t p = apart ? 0 : panels * me / all; p < (apart ? panels : panels * (me + 1) / all); p++) {
+    for (int64_t p = first; p < last; p++) {
       while (p >= m->panel + tiles(m->width, PANEL)) m++;
       const int64_t within = (p - m->panel) * PANEL;
       product.panel(p, m->column + within, min(PANEL, m->width - within), begin, end, sums);

@@ -127,19 +127,9 @@ def test_a_union_that_changes_whole_modules_and_biases_is_a_folder_of_peft(
 ) -> None:
     arch, fields = WRITTEN[text]
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec, stock = parse(text), Stock(backbone.folder)
+    spec = parse(text)
     values = modest(spec, backbone)
-    saved = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint, stock=stock)
-    config = json.loads((tmp_path / saved / peft.CONFIG).read_text())
-    assert {key: config[key] for key in fields} == fields
-    expected = logits(backbone, spec, values)
-    theirs = loaded(backbone.folder, tmp_path / saved, torch.float32)
-    assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < 1e-5
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    files = [load_file(folder / peft.WEIGHTS) for folder in (tmp_path / saved, tmp_path / "theirs")]
-    assert files[0].keys() == files[1].keys() and all(files[0][key].equal(files[1][key]) for key in files[0])
-    found, back = peft.load(tmp_path / saved, backbone.shape, stock)
-    assert relative(logits(backbone, found, back), expected) < 1e-5
+    found, back = assert_a_folder_of_peft(spec, values, backbone, tmp_path, fields, tolerance=1e-5)
     if "pissa" not in text:
         by_place = [
             {(t.site, t.part): kept[t.name] for t in tensors(graft, backbone.shape)}
@@ -148,6 +138,33 @@ def test_a_union_that_changes_whole_modules_and_biases_is_a_folder_of_peft(
         assert by_place[0].keys() == by_place[1].keys()
         for place, value in by_place[0].items():
             torch.testing.assert_close(by_place[1][place], value, rtol=1e-6, atol=1e-6)
+
+
+def assert_a_folder_of_peft(
+    spec: GraftSpec,
+    values: Mapping[str, Tensor],
+    backbone: Backbone,
+    folder: Path,
+    fields: Mapping[str, object],
+    *,
+    tolerance: float,
+) -> tuple[GraftSpec, Mapping[str, Tensor]]:
+    """Saved, a graft has these fields in its config, is the same function in PEFT, which saves the same tensors, and
+    read again; what was read is returned."""
+    stock, dtype = Stock(backbone.folder), backbone.dtype
+    saved = native.save(folder, spec, values, shape=backbone.shape, backbone=backbone.fingerprint, stock=stock)
+    config = json.loads((folder / saved / peft.CONFIG).read_text())
+    assert {key: config[key] for key in fields} == fields
+    expected = logits(backbone, spec, values)
+    theirs = loaded(backbone.folder, folder / saved, dtype)
+    with torch.inference_mode():
+        assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < tolerance
+    theirs.save_pretrained(str(folder / "theirs"))
+    files = [load_file(one / peft.WEIGHTS) for one in (folder / saved, folder / "theirs")]
+    assert files[0].keys() == files[1].keys() and all(files[0][key].equal(files[1][key]) for key in files[0])
+    found, back = peft.load(folder / saved, backbone.shape, stock)
+    assert relative(logits(backbone, found, back), expected) < tolerance
+    return found, back
 
 
 def modest(spec: GraftSpec, backbone: Backbone) -> dict[str, Tensor]:

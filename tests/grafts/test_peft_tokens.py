@@ -26,7 +26,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.trained import trained
 from tests.grafts.test_peft import IDS, logits
-from tests.grafts.test_peft_beside import modest
+from tests.grafts.test_peft_beside import assert_a_folder_of_peft, modest
 from tests.tiny import tiny_llama
 
 FIELD = "trainable_token_indices"
@@ -139,20 +139,8 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
     text: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     arch, fields = WRITTEN[text]
-    backbone, stock = Backbone.load(folders[arch], torch.float64), Stock(folders[arch])
-    spec = parse(text)
-    values = modest(spec, backbone)
-    saved = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint, stock=stock)
-    config = json.loads((tmp_path / saved / peft.CONFIG).read_text())
-    assert {key: config[key] for key in fields} == fields
-    expected = logits(backbone, spec, values)
-    theirs = loaded(backbone.folder, tmp_path / saved, torch.float64)
-    assert relative(logits_of(backbone, tmp_path / saved), expected) < 1e-6
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    files = [load_file(folder / peft.WEIGHTS) for folder in (tmp_path / saved, tmp_path / "theirs")]
-    assert files[0].keys() == files[1].keys() and all(files[0][key].equal(files[1][key]) for key in files[0])
-    found, back = peft.load(tmp_path / saved, backbone.shape, stock)
-    assert relative(logits(backbone, found, back), expected) < 1e-6
+    backbone, spec = Backbone.load(folders[arch], torch.float64), parse(text)
+    assert_a_folder_of_peft(spec, modest(spec, backbone), backbone, tmp_path, fields, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(

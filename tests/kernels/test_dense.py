@@ -15,6 +15,7 @@ from torch import Tensor
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.dense import library, op, reference
 from polygraft.kernels.dense.op import ACTIVATIONS, Side, Weights, Work, supports
+from tests.kernels.compare import relative
 
 WIDTHS = (48, 33)  # a panel and a half, and one column more than a panel
 ROUNDED = 1e-2  # rel-L2 of bf16 results and hidden values to float64
@@ -27,9 +28,7 @@ here = pytest.mark.skipif(not HERE, reason="no AVX-512 for bf16 or no compiler o
 def built(limit: str) -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(library.LIMIT, limit)
-        found = library.load(library.build())
-    assert found.ready()
-    return found
+        return library.load(library.build())
 
 
 @pytest.fixture(autouse=True, params=["ALL", "AVX512_CORE_BF16"] if HERE else ["ALL"])
@@ -47,12 +46,12 @@ def weights(inner: int, widths: tuple[int, ...] = WIDTHS) -> list[Tensor]:
     return [normal(width, inner, seed=i) / inner**0.5 for i, width in enumerate(widths)]
 
 
-def sides(inner: int, items: tuple[Segment, ...], act: str = "identity") -> Work:
+def sides(inner: int, items: tuple[Segment, ...], act: str = "identity", widths: tuple[int, ...] = WIDTHS) -> Work:
     """A branch of those segments beside every projection."""
     ranks = max((s.last for s in items), default=1)
     return [
         (Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), act), Segments(items))
-        for i, width in enumerate(WIDTHS)
+        for i, width in enumerate(widths)
     ]
 
 
@@ -63,10 +62,6 @@ def of_ranks(beside: Work, ranks: slice, segments: Segments) -> Work:
 
 def linear(x: Tensor, weights: Weights, beside: Work = ()) -> Tensor:
     return op.linear(x, weights, beside)[0]
-
-
-def apart(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 MIXED = (
@@ -84,7 +79,7 @@ MIXED = (
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 70, 129, 300])
 def test_products_equal_the_reference(rows: int, inner: int) -> None:
     x, W = normal(rows, inner, seed=1), weights(inner)
-    assert apart(linear(x, Weights.packed(W)), reference.linear(x.double(), W)) < ROUNDED
+    assert relative(linear(x, Weights.packed(W)), reference.linear(x.double(), W)) < ROUNDED
 
 
 @here
@@ -93,8 +88,8 @@ def test_products_equal_the_reference(rows: int, inner: int) -> None:
 def test_branches_of_mixed_ranks_beside_products_equal_the_reference(inner: int, act: str) -> None:
     x, W, beside = normal(70, inner, seed=1), weights(inner), sides(inner, MIXED, act)
     found, bare = linear(x, Weights.packed(W), beside), linear(x, Weights.packed(W))
-    assert apart(found, reference.linear(x.double(), W, beside)) < ROUNDED
-    assert apart(bare, found) > 0.1, "the branches must matter"
+    assert relative(found, reference.linear(x.double(), W, beside)) < ROUNDED
+    assert relative(bare, found) > 0.1, "the branches must matter"
 
 
 @here
@@ -138,7 +133,7 @@ def test_finite_columns_of_a_graft_that_is_not_finite_are_as_good() -> None:
     beside[0][0].B[5, 7] = float("inf")
     found, wanted = linear(x, Weights.packed(W), beside), reference.linear(x.double(), W, beside)
     kept = wanted.isfinite()
-    assert not found[~kept].isfinite().any() and apart(found[kept], wanted[kept]) < ROUNDED
+    assert not found[~kept].isfinite().any() and relative(found[kept], wanted[kept]) < ROUNDED
 
 
 @here
@@ -155,7 +150,7 @@ def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
         (replace(side, A=normal(ranks, inner, seed=3), B=normal(ranks, WIDTHS[side.member], seed=4)), segments)
         for side, segments in sides(inner, items)
     ]
-    assert apart(linear(x, Weights.packed(W), beside), reference.linear(x.double(), W, beside)) < ROUNDED
+    assert relative(linear(x, Weights.packed(W), beside), reference.linear(x.double(), W, beside)) < ROUNDED
 
 
 @here
@@ -205,11 +200,7 @@ RUNS = (Segment(0, 5, 0, 5, 0.7), Segment(5, 50, 5, 25, -1.5), Segment(50, 90, 2
 
 
 def even_sides(inner: int, act: str, items: tuple[Segment, ...] = RUNS) -> Work:
-    ranks = max(s.last for s in items)
-    return [
-        (Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), act), Segments(items))
-        for i, width in enumerate(EVEN)
-    ]
+    return sides(inner, items, act, EVEN)
 
 
 def gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> list[Tensor]:
@@ -236,6 +227,11 @@ def true_gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> 
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
+def assert_gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> None:
+    for found, wanted in zip(gradients(x, dy, W, beside), true_gradients(x, dy, W, beside), strict=True):
+        assert relative(found, wanted) < ROUNDED
+
+
 @here
 @pytest.mark.parametrize("inner", [32, 352])
 def test_plain_weights_and_packed_ones_give_the_same_bits(inner: int) -> None:
@@ -250,16 +246,14 @@ def test_plain_weights_and_packed_ones_give_the_same_bits(inner: int) -> None:
 def test_gradients_equal_the_references(inner: int, act: str) -> None:
     W, beside = weights(inner, EVEN), even_sides(inner, act)
     x, dy = normal(90, inner, seed=1), normal(90, sum(EVEN), seed=2)
-    for found, wanted in zip(gradients(x, dy, W, beside), true_gradients(x, dy, W, beside), strict=True):
-        assert apart(found, wanted) < ROUNDED
+    assert_gradients(x, dy, W, beside)
 
 
 @here
 def test_a_relu_of_a_negative_factor_has_no_slope_where_it_is_zero() -> None:
     x, W, items = normal(40, 32, seed=1), weights(32, EVEN), (Segment(0, 40, 0, 16, -1.0),)
     beside, dy = even_sides(32, "relu", items), normal(40, sum(EVEN), seed=2)
-    for found, wanted in zip(gradients(x, dy, W, beside), true_gradients(x, dy, W, beside), strict=True):
-        assert apart(found, wanted) < ROUNDED
+    assert_gradients(x, dy, W, beside)
 
 
 @here
@@ -267,8 +261,7 @@ def test_gradients_of_segments_that_share_ranks_are_added() -> None:
     items = (Segment(0, 20, 0, 8), Segment(20, 53, 8, 20, 0.5), Segment(53, 90, 0, 8, 2.0))
     x, W, beside = normal(90, 64, seed=1), weights(64, EVEN), even_sides(64, "identity", items)
     dy = normal(90, sum(EVEN), seed=2)
-    for found, wanted in zip(gradients(x, dy, W, beside), true_gradients(x, dy, W, beside), strict=True):
-        assert apart(found, wanted) < ROUNDED
+    assert_gradients(x, dy, W, beside)
 
 
 @here

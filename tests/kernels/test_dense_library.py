@@ -82,3 +82,12 @@ def test_a_limit_on_onednn_is_one_on_us(amx: Path, tmp_path: Path, monkeypatch: 
         monkeypatch.setenv(library.LIMIT, limit)
         library.build()
         assert ("-DAMX" in (tmp_path / "flags").read_text()) == tiles
+
+
+def test_what_is_no_library_leaves_the_products_to_torch(
+    amx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tmp_path / "cxx", COPY, monkeypatch)
+    with pytest.raises(library.Unavailable, match="linear-.*so"):
+        library.load(library.build())
+    assert library.library.__wrapped__() is None
