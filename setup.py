@@ -2,7 +2,7 @@
 
 from setuptools import find_namespace_packages, setup
 
-FOLDERS = ("cluster", "grafts", "kernels", "serving", "trainers", "tuning")
+FOLDERS = ("cluster", "grafts", "kernels", "launch", "serving", "trainers", "tuning")
 FOUND = find_namespace_packages(include=[glob for f in FOLDERS for glob in (f, f"{f}.*")], exclude=["*.__pycache__"])
 
 setup(

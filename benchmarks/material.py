@@ -48,9 +48,9 @@ def make(folder: Path) -> None:
     """Write the grafts and `material.json` into `folder`; always the same."""
     from tokenizers import Tokenizer
 
-    from polygraft.cluster.launch.cache import backbone_cache
-    from polygraft.cluster.launch.corpus import load
     from polygraft.grafts.runtime.pretrained import EMBEDDED, materialise
+    from polygraft.launch.cache import backbone_cache
+    from polygraft.launch.corpus import load
 
     backbone = materialise(EMBEDDED, backbone_cache())
     tokenizer = Tokenizer.from_file(str(backbone / "tokenizer.json"))

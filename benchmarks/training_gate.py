@@ -18,7 +18,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import module_path
 from polygraft.grafts.sizes import tensors
 from polygraft.trainers import forward
-from polygraft.trainers.forward import Share
+from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.job import permutation
 
 EXACT = 1e-4  # float32: losses and gradients, relative
@@ -61,7 +61,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     stacks = backbone.stacks([Resident(first.job.id, first.job.spec, first.slab.tensors)], trainable=True)
     number = first.job.batch(0)[0]
     sample = first.job.train[number]
-    forward.train(backbone, stacks, [Share(0, 0, (sample,), (number,), sample.weight)])
+    forward.train(backbone, stacks, [MicroBatch(0, 0, (sample,), (number,), sample.weight)])
     names = {
         tensor.name: f"{module_path(tensor.site, backbone.shape)}.lora_{tensor.part}"
         for tensor in tensors(first.job.spec, backbone.shape)

@@ -14,8 +14,8 @@ from polygraft.cluster.settings import PackSettings
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.trainers.job import Recipe, Sample, TrainJob
-from polygraft.trainers.runner import Active, PackRunner
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.trainers.runner import PackRunner, RunningJob
 
 LEARNING_RATE = 1e-4
 _NEVER_OVER = 10_000  # epochs
@@ -31,7 +31,7 @@ def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRun
     runner = PackRunner(backbone, max_rows=PackSettings().max_rows)
     for number in jobs:
         stored = native.load(material.graft_folder(number), shape=backbone.shape, backbone=backbone.fingerprint)
-        recipe = Recipe(
+        recipe = TrainConfig(
             epochs=_NEVER_OVER,
             batch_size=1,
             learning_rate=LEARNING_RATE,
@@ -43,7 +43,7 @@ def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRun
         job = TrainJob(str(number), stored.spec, recipe, tuple(map(_sample, material.samples[number])))
         slab = Slab(job.spec, backbone.shape)
         slab.fill(stored.tensors)
-        runner.restore(Active(job, slab))
+        runner.restore(RunningJob(job, slab))
     return runner
 
 

@@ -23,7 +23,7 @@ Seen = Callable[[Site, Tensor], None]
 
 
 def observe(backbone: Backbone, samples: Sequence[Sequence[int]], sites: Collection[Site], seen: Seen) -> None:
-    """Call `seen(site, x)` with the input x [rows, in] of each projection, in float32 or wider, sample by sample."""
+    """DeclRef `seen(site, x)` with the input x [rows, in] of each projection, in float32 or wider, sample by sample."""
     for ids in samples[:SAMPLES]:
 
         def note(site: Site, module: nn.Module, x: Tensor, y: Tensor, rows: int = len(ids)) -> None:
@@ -98,7 +98,7 @@ def _backward(backbone: Backbone, hidden: Tensor, ids: Sequence[int], factor: Te
     targets = torch.tensor(ids[1:]).to(backbone.device)
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")
     (slope,) = torch.autograd.grad((losses * factor.to(backbone.device)).sum(), logits)
-    slope = backbone.uncapped(slope, logits).to(hidden.dtype)
+    slope = backbone.softcap_backward(slope, logits).to(hidden.dtype)
     hidden.backward(backbone.head.transposed_product(slope))  # type: ignore[no-untyped-call]
 
 
@@ -115,7 +115,7 @@ def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool, stacks:
 def _watched(
     backbone: Backbone, sites: Collection[Site], note: Callable[[Site, nn.Module, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Call `note` with the input and output [1, padded rows, width] of the projections while they run."""
+    """DeclRef `note` with the input and output [1, padded rows, width] of the projections while they run."""
     with ExitStack() as handles:
         for site in sites:
 

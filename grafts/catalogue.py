@@ -11,7 +11,7 @@ from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.sizes import parameters
-from polygraft.grafts.spec import KV, Branch, Call, GraftSpec, Slot, Tokens
+from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, Tokens
 
 # The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
 LLAMA_7B = ModelShape.from_config(
@@ -110,7 +110,7 @@ def _slot_print(slot: Slot, sites: frozenset[str]) -> tuple[object, ...]:
 
 def _words(value: object) -> object:
     """A field's value if it is a choice; of a declaration its name and those of its arguments that are."""
-    if isinstance(value, Call):
+    if isinstance(value, DeclRef):
         return (value.name, *(_words(argument) for _, argument in value.arguments))
     return value if isinstance(value, str | bool) else None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from polygraft.grafts.methods.configs import arguments, flat, layout_of, names
 from polygraft.grafts.methods.registry import find
-from polygraft.grafts.spec import Call, GraftSpec, Layers, Slot, SpecError
+from polygraft.grafts.spec import DeclRef, GraftSpec, Layers, Slot, SpecError
 from polygraft.grafts.text.plain_json import JsonError, load
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*(?:@([0-9,\- ]+))?\s*", re.ASCII)
@@ -64,7 +64,7 @@ def terms(text: str) -> tuple[Term, ...]:
 def union(members: Sequence[Term], text: str | None = None) -> GraftSpec:
     """The graft of all members together."""
     slots: list[Slot] = []
-    hooks: list[Call] = []
+    hooks: list[DeclRef] = []
     for member in members:
         own, called = find(member.name).build(member.arguments)
         slots, hooks = [*slots, *_at_layers(own, member.layers)], [*hooks, *called]

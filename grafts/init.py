@@ -67,7 +67,7 @@ class Making:
         return min(len(self.samples), calibrate.SAMPLES)
 
     def observe(self, seen: calibrate.Seen) -> None:
-        """Call `seen(site, x)` with what these projections read in the bare backbone, sample by sample."""
+        """DeclRef `seen(site, x)` with what these projections read in the bare backbone, sample by sample."""
         calibrate.observe(self.backbone, self.samples, self.inputs, seen)
 
     @property

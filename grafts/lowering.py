@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from polygraft.grafts.methods.declare import Lowering, Place, Through
+from polygraft.grafts.methods.declare import Lowering, SiteShape, Through
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.sizes import TensorSpec, operands, tensors
@@ -36,11 +36,11 @@ class Lowered:
     ) -> None:
         self.spec, self._weight, self._through = spec, weight, through
         self.tensors, self.operands = tensors(spec, shape), operands(spec, shape)
-        self._sites: list[tuple[int, Site, Place]] = []
+        self._sites: list[tuple[int, Site, SiteShape]] = []
         numbers: dict[int, int] = {}
         for index, site in sites_of(spec, shape):
             numbers[index] = numbers.get(index, -1) + 1
-            place = Place(site.layer, site.name, *shape.dims(site.name), index=numbers[index])
+            place = SiteShape(site.layer, site.name, *shape.dims(site.name), index=numbers[index])
             if spec.slots[index].form is not None:
                 self._sites.append((index, site, place))
 

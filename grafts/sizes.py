@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from polygraft.grafts.methods.declare import Part, Place
+from polygraft.grafts.methods.declare import SiteShape, TensorDecl
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.spec import (
     KV,
     Affine,
     Branch,
-    Call,
+    DeclRef,
     Delta,
     GraftSpec,
     Norm,
@@ -41,7 +41,7 @@ class TensorSpec:
     site: Site | None
     part: str
     shape: tuple[int, ...]
-    start: Call
+    start: DeclRef
     trained: bool = True
 
     @property
@@ -77,7 +77,7 @@ def operands(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
         for site, place in places.items():
             if isinstance(slot, Delta):
                 rows = sum(prod(part.shape) for part in _generating(slot, tuple(places.values()), place))
-                found += _specs(index, slot, site, {"t": Part((rows, 1))})
+                found += _specs(index, slot, site, {"t": TensorDecl((rows, 1))})
             else:
                 found += _specs(index, slot, site, parts(slot, place))
     return tuple(found)
@@ -93,22 +93,22 @@ def frozen(spec: GraftSpec, shape: ModelShape) -> int:
     return sum(tensor.numel for tensor in tensors(spec, shape) if not tensor.trained)
 
 
-def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
+def parts(slot: Slot, place: SiteShape) -> Mapping[str, TensorDecl]:
     """The operands of an op at a place, which without a form are the slot's tensors too."""
     match slot:
         case Branch(rank=rank, bias=bias, gate=gate, experts=experts):
-            factors = {"A": Part((rank, place.d_in), "kaiming"), "B": Part((rank, place.d_out))}
-            read = Part((rank if gate in ("attention", "noise") else experts, place.d_in), "kaiming")
+            factors = {"A": TensorDecl((rank, place.d_in), "kaiming"), "B": TensorDecl((rank, place.d_out))}
+            read = TensorDecl((rank if gate in ("attention", "noise") else experts, place.d_in), "kaiming")
             scores = {"G": read} if gate != "none" else {}
-            return factors | ({"a": Part((rank, 1))} if bias else {}) | scores
+            return factors | ({"a": TensorDecl((rank, 1))} if bias else {}) | scores
         case Affine(scale=scale, shift=shift, side=side):
             width = (place.d_in if side == "in" else place.d_out,)
-            return ({"g": Part(width, "one")} if scale else {}) | ({"b": Part(width)} if shift else {})
+            return ({"g": TensorDecl(width, "one")} if scale else {}) | ({"b": TensorDecl(width)} if shift else {})
         case Norm():
-            return {"m": Part((place.d_out,), "row_norm")}
+            return {"m": TensorDecl((place.d_out,), "row_norm")}
         case KV(length=length, gate=gate, experts=experts):
-            rows = {part: Part((length, place.d_out), "prefix") for part in ("k", "v")}
-            return rows | ({"G": Part((experts, place.d_in), "kaiming")} if gate != "none" else {})
+            rows = {part: TensorDecl((length, place.d_out), "prefix") for part in ("k", "v")}
+            return rows | ({"G": TensorDecl((experts, place.d_in), "kaiming")} if gate != "none" else {})
         case Delta():
             return {}
         case Sparse():
@@ -116,56 +116,60 @@ def parts(slot: Slot, place: Place) -> Mapping[str, Part]:
         case Rotate():
             return rotate_parts(slot, place)
         case Tokens(length=length, gate="highest", experts=experts):
-            prompts = Part((experts * length, place.d_out), "embedded")
-            return {"p": prompts, "G": Part((experts, place.d_out), "kaiming")}
+            prompts = TensorDecl((experts * length, place.d_out), "embedded")
+            return {"p": prompts, "G": TensorDecl((experts, place.d_out), "kaiming")}
         case Tokens(length=length, gate="relu", experts=experts):
-            weights = {"G": Part((experts, place.d_out), "kaiming"), "a": Part((experts, 1))}
-            return {"p": Part((experts * length, place.d_out)), **weights, "c": Part((length, place.d_out), "embedded")}
+            weights = {"G": TensorDecl((experts, place.d_out), "kaiming"), "a": TensorDecl((experts, 1))}
+            return {
+                "p": TensorDecl((experts * length, place.d_out)),
+                **weights,
+                "c": TensorDecl((length, place.d_out), "embedded"),
+            }
         case Tokens(length=length, mode=mode):
-            return {"p": Part((length, place.d_out), "zero" if mode == "add" else "embedded")}
+            return {"p": TensorDecl((length, place.d_out), "zero" if mode == "add" else "embedded")}
 
 
-def sparse_parts(slot: Sparse, place: Place) -> Mapping[str, Part]:
+def sparse_parts(slot: Sparse, place: SiteShape) -> Mapping[str, TensorDecl]:
     """Values w beside the (row, column) of each; or whole rows w [n, in] beside the row of each."""
     count = slot.count(place.d_in, place.d_out)
     width, indices = (place.d_in, 1) if slot.rows else (1, 2)
-    return {"w": Part((count, width)), "i": Part((count, indices), slot.pick, trained=False)}
+    return {"w": TensorDecl((count, width)), "i": TensorDecl((count, indices), slot.pick, trained=False)}
 
 
-def rotate_parts(slot: Rotate, place: Place) -> Mapping[str, Part]:
+def rotate_parts(slot: Rotate, place: SiteShape) -> Mapping[str, TensorDecl]:
     """What is added to the identity: blocks D, stage by stage; A and B; or cosines c and sines s."""
     width = place.d_in if slot.side == "in" else place.d_out
     slot.check(width)
     match slot.kind:
         case "blocks":
-            return {"D": Part((slot.stages * width, slot.size))}
+            return {"D": TensorDecl((slot.stages * width, slot.size))}
         case "lowrank":
-            return {"A": Part((slot.size, width), "kaiming"), "B": Part((slot.size, width))}
+            return {"A": TensorDecl((slot.size, width), "kaiming"), "B": TensorDecl((slot.size, width))}
         case "pairs":
-            return {"c": Part((width,), "one"), "s": Part((width,))}
+            return {"c": TensorDecl((width,), "one"), "s": TensorDecl((width,))}
 
 
-def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, Place]]:
-    found: dict[int, dict[Site, Place]] = {}
+def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, SiteShape]]:
+    found: dict[int, dict[Site, SiteShape]] = {}
     for slot in spec.slots:
         if slot.form is not None and form(slot.form.name).through and not shape.causal:
             raise SpecError(f"{slot.form.name}: {shape.sees}; rows that enter at a layer would read the input there")
     for index, site in sites_of(spec, shape):
         places = found.setdefault(index, {})
-        places[site] = Place(site.layer, site.name, *shape.dims(site.name), index=len(places))
+        places[site] = SiteShape(site.layer, site.name, *shape.dims(site.name), index=len(places))
     return found
 
 
-def _specs(index: int, slot: Slot, site: Site | None, declared: Mapping[str, Part]) -> Iterator[TensorSpec]:
+def _specs(index: int, slot: Slot, site: Site | None, declared: Mapping[str, TensorDecl]) -> Iterator[TensorSpec]:
     for name, part in declared.items():
         if any(size < 0 for size in part.shape):
             raise SpecError(f"{slot.op}: its {name} would have the shape {list(part.shape)}; give sizes of at least 1")
         start = slot.start if slot.start is not None else part.start
-        start = Call(start) if isinstance(start, str) else start
+        start = DeclRef(start) if isinstance(start, str) else start
         yield TensorSpec(index, site, name, part.shape, start, part.trained and not slot.frozen)
 
 
-def _generating(slot: Delta, places: tuple[Place, ...], place: Place) -> list[Part]:
+def _generating(slot: Delta, places: tuple[SiteShape, ...], place: SiteShape) -> list[TensorDecl]:
     """What the operand of a delta is made of: the tensors its form reads at a place that train, all if none does."""
     assert slot.form is not None
     declared, arguments = form(slot.form.name), slot.form.keywords()

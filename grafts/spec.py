@@ -24,7 +24,7 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class DeclRef:
     """A declaration of `grafts/methods` by its name, and the arguments it is to be called with."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -45,8 +45,8 @@ class _Slot:
     """
 
     layers: Layers = None
-    form: Call | None = None
-    start: Call | None = None
+    form: DeclRef | None = None
+    start: DeclRef | None = None
     frozen: bool = False
 
 
@@ -184,7 +184,7 @@ class Sparse(_Slot):
     rank: int | None = None
     density: float | None = None
     rows: bool = False
-    pick: Call = Call("random_entries")
+    pick: DeclRef = DeclRef("random_entries")
     op: Literal["sparse"] = "sparse"
 
     def __post_init__(self) -> None:
@@ -311,7 +311,7 @@ class GraftSpec:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     method: str
     slots: tuple[Slot, ...]
-    hooks: tuple[Call, ...] = ()
+    hooks: tuple[DeclRef, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.slots:

@@ -61,7 +61,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.generated]
 
-    def grow_on(self, spec: GraftSpec) -> None:
+    def attach_graft(self, spec: GraftSpec) -> None:
         """Take in what the graft puts before the prompt; again is as once."""
         self.prefix, self.reads_prompt = spec.prefix_length, spec.reads_prompt
         if not self.virtual:

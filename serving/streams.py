@@ -88,7 +88,7 @@ class Streams:
         ready = [s for s in self.waiting if s.request.graft is None or self._may_pin(s, s.request.graft)]
         for sequence in ready:
             if (spec := self._spec(sequence)) is not None:
-                sequence.grow_on(spec)
+                sequence.attach_graft(spec)
         plan = admit_streams(
             [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.whole) for s in ready],
             [self._as_running(sequence) for sequence in self.running],

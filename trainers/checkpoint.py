@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.sites import ModelShape
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import Active
+from polygraft.trainers.runner import RunningJob
 
 SCHEMA = 1
 _KEPT = 2
@@ -26,7 +26,7 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the job, or cannot be read."""
 
 
-def save(folder: Path, active: Active, named: str | None = None) -> str:
+def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
     """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept, and the one that
     the manifest on disk has `named`, which need not be among them after a crash.
 
@@ -55,7 +55,7 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
-def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torch.device | str = "cpu") -> Active:
+def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torch.device | str = "cpu") -> RunningJob:
     """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
     try:
         state = json.loads((folder / name / "state.json").read_text())
@@ -71,7 +71,7 @@ def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torc
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
-    return Active(job, slab, **{key: state[key] for key in _FIELDS})
+    return RunningJob(job, slab, **{key: state[key] for key in _FIELDS})
 
 
 def write(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from polygraft.trainers.loss import losses_and_gradient, token_losses
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class MicroBatch:
     """One job's part of a forward: samples (with their numbers, for dropout) through resident `graft`.
 
     `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None where
@@ -58,7 +58,7 @@ class _Packed:
     bounds: tuple[tuple[int, int], ...]
 
 
-def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[float]:
+def train(backbone: Backbone, stacks: Stacks, shares: Sequence[MicroBatch]) -> list[float]:
     """Forward and backward of all shares; gradients stay in the stacks. Returns each share's loss, already normalised.
 
     A share's loss and gradient are functions of the share alone (docs/architecture.md, row invariance).
@@ -80,7 +80,7 @@ def train(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[f
     return _sums(losses, factors, packed.bounds)
 
 
-def probe(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[tuple[float, float]]:
+def probe(backbone: Backbone, stacks: Stacks, shares: Sequence[MicroBatch]) -> list[tuple[float, float]]:
     """Each share's normalised loss at the two points around its job's tensors, residents 2 graft and 2 graft + 1 of
     `stacks`, in one forward. There is no backward, and nothing is kept for one."""
     twice = [replace(share, graft=2 * share.graft + side) for share in shares for side in (0, 1)]
@@ -89,7 +89,7 @@ def probe(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[t
 
 
 @torch.inference_mode()
-def evaluate(backbone: Backbone, stacks: Stacks, shares: Sequence[Share]) -> list[float]:
+def evaluate(backbone: Backbone, stacks: Stacks, shares: Sequence[MicroBatch]) -> list[float]:
     """Summed weighted loss of each share, not normalised, and without dropout where its key is None."""
     packed = _pack(backbone, shares)
     hidden = backbone.forward(packed.rows, stacks, packed.attention)
@@ -103,7 +103,7 @@ def _sums(losses: Tensor, factors: Tensor, bounds: Sequence[tuple[int, int]]) ->
     return [float((found[start:stop] * factors[start:stop]).sum()) for start, stop in bounds]
 
 
-def _pack(backbone: Backbone, shares: Sequence[Share]) -> _Packed:
+def _pack(backbone: Backbone, shares: Sequence[MicroBatch]) -> _Packed:
     ids: list[int] = []
     targets: list[int] = []
     weights: list[float] = []

@@ -35,7 +35,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TrainConfig:
     """How a job learns. `batch_size` is the global batch; `micro_rows` fixes its split at admission, for good."""
 
     epochs: int
@@ -57,7 +57,7 @@ class TrainJob:
 
     id: str
     spec: GraftSpec
-    recipe: Recipe
+    recipe: TrainConfig
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
 

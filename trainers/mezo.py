@@ -12,7 +12,7 @@ from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.noise import normal
 
 
-class Probe:
+class Perturbation:
     """The two points theta + eps z and theta - eps z around a job's tensors, by their names."""
 
     def __init__(self, slab: Slab, eps: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.trainers.job import Recipe
+from polygraft.trainers.job import TrainConfig
 
 
 def grad_norm(slab: Slab) -> float:
@@ -18,7 +18,7 @@ def grad_norm(slab: Slab) -> float:
 
 
 def adamw(
-    slab: Slab, recipe: Recipe, *, step: int, learning_rate: float, norm: float, rates: Sequence[float] = ()
+    slab: Slab, recipe: TrainConfig, *, step: int, learning_rate: float, norm: float, rates: Sequence[float] = ()
 ) -> None:
     """Update the master weights with the collected gradient; `step` counts from 0 since the moments were.
 
@@ -49,7 +49,7 @@ def adamw(
         )
 
 
-def sgd(slab: Slab, recipe: Recipe, *, learning_rate: float, rates: Sequence[float] = ()) -> None:
+def sgd(slab: Slab, recipe: TrainConfig, *, learning_rate: float, rates: Sequence[float] = ()) -> None:
     """master -= rate (gradient + weight_decay master), without momentum or clipping."""
     grads = slab.split(_collected(slab))
     for weight, grad, factor in zip(slab.split(slab.master), grads, rates or (1.0,) * len(grads), strict=True):

@@ -11,7 +11,7 @@ from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.grafts.text.jsonl import read
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.trainers.job import Recipe, Sample, TrainJob
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 
 
 def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, micro_rows: int) -> TrainJob:
@@ -20,7 +20,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, m
     sites_of(spec, shape)
     shape.check_length(job.spec.max_length, spec.context_length)
     asked = job.spec.learning_rate
-    recipe = Recipe(
+    recipe = TrainConfig(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
         learning_rate=(learning_rate(spec) if asked is None else asked) * job.spec.learning_rate_multiplier,

@@ -19,17 +19,17 @@ from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import GraftSpec, SpecError
 from polygraft.trainers import forward
-from polygraft.trainers.forward import Share
+from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import Sample, TrainJob
-from polygraft.trainers.mezo import Probe
+from polygraft.trainers.mezo import Perturbation
 from polygraft.trainers.optim import adamw, grad_norm, sgd
 
 PATIENCE = 5  # non-finite steps in a row that end a job; all of a shorter one
 
 
 @dataclass(slots=True)
-class Active:
+class RunningJob:
     """A job in the pack and how far it is; everything but `slab` is rebuilt from (job, step) after a restart.
 
     `micro` counts the micro-batches of global batch `step` that are already collected, with the `loss` so far, and for
@@ -98,35 +98,35 @@ class PackRunner:
         if not backbone.shape.causal:
             raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
-        self.jobs: dict[str, Active] = {}
+        self.jobs: dict[str, RunningJob] = {}
         self._hooks: dict[str, Hooks] = {}
-        self._probes: dict[str, Probe] = {}
+        self._probes: dict[str, Perturbation] = {}
         self.steps = 0
         self._stacks: Stacks = backbone.stacks(())
-        self._around: Stacks = self._stacks
+        self._perturbed: Stacks = self._stacks
 
-    def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> Active:
+    def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> RunningJob:
         """Join as a new job at step 0, with starting values drawn from the job's seed, or made of the grafts that its
         spec names."""
         ids, weights = [sample.ids for sample in job.train], [sample.weights for sample in job.train]
         start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=ids, weights=weights, sources=sources)
         slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype, self.backbone.device)
         slab.fill(start)
-        return self.restore(Active(job, slab))
+        return self.restore(RunningJob(job, slab))
 
-    def restore(self, active: Active) -> Active:
+    def restore(self, active: RunningJob) -> RunningJob:
         """Join with the state of a checkpoint (or a fresh one)."""
         if active.job.id in self.jobs:
             raise ValueError(f"job {active.job.id} is already in the pack")
         self.jobs[active.job.id] = active
         hooks = self._hooks[active.job.id] = Hooks(active.job.spec, active.slab)
         if hooks.eps is not None:
-            self._probes[active.job.id] = probe = Probe(active.slab, hooks.eps)
+            self._probes[active.job.id] = probe = Perturbation(active.slab, hooks.eps)
             probe.move(_key(active.job, active.step))
         self._restack()
         return active
 
-    def remove(self, job: str) -> Active:
+    def remove(self, job: str) -> RunningJob:
         """Leave the pack; the slab stays with the returned job."""
         active = self.jobs.pop(job)
         self._hooks.pop(job, None)  # none where memory was short while it joined
@@ -153,10 +153,10 @@ class PackRunner:
         rows = sum(self._rows(self.jobs[job], share) for job, share in shares.items())
         return PackStep(self.steps, rows, tuple(shares), stepped, failed, self._clock() - begin)
 
-    def _riders(self) -> list[Active]:
+    def _riders(self) -> list[RunningJob]:
         """Unfinished jobs, least served first, while their next micro-batch fits; the first always rides."""
         room = self.max_rows
-        riders: list[Active] = []
+        riders: list[RunningJob] = []
         waiting = [active for active in self.jobs.values() if not active.finished]
         for active in sorted(waiting, key=lambda a: (a.served_rows, a.job.id)):
             rows = self._rows(active, self._share(active))
@@ -166,10 +166,10 @@ class PackRunner:
         order = {job: index for index, job in enumerate(self.jobs)}
         return sorted(riders, key=lambda a: order[a.job.id])
 
-    def _share(self, active: Active) -> Share:
+    def _share(self, active: RunningJob) -> MicroBatch:
         job = active.job
         numbers = job.micro_batches(active.step)[active.micro]
-        return Share(
+        return MicroBatch(
             graft=self._peers(job.id).index(job.id),
             prefix_length=job.spec.prefix_length,
             samples=tuple(job.train[i] for i in numbers),
@@ -179,7 +179,7 @@ class PackRunner:
             virtual_length=job.spec.virtual_length,
         )
 
-    def _rows(self, active: Active, share: Share) -> int:
+    def _rows(self, active: RunningJob, share: MicroBatch) -> int:
         """Rows of a forward that a share takes."""
         return share.rows * (2 if active.job.id in self._probes else 1)
 
@@ -187,7 +187,7 @@ class PackRunner:
         """The jobs that are trained as this one is, in the order of their residents."""
         return [name for name in self.jobs if (name in self._probes) == (job in self._probes)]
 
-    def _run(self, shares: Mapping[str, Share]) -> Iterator[Stepped | Failed]:
+    def _run(self, shares: Mapping[str, MicroBatch]) -> Iterator[Stepped | Failed]:
         """What a forward over `shares`, all with a backward or all without, led to. A job's gradient is collected and
         used before the next job's is.
 
@@ -199,7 +199,7 @@ class PackRunner:
         losses: list[float] = []
         try:
             if shares.keys() <= self._probes.keys():
-                pairs = forward.probe(self.backbone, self._around, tuple(shares.values()))
+                pairs = forward.probe(self.backbone, self._perturbed, tuple(shares.values()))
             else:
                 losses = forward.train(self.backbone, self._stacks, tuple(shares.values()))
         except (MemoryError, RuntimeError) as error:
@@ -226,7 +226,7 @@ class PackRunner:
             if (outcome := self._collected(active, share, loss)) is not None:
                 yield outcome
 
-    def _collected(self, active: Active, share: Share, loss: float) -> Stepped | Failed | None:
+    def _collected(self, active: RunningJob, share: MicroBatch, loss: float) -> Stepped | Failed | None:
         """Account for a collected micro-batch; take the optimiser step when the global batch is complete."""
         active.loss += loss
         active.micro += 1
@@ -258,8 +258,8 @@ class PackRunner:
         active.step, active.micro, active.loss, active.difference = step + 1, 0, 0.0, 0.0
         if probe is not None:
             probe.move(_key(job, active.step))
-            self._around.refresh(2 * share.graft)
-            self._around.refresh(2 * share.graft + 1)
+            self._perturbed.refresh(2 * share.graft)
+            self._perturbed.refresh(2 * share.graft + 1)
         else:
             self._stacks.refresh(share.graft)
         if active.skipped >= min(PATIENCE, job.steps_total):
@@ -270,17 +270,17 @@ class PackRunner:
             )
         return done
 
-    def _residents(self, active: Active) -> list[Resident]:
+    def _residents(self, active: RunningJob) -> list[Resident]:
         """The job's graft as its rows meet it: once, or at both points around its tensors."""
         job, probe = active.job, self._probes.get(active.job.id)
         points = (active.slab.tensors,) if probe is None else probe.tensors
         return [Resident(job.id, job.spec, point, lambda: _key(job, active.step)) for point in points]
 
     def _restack(self) -> None:
-        self._stacks = self._around = self.backbone.stacks(())  # the old ones go before the new ones come
+        self._stacks = self._perturbed = self.backbone.stacks(())  # the old ones go before the new ones come
         whole = {name: self._residents(active) for name, active in self.jobs.items()}
         apart = ([r for name, own in whole.items() if (name in self._probes) == p for r in own] for p in (False, True))
-        self._stacks, self._around = (self.backbone.stacks(residents, trainable=True) for residents in apart)
+        self._stacks, self._perturbed = (self.backbone.stacks(residents, trainable=True) for residents in apart)
         give_back()
 
 
@@ -292,7 +292,7 @@ def mean_loss(
     total = weight = 0.0
     for piece in _pieces(samples, max_rows, spec.virtual_length):
         numbers = tuple(range(len(piece)))
-        share = Share(0, spec.prefix_length, piece, numbers, 1.0, virtual_length=spec.virtual_length)
+        share = MicroBatch(0, spec.prefix_length, piece, numbers, 1.0, virtual_length=spec.virtual_length)
         total += forward.evaluate(backbone, stacks, (share,))[0]
         weight += sum(sample.weight for sample in piece)
     return total / weight

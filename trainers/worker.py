@@ -25,8 +25,8 @@ from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import EntryId, Store, StoreError
 from polygraft.grafts.formats import native
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.sizes import parameters
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
@@ -35,7 +35,7 @@ from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.prepare import prepare
-from polygraft.trainers.runner import Active, PackRunner, Stepped, allocation_failed
+from polygraft.trainers.runner import PackRunner, RunningJob, Stepped, allocation_failed
 from polygraft.trainers.steplog import StepLog
 
 _LOG = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class PackWorker:
         )
         self._progress(active)
 
-    def _active(self, record: Job, name: str | None) -> Active | JobError:
+    def _active(self, record: Job, name: str | None) -> RunningJob | JobError:
         """The job in the pack, or what of its own keeps it out. Raises what is not its own: of store and device."""
         peft = record.spec.peft
         try:
@@ -174,7 +174,7 @@ class PackWorker:
             return JobError("cannot_start", f"{PEFT}: {peft!r} cannot start: {type(error).__name__}: {error}", PEFT)
         return active
 
-    def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> Active:
+    def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:
         if name is None:
             return self.runner.admit(job, {source: self._source(tenant, source) for source in job.spec.sources})
         backbone = self.runner.backbone
@@ -221,7 +221,7 @@ class PackWorker:
         if now - self._saved > CHECKPOINT_S:
             self._save(self.runner.jobs)
 
-    def _publish(self, job: JobId, active: Active) -> None:
+    def _publish(self, job: JobId, active: RunningJob) -> None:
         """Evaluate, write the graft, publish it once, and leave the pack."""
         held_out = active.job.held_out
         after = self.runner.evaluate(job, held_out) if held_out else None
@@ -234,7 +234,7 @@ class PackWorker:
                 active.slab.tensors,
                 shape=backbone.shape,
                 backbone=backbone.fingerprint,
-                stock=Stock(backbone.folder),
+                stock=BackboneFiles(backbone.folder),
             )
         except (FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
             self._fail(job, JobError("graft_not_saved", str(error)))
@@ -279,7 +279,7 @@ class PackWorker:
             self._note(job, error.message, level="error")
         self._drop(job)
 
-    def _save(self, jobs: Mapping[str, Active]) -> None:
+    def _save(self, jobs: Mapping[str, RunningJob]) -> None:
         """Checkpoint every job at its last step boundary, then the manifest that names them all."""
         names = {
             job: checkpoint.save(self.folders.job(job), active, self._named.get(job)) if active.step else None
@@ -301,7 +301,7 @@ class PackWorker:
         }
         self.store.append(keys.metrics(JobId(stepped.job)), entry, maxlen=METRICS_KEPT)
 
-    def _progress(self, active: Active) -> None:
+    def _progress(self, active: RunningJob) -> None:
         record_progress(
             self.store,
             JobId(active.job.id),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from polygraft.grafts.methods.quantised import packed
+from polygraft.grafts.methods.compressed.quantised import packed
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.spec import GraftSpec, SpecError

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.formats.backbone_files import CONFIG, BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.draft import drafted
-from polygraft.grafts.formats.stock import CONFIG, Stock
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Affine, GraftSpec
@@ -41,7 +41,7 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     try:
         with drafted(target) as draft:
             places: dict[str, str] = {}
-            stored = Stock(backbone)
+            stored = BackboneFiles(backbone)
             for shard, tensors in _folded(stored, spec, values, _keys(config, stored.shape)):
                 save_file(tensors, draft / shard, metadata={"format": "pt"})
                 places |= dict.fromkeys(tensors, shard)
@@ -56,7 +56,7 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
 
 
 def _folded(
-    stored: Stock, spec: GraftSpec, values: Mapping[str, Tensor], asked: set[str]
+    stored: BackboneFiles, spec: GraftSpec, values: Mapping[str, Tensor], asked: set[str]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
     fold = Fold(spec, stored.shape, values, stored.weight, stored.bias)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.formats import peft
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.draft import drafted
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 from polygraft.grafts.text.plain_json import load as load_json
@@ -54,7 +54,7 @@ def save(
     shape: ModelShape,
     backbone: str,
     base: str | None = None,
-    stock: Stock | None = None,
+    stock: BackboneFiles | None = None,
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats import peft_beside
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.peft_modules import groups, path, pattern, targets
 from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import arguments, described, flat, layout_of
 from polygraft.grafts.methods.exchange import Peft
@@ -34,7 +34,7 @@ from polygraft.grafts.text.plain_json import load as load_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def exportable(spec: GraftSpec, shape: ModelShape, stock: Stock | None = None) -> bool:
+def exportable(spec: GraftSpec, shape: ModelShape, stock: BackboneFiles | None = None) -> bool:
     """Whether PEFT has the graft, or one that computes the same, on whole modules; some only with the backbone's
     files."""
     try:
@@ -51,7 +51,7 @@ def export(
     *,
     shape: ModelShape,
     base: str | None = None,
-    stock: Stock | None = None,
+    stock: BackboneFiles | None = None,
 ) -> None:
     """Write the two files into `folder`; `base` is the backbone's public name, null when not given.
 
@@ -70,7 +70,7 @@ def export(
     (folder / CONFIG).write_text(json.dumps(notes | config, indent=2) + "\n")
 
 
-def load(folder: Path, shape: ModelShape, stock: Stock | None = None) -> tuple[GraftSpec, dict[str, Tensor]]:
+def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) -> tuple[GraftSpec, dict[str, Tensor]]:
     """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes one for each
     of its projections, with their rows of what is along its outputs.
 
@@ -135,7 +135,7 @@ class _Member:
 
 
 def _written(
-    spec: GraftSpec, values: Mapping[str, Tensor] | None, shape: ModelShape, stock: Stock | None
+    spec: GraftSpec, values: Mapping[str, Tensor] | None, shape: ModelShape, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""

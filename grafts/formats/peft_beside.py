@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from polygraft.grafts.formats import peft_tokens
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_changes import SHIFT, Change, Trained, change_of
 from polygraft.grafts.formats.peft_modules import candidates, path
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
@@ -24,7 +24,7 @@ _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name th
 
 
 def read(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: Stock | None
+    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Terms to add to the method's `own` graft, their tensors, and the keys that they are read from.
 
@@ -39,7 +39,7 @@ def read(
 
 
 def _changes(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: Stock | None
+    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Those of whole modules and biases."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
@@ -121,7 +121,7 @@ def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
 
 
 def write(
-    layout: Peft, graft: Apart, values: Values | None, stock: Stock | None
+    layout: Peft, graft: Apart, values: Values | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Fields of the config and tensors (none without `values`); raises FormatError where none mean just the changes."""
     fields, files = _changed(layout, graft, values, stock) if graft.beside else ({}, {})
@@ -136,7 +136,7 @@ def write(
 
 
 def _changed(
-    layout: Peft, graft: Apart, values: Values | None, stock: Stock | None
+    layout: Peft, graft: Apart, values: Values | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Those of whole modules and biases."""
     if stock is None:
@@ -160,7 +160,7 @@ def _changed(
     return fields, files | {key: stock.wide(of) for key, of in {**trained.unused(), **trained.elsewhere()}.items()}
 
 
-def _fitting(layout: Peft, graft: Apart, stock: Stock) -> Trained:
+def _fitting(layout: Peft, graft: Apart, stock: BackboneFiles) -> Trained:
     """What trains just the changes beside the method."""
     if not layout.sides:
         raise FormatError(f"modules_to_save, bias: are not written beside {layout.kind}; keep the native folder")
@@ -196,7 +196,7 @@ def _saved(saved: list[str], shape: ModelShape) -> frozenset[Site]:
     return frozenset(found)
 
 
-def _named(saved: frozenset[Site], stock: Stock) -> list[str]:
+def _named(saved: frozenset[Site], stock: BackboneFiles) -> list[str]:
     """The fewest last parts of each module's path that no other module's ends with."""
     every = {name.rpartition(".")[0] for name in stock.files}
     chosen = {path(site, stock.shape) for site in saved}

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.peft_modules import candidates, path
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.sites import NORMS, Site
 from polygraft.grafts.spec import Slot
@@ -82,7 +82,7 @@ class Trained:
     """What a config trains beside a method whose sites are `wrapped`: the `saved` modules whole, and with `bias` the
     biases of none, of the method's modules (`lora_only`) or of all."""
 
-    stock: Stock
+    stock: BackboneFiles
     wrapped: frozenset[Site]
     saved: frozenset[Site]
     bias: str

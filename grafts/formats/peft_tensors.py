@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.peft_modules import numbers, path
-from polygraft.grafts.formats.stock import Stock
-from polygraft.grafts.methods.declare import Place
+from polygraft.grafts.methods.declare import SiteShape
 from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.sites import KV_SITE, ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec, tensors
@@ -25,7 +25,7 @@ _SOME = 1 << 20
 class Exchange:
     """The tensors of one graft of one method on one backbone."""
 
-    def __init__(self, layout: Peft, spec: GraftSpec, shape: ModelShape, stock: Stock | None = None) -> None:
+    def __init__(self, layout: Peft, spec: GraftSpec, shape: ModelShape, stock: BackboneFiles | None = None) -> None:
         self._layout, self._spec, self._shape = layout, spec, shape
         needed = layout.untied or (layout.packed is not None and layout.packed.stock)
         if needed and stock is None:
@@ -150,14 +150,14 @@ class Exchange:
     def _slot(self, tensor: TensorSpec) -> Slot:
         return self._spec.slots[tensor.slot]
 
-    def _place(self, tensor: TensorSpec) -> Place:
+    def _place(self, tensor: TensorSpec) -> SiteShape:
         return self._place_of(tensor.site or self._sites[0])
 
-    def _place_of(self, site: Site) -> Place:
-        return Place(site.layer, site.name, *self._shape.dims(site.name))
+    def _place_of(self, site: Site) -> SiteShape:
+        return SiteShape(site.layer, site.name, *self._shape.dims(site.name))
 
 
-def _write(kept: Kept, value: Tensor, slot: Slot, place: Place, *, plain: bool = False) -> Tensor:
+def _write(kept: Kept, value: Tensor, slot: Slot, place: SiteShape, *, plain: bool = False) -> Tensor:
     """Ours as PEFT's; `plain` in our own type, for its shape."""
     if kept.coded is not None:
         found = kept.coded[0](value, place)

@@ -13,9 +13,9 @@ from typing import TypeGuard
 
 from torch import Tensor
 
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_modules import path
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term
 from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config
 from polygraft.grafts.sites import EMBED_SITE, Site
@@ -34,7 +34,7 @@ def edits(slot: Slot) -> TypeGuard[Tokens]:
     return slot == Tokens(length=slot.length, mode="replace", ids=slot.ids)
 
 
-def read(config: Config, stored: Values, stock: Stock | None) -> tuple[Term, Tensor, set[str]] | None:
+def read(config: Config, stored: Values, stock: BackboneFiles | None) -> tuple[Term, Tensor, set[str]] | None:
     """The term to add to the method's graft, the rows, and the keys that they are read from; None where a config edits
     none.
 
@@ -58,7 +58,9 @@ def read(config: Config, stored: Values, stock: Stock | None) -> tuple[Term, Ten
     return term, rows[embedding].float(), {*keys.values()}
 
 
-def write(slot: Tokens, rows: Tensor | None, stock: Stock | None) -> tuple[dict[str, object], dict[str, Tensor]]:
+def write(
+    slot: Tokens, rows: Tensor | None, stock: BackboneFiles | None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The field of the config and tensors (none without `rows`); raises FormatError where none mean just the edits."""
     stock = _needed(stock)
     other = (0,) if slot.ids != (0,) else (1,)
@@ -72,13 +74,13 @@ def write(slot: Tokens, rows: Tensor | None, stock: Stock | None) -> tuple[dict[
     return fields, {_key(module): value.detach().float().contiguous().clone() for module, value in made.items()}
 
 
-def _needed(stock: Stock | None) -> Stock:
+def _needed(stock: BackboneFiles | None) -> BackboneFiles:
     if stock is None:
         raise FormatError(f"{TOKENS_FIELD}: PEFT may edit the head, too; name the backbone's folder")
     return stock
 
 
-def _embedding(stock: Stock) -> str:
+def _embedding(stock: BackboneFiles) -> str:
     return path(EMBED, stock.shape)
 
 
@@ -86,7 +88,7 @@ def _key(module: str) -> str:
     return f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
 
 
-def _own(ids: tuple[int, ...], stock: Stock) -> Tensor:
+def _own(ids: tuple[int, ...], stock: BackboneFiles) -> Tensor:
     """Rows of the embeddings, which are those of the head that is tied to them."""
     table = stock.wide(f"{_embedding(stock)}.weight")
     if max(ids) >= len(table):
@@ -94,7 +96,7 @@ def _own(ids: tuple[int, ...], stock: Stock) -> Tensor:
     return table[[*ids]]
 
 
-def _said(given: object, stock: Stock) -> Table:
+def _said(given: object, stock: BackboneFiles) -> Table:
     """What the field means: tokens of the input embeddings, or of modules named by the ends of their paths."""
     embedding = _embedding(stock)
     known = (embedding, _HEAD) if stock.tied else (embedding,)
@@ -111,7 +113,7 @@ def _said(given: object, stock: Stock) -> Table:
     return found
 
 
-def _check(table: Table, stock: Stock) -> None:
+def _check(table: Table, stock: BackboneFiles) -> None:
     """Raise FormatError where PEFT's model with such edits is another than ours."""
     ids, head = table[_embedding(stock)], table.get(_HEAD)
     if stock.shape.encoder_layers:

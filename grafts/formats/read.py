@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from polygraft.grafts.formats import adapterhub, native, peft
-from polygraft.grafts.formats.stock import Stock
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import GraftSpec
 
@@ -21,4 +21,4 @@ def read(folder: Path, backbone: Backbone) -> tuple[GraftSpec, Mapping[str, Tens
     config = peft.config_of(folder)
     if adapterhub.wrote(config):
         return adapterhub.load(folder, backbone)
-    return peft.load(folder, backbone.shape, Stock(backbone.folder))
+    return peft.load(folder, backbone.shape, BackboneFiles(backbone.folder))

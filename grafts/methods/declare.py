@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from polygraft.grafts.spec import Call, Slot, SpecError
+from polygraft.grafts.spec import DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class Method:
     learning_rate: float
     slots: Build
     aliases: tuple[str, ...] = ()
-    hooks: Callable[..., tuple[Call, ...]] | None = None
+    hooks: Callable[..., tuple[DeclRef, ...]] | None = None
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -44,7 +44,7 @@ class Method:
             raise SpecError(f"peft: {self.name} takes at most {len(names)} arguments: {', '.join(names)}")
         return names[index]
 
-    def build(self, arguments: Mapping[str, str]) -> tuple[tuple[Slot, ...], tuple[Call, ...]]:
+    def build(self, arguments: Mapping[str, str]) -> tuple[tuple[Slot, ...], tuple[DeclRef, ...]]:
         """Slots and hooks for textual arguments; raises SpecError for an unknown name or a value of the wrong type."""
         values = self.values(arguments)
         return self.slots(**values), self.hooks(**values) if self.hooks else ()
@@ -61,7 +61,7 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SiteShape:
     """A site as a form sees it: widths of its input and output, and its number among the slot's sites."""
 
     layer: int
@@ -72,11 +72,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorDecl:
     """Shape and start of one tensor; `start` names a starting value of `grafts/init.py` or of a method's file."""
 
     shape: tuple[int, ...]
-    start: str | Call = "zero"
+    start: str | DeclRef = "zero"
     trained: bool = True
 
 
@@ -91,18 +91,18 @@ class Lowering:
     is served or evaluated.
     """
 
-    place: Place
+    place: SiteShape
     weight: Callable[..., Tensor]
     through: Through
     draw: int | None = None
 
 
-def _nothing(*_: object, **__: object) -> Mapping[str, Part]:
+def _nothing(*_: object, **__: object) -> Mapping[str, TensorDecl]:
     return {}
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Parametrization:
     """A reparametrisation: a slot's operands as a function of other tensors.
 
     `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
@@ -113,8 +113,8 @@ class Form:
 
     name: str
     operands: Callable[..., Mapping[str, Tensor]]  # (slot, values, lowering, **arguments)
-    own: Callable[..., Mapping[str, Part]] = _nothing  # (slot, place, **arguments)
-    shared: Callable[..., Mapping[str, Part]] = _nothing  # (slot, places, **arguments)
+    own: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, place, **arguments)
+    shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
     through: bool = False
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polygraft.grafts.methods.declare import Place
+    from polygraft.grafts.methods.declare import SiteShape
 
 Config = Mapping[str, object]
 TOKENS_FIELD = "trainable_token_indices"
@@ -88,7 +88,7 @@ class Peft:
     own: Mapping[str, Kept] = field(default_factory=dict)
     shared: Mapping[str, Kept] = field(default_factory=dict)
     packed: Packed | None = None
-    blank: Callable[[Place], Mapping[str, tuple[int, ...]]] = _none  # zeros that PEFT keeps, too: shapes by key
+    blank: Callable[[SiteShape], Mapping[str, tuple[int, ...]]] = _none  # zeros that PEFT keeps, too: shapes by key
     conv1d: bool = False  # whether PEFT has it on weights that lie transposed (GPT-2's), too
     only_on: tuple[str, ...] | None = None  # the architectures that PEFT has it on
     written: bool = True  # else a graft is written as the plainer one that it is (`formats/plain.py`)

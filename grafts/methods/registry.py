@@ -1,4 +1,4 @@
-"""The tables of all that the files of this folder declare, found by name or alias."""
+"""The tables of all that the files in the folders of families declare, found by name or alias."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TypeVar
 
-from polygraft.grafts.methods import __path__ as folder
-from polygraft.grafts.methods.declare import Form, Hook, Method, Start
+from polygraft.grafts.methods.declare import Hook, Method, Parametrization, Start
 from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.methods.refused import REFUSED
 from polygraft.grafts.spec import SpecError
 
-T = TypeVar("T", Form, Start, Hook)
-_OURS = ("configs", "declare", "exchange", "refused", "registry")
+T = TypeVar("T", Parametrization, Start, Hook)
+# The survey's families (section III), a folder each.
+FAMILIES = ("additive", "selective", "reparameterised", "hybrid", "composition", "compressed")
 
 
 @cache
@@ -42,8 +42,8 @@ def find(name: str) -> Method:
     raise SpecError(f"peft: unknown method {name!r}; choices: {', '.join(methods())}")
 
 
-def form(name: str) -> Form:
-    return _found(Form, "FORMS", name)
+def form(name: str) -> Parametrization:
+    return _found(Parametrization, "PARAMETRIZATIONS", name)
 
 
 def start(name: str) -> Start:
@@ -78,14 +78,15 @@ def _found(kind: type[T], plural: str, name: str) -> T:
 
 
 @cache
-def _table(plural: str) -> Mapping[str, Form | Start | Hook]:
-    found = [one for one in _declared(plural) if isinstance(one, Form | Start | Hook)]
+def _table(plural: str) -> Mapping[str, Parametrization | Start | Hook]:
+    found = [one for one in _declared(plural) if isinstance(one, Parametrization | Start | Hook)]
     table = {one.name: one for one in found}
     assert len(table) == len(found), f"{plural}: a name is declared twice"
     return dict(sorted(table.items()))
 
 
 def _declared(plural: str) -> Iterator[object]:
-    for module in sorted(found.name for found in iter_modules(folder)):
-        if module not in _OURS:
-            yield from getattr(import_module(f"polygraft.grafts.methods.{module}"), plural, ())
+    for family in FAMILIES:
+        package = f"{__package__}.{family}"
+        for module in sorted(found.name for found in iter_modules(import_module(package).__path__)):
+            yield from getattr(import_module(f"{package}.{module}"), plural, ())

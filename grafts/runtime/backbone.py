@@ -187,7 +187,7 @@ class Backbone:
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         return product if self.cap is None else self.cap * torch.tanh(product / self.cap)
 
-    def uncapped(self, slope: Tensor, logits: Tensor) -> Tensor:
+    def softcap_backward(self, slope: Tensor, logits: Tensor) -> Tensor:
         """The gradient of the head's product from that of these logits."""
         return slope if self.cap is None else slope * (1 - (logits.detach() / self.cap).square())
 

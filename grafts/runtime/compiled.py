@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.linear import FrozenLinear, Hiddens
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.dense.op import GATED, Weights, Work, linear, outer, supports, transposed
+from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, supports, transposed
 
 
 class CompiledLinear(FrozenLinear):
@@ -38,24 +38,26 @@ class CompiledLinear(FrozenLinear):
         return self._split(linear(x_TI, self._weights, work)[0]), ()
 
     def recorded(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Hiddens]:
-        out, kept = linear(x_TI, self._weights, [pair for pair in work if pair[0].act in GATED], keep=True)
+        out, kept = linear(x_TI, self._weights, [pair for pair in work if pair[0].act in MASK_DERIVATIVE], keep=True)
         products, values = self._split(out), iter(kept)
         return products, [
-            [next(values)] if b.act in GATED else add_branch_(products[b.member], x_TI, b.A, b.B, segments, b.act)
+            [next(values)]
+            if b.act in MASK_DERIVATIVE
+            else add_branch_(products[b.member], x_TI, b.A, b.B, segments, b.act)
             for b, segments in work
         ]
 
     def gradients(
         self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, hiddens: Hiddens
     ) -> tuple[Tensor, list[Tensor]]:
-        own = [pair for pair in work if pair[0].act in GATED]
-        kept = [values[0] for (b, _), values in zip(work, hiddens) if b.act in GATED]
+        own = [pair for pair in work if pair[0].act in MASK_DERIVATIVE]
+        kept = [values[0] for (b, _), values in zip(work, hiddens) if b.act in MASK_DERIVATIVE]
         dx, dh = transposed(dy_TO, self._unpacked(), own, kept)
         found, columns, slopes = [], self._split(dy_TO), iter(dh)
         for (b, segments), values in zip(work, hiddens):
             assert x_TI is not None
             dy = columns[b.member]
-            if b.act in GATED:
+            if b.act in MASK_DERIVATIVE:
                 found += [outer(next(slopes), x_TI, segments, len(b.A)), outer(values[0], dy, segments, len(b.B))]
             else:
                 found += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)

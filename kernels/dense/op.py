@@ -17,7 +17,7 @@ from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.dense.library import library
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")  # by their numbers in linear.cpp
-GATED = ("identity", "relu")  # those whose derivative is 1 where their value is not 0
+MASK_DERIVATIVE = ("identity", "relu")  # those whose derivative is 1 where their value is not 0
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
 PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
@@ -125,7 +125,7 @@ def transposed(
 ) -> tuple[Tensor, list[Tensor]]:
     """Semantics: dx = dy W + the sum over branches and their segments of dh_s A_s, [T, in], with dh_s = s.scale * dy[s]
     B_s^T where what `linear` kept of act(x A^T) is not 0; and dh of every branch, as `linear` keeps. For plain weights
-    and the activations in GATED."""
+    and the activations in MASK_DERIVATIVE."""
     assert weights.layout == ROWS
     dh = [_kept(dy_TO, segments) for _, segments in work]
     branches: list[int] = []

@@ -61,9 +61,7 @@ def attend_kernel(
         seen = (c[None, :] <= t[:, None]) & (c[None, :] > t[:, None] - window) & (c < length)[None, :]
         address = (start + c)[:, None] * kv_width + column[None, :]
         present = (c < length)[:, None] & (d < head_dim)[None, :]
-        acc, top, total = _step(
-            q, k_ptr + address, v_ptr + address, present, seen, acc, top, total, SCALING, CAP, ACC
-        )
+        acc, top, total = _step(q, k_ptr + address, v_ptr + address, present, seen, acc, top, total, SCALING, CAP, ACC)
     tl.store(out_ptr + query, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + head * rows + start + t, top + tl.log(total), mask=t < length)
 

@@ -22,7 +22,7 @@ from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http import frames
 from polygraft.serving.http.body import read_as, read_json
-from polygraft.serving.http.context import Api, Caller, Here
+from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, unavailable
 from polygraft.serving.http.frames import DONE, Frames
 from polygraft.serving.http.schemas import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
@@ -36,7 +36,7 @@ _ROLES = {"developer": "system"}  # OpenAI's newer name
 
 
 @router.post("")
-async def complete(request: Request, api: Here, tenant: Caller) -> Response:
+async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Answer a conversation. A client that hangs up ends its generation."""
     body = read_as(ChatCompletionRequest, await read_json(request))
     wanted = await run_in_threadpool(_generation, api, tenant, body)

@@ -54,5 +54,5 @@ def _tenant(request: Request) -> TenantId:
     return tenant
 
 
-Here = Annotated[Api, Depends(_api)]
-Caller = Annotated[TenantId, Depends(_tenant)]
+ApiDep = Annotated[Api, Depends(_api)]
+TenantDep = Annotated[TenantId, Depends(_tenant)]

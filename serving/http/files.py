@@ -16,7 +16,7 @@ from polygraft.cluster.store.base import Versioned, Write
 from polygraft.cluster.validation import shown
 from polygraft.grafts.formats.draft import sync
 from polygraft.grafts.text import jsonl
-from polygraft.serving.http.context import Api, Caller, Here
+from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.pages import page
 from polygraft.serving.http.schemas import Deleted, FileObject, Page
@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/files")
 
 
 @router.post("")
-async def upload(request: Request, api: Here, tenant: Caller) -> FileObject:
+async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> FileObject:
     """Store a JSONL file of chat examples; a bad line is a 400 that names it, and nothing is kept."""
     received = await receive(request, folder=api.files / ".incoming", limit_bytes=api.limits.upload_bytes)
     try:
@@ -38,8 +38,8 @@ async def upload(request: Request, api: Here, tenant: Caller) -> FileObject:
 
 @router.get("")
 def files(
-    api: Here,
-    tenant: Caller,
+    api: ApiDep,
+    tenant: TenantDep,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     purpose: str | None = None,
@@ -56,12 +56,12 @@ def files(
 
 
 @router.get("/{file}")
-def file(file: str, api: Here, tenant: Caller) -> FileObject:
+def file(file: str, api: ApiDep, tenant: TenantDep) -> FileObject:
     return _shown(find_file(api, tenant, file, param="id").value)
 
 
 @router.get("/{file}/content")
-def content(file: str, api: Here, tenant: Caller) -> FileResponse:
+def content(file: str, api: ApiDep, tenant: TenantDep) -> FileResponse:
     found = find_file(api, tenant, file, param="id").value
     blob = api.blob(found)
     if not blob.is_file():
@@ -70,7 +70,7 @@ def content(file: str, api: Here, tenant: Caller) -> FileResponse:
 
 
 @router.delete("/{file}")
-def delete(file: str, api: Here, tenant: Caller) -> Deleted:
+def delete(file: str, api: ApiDep, tenant: TenantDep) -> Deleted:
     """Refused (409) while an unfinished job needs the file."""
     found = find_file(api, tenant, file, param="id")
     for job in api.store.scan(keys.JOBS):

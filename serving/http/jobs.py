@@ -18,7 +18,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import IdempotencyConflict, Key, Write
 from polygraft.cluster.validation import shown
 from polygraft.serving.http.body import read_as, read_json
-from polygraft.serving.http.context import Api, Caller, Here
+from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.events import events_of
 from polygraft.serving.http.pages import page
@@ -32,8 +32,8 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 @router.post("")
 async def create(
     request: Request,
-    api: Here,
-    tenant: Caller,
+    api: ApiDep,
+    tenant: TenantDep,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> FineTuningJob:
     """Submit a job; on disk when this answers. The same Idempotency-Key and body again give the first job."""
@@ -41,19 +41,19 @@ async def create(
 
 
 @router.get("")
-def jobs(api: Here, tenant: Caller, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
+def jobs(api: ApiDep, tenant: TenantDep, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
     """The tenant's jobs, newest first."""
     mine = sorted(_jobs_of(api, tenant), key=lambda job: (job.created_at, job.id), reverse=True)
     return page([shown_job(job) for job in mine], after=after, limit=limit)
 
 
 @router.get("/{job}")
-def job(job: str, api: Here, tenant: Caller) -> FineTuningJob:
+def job(job: str, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
     return shown_job(_find(api, tenant, job))
 
 
 @router.post("/{job}/cancel")
-def cancel(job: str, api: Here, tenant: Caller) -> FineTuningJob:
+def cancel(job: str, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
     """Ask for the job's end; it is cancelled once its pack has let it go. Asking again changes nothing."""
     found = _find(api, tenant, job)
     if found.cancel_requested:
@@ -66,7 +66,7 @@ def cancel(job: str, api: Here, tenant: Caller) -> FineTuningJob:
 
 
 @router.post("/{job}/renew")
-async def renew(job: str, request: Request, api: Here, tenant: Caller) -> FineTuningJob:
+async def renew(job: str, request: Request, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
     """The owner still wants the job, for `lease_s` seconds more; a job that is over stays as it is."""
     renewal = read_as(Renewal, await read_json(request))
     return await run_in_threadpool(_renew, api, tenant, job, renewal.lease_s)
@@ -74,7 +74,7 @@ async def renew(job: str, request: Request, api: Here, tenant: Caller) -> FineTu
 
 @router.get("/{job}/events")
 def events(
-    job: str, api: Here, tenant: Caller, after: str | None = None, limit: Limit = 20
+    job: str, api: ApiDep, tenant: TenantDep, after: str | None = None, limit: Limit = 20
 ) -> Page[FineTuningJobEvent]:
     """What the job's pack reported, messages and metrics, newest first."""
     return page(events_of(api.store, _find(api, tenant, job)), after=after, limit=limit)

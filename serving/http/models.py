@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from polygraft.cluster.model import TenantId
 from polygraft.cluster.store import keys
-from polygraft.serving.http.context import Api, Caller, Here
+from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.errors import not_found
 from polygraft.serving.http.schemas import ModelObject, Page
 
@@ -15,13 +15,13 @@ OURS = "polygraft"
 
 
 @router.get("")
-def models(api: Here, tenant: Caller) -> Page[ModelObject]:
+def models(api: ApiDep, tenant: TenantDep) -> Page[ModelObject]:
     data = _models(api, tenant)
     return Page(data=data, first_id=data[0].id, last_id=data[-1].id)
 
 
 @router.get("/{model:path}")
-def model(model: str, api: Here, tenant: Caller) -> ModelObject:
+def model(model: str, api: ApiDep, tenant: TenantDep) -> ModelObject:
     for found in _models(api, tenant):
         if found.id == model:
             return found

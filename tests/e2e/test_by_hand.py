@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from polygraft.cluster.launch.processes import session
-from polygraft.cluster.launch.run_folder import RunFolder
+from polygraft.launch.processes import session
+from polygraft.launch.run_folder import RunFolder
 from tests.tiny import tiny_llama
 
 TRAINING = "".join(
@@ -32,7 +32,7 @@ class Shell:
     home: Path
 
     def __call__(self, *arguments: str, expect: int = 0) -> str:
-        command = (sys.executable, "-m", "polygraft.cluster.launch", "--home", str(self.home), *arguments)
+        command = (sys.executable, "-m", "polygraft.launch", "--home", str(self.home), *arguments)
         done = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=self.home.parent)
         assert done.returncode == expect, f"{arguments}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -91,7 +91,7 @@ def _kill_the_head(polygraft: Shell) -> None:
         if psutil.pid_exists(head) and list(session(head)):
             continue
         doctor = subprocess.run(
-            (sys.executable, "-m", "polygraft.cluster.launch", "--home", str(polygraft.home), "jobs"),
+            (sys.executable, "-m", "polygraft.launch", "--home", str(polygraft.home), "jobs"),
             capture_output=True,
         )
         if doctor.returncode == 0:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from polygraft.cluster.launch.cache import backbone_cache
 from polygraft.grafts.runtime.pretrained import materialise
+from polygraft.launch.cache import backbone_cache
 from tests.tiny import tiny_llama, tiny_model
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from polygraft.cluster.launch.demo.oracle.plain import image, source
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.spec import GraftSpec
+from polygraft.launch.demo.oracle.plain import image, source
 
 PROMPT = 5  # rows at the head of every sequence that are its prompt
 

@@ -13,14 +13,14 @@ from peft import AdamssConfig, PeftModel
 from peft.tuners.adamss import layer as layers
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import Place, split
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
+from polygraft.launch.demo.oracle.plain import Place, split
 from tests.grafts.oracle.family_pefts import ROWS
 from tests.grafts.oracle.peft_places import layer_of
 from tests.grafts.oracle.row import relative

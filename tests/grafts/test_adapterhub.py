@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import adapterhub
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.read import read
@@ -22,6 +21,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import GraftSpec
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import relative
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])

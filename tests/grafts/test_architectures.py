@@ -10,8 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded, peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import plain_llama, plain_model
 from polygraft.grafts.architectures.registry import architectures
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
@@ -23,6 +21,8 @@ from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import CROSS, LINEAR, sites_of
 from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.launch.demo.oracle.peft_oracle import loaded, peft_oracle
+from polygraft.launch.demo.oracle.plain import plain_llama, plain_model
 from tests.grafts.oracle.row import LINEAR as LLAMA_NAMES
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.tiny import CONFIGS

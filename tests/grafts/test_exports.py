@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
 from polygraft.grafts.formats import merged, peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.to_lora import to_lora
@@ -20,6 +19,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import sites_of
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.test_merge import EVERY, unmerged
 from tests.tiny import tiny_llama

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import naive, serial
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, plain_llama
 from polygraft.grafts.formats.bitdelta import bitdelta_of
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
@@ -18,6 +16,8 @@ from polygraft.grafts.lowering import Lowered
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.naive import naive, serial
+from polygraft.launch.demo.oracle.plain import MODULES, plain_llama
 from tests.grafts.oracle.row import relative
 from tests.trainers.test_forms import FACTORED, GENERATED
 

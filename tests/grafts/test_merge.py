@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, plain_llama
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -16,6 +15,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.launch.demo.oracle.plain import MODULES, plain_llama
 from tests.grafts.oracle.row import Row, Values, random_tensors, relative
 from tests.grafts.oracle.table import ALL, MORE
 

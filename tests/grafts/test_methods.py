@@ -15,7 +15,6 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import Oracle
 from polygraft.grafts.formats import native
 from polygraft.grafts.init import initialise
 from polygraft.grafts.lowering import lower
@@ -26,6 +25,7 @@ from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.plain import Oracle
 from tests.grafts.oracle.row import Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
 from tests.grafts.packing import PROMPT, packed
@@ -184,7 +184,7 @@ def ours(
     specs = [(graft, row.spec) for graft, (row, _) in enumerate(grafts)]
     rows, attention, answers = packed(backbone, specs, [prompts] * len(grafts))
     hidden = backbone.forward(rows, stacks, attention)[torch.cat(answers)]
-    slope = backbone.uncapped(torch.cat([*slopes] * len(grafts)), backbone.logits(hidden.detach()))
+    slope = backbone.softcap_backward(torch.cat([*slopes] * len(grafts)), backbone.logits(hidden.detach()))
     hidden.backward(backbone.head.transposed_product(slope))  # logits = hidden W^T, but for a cap
     found = stacks.gradient(0, stacks.gradients()[0])
     trained = [t for t in tensors(grafts[0][0].spec, backbone.shape) if t.trained]

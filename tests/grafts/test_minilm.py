@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel
 
-from polygraft.cluster.launch.demo.oracle.plain import split
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
+from polygraft.launch.demo.oracle.plain import split
 from tests.grafts.oracle.row import random_tensors, relative
 
 IDS = [torch.tensor([101, 7592, 2088, 102]), torch.tensor([101, *range(2000, 2040), 102])]

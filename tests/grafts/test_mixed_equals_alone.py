@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.kernels.dense import op as dense
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.table import METHODS
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.linear import padded
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import Row, random_tensors, relative
 from tests.grafts.oracle.table import METHODS, MORE
 

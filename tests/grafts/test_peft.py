@@ -12,17 +12,17 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import native, peft
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import Branch, GraftSpec
+from polygraft.launch.demo.oracle.peft_oracle import loaded
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.trained import trained
 
@@ -230,7 +230,7 @@ def test_a_config_that_does_not_fit_is_refused(
 ) -> None:
     described(adapter, **change)
     with pytest.raises(FormatError, match=message):
-        peft.load(adapter, backbone.shape, Stock(backbone.folder))
+        peft.load(adapter, backbone.shape, BackboneFiles(backbone.folder))
 
 
 def test_an_unknown_a_missing_and_a_spoiled_tensor_are_refused(adapter: Path, backbone: Backbone) -> None:

@@ -14,16 +14,16 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import native, peft
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec
+from polygraft.launch.demo.oracle.peft_oracle import loaded
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.table import ALL
 from tests.grafts.oracle.trained import trained
@@ -69,23 +69,23 @@ def test_what_was_trained_beside_the_method_comes_along_and_is_written_again(
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     model = trained(backbone.folder, config, tmp_path)
     expected = model(input_ids=IDS[None]).logits[0]
-    spec, values = peft.load(tmp_path, backbone.shape, Stock(backbone.folder))
+    spec, values = peft.load(tmp_path, backbone.shape, BackboneFiles(backbone.folder))
     assert relative(logits(backbone, spec, values), expected) < 1e-5
     with pytest.raises(FormatError, match="modules_to_save, bias: .* name the backbone's folder"):
         peft.load(tmp_path, backbone.shape)
     if name in FUSED:
         with pytest.raises(FormatError, match="no target_modules of gpt2 mean just"):
-            peft.export(tmp_path, spec, values, shape=backbone.shape, stock=Stock(backbone.folder))
+            peft.export(tmp_path, spec, values, shape=backbone.shape, stock=BackboneFiles(backbone.folder))
         return
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape, stock=Stock(backbone.folder))
+    peft.export(again, spec, values, shape=backbone.shape, stock=BackboneFiles(backbone.folder))
     same(*(load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again)))
     before, after = (json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again))
     assert before["bias"] == after["bias"] and bool(before["modules_to_save"]) == bool(after["modules_to_save"])
     recwarn.clear()
     assert relative(loaded(backbone.folder, again, torch.float32)(input_ids=IDS[None]).logits[0], expected) < 1e-5
     assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
-    back = peft.load(again, backbone.shape, Stock(backbone.folder))
+    back = peft.load(again, backbone.shape, BackboneFiles(backbone.folder))
     assert back[0].slots == spec.slots
     same(values, back[1])
 
@@ -151,7 +151,7 @@ def assert_a_folder_of_peft(
 ) -> tuple[GraftSpec, Mapping[str, Tensor]]:
     """Saved, a graft has these fields in its config, is the same function in PEFT, which saves the same tensors, and
     read again; what was read is returned."""
-    stock, dtype = Stock(backbone.folder), backbone.dtype
+    stock, dtype = BackboneFiles(backbone.folder), backbone.dtype
     saved = native.save(folder, spec, values, shape=backbone.shape, backbone=backbone.fingerprint, stock=stock)
     config = json.loads((folder / saved / peft.CONFIG).read_text())
     assert {key: config[key] for key in fields} == fields
@@ -197,7 +197,7 @@ def test_what_no_config_of_peft_means_is_refused_by_name(
     arch: str, text: str, message: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec, stock = parse(text), Stock(backbone.folder)
+    spec, stock = parse(text), BackboneFiles(backbone.folder)
     assert not peft.exportable(spec, backbone.shape, stock)
     with pytest.raises(FormatError, match=message):
         peft.export(tmp_path, spec, modest(spec, backbone), shape=backbone.shape, stock=stock)
@@ -226,7 +226,7 @@ def test_biases_come_along_beside_every_such_method(
     stated = {"save_indices": True} if kind == "UNILORA" else {}
     config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)
     expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
-    spec, values = peft.load(tmp_path, backbone.shape, stock := Stock(backbone.folder))
+    spec, values = peft.load(tmp_path, backbone.shape, stock := BackboneFiles(backbone.folder))
     assert any(slot.op == "affine" for slot in spec.slots)
     assert relative(logits(backbone, spec, values), expected) < 1e-5
     (again := tmp_path / "again").mkdir()
@@ -237,7 +237,7 @@ def test_biases_come_along_beside_every_such_method(
 def test_a_bias_that_no_site_has_is_the_backbones(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folders["phi"], torch.float32)
     get_peft_model(plain_model(backbone.folder, torch.float32), lora("q_proj", bias="all")).save_pretrained(tmp_path)
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), Stock(backbone.folder)
+    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
     peft.load(tmp_path, backbone.shape, stock)
     stored["base_model.model.lm_head.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
@@ -250,7 +250,7 @@ def test_a_bias_that_is_said_twice_is_the_same(tiny_folders: Mapping[str, Path],
     backbone = Backbone.load(tiny_folders["gpt2"], torch.float32)
     config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["ln_1"], bias="all", fan_in_fan_out=True)
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), Stock(backbone.folder)
+    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
     key = "base_model.model.transformer.h.0.ln_1"
     assert {f"{key}.bias", f"{key}.modules_to_save.bias", f"{key}.original_module.bias"} <= stored.keys()
     expected = logits(backbone, *peft.load(tmp_path, backbone.shape, stock))

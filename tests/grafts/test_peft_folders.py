@@ -22,11 +22,9 @@ from peft import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import peft
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import Term, from_peft_config, parse, terms, union
 from polygraft.grafts.init import initialise
 from polygraft.grafts.methods.registry import find
@@ -37,6 +35,8 @@ from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.launch.demo.oracle.peft_oracle import loaded
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.table import ALL
 from tests.grafts.oracle.trained import trained
@@ -123,7 +123,7 @@ def test_peft_computes_the_same_from_what_we_write(
     name: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     row = ALL[name]
-    values, stock = values_of(name, row.spec, backbone), Stock(backbone.folder)
+    values, stock = values_of(name, row.spec, backbone), BackboneFiles(backbone.folder)
     assert peft.exportable(row.spec, backbone.shape, stock) == (name not in OURS_ALONE)
     if name in OURS_ALONE:
         assert name not in THEIRS
@@ -142,7 +142,7 @@ def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
     name: str, backbone: Backbone, tmp_path: Path
 ) -> None:
     model = trained(backbone.folder, config_of(name), tmp_path)
-    stock = Stock(backbone.folder)
+    stock = BackboneFiles(backbone.folder)
     spec, values = peft.load(tmp_path, backbone.shape, stock)
     assert relative(ours(backbone, spec, values), theirs(model)) < 1e-5
     (again := tmp_path / "again").mkdir()
@@ -174,7 +174,7 @@ def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back
     """On GPT-2 where q, k and v have no modules of their own, at the others."""
     backbone = backbones[arch]
     spec = parse(ALL[name].text) if arch != "gpt2" else whole_modules(ALL[name].text)
-    stock = Stock(backbone.folder)
+    stock = BackboneFiles(backbone.folder)
     if not fits(spec, backbone):
         pytest.skip(f"{arch} has not the method's sites")
     missing = name in OURS_ALONE or name in NOT_THERE[arch].split("|")
@@ -244,7 +244,7 @@ def test_an_odd_value_of_any_field_is_an_error_of_ours(name: str, backbone: Back
             changed = config | {field: value}
             (tmp_path / peft.CONFIG).write_text(json.dumps(changed))
             try:
-                peft.load(tmp_path, backbone.shape, Stock(backbone.folder))
+                peft.load(tmp_path, backbone.shape, BackboneFiles(backbone.folder))
             except FormatError:
                 refused += 1
             with suppress(SpecError):

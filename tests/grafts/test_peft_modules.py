@@ -23,12 +23,12 @@ from peft import (
 )
 from safetensors.torch import load_file
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
 from polygraft.grafts.formats import peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.spec import GraftSpec
+from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.trained import trained
 from tests.grafts.test_peft import IDS, logits

@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
 from polygraft.grafts.formats import peft
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.launch.demo.oracle.plain import plain_model
 
 
 @pytest.mark.parametrize("kept", [["ln_1"], ["mlp.c_fc"], []], ids=["norm", "projection", "biases"])
@@ -27,7 +27,7 @@ def test_a_tensor_beside_the_method_of_any_other_shape_is_an_error(
         r=2, target_modules=["attn.c_proj"], modules_to_save=kept or None, bias=bias, fan_in_fan_out=True
     )
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), Stock(backbone.folder)
+    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
     peft.load(tmp_path, backbone.shape, stock)
     for key, value in stored.items():
         for odd in (value.sum(), value[:1].clone(), value[None], torch.cat([value, value]), value[..., None]):

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import loaded
 from polygraft.grafts.formats import native, peft
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.stock import Stock
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.trained import trained
 from tests.grafts.test_peft import IDS, logits
@@ -75,7 +75,7 @@ def test_edited_rows_come_along_and_are_written_again(
     name: str, folders: Mapping[str, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     arch, config = READ[name]
-    backbone, stock = Backbone.load(folders[arch], torch.float64), Stock(folders[arch])
+    backbone, stock = Backbone.load(folders[arch], torch.float64), BackboneFiles(folders[arch])
     model = trained(backbone.folder, config, first := tmp_path / "first")
     if arch in TIED:
         keep_head(model, first)
@@ -159,7 +159,7 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
 def test_edits_that_no_config_means_are_not_written(
     arch: str, text: str, message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    backbone, stock = Backbone.load(folders[arch], torch.float32), Stock(folders[arch])
+    backbone, stock = Backbone.load(folders[arch], torch.float32), BackboneFiles(folders[arch])
     spec = parse(text)
     assert not peft.exportable(spec, backbone.shape, stock)
     with pytest.raises(FormatError, match=message):
@@ -188,7 +188,7 @@ def test_edits_that_no_op_makes_are_not_read(
     arch: str, tokens: object, message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     trained(folders[arch], lora(ENDS[arch], tokens=tokens), tmp_path)
-    stock = Stock(folders[arch])
+    stock = BackboneFiles(folders[arch])
     with pytest.raises(FormatError, match=message):
         peft.load(tmp_path, stock.shape, stock)
 
@@ -211,7 +211,7 @@ def test_edits_that_no_op_makes_are_not_read(
 def test_a_field_that_does_not_fit_is_refused(
     change: Mapping[str, object], message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    stock = Stock(folders["untied llama"])
+    stock = BackboneFiles(folders["untied llama"])
     trained(folders["untied llama"], lora("q_proj", tokens=[3]), tmp_path)
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     (tmp_path / peft.CONFIG).write_text(json.dumps({**config, **change}))
@@ -222,7 +222,7 @@ def test_a_field_that_does_not_fit_is_refused(
 def test_rows_that_are_not_there_and_a_head_past_the_vocabulary_are_refused(
     folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    stock = Stock(folders["llama"])
+    stock = BackboneFiles(folders["llama"])
     model = trained(folders["llama"], lora("q_proj", tokens=both("embed_tokens", 17)), tmp_path)
     keep_head(model, tmp_path)
     config, stored = json.loads((tmp_path / peft.CONFIG).read_text()), load_file(tmp_path / peft.WEIGHTS)
@@ -248,7 +248,7 @@ def test_a_head_whose_bias_peft_leaves_out_is_refused(folders: Mapping[str, Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     trained(folder, lora("q_proj", tokens=both("embed_tokens", 17)), graft := tmp_path / "graft")
-    stock = Stock(folder)
+    stock = BackboneFiles(folder)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
         peft.load(graft, stock.shape, stock)
     spec = parse("lora(r=2, at=attn.q) + trainable-tokens(17)")
@@ -257,7 +257,7 @@ def test_a_head_whose_bias_peft_leaves_out_is_refused(folders: Mapping[str, Path
 
 
 def test_a_folder_may_edit_most_of_the_vocabulary(folders: Mapping[str, Path], tmp_path: Path) -> None:
-    stock, ids = Stock(folders["untied llama"]), [*range(1, 512)]
+    stock, ids = BackboneFiles(folders["untied llama"]), [*range(1, 512)]
     trained(folders["untied llama"], lora("q_proj", tokens=ids), tmp_path)
     spec, values = peft.load(tmp_path, stock.shape, stock)
     saved = native.save(tmp_path / "ours", spec, values, shape=stock.shape, backbone="stock", stock=stock)

@@ -12,12 +12,12 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, plain_llama
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.plain import MODULES, plain_llama
 from tests.grafts.oracle.row import LINEAR, relative
 
 SITES = (Site(0, "attn.k"), Site(1, "ffn.up"), Site(1, "ffn.down"))

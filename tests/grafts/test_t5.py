@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.plain import plain_model, read, source
 from polygraft.grafts.formats import merged, peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
@@ -21,6 +20,7 @@ from polygraft.grafts.runtime.cache import KVCache
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import Site, model_path, sites_of
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.plain import plain_model, read, source
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.packing import assert_same_bits_in_company, packed
 

@@ -9,12 +9,12 @@ import torch
 from peft import TrainableTokensConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import Place
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import sites_of
 from polygraft.grafts.spec import SpecError
+from polygraft.launch.demo.oracle.plain import Place
 from tests.grafts.oracle.row import Row, relative
 from tests.grafts.test_methods import batch, judged, ours
 from tests.tiny import tiny_llama

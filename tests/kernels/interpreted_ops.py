@@ -72,9 +72,7 @@ def norm_equals_reference(shape: tuple[int, int, int], dtype: torch.dtype, scale
     assert error <= TOLERANCE[wide], error
 
 
-def kv_equals_reference(
-    case: str, heads: test_kv.Heads, dtype: torch.dtype, scores: Scores = test_kv.SCALING
-) -> None:
+def kv_equals_reference(case: str, heads: test_kv.Heads, dtype: torch.dtype, scores: Scores = test_kv.SCALING) -> None:
     layout, inputs, upstream = test_kv.batch(test_kv.CASES[case], heads, dtype)
     got = run(kv_gpu.attend, inputs, layout, scores, upstream=upstream)
     want = test_kv.wanted(kv_reference.attend, inputs, layout, upstream, torch.float64, scores)
@@ -181,9 +179,7 @@ def sparse_segment_alone(indices: int, value: float) -> None:
     assert_equal(mine, alone)
 
 
-def rotate_on_gpu(
-    x: torch.Tensor, operands: dict[str, torch.Tensor], kind: str, segments: Segments
-) -> torch.Tensor:
+def rotate_on_gpu(x: torch.Tensor, operands: dict[str, torch.Tensor], kind: str, segments: Segments) -> torch.Tensor:
     _, block, stages = kind.split(".")
     return rotate_gpu.blocks(x, operands["D"], segments, int(block), int(stages))
 

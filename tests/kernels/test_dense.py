@@ -241,7 +241,7 @@ def test_plain_weights_and_packed_ones_give_the_same_bits(inner: int) -> None:
 
 
 @here
-@pytest.mark.parametrize("act", op.GATED)
+@pytest.mark.parametrize("act", op.MASK_DERIVATIVE)
 @pytest.mark.parametrize("inner", [32, 352])
 def test_gradients_equal_the_references(inner: int, act: str) -> None:
     W, beside = weights(inner, EVEN), even_sides(inner, act)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.plain import Oracle
+from polygraft.launch.demo.oracle.plain import Oracle
 from polygraft.trainers.job import TrainJob
 
 

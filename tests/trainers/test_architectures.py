@@ -16,7 +16,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import SpecError
 from polygraft.trainers import forward
-from polygraft.trainers.forward import Share
+from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.job import Sample
 from polygraft.trainers.loss import losses_and_gradient
 from polygraft.trainers.runner import PackRunner
@@ -77,7 +77,7 @@ def gradients_of(backbone: Backbone, jobs: tuple[int, ...]) -> tuple[list[float]
         lengths = torch.randint(4, 40, (2,), generator=generator).tolist()
         ids = [tuple(torch.randint(2, 512, (n,), generator=generator).tolist()) for n in lengths]
         samples = tuple(Sample(row, (0.0,) + (1.0,) * (len(row) - 1)) for row in ids)
-        shares.append(Share(place, spec.prefix_length, samples, (0, 1), float(sum(lengths))))
+        shares.append(MicroBatch(place, spec.prefix_length, samples, (0, 1), float(sum(lengths))))
     stacks = backbone.stacks(residents, trainable=True)
     losses = forward.train(backbone, stacks, shares)
     found = stacks.gradients()

@@ -14,16 +14,16 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import lora, naive
-from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.sites import Site
+from polygraft.launch.demo.oracle.naive import lora, naive
+from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
+from polygraft.launch.demo.oracle.plain import Oracle, Place
 from polygraft.trainers import runner
 from polygraft.trainers.hooks import Hooks
-from polygraft.trainers.job import Recipe, TrainJob
+from polygraft.trainers.job import TrainConfig, TrainJob
 from tests.grafts.oracle import family_lora
 from tests.grafts.oracle.row import relative
 from tests.trainers.solo import trained
@@ -183,7 +183,7 @@ def recorded(
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     real = runner.adamw
 
-    def noting(slab: Slab, recipe: Recipe, **options: Any) -> None:
+    def noting(slab: Slab, recipe: TrainConfig, **options: Any) -> None:
         values, gradients = slab.tensors, slab.gradients()
         found.append(({n: v.clone() for n, v in values.items()}, {n: g.clone() for n, g in gradients.items()}))
         real(slab, recipe, **options)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import lora, naive
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.spec import SpecError
 from polygraft.kernels.common.noise import normal
+from polygraft.launch.demo.oracle.naive import lora, naive
 from polygraft.trainers import forward
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import Active, PackRunner, _key
+from polygraft.trainers.runner import PackRunner, RunningJob, _key
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
 MIXED = {
@@ -97,7 +97,7 @@ def test_a_step_is_resumed_where_it_was(folder: Path) -> None:
     while pack.jobs["job"].step < 3:
         pack.step()
     left = pack.remove("job")
-    pack.restore(Active(job, left.slab, step=left.step))
+    pack.restore(RunningJob(job, left.slab, step=left.step))
     assert_as_alone(run(pack), [job], backbone)
 
 

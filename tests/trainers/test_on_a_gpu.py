@@ -17,7 +17,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import GraftSpec
 from polygraft.trainers import checkpoint
-from polygraft.trainers.job import Recipe, Sample, TrainJob
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.runner import PackRunner
 from tests.fake_gpu import DEVICE, FakeGpu, fake_gpu
 from tests.grafts.oracle.row import Row
@@ -57,7 +57,7 @@ def pack(backbone: Backbone) -> PackRunner:
 
 
 def job(name: str, spec: GraftSpec) -> TrainJob:
-    return TrainJob(name, spec, Recipe(epochs=1, batch_size=2, learning_rate=1e-3), SAMPLES)
+    return TrainJob(name, spec, TrainConfig(epochs=1, batch_size=2, learning_rate=1e-3), SAMPLES)
 
 
 def devices(tensors: Mapping[str, Tensor]) -> set[torch.device]:

@@ -19,9 +19,9 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sizes import tensors
 from polygraft.kernels.dense import op as dense
 from polygraft.trainers import forward
-from polygraft.trainers.forward import Share
-from polygraft.trainers.job import Recipe, Sample, TrainJob
-from polygraft.trainers.runner import Active, Failed, PackRunner
+from polygraft.trainers.forward import MicroBatch
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.trainers.runner import Failed, PackRunner, RunningJob
 
 METHODS = {
     "lora": "lora(r=8, dropout=0.2)",
@@ -65,7 +65,7 @@ def a_job(name: str, text: str, *, seed: int, steps: int) -> TrainJob:
         muted = int(torch.randint(1, length, (1,), generator=generator))
         samples.append(Sample(tuple(ids), (0.0,) * muted + (1.0,) * (length - muted)))
     batch = 1 + seed % 4
-    recipe = Recipe(
+    recipe = TrainConfig(
         epochs=ceil(steps / ceil(len(samples) / batch)),
         batch_size=batch,
         learning_rate=3e-3 * (1 + seed % 3),
@@ -144,7 +144,7 @@ def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, T
         }
         residents.append(Resident(name, job.spec, values))
         seed = job.recipe.seed
-        shares.append(Share(graft, job.spec.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed))
+        shares.append(MicroBatch(graft, job.spec.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed))
     stacks = backbone.stacks(residents, trainable=True)
     forward.train(backbone, stacks, shares)
     found: dict[str, dict[str, Tensor]] = {}
@@ -181,9 +181,9 @@ def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone)
     if poison == "nan weights":
         slab = Slab(bad.spec, fp32.shape)
         slab.master.fill_(torch.nan)
-        pack.restore(Active(bad, slab))
+        pack.restore(RunningJob(bad, slab))
     else:
-        pack.admit(TrainJob("bad", bad.spec, Recipe(epochs=200, batch_size=2, learning_rate=1e30), bad.train))
+        pack.admit(TrainJob("bad", bad.spec, TrainConfig(epochs=200, batch_size=2, learning_rate=1e30), bad.train))
     for job in jobs[4:]:
         pack.admit(job)
     failures: list[Failed] = []
@@ -201,8 +201,8 @@ def test_a_job_too_short_for_patience_fails_if_none_of_its_steps_was_finite(step
     slab = Slab(bad.spec, fp32.shape)
     slab.master.fill_(torch.nan)
     pack = PackRunner(fp32)
-    short = Recipe(epochs=steps, batch_size=len(bad.train), learning_rate=1e-3)
-    pack.restore(Active(TrainJob("bad", bad.spec, short, bad.train), slab))
+    short = TrainConfig(epochs=steps, batch_size=len(bad.train), learning_rate=1e-3)
+    pack.restore(RunningJob(TrainJob("bad", bad.spec, short, bad.train), slab))
     failures: list[Failed] = []
     assert not run(pack, failures=failures)
     assert [(failed.job, failed.code) for failed in failures] == [("bad", "non_finite_loss")]
@@ -231,7 +231,7 @@ def test_micro_batches_that_do_not_fit_together_run_apart(
     jobs, calls = jobs_of(SHORT, METHODS)[2:7], []
     real = forward.train
 
-    def small(backbone: Backbone, stacks: object, shares: Sequence[Share]) -> list[float]:
+    def small(backbone: Backbone, stacks: object, shares: Sequence[MicroBatch]) -> list[float]:
         calls.append(len(shares))
         losses = real(backbone, stacks, shares)  # type: ignore[arg-type]
         if len(shares) > 2:  # after the work, so that what it left behind could be counted twice
@@ -252,7 +252,7 @@ def test_the_job_that_does_not_fit_alone_is_found_and_fails_alone(
     big = a_job("big", "lora(r=7)", seed=40, steps=200)
     real = forward.train
 
-    def full(backbone: Backbone, stacks: object, shares: Sequence[Share]) -> list[float]:
+    def full(backbone: Backbone, stacks: object, shares: Sequence[MicroBatch]) -> list[float]:
         if any(sample in big.train for share in shares for sample in share.samples):
             raise MemoryError
         return real(backbone, stacks, shares)  # type: ignore[arg-type]

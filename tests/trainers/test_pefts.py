@@ -13,17 +13,17 @@ from peft.tuners.poly.router import PolyRouter
 from peft.tuners.pvera import PveraLayer
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import Find, peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama
 from polygraft.grafts.init import initialise
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.methods import declare
-from polygraft.grafts.methods.support import uniform
+from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.modules import _site_key
 from polygraft.grafts.runtime.stacks import Kind
 from polygraft.grafts.sites import Site
 from polygraft.kernels.common.noise import normal_rows
+from polygraft.launch.demo.oracle.peft_oracle import Find, peft_oracle
+from polygraft.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama
 from polygraft.trainers.forward import _dropout_keys
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import _key

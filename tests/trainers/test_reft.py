@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Parts, after
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.launch.demo.oracle.naive import Parts, after
 from tests.grafts.oracle.family_prompts import noreft
 from tests.grafts.oracle.row import Row, relative
 from tests.tiny import tiny_llama

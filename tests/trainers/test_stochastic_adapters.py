@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.cluster.launch.demo.oracle.naive import naive, serial
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.launch.demo.oracle.naive import naive, serial
 from tests.grafts.oracle.row import random_tensors
 from tests.trainers.test_lora_family import loss_gradients, recorded
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, naive
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, plain_llama, split
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
-from polygraft.grafts.methods.declare import Place
-from polygraft.grafts.methods.support import uniform
+from polygraft.grafts.methods.declare import SiteShape
+from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import tensors
+from polygraft.launch.demo.oracle.naive import Hook, Parts, naive
+from polygraft.launch.demo.oracle.plain import MODULES, Oracle, plain_llama, split
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import _key
 from tests.grafts.oracle.family_sparse import sparse_update
@@ -166,7 +166,7 @@ def test_diff_pruning_trains_gates_and_then_what_is_left(fp64: Backbone) -> None
     def draw(step: int) -> None:
         for name, gate in gates.items():
             _, layer, site, _ = split(name)
-            u[id(gate)] = uniform(_key(job, step), Place(layer, site, *gate.shape[::-1]), gate.detach())
+            u[id(gate)] = uniform(_key(job, step), SiteShape(layer, site, *gate.shape[::-1]), gate.detach())
 
     def penalty() -> Tensor:
         return 0.001 * sum((gate.sigmoid().sum() for gate in gates.values()), torch.zeros(())) * (not kept)

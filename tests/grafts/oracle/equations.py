@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.launch.demo.oracle.naive import Hook, Parts, after
 
 
 def dense(change: Callable[[Tensor, Parts], Tensor]) -> Hook:

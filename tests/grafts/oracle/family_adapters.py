@@ -8,8 +8,8 @@ from peft import BeftConfig, LNTuningConfig, PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, after, ia3_after
-from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
+from polygraft.launch.demo.oracle.naive import Hook, after, ia3_after
+from polygraft.launch.demo.oracle.plain import Place, module_of, split
 from tests.grafts.oracle.row import Row
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, UniLoraConfig, VBLoRAConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import Place, split
+from polygraft.launch.demo.oracle.plain import Place, split
 from tests.grafts.oracle.peft_places import layer_of, parts
 from tests.grafts.oracle.row import LINEAR, Row
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.launch.demo.oracle.naive import Hook, Parts, after
 from tests.grafts.oracle.equations import dense
 from tests.grafts.oracle.row import Row
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, attach
-from polygraft.cluster.launch.demo.oracle.plain import HEADS, Oracle, Place, module_of, plain_llama, read
+from polygraft.launch.demo.oracle.naive import Hook, attach
+from polygraft.launch.demo.oracle.plain import HEADS, Oracle, Place, module_of, plain_llama, read
 from tests.grafts.oracle.family_mixes import gated_adapter, gated_lora
 from tests.grafts.oracle.row import Row, Values
 

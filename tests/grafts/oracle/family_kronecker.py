@@ -9,8 +9,8 @@ from peft import HiraConfig, LoKrConfig, PeanutConfig, PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
-from polygraft.cluster.launch.demo.oracle.plain import Place, split
+from polygraft.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.launch.demo.oracle.plain import Place, split
 from tests.grafts.oracle.equations import dense
 from tests.grafts.oracle.peft_places import layer_of, parts
 from tests.grafts.oracle.row import LINEAR, Row

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.plain import Oracle, Place, plain_model
+from polygraft.launch.demo.oracle.plain import Oracle, Place, plain_model
 from tests.grafts.oracle.row import Row, Values
 
 

@@ -8,8 +8,8 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, after, lora
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Place, split
+from polygraft.launch.demo.oracle.naive import Hook, after, lora
+from polygraft.launch.demo.oracle.plain import MODULES, Place, split
 from tests.grafts.oracle.row import LINEAR, Row
 
 

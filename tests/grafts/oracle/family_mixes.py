@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after, parallel
+from polygraft.launch.demo.oracle.naive import Hook, Parts, after, parallel
 from tests.grafts.oracle.row import Row
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.launch.demo.oracle.naive import Hook, Parts, after
 from tests.grafts.oracle.family_mixes import molora
 from tests.grafts.oracle.row import Row, Values
 

@@ -8,8 +8,8 @@ import torch
 from peft import CPTConfig, FrodConfig, PeftModel, PolyConfig, PveraConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Parts, after
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Place, split
+from polygraft.launch.demo.oracle.naive import Parts, after
+from polygraft.launch.demo.oracle.plain import MODULES, SHARED, Place, split
 from tests.grafts.oracle.peft_places import layer_of, parts
 from tests.grafts.oracle.row import Row
 

@@ -19,8 +19,8 @@ from peft.tuners.adaption_prompt import layer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts, after
-from polygraft.cluster.launch.demo.oracle.plain import Place, module_of, split
+from polygraft.launch.demo.oracle.naive import Hook, Parts, after
+from polygraft.launch.demo.oracle.plain import Place, module_of, split
 from tests.grafts.oracle.family_gated_prefix import llama_adapter, model
 from tests.grafts.oracle.row import Row, Values
 from tests.grafts.packing import PROMPT

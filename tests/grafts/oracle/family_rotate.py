@@ -8,8 +8,8 @@ import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, RoadConfig
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Place, split
+from polygraft.launch.demo.oracle.naive import Hook, Parts
+from polygraft.launch.demo.oracle.plain import MODULES, Place, split
 from tests.grafts.oracle.row import LINEAR, Row
 
 # PEFT makes several factors on CUDA only, so `butterfly` stands in for it.

@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel, ShiraConfig, SupertuningConfig
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Place, split
 from polygraft.grafts.sites import CROSS
+from polygraft.launch.demo.oracle.naive import Hook, Parts
+from polygraft.launch.demo.oracle.plain import MODULES, Place, split
 from tests.grafts.oracle.row import LINEAR, Row
 
 WIDTHS = {"attn.q": (64, 64), "attn.k": (32, 64), "attn.v": (32, 64), "attn.o": (64, 64)}

@@ -9,7 +9,7 @@ import torch
 from peft import C3AConfig, FourierFTConfig, RandLoraConfig, WaveFTConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts
+from polygraft.launch.demo.oracle.naive import Hook, Parts
 from tests.grafts.oracle.equations import dense
 from tests.grafts.oracle.peft_places import parts
 from tests.grafts.oracle.row import LINEAR, Row

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.nn import functional as F
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, after, serial
+from polygraft.launch.demo.oracle.naive import Hook, after, serial
 from tests.grafts.oracle.row import Row
 
 

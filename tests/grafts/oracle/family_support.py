@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, Parts
+from polygraft.launch.demo.oracle.naive import Hook, Parts
 from tests.grafts.oracle.family_sparse import placed, sparse_update
 from tests.grafts.oracle.row import Row
 

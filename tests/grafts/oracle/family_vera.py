@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from peft import PeftModel, VeraConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Place, split
+from polygraft.launch.demo.oracle.plain import MODULES, SHARED, Place, split
 from tests.grafts.oracle.row import Row
 
 

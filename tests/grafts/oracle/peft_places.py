@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from peft import PeftModel
 from torch import Tensor, nn
 
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, SHARED, Place, split
+from polygraft.launch.demo.oracle.plain import MODULES, SHARED, Place, split
 
 Find = Callable[[PeftModel, str, Tensor], Place]
 

@@ -11,14 +11,14 @@ import torch
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from torch import Tensor
 
-from polygraft.cluster.launch.demo.oracle.naive import Hook, naive
-from polygraft.cluster.launch.demo.oracle.peft_oracle import peft_oracle
-from polygraft.cluster.launch.demo.oracle.plain import MODULES, Oracle, Place, embedded, plain_llama, read_rows
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import CROSS, ModelShape, sites_of
 from polygraft.grafts.sizes import tensors
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import KV, GraftSpec, SpecError
+from polygraft.launch.demo.oracle.naive import Hook, naive
+from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
+from polygraft.launch.demo.oracle.plain import MODULES, Oracle, Place, embedded, plain_llama, read_rows
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Values = Mapping[str, Tensor]

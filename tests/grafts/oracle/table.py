@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft import IA3Config, LoraConfig, PrefixTuningConfig
 
-from polygraft.cluster.launch.demo.oracle.naive import bitfit, ia3_after, ia3_before, lora, parallel, serial
+from polygraft.launch.demo.oracle.naive import bitfit, ia3_after, ia3_before, lora, parallel, serial
 from tests.grafts.oracle.row import LINEAR, Row
 
 METHODS: Mapping[str, Row] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from polygraft.cluster.launch.demo.oracle.peft_oracle import first_task
-from polygraft.cluster.launch.demo.oracle.plain import plain_model
+from polygraft.launch.demo.oracle.peft_oracle import first_task
+from polygraft.launch.demo.oracle.plain import plain_model
 
 
 def trained(backbone: Path, config: PeftConfig, target: Path, *, by: float = 0.1) -> PeftModel:

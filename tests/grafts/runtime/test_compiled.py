@@ -73,7 +73,7 @@ def test_prepacked_and_plain_weights_train_the_same_bits(act: str) -> None:
 
 
 @here
-@pytest.mark.parametrize("act", op.GATED)
+@pytest.mark.parametrize("act", op.MASK_DERIVATIVE)
 def test_what_is_served_and_evaluated_is_what_is_trained(act: str) -> None:
     W, beside, x, dy = weights(), plan(act), normal(100, INNER), normal(100, sum(WIDTHS))
     linear = CompiledLinear(W, [None, None], prepack=False)

@@ -120,7 +120,7 @@ def test_qlora_and_qdora_are_pefts_on_transformers_4_bit_model(method: str, fp32
 
 
 def _path(site: str) -> str:
-    from polygraft.cluster.launch.demo.oracle.plain import MODULES
+    from polygraft.launch.demo.oracle.plain import MODULES
 
     return MODULES[site]
 

@@ -1,0 +1,213 @@
+"""Prompts in the input embeddings.
+
+Prompt tuning puts trained rows P before the embeddings of a sequence, [P; E(x)] (Lester et al. 2021, arXiv 2104.08691,
+section 2). P-tuning makes them by an encoder, a network of three layers or an LSTM with one of two (Liu et al. 2021,
+arXiv 2103.10385, section 3). DePT has a shorter P and adds A B to the embeddings of the first tokens, [P; E(x) + A B]
+(Shi & Lipani 2024, arXiv 2309.05173, section 2.2). Trainable tokens edit the rows of given tokens (Gal et al. 2022,
+arXiv 2208.01618, section 3), in the input only: where the head is tied to the embeddings, it keeps the old ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.spec import DeclRef, Slot, SpecError, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+_STARTS = ("text", "vocabulary", "normal")
+_CELLS = range(4)  # of an LSTM of two layers and two directions
+_WIDE = DeclRef("normal", (("std", 1.0),))
+
+
+def prompt(length: int = 20, start: str = "text") -> tuple[Slot, ...]:
+    """`start`: the embeddings of the first sample's tokens, of random tokens, or random numbers."""
+    if start not in _STARTS:
+        raise SpecError(f"peft: start: {start!r} is unknown; choices: {', '.join(_STARTS)}")
+    made = {"text": None, "vocabulary": DeclRef("sampled-tokens"), "normal": _WIDE}[start]
+    return (Tokens(length=length, start=made),)
+
+
+def p_tuning(length: int = 20, hidden: int = 128, encoder: str = "mlp") -> tuple[Slot, ...]:
+    if encoder not in ("mlp", "lstm"):
+        raise SpecError(f"peft: encoder: {encoder!r} is unknown; choices: mlp, lstm")
+    return (Tokens(length=length, form=DeclRef(f"p-tuning-{encoder}", (("hidden", _size("hidden", hidden)),))),)
+
+
+def dept(length: int = 10, rows: int = 64, r: int = 8) -> tuple[Slot, ...]:
+    low = DeclRef("low-rank-rows", (("r", _size("r", r)), ("std", 0.0)))
+    return (Tokens(length=length), Tokens(length=rows, mode="add", form=low))
+
+
+def trainable_tokens(ids: str = "1|2") -> tuple[Slot, ...]:
+    """`ids`: numbers of tokens, joined by `|`."""
+    if not all(part.strip().isdecimal() for part in ids.split("|")):
+        raise SpecError(f"peft: ids: {ids!r} are not numbers of tokens joined by |")
+    found = tuple(int(part) for part in ids.split("|"))
+    return (Tokens(length=len(found), mode="replace", ids=found),)
+
+
+def _size(field: str, value: int) -> int:
+    if value < 1:
+        raise SpecError(f"peft: {field}: {value} is not a size; give at least 1")
+    return value
+
+
+def _mlp_own(slot: Tokens, place: SiteShape, hidden: int) -> Mapping[str, TensorDecl]:
+    width = place.d_out
+    return {"E": TensorDecl((slot.length, width), _WIDE), **_layers((width, hidden, hidden, width))}
+
+
+def _mlp(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, hidden: int) -> Mapping[str, Tensor]:
+    return {"p": _network(values["E"], values, 3)}
+
+
+def _lstm_own(slot: Tokens, place: SiteShape, hidden: int) -> Mapping[str, TensorDecl]:
+    width = place.d_out
+    cells: dict[str, TensorDecl] = {}
+    for cell in _CELLS:
+        cells |= {
+            f"Wi{cell}": TensorDecl((4 * hidden, width if cell < 2 else 2 * hidden), "kaiming"),
+            f"Wh{cell}": TensorDecl((4 * hidden, hidden), "kaiming"),
+            f"bi{cell}": TensorDecl((4 * hidden,)),
+            f"bh{cell}": TensorDecl((4 * hidden,)),
+        }
+    return {"E": TensorDecl((slot.length, width), _WIDE), **cells, **_layers((2 * hidden, 2 * hidden, width))}
+
+
+def _lstm(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, hidden: int) -> Mapping[str, Tensor]:
+    import torch
+
+    E = values["E"]
+    weights = [values[f"{part}{cell}"] for cell in _CELLS for part in ("Wi", "Wh", "bi", "bh")]
+    begin = E.new_zeros(len(_CELLS), 1, hidden)
+    # With biases, two layers, no dropout, not training, both directions, batch first.
+    found = torch.lstm(E[None], (begin, begin), weights, True, 2, 0.0, False, True, True)[0]
+    return {"p": _network(found[0], values, 2)}
+
+
+def _layers(widths: tuple[int, ...]) -> dict[str, TensorDecl]:
+    """Weights and biases of linear layers between `widths`."""
+    found: dict[str, TensorDecl] = {}
+    for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+        found |= {f"W{i}": TensorDecl((after, before), "kaiming"), f"b{i}": TensorDecl((after,))}
+    return found
+
+
+def _network(x: Tensor, values: Mapping[str, Tensor], layers: int) -> Tensor:
+    """Linear layers with ReLU between them."""
+    for i in range(1, layers + 1):
+        x = x @ values[f"W{i}"].T + values[f"b{i}"]
+        x = x.relu() if i < layers else x
+    return x
+
+
+def _low_own(slot: Tokens, place: SiteShape, r: int, std: float) -> Mapping[str, TensorDecl]:
+    return {
+        "A": TensorDecl((slot.length, _size("r", r)), "kaiming"),
+        "B": TensorDecl((r, place.d_out), DeclRef("normal", (("std", std),))),
+    }
+
+
+def _low(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, r: int, std: float) -> Mapping[str, Tensor]:
+    return {"p": values["A"] @ values["B"]}
+
+
+def _sampled(tensor: TensorSpec, making: Making) -> Tensor:
+    """Embeddings of tokens drawn at random, as PEFT's SAMPLE_VOCAB."""
+    import torch
+
+    count = len(making.backbone.embedding)
+    return making.embedded(torch.randint(0, count, (tensor.shape[0],), generator=making.generator(tensor.name)))
+
+
+METHODS = (
+    Method("prompt", "arXiv 2104.08691", 3e-2, prompt, aliases=("prompt-tuning",)),
+    Method("p-tuning", "arXiv 2103.10385", 1e-3, p_tuning),
+    Method("dept", "arXiv 2309.05173", 3e-2, dept),
+    Method("trainable-tokens", "arXiv 2208.01618", 5e-3, trainable_tokens, aliases=("textual-inversion",)),
+)
+PARAMETRIZATIONS = (
+    Parametrization("p-tuning-mlp", _mlp, _mlp_own),
+    Parametrization("p-tuning-lstm", _lstm, _lstm_own),
+    Parametrization("low-rank-rows", _low, _low_own),
+)
+STARTS = (Start("sampled-tokens", _sampled),)
+_INITS = {"normal": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}
+
+
+def _start(config: Config) -> Config:
+    found = [ours for ours, theirs in _INITS.items() if config.get("prompt_tuning_init", "RANDOM") == theirs]
+    return {"start": found[0]} if found else {}
+
+
+def _ids(config: Config) -> Config:
+    found = config.get("token_indices")
+    if not isinstance(found, list) or not found:
+        raise SpecError(f"token_indices: {found!r} is not a list of tokens")
+    return {"ids": "|".join(map(str, found))}
+
+
+_LENGTH: dict[str, tuple[str, object]] = {"length": ("num_virtual_tokens", 20)}
+_KEPT = {"p": Kept("prompt_embeddings", of="file")}
+PEFT = (
+    Peft(
+        kind="PROMPT_TUNING",
+        method="prompt",
+        names=_LENGTH,
+        fields=lambda start, **_: {"prompt_tuning_init": _INITS.get(start, "RANDOM")},
+        arguments=_start,
+        reads=("prompt_tuning_init",),
+        idle={"prompt_tuning_init_text": None},
+        sides={},
+        layered=False,
+        own=_KEPT,
+    ),
+    Peft(
+        kind="P_TUNING",
+        method="prompt",  # PEFT's files hold what the encoder made
+        names=_LENGTH,
+        idle=dict.fromkeys(
+            (
+                "encoder_reparameterization_type",
+                "encoder_hidden_size",
+                "encoder_num_layers",
+                "encoder_dropout",
+            )
+        ),
+        sides={},
+        layered=False,
+        own=_KEPT,
+        only="folder",
+    ),
+    Peft(
+        kind="TRAINABLE_TOKENS",
+        method="trainable-tokens",
+        fields=lambda ids, **_: {"token_indices": [int(token) for token in ids.split("|")]},
+        arguments=_ids,
+        reads=("token_indices", "target_modules"),
+        idle={"init_weights": True},
+        sides={},
+        layered=False,
+        own={"p": Kept("trainable_tokens_delta")},
+        untied=True,
+    ),
+    Peft(
+        kind="P_TUNING",
+        method="p-tuning",
+        names=_LENGTH | {"hidden": ("encoder_hidden_size", 128)},
+        arguments=lambda config: {"encoder": str(config.get("encoder_reparameterization_type", "MLP")).lower()},
+        reads=("encoder_reparameterization_type",),
+        idle={"encoder_num_layers": 2, "encoder_dropout": None},
+        sides={},
+        layered=False,
+        only="job",
+    ),
+)

@@ -1,0 +1,159 @@
+"""Prompts P that are made of other numbers.
+
+DPT factors them, P = A B (Xiao et al. 2023, arXiv 2310.10094, section 3). Residual prompt tuning adds what a small
+shared network makes of each row, P + LayerNorm(W_up relu(W_down P)) (Razdaibiedina et al. 2023, arXiv 2305.03937,
+section 3). MPT multiplies a prompt by a matrix of rank one, P * (u v^T) (Wang et al. 2023, arXiv 2303.02861, section
+3; here of one task). XPrompt masks rows and then pieces of rows, those whose masks' gradients were smallest, and
+trains on (Ma et al. 2022, arXiv 2210.04457, section 3); a masked row stays in its place as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.spec import DeclRef, Slot, SpecError, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
+_EPS = 1e-5  # torch's own for a LayerNorm
+
+
+def dpt(length: int = 100, r: int = 10) -> tuple[Slot, ...]:
+    return (Tokens(length=length, form=DeclRef("low-rank-rows", (("r", r), ("std", 1.0)))),)
+
+
+def residual_prompt(length: int = 10, size: int = 64) -> tuple[Slot, ...]:
+    if size < 1:
+        raise SpecError(f"peft: size: {size} is not a size; give at least 1")
+    return (Tokens(length=length, form=DeclRef("residual-prompt", (("size", size),))),)
+
+
+def mpt(length: int = 100) -> tuple[Slot, ...]:
+    return (Tokens(length=length, form=DeclRef("rank-one-prompt")),)
+
+
+def xprompt(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
+    """`keep` of the rows outlive the first third of the steps, `keep_pieces` of their pieces the second."""
+    for field, share in (("keep", keep), ("keep_pieces", keep_pieces)):
+        if not 0 < share <= 1:
+            raise SpecError(f"peft: {field}: {share} is outside (0, 1]")
+    return (Tokens(length=length, form=DeclRef("xprompt", (("pieces", pieces),))),)
+
+
+def _pruning(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[DeclRef, ...]:
+    return (DeclRef("xprompt", (("keep", keep), ("keep_pieces", keep_pieces))),)
+
+
+def _residual_own(slot: Tokens, place: SiteShape, size: int) -> Mapping[str, TensorDecl]:
+    width = place.d_out
+    return {
+        "P": TensorDecl((slot.length, width), "embedded"),
+        "A": TensorDecl((size, width), "kaiming"),
+        "B": TensorDecl((size, width), "kaiming"),
+        "g": TensorDecl((width,), "one"),
+        "b": TensorDecl((width,)),
+    }
+
+
+def _residual(slot: Tokens, values: Values, lowering: Lowering, size: int) -> Values:
+    from torch.nn import functional as F
+
+    P = values["P"]
+    made = (P @ values["A"].T).relu() @ values["B"]
+    return {"p": P + F.layer_norm(made, made.shape[-1:], values["g"], values["b"], _EPS)}
+
+
+def _rank_one_own(slot: Tokens, place: SiteShape) -> Mapping[str, TensorDecl]:
+    return {
+        "P": TensorDecl((slot.length, place.d_out), "embedded"),
+        "u": TensorDecl((slot.length, 1), "one"),
+        "v": TensorDecl((1, place.d_out), "one"),
+    }
+
+
+def _rank_one(slot: Tokens, values: Values, lowering: Lowering) -> Values:
+    return {"p": values["P"] * (values["u"] * values["v"])}
+
+
+def _masked_own(slot: Tokens, place: SiteShape, pieces: int) -> Mapping[str, TensorDecl]:
+    """The prompt; masks of rows and of pieces, 1 or 0; and how much each has mattered so far."""
+    if pieces < 1 or place.d_out % pieces:
+        raise SpecError(f"peft: pieces: {pieces} does not divide an embedding's {place.d_out} numbers")
+    rows, whole = (slot.length, 1), (slot.length, pieces)
+    return {
+        "P": TensorDecl((slot.length, place.d_out), "embedded"),
+        "rows": TensorDecl(rows, "one", trained=False),
+        "pieces": TensorDecl(whole, "one", trained=False),
+        "matter_rows": TensorDecl(rows, trained=False),
+        "matter_pieces": TensorDecl(whole, trained=False),
+    }
+
+
+def _masked(slot: Tokens, values: Values, lowering: Lowering, pieces: int) -> Values:
+    P = values["P"]
+    mask = values["rows"] * values["pieces"].repeat_interleave(P.shape[1] // pieces, dim=1)
+    return {"p": P * mask}
+
+
+def _weigh(values: Values, gradients: Values, keep: float, keep_pieces: float) -> None:
+    """Add |dL/dmask| of a global batch, which for a mask of 1 is the sum of P * dL/dP under it."""
+    for site in _sites(values):
+        pieces = values[f"{site}.pieces"]
+        slopes = (values[f"{site}.P"] * gradients[f"{site}.P"]).view(*pieces.shape, -1).sum(-1)
+        values[f"{site}.matter_rows"].add_(slopes.sum(-1, keepdim=True).abs())
+        values[f"{site}.matter_pieces"].add_(slopes.abs())
+
+
+def _prune(values: Values, gradients: Values, step: int, total: int, keep: float, keep_pieces: float) -> None:
+    for site in _sites(values):
+        rows, pieces = values[f"{site}.rows"], values[f"{site}.pieces"]
+        if step + 1 == max(1, total // 3):
+            _keep_largest(rows, values[f"{site}.matter_rows"], round(keep * len(rows)))
+        if step + 1 == max(1, 2 * total // 3):
+            matter = values[f"{site}.matter_pieces"].where(rows > 0, -1)
+            _keep_largest(pieces, matter, round(keep_pieces * pieces.shape[1] * int(rows.sum().cpu())))
+
+
+def _keep_largest(mask: Tensor, matter: Tensor, count: int) -> None:
+    chosen = matter.flatten().topk(max(1, count)).indices
+    mask.zero_().view(-1)[chosen] = 1
+
+
+def _sites(values: Values) -> Iterator[str]:
+    """Names of a slot at a site, up to the part."""
+    return (name.removesuffix(".matter_rows") for name in values if name.endswith(".matter_rows"))
+
+
+METHODS = (
+    Method("dpt", "arXiv 2310.10094", 3e-2, dpt),
+    Method("residual-prompt", "arXiv 2305.03937", 3e-2, residual_prompt),
+    Method("mpt", "arXiv 2303.02861", 3e-2, mpt),
+    Method("xprompt", "arXiv 2210.04457", 3e-2, xprompt, hooks=_pruning),
+)
+PARAMETRIZATIONS = (
+    Parametrization("residual-prompt", _residual, _residual_own),
+    Parametrization("rank-one-prompt", _rank_one, _rank_one_own),
+    Parametrization("xprompt", _masked, _masked_own),
+)
+HOOKS = (Hook("xprompt", gradient=_weigh, after_step=_prune),)
+PEFT = (
+    Peft(
+        kind="MULTITASK_PROMPT_TUNING",
+        method="mpt",
+        names={"length": ("num_virtual_tokens", 100)},
+        needs={"num_tasks": 1, "num_ranks": 1},
+        idle={"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "prompt_tuning_init_task": None},
+        sides={},
+        layered=False,
+        own={
+            "P": Kept("prompt_embeddings", of="file"),
+            "u": Kept("prefix_task_cols", shape=lambda slot: (1, slot.length, 1), of="file"),
+            "v": Kept("prefix_task_rows", shape=(1, 1, -1), of="file"),
+        },
+    ),
+)

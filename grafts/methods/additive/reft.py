@@ -1,0 +1,66 @@
+"""ReFT: edits of the residual stream in a subspace of low rank (Wu et al. 2024, arXiv 2404.03592).
+
+LoReFT h + R^T (W h + b - R h) with orthonormal rows R (eq. 2), NoReFT the same with any R, DiReFT h + W2^T (W1 h + b)
+(eq. 3), of the prompt's `first` and `last` tokens alone (section 4), the same edit of both; where a prompt is shorter,
+each of its tokens is edited once. Generated tokens are not. With two terms, of first=7, last=0 and of first=0, last=7,
+the ends have edits of their own; with 0 and 0 every token is edited. R is the first columns of a product of Householder
+reflections, whose vectors are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.spec import Branch, DeclRef, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def loreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    return (_edit(r, first, last, at, DeclRef("reft", (("orthonormal", 1),))),)
+
+
+def noreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    return (_edit(r, first, last, at, DeclRef("reft", (("orthonormal", 0),))),)
+
+
+def direft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    return (_edit(r, first, last, at),)
+
+
+def _edit(r: int, first: int, last: int, at: str, form: DeclRef | None = None) -> Branch:
+    return Branch(at=at, rank=r, tap="output", bias=True, first=first, last=last, form=form)
+
+
+def _own(slot: Branch, place: SiteShape, orthonormal: int) -> Mapping[str, TensorDecl]:
+    rotation = DeclRef("normal", (("std", 1.0),)) if orthonormal else "kaiming"
+    return {
+        "R": TensorDecl((slot.rank, place.d_out), rotation),
+        "W": TensorDecl((slot.rank, place.d_out), "kaiming"),
+        "b": TensorDecl((slot.rank, 1)),
+    }
+
+
+def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, orthonormal: int) -> Mapping[str, Tensor]:
+    R = _reflected(values["R"]) if orthonormal else values["R"]
+    return {"A": values["W"] - R, "B": R, "a": values["b"]}
+
+
+def _reflected(vectors: Tensor) -> Tensor:
+    """Orthonormal rows, as many as `vectors`: vector i counts from its element i + 1 on, before which stands a 1."""
+    import torch
+
+    below = vectors.T.tril(-1)
+    rotation: Tensor = torch.linalg.householder_product(below, 2 / (1 + below.square().sum(0)))
+    return rotation.T
+
+
+METHODS = (
+    Method("loreft", "arXiv 2404.03592", 1e-3, loreft),
+    Method("noreft", "arXiv 2404.03592", 1e-3, noreft),
+    Method("direft", "arXiv 2404.03592", 1e-3, direft),
+)
+PARAMETRIZATIONS = (Parametrization("reft", _operands, _own),)

@@ -1,0 +1,77 @@
+"""Serial adapters of which each step trains another random part.
+
+- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3): every step draws n from 0 to `upto` and computes
+  without the adapters of the first n layers, so that the graft may be served without those of any so many.
+- AdaMix (Wang et al. 2022, arXiv 2205.12410, section 3): every step each adapter projects down by one of `experts`
+  matrices and up by another's, drawn apart; served are their means. Without the paper's second pass, whose KL
+  divergence would draw the experts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from polygraft.grafts.methods.additive.adapters import act_of
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
+
+
+def adapter_drop(
+    size: int = 64, upto: int = 11, served: int = 0, act: str = "gelu", at: str = "attn.out|ffn.out"
+) -> tuple[Slot, ...]:
+    """`served` is how many first layers go without when the graft is served and evaluated."""
+    if upto < 1 or not 0 <= served <= upto:
+        raise SpecError(f"peft: adapter-drop: upto {upto} and served {served}; give 0 <= served <= upto, and upto >= 1")
+    form = DeclRef("adapter-drop", (("upto", upto), ("served", served)))
+    return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
+
+
+def adamix(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+    if experts < 1:
+        raise SpecError(f"peft: experts: {experts} is not a count; give at least 1")
+    form = DeclRef("adamix", (("experts", experts),))
+    return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
+
+
+def _own(slot: Branch, place: SiteShape, **_: object) -> Mapping[str, TensorDecl]:
+    return {"A": TensorDecl((slot.rank, place.d_in), "kaiming"), "B": TensorDecl((slot.rank, place.d_out))}
+
+
+def _kept(slot: Branch, values: Values, lowering: Lowering, upto: int, served: int) -> Values:
+    import torch
+
+    without = served if lowering.draw is None else lowering.draw % (upto + 1)
+    there = lowering.place.layer >= without
+    return {"A": values["A"], "B": values["B"] if there else torch.zeros_like(values["B"])}
+
+
+def _own_each(slot: Branch, place: SiteShape, experts: int) -> Mapping[str, TensorDecl]:
+    return {
+        "A": TensorDecl((experts * slot.rank, place.d_in), "kaiming"),
+        "B": TensorDecl((experts * slot.rank, place.d_out)),
+    }
+
+
+def _one_or_mean(slot: Branch, values: Values, lowering: Lowering, experts: int) -> Values:
+    each = {part: value.view(experts, slot.rank, -1) for part, value in values.items()}
+    if lowering.draw is None:
+        return {part: value.mean(0) for part, value in each.items()}
+    place = lowering.place
+    return {
+        part: value[crc32(f"{lowering.draw}/{place.layer}.{place.name}.{part}".encode()) % experts]
+        for part, value in each.items()
+    }
+
+
+METHODS = (
+    Method("adapter-drop", "arXiv 2010.11918", 1e-3, adapter_drop, aliases=("adapterdrop",)),
+    Method("adamix", "arXiv 2205.12410", 1e-3, adamix),
+)
+PARAMETRIZATIONS = (Parametrization("adapter-drop", _kept, _own), Parametrization("adamix", _one_or_mean, _own_each))

@@ -1,0 +1,78 @@
+"""Mixtures of LoRA experts: y += s sum_i w_i B_i A_i x with weights from the row (MoLORA, HydraLoRA) or from a trained
+description of the task (MOELoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def molora(r: int = 4, experts: int = 4, alpha: float = 8.0, at: str = "linear", top: int = 0) -> tuple[Slot, ...]:
+    """w = softmax(W_g x) of every row and site (Zadouri et al. 2023, arXiv 2309.05444); with `top` over the
+    highest alone (MoLA, Gao et al. 2024, arXiv 2402.08562)."""
+    return (_mixture(r, experts, alpha, at, top),)
+
+
+def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "linear") -> tuple[Slot, ...]:
+    """One A for all experts, a B each: y += s sum_i w_i B_i A x (Tian et al. 2024, arXiv 2404.19245)."""
+    return (_mixture(r, experts, alpha, at, form=DeclRef("one_down")),)
+
+
+def moelora(r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16) -> tuple[Slot, ...]:
+    """w = softmax(W_T e) with e [task] the trained embedding of the job's task and one W_T for all sites; `r` is the
+    ranks of all experts together (Liu et al. 2023, arXiv 2310.18339). What is served is a plain LoRA."""
+    if experts < 1 or r % experts:
+        raise SpecError(f"peft: experts: {experts} do not share rank {r} evenly")
+    form = DeclRef("task_gate", (("experts", experts), ("task", task)))
+    return (Branch(at=at, rank=r, scale=alpha / max(r, 1), form=form),)
+
+
+def _mixture(r: int, experts: int, alpha: float, at: str, top: int = 0, form: DeclRef | None = None) -> Branch:
+    if experts < 1:
+        raise SpecError(f"peft: experts: {experts} is not a count; give at least 1")
+    rank, scale = r * experts, alpha / max(r, 1)
+    return Branch(at=at, rank=rank, scale=scale, gate="softmax", experts=experts, top=top, form=form)
+
+
+def _one_down_own(slot: Branch, place: SiteShape) -> Mapping[str, TensorDecl]:
+    return {
+        "A": TensorDecl((slot.rank // slot.experts, place.d_in), "kaiming"),
+        "B": TensorDecl((slot.rank, place.d_out)),
+        "G": TensorDecl((slot.experts, place.d_in), "kaiming"),
+    }
+
+
+def _one_down(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering) -> Mapping[str, Tensor]:
+    return {"A": values["A"].repeat(slot.experts, 1), "B": values["B"], "G": values["G"]}
+
+
+def _task_own(slot: Branch, place: SiteShape, experts: int, task: int) -> Mapping[str, TensorDecl]:
+    return {"A": TensorDecl((slot.rank, place.d_in), "kaiming"), "B": TensorDecl((slot.rank, place.d_out))}
+
+
+def _task_shared(slot: Branch, places: Sequence[SiteShape], experts: int, task: int) -> Mapping[str, TensorDecl]:
+    return {"e": TensorDecl((task,), DeclRef("normal", (("std", 1.0),))), "T": TensorDecl((experts, task), "kaiming")}
+
+
+def _task_gate(
+    slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, experts: int, task: int
+) -> Mapping[str, Tensor]:
+    weights = (values["T"] @ values["e"]).softmax(0).repeat_interleave(slot.rank // experts)
+    return {"A": values["A"], "B": weights[:, None] * values["B"]}
+
+
+METHODS = (
+    Method("molora", "arXiv 2309.05444", 3e-4, molora),
+    Method("hydralora", "arXiv 2404.19245", 3e-4, hydralora),
+    Method("moelora", "arXiv 2310.18339", 3e-4, moelora),
+)
+PARAMETRIZATIONS = (
+    Parametrization("one_down", _one_down, _one_down_own),
+    Parametrization("task_gate", _task_gate, _task_own, _task_shared),
+)

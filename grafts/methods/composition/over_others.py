@@ -1,0 +1,211 @@
+"""Methods over grafts that were trained before and stay as they are; `of` names them.
+
+MeteoRA weighs LoRAs row by row, y += sum_i w_i s_i B_i A_i x with w a softmax over the `top` highest of G x at every
+site (Xu et al. 2024, arXiv 2405.13053, section 3). MoLE's gate reads what the LoRAs give, w = softmax(e [E_1 x; ...;
+E_N x]) (Wu et al. 2024, arXiv 2404.13628, section 3), here of the row alone and without its normalisation. O-LoRA
+learns one LoRA more, orthogonal to the others by a penalty lambda sum |A_i A^T|^2 (Wang et al. 2023, arXiv 2310.14152,
+section 3). AdapterFusion attends to the outputs z_i of adapters, h + sum_i softmax_i((h Q) (z_i K)^T) z_i V (Pfeiffer
+et al. 2021, arXiv 2005.00247, section 3).
+
+`r` or `size` is the largest that one of the others has; where one has nothing, it adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.additive.adapters import act_of
+from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.sites import ModelShape, Site, sites_of
+from polygraft.grafts.sizes import tensors
+from polygraft.grafts.spec import Branch, DeclRef, GraftSpec, Slot, SpecError, source_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+Values = Mapping[str, "Tensor"]
+Parts = Mapping[str, TensorDecl]
+
+
+def meteora(r: int = 8, at: str = "linear", top: int = 2, *, of: str = "one|two") -> tuple[Slot, ...]:
+    count = len(source_names(of))
+    form, top = DeclRef("meteora", (("of", of),)), min(top, count)
+    return (Branch(at=at, rank=count * r, gate="softmax", experts=count, top=top, form=form),)
+
+
+def mole(r: int = 8, at: str = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
+    count = len(source_names(of))
+    return (Branch(at=at, rank=count * r, gate="softmax", experts=count, form=DeclRef("mole", (("of", of),))),)
+
+
+def o_lora(
+    r: int = 8, alpha: float = 16.0, at: str = "linear", old: int = 8, penalty: float = 0.5, *, of: str = "one"
+) -> tuple[Slot, ...]:
+    """`old` is the largest rank of the others, `penalty` lambda."""
+    if r < 1:
+        raise SpecError(f"peft: r: {r} is not a size; give at least 1")
+    form = DeclRef("o-lora", (("of", of), ("r", r), ("scale", alpha / r)))
+    return (Branch(at=at, rank=r + old * len(source_names(of)), form=form),)
+
+
+def _penalties(
+    r: int = 8, alpha: float = 16.0, at: str = "linear", old: int = 8, penalty: float = 0.5, *, of: str = "one"
+) -> tuple[DeclRef, ...]:
+    return (DeclRef("o-lora", (("weight", penalty),)),)
+
+
+def fusion(size: int = 64, act: str = "gelu", at: str = "ffn.out", *, of: str = "one|two") -> tuple[Slot, ...]:
+    """Of serial adapters without biases, at the places that they stand at."""
+    count = len(source_names(of))
+    form, rank = DeclRef("fusion", (("of", of),)), count * size
+    return (Branch(at=at, rank=rank, act=act_of(act), tap="output", gate="attention", experts=count, form=form),)
+
+
+def _others(slot: Branch, place: SiteShape, of: str, rank: int | None = None) -> Parts:
+    start, rank = DeclRef("of_others", (("of", of),)), slot.rank if rank is None else rank
+    return {
+        "A": TensorDecl((rank, place.d_in), start, trained=False),
+        "B": TensorDecl((rank, place.d_out), start, trained=False),
+    }
+
+
+def _meteora_own(slot: Branch, place: SiteShape, of: str) -> Parts:
+    return {**_others(slot, place, of), "G": TensorDecl((slot.experts, place.d_in), "kaiming")}
+
+
+def _as_they_are(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
+    return values
+
+
+def _mole_own(slot: Branch, place: SiteShape, of: str) -> Parts:
+    return {**_others(slot, place, of), "e": TensorDecl((slot.experts, slot.experts * place.d_out))}
+
+
+def _mole(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
+    """e [E_1; ...; E_N] is linear in the row."""
+    A, B = (values[part].view(slot.experts, slot.rank // slot.experts, -1) for part in "AB")
+    e = values["e"].view(slot.experts, slot.experts, -1).transpose(0, 1)  # [of which output, for which expert, d]
+    return {"A": values["A"], "B": values["B"], "G": (e @ B.mT @ A).sum(0)}
+
+
+def _o_lora_own(slot: Branch, place: SiteShape, of: str, r: int, scale: float) -> Parts:
+    others = {f"{part}0": one for part, one in _others(slot, place, of, slot.rank - r).items()}
+    return {"A": TensorDecl((r, place.d_in), "kaiming"), "B": TensorDecl((r, place.d_out)), **others}
+
+
+def _o_lora(slot: Branch, values: Values, lowering: Lowering, of: str, r: int, scale: float) -> Values:
+    import torch
+
+    return {"A": torch.cat([values["A"], values["A0"]]), "B": torch.cat([scale * values["B"], values["B0"]])}
+
+
+def _overlap(values: Values, weight: float) -> Tensor:
+    import torch
+
+    sites = [name.removesuffix(".A0") for name in values if name.endswith(".A0")]
+    overlaps = [(values[f"{site}.A0"] @ values[f"{site}.A"].T).square().sum() for site in sites]
+    return weight * torch.stack(overlaps).sum()
+
+
+def _fusion_own(slot: Branch, place: SiteShape, of: str) -> Parts:
+    square = (place.d_out, place.d_out)
+    return {
+        **_others(slot, place, of),
+        "Q": TensorDecl(square, "kaiming"),
+        "K": TensorDecl(square, "kaiming"),
+        "V": TensorDecl(square, "eye"),
+    }
+
+
+def _fusion(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
+    """(h Q) (a B K)^T is the inner product of hidden values a and B K Q^T h."""
+    A, B, Q, K, V = (values[part] for part in "ABQKV")
+    return {"A": A, "B": B @ V, "G": B @ K @ Q.T}
+
+
+def _eye(tensor: TensorSpec, making: Making) -> Tensor:
+    import torch
+
+    return torch.eye(*tensor.shape)
+
+
+def _taken(tensor: TensorSpec, making: Making, of: str) -> Tensor:
+    """A's or B's rows of every source at the site, B's with their factors, padded with zeros to the same number."""
+    import torch
+
+    names, part = source_names(of), tensor.part[0]
+    share = tensor.shape[0] // len(names)
+    made = torch.zeros(tensor.shape)
+    for i, name in enumerate(names):
+        source, first = making.source(name), i * share
+        for index, slot in _at(source.spec, tensor.site, making.backbone.shape):
+            rows = source.tensors[f"{index}.{tensor.site}.{part}"]
+            made[first : first + len(rows)] = rows * (slot.scale if part == "B" else 1.0)
+            first += len(rows)
+    return made
+
+
+def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape, of: str) -> None:
+    """Every source is branches of our kind, at no other sites, and no larger; `old` is as large as one of them."""
+    own, names = spec.slots[tensor.slot], source_names(of)
+    assert isinstance(own, Branch) and own.form is not None and tensor.site is not None
+    share, largest = tensor.shape[0] // len(names), 0
+    sites = {one.site for one in tensors(spec, shape) if one.slot == tensor.slot}
+    for name in names:
+        plain = sources[name].plain
+        for slot in plain.slots:
+            like = isinstance(slot, Branch) and (slot.act, slot.tap, slot.bias, slot.gate) == (
+                own.act,
+                own.tap,
+                False,
+                "none",
+            )
+            if not like:
+                kind = "a LoRA" if own.act == "identity" else f"an adapter with {own.act} and no biases"
+                raise SpecError(f"of: {name!r} is {sources[name].method!r}, not {kind}")
+        ranks = _ranks(plain, shape)
+        if beside := ranks.keys() - sites:
+            raise SpecError(f"at: {name!r} also acts at {min(beside)}, where {spec.method!r} does not")
+        if (size := ranks[tensor.site]) > share:
+            raise SpecError(f"of: {name!r} has rank {size} at {tensor.site}, more than {share}; give that")
+        largest = max(largest, *ranks.values())
+    if own.form.name == "o-lora" and share > largest:
+        raise SpecError(f"old: {share} is more than the largest rank of {of!r}; give {largest}")
+
+
+def _ranks(spec: GraftSpec, shape: ModelShape) -> Counter[Site]:
+    """The ranks of all branches at a site together."""
+    found: Counter[Site] = Counter()
+    for index, site in sites_of(spec, shape):
+        slot = spec.slots[index]
+        if isinstance(slot, Branch):
+            found[site] += slot.rank
+    return found
+
+
+def _at(spec: GraftSpec, site: Site | None, shape: ModelShape) -> Iterator[tuple[int, Branch]]:
+    for index, where in sites_of(spec, shape):
+        slot = spec.slots[index]
+        if where == site and isinstance(slot, Branch):
+            yield index, slot
+
+
+METHODS = (
+    Method("meteora", "arXiv 2405.13053", 1e-3, meteora),
+    Method("mole", "arXiv 2404.13628", 1e-3, mole),
+    Method("o-lora", "arXiv 2310.14152", 3e-4, o_lora, hooks=_penalties),
+    Method("fusion", "arXiv 2005.00247", 1e-4, fusion, aliases=("adapter-fusion",)),
+)
+PARAMETRIZATIONS = (
+    Parametrization("meteora", _as_they_are, _meteora_own),
+    Parametrization("mole", _mole, _mole_own),
+    Parametrization("o-lora", _o_lora, _o_lora_own),
+    Parametrization("fusion", _fusion, _fusion_own),
+)
+STARTS = (Start("of_others", _taken, _check), Start("eye", _eye))
+HOOKS = (Hook("o-lora", penalty=_overlap),)

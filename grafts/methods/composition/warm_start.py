@@ -1,0 +1,101 @@
+"""Grafts that go on from others.
+
+`from` is written beside what is trained, `lora(r=8) + from(of=support)`: all tensors start as those of a graft with the
+same slots, or as the mean of several. A prompt that starts from one of another task is SPoT (Vu et al. 2022, arXiv
+2110.07904). Intrinsic prompt tuning moves only inside the subspace that prompts of other tasks span, P = m +
+sum_i z_i D_i (Qin et al. 2021, arXiv 2110.07867, section 3); D are the principal components of their prompts, where the
+paper trains an auto-encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.spec import DeclRef, GraftSpec, Slot, SpecError, Tokens, source_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+
+def go_on(*, of: str = "one") -> tuple[Slot, ...]:
+    return ()
+
+
+def _from(*, of: str = "one") -> tuple[DeclRef, ...]:
+    if not source_names(of):
+        raise SpecError("of: it is empty; name the graft to start from")
+    return (DeclRef("from", (("of", of),)),)
+
+
+def spot(length: int = 20, *, of: str = "one") -> tuple[Slot, ...]:
+    return (Tokens(length=length),)
+
+
+def _spot(length: int = 20, *, of: str = "one") -> tuple[DeclRef, ...]:
+    return _from(of=of)
+
+
+def ipt(length: int = 20, d: int = 1, *, of: str = "one|two") -> tuple[Slot, ...]:
+    if not 1 <= d < len(source_names(of)):
+        raise SpecError(
+            f"peft: d: {d} dimensions of {len(source_names(of))} prompts; give at least 1, and fewer than them"
+        )
+    return (Tokens(length=length, form=DeclRef("ipt", (("d", d), ("of", of)))),)
+
+
+def _ipt_own(slot: Tokens, place: SiteShape, d: int, of: str) -> Mapping[str, TensorDecl]:
+    rows = DeclRef("subspace", (("of", of),))
+    return {
+        "z": TensorDecl((d,)),
+        "D": TensorDecl((d, slot.length, place.d_out), rows, trained=False),
+        "m": TensorDecl((slot.length, place.d_out), rows, trained=False),
+    }
+
+
+def _ipt(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, d: int, of: str) -> Mapping[str, Tensor]:
+    return {"p": values["m"] + (values["z"][:, None, None] * values["D"]).sum(0)}
+
+
+def _subspace(tensor: TensorSpec, making: Making, of: str) -> Tensor:
+    """The mean of the sources' prompts, or the directions in which they differ most, as long as they spread in each."""
+    import torch
+
+    prompts = [making.source(name) for name in source_names(of)]
+    rows = torch.stack([source.tensors[f"{_prompt(source.spec)}.0.embed.p"].double() for source in prompts])
+    mean = rows.mean(0)
+    if tensor.part == "m":
+        return mean
+    _, lengths, directions = torch.linalg.svd((rows - mean).flatten(1), full_matrices=False)
+    spread: Tensor = lengths[:, None] * directions / len(prompts) ** 0.5
+    return spread[: tensor.shape[0]].view(tensor.shape)
+
+
+def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape, of: str) -> None:
+    for name in source_names(of):
+        slot = sources[name].slots[_prompt(sources[name], name)]
+        if (slot.length, len(sources[name].slots)) != (tensor.shape[-2], 1):  # type: ignore[union-attr]
+            raise SpecError(f"of: {name!r} is {sources[name].method!r}, not a prompt of {tensor.shape[-2]} rows alone")
+
+
+def _prompt(spec: GraftSpec, name: str = "it") -> int:
+    """Which slot is the prompt."""
+    for index, slot in enumerate(spec.slots):
+        if isinstance(slot, Tokens) and (slot.mode, slot.gate) == ("before", "none"):
+            return index
+    raise SpecError(f"of: {name!r} is {spec.method!r}, without a prompt")
+
+
+METHODS = (
+    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=_from),
+    Method("spot", "arXiv 2110.07904", 3e-2, spot, hooks=_spot),
+    Method("ipt", "arXiv 2110.07867", 3e-1, ipt),
+)
+PARAMETRIZATIONS = (Parametrization("ipt", _ipt, _ipt_own),)
+STARTS = (Start("subspace", _subspace, _check),)
+HOOKS = (Hook("from"),)

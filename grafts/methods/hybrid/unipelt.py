@@ -1,0 +1,65 @@
+"""UniPELT: every row opens a LoRA, an adapter and a prefix by a gate of its own (Mao et al. 2022, arXiv 2110.07577,
+section 3), W x + G_L B A x on queries and values, h + G_A B act(A h) after the feed-forward, and keys and values
+[G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G input).
+
+A gate reads its module's direct input: what the projections, the adapter and attention read. It is the row's own, where
+the authors' code takes the mean over the sequence for adapter and prefix, which a decoder does not know while it
+writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.additive.prefix import network
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.spec import KV, Branch, DeclRef, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def unipelt(
+    r: int = 8, size: int = 48, length: int = 10, hidden: int = 512, at: str = "attn.[qv]", adapter: str = "ffn.out"
+) -> tuple[Slot, ...]:
+    """The prefix is made by a network of `hidden` neurons."""
+    rows = KV(length=length, aside=True, gate="sigmoid", form=network(hidden))
+    return (*unipelt_al(r, size, at, adapter), rows)
+
+
+def unipelt_al(
+    r: int = 8, size: int = 48, at: str = "attn.[qv]", adapter: str = "ffn.out", scale: float = 1.0
+) -> tuple[Slot, ...]:
+    """Without the prefix. `scale` is LoRA's beside its gate, which replaces it in the paper."""
+    return (
+        Branch(at=at, rank=r, scale=scale, gate="sigmoid"),
+        Branch(at=adapter, rank=size, act="relu", tap="output", gate="sigmoid"),
+    )
+
+
+def apt(length: int = 16) -> tuple[Slot, ...]:
+    """APT: a gate for every prefix row and a factor for every layer, l a * [P_k; P_v] with a = sigmoid(W x), x what
+    attention reads (Zhang et al. 2023, arXiv 2305.15212, section 3)."""
+    return (KV(length=length, aside=True, gate="sigmoid", experts=length, form=DeclRef("apt")),)
+
+
+def _own(slot: KV, place: SiteShape) -> Mapping[str, TensorDecl]:
+    return {
+        "k": TensorDecl((slot.length, place.d_out), "prefix"),
+        "v": TensorDecl((slot.length, place.d_out), "prefix"),
+        "G": TensorDecl((slot.experts, place.d_in), "kaiming"),
+        "l": TensorDecl((1,), "one"),
+    }
+
+
+def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering) -> Mapping[str, Tensor]:
+    return {"k": values["l"] * values["k"], "v": values["l"] * values["v"], "G": values["G"]}
+
+
+METHODS = (
+    Method("unipelt", "arXiv 2110.07577", 3e-4, unipelt),
+    Method("unipelt-al", "arXiv 2110.07577", 3e-4, unipelt_al),
+    Method("apt", "arXiv 2305.15212", 5e-3, apt),
+)
+PARAMETRIZATIONS = (Parametrization("apt", _operands, _own),)

@@ -1,0 +1,53 @@
+"""LoHa: dW = s (B1 A1) * (B2 A2), elementwise (Hyeon-Woo et al. 2022, arXiv 2108.06098, prop. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.spec import DeclRef, Delta, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def loha(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    return (Delta(at=at, form=DeclRef("loha", (("r", r), ("scale", alpha / max(r, 1))))),)
+
+
+def _own(slot: Delta, place: SiteShape, r: int, scale: float) -> Mapping[str, TensorDecl]:
+    normal, small = DeclRef("normal", (("std", 1.0),)), DeclRef("normal", (("std", 0.1),))
+    return {
+        "B1": TensorDecl((place.d_out, r), small),
+        "A1": TensorDecl((r, place.d_in), normal),
+        "B2": TensorDecl((place.d_out, r)),
+        "A2": TensorDecl((r, place.d_in), normal),
+    }
+
+
+def _operands(
+    slot: Delta, values: Mapping[str, Tensor], lowering: Lowering, r: int, scale: float
+) -> Mapping[str, Tensor]:
+    return {"W": scale * (values["B1"] @ values["A1"]) * (values["B2"] @ values["A2"])}
+
+
+METHODS = (Method("loha", "arXiv 2108.06098", 3e-4, loha),)
+PARAMETRIZATIONS = (Parametrization("loha", _operands, _own),)
+PEFT = (
+    Peft(
+        kind="LOHA",
+        method="loha",
+        biases=False,
+        names={"r": ("r", 8), "alpha": ("alpha", 8)},
+        idle={"init_weights": True, "rank_dropout": None, "module_dropout": None},
+        patterns={"rank_pattern": "r", "alpha_pattern": "alpha"},
+        own={
+            "B1": Kept("hada_w1_a", rows=True),
+            "A1": Kept("hada_w1_b"),
+            "B2": Kept("hada_w2_a", rows=True),
+            "A2": Kept("hada_w2_b"),
+        },
+    ),
+)

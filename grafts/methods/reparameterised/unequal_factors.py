@@ -1,0 +1,77 @@
+"""LoRA with a part that stays where it starts, or a rate of its own for a part.
+
+- LoRA-FA (Zhang et al. 2023, arXiv 2308.03303, section 3): A is random and frozen, B alone is trained. With `correct`,
+  B's gradient is that of the low-rank update nearest to the full gradient, (1 / s^2) (A A^T)^-1 dB, as in PEFT.
+- LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns `ratio` times as fast as A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.reparameterised.lora import lora
+from polygraft.grafts.spec import Branch, DeclRef, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.sizes import TensorSpec
+
+
+def lora_fa(
+    r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, correct: int = 0
+) -> tuple[Slot, ...]:
+    form = DeclRef("part-frozen", (("part", "A"), ("A", "kaiming"), ("B", "zero")))
+    return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
+
+
+def _correcting(r: int = 8, alpha: float = 16.0, correct: int = 0, **_: object) -> tuple[DeclRef, ...]:
+    return (DeclRef("lora-fa", (("scale", alpha / max(r, 1)),)),) if correct else ()
+
+
+def lora_plus(
+    r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, ratio: float = 16.0
+) -> tuple[Slot, ...]:
+    return lora(r, alpha, at, dropout)
+
+
+def _faster(ratio: float = 16.0, **_: object) -> tuple[DeclRef, ...]:
+    return (DeclRef("lora-plus", (("ratio", ratio),)),)
+
+
+def _own(slot: Branch, place: SiteShape, part: str, A: str, B: str) -> Mapping[str, TensorDecl]:
+    return {
+        "A": TensorDecl((slot.rank, place.d_in), A, trained=part != "A"),
+        "B": TensorDecl((slot.rank, place.d_out), B, trained=part != "B"),
+    }
+
+
+def _operands(
+    slot: Branch, values: Mapping[str, Tensor], lowering: Lowering, part: str, A: str, B: str
+) -> Mapping[str, Tensor]:
+    return {"A": values["A"], "B": values["B"]}
+
+
+def _corrected(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], scale: float) -> None:
+    """dB [rank, out] becomes (A A^T)^-1 dB / s^2 where A is frozen."""
+    from torch import linalg
+
+    for name, gradient in gradients.items():
+        stem, _, part = name.rpartition(".")
+        if part == "B" and f"{stem}.A" in values and f"{stem}.A" not in gradients:
+            A = values[f"{stem}.A"]
+            gradient.copy_(linalg.pinv(A @ A.T) @ gradient / scale**2)
+
+
+def _rate(tensor: TensorSpec, ratio: float) -> float:
+    return ratio if tensor.part == "B" else 1.0
+
+
+METHODS = (
+    Method("lora-fa", "arXiv 2308.03303", 1e-3, lora_fa, hooks=_correcting),
+    Method("lora-plus", "arXiv 2402.12354", 1e-4, lora_plus, aliases=("loraplus",), hooks=_faster),
+)
+PARAMETRIZATIONS = (Parametrization("part-frozen", _operands, _own),)
+HOOKS = (Hook("lora-fa", gradient=_corrected), Hook("lora-plus", rate=_rate))

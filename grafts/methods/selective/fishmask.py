@@ -1,0 +1,102 @@
+"""Entries of W that matter most to the loss on the job's first samples.
+
+- FishMask (Sung et al. 2021, arXiv 2111.09839), which is Child-Tuning_D (Xu et al. 2021, arXiv 2109.05687, section
+  2) too: the entries of the largest empirical Fisher information. The share is that of every matrix, not of all.
+- Fish-Dip (Das et al. 2023, arXiv 2311.03748, section 3): the mask is chosen anew every few steps. It moves inside a
+  pool of candidates, by the squared gradients of the batches in between and not of the hardest samples.
+- FAR (Vucetic et al. 2022, arXiv 2205.01541, section 3): whole nodes of the feed-forward learn, those that change most
+  in the L1 norm while the model is primed, here by one gradient step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.sizes import sparse_parts
+from polygraft.grafts.spec import DeclRef, Slot, Sparse, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.init import Making
+    from polygraft.grafts.sizes import TensorSpec
+
+_ON, _SEEN = "dip_on", "dip_seen"  # parts that no other method has, since the hook knows its tensors by them
+
+
+def fishmask(density: float = 0.005, at: str = "linear") -> tuple[Slot, ...]:
+    return (Sparse(at=at, density=density, pick=DeclRef("fisher_entries")),)
+
+
+def fish_dip(density: float = 0.005, pool: float = 4.0, every: int = 10, at: str = "linear") -> tuple[Slot, ...]:
+    """A share `density` learns at a time, among `pool` times as many; `every` so many steps they are chosen anew."""
+    if pool < 1 or every < 1:
+        raise SpecError(f"peft: fish-dip: pool {pool} and every {every}; both are at least 1")
+    form = DeclRef("fish-dip", (("pool", pool),))
+    return (Sparse(at=at, density=min(1.0, density * pool), pick=DeclRef("fisher_entries"), form=form),)
+
+
+def _hooks(every: int = 10, **_: object) -> tuple[DeclRef, ...]:
+    return (DeclRef("fish-dip", (("every", every),)),)
+
+
+def far(density: float = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
+    return (Sparse(at=at, density=density, rows=True, pick=DeclRef("moved_rows")),)
+
+
+def _own(slot: Sparse, place: SiteShape, pool: float) -> Mapping[str, TensorDecl]:
+    parts = dict(sparse_parts(slot, place))
+    state = TensorDecl(parts["w"].shape, trained=False)
+    return parts | {_ON: TensorDecl(state.shape, DeclRef("dip_first", (("pool", pool),)), trained=False), _SEEN: state}
+
+
+def _operands(slot: Sparse, values: Mapping[str, Tensor], lowering: Lowering, pool: float) -> Mapping[str, Tensor]:
+    return {"w": values["w"], "i": values["i"]}
+
+
+def _first(tensor: TensorSpec, making: Making, pool: float) -> Tensor:
+    """1 at the candidates of the largest Fisher information, which lie in the order of `entries.places`."""
+    from polygraft.grafts.methods.selective.entries import best
+
+    assert tensor.site is not None
+    fisher = making.fisher[tensor.site]
+    rows, columns = best(fisher, tensor.shape[0]).unbind(1)
+    return _top(fisher[rows, columns].unsqueeze(1), max(1, int(tensor.shape[0] / pool)))
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """1 at the `count` highest of a column, 0 elsewhere."""
+    import torch
+
+    return torch.zeros_like(scores).index_fill_(0, scores[:, 0].topk(count).indices, 1.0)
+
+
+def _gradient(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], every: int) -> None:
+    """Note every candidate's squared gradient, and let those inside the mask learn."""
+    for name, gradient in gradients.items():
+        stem = name.rpartition(".")[0]
+        if f"{stem}.{_ON}" in values:
+            values[f"{stem}.{_SEEN}"].add_(gradient.nan_to_num(0.0, 0.0, 0.0).square())
+            gradient.masked_fill_(values[f"{stem}.{_ON}"] == 0, 0.0)
+
+
+def _after_step(
+    values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], step: int, total: int, every: int
+) -> None:
+    for name, mask in values.items():
+        if name.endswith(f".{_ON}") and (step + 1) % every == 0:
+            seen = values[name.removesuffix(_ON) + _SEEN]
+            mask.copy_(_top(seen, int(mask.sum().cpu())))
+            seen.zero_()
+
+
+METHODS = (
+    Method("fishmask", "arXiv 2111.09839", 3e-4, fishmask, aliases=("child-tuning-d",)),
+    Method("fish-dip", "arXiv 2311.03748", 3e-4, fish_dip, hooks=_hooks),
+    Method("far", "arXiv 2205.01541", 3e-4, far),
+)
+PARAMETRIZATIONS = (Parametrization("fish-dip", _operands, _own),)
+STARTS = (Start("dip_first", _first),)
+HOOKS = (Hook("fish-dip", gradient=_gradient, after_step=_after_step),)

@@ -1,0 +1,69 @@
+"""Norms and what stands beside every operation: LN-tuning trains the norms' scales alone (Zhao et al. 2024, arXiv
+2312.11420, section 3), as factors g on the frozen ones, w' = w g. SSF scales and shifts the output of every operation,
+y = g y + b (Lian et al. 2022, arXiv 2210.08823, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.exchange import Packed, Peft
+from polygraft.grafts.spec import Affine, Slot, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.sizes import TensorSpec
+
+Values = Mapping[str, "Tensor"]
+
+
+def ln_tuning(at: str = "norm.*") -> tuple[Slot, ...]:
+    return (Affine(at=at, scale=True, shift=False),)
+
+
+def ssf(at: str = "linear|norm.*") -> tuple[Slot, ...]:
+    return (Affine(at=at, scale=True, shift=True),)
+
+
+METHODS = (
+    Method("ln-tuning", "arXiv 2312.11420", 1e-3, ln_tuning),
+    Method("ssf", "arXiv 2210.08823", 1e-3, ssf),
+)
+
+
+def _pack(
+    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, _: object
+) -> Values:
+    """PEFT keeps the whole norm: w' with c + w' = g (c + w) where an architecture's factor is c + w, and g b."""
+    found: dict[str, Tensor] = {}
+    for tensor in layout:
+        assert tensor.site is not None
+        weight, bias, offset = stock.weight(tensor.site), stock.bias(tensor.site), stock.norm_offset
+        key, g = f"{module(tensor.site)}.ln_tuning_layers", values[tensor.name]
+        found[f"{key}.weight"] = g * (offset + weight) - offset
+        if bias is not None:
+            found[f"{key}.bias"] = g * bias
+    return found
+
+
+def _unpack(
+    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, _: object
+) -> Values:
+    found: dict[str, Tensor] = {}
+    for tensor in layout:
+        assert tensor.site is not None
+        weight, bias, offset = stock.weight(tensor.site), stock.bias(tensor.site), stock.norm_offset
+        key = f"{module(tensor.site)}.ln_tuning_layers"
+        found[tensor.name] = g = (offset + stored[f"{key}.weight"]) / (offset + weight)
+        if bias is not None and not stored[f"{key}.bias"].float().isclose(g * bias, rtol=1e-4, atol=1e-6).all():
+            raise SpecError(f"{key}.bias: is not scaled as the norm's weight; here only their scale is trained")
+    return found
+
+
+PEFT = (
+    Peft(kind="LN_TUNING", method="ln-tuning", layered=False, biases=False, packed=Packed(_pack, _unpack, stock=True)),
+)

@@ -1,0 +1,252 @@
+"""grafts and methods: what has been trained, and what can be."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from polygraft.cluster.model import Graft, GraftId, TenantId
+from polygraft.cluster.publish import BadName, adopt
+from polygraft.cluster.settings import Settings
+from polygraft.cluster.store.base import Store
+from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
+from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.registry import layouts
+from polygraft.grafts.methods.registry import methods as table
+from polygraft.grafts.s4 import s4
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.launch.cache import backbone_cache
+from polygraft.launch.commands.common import Json, flags
+from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polygraft.grafts.runtime.backbone import Backbone
+
+grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
+
+
+class Form(StrEnum):
+    """What a graft can be written as."""
+
+    MERGED = "merged"
+    PEFT = "peft"
+    GGUF = "gguf"
+    NATIVE = "native"
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(grafts, name="grafts")
+    app.command()(methods)
+
+
+@grafts.command("list")
+def list_grafts(context: typer.Context, as_json: Json = False) -> None:
+    """List the grafts by the names they are served under."""
+    with flags(context).client() as client:
+        found = [model for model in client.models() if model.parent is not None]
+    if as_json:
+        print_json(iter(found))
+        return
+    print_table(
+        ("model", "backbone", "#age"),
+        ((escape(model.id), model.root, ago(model.created)) for model in found),
+        empty="no grafts yet; train one with: polygraft submit FILE",
+    )
+
+
+@grafts.command("export")
+def export_graft(
+    graft: Annotated[Path, typer.Argument(help="The folder of a graft: ours, PEFT's or AdapterHub's.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, or with --format gguf the file.")],
+    backbone: Annotated[str, typer.Option(help="What it grew on: a name, folder or hub id.")] = "smollm2",
+    format: Annotated[
+        Form | None, typer.Option(help="What to write: merged, or peft with --rank or --energy, where not given.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Write a LoRA of this rank in its place.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Write the LoRA that keeps this share of every dW.")] = None,
+) -> None:
+    """Write the whole model with the graft folded in (merged), or the graft as PEFT's folder (peft), llama.cpp's file
+    (gguf) or ours (native, in a folder named by its id); with --rank or --energy a LoRA in its place."""
+    from polygraft.grafts.formats import gguf_lora, merged, native, peft
+    from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.formats.read import read
+    from polygraft.grafts.formats.to_lora import to_lora
+
+    form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
+    with usage_errors():
+        grown = grown_on(backbone)
+        spec, values = read(graft, grown)
+        if rank is not None or energy is not None:
+            found = to_lora(spec, grown.shape, values, grown.weight, rank=rank, energy=energy)
+            spec, values = found.spec, found.tensors
+            typer.echo(f"{spec.method}: lost {found.loss:.2%} of the norm of dW")
+        match form:
+            case Form.MERGED:
+                merged.export(target, spec, values, backbone=grown.folder)
+            case Form.PEFT:
+                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=BackboneFiles(grown.folder))
+            case Form.GGUF:
+                gguf_lora.export(target, spec, values, shape=grown.shape)
+            case Form.NATIVE:
+                stock = BackboneFiles(grown.folder)
+                typer.echo(
+                    native.save(target, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=stock)
+                )
+
+
+@grafts.command("import")
+def import_graft(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A graft made elsewhere: PEFT's folder, AdapterHub's or ours.")],
+    name: Annotated[str, typer.Argument(help="The name to serve it under.")],
+    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose graft it is.")] = "local",
+    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+) -> None:
+    """Give the local service a graft made elsewhere, for its backbone."""
+    from polygraft.grafts.formats.read import read
+
+    store, settings = flags(context).store(), flags(context).settings()
+    with usage_errors():
+        if name == settings.backbone:
+            raise BadName(f"name: {name!r} is that of the backbone; choose another")
+        grown = grown_on(backbone or settings.backbone, settings.quantise)
+        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, grown), grown, promote)
+    store.close()
+    typer.echo(graft.model)
+
+
+def adopted(
+    store: Store,
+    settings: Settings,
+    tenant: TenantId,
+    name: str,
+    spec: GraftSpec,
+    values: Mapping[str, Tensor],
+    grown: Backbone,
+    promote: bool,
+) -> Graft:
+    """The graft, saved and published under the name."""
+    from polygraft.grafts.formats import native
+    from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.sizes import parameters
+
+    root = settings.data / "grafts"
+    identity = native.save(
+        root, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=BackboneFiles(grown.folder)
+    )
+    return adopt(
+        store,
+        tenant,
+        name,
+        graft=GraftId(identity),
+        method=spec.method,
+        backbone_fingerprint=grown.fingerprint,
+        parameters=parameters(spec, grown.shape),
+        bytes=native.size(root / identity),
+        at=time.time(),
+        promote=promote,
+    )
+
+
+def grown_on(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+    import torch
+
+    from polygraft.grafts.runtime.backbone import Backbone
+    from polygraft.grafts.runtime.pretrained import materialise
+
+    return Backbone.load(materialise(backbone, backbone_cache()), torch.float32, quantise=quantise)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What is wrong with a folder or a name, as the command's answer."""
+    from polygraft.grafts.formats.check import FormatError
+    from polygraft.grafts.runtime.pretrained import BackboneError
+
+    try:
+        yield
+    except (FormatError, SpecError, BackboneError, BadName) as error:
+        raise Failure(str(error), Status.USAGE) from None
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method; all when not given.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option(help="A backbone's config.json to count parameters on.")] = None,
+    budget: Annotated[
+        int | None, typer.Option("--s4", help="Print S4's union with at most so many trainable parameters, for --peft.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods a graft can be made of, with their arguments and what follows from their slots.
+
+    Parameters are those of the defaults on Llama 7B, or on the backbone of --config.
+    """
+    known = [method for method in table().values() if name in (None, method.name, *method.aliases)]
+    if not known:
+        raise typer.BadParameter(f"{name!r}; choices: {', '.join(table())}")
+    try:
+        shape = LLAMA_7B if config is None else ModelShape.from_config(json.loads(config.read_text()))
+    except (OSError, ValueError) as error:
+        raise Failure(f"--config {config}: {error}", Status.USAGE) from None
+    if budget is not None:
+        try:
+            typer.echo(s4(shape, budget))
+        except SpecError as error:
+            raise Failure(f"--s4: {error}", Status.USAGE) from None
+        return
+    if as_json:
+        print_json([_json(method, entry(method, shape)) for method in known])
+        return
+    print_table(
+        ("method", "family", "#parameters", "merges", "#learning rate", "paper"),
+        (
+            (
+                escape(_usage(method)),
+                line.family,
+                f"{line.parameters:,}",
+                "yes" if line.mergeable else "",
+                f"{method.learning_rate:g}",
+                escape(method.paper),
+            )
+            for method, line in ((method, entry(method, shape)) for method in known)
+        ),
+        empty="",
+    )
+
+
+def _usage(method: Method) -> str:
+    """As it is written in --peft, with the defaults."""
+    arguments = (
+        name if argument.default is argument.empty else f"{name}={argument.default}"
+        for name, argument in method.arguments.items()
+    )
+    return f"{method.name}({', '.join(arguments)})" if method.arguments else method.name
+
+
+def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
+    arguments = {
+        name: {
+            "type": getattr(argument.annotation, "__name__", str(argument.annotation)),
+            "default": None if argument.default is argument.empty else argument.default,
+        }
+        for name, argument in method.arguments.items()
+    }
+    return {
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
+        "arguments": arguments,
+        "peft": list(dict.fromkeys(layout.kind for layout in layouts() if layout.method == method.name)),
+        "learning_rate": method.learning_rate,
+    }

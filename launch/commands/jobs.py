@@ -1,0 +1,212 @@
+"""submit, jobs, logs, cancel: fine-tuning jobs by hand."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from polygraft.cluster.client import Client, JobEvent, RemoteJob
+from polygraft.launch.commands.common import Json, flags
+from polygraft.launch.commands.request import read_request
+from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
+from polygraft.launch.progress import job_progress
+
+_COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+_FOLLOW_S = 1.0
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(submit)
+    app.command()(jobs)
+    app.command()(logs)
+    app.command()(cancel)
+
+
+def submit(
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(help="Chat examples as JSONL, or a YAML file with training_file and the names below.")
+    ],
+    model: Annotated[str | None, typer.Option(help="The backbone; the service's own when not given.")] = None,
+    peft: Annotated[
+        str | None, typer.Option(help='The graft, such as "lora(r=8) + prefix(10)"; see polygraft methods.')
+    ] = None,
+    validation_file: Annotated[Path | None, typer.Option(help="Held-out examples as JSONL.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Name of the graft: the model becomes SUFFIX@1.")] = None,
+    n_epochs: Annotated[int | None, typer.Option("--n-epochs", "--epochs")] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="The method's own when not given.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, constant or cosine.")] = None,
+    warmup_ratio: Annotated[float | None, typer.Option()] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    max_grad_norm: Annotated[float | None, typer.Option()] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens kept of an example.")] = None,
+    dropout: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Let the bare name mean the new version.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job's end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a graft on a file of chat examples."""
+    given = {
+        "model": model,
+        "peft": peft,
+        "validation_file": str(validation_file) if validation_file else None,
+        "suffix": suffix,
+        "n_epochs": n_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_ratio": warmup_ratio,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "max_length": max_length,
+        "dropout": dropout,
+        "seed": seed,
+        "promote": promote or None,
+    }
+    request = read_request(file, {name: value for name, value in given.items() if value is not None})
+    with flags(context).client() as client:
+        job = client.create_job(request.body(client))
+        if not detach:
+            if not as_json:
+                screen.print(f"{job.id} is submitted; Ctrl-C stops waiting, not the job", highlight=False)
+            job = _wait(client, job, quiet=as_json)
+    if as_json:
+        print_json(job)
+    elif job.final:
+        _print_job(job)
+    else:
+        screen.print(f"{job.id}\nFollow it with: polygraft logs {job.id} --follow", highlight=False)
+    if job.status in ("failed", "cancelled"):
+        raise Failure(f"{job.id} {job.status}: {job.error.message if job.error else 'see polygraft story'}")
+
+
+def jobs(
+    context: typer.Context,
+    job: Annotated[str | None, typer.Argument(help="One job; all when not given.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(help="At most this many, the newest.", min=1)] = 50,
+    as_json: Json = False,
+) -> None:
+    """List the jobs, or show one."""
+    with flags(context).client() as client:
+        if job is not None:
+            found = client.job(job)
+            if as_json:
+                print_json(found)
+            else:
+                _print_job(found)
+            return
+        listed = list(client.jobs(limit))
+    if as_json:
+        print_json(iter(listed))
+        return
+    print_table(
+        ("job", "status", "method", "#steps", "#parameters", "#loss before", "#after", "model", "#age"),
+        (
+            (one.id, _colored(one.status), escape(one.peft), _steps(one), count(one.parameters))
+            + (loss(one.loss_before), loss(one.loss_after), one.fine_tuned_model, ago(one.created_at))
+            for one in listed
+        ),
+        empty="no jobs yet; start one with: polygraft submit FILE",
+    )
+
+
+def logs(
+    context: typer.Context,
+    job: str,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job has ended.")] = False,
+    limit: Annotated[int, typer.Option(help="Begin with at most this many, the newest.", min=1)] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Show what a job has said and measured."""
+    with flags(context).client() as client:
+        last = None
+        while True:
+            final = client.job(job).final  # looked at before the events, so that none of the last ones is missed
+            for event in _news(client, job, last, limit):
+                _print_event(event, as_json=as_json)
+                last = event.id
+            if final or not follow:
+                return
+            time.sleep(_FOLLOW_S)
+
+
+def cancel(context: typer.Context, job: str, as_json: Json = False) -> None:
+    """Stop a job; its place in the pack is free at the next step."""
+    with flags(context).client() as client:
+        found = client.cancel(job)
+    if as_json:
+        print_json(found)
+    else:
+        screen.print(
+            f"{found.id}: {'cancelled' if found.status == 'cancelled' else 'will stop at the next step'}",
+            highlight=False,
+        )
+
+
+def _wait(client: Client, job: RemoteJob, *, quiet: bool) -> RemoteJob:
+    if quiet:
+        return client.wait(job.id)
+    with job_progress() as progress:
+        task = progress.add_task(job.id, total=None, note="")
+
+        def show(seen: RemoteJob) -> None:
+            progress.update(task, total=seen.steps_total, completed=seen.step, note=seen.status)
+
+        return client.wait(job.id, show)
+
+
+def _news(client: Client, job: str, last: str | None, limit: int) -> list[JobEvent]:
+    """Events after `last`, oldest first."""
+    found: list[JobEvent] = []
+    for event in client.events(job, limit=limit if last is None else None):
+        if event.id == last:
+            break
+        found.append(event)
+    return found[::-1]
+
+
+def _print_event(event: JobEvent, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(event.model_dump_json())
+        return
+    color = {"warn": "yellow", "error": "red"}.get(event.level, "dim")
+    at = datetime.fromtimestamp(event.created_at).strftime("%H:%M:%S")
+    screen.print(f"[dim]{at}[/] [{color}]{event.level:5}[/] {escape(event.message)}", highlight=False, soft_wrap=True)
+
+
+def _print_job(job: RemoteJob) -> None:
+    rows = {
+        "job": job.id,
+        "status": _colored(job.status),
+        "error": escape(job.error.message) if job.error else None,
+        "model": job.fine_tuned_model,
+        "backbone": job.model,
+        "method": escape(job.peft),
+        "parameters": job.parameters,
+        "steps": _steps(job),
+        "trained tokens": job.trained_tokens,
+        "held-out loss": f"{loss(job.loss_before)} -> {loss(job.loss_after) or '...'}"
+        if job.loss_before is not None
+        else None,
+        "pack": job.pack,
+        "submitted": f"{ago(job.created_at)} ago",
+        "took": f"{job.finished_at - job.started_at} s" if job.finished_at and job.started_at else None,
+    }
+    print_table((), ((f"[bold]{name}[/]", value) for name, value in rows.items() if value is not None), empty="")
+
+
+def _steps(job: RemoteJob) -> str:
+    return f"{job.step}/{job.steps_total if job.steps_total is not None else '?'}"
+
+
+def _colored(status: str) -> str:
+    return f"[{_COLORS[status]}]{status}[/]" if status in _COLORS else status

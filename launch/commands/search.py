@@ -1,0 +1,87 @@
+"""search: find good grafts for some data, many trials in one pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polygraft.cluster.api_keys import verify_key
+from polygraft.cluster.model import StudyId
+from polygraft.cluster.service import find_service, read_key
+from polygraft.launch.commands.common import Flags, Json, flags
+from polygraft.launch.output import Failure, Status, errors, print_json, screen
+
+if TYPE_CHECKING:  # imported when the command runs: Optuna and Ray take seconds
+    from polygraft.launch.commands.search_file import SearchFile
+    from polygraft.tuning.study import Trial
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(search)
+
+
+def search(
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(help="YAML with name, training_file, validation_file, trials, hyperparameters, ...")
+    ],
+    study: Annotated[str | None, typer.Option(help="Go on with this study instead of beginning one.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search serial x parallel x prefix sizes x layers x learning rate for low loss and few parameters."""
+    from polygraft.launch.commands.search_file import read_search_file
+    from polygraft.launch.front import Point, print_front
+    from polygraft.tuning.front import draw
+    from polygraft.tuning.study import pareto
+
+    wanted = read_search_file(file)
+    trials = _run(flags(context), wanted, study)
+    front = [Point.of(trial) for trial in pareto(trials)]
+    if not front:
+        raise Failure("no trial has finished; polygraft jobs says why")
+    if chart is not None:
+        draw(trials, chart, title=f"{wanted.name}: {len(trials)} trials")
+    if as_json:
+        print_json({"trials": len(trials), "front": [point.to_json() for point in front]})
+    else:
+        print_front(front)
+        if chart is not None:
+            screen.print(f"Drawn to {chart}", highlight=False)
+
+
+def _run(given: Flags, wanted: SearchFile, study: str | None) -> tuple[Trial, ...]:
+    from polygraft.cluster.spec import BadRequest
+    from polygraft.grafts.spec import SpecError
+    from polygraft.launch import searching
+    from polygraft.launch.search_progress import SearchProgress
+    from polygraft.tuning.plan import BadPlan
+    from polygraft.tuning.record import BadRecord
+
+    settings = given.settings()
+    service = find_service(settings.service_path)
+    key = given.key or read_key(settings.api_key_path)
+    store = given.store()
+    owner = verify_key(store, key)
+    store.close()
+    if owner is None:
+        raise Failure("the API key is unknown or was revoked; polygraft keys create makes one")
+    try:
+        with given.client() as client:
+            plan = wanted.plan(client, backbone=service.backbone, shape=searching.shape_of(service))
+        with SearchProgress(plan.trials) as progress:
+            return searching.run(
+                service,
+                plan,
+                key=key,
+                tenant=owner.tenant,
+                folder=settings.data / "searches",
+                study=StudyId(study) if study else None,
+                on_begin=lambda id: errors.print(f"{id}; go on with it by --study if it is stopped", highlight=False),
+                on_trial=progress.on_trial,
+                on_progress=progress.on_progress,
+            )
+    except (BadPlan, BadRequest, BadRecord, SpecError) as error:
+        raise Failure(str(error), Status.USAGE) from None

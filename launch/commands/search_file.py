@@ -1,0 +1,77 @@
+"""What `polygraft search` reads: a YAML file with the data, the space, and how many trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+
+from polygraft.cluster.client import Client
+from polygraft.cluster.spec import read_request
+from polygraft.cluster.validation import explain
+from polygraft.grafts.sites import ModelShape
+from polygraft.launch.output import Failure, Status
+from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.space import autopeft
+
+
+class SearchFile(BaseModel):
+    """A search over AutoPEFT's space. `groups` is the number of bits of the layer mask, `largest` and `longest` cap
+    adapters and prefix; `hyperparameters` are those of every trial, as in `polygraft submit`, except peft and
+    learning_rate."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    name: str
+    training_file: Path
+    validation_file: Path
+    trials: PositiveInt = 12
+    concurrency: PositiveInt = 4
+    startup: PositiveInt = 4
+    sampler: Literal["tpe", "gp"] = "tpe"
+    seed: int = 0
+    groups: PositiveInt | None = None
+    largest: PositiveInt | None = None
+    longest: PositiveInt | None = None
+    learning_rate: Annotated[tuple[float, float] | None, Field(description="lowest and highest")] = None
+    hyperparameters: dict[str, JsonValue] = {}
+
+    def plan(self, client: Client, *, backbone: str, shape: ModelShape) -> SearchPlan:
+        """The plan, its files uploaded. Raises BadPlan, BadRequest, SpecError and ApiFailure."""
+        space = autopeft(
+            shape, groups=self.groups, largest=self.largest, longest=self.longest, learning_rate=self.learning_rate
+        )
+        job: dict[str, JsonValue] = {
+            "model": backbone,
+            "training_file": client.upload(self.training_file).id,
+            "validation_file": client.upload(self.validation_file).id,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
+        }
+        return SearchPlan(
+            name=self.name,
+            space=space,
+            job=read_request(job),
+            trials=self.trials,
+            concurrency=self.concurrency,
+            startup=self.startup,
+            model=self.sampler,
+            seed=self.seed,
+        )
+
+
+def read_search_file(file: Path) -> SearchFile:
+    """Raises Failure that names the field and the choices."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        wanted = SearchFile.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Failure(f"{file}: {error}", Status.USAGE) from None
+    except ValidationError as error:
+        raise Failure(f"{file}: {explain(error, SearchFile)[1]}", Status.USAGE) from None
+    folder = file.absolute().parent
+    paths = {name: folder / getattr(wanted, name) for name in ("training_file", "validation_file")}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise Failure(f"{name}: {path} does not exist", Status.USAGE)
+    return wanted.model_copy(update=paths)

@@ -1,0 +1,86 @@
+"""grafts soup: one graft made of several that were trained before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polygraft.cluster.model import Graft, TenantId
+from polygraft.cluster.publish import UnknownModel, resolve
+from polygraft.cluster.store.base import Store
+from polygraft.launch.commands.common import flags
+from polygraft.launch.commands.grafts import adopted, grafts, grown_on, usage_errors
+from polygraft.launch.output import Failure, Status
+
+
+def register() -> None:
+    grafts.command("soup")(soup_of)
+
+
+def soup_of(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The name to serve the new graft under.")],
+    members: Annotated[list[str], typer.Argument(help="The grafts, name or name@version, all of one spec.")],
+    examples: Annotated[
+        Path | None, typer.Option(help="A few chat examples as JSONL, on which each member's weight is found.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of an example.", min=2)] = 256,
+    steps: Annotated[int, typer.Option(help="At most so many losses to find weights by.", min=1)] = 40,
+    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose grafts they are.")] = "local",
+    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+) -> None:
+    """Give the local service the mean of grafts (AdapterSoup), or with --examples their weighted sum (LoRAHub)."""
+    from polygraft.grafts.compose import lorahub, soup
+    from polygraft.grafts.formats import native
+    from polygraft.grafts.sizes import tensors
+    from polygraft.grafts.spec import SpecError
+    from polygraft.grafts.text.jsonl import DataError, read
+    from polygraft.grafts.text.tokenise import Tokeniser
+    from polygraft.trainers.job import Sample
+    from polygraft.trainers.runner import mean_loss
+
+    store, settings = flags(context).store(), flags(context).settings()
+    with usage_errors():
+        records = [_member(store, TenantId(tenant), member, settings.backbone) for member in members]
+        grown = grown_on(backbone or settings.backbone, settings.quantise)
+        stored = [
+            native.load(settings.data / "grafts" / record.id, shape=grown.shape, backbone=grown.fingerprint)
+            for record in records
+        ]
+        spec, values = stored[0].spec, [one.tensors for one in stored]
+        if any(one.spec.slots != spec.slots for one in stored):
+            raise SpecError(f"members: {', '.join(one.spec.method for one in stored)} are not of one spec")
+        layout = tensors(spec, grown.shape)
+        if examples is None:
+            made = soup(layout, values)
+        else:
+            tokeniser = Tokeniser.load(grown.folder)
+            try:
+                encoded = [tokeniser.encode_example(example, max_length) for example in read(examples)]
+            except (DataError, OSError) as error:
+                raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
+            few = [Sample(one.ids, one.weights) for one in encoded]
+            hub = lorahub(layout, values, lambda made: mean_loss(grown, spec, made, few), steps=steps)
+            typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
+            made = dict(hub.tensors)
+        graft = adopted(store, settings, TenantId(tenant), name, spec, made, grown, promote)
+    store.close()
+    typer.echo(graft.model)
+
+
+def _member(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft:
+    try:
+        found = resolve(store, tenant, model, backbone)
+    except UnknownModel as error:
+        raise Failure(str(error), Status.USAGE) from None
+    if found is None:
+        raise Failure(f"members: {model!r} is the backbone", Status.USAGE)
+    return found
+
+
+def _shown(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:.3f}" for weight in weights)

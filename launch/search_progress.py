@@ -1,0 +1,56 @@
+"""A search as a person sees it: a bar for each running trial and a line for each that has ended."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from polygraft.launch.output import errors
+from polygraft.tuning.study import Failure, Result, Trial, TrialState
+
+
+class SearchProgress:
+    """Give `on_trial` and `on_progress` to the search, inside the context."""
+
+    def __init__(self, trials: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=errors,
+        )
+        self._all = self._progress.add_task(f"{trials} trials", total=trials)
+        self._bars: dict[int, TaskID] = {}
+
+    def __enter__(self) -> SearchProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_trial(self, trial: Trial) -> None:
+        if trial.state is TrialState.RUNNING:
+            description = f"  #{trial.number} {escape(trial.candidate.peft)}"
+            self._bars[trial.number] = self._progress.add_task(description, total=1.0)
+            return
+        if (bar := self._bars.pop(trial.number, None)) is not None:
+            self._progress.remove_task(bar)
+        self._progress.advance(self._all)
+        self._progress.console.print(f"  #{trial.number:<2} {escape(_told(trial))}", highlight=False, soft_wrap=True)
+
+    def on_progress(self, trial: Trial, share: float) -> None:
+        if (bar := self._bars.get(trial.number)) is not None:
+            self._progress.update(bar, completed=share)
+
+
+def _told(trial: Trial) -> str:
+    graft = f"{trial.candidate.peft}, learning rate {trial.candidate.learning_rate:g}"
+    match trial.outcome:
+        case Result(values=values):
+            return f"loss {values[0]:.4f}  {int(values[1]):>9,} parameters  {graft}"
+        case Failure(reason=reason):
+            return f"failed: {reason}  ({graft})"
+        case None:
+            return f"was cut short  ({graft})"

@@ -1,0 +1,65 @@
+"""A search over the service on this machine: the backbone's shape for the space, uploaded files, and Tune on the
+service's Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from polygraft.cluster.ids import new_study_id
+from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.service import Service
+from polygraft.cluster.store.connect import connect
+from polygraft.grafts.sites import ModelShape
+from polygraft.launch.local_ray import environment
+from polygraft.launch.output import Failure
+from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.study import Trial
+
+
+def shape_of(service: Service) -> ModelShape:
+    """The numbers of the service's backbone that a space depends on."""
+    return ModelShape.from_config(json.loads((Path(service.backbone_folder) / "config.json").read_text()))
+
+
+def run(
+    service: Service,
+    plan: SearchPlan,
+    *,
+    key: str,
+    tenant: TenantId,
+    folder: Path,
+    study: StudyId | None = None,
+    on_begin: Callable[[StudyId], None] = lambda _: None,
+    on_trial: Callable[[Trial], None],
+    on_progress: Callable[[Trial, float], None],
+) -> tuple[Trial, ...]:
+    """All trials of the study, once they have ended; Tune's files go to `folder`.
+
+    Raises Failure when it is interrupted, and whatever else `tuning.driver.search` raises.
+    """
+    os.environ.update(environment(Path(service.ray_token)))  # before Ray is imported
+    from polygraft.tuning.driver import Interrupted, RayCluster, search
+    from polygraft.tuning.trial import Access
+
+    study = study or new_study_id()
+    on_begin(study)
+    store = connect(service.store_url)
+    try:
+        return search(
+            plan,
+            store=store,
+            access=Access(service.url, key),
+            tenant=tenant,
+            folder=folder,
+            cluster=RayCluster(address=service.ray_address, token=Path(service.ray_token)),
+            study=study,
+            on_trial=on_trial,
+            on_progress=on_progress,
+        ).trials
+    except Interrupted as error:
+        raise Failure(str(error)) from None
+    finally:
+        store.close()

@@ -1,0 +1,154 @@
+"""The process that `polygraft up` leaves behind: owns the store and the head, restarts them, ends them on SIGTERM.
+
+Run as `python -m polygraft.launch.supervisor SETTINGS.json`. It stays small: neither Ray nor torch is
+imported here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+
+from polygraft.cluster.service import write_private
+from polygraft.cluster.settings import Settings
+from polygraft.cluster.store.base import StoreError
+from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.launch.children import Child, GaveUp, supervise
+from polygraft.launch.leftovers import clear
+from polygraft.launch.processes import Identity
+from polygraft.launch.program import Program
+from polygraft.launch.ram import limited
+from polygraft.launch.run_folder import RunFolder, Supervision
+
+_LOG = logging.getLogger(__name__)
+_SOCKET_PATH = 107  # longest path of a unix socket
+_RAY_PATH = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1234567")
+_HEAD_GRACE_S = 45.0
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
+    folder = RunFolder(settings.home)
+    with folder.lock.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            _LOG.error("another supervisor owns %s", folder.path)
+            return 1
+        return _supervise(settings, folder)
+
+
+def _supervise(settings: Settings, folder: RunFolder) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    clear(folder)
+    scratch = _scratch()
+    me = Identity.of(os.getpid())
+
+    def record(children: Sequence[Child]) -> None:
+        alive = tuple(Identity.of(child.pid) for child in children if child.alive)
+        folder.supervise(Supervision(me, alive, str(scratch)))
+
+    record(())
+    try:
+        supervise(_children(settings, folder, scratch), stop, on_change=record)
+    except GaveUp as error:
+        _LOG.error("%s", error)
+        folder.enter(f"{error}")
+        return 1
+    finally:
+        record(())
+        settings.service_path.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+    folder.enter("stopped")
+    return 0
+
+
+def _children(settings: Settings, folder: RunFolder, scratch: Path) -> list[Child]:
+    """The store, unless it is someone else's, and the head, which finds it through the settings it is given."""
+    children: list[Child] = []
+    settings = limited(settings)
+    if settings.store_url == "embedded":
+        server = EmbeddedServer(settings.store_folder, port=_free_port("127.0.0.1"))
+        children.append(EmbeddedStore(server))
+        settings = settings.model_copy(update={"store_url": server.url})
+    if settings.port == 0:
+        settings = settings.model_copy(update={"port": _free_port(settings.host)})
+    write_private(folder.settings, settings.model_dump_json(indent=2))
+    write_private(folder.ray_token, token_hex(32))
+
+    def not_up() -> None:
+        settings.service_path.unlink(missing_ok=True)
+
+    head = Program(
+        name="head",
+        command=(sys.executable, "-m", "polygraft.launch.head", str(folder.settings), str(scratch)),
+        log=folder.log("head"),
+        is_ready=settings.service_path.exists,
+        grace_s=_HEAD_GRACE_S,
+        after=not_up,
+    )
+    return [*children, head]
+
+
+@dataclass(slots=True)
+class EmbeddedStore:
+    """The embedded server as a `Child`."""
+
+    server: EmbeddedServer
+    name: str = "store"
+
+    @property
+    def pid(self) -> int:
+        return self.server.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.server.alive
+
+    @property
+    def ready(self) -> bool:
+        return self.server.alive  # it answered before `start` returned
+
+    def start(self) -> None:
+        try:
+            self.server.start()
+        except StoreError as error:
+            raise GaveUp(f"store: {error}") from None
+
+    def end(self) -> str:
+        died = not self.server.alive
+        self.server.stop()
+        return f"died; see {self.server.folder / 'valkey.log'}" if died else "ended"
+
+
+def _scratch() -> Path:
+    """A new folder for Ray's sockets and logs, its path short enough for them."""
+    shortest = _SOCKET_PATH - _RAY_PATH
+    parent = tempfile.gettempdir()
+    if len(parent) + len("/pg-12345678") > shortest:
+        parent = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""The command line against a service of canned answers, and without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from polygraft.cluster.client import Client
+from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.publish import adopt, resolve
+from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.formats import native, peft
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.init import initialise
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.s4 import s4
+from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sizes import parameters
+from polygraft.launch.commands.common import Flags
+from polygraft.launch.main import app
+from polygraft.serving.residency import Residency
+from tests.grafts.oracle.row import random_tensors
+from tests.tiny import tiny_llama
+
+JOB = {
+    "id": "ftjob-1",
+    "status": "succeeded",
+    "model": "smollm2",
+    "fine_tuned_model": "mine@1",
+    "created_at": 1,
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"peft": "lora(r=8)"}}},
+    "parameters": 460800,
+    "step": 9,
+    "steps_total": 9,
+    "loss_before": 3.5,
+    "loss_after": 2.25,
+}
+MODELS = {
+    "data": [
+        {"id": "smollm2", "created": 0, "owned_by": "polygraft", "root": "smollm2"},
+        {"id": "mine@1", "created": 1, "owned_by": "local", "root": "mine@1", "parent": "smollm2"},
+    ],
+    "has_more": False,
+}
+SMOLLM2_CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
+    """Makes every command's client talk to a function."""
+
+    def serve(answer: Answer) -> None:
+        transport = httpx.MockTransport(answer)
+        monkeypatch.setattr(Flags, "client", lambda _: Client("http://service", "pg-key", transport=transport))
+
+    return serve
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    blocked = "import sys; sys.modules |= {'torch': None, 'ray': None}"
+    code = f"{blocked}; from polygraft.launch.main import app; app(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "submit" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["keys", "list"], ["story", "ftjob-1"], ["chat", "-m", "Hi"]])
+def test_a_command_without_a_service_says_how_to_start_one(command: list[str], tmp_path: Path) -> None:
+    done = run("--home", str(tmp_path), *command)
+    assert done.exit_code == 3
+    assert "polygraft up" in done.stderr and not done.stdout
+
+
+def test_jobs_as_a_table_and_as_json(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(200, json={"data": [JOB], "has_more": False}))
+    table = run("jobs")
+    assert table.exit_code == 0
+    assert "lora(r=8)" in table.stdout and "mine@1" in table.stdout
+    assert json.loads(run("jobs", "--json").stdout)[0]["loss_after"] == 2.25
+
+
+def test_a_job_that_is_not_there_is_exit_status_4(served: Callable[[Answer], None]) -> None:
+    served(
+        lambda _: httpx.Response(404, json={"error": {"message": "job 'x' does not exist", "type": "not_found_error"}})
+    )
+    done = run("jobs", "x")
+    assert done.exit_code == 4
+    assert "job 'x' does not exist" in done.stderr
+
+
+def test_submit_uploads_the_file_and_sends_what_was_asked(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    sent: dict[str, object] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/files":
+            return httpx.Response(200, json={"id": "file-1", "filename": "a", "bytes": 2, "created_at": 1})
+        if request.method == "POST":
+            sent.update(json.loads(request.read()))
+        return httpx.Response(200, json=MODELS if request.url.path == "/v1/models" else JOB)
+
+    served(answer)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    done = run(
+        "submit", str(tmp_path / "train.jsonl"), "--peft", "dora(r=4)", "--lr", "1e-3", "--suffix", "mine", "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["fine_tuned_model"] == "mine@1"
+    hyperparameters = {"peft": "dora(r=4)", "learning_rate": 1e-3}
+    assert sent == {
+        "model": "smollm2",
+        "training_file": "file-1",
+        "suffix": "mine",
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+    }
+
+
+def test_a_yaml_file_has_the_same_names_and_options_win(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    sent: dict[str, object] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/fine_tuning/jobs":
+            sent.update(json.loads(request.read()))
+        return httpx.Response(200, json=JOB)
+
+    served(answer)
+    (tmp_path / "job.yaml").write_text("training_file: file-7\nmodel: smollm2\npeft: ia3\nn_epochs: 2\nbatch_size: 8\n")
+    assert run("submit", str(tmp_path / "job.yaml"), "--epochs", "5", "--detach").exit_code == 0
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"peft": "ia3", "n_epochs": 5, "batch_size": 8}}}
+    assert sent == {"model": "smollm2", "training_file": "file-7", "method": method}
+
+
+def test_an_unknown_field_of_a_yaml_file_lists_the_choices(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    served(lambda _: httpx.Response(500))
+    (tmp_path / "job.yaml").write_text("training_file: file-7\nepochs: 2\n")
+    done = run("submit", str(tmp_path / "job.yaml"))
+    assert done.exit_code == 2
+    assert "'epochs'" in done.stderr and "n_epochs" in done.stderr
+
+
+def test_a_failed_job_is_exit_status_1_and_says_why(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    failed = {
+        **JOB,
+        "status": "failed",
+        "error": {"code": "non_finite_loss", "message": "the loss is NaN", "param": None},
+    }
+    served(lambda _: httpx.Response(200, json=failed))
+    (tmp_path / "job.yaml").write_text("training_file: file-7\nmodel: smollm2\n")
+    done = run("submit", str(tmp_path / "job.yaml"), "--json")
+    assert done.exit_code == 1
+    assert "the loss is NaN" in done.stderr
+
+
+def test_chat_prints_one_answer(served: Callable[[Answer], None]) -> None:
+    frames = "".join(f'data: {{"choices": [{{"delta": {{"content": "{text}"}}}}]}}\n\n' for text in ("Hello", " there"))
+    served(lambda _: httpx.Response(200, text=frames + "data: [DONE]\n\n"))
+    assert run("chat", "mine", "-m", "Hi").stdout == "Hello there\n"
+    assert json.loads(run("chat", "mine", "-m", "Hi", "--json").stdout) == {"model": "mine", "message": "Hello there"}
+
+
+def test_logs_tell_the_events_oldest_first(served: Callable[[Answer], None]) -> None:
+    events = [
+        {"id": f"ev-{n}", "created_at": n, "level": "info", "message": f"step {n}", "type": "metrics"} for n in (2, 1)
+    ]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(
+            200, json={"data": events, "has_more": False} if request.url.path.endswith("/events") else JOB
+        )
+
+    served(answer)
+    lines = run("logs", "ftjob-1", "--follow").stdout.splitlines()
+    assert [line.split()[-2:] for line in lines] == [["step", "1"], ["step", "2"]]
+
+
+def test_methods_lists_what_peft_may_say() -> None:
+    found = json.loads(run("methods", "--json").stdout)
+    names = {method["name"] for method in found}
+    kinds = {method["name"]: method["peft"] for method in found}
+    assert (kinds["dora"], kinds["vera"], kinds["serial"]) == (["LORA"], ["VERA"], [])
+    assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
+    assert run("methods", "nonsense").exit_code == 2
+
+
+def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SMOLLM2_CONFIG))
+    said = run("methods", "--s4", "1000000", "--config", str(config)).stdout.strip()
+    shape = ModelShape.from_config(SMOLLM2_CONFIG)
+    assert said == s4(shape, 1_000_000) and 900_000 < parameters(parse(said), shape) <= 1_000_000
+    few = run("methods", "--s4", "1000", "--config", str(config))
+    assert few.exit_code == 2 and "budget: 1000 is too small" in few.stderr
+
+
+def test_a_soup_is_made_of_published_grafts_and_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    store, root, members = MemoryStore(), tmp_path / "home" / "data" / "grafts", []
+    monkeypatch.setattr(Flags, "store", lambda _: store)
+    monkeypatch.setattr(store, "close", lambda: None)
+    for name, text in (("one", "lora(r=2)"), ("two", "lora(r=2)"), ("odd", "ia3")):
+        spec = parse(text)
+        values = {n: v.float() for n, v in random_tensors(spec, backbone.shape, len(members)).items()}
+        members.append(values)
+        adopt(
+            store,
+            TenantId("local"),
+            name,
+            graft=GraftId(native.save(root, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)),
+            method=text,
+            backbone_fingerprint=backbone.fingerprint,
+            parameters=1,
+            bytes=1,
+            at=0.0,
+        )
+    asked = ("--home", str(tmp_path / "home"), "grafts", "soup", "mean", "--backbone", str(backbone.folder))
+    done = run(*asked, "one", "two@1")
+    assert (done.exit_code, done.stdout) == (0, "mean@1\n"), done.stderr
+    graft = resolve(store, TenantId("local"), "mean", "smollm2")
+    assert graft is not None
+    made = native.load(root / graft.id, shape=backbone.shape, backbone=backbone.fingerprint).tensors
+    assert all(torch.allclose(value, (members[0][n] + members[1][n]) / 2) for n, value in made.items())
+    few = tmp_path / "few.jsonl"
+    example = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A graft."}]}
+    few.write_text(json.dumps(example) + "\n")
+    done = run(*asked, "one", "two", "--examples", str(few), "--steps", "12")
+    assert (done.exit_code, done.stdout) == (0, "mean@2\n") and "weights" in done.stderr
+    for wrong, said in ((("one", "odd"), "not of one spec"), (("one", "nobody"), "'nobody' does not exist")):
+        done = run(*asked, *wrong)
+        assert done.exit_code == 2 and said in done.stderr.replace("\n", " ")
+
+
+def test_grafts_are_listed_without_the_backbone(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(200, json=MODELS))
+    assert [graft["id"] for graft in json.loads(run("grafts", "list", "--json").stdout)] == ["mine@1"]
+
+
+def test_a_graft_is_exported_as_a_model_or_as_a_lora(tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    spec = parse("loha(r=2, at=attn.q)")
+    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    identity = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    graft, beside = str(tmp_path / identity), ("--backbone", str(backbone.folder))
+    assert run("grafts", "export", graft, str(tmp_path / "whole"), *beside).exit_code == 0
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    done = run("grafts", "export", graft, str(tmp_path / "lora"), *beside, "--rank", "4")
+    assert done.exit_code == 0 and "lost 0.00%" in done.stdout
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
+    again = run("grafts", "export", graft, str(tmp_path / "whole"), *beside)
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+def test_a_graft_is_exported_in_the_format_asked_for(tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    spec = parse("loha(r=2, at=attn.q)")
+    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    identity = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+
+    def export(source: str, target: str, *flags: str) -> Result:
+        where = (str(tmp_path / source), str(tmp_path / target), "--backbone", str(backbone.folder))
+        return run("grafts", "export", *where, "--format", *flags)
+
+    assert export(identity, "theirs", "peft").exit_code == 0
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+    done = export("theirs", "a.gguf", "gguf")
+    assert done.exit_code == 2 and "give a rank or an energy" in done.stderr
+    assert export("theirs", "a.gguf", "gguf", "--rank", "4").exit_code == 0
+    assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
+    done = export("theirs", "ours", "native")
+    assert done.exit_code == 0 and (tmp_path / "ours" / done.stdout.strip() / "graft.json").is_file()
+    done = export("tiny", "x", "peft")
+    assert done.exit_code == 2 and "holds no adapter_config.json" in done.stderr
+
+
+def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    spec = parse("oft(b=8)")
+    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    (tmp_path / "theirs").mkdir()
+    peft.export(tmp_path / "theirs", spec, values, shape=backbone.shape)
+    store = MemoryStore()
+    monkeypatch.setattr(Flags, "store", lambda _: store)
+    monkeypatch.setattr(store, "close", lambda: None)
+    home = ("--home", str(tmp_path / "home"))
+    done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "mine", "--backbone", str(backbone.folder))
+    assert (done.exit_code, done.stdout) == (0, "mine@1\n")
+    graft = resolve(store, TenantId("local"), "mine", "smollm2")
+    assert graft is not None and graft.backbone_fingerprint == backbone.fingerprint
+    folder = tmp_path / "home" / "data" / "grafts"
+    resident = Residency(folder=folder, backbone=backbone, budget_bytes=1 << 20).fetch(graft.id)
+    assert {slot.op for slot in resident.spec.slots} == {"rotate"}
+    done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "Mine", "--backbone", str(backbone.folder))
+    assert done.exit_code == 2 and "name: 'Mine'" in done.stderr

@@ -1,0 +1,49 @@
+"""A service whose backbone is in NF4: what trains, what serves and what answers agree on which backbone it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.settings import BadSettings, load
+from polygraft.grafts.runtime.pretrained import fingerprint
+from polygraft.launch.packs import OpenHost
+from polygraft.serving import replica
+from polygraft.serving.ingress import Ingress, IngressPlan
+from polygraft.trainers import host
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def test_packs_replicas_and_the_ingress_have_one_backbone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(home=tmp_path, data=tmp_path, store_url="memory://", quantise="nf4", dtype="fp32")
+    plans: list[host.PackPlan] = []
+    monkeypatch.setattr(host, "start_host", plans.append)
+    OpenHost.of(settings, folder)(SimpleNamespace(id="pack-1"))  # type: ignore[arg-type]
+    assert (plans[0].quantise, plans[0].device) == ("nf4", "auto")
+    plan = replica.ReplicaPlan(
+        replica=ReplicaId("replica-0"),
+        backbone_folder=folder,
+        data=tmp_path,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantise=settings.quantise,
+        settings=settings.serve,
+    )
+    served = replica._engine(plan)._backbone
+    answering = Ingress(IngressPlan(settings=settings, backbone_folder=folder), {})._api
+    assert served.fingerprint == answering.fingerprint == fingerprint(folder, "nf4")
+
+
+def test_another_quantisation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="quantise"):
+        load(home=tmp_path, quantise="int3")
