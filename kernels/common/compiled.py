@@ -20,6 +20,7 @@ from torch import Tensor
 from polygraft.kernels.dense.library import Unavailable, build
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # as rows.h numbers them
+EXACTLY = "-ffp-contract=off"  # products are rounded before they are added, where the source does not say otherwise
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -101,7 +102,7 @@ def function(source: Path, name: str, arguments: type[ctypes.Structure]) -> Func
 @cache
 def _library(source: Path) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(build(source)))
+        return ctypes.CDLL(str(build(source, EXACTLY)))
     except (Unavailable, OSError) as error:
         logging.getLogger(__name__).info("%s is torch's: %s", source.stem, error)
         return None

@@ -50,9 +50,9 @@ def load(path: Path) -> ctypes.CDLL:
     return found
 
 
-def build(source: Path = SOURCE) -> Path:
-    """The path of the library built of a source, with AMX's tiles where there are any, else with AVX-512's products of
-    bf16. Raises Unavailable on a CPU without either, or without a compiler that builds it.
+def build(source: Path = SOURCE, *more: str) -> Path:
+    """The path of the library built of a source with `more` flags: with AMX's tiles where there are any, else with
+    AVX-512's products of bf16. Raises Unavailable on a CPU without either, or without a compiler that builds it.
 
     It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
     may be shared by machines that differ.
@@ -67,7 +67,7 @@ def build(source: Path = SOURCE) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler is on PATH; install g++ 11 or later")
-    flags = (*FLAGS, "-DAMX") if tiles else FLAGS
+    flags = (*FLAGS, *more, "-DAMX") if tiles else (*FLAGS, *more)
     headers = [path.read_text() for path in sorted(FOLDER.glob("*/*.h"))]
     made_from = (source.read_text(), *headers, compiler, *flags, *sorted(features))
     path = _folder() / f"{source.stem}-{sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"

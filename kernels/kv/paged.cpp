@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "common/rows.h"
@@ -36,135 +37,192 @@ namespace {
 using std::max, std::min;
 
 constexpr int64_t TOGETHER = 16;  // queries of one key head that read a tile of keys together
+constexpr int64_t AT_ONCE = 4;    // of them, those whose sums are in registers at a time
 
-struct Item {  // rows [first, last) of a sequence and a key head
-  int64_t sequence, first, last, head;
+struct Item {  // rows [first, last) of a sequence and key heads [head, end)
+  int64_t sequence, first, last, head, end;
 };
 
-thread_local Space<float> query_space, score_space, tile_space, sum_space;
+thread_local Space<uint32_t> query_space, key_space;
+thread_local Space<float> score_space, sum_space;
+
+// A word is what is multiplied at a time: one number of float32, two of bf16.
+__m512 add_product(__m512 sums, __m512i query, __m512i keys, float) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(query), _mm512_castsi512_ps(keys), sums);
+}
+__m512 add_product(__m512 sums, __m512i query, __m512i keys, bf16) {
+  return _mm512_dpbf16_ps(sums, (__m512bh)query, (__m512bh)keys);
+}
 
 template <typename T>
 struct Attention {
   const Paged &c;
+  static constexpr int64_t PER_WORD = 4 / sizeof(T);
   int64_t width = c.kv_heads * c.head_dim, group = c.heads / c.kv_heads;
-  int64_t depth = tiles(c.head_dim, LANES) * LANES;  // head_dim in whole vectors
+  int64_t words = tiles(c.head_dim, PER_WORD * LANES) * LANES;  // of a head, in whole vectors
+  int64_t depth = tiles(c.head_dim, LANES) * LANES;
 
-  // Positions [from, to) that a query sees.
+  // Positions [from, to) that a row sees.
   int64_t to(const Item &item, int64_t row) const { return c.sequences[item.sequence].before + row + 1; }
   int64_t from(const Item &item, int64_t row) const {
     const int64_t unseen = c.unseen[item.sequence];
     return c.window ? max(unseen, to(item, row) - c.window) : unseen;
   }
 
-  const T *cached(const Item &item, int64_t position, int64_t part) const {
+  const T *cached(const Item &item, int64_t position) const {
     const int64_t block = c.tables[item.sequence * c.table_stride + position / c.block];
-    return static_cast<const T *>(c.cache) + ((block * c.block + position % c.block) * 2 + part) * width +
-           item.head * c.head_dim;
+    return static_cast<const T *>(c.cache) + (block * c.block + position % c.block) * 2 * width;
   }
 
-  void item(const Item &item) const {
-    const int64_t queries = (item.last - item.first) * group, start = c.sequences[item.sequence].start;
+  // Keys and values of the tile at a position, on their way to the cache of this core.
+  void fetch(const Item &item, int64_t at, int64_t high) const {
+    const int64_t begin = item.head * c.head_dim, end = item.end * c.head_dim;
+    for (int64_t p = at; p < min(at + LANES, high); p++) {
+      const T *key = cached(item, p);
+      for (int64_t d = begin; d < end; d += 64 / sizeof(T)) {
+        _mm_prefetch(key + d, _MM_HINT_T0);
+        _mm_prefetch(key + width + d, _MM_HINT_T0);
+      }
+    }
+  }
+
+  void run(const Item &item) const {
+    const int64_t queries = (item.last - item.first) * group, all = queries * (item.end - item.head);
     const int64_t low = from(item, item.first) / LANES * LANES, high = to(item, item.last - 1);
     const int64_t span = tiles(high - low, LANES) * LANES;
-    float *q = query_space.get(queries * depth), *scores = score_space.get(queries * span);
-    float *tile = tile_space.get(LANES * depth), *sums = sum_space.get(queries * depth);
-    for (int64_t i = 0; i < queries; i++) {
-      const T *own = static_cast<const T *>(c.q) + (start + item.first + i / group) * c.q_stride +
-                     (item.head * group + i % group) * c.head_dim;
-      const __m512 scaling = _mm512_set1_ps(c.scaling);
-      along(depth, [&](int64_t d, __mmask16) {
-        store(q + i * depth + d, _mm512_mul_ps(load(own + d, lanes(c.head_dim - d)), scaling), 0xffff);
-        store(sums + i * depth + d, _mm512_setzero_ps(), 0xffff);
-      });
+    uint32_t *q = query_space.get(all * words), *tile = key_space.get(words * LANES);
+    float *scores = score_space.get(all * span), *sums = sum_space.get(all * depth);
+    fetch(item, low, high);
+    for (int64_t i = 0; i < all; i++) {
+      memset(q + i * words, 0, words * sizeof(uint32_t));
+      memcpy(q + i * words, row_of<const T>(c.q, c.q_stride, item, i), c.head_dim * sizeof(T));
     }
+    memset(sums, 0, all * depth * sizeof(float));
     for (int64_t at = low; at < high; at += LANES) {
-      keys(item, at, min(LANES, high - at), tile);
-      for (int64_t i = 0; i < queries; i++) score(q + i * depth, tile, item, i, at, scores + i * span + at - low);
-    }
-    for (int64_t i = 0; i < queries; i++) weigh(item, i, scores + i * span, low);
-    for (int64_t at = low; at < high; at += LANES) {
-      const int64_t count = min(LANES, high - at);
-      for (int64_t p = 0; p < count; p++) {
-        const T *value = cached(item, at + p, 1);
-        along(depth, [&](int64_t d, __mmask16) {
-          store(tile + p * depth + d, load(value + d, lanes(c.head_dim - d)), 0xffff);
-        });
-      }
-      for (int64_t i = 0; i < queries; i++) {
-        const int64_t row = item.first + i / group;
-        const int64_t begin = max(from(item, row) - at, int64_t{0}), end = min(to(item, row) - at, count);
-        add(scores + i * span + at - low, tile, begin, end, sums + i * depth);
+      fetch(item, at + LANES, high);
+      for (int64_t head = item.head; head < item.end; head++) {
+        keys(item, head, at, min(LANES, high - at), tile);
+        for (int64_t i = (head - item.head) * queries, n = i + queries; i < n; i++)
+          score(q + i * words, tile, item, row(item, i), at, scores + i * span + at - low);
       }
     }
-    for (int64_t i = 0; i < queries; i++) {
-      T *own = static_cast<T *>(c.out) + (start + item.first + i / group) * c.out_stride +
-               (item.head * group + i % group) * c.head_dim;
+    for (int64_t i = 0; i < all; i++) weigh(item, i, scores + i * span, low);
+    for (int64_t at = low; at < high; at += LANES)
+      for (int64_t i = 0, n; i < all; i += n) {
+        n = min(AT_ONCE, queries - i % queries);
+        const float *weights = scores + i * span + at - low;
+        if (n == 4) add<4>(item, i, at, high, weights, span, sums + i * depth);
+        if (n == 3) add<3>(item, i, at, high, weights, span, sums + i * depth);
+        if (n == 2) add<2>(item, i, at, high, weights, span, sums + i * depth);
+        if (n == 1) add<1>(item, i, at, high, weights, span, sums + i * depth);
+      }
+    for (int64_t i = 0; i < all; i++) {
+      T *own = row_of<T>(c.out, c.out_stride, item, i);
       along(c.head_dim, [&](int64_t d, __mmask16 m) { store(own + d, load(sums + i * depth + d, m), m); });
     }
   }
 
-  // The keys of `count` positions with a position in each lane, [depth, 16]; zeros in the other lanes.
-  void keys(const Item &item, int64_t at, int64_t count, float *tile) const {
+  // Queries of an item lie head by head, of a head row by row, of a row one beside the other.
+  int64_t row(const Item &item, int64_t i) const { return item.first + i / group % (item.last - item.first); }
+  int64_t head(const Item &item, int64_t i) const {
+    return (item.head + i / group / (item.last - item.first)) * group + i % group;
+  }
+
+  template <typename Number, typename Any>
+  Number *row_of(Any *rows, int64_t stride, const Item &item, int64_t i) const {
+    return static_cast<Number *>(rows) + (c.sequences[item.sequence].start + row(item, i)) * stride +
+           head(item, i) * c.head_dim;
+  }
+
+  // The keys of `count` positions with a position in each lane, [words, 16]; zeros in the other lanes.
+  void keys(const Item &item, int64_t head, int64_t at, int64_t count, uint32_t *tile) const {
     const T *rows[LANES];
-    for (int64_t p = 0; p < count; p++) rows[p] = cached(item, at + p, 0);
-    for (int64_t d = 0; d < depth; d += LANES) {
-      const __mmask16 m = lanes(c.head_dim - d);
+    for (int64_t p = 0; p < count; p++) rows[p] = cached(item, at + p) + head * c.head_dim;
+    for (int64_t w = 0; w < words; w += LANES) {
+      const __mmask32 m = below(c.head_dim - w * PER_WORD);
       __m512i t[SIDE];
-      for (int64_t p = 0; p < LANES; p++)
-        t[p] = p < count ? _mm512_castps_si512(load(rows[p] + d, m)) : _mm512_setzero_si512();
+      for (int64_t p = 0; p < LANES; p++) {
+        t[p] = _mm512_setzero_si512();
+        if (p >= count) continue;
+        if constexpr (PER_WORD == 2) t[p] = _mm512_maskz_loadu_epi16(m, rows[p] + w * PER_WORD);
+        if constexpr (PER_WORD == 1) t[p] = _mm512_maskz_loadu_epi32(m, rows[p] + w);
+      }
       transpose(t);
-      for (int64_t p = 0; p < LANES; p++) _mm512_store_si512(tile + (d + p) * LANES, t[p]);
+      for (int64_t p = 0; p < LANES; p++) _mm512_store_si512(tile + (w + p) * LANES, t[p]);
     }
   }
 
-  // Those of a tile for a query: -inf where it does not see.
-  void score(const float *q, const float *tile, const Item &item, int64_t i, int64_t at, float *to_scores) const {
+  // The scores of a query in a tile: -inf where its row does not see.
+  void score(const uint32_t *q, const uint32_t *tile, const Item &item, int64_t row, int64_t at, float *scores) const {
     __m512 parts[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t d = 0; d < depth; d += 4)
+    for (int64_t w = 0; w < words; w += 4)
 #pragma GCC unroll 4
       for (int64_t j = 0; j < 4; j++)
-        parts[j] = _mm512_fmadd_ps(_mm512_set1_ps(q[d + j]), _mm512_load_ps(tile + (d + j) * LANES), parts[j]);
+        parts[j] = add_product(parts[j], _mm512_set1_epi32(q[w + j]), _mm512_load_si512(tile + (w + j) * LANES), T{});
     const __m512 all = _mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
-    _mm512_store_ps(to_scores, all);
+    _mm512_store_ps(scores, _mm512_mul_ps(all, _mm512_set1_ps(c.scaling)));
+    const auto cap = static_cast<float>(c.cap);
     if (c.cap)
-      for (int64_t p = 0; p < LANES; p++)
-        to_scores[p] = static_cast<float>(c.cap) * tanhf(to_scores[p] / static_cast<float>(c.cap));
-    const int64_t row = item.first + i / group;
+      for (int64_t p = 0; p < LANES; p++) scores[p] = cap * tanhf(scores[p] / cap);
     const __mmask16 seen = lanes(to(item, row) - at) & ~lanes(from(item, row) - at);
-    _mm512_mask_store_ps(to_scores, ~seen, _mm512_set1_ps(-INFINITY));
+    _mm512_mask_store_ps(scores, ~seen, _mm512_set1_ps(-INFINITY));
   }
 
   // A query's softmax over its scores, and the log of its sum where that is asked for.
   void weigh(const Item &item, int64_t i, float *scores, int64_t low) const {
-    const int64_t row = item.first + i / group;
-    const int64_t begin = from(item, row) / LANES * LANES - low, end = to(item, row) - low;
+    const int64_t begin = from(item, row(item, i)) / LANES * LANES - low, end = to(item, row(item, i)) - low;
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int64_t p = begin; p < end; p += LANES) most = _mm512_max_ps(most, _mm512_load_ps(scores + p));
-    const float peak = _mm512_reduce_max_ps(most);
+    const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (int64_t p = begin; p < end; p += LANES) {
-      const __m512 e = exponential(_mm512_sub_ps(_mm512_load_ps(scores + p), _mm512_set1_ps(peak)));
+      const __m512 e = exponential(_mm512_sub_ps(_mm512_load_ps(scores + p), peak));
       total = _mm512_add_ps(total, e);
       _mm512_store_ps(scores + p, e);
     }
     const float sum = _mm512_reduce_add_ps(total);
     for (int64_t p = begin; p < end; p += LANES)
       _mm512_store_ps(scores + p, _mm512_div_ps(_mm512_load_ps(scores + p), _mm512_set1_ps(sum)));
-    if (c.sums)
-      c.sums[(c.sequences[item.sequence].start + row) * c.heads + item.head * group + i % group] = peak + logf(sum);
+    const int64_t batch_row = c.sequences[item.sequence].start + row(item, i);
+    if (c.sums) c.sums[batch_row * c.heads + head(item, i)] = _mm512_cvtss_f32(peak) + logf(sum);
   }
 
-  // Adds the weighted values of a tile's positions [begin, end).
-  void add(const float *weights, const float *tile, int64_t begin, int64_t end, float *sums) const {
-    for (int64_t d = 0; d < depth; d += 4 * LANES) {
-      const int64_t some = min((depth - d) / LANES, int64_t{4});
-      __m512 s[4];
-      for (int64_t j = 0; j < some; j++) s[j] = _mm512_load_ps(sums + d + j * LANES);
-      for (int64_t p = begin; p < end; p++) {
-        const __m512 weight = _mm512_set1_ps(weights[p]);
-        for (int64_t j = 0; j < some; j++)
-          s[j] = _mm512_fmadd_ps(weight, _mm512_load_ps(tile + p * depth + d + j * LANES), s[j]);
+  // Adds the weighted values of a tile to N queries of one head, position by position: of each query those that its
+  // row sees.
+  template <int N>
+  void add(const Item &item, int64_t i, int64_t at, int64_t high, const float *weights, int64_t span, float *sums) const {
+    int64_t begin[N], end[N], first = LANES, last = 0;
+    for (int64_t n = 0; n < N; n++) {
+      begin[n] = max(from(item, row(item, i + n)) - at, int64_t{0});
+      end[n] = min(to(item, row(item, i + n)), at + LANES) - at;
+      first = min(first, begin[n]), last = max(last, end[n]);
+    }
+    const T *values[LANES];
+    for (int64_t p = first; p < last; p++)
+      values[p] = cached(item, at + p) + width + head(item, i) / group * c.head_dim;
+    for (int64_t d = 0; d < c.head_dim; d += 4 * LANES) {
+      __m512 s[N][4];
+      const __mmask16 m[4] = {lanes(c.head_dim - d), lanes(c.head_dim - d - LANES), lanes(c.head_dim - d - 2 * LANES),
+                              lanes(c.head_dim - d - 3 * LANES)};
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) s[n][j] = load(sums + n * depth + d + j * LANES, m[j]);
+      for (int64_t p = first; p < last; p++) {
+        __m512 v[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) v[j] = load(values[p] + d + j * LANES, m[j]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+          const __mmask16 sees = begin[n] <= p && p < end[n] ? 0xffff : 0;
+          const __m512 weight = _mm512_set1_ps(weights[n * span + p]);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++) s[n][j] = _mm512_mask3_fmadd_ps(weight, v[j], s[n][j], sees);
+        }
       }
-      for (int64_t j = 0; j < some; j++) _mm512_store_ps(sums + d + j * LANES, s[j]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) store(sums + n * depth + d + j * LANES, s[n][j], m[j]);
     }
   }
 
@@ -180,17 +238,20 @@ struct Attention {
       }
   }
 
+  // Key heads of a decoding row are read together, since they lie together, where there are rows enough for all threads.
   void run() const {
     clear();
     std::vector<Item> items;
-    const int64_t step = max(TOGETHER / group, int64_t{1});
+    const int64_t step = max(TOGETHER / group, int64_t{1}), heads = c.count >= 4 * c.threads ? c.kv_heads : 1;
     for (int64_t s = 0; s < c.count; s++)
       for (int64_t first = 0; first < c.sequences[s].rows; first += step)
-        for (int64_t head = 0; head < c.kv_heads; head++)
-          items.push_back({s, first, min(first + step, c.sequences[s].rows), head});
+        for (int64_t head = 0, end; head < c.kv_heads; head = end) {
+          end = min(c.sequences[s].rows == 1 ? head + heads : head + 1, c.kv_heads);
+          items.push_back({s, first, min(first + step, c.sequences[s].rows), head, end});
+        }
     const int64_t count = items.size();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(count == 1 ? 1 : c.threads)
-    for (int64_t i = 0; i < count; i++) item(items[i]);
+    for (int64_t i = 0; i < count; i++) run(items[i]);
   }
 };
 
