@@ -116,7 +116,7 @@ class Making:
         def make() -> Source:
             found = self.sources[name]
             values = {name: value.to(self.backbone.device) for name, value in found.tensors.items()}
-            frozen = self.backbone.weight, self.backbone.through
+            frozen = self.backbone.weight, self.backbone.run_from_layer
             spec, served = lower(found.spec, self.backbone.shape, values, *frozen)
             return Source(spec, {name: value.cpu() for name, value in served.items()})
 
