@@ -25,6 +25,7 @@ from polygraft.serving.sequence import GenerationRequest
 
 WARM, TIMED, TAKEN_APART = 8, 30, 10  # steps; 25 tokens of prompt and these are the contexts of the benchmark's middle
 LONGEST = 64
+_PATIENCE = 1000  # turns
 # Functions whose time is a part's, without what functions of other parts take inside them.
 PARTS = {
     "products": ("kernels.dense.op.linear", "kernels.dense.op.Prepared.run", "grafts.runtime.linear.multiply"),
@@ -54,9 +55,13 @@ class Decoding:
                 temperature=0.0,
             )
             assert self._engine.submit(request)
-        while self._engine.load.running < len(material.prompts):
+        for _ in range(_PATIENCE):
+            if self._engine.load.running == len(material.prompts):
+                break
             self._engine.turn()
             time.sleep(0.01)  # grafts are read in another thread
+        else:
+            raise RuntimeError("not all streams run")
         self.steps(WARM)
 
     def steps(self, count: int) -> float:

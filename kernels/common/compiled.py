@@ -44,20 +44,21 @@ class Function:
         """A call with these arguments, tensors among them as the addresses of their data; `keeps` live as long as it
         does, as do those tensors."""
         given = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        return Call(self.jump, self.address, self.arguments(**given), (keeps, arguments))
+        made = self.arguments(**given)
+        return Call(self.jump, self.address, ctypes.addressof(made), (made, keeps, arguments))
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that may be made any number of times."""
+    """A call that may be made any number of times: the function, where it lies, and where what it takes lies."""
 
     jump: Callable[[int], None]
     function: int
-    arguments: ctypes.Structure
+    arguments: int
     keeps: object = field(repr=False)
 
     def __call__(self) -> None:
-        self.jump(ctypes.addressof(self.arguments))
+        self.jump(self.arguments)
 
 
 class Calls:
@@ -66,32 +67,32 @@ class Calls:
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = tuple(calls)
         functions = array("q", [call.function for call in calls])
-        arguments = array("q", [ctypes.addressof(call.arguments) for call in calls])
-        run = function(Path(__file__).with_name("run.cpp"), "run", RUN)
+        arguments = array("q", [call.arguments for call in calls])
+        run = function(Path(__file__).with_name("run.cpp"), "run", _RUN)
         assert run is not None
         places = functions.buffer_info()[0], arguments.buffer_info()[0]
         self._run = run.ready(functions, arguments, functions=places[0], arguments=places[1], count=len(calls))
-
-    def __len__(self) -> int:
-        return len(self._calls)
 
     def __call__(self) -> None:
         self._run()
 
 
-RUN = structure("Run", pointers="functions arguments", integers="count")
+_RUN = structure("Run", pointers="functions arguments", integers="count")
 
 
 @cache
-def function(source: Path, name: str, arguments: type[ctypes.Structure]) -> Function | None:
-    """A function of a source, which tells the size of its structure as `size_of_NAME`; None where sources cannot be
-    compiled: nothing but speed depends on it."""
+def function(
+    source: Path, name: str, arguments: type[ctypes.Structure], *others: type[ctypes.Structure]
+) -> Function | None:
+    """A function of a source; None where sources cannot be compiled: nothing but speed depends on it. The source tells
+    the sizes of its structures, of `others` that the arguments point to, too, as `size_of_NAME`."""
     library = _library(source)
     if library is None:
         return None
-    size = library[f"size_of_{name}"]
-    size.restype = ctypes.c_int64
-    assert size() == ctypes.sizeof(arguments), f"{source.name}: {name} takes another structure than {arguments}"
+    for kind in (arguments, *others):
+        size = library[f"size_of_{kind.__name__.lower()}"]
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(kind), f"{source.name}: its {kind.__name__} is another structure"
     jump = library[name]
     jump.argtypes, jump.restype = [ctypes.c_void_p], None
     address = ctypes.cast(jump, ctypes.c_void_p).value

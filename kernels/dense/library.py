@@ -1,5 +1,5 @@
-"""The compiled part of the dense op, linear.cpp, and how it and other sources are built: by this machine's compiler, when
-they are first asked for."""
+"""The compiled part of the dense op, linear.cpp, and how it and other sources are built: by this machine's compiler,
+when they are first asked for."""
 
 from __future__ import annotations
 

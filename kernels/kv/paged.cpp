@@ -18,16 +18,23 @@ struct Continued {  // batch rows [start, start + rows) after `before` cached po
   int64_t start, rows, before;
 };
 
-// q and out rows of heads * head_dim, which are a stride apart; cache [blocks, block, 2, kv_heads * head_dim]; tables
-// [count, table_stride]; of every sequence's positions the first `unseen` are not seen. Window and cap are 0 for none.
+// The sequences of a forward, which all its layers read: `tables` [count, table_stride]; of every sequence's positions the
+// first `unseen` [layers, count] are not seen, alike in all layers where the stride is 0.
+struct Pages {
+  const Continued *sequences;
+  const int64_t *tables, *unseen;
+  int64_t count, table_stride, unseen_stride;
+};
+
+// q and out rows of heads * head_dim, which are a stride apart; cache [blocks, block, 2, kv_heads * head_dim]. Window and
+// cap are 0 for none.
 struct Paged {
   const void *q;
   void *out;
   float *sums;  // [rows, heads], or null
   const void *cache;
-  const Continued *sequences;
-  const int64_t *unseen, *tables;
-  int64_t count, table_stride, q_stride, out_stride, rows, heads, kv_heads, head_dim, block, dtype, window;
+  const Pages *pages;
+  int64_t layer, q_stride, out_stride, rows, heads, kv_heads, head_dim, block, dtype, window;
   double scaling, cap;
   int64_t threads;
 };
@@ -57,20 +64,22 @@ __m512 add_product(__m512 sums, __m512i query, __m512i keys, bf16) {
 template <typename T>
 struct Attention {
   const Paged &c;
+  const Pages &pages = *c.pages;
+  const int64_t *unseen = pages.unseen + c.layer * pages.unseen_stride;
   static constexpr int64_t PER_WORD = 4 / sizeof(T);
   int64_t width = c.kv_heads * c.head_dim, group = c.heads / c.kv_heads;
   int64_t words = tiles(c.head_dim, PER_WORD * LANES) * LANES;  // of a head, in whole vectors
   int64_t depth = tiles(c.head_dim, LANES) * LANES;
 
   // Positions [from, to) that a row sees.
-  int64_t to(const Item &item, int64_t row) const { return c.sequences[item.sequence].before + row + 1; }
+  int64_t to(const Item &item, int64_t row) const { return pages.sequences[item.sequence].before + row + 1; }
   int64_t from(const Item &item, int64_t row) const {
-    const int64_t unseen = c.unseen[item.sequence];
-    return c.window ? max(unseen, to(item, row) - c.window) : unseen;
+    const int64_t first = unseen[item.sequence];
+    return c.window ? max(first, to(item, row) - c.window) : first;
   }
 
   const T *cached(const Item &item, int64_t position) const {
-    const int64_t block = c.tables[item.sequence * c.table_stride + position / c.block];
+    const int64_t block = pages.tables[item.sequence * pages.table_stride + position / c.block];
     return static_cast<const T *>(c.cache) + (block * c.block + position % c.block) * 2 * width;
   }
 
@@ -130,7 +139,7 @@ struct Attention {
 
   template <typename Number, typename Any>
   Number *row_of(Any *rows, int64_t stride, const Item &item, int64_t i) const {
-    return static_cast<Number *>(rows) + (c.sequences[item.sequence].start + row(item, i)) * stride +
+    return static_cast<Number *>(rows) + (pages.sequences[item.sequence].start + row(item, i)) * stride +
            head(item, i) * c.head_dim;
   }
 
@@ -182,7 +191,7 @@ struct Attention {
     const float sum = _mm512_reduce_add_ps(total);
     for (int64_t p = begin; p < end; p += LANES)
       _mm512_store_ps(scores + p, _mm512_div_ps(_mm512_load_ps(scores + p), _mm512_set1_ps(sum)));
-    const int64_t batch_row = c.sequences[item.sequence].start + row(item, i);
+    const int64_t batch_row = pages.sequences[item.sequence].start + row(item, i);
     if (c.sums) c.sums[batch_row * c.heads + head(item, i)] = _mm512_cvtss_f32(peak) + logf(sum);
   }
 
@@ -229,7 +238,7 @@ struct Attention {
   // Rows of no sequence.
   void clear() const {
     std::vector<char> mine(c.rows, 0);
-    for (const Continued *s = c.sequences; s < c.sequences + c.count; s++)
+    for (const Continued *s = pages.sequences; s < pages.sequences + pages.count; s++)
       std::fill_n(mine.begin() + s->start, s->rows, 1);
     for (int64_t row = 0; row < c.rows; row++)
       if (!mine[row]) {
@@ -242,12 +251,12 @@ struct Attention {
   void run() const {
     clear();
     std::vector<Item> items;
-    const int64_t step = max(TOGETHER / group, int64_t{1}), heads = c.count >= 4 * c.threads ? c.kv_heads : 1;
-    for (int64_t s = 0; s < c.count; s++)
-      for (int64_t first = 0; first < c.sequences[s].rows; first += step)
+    const int64_t step = max(TOGETHER / group, int64_t{1}), heads = pages.count >= 4 * c.threads ? c.kv_heads : 1;
+    for (int64_t s = 0; s < pages.count; s++)
+      for (int64_t first = 0; first < pages.sequences[s].rows; first += step)
         for (int64_t head = 0, end; head < c.kv_heads; head = end) {
-          end = min(c.sequences[s].rows == 1 ? head + heads : head + 1, c.kv_heads);
-          items.push_back({s, first, min(first + step, c.sequences[s].rows), head, end});
+          end = min(pages.sequences[s].rows == 1 ? head + heads : head + 1, c.kv_heads);
+          items.push_back({s, first, min(first + step, pages.sequences[s].rows), head, end});
         }
     const int64_t count = items.size();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(count == 1 ? 1 : c.threads)
@@ -258,6 +267,7 @@ struct Attention {
 }  // namespace
 
 extern "C" int64_t size_of_paged() { return sizeof(Paged); }
+extern "C" int64_t size_of_pages() { return sizeof(Pages); }
 
 extern "C" void paged(const Paged *c) {
   of_dtype(c->dtype, [&](auto t) { Attention<decltype(t)>{*c}.run(); });

@@ -1,9 +1,9 @@
 """The residual_norm op: the residual sum and the frozen norm that reads it, in one pass; RMS (Zhang & Sennrich 2019,
 arXiv 1910.07467, eq. 4) and layer norm (Ba et al. 2016, arXiv 1607.06450).
 
-Every number is rounded where transformers rounds it: the sum to x's dtype; an RMS norm's quotient to the weight's dtype
-before the product. A row is one thread's from its first number to its last, in one order, so that neither other rows nor
-the number of threads has a part in its bits.
+Every number is rounded where transformers rounds it: the sum to x's dtype; an RMS norm's quotient to the weight's
+dtype before the product. A row is one thread's from its first number to its last, in one order, so that neither other
+rows nor the number of threads has a part in its bits.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def _forward(
         return x, *_steps(x, norm)
     x, update = x.contiguous(), None if update is None else update.contiguous()
     sums, y = x if update is None else torch.empty_like(x), torch.empty_like(x)
-    kept = [x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if needed else None for needed in (keep and norm.centred, keep)]
-    _call(compiled, (x, update, sums), norm, y, (kept[0], kept[1]), torch.get_num_threads())()
-    return sums, y, kept[0], kept[1]
+    means = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if keep and norm.centred else None
+    scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if keep else None
+    _call(compiled, (x, update, sums), norm, y, (means, scales), torch.get_num_threads())()
+    return sums, y, means, scales
 
 
 def _steps(x: Tensor, norm: Norm) -> tuple[Tensor, None, Tensor]:
@@ -114,9 +115,7 @@ def _steps(x: Tensor, norm: Norm) -> tuple[Tensor, None, Tensor]:
     return (norm.weight * quotient.to(norm.weight.dtype)).to(x.dtype), None, scales
 
 
-def _backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, means: Tensor | None, scales: Tensor, norm: Norm
-) -> Tensor:
+def _backward(dy: Tensor, dsum: Tensor | None, x: Tensor, means: Tensor | None, scales: Tensor, norm: Norm) -> Tensor:
     """dx: through the norm, rounded, plus that of the sum."""
     compiled = function(_SOURCE, "backward", _BACKWARD) if _compiled(x, norm) and dy.dtype == x.dtype else None
     if compiled is None:

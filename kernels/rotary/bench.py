@@ -22,7 +22,9 @@ def cases() -> Iterator[Case]:
         cos, sin = torch.randn(2, rows, HEAD_DIM).bfloat16()
         shape = rows, HEADS, KV_HEADS, HEAD_DIM
         call = partial(rotary_write, q, k, v, (cos, sin), cache, torch.arange(rows) * 7, HEAD_DIM)
-        yield Case(f"rotary and page write, {rows} rows", call, cost.flops(*shape), cost.bytes_moved(*shape, itemsize=2))
+        yield Case(
+            f"rotary and page write, {rows} rows", call, cost.flops(*shape), cost.bytes_moved(*shape, itemsize=2)
+        )
 
 
 if __name__ == "__main__":

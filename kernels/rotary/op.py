@@ -46,8 +46,8 @@ def rotary_write(
     head_dim: int,
     norms: HeadNorms | None = None,
 ) -> None:
-    """Semantics: q[t] = turned(q[t]) in place; cache[slots[t]] = (turned(k[t]), v[t]) where slots[t] >= 0; head by head,
-    turned(x) = x cos[t] + (-x_high, x_low) sin[t], over the first len(cos[t]) numbers of a head.
+    """Semantics: q[t] = turned(q[t]) in place; cache[slots[t]] = (turned(k[t]), v[t]) where slots[t] >= 0; head by
+    head, turned(x) = x cos[t] + (-x_high, x_low) sin[t], over the first len(cos[t]) numbers of a head.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim], whose rows may be a stride apart; angles cos and sin [T,
     turned]; cache [slots, 2, kv_heads * head_dim] contiguous, slots [T] int64. All of one dtype. Not differentiable.

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def turned(x_THD: Tensor, angles_TN: Tensor) -> Tensor:
-    """Of every head x, the numbers (x[i], x[i + n]) turned by angle i in the plane, n the count of angles; the rest as it
-    is."""
+    """Of every head x, the numbers (x[i], x[i + n]) turned by angle i in the plane, n the count of angles; the rest as
+    it is."""
     wide = torch.promote_types(x_THD.dtype, torch.float32)
     n = angles_TN.shape[1]
     x, phase = x_THD.to(wide), angles_TN.to(wide).unsqueeze(1)

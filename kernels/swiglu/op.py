@@ -1,5 +1,5 @@
-"""The swiglu op: silu(gate) * up (SwiGLU; Shazeer 2020, arXiv 2002.05202, eq. 6) over the two halves of one product, in one
-pass forward and one backward.
+"""The swiglu op: silu(gate) * up (SwiGLU; Shazeer 2020, arXiv 2002.05202, eq. 6) over the two halves of one product,
+in one pass forward and one backward.
 
 silu is rounded to the inputs' dtype before the product, as transformers does. Every number of the result is a function
 of the two at its place, computed alike wherever it lies, so that neither other rows nor the number of threads has a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -45,8 +44,9 @@ def given(dtype: torch.dtype = torch.float32, head_dim: int = HEAD_DIM) -> tuple
 def attended(
     q: Tensor, cache: Tensor, scores: Scores, sequences: Sequence[Continued] = SEQUENCES, sums: Tensor | None = None
 ) -> Tensor:
-    unseen = array("q", [s.unseen for s in sequences])
-    return attend_paged(q, cache, Pages.of(sequences), unseen, (HEADS, KV_HEADS), scores, sums)
+    pages = Pages()
+    pages.hold(sequences, [[s.unseen for s in sequences]])
+    return attend_paged(q, cache, pages, 5, (HEADS, KV_HEADS), scores, sums)
 
 
 def truth(q: Tensor, cache: Tensor, scores: Scores) -> Tensor:
@@ -65,6 +65,16 @@ def test_in_bf16_it_errs_by_little_more_than_the_rounding_of_its_results(scores:
     q, cache = given(torch.bfloat16)
     exact = truth(q, cache, scores)
     assert relative(attended(q, cache, scores), exact) < 1.1 * relative(exact.bfloat16(), exact)
+
+
+def test_each_layer_has_its_own_unseen_positions() -> None:
+    q, cache = given()
+    pages, hidden = Pages(), [0, 9, 0, 1, 30]
+    pages.hold(SEQUENCES, [[s.unseen for s in SEQUENCES], hidden])
+    other = [replace(s, unseen=count) for s, count in zip(SEQUENCES, hidden, strict=True)]
+    for layer, sequences in enumerate((SEQUENCES, other)):
+        got = attend_paged(q, cache, pages, layer, (HEADS, KV_HEADS), SCORES[0])
+        assert torch.equal(got, attended(q, cache, SCORES[0], sequences))
 
 
 def test_sums_are_the_logs_of_what_the_softmax_divides_by() -> None:

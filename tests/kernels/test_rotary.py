@@ -57,7 +57,10 @@ def test_queries_keys_and_values_have_transformers_bits(dtype: torch.dtype, head
             module = Qwen3RMSNorm(head_dim, 1e-6)
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
             heads[i] = module(heads[i])
-    wanted = [x[0].transpose(0, 1).flatten(1) for x in apply_rotary_pos_emb(*(h.transpose(0, 1)[None] for h in heads), cos[None], sin[None])]
+    wanted = [
+        x[0].transpose(0, 1).flatten(1)
+        for x in apply_rotary_pos_emb(*(h.transpose(0, 1)[None] for h in heads), cos[None], sin[None])
+    ]
     cache = torch.full((SLOTS, 2, k.shape[1]), 7.0, dtype=dtype)
     before, values = cache.clone(), v.clone()
     rotary_write(q, k, v, (cos, sin), cache, PLACES, head_dim, norms)
