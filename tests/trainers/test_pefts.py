@@ -122,7 +122,7 @@ def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: p
         real, shape = router.forward, fp64.shape.dims(site.name)
 
         def forward(task_ids: Tensor, input_ids: Tensor) -> Tensor:
-            u = uniform(_key(job, current), declare.Place(site.layer, site.name, *shape), router.module_logits)
+            u = uniform(_key(job, current), declare.SiteShape(site.layer, site.name, *shape), router.module_logits)
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "rand", lambda size, **_: u.view(size))
                 return real(task_ids, input_ids)
