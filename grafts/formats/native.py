@@ -17,10 +17,10 @@ from torch import Tensor
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
-from polygraft.grafts.formats.draft import drafted
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 from polygraft.grafts.text.plain_json import load as load_json
+from polygraft.kernels.common.atomic import whole_folder
 
 SCHEMA = 1
 DESCRIPTION, WEIGHTS = "graft.json", "graft.safetensors"
@@ -75,7 +75,7 @@ def save(
         "spec": json.loads(spec.to_json()),
     }
     try:
-        with drafted(folder) as draft:
+        with whole_folder(folder) as draft:
             save_file(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(spec, shape, stock):

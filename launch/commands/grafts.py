@@ -81,8 +81,10 @@ def export_graft(
     (gguf) or ours (native, in a folder named by its id); with --rank or --energy a LoRA in its place."""
     from polygraft.grafts.formats import gguf_lora, merged, native, peft
     from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.formats.check import FormatError
     from polygraft.grafts.formats.read import read
     from polygraft.grafts.formats.to_lora import to_lora
+    from polygraft.kernels.common.atomic import whole_folder
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors():
@@ -96,7 +98,11 @@ def export_graft(
             case Form.MERGED:
                 merged.export(target, spec, values, backbone=grown.folder)
             case Form.PEFT:
-                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=BackboneFiles(grown.folder))
+                if target.exists():
+                    raise FormatError(f"{target}: exists already; name a folder that does not")
+                stock = BackboneFiles(grown.folder)
+                with whole_folder(target) as draft:
+                    peft.export(draft, spec, values, shape=grown.shape, base=backbone, stock=stock)
             case Form.GGUF:
                 gguf_lora.export(target, spec, values, shape=grown.shape)
             case Form.NATIVE:
