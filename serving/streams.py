@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import insort
 
 from polygraft.cluster.model import GraftId
-from polygraft.cluster.policy.batching import Running, Waiting, admit_streams, ever_fits
+from polygraft.cluster.policy.batching import Running, Waiting, admit_streams
+from polygraft.cluster.policy.entry import blocks_for, ever_fits
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
@@ -32,7 +33,7 @@ class Streams:
         if not ever_fits(settings.max_context, blocks=count - 1, block_size=BLOCK_SIZE):
             raise ValueError(
                 f"serve.kv_bytes: {settings.kv_bytes} is less than one context of {settings.max_context} tokens needs; "
-                f"give at least {(-(-settings.max_context // BLOCK_SIZE) + 2) * per_block}"
+                f"give at least {(blocks_for(settings.max_context, BLOCK_SIZE) + 2) * per_block}"
             )
         dtype, device = backbone.dtype, backbone.device
         self.cache = KVCache(backbone.shape, count, block_size=BLOCK_SIZE, dtype=dtype, device=device)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams, blocks_for, ever_fits
+from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
+from polygraft.cluster.policy.entry import blocks_for, ever_fits
 
 BLOCK = 4
 
