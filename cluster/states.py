@@ -40,7 +40,6 @@ class Reason(StrEnum):
     REQUESTED = "requested"  # cancel: its tenant asked
     OWNER_LOST = "owner_lease_expired"  # cancel: the search that owns it is gone
     IDLE = "idle"  # close: no jobs for a while
-    SHUTDOWN = "shutdown"  # close: the service stops
     PACK_FAILED = "pack_failed"  # requeue: the pack's process ended with an error
     PACK_LOST = "pack_lost"  # requeue: the pack did not survive a restart of the service
     PACK_CLOSED = "pack_closed"  # requeue: the pack ended before the job did

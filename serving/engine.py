@@ -268,7 +268,6 @@ class Engine:
                 "requests": [chunk.sequence.request.id for chunk in batch.chunks],
                 "grafts": list(residents),
                 "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
-                "merged": False,
                 "device": str(self._backbone.device),
             }
         )
