@@ -91,7 +91,7 @@ class Streams:
             if (spec := self._spec(sequence)) is not None:
                 sequence.attach_graft(spec)
         plan = admit_streams(
-            [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.whole) for s in ready],
+            [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.min_chunk) for s in ready],
             [self._as_running(sequence) for sequence in self.running],
             free_blocks=self.blocks.free_blocks,
             block_size=BLOCK_SIZE,
@@ -117,7 +117,7 @@ class Streams:
     def _as_running(self, sequence: Sequence) -> Running:
         id = sequence.request.id
         held, missing = len(self.blocks.table(id)), self.blocks.missing(id, sequence.cached + 1)
-        return Running(id, sequence.left, held, missing, sequence.whole)
+        return Running(id, sequence.left, held, missing, sequence.min_chunk)
 
     def _admit(self, sequence: Sequence) -> None:
         """Blocks for all its tokens, its graft's prefix in the first of them."""

@@ -10,25 +10,25 @@ from polygraft.cluster.policy.entry import blocks_for, may_enter
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A stream in the cache: `left` rows to compute (1 while decoding), the first `whole` of them in one step, blocks
-    `held` and `missing` for the next."""
+    """A stream in the cache: `left` rows to compute (1 while decoding), at least `min_chunk` of them in its next step,
+    blocks `held` and `missing` for the next row."""
 
     id: str
     left: int
     held: int
     missing: int
-    whole: int = 1
+    min_chunk: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A stream without cache blocks: `left` rows to compute, the first `whole` of them in one step, which with its
-    graft's prefix fill `slots` cache slots."""
+    """A stream without cache blocks: `left` rows to compute, at least `min_chunk` of them in its first step; with its
+    graft's prefix they fill `slots` cache slots."""
 
     id: str
     left: int
     slots: int
-    whole: int = 1
+    min_chunk: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ def admit_streams(
     max_streams: int,
     rows: int,
 ) -> StepPlan:
-    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows; a chunk that must be
-    whole may go beyond, and is the last.
+    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows; a chunk whose
+    `min_chunk` is more may go beyond, and is the last.
 
     Decoding streams get a row each, then prefills get chunks, then new streams are admitted while `may_enter` says so.
     The first that does not fit stops the queue. While streams are evicted nobody is admitted.
@@ -61,7 +61,7 @@ def admit_streams(
     chunks: list[tuple[str, int]] = []
     for stream in sorted(stay, key=lambda stream: stream.left > 1):  # stable: oldest first within decode and prefill
         if rows > 0:
-            chunks.append((stream.id, max(stream.whole, min(stream.left, rows))))
+            chunks.append((stream.id, max(stream.min_chunk, min(stream.left, rows))))
             rows -= chunks[-1][1]
 
     admitted: list[str] = []
@@ -71,7 +71,7 @@ def admit_streams(
         if rows < 1 or not may_enter(needed, running=streams, free_blocks=free, max_streams=max_streams):
             break
         admitted.append(candidate.id)
-        chunks.append((candidate.id, max(candidate.whole, min(candidate.left, rows))))
+        chunks.append((candidate.id, max(candidate.min_chunk, min(candidate.left, rows))))
         rows -= chunks[-1][1]
         free -= needed
     return StepPlan(evicted, tuple(admitted), tuple(chunks))

@@ -9,7 +9,7 @@ def blocks_for(slots: int, block_size: int) -> int:
 
 
 def may_enter(needed: int, *, running: int, free_blocks: int, max_streams: int) -> bool:
-    """Whether one more stream, which fills `needed` blocks at once, may run beside `running` others: each of them and
+    """Whether one more stream, which fills `needed` blocks at once, may run with `running` others: each of them and
     the new one has a free block left to grow into (the test of S-LoRA, Sheng et al. 2023, one step ahead)."""
     return running < max_streams and free_blocks >= needed + running + 1
 

@@ -1,4 +1,4 @@
-"""The native graft folder: `graft.json` (what it is and what it grows on) beside `graft.safetensors` (its tensors, in
+"""The native graft folder: `graft.json` (what it is and what it grows on) and `graft.safetensors` (its tensors, in
 float32)."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def save(
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 
-    PEFT's files lie beside ours where PEFT has the method, with `base` as the backbone's public name; for some methods
+    PEFT's files lie in the same folder where PEFT has the method, with `base` as the backbone's public name; for some methods
     the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
     """
     kept = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Rows of the input embeddings that are edited beside a method, PEFT's `trainable_token_indices`: one table of modules
+"""Rows of the input embeddings that are edited in addition to a method, PEFT's `trainable_token_indices`: one table of modules
 and their tokens for both ways.
 
 PEFT edits a head that is tied to the embeddings with them, but for a config that names both with other tokens for each.

@@ -108,9 +108,9 @@ def test_a_stream_taken_over_goes_on_with_the_tokens_it_would_have_had(backbone:
     run(engine)
     rest.tokens["p2"] = whole.tokens["p2"][:5]
     other = engine_on(backbone, tmp_path, heard=rest)
-    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), epoch=1, **sampled))
+    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), attempt=1, **sampled))
     run(other)
-    assert rest.tokens == whole.tokens and rest.ends["p2"].epoch == 1
+    assert rest.tokens == whole.tokens and rest.ends["p2"].attempt == 1
 
 
 def test_a_sampled_stream_does_not_depend_on_its_neighbours(backbone: Backbone, tmp_path: Path) -> None:
