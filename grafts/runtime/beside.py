@@ -14,11 +14,11 @@ from polygraft.grafts.runtime.stacks import Entries, Entry, Kind, Stack, Stacks
 from polygraft.grafts.sites import Site
 from polygraft.kernels.branch.activation import ACTIVATIONS
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.dense.op import Side
+from polygraft.kernels.dense.op import FusedBranch
 
 
-@dataclass(frozen=True, slots=True)
-class Beside(Side):
+@dataclass(frozen=True)
+class Beside(FusedBranch):
     """A branch beside a projection of a fused linear: what `kernels.branch.op.branch` takes, for `entries`."""
 
     entries: Entries

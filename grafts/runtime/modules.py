@@ -68,7 +68,8 @@ class SiteLinear(nn.Module):
         y = _branches(flat, y, stacks, self.site, route, tap="input", among=plan.apart[self.member])
         for kind, stack in stacks.items():
             if kind.op == "sparse":
-                y = sparse(flat, y, stack.parts["w"], stack.parts["i"], route.segments(stack.entries))
+                index = route.stacks.sparse_index(self.site, kind)
+                y = sparse(flat, y, stack.parts["w"], index, route.segments(stack.entries))
             if kind.op == "delta":
                 generators = route.stacks.generators[self.site]
                 y = delta(flat, y, stack.parts["t"], route.segments(stack.entries), generators)

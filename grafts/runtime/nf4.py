@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.linear import FrozenLinear, multiply
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.dense.op import Side, Work
+from polygraft.kernels.dense.op import FusedBranch, Work
 from polygraft.kernels.nf4.op import linear
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Nf4Linear(FrozenLinear):
         return x_TI.is_cuda and self.in_features % GROUP == 0
 
     def _multiplied(
-        self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: tuple[Side, Segments] | None = None
+        self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: tuple[FusedBranch, Segments] | None = None
     ) -> Tensor:
         """x W^T for neighbouring parts, and a branch beside them."""
         codes_OH = codes.view(-1, self.in_features // 2)

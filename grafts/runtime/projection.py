@@ -15,7 +15,7 @@ from polygraft.grafts.runtime.stacks import Entries
 from polygraft.kernels.branch.cost import stacking_pays
 from polygraft.kernels.branch.op import branch, serve_branch_
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.dense.op import Side, Work
+from polygraft.kernels.dense.op import FusedBranch, Work
 
 BARE = Plan()
 
@@ -90,7 +90,7 @@ class _Project(torch.autograd.Function):
         beside, (x, *saved) = ctx.beside, ctx.saved_tensors  # type: ignore[attr-defined]
         weights, values = saved[: 2 * len(beside)], iter(saved[2 * len(beside) :])
         pairs = zip(weights[::2], weights[1::2])
-        work = [(Side(member, *pair, act), segments) for pair, (member, act, segments) in zip(pairs, beside)]
+        work = [(FusedBranch(member, *pair, act), segments) for pair, (member, act, segments) in zip(pairs, beside)]
         hiddens = [list(islice(values, count)) for count in ctx.kept]  # type: ignore[attr-defined]
         dx, found = linear.gradients(_joined(grads), x, work, hiddens)
         return dx, None, None, *found

@@ -19,6 +19,7 @@ from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
 from polygraft.kernels.norm.op import row_norm
+from polygraft.kernels.sparse.order import SparseIndex
 
 if TYPE_CHECKING:
     from polygraft.grafts.runtime.beside import Plan
@@ -122,6 +123,7 @@ class Stacks:
     trainable: bool = False
     plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)  # by fused linear, kept by the modules
     _empty: Mapping[Kind, Stack] = field(default_factory=dict)
+    _indices: dict[tuple[Site, Kind], SparseIndex] = field(default_factory=dict)
     _copies: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
@@ -185,6 +187,12 @@ class Stacks:
     def get(self, site: Site) -> Mapping[Kind, Stack]:
         """The stacks at a site by kind, empty when no graft acts there."""
         return self.at.get(site, self._empty)
+
+    def sparse_index(self, site: Site, kind: Kind) -> SparseIndex:
+        """Where the entries of a sparse stack stand in S."""
+        if (site, kind) not in self._indices:
+            self._indices[site, kind] = SparseIndex(self.at[site][kind].parts["i"])
+        return self._indices[site, kind]
 
     @cached_property
     def generators(self) -> Mapping[Site, Mapping[int, Callable[[Tensor], Tensor]]]:
