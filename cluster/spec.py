@@ -115,9 +115,7 @@ class FineTuningRequest(_Body):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if self.method is not None and self.hyperparameters is not None:
-            raise ValueError(
-                "hyperparameters: given together with method; move them to method.supervised.hyperparameters"
-            )
+            raise ValueError("hyperparameters: given with method, too; move them to method.supervised.hyperparameters")
         if self.suffix == self.model:
             raise ValueError(f"suffix: {self.suffix!r} is the name of the base model; choose another")
         return self

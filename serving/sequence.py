@@ -18,8 +18,8 @@ class GenerationRequest:
 
     `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token
     has index len(generated), so that a stream taken over by another replica draws what the first would have drawn.
-    `attempt` counts from 0; messages of an older attempt are stale. `prefix` are the virtual tokens of the graft, as far as
-    the ingress knows; the engine asks the graft itself.
+    `attempt` counts from 0; messages of an older attempt are stale. `prefix` are the virtual tokens of the graft, as
+    far as the ingress knows; the engine asks the graft itself.
     """
 
     id: str

@@ -58,8 +58,8 @@ def save(
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 
-    PEFT's files lie in the same folder where PEFT has the method, with `base` as the backbone's public name; for some methods
-    the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
+    PEFT's files lie in the same folder where PEFT has the method, with `base` as the backbone's public name; for some
+    methods the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
     """
     kept = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in values.items()}
     check(spec, kept, shape)

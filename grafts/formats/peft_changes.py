@@ -79,8 +79,8 @@ def change_of(slot: Slot, site: Site) -> Change | None:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a config trains in addition to a method whose sites are `wrapped`: the `saved` modules whole, and with `bias` the
-    biases of none, of the method's modules (`lora_only`) or of all."""
+    """What a config trains in addition to a method whose sites are `wrapped`: the `saved` modules whole, and with
+    `bias` the biases of none, of the method's modules (`lora_only`) or of all."""
 
     stock: BackboneFiles
     wrapped: frozenset[Site]

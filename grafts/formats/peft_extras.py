@@ -1,5 +1,6 @@
 """PEFT's extras: what a config trains in addition to its method, whole modules (`modules_to_save`), biases (`bias`)
-and rows of the embeddings (`trainable_token_indices`), as terms of a union, and back where a config means just those."""
+and rows of the embeddings (`trainable_token_indices`), as terms of a union; and back where a config means just
+those."""
 
 from __future__ import annotations
 
@@ -129,7 +130,7 @@ def write(
     if graft.edits is None:
         return fields, files
     if not layout.edits_tokens:
-        raise FormatError(f"{TOKENS_FIELD}: is not written in addition to {layout.kind}; keep the native folder")
+        raise FormatError(f"{TOKENS_FIELD}: is not written with {layout.kind}; keep the native folder")
     number, slot = graft.edits
     rows = None if values is None else values[f"{number}.{peft_tokens.EMBED}.p"]
     more, edited = peft_tokens.write(slot, rows, stock)
@@ -164,9 +165,7 @@ def _changed(
 def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
     """What trains just the changes."""
     if not layout.sides:
-        raise FormatError(
-            f"modules_to_save, bias: are not written in addition to {layout.kind}; keep the native folder"
-        )
+        raise FormatError(f"modules_to_save, bias: are not written with {layout.kind}; keep the native folder")
     wrapped = _wrapped(graft.own, stock.shape)
     saved = frozenset(site for site, change in graft.changes if change is not SHIFT)
     if both := sorted(wrapped & saved):

@@ -186,7 +186,7 @@ def modest(spec: GraftSpec, backbone: Backbone) -> dict[str, Tensor]:
         ("gpt2", "lora(at=ffn.up) + child-tuning(at=attn.q)", "PEFT trains bitfit at 0.attn.q, too"),
         ("llama", "lora(at=attn.q) + ssf(at=norm.1)", "PEFT trains ln-tuning at 0.norm.1, too"),
         ("llama", "lora + child-tuning(at=attn.q)", "either the method or a whole model.layers.0.self_attn.q_proj"),
-        ("llama", "prefix(3) + ln-tuning", "are not written in addition to PREFIX_TUNING"),
+        ("llama", "prefix(3) + ln-tuning", "are not written with PREFIX_TUNING"),
         ("llama", "lora(at=attn.q) + ssf(at=attn.o)", "has no equal in PEFT"),
         ("llama", "lora(at=attn.q) + lt-sft(at=attn.o)", "has no equal in PEFT"),
         ("llama", "lora + child-tuning(at=attn.o) + child-tuning(at=attn.o)", "has no equal in PEFT"),

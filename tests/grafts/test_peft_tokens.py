@@ -146,14 +146,14 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
 @pytest.mark.parametrize(
     ("arch", "text", "message"),
     [
-        ("untied llama", "vera(r=2, at=attn.q) + trainable-tokens(3)", f"{FIELD}: is not written in addition to VERA"),
-        ("untied llama", "prefix(3) + trainable-tokens(3)", f"{FIELD}: is not written in addition to PREFIX_TUNING"),
+        ("untied llama", "vera(r=2, at=attn.q) + trainable-tokens(3)", f"{FIELD}: is not written with VERA"),
+        ("untied llama", "prefix(3) + trainable-tokens(3)", f"{FIELD}: is not written with PREFIX_TUNING"),
         (
             "untied llama",
             "ln-tuning(at=norm.1) + trainable-tokens(3)",
-            f"{FIELD}: is not written in addition to LN_TUNING",
+            f"{FIELD}: is not written with LN_TUNING",
         ),
-        ("untied llama", "trainable-tokens(3) + ln-tuning", "are not written in addition to TRAINABLE_TOKENS"),
+        ("untied llama", "trainable-tokens(3) + ln-tuning", "are not written with TRAINABLE_TOKENS"),
         ("untied llama", "lora + prompt(3) + trainable-tokens(3)", "has no equal in PEFT"),
         ("bert", "lora + trainable-tokens(3)", "PEFT edits the head tied to the embeddings, too"),
         ("t5", "lora + trainable-tokens(3)", "both stacks of t5 read what PEFT edits for neither"),
