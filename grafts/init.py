@@ -61,6 +61,10 @@ class Making:
         found = {tensor.site for tensor in tensors(self.spec, shape) if tensor.site in self.backbone.linears}
         return {site: shape.dims(site.name)[0] for site in sorted(site for site in found if site is not None)}
 
+    def graft_gradients(self, spec: GraftSpec, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """dL/dvalues on the job's samples, by name, of a graft that need not be the job's."""
+        return calibrate.graft_gradients(self.backbone, spec, values, self.samples, self.weights)
+
     @property
     def observed(self) -> int:
         """How many samples `observe` shows."""

@@ -78,7 +78,7 @@ class Residency:
         return self._held.get(graft)
 
     def can_admit(self, resident: Resident, keep: Collection[GraftId]) -> bool:
-        """Whether it fits beside the grafts in use and to keep. Raises GraftUnusable if it would not fit alone."""
+        """Whether it fits with the grafts in use and to keep. Raises GraftUnusable if it would not fit alone."""
         if _size(resident) > self._budget:
             raise GraftUnusable(
                 f"graft {resident.id}: needs {_size(resident)} bytes; the replica has {self._budget} for grafts"
