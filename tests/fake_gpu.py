@@ -37,7 +37,15 @@ DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
 _KEPT = (fourier._entries, nf4_gpu._levels, rotate_gpu._channels)  # tensors that processes keep
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{_ROOT / folder}/" for folder in ("grafts", "kernels", "serving", "trainers"))
-_ALLOCATES = ("empty", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view", "_to_copy")  # `_to_copy` counts as a copy
+_ALLOCATES = (
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "_to_copy",
+)  # `_to_copy` counts as a copy
 
 
 @dataclass

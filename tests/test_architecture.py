@@ -73,8 +73,6 @@ LAYERS: dict[str, str] = {
 # Arrows that close a cycle and go with the rebuilding of the runtime.
 BEING_MENDED = {
     ("polygraft.grafts.spec", "polygraft.grafts.sites"),
-    ("polygraft.grafts.runtime.beside", "polygraft.grafts.runtime.stacks"),
-    ("polygraft.grafts.runtime.recorded", "polygraft.grafts.runtime.backbone"),
 }
 # Policy is pure: a fixed part of the standard library, our value types, itself. An allow-list, so that time, random,
 # logging, ray, redis and torch fail by absence.
