@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -87,10 +88,8 @@ class Server:
     def close(self) -> None:
         """End the child: it leaves at the end of its input, or is killed."""
         assert self._process.stdin is not None
-        try:
+        with suppress(OSError):  # it is gone already
             self._process.stdin.close()
-        except OSError:
-            pass  # it is gone already
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

@@ -8,11 +8,11 @@ import os
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, whose memory is the arm's
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from assignment import Task  # noqa: E402
-from child import Round, task, timed, work  # noqa: E402
-from material import GRAFTS, PROMPTS, Material  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.lora.request import LoRARequest  # noqa: E402
+from assignment import Task
+from child import Round, task, timed, work
+from material import GRAFTS, PROMPTS, Material
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 _WARM_TOKENS, _CONTEXT = 4, 256
 

@@ -152,6 +152,11 @@ def test_every_other_package_has_an_empty_init() -> None:
     assert not wrong, report(wrong)
 
 
+def test_every_folder_says_that_its_types_are_its_own() -> None:
+    wrong = [folder for folder in FOLDERS if not (ROOT / folder / "py.typed").exists()]  # PEP 561
+    assert not wrong, report(wrong)
+
+
 def test_policy_imports_a_fixed_list() -> None:
     policy = [found for found in imports("cluster") if inside(found.path, "polygraft.cluster.policy")]
     wrong = [found for found in policy if not matches(found.name, POLICY)]
