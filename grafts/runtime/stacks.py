@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import Lowered, no_layers
 from polygraft.grafts.methods.declare import Through
 from polygraft.grafts.runtime.linear import FrozenLinear, padded
-from polygraft.grafts.sites import ModelShape, Site
+from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
 from polygraft.kernels.norm.op import row_norm
@@ -44,15 +45,19 @@ Entries = tuple[Entry, ...]
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A graft whose tensors are to be computed with; `tensors` by their names in `sizes.tensors`, usually float32.
+    """A graft whose tensors are to be computed with; `tensors` by the names of the graft's, usually float32.
 
     `draw` is the number that forms are redrawn with at the step ahead (`methods.declare.Lowering`), None when served.
     """
 
     id: str
-    spec: GraftSpec
+    graft: BoundGraft
     tensors: Mapping[str, Tensor]
     draw: Callable[[], int | None] = lambda: None
+
+    @property
+    def spec(self) -> GraftSpec:
+        return self.graft.spec
 
     def to(self, device: torch.device) -> Resident:
         """The same with its tensors on a device; those that are there already are the same ones."""
@@ -107,7 +112,7 @@ def weight(linears: Mapping[Site, tuple[FrozenLinear, int]], site: Site) -> Tens
 
 @dataclass(frozen=True)
 class Stacks:
-    """All stacks of a set of residents, by site; `pieces` by resident in the order of `sizes.operands`. `refresh`
+    """All stacks of a set of residents, by site; `pieces` by resident in the order of the graft's operands. `refresh`
     makes a resident's operands again after its tensors changed.
 
     Matrices and prefix rows are in the backbone's dtype, the operands of `WIDE` ops in float32 or wider, indices are
@@ -127,7 +132,6 @@ class Stacks:
     @staticmethod
     def of(
         residents: Sequence[Resident],
-        shape: ModelShape,
         dtype: torch.dtype,
         linears: Mapping[Site, tuple[FrozenLinear, int]],
         through: Through = no_layers,
@@ -141,7 +145,7 @@ class Stacks:
         places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(
             lambda: defaultdict(list)
         )
-        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site), through) for r in residents)
+        lowered = tuple(Lowered(r.graft, lambda site: weight(linears, site), through) for r in residents)
         for index, (resident, own_lowered) in enumerate(zip(residents, lowered)):
             for tensor in own_lowered.operands:
                 assert tensor.site is not None
