@@ -36,7 +36,7 @@ class BoundGraft:
     def places(self) -> Mapping[int, Mapping[Site, SiteShape]]:
         """The same sites with their widths, by slot index."""
         for slot in self.spec.slots:
-            if slot.form is not None and form(slot.form.name).through and not self.shape.causal:
+            if slot.form is not None and form(slot.form.name).runs_layers and not self.shape.causal:
                 says = f"{self.shape.sees}; rows that enter at a layer would read the input there"
                 raise SpecError(f"{slot.form.name}: {says}")
         found: dict[int, dict[Site, SiteShape]] = {}

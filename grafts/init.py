@@ -67,6 +67,11 @@ class Making:
         found = {tensor.site for tensor in self.graft.tensors if tensor.site in self.backbone.linears}
         return {site: shape.dims(site.name)[0] for site in sorted(site for site in found if site is not None)}
 
+    def graft_gradients(self, spec: GraftSpec, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """dL/dvalues on the job's samples, by name, of a graft that need not be the job's."""
+        graft = BoundGraft(spec, self.backbone.shape)
+        return calibrate.graft_gradients(self.backbone, graft, values, self.samples, self.weights)
+
     @property
     def observed(self) -> int:
         """How many samples `observe` shows."""
@@ -122,7 +127,7 @@ class Making:
         def make() -> Source:
             found = self.sources[name]
             values = {name: value.to(self.backbone.device) for name, value in found.tensors.items()}
-            frozen = self.backbone.weight, self.backbone.through
+            frozen = self.backbone.weight, self.backbone.run_from_layer
             graft, served = lower(found.graft, values, *frozen)
             return Source(graft, {name: value.cpu() for name, value in served.items()})
 

@@ -7,15 +7,19 @@ import pytest
 from polygraft.grafts import bound
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.sites import ModelShape, Site, sites_of
+from polygraft.grafts.spec import GraftSpec, SpecError
 from tests.tiny import TINY
 
 
 def test_places_are_resolved_once_for_everything_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    resolved = bound.sites_of
-    monkeypatch.setattr(bound, "sites_of", lambda spec, shape: calls.append(spec.method) or resolved(spec, shape))
+    calls: list[GraftSpec] = []
+
+    def counted(spec: GraftSpec, shape: ModelShape) -> tuple[tuple[int, Site], ...]:
+        calls.append(spec)
+        return sites_of(spec, shape)
+
+    monkeypatch.setattr(bound, "sites_of", counted)
     graft = BoundGraft(parse("vera(r=4) + prefix(3)@1 + prompt(2)"), TINY)
     for _ in range(2):
         assert (graft.prefix_length, graft.virtual_length, graft.context_length) == (3, 2, 5)
@@ -23,7 +27,7 @@ def test_places_are_resolved_once_for_everything_that_is_asked(monkeypatch: pyte
         assert graft.parameters == sum(tensor.numel for tensor in graft.trained)
         assert graft.parameters + graft.frozen == sum(tensor.numel for tensor in graft.tensors)
         assert {index for index, _ in graft.sites} == {operand.slot for operand in graft.operands} == {0, 1, 2}
-    assert calls == ["vera(r=4) + prefix(3)@1 + prompt(2)"]
+    assert calls == [graft.spec]
 
 
 def test_grafts_of_one_spec_and_shape_are_equal() -> None:
