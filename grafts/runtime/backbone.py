@@ -118,7 +118,7 @@ class Backbone:
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents`, wherever their tensors lie, for this backbone's device, dtype and linears."""
-        made_on = self.shape, self.dtype, self.linears, self.run_from_layer
+        made_on = self.dtype, self.linears, self.run_from_layer
         return Stacks.of(residents, *made_on, device=self.device, trainable=trainable)
 
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
