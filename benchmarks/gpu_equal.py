@@ -93,8 +93,8 @@ def packed(card: Card, findings: Findings, root: Path) -> None:
 
 
 def _trained(backbone: Backbone, texts: Mapping[str, str], steps: int, first: int = 0) -> Mapping[str, Tensor]:
-    """What so many steps lead to, flat: after one its gradient, which is what the first moment is then; AdamW's own step
-    would be the sign of rounding where a gradient is 0. After more, and of a job without a backward, the tensors."""
+    """What so many steps lead to, flat: after one its gradient, which is what the first moment is then; AdamW's own
+    step would be the sign of rounding where a gradient is 0. After more, or without a backward, the tensors."""
     pack = PackRunner(backbone, max_rows=4096)
     for job in jobs(texts, length=12, samples=steps, epochs=1, first=first):
         pack.admit(job)
@@ -166,7 +166,7 @@ def _decoded(
 ) -> Mapping[str, Logits]:
     found = {name: Logits() for name in group}
     turned = Turned.of(backbone, data, [graft for name in group if (graft := names[name]) is not None])
-    streams = {place: name for place, name in enumerate(names)}
+    streams = dict(enumerate(names))
     with _heard(found, streams):
         for place, name in streams.items():
             if name in found:
@@ -207,7 +207,7 @@ def _first_differing(found: Logits, wanted: Logits) -> float:
 
 
 def nf4(card: Card, findings: Findings, root: Path) -> None:
-    """Logits and a training step on a backbone in NF4 beside bitsandbytes' own modules under PEFT, and what it takes."""
+    """Logits and a training step on a backbone in NF4 against bitsandbytes' modules under PEFT, and what it takes."""
     if not card.real:
         findings.leave_out("nf4", "bitsandbytes takes no tensors without values")
         return

@@ -1,4 +1,4 @@
-"""The engine and the pack on the GPU beside transformers and PEFT there: one process, arms in turn, round after round."""
+"""The engine and the pack on the GPU against transformers and PEFT: one process, arms in turn, round after round."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _serving(card: Card, findings: Findings, root: Path, shape: str) -> None:
     findings.fact(f"{shape}: bytes", memory)
     samples = _in_turn(findings, shape, arms)
     for streams in STREAMS:
-        for ours, theirs in ((f"ours mixed {streams}", f"peft mixed {streams}"), (f"ours bare {streams}", f"transformers bare {streams}"),
-                             (f"ours mixed {streams}", f"ours bare {streams}")):  # fmt: skip
+        pairs = ("ours mixed", "peft mixed"), ("ours bare", "transformers bare"), ("ours mixed", "ours bare")
+        for ours, theirs in ((f"{one} {streams}", f"{other} {streams}") for one, other in pairs):
             findings.ratios(Goal(f"serving.{shape}.{ours} over {theirs}", "speed", ours, (theirs,)), samples)
     turned.engine.stop()
 
