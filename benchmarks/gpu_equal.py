@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving import engine as engine_module
+from polygraft.serving.sampling import sample
 from polygraft.trainers.runner import PackRunner
 
 EXACT, AS_GOOD = 1e-5, 1.5  # design: fp32 rel-L2; bf16's error against fp32 as a multiple of that alone
@@ -181,7 +182,6 @@ def _decoded(
 @contextmanager
 def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[None]:
     """Keep the logits that tokens are taken from; a stream is known by its seed."""
-    sample = engine_module.sample
 
     def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
         for row, draw in zip(logits, draws, strict=True):
@@ -226,7 +226,7 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
     before = card.forget_peak()
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map={"": card.device.index or 0}
-    ).eval()
+    ).eval()  # type: ignore[no-untyped-call]
     taken = {"bitsandbytes": card.forget_peak() - before}
     ids = torch.tensor([prompt(3, 40)])
     with torch.inference_mode():
@@ -279,7 +279,7 @@ def peft(card: Card, findings: Findings, root: Path) -> None:
         found = _decoded(backbone, data, names, list(names))
         errors = {}
         for place, (name, graft) in enumerate(names.items()):
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)  # type: ignore[arg-type]
             theirs = PeftModel.from_pretrained(base, data / "grafts" / str(graft)).eval()
             ids = torch.tensor([[*prompt(place, 5 + place % 9), *found[name].tokens[:-1]]], device=card.device)
             with torch.inference_mode():
