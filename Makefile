@@ -42,6 +42,7 @@ lint: setup  ## check style, import bans and formatting
 
 types: setup  ## check types, strictly
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 verify: lint types test  ## all that CI enforces
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving import engine as engine_module
+from polygraft.serving.sampling import sample
 from polygraft.trainers.runner import PackRunner
 
 EXACT, AS_GOOD = 1e-5, 1.5  # design: fp32 rel-L2; bf16's error against fp32 as a multiple of that alone
@@ -93,8 +94,8 @@ def packed(card: Card, findings: Findings, root: Path) -> None:
 
 
 def _trained(backbone: Backbone, texts: Mapping[str, str], steps: int, first: int = 0) -> Mapping[str, Tensor]:
-    """What so many steps lead to, flat: after one its gradient, which is what the first moment is then; AdamW's own step
-    would be the sign of rounding where a gradient is 0. After more, and of a job without a backward, the tensors."""
+    """What so many steps lead to, flat: after one its gradient, which is what the first moment is then; AdamW's own
+    step would be the sign of rounding where a gradient is 0. After more, or without a backward, the tensors."""
     pack = PackRunner(backbone, max_rows=4096)
     for job in jobs(texts, length=12, samples=steps, epochs=1, first=first):
         pack.admit(job)
@@ -166,7 +167,7 @@ def _decoded(
 ) -> Mapping[str, Logits]:
     found = {name: Logits() for name in group}
     turned = Turned.of(backbone, data, [graft for name in group if (graft := names[name]) is not None])
-    streams = {place: name for place, name in enumerate(names)}
+    streams = dict(enumerate(names))
     with _heard(found, streams):
         for place, name in streams.items():
             if name in found:
@@ -181,7 +182,6 @@ def _decoded(
 @contextmanager
 def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[None]:
     """Keep the logits that tokens are taken from; a stream is known by its seed."""
-    sample = engine_module.sample
 
     def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
         for row, draw in zip(logits, draws, strict=True):
@@ -207,7 +207,7 @@ def _first_differing(found: Logits, wanted: Logits) -> float:
 
 
 def nf4(card: Card, findings: Findings, root: Path) -> None:
-    """Logits and a training step on a backbone in NF4 beside bitsandbytes' own modules under PEFT, and what it takes."""
+    """Logits and a training step on a backbone in NF4 against bitsandbytes' modules under PEFT, and what it takes."""
     if not card.real:
         findings.leave_out("nf4", "bitsandbytes takes no tensors without values")
         return
@@ -226,7 +226,7 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
     before = card.forget_peak()
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map={"": card.device.index or 0}
-    ).eval()
+    ).eval()  # type: ignore[no-untyped-call]
     taken = {"bitsandbytes": card.forget_peak() - before}
     ids = torch.tensor([prompt(3, 40)])
     with torch.inference_mode():
@@ -279,7 +279,7 @@ def peft(card: Card, findings: Findings, root: Path) -> None:
         found = _decoded(backbone, data, names, list(names))
         errors = {}
         for place, (name, graft) in enumerate(names.items()):
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)  # type: ignore[arg-type]
             theirs = PeftModel.from_pretrained(base, data / "grafts" / str(graft)).eval()
             ids = torch.tensor([[*prompt(place, 5 + place % 9), *found[name].tokens[:-1]]], device=card.device)
             with torch.inference_mode():

@@ -71,7 +71,7 @@ def _traced(card: Card, findings: Findings, name: str, step: Callable[[], object
 
 
 def memory(card: Card, findings: Findings, root: Path) -> None:
-    """The most that a job's step takes beside the loaded model, method by method: one job of 4 samples of 512 tokens."""
+    """The most that a job's step takes on top of the loaded model, by method: one job of 4 samples of 512 tokens."""
     shape, length = ("llama-1b", 512) if card.real else ("tiny", 12)
     backbone = Backbone.load(model_files(root, shape, card), torch.bfloat16, training=True, device=card.device)
     taken: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The engine and the pack on the GPU beside transformers and PEFT there: one process, arms in turn, round after round."""
+"""The engine and the pack on the GPU against transformers and PEFT: one process, arms in turn, round after round."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _serving(card: Card, findings: Findings, root: Path, shape: str) -> None:
     findings.fact(f"{shape}: bytes", memory)
     samples = _in_turn(findings, shape, arms)
     for streams in STREAMS:
-        for ours, theirs in ((f"ours mixed {streams}", f"peft mixed {streams}"), (f"ours bare {streams}", f"transformers bare {streams}"),
-                             (f"ours mixed {streams}", f"ours bare {streams}")):  # fmt: skip
+        pairs = ("ours mixed", "peft mixed"), ("ours bare", "transformers bare"), ("ours mixed", "ours bare")
+        for ours, theirs in ((f"{one} {streams}", f"{other} {streams}") for one, other in pairs):
             findings.ratios(Goal(f"serving.{shape}.{ours} over {theirs}", "speed", ours, (theirs,)), samples)
     turned.engine.stop()
 
@@ -92,7 +92,7 @@ class _Generate:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)  # type: ignore[arg-type]
         self._card, self._model = card, PeftModel.from_pretrained(
             base, grafts[0], adapter_name="0", autocast_adapter_dtype=False
         ).eval()  # fmt: skip
@@ -114,10 +114,10 @@ class _Generate:
         start = time.perf_counter()
         if mixed:
             names = [str(stream % GRAFTS) for stream in range(streams)]
-            self._model.generate(**said, adapter_names=names)
+            self._model.generate(**said, adapter_names=names)  # type: ignore[no-untyped-call]
         else:
             with self._model.disable_adapter():
-                self._model.generate(**said)
+                self._model.generate(**said)  # type: ignore[no-untyped-call]
         self._card.wait()
         return streams * TOKENS / (time.perf_counter() - start)
 
@@ -182,7 +182,7 @@ class _Peft:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)  # type: ignore[arg-type]
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         self._card, self._length = card, length
         self._model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False).train()

@@ -64,6 +64,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     names = {
         tensor.name: f"{module_path(tensor.site, backbone.shape)}.lora_{tensor.part}"
         for tensor in first.job.graft.tensors
+        if tensor.site is not None
     }
     gradients: dict[str, Tensor] = {}
     for piece in stacks.views[0]:
