@@ -117,7 +117,7 @@ def mixed(card: Card, findings: Findings, root: Path) -> None:
     on_cpu = Backbone.load(folder, torch.float32)
     names: dict[str, str | None] = {"bare": None}
     names |= dict(zip(chosen, saved_grafts(data, on_cpu, list(chosen.values())), strict=True))
-    alone: dict[str, Mapping[str, Logits]] = {"float32": {}, "bfloat16": {}}
+    alone: dict[str, Mapping[str, Logits]] = {dtype: {} for dtype in ("float32", "bfloat16")[: 2 if card.real else 1]}
     batch: dict[str, Mapping[str, Logits]] = {}
     for dtype in alone:
         backbone = Backbone.load(folder, getattr(torch, dtype), device=card.device)
@@ -135,13 +135,20 @@ def mixed(card: Card, findings: Findings, root: Path) -> None:
     else:
         findings.leave_out("on the CPU", "the device has no values to compare")
     for key, others, limit in (("alone", alone["float32"], EXACT), ("cpu", batch.get("cpu", {}), 2 * EXACT)):
-        findings.each({f"compared, {key}": partial(_compared, findings, key, batch["float32"], others, limit)})
-    findings.each({"compared, bf16": partial(_compared_bf16, findings, alone, batch["bfloat16"])})
+        if others:
+            findings.each({f"compared, {key}": partial(_compared, findings, key, batch, others, limit)})
+    if card.real:
+        findings.each({"compared, bf16": lambda: _compared_bf16(findings, alone, batch["bfloat16"])})
 
 
 def _compared(
-    findings: Findings, key: str, found: Mapping[str, Logits], wanted: Mapping[str, Logits], limit: float
+    findings: Findings,
+    key: str,
+    batch: Mapping[str, Mapping[str, Logits]],
+    wanted: Mapping[str, Logits],
+    limit: float,
 ) -> None:
+    found = batch["float32"]
     both = [name for name in found if name in wanted]
     errors = {name: _first_differing(found[name], wanted[name]) for name in both}
     findings.fact(f"mixed and {key}: rel-L2 of logits", errors)
@@ -174,7 +181,7 @@ def _decoded(
     """Greedy streams of the grafts of a group, all at once; a stream is the same whatever the group."""
     found = {name: Logits() for name in group}
     turned = Turned.of(backbone, data, [graft for name in group if (graft := names[name]) is not None])
-    streams = {place: name for place, name in enumerate(names)}
+    streams = dict(enumerate(names))
     with _heard(found, streams):
         for place, name in streams.items():
             if name in found:

@@ -44,10 +44,10 @@ def test_a_part_that_dies_leaves_what_it_had_found_and_the_others_go_on(
     (tmp_path / "parts").mkdir()
     before = Findings(tmp_path / "parts/packed.json", 60.0, dry=False)
     before.claim("packed.alone.1", 2e-6, "rel-L2", "<", 1e-5)
-    chosen = [part for part in gpu.PARTS if part.name in ("packed", "graph")]
+    chosen = [part for part in gpu.PARTS if part.name in ("packed", "mixed")]
     monkeypatch.setattr(gpu, "_merged", lambda *given, **options: {})
     states = gpu._parts(chosen, tmp_path, tmp_path, 60.0)
-    assert states == {"packed": "ended with 2", "graph": "ended with 2"}
+    assert states == {"packed": "ended with 2", "mixed": "ended with 2"}
     assert json.loads((tmp_path / "parts/packed.json").read_text())["claims"][0]["holds"]
 
 
