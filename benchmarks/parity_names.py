@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests_folder import tests_of as tests_of
 from torch import Tensor
 
 
