@@ -92,7 +92,7 @@ class Adoption:
         if isinstance(getattr(inner, "act_fn", None), SiLUActivation) and "ffn.gate" in self.table.modules:
             inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
         ends, first = site.name in self.table.inputs, inner
-        self._put(self._path(site), Sublayer(site, inner, ends=ends, norm=self._norm_before(site)))
+        self._put(self._path(site), Sublayer(site, inner, ends=ends, norm=None if ends else self._norm_before(site)))
         if ends:
             path = f"{self.table.layers}.{site.layer}.{self.table.inputs[site.name]}"
             first = self.base.get_submodule(path)

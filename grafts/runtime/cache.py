@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import KV, Layers, SpecError
 from polygraft.kernels.kv.layout import Continued, outside
 from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged, supports
@@ -56,8 +55,8 @@ class KVCache:
 
     def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
         """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
-        for tensor in tensors(resident.spec, self.shape):
-            slot = resident.spec.slots[tensor.slot]
+        for tensor in resident.graft.tensors:
+            slot = resident.graft.spec.slots[tensor.slot]
             if isinstance(slot, KV) and not slot.aside and tensor.site is not None:
                 slots = _slots(table, 0, tensor.shape[0], self.block_size).to(self.data.device)
                 rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]

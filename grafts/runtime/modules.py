@@ -66,8 +66,7 @@ class Sublayer(nn.Module):
     those on the residual stream after it.
 
     `inner` is the whole of it, or with `ends` its last part, whose input is not the sublayer's: that is what the
-    `SublayerInput` of the same site saw. `norm` is the site of the norm whose output the sublayer reads, where there is
-    one.
+    `SublayerInput` of the same site saw. `norm` is the site of the norm whose output `inner` reads, where there is one.
     """
 
     def __init__(self, site: Site, inner: nn.Module, *, ends: bool = False, norm: Site | None = None) -> None:

@@ -8,11 +8,12 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+
+from polygraft.kernels.common.atomic import make_folder, whole_file
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 FOLDER = Path(__file__).parents[1]  # sources include the headers of kernels/ by their paths in it
@@ -77,9 +78,8 @@ def build(source: Path = SOURCE, *more: str) -> Path:
 
 
 def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    make_folder(path.parent, mode=0o700)
+    with whole_file(path) as made:  # at once, however many processes build it
         try:
             ran = subprocess.run(
                 [compiler, *flags, f"-I{FOLDER}", str(source), "-o", str(made)],
@@ -91,7 +91,6 @@ def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> N
             raise Unavailable(f"{compiler}: {error}") from None
         if ran.returncode:
             raise Unavailable(f"{compiler} cannot build {source.name}: {ran.stderr.strip()[-500:]}")
-        os.replace(made, path)  # at once, however many processes build it
 
 
 def _folder() -> Path:
