@@ -38,15 +38,7 @@ DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
 _KEPT = (fourier._entries, nf4_gpu._levels, rotate_gpu._channels)  # tensors that processes keep
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{_ROOT / folder}/" for folder in ("grafts", "kernels", "serving", "trainers"))
-_ALLOCATES = (
-    "empty",
-    "empty_like",
-    "new_empty",
-    "detach",
-    "lift_fresh",
-    "_unsafe_view",
-    "_to_copy",
-)  # `_to_copy` counts as a copy
+_NO_WORK = ("empty", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
 
 
 @dataclass
@@ -125,8 +117,8 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif sent:
             watched.sends[_line()] += len(sent)
         name = _name(func)
-        works = not getattr(func, "is_view", False) and name not in _ALLOCATES
-        if works or (name == "_to_copy" and not read and not sent):
+        copied = name == "_to_copy" and (read or sent)
+        if not (copied or name in _NO_WORK or getattr(func, "is_view", False)):
             watched.operations[name] += 1
 
 
