@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test methods lint types verify nightly bench clean
+.PHONY: help setup demo test methods docs lint types verify nightly bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
@@ -35,7 +35,10 @@ lint: setup  ## check style and import bans
 types: setup  ## check types, strictly
 	$(BIN)/mypy
 
-verify: lint types test  ## all that CI enforces
+docs: setup  ## build the documentation into build/docs; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+verify: lint types docs test  ## all that CI enforces
 
 methods: setup  ## measure every method against its oracle and write docs/methods.md
 	$(BIN)/python -m tests.grafts.page
