@@ -128,7 +128,7 @@ def ready(x_TI: Tensor, weights: Weights, work: Work, out_TO: Tensor) -> Call:
     call = _arguments(x_TI, weights, _forward(len(x_TI), weights, work), out_TO)
     address = ctypes.cast(compiled.linear, ctypes.c_void_p).value
     assert address is not None
-    return Call(compiled.linear, address, call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO))
+    return Call("linear", compiled.linear, address, call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO))
 
 
 def transposed(
