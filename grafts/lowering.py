@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from polygraft.grafts.methods.declare import Lowering, SiteShape, Through
+from polygraft.grafts.methods.declare import IntegerGrid, Lowering, SiteShape, Through
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.sizes import TensorSpec, operands, tensors
@@ -87,6 +87,16 @@ class Lowered:
             return declared.operands(slot, fixed | parts, lowering, **arguments)["W"]
 
         return generate
+
+    def grid(self, index: int, site: Site, values: Values, like: Tensor) -> IntegerGrid | None:
+        """The integers that W lies on under a slot at a site, in the dtype of `like`; None where it is on no grid."""
+        slot = self.spec.slots[index]
+        if slot.form is None or (made := form(slot.form.name).grid) is None:
+            return None
+        place = next(place for i, s, place in self._sites if (i, s) == (index, site))
+        lowering = Lowering(place, self._weights_beside(site), self._through)
+        parts = {tensor.part: values[tensor.name].to(like) for tensor in self._read(index, site)}
+        return made(slot, parts, lowering, **slot.form.keywords())
 
     def _weights_beside(self, site: Site) -> Callable[..., Tensor]:
         """W of `site`, or of another site in its layer by name."""

@@ -97,6 +97,24 @@ class Lowering:
     draw: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class IntegerGrid:
+    """A matrix of small integers: W[o, g, i] = scale[o, g] q[o, g, i] + offset[o, g], for the inputs i of group g.
+
+    q [out, groups, inputs of a group] are whole numbers, 2^bits values of a row's group at most; scale and offset are
+    [out, groups]. All have the dtype that the weights are wanted in.
+    """
+
+    q: Tensor
+    scale: Tensor
+    offset: Tensor
+    bits: int
+
+    def weight(self) -> Tensor:
+        """W [out, in]."""
+        return (self.scale.unsqueeze(-1) * self.q + self.offset.unsqueeze(-1)).flatten(1)
+
+
 def _nothing(*_: object, **__: object) -> Mapping[str, TensorDecl]:
     return {}
 
@@ -108,7 +126,8 @@ class Parametrization:
     `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
     `operands` maps their values, by part, to the op's operands (A [rank, in] and B [rank, out] of a branch, "W" [out,
     in] of a delta, ...): pure and differentiable, in the values' dtype. One that takes rows `through` the frozen layers
-    needs a decoder, whose rows see none but those before them.
+    needs a decoder, whose rows see none but those before them. `grid`, of a delta whose W + dW lies on a grid of
+    integers, gives them from the same arguments, so that nothing is rounded when it is merged.
     """
 
     name: str
@@ -116,6 +135,7 @@ class Parametrization:
     own: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, place, **arguments)
     shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
     through: bool = False
+    grid: Callable[..., IntegerGrid] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from tests.grafts.oracle.row import relative
 from tests.trainers.test_forms import FACTORED, GENERATED
 
 # Those that do not start at W, or at W but for rounding, or have no start.
-FROM_ELSEWHERE = ("binary-adapter", "bitdelta", "deft", "para", "peqa", "propetl", "snip", "sparse-adapter")
+FROM_ELSEWHERE = ("binary-adapter", "bitdelta", "deft", "para", "peqa", "propetl", "qalora", "snip", "sparse-adapter")
 NEUTRAL = {name: text for name, text in (GENERATED | FACTORED).items() if name not in FROM_ELSEWHERE}
 SITES = (Site(0, "attn.v"), Site(1, "ffn.down"))
 

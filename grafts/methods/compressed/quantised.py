@@ -1,7 +1,5 @@
 """Methods around few bits.
 
-- PEQA (Kim et al. 2023, arXiv 2305.14152, section 3): W becomes s q with q its rounding to a grid of 2^bits values,
-  frozen, and the scale s of each row, or of each group of a row, trained: dW = s q - W.
 - BitDelta (Liu et al. 2024, arXiv 2402.10193, section 3): dW = a sign(W_tuned - W), one bit an element and a trained a
   (`grafts/formats/bitdelta.py` makes it from a tuned model). 24 signs lie in one number, which float32 holds exactly.
 - Bi-Adapter (Jie et al. 2023, arXiv 2307.16867, section 3): a parallel adapter whose weights are computed with as mean
@@ -14,26 +12,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
-from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
-from polygraft.grafts.spec import Branch, DeclRef, Delta, Slot, SpecError
+from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.spec import Branch, DeclRef, Delta, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polygraft.grafts.init import Making
-    from polygraft.grafts.sizes import TensorSpec
 
 Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 WORD = 24  # signs a number
 HALF = 0.6744897501960817  # P(|x| < HALF) = 1/2 for a standard normal x
-
-
-def peqa(bits: int = 4, group: int = 0, at: str = "linear") -> tuple[Slot, ...]:
-    """`group` inputs share a scale, all inputs with 0."""
-    if not 2 <= bits <= 8:
-        raise SpecError(f"peft: peqa.bits: {bits} is not 2 to 8")
-    return (Delta(at=at, form=DeclRef("peqa", (("bits", bits), ("group", group)))),)
 
 
 def bitdelta(at: str = "linear") -> tuple[Slot, ...]:
@@ -42,33 +31,6 @@ def bitdelta(at: str = "linear") -> tuple[Slot, ...]:
 
 def binary_adapter(size: int = 32, scale: float = 1.0, act: str = "gelu", at: str = "ffn.out") -> tuple[Slot, ...]:
     return (Branch(at=at, rank=size, scale=scale, act=act_of(act), form=DeclRef("binary")),)
-
-
-def _peqa_own(slot: Delta, place: SiteShape, bits: int, group: int) -> Parts:
-    if group < 0 or (group and place.d_in % group):
-        raise SpecError(f"group: {group} does not divide the {place.d_in} inputs of {place.name}")
-    groups = place.d_in // group if group else 1
-    return {"s": TensorDecl((place.d_out, groups), DeclRef("grid", (("bits", bits),)))}
-
-
-def _peqa(slot: Delta, values: Values, lowering: Lowering, bits: int, group: int) -> Values:
-    s, W = values["s"], lowering.weight()
-    grouped = W.to(s.dtype).view(*s.shape, -1)  # [out, groups, group]
-    step, least = _grid(grouped, bits)
-    zero = (least / step).round()
-    q = ((grouped / step).round() - zero).clamp(0, 2**bits - 1) + zero
-    return {"W": (s.unsqueeze(2) * q - grouped).view(W.shape)}
-
-
-def _grid(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Step and least value of each group's grid, which spans its values and 0."""
-    least, most = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
-    return ((most - least) / (2**bits - 1)).clamp(min=1e-12), least
-
-
-def _grid_start(tensor: TensorSpec, making: Making, bits: int) -> Tensor:
-    assert tensor.site is not None
-    return _grid(making.weight(tensor.site).reshape(*tensor.shape, -1), bits)[0].squeeze(-1)
 
 
 def _bitdelta_own(slot: Delta, place: SiteShape) -> Parts:
@@ -116,13 +78,10 @@ def _two_valued(w: Tensor) -> Tensor:
 
 
 METHODS = (
-    Method("peqa", "arXiv 2305.14152", 1e-4, peqa),
     Method("bitdelta", "arXiv 2402.10193", 1e-4, bitdelta),
     Method("binary-adapter", "arXiv 2307.16867", 1e-3, binary_adapter, aliases=("bi-adapter",)),
 )
 PARAMETRIZATIONS = (
-    Parametrization("peqa", _peqa, _peqa_own),
     Parametrization("bitdelta", _bitdelta, _bitdelta_own),
     Parametrization("binary", _binary, _binary_own),
 )
-STARTS = (Start("grid", _grid_start),)
