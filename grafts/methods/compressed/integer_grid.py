@@ -39,6 +39,9 @@ def peqa(bits: int = 4, group: int = 0, at: str = "linear") -> tuple[Slot, ...]:
 
     Deviations: s0 and z0 are those of the grid that spans a group's values and 0, where the paper fits them to W; W
     lies in its own precision beside the integers until the graft is merged, so that training takes no less memory.
+
+    Choose when: the merged model is to be served in few bits, and several tasks are to share its integers. Every step
+    makes dense matrices; for the smallest graft take ia3.
     """
     return (Delta(at=at, form=DeclRef("peqa", (("bits", _checked("peqa", bits)), ("group", group)))),)
 
@@ -51,6 +54,9 @@ def qalora(r: int = 8, alpha: float = 16.0, group: int = 32, bits: int = 4, at: 
 
     Deviations: W~ is rounded to nearest, where the paper's experiments take GPTQ's; W lies in its own precision beside
     it until the graft is merged, so that training takes no less memory.
+
+    Choose when: the merged model is to be served in few bits without being quantised anew. Every step makes dense
+    matrices; beside a backbone in 4 bits that stays as it is, take lora or loftq.
     """
     if r < 1:
         raise SpecError(f"peft: qalora.r: {r} is not a size; give at least 1")
