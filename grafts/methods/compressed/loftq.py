@@ -1,8 +1,4 @@
-"""LoftQ in its one-step form: B0 A0 makes up for what quantisation took from W (Li et al. 2023, arXiv 2310.08659,
-algorithm 1 with T = 1).
-
-s B0 A0 is the best rank-r approximation of W - Q(W). More alternations would change Q(W), which all grafts share.
-"""
+"""LoftQ (Li et al. 2023, arXiv 2310.08659): a LoRA that starts by making up for what quantisation took from W."""
 
 from __future__ import annotations
 
@@ -19,7 +15,25 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def loftq(r: int = 8, alpha: float = 8.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def loftq(
+    r: int = 8, alpha: float = 8.0, at: str = "linear", dropout: float = 0.0, iterations: int = 1, bits: int = 4
+) -> tuple[Slot, ...]:
+    """LoftQ: y += s B A x beside a quantised W, where s B0 A0 is the best rank-r approximation of W - Q(W) (Li et al.
+    2023, arXiv 2310.08659, algorithm 1 with T = 1).
+
+    Deviations: one of the algorithm's `iterations`, since Q is the backbone's, which all grafts share: each further one
+    quantises W - s B A anew, another Q for every job. In `bits` of the backbone, which is NF4's 4; others are refused.
+
+    Choose when: the backbone lies in NF4 and a LoRA is to start from what it was before. On a backbone that is not
+    quantised there is nothing to make up for; take lora.
+    """
+    if iterations != 1:
+        raise SpecError(
+            f"peft: loftq.iterations: {iterations}; each after the first quantises W - s B A anew, and the backbone's Q "
+            "is shared by all grafts; give 1"
+        )
+    if bits != 4:
+        raise SpecError(f"peft: loftq.bits: {bits}; a quantised backbone is in NF4, whose weights have 4; give 4")
     start = DeclRef("loftq")
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, start=start),)
 

@@ -206,3 +206,12 @@ def test_loftq_starts_from_the_best_low_rank_of_what_nf4_took(fp32: Backbone, ti
 def test_loftq_on_a_backbone_that_is_not_quantised_is_refused(tiny_folder: Path) -> None:
     with pytest.raises(SpecError, match="this one is not"):
         initialise(parse("loftq"), Backbone.load(tiny_folder, torch.float32), seed=0, samples=())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("loftq(iterations=5)", "iterations: 5; each after the first"), ("loftq(bits=2)", "bits: 2; .* have 4")],
+)
+def test_what_a_shared_backbone_in_nf4_cannot_give_loftq_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse(text)
