@@ -29,8 +29,8 @@ def loftq(
     """
     if iterations != 1:
         raise SpecError(
-            f"peft: loftq.iterations: {iterations}; each after the first quantises W - s B A anew, and all grafts share "
-            "the backbone's Q; give 1"
+            f"peft: loftq.iterations: {iterations}; each after the first quantises W - s B A anew, and all grafts "
+            "share the backbone's Q; give 1"
         )
     if bits != 4:
         raise SpecError(f"peft: loftq.bits: {bits}; a quantised backbone is in NF4, whose weights have 4; give 4")
