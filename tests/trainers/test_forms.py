@@ -26,7 +26,6 @@ GENERATED = {
     "bat": "bat(r=8, at=attn.v)",
     "peqa": "peqa(at=attn.v|ffn.down)",
     "qalora": "qalora(r=4, group=8, at=attn.v|ffn.down)",
-    "bitdelta": "bitdelta(at=attn.v)",
     "said": "said(d=20, at=attn.v|ffn.down)",
 }
 FACTORED = {
