@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape, sites_of
-from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sizes import frozen, parameters
 from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, Tokens
 
 # The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
@@ -39,7 +39,8 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
+    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for,
+    and `frozen` counts the elements of its tensors that stay as they start.
 
     `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
     before it alone. `chunkable`: a prompt may be computed in pieces. `recompute_needs_prompt_len`: keys and values that
@@ -54,6 +55,7 @@ class Entry:
     slots: tuple[str, ...]
     hooks: tuple[str, ...]
     parameters: int
+    frozen: int
     mergeable: bool
     prefix_cacheable: bool
     chunkable: bool
@@ -72,6 +74,7 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
         parameters=parameters(spec, shape),
+        frozen=frozen(spec, shape),
         mergeable=spec.mergeable,
         prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,

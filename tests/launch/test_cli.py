@@ -199,6 +199,8 @@ def test_methods_lists_what_peft_may_say() -> None:
     kinds = {method["name"]: method["peft"] for method in found}
     assert (kinds["dora"], kinds["vera"], kinds["serial"]) == (["LORA"], ["VERA"], [])
     assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
+    training = {method["name"]: method["training_bytes"] for method in found}
+    assert training["child-tuning"] == 16 * 6_476_005_376 + 4 * 448 and training["bitfit"] == 16 * 1_359_872
     assert run("methods", "nonsense").exit_code == 2
 
 
