@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 
 
 class Ceiling:

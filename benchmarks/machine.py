@@ -15,7 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-FOLDERS = ("benchmarks", "cluster", "grafts", "kernels", "serving", "trainers")
+FOLDERS = ("benchmarks", "cluster", "grafts", "kernels", "launch", "serving", "trainers", "tuning")
 
 
 @dataclass(frozen=True, slots=True)

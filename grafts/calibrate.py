@@ -78,7 +78,7 @@ def graft_gradients(
         with torch.enable_grad():
             hidden = hidden_states(backbone, ids[:-1], trainable=True, stacks=stacks)
             backward(backbone, hidden, _token_loss(ids, factor))
-    pairs = zip(stacks.pieces[0], stacks.gradients()[0], strict=True)
+    pairs = zip(stacks.views[0], stacks.gradients()[0], strict=True)
     return {piece.tensor.name: slope.view(piece.tensor.shape).cpu() for piece, slope in pairs if slope is not None}
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from triton.runtime.jit import JITFunction
 
-from polygraft.grafts.methods import fourier
+from polygraft.grafts.methods.reparameterised import fourier
 from polygraft.kernels.nf4 import gpu as nf4_gpu
 from polygraft.kernels.rotate import gpu as rotate_gpu
 

@@ -28,7 +28,8 @@ class _Recorder(WholeSequences):
 
 
 def keys_and_values(backbone: Backbone, rows: Rows) -> dict[int, tuple[Tensor, Tensor]]:
-    """Those of the rows [T, kv_width] in each layer that they pass, rotary applied; differentiable in `given`."""
+    """Those of the rows [T, kv_width] in each layer that they pass, rotary applied; differentiable in
+    `inputs_embeds`."""
     attention = _run(backbone, rows)
     return {layer: (k[: len(rows)], v[: len(rows)]) for layer, (k, v) in attention.kept.items()}
 

@@ -11,7 +11,7 @@ import typer
 from polygraft.cluster.model import TenantId
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import flags
-from polygraft.launch.commands.grafts import adopted, grafts, grown_on, usage_errors
+from polygraft.launch.commands.grafts import adopted, grafts, load_backbone, usage_errors
 from polygraft.launch.output import Failure, Status
 from polygraft.launch.progress import counted
 
@@ -48,9 +48,9 @@ def bitdelta(
 
     store, settings = flags(context).store(), flags(context).settings()
     with usage_errors():
-        grown = grown_on(backbone or settings.backbone, settings.quantise)
+        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
         folder = materialise(model, backbone_cache())
-        base, tuned = BackboneFiles(grown.folder), BackboneFiles(folder)
+        base, tuned = BackboneFiles(loaded.folder), BackboneFiles(folder)
         if tuned.shape != base.shape:
             raise SpecError(f"model: {model!r} is {tuned.shape}, and the backbone {base.shape}")
         spec, values = bitdelta_of(base.shape, base.weight, tuned.weight, at)
@@ -58,29 +58,29 @@ def bitdelta(
             more = f" and {len(rest) - _SHOWN} others" if len(rest) > _SHOWN else ""
             typer.echo(f"not in the graft, though it was tuned: {', '.join(rest[:_SHOWN])}{more}", err=True)
         if examples is not None:
-            samples = _samples(examples, grown, max_length)
+            samples = _samples(examples, loaded, max_length)
             with counted() as report:
                 found = distil(
                     spec,
                     values,
-                    grown,
-                    grown_on(str(folder)),
+                    loaded,
+                    load_backbone(str(folder)),
                     samples,
                     steps=steps,
                     told=lambda done: report("distilling", done, steps),
                 )
             typer.echo(f"logits' squared distance {found.first:.4g} -> {found.last:.4g}", err=True)
             values = dict(found.tensors)
-        graft = adopted(store, settings, TenantId(tenant), name, spec, values, grown, promote)
+        graft = adopted(store, settings, TenantId(tenant), name, spec, values, loaded, promote)
     store.close()
     typer.echo(graft.model)
 
 
-def _samples(examples: Path, grown: Backbone, max_length: int) -> Sequence[Sequence[int]]:
+def _samples(examples: Path, loaded: Backbone, max_length: int) -> Sequence[Sequence[int]]:
     from polygraft.grafts.text.jsonl import DataError, read
     from polygraft.grafts.text.tokenise import Tokeniser
 
-    tokeniser = Tokeniser.load(grown.folder)
+    tokeniser = Tokeniser.load(loaded.folder)
     try:
         return [tokeniser.encode_example(example, max_length).ids for example in read(examples)]
     except (DataError, OSError) as error:

@@ -50,7 +50,7 @@ MODULES = {
     "norm.cross": "cross_attn_layernorm",
     "block.out": "",
 }
-OUTSIDE = {"norm.final": "model.norm", "embed": "model.embed_tokens"}  # beside the layers
+OUTSIDE = {"norm.final": "model.norm", "embed": "model.embed_tokens"}  # outside the layers
 
 
 @dataclass(frozen=True, slots=True)

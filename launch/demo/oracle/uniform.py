@@ -181,7 +181,7 @@ def _t5(layer: nn.Module, into: nn.Module, heads: int) -> None:
 
 
 _Arrange = Callable[[nn.Module, nn.Module, int], None]
-# Where the layers are, how each is arranged, and what stands beside them.
+# Where the layers are, how each is arranged, and what stands outside them.
 _LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
     "bert": ("bert.encoder.layer", _bert, {"bert.embeddings.word_embeddings": "embed_tokens"}),
     "gpt2": ("transformer.h", _gpt2, {"transformer.wte": "embed_tokens", "transformer.ln_f": "norm"}),
