@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -38,13 +36,6 @@ def keyword(function: Callable[..., object], *names: str) -> str:
     """The first of these that is a parameter of the function."""
     taken = inspect.signature(function).parameters
     return next(name for name in names if name in taken)
-
-
-def tests_of(tree: Path) -> None:
-    """Let `tests.` be the tree's, without its folders on the path, where `kernels` would hide another package."""
-    package = ModuleType("tests")
-    package.__path__ = [str(tree / "tests")]
-    sys.modules["tests"] = package
 
 
 parse = named("grafts.grammar:parse")

@@ -24,6 +24,7 @@ import parity_train
 import torch
 from parity_record import Record
 from parity_texts import Texts
+from tests_folder import tests_of
 from transformers.utils.logging import disable_progress_bar
 
 # In the order they are run: each takes the record, the folder of the models, and the texts.
@@ -53,7 +54,7 @@ def main() -> None:
     found = Path(sys.modules[parity_names.Backbone.__module__].__file__ or "").resolve()
     if not found.is_relative_to(tree):
         raise SystemExit(f"polygraft is {found}, which is not of {tree}")
-    parity_names.tests_of(tree)
+    tests_of(tree)
     torch.set_num_threads(given.threads)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     record, texts = Record(), Texts.read(quick=given.quick)

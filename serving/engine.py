@@ -37,7 +37,7 @@ class Engine:
     request; when a forward raises, its streams are computed one by one until the culprit raises alone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: Backbone,
         settings: ServeSettings,

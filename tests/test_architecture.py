@@ -73,8 +73,6 @@ LAYERS: dict[str, str] = {
 # Arrows that close a cycle and go with the rebuilding of the runtime.
 BEING_MENDED = {
     ("polygraft.grafts.spec", "polygraft.grafts.sites"),
-    ("polygraft.grafts.runtime.beside", "polygraft.grafts.runtime.stacks"),
-    ("polygraft.grafts.runtime.recorded", "polygraft.grafts.runtime.backbone"),
 }
 # Policy is pure: a fixed part of the standard library, our value types, itself. An allow-list, so that time, random,
 # logging, ray, redis and torch fail by absence.
@@ -151,6 +149,11 @@ def test_kernels_is_a_namespace_so_that_it_cannot_shadow_hugging_faces_kernels()
 def test_every_other_package_has_an_empty_init() -> None:
     folders = {path.parent for path in sources()} - {ROOT / "kernels"}
     wrong = [f for f in folders if not (f / "__init__.py").exists() or (f / "__init__.py").read_text()]
+    assert not wrong, report(wrong)
+
+
+def test_every_folder_says_that_its_types_are_its_own() -> None:
+    wrong = [folder for folder in FOLDERS if not (ROOT / folder / "py.typed").exists()]  # PEP 561
     assert not wrong, report(wrong)
 
 

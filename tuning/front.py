@@ -121,7 +121,7 @@ def _baseline(axes: Axes, trials: Sequence[Trial]) -> None:
     _note(axes, text, (axes.get_xlim()[1], before), shift=(-6, 5), ha="right", va="baseline", color=_BEFORE)
 
 
-def _note(
+def _note(  # noqa: PLR0913
     axes: Axes,
     text: str,
     at: tuple[float, float],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from polygraft.grafts.runtime.linears.choose import BLOCK, HEAD_BLOCK, frozen_li
 from polygraft.grafts.runtime.padding import padded
 from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
-from polygraft.grafts.runtime.recorded import keys_and_values
+from polygraft.grafts.runtime.recorder import Recorder
 from polygraft.grafts.runtime.route import Attention, Entry, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
@@ -176,10 +177,18 @@ class Backbone:
             raise SpecError(f"backbone: {self.shape.sees}; no rows run through it by themselves")
         ids = torch.zeros(len(rows_PD), dtype=torch.long, device=rows_PD.device)
         positions = torch.arange(len(rows_PD), device=rows_PD.device)
-        found = keys_and_values(self, Rows(ids, positions, (), inputs_embeds=rows_PD.to(self.dtype), entry_layer=first))
+        rows = Rows(ids, positions, (), inputs_embeds=rows_PD.to(self.dtype), entry_layer=first)
+        found = self.recorded(rows).of_rows(len(rows))
         # Copied, so that they do not hold the projections of the whole input that they are a part of.
         kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in found.items()}
         return {layer: (k, v) for layer, (k, v) in kept.items()}
+
+    def recorded(self, rows: Rows) -> Recorder:
+        """What the attention of every layer is given of the rows of one sequence, without any graft."""
+        own = ((0, len(rows)),)
+        attention = Recorder(own, self.shape, own)
+        self.forward(replace(rows, source=rows), self.stacks(()), attention)
+        return attention
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, vocab] in float32 (float64 stays), capped where the model caps them; N is padded to the contract's grain
