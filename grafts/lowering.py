@@ -7,6 +7,7 @@ differentiable function of them, evaluated for one graft alone, so that nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NoReturn
 
@@ -20,11 +21,25 @@ from polygraft.grafts.sizes import TensorSpec, operands, tensors
 from polygraft.grafts.spec import Delta, GraftSpec, SpecError
 
 Values = Mapping[str, Tensor]
+Draw = Callable[[], int | None]
 
 
 def no_layers(rows: Tensor, first: int) -> NoReturn:
     """`Lowering.run_from_layer` where there is no backbone."""
     raise SpecError("form: its operands are what a backbone's layers make of rows; name a backbone")
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Whether no row passes an op at a layer at the draw of the moment (`Parametrization.absent`)."""
+
+    layer: int
+    draw: Draw
+    asks: Callable[..., bool]
+    arguments: tuple[tuple[str, int | float | str], ...]
+
+    def __call__(self) -> bool:
+        return self.asks(self.layer, self.draw(), **dict(self.arguments))
 
 
 class Lowered:
@@ -53,6 +68,22 @@ class Lowered:
         """Whether the operands are the trained tensors themselves, in the same order."""
         return not self._sites and all(tensor.trained for tensor in self.tensors)
 
+    def trained(self, operand: TensorSpec) -> bool:
+        """Whether an operand is made of a tensor that is trained."""
+        declared = self.spec.slots[operand.slot].form
+        assert operand.site is not None
+        read = self._read(operand.slot, operand.site)
+        if declared is None or operand.part in form(declared.name).kept:
+            read = [tensor for tensor in read if tensor.part == operand.part]
+        return any(tensor.trained for tensor in read)
+
+    def absence(self, index: int, layer: int, draw: Draw) -> Absence | None:
+        """When no row passes a slot's op at a layer; None where all do at every draw."""
+        declared = self.spec.slots[index].form
+        if declared is None or (asks := form(declared.name).absent) is None:
+            return None
+        return Absence(layer, draw, asks, declared.arguments)
+
     def make(self, values: Values, draw: int | None = None) -> dict[str, Tensor]:
         """Operands in order; differentiable in `values`."""
         found, run_from_layer = dict(values), cache(self._run_from_layer)
@@ -72,7 +103,7 @@ class Lowered:
         return {operand.name: found[operand.name] for operand in self.operands}
 
     def generator(
-        self, index: int, site: Site, values: Values, draw: Callable[[], int | None] = lambda: None
+        self, index: int, site: Site, values: Values, draw: Draw = lambda: None
     ) -> Callable[[Tensor], Tensor]:
         """The dense W of a delta slot at a site as a function of its operand; what is not in the operand is read from
         `values` where it lies."""
@@ -138,13 +169,29 @@ def lower(
     weight: Callable[[Site], Tensor],
     run_from_layer: RunFromLayer = no_layers,
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
-    """The graft as it is served (`GraftSpec.plain`): its operands are its tensors."""
-    plain = spec.plain
+    """The graft as it is served (`GraftSpec.plain`): its operands are its tensors, and it has none where no row passes
+    them."""
+    plain = _present(spec, shape)
     pairs = enumerate(zip(spec.slots, plain.slots))
     made = [index for index, (slot, served) in pairs if slot.form is not None and served.form is None]
     with torch.no_grad():
         operands = Lowered(spec, shape, weight, run_from_layer).make(values) if made else {}
     return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in tensors(plain, shape)}
+
+
+def _present(spec: GraftSpec, shape: ModelShape) -> GraftSpec:
+    """`GraftSpec.plain` without the layers that are absent when it is served."""
+    layers: dict[int, set[int]] = {}
+    for index, site in sites_of(spec, shape):
+        declared = spec.slots[index].form
+        if declared is not None and (asks := form(declared.name).absent) is not None:
+            own = layers.setdefault(index, set())
+            own |= set() if asks(site.layer, None, **declared.keywords()) else {site.layer}
+    plain = spec.plain
+    slots = enumerate(plain.slots)
+    return replace(
+        plain, slots=tuple(replace(slot, layers=tuple(sorted(layers[i]))) if i in layers else slot for i, slot in slots)
+    )
 
 
 def _generating(read: Sequence[TensorSpec]) -> Sequence[TensorSpec]:

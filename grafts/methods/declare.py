@@ -128,6 +128,10 @@ class Parametrization:
     in] of a delta, ...): pure and differentiable, in the values' dtype. One that runs rows through the frozen layers
     (`runs_layers`) needs a decoder, whose rows see none but those before them. `grid`, of a delta whose W + dW lies on
     a grid of integers, gives them from the same arguments, so that nothing is rounded when it is merged.
+
+    Parts in `kept` are operands as they are, so that a frozen one asks for no gradient and for none of what that takes
+    of a forward. `absent` says at which layers no row of the graft passes its op at a draw (None when it is served,
+    where such sites have no tensors either); they then cost nothing.
     """
 
     name: str
@@ -136,6 +140,8 @@ class Parametrization:
     shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
     runs_layers: bool = False
     grid: Callable[..., IntegerGrid] | None = None
+    kept: tuple[str, ...] = ()
+    absent: Callable[..., bool] | None = None  # (layer, draw, **arguments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,8 @@ class Backbone:
 
         For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
         lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving. With
-        `quantise` the projections of the layers are in NF4 (QLoRA), and the backbone is another one by its fingerprint.
+        `quantise` the projections of the layers are in NF4 (QLoRA, LoftQ), and the backbone is another one by its
+        fingerprint.
         """
         config = json.loads((folder / "config.json").read_text())
         shape = ModelShape.from_config(config)

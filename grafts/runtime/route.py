@@ -140,14 +140,14 @@ class RouteTable:
 def work_list(
     spans: Iterable[Span], slices: StackSlices, *, dropping: bool = False, inputs: Iterable[Input] = ()
 ) -> Segments:
-    """Every span's rows, or those of its `inputs` that a slice is for, against its graft's slices, in span order;
-    `dropping` keeps the slices' dropout."""
+    """Every span's rows, or those of its `inputs` that a slice is for, against its graft's slices that are not absent,
+    in span order; `dropping` keeps the slices' dropout."""
     return Segments(
         tuple(
             Segment(start, stop, own.first, own.last, own.scale * s.weight, own.dropout if dropping else 0.0)
             for s in spans
             for own in slices
-            if own.graft == s.graft
+            if own.graft == s.graft and not (own.absent is not None and own.absent())
             for start, stop in _passing(s, own, inputs)
         )
     )

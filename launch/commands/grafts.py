@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -168,7 +168,7 @@ def adopted(
     )
 
 
-def load_backbone(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone

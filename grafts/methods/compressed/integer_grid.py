@@ -61,7 +61,7 @@ def qalora(r: int = 8, alpha: float = 16.0, group: int = 32, bits: int = 4, at: 
     if r < 1:
         raise SpecError(f"peft: qalora.r: {r} is not a size; give at least 1")
     grid = (("group", group), ("bits", _checked("qalora", bits)))
-    return (Delta(at=at, form=DeclRef("qalora", (("r", r), ("scale", alpha / r), *grid))),)
+    return (Delta(at=at, form=DeclRef("qa-lora", (("r", r), ("scale", alpha / r), *grid))),)
 
 
 def _checked(method: str, bits: int) -> int:
@@ -142,6 +142,6 @@ METHODS = (
 )
 PARAMETRIZATIONS = (
     Parametrization("peqa", _peqa, _peqa_own, grid=_peqa_grid),
-    Parametrization("qalora", _qalora, _qalora_own, grid=_qalora_grid),
+    Parametrization("qa-lora", _qalora, _qalora_own, grid=_qalora_grid),
 )
 STARTS = (Start("grid", _first_scale),)
