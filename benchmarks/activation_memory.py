@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -82,9 +83,9 @@ class Highest(TorchDispatchMode):
 
 def taken(backbone: Backbone, text: str, rows: int) -> Taken:
     """By the second of two steps alike: the first one leaves what is made once."""
-    spec = parse(text)
+    graft = BoundGraft(parse(text), backbone.shape)
     residents = [
-        Resident(str(job), spec, initialise(spec, backbone, seed=job, samples=[[1, 2, 3]])) for job in range(JOBS)
+        Resident(str(job), graft, initialise(graft, backbone, seed=job, samples=[[1, 2, 3]])) for job in range(JOBS)
     ]
     stacks = backbone.stacks(residents, trainable=True)
     _step(backbone, stacks, rows)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.calibrate import backward, hidden_states
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 
 STEPS, BATCH, LEARNING_RATE = 200, 4, 1e-4  # section 4.1: 800 samples, four at a time, by Adam
 
@@ -29,7 +29,7 @@ class Distilled:
 
 
 def distil(
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     backbone: Backbone,
     teacher: Backbone,
@@ -48,8 +48,8 @@ def distil(
     says of their tokens. `told` hears how many steps are done.
     """
     own = {name: value.clone() for name, value in values.items()}
-    stacks = backbone.stacks((Resident("distilled", spec, own),), trainable=True)
-    trained = [own[t.name] for t in tensors(spec, backbone.shape) if t.trained]
+    stacks = backbone.stacks((Resident("distilled", graft, own),), trainable=True)
+    trained = [own[tensor.name] for tensor in graft.trained]
     optimiser = torch.optim.Adam(trained, lr=learning_rate)
     losses: list[float] = []
     for step, chosen in enumerate(islice(_batches(samples, batch), steps)):

@@ -112,7 +112,7 @@ class Entry(NamedTuple):
 class RouteTable:
     """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
     forward of a decoder `source` is that of the encoder's rows. Where `entry` is not None, its rows pass the layers
-    below it by. `context` is what modules leave for each other."""
+    below it by. Below layer `lowest` no gradient is asked for. `context` is what modules leave for each other."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
@@ -121,12 +121,21 @@ class RouteTable:
     source: RouteTable | None = None
     inputs: tuple[Input, ...] = ()
     entry: Entry | None = None
+    lowest: int = 0
     context: ForwardContext = field(default_factory=ForwardContext)
     _segments: dict[StackSlices, Segments] = field(default_factory=dict)
 
     def at(self, site: Site) -> RouteTable:
         """The routing of the rows that the site reads."""
         return self.source if self.source is not None and site.name in SOURCE else self
+
+    def lowest_layer(self) -> int | None:
+        """The first layer at which a row passes a graft; None where none does anywhere."""
+        sites = self.stacks.derived((RouteTable,), lambda: sorted(self.stacks.at))
+        return next((site.layer for site in sites if self._passed(site)), None)
+
+    def _passed(self, site: Site) -> bool:
+        return any(self.segments(stack.slices).items for stack in self.stacks.get(site).values())
 
     def segments(self, slices: StackSlices) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""

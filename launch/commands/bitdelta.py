@@ -53,15 +53,15 @@ def bitdelta(
         base, tuned = BackboneFiles(loaded.folder), BackboneFiles(folder)
         if tuned.shape != base.shape:
             raise SpecError(f"model: {model!r} is {tuned.shape}, and the backbone {base.shape}")
-        spec, values = bitdelta_of(base.shape, base.weight, tuned.weight, at)
-        if rest := left_out(spec, base, tuned):
+        graft, values = bitdelta_of(base.shape, base.weight, tuned.weight, at)
+        if rest := left_out(graft, base, tuned):
             more = f" and {len(rest) - _SHOWN} others" if len(rest) > _SHOWN else ""
             typer.echo(f"not in the graft, though it was tuned: {', '.join(rest[:_SHOWN])}{more}", err=True)
         if examples is not None:
             samples = _samples(examples, loaded, max_length)
             with counted() as report:
                 found = distil(
-                    spec,
+                    graft,
                     values,
                     loaded,
                     load_backbone(str(folder)),
@@ -71,9 +71,9 @@ def bitdelta(
                 )
             typer.echo(f"logits' squared distance {found.first:.4g} -> {found.last:.4g}", err=True)
             values = dict(found.tensors)
-        graft = adopted(store, settings, TenantId(tenant), name, spec, values, loaded, promote)
+        made = adopted(store, settings, TenantId(tenant), name, graft, values, loaded, promote)
     store.close()
-    typer.echo(graft.model)
+    typer.echo(made.model)
 
 
 def _samples(examples: Path, loaded: Backbone, max_length: int) -> Sequence[Sequence[int]]:

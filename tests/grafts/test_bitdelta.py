@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.distil import distil
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.bitdelta import bitdelta_of, left_out
@@ -17,7 +18,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.lowering import Lowered
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sites import Site, sites_of
+from polygraft.grafts.sites import Site
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.plain import MODULES, plain_llama
@@ -53,8 +54,8 @@ def tuned(tuned_folder: Path) -> Backbone:
 
 def test_a_tuned_model_becomes_signs_and_their_mean_size(backbone: Backbone, tuned: Backbone) -> None:
     """Liu et al. 2024, section 3.1: a sign(dW) with a = mean |dW|, the a for which |dW - a sign(dW)| is smallest."""
-    spec, values = bitdelta_of(backbone.shape, backbone.weight, tuned.weight)
-    made = Lowered(spec, backbone.shape, backbone.weight)
+    graft, values = bitdelta_of(backbone.shape, backbone.weight, tuned.weight)
+    made = Lowered(graft, backbone.weight)
     operands = made.make(values)
     for site in SITES:
         difference = tuned.weight(site) - backbone.weight(site)
@@ -69,8 +70,8 @@ def test_a_tuned_model_becomes_signs_and_their_mean_size(backbone: Backbone, tun
 
 def test_what_was_tuned_and_is_no_projection_is_named(tiny_folder: Path, tuned_folder: Path) -> None:
     base, tuned = BackboneFiles(tiny_folder), BackboneFiles(tuned_folder)
-    spec, _ = bitdelta_of(base.shape, base.weight, tuned.weight, "attn.*")
-    kept = set(left_out(spec, base, tuned))
+    graft, _ = bitdelta_of(base.shape, base.weight, tuned.weight, "attn.*")
+    kept = set(left_out(graft, base, tuned))
     assert "model.norm.weight" in kept and "model.layers.0.mlp.down_proj.weight" in kept
     assert not any("self_attn" in name or "embed" in name for name in kept)
 
@@ -78,12 +79,12 @@ def test_what_was_tuned_and_is_no_projection_is_named(tiny_folder: Path, tuned_f
 def test_scales_are_distilled_as_the_paper_says(backbone: Backbone, tuned: Backbone) -> None:
     """Liu et al. 2024, section 3.1: argmin over a of E |Z_tuned(x) - Z(x; a)|^2, by torch's Adam on transformers'
     models."""
-    spec, values = bitdelta_of(backbone.shape, backbone.weight, tuned.weight)
+    graft, values = bitdelta_of(backbone.shape, backbone.weight, tuned.weight)
     start = {name: value.double() for name, value in values.items()}
-    found = distil(spec, start, backbone, tuned, SAMPLES, steps=6, batch=2, learning_rate=1e-3)
+    found = distil(graft, start, backbone, tuned, SAMPLES, steps=6, batch=2, learning_rate=1e-3)
 
     teacher, student = plain_llama(tuned.folder, torch.float64), plain_llama(backbone.folder, torch.float64)
-    scales = {site: start[f"0.{site}.a"].clone().requires_grad_() for _, site in sites_of(spec, backbone.shape)}
+    scales = {site: start[f"0.{site}.a"].clone().requires_grad_() for _, site in graft.sites}
     for site, a in scales.items():
         signs = torch.where(tuned.weight(site) - backbone.weight(site) > 0, 1.0, -1.0).double()
         module = student.get_submodule(f"model.layers.{site.layer}.{MODULES[site.name]}")
@@ -112,8 +113,9 @@ def test_scales_are_distilled_as_the_paper_says(backbone: Backbone, tuned: Backb
 
 def test_without_a_fine_tuned_model_it_is_refused_with_what_to_do(backbone: Backbone, tuned: Backbone) -> None:
     with pytest.raises(SpecError, match=r"grafts bitdelta FOLDER NAME.*bitdelta\(of=NAME\)"):
-        initialise(parse("bitdelta"), backbone, seed=0, samples=SAMPLES)
-    spec, values = bitdelta_of(backbone.shape, backbone.weight, tuned.weight)
-    source = {"tuned": Source(spec, values)}
-    started = initialise(parse("bitdelta(of=tuned)"), backbone, seed=0, samples=SAMPLES, sources=source)
+        initialise(BoundGraft(parse("bitdelta"), backbone.shape), backbone, seed=0, samples=SAMPLES)
+    graft, values = bitdelta_of(backbone.shape, backbone.weight, tuned.weight)
+    source = {"tuned": Source(graft, values)}
+    going_on = BoundGraft(parse("bitdelta(of=tuned)"), backbone.shape)
+    started = initialise(going_on, backbone, seed=0, samples=SAMPLES, sources=source)
     assert all(torch.equal(started[name], value.double()) for name, value in values.items())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.backbone import Backbone
@@ -25,9 +26,9 @@ def fp64(tiny_folder: Path) -> Backbone:
 
 def folded(text: str, backbone: Backbone) -> tuple[Fold, Values]:
     """A trained graft, merged."""
-    spec = parse(text)
-    values = random_tensors(spec, backbone.shape, seed=4)
-    return Fold(spec, backbone.shape, values, backbone.weight), values
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = random_tensors(graft, seed=4)
+    return Fold(graft, values, backbone.weight), values
 
 
 def groups_of(W: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:

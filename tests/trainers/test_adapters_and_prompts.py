@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.grafts.sizes import tensors
 from polygraft.trainers.hooks import Hooks
 from tests.grafts.oracle.family_prompts import dept
 from tests.grafts.oracle.row import Row
@@ -61,8 +61,8 @@ def test_dept_trains_its_prompt_and_its_pair_at_two_rates(fp64: Backbone) -> Non
     oracle = Row("dept(2, rows=6, r=2)", soft=dept).oracle(fp64.folder, start, torch.float64)
     expected = trained(oracle, job, rate=lambda part: 1.0 if part == "p" else 1 / 40)
     assert_trained(ours(job, fp64), expected)
-    beside = parse("dept(2) + lora(r=2, at=attn.v)@0")
-    rates = dict(zip((t.name for t in tensors(beside, fp64.shape)), Hooks(beside, Slab(beside, fp64.shape)).rates))
+    beside = BoundGraft(parse("dept(2) + lora(r=2, at=attn.v)@0"), fp64.shape)
+    rates = dict(zip((t.name for t in beside.trained), Hooks(beside, Slab(beside)).rates, strict=True))
     assert {name for name, rate in rates.items() if rate != 1.0} == {"1.0.embed.A", "1.0.embed.B"}
 
 

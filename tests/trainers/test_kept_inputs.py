@@ -3,13 +3,14 @@ et al. 2023, arXiv 2308.03303, section 3: of the activations A x alone)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
@@ -46,7 +47,7 @@ def test_beside_a_lora_an_input_is_kept_once_for_both(backbone: Backbone) -> Non
 def kept(backbone: Backbone, *texts: str) -> Iterator[Tensor]:
     """What the projections and branches of a forward over one sequence, all of it under every graft, have saved."""
     residents = [
-        Resident(text, spec := parse(text), {n: v.float() for n, v in random_tensors(spec, backbone.shape, i).items()})
+        Resident(text, graft := BoundGraft(parse(text), backbone.shape), wide(random_tensors(graft, i)))
         for i, text in enumerate(texts)
     ]
     rows = Rows(
@@ -65,3 +66,7 @@ def kept(backbone: Backbone, *texts: str) -> Iterator[Tensor]:
             waiting += [following for following, _ in node.next_functions]
             if node.name() in OURS:
                 yield from (tensor for tensor in node.saved_tensors if tensor is not None)  # type: ignore[attr-defined]
+
+
+def wide(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in values.items()}

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from polygraft.grafts.methods.composition.warm_start import go_on_hooks
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
-from polygraft.grafts.spec import DeclRef, Delta, GraftSpec, Slot, SpecError
+from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.sizes import TensorSpec
 
 WORD = 24  # signs a number
@@ -66,8 +67,8 @@ def unpacked(signs: Tensor, width: int) -> Tensor:
     return 2 * bits.flatten(1)[:, :width] - 1
 
 
-def _check(tensor: TensorSpec, spec: GraftSpec, *_: object) -> None:
-    if not any(call.name == "from" for call in spec.hooks):
+def _check(tensor: TensorSpec, graft: BoundGraft, *_: object) -> None:
+    if not any(call.name == "from" for call in graft.spec.hooks):
         _refuse()
 
 

@@ -9,11 +9,10 @@ import torch
 
 from polygraft.cluster.model import Limits, TenantId
 from polygraft.cluster.policy.budget import state_bytes
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.catalogue import LLAMA_7B
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import frozen, parameters
 from polygraft.serving.http.errors import ApiError
 from polygraft.serving.http.submission import new_job
 from tests.serving.http.conftest import Service, upload
@@ -50,10 +49,9 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
 
 @pytest.mark.parametrize("text", ["lt-sft", "diff-pruning", "child-tuning", "lora(r=4)", "shira(r=2)"])
 async def test_the_estimate_is_what_a_jobs_slab_takes(text: str, service: Service) -> None:
-    shape: ModelShape = service.api.shape
-    spec = parse(text)
-    slab = Slab(spec, shape)
+    graft = BoundGraft(parse(text), service.api.shape)
+    slab = Slab(graft)
     slab.collect([torch.zeros(tensor.numel) for tensor in slab.trained])
     assert slab.grad is not None
     held = (slab.master, slab.exp_avg, slab.exp_avg_sq, slab.grad, *slab.frozen.values())
-    assert sum(tensor.nbytes for tensor in held) == state_bytes(parameters(spec, shape), frozen(spec, shape))
+    assert sum(tensor.nbytes for tensor in held) == state_bytes(graft.parameters, graft.frozen)
