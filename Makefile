@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test methods lint types verify nightly bench clean
+.PHONY: help setup demo test coverage methods docs lint types verify nightly bench gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.ready  ## make .venv with the locked versions
 
@@ -29,13 +29,25 @@ demo: setup  ## train, search and serve eight grafts on this machine; REPORT=pat
 test: setup  ## run the tests (under 15 minutes on 2 cores)
 	$(BIN)/pytest
 
-lint: setup  ## check style and import bans
+coverage: setup  ## run the tests and say which lines none of them runs
+	mkdir -p reports
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+lint: setup  ## check style, import bans and formatting
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 types: setup  ## check types, strictly
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
-verify: lint types test  ## all that CI enforces
+docs: setup  ## build the documentation into build/docs; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+verify: lint types docs test  ## all that CI enforces
 
 methods: setup  ## measure every method against its oracle and write docs/methods.md
 	$(BIN)/python -m tests.grafts.page
@@ -49,6 +61,9 @@ bench: setup  ## time training, serving and the branch op against their arms; QU
 	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick) --json reports/training.json
 	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick) --json reports/serving.json
 	$(BIN)/python benchmarks/kernels.py $(if $(QUICK),--quick) --json reports/kernels.json
+
+gpu: setup  ## all that only a GPU can show, in under 8 minutes; OUT=path for what it finds, DRY=1 without a GPU
+	$(BIN)/python benchmarks/gpu.py $(or $(OUT),reports/gpu) $(if $(DRY),--dry)
 
 clean:  ## remove what builds and tools leave behind; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

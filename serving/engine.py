@@ -37,7 +37,7 @@ class Engine:
     request; when a forward raises, its streams are computed one by one until the culprit raises alone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: Backbone,
         settings: ServeSettings,
@@ -153,7 +153,7 @@ class Engine:
             self._end(sequence, "error", error=str(error), code=code)
         if self._suspects:
             suspect = self._suspects[0]
-            chunks = [Chunk(suspect, max(suspect.whole, min(suspect.left, self._settings.max_rows)))]
+            chunks = [Chunk(suspect, max(suspect.min_chunk, min(suspect.left, self._settings.max_rows)))]
         else:
             chunks = self._streams.choose()
         if not chunks:
@@ -170,7 +170,8 @@ class Engine:
         hidden = self._backbone.forward(batch.rows, batch.stacks, attention)
         if not batch.last:  # prefill that goes on
             return hidden.new_empty(0, self._backbone.shape.vocab, dtype=torch.float32)
-        return self._backbone.logits(hidden[list(batch.last)])
+        every = len(batch.last) == len(batch.rows)  # while all decode: no list of rows goes to the device
+        return self._backbone.logits(hidden if every else hidden[list(batch.last)])
 
     def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
         """A token for each sequence of `batch.sampled`; None where its row is not finite."""
@@ -225,7 +226,7 @@ class Engine:
     ) -> None:
         request = sequence.request
         index = sequence.generated - (token is not None)
-        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.epoch, error, code))
+        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.attempt, error, code))
 
     def _end(
         self,
@@ -267,8 +268,7 @@ class Engine:
                 "prefill_rows": sum(chunk.rows for chunk in batch.chunks if chunk.rows > 1),
                 "requests": [chunk.sequence.request.id for chunk in batch.chunks],
                 "grafts": list(residents),
-                "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
-                "merged": False,
+                "methods": sorted({resident.graft.spec.method for resident in residents.values() if resident}),
                 "device": str(self._backbone.device),
             }
         )

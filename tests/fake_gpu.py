@@ -5,16 +5,24 @@ What lies on the CPU is real. What lies on the device has a shape, a type and a 
 neither with one of no dimensions; so does what cannot go on without a value of the device (`item`, `nonzero`, a mask as
 an index). A copy to the CPU gives ones and is counted, since the host waits for it. Triton programs are not run, but
 every tensor that one is given must lie on the device. Shapes, types and devices are tested, then, and no numbers.
+
+Inside `watch` it is noted what the device is asked to do, and from which of our lines the host reads from it and sends
+to it.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,24 +30,55 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from triton.runtime.jit import JITFunction
 
-from polygraft.grafts.methods import fourier
+from polygraft.grafts.methods.reparameterised import fourier
 from polygraft.kernels.nf4 import gpu as nf4_gpu
 from polygraft.kernels.rotate import gpu as rotate_gpu
 
 DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
 _KEPT = (fourier._entries, nf4_gpu._levels, rotate_gpu._channels)  # tensors that processes keep
+_ROOT = Path(__file__).resolve().parents[1]
+_OURS = tuple(f"{_ROOT / folder}/" for folder in ("grafts", "kernels", "serving", "trainers"))
+_NO_WORK = ("empty", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
 
 
-class FakeGpu(TorchDispatchMode):
+@dataclass
+class Watched:
+    """What was asked of the device: our programs by name, the library's operations that work there by name (views and
+    allocations do not), and copies in both directions by the line of ours that made them. `host` are operations on
+    tensors of the CPU alone."""
+
+    programs: Counter[str] = field(default_factory=Counter)
+    operations: Counter[str] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
+    sends: Counter[str] = field(default_factory=Counter)
+    host: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def launches(self) -> int:
+        """At least so many: an operation of the library may be several."""
+        return self.programs.total() + self.operations.total() + self.reads.total() + self.sends.total()
+
+
+class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations of the CPU alone are done; `reads` are the copies from the device to it, `launches` the programs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reads, self.launches, self.loading = 0, 0, False
+        self.watched: Watched | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[Watched]:
+        """Note what the device is asked for inside."""
+        self.watched = watched = Watched()
+        try:
+            yield watched
+        finally:
+            self.watched = None
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload[..., object],
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -51,6 +90,8 @@ class FakeGpu(TorchDispatchMode):
             given["device"] = DEVICE
         leaves = tree_leaves((args, given))
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
+            if self.watched is not None:
+                self.watched.host[_name(func)] += 1
             with unset_fake_temporarily():
                 return func(*args, **given)
         if torch.is_inference_mode_enabled() and func._can_decompose():
@@ -59,11 +100,26 @@ class FakeGpu(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
             raise RuntimeError("a copy into a tensor on the CPU would be lost here; use .cpu()")
         found = func(*args, **given)
-        if func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) and found.device.type == "cpu":
+        copied = found if func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) else None
+        read = copied if copied is not None and copied.device.type == "cpu" else None
+        if self.watched is not None:
+            self._note(self.watched, func, leaves, read=read is not None)
+        if read is not None:
             self.reads += 1
             with unset_fake_temporarily():
-                return torch.ones(found.shape, dtype=found.dtype)
+                return torch.ones(read.shape, dtype=read.dtype)
         return found
+
+    def _note(self, watched: Watched, func: Callable[..., object], leaves: Sequence[object], *, read: bool) -> None:
+        sent = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, FakeTensor) and x.dim()]
+        if read:
+            watched.reads[_line()] += 1
+        elif sent:
+            watched.sends[_line()] += len(sent)
+        name = _name(func)
+        copied = name == "_to_copy" and (read or sent)
+        if not (copied or name in _NO_WORK or getattr(func, "is_view", False)):
+            watched.operations[name] += 1
 
 
 @contextmanager
@@ -71,21 +127,23 @@ def fake_gpu() -> Iterator[FakeGpu]:
     """Inside, `Backbone.load(..., device=DEVICE)` and what is done with it."""
     machine = FakeGpu()
 
-    def launch(_: JITFunction[object], *args: object, grid: object, warmup: bool, **constants: object) -> None:
+    def launch(program: JITFunction[object], *args: object, grid: object, warmup: bool, **constants: object) -> None:
         machine.launches += 1
+        if machine.watched is not None:
+            machine.watched.programs[program.__name__] += 1
         for x in args:
             assert not isinstance(x, Tensor) or x.device == DEVICE, f"a program was given a tensor on {x.device}"
 
-    load = PreTrainedModel.from_pretrained.__func__
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
-    def loaded(cls: type[PreTrainedModel], *args: object, **options: object) -> PreTrainedModel:
+    def loaded(cls: type[PreTrainedModel], /, *args: object, **options: object) -> PreTrainedModel:
         machine.loading = True
         try:
             return load(cls, *args, **options)  # type: ignore[no-any-return]
         finally:
             machine.loading = False
 
-    dispatch = FakeTensor.__torch_dispatch__.__func__
+    dispatch = FakeTensor.__torch_dispatch__.__func__  # type: ignore[attr-defined]
 
     def dispatched(cls: type[FakeTensor], func: object, *rest: object) -> object:
         return _META if func is torch.ops.prim.device.default else dispatch(cls, func, *rest)
@@ -108,6 +166,22 @@ def fake_gpu() -> Iterator[FakeGpu]:
         finally:
             for kept in _KEPT:
                 kept.cache_clear()
+
+
+def _name(func: Callable[..., object]) -> str:
+    """An operation's, without its namespace and overload."""
+    return str(func).split(".")[1] if str(func).count(".") else str(func)
+
+
+def _line() -> str:
+    """The innermost line of ours on the stack, as `folder/file.py:line`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename.replace("/.types/polygraft/", "/")
+        if file.startswith(_OURS):
+            return f"{Path(file).relative_to(_ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
 
 
 def _place(x: Tensor) -> int:

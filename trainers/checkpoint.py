@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.grafts.sites import ModelShape
+from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import RunningJob
 
@@ -35,15 +34,13 @@ def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
     name = f"checkpoint-{active.step:08d}"
     if (folder / name).exists():
         return name
-    draft = folder / f".{name}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     parts = {part: getattr(active.slab, part) for part in _TENSORS}
     frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
-    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.spec.to_json())}
-    write(draft / "state.json", json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
-    os.rename(draft, folder / name)
+    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.graft.spec.to_json())}
+    remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
+    with whole_folder(folder / name) as draft:
+        save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
+        (draft / "state.json").write_text(json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
             shutil.rmtree(old, ignore_errors=True)
@@ -55,30 +52,20 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
-def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torch.device | str = "cpu") -> RunningJob:
+def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "cpu") -> RunningJob:
     """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
     try:
         state = json.loads((folder / name / "state.json").read_text())
         values = load_file(folder / name / "slab.safetensors")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from None
-    if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.spec.to_json()):
+    if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.graft.spec.to_json()):
         raise CheckpointError(
             f"{name}: of job {state['job']}, schema {state['schema']}; expected {job.id}, schema {SCHEMA}"
         )
-    slab = Slab(job.spec, shape, values["master"].dtype, device)
+    slab = Slab(job.graft, values["master"].dtype, device)
     for part in _TENSORS:
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
     return RunningJob(job, slab, **{key: state[key] for key in _FIELDS})
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a small file as a whole and make sure that it is on disk."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 from polygraft.grafts.spec import SpecError
 
 Config = Mapping[str, int | float]
@@ -111,7 +112,7 @@ class Space:
         at = "" if len(layers) == len(self.groups) else f"@{_layer_text(layers)}"
         peft = " + ".join(f"{term}{at}" for term in terms)
         # Two digits: what a person would write, and near copies of a configuration become equal to it.
-        return Candidate(peft, float(f"{config[LEARNING_RATE]:.1e}"), parameters(parse(peft), self.shape))
+        return Candidate(peft, float(f"{config[LEARNING_RATE]:.1e}"), BoundGraft(parse(peft), self.shape).parameters)
 
     def _check(self, config: Config) -> None:
         if config.keys() != {parameter.name for parameter in self.parameters}:
@@ -149,7 +150,7 @@ def autopeft(
     prefix = shape.hidden if longest is None else longest
     methods = (Sized("serial", adapter), Sized("parallel", adapter), Sized("prefix", prefix))
     edges = [index * shape.layers // bits for index in range(bits + 1)]
-    ranges = tuple((first, after - 1) for first, after in zip(edges, edges[1:], strict=False))
+    ranges = tuple((first, after - 1) for first, after in pairwise(edges))
     return Space(shape, methods, ranges, learning_rate or rates(sized.method for sized in methods))
 
 

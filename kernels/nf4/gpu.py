@@ -13,7 +13,7 @@ from polygraft.kernels.common.gpu import accumulator, adjacent
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.common.tiles import BranchTiles
 from polygraft.kernels.nf4.cost import BLOCK
-from polygraft.kernels.nf4.op import LEVELS
+from polygraft.kernels.nf4.levels import LEVELS
 from polygraft.kernels.nf4.programs import linear_kernel
 
 FEATURES = 64

@@ -24,7 +24,7 @@ from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.s4 import s4
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
@@ -32,6 +32,7 @@ from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, p
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.runtime.backbone import Backbone
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
@@ -81,29 +82,33 @@ def export_graft(
     (gguf) or ours (native, in a folder named by its id); with --rank or --energy a LoRA in its place."""
     from polygraft.grafts.formats import gguf_lora, merged, native, peft
     from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.formats.check import FormatError
     from polygraft.grafts.formats.read import read
     from polygraft.grafts.formats.to_lora import to_lora
+    from polygraft.kernels.common.atomic import whole_folder
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors():
-        grown = grown_on(backbone)
-        spec, values = read(graft, grown)
+        loaded = load_backbone(backbone)
+        bound, values = read(graft, loaded)
         if rank is not None or energy is not None:
-            found = to_lora(spec, grown.shape, values, grown.weight, rank=rank, energy=energy)
-            spec, values = found.spec, found.tensors
-            typer.echo(f"{spec.method}: lost {found.loss:.2%} of the norm of dW")
+            found = to_lora(bound, values, loaded.weight, rank=rank, energy=energy)
+            bound, values = found.graft, found.tensors
+            typer.echo(f"{bound.spec.method}: lost {found.loss:.2%} of the norm of dW")
         match form:
             case Form.MERGED:
-                merged.export(target, spec, values, backbone=grown.folder)
+                merged.export(target, bound, values, backbone=loaded.folder)
             case Form.PEFT:
-                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=BackboneFiles(grown.folder))
+                if target.exists():
+                    raise FormatError(f"{target}: exists already; name a folder that does not")
+                stock = BackboneFiles(loaded.folder)
+                with whole_folder(target) as draft:
+                    peft.export(draft, bound, values, base=backbone, stock=stock)
             case Form.GGUF:
-                gguf_lora.export(target, spec, values, shape=grown.shape)
+                gguf_lora.export(target, bound, values)
             case Form.NATIVE:
-                stock = BackboneFiles(grown.folder)
-                typer.echo(
-                    native.save(target, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=stock)
-                )
+                stock = BackboneFiles(loaded.folder)
+                typer.echo(native.save(target, bound, values, backbone=loaded.fingerprint, stock=stock))
 
 
 @grafts.command("import")
@@ -122,8 +127,8 @@ def import_graft(
     with usage_errors():
         if name == settings.backbone:
             raise BadName(f"name: {name!r} is that of the backbone; choose another")
-        grown = grown_on(backbone or settings.backbone, settings.quantise)
-        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, grown), grown, promote)
+        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
+        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, loaded), loaded, promote)
     store.close()
     typer.echo(graft.model)
 
@@ -133,35 +138,33 @@ def adopted(
     settings: Settings,
     tenant: TenantId,
     name: str,
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
-    grown: Backbone,
+    loaded: Backbone,
     promote: bool,
 ) -> Graft:
     """The graft, saved and published under the name."""
     from polygraft.grafts.formats import native
     from polygraft.grafts.formats.backbone_files import BackboneFiles
-    from polygraft.grafts.sizes import parameters
 
     root = settings.data / "grafts"
-    identity = native.save(
-        root, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=BackboneFiles(grown.folder)
-    )
+    identity = native.save(root, graft, values, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder))
     return adopt(
         store,
         tenant,
         name,
         graft=GraftId(identity),
-        method=spec.method,
-        backbone_fingerprint=grown.fingerprint,
-        parameters=parameters(spec, grown.shape),
+        method=graft.spec.method,
+        backbone_fingerprint=loaded.fingerprint,
+        parameters=graft.parameters,
+        context_length=graft.context_length,
         bytes=native.size(root / identity),
         at=time.time(),
         promote=promote,
     )
 
 
-def grown_on(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def load_backbone(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polygraft.grafts.formats import draft, native
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Branch, GraftSpec
+from polygraft.kernels.common import atomic
 from tests.grafts.oracle.row import random_tensors
 from tests.grafts.oracle.table import METHODS, MORE
 
@@ -27,11 +29,11 @@ LORA = parse("lora(r=4, at=attn.q)")
 
 
 def values_of(spec: GraftSpec, seed: int = 0) -> dict[str, Tensor]:
-    return {name: value.float() for name, value in random_tensors(spec, SHAPE, seed).items()}
+    return {name: value.float() for name, value in random_tensors(BoundGraft(spec, SHAPE), seed).items()}
 
 
 def saved(root: Path, spec: GraftSpec = LORA) -> Path:
-    return root / native.save(root, spec, values_of(spec), shape=SHAPE, backbone="stock")
+    return root / native.save(root, BoundGraft(spec, SHAPE), values_of(spec), backbone="stock")
 
 
 def load(folder: Path, backbone: str = "stock") -> native.StoredGraft:
@@ -43,7 +45,7 @@ def test_a_graft_comes_back_as_it_was_saved(name: str, tmp_path: Path) -> None:
     spec = ROWS[name].spec
     folder = saved(tmp_path, spec)
     stored = load(folder)
-    assert (stored.id, stored.spec, stored.backbone) == (folder.name, spec, "stock")
+    assert (stored.id, stored.graft.spec, stored.backbone) == (folder.name, spec, "stock")
     assert stored.tensors.keys() == values_of(spec).keys()
     assert all(torch.equal(stored.tensors[key], value) for key, value in values_of(spec).items())
 
@@ -82,7 +84,7 @@ def test_others_may_read_the_folder(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize(("module", "broken"), [(draft, "_settle"), (native, "save_file")])
+@pytest.mark.parametrize(("module", "broken"), [(atomic, "sync"), (native, "save_file")])
 def test_a_save_that_fails_leaves_nothing(
     module: ModuleType, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,13 +101,13 @@ def test_a_save_that_fails_leaves_nothing(
 
 def test_a_race_for_the_same_graft_has_two_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = saved(tmp_path / "elsewhere")
-    settle = draft._settle
+    move = atomic.move
 
-    def overtaken(folder: Path) -> None:
-        settle(folder)
-        shutil.copytree(twin, tmp_path / "here" / twin.name)
+    def overtaken(draft: Path, target: Path) -> None:
+        shutil.copytree(twin, target)
+        move(draft, target)
 
-    monkeypatch.setattr(draft, "_settle", overtaken)
+    monkeypatch.setattr(atomic, "move", overtaken)
     assert saved(tmp_path / "here").name == twin.name
     assert [path.name for path in (tmp_path / "here").iterdir()] == [twin.name]
 
@@ -119,7 +121,7 @@ def test_values_that_are_not_finite_are_refused_both_ways(tmp_path: Path) -> Non
     values = values_of(LORA)
     values["0.1.attn.q.B"][0, 0] = torch.nan
     with pytest.raises(FormatError, match="0.1.attn.q.B: holds values that are not finite"):
-        native.save(tmp_path, LORA, values, shape=SHAPE, backbone="stock")
+        native.save(tmp_path, BoundGraft(LORA, SHAPE), values, backbone="stock")
     assert not list(tmp_path.iterdir())
     folder = saved(tmp_path)
     save_file(values, folder / "graft.safetensors")

@@ -1,4 +1,4 @@
-"""PEFT folders of LoRAs with rows of the embeddings edited beside them: read, and written again."""
+"""PEFT folders of LoRAs with rows of the embeddings edited in addition: read, and written again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
@@ -26,7 +27,7 @@ from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.trained import trained
 from tests.grafts.test_peft import IDS, logits
-from tests.grafts.test_peft_beside import assert_a_folder_of_peft, modest
+from tests.grafts.test_peft_extras import assert_a_folder_of_peft, modest
 from tests.tiny import tiny_llama
 
 FIELD = "trainable_token_indices"
@@ -65,8 +66,8 @@ READ = {
     "one that is told so first": ("llama", lora("q_proj", tokens={"lm_head": [17], "embed_tokens": [17, 42]})),
     "scaled embeddings": ("gemma", lora("v_proj", tokens=both("embed_tokens", 17, 300), modules_to_save=["norm"])),
     "an encoder": ("untied bert", lora("query", tokens={"word_embeddings": [300, 42]})),
-    "beside a fused one": ("gpt2", lora("mlp.c_fc", tokens=both("transformer.wte", 42), fan_in_fan_out=True)),
-    "beside biases": ("opt", lora("fc1", tokens=both("decoder.embed_tokens", 8, 99, head=99), bias="all")),
+    "with a fused one": ("gpt2", lora("mlp.c_fc", tokens=both("transformer.wte", 42), fan_in_fan_out=True)),
+    "with biases": ("opt", lora("fc1", tokens=both("decoder.embed_tokens", 8, 99, head=99), bias="all")),
 }
 
 
@@ -80,22 +81,23 @@ def test_edited_rows_come_along_and_are_written_again(
     if arch in TIED:
         keep_head(model, first)
     expected = logits_of(backbone, first)
-    spec, values = peft.load(first, backbone.shape, stock)
-    assert [slot.op for slot in spec.slots].count("tokens") == 1
+    graft, values = peft.load(first, backbone.shape, stock)
+    assert [slot.op for slot in graft.spec.slots].count("tokens") == 1
     exact = config.bias == "none" and not config.modules_to_save  # else W + dW is rounded to float32
-    assert relative(logits(backbone, spec, values), expected) < (1e-9 if exact else 1e-6)
+    assert relative(logits(backbone, graft, values), expected) < (1e-9 if exact else 1e-6)
     with pytest.raises(FormatError, match="name the backbone's folder"):
         peft.load(first, backbone.shape)
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape, stock=stock)
+    peft.export(again, graft, values, stock=stock)
     before, after = (load_file(folder / peft.WEIGHTS) for folder in (first, again))
-    kept = [key for key in before if "lora" in key or (key.endswith(DELTA) and "lm_head" not in key)]
-    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in kept)
+    same = [key for key in before if "lora" in key or (key.endswith(DELTA) and "lm_head" not in key)]
+    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in same)
     recwarn.clear()
     assert relative(logits_of(backbone, again), expected) < (1e-9 if exact else 1e-6)
     assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
-    back = peft.load(again, backbone.shape, stock)
-    assert back[0].slots == spec.slots and all(back[1][key].allclose(values[key], atol=1e-6) for key in values)
+    back, kept = peft.load(again, backbone.shape, stock)
+    assert back.spec.slots == graft.spec.slots
+    assert all(kept[key].allclose(value, atol=1e-6) for key, value in values.items())
 
 
 def keep_head(model: PeftModel, folder: Path) -> None:
@@ -139,17 +141,22 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
     text: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     arch, fields = WRITTEN[text]
-    backbone, spec = Backbone.load(folders[arch], torch.float64), parse(text)
-    assert_a_folder_of_peft(spec, modest(spec, backbone), backbone, tmp_path, fields, tolerance=1e-6)
+    backbone = Backbone.load(folders[arch], torch.float64)
+    graft = BoundGraft(parse(text), backbone.shape)
+    assert_a_folder_of_peft(graft, modest(graft), backbone, tmp_path, fields, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
     ("arch", "text", "message"),
     [
-        ("untied llama", "vera(r=2, at=attn.q) + trainable-tokens(3)", f"{FIELD}: is not written beside VERA"),
-        ("untied llama", "prefix(3) + trainable-tokens(3)", f"{FIELD}: is not written beside PREFIX_TUNING"),
-        ("untied llama", "ln-tuning(at=norm.1) + trainable-tokens(3)", f"{FIELD}: is not written beside LN_TUNING"),
-        ("untied llama", "trainable-tokens(3) + ln-tuning", "are not written beside TRAINABLE_TOKENS"),
+        ("untied llama", "vera(r=2, at=attn.q) + trainable-tokens(3)", f"{FIELD}: is not written with VERA"),
+        ("untied llama", "prefix(3) + trainable-tokens(3)", f"{FIELD}: is not written with PREFIX_TUNING"),
+        (
+            "untied llama",
+            "ln-tuning(at=norm.1) + trainable-tokens(3)",
+            f"{FIELD}: is not written with LN_TUNING",
+        ),
+        ("untied llama", "trainable-tokens(3) + ln-tuning", "are not written with TRAINABLE_TOKENS"),
         ("untied llama", "lora + prompt(3) + trainable-tokens(3)", "has no equal in PEFT"),
         ("bert", "lora + trainable-tokens(3)", "PEFT edits the head tied to the embeddings, too"),
         ("t5", "lora + trainable-tokens(3)", "both stacks of t5 read what PEFT edits for neither"),
@@ -160,10 +167,10 @@ def test_edits_that_no_config_means_are_not_written(
     arch: str, text: str, message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone, stock = Backbone.load(folders[arch], torch.float32), BackboneFiles(folders[arch])
-    spec = parse(text)
-    assert not peft.exportable(spec, backbone.shape, stock)
+    graft = BoundGraft(parse(text), backbone.shape)
+    assert not peft.exportable(graft, stock)
     with pytest.raises(FormatError, match=message):
-        peft.export(tmp_path, spec, modest(spec, backbone), shape=backbone.shape, stock=stock)
+        peft.export(tmp_path, graft, modest(graft), stock=stock)
     assert not list(tmp_path.iterdir())
 
 
@@ -236,7 +243,7 @@ def test_rows_that_are_not_there_and_a_head_past_the_vocabulary_are_refused(
         peft.load(tmp_path, stock.shape, stock)
 
 
-def test_rows_are_edited_beside_the_methods_whose_configs_in_peft_have_the_field() -> None:
+def test_rows_are_edited_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
         fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
         assert (FIELD in fields) == layout.edits_tokens, layout.kind
@@ -251,16 +258,16 @@ def test_a_head_whose_bias_peft_leaves_out_is_refused(folders: Mapping[str, Path
     stock = BackboneFiles(folder)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
         peft.load(graft, stock.shape, stock)
-    spec = parse("lora(r=2, at=attn.q) + trainable-tokens(17)")
+    bound = BoundGraft(parse("lora(r=2, at=attn.q) + trainable-tokens(17)"), stock.shape)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
-        peft.export(tmp_path / "ours", spec, random_tensors(spec, stock.shape, seed=1), shape=stock.shape, stock=stock)
+        peft.export(tmp_path / "ours", bound, random_tensors(bound, seed=1), stock=stock)
 
 
 def test_a_folder_may_edit_most_of_the_vocabulary(folders: Mapping[str, Path], tmp_path: Path) -> None:
     stock, ids = BackboneFiles(folders["untied llama"]), [*range(1, 512)]
     trained(folders["untied llama"], lora("q_proj", tokens=ids), tmp_path)
-    spec, values = peft.load(tmp_path, stock.shape, stock)
-    saved = native.save(tmp_path / "ours", spec, values, shape=stock.shape, backbone="stock", stock=stock)
+    graft, values = peft.load(tmp_path, stock.shape, stock)
+    saved = native.save(tmp_path / "ours", graft, values, backbone="stock", stock=stock)
     assert json.loads((tmp_path / "ours" / saved / peft.CONFIG).read_text())[FIELD] == ids
     found = native.load(tmp_path / "ours" / saved, shape=stock.shape, backbone="stock")
-    assert found.spec == spec and all(found.tensors[name].equal(value) for name, value in values.items())
+    assert found.graft == graft and all(found.tensors[name].equal(value) for name, value in values.items())

@@ -24,6 +24,7 @@ from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
 from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
 from polygraft.kernels.rotate import gpu as rotate_gpu  # noqa: E402
 from polygraft.kernels.rotate import reference as rotate_reference  # noqa: E402
+from polygraft.kernels.rotate.rotation import Rotation  # noqa: E402
 from polygraft.kernels.sparse import gpu as sparse_gpu  # noqa: E402
 from polygraft.kernels.sparse import reference as sparse_reference  # noqa: E402
 from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_rotate, test_sparse  # noqa: E402
@@ -178,9 +179,10 @@ def sparse_segment_alone(indices: int, value: float) -> None:
     assert_equal(mine, alone)
 
 
-def rotate_on_gpu(x: torch.Tensor, operands: dict[str, torch.Tensor], kind: str, segments: Segments) -> torch.Tensor:
-    _, block, stages = kind.split(".")
-    return rotate_gpu.blocks(x, operands["D"], segments, int(block), int(stages))
+def rotate_on_gpu(
+    x: torch.Tensor, operands: dict[str, torch.Tensor], rotation: Rotation, segments: Segments
+) -> torch.Tensor:
+    return rotate_gpu.blocks(x, operands["D"], segments, rotation.size, rotation.stages)
 
 
 def rotate_equals_reference(case: str, dtype: torch.dtype, kind: str) -> None:

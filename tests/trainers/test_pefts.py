@@ -18,8 +18,8 @@ from polygraft.grafts.merge import Fold
 from polygraft.grafts.methods import declare
 from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.modules import _site_key
-from polygraft.grafts.runtime.stacks import Kind
+from polygraft.grafts.runtime.keys import NoisyKey
+from polygraft.grafts.runtime.streams import stream
 from polygraft.grafts.sites import Site
 from polygraft.kernels.common.noise import normal_rows
 from polygraft.launch.demo.oracle.peft_oracle import Find, peft_oracle
@@ -90,7 +90,7 @@ def test_pvera_trains_as_pefts_with_the_same_noise(fp64: Backbone) -> None:
         return oracle.logits(ids)
 
     def noisy(layer: PveraLayer, site: Site) -> None:
-        site_key = _site_key(site, Kind("gated", "input.identity.noise.0.0"))
+        site_key = stream(site, NoisyKey("input"))
 
         def reparametrised(mean: Tensor, logvar: Tensor, adapter: str) -> Tensor:
             variances.append(logvar.detach().exp().mean())
@@ -122,7 +122,7 @@ def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: p
         real, shape = router.forward, fp64.shape.dims(site.name)
 
         def forward(task_ids: Tensor, input_ids: Tensor) -> Tensor:
-            u = uniform(_key(job, current), declare.Place(site.layer, site.name, *shape), router.module_logits)
+            u = uniform(_key(job, current), declare.SiteShape(site.layer, site.name, *shape), router.module_logits)
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "rand", lambda size, **_: u.view(size))
                 return real(task_ids, input_ids)
@@ -157,7 +157,7 @@ def test_cpt_trains_as_pefts_and_stays_in_its_balls(fp64: Backbone) -> None:
 
 
 def test_a_cpt_without_tokens_starts_as_the_first_sample(fp64: Backbone) -> None:
-    values = initialise(a_job("cpt", "cpt(5)", seed=1, steps=1).spec, fp64, seed=0, samples=((7, 8, 9), (1, 2)))
+    values = initialise(a_job("cpt", "cpt(5)", seed=1, steps=1).graft, fp64, seed=0, samples=((7, 8, 9), (1, 2)))
     assert torch.equal(values["0.0.embed.context"], fp64.embedding[torch.tensor([7, 8, 9, 7, 8])].double())
 
 
@@ -171,7 +171,7 @@ def test_frod_starts_as_the_backbone_with_pefts_basis_and_trains_as_pefts(fp64: 
         assert relative(start[f"0.shared.V_{name}"], theirs[category]["default"]) < 1e-6
         rows, columns = start[f"0.shared.i_{name}"].long().T
         assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist())}) == len(rows)
-    merged = Fold(job.spec, fp64.shape, start, fp64.weight)
+    merged = Fold(job.graft, start, fp64.weight)
     for site in merged.sites:
         assert relative(merged.at(site).weight, fp64.weight(site)) < 1e-6
     oracle, _ = of("frod", job, fp64)

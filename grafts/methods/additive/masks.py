@@ -124,13 +124,12 @@ def _largest(tensor: TensorSpec, making: Making, density: float) -> Tensor:
 
 def _snip(tensor: TensorSpec, making: Making, density: float) -> Tensor:
     """1 where |w dL/dw| is among the largest, for the starting value w (Lee et al. 2019, eq. 5)."""
-    from polygraft.grafts.calibrate import graft_gradients
 
     def make() -> Mapping[str, Tensor]:
         slot, values = making.spec.slots[tensor.slot], _started(tensor.slot, making)
         plain = GraftSpec("started", (replace(slot, form=None),))
         first = {f"0.{name.partition('.')[2]}": value for name, value in values.items()}
-        slopes = graft_gradients(making.backbone, plain, first, making.samples, making.weights)
+        slopes = making.graft_gradients(plain, first)
         found = zip(values.items(), first)
         return _best({name: (value * slopes[own]).abs() for (name, value), own in found}, density)
 
@@ -141,12 +140,10 @@ def _started(slot: int, making: Making) -> Mapping[str, Tensor]:
     """The values that A and B of a slot start with, by name."""
     import torch
 
-    from polygraft.grafts.sizes import tensors
-
     std = float(SMALL.keywords()["std"])
     return {
         one.name: std * torch.randn(one.shape, generator=making.generator(one.name))
-        for one in tensors(making.spec, making.backbone.shape)
+        for one in making.graft.tensors
         if one.slot == slot and one.part in ("A", "B")
     }
 

@@ -1,5 +1,6 @@
-"""What PEFT trains beside a method, whole modules (`modules_to_save`), biases (`bias`) and rows of the embeddings
-(`trainable_token_indices`), as terms of a union, and back where a config means just those."""
+"""PEFT's extras: what a config trains in addition to its method, whole modules (`modules_to_save`), biases (`bias`)
+and rows of the embeddings (`trainable_token_indices`), as terms of a union; and back where a config means just
+those."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_tokens
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
@@ -16,30 +18,30 @@ from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
-from polygraft.grafts.sites import ModelShape, Site, gathered, resolve, sites_of
-from polygraft.grafts.spec import GraftSpec, SpecError, Tokens
+from polygraft.grafts.sites import ModelShape, Site, gathered, resolve
+from polygraft.grafts.spec import SpecError, Tokens
 
 Values = Mapping[str, Tensor]
 _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
 
 
 def read(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Terms to add to the method's `own` graft, their tensors, and the keys that they are read from.
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    more, values, keys = _changes(config, stored, own, shape, stock)
+    more, values, keys = _changes(config, stored, own, stock)
     if edited := peft_tokens.read(config, stored, stock):
         term, rows, places = edited
-        values[f"{len(own.slots) + len(more)}.{peft_tokens.EMBED}.p"] = rows  # each term beside has one slot
+        values[f"{len(own.spec.slots) + len(more)}.{peft_tokens.EMBED}.p"] = rows  # each extra term has one slot
         return [*more, term], values, keys | places
     return more, values, keys
 
 
 def _changes(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Those of whole modules and biases."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
@@ -49,7 +51,8 @@ def _changes(
         raise SpecError(f"bias: {bias!r} is not none, all or the method's name with _only")
     if stock is None:
         raise FormatError(_NO_STOCK)
-    trained = Trained(stock, _wrapped(own, shape), _saved(saved, shape), bias)
+    shape = own.shape
+    trained = Trained(stock, _wrapped(own), _saved(saved, shape), bias)
     found: dict[tuple[Site, Change], Values] = {}
     keys = _said_again(trained, stored)
     for site, ends, changes in trained.sites():
@@ -61,7 +64,7 @@ def _changes(
         keys |= {*places.values()}
     more: list[Term] = []
     values: dict[str, Tensor] = {}
-    for index, (change, at, layers) in enumerate(gathered(found, shape), len(own.slots)):
+    for index, (change, at, layers) in enumerate(gathered(found, shape), len(own.spec.slots)):
         more.append(Term(change.method, {"at": "|".join(at)}, layers))
         for site in resolve(union(more[-1:]).slots[0], shape):
             values |= {f"{index}.{site}.{part}": value.float() for part, value in found[site, change].items()}
@@ -69,13 +72,14 @@ def _changes(
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
-    """A graft as a method's `own`, whose slots have these `numbers` in the whole, the changes `beside` it, by the
-    number of the slot that makes them, and the one that edits the embeddings, with its own."""
+class SplitGraft:
+    """A graft as the method's `own` part, whose slots have these `numbers` in the whole, and PEFT's extras: `changes`
+    of whole modules and biases, each with the number of the slot that makes it, and the slot that edits the embeddings,
+    with its number."""
 
-    own: GraftSpec
+    own: BoundGraft
     numbers: tuple[int, ...]
-    beside: Mapping[tuple[Site, Change], int]
+    changes: Mapping[tuple[Site, Change], int]
     edits: tuple[int, Tokens] | None = None
 
     def values(self, values: Values) -> dict[str, Tensor]:
@@ -85,9 +89,10 @@ class Apart:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
-def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
-    """The method is what PEFT cannot have beside one; where there is nothing such, it is the first."""
-    whole = Apart(spec, tuple(range(len(spec.slots))), {})
+def split(graft: BoundGraft) -> SplitGraft:
+    """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
+    spec, shape = graft.spec, graft.shape
+    whole = SplitGraft(graft, tuple(range(len(spec.slots))), {})
     try:
         built = [(term, union([term]).slots) for term in terms(spec.method)]
         places = [[(site, slot) for slot in slots for site in resolve(slot, shape)] for _, slots in built]
@@ -102,7 +107,7 @@ def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
         free = [term.name != built[0][0].name for term, _ in built]
     own: list[Term] = []
     numbers: list[int] = []
-    beside: dict[tuple[Site, Change], int] = {}
+    changes: dict[tuple[Site, Change], int] = {}
     edited: tuple[int, Tokens] | None = None
     first = 0
     for (term, slots), edit, those, loose in zip(built, edits, placed, free):
@@ -113,22 +118,22 @@ def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
             edited = (first, edit)
         else:
             for site, change in those:
-                if change is None or (site, change) in beside:
+                if change is None or (site, change) in changes:
                     return whole
-                beside[site, change] = first  # each of these methods has one slot
+                changes[site, change] = first  # each of these methods has one slot
         first += len(slots)
-    return Apart(union(own), tuple(numbers), beside, edited) if beside or edited else whole
+    return SplitGraft(BoundGraft(union(own), shape), tuple(numbers), changes, edited) if changes or edited else whole
 
 
 def write(
-    layout: Peft, graft: Apart, values: Values | None, stock: BackboneFiles | None
+    layout: Peft, graft: SplitGraft, values: Values | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Fields of the config and tensors (none without `values`); raises FormatError where none mean just the changes."""
-    fields, files = _changed(layout, graft, values, stock) if graft.beside else ({}, {})
+    fields, files = _changed(layout, graft, values, stock) if graft.changes else ({}, {})
     if graft.edits is None:
         return fields, files
     if not layout.edits_tokens:
-        raise FormatError(f"{TOKENS_FIELD}: is not written beside {layout.kind}; keep the native folder")
+        raise FormatError(f"{TOKENS_FIELD}: is not written with {layout.kind}; keep the native folder")
     number, slot = graft.edits
     rows = None if values is None else values[f"{number}.{peft_tokens.EMBED}.p"]
     more, edited = peft_tokens.write(slot, rows, stock)
@@ -136,7 +141,7 @@ def write(
 
 
 def _changed(
-    layout: Peft, graft: Apart, values: Values | None, stock: BackboneFiles | None
+    layout: Peft, graft: SplitGraft, values: Values | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Those of whole modules and biases."""
     if stock is None:
@@ -152,7 +157,7 @@ def _changed(
         own = trained.own(site, ends)
         seen, module = trained.seen(own, site), modules.setdefault(trained.key(site), own)
         for change in changes:
-            front = f"{graft.beside[site, change]}.{site}."
+            front = f"{graft.changes[site, change]}.{site}."
             ours = {name.removeprefix(front): value for name, value in values.items() if name.startswith(front)}
             trained.put(module, site, change.write(seen, ours))
         files |= {f"{trained.key(site)}.{end}": module[end] for end in ends}
@@ -160,19 +165,19 @@ def _changed(
     return fields, files | {key: stock.wide(of) for key, of in {**trained.unused(), **trained.elsewhere()}.items()}
 
 
-def _fitting(layout: Peft, graft: Apart, stock: BackboneFiles) -> Trained:
-    """What trains just the changes beside the method."""
+def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
+    """What trains just the changes."""
     if not layout.sides:
-        raise FormatError(f"modules_to_save, bias: are not written beside {layout.kind}; keep the native folder")
-    wrapped = _wrapped(graft.own, stock.shape)
-    saved = frozenset(site for site, change in graft.beside if change is not SHIFT)
+        raise FormatError(f"modules_to_save, bias: are not written with {layout.kind}; keep the native folder")
+    wrapped = _wrapped(graft.own)
+    saved = frozenset(site for site, change in graft.changes if change is not SHIFT)
     if both := sorted(wrapped & saved):
         where = path(both[0], stock.shape)
         raise FormatError(f"modules_to_save: PEFT has either the method or a whole {where}; keep the native folder")
     words = ("none", f"{layout.kind.lower()}_only", "all") if layout.biases else ("none",)
     tried = [Trained(stock, wrapped, saved, word) for word in words]
-    trained = min(tried, key=lambda one: len(one.changes() ^ graft.beside.keys()))
-    odd = [(site, change.method) for site, change in trained.changes() ^ graft.beside.keys()]
+    trained = min(tried, key=lambda one: len(one.changes() ^ graft.changes.keys()))
+    odd = [(site, change.method) for site, change in trained.changes() ^ graft.changes.keys()]
     if odd:
         site, method = min(odd)
         more = any((site, method) == (place, change.method) for place, change in trained.changes())
@@ -181,8 +186,8 @@ def _fitting(layout: Peft, graft: Apart, stock: BackboneFiles) -> Trained:
     return trained
 
 
-def _wrapped(own: GraftSpec, shape: ModelShape) -> frozenset[Site]:
-    return frozenset(site for _, site in sites_of(own, shape))
+def _wrapped(own: BoundGraft) -> frozenset[Site]:
+    return frozenset(site for _, site in own.sites)
 
 
 def _saved(saved: list[str], shape: ModelShape) -> frozenset[Site]:
@@ -217,7 +222,7 @@ def _key(key: str, stored: Values) -> str:
 
 
 def _said_again(trained: Trained, stored: Values) -> set[str]:
-    """The keys beside those of the changes; raises FormatError where one says another thing."""
+    """The keys that say more than those of the changes; raises FormatError where one says another thing."""
     for key, of in trained.again().items():
         if key in stored and of in stored and not sized(key, stored[key], tuple(stored[of].shape)).equal(stored[of]):
             raise FormatError(f"{key}: is not {of}, which it says again")
