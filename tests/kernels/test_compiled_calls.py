@@ -1,4 +1,4 @@
-"""Compiled functions: every source builds where the products do, and a call does what the op does, any number of times."""
+"""Compiled functions: every source builds where the products do, and a call does what its op does, again and again."""
 
 from __future__ import annotations
 
