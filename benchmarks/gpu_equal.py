@@ -196,7 +196,7 @@ def _decoded(
 @contextmanager
 def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[None]:
     """Keep the logits that tokens are taken from; a stream is known by its seed."""
-    sample = engine_module.sample
+    sample = engine_module.sample  # type: ignore[attr-defined]
 
     def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
         for row, draw in zip(logits, draws, strict=True):
@@ -234,7 +234,7 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     before = card.forget_peak()
-    theirs = AutoModelForCausalLM.from_pretrained(
+    theirs = AutoModelForCausalLM.from_pretrained(  # type: ignore[no-untyped-call]
         folder, dtype=dtype, quantization_config=config, device_map={"": str(card.device)}
     ).eval()
     taken = {"bitsandbytes": card.forget_peak() - before}
@@ -289,7 +289,7 @@ def peft(card: Card, findings: Findings, root: Path) -> None:
         found = _decoded(backbone, data, names, list(names))
         errors = {}
         for place, (name, graft) in enumerate(names.items()):
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)  # type: ignore[arg-type]
             theirs = PeftModel.from_pretrained(base, data / "grafts" / str(graft)).eval()
             ids = torch.tensor([[*prompt(place, 5 + place % 9), *found[name].tokens[:-1]]], device=card.device)
             with torch.inference_mode():

@@ -97,7 +97,7 @@ class _Generate:
         from transformers import AutoModelForCausalLM
 
         def model() -> Any:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()  # type: ignore[arg-type]
 
         self._card, self._bare = card, model()
         self._mixed = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
@@ -119,7 +119,7 @@ class _Generate:
         self._card.wait()
         start = time.perf_counter()
         if mixed:
-            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])
+            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])  # type: ignore[no-untyped-call]
         else:
             self._bare.generate(**said)
         self._card.wait()
@@ -187,7 +187,7 @@ class _Peft:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)  # type: ignore[arg-type]
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         self._card, self._length = card, length
         self._model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False).train()
