@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from polygraft.cluster.model import FileId, JobSpec, Optimizer, Schedule
 from polygraft.cluster.validation import explain
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.methods import configs
 from polygraft.grafts.spec import SpecError
 
 NAME = r"^[a-z0-9-]{1,40}$"
@@ -50,8 +51,9 @@ class Hyperparameters(LegacyHyperparameters):
     @field_validator("peft")
     @classmethod
     def _peft_can_be_read(cls, value: str | dict[str, object]) -> str | dict[str, object]:
+        text = _peft_text(value)
         try:
-            parse(_peft_text(value))
+            configs.check(configs.of_text(text)) if configs.is_config(text) else parse(text)
         except SpecError as error:
             raise ValueError(str(error).removeprefix("peft: ")) from None
         return value

@@ -3,11 +3,10 @@ Torch-free."""
 
 from __future__ import annotations
 
-import inspect
-import sys
 from dataclasses import dataclass, fields
 
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.description import describe
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape, sites_of
 from polygraft.grafts.sizes import parameters
@@ -39,7 +38,8 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
+    """A method with its default arguments. `summary`, `deviations` and `choose` are its words
+    (`methods/description.py`), `parameters` the trainable ones on the shape asked for.
 
     `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
     before it alone. `chunkable`: a prompt may be computed in pieces. `recompute_needs_prompt_len`: keys and values that
@@ -50,6 +50,8 @@ class Entry:
     aliases: tuple[str, ...]
     paper: str
     summary: str
+    deviations: str
+    choose: str
     family: str
     slots: tuple[str, ...]
     hooks: tuple[str, ...]
@@ -62,12 +64,14 @@ class Entry:
 
 def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
     """The catalogue's line for a method."""
-    spec = default(method)
+    spec, words = default(method), describe(method)
     return Entry(
         name=method.name,
         aliases=method.aliases,
         paper=method.paper,
-        summary=_summary(method),
+        summary=words.summary,
+        deviations=words.deviations,
+        choose=words.choose,
         family=_family(spec),
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
@@ -139,10 +143,3 @@ def _family(spec: GraftSpec) -> str:
     }
     rest = kinds - {"scale and shift"} or kinds  # biases and scales beside another op are a part of it
     return next(iter(rest)) if len(rest) == 1 else "hybrid"
-
-
-def _summary(method: Method) -> str:
-    """The first paragraph of the builder's docstring if it names a source or a formula, else of its file's."""
-    texts = [inspect.getdoc(method.slots) or "", inspect.getdoc(sys.modules[method.slots.__module__]) or ""]
-    sourced = [text for text in texts if any(mark in text for mark in ("arXiv", "=", "et al."))]
-    return " ".join((sourced or texts)[0].split("\n\n")[0].split())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from polygraft.grafts.methods.refused import NAMED_TWICE
 from polygraft.grafts.spec import DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ Through = Callable[["Tensor", int], Mapping[int, tuple["Tensor", "Tensor"]]]
 @dataclass(frozen=True, slots=True)
 class Method:
     """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search
-    from. `hooks` come with it, made from the same arguments."""
+    from. `hooks` come with it, made from the same arguments. `slots` says in its docstring what the method is
+    (`description.py`). A `quantised` one means something on a quantised backbone alone."""
 
     name: str
     paper: str
@@ -32,6 +34,7 @@ class Method:
     slots: Build
     aliases: tuple[str, ...] = ()
     hooks: Callable[..., tuple[DeclRef, ...]] | None = None
+    quantised: bool = False
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -55,7 +58,9 @@ class Method:
         values: dict[str, object] = {}
         for key, text in arguments.items():
             if key not in known:
-                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {', '.join(known) or 'none'}")
+                twice = f" ({self.name} is {NAMED_TWICE[self.name]})" if self.name in NAMED_TWICE else ""
+                choices = ", ".join(known) or "none"
+                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {choices}{twice}")
             values[key] = _convert(f"{self.name}.{key}", text, known[key].annotation)
         return values
 
@@ -108,7 +113,8 @@ class Parametrization:
     `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
     `operands` maps their values, by part, to the op's operands (A [rank, in] and B [rank, out] of a branch, "W" [out,
     in] of a delta, ...): pure and differentiable, in the values' dtype. One that takes rows `through` the frozen layers
-    needs a decoder, whose rows see none but those before them.
+    needs a decoder, whose rows see none but those before them. Files of grafts may call it what it was called
+    `formerly`.
     """
 
     name: str
@@ -116,6 +122,7 @@ class Parametrization:
     own: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, place, **arguments)
     shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
     through: bool = False
+    formerly: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,8 @@ class Hook:
     `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
     optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `anew(total, **arguments)`
     is the step, of `total`, at which the job's optimiser and its schedule start anew. `forward_only` says that the
-    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`).
+    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`). Files of grafts may call it what
+    it was called `formerly`.
     """
 
     name: str
@@ -150,6 +158,7 @@ class Hook:
     rate: Callable[..., float] | None = None
     anew: Callable[..., int] | None = None
     forward_only: bool = False
+    formerly: str | None = None
 
 
 def _convert(field: str, text: str, kind: object) -> object:

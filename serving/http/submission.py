@@ -16,7 +16,8 @@ from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
-from polygraft.grafts.grammar import learning_rate, parse, pinned
+from polygraft.grafts.formats.peft_config import asked_for
+from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinned
 from polygraft.grafts.sizes import frozen, parameters
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import GraftSpec, SpecError
@@ -40,7 +41,8 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         raise not_found("model", request.model, param="model")
     spec = request.to_spec()
     try:
-        graft = parse(spec.peft)
+        graft = asked_for(spec.peft, api.shape, api.stock)
+        check_backbone(graft, quantised=api.quantised)
         sizes = parameters(graft, api.shape), frozen(graft, api.shape)
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:

@@ -52,10 +52,12 @@ MORE_OF_ONE = ("road 2", "road 4", "eva", "mica", "orthogonal", "lora-fa", "lora
 CUDA_ONLY = ("boft of three factors",)
 OURS_ALONE = set(  # PEFT has nothing like these
     "bitfit|ssf|serial|serial with biases|parallel|parallel at projections with biases|scaled-parallel|pfeiffer"
-    "|adaptformer|adapterdrop|adapter-drop|adamix|compacter|compacter++|phm|sparse-adapter|propetl|hyperformer|fusion"
+    "|adaptformer|adapterdrop|adapter-drop|averaged-adapters|compacter|compacter++|phm|sparse-adapter|propetl"
+    "|hypernet-adapter|fusion"
     "|mam|unipelt|unipelt-al|apt|autopeft|krona|kadaptation|hiwi|said|peqa|peqa in groups|bitdelta|binary-adapter"
-    "|molora|molora top 2|hydralora|meteora|mole|loreft|loreft of all tokens|reft of each end|noreft|direft|dept"
-    "|smop|idpg|lpt|lpt through all layers|pafi|fishmask|fish-dip|far|far everywhere"
+    "|molora|molora top 2|hydralora|meteora|output-gated-loras|loreft|loreft of all tokens|reft of each end"
+    "|noreft|direft|dept"
+    "|smop|idpg|lpt|lpt through all layers|pafi|fishmask|moving-mask|moved-rows|moved-rows everywhere"
     "|spt|lt-sft|diff-pruning|diff-pruning by groups|child-tuning|s-bitfit".split("|")
 )
 NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
@@ -65,8 +67,8 @@ NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
     "opt": "llama-adapter|trainable-tokens",
     "gpt2": "ln-tuning|beft|bat|glora|glora of vectors|loha|lokr|lokr with a wished factor|peanut|llama-adapter"
     "|trainable-tokens|oft|oft exact|boft|hra|road|road 2|road 4|shira|supertuning|supra|c3a|c3a by PEFT",
-    "bert": "prefix|prefix-mlp|prompt|p-tuning|p-tuning by lstm|spot|ipt|from|cartridge|dpt|residual-prompt|mpt|xprompt"
-    "|llama-adapter|trainable-tokens|cpt",
+    "bert": "prefix|prefix-mlp|prompt|p-tuning|p-tuning by lstm|spot|ipt|from|cartridge|dpt|residual-prompt|mpt"
+    "|pruned-prompt|llama-adapter|trainable-tokens|cpt",
 }
 
 

@@ -27,7 +27,7 @@ METHODS = {
     "prompt": "prompt(5)",
     "p-tuning": "p-tuning(3, hidden=8, encoder=lstm)",
     "dept": "dept(2, rows=6, r=2)",
-    "xprompt": "xprompt(6, pieces=4)",
+    "pruned-prompt": "pruned-prompt(6, pieces=4)",
     "cartridge": "cartridge(4)",
     "unipelt": "unipelt(r=2, size=4, length=3, hidden=8)",
     "apt": "apt(4) + lora(r=2)",
@@ -45,9 +45,9 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: tor
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
-def test_xprompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:
+def test_a_pruned_prompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), torch.float32, training=True)
-    job = a_job("x", "xprompt(6, keep=0.5, pieces=4, keep_pieces=0.25)", seed=0, steps=18)
+    job = a_job("x", "pruned-prompt(6, keep=0.5, pieces=4, keep_pieces=0.25)", seed=0, steps=18)
     pack = together(backbone, [job])
     values, mattered, seen = pack.jobs["x"].slab.tensors, {}, []
     while not pack.jobs["x"].finished:

@@ -42,7 +42,7 @@ FACTORED = {
     "delora": "delora(r=4, bound=1)",
     "tinylora": "tinylora(r=2, u=3, tied=1)",
     "compacter": "compacter(8, n=4)",
-    "hyperformer": "hyperformer(8, embedding=6, code=5)",
+    "hypernet-adapter": "hypernet-adapter(8, embedding=6, code=5)",
     "phm": "phm(8, n=2, at=ffn.out)",
     "sparse-adapter": "sparse-adapter(12, density=0.3)",
     "snip": "sparse-adapter(6, density=0.3, by=snip)",

@@ -17,7 +17,7 @@ MIXES = {
     "top": "molora(r=2, experts=3, at=attn.v, top=2)",
     "lora": "lora(r=8, at=attn.[qv], dropout=0.2)",
     "hydralora": "hydralora(r=4, at=attn.q|ffn.up)",
-    "moelora": "moelora(r=8, experts=4, at=attn.[qv])",
+    "job-gated-experts": "job-gated-experts(r=8, experts=4, at=attn.[qv])",
     "unipelt": "unipelt-al(r=4, size=8)",
     "same": "unipelt-al(r=4, size=8)",
     "fused": "ia3(at=attn.o, feedforward=attn.q) + molora(r=2, experts=2, at=attn.q) + lora(r=2, at=attn.q)",

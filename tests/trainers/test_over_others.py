@@ -26,7 +26,7 @@ MEMBERS = {
 }
 METHODS = {
     "meteora": "meteora(r=3, at=attn.[qv], of=lora|other)",
-    "mole": "mole(r=3, at=attn.[qv], of=lora|other)",
+    "output-gated-loras": "output-gated-loras(r=3, at=attn.[qv], of=lora|other)",
     "o-lora": "o-lora(r=3, at=attn.[qv], old=3, of=lora|other)",
     "fusion": "fusion(4, of=adapter|adapter@2)",
     "spot": "spot(3, of=prompt|second)",

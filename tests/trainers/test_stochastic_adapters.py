@@ -1,4 +1,4 @@
-"""AdapterDrop and AdaMix draw what the papers say, each step anew, and the same in any company."""
+"""AdapterDrop and averaged adapters draw what the papers say, each step anew, and the same in any company."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.grafts.oracle.row import random_tensors
 from tests.trainers.test_lora_family import loss_gradients, recorded
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
-METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "adamix(4, experts=3)", "plain": "serial(4)"}
+METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "averaged-adapters(4, experts=3)", "plain": "serial(4)"}
 
 
 def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
@@ -50,8 +50,10 @@ def test_adapter_drop_is_served_without_as_many_layers_as_asked(fp64: Backbone) 
     assert torch.equal(operands["0.1.ffn.out.B"], values["0.1.ffn.out.B"])
 
 
-def test_adamix_trains_one_way_down_and_one_up_at_a_time(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, pairs = a_job("mix", "adamix(4, experts=3)", seed=1, steps=12), set()
+def test_averaged_adapters_train_one_way_down_and_one_up_at_a_time(
+    fp64: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, pairs = a_job("mix", "averaged-adapters(4, experts=3)", seed=1, steps=12), set()
     for before, gradients in recorded(job, fp64, monkeypatch):
         for layer in (0, 1):
             used = [gradients[f"0.{layer}.ffn.out.{part}"].view(3, 4, -1).flatten(1).any(1) for part in "AB"]

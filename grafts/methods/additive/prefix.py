@@ -92,7 +92,7 @@ def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering, hidden
 
 
 METHODS = (
-    Method("prefix", "arXiv 2101.00190", 5e-3, prefix, aliases=("p-tuning-v2",)),
+    Method("prefix", "arXiv 2101.00190", 5e-3, prefix, aliases=("prefix-tuning", "p-tuning-v2")),
     Method("prefix-mlp", "arXiv 2101.00190", 1e-3, prefix_mlp),
     Method("cartridge", "arXiv 2506.06266", 5e-3, cartridge),
 )

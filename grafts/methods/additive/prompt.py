@@ -129,7 +129,7 @@ def _sampled(tensor: TensorSpec, making: Making) -> Tensor:
 
 
 METHODS = (
-    Method("prompt", "arXiv 2104.08691", 3e-2, prompt, aliases=("prompt-tuning",)),
+    Method("prompt", "arXiv 2104.08691", 3e-2, prompt, aliases=("prompt-tuning", "vpt")),
     Method("p-tuning", "arXiv 2103.10385", 1e-3, p_tuning),
     Method("dept", "arXiv 2309.05173", 3e-2, dept),
     Method("trainable-tokens", "arXiv 2208.01618", 5e-3, trainable_tokens, aliases=("textual-inversion",)),

@@ -37,16 +37,16 @@ def mpt(length: int = 100) -> tuple[Slot, ...]:
     return (Tokens(length=length, form=DeclRef("rank-one-prompt")),)
 
 
-def xprompt(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
+def pruned_prompt(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
     """`keep` of the rows outlive the first third of the steps, `keep_pieces` of their pieces the second."""
     for field, share in (("keep", keep), ("keep_pieces", keep_pieces)):
         if not 0 < share <= 1:
             raise SpecError(f"peft: {field}: {share} is outside (0, 1]")
-    return (Tokens(length=length, form=DeclRef("xprompt", (("pieces", pieces),))),)
+    return (Tokens(length=length, form=DeclRef("pruned-prompt", (("pieces", pieces),))),)
 
 
 def _pruning(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[DeclRef, ...]:
-    return (DeclRef("xprompt", (("keep", keep), ("keep_pieces", keep_pieces))),)
+    return (DeclRef("pruned-prompt", (("keep", keep), ("keep_pieces", keep_pieces))),)
 
 
 def _residual_own(slot: Tokens, place: SiteShape, size: int) -> Mapping[str, TensorDecl]:
@@ -133,14 +133,14 @@ METHODS = (
     Method("dpt", "arXiv 2310.10094", 3e-2, dpt),
     Method("residual-prompt", "arXiv 2305.03937", 3e-2, residual_prompt),
     Method("mpt", "arXiv 2303.02861", 3e-2, mpt),
-    Method("xprompt", "arXiv 2210.04457", 3e-2, xprompt, hooks=_pruning),
+    Method("pruned-prompt", "arXiv 2210.04457", 3e-2, pruned_prompt, hooks=_pruning),
 )
 PARAMETRIZATIONS = (
     Parametrization("residual-prompt", _residual, _residual_own),
     Parametrization("rank-one-prompt", _rank_one, _rank_one_own),
-    Parametrization("xprompt", _masked, _masked_own),
+    Parametrization("pruned-prompt", _masked, _masked_own, formerly="xprompt"),
 )
-HOOKS = (Hook("xprompt", gradient=_weigh, after_step=_prune),)
+HOOKS = (Hook("pruned-prompt", gradient=_weigh, after_step=_prune, formerly="xprompt"),)
 PEFT = (
     Peft(
         kind="MULTITASK_PROMPT_TUNING",

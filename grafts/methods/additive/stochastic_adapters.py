@@ -33,10 +33,10 @@ def adapter_drop(
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
-def adamix(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+def averaged_adapters(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
     if experts < 1:
         raise SpecError(f"peft: experts: {experts} is not a count; give at least 1")
-    form = DeclRef("adamix", (("experts", experts),))
+    form = DeclRef("averaged-adapters", (("experts", experts),))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
@@ -72,6 +72,9 @@ def _one_or_mean(slot: Branch, values: Values, lowering: Lowering, experts: int)
 
 METHODS = (
     Method("adapter-drop", "arXiv 2010.11918", 1e-3, adapter_drop, aliases=("adapterdrop",)),
-    Method("adamix", "arXiv 2205.12410", 1e-3, adamix),
+    Method("averaged-adapters", "arXiv 2205.12410", 1e-3, averaged_adapters),
 )
-PARAMETRIZATIONS = (Parametrization("adapter-drop", _kept, _own), Parametrization("adamix", _one_or_mean, _own_each))
+PARAMETRIZATIONS = (
+    Parametrization("adapter-drop", _kept, _own),
+    Parametrization("averaged-adapters", _one_or_mean, _own_each, formerly="adamix"),
+)

@@ -1,5 +1,5 @@
 """Mixtures of LoRA experts: y += s sum_i w_i B_i A_i x with weights from the row (MoLORA, HydraLoRA) or from a trained
-description of the task (MOELoRA)."""
+vector of the job (job-gated experts)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "line
     return (_mixture(r, experts, alpha, at, form=DeclRef("one_down")),)
 
 
-def moelora(r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16) -> tuple[Slot, ...]:
+def job_gated_experts(
+    r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16
+) -> tuple[Slot, ...]:
     """w = softmax(W_T e) with e [task] the trained embedding of the job's task and one W_T for all sites; `r` is the
     ranks of all experts together (Liu et al. 2023, arXiv 2310.18339). What is served is a plain LoRA."""
     if experts < 1 or r % experts:
@@ -70,7 +72,7 @@ def _task_gate(
 METHODS = (
     Method("molora", "arXiv 2309.05444", 3e-4, molora),
     Method("hydralora", "arXiv 2404.19245", 3e-4, hydralora),
-    Method("moelora", "arXiv 2310.18339", 3e-4, moelora),
+    Method("job-gated-experts", "arXiv 2310.18339", 3e-4, job_gated_experts),
 )
 PARAMETRIZATIONS = (
     Parametrization("one_down", _one_down, _one_down_own),

@@ -38,9 +38,9 @@ def meteora(r: int = 8, at: str = "linear", top: int = 2, *, of: str = "one|two"
     return (Branch(at=at, rank=count * r, gate="softmax", experts=count, top=top, form=form),)
 
 
-def mole(r: int = 8, at: str = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
+def output_gated_loras(r: int = 8, at: str = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
     count = len(source_names(of))
-    return (Branch(at=at, rank=count * r, gate="softmax", experts=count, form=DeclRef("mole", (("of", of),))),)
+    return (Branch(at=at, rank=count * r, gate="softmax", experts=count, form=DeclRef("output-gated", (("of", of),))),)
 
 
 def o_lora(
@@ -82,11 +82,11 @@ def _as_they_are(slot: Branch, values: Values, lowering: Lowering, of: str) -> V
     return values
 
 
-def _mole_own(slot: Branch, place: SiteShape, of: str) -> Parts:
+def _output_gated_own(slot: Branch, place: SiteShape, of: str) -> Parts:
     return {**_others(slot, place, of), "e": TensorDecl((slot.experts, slot.experts * place.d_out))}
 
 
-def _mole(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
+def _output_gated(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
     """e [E_1; ...; E_N] is linear in the row."""
     A, B = (values[part].view(slot.experts, slot.rank // slot.experts, -1) for part in "AB")
     e = values["e"].view(slot.experts, slot.experts, -1).transpose(0, 1)  # [of which output, for which expert, d]
@@ -197,13 +197,13 @@ def _at(spec: GraftSpec, site: Site | None, shape: ModelShape) -> Iterator[tuple
 
 METHODS = (
     Method("meteora", "arXiv 2405.13053", 1e-3, meteora),
-    Method("mole", "arXiv 2404.13628", 1e-3, mole),
+    Method("output-gated-loras", "arXiv 2404.13628", 1e-3, output_gated_loras),
     Method("o-lora", "arXiv 2310.14152", 3e-4, o_lora, hooks=_penalties),
     Method("fusion", "arXiv 2005.00247", 1e-4, fusion, aliases=("adapter-fusion",)),
 )
 PARAMETRIZATIONS = (
     Parametrization("meteora", _as_they_are, _meteora_own),
-    Parametrization("mole", _mole, _mole_own),
+    Parametrization("output-gated", _output_gated, _output_gated_own, formerly="mole"),
     Parametrization("o-lora", _o_lora, _o_lora_own),
     Parametrization("fusion", _fusion, _fusion_own),
 )

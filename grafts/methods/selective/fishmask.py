@@ -1,4 +1,4 @@
-"""Entries of W that matter most to the loss on the job's first samples.
+"""Entries and rows of W that matter most to the loss on the job's first samples.
 
 - FishMask (Sung et al. 2021, arXiv 2111.09839), which is Child-Tuning_D (Xu et al. 2021, arXiv 2109.05687, section
   2) too: the entries of the largest empirical Fisher information. The share is that of every matrix, not of all.
@@ -21,29 +21,63 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polygraft.grafts.init import Making
+    from polygraft.grafts.sites import Site
     from polygraft.grafts.sizes import TensorSpec
 
 _ON, _SEEN = "dip_on", "dip_seen"  # parts that no other method has, since the hook knows its tensors by them
 
 
-def fishmask(density: float = 0.005, at: str = "linear") -> tuple[Slot, ...]:
-    return (Sparse(at=at, density=density, pick=DeclRef("fisher_entries")),)
+def fishmask(density: float = 0.005, room: float = 4.0, at: str = "linear") -> tuple[Slot, ...]:
+    if not 0 < density <= 1 or room < 1:
+        raise SpecError(f"peft: fishmask: density {density} is outside (0, 1], or room {room} below 1")
+    form = DeclRef("fishmask", (("density", density),))
+    return (Sparse(at=at, density=min(1.0, density * room), pick=DeclRef("fisher_entries"), form=form),)
 
 
-def fish_dip(density: float = 0.005, pool: float = 4.0, every: int = 10, at: str = "linear") -> tuple[Slot, ...]:
+def moving_mask(density: float = 0.005, pool: float = 4.0, every: int = 10, at: str = "linear") -> tuple[Slot, ...]:
     """A share `density` learns at a time, among `pool` times as many; `every` so many steps they are chosen anew."""
     if pool < 1 or every < 1:
-        raise SpecError(f"peft: fish-dip: pool {pool} and every {every}; both are at least 1")
-    form = DeclRef("fish-dip", (("pool", pool),))
+        raise SpecError(f"peft: moving-mask: pool {pool} and every {every}; both are at least 1")
+    form = DeclRef("moving-mask", (("pool", pool),))
     return (Sparse(at=at, density=min(1.0, density * pool), pick=DeclRef("fisher_entries"), form=form),)
 
 
 def _hooks(every: int = 10, **_: object) -> tuple[DeclRef, ...]:
-    return (DeclRef("fish-dip", (("every", every),)),)
+    return (DeclRef("moving-mask", (("every", every),)),)
 
 
-def far(density: float = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
+def moved_rows(density: float = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
     return (Sparse(at=at, density=density, rows=True, pick=DeclRef("moved_rows")),)
+
+
+def _fishmask_own(slot: Sparse, place: SiteShape, density: float) -> Mapping[str, TensorDecl]:
+    parts = dict(sparse_parts(slot, place))
+    start = DeclRef("fisher_chosen", (("density", density),))
+    return parts | {"chosen": TensorDecl(parts["w"].shape, start, trained=False)}
+
+
+def _fishmask(slot: Sparse, values: Mapping[str, Tensor], lowering: Lowering, density: float) -> Mapping[str, Tensor]:
+    return {"w": values["chosen"] * values["w"], "i": values["i"]}
+
+
+def _chosen(tensor: TensorSpec, making: Making, density: float) -> Tensor:
+    """1 at the candidates that are among the share `density` of the entries of all the slot's matrices together."""
+    import torch
+
+    from polygraft.grafts.methods.selective.entries import best
+    from polygraft.grafts.sizes import tensors
+
+    def make() -> Mapping[Site, Tensor]:
+        layout = tensors(making.spec, making.backbone.shape)
+        counts = {t.site: t.shape[0] for t in layout if t.slot == tensor.slot and t.part == "chosen" and t.site}
+        fisher = {site: making.fisher[site] for site in counts}
+        scores = torch.cat([fisher[site][best(fisher[site], count).unbind(1)] for site, count in counts.items()])
+        wanted = max(1, int(density * sum(one.numel() for one in fisher.values())))
+        mask = _top(scores.unsqueeze(1), min(wanted, len(scores)))
+        return dict(zip(counts, mask.split_with_sizes([*counts.values()]), strict=True))
+
+    assert tensor.site is not None
+    return making.once(("fishmask", tensor.slot), make)[tensor.site]
 
 
 def _own(slot: Sparse, place: SiteShape, pool: float) -> Mapping[str, TensorDecl]:
@@ -94,9 +128,12 @@ def _after_step(
 
 METHODS = (
     Method("fishmask", "arXiv 2111.09839", 3e-4, fishmask, aliases=("child-tuning-d",)),
-    Method("fish-dip", "arXiv 2311.03748", 3e-4, fish_dip, hooks=_hooks),
-    Method("far", "arXiv 2205.01541", 3e-4, far),
+    Method("moving-mask", "arXiv 2311.03748", 3e-4, moving_mask, hooks=_hooks),
+    Method("moved-rows", "arXiv 2205.01541", 3e-4, moved_rows),
 )
-PARAMETRIZATIONS = (Parametrization("fish-dip", _operands, _own),)
-STARTS = (Start("dip_first", _first),)
-HOOKS = (Hook("fish-dip", gradient=_gradient, after_step=_after_step),)
+PARAMETRIZATIONS = (
+    Parametrization("fishmask", _fishmask, _fishmask_own),
+    Parametrization("moving-mask", _operands, _own, formerly="fish-dip"),
+)
+STARTS = (Start("fisher_chosen", _chosen), Start("dip_first", _first))
+HOOKS = (Hook("moving-mask", gradient=_gradient, after_step=_after_step, formerly="fish-dip"),)

@@ -51,7 +51,8 @@ def diff_pruning(
 
 
 def child_tuning(p: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
-    _shares(p=p)
+    if not 0 < p <= 1:
+        raise SpecError(f"peft: p: {p} is outside (0, 1]")
     return (Delta(at=at, form=DeclRef("child")),)
 
 

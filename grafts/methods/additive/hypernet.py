@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def hyperformer(
+def hypernet_adapter(
     size: int = 24, embedding: int = 64, code: int = 32, act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
-    form = DeclRef("hyperformer", (("embedding", embedding), ("code", code)))
+    form = DeclRef("hypernet-adapter", (("embedding", embedding), ("code", code)))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
@@ -31,7 +31,7 @@ def _own(slot: Branch, place: SiteShape, embedding: int, code: int) -> Mapping[s
 def _shared(slot: Branch, places: Sequence[SiteShape], embedding: int, code: int) -> Mapping[str, TensorDecl]:
     width = places[0].d_out  # that of the residual stream, wherever a serial adapter stands
     if min(embedding, code) < 1:
-        raise SpecError(f"peft: hyperformer: embedding {embedding} and code {code} are sizes; give at least 1")
+        raise SpecError(f"peft: hypernet-adapter: embedding {embedding} and code {code} are sizes; give at least 1")
     return {
         "first": TensorDecl((code, embedding), "kaiming"),
         "second": TensorDecl((code, code), "kaiming"),
@@ -47,5 +47,5 @@ def _operands(
     return {"A": (values["down"] @ made).view(slot.rank, -1), "B": (values["up"] @ made).view(slot.rank, -1)}
 
 
-METHODS = (Method("hyperformer", "arXiv 2106.04489", 3e-4, hyperformer),)
-PARAMETRIZATIONS = (Parametrization("hyperformer", _operands, _own, _shared),)
+METHODS = (Method("hypernet-adapter", "arXiv 2106.04489", 3e-4, hypernet_adapter),)
+PARAMETRIZATIONS = (Parametrization("hypernet-adapter", _operands, _own, _shared, formerly="hyperformer"),)
