@@ -18,6 +18,7 @@ from polygraft.grafts.sizes import frozen, parameters
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
+PEFTS = {"target_modules": ["q_proj"]}
 PEFT = "method.supervised.hyperparameters.peft"
 MAX_LENGTH = "method.supervised.hyperparameters.max_length"
 
@@ -96,18 +97,11 @@ async def test_qlora_is_for_a_quantised_backbone(service: Service, ann: httpx.As
         ({"method": supervised(peft="lora(r=0)")}, PEFT, "rank: 0"),
         ({"method": supervised(peft="lora@7")}, PEFT, "7 is not a layer"),
         ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
-        (
-            {"method": supervised(peft={"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})},
-            PEFT,
-            "'lm_head'",
-        ),
+        ({"method": supervised(peft={**PEFTS, "modules_to_save": ["lm_head"]})}, PEFT, "modules_to_save: 'lm_head'"),
         ({"method": supervised(peft={"bias": "some"})}, PEFT, "bias: 'some'"),
-        (
-            {"method": supervised(peft={"trainable_token_indices": [3]})},
-            PEFT,
-            "trainable_token_indices: PEFT edits the",
-        ),
-        ({"method": supervised(peft={"rank_pattern": {"q_proj": "x"}})}, PEFT, "rank_pattern: 'x'"),
+        ({"method": supervised(peft={"trainable_token_indices": [3]})}, PEFT, "trainable_token_indices: PEFT edits"),
+        ({"method": supervised(peft={**PEFTS, "rank_pattern": {"q_proj": "x"}})}, PEFT, "rank_pattern: 'x'"),
+        ({"method": supervised(peft={"rank_pattern": {"q_proj": 2}})}, PEFT, "target_modules: is not given"),
         ({"method": supervised(peft="s4")}, PEFT, "polygraft methods --s4"),
         ({"method": supervised(peft="lorahub(of=a)")}, PEFT, "polygraft grafts soup"),
         ({"method": supervised(peft="mole(of=a)")}, PEFT, "called 'output-gated-loras'"),
