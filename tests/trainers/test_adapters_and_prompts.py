@@ -17,15 +17,21 @@ METHODS = {
     "ln": "ln-tuning",
     "pfeiffer": "pfeiffer(8)",
     "houlsby": "serial(8, bias=1)",
+    "adaptformer": "adaptformer(4)",
+    "autopeft": "autopeft(3, 5, 2)",
+    "beft": "beft",
     "beside": "parallel(3, at=attn.q|ffn.down, bias=1)",
     "scaled": "scaled-parallel(8)",
     "mam": "mam(length=3, size=8)",
     "loreft": "loreft(r=3)",
     "direft": "direft(r=2)@1",
+    "noreft": "noreft(r=2, first=2, last=1)@1",
     "prefix-mlp": "prefix-mlp(length=4, hidden=16)",
     "llama-adapter": "llama-adapter(length=5)",
     "prompt": "prompt(5)",
     "p-tuning": "p-tuning(3, hidden=8, encoder=lstm)",
+    "dpt": "dpt(4, r=2)",
+    "mpt": "mpt(3)",
     "dept": "dept(2, rows=6, r=2)",
     "pruned-prompt": "pruned-prompt(6, pieces=4)",
     "cartridge": "cartridge(4)",
@@ -39,9 +45,13 @@ METHODS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

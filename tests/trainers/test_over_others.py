@@ -51,9 +51,13 @@ def packed(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, folder: Path
+) -> None:
     backbone = backbone_of(folder, dtype)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, texts)
     ended = run(packed(backbone, jobs))
     differing = [job.id for job in jobs if not torch.equal(ended[job.id], run(packed(backbone, [job]))[job.id])]
     assert not differing

@@ -18,9 +18,11 @@ from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, back
 METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "averaged-adapters(4, experts=3)", "plain": "serial(4)"}
 
 
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = backbone_of(folder, torch.float32)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

@@ -44,9 +44,11 @@ FAMILY = {
 SAMPLES = ((5, 6, 7, 8, 300, 21), (9, 10, 11), (400, 3, 3, 17, 90))
 
 
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [FAMILY], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
-    jobs = jobs_of(steps, FAMILY)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

@@ -1,7 +1,4 @@
-"""Hyperformer: the matrices of the serial adapters are a linear function of a code, and a site's code is a small
-network's function of its embedding; the networks are shared by all sites (Karimi Mahabadi et al. 2021, arXiv
-2106.04489, section 2). One task, so that the embedding is the site's own; without the norms' own networks.
-"""
+"""Serial adapters that a network makes, the same for all sites."""
 
 from __future__ import annotations
 
@@ -20,6 +17,17 @@ if TYPE_CHECKING:
 def hypernet_adapter(
     size: int = 24, embedding: int = 64, code: int = 32, act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
+    """Serial adapters whose matrices are a linear function of a code, the code being a small network's function of a
+    trained embedding of the site; the networks are shared by all sites. It is HyperFormer's way to make adapters
+    (Karimi Mahabadi et al. 2021, arXiv 2106.04489, section 2) for one task.
+
+    Deviations: HyperFormer is for several tasks at once: its embeddings are of task, layer and position, and the tasks
+    share what the networks learn. A job here has one task, so that point is lost, and hence the name. The network that
+    makes the layer norms' weights is left out, too.
+
+    Choose when: layers should share what they learn. It trains more numbers than the adapters it makes, and is served
+    as plain adapters.
+    """
     form = DeclRef("hypernet-adapter", (("embedding", embedding), ("code", code)))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 

@@ -1,11 +1,4 @@
-"""Serial adapters of which each step trains another random part.
-
-- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3): every step draws n from 0 to `upto` and computes
-  without the adapters of the first n layers, so that the graft may be served without those of any so many.
-- AdaMix (Wang et al. 2022, arXiv 2205.12410, section 3): every step each adapter projects down by one of `experts`
-  matrices and up by another's, drawn apart; served are their means. Without the paper's second pass, whose KL
-  divergence would draw the experts together.
-"""
+"""Serial adapters of which each step trains another random part."""
 
 from __future__ import annotations
 
@@ -26,7 +19,16 @@ Values = Mapping[str, "Tensor"]
 def adapter_drop(
     size: int = 64, upto: int = 11, served: int = 0, act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
-    """`served` is how many first layers go without when the graft is served and evaluated."""
+    """Serial adapters of which every training step leaves out those of the first n layers, n drawn from 0 to `upto`, so
+    that the graft may be served without those of any so many (Rueckle et al. 2021, arXiv 2010.11918, section 3).
+
+    `served` is how many first layers go without when the graft is served and evaluated.
+
+    Deviations: A layer that is left out still computes its adapter with B = 0 while it trains, so that the time the
+    paper saves is not saved.
+
+    Choose when: you want to choose later how much of an adapter's time to pay in serving.
+    """
     if upto < 1 or not 0 <= served <= upto:
         raise SpecError(f"peft: adapter-drop: upto {upto} and served {served}; give 0 <= served <= upto, and upto >= 1")
     form = DeclRef("adapter-drop", (("upto", upto), ("served", served)))
@@ -34,6 +36,14 @@ def adapter_drop(
 
 
 def averaged_adapters(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+    """Serial adapters with several matrices down and several up, of which every training step and site uses a random
+    one each, drawn apart; served are their means (after AdaMix: Wang et al. 2022, arXiv 2205.12410, section 3).
+
+    Deviations: AdaMix runs each sample twice and adds a KL divergence between both predictions, which draws the experts
+    together so that their mean is good; here is one pass and no such loss, and hence the name.
+
+    Choose when: an adapter overfits: it trains as a small ensemble and serves as one.
+    """
     if experts < 1:
         raise SpecError(f"peft: experts: {experts} is not a count; give at least 1")
     form = DeclRef("averaged-adapters", (("experts", experts),))

@@ -1,8 +1,4 @@
-"""LoftQ in its one-step form: B0 A0 makes up for what quantisation took from W (Li et al. 2023, arXiv 2310.08659,
-algorithm 1 with T = 1).
-
-s B0 A0 is the best rank-r approximation of W - Q(W). More alternations would change Q(W), which all grafts share.
-"""
+"""LoftQ: a LoRA that starts at what quantisation took from W."""
 
 from __future__ import annotations
 
@@ -20,6 +16,14 @@ if TYPE_CHECKING:
 
 
 def loftq(r: int = 8, alpha: float = 8.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """LoRA beside a quantised backbone that starts at what quantisation took from W: s B0 A0 is the best rank-r
+    approximation of W - Q(W) (Li et al. 2023, arXiv 2310.08659, algorithm 1 with T = 1).
+
+    Deviations: One step of the algorithm: more would change Q(W), which all grafts of the backbone share.
+
+    Choose when: the backbone is in 4 bits and its loss before training is worse than the plain one's. On a backbone
+    that is not quantised it is refused.
+    """
     start = DeclRef("loftq")
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, start=start),)
 
@@ -42,5 +46,5 @@ def _residual(tensor: TensorSpec, making: Making) -> Tensor:
     return making.once(("loftq", site, rank, scale), make)["AB".index(tensor.part)]
 
 
-METHODS = (Method("loftq", "arXiv 2310.08659", 3e-4, loftq),)
+METHODS = (Method("loftq", "arXiv 2310.08659", 3e-4, loftq, quantised=True),)
 STARTS = (Start("loftq", _residual),)

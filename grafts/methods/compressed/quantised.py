@@ -1,12 +1,4 @@
-"""Methods around few bits.
-
-- PEQA (Kim et al. 2023, arXiv 2305.14152, section 3): W becomes s q with q its rounding to a grid of 2^bits values,
-  frozen, and the scale s of each row, or of each group of a row, trained: dW = s q - W.
-- BitDelta (Liu et al. 2024, arXiv 2402.10193, section 3): dW = a sign(W_tuned - W), one bit an element and a trained a
-  (`grafts/formats/bitdelta.py` makes it from a tuned model). 24 signs lie in one number, which float32 holds exactly.
-- Bi-Adapter (Jie et al. 2023, arXiv 2307.16867, section 3): a parallel adapter whose weights are computed with as mean
-  +- 0.674 deviations, the two medians of a normal distribution's halves; rounding passes gradients on.
-"""
+"""Methods around few bits."""
 
 from __future__ import annotations
 
@@ -30,17 +22,44 @@ HALF = 0.6744897501960817  # P(|x| < HALF) = 1/2 for a standard normal x
 
 
 def peqa(bits: int = 4, group: int = 0, at: str = "linear") -> tuple[Slot, ...]:
-    """`group` inputs share a scale, all inputs with 0."""
+    """W becomes s q, with q its rounding to a grid of 2^bits values, frozen, and the scale s of each row, or of each
+    group of a row, trained: dW = s q - W (Kim et al. 2023, arXiv 2305.14152, section 3).
+
+    `group` inputs share a scale, all inputs with 0.
+
+    Deviations: W itself is shared and stays as it is, so the memory that an integer W saves is not saved: the graft is
+    the scales and dW is made of them.
+
+    Choose when: a model is to be exported in few bits with scales tuned to a task.
+    """
     if not 2 <= bits <= 8:
         raise SpecError(f"peft: peqa.bits: {bits} is not 2 to 8")
     return (Delta(at=at, form=DeclRef("peqa", (("bits", bits), ("group", group)))),)
 
 
 def bitdelta(at: str = "linear") -> tuple[Slot, ...]:
+    """dW = a sign(W_tuned - W), one bit an element and a trained factor a for each matrix (Liu et al. 2024, arXiv
+    2402.10193, section 3).
+
+    24 signs lie in one number, which float32 holds exactly; `grafts/formats/bitdelta.py` makes the graft from a tuned
+    model.
+
+    Deviations: The paper trains a against the tuned model's logits; a job here trains it on its samples.
+
+    Choose when: a fully tuned model of the same backbone is to be served beside grafts at a bit an element.
+    """
     return (Delta(at=at, form=DeclRef("bitdelta")),)
 
 
 def binary_adapter(size: int = 32, scale: float = 1.0, act: str = "gelu", at: str = "ffn.out") -> tuple[Slot, ...]:
+    """Bi-Adapter: a parallel adapter whose weights are computed with as mean +- 0.674 deviations, the two medians of a
+    normal distribution's halves; rounding passes gradients on (Jie et al. 2023, arXiv 2307.16867, section 3).
+
+    Deviations: B does not start at 0, where its deviation would be 0. The graft is kept with its full weights, so that
+    it can be trained on.
+
+    Choose when: an adapter's size counts above all: a bit a weight when it is stored by others.
+    """
     return (Branch(at=at, rank=size, scale=scale, act=act_of(act), form=DeclRef("binary")),)
 
 

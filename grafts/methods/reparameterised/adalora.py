@@ -1,10 +1,7 @@
-"""AdaLoRA: y += s P diag(E) Q x with the budget of ranks shared out by importance (Zhang et al. 2023, arXiv 2303.10512,
-eq. 3), in PEFT's form.
+"""AdaLoRA: ranks shared out over all sites by importance.
 
-Here A is Q [rank, in], B is P^T [rank, out]. P and Q are kept near orthogonal by a penalty (eq. 4, not squared, as in
-PEFT). A triplet's importance is that of E plus the means of P's and Q's (eq. 7) under the product of smoothed
-sensitivity |w dL/dw| and its smoothed uncertainty (eq. 9-11). The budget falls along a cubic (eq. 12); the E of the
-triplets outside it are set to 0. What is smoothed lies beside the weights, as tensors that are not trained.
+Here A is Q [rank, in], B is P^T [rank, out]. What is smoothed lies beside the weights, as tensors that are not trained;
+the E of the triplets outside the budget are set to 0.
 """
 
 from __future__ import annotations
@@ -33,8 +30,18 @@ def adalora(
     every: int = 10,
     orthogonal: float = 0.5,
 ) -> tuple[Slot, ...]:
-    """`r` ranks a site at first and `target` in the mean at last. The budget stays whole for the first `warmup` of all
-    steps and is final for the last `final`; between them ranks are pruned each `every` steps."""
+    """y += s P diag(E) Q x with a budget of ranks that is shared out over all sites by importance while it trains
+    (Zhang et al. 2023, arXiv 2303.10512, eq. 3; importance by eq. 7 and 9 to 11, the budget's fall by eq. 12).
+
+    `r` ranks a site at first and `target` in the mean at last. The budget stays whole for the first `warmup` of all
+    steps and is final for the last `final`; between them ranks are pruned each `every` steps.
+
+    Deviations: In PEFT's form: the penalty of eq. 4 that keeps P and Q orthogonal is the norm and not its square, and
+    the means of a triplet's importances are added. Pruned ranks are zeros: sizes stay.
+
+    Choose when: ranks should go where they matter. Small gains over LoRA, more state (smoothed importance beside each
+    weight).
+    """
     if not 0 < target <= r:
         raise SpecError(f"peft: adalora.target: {target} is not between 1 and the {r} ranks that training starts with")
     if warmup < 0 or final < 0 or warmup + final >= 1 or every < 1:

@@ -1,14 +1,4 @@
-"""LoRAs whose factors are made block by block.
-
-- MiSS (Kang & Yin 2024, arXiv 2409.15371): y += D^T sum_j x_j over the pieces x_j of x of width r, so that all
-  pieces share D [r, out]; `mini` makes D periodic in the output. Bat (the same paper): dW = W_b D_b + D_b over
-  blocks of r x r, which needs W.
-- GraLoRA (Jung et al. 2025, arXiv 2505.20355): W in k x k blocks with a LoRA of rank r / k each.
-- BD-LoRA (arXiv 2510.23346): LoRA with B block-diagonal at `at`, and A at `rows`, so that both can be cut
-  with W over several devices.
-- QA-LoRA (Xu et al. 2023, arXiv 2309.14717, algorithm 1): y += s B A pool(x) with pool the sums of groups of inputs, so
-  that it merges into the zero points of groupwise quantised weights.
-"""
+"""LoRAs whose factors are made block by block."""
 
 from __future__ import annotations
 
@@ -30,15 +20,39 @@ Values = Mapping[str, "Tensor"]
 
 
 def miss(r: int = 64, mini: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
-    """`mini` is the period of D, 0 for none."""
+    """y += D^T sum_j x_j over the pieces x_j of x of width r, so that all pieces share one matrix D [r, out] (Kang &
+    Yin 2024, arXiv 2409.15371, there first called Bone).
+
+    `mini` is the period of D in the output, 0 for none.
+
+    Deviations: None known; the authors' fused kernels are not here.
+
+    Choose when: LoRA's memory and time are too much: it has one matrix in place of two and no random start.
+    """
     return (Branch(at=at, rank=r, dropout=dropout, form=DeclRef("miss", (("mini", mini),))),)
 
 
 def bat(r: int = 16, at: str = "linear") -> tuple[Slot, ...]:
+    """dW = W_b D_b + D_b over blocks of r x r, an update that reads W itself (Kang & Yin 2024, arXiv 2409.15371, the
+    variant Bat).
+
+    Deviations: Held against PEFT's init_weights="bat".
+
+    Choose when: MiSS converges too slowly. It makes a dense dW at each site in every step, which takes far more time
+    and memory.
+    """
     return (Delta(at=at, form=DeclRef("bat", (("r", r),))),)
 
 
 def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """W in k x k blocks with a LoRA of rank r / k each, so that the whole has up to k times LoRA's rank at its number
+    of parameters (Jung et al. 2025, arXiv 2505.20355).
+
+    Deviations: The paper's hybrid with a plain LoRA beside it is the union `gralora + lora`.
+
+    Choose when: LoRA of a high rank overfits or saturates; k divides the rank and the widths. It computes with r k
+    ranks.
+    """
     if k < 1 or r % k:
         raise SpecError(f"peft: gralora.k: {k} does not divide the rank {r}; give a divisor")
     return (Branch(at=at, rank=r * k, scale=alpha / max(r, 1), dropout=dropout, form=DeclRef("gralora", (("k", k),))),)
@@ -51,7 +65,15 @@ def bdlora(
     at: str = "attn.[qkv]|ffn.gate|ffn.up",
     rows: str = "attn.o|ffn.down",
 ) -> tuple[Slot, ...]:
-    """`at` and `rows` may be empty."""
+    """LoRA with B block-diagonal at the sites `at`, and A at `rows`, so that both factors can be cut with W over
+    several devices without talking (arXiv 2510.23346).
+
+    `at` and `rows` may be empty.
+
+    Deviations: Held against PEFT; as a graft is on one device here, the blocks save nothing yet.
+
+    Choose when: the graft is to be served elsewhere with tensor parallelism.
+    """
     if blocks < 1 or r % blocks:
         raise SpecError(f"peft: bdlora.blocks: {blocks} does not divide the rank {r}; give a divisor")
     return tuple(
@@ -64,6 +86,15 @@ def bdlora(
 def qalora(
     r: int = 8, alpha: float = 16.0, group: int = 16, at: str = "linear", dropout: float = 0.0
 ) -> tuple[Slot, ...]:
+    """y += s B A pool(x) with pool the sums of groups of inputs, so that the update is constant within a group and
+    merges into the zero points of groupwise quantised weights (Xu et al. 2023, arXiv 2309.14717, algorithm 1).
+
+    `group` inputs share a column of A.
+
+    Deviations: The merge into zero points is not done here: the backbone is not groupwise quantised.
+
+    Choose when: a model quantised in such groups is to take the graft in elsewhere; else LoRA is finer.
+    """
     form = DeclRef("qalora", (("group", group),))
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
