@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test methods lint types verify nightly bench clean
+.PHONY: help setup demo test coverage methods lint types verify nightly bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.ready  ## make .venv with the locked versions
 
@@ -29,8 +29,16 @@ demo: setup  ## train, search and serve eight grafts on this machine; REPORT=pat
 test: setup  ## run the tests (under 15 minutes on 2 cores)
 	$(BIN)/pytest
 
-lint: setup  ## check style and import bans
+coverage: setup  ## run the tests and say which lines none of them runs
+	mkdir -p reports
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+lint: setup  ## check style, import bans and formatting
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 types: setup  ## check types, strictly
 	$(BIN)/mypy

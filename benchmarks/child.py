@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from servers import Task
+from assignment import Task
 
 Reply = Mapping[str, object]
 

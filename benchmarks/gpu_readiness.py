@@ -12,17 +12,17 @@ import os
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from polygraft.kernels.affine.tuned import tuned as affine  # noqa: E402
-from polygraft.kernels.branch.tuned import tuned as branch  # noqa: E402
-from polygraft.kernels.common.aot import CARDS, Card, Tuned, compiled, roofline  # noqa: E402
-from polygraft.kernels.kv.tuned import tuned as kv  # noqa: E402
-from polygraft.kernels.nf4.tuned import tuned as nf4  # noqa: E402
-from polygraft.kernels.norm.tuned import tuned as norm  # noqa: E402
-from polygraft.kernels.rotate.tuned import tuned as rotate  # noqa: E402
-from polygraft.kernels.sparse.tuned import tuned as sparse  # noqa: E402
+from polygraft.kernels.affine.tuned import tuned as affine
+from polygraft.kernels.branch.tuned import tuned as branch
+from polygraft.kernels.common.aot import CARDS, Card, Tuned, compiled, roofline
+from polygraft.kernels.kv.tuned import tuned as kv
+from polygraft.kernels.nf4.tuned import tuned as nf4
+from polygraft.kernels.norm.tuned import tuned as norm
+from polygraft.kernels.rotate.tuned import tuned as rotate
+from polygraft.kernels.sparse.tuned import tuned as sparse
 
 OPS = {"branch": branch, "affine": affine, "norm": norm, "kv": kv, "nf4": nf4, "sparse": sparse, "rotate": rotate}
 _WIDTH = 170

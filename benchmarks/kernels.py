@@ -12,12 +12,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from assignment import Task
 from harness import Arm, Running, Study
 from machine import cores
 from measure import Goal
 from program import carry_out, gate_of
 from record import Gate
-from servers import Servers, Task
+from servers import Servers
 
 ROWS = {"decode": 16, "chunk": 512}
 PASSES, QUICK_PASSES = {"decode": 400, "chunk": 40}, {"decode": 100, "chunk": 10}  # of the layer in a round

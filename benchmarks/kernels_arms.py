@@ -15,13 +15,14 @@ from record import Check, Gate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polygraft.grafts.runtime.beside import Beside, Plan
-from polygraft.grafts.runtime.compiled import frozen_linear
-from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.fused import FusedBranches
+from polygraft.grafts.runtime.linears.choose import frozen_linear
+from polygraft.grafts.runtime.linears.plain import PlainLinear
 from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import Span, work_list
-from polygraft.grafts.runtime.stacks import Entry
+from polygraft.grafts.runtime.stack import StackSlice, StackSlices
 from polygraft.kernels.branch import cost
+from polygraft.kernels.dense.op import FusedBranch
 
 HIDDEN, KEYS, INNER = 576, 192, 1536  # SmolLM2-135M
 GROUPS = ((HIDDEN, (HIDDEN, KEYS, KEYS)), (HIDDEN, (HIDDEN,)), (HIDDEN, (INNER, INNER)), (INNER, (HIDDEN,)))  # by input
@@ -70,8 +71,8 @@ class Layer:
     def _base(self, variant: str) -> Callable[[int], Sequence[Tensor]]:
         """A group's projections as one product; `plain` weights or prepacked ones."""
         made = {
-            "plain": partial(FrozenLinear, prepack=False),
-            "packed": FrozenLinear,
+            "plain": partial(PlainLinear, prepack=False),
+            "packed": PlainLinear,
             "compiled": partial(frozen_linear, prepack=True, block=None),
         }
         linears = [made[variant or "packed"](W, [None] * len(W)) for W in self.W]
@@ -93,14 +94,20 @@ class Layer:
 
     def _ours(self) -> Callable[[], list[Tensor]]:
         linears = [frozen_linear(W, [None] * len(W), prepack=True, block=None) for W in self.W]
-        entries = tuple(Entry(j, j * RANK, (j + 1) * RANK, SCALE) for j in range(GRAFTS))
-        plans = [
-            Plan(tuple(Beside(m, A, B, "identity", entries) for m, (A, B) in enumerate(zip(As, Bs))))
-            for As, Bs in zip(self.A, self.B)
+        slices = StackSlices(tuple(StackSlice(j, j * RANK, (j + 1) * RANK, SCALE) for j in range(GRAFTS)))
+        fused = [
+            FusedBranches(
+                tuple((FusedBranch(m, A, B, "identity"), slices) for m, (A, B) in enumerate(zip(As, Bs, strict=True)))
+            )
+            for As, Bs in zip(self.A, self.B, strict=True)
         ]
         spans = [Span(start, stop, j) for j, (start, stop) in enumerate(pairwise((0, *self.ends)))]
         segments = cache(partial(work_list, spans))
-        return lambda: [y for x, w, plan in zip(self.x, linears, plans) for y in project(x, w, plan, segments)]
+        return lambda: [
+            y
+            for x, w, branches in zip(self.x, linears, fused, strict=True)
+            for y in project(x, w, branches.routed(segments))
+        ]
 
     def _beside(
         self, base: Callable[[int], Sequence[Tensor]], add: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 
 
 class Ceiling:
@@ -46,7 +46,7 @@ class Ceiling:
         return min(_seconds(each) for _ in range(passes) for each in (self._plain_pass, self._packed_pass))
 
     def _plain_pass(self) -> None:
-        for linear, weight in zip(self._linears, self._plain):
+        for linear, weight in zip(self._linears, self._plain, strict=True):
             F.linear(self._input(linear), weight)
             if self._backward:
                 torch.mm(self._output(linear), weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-FOLDERS = ("benchmarks", "cluster", "grafts", "kernels", "serving", "trainers")
+FOLDERS = ("benchmarks", "cluster", "grafts", "kernels", "launch", "serving", "trainers", "tuning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,13 @@ def cores() -> int:
 
 
 def versions() -> Mapping[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    return {"python": platform.python_version(), **versions_of(PACKAGES)}
+
+
+def versions_of(packages: Iterable[str]) -> Mapping[str, str]:
+    """Of what is installed; the others are absent."""
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 import machine
+from assignment import Task
 from harness import ArmFailed, Stage, Study, measure
 from record import Check, Gate, Head, Record
 from report import show
 from rich.console import Console
-from servers import Server, Task
+from servers import Server
 
 ROUNDS, QUICK_ROUNDS = 5, 1
 _WIDTH = 160  # of what goes to a file

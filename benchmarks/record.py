@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from machine import Machine
 from measure import Claim
+
+from polygraft.kernels.common.atomic import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,4 @@ class Record:
             "figures": [asdict(figure) for figure in self.figures],
             "claims": [asdict(claim) for claim in self.claims],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-        partial.replace(self.path)
+        write_text(self.path, json.dumps(data, indent=1) + "\n")

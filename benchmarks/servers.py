@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from assignment import Task
 from harness import ArmFailed
 
 from polygraft.grafts.runtime.process import device_environment
@@ -21,23 +23,6 @@ from polygraft.grafts.runtime.process import device_environment
 Command = Literal["load", "warm", "round", "check", "make"]
 _PATIENCE_S = 1200.0
 _TAIL = 400
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a child is: `kind` of its script, in `variant`, for `jobs` of the work that lies in `folder`.
-
-    `size` is what a round is: optimiser steps of every job, tokens of every stream, passes of a limit. What is
-    `ours` runs in the environment that the service gives its device processes.
-    """
-
-    kind: str
-    folder: str
-    threads: int
-    variant: str = ""
-    jobs: tuple[int, ...] = ()
-    size: int = 1
-    ours: bool = False
 
 
 class Server:
@@ -53,8 +38,9 @@ class Server:
             **(device_environment() if task.ours else {}),
         }
         with self._log.open("wb") as log:
+            python, path = task.python or sys.executable, Path(__file__).with_name(script)
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name(script)), json.dumps(asdict(task)), str(theirs)],
+                [python, str(path), json.dumps(asdict(task)), str(theirs)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -102,10 +88,8 @@ class Server:
     def close(self) -> None:
         """End the child: it leaves at the end of its input, or is killed."""
         assert self._process.stdin is not None
-        try:
+        with suppress(OSError):  # it is gone already
             self._process.stdin.close()
-        except OSError:
-            pass  # it is gone already
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from assignment import Task
 from child import Round, Worker, task, timed, work
 from limits import Ceiling
 from material import PROMPTS, Material
-from servers import Task
 from serving_engine import Burst
 
 from polygraft.grafts.runtime.backbone import Backbone

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from assignment import Task
 from child import Round, timed
 from material import GRAFTS, PROMPTS, Material
 from peft_models import adapt, load, name
-from servers import Task
 from torch import Tensor
 from transformers import GenerationConfig
 

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from assignment import Task
 from harness import Arm, Running, Study
 from machine import cores
 from material import GRAFT, GRAFTS, TRAIN_TOKENS
 from measure import Goal
 from program import carry_out, gate_of
 from record import Gate
-from servers import Servers, Task
+from servers import Servers
 
 TYPES = ("bfloat16", "float32")  # a PEFT arm is timed in the faster
 STEPS, QUICK_STEPS = 4, 1  # optimiser steps of each job in a round

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from assignment import Task
 from child import Round, Worker, task, timed, work
 from limits import Ceiling
 from material import TRAIN_TOKENS, Material
-from servers import Task
 from training_jobs import backbone_of, pack
 
 from polygraft.grafts.runtime.attention import WholeSequences

@@ -67,7 +67,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
         for tensor in tensors(first.job.spec, backbone.shape)
     }
     gradients: dict[str, Tensor] = {}
-    for piece in stacks.pieces[0]:
+    for piece in stacks.views[0]:
         found = piece.gradient()
         assert found is not None
         gradients[names[piece.tensor.name]] = (found.T if piece.tensor.part == "B" else found).float().clone()

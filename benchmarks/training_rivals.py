@@ -6,11 +6,11 @@ from __future__ import annotations
 from itertools import cycle
 
 import torch
+from assignment import Task
 from child import Round, timed
 from material import TRAIN_TOKENS, Material
 from peft_models import adapt, load, name
 from safetensors.torch import load_file
-from servers import Task
 from torch import Tensor
 from training_jobs import adamw, loss_of
 

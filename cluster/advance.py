@@ -38,7 +38,7 @@ def advance_pack(store: Store, event: PackEvent, *, fence: Fence | None = None, 
     return swap(store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence)
 
 
-def record_progress(
+def record_progress(  # noqa: PLR0913
     store: Store,
     job: JobId,
     *,

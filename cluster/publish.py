@@ -28,7 +28,7 @@ class BadName(ValueError):
     """A name that no graft can have."""
 
 
-def publish(
+def publish(  # noqa: PLR0913
     store: Store,
     job: JobId,
     *,
@@ -72,7 +72,7 @@ def publish(
     return _retried(once)
 
 
-def adopt(
+def adopt(  # noqa: PLR0913
     store: Store,
     tenant: TenantId,
     name: str,

@@ -4,10 +4,10 @@ local tenant's key."""
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from polygraft.kernels.common.atomic import make_folder, write_text
 
 
 class ServiceNotRunning(Exception):
@@ -65,14 +65,5 @@ def read_key(path: Path) -> str:
 
 def write_private(path: Path, text: str) -> None:
     """Replace the file whole, with mode 0600 from its first byte on."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    make_folder(path.parent, mode=0o700)
+    write_text(path, text, mode=0o600)

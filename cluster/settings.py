@@ -97,10 +97,6 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
 
     @property
-    def config_path(self) -> Path:
-        return self.home / "config.yaml"
-
-    @property
     def service_path(self) -> Path:
         """State of a running service: url, ray_address, ray_namespace, store_url, pid."""
         return self.home / "run" / "service.json"

@@ -1,4 +1,4 @@
-"""What a client may ask for: OpenAI's body of a new fine-tuning job, our fields beside theirs, and its `JobSpec`."""
+"""What a client may ask for: OpenAI's body of a new fine-tuning job, our fields among them, and its `JobSpec`."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class FineTuningRequest(_Body):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if self.method is not None and self.hyperparameters is not None:
-            raise ValueError("hyperparameters: given beside method; move them to method.supervised.hyperparameters")
+            raise ValueError("hyperparameters: given with method, too; move them to method.supervised.hyperparameters")
         if self.suffix == self.model:
             raise ValueError(f"suffix: {self.suffix!r} is the name of the base model; choose another")
         return self

@@ -32,7 +32,7 @@ class Reason(StrEnum):
     PACK_OPENING = "pack_is_opening"  # hold: the pack starts; loading the backbone takes a while
     PACK_CLOSING = "pack_is_closing"  # hold: the pack takes no more jobs; a new one follows it
     PACK_FULL = "pack_has_all_its_jobs"  # hold: the pack's limit on jobs is reached
-    PACK_MEMORY = "pack_memory_is_taken"  # hold: fits an empty pack, not beside the present jobs
+    PACK_MEMORY = "pack_memory_is_taken"  # hold: fits an empty pack, not with the present jobs
     PACK_BACKOFF = "last_pack_failed"  # hold: a new pack is tried after a pause
     NO_DEVICE = "no_device_is_free"  # hold: no device has a share left for a pack
     TOO_LARGE = "too_large_for_any_pack"  # refuse: does not fit an empty pack
@@ -40,7 +40,6 @@ class Reason(StrEnum):
     REQUESTED = "requested"  # cancel: its tenant asked
     OWNER_LOST = "owner_lease_expired"  # cancel: the search that owns it is gone
     IDLE = "idle"  # close: no jobs for a while
-    SHUTDOWN = "shutdown"  # close: the service stops
     PACK_FAILED = "pack_failed"  # requeue: the pack's process ended with an error
     PACK_LOST = "pack_lost"  # requeue: the pack did not survive a restart of the service
     PACK_CLOSED = "pack_closed"  # requeue: the pack ended before the job did

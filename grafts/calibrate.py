@@ -77,7 +77,7 @@ def graft_gradients(
     for ids, factor in _weighted(samples, weights):
         with torch.enable_grad():
             _backward(backbone, _forward(backbone, ids[:-1], trainable=True, stacks=stacks), ids, factor)
-    pairs = zip(stacks.pieces[0], stacks.gradients()[0], strict=True)
+    pairs = zip(stacks.views[0], stacks.gradients()[0], strict=True)
     return {piece.tensor.name: slope.view(piece.tensor.shape).cpu() for piece, slope in pairs if slope is not None}
 
 

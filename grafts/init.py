@@ -61,6 +61,10 @@ class Making:
         found = {tensor.site for tensor in tensors(self.spec, shape) if tensor.site in self.backbone.linears}
         return {site: shape.dims(site.name)[0] for site in sorted(site for site in found if site is not None)}
 
+    def graft_gradients(self, spec: GraftSpec, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """dL/dvalues on the job's samples, by name, of a graft that need not be the job's."""
+        return calibrate.graft_gradients(self.backbone, spec, values, self.samples, self.weights)
+
     @property
     def observed(self) -> int:
         """How many samples `observe` shows."""
@@ -116,7 +120,7 @@ class Making:
         def make() -> Source:
             found = self.sources[name]
             values = {name: value.to(self.backbone.device) for name, value in found.tensors.items()}
-            frozen = self.backbone.weight, self.backbone.through
+            frozen = self.backbone.weight, self.backbone.run_from_layer
             spec, served = lower(found.spec, self.backbone.shape, values, *frozen)
             return Source(spec, {name: value.cpu() for name, value in served.items()})
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from polygraft.grafts.methods.declare import Lowering, SiteShape, Through
+from polygraft.grafts.methods.declare import Lowering, RunFromLayer, SiteShape
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.sizes import TensorSpec, operands, tensors
@@ -23,18 +23,22 @@ Values = Mapping[str, Tensor]
 
 
 def no_layers(rows: Tensor, first: int) -> NoReturn:
-    """`Lowered.through` where there is no backbone to run rows through."""
+    """`Lowering.run_from_layer` where there is no backbone."""
     raise SpecError("form: its operands are what a backbone's layers make of rows; name a backbone")
 
 
 class Lowered:
-    """One graft's operands by name. `weight` gives the frozen W [out, in] of a site, `through` what rows leave in the
-    frozen layers (`methods.declare.Lowering`)."""
+    """One graft's operands by name. `weight` gives the frozen W [out, in] of a site, `run_from_layer` what rows
+    leave in the frozen layers (`methods.declare.Lowering`)."""
 
     def __init__(
-        self, spec: GraftSpec, shape: ModelShape, weight: Callable[[Site], Tensor], through: Through = no_layers
+        self,
+        spec: GraftSpec,
+        shape: ModelShape,
+        weight: Callable[[Site], Tensor],
+        run_from_layer: RunFromLayer = no_layers,
     ) -> None:
-        self.spec, self._weight, self._through = spec, weight, through
+        self.spec, self._weight, self._run_from_layer = spec, weight, run_from_layer
         self.tensors, self.operands = tensors(spec, shape), operands(spec, shape)
         self._sites: list[tuple[int, Site, SiteShape]] = []
         numbers: dict[int, int] = {}
@@ -51,7 +55,7 @@ class Lowered:
 
     def make(self, values: Values, draw: int | None = None) -> dict[str, Tensor]:
         """Operands in order; differentiable in `values`."""
-        found, through = dict(values), cache(self._through)
+        found, run_from_layer = dict(values), cache(self._run_from_layer)
         for index, site, place in self._sites:
             slot = self.spec.slots[index]
             assert slot.form is not None
@@ -60,7 +64,7 @@ class Lowered:
                 columns = [values[tensor.name].reshape(-1, 1) for tensor in _generating(read)]
                 made: Mapping[str, Tensor] = {"t": torch.cat(columns)}
             else:
-                lowering = Lowering(place, self._weights_beside(site), through, draw)
+                lowering = Lowering(place, self._weights_in_layer(site), run_from_layer, draw)
                 made = form(slot.form.name).operands(
                     slot, {tensor.part: values[tensor.name] for tensor in read}, lowering, **slot.form.keywords()
                 )
@@ -74,7 +78,7 @@ class Lowered:
         `values` where it lies."""
         slot = self.spec.slots[index]
         assert slot.form is not None
-        declared, arguments, weight = form(slot.form.name), slot.form.keywords(), self._weights_beside(site)
+        declared, arguments, weight = form(slot.form.name), slot.form.keywords(), self._weights_in_layer(site)
         place = next(place for i, s, place in self._sites if (i, s) == (index, site))
         read = self._read(index, site)
         moving = _generating(read)
@@ -83,12 +87,12 @@ class Lowered:
         def generate(flat: Tensor) -> Tensor:
             pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in moving])
             parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces)}
-            lowering = Lowering(place, weight, self._through, draw())
+            lowering = Lowering(place, weight, self._run_from_layer, draw())
             return declared.operands(slot, fixed | parts, lowering, **arguments)["W"]
 
         return generate
 
-    def _weights_beside(self, site: Site) -> Callable[..., Tensor]:
+    def _weights_in_layer(self, site: Site) -> Callable[..., Tensor]:
         """W of `site`, or of another site in its layer by name."""
         return lambda name=site.name: self._weight(Site(site.layer, name))
 
@@ -122,14 +126,14 @@ def lower(
     shape: ModelShape,
     values: Values,
     weight: Callable[[Site], Tensor],
-    through: Through = no_layers,
+    run_from_layer: RunFromLayer = no_layers,
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
     """The graft as it is served (`GraftSpec.plain`): its operands are its tensors."""
     plain = spec.plain
     pairs = enumerate(zip(spec.slots, plain.slots))
     made = [index for index, (slot, served) in pairs if slot.form is not None and served.form is None]
     with torch.no_grad():
-        operands = Lowered(spec, shape, weight, through).make(values) if made else {}
+        operands = Lowered(spec, shape, weight, run_from_layer).make(values) if made else {}
     return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in tensors(plain, shape)}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.lowering import Lowered, Values
+from polygraft.grafts.runtime.keys import rotation
 from polygraft.grafts.sites import ENDS, LINEAR, NORMS, ModelShape, Site, sites_of
 from polygraft.grafts.spec import Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, SpecError
 from polygraft.kernels.common.segments import Segment, Segments
@@ -148,7 +149,7 @@ class Fold:
                 }
                 one = torch.eye(like.shape[1 if side == "in" else 0], dtype=like.dtype)
                 rows = max(len(operand) for operand in own.values())
-                return rotate(one, own, slot.variant, Segments((Segment(0, len(one), 0, rows),)))
+                return rotate(one, own, rotation(slot), Segments((Segment(0, len(one), 0, rows),)))
         return None
 
     def _projections(self, site: Site) -> tuple[Site, ...]:

@@ -152,7 +152,7 @@ def rotate_parts(slot: Rotate, place: SiteShape) -> Mapping[str, TensorDecl]:
 def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, SiteShape]]:
     found: dict[int, dict[Site, SiteShape]] = {}
     for slot in spec.slots:
-        if slot.form is not None and form(slot.form.name).through and not shape.causal:
+        if slot.form is not None and form(slot.form.name).runs_layers and not shape.causal:
             raise SpecError(f"{slot.form.name}: {shape.sees}; rows that enter at a layer would read the input there")
     for index, site in sites_of(spec, shape):
         places = found.setdefault(index, {})

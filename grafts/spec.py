@@ -235,12 +235,6 @@ class Rotate(_Slot):
     def side(self) -> Literal["in", "out"]:
         return "out" if self.kind == "pairs" else "in"
 
-    @property
-    def variant(self) -> str:
-        """The kind as the op takes it, with its sizes."""
-        sizes = {"blocks": (self.size, self.stages), "lowrank": (), "pairs": (self.size,)}[self.kind]
-        return ".".join((self.kind, *map(str, sizes)))
-
     def check(self, width: int) -> None:
         """Raise SpecError unless channels of that `width` can be grouped."""
         chunk = self.size << (self.stages - 1)

@@ -24,7 +24,7 @@ def shape_of(service: Service) -> ModelShape:
     return ModelShape.from_config(json.loads((Path(service.backbone_folder) / "config.json").read_text()))
 
 
-def run(
+def run(  # noqa: PLR0913
     service: Service,
     plan: SearchPlan,
     *,

@@ -13,6 +13,7 @@ import httpx
 
 from polygraft.cluster.service import Service, ServiceNotRunning, find_service, write_private
 from polygraft.cluster.settings import Settings
+from polygraft.kernels.common.atomic import move
 from polygraft.launch.output import Failure
 from polygraft.launch.run_folder import RunFolder
 
@@ -56,7 +57,7 @@ def _start(settings: Settings, folder: RunFolder, on_stage: Callable[[str], None
     write_private(folder.settings, settings.model_dump_json(indent=2))
     for name in _LOGS:
         if folder.log(name).exists():
-            folder.log(name).replace(folder.log(f"{name}.old"))
+            move(folder.log(name), folder.log(f"{name}.old"))
     settings.service_path.unlink(missing_ok=True)
     folder.enter("starting")
     with folder.log("supervisor").open("ab") as log:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from polygraft.cluster.policy.entry import blocks_for
+
 BLOCK_SIZE = 16  # tokens; the runtime gathers contexts in multiples of it
 
 
@@ -32,13 +34,9 @@ class Blocks:
     def used_bytes(self) -> int:
         return (self.total - len(self._free)) * self.bytes_per_block
 
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` cache slots."""
-        return -(-tokens // self.block_size)
-
-    def missing(self, holder: str, tokens: int) -> int:
-        """Blocks `holder` still lacks to hold `tokens` slots."""
-        return max(0, self.blocks_for(tokens) - len(self._held.get(holder, ())))
+    def missing(self, holder: str, slots: int) -> int:
+        """Blocks `holder` still lacks to hold `slots` slots."""
+        return max(0, blocks_for(slots, self.block_size) - len(self._held.get(holder, ())))
 
     def can_allocate(self, blocks: int) -> bool:
         return blocks <= len(self._free)

@@ -37,7 +37,7 @@ class Engine:
     request; when a forward raises, its streams are computed one by one until the culprit raises alone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: Backbone,
         settings: ServeSettings,
@@ -153,7 +153,7 @@ class Engine:
             self._end(sequence, "error", error=str(error), code=code)
         if self._suspects:
             suspect = self._suspects[0]
-            chunks = [Chunk(suspect, max(suspect.whole, min(suspect.left, self._settings.max_rows)))]
+            chunks = [Chunk(suspect, max(suspect.min_chunk, min(suspect.left, self._settings.max_rows)))]
         else:
             chunks = self._streams.choose()
         if not chunks:
@@ -225,7 +225,7 @@ class Engine:
     ) -> None:
         request = sequence.request
         index = sequence.generated - (token is not None)
-        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.epoch, error, code))
+        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.attempt, error, code))
 
     def _end(
         self,
@@ -268,7 +268,6 @@ class Engine:
                 "requests": [chunk.sequence.request.id for chunk in batch.chunks],
                 "grafts": list(residents),
                 "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
-                "merged": False,
                 "device": str(self._backbone.device),
             }
         )

@@ -109,7 +109,7 @@ class Gateway:
                     await self._resume(stream)
                     continue
                 # An older attempt's words and repetitions are dropped: (request, choice, index) is published once.
-                if tokens.epoch != stream.request.epoch or tokens.index != len(stream.tokens):
+                if tokens.attempt != stream.request.attempt or tokens.index != len(stream.tokens):
                     continue
                 if tokens.token is not None:
                     stream.tokens.append(tokens.token)
@@ -158,11 +158,11 @@ class Gateway:
     async def _resume(self, stream: _Stream) -> None:
         """Submit what is left of a stream whose replica is gone, as its next attempt."""
         request = stream.request
-        if request.epoch + 1 >= _ATTEMPTS:
+        if request.attempt + 1 >= _ATTEMPTS:
             raise Unavailable(f"the replica died {_ATTEMPTS} times during this request")
-        stream.request = replace(request, epoch=request.epoch + 1, generated=tuple(stream.tokens))
+        stream.request = replace(request, attempt=request.attempt + 1, generated=tuple(stream.tokens))
         _LOG.warning(
-            "request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.epoch
+            "request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.attempt
         )
         await self._submit(stream)
 

@@ -1,4 +1,4 @@
-"""Grafts on their way from the artefact folder into memory, read beside the engine's steps."""
+"""Grafts on their way from the artefact folder into memory, read while the engine's steps go on."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class StepTokens:
     """What a step gave one request: token number `index` (None: it ended without one), and why it ended if it did.
 
     `code` says of an `error` what whoever asked can mend; without one it is the service's.
-    (request, choice, index) is unique over all attempts; `epoch` is the attempt that computed it.
+    (request, choice, index) is unique over all attempts; `attempt` is the one that computed it.
     """
 
     request: str
@@ -24,7 +24,7 @@ class StepTokens:
     index: int
     token: int | None
     finish_reason: FinishReason | None = None
-    epoch: int = 0
+    attempt: int = 0
     error: str | None = None
     code: ErrorCode | None = None
 

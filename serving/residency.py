@@ -63,7 +63,7 @@ class Residency:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
         backbone = self._backbone
         held = {name: value.to(backbone.device) for name, value in stored.tensors.items()}
-        spec, values = lower(stored.spec, backbone.shape, held, backbone.weight, backbone.through)
+        spec, values = lower(stored.spec, backbone.shape, held, backbone.weight, backbone.run_from_layer)
         for tensor in tensors(spec, self._backbone.shape):
             slot = spec.slots[tensor.slot]
             scale = slot.scale if isinstance(slot, Branch) else 1.0
@@ -78,7 +78,7 @@ class Residency:
         return self._held.get(graft)
 
     def can_admit(self, resident: Resident, keep: Collection[GraftId]) -> bool:
-        """Whether it fits beside the grafts in use and to keep. Raises GraftUnusable if it would not fit alone."""
+        """Whether it fits with the grafts in use and to keep. Raises GraftUnusable if it would not fit alone."""
         if _size(resident) > self._budget:
             raise GraftUnusable(
                 f"graft {resident.id}: needs {_size(resident)} bytes; the replica has {self._budget} for grafts"
@@ -117,7 +117,7 @@ class Residency:
         fitting = [key for key in self._compositions if wanted.issubset(key) and len(key) <= max(1, 2 * len(wanted))]
         key = min(fitting, key=lambda key: (len(key), key)) if fitting else tuple(sorted(wanted))
         if self._compositions and (front := next(reversed(self._compositions))) != key:
-            self._compositions[front].stacks.plans.clear()  # its packed copies are outside the budget
+            self._compositions[front].stacks.forget_derived()  # its packed copies are outside the budget
         if key not in self._compositions:
             stacks = self._backbone.stacks([self._held[graft] for graft in key])
             self._compositions[key] = Composition(stacks, {graft: place for place, graft in enumerate(key)})

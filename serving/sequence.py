@@ -18,8 +18,8 @@ class GenerationRequest:
 
     `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token
     has index len(generated), so that a stream taken over by another replica draws what the first would have drawn.
-    `epoch` counts attempts; messages of an older one are stale. `prefix` are the virtual tokens of the graft, as far as
-    the ingress knows; the engine asks the graft itself.
+    `attempt` counts from 0; messages of an older attempt are stale. `prefix` are the virtual tokens of the graft, as
+    far as the ingress knows; the engine asks the graft itself.
     """
 
     id: str
@@ -32,7 +32,7 @@ class GenerationRequest:
     seed: int = 0
     eos_ids: tuple[int, ...] = ()
     generated: tuple[int, ...] = ()
-    epoch: int = 0
+    attempt: int = 0
     ingress: str = ""
     prefix: int = 0
 
@@ -79,8 +79,8 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def whole(self) -> int:
-        """How many of these must be computed in one step: those of a prompt that virtual tokens are made of."""
+    def min_chunk(self) -> int:
+        """How many of these its next step must compute at least: all of a prompt that virtual tokens are made of."""
         return self.virtual + len(self.request.prompt_ids) if self.reads_prompt and not self.computed else 1
 
     def inputs(self, start: int, rows: int) -> Iterator[Input]:

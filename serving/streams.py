@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import insort
 
 from polygraft.cluster.model import GraftId
-from polygraft.cluster.policy.batching import Running, Waiting, admit_streams, ever_fits
+from polygraft.cluster.policy.batching import Running, Waiting, admit_streams
+from polygraft.cluster.policy.entry import blocks_for, ever_fits
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
@@ -32,7 +33,7 @@ class Streams:
         if not ever_fits(settings.max_context, blocks=count - 1, block_size=BLOCK_SIZE):
             raise ValueError(
                 f"serve.kv_bytes: {settings.kv_bytes} is less than one context of {settings.max_context} tokens needs; "
-                f"give at least {(-(-settings.max_context // BLOCK_SIZE) + 2) * per_block}"
+                f"give at least {(blocks_for(settings.max_context, BLOCK_SIZE) + 2) * per_block}"
             )
         dtype, device = backbone.dtype, backbone.device
         self.cache = KVCache(backbone.shape, count, block_size=BLOCK_SIZE, dtype=dtype, device=device)
@@ -90,7 +91,7 @@ class Streams:
             if (spec := self._spec(sequence)) is not None:
                 sequence.attach_graft(spec)
         plan = admit_streams(
-            [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.whole) for s in ready],
+            [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.min_chunk) for s in ready],
             [self._as_running(sequence) for sequence in self.running],
             free_blocks=self.blocks.free_blocks,
             block_size=BLOCK_SIZE,
@@ -116,7 +117,7 @@ class Streams:
     def _as_running(self, sequence: Sequence) -> Running:
         id = sequence.request.id
         held, missing = len(self.blocks.table(id)), self.blocks.missing(id, sequence.cached + 1)
-        return Running(id, sequence.left, held, missing, sequence.whole)
+        return Running(id, sequence.left, held, missing, sequence.min_chunk)
 
     def _admit(self, sequence: Sequence) -> None:
         """Blocks for all its tokens, its graft's prefix in the first of them."""

@@ -5,12 +5,19 @@ What lies on the CPU is real. What lies on the device has a shape, a type and a 
 neither with one of no dimensions; so does what cannot go on without a value of the device (`item`, `nonzero`, a mask as
 an index). A copy to the CPU gives ones and is counted, since the host waits for it. Triton programs are not run, but
 every tensor that one is given must lie on the device. Shapes, types and devices are tested, then, and no numbers.
+
+Inside `watch` it is noted what the device is asked to do, and from which of our lines the host reads from it and sends
+to it.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +29,41 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from triton.runtime.jit import JITFunction
 
-from polygraft.grafts.methods import fourier
+from polygraft.grafts.methods.reparameterised import fourier
 from polygraft.kernels.nf4 import gpu as nf4_gpu
 from polygraft.kernels.rotate import gpu as rotate_gpu
 
 DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
 _KEPT = (fourier._entries, nf4_gpu._levels, rotate_gpu._channels)  # tensors that processes keep
+_ROOT = Path(__file__).resolve().parents[1]
+_OURS = tuple(f"{_ROOT / folder}/" for folder in ("grafts", "kernels", "serving", "trainers"))
+_ALLOCATES = (
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "_to_copy",
+)  # `_to_copy` counts as a copy
+
+
+@dataclass
+class Watched:
+    """What was asked of the device: our programs by name, the library's operations that work there by name (views and
+    allocations do not), and copies in both directions by the line of ours that made them. `host` are operations on
+    tensors of the CPU alone."""
+
+    programs: Counter[str] = field(default_factory=Counter)
+    operations: Counter[str] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
+    sends: Counter[str] = field(default_factory=Counter)
+    host: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def launches(self) -> int:
+        """At least so many: an operation of the library may be several."""
+        return self.programs.total() + self.operations.total() + self.reads.total() + self.sends.total()
 
 
 class FakeGpu(TorchDispatchMode):
@@ -36,6 +72,16 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads, self.launches, self.loading = 0, 0, False
+        self.watched: Watched | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[Watched]:
+        """Note what the device is asked for inside."""
+        self.watched = watched = Watched()
+        try:
+            yield watched
+        finally:
+            self.watched = None
 
     def __torch_dispatch__(
         self,
@@ -51,6 +97,8 @@ class FakeGpu(TorchDispatchMode):
             given["device"] = DEVICE
         leaves = tree_leaves((args, given))
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
+            if self.watched is not None:
+                self.watched.host[_name(func)] += 1
             with unset_fake_temporarily():
                 return func(*args, **given)
         if torch.is_inference_mode_enabled() and func._can_decompose():
@@ -59,11 +107,25 @@ class FakeGpu(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
             raise RuntimeError("a copy into a tensor on the CPU would be lost here; use .cpu()")
         found = func(*args, **given)
-        if func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) and found.device.type == "cpu":
+        read = func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) and found.device.type == "cpu"
+        if self.watched is not None:
+            self._note(self.watched, func, leaves, read=read)
+        if read:
             self.reads += 1
             with unset_fake_temporarily():
                 return torch.ones(found.shape, dtype=found.dtype)
         return found
+
+    def _note(self, watched: Watched, func: Callable[..., object], leaves: Sequence[object], *, read: bool) -> None:
+        sent = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, FakeTensor) and x.dim()]
+        if read:
+            watched.reads[_line()] += 1
+        elif sent:
+            watched.sends[_line()] += len(sent)
+        name = _name(func)
+        works = not getattr(func, "is_view", False) and name not in _ALLOCATES
+        if works or (name == "_to_copy" and not read and not sent):
+            watched.operations[name] += 1
 
 
 @contextmanager
@@ -71,8 +133,10 @@ def fake_gpu() -> Iterator[FakeGpu]:
     """Inside, `Backbone.load(..., device=DEVICE)` and what is done with it."""
     machine = FakeGpu()
 
-    def launch(_: JITFunction[object], *args: object, grid: object, warmup: bool, **constants: object) -> None:
+    def launch(program: JITFunction[object], *args: object, grid: object, warmup: bool, **constants: object) -> None:
         machine.launches += 1
+        if machine.watched is not None:
+            machine.watched.programs[program.__name__] += 1
         for x in args:
             assert not isinstance(x, Tensor) or x.device == DEVICE, f"a program was given a tensor on {x.device}"
 
@@ -108,6 +172,22 @@ def fake_gpu() -> Iterator[FakeGpu]:
         finally:
             for kept in _KEPT:
                 kept.cache_clear()
+
+
+def _name(func: Callable[..., object]) -> str:
+    """An operation's, without its namespace and overload."""
+    return str(func).split(".")[1] if str(func).count(".") else str(func)
+
+
+def _line() -> str:
+    """The innermost line of ours on the stack, as `folder/file.py:line`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename.replace("/.types/polygraft/", "/")
+        if file.startswith(_OURS):
+            return f"{Path(file).relative_to(_ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
 
 
 def _place(x: Tensor) -> int:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -23,14 +24,55 @@ LINES = 400
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
 TORCH_FREE = r"polygraft\.grafts\.(spec|grammar|methods|architectures|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
+ATOMIC = r"polygraft\.kernels\.common\.atomic\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "grafts": (WHOLE["kernels"],),
-    "cluster": (TORCH_FREE, COST),
+    "cluster": (TORCH_FREE, COST, ATOMIC),
     "trainers": (WHOLE["cluster"], WHOLE["grafts"], WHOLE["kernels"]),
     "serving": (WHOLE["cluster"], WHOLE["grafts"], WHOLE["kernels"]),
     "tuning": (WHOLE["cluster"], TORCH_FREE),
+}
+# All modules from the bottom to the top, in packages too: a module imports from its own layer and from those before it.
+# The first pattern that fits a module's name, without `polygraft.`, is its layer.
+LAYERS: dict[str, str] = {
+    "kernels: what the ops share": r"kernels\.common\..+",
+    "kernels: the branch, which other ops take up": r"kernels\.branch\..+",
+    "kernels: the other ops": r"kernels\..+",
+    "grafts: text": r"grafts\.text\..+",
+    "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
+    "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused)",
+    "grafts: what follows from a declaration": r"grafts\.(grammar|sizes|bound|compose|sources|catalogue|s4|lowering)",
+    "grafts: the methods": r"grafts\.methods\..+",
+    "grafts: the runtime": r"grafts\.runtime\..+",
+    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge)",
+    "grafts: files": r"grafts\.formats\..+",
+    "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation)",
+    "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
+    "cluster: policy": r"cluster\.policy\..+",
+    "cluster: how events change the snapshot": r"cluster\.evolve",
+    "cluster: the store": r"cluster\.store\..+",
+    "cluster: what is written to the store together": r"cluster\.(advance|publish|api_keys|story)",
+    "cluster: the client of the HTTP API": r"cluster\.client",
+    "cluster: Ray's actors": r"cluster\.actors\..+",
+    "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
+    "trainers: its shell": r"trainers\.(worker|host)",
+    "serving: the engine, without Ray": r"serving\.(?!local$|remote$|gateway$|http\.|ingress$|replica$|app$).+",
+    "serving: from an ingress to engines": r"serving\.(local|remote|gateway)",
+    "serving: HTTP": r"serving\.http\..+",
+    "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
+    "tuning: spaces and the study": r"tuning\.(space|study|samplers\..+)",
+    "tuning: a search and its driver": r"tuning\..+",
+    "launch: the demo's oracles": r"launch\.demo\.oracle\..+",
+    "launch: processes and what commands share": r"launch\.(?!main$|__main__$)\w+",
+    "launch: the demo": r"launch\.demo\..+",
+    "launch: commands": r"launch\.commands\..+",
+    "launch: the command line": r"launch\.(main|__main__)",
+}
+# Arrows that close a cycle and go with the rebuilding of the runtime.
+BEING_MENDED = {
+    ("polygraft.grafts.spec", "polygraft.grafts.sites"),
 }
 # Policy is pure: a fixed part of the standard library, our value types, itself. An allow-list, so that time, random,
 # logging, ray, redis and torch fail by absence.
@@ -51,6 +93,7 @@ class Import:
     line: int
     name: str
     relative: bool
+    typing: bool  # under `if TYPE_CHECKING`
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line}: {self.name}"
@@ -70,6 +113,30 @@ def test_nobody_imports_the_composition_root() -> None:
     assert not wrong, report(wrong)
 
 
+def test_no_import_points_to_a_layer_above() -> None:
+    """What is under TYPE_CHECKING may: it names what a caller from above hands in (a method's start is given a
+    `Making`), and the module runs without what it names."""
+    levels = {name: _level(name) for name in modules()}
+    assert set(levels.values()) == set(range(len(LAYERS))), "a layer without modules"
+    wrong = []
+    for found in imports():
+        if not found.typing and (target := imported(found.name)) and levels[target] > levels[module(found.path)]:
+            wrong.append(found)
+    assert not wrong, report(wrong)
+
+
+def test_the_import_graph_has_no_cycle() -> None:
+    """Of all imports, those inside functions and under TYPE_CHECKING too."""
+    graph: dict[str, set[str]] = {name: set() for name in modules()}
+    for found in imports():
+        if (target := imported(found.name)) and (module(found.path), target) not in BEING_MENDED:
+            graph[module(found.path)].add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a cycle: {' -> '.join(error.args[1])}")
+
+
 def test_our_packages_are_imported_by_their_full_names() -> None:
     wrong = [found for found in imports() if found.relative or found.name.split(".")[0] in FOLDERS]
     assert not wrong, report(wrong)
@@ -82,6 +149,11 @@ def test_kernels_is_a_namespace_so_that_it_cannot_shadow_hugging_faces_kernels()
 def test_every_other_package_has_an_empty_init() -> None:
     folders = {path.parent for path in sources()} - {ROOT / "kernels"}
     wrong = [f for f in folders if not (f / "__init__.py").exists() or (f / "__init__.py").read_text()]
+    assert not wrong, report(wrong)
+
+
+def test_every_folder_says_that_its_types_are_its_own() -> None:
+    wrong = [folder for folder in FOLDERS if not (ROOT / folder / "py.typed").exists()]  # PEP 561
     assert not wrong, report(wrong)
 
 
@@ -99,6 +171,16 @@ def test_nothing_is_saved_or_loaded_with_pickle() -> None:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
                 wrong.append(f"{path.relative_to(ROOT)}:{node.value.lineno}: allow_pickle")
+    assert not wrong, report(wrong)
+
+
+def test_only_one_module_renames_files() -> None:
+    """What must be whole goes through polygraft.kernels.common.atomic, which syncs before and after."""
+    wrong = []
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and module(path) != "polygraft.kernels.common.atomic" and _renames(node):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert not wrong, report(wrong)
 
 
@@ -125,7 +207,7 @@ def test_every_imported_library_is_declared() -> None:
 @pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster"])
 def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
     names = sorted({module(path) for path in sources(folder)})
-    patterns = {"grafts": TORCH_FREE, "kernels": COST, "cluster": r"polygraft\.cluster\b"}
+    patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
     names = [name for name in names if matches(name, (patterns[folder],))]
     # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
     code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"
@@ -138,6 +220,36 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), path)
 
 
+@cache
+def modules() -> frozenset[str]:
+    """All modules but the packages, which are empty."""
+    return frozenset(module(path) for path in sources() if path.name != "__init__.py")
+
+
+def imported(name: str) -> str | None:
+    """The module of ours that an import loads: `name` itself, or what has it as an attribute."""
+    return next((one for one in (name, name.rpartition(".")[0]) if one in modules()), None)
+
+
+def _level(name: str) -> int:
+    """The number of a module's layer, from the bottom."""
+    inner = name.removeprefix("polygraft.")
+    for level, pattern in enumerate(LAYERS.values()):
+        if re.fullmatch(pattern, inner):
+            return level
+    pytest.fail(f"{name} is in no layer; give it one in LAYERS")
+
+
+def _renames(call: ast.Call) -> bool:
+    """Whether this is os.replace, os.rename, shutil.move, or the method of a Path: a string's replace has two
+    arguments."""
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    if ast.unparse(call.func) in ("os.replace", "os.rename", "os.renames", "shutil.move"):
+        return True
+    return call.func.attr in ("replace", "rename") and len(call.args) == 1 and not call.keywords
+
+
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders or FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
@@ -145,12 +257,20 @@ def sources(*folders: str) -> list[Path]:
 def imports(*folders: str) -> Iterator[Import]:
     """Every import of the folders' files, those inside functions and under TYPE_CHECKING too."""
     for path in sources(*folders):
+        guarded = {
+            inner
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for inner in ast.walk(node)
+        }
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Import):
-                yield from (Import(path, node.lineno, alias.name, False) for alias in node.names)
+                for alias in node.names:
+                    yield Import(path, node.lineno, alias.name, False, node in guarded)
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    yield Import(path, node.lineno, f"{node.module or ''}.{alias.name}", node.level > 0)
+                    name = f"{node.module or ''}.{alias.name}"
+                    yield Import(path, node.lineno, name, node.level > 0, node in guarded)
 
 
 def module(path: Path) -> str:

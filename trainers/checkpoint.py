@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.sites import ModelShape
+from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import RunningJob
 
@@ -35,15 +35,13 @@ def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
     name = f"checkpoint-{active.step:08d}"
     if (folder / name).exists():
         return name
-    draft = folder / f".{name}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     parts = {part: getattr(active.slab, part) for part in _TENSORS}
     frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
     state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.spec.to_json())}
-    write(draft / "state.json", json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
-    os.rename(draft, folder / name)
+    remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
+    with whole_folder(folder / name) as draft:
+        save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
+        (draft / "state.json").write_text(json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
             shutil.rmtree(old, ignore_errors=True)
@@ -72,13 +70,3 @@ def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torc
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
     return RunningJob(job, slab, **{key: state[key] for key in _FIELDS})
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a small file as a whole and make sure that it is on disk."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.linear import HEAD_BLOCK
+from polygraft.grafts.runtime.linears.choose import HEAD_BLOCK
 
 CHUNK = HEAD_BLOCK  # rows whose logits exist at a time
 SLICE = 32  # of them in float32

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from polygraft.trainers.checkpoint import write
+from polygraft.kernels.common.atomic import write_text
 
 SCHEMA = 1
 
@@ -27,8 +27,7 @@ class Manifest:
     jobs: Mapping[str, str | None] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "manifest.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
+        write_text(folder / "manifest.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
 
     @staticmethod
     def load(folder: Path) -> Manifest:

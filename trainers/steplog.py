@@ -27,7 +27,6 @@ class StepLog:
             "rows": step.rows,
             "jobs": list(step.jobs),
             "methods": sorted({methods[job] for job in step.jobs}),
-            "merged": False,
             "device": self._device,
         }
         self._file.write(json.dumps(line) + "\n")

@@ -170,7 +170,7 @@ class PackWorker:
             return JobError("invalid_training_data", str(error), "training_file")
         except Exception as error:  # whatever its graft or its samples lead to is the job's own
             if allocation_failed(error):
-                return JobError("out_of_memory", f"{peft!r} does not fit beside the pack's other jobs")
+                return JobError("out_of_memory", f"{peft!r} does not fit together with the pack's other jobs")
             _LOG.exception("job %s of %s could not start", record.id, self.pack)
             return JobError("cannot_start", f"{PEFT}: {peft!r} cannot start: {type(error).__name__}: {error}", PEFT)
         return active

@@ -58,7 +58,7 @@ class Interrupted(Exception):
     """The search was stopped from outside; the same call with the same study goes on with it."""
 
 
-def search(
+def search(  # noqa: PLR0913
     plan: SearchPlan,
     *,
     store: Store,

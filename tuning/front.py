@@ -16,7 +16,7 @@ from polygraft.tuning.study import Result, Trial, TrialState, pareto
 
 _INK, _SOFT, _GRID = "#1f2933", "#697586", "#e6eaee"
 _FRONT, _OTHER, _BEFORE = "#0f766e", "#a9b7c4", "#b45309"
-_ROWS = 10  # grafts that are spelled out beside the plot
+_ROWS = 10  # grafts that are spelled out next to the plot
 
 Points = Sequence[tuple[float, float]]  # (loss, parameters)
 
@@ -121,7 +121,7 @@ def _baseline(axes: Axes, trials: Sequence[Trial]) -> None:
     _note(axes, text, (axes.get_xlim()[1], before), shift=(-6, 5), ha="right", va="baseline", color=_BEFORE)
 
 
-def _note(
+def _note(  # noqa: PLR0913
     axes: Axes,
     text: str,
     at: tuple[float, float],
@@ -131,7 +131,7 @@ def _note(
     va: Literal["center", "baseline"],
     color: str,
 ) -> None:
-    """Text beside a point, `shift` points of the printer's kind away."""
+    """Text next to a point, `shift` points of the printer's kind away."""
     axes.annotate(text, at, xytext=shift, textcoords="offset points", ha=ha, va=va, color=color, fontsize=9.3)
 
 
@@ -177,7 +177,7 @@ def _before(trials: Sequence[Trial]) -> float | None:
 
 
 def _words(peft: str) -> tuple[str, str]:
-    """The union, and its layers apart where all of its terms have the same ones."""
+    """The union, and its layers on their own where all of its terms have the same ones."""
     layers = set(re.findall(r"@([0-9,-]+)", peft))
     if len(layers) > 1 or (layers and peft.count("@") != peft.count("(")):
         return peft, ""

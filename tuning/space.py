@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import find
@@ -149,7 +150,7 @@ def autopeft(
     prefix = shape.hidden if longest is None else longest
     methods = (Sized("serial", adapter), Sized("parallel", adapter), Sized("prefix", prefix))
     edges = [index * shape.layers // bits for index in range(bits + 1)]
-    ranges = tuple((first, after - 1) for first, after in zip(edges, edges[1:], strict=False))
+    ranges = tuple((first, after - 1) for first, after in pairwise(edges))
     return Space(shape, methods, ranges, learning_rate or rates(sized.method for sized in methods))
 
 

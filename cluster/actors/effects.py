@@ -1,4 +1,4 @@
-"""Decisions become Ray calls, one host actor a pack. Beside launch, only this file starts and ends Ray's processes."""
+"""Decisions become Ray calls, one host actor a pack. But for launch, only this file starts and ends Ray's processes."""
 
 from __future__ import annotations
 

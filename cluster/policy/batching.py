@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from polygraft.cluster.policy.entry import blocks_for, may_enter
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A stream in the cache: `left` rows to compute (1 while decoding), the first `whole` of them in one step, blocks
-    `held` and `missing` for the next."""
+    """A stream in the cache: `left` rows to compute (1 while decoding), at least `min_chunk` of them in its next step,
+    blocks `held` and `missing` for the next row."""
 
     id: str
     left: int
     held: int
     missing: int
-    whole: int = 1
+    min_chunk: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A stream without cache blocks: `left` rows to compute, the first `whole` of them in one step, which with its
-    graft's prefix fill `slots` cache slots."""
+    """A stream without cache blocks: `left` rows to compute, at least `min_chunk` of them in its first step; with its
+    graft's prefix they fill `slots` cache slots."""
 
     id: str
     left: int
     slots: int
-    whole: int = 1
+    min_chunk: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,42 +50,31 @@ def admit_streams(
     max_streams: int,
     rows: int,
 ) -> StepPlan:
-    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows; a chunk that must be
-    whole may go beyond, and is the last.
+    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows; a chunk whose
+    `min_chunk` is more may go beyond, and is the last.
 
-    Decoding streams get a row each, then prefills get chunks, then new streams are admitted while each leaves a free
-    block for every running stream and itself (S-LoRA's test, one step ahead). The first that does not fit stops the
-    queue. While streams are evicted nobody is admitted.
+    Decoding streams get a row each, then prefills get chunks, then new streams are admitted while `may_enter` says so.
+    The first that does not fit stops the queue. While streams are evicted nobody is admitted.
     """
     stay, evicted, free = _evict(running, free_blocks)
     free -= sum(stream.missing for stream in stay)
     chunks: list[tuple[str, int]] = []
     for stream in sorted(stay, key=lambda stream: stream.left > 1):  # stable: oldest first within decode and prefill
         if rows > 0:
-            chunks.append((stream.id, max(stream.whole, min(stream.left, rows))))
+            chunks.append((stream.id, max(stream.min_chunk, min(stream.left, rows))))
             rows -= chunks[-1][1]
 
     admitted: list[str] = []
     for candidate in waiting if not evicted else ():
         streams = len(stay) + len(admitted)
         needed = blocks_for(candidate.slots, block_size)
-        if rows < 1 or streams >= max_streams or free < needed + streams + 1:
+        if rows < 1 or not may_enter(needed, running=streams, free_blocks=free, max_streams=max_streams):
             break
         admitted.append(candidate.id)
-        chunks.append((candidate.id, max(candidate.whole, min(candidate.left, rows))))
+        chunks.append((candidate.id, max(candidate.min_chunk, min(candidate.left, rows))))
         rows -= chunks[-1][1]
         free -= needed
     return StepPlan(evicted, tuple(admitted), tuple(chunks))
-
-
-def blocks_for(slots: int, block_size: int) -> int:
-    """Cache blocks that hold `slots` slots."""
-    return -(-slots // block_size)
-
-
-def ever_fits(slots: int, *, blocks: int, block_size: int) -> bool:
-    """Whether `admit_streams` takes such a stream when nothing else runs and all `blocks` are free."""
-    return blocks > blocks_for(slots, block_size)
 
 
 def _evict(running: Sequence[Running], free: int) -> tuple[list[Running], tuple[str, ...], int]:

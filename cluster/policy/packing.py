@@ -18,7 +18,7 @@ def usable_pack(packs: Iterable[Pack], backbone: str) -> Pack | None:
 
 
 def free_device(snapshot: Snapshot, taken: Mapping[DeviceId, int]) -> DeviceId | None:
-    """A device with a free share beside the `taken` ones: most free shares first, then the smallest id."""
+    """A device that has a free share besides the `taken` ones: most free shares first, then the smallest id."""
     free = {device: snapshot.free_shares(device) - taken.get(device, 0) for device in snapshot.devices}
     return min((one for one in free if free[one] > 0), key=lambda one: (-free[one], one), default=None)
 

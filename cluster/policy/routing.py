@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from polygraft.cluster.model import GraftId, ReplicaId
+from polygraft.cluster.policy.entry import blocks_for, ever_fits, may_enter
 
 
 class RefusalReason(StrEnum):
@@ -60,11 +61,12 @@ def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
     candidates = [replica for replica in view.replicas if replica.id not in request.tried]
     if not candidates:
         return Refusal(RefusalReason.ALL_FULL if request.tried else RefusalReason.NO_REPLICA)
-    needed = -(-request.slots // view.block_size)
-    possible = [replica for replica in candidates if replica.blocks > needed]
+    size = view.block_size
+    possible = [replica for replica in candidates if ever_fits(request.slots, blocks=replica.blocks, block_size=size)]
     if not possible:
         return Refusal(RefusalReason.TOO_LONG)
 
+    needed = blocks_for(request.slots, size)
     fitting = [replica for replica in possible if _starts(view, replica, needed)]
     if fitting:
         return max(fitting, key=lambda one: (one.running, request.graft in one.resident, -one.free_blocks, one.id)).id
@@ -75,7 +77,7 @@ def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
 
 
 def _starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
-    """Whether the next step has a place, the blocks, and one more block for every stream that runs then."""
-    if replica.waiting or replica.running >= view.max_streams:
-        return False
-    return replica.free_blocks >= needed + replica.running + 1
+    """Whether its engine's next step admits the request: nobody waits before it, and it may enter."""
+    return not replica.waiting and may_enter(
+        needed, running=replica.running, free_blocks=replica.free_blocks, max_streams=view.max_streams
+    )

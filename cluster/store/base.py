@@ -2,7 +2,7 @@
 
 - Values are frozen; what `get` returned never changes under its reader. All methods may be called from any thread.
 - `commit` and `submit` are atomic: all writes, events and appends, or none. Versions grow over the whole store and
-  are never reused, so an expected version also tells a deleted and recreated record apart; compare them for equality
+  are never reused, so an expected version also tells a recreated record from the deleted one; compare them for equality
   only.
 - Ids of events and stream entries are "<milliseconds>-<sequence>" and strictly grow within their stream.
 - A returned `commit` or `submit` is on disk (the memory twin: in memory). `append` is not until `durable` returns.

@@ -16,6 +16,7 @@ from typing import Self
 
 from polygraft.cluster.store.base import StoreError, StoreUnavailable
 from polygraft.cluster.store.wire import Wire
+from polygraft.kernels.common.atomic import write_text
 
 READY_S = 30.0  # reading a large append-only file back takes a while
 STOP_S = 10.0
@@ -112,9 +113,7 @@ class EmbeddedServer:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / "password"
         if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
+            write_text(path, secrets.token_hex(32), mode=0o600)
         return path.read_text()
 
     def _wait_until_ready(self) -> None:

@@ -1,4 +1,4 @@
-"""The store in one process's memory: the twin that tests and the simulator use. Nothing survives the process."""
+"""The store in one process's memory: the twin that tests use. Nothing survives the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that AdapterHub's library `adapters` writes, `adapter_config.json` beside `adapter.safetensors`, for
+"""The folder that AdapterHub's library `adapters` writes, `adapter_config.json` and `adapter.safetensors`, for
 bottleneck adapters and prefixes on Llama, Mistral, GPT-2, BERT and RoBERTa.
 
 A bottleneck reads the sublayer's output h, its input x (`is_parallel`), or h + x on the residual stream

@@ -1,4 +1,4 @@
-"""A fine-tuned model as one bit an element beside the model it was tuned from (BitDelta, Liu et al. 2024, arXiv
+"""A fine-tuned model as one bit an element on top of the model it was tuned from (BitDelta, Liu et al. 2024, arXiv
 2402.10193)."""
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ order there: of each head the two halves, which rotate together, lie interleaved
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from polygraft.grafts.formats.peft_modules import path
 from polygraft.grafts.formats.plain import plain
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.spec import Branch, GraftSpec
+from polygraft.kernels.common.atomic import whole_file
 
 # llama.cpp's architecture of a model_type whose projections it keeps whole.
 _ARCHITECTURES = {
@@ -58,10 +57,7 @@ def export(
     names = gguf.get_tensor_name_map(model, shape.layers)
     scales = {index: slot.scale for index, slot in enumerate(lora.slots) if isinstance(slot, Branch)}
     alpha = _alpha(lora)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=".draft-", dir=target.parent)
-    os.close(handle)
-    try:
+    with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, kind)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -80,10 +76,6 @@ def export(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.chmod(draft, 0o644)
-        os.rename(draft, target)
-    finally:
-        Path(draft).unlink(missing_ok=True)
 
 
 def _alpha(lora: GraftSpec) -> float:

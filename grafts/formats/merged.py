@@ -16,10 +16,10 @@ from torch import Tensor
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.backbone_files import CONFIG, BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.draft import drafted
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Affine, GraftSpec
+from polygraft.kernels.common.atomic import whole_folder
 
 _CONFIG, _INDEX = CONFIG, "model.safetensors.index.json"
 _BESIDE = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation config
@@ -39,7 +39,7 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     if any(isinstance(slot, Affine) and slot.shift for slot in spec.slots):
         config |= dict.fromkeys(_BIASES & config.keys(), True)
     try:
-        with drafted(target) as draft:
+        with whole_folder(target) as draft:
             places: dict[str, str] = {}
             stored = BackboneFiles(backbone)
             for shard, tensors in _folded(stored, spec, values, _keys(config, stored.shape)):

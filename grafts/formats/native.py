@@ -1,4 +1,4 @@
-"""The native graft folder: `graft.json` (what it is and what it grows on) beside `graft.safetensors` (its tensors, in
+"""The native graft folder: `graft.json` (what it is and what it grows on) and `graft.safetensors` (its tensors, in
 float32)."""
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
-from polygraft.grafts.formats.draft import drafted
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 from polygraft.grafts.text.plain_json import load as load_json
+from polygraft.kernels.common.atomic import whole_folder
 
 SCHEMA = 1
 DESCRIPTION, WEIGHTS = "graft.json", "graft.safetensors"
@@ -58,8 +58,8 @@ def save(
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 
-    PEFT's files lie beside ours where PEFT has the method, with `base` as the backbone's public name; for some methods
-    the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
+    PEFT's files lie in the same folder where PEFT has the method, with `base` as the backbone's public name; for some
+    methods the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
     """
     kept = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in values.items()}
     check(spec, kept, shape)
@@ -75,7 +75,7 @@ def save(
         "spec": json.loads(spec.to_json()),
     }
     try:
-        with drafted(folder) as draft:
+        with whole_folder(folder) as draft:
             save_file(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(spec, shape, stock):

@@ -1,4 +1,4 @@
-"""The folder that Hugging Face PEFT reads: `adapter_config.json` beside `adapter_model.safetensors`, for every method
+"""The folder that Hugging Face PEFT reads: `adapter_config.json` and `adapter_model.safetensors`, for every method
 whose file declares how PEFT keeps it, and for what such a method can stand for (`plain.py`).
 
 The keys are those of peft 0.21's save_pretrained; its loader only warns about missing or unknown ones, here they are
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
-from polygraft.grafts.formats import peft_beside
+from polygraft.grafts.formats import peft_extras
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.peft_config import own_graft
@@ -88,7 +88,7 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         spec = own_graft(layout, config, shape, stored=True)
         exchange = Exchange(layout, spec, shape, stock)
         stored = load_file(file(folder, WEIGHTS))
-        more, changes, keys = peft_beside.read(config, stored, spec, shape, stock)
+        more, changes, keys = peft_extras.read(config, stored, spec, shape, stock)
         whole = union([*terms(spec.method), *more]) if more else spec
     except (FormatError, SpecError, SafetensorError, OSError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
@@ -140,7 +140,7 @@ def _written(
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""
-    graft = peft_beside.apart(spec, shape)
+    graft = peft_extras.split(spec, shape)
     own = graft.own
     kept: Mapping[str, Tensor] | None = None if values is None else graft.values(values)
     members = _members(own, shape)
@@ -151,7 +151,7 @@ def _written(
             raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; keep the native folder")
         own, kept = simpler
     layout = members[0].layout
-    more, files = peft_beside.write(layout, graft, values, stock)
+    more, files = peft_extras.write(layout, graft, values, stock)
     exchange = Exchange(layout, own, shape, stock)
     return _described(members, shape) | more, files if kept is None else exchange.write(kept) | files
 

@@ -1,5 +1,5 @@
 """What a PEFT config trains of the backbone's own numbers, and as which op's tensors we have that: one table for both
-ways (`peft_beside.py`)."""
+ways (`peft_extras.py`)."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def change_of(slot: Slot, site: Site) -> Change | None:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a config trains beside a method whose sites are `wrapped`: the `saved` modules whole, and with `bias` the
-    biases of none, of the method's modules (`lora_only`) or of all."""
+    """What a config trains in addition to a method whose sites are `wrapped`: the `saved` modules whole, and with
+    `bias` the biases of none, of the method's modules (`lora_only`) or of all."""
 
     stock: BackboneFiles
     wrapped: frozenset[Site]

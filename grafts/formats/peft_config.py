@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.peft_beside import beside
+from polygraft.grafts.formats.peft_extras import extra_terms
 from polygraft.grafts.formats.peft_modules import groups
 from polygraft.grafts.grammar import Term, parse, terms, union
 from polygraft.grafts.methods.configs import arguments, flat, is_config, layout_of, of_text
@@ -31,7 +31,7 @@ def asked_for(text: str, shape: ModelShape, stock: BackboneFiles) -> GraftSpec:
     try:
         layout = layout_of(config, stored=False)
         own = own_graft(layout, _named(layout, config), shape, stored=False)
-        more = beside(config, own, shape, stock)
+        more = extra_terms(config, own, shape, stock)
     except FormatError as error:
         raise SpecError(str(error)) from None
     return union([*terms(own.method), *more]) if more else own

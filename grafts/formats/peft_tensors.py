@@ -90,7 +90,7 @@ class Exchange:
 
     @cached_property
     def _blank(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the zeros that PEFT keeps beside."""
+        """Shapes of the zeros that PEFT keeps, too."""
         return {
             f"{self._module(site)}.{key}": size
             for site in self._sites
@@ -98,7 +98,7 @@ class Exchange:
         }
 
     def _passed_over(self, stored: Values) -> set[str]:
-        """Zeros, and the copies of shared tensors that PEFT writes beside every module."""
+        """Zeros, and the copies of shared tensors that PEFT writes for every module."""
         for key in self._blank.keys() & stored.keys():
             if bool(stored[key].count_nonzero()):
                 raise FormatError(f"{key}: is not zero, so this is another method")

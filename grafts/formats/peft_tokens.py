@@ -1,5 +1,5 @@
-"""Rows of the input embeddings that are edited beside a method, PEFT's `trainable_token_indices`: one table of modules
-and their tokens for both ways.
+"""Rows of the input embeddings that are edited in addition to a method, PEFT's `trainable_token_indices`: one table of
+modules and their tokens for both ways.
 
 PEFT edits a head that is tied to the embeddings with them, but for a config that names both with other tokens for each.
 So where they are tied, the config of edits in the input alone names the head with one token, whose row stays the

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Build = Callable[..., tuple[Slot, ...]]
 _LARGEST_INTEGER = 2**31 - 1  # more than a model has of anything
 _LARGEST_NUMBER = 3.4028234e38  # that float32 holds
-Through = Callable[["Tensor", int], Mapping[int, tuple["Tensor", "Tensor"]]]
+RunFromLayer = Callable[["Tensor", int], Mapping[int, tuple["Tensor", "Tensor"]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +89,16 @@ class TensorDecl:
 class Lowering:
     """What the operands of a form may depend on beside its tensors.
 
-    `weight` gives the frozen W [out, in] of the site, or of another in its layer by name, float32 or wider. `through`
-    runs rows [p, hidden] that enter before a layer (its number) through the frozen layers from there on, by themselves
-    and at positions 0 to p - 1: the keys and values that they leave, by layer, once for all sites. `draw` is a
-    number of the job's optimiser step, hashed with its seed, for forms that are redrawn each step; None when the graft
-    is served or evaluated.
+    `weight` gives the frozen W [out, in] of the site, or of another in its layer by name, float32 or wider.
+    `run_from_layer` runs rows [p, hidden] that enter before a layer (its number) through the frozen layers from there
+    on, by themselves and at positions 0 to p - 1: the keys and values that they leave, by layer, once for all sites.
+    `draw` is a number of the job's optimiser step, hashed with its seed, for forms that are redrawn each step; None
+    when the graft is served or evaluated.
     """
 
     place: SiteShape
     weight: Callable[..., Tensor]
-    through: Through
+    run_from_layer: RunFromLayer
     draw: int | None = None
 
 
@@ -112,16 +112,16 @@ class Parametrization:
 
     `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
     `operands` maps their values, by part, to the op's operands (A [rank, in] and B [rank, out] of a branch, "W" [out,
-    in] of a delta, ...): pure and differentiable, in the values' dtype. One that takes rows `through` the frozen layers
-    needs a decoder, whose rows see none but those before them. Files of grafts may call it what it was called
-    `formerly`.
+    in] of a delta, ...): pure and differentiable, in the values' dtype. One that runs rows through the frozen layers
+    (`runs_layers`) needs a decoder, whose rows see none but those before them. Files of grafts may call it what it was
+    called `formerly`.
     """
 
     name: str
     operands: Callable[..., Mapping[str, Tensor]]  # (slot, values, lowering, **arguments)
     own: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, place, **arguments)
     shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
-    through: bool = False
+    runs_layers: bool = False
     formerly: str | None = None
 
 

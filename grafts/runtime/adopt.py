@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime.attention import position_bias
-from polygraft.grafts.runtime.compiled import frozen_linear
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
-from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.linears.choose import frozen_linear
+from polygraft.grafts.runtime.linears.nf4 import Nf4Linear
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.grafts.runtime.modules import FusedProjection, Layer, SiteLinear, SiteNorm, Sublayer, SublayerInput
-from polygraft.grafts.runtime.nf4 import Nf4Linear
 from polygraft.grafts.runtime.norms import FrozenNorm
 from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.sites import BLOCK_SITE, NORMS, SUBLAYER, ModelShape, Site, module_path
 
 # Projections that read one input and are multiplied as one.
-TOGETHER = (
+FUSED_GROUPS = (
     ("attn.q", "attn.k", "attn.v"),
     ("attn.o",),
     ("cross.q",),
@@ -31,6 +31,9 @@ TOGETHER = (
     ("ffn.gate", "ffn.up"),
     ("ffn.down",),
 )
+
+# The projection that reads a sublayer's input.
+_FIRST = {"attn.out": "attn.q", "cross.out": "cross.q", "ffn.out": "ffn.up"}
 
 
 class Adoption:
@@ -77,8 +80,8 @@ class Adoption:
             members = [SiteLinear(group, linear, member) for member in range(len(group))]
             for member, site in enumerate(group):
                 self.linears[site], self.projections[site] = (linear, member), members[member]
-            for path, beside in groupby(members, lambda member: self._path(member.site)):
-                found = list(beside)
+            for path, sharing in groupby(members, lambda member: self._path(member.site)):
+                found = list(sharing)
                 heads = self.shape.heads if self.table.interleaved else None
                 self._put(path, FusedProjection(found, heads) if len(found) > 1 else found[0])
 
@@ -88,9 +91,9 @@ class Adoption:
         inner = self.base.get_submodule(self._path(site))
         if isinstance(getattr(inner, "act_fn", None), SiLUActivation) and "ffn.gate" in self.table.modules:
             inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
-        apart, first = site.name in self.table.inputs, inner
-        self._put(self._path(site), Sublayer(site, inner, apart=apart))
-        if apart:
+        ends, first = site.name in self.table.inputs, inner
+        self._put(self._path(site), Sublayer(site, inner, ends=ends, norm=None if ends else self._norm_before(site)))
+        if ends:
             path = f"{self.table.layers}.{site.layer}.{self.table.inputs[site.name]}"
             first = self.base.get_submodule(path)
             self._put(path, SublayerInput(site, first))
@@ -98,6 +101,12 @@ class Adoption:
         setattr(first, "crosses", site.name == "cross.out")
         if hasattr(first, "relative_attention_bias"):
             setattr(first, "compute_bias", position_bias(first.compute_bias))  # type: ignore[arg-type]
+
+    def _norm_before(self, site: Site) -> Site | None:
+        """The norm whose output a sublayer reads; None where the table names none."""
+        table = self.shape.stack(site.layer)
+        names = (name for name in NORMS if _FIRST[site.name] in table.readers(name))
+        return next((Site(site.layer, name) for name in names), None)
 
     def _rows(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias of a projection, which may be some rows of a module's."""
@@ -112,7 +121,7 @@ class Adoption:
         return self.base.get_submodule(self._path(site)).get_parameter("weight")
 
     def _groups(self, layer: int) -> Iterator[list[Site]]:
-        for names in TOGETHER:
+        for names in FUSED_GROUPS:
             group = [site for name in names if self.shape.has(site := Site(layer, name))]
             if group:
                 yield group

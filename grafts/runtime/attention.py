@@ -3,13 +3,14 @@ prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from polygraft.grafts.runtime.keys import KVKey
 from polygraft.grafts.runtime.route import RouteTable, current
-from polygraft.grafts.runtime.stacks import Entries, Kind
+from polygraft.grafts.runtime.stack import Stack, StackSlices
 from polygraft.grafts.sites import KV_SITE, ModelShape, Site
 from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.kv.aside import aside
@@ -29,7 +30,7 @@ class WholeSequences:
     sequences: tuple[tuple[int, int], ...]
     shape: ModelShape
     source: tuple[tuple[int, int], ...] = ()
-    _layouts: dict[tuple[Entries | None, int, bool], Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[StackSlices | None, int, bool], Layout] = field(default_factory=dict)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         return attend(q, k, v, *self._prefixes(layer, k, route), scores)
@@ -41,12 +42,12 @@ class WholeSequences:
 
     def _prefixes(self, layer: int, k: Tensor, route: RouteTable) -> tuple[Tensor, Tensor, Layout]:
         """The layer's prefix stack, keys and values, and where its rows stand."""
-        stack = route.stacks.get(Site(layer, KV_SITE)).get(Kind("kv"))
+        stack = route.stacks.get(Site(layer, KV_SITE)).get(KVKey())
         if stack is None:
             empty = k.new_empty(0, k.shape[1])
-            return empty, empty, self._layout(layer, (), len(k), 0, route)
+            return empty, empty, self._layout(layer, StackSlices(), len(k), 0, route)
         pk, pv = stack.parts["k"], stack.parts["v"]
-        return pk, pv, self._layout(layer, stack.entries, len(k), len(pk), route)
+        return pk, pv, self._layout(layer, stack.slices, len(k), len(pk), route)
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Attention to the encoder's rows, whose keys and values k and v are."""
@@ -66,13 +67,13 @@ class WholeSequences:
         prefix = max((resident.spec.prefix_length for resident in route.stacks.residents), default=0)
         return bucket(prefix + max(length for _, length in self.sequences))
 
-    def _layout(self, layer: int, entries: Entries, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
+    def _layout(self, layer: int, slices: StackSlices, rows: int, prefix_rows: int, route: RouteTable) -> Layout:
         causal = self.shape.stack(layer).causal
-        key = (entries, rows, causal)
+        key = (slices, rows, causal)
         if key not in self._layouts:
             prefixes = {
                 start: (segment.first, segment.size)
-                for segment in route.segments(entries)
+                for segment in route.segments(slices)
                 for start, _ in self.sequences
                 if segment.start <= start < segment.stop
             }
@@ -102,28 +103,35 @@ def attention_forward(
         assert isinstance(route.attention, WholeSequences)
         return route.attention.cross(q, k, v, Scores(scaling)).view(1, len(q), query.shape[1], -1), None
     scores = Scores(scaling, sliding_window, None if position_bias is None else position_bias[0], softcap)
-    stacks = route.stacks.get(Site(layer, KV_SITE))
-    if any(kind.gate for kind in stacks):
-        out = _gated(layer, q, k, v, route, kv_heads, scores)
+    site = Site(layer, KV_SITE)
+    gated = [(key, stack) for key, stack in route.stacks.of_kind(site, KVKey) if key.gate != "none"]
+    if gated:
+        out = _joined(layer, q, k, v, gated, route, scores)
     else:
         out = route.attention(layer, q, k, v, route=route, scores=scores)
-    stack = stacks.get(Kind("kv", "aside"))
+    stack = route.stacks.get(site).get(KVKey(aside=True))
     if stack is not None:
         pk, pv = stack.parts["k"], stack.parts["v"]
-        out = aside(q, out, pk, pv, route.segments(stack.entries), kv_heads, scores)
+        out = aside(q, out, pk, pv, route.segments(stack.slices), kv_heads, scores)
     return out.view(1, len(out), query.shape[1], -1), None
 
 
-def _gated(layer: int, q: Tensor, k: Tensor, v: Tensor, route: RouteTable, kv_heads: int, scores: Scores) -> Tensor:
+def _joined(
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gated: Iterable[tuple[KVKey, Stack]],
+    route: RouteTable,
+    scores: Scores,
+) -> Tensor:
     """Attention that gated prefix rows join."""
-    site = Site(layer, KV_SITE)
     out, sums = route.attention.with_sums(layer, q, k, v, route=route, scores=scores)
-    x = route.entered(site)
-    for kind, stack in route.stacks.get(site).items():
-        if kind.gate:
-            segments, gates = route.segments(stack.entries), route.segments(stack.gates)
-            pk, pv, G = (stack.parts[part] for part in "kvG")
-            out = joined(q, out, sums, x, pk, pv, G, segments, gates, Gate(kind.gate), kv_heads, scores)
+    x, kv_heads = route.context.inputs.pop(Site(layer, KV_SITE)), k.shape[1] // (q.shape[1] // sums.shape[1])
+    for key, stack in gated:
+        segments, gates = route.segments(stack.slices), route.segments(stack.gates)
+        pk, pv, G = (stack.parts[part] for part in "kvG")
+        out = joined(q, out, sums, x, pk, pv, G, segments, gates, Gate(key.gate), kv_heads, scores)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,14 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.attention import WholeSequences
-from polygraft.grafts.runtime.compiled import frozen_linear
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.generated import check_inputs
-from polygraft.grafts.runtime.linear import BLOCK, HEAD_BLOCK, padded
+from polygraft.grafts.runtime.linears.choose import BLOCK, HEAD_BLOCK, frozen_linear
+from polygraft.grafts.runtime.padding import padded
 from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
-from polygraft.grafts.runtime.recorded import keys_and_values
-from polygraft.grafts.runtime.route import Attention, RouteTable, Rows, routed
+from polygraft.grafts.runtime.recorder import Recorder
+from polygraft.grafts.runtime.route import Attention, Entry, RouteTable, Rows, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.spec import SpecError
@@ -115,7 +116,7 @@ class Backbone:
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents`, wherever their tensors lie, for this backbone's device, dtype and linears."""
-        made_on = self.shape, self.dtype, self.linears, self.through
+        made_on = self.shape, self.dtype, self.linears, self.run_from_layer
         return Stacks.of(residents, *made_on, device=self.device, trainable=trainable)
 
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
@@ -128,8 +129,10 @@ class Backbone:
         check_inputs(rows, stacks)
         rows = rows.to(self.device)
         if self._encoder is None:
-            enters = None if rows.first is None or rows.given is None else (rows.first, rows.given)
-            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, enters)
+            entry = None
+            if rows.entry_layer is not None and rows.inputs_embeds is not None:
+                entry = Entry(rows.entry_layer, rows.inputs_embeds)
+            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, entry)
             hidden = self._run(self.base, rows, route)
         else:
             if rows.source is None or not isinstance(attention, WholeSequences):
@@ -154,7 +157,7 @@ class Backbone:
             return hidden if self._transform is None else self._transform(hidden)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """The rows [b, n, hidden] of images [b, channels, height, width], a class token first, for `Rows.given`."""
+        """The rows [b, n, hidden] of images [b, channels, height, width], a class token first: `Rows.inputs_embeds`."""
         if self._patches is None:
             raise SpecError(f"pixels: {self.shape.arch} reads tokens and no images")
         return self._patches.rows(pixels.to(self.device))
@@ -167,17 +170,25 @@ class Backbone:
         """W [out, in] of a projection, in float32 or wider."""
         return weight(self.linears, site)
 
-    def through(self, rows_PD: Tensor, first: int) -> Mapping[int, tuple[Tensor, Tensor]]:
+    def run_from_layer(self, rows_PD: Tensor, first: int) -> Mapping[int, tuple[Tensor, Tensor]]:
         """Keys and values [P, kv_width] that rows entering before layer `first` leave there and in all later ones, with
         positions 0 to P - 1 and nothing else to see; differentiable, in the rows' dtype."""
         if not self.shape.causal:
             raise SpecError(f"backbone: {self.shape.sees}; no rows run through it by themselves")
         ids = torch.zeros(len(rows_PD), dtype=torch.long, device=rows_PD.device)
         positions = torch.arange(len(rows_PD), device=rows_PD.device)
-        found = keys_and_values(self, Rows(ids, positions, (), given=rows_PD.to(self.dtype), first=first))
+        rows = Rows(ids, positions, (), inputs_embeds=rows_PD.to(self.dtype), entry_layer=first)
+        found = self.recorded(rows).of_rows(len(rows))
         # Copied, so that they do not hold the projections of the whole input that they are a part of.
         kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in found.items()}
         return {layer: (k, v) for layer, (k, v) in kept.items()}
+
+    def recorded(self, rows: Rows) -> Recorder:
+        """What the attention of every layer is given of the rows of one sequence, without any graft."""
+        own = ((0, len(rows)),)
+        attention = Recorder(own, self.shape, own)
+        self.forward(replace(rows, source=rows), self.stacks(()), attention)
+        return attention
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, vocab] in float32 (float64 stays), capped where the model caps them; N is padded to the contract's grain

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.grafts.runtime.generated import generate
+from polygraft.grafts.runtime.keys import TokensKey
 from polygraft.grafts.runtime.route import RouteTable, Rows
-from polygraft.grafts.runtime.stacks import Entry, Stack
+from polygraft.grafts.runtime.stack import Stack, StackSlice
 from polygraft.grafts.sites import EMBED_SITE, Site
 from polygraft.grafts.spec import GraftSpec, Tokens
 from polygraft.kernels.tokens.op import tokens
@@ -22,23 +23,22 @@ def embed(rows: Rows, embedding_VD: Tensor, factor: Tensor | None, route: RouteT
     """[T, D]; a virtual token of no graft has the embedding of token 0. `factor` scales the rows of tokens, edited ones
     too (Gemma)."""
     ids_T, positions_T = rows.ids, rows.positions
-    x = F.embedding(ids_T.clamp_min(0), embedding_VD) if rows.given is None else rows.given.detach()
+    x = F.embedding(ids_T.clamp_min(0), embedding_VD) if rows.inputs_embeds is None else rows.inputs_embeds.detach()
     if factor is not None:
         x = x * factor.to(x.dtype)
     bare = x.detach()
     if route.stacks.trainable and torch.is_grad_enabled():
         x.requires_grad_()
-    for kind, stack in route.stacks.get(Site(0, EMBED_SITE)).items():
-        gated = kind.variant.startswith("gated.")
-        if (gated or kind.variant == "add") and route.source is not None:
+    for key, stack in route.stacks.of_kind(Site(0, EMBED_SITE), TokensKey):
+        if (key.gate != "none" or key.mode == "add") and route.source is not None:
             continue  # where an encoder reads the prompt, it is its rows that are edited or made
-        if gated:
+        if key.gate != "none":
             x = tokens(x, *generate(stack, rows, bare, route), add=False)
             continue
-        index = _index(kind.variant, stack, ids_T, positions_T, route)
+        index = _index(key.mode, stack, ids_T, positions_T, route)
         own = stack.parts["p"]
-        own = own * factor.to(own.dtype) if factor is not None and kind.variant == "replace" else own
-        x = tokens(x, own, index, kind.variant == "add")
+        own = own * factor.to(own.dtype) if factor is not None and key.mode == "replace" else own
+        x = tokens(x, own, index, key.mode == "add")
     return x
 
 
@@ -51,20 +51,20 @@ def _index(mode: str, stack: Stack, ids_T: Tensor, positions_T: Tensor, route: R
     """Stack row of every batch row, -1 where none."""
     index = torch.full_like(ids_T, -1)
     for span in route.spans:
-        for entry in stack.entries:
-            if entry.graft == span.graft:
+        for own in stack.slices:
+            if own.graft == span.graft:
                 rows = slice(span.start, span.stop)
-                spec = route.stacks.residents[entry.graft].spec
-                index[rows] = _places(mode, entry, spec, ids_T[rows], positions_T[rows])
+                spec = route.stacks.residents[own.graft].spec
+                index[rows] = _places(mode, own, spec, ids_T[rows], positions_T[rows])
     return index
 
 
-def _places(mode: str, entry: Entry, spec: GraftSpec, ids: Tensor, positions: Tensor) -> Tensor:
+def _places(mode: str, own: StackSlice, spec: GraftSpec, ids: Tensor, positions: Tensor) -> Tensor:
     if mode == "before":
-        return torch.where(ids < 0, entry.first - 1 - ids, -1)
+        return torch.where(ids < 0, own.first - 1 - ids, -1)
     if mode == "add":
         at = positions - spec.context_length  # of the prompt's own tokens
-        return torch.where((at >= 0) & (at < entry.last - entry.first), entry.first + at, -1)
+        return torch.where((at >= 0) & (at < own.last - own.first), own.first + at, -1)
     edited = next(slot.ids for slot in spec.slots if isinstance(slot, Tokens) and slot.mode == "replace")
     equal = ids.unsqueeze(1) == torch.tensor(edited, device=ids.device)
-    return torch.where(equal.any(1), entry.first + equal.int().argmax(1), -1)
+    return torch.where(equal.any(1), own.first + equal.int().argmax(1), -1)

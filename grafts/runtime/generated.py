@@ -13,8 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from polygraft.grafts.runtime.keys import TokensKey
 from polygraft.grafts.runtime.route import RouteTable, Rows, Span
-from polygraft.grafts.runtime.stacks import Stack, Stacks
+from polygraft.grafts.runtime.stack import Stack
+from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.sites import EMBED_SITE, Site
 from polygraft.grafts.spec import GraftSpec, SpecError, Tokens
 from polygraft.kernels.common.dropout import combine
@@ -28,8 +30,8 @@ def check_inputs(rows: Rows, stacks: Stacks) -> None:
     where there is one, since an encoder reads the prompts. Asked before the rows move to a device, which would have to
     be waited for."""
     rows = rows if rows.source is None else rows.source
-    kinds = stacks.get(Site(0, EMBED_SITE)).items()
-    grafts = {entry.graft for kind, stack in kinds if kind.variant.startswith("gated.") for entry in stack.entries}
+    stacked = stacks.of_kind(Site(0, EMBED_SITE), TokensKey)
+    grafts = {own.graft for key, stack in stacked if key.gate != "none" for own in stack.slices}
     for span in rows.spans:
         if span.graft in grafts:
             inputs = len(_inputs(span, rows))
@@ -41,7 +43,7 @@ def check_inputs(rows: Rows, stacks: Stacks) -> None:
 def generate(stack: Stack, rows: Rows, bare_TD: Tensor, route: RouteTable) -> tuple[Tensor, Tensor]:
     """The prompts [P, D] of all sequences that begin here, one after the other, and the row of them for every batch
     row [T], -1 where none. `bare` are the embeddings of the rows."""
-    slots = {entry.graft: _slot(route.stacks.residents[entry.graft].spec) for entry in stack.entries}
+    slots = {own.graft: _slot(route.stacks.residents[own.graft].spec) for own in stack.slices}
     held = {
         part: dict(zip(slots, value.split_with_sizes([_height(part, slot) for slot in slots.values()])))
         for part, value in stack.parts.items()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import mmap
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from hashlib import sha256
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal
+
+from polygraft.kernels.common.atomic import remove_drafts, whole_folder, write_text
 
 Quantise = Literal["nf4"]
 
@@ -89,7 +89,8 @@ def _fingerprint(folder: Path) -> str:
     config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in _HISTORY}
     digests = dict(sorted(tensor for shard in shards for tensor in _tensors(shard)))
     found = sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
-    _keep(sidecar, json.dumps({"files": stamp, "fingerprint": found}))
+    with suppress(OSError):  # a folder that cannot be written only costs the next reader time
+        write_text(sidecar, json.dumps({"files": stamp, "fingerprint": found}))
     return found
 
 
@@ -99,18 +100,11 @@ def _once(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f".{folder.name}.lock"):
-        for left in folder.parent.glob(f".{folder.name}.tmp*"):  # of a process that was killed: we hold the lock
-            shutil.rmtree(left, ignore_errors=True)
+        remove_drafts(folder)  # we hold the lock
         if not folder.is_dir():
-            partial = Path(mkdtemp(prefix=f".{folder.name}.tmp", dir=folder.parent))
-            try:
-                make(partial)
-                checked(partial)
-                for path in (partial, *partial.iterdir()):  # mkdtemp and safetensors shut out others, who may share it
-                    path.chmod(0o755 if path.is_dir() else 0o644)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            with whole_folder(folder) as draft:
+                make(draft)
+                checked(draft)
     return folder
 
 
@@ -177,13 +171,3 @@ def _tensors(shard: Path) -> Iterator[tuple[str, list[object]]]:
                     yield name, [entry["dtype"], entry["shape"], sha256(part).hexdigest()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackboneError(f"backbone: {shard} is not a safetensors file: {error}") from None
-
-
-def _keep(path: Path, text: str) -> None:
-    """Write atomically; a folder that cannot be written only costs the next reader time."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)

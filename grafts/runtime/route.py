@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.runtime.context import ForwardContext
+from polygraft.grafts.runtime.stack import StackSlice, StackSlices
 from polygraft.grafts.sites import SOURCE, Site
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.scores import Scores
 
 if TYPE_CHECKING:
-    from polygraft.grafts.runtime.stacks import Entries, Entry, Stacks
+    from polygraft.grafts.runtime.stacks import Stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +54,20 @@ class Rows:
     """The token rows of one forward, flat across requests and jobs; a row under no span passes the bare backbone.
 
     ids and positions [T] int64; `dropout_keys` [T] int32 in training, the hash of (job, step, sample, token) of every
-    row. `given` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of images; where
-    `first` is not None, for what that layer reads, and the layers below it are passed by. An encoder reads the rows of
-    `source` first, where there is one. `inputs` are the rows of prompts, for grafts that make virtual tokens of them,
-    right before them and in the same forward, or edit some of them alone.
+    row. `inputs_embeds` [T, hidden] stands for the embeddings of the ids where rows are no tokens but patches of
+    images; where `entry_layer` is not None, for what that layer reads, and the layers below it are passed by. An
+    encoder reads the rows of `source` first, where there is one. `inputs` are the rows of prompts, for grafts that make
+    virtual tokens of them, right before them and in the same forward, or edit some of them alone.
     """
 
     ids: Tensor
     positions: Tensor
     spans: tuple[Span, ...]
     dropout_keys: Tensor | None = None
-    given: Tensor | None = None
+    inputs_embeds: Tensor | None = None
     source: Rows | None = None
     inputs: tuple[Input, ...] = ()
-    first: int | None = None
+    entry_layer: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,16 +75,16 @@ class Rows:
     def to(self, device: torch.device) -> Rows:
         """The same on a device: all of a forward that depends on its rows moves here, at once."""
         ids, positions = self.ids.to(device), self.positions.to(device)
-        keys, given = (None if x is None else x.to(device) for x in (self.dropout_keys, self.given))
+        keys, embeds = (None if x is None else x.to(device) for x in (self.dropout_keys, self.inputs_embeds))
         source = None if self.source is None else self.source.to(device)
-        return replace(self, ids=ids, positions=positions, dropout_keys=keys, given=given, source=source)
+        return replace(self, ids=ids, positions=positions, dropout_keys=keys, inputs_embeds=embeds, source=source)
 
     def padded(self, count: int) -> Rows:
         """The same with rows at the end that belong to nothing."""
         extra = count - len(self)
         ids, positions = (F.pad(x, (0, extra)) for x in (self.ids, self.positions))
-        given = None if self.given is None else F.pad(self.given, (0, 0, 0, extra))
-        return replace(self, ids=ids, positions=positions, given=given)
+        embeds = None if self.inputs_embeds is None else F.pad(self.inputs_embeds, (0, 0, 0, extra))
+        return replace(self, ids=ids, positions=positions, inputs_embeds=embeds)
 
 
 class Attention(Protocol):
@@ -99,11 +101,18 @@ class Attention(Protocol):
         ...
 
 
+class Entry(NamedTuple):
+    """Rows [P, hidden] that are the input of a layer; they are one graft's, and nothing acts on them."""
+
+    layer: int
+    rows: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class RouteTable:
     """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
-    forward of a decoder `source` is that of the encoder's rows. `enters` are rows, and the layer that they are the
-    input of; they are one graft's, and nothing acts on them."""
+    forward of a decoder `source` is that of the encoder's rows. Where `entry` is not None, its rows pass the layers
+    below it by. `context` is what modules leave for each other."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
@@ -111,79 +120,46 @@ class RouteTable:
     dropout_keys: Tensor | None = None
     source: RouteTable | None = None
     inputs: tuple[Input, ...] = ()
-    enters: tuple[int, Tensor] | None = None
-    _segments: dict[Entries, Segments] = field(default_factory=dict)
-    _fused: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
-    _recipe: dict[str, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)
-    _entered: dict[Site, Tensor] = field(default_factory=dict)
+    entry: Entry | None = None
+    context: ForwardContext = field(default_factory=ForwardContext)
+    _segments: dict[StackSlices, Segments] = field(default_factory=dict)
 
     def at(self, site: Site) -> RouteTable:
         """The routing of the rows that the site reads."""
         return self.source if self.source is not None and site.name in SOURCE else self
 
-    def segments(self, entries: Entries) -> Segments:
+    def segments(self, slices: StackSlices) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
-        if entries not in self._segments:
-            self._segments[entries] = work_list(
-                self.spans, entries, dropping=self.dropout_keys is not None, inputs=self.inputs
+        if slices not in self._segments:
+            self._segments[slices] = work_list(
+                self.spans, slices, dropping=self.dropout_keys is not None, inputs=self.inputs
             )
-        return self._segments[entries]
-
-    def remember(self, y: Tensor, make: Callable[[], Tensor]) -> None:
-        """How to make the latest norm's output again."""
-        self._recipe["norm"] = (y, make)
-
-    def recipe(self, y: Tensor) -> Callable[[], Tensor] | None:
-        """What was remembered of `y`, if it was the latest."""
-        found = self._recipe.pop("norm", None)
-        return found[1] if found is not None and found[0] is y else None
-
-    def enter(self, site: Site, x: Tensor) -> None:
-        """An input at a site, for what ends the site."""
-        self._entered[site] = x
-
-    def entered(self, site: Site) -> Tensor:
-        """The input that entered at the site; it is forgotten."""
-        return self._entered.pop(site)
-
-    def keep(self, group: int, x: Tensor, products: list[Tensor]) -> None:
-        """Remember the fused products of `x` until the group's other members ask for them."""
-        self._fused[group] = (x, products)
-
-    def kept(self, group: int, x: Tensor, member: int) -> Tensor | None:
-        """The product of `member`, None when the group has not been computed for just this input; the last one
-        forgets."""
-        found = self._fused.get(group)
-        if found is None or found[0] is not x:
-            return None
-        if member == len(found[1]) - 1:
-            del self._fused[group]
-        return found[1][member]
+        return self._segments[slices]
 
 
 def work_list(
-    spans: Iterable[Span], entries: Entries, *, dropping: bool = False, inputs: Iterable[Input] = ()
+    spans: Iterable[Span], slices: StackSlices, *, dropping: bool = False, inputs: Iterable[Input] = ()
 ) -> Segments:
-    """Every span's rows, or those of its `inputs` that an entry is for, against its graft's entries, in span order;
-    `dropping` keeps the entries' dropout."""
+    """Every span's rows, or those of its `inputs` that a slice is for, against its graft's slices, in span order;
+    `dropping` keeps the slices' dropout."""
     return Segments(
         tuple(
-            Segment(start, stop, e.first, e.last, e.scale * s.weight, e.dropout if dropping else 0.0)
+            Segment(start, stop, own.first, own.last, own.scale * s.weight, own.dropout if dropping else 0.0)
             for s in spans
-            for e in entries
-            if e.graft == s.graft
-            for start, stop in _passing(s, e, inputs)
+            for own in slices
+            if own.graft == s.graft
+            for start, stop in _passing(s, own, inputs)
         )
     )
 
 
-def _passing(span: Span, entry: Entry, inputs: Iterable[Input]) -> Iterator[tuple[int, int]]:
-    if entry.ends == (0, 0):
+def _passing(span: Span, own: StackSlice, inputs: Iterable[Input]) -> Iterator[tuple[int, int]]:
+    if own.ends == (0, 0):
         yield span.start, span.stop
     else:
         for one in inputs:
             if span.start <= one.start < span.stop:
-                yield from one.ends(*entry.ends)
+                yield from one.ends(*own.ends)
 
 
 _ROUTE: ContextVar[RouteTable] = ContextVar("route")

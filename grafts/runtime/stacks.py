@@ -4,42 +4,28 @@ ops compute in."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from polygraft.grafts.lowering import Lowered, no_layers
-from polygraft.grafts.methods.declare import Through
-from polygraft.grafts.runtime.linear import FrozenLinear, padded
+from polygraft.grafts.methods.declare import RunFromLayer
+from polygraft.grafts.runtime.keys import OpKey, Phase, op_key
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
+from polygraft.grafts.runtime.row_norms import rescale
+from polygraft.grafts.runtime.stack import OperandView, Stack, StackSlice, StackSlices
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.sizes import TensorSpec
-from polygraft.grafts.spec import KV, Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, Tokens
-from polygraft.kernels.norm.op import row_norm
+from polygraft.grafts.spec import Branch, GraftSpec, Slot
 
-if TYPE_CHECKING:
-    from polygraft.grafts.runtime.beside import Plan
-
-# Ops whose operands stay in float32 or wider: bf16 has no room near 1.
-WIDE = ("affine", "norm", "delta", "sparse", "rotate", "tokens")
-
-
-class Entry(NamedTuple):
-    """Stack rows [first, last) belong to resident `graft`; `ends` are how many of a prompt's first and last tokens pass
-    them, (0, 0) for all rows."""
-
-    graft: int
-    first: int
-    last: int
-    scale: float = 1.0
-    dropout: float = 0.0
-    ends: tuple[int, int] = (0, 0)
-
-
-Entries = tuple[Entry, ...]
+T = TypeVar("T")
+K = TypeVar("K")
+_EMPTY: Mapping[OpKey, Stack] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +45,6 @@ class Resident:
         return replace(self, tensors={name: value.to(device) for name, value in self.tensors.items()})
 
 
-class Kind(NamedTuple):
-    """What may share one op call at a site: the op and the fields that change its arithmetic."""
-
-    op: str
-    variant: str = ""
-
-    @property
-    def gate(self) -> str:
-        """The gate of rows that join attention's softmax, "" for everything else."""
-        return self.variant.removeprefix("joined.") if self.variant.startswith("joined.") else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """The tensors of one kind at one site, [rows of all its grafts, width] by part, and whose rows are where: those of
-    its first part in `entries`, those of gates in `gates`."""
-
-    kind: Kind
-    entries: Entries
-    parts: Mapping[str, Tensor]
-    gates: Entries = ()
-
-
-class Piece(NamedTuple):
-    """Where a resident's operand lies: rows [first, last) of `stack`."""
-
-    tensor: TensorSpec
-    stack: Tensor
-    first: int
-    last: int
-
-    def rows(self) -> Tensor:
-        return self.stack.detach()[self.first : self.last]
-
-    def gradient(self) -> Tensor | None:
-        """The rows' share of the stack's gradient, None before a backward reached the site."""
-        return None if self.stack.grad is None else self.stack.grad[self.first : self.last]
-
-
 def weight(linears: Mapping[Site, tuple[FrozenLinear, int]], site: Site) -> Tensor:
     """W [out, in] of a projection, in float32 or wider."""
     linear, member = linears[site]
@@ -107,21 +54,21 @@ def weight(linears: Mapping[Site, tuple[FrozenLinear, int]], site: Site) -> Tens
 
 @dataclass(frozen=True)
 class Stacks:
-    """All stacks of a set of residents, by site; `pieces` by resident in the order of `sizes.operands`. `refresh`
-    makes a resident's operands again after its tensors changed.
+    """All stacks of a set of residents, by site; `views` by resident in the order of `sizes.operands`. `refresh` makes
+    a resident's operands again after its tensors changed. What is compiled of them, plans above all, is kept here and
+    dies with them.
 
-    Matrices and prefix rows are in the backbone's dtype, the operands of `WIDE` ops in float32 or wider, indices are
+    Matrices and prefix rows are in the backbone's dtype, operands of `wide` keys in float32 or wider, indices are
     integers.
     """
 
     residents: tuple[Resident, ...]
     lowered: tuple[Lowered, ...]
-    at: Mapping[Site, Mapping[Kind, Stack]]
-    pieces: tuple[tuple[Piece, ...], ...]
+    at: Mapping[Site, Mapping[OpKey, Stack]]
+    views: tuple[tuple[OperandView, ...], ...]
     linears: Mapping[Site, tuple[FrozenLinear, int]]
     trainable: bool = False
-    plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)  # by fused linear, kept by the modules
-    _empty: Mapping[Kind, Stack] = field(default_factory=dict)
+    _derived: dict[Hashable, object] = field(default_factory=dict)
     _copies: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
@@ -130,89 +77,71 @@ class Stacks:
         shape: ModelShape,
         dtype: torch.dtype,
         linears: Mapping[Site, tuple[FrozenLinear, int]],
-        through: Through = no_layers,
+        run_from_layer: RunFromLayer = no_layers,
         *,
         device: torch.device,
         trainable: bool = False,
     ) -> Stacks:
         """Stacks holding `residents` in order, all on a device; with `trainable` each stack is a leaf that collects a
-        gradient. `through` runs the rows of forms through the backbone's layers."""
+        gradient. `run_from_layer` runs the rows of forms through the backbone's layers."""
         residents = [resident.to(device) for resident in residents]
-        places: dict[tuple[Site, Kind], dict[str, list[tuple[int, TensorSpec, Slot]]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site), through) for r in residents)
-        for index, (resident, own_lowered) in enumerate(zip(residents, lowered)):
-            for tensor in own_lowered.operands:
-                assert tensor.site is not None
-                slot = resident.spec.slots[tensor.slot]
-                places[tensor.site, _kind(slot)][tensor.part].append((index, tensor, slot))
-        at: dict[Site, dict[Kind, Stack]] = defaultdict(dict)
-        pieces: list[list[Piece]] = [[] for _ in residents]
-        wide = torch.promote_types(dtype, torch.float32)
-        # One order of the kinds at a site, whoever came first: what a row meets must not depend on the other grafts.
-        # Reversed, so that a scale comes before a shift (y * g + b).
-        for (site, kind), parts in sorted(places.items(), reverse=True):
-            built: dict[str, Tensor] = {}
-            placed: dict[str, Entries] = {}
-            for part, members in parts.items():
-                heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
-                kept = torch.int64 if part == "i" else wide if kind.op in WIDE else dtype
-                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=kept, device=device)
-                built[part], first = stack, 0
-                entries: list[Entry] = []
-                for (index, tensor, slot), height in zip(members, heights):
-                    pieces[index].append(Piece(tensor, stack, first, first + height))
-                    says = (slot.scale, slot.dropout, (slot.first, slot.last)) if isinstance(slot, Branch) else ()
-                    entries.append(Entry(index, first, first + height, *says))
-                    first += height
-                placed[part] = tuple(entries)
-            if kind.op == "norm":
-                built["norm"] = torch.ones_like(built["m"])
-            at[site][kind] = Stack(kind, next(iter(placed.values())), built, placed.get("G", ()))
-        for made, own in zip(lowered, pieces):
-            order = {tensor.name: i for i, tensor in enumerate(made.operands)}
-            own.sort(key=lambda piece: order[piece.tensor.name])
-        stacks = Stacks(tuple(residents), lowered, at, tuple(map(tuple, pieces)), linears, trainable)
+        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site), run_from_layer) for r in residents)
+        at, views = build(list(zip(residents, lowered, strict=True)), dtype, device)
+        stacks = Stacks(tuple(residents), lowered, at, views, linears, trainable)
         for index in range(len(residents)):
             stacks.refresh(index)
         if trainable:
-            for index in range(len(residents)):
-                for piece in stacks.pieces[index]:
-                    piece.stack.requires_grad_(piece.stack.is_floating_point())
+            for own in views:
+                for view in own:
+                    view.stack.requires_grad_(view.stack.is_floating_point())
         return stacks
 
-    def get(self, site: Site) -> Mapping[Kind, Stack]:
-        """The stacks at a site by kind, empty when no graft acts there."""
-        return self.at.get(site, self._empty)
+    def get(self, site: Site) -> Mapping[OpKey, Stack]:
+        """The stacks at a site in the order in which they act, empty when no graft acts there."""
+        return self.at.get(site, _EMPTY)
+
+    def of_kind(self, site: Site, kind: type[K]) -> tuple[tuple[K, Stack], ...]:
+        """The stacks at a site whose keys are of a kind, in the order in which they act."""
+        own = self.get(site).items()
+        return self.derived((kind, site), lambda: tuple((key, stack) for key, stack in own if isinstance(key, kind)))
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when `key` was asked for first; keys begin with the function or class they belong to."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(T, self._derived[key])
+
+    def forget_derived(self) -> None:
+        """Drop what was compiled, whose packed copies of weights are outside any budget."""
+        self._derived.clear()
 
     @cached_property
     def generators(self) -> Mapping[Site, Mapping[int, Callable[[Tensor], Tensor]]]:
         """What makes the dense matrices of the deltas at a site, by their first row in the stack."""
         found: dict[Site, dict[int, Callable[[Tensor], Tensor]]] = defaultdict(dict)
-        for resident, made, own in zip(self.residents, self.lowered, self.pieces):
-            for piece in own:
-                slot, site = piece.tensor.slot, piece.tensor.site
-                if piece.tensor.part == "t" and site is not None:
-                    found[site][piece.first] = made.generator(slot, site, resident.tensors, resident.draw)
+        for resident, made, own in zip(self.residents, self.lowered, self.views, strict=True):
+            for view in own:
+                slot, site = view.tensor.slot, view.tensor.site
+                if view.tensor.part == "t" and site is not None:
+                    found[site][view.first] = made.generator(slot, site, resident.tensors, resident.draw)
         return found
 
     def refresh(self, graft: int) -> None:
         """Make a resident's operands in the stacks, and recompute what depends on them (DoRA's norms)."""
         with torch.no_grad():
             torch._foreach_copy_(*self._copied(graft))
-            for piece in self.pieces[graft]:
-                if piece.tensor.part == "m" and piece.tensor.site is not None:
-                    self._renorm(piece.tensor.site, graft)
+            for view in self.views[graft]:
+                if view.tensor.part == "m" and view.tensor.site is not None:
+                    rescale(self.at[view.tensor.site], *self.linears[view.tensor.site], graft)
 
     def _copied(self, graft: int) -> tuple[list[Tensor], list[Tensor]]:
         """Rows of the stacks, and the operands to copy there; kept where these are the resident's own tensors."""
         if graft in self._copies:
             return self._copies[graft]
-        resident, made, pieces = self.residents[graft], self.lowered[graft], self.pieces[graft]
+        resident, made, views = self.residents[graft], self.lowered[graft], self.views[graft]
         source = made.make(resident.tensors, resident.draw())
-        rows = [piece.rows() for piece in pieces]
-        copies = rows, [source[piece.tensor.name].reshape(row.shape) for piece, row in zip(pieces, rows)]
+        rows = [view.rows() for view in views]
+        copies = rows, [source[view.tensor.name].reshape(row.shape) for view, row in zip(views, rows, strict=True)]
         if made.same:
             self._copies[graft] = copies
         return copies
@@ -223,47 +152,26 @@ class Stacks:
         return found if made.same else made.pull(resident.tensors, found, resident.draw())
 
     def gradients(self) -> list[list[Tensor | None]]:
-        """What a backward left for every resident's operands: flat views in the order of its pieces, None where it
+        """What a backward left for every resident's operands: flat ones in the order of its views, None where it
         never came."""
-        found: list[list[Tensor | None]] = [[None] * len(own) for own in self.pieces]
+        found: list[list[Tensor | None]] = [[None] * len(own) for own in self.views]
         for stack, shares in self._shares:
             if stack.grad is not None:
-                views = stack.grad.view(-1).split_with_sizes([size for _, _, size in shares])
-                for (graft, position, _), view in zip(shares, views):
-                    found[graft][position] = view
+                flat = stack.grad.view(-1).split_with_sizes([size for _, _, size in shares])
+                for (graft, position, _), own in zip(shares, flat, strict=True):
+                    found[graft][position] = own
         return found
 
     @cached_property
     def _shares(self) -> list[tuple[Tensor, list[tuple[int, int, int]]]]:
-        """Of each stack tensor, in row order: (resident, position among its pieces, elements)."""
-        by_stack: dict[int, tuple[Tensor, list[tuple[int, int, int]]]] = {}
-        for graft, own in enumerate(self.pieces):  # residents lie in the stacks in their order
-            for position, piece in enumerate(own):
-                by_stack.setdefault(id(piece.stack), (piece.stack, []))[1].append((graft, position, piece.tensor.numel))
+        """Of each stack tensor, in row order: (resident, position among its views, elements)."""
+        by_stack: dict[Hashable, tuple[Tensor, list[tuple[int, int, int]]]] = {}
+        for graft, own in enumerate(self.views):  # residents lie in the stacks in their order
+            for position, view in enumerate(own):
+                key = op_key(self.residents[graft].spec.slots[view.tensor.slot])
+                shared = by_stack.setdefault((view.tensor.site, key, view.tensor.part), (view.stack, []))
+                shared[1].append((graft, position, view.tensor.numel))
         return list(by_stack.values())
-
-    def _renorm(self, site: Site, graft: int) -> None:
-        norm = self.at[site][Kind("norm")]
-        linear, member = self.linears[site]
-        low = sum(linear.widths[:member])
-        square = linear.row_sq[low : low + linear.widths[member]]
-        branches = [
-            (stack, entry)
-            for kind, stack in self.at[site].items()
-            if kind.op == "branch"
-            for entry in stack.entries
-            if entry.graft == graft
-        ]
-        if len(branches) != 1:
-            raise AssertionError(f"{site}: DoRA's norm is over one branch of its graft, found {len(branches)}")
-        stack, entry = branches[0]
-        A, B = stack.parts["A"].detach()[entry.first : entry.last], stack.parts["B"].detach()[entry.first : entry.last]
-        rows = A.new_zeros(padded(len(A)), A.shape[1])
-        rows[: len(A)] = A
-        AW = linear.product_alone(rows)[: len(A), low : low + linear.widths[member]]
-        total = row_norm(square, AW, A, B, entry.scale)
-        index = next(entry.first for entry in norm.entries if entry.graft == graft)
-        norm.parts["norm"][index] = total.to(norm.parts["norm"].dtype)
 
     def leaves(self) -> Iterator[Tensor]:
         """Every distinct stack tensor that a gradient is collected in."""
@@ -274,29 +182,40 @@ class Stacks:
                         yield tensor
 
 
-def _kind(slot: Slot) -> Kind:
-    match slot:
-        case Branch(tap=tap, act=act, bias=bias, gate="none"):
-            return Kind("branch", f"{tap}.{act}{'.a' if bias else ''}")
-        case Branch(tap=tap, act=act, gate="attention", experts=experts):
-            return Kind("gated", f"{tap}.{act}.attention.0.{experts}")
-        case Branch(tap=tap, act=act, gate=gate, top=top):
-            return Kind("gated", f"{tap}.{act}.{gate}.{top}.0")
-        case Affine(side=side, scale=scale, shift=shift):
-            return Kind("affine", f"{side}{'.g' if scale else ''}{'.b' if shift else ''}")
-        case Norm():
-            return Kind("norm")
-        case KV(gate="none", aside=aside):
-            return Kind("kv", "aside" if aside else "")
-        case KV(gate=gate):
-            return Kind("kv", f"joined.{gate}")
-        case Delta():
-            return Kind("delta")
-        case Sparse(rows=rows):
-            return Kind("sparse", "rows" if rows else "entries")
-        case Rotate():
-            return Kind("rotate", f"{slot.side}.{slot.variant}")
-        case Tokens(mode=mode, gate="none"):
-            return Kind("tokens", mode)
-        case Tokens(gate=gate):
-            return Kind("tokens", f"gated.{gate}")
+def build(
+    residents: Sequence[tuple[Resident, Lowered]], dtype: torch.dtype, device: torch.device
+) -> tuple[Mapping[Site, Mapping[OpKey, Stack]], tuple[tuple[OperandView, ...], ...]]:
+    """Empty stacks for the operands of all residents, and where each operand lies."""
+    places: dict[Site, dict[OpKey, dict[str, list[tuple[int, TensorSpec, Slot]]]]] = defaultdict(dict)
+    for index, (resident, lowered) in enumerate(residents):
+        for tensor in lowered.operands:
+            assert tensor.site is not None
+            slot = resident.spec.slots[tensor.slot]
+            parts = places[tensor.site].setdefault(op_key(slot), {})
+            parts.setdefault(tensor.part, []).append((index, tensor, slot))
+    wide = torch.promote_types(dtype, torch.float32)
+    views: list[list[OperandView]] = [[] for _ in residents]
+    at: dict[Site, dict[OpKey, Stack]] = defaultdict(dict)
+    for site, keys in places.items():
+        for key in sorted(keys, key=lambda key: (key.phase, key.rank)):
+            built: dict[str, Tensor] = {}
+            placed: dict[str, StackSlices] = {}
+            for part, members in keys[key].items():
+                heights = [tensor.shape[0] if len(tensor.shape) == 2 else 1 for _, tensor, _ in members]
+                kept = torch.int64 if part == "i" else wide if key.wide else dtype
+                stack = torch.empty(sum(heights), members[0][1].shape[-1], dtype=kept, device=device)
+                built[part], first = stack, 0
+                slices: list[StackSlice] = []
+                for (index, tensor, slot), height in zip(members, heights, strict=True):
+                    views[index].append(OperandView(tensor, stack, first, first + height))
+                    says = (slot.scale, slot.dropout, (slot.first, slot.last)) if isinstance(slot, Branch) else ()
+                    slices.append(StackSlice(index, first, first + height, *says))
+                    first += height
+                placed[part] = StackSlices(tuple(slices))
+            if key.phase is Phase.NORM:
+                built["norm"] = torch.ones_like(built["m"])
+            at[site][key] = Stack(key, next(iter(placed.values())), built, placed.get("G", StackSlices()))
+    for (_, lowered), own in zip(residents, views, strict=True):
+        order = {tensor.name: i for i, tensor in enumerate(lowered.operands)}
+        own.sort(key=lambda view: order[view.tensor.name])
+    return at, tuple(map(tuple, views))

@@ -94,18 +94,19 @@ def _sums(
 
 def _groups(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
     """(stack row, first span, last span) of every graft present, and the (start, stop) of all spans; kept."""
-    kept: dict[torch.device, tuple[Tensor, Tensor]] = segments.__dict__.setdefault("_groups", {})
-    if device not in kept:
-        by_graft: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for s in segments:
-            by_graft[s.first].append((s.start, s.stop))
-        groups: list[tuple[int, int, int]] = []
-        spans: list[tuple[int, int]] = []
-        for first, own in by_graft.items():
-            groups.append((first, len(spans), len(spans) + len(own)))
-            spans += own
-        kept[device] = torch.tensor(groups).to(device), torch.tensor(spans).to(device)
-    return kept[device]
+    return segments.derived(("affine", device), lambda: _grouped(segments, device))
+
+
+def _grouped(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+    by_graft: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for s in segments:
+        by_graft[s.first].append((s.start, s.stop))
+    groups: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int]] = []
+    for first, own in by_graft.items():
+        groups.append((first, len(spans), len(spans) + len(own)))
+        spans += own
+    return torch.tensor(groups).to(device), torch.tensor(spans).to(device)
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:

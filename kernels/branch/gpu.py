@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from polygraft.kernels.branch.programs import columns_kernel, expand_kernel, outer_kernel, shrink_kernel
 from polygraft.kernels.common.gpu import accumulator, adjacent
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.common.tiles import Plan
+from polygraft.kernels.common.tiles import BranchTiles
 
 FEATURE_BYTES = 128  # of a row of x or y that a tile spans: 64 bf16 columns
 
@@ -42,7 +42,7 @@ class _Branch(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
     ) -> Tensor:
-        plan = Plan.of(segments, x.device)
+        plan = BranchTiles.of(segments, x.device)
         hidden = shrink(x, A, plan, bias=a)
         out = y.clone(memory_format=torch.contiguous_format)
         expand(hidden, B, out, plan, act=act, scaled=True)
@@ -73,7 +73,7 @@ class _Branch(torch.autograd.Function):
 def shrink(
     x: Tensor,
     weight: Tensor,
-    plan: Plan,
+    plan: BranchTiles,
     *,
     bias: Tensor | None = None,
     act: str = "identity",
@@ -106,7 +106,7 @@ def shrink(
     return out
 
 
-def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str, scaled: bool) -> None:
+def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: BranchTiles, *, act: str, scaled: bool) -> None:
     """out[s] += f(hidden[s]) weight[s], f being scale_s act(.) if `scaled`, else nothing."""
     weight = adjacent(weight)
     for grid in plan.expand:
@@ -129,7 +129,7 @@ def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, act: str,
         )
 
 
-def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scaled: bool, once: bool) -> Tensor:
+def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: BranchTiles, *, act: str, scaled: bool, once: bool) -> Tensor:
     """Sums of f(hidden[s])^T x[s] over segments, as `like`; `once` says that every stack row has just one segment."""
     x = adjacent(x)
     out = (torch.empty_like if once else torch.zeros_like)(like, memory_format=torch.contiguous_format)
@@ -155,7 +155,7 @@ def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: Plan, *, act: str, scal
     return out
 
 
-def _columns(hidden: Tensor, stack: Tensor, plan: Plan, *, once: bool) -> Tensor:
+def _columns(hidden: Tensor, stack: Tensor, plan: BranchTiles, *, once: bool) -> Tensor:
     """Sums of hidden[s] over its rows, [R, 1] for the rows of `stack`; `once` as in `outer`."""
     out = (stack.new_empty if once else stack.new_zeros)(len(stack), 1)
     for grid in plan.outer:

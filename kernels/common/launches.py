@@ -15,8 +15,8 @@ from polygraft.kernels.common.tiles import Grid, grids, table, waves
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """table [S, 5] and scales [S] as the branch's plan has them; `batch` are launches that write batch rows, in order.
+class EntryLaunches:
+    """table [S, 5] and scales [S] as `BranchTiles` has them; `batch` are launches that write batch rows, in order.
 
     `edges` [G, 2] int64 are the distinct (first, last), and ranges [S] int64 says which of them a segment has. `stack`
     are launches that write stack rows, in order: their segments [n] int64, and the most entries that one of them has.
@@ -30,22 +30,19 @@ class Plan:
     edges: Tensor
 
     @staticmethod
-    def of(segments: Segments, device: torch.device) -> Plan:
-        """The plan, kept with the segments since many sites share them."""
-        kept: dict[torch.device, Plan] = segments.__dict__.setdefault("_launches", {})
-        if device not in kept:
-            kept[device] = _plan(segments, device)
-        return kept[device]
+    def of(segments: Segments, device: torch.device) -> EntryLaunches:
+        """Those of all segments that have rows and entries, kept with the segments."""
+        return segments.derived((EntryLaunches, device), lambda: _launches(segments, device))
 
 
-def _plan(segments: Segments, device: torch.device) -> Plan:
+def _launches(segments: Segments, device: torch.device) -> EntryLaunches:
     items = [s for s in segments if s.rows and s.size]
     batch = waves([(s.start, s.stop) for s in items])
     edges = list(dict.fromkeys((s.first, s.last) for s in items))
     stack: dict[int, list[int]] = defaultdict(list)
     for index, wave in enumerate(waves([(s.first, s.last) for s in items])):
         stack[wave].append(index)
-    return Plan(
+    return EntryLaunches(
         table(items).to(device),
         torch.tensor([s.scale for s in items], dtype=torch.float64).to(device),
         grids(items, batch, device, rows=True, ranks=False),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +65,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Segments:
-    """All segments of one op at one site; may overlap, need not cover the batch. Plans derived from them are kept."""
+    """All segments of one op at one site; may overlap, need not cover the batch. What is derived from them is kept,
+    since many sites share them."""
 
     items: tuple[Segment, ...]
+    _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.items)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when `key` was asked for first; keys begin with the class or function they belong to."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(T, self._derived[key])
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -98,26 +109,25 @@ class Segments:
 
         The factor has like's dtype where that holds every value, else float32 or wider.
         """
-        kept: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = self.__dict__.setdefault("_scales", {})
-        key = (rows, stack_rows, like.dtype)
-        if key not in kept:
-            wide = torch.promote_types(like.dtype, torch.float32)
-            factor = torch.zeros(rows, stack_rows, dtype=wide, device=like.device)
-            for s in self.items:
-                factor[s.start : s.stop, s.first : s.last] += s.scale
-            narrow = factor.to(like.dtype)
-            kept[key] = (narrow if torch.equal(narrow.to(wide), factor) else factor, factor == 0)
-        return kept[key]
+        return self.derived(("scales", rows, stack_rows, like.dtype), lambda: self._scales(rows, stack_rows, like))
+
+    def _scales(self, rows: int, stack_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        factor = torch.zeros(rows, stack_rows, dtype=wide, device=like.device)
+        for s in self.items:
+            factor[s.start : s.stop, s.first : s.last] += s.scale
+        narrow = factor.to(like.dtype)
+        return (narrow if torch.equal(narrow.to(wide), factor) else factor), factor == 0
 
     def index_T(self, rows: int, stack_rows: int, device: torch.device) -> Tensor:
         """Stack row of every batch row, `stack_rows` where none; for ops with one stack row a segment."""
-        kept: dict[tuple[int, int], Tensor] = self.__dict__.setdefault("_index", {})
-        if (rows, stack_rows) not in kept:
-            index = torch.full((rows,), stack_rows, dtype=torch.long)
-            for s in self.items:
-                index[s.start : s.stop] = s.first
-            kept[rows, stack_rows] = index.to(device)
-        return kept[rows, stack_rows]
+        return self.derived(("index", rows, stack_rows), lambda: self._index(rows, stack_rows, device))
+
+    def _index(self, rows: int, stack_rows: int, device: torch.device) -> Tensor:
+        index = torch.full((rows,), stack_rows, dtype=torch.long)
+        for s in self.items:
+            index[s.start : s.stop] = s.first
+        return index.to(device)
 
 
 def _runs(items: Iterable[Segment]) -> Iterator[Run]:

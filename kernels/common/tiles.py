@@ -18,7 +18,7 @@ from polygraft.kernels.common.segments import Segment, Segments
 
 HEIGHTS = (16, 64)  # rows of a tile: decoding, training and prefill; 64 is what a warp group's wgmma takes
 WIDTHS = (16, 32, 64)  # ranks of a tile; 16 is the least that tensor cores multiply
-FIELDS = 5  # columns of Plan.table
+FIELDS = 5  # columns of BranchTiles.table
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BranchTiles:
     """The launches of one op over some segments, all tensors on one device.
 
     table [S, FIELDS] int64: start, rows, first, size of every segment, and where its [rows, size] block begins in the
@@ -50,24 +50,22 @@ class Plan:
     outer: tuple[Grid, ...]
 
     @staticmethod
-    def of(segments: Segments, device: torch.device) -> Plan:
-        """The plan, kept with the segments since many sites share them."""
-        kept: dict[torch.device, Plan] = segments.__dict__.setdefault("_plans", {})
-        if device not in kept:
-            kept[device] = Plan.over([s for s in segments if s.rows and s.size], device)
-        return kept[device]
+    def of(segments: Segments, device: torch.device) -> BranchTiles:
+        """Those of all segments that have rows and ranks, kept with the segments."""
+        items = (s for s in segments if s.rows and s.size)
+        return segments.derived((BranchTiles, device), lambda: BranchTiles.over(list(items), device))
 
     @staticmethod
-    def over(items: Sequence[Segment], device: torch.device) -> Plan:
-        """The plan of segments that have rows; those without ranks get tiles of rows only."""
-        return _plan(items, device)
+    def over(items: Sequence[Segment], device: torch.device) -> BranchTiles:
+        """Those of segments that have rows; those without ranks get tiles of rows only."""
+        return _tiles(items, device)
 
 
-def _plan(items: Sequence[Segment], device: torch.device) -> Plan:
+def _tiles(items: Sequence[Segment], device: torch.device) -> BranchTiles:
     batch = waves([(s.start, s.stop) for s in items])
     stack = waves([(s.first, s.last) for s in items])
     one = [0] * len(items)
-    return Plan(
+    return BranchTiles(
         table(items).to(device),
         torch.tensor([s.scale for s in items], dtype=torch.float64).to(device),
         sum(s.rows * s.size for s in items),
@@ -78,7 +76,7 @@ def _plan(items: Sequence[Segment], device: torch.device) -> Plan:
 
 
 def table(items: Sequence[Segment]) -> Tensor:
-    """`Plan.table`."""
+    """`BranchTiles.table`."""
     rows, offset = [], 0
     for s in items:
         rows.append((s.start, s.rows, s.first, s.size, offset))

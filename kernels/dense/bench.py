@@ -12,7 +12,7 @@ from polygraft.kernels.common.bench import Case, show
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.dense import cost
 from polygraft.kernels.dense.library import build
-from polygraft.kernels.dense.op import Side, Weights, linear
+from polygraft.kernels.dense.op import FusedBranch, Weights, linear
 
 WIDTH, RANK, GRAFTS = 576, 16, 8
 
@@ -31,7 +31,10 @@ def cases() -> Iterator[Case]:
         flops = cost.flops(rows, WIDTH, WIDTH) + branches.flops(shapes, WIDTH, WIDTH)
         moved = cost.bytes_moved(rows, WIDTH, WIDTH) + branches.bytes_moved(shapes, WIDTH, WIDTH, itemsize=2)
         yield Case(
-            f"dense, {rows} rows", partial(linear, x, packed, [(Side(0, A, B, "identity"), segments)]), flops, moved
+            f"dense, {rows} rows",
+            partial(linear, x, packed, [(FusedBranch(0, A, B, "identity"), segments)]),
+            flops,
+            moved,
         )
 
 

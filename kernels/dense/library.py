@@ -7,11 +7,12 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+
+from polygraft.kernels.common.atomic import make_folder, whole_file
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
@@ -75,9 +76,8 @@ def build() -> Path:
 
 
 def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    make_folder(path.parent, mode=0o700)
+    with whole_file(path) as made:  # at once, however many processes build it
         try:
             ran = subprocess.run(
                 [compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT_S
@@ -86,7 +86,6 @@ def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
             raise Unavailable(f"{compiler}: {error}") from None
         if ran.returncode:
             raise Unavailable(f"{compiler} cannot build {SOURCE.name}: {ran.stderr.strip()[-500:]}")
-        os.replace(made, path)  # at once, however many processes build it
 
 
 def _folder() -> Path:

@@ -7,6 +7,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,24 +25,30 @@ PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
 FIELDS = 11  # of a branch there
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """A branch beside projection `member`: A [R, in] and B [R, out] of all grafts as `branch` has them, contiguous."""
+@dataclass(frozen=True)
+class FusedBranch:
+    """A branch that is computed with projection `member`: A [R, in] and B [R, out] of all grafts as `branch` has them,
+    contiguous."""
 
     member: int
     A: Tensor
     B: Tensor
     act: str
-    ranks: int = field(init=False)
-    pointers: tuple[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.A.is_contiguous() and self.B.is_contiguous()
-        object.__setattr__(self, "ranks", min(len(self.A), len(self.B)))
-        object.__setattr__(self, "pointers", (self.A.data_ptr(), self.B.data_ptr()))
+
+    @property
+    def ranks(self) -> int:
+        return min(len(self.A), len(self.B))
+
+    @cached_property
+    def pointers(self) -> tuple[int, int]:
+        """Where A and B lie, for this op alone: other backends' tensors may have no address."""
+        return self.A.data_ptr(), self.B.data_ptr()
 
 
-Work = Sequence[tuple[Side, Segments]]  # branches and the segments that pass through them
+Work = Sequence[tuple[FusedBranch, Segments]]  # branches and the segments that pass through them
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,11 @@ def linear(x_TI: Tensor, weights: Weights, work: Work = (), *, keep: bool = Fals
     kept = [_kept(x_TI, segments) for _, segments in work] if keep else []
     rows, terms = len(x_TI), weights.in_features
     branches: list[int] = []
-    for i, (side, segments) in enumerate(work):
-        _, column, width = weights.places[side.member]
-        where = _listed(segments, rows, side.ranks)
-        branches += (*side.pointers, *where, 0, terms, column, width)
-        branches += (ACTIVATIONS.index(side.act), kept[i].data_ptr() if keep else 0, 0)
+    for i, (branch, segments) in enumerate(work):
+        _, column, width = weights.places[branch.member]
+        where = _listed(segments, rows, branch.ranks)
+        branches += (*branch.pointers, *where, 0, terms, column, width)
+        branches += (ACTIVATIONS.index(branch.act), kept[i].data_ptr() if keep else 0, 0)
     return _call(x_TI, weights, branches), kept
 
 
@@ -129,11 +136,11 @@ def transposed(
     assert weights.layout == ROWS
     dh = [_kept(dy_TO, segments) for _, segments in work]
     branches: list[int] = []
-    for i, (side, segments) in enumerate(work):
-        _, column, width = weights.places[side.member]
-        where = _listed(segments, len(dy_TO), side.ranks)
-        branches += (*side.pointers[::-1], *where, column, width, 0, weights.in_features)
-        branches += (0, dh[i].data_ptr(), 0 if side.act == "identity" else kept[i].data_ptr())
+    for i, (branch, segments) in enumerate(work):
+        _, column, width = weights.places[branch.member]
+        where = _listed(segments, len(dy_TO), branch.ranks)
+        branches += (*branch.pointers[::-1], *where, column, width, 0, weights.in_features)
+        branches += (0, dh[i].data_ptr(), 0 if branch.act == "identity" else kept[i].data_ptr())
     whole = Weights(weights.data, COLUMNS, weights.out_features, ((0, 0, weights.in_features),))
     return _call(dy_TO, whole, branches), dh
 
@@ -187,15 +194,16 @@ class _List(NamedTuple):
 
 def _listed(segments: Segments, rows: int, ranks: int) -> tuple[int, int]:
     """Where a work list lies, and its length; made once, since many sites share it. IndexError beyond rows or ranks."""
-    kept: dict[str, _List] = segments.__dict__.setdefault("_compiled", {})
-    if not kept:
-        items = [_Segment(s.start, s.stop, s.first, s.last, s.scale) for s in segments]
-        stop, last = max((s.stop for s in segments), default=0), max((s.last for s in segments), default=0)
-        kept["list"] = _List((_Segment * len(items))(*items), stop, last)
-    found = kept["list"]
+    found = segments.derived(_List, lambda: _list(segments))
     if found.rows > rows or found.ranks > ranks:
         raise IndexError(f"segments of {found.rows} rows and {found.ranks} ranks for {rows} rows and {ranks} ranks")
     return ctypes.addressof(found.items), len(found.items)
+
+
+def _list(segments: Segments) -> _List:
+    items = [_Segment(s.start, s.stop, s.first, s.last, s.scale) for s in segments]
+    stop, last = max((s.stop for s in segments), default=0), max((s.last for s in segments), default=0)
+    return _List((_Segment * len(items))(*items), stop, last)
 
 
 def _kept(like: Tensor, segments: Segments) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from polygraft.kernels.kv.layout import Continued, Layout
 from polygraft.kernels.kv.programs import attend_kernel, key_gradient_kernel, paged_kernel, query_gradient_kernel
 from polygraft.kernels.kv.scores import Scores
-from polygraft.kernels.kv.tiles import KEYS, Grid, Plan, grids, height
+from polygraft.kernels.kv.tiles import KEYS, AttentionTiles, Grid, grids, height
 
 _ROWS = 16  # queries of a tile where the keys' gradient loops over them
 _ALL = (1 << 31) - 1  # a window that hides nothing
@@ -41,7 +41,7 @@ class _Attend(torch.autograd.Function):
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))
-        plan, out = Plan.of(layout, q.device), torch.zeros_like(q)
+        plan, out = AttentionTiles.of(layout, q.device), torch.zeros_like(q)
         lse = torch.full((layout.heads, len(q)), float("-inf"), dtype=_wide(q), device=q.device)
         for grid in plan.queries:
             attend_kernel[len(grid.tiles), layout.heads](

@@ -4,11 +4,15 @@ lies."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 GRAIN, FLOOR = 16, 32  # from 32 on, a member of the batched products is never below oneDNN's threshold
 
@@ -105,7 +109,7 @@ class Bucket:
 @dataclass(frozen=True)
 class Layout:
     """The sequences of one forward, in row order, over `rows` batch rows and `prefix_rows` stack rows; `key_rows` where
-    their keys are another batch's."""
+    their keys are another batch's. What is derived from it is kept, since all layers share it."""
 
     sequences: tuple[Sequence, ...]
     rows: int
@@ -114,17 +118,23 @@ class Layout:
     kv_heads: int
     causal: bool = True
     key_rows: int | None = None
+    _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when `key` was asked for first; keys begin with the class or function they belong to."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(T, self._derived[key])
 
     def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
-        """The sequences by padded lengths, their indices on a device; kept, since all layers share them."""
-        kept: dict[torch.device, tuple[Bucket, ...]] = self.__dict__.setdefault("_buckets", {})
-        if device not in kept:
-            by_size: dict[tuple[int, int], list[Sequence]] = defaultdict(list)
-            for sequence in self.sequences:
-                by_size[sequence.bucket, sequence.width].append(sequence)
-            found = (self._bucket(*size, tuple(members), device) for size, members in sorted(by_size.items()))
-            kept[device] = tuple(found)
-        return kept[device]
+        """The sequences by padded lengths, their indices on a device."""
+        return self.derived((Bucket, device), lambda: self._buckets(device))
+
+    def _buckets(self, device: torch.device) -> tuple[Bucket, ...]:
+        by_size: dict[tuple[int, int], list[Sequence]] = defaultdict(list)
+        for sequence in self.sequences:
+            by_size[sequence.bucket, sequence.width].append(sequence)
+        return tuple(self._bucket(*size, tuple(members), device) for size, members in sorted(by_size.items()))
 
     def _bucket(self, length: int, width: int, members: tuple[Sequence, ...], device: torch.device) -> Bucket:
         rows = self.rows if self.key_rows is None else self.key_rows

@@ -24,7 +24,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AttentionTiles:
     """table [S, 5] int64: start, length, prefix_first, prefix_length of every sequence, and where its rows begin among
     the `partial` rows that hold each sequence's share of its prefix's gradient. The tiles of queries, of own keys and
     of prefix keys.
@@ -37,23 +37,24 @@ class Plan:
     prefixes: tuple[Grid, ...]
 
     @staticmethod
-    def of(layout: Layout, device: torch.device) -> Plan:
-        """The plan, kept with the layout since all layers share it."""
-        kept: dict[torch.device, Plan] = layout.__dict__.setdefault("_plans", {})
-        if device not in kept:
-            table, partial = [], 0
-            for s in layout.sequences:
-                table.append((s.start, s.length, s.prefix_first, s.prefix_length, partial))
-                partial += s.prefix_length
-            lengths, prefixes = [s.length for s in layout.sequences], [s.prefix_length for s in layout.sequences]
-            kept[device] = Plan(
-                torch.tensor(table, dtype=torch.int64).view(-1, 5).to(device),
-                partial,
-                grids(lengths, device, height),
-                grids(lengths, device, lambda _: KEYS),
-                grids(prefixes, device, lambda _: KEYS),
-            )
-        return kept[device]
+    def of(layout: Layout, device: torch.device) -> AttentionTiles:
+        """Those of all sequences, kept with the layout since all layers share it."""
+        return layout.derived((AttentionTiles, device), lambda: _tiles(layout, device))
+
+
+def _tiles(layout: Layout, device: torch.device) -> AttentionTiles:
+    table, partial = [], 0
+    for s in layout.sequences:
+        table.append((s.start, s.length, s.prefix_first, s.prefix_length, partial))
+        partial += s.prefix_length
+    lengths, prefixes = [s.length for s in layout.sequences], [s.prefix_length for s in layout.sequences]
+    return AttentionTiles(
+        torch.tensor(table, dtype=torch.int64).view(-1, 5).to(device),
+        partial,
+        grids(lengths, device, height),
+        grids(lengths, device, lambda _: KEYS),
+        grids(prefixes, device, lambda _: KEYS),
+    )
 
 
 def height(rows: int) -> int:

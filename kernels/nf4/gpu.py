@@ -11,9 +11,9 @@ from torch import Tensor
 from polygraft.kernels.branch.gpu import shrink
 from polygraft.kernels.common.gpu import accumulator, adjacent
 from polygraft.kernels.common.segments import Segment, Segments
-from polygraft.kernels.common.tiles import Plan
+from polygraft.kernels.common.tiles import BranchTiles
 from polygraft.kernels.nf4.cost import BLOCK
-from polygraft.kernels.nf4.op import LEVELS
+from polygraft.kernels.nf4.levels import LEVELS
 from polygraft.kernels.nf4.programs import linear_kernel
 
 FEATURES = 64
@@ -23,7 +23,7 @@ def linear(
     x_TI: Tensor, codes_OH: Tensor, absmax_OK: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str
 ) -> Tensor:
     """As `op.linear`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
-    plan = _plan(segments, len(x_TI), x_TI.device)
+    plan = _tiles(segments, len(x_TI), x_TI.device)
     x = adjacent(x_TI)
     B = adjacent(B_RO)
     out = torch.empty(len(x), len(codes_OH), dtype=x.dtype, device=x.device)
@@ -61,15 +61,16 @@ def _levels(device: torch.device) -> Tensor:
     return torch.tensor(LEVELS, device=device)
 
 
-def _plan(segments: Segments, rows: int, device: torch.device) -> Plan:
-    """The branch's plan with a segment without ranks for the rows between segments; kept."""
-    kept: dict[tuple[int, torch.device], Plan] = segments.__dict__.setdefault("_whole_plans", {})
-    if (rows, device) not in kept:
-        items, end = [], 0
-        for s in sorted((s for s in segments if s.rows and s.size), key=lambda s: s.start):
-            assert end <= s.start, f"segments meet in row {s.start}"
-            items += [Segment(end, s.start, 0, 0), s]
-            end = s.stop
-        items.append(Segment(end, rows, 0, 0))
-        kept[rows, device] = Plan.over([s for s in items if s.rows], device)
-    return kept[rows, device]
+def _tiles(segments: Segments, rows: int, device: torch.device) -> BranchTiles:
+    """The branch's tiles with a segment without ranks for the rows between segments; kept."""
+    return segments.derived(("nf4", rows, device), lambda: BranchTiles.over(_whole(segments, rows), device))
+
+
+def _whole(segments: Segments, rows: int) -> list[Segment]:
+    items, end = [], 0
+    for s in sorted((s for s in segments if s.rows and s.size), key=lambda s: s.start):
+        assert end <= s.start, f"segments meet in row {s.start}"
+        items += [Segment(end, s.start, 0, 0), s]
+        end = s.stop
+    items.append(Segment(end, rows, 0, 0))
+    return [s for s in items if s.rows]

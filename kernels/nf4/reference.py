@@ -6,7 +6,7 @@ from torch import Tensor
 from polygraft.kernels.branch import reference
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.nf4.cost import BLOCK
-from polygraft.kernels.nf4.op import LEVELS
+from polygraft.kernels.nf4.levels import LEVELS
 
 
 def linear(

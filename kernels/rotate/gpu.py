@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.common.gpu import adjacent
-from polygraft.kernels.common.launches import Plan
+from polygraft.kernels.common.launches import EntryLaunches
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.rotate.order import butterfly
 from polygraft.kernels.rotate.programs import squares_kernel, turn_kernel
@@ -37,18 +37,18 @@ class _Stage(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, D: Tensor, segments: Segments, stage: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, D)
         ctx.segments, ctx.stage = segments, stage  # type: ignore[attr-defined]
-        return _turned(x, D, Plan.of(segments, x.device), stage, dtype, transposed=False)
+        return _turned(x, D, EntryLaunches.of(segments, x.device), stage, dtype, transposed=False)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, D = ctx.saved_tensors  # type: ignore[attr-defined]
         needs, stage = ctx.needs_input_grad, ctx.stage  # type: ignore[attr-defined]
-        plan = Plan.of(ctx.segments, x.device)  # type: ignore[attr-defined]
+        plan = EntryLaunches.of(ctx.segments, x.device)  # type: ignore[attr-defined]
         dx = _turned(grad, D, plan, stage, x.dtype, transposed=True) if needs[0] else None
         return dx, _squares(x, grad, D, plan, stage) if needs[1] else None, None, None, None
 
 
-def _turned(x: Tensor, D: Tensor, plan: Plan, stage: int, dtype: torch.dtype, *, transposed: bool) -> Tensor:
+def _turned(x: Tensor, D: Tensor, plan: EntryLaunches, stage: int, dtype: torch.dtype, *, transposed: bool) -> Tensor:
     """x + x P D P^T on the segments' rows, in `dtype`."""
     x, block, width = adjacent(x), D.shape[1], _width(D)
     out = x.to(dtype, copy=True).contiguous()
@@ -72,7 +72,7 @@ def _turned(x: Tensor, D: Tensor, plan: Plan, stage: int, dtype: torch.dtype, *,
     return out
 
 
-def _squares(x: Tensor, grad: Tensor, D: Tensor, plan: Plan, stage: int) -> Tensor:
+def _squares(x: Tensor, grad: Tensor, D: Tensor, plan: EntryLaunches, stage: int) -> Tensor:
     """The gradient of one stage's blocks; 0 elsewhere."""
     x, grad, block, width = adjacent(x), adjacent(grad), D.shape[1], _width(D)
     out = torch.zeros_like(D, memory_format=torch.contiguous_format)

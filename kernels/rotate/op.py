@@ -12,15 +12,16 @@ from torch.autograd.function import FunctionCtx
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.rotate.order import butterfly
+from polygraft.kernels.rotate.rotation import Rotation
 
 
-def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Segments) -> Tensor:
+def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], rotation: Rotation, segments: Segments) -> Tensor:
     """Semantics: out[s.start:s.stop] = x[s.start:s.stop] R with R made from the operands at [s.first, s.last); other
     rows pass unchanged.
 
-    `lowrank`: R = 1 + A^T B, A and B [r, D]. `pairs.G`: x c + (-x2, x1) s, where x1 and x2 are the halves of every
-    group of G channels; c and s [1, D]. `blocks.b.m`: R = S_(m-1) ... S_0, each stage S_i = P_i (1 + D_i) P_i^T with
-    D_i block-diagonal; D [m D, b] holds the blocks stage by stage, P_i is `butterfly`'s order (P_0 = 1).
+    `lowrank`: R = 1 + A^T B, A and B [r, D]. `pairs`: x c + (-x2, x1) s, where x1 and x2 are the halves of every group
+    of `size` channels; c and s [1, D]. `blocks`: R = S_(m-1) ... S_0 of m `stages`, each stage S_i = P_i (1 + D_i)
+    P_i^T with D_i block-diagonal; D [m D, size] holds the blocks stage by stage, P_i is `butterfly`'s order (P_0 = 1).
 
     Operands are in float32 (float64 beside float64), and so is the arithmetic; the result is rounded to x's dtype.
     On a GPU blocks multiply float32 as three tf32 products.
@@ -28,21 +29,19 @@ def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Se
     """
     if not segments.items:
         return x_TD
-    name, *sizes = kind.split(".")
-    if x_TD.is_cuda and name == "blocks":
+    if x_TD.is_cuda and rotation.kind == "blocks":
         from polygraft.kernels.rotate import gpu  # Triton is loaded only where there is a GPU
 
-        return gpu.blocks(x_TD, operands["D"], segments, *map(int, sizes))
+        return gpu.blocks(x_TD, operands["D"], segments, rotation.size, rotation.stages)
     wide = x_TD.to(next(iter(operands.values())).dtype)
-    if name == "lowrank":
+    if rotation.kind == "lowrank":
         wide = branch(wide, wide, operands["A"], operands["B"], segments, "identity")
-    elif name == "pairs":
-        wide = _Pairs.apply(wide, operands["c"], operands["s"], segments, int(sizes[0]))  # type: ignore[no-untyped-call]
+    elif rotation.kind == "pairs":
+        wide = _Pairs.apply(wide, operands["c"], operands["s"], segments, rotation.size)  # type: ignore[no-untyped-call]
     else:
-        block, stages = map(int, sizes)
-        for stage in reversed(range(stages)):
-            order = butterfly(x_TD.shape[1], block, stage)
-            wide = _Blocks.apply(wide, operands["D"], segments, order, (stage, stages))  # type: ignore[no-untyped-call]
+        for stage in reversed(range(rotation.stages)):
+            order = butterfly(x_TD.shape[1], rotation.size, stage)
+            wide = _Blocks.apply(wide, operands["D"], segments, order, (stage, rotation.stages))  # type: ignore[no-untyped-call]
     return wide.to(x_TD.dtype)
 
 

@@ -7,30 +7,30 @@ import torch
 from torch import Tensor
 
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.rotate.rotation import Rotation
 
 
-def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], kind: str, segments: Segments) -> Tensor:
+def rotate(x_TD: Tensor, operands: Mapping[str, Tensor], rotation: Rotation, segments: Segments) -> Tensor:
     """x[s] <- x[s] R_s, differentiable by autograd."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     out = x_TD.to(wide)
     for s in segments:
         own = {name: operand[s.first : s.last].to(wide) for name, operand in operands.items()}
-        rows = out[s.start : s.stop] @ matrix(own, kind, x_TD.shape[1])
+        rows = out[s.start : s.stop] @ matrix(own, rotation, x_TD.shape[1])
         out = torch.cat([out[: s.start], rows, out[s.stop :]])
     return out.to(x_TD.dtype)
 
 
-def matrix(own: Mapping[str, Tensor], kind: str, width: int) -> Tensor:
+def matrix(own: Mapping[str, Tensor], rotation: Rotation, width: int) -> Tensor:
     """R [width, width] of one graft."""
-    name, *sizes = kind.split(".")
     one = torch.eye(width, dtype=next(iter(own.values())).dtype)
-    if name == "lowrank":
+    if rotation.kind == "lowrank":
         return one + own["A"].T @ own["B"]
-    if name == "pairs":
-        half = int(sizes[0]) // 2
+    if rotation.kind == "pairs":
+        half = rotation.size // 2
         J = torch.kron(torch.eye(width // (2 * half)), torch.eye(2 * half).roll(half, 1) * _signs(half)).to(one)
         return one * own["c"][0] + J * own["s"][0]
-    block, stages = map(int, sizes)
+    block, stages = rotation.size, rotation.stages
     result = one
     for stage in reversed(range(stages)):
         D = own["D"].view(stages, -1, block, block)[stage]

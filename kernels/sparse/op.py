@@ -11,35 +11,35 @@ from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.sparse.order import SparseIndex
 
 _PIECE = 1 << 21  # gathered numbers at a time
 
 
-def sparse(x_TI: Tensor, y_TO: Tensor, v_NK: Tensor, i_NP: Tensor, segments: Segments) -> Tensor:
-    """Semantics: out = y; for every k in s.first ... s.last, with v and i at k:
+def sparse(x_TI: Tensor, y_TO: Tensor, v_NK: Tensor, index: SparseIndex, segments: Segments) -> Tensor:
+    """Semantics: out = y; for every k in s.first ... s.last, with v and i = index.places at k:
     entries: out[s.start:s.stop, i[0]] += s.scale * v[0] * x[s.start:s.stop, i[1]];
     rows: out[s.start:s.stop, i[0]] += s.scale * x[s.start:s.stop] @ v.
 
     x [T, in] and y [T, out] of one dtype. Entries: v [N, 1], i [N, 2] int64 (row, column); rows: v [N, in], i [N, 1].
     v in float32 or wider; the sums of entries are in its precision and rounded once, rows are rounded to x's dtype.
-    Segments may overlap. Differentiable in x, y and v; sums run over one segment alone, in the order of k. On a GPU i
-    is sorted when it is met first, and must not change afterwards.
+    Segments may overlap. Differentiable in x, y and v; sums run over one segment alone, in the order of k.
     """
     if not segments.items:
         return y_TO
     if x_TI.is_cuda:
         from polygraft.kernels.sparse import gpu  # Triton is loaded only where there is a GPU
 
-        return gpu.sparse(x_TI, y_TO, v_NK, i_NP, segments)
-    return _Sparse.apply(x_TI, y_TO, v_NK, i_NP, segments)  # type: ignore[no-any-return,no-untyped-call]
+        return gpu.sparse(x_TI, y_TO, v_NK, index, segments)
+    return _Sparse.apply(x_TI, y_TO, v_NK, index, segments)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Sparse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, v: Tensor, i: Tensor, segments: Segments) -> Tensor:
-        ctx.save_for_backward(x, v, i)
-        ctx.segments = segments  # type: ignore[attr-defined]
-        out = y.clone()
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, v: Tensor, index: SparseIndex, segments: Segments) -> Tensor:
+        ctx.save_for_backward(x, v)
+        ctx.segments, ctx.index = segments, index  # type: ignore[attr-defined]
+        i, out = index.places, y.clone()
         for s in _whole(segments):
             rows, own, place = x[s.start : s.stop], v[s.first : s.last], i[s.first : s.last]
             if i.shape[1] == 1:
@@ -51,8 +51,9 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, i = ctx.saved_tensors  # type: ignore[attr-defined]
+        x, v = ctx.saved_tensors  # type: ignore[attr-defined]
         segments: Segments = ctx.segments  # type: ignore[attr-defined]
+        i: Tensor = ctx.index.places  # type: ignore[attr-defined]
         dx, dv = torch.zeros_like(x), torch.zeros_like(v)
         for s in _whole(segments):
             dy, own, place = grad[s.start : s.stop], v[s.first : s.last], i[s.first : s.last]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,19 +21,29 @@ class Order:
     entry_N: Tensor
     other_N: Tensor
 
-    @staticmethod
-    def of(i_NP: Tensor, side: int) -> Order:
-        """The order, kept with the index, which is taken not to change: a graft's is chosen before its first step."""
-        kept: dict[int, Order] = i_NP.__dict__.setdefault("_orders", {})
-        if side not in kept:
-            count = len(i_NP)
-            key = (i_NP[:, side] * count + torch.arange(count, device=i_NP.device)).sort().values
-            entry = key % count
-            kept[side] = Order(key, entry, i_NP[entry, -1 - side])
-        return kept[side]
-
     def bounds(self, edges_G2: Tensor, width: int) -> Tensor:
         """[G, 2, width] int32: the entries [low, high) of this order that lie in stack rows [first, last), the edges of
         G, and at each place of the `width`."""
         first = torch.arange(width, device=self.key_N.device) * len(self.key_N)
         return torch.searchsorted(self.key_N, edges_G2.unsqueeze(2) + first, out_int32=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseIndex:
+    """Where the entries of a stack stand in S: places [N, 2] (row, column), or [N, 1] for whole rows, int64. They are
+    taken not to change once an order has been asked for: a graft's are chosen before its first step."""
+
+    places: Tensor
+    _orders: dict[int, Order] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def order(self, side: int) -> Order:
+        """The entries by their place on one side of S, sorted once."""
+        if side not in self._orders:
+            count = len(self.places)
+            key = (self.places[:, side] * count + torch.arange(count, device=self.places.device)).sort().values
+            entry = key % count
+            self._orders[side] = Order(key, entry, self.places[entry, -1 - side])
+        return self._orders[side]

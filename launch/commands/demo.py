@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     context: typer.Context,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report there as JSON, the chart of the search beside it.")
+        Path | None, typer.Option(help="Write the report there as JSON, and the chart of the search next to it.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Use the home folder and leave the service up.")] = False,
     verify: Annotated[

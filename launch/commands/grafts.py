@@ -83,28 +83,34 @@ def export_graft(
     (gguf) or ours (native, in a folder named by its id); with --rank or --energy a LoRA in its place."""
     from polygraft.grafts.formats import gguf_lora, merged, native, peft
     from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.formats.check import FormatError
     from polygraft.grafts.formats.read import read
     from polygraft.grafts.formats.to_lora import to_lora
+    from polygraft.kernels.common.atomic import whole_folder
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors():
-        grown = grown_on(backbone)
-        spec, values = read(graft, grown)
+        loaded = load_backbone(backbone)
+        spec, values = read(graft, loaded)
         if rank is not None or energy is not None:
-            found = to_lora(spec, grown.shape, values, grown.weight, rank=rank, energy=energy)
+            found = to_lora(spec, loaded.shape, values, loaded.weight, rank=rank, energy=energy)
             spec, values = found.spec, found.tensors
             typer.echo(f"{spec.method}: lost {found.loss:.2%} of the norm of dW")
         match form:
             case Form.MERGED:
-                merged.export(target, spec, values, backbone=grown.folder)
+                merged.export(target, spec, values, backbone=loaded.folder)
             case Form.PEFT:
-                peft.export(target, spec, values, shape=grown.shape, base=backbone, stock=BackboneFiles(grown.folder))
+                if target.exists():
+                    raise FormatError(f"{target}: exists already; name a folder that does not")
+                stock = BackboneFiles(loaded.folder)
+                with whole_folder(target) as draft:
+                    peft.export(draft, spec, values, shape=loaded.shape, base=backbone, stock=stock)
             case Form.GGUF:
-                gguf_lora.export(target, spec, values, shape=grown.shape)
+                gguf_lora.export(target, spec, values, shape=loaded.shape)
             case Form.NATIVE:
-                stock = BackboneFiles(grown.folder)
+                stock = BackboneFiles(loaded.folder)
                 typer.echo(
-                    native.save(target, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=stock)
+                    native.save(target, spec, values, shape=loaded.shape, backbone=loaded.fingerprint, stock=stock)
                 )
 
 
@@ -124,8 +130,8 @@ def import_graft(
     with usage_errors():
         if name == settings.backbone:
             raise BadName(f"name: {name!r} is that of the backbone; choose another")
-        grown = grown_on(backbone or settings.backbone, settings.quantise)
-        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, grown), grown, promote)
+        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
+        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, loaded), loaded, promote)
     store.close()
     typer.echo(graft.model)
 
@@ -137,7 +143,7 @@ def adopted(
     name: str,
     spec: GraftSpec,
     values: Mapping[str, Tensor],
-    grown: Backbone,
+    loaded: Backbone,
     promote: bool,
 ) -> Graft:
     """The graft, saved and published under the name."""
@@ -147,7 +153,7 @@ def adopted(
 
     root = settings.data / "grafts"
     identity = native.save(
-        root, spec, values, shape=grown.shape, backbone=grown.fingerprint, stock=BackboneFiles(grown.folder)
+        root, spec, values, shape=loaded.shape, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder)
     )
     return adopt(
         store,
@@ -155,15 +161,15 @@ def adopted(
         name,
         graft=GraftId(identity),
         method=spec.method,
-        backbone_fingerprint=grown.fingerprint,
-        parameters=parameters(spec, grown.shape),
+        backbone_fingerprint=loaded.fingerprint,
+        parameters=parameters(spec, loaded.shape),
         bytes=native.size(root / identity),
         at=time.time(),
         promote=promote,
     )
 
 
-def grown_on(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def load_backbone(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone

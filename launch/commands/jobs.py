@@ -111,8 +111,17 @@ def jobs(
     print_table(
         ("job", "status", "method", "#steps", "#parameters", "#loss before", "#after", "model", "#age"),
         (
-            (one.id, _colored(one.status), escape(one.peft), _steps(one), count(one.parameters))
-            + (loss(one.loss_before), loss(one.loss_after), one.fine_tuned_model, ago(one.created_at))
+            (
+                one.id,
+                _colored(one.status),
+                escape(one.peft),
+                _steps(one),
+                count(one.parameters),
+                loss(one.loss_before),
+                loss(one.loss_after),
+                one.fine_tuned_model,
+                ago(one.created_at),
+            )
             for one in listed
         ),
         empty="no jobs yet; start one with: polygraft submit FILE",

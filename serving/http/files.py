@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -14,8 +13,8 @@ from polygraft.cluster.model import DataFile, FileId, TenantId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Versioned, Write
 from polygraft.cluster.validation import shown
-from polygraft.grafts.formats.draft import sync
 from polygraft.grafts.text import jsonl
+from polygraft.kernels.common.atomic import move
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.pages import page
@@ -111,8 +110,7 @@ def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
         examples=examples,
     )
     # The blob first: a record never names content that is not on disk, and a blob without a record is only waste.
-    os.replace(received.path, api.blob(record))
-    sync(api.files)
+    move(received.path, api.blob(record))
     api.store.commit([Write(keys.file(record.id), record, 0)])
     return _shown(record)
 

@@ -81,7 +81,7 @@ def events(
 
 
 def shown_job(job: Job) -> FineTuningJob:
-    """The job in OpenAI's shape, with our fields beside theirs."""
+    """The job in OpenAI's shape, with our fields added."""
     spec = job.spec
     common: dict[str, JsonValue] = {"n_epochs": spec.epochs, "batch_size": spec.batch_size}
     common["learning_rate_multiplier"] = spec.learning_rate_multiplier

@@ -115,7 +115,7 @@ class ChatCompletionRequest(_Body):
         for name, neutral in self.NEUTRAL.items():
             value: JsonValue = getattr(self, name)
             if value is not None and not any(
-                value == allowed and type(value) is not bool or value is allowed for allowed in neutral
+                value is allowed or (value == allowed and type(value) is not bool) for allowed in neutral
             ):
                 return name, value
         return None

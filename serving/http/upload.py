@@ -18,7 +18,7 @@ from polygraft.cluster.validation import shown
 from polygraft.serving.http.errors import ApiError, bad_request
 
 _FIELD_LIMIT = 1024
-_AROUND_BYTES = 64 * 1024  # what a form may hold beside its file
+_FORM_BYTES = 64 * 1024  # what a form may hold besides its file
 _FIELDS = ("file", "purpose")
 
 
@@ -43,14 +43,14 @@ async def receive(request: Request, *, folder: Path, limit_bytes: int) -> Upload
     if kind != b"multipart/form-data" or not boundary:
         raise bad_request("Content-Type: expected multipart/form-data with a file and a purpose", param="file")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit_bytes + _AROUND_BYTES:
+    if announced.isdecimal() and int(announced) > limit_bytes + _FORM_BYTES:
         raise _too_large(limit_bytes)
     await run_in_threadpool(folder.mkdir, parents=True, exist_ok=True)
     path = folder / uuid4().hex
     form = _Form(path, limit_bytes)
     try:
         parser = form.parser(boundary)
-        left = limit_bytes + _AROUND_BYTES
+        left = limit_bytes + _FORM_BYTES
         async for chunk in request.stream():
             left -= len(chunk)
             if left < 0:

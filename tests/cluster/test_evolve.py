@@ -182,6 +182,6 @@ def test_only_the_last_finished_jobs_are_remembered() -> None:
     past = [make_job(f"{n:03}", state=JobState.FAILED, finished_at=float(n)) for n in range(evolve.RECENT_JOBS)]
     snapshot = make_snapshot(jobs=(*past, running("a")))
     after = evolve.apply(snapshot, EventId("17-0"), FAILED)
+    assert FAILED.at > past[0].finished_at  # so that the oldest of the past is forgotten
+    assert after.jobs.keys() == {A, *(job.id for job in past[1:])}
     assert len(after.jobs) == evolve.RECENT_JOBS
-    assert A in after.jobs or after.jobs[past[-1].id]
-    assert past[0].id not in after.jobs

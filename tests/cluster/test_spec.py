@@ -119,7 +119,7 @@ def test_all_of_openais_fields_are_ours_too() -> None:
         (body({"learning_rate": 0.1, "learning_rate_multiplier": 2}), HYPER, "both given; give one"),
         (body(method={"type": "dpo", "dpo": {}}), "method", "type 'dpo' is not supported; use 'supervised'"),
         (body(method={"type": "reinforcement"}), "method", "type 'reinforcement' is not supported"),
-        (body({}, hyperparameters={}), "hyperparameters", "given beside method"),
+        (body({}, hyperparameters={}), "hyperparameters", "given with method, too"),
         (body(suffix="My Model"), "suffix", "(got 'My Model')"),
         (body(suffix="a" * 41), "suffix", "match pattern"),
         (body(suffix="b"), "suffix", "'b' is the name of the base model"),

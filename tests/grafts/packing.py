@@ -51,7 +51,7 @@ class Batch:
     def rows(self, before: Rows | None = None) -> Rows:
         given = torch.cat(self.given) if self.given else None
         ids, positions = torch.cat(self.ids), torch.cat(self.positions)
-        return Rows(ids, positions, tuple(self.spans), given=given, source=before, inputs=tuple(self.inputs))
+        return Rows(ids, positions, tuple(self.spans), inputs_embeds=given, source=before, inputs=tuple(self.inputs))
 
 
 def packed(

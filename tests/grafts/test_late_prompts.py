@@ -56,14 +56,14 @@ def test_decoding_gives_the_oracles_logits_in_every_dtype(fp64: Backbone, folder
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
         backbone = Backbone.load(folder, dtype)
         own = {name: value.to(torch.promote_types(dtype, torch.float32)) for name, value in values.items()}
-        served = lower(DEEP.spec, backbone.shape, own, backbone.weight, backbone.through)
+        served = lower(DEEP.spec, backbone.shape, own, backbone.weight, backbone.run_from_layer)
         lone = Resident("lone", METHODS["lora"].spec, METHODS["lora"].values(backbone.shape, seed=6))
         found = decoded(backbone, [Resident("own", *served), lone], ids, chunks=(9, 6, 1, 1, 1, 1, 1))
         assert relative(found, wanted) < tolerance, dtype
 
 
 def test_served_it_is_a_prefix_of_its_layers(fp64: Backbone) -> None:
-    spec, values = lower(DEEP.spec, fp64.shape, DEEP.values(fp64.shape, seed=1), fp64.weight, fp64.through)
+    spec, values = lower(DEEP.spec, fp64.shape, DEEP.values(fp64.shape, seed=1), fp64.weight, fp64.run_from_layer)
     prefix = parse("prefix(6)@2-4")
     assert spec.slots == prefix.slots
     assert [(t.name, t.shape) for t in tensors(prefix, fp64.shape)] == [(n, tuple(v.shape)) for n, v in values.items()]
@@ -74,7 +74,7 @@ def test_the_prompts_rows_run_once_for_all_layers(fp64: Backbone) -> None:
 
     def counted(rows: torch.Tensor, first: int) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
         calls.append(first)
-        return fp64.through(rows, first)
+        return fp64.run_from_layer(rows, first)
 
     made = Lowered(DEEP.spec, fp64.shape, fp64.weight, counted)
     made.make(DEEP.values(fp64.shape, seed=1))
@@ -85,7 +85,7 @@ def test_it_starts_as_a_samples_rows_in_that_layer(fp64: Backbone) -> None:
     """So its keys and values are those of a prefix that starts as the same text."""
     started = initialise(DEEP.spec, fp64, seed=0, samples=SAMPLES)
     assert started["0.shared.P"].shape == (6, fp64.shape.hidden)
-    _, values = lower(DEEP.spec, fp64.shape, started, fp64.weight, fp64.through)
+    _, values = lower(DEEP.spec, fp64.shape, started, fp64.weight, fp64.run_from_layer)
     prefix = initialise(parse("prefix(6)@2-4"), fp64, seed=0, samples=SAMPLES)
     assert all(relative(values[name], value) < 1e-12 for name, value in prefix.items())
 
@@ -105,7 +105,7 @@ def test_where_rows_see_others_it_is_refused(arch: str, tiny_folders: Mapping[st
     with pytest.raises(SpecError, match="lpt: .*would read the input"):
         tensors(parse("lpt(3)@1"), backbone.shape)
     with pytest.raises(SpecError, match="by themselves"):
-        backbone.through(torch.zeros(3, backbone.shape.hidden), 1)
+        backbone.run_from_layer(torch.zeros(3, backbone.shape.hidden), 1)
 
 
 def test_without_a_backbone_its_operands_are_not_made(fp64: Backbone) -> None:

@@ -122,7 +122,7 @@ def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone)
     values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=5).items()}
     lone = METHODS["lora"].values(fp32.shape, seed=6)
     residents = [
-        Resident("own", *lower(row.spec, fp32.shape, values, fp32.weight, fp32.through)),
+        Resident("own", *lower(row.spec, fp32.shape, values, fp32.weight, fp32.run_from_layer)),
         Resident("other", METHODS["lora"].spec, lone),
     ]
     ids = batch(fp32)[0][1]

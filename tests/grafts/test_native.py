@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polygraft.grafts.formats import draft, native
+from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Branch, GraftSpec
+from polygraft.kernels.common import atomic
 from tests.grafts.oracle.row import random_tensors
 from tests.grafts.oracle.table import METHODS, MORE
 
@@ -82,7 +83,7 @@ def test_others_may_read_the_folder(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize(("module", "broken"), [(draft, "_settle"), (native, "save_file")])
+@pytest.mark.parametrize(("module", "broken"), [(atomic, "sync"), (native, "save_file")])
 def test_a_save_that_fails_leaves_nothing(
     module: ModuleType, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,13 +100,13 @@ def test_a_save_that_fails_leaves_nothing(
 
 def test_a_race_for_the_same_graft_has_two_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = saved(tmp_path / "elsewhere")
-    settle = draft._settle
+    move = atomic.move
 
-    def overtaken(folder: Path) -> None:
-        settle(folder)
-        shutil.copytree(twin, tmp_path / "here" / twin.name)
+    def overtaken(draft: Path, target: Path) -> None:
+        shutil.copytree(twin, target)
+        move(draft, target)
 
-    monkeypatch.setattr(draft, "_settle", overtaken)
+    monkeypatch.setattr(atomic, "move", overtaken)
     assert saved(tmp_path / "here").name == twin.name
     assert [path.name for path in (tmp_path / "here").iterdir()] == [twin.name]
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.linear import padded
+from polygraft.grafts.runtime.padding import padded
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.launch.demo.oracle.plain import plain_model
@@ -80,6 +80,6 @@ def ours(
         logits = backbone.logits(hidden)
     slope = F.pad(torch.cat(slopes), (0, 0, 0, padded(len(hidden)) - len(hidden)))
     hidden.backward(backbone.head.transposed_product(slope)[: len(hidden)])  # logits = hidden W^T
-    found = {piece.tensor.name: piece.gradient() for piece in stacks.pieces[0]}
+    found = {piece.tensor.name: piece.gradient() for piece in stacks.views[0]}
     gradients = {name: g.view(values[name].shape) for name, g in found.items() if g is not None}
     return list(logits.split(LENGTHS)), gradients

@@ -25,7 +25,8 @@ from torch import Tensor
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.grammar import Term, from_peft_config, parse, terms, union
+from polygraft.grafts.formats.peft_config import asked_for
+from polygraft.grafts.grammar import Term, parse, terms, union
 from polygraft.grafts.init import initialise
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -240,15 +241,15 @@ def test_an_odd_value_of_any_field_is_an_error_of_ours(name: str, backbone: Back
     peft_model = get_peft_model(plain_model(backbone.folder, torch.float32), config_of(name))
     peft_model.save_pretrained(str(tmp_path))
     config = json.loads((tmp_path / peft.CONFIG).read_text())
-    refused = 0
+    refused, stock = 0, BackboneFiles(backbone.folder)
     for field in config:
         for value in ODD:
             changed = config | {field: value}
             (tmp_path / peft.CONFIG).write_text(json.dumps(changed))
             try:
-                peft.load(tmp_path, backbone.shape, BackboneFiles(backbone.folder))
+                peft.load(tmp_path, backbone.shape, stock)
             except FormatError:
                 refused += 1
             with suppress(SpecError):
-                from_peft_config(changed)
+                asked_for(json.dumps(changed), backbone.shape, stock)
     assert refused > len(ODD)

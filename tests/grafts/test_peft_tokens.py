@@ -1,4 +1,4 @@
-"""PEFT folders of LoRAs with rows of the embeddings edited beside them: read, and written again."""
+"""PEFT folders of LoRAs with rows of the embeddings edited in addition: read, and written again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.oracle.trained import trained
 from tests.grafts.test_peft import IDS, logits
-from tests.grafts.test_peft_beside import assert_a_folder_of_peft, modest
+from tests.grafts.test_peft_extras import assert_a_folder_of_peft, modest
 from tests.tiny import tiny_llama
 
 FIELD = "trainable_token_indices"
@@ -65,8 +65,8 @@ READ = {
     "one that is told so first": ("llama", lora("q_proj", tokens={"lm_head": [17], "embed_tokens": [17, 42]})),
     "scaled embeddings": ("gemma", lora("v_proj", tokens=both("embed_tokens", 17, 300), modules_to_save=["norm"])),
     "an encoder": ("untied bert", lora("query", tokens={"word_embeddings": [300, 42]})),
-    "beside a fused one": ("gpt2", lora("mlp.c_fc", tokens=both("transformer.wte", 42), fan_in_fan_out=True)),
-    "beside biases": ("opt", lora("fc1", tokens=both("decoder.embed_tokens", 8, 99, head=99), bias="all")),
+    "with a fused one": ("gpt2", lora("mlp.c_fc", tokens=both("transformer.wte", 42), fan_in_fan_out=True)),
+    "with biases": ("opt", lora("fc1", tokens=both("decoder.embed_tokens", 8, 99, head=99), bias="all")),
 }
 
 
@@ -146,10 +146,14 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
 @pytest.mark.parametrize(
     ("arch", "text", "message"),
     [
-        ("untied llama", "vera(r=2, at=attn.q) + trainable-tokens(3)", f"{FIELD}: is not written beside VERA"),
-        ("untied llama", "prefix(3) + trainable-tokens(3)", f"{FIELD}: is not written beside PREFIX_TUNING"),
-        ("untied llama", "ln-tuning(at=norm.1) + trainable-tokens(3)", f"{FIELD}: is not written beside LN_TUNING"),
-        ("untied llama", "trainable-tokens(3) + ln-tuning", "are not written beside TRAINABLE_TOKENS"),
+        ("untied llama", "vera(r=2, at=attn.q) + trainable-tokens(3)", f"{FIELD}: is not written with VERA"),
+        ("untied llama", "prefix(3) + trainable-tokens(3)", f"{FIELD}: is not written with PREFIX_TUNING"),
+        (
+            "untied llama",
+            "ln-tuning(at=norm.1) + trainable-tokens(3)",
+            f"{FIELD}: is not written with LN_TUNING",
+        ),
+        ("untied llama", "trainable-tokens(3) + ln-tuning", "are not written with TRAINABLE_TOKENS"),
         ("untied llama", "lora + prompt(3) + trainable-tokens(3)", "has no equal in PEFT"),
         ("bert", "lora + trainable-tokens(3)", "PEFT edits the head tied to the embeddings, too"),
         ("t5", "lora + trainable-tokens(3)", "both stacks of t5 read what PEFT edits for neither"),
@@ -236,7 +240,7 @@ def test_rows_that_are_not_there_and_a_head_past_the_vocabulary_are_refused(
         peft.load(tmp_path, stock.shape, stock)
 
 
-def test_rows_are_edited_beside_the_methods_whose_configs_in_peft_have_the_field() -> None:
+def test_rows_are_edited_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
         fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
         assert (FIELD in fields) == layout.edits_tokens, layout.kind

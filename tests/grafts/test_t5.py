@@ -89,7 +89,7 @@ def test_the_loss_of_labels_and_its_gradient_are_pefts(folder: Path, dtype: torc
     own.backward()
     hidden[torch.cat(answers)].backward(backbone.head.transposed_product(scores.grad.to(dtype)))
     assert relative(own, loss) < TOLERANCE[dtype]
-    for piece, gradient in zip(stacks.pieces[0], stacks.gradients()[0], strict=True):
+    for piece, gradient in zip(stacks.views[0], stacks.gradients()[0], strict=True):
         wanted = places[piece.tensor.name].grad
         wanted = wanted.T if piece.tensor.part == "B" else wanted
         assert relative(gradient.view(wanted.shape), wanted) < 10 * TOLERANCE[dtype], piece.tensor.name

@@ -135,5 +135,5 @@ def packed(
         if isinstance(graft, int):
             spans.append(Span(first, first + len(ids[-1]), graft))
     positions = torch.cat([torch.arange(len(own)) for own in ids])
-    rows = Rows(torch.cat(ids), positions, tuple(spans), given=torch.cat(given))
+    rows = Rows(torch.cat(ids), positions, tuple(spans), inputs_embeds=torch.cat(given))
     return rows, WholeSequences(tuple(sequences), backbone.shape), torch.tensor(starts)

@@ -24,9 +24,9 @@ from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
 from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
 from polygraft.kernels.rotate import gpu as rotate_gpu  # noqa: E402
 from polygraft.kernels.rotate import reference as rotate_reference  # noqa: E402
+from polygraft.kernels.rotate.rotation import Rotation  # noqa: E402
 from polygraft.kernels.sparse import gpu as sparse_gpu  # noqa: E402
 from polygraft.kernels.sparse import reference as sparse_reference  # noqa: E402
-from polygraft.kernels.sparse.order import Order  # noqa: E402
 from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_rotate, test_sparse  # noqa: E402
 from tests.kernels.compare import Results, assert_close, assert_equal, relative, run  # noqa: E402
 from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
@@ -155,23 +155,23 @@ def nf4_equals_reference(dtype: torch.dtype, items: tuple[Segment, ...]) -> None
 
 def sparse_equals_reference(case: tuple[int, int, tuple[Segment, ...]], dtype: torch.dtype, indices: int) -> None:
     rows, count, items = case
-    inputs, place, upstream = test_sparse.tensors(rows, count, dtype, indices)
-    got = run(sparse_gpu.sparse, inputs, place, Segments(items), upstream=upstream)
-    want = run(sparse_reference.sparse, inputs, place, Segments(items), upstream=upstream, dtype=torch.float64)
+    inputs, index, upstream = test_sparse.tensors(rows, count, dtype, indices)
+    got = run(sparse_gpu.sparse, inputs, index, Segments(items), upstream=upstream)
+    want = run(sparse_reference.sparse, inputs, index, Segments(items), upstream=upstream, dtype=torch.float64)
     want = {name: want.get(name, torch.zeros_like(got[name])) for name in got}
     assert_close(got, want, TOLERANCE[dtype])
 
 
 def sparse_takes_strided_rows_and_gradients(indices: int) -> None:
     rows, count, items = test_sparse.CASES["overlapping"]
-    inputs, place, upstream = test_sparse.tensors(rows, count, torch.float32, indices)
+    inputs, index, upstream = test_sparse.tensors(rows, count, torch.float32, indices)
 
     def strided(x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         wide = torch.cat([x, y], 1)
-        return sparse_gpu.sparse(wide[:, : x.shape[1]], wide[:, x.shape[1] :], v, place, Segments(items))
+        return sparse_gpu.sparse(wide[:, : x.shape[1]], wide[:, x.shape[1] :], v, index, Segments(items))
 
     got = run(strided, inputs, upstream=upstream.T.contiguous().T)
-    assert_close(got, run(sparse_reference.sparse, inputs, place, Segments(items), upstream=upstream), 1e-5)
+    assert_close(got, run(sparse_reference.sparse, inputs, index, Segments(items), upstream=upstream), 1e-5)
 
 
 def sparse_segment_alone(indices: int, value: float) -> None:
@@ -179,9 +179,10 @@ def sparse_segment_alone(indices: int, value: float) -> None:
     assert_equal(mine, alone)
 
 
-def rotate_on_gpu(x: torch.Tensor, operands: dict[str, torch.Tensor], kind: str, segments: Segments) -> torch.Tensor:
-    _, block, stages = kind.split(".")
-    return rotate_gpu.blocks(x, operands["D"], segments, int(block), int(stages))
+def rotate_on_gpu(
+    x: torch.Tensor, operands: dict[str, torch.Tensor], rotation: Rotation, segments: Segments
+) -> torch.Tensor:
+    return rotate_gpu.blocks(x, operands["D"], segments, rotation.size, rotation.stages)
 
 
 def rotate_equals_reference(case: str, dtype: torch.dtype, kind: str) -> None:
@@ -199,11 +200,11 @@ def rotate_segment_alone(kind: str, value: float) -> None:
 
 
 def sparse_sorts_an_index_once() -> None:
-    inputs, place, upstream = test_sparse.tensors(8, 9, torch.float32, 2)
+    inputs, index, upstream = test_sparse.tensors(8, 9, torch.float32, 2)
     orders = []
     for items in ((Segment(0, 8, 0, 9),), (Segment(0, 3, 2, 5), Segment(4, 8, 0, 9))):
-        run(sparse_gpu.sparse, inputs, place, Segments(items), upstream=upstream)
-        orders.append([Order.of(place, side) for side in (0, 1)])
+        run(sparse_gpu.sparse, inputs, index, Segments(items), upstream=upstream)
+        orders.append([index.order(side) for side in (0, 1)])
     assert all(a is b for a, b in zip(*orders))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.dense import library, op, reference
-from polygraft.kernels.dense.op import ACTIVATIONS, Side, Weights, Work, supports
+from polygraft.kernels.dense.op import ACTIVATIONS, FusedBranch, Weights, Work, supports
 from tests.kernels.compare import relative
 
 WIDTHS = (48, 33)  # a panel and a half, and one column more than a panel
@@ -50,7 +50,10 @@ def sides(inner: int, items: tuple[Segment, ...], act: str = "identity", widths:
     """A branch of those segments beside every projection."""
     ranks = max((s.last for s in items), default=1)
     return [
-        (Side(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), act), Segments(items))
+        (
+            FusedBranch(i, normal(ranks, inner, seed=i + 5) / inner**0.5, normal(ranks, width, seed=i + 9), act),
+            Segments(items),
+        )
         for i, width in enumerate(widths)
     ]
 

@@ -22,8 +22,10 @@ from polygraft.kernels.norm import gpu as norm_gpu
 from polygraft.kernels.norm.op import row_norm
 from polygraft.kernels.rotate import gpu as rotate_gpu
 from polygraft.kernels.rotate.op import rotate
+from polygraft.kernels.rotate.rotation import Rotation
 from polygraft.kernels.sparse import gpu as sparse_gpu
 from polygraft.kernels.sparse.op import sparse
+from polygraft.kernels.sparse.order import SparseIndex
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # either default will do
 ROOT = Path(__file__).parents[2]
@@ -62,7 +64,7 @@ def test_cuda_tensors_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             affine(x, x, None, Segments((Segment(0, 4, 0, 1),))),
             row_norm(torch.empty(8, device="cuda"), x, x, x, 1.0),
             attend(x, x, x, x, x, Layout((Sequence(0, 4),), 4, 4, 1, 1), Scores(1.0)),
-            sparse(x, x, x, x, Segments((Segment(0, 4, 0, 1),))),
-            rotate(x, {"D": x}, "blocks.8.1", Segments((Segment(0, 4, 0, 8),))),
+            sparse(x, x, x, SparseIndex(x), Segments((Segment(0, 4, 0, 1),))),
+            rotate(x, {"D": x}, Rotation("blocks", 8), Segments((Segment(0, 4, 0, 8),))),
         ]
     assert found == ["on the GPU"] * 5

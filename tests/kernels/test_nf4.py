@@ -9,7 +9,8 @@ from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.nf4 import reference
-from polygraft.kernels.nf4.op import LEVELS, dequantise, linear
+from polygraft.kernels.nf4.levels import LEVELS
+from polygraft.kernels.nf4.op import dequantise, linear
 from tests.kernels.compare import TOLERANCE, assert_close
 
 CASES = {

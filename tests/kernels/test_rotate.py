@@ -12,18 +12,19 @@ from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.rotate import reference
 from polygraft.kernels.rotate.op import rotate
 from polygraft.kernels.rotate.order import butterfly
+from polygraft.kernels.rotate.rotation import Rotation
 from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
 
 WIDTH = 48
-# kind -> (operands by name: columns; stack rows of a graft)
+# name -> (rotation; operands by name: columns; stack rows of a graft)
 KINDS = {
-    "blocks.8.1": ({"D": 8}, WIDTH),
-    "blocks.3.1": ({"D": 3}, WIDTH),
-    "blocks.4.3": ({"D": 4}, 3 * WIDTH),
-    "blocks.48.1": ({"D": 48}, WIDTH),
-    "lowrank": ({"A": WIDTH, "B": WIDTH}, 4),
-    "pairs.16": ({"c": WIDTH, "s": WIDTH}, 1),
-    "pairs.2": ({"c": WIDTH, "s": WIDTH}, 1),
+    "blocks.8.1": (Rotation("blocks", 8), {"D": 8}, WIDTH),
+    "blocks.3.1": (Rotation("blocks", 3), {"D": 3}, WIDTH),
+    "blocks.4.3": (Rotation("blocks", 4, 3), {"D": 4}, 3 * WIDTH),
+    "blocks.48.1": (Rotation("blocks", 48), {"D": 48}, WIDTH),
+    "lowrank": (Rotation("lowrank"), {"A": WIDTH, "B": WIDTH}, 4),
+    "pairs.16": (Rotation("pairs", 16), {"c": WIDTH, "s": WIDTH}, 1),
+    "pairs.2": (Rotation("pairs", 2), {"c": WIDTH, "s": WIDTH}, 1),
 }
 # (rows, grafts, (start, stop, graft))
 CASES = {
@@ -67,7 +68,7 @@ def test_a_butterfly_brings_channels_together_that_the_stage_before_kept_apart()
 
 def test_without_segments_the_rows_pass_as_they_are() -> None:
     x = torch.randn(3, WIDTH)
-    assert rotate(x, {"D": torch.ones(WIDTH, 4)}, "blocks.4.1", Segments(())) is x
+    assert rotate(x, {"D": torch.ones(WIDTH, 4)}, Rotation("blocks", 4), Segments(())) is x
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +86,7 @@ def alone_and_joined(op: object, rows: int, dtype: torch.dtype, kind: str, value
     """The results of a segment by itself, and its share of those of a batch where others hold multiples of `value`."""
     inputs, upstream = tensors(rows, 1, dtype, kind)
     alone = run(named(op, kind), inputs, Segments((segment(kind, 0, rows, 0),)), upstream=upstream)
-    size = KINDS[kind][1]
+    size = KINDS[kind][2]
     items = (segment(kind, 0, 3, 0), segment(kind, 3, 3 + rows, 1), segment(kind, 3 + rows, 5 + rows, 2))
     joined, gradient = tensors(rows + 5, 3, dtype, kind, seed=1)
     for tensor in (*joined.values(), gradient):
@@ -103,13 +104,13 @@ def named(op: object, kind: str) -> partial[Tensor]:
 
     def called(x: Tensor, *rest: Tensor | Segments) -> Tensor:
         *operands, segments = rest
-        return op(x, dict(zip(KINDS[kind][0], operands)), kind, segments)  # type: ignore[no-any-return,operator]
+        return op(x, dict(zip(KINDS[kind][1], operands, strict=True)), KINDS[kind][0], segments)  # type: ignore[no-any-return,operator]
 
     return partial(called)
 
 
 def segment(kind: str, start: int, stop: int, graft: int) -> Segment:
-    size = KINDS[kind][1]
+    size = KINDS[kind][2]
     return Segment(start, stop, size * graft, size * (graft + 1))
 
 
@@ -125,5 +126,5 @@ def tensors(rows: int, grafts: int, dtype: torch.dtype, kind: str, seed: int = 0
         normal(rows, WIDTH, dtype),
         torch.promote_types(dtype, torch.float32),
     )
-    columns, size = KINDS[kind]
+    _, columns, size = KINDS[kind]
     return {"x": x, **{name: 0.2 * normal(size * grafts, width, wide) for name, width in columns.items()}}, upstream

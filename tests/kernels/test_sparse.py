@@ -11,6 +11,7 @@ from torch import Tensor
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.sparse import op, reference
 from polygraft.kernels.sparse.op import sparse
+from polygraft.kernels.sparse.order import SparseIndex
 from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
 
 # (rows, entries or rows of S, segments)
@@ -33,9 +34,9 @@ def test_output_and_gradients_equal_the_reference(
     case: tuple[int, int, tuple[Segment, ...]], dtype: torch.dtype, indices: int
 ) -> None:
     rows, count, items = case
-    inputs, place, upstream = tensors(rows, count, dtype, indices)
-    got = run(sparse, inputs, place, Segments(items), upstream=upstream)
-    want = run(reference.sparse, inputs, place, Segments(items), upstream=upstream)
+    inputs, index, upstream = tensors(rows, count, dtype, indices)
+    got = run(sparse, inputs, index, Segments(items), upstream=upstream)
+    want = run(reference.sparse, inputs, index, Segments(items), upstream=upstream)
     want = {name: want.get(name, torch.zeros_like(inputs[name[2:]]) if "." in name else got[name]) for name in got}
     got = {name: got.get(name, torch.zeros_like(want[name])) for name in want}
     assert_close(got, want, TOLERANCE[dtype])
@@ -43,26 +44,26 @@ def test_output_and_gradients_equal_the_reference(
 
 @pytest.mark.parametrize("indices", KINDS.values(), ids=KINDS.keys())
 def test_bf16_is_as_good_as_the_obvious_steps(indices: int) -> None:
-    inputs, place, upstream = tensors(65, 40, torch.bfloat16, indices)
+    inputs, index, upstream = tensors(65, 40, torch.bfloat16, indices)
     segments = Segments((Segment(0, 65, 0, 40, 0.7),))
-    got = run(sparse, inputs, place, segments, upstream=upstream)
-    want = run(reference.sparse, inputs, place, segments, upstream=upstream)
-    truth = run(reference.sparse, inputs, place, segments, upstream=upstream, dtype=torch.float64)
+    got = run(sparse, inputs, index, segments, upstream=upstream)
+    want = run(reference.sparse, inputs, index, segments, upstream=upstream)
+    truth = run(reference.sparse, inputs, index, segments, upstream=upstream, dtype=torch.float64)
     assert_as_good_as_steps(got, want, truth)
 
 
 def test_an_index_given_twice_counts_twice() -> None:
     x, y, v = torch.ones(2, 3), torch.zeros(2, 4), torch.tensor([[2.0], [5.0]])
-    out = sparse(x, y, v, torch.tensor([[1, 2], [1, 2]]), Segments((Segment(0, 2, 0, 2),)))
+    out = sparse(x, y, v, SparseIndex(torch.tensor([[1, 2], [1, 2]])), Segments((Segment(0, 2, 0, 2),)))
     assert out[:, 1].tolist() == [7.0, 7.0] and out.count_nonzero() == 2
 
 
 def test_entries_taken_in_pieces_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, place, upstream = tensors(9, 40, torch.float32, 2)
+    inputs, index, upstream = tensors(9, 40, torch.float32, 2)
     segments = Segments((Segment(0, 9, 0, 40),))
-    whole = run(sparse, inputs, place, segments, upstream=upstream)
+    whole = run(sparse, inputs, index, segments, upstream=upstream)
     monkeypatch.setattr(op, "_PIECE", 63)
-    assert_equal(run(sparse, inputs, place, segments, upstream=upstream), whole)
+    assert_equal(run(sparse, inputs, index, segments, upstream=upstream), whole)
 
 
 @pytest.mark.parametrize("indices", KINDS.values(), ids=KINDS.keys())
@@ -80,8 +81,8 @@ def alone_and_joined(
     op: Callable[..., Tensor], rows: int, dtype: torch.dtype, indices: int, value: float
 ) -> tuple[Results, Results]:
     """The results of a segment by itself, and its share of those of a batch where others hold multiples of `value`."""
-    inputs, place, upstream = tensors(rows, 11, dtype, indices)
-    alone = run(op, inputs, place, Segments((Segment(0, rows, 0, 11, 0.3),)), upstream=upstream)
+    inputs, index, upstream = tensors(rows, 11, dtype, indices)
+    alone = run(op, inputs, index, Segments((Segment(0, rows, 0, 11, 0.3),)), upstream=upstream)
     items = (Segment(0, 3, 0, 5), Segment(3, 3 + rows, 5, 16, 0.3), Segment(3 + rows, 5 + rows, 16, 18))
     joined, among, gradient = tensors(rows + 5, 18, dtype, indices, seed=1)
     for tensor in (*joined.values(), gradient):
@@ -89,14 +90,14 @@ def alone_and_joined(
     batch, stack = slice(3, 3 + rows), slice(5, 16)
     for name, tensor in inputs.items():
         joined[name][stack if name == "v" else batch] = tensor
-    among[stack], gradient[batch] = place, upstream
+    among.places[stack], gradient[batch] = index.places, upstream
     results = run(op, joined, among, Segments(items), upstream=gradient)
     return alone, {name: t[stack if name == "d.v" else batch] for name, t in results.items()}
 
 
 def tensors(
     rows: int, count: int, dtype: torch.dtype, indices: int, seed: int = 0
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], SparseIndex, Tensor]:
     """(x, y, v by name; the places of v, some of them twice; an upstream gradient); v is float32 or wider."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -107,4 +108,4 @@ def tensors(
     v = normal(count, 1 if indices == 2 else D_IN, wide)
     inputs = {"x": normal(rows, D_IN, dtype), "y": normal(rows, D_OUT, dtype), "v": v}
     columns = [torch.randint(0, width, (count,), generator=generator) for width in (D_OUT, D_IN)[:indices]]
-    return inputs, torch.stack(columns, dim=1), normal(rows, D_OUT, dtype)
+    return inputs, SparseIndex(torch.stack(columns, dim=1)), normal(rows, D_OUT, dtype)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygraft.kernels.common.segments import Segment, Segments
-from polygraft.kernels.common.tiles import Grid, Plan
+from polygraft.kernels.common.tiles import BranchTiles, Grid
 from tests.kernels.cases import CASES, Case
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ segments = st.lists(st.tuples(bounds, bounds).map(lambda s: Segment(*s[0], *s[1]
 
 @given(segments)
 def test_a_shrink_does_every_row_and_rank_of_every_segment_once(segments: Segments) -> None:
-    plan = Plan.of(segments, CPU)
+    plan = BranchTiles.of(segments, CPU)
     for index, s in enumerate(present(segments)):
         cells = Counter(
             (row, rank)
@@ -37,7 +37,7 @@ def test_a_shrink_does_every_row_and_rank_of_every_segment_once(segments: Segmen
 
 @given(segments)
 def test_an_expand_does_every_row_once_and_an_outer_every_rank(segments: Segments) -> None:
-    plan = Plan.of(segments, CPU)
+    plan = BranchTiles.of(segments, CPU)
     for index, s in enumerate(present(segments)):
         for grids, column, total in ((plan.expand, 1, s.rows), (plan.outer, 2, s.size)):
             own = [(grid, tile) for grid in grids for tile in grid.tiles.tolist() if tile[0] == index]
@@ -47,7 +47,7 @@ def test_an_expand_does_every_row_once_and_an_outer_every_rank(segments: Segment
 
 @given(segments)
 def test_segments_that_write_the_same_rows_go_into_successive_launches_in_their_order(segments: Segments) -> None:
-    plan, items = Plan.of(segments, CPU), present(segments)
+    plan, items = BranchTiles.of(segments, CPU), present(segments)
     for grids, ranges in (
         (plan.expand, [(s.start, s.stop) for s in items]),
         (plan.outer, [(s.first, s.last) for s in items]),
@@ -61,7 +61,7 @@ def test_segments_that_write_the_same_rows_go_into_successive_launches_in_their_
 
 @given(segments)
 def test_blocks_lie_one_after_the_other_without_padding(segments: Segments) -> None:
-    plan, items = Plan.of(segments, CPU), present(segments)
+    plan, items = BranchTiles.of(segments, CPU), present(segments)
     offsets = [sum(s.rows * s.size for s in items[:i]) for i in range(len(items) + 1)]
     table = [[s.start, s.rows, s.first, s.size, offset] for s, offset in zip(items, offsets)]
     assert (plan.table.tolist(), plan.hidden) == (table, offsets[-1])
@@ -70,7 +70,7 @@ def test_blocks_lie_one_after_the_other_without_padding(segments: Segments) -> N
 @given(segments, st.integers(1, 150), st.integers(1, 150))
 def test_a_tiles_extent_is_a_function_of_its_own_segment(segments: Segments, rows: int, rank: int) -> None:
     own = Segment(200, 200 + rows, 200, 200 + rank)
-    alone, joined = Plan.of(Segments((own,)), CPU), Plan.of(Segments((*segments, own)), CPU)
+    alone, joined = BranchTiles.of(Segments((own,)), CPU), BranchTiles.of(Segments((*segments, own)), CPU)
     index = len(joined.table) - 1
     for grids, others in ((alone.shrink, joined.shrink), (alone.expand, joined.expand), (alone.outer, joined.outer)):
         assert tiles_of(0, grids) == tiles_of(index, others)
@@ -79,13 +79,13 @@ def test_a_tiles_extent_is_a_function_of_its_own_segment(segments: Segments, row
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_disjoint_segments_need_a_launch_for_each_extent_only(case: Case) -> None:
     overlapping = case in (CASES["overlapping rows"], CASES["the same twice"])
-    extents = Counter((grid.height, grid.width) for grid in Plan.of(case.segments, CPU).expand)
+    extents = Counter((grid.height, grid.width) for grid in BranchTiles.of(case.segments, CPU).expand)
     assert overlapping or all(count == 1 for count in extents.values())
 
 
 def test_a_plan_is_made_once() -> None:
     segments = CASES["mixed ranks"].segments
-    assert Plan.of(segments, CPU) is Plan.of(segments, CPU)
+    assert BranchTiles.of(segments, CPU) is BranchTiles.of(segments, CPU)
 
 
 def tiles_of(segment: int, grids: tuple[Grid, ...]) -> set[tuple[int, ...]]:

@@ -62,7 +62,7 @@ def test_streams_that_join_and_leave_say_what_generate_says_alone(
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert max(len(step["requests"]) for step in steps) >= 4
     assert any(0 < step["prefill_rows"] < step["rows"] for step in steps)  # prefill and decode in one forward
-    assert all(step["rows"] <= 24 and step["merged"] is False and step["grafts"] == [] for step in steps)
+    assert all(step["rows"] <= 24 and step["grafts"] == [] for step in steps)
 
 
 def test_a_prompt_longer_than_a_step_is_prefilled_in_chunks(
@@ -108,9 +108,9 @@ def test_a_stream_taken_over_goes_on_with_the_tokens_it_would_have_had(backbone:
     run(engine)
     rest.tokens["p2"] = whole.tokens["p2"][:5]
     other = engine_on(backbone, tmp_path, heard=rest)
-    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), epoch=1, **sampled))
+    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), attempt=1, **sampled))
     run(other)
-    assert rest.tokens == whole.tokens and rest.ends["p2"].epoch == 1
+    assert rest.tokens == whole.tokens and rest.ends["p2"].attempt == 1
 
 
 def test_a_sampled_stream_does_not_depend_on_its_neighbours(backbone: Backbone, tmp_path: Path) -> None:

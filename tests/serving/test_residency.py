@@ -12,8 +12,7 @@ from polygraft.cluster.model import GraftId
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.beside import Plan
-from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.serving.residency import GraftUnusable, Residency
 from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
@@ -94,9 +93,14 @@ def test_only_the_composition_in_use_keeps_packed_copies(backbone: Backbone) -> 
     residency = holding(backbone, "a", "b")
     first, second = (residency.compose([GraftId(id)]).stacks for id in "ab")
     for stacks in (first, second):
-        stacks.plans[0, False] = Plan()
-    assert residency.compose([GraftId("b")]).stacks.plans and residency.compose([GraftId("a")]).stacks is first
-    assert first.plans and not second.plans
+        stacks.derived("packed", lambda: "copies")
+
+    def left(stacks: Stacks) -> str:
+        return stacks.derived("packed", lambda: "none")
+
+    assert left(residency.compose([GraftId("b")]).stacks) == "copies"
+    assert residency.compose([GraftId("a")]).stacks is first
+    assert left(second) == "none"
 
 
 def test_a_folder_that_holds_another_graft_or_bad_values_is_refused(backbone: Backbone, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from polygraft.grafts.merge import Fold
 from polygraft.grafts.methods import declare
 from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.modules import _site_key
-from polygraft.grafts.runtime.stacks import Kind
+from polygraft.grafts.runtime.keys import NoisyKey
+from polygraft.grafts.runtime.streams import stream
 from polygraft.grafts.sites import Site
 from polygraft.kernels.common.noise import normal_rows
 from polygraft.launch.demo.oracle.peft_oracle import Find, peft_oracle
@@ -92,7 +92,7 @@ def test_pvera_trains_as_pefts_with_the_same_noise(fp64: Backbone) -> None:
         return oracle.logits(ids)
 
     def noisy(layer: PveraLayer, site: Site) -> None:
-        site_key = _site_key(site, Kind("gated", "input.identity.noise.0.0"))
+        site_key = stream(site, NoisyKey("input"))
 
         def reparametrised(mean: Tensor, logvar: Tensor, adapter: str) -> Tensor:
             variances.append(logvar.detach().exp().mean())
@@ -124,7 +124,7 @@ def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: p
         real, shape = router.forward, fp64.shape.dims(site.name)
 
         def forward(task_ids: Tensor, input_ids: Tensor) -> Tensor:
-            u = uniform(_key(job, current), declare.Place(site.layer, site.name, *shape), router.module_logits)
+            u = uniform(_key(job, current), declare.SiteShape(site.layer, site.name, *shape), router.module_logits)
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "rand", lambda size, **_: u.view(size))
                 return real(task_ids, input_ids)

@@ -41,7 +41,7 @@ def _shared(slot: KV, places: Sequence[SiteShape]) -> Mapping[str, TensorDecl]:
 
 
 def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering) -> Mapping[str, Tensor]:
-    k, v = lowering.through(values["P"], _first(slot))[lowering.place.layer]
+    k, v = lowering.run_from_layer(values["P"], _first(slot))[lowering.place.layer]
     return {"k": k, "v": v}
 
 
@@ -56,5 +56,5 @@ def _first(slot: KV) -> int:
 
 
 METHODS = (Method("lpt", "arXiv 2210.11292", 5e-3, lpt, aliases=("late-prompt",)),)
-PARAMETRIZATIONS = (Parametrization("lpt", _operands, shared=_shared, through=True),)
+PARAMETRIZATIONS = (Parametrization("lpt", _operands, shared=_shared, runs_layers=True),)
 STARTS = (Start("states", _states),)

@@ -144,13 +144,12 @@ def _largest(tensor: TensorSpec, making: Making, density: float) -> Tensor:
 
 def _snip(tensor: TensorSpec, making: Making, density: float) -> Tensor:
     """1 where |w dL/dw| is among the largest, for the starting value w (Lee et al. 2019, eq. 5)."""
-    from polygraft.grafts.calibrate import graft_gradients
 
     def make() -> Mapping[str, Tensor]:
         slot, values = making.spec.slots[tensor.slot], _started(tensor.slot, making)
         plain = GraftSpec("started", (replace(slot, form=None),))
         first = {f"0.{name.partition('.')[2]}": value for name, value in values.items()}
-        slopes = graft_gradients(making.backbone, plain, first, making.samples, making.weights)
+        slopes = making.graft_gradients(plain, first)
         found = zip(values.items(), first)
         return _best({name: (value * slopes[own]).abs() for (name, value), own in found}, density)
 

@@ -50,7 +50,7 @@ MODULES = {
     "norm.cross": "cross_attn_layernorm",
     "block.out": "",
 }
-OUTSIDE = {"norm.final": "model.norm", "embed": "model.embed_tokens"}  # beside the layers
+OUTSIDE = {"norm.final": "model.norm", "embed": "model.embed_tokens"}  # outside the layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     )
     for module in model.modules() if wide else ():
         if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
-            setattr(module, "forward", MethodType(_rms_norm, module))
+            module.forward = MethodType(_rms_norm, module)
     model.requires_grad_(False)
     model.train(False)
     return model

@@ -22,7 +22,7 @@ def prefix(model: PreTrainedModel, rows: Mapping[tuple[int, str], Tensor]) -> No
     name, turns = f"prefixed{next(_NUMBERS)}", cycle(_layers(model))
     biased: list[nn.Module] = []
 
-    def attend(
+    def attend(  # noqa: PLR0913  (transformers' signature)
         module: nn.Module,
         query: Tensor,
         key: Tensor,

@@ -36,12 +36,12 @@ def uniform(model: PreTrainedModel) -> PreTrainedModel:
         return model  # Llama's names already
     path, arrange, outside = _LAYERS[kind]
     if not hasattr(model, "model"):
-        setattr(model, "model", nn.Module())
+        model.model = nn.Module()
     for name, target in outside.items():
         parent, _, child = name.rpartition(".")
         weight = model.get_submodule(name).get_parameter("weight")
         _move(model.get_submodule(parent), child, model, f"model.{target}")
-        setattr(model.get_submodule(name), "weight", weight)  # PEFT looks for embeddings by their weight
+        model.get_submodule(name).weight = weight  # PEFT looks for embeddings by their weight
     if path == "model.layers":
         for layer in model.get_submodule(path).children():
             arrange(layer, layer, model.config.num_attention_heads)
@@ -53,7 +53,7 @@ def uniform(model: PreTrainedModel) -> PreTrainedModel:
             arrange(layer, into, model.config.num_attention_heads)
             setattr(layers, str(index), _seen(layer, into))
             named.append(into)
-    setattr(model.model, "layers", named)
+    model.model.layers = named
     return model
 
 
@@ -138,8 +138,8 @@ def _opt(layer: nn.Module, into: nn.Module, heads: int) -> None:
         seen.append(x)
         return mlp.get_submodule("up_proj")(x)
 
-    setattr(layer, "fc1", Call(first))
-    setattr(layer, "fc2", Call(lambda hidden: mlp(seen.pop(), mlp.get_submodule("down_proj")(hidden))))
+    layer.fc1 = Call(first)
+    layer.fc2 = Call(lambda hidden: mlp(seen.pop(), mlp.get_submodule("down_proj")(hidden)))
 
 
 def _phi(layer: nn.Module, into: nn.Module, heads: int) -> None:
@@ -175,13 +175,14 @@ def _t5(layer: nn.Module, into: nn.Module, heads: int) -> None:
     for name, target in (("wi", "up_proj"), ("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
         if hasattr(mlp, name):
             _move(mlp, name, into, f"mlp.{target}")
-    setattr(mlp.get_submodule("wo"), "weight", None)  # the class asks for its dtype, if it has one
+    # The class asks for this weight's dtype, if there is one. By its type no module has None as an attribute.
+    setattr(mlp.get_submodule("wo"), "weight", None)  # noqa: B010
     _move(last, "layer_norm", into, "post_attention_layernorm")
     _around(last, "DenseReluDense", into, "mlp")
 
 
 _Arrange = Callable[[nn.Module, nn.Module, int], None]
-# Where the layers are, how each is arranged, and what stands beside them.
+# Where the layers are, how each is arranged, and what stands outside them.
 _LAYERS: Mapping[str, tuple[str, _Arrange, Mapping[str, str]]] = {
     "bert": ("bert.encoder.layer", _bert, {"bert.embeddings.word_embeddings": "embed_tokens"}),
     "gpt2": ("transformer.h", _gpt2, {"transformer.wte": "embed_tokens", "transformer.ln_f": "norm"}),

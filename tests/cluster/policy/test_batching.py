@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams, blocks_for, ever_fits
+from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
+from polygraft.cluster.policy.entry import blocks_for, ever_fits
 
 BLOCK = 4
 
@@ -39,11 +40,11 @@ def test_decoding_comes_before_prefill_and_prefill_is_cut_into_chunks() -> None:
 
 
 def test_a_prompt_that_must_be_whole_is_never_cut_and_nobody_comes_after_one_that_is_too_long() -> None:
-    found = plan((Waiting("a", 9, 9, whole=7), Waiting("b", 3, 3)), (decoding("x"),), rows=5)
+    found = plan((Waiting("a", 9, 9, min_chunk=7), Waiting("b", 3, 3)), (decoding("x"),), rows=5)
     assert found == StepPlan((), ("a",), (("x", 1), ("a", 7)))
-    assert plan((Waiting("a", 9, 9, whole=7),), rows=8).chunks == (("a", 8),)
-    assert plan((), (Running("a", 9, 3, 0, whole=7), Running("p", 30, 8, 0)), rows=4).chunks == (("a", 7),)
-    assert plan((Waiting("a", 9, 9, whole=7),), (decoding("x"), decoding("y")), rows=2).admitted == ()
+    assert plan((Waiting("a", 9, 9, min_chunk=7),), rows=8).chunks == (("a", 8),)
+    assert plan((), (Running("a", 9, 3, 0, min_chunk=7), Running("p", 30, 8, 0)), rows=4).chunks == (("a", 7),)
+    assert plan((Waiting("a", 9, 9, min_chunk=7),), (decoding("x"), decoding("y")), rows=2).admitted == ()
 
 
 def test_a_stream_enters_only_while_everyone_keeps_a_block() -> None:
@@ -86,7 +87,7 @@ class Stream:
         return self.slots - self.computed
 
     @property
-    def whole(self) -> int:
+    def min_chunk(self) -> int:
         return self.prompt if self.entire and not self.computed else 1
 
 
@@ -108,9 +109,9 @@ def test_all_streams_finish_and_no_block_is_overdrawn(
         if not waiting and not running:
             break
         found = admit_streams(
-            [Waiting(one.name, one.left, one.slots, one.whole) for one in waiting],
+            [Waiting(one.name, one.left, one.slots, one.min_chunk) for one in waiting],
             [
-                Running(one.name, one.left, one.held, max(0, blocks_for(one.slots, BLOCK) - one.held), one.whole)
+                Running(one.name, one.left, one.held, max(0, blocks_for(one.slots, BLOCK) - one.held), one.min_chunk)
                 for one in running
             ],
             free_blocks=free,
@@ -135,7 +136,7 @@ def test_all_streams_finish_and_no_block_is_overdrawn(
         used = 0
         for name, count in found.chunks:
             one = next(stream for stream in running if stream.name == name)
-            assert used < rows and (used + count <= rows or count == one.whole) and count >= one.whole
+            assert used < rows and (used + count <= rows or count == one.min_chunk) and count >= one.min_chunk
             used += count
             one.computed += count
             if one.left == 0:

@@ -14,12 +14,13 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from polygraft.grafts.runtime.beside import Beside, Plan  # noqa: E402
-from polygraft.grafts.runtime.nf4 import Nf4Linear  # noqa: E402
+from polygraft.grafts.runtime.fused import FusedBranches, RoutedBranches  # noqa: E402
+from polygraft.grafts.runtime.linears.nf4 import Nf4Linear  # noqa: E402
 from polygraft.grafts.runtime.projection import project  # noqa: E402
-from polygraft.grafts.runtime.stacks import Entries, Entry  # noqa: E402
+from polygraft.grafts.runtime.stack import StackSlice, StackSlices  # noqa: E402
 from polygraft.kernels.branch import reference  # noqa: E402
 from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
+from polygraft.kernels.dense.op import FusedBranch  # noqa: E402
 from polygraft.kernels.nf4 import gpu  # noqa: E402
 from tests.kernels.compare import assert_close  # noqa: E402
 from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
@@ -28,13 +29,13 @@ T = TypeVar("T")
 D_IN, WIDTHS, ROWS, RANK = 128, (40, 24, 24), 21, 5
 APART = (Segment(1, 2, 0, RANK, 0.5), Segment(4, 20, RANK, 2 * RANK, 2.0))
 MEETING = (Segment(0, 12, 0, RANK), Segment(5, 21, RANK, 2 * RANK, 0.3))
-LISTS: dict[Entries, tuple[Segment, ...]] = {
-    tuple(Entry(graft, s.first, s.last) for graft, s in enumerate(items, start)): items
+LISTS: dict[StackSlices, tuple[Segment, ...]] = {
+    StackSlices(tuple(StackSlice(graft, s.first, s.last) for graft, s in enumerate(items, start))): items
     for start, items in ((0, APART), (2, MEETING))
 }
 FIRST, SECOND = LISTS  # grafts whose spans are apart, and grafts whose spans meet
-# (branches beside as (member, grafts, activation); the widths of the products that they are asked for with)
-CASES: dict[str, tuple[list[tuple[int, Entries, str]], list[int]]] = {
+# (branches as (member, grafts, activation); the widths of the products that they are asked for with)
+CASES: dict[str, tuple[list[tuple[int, StackSlices, str]], list[int]]] = {
     "of two members": ([(0, FIRST, "silu"), (1, FIRST, "identity")], list(WIDTHS)),
     "two of a member": ([(2, FIRST, "silu"), (2, FIRST, "identity"), (0, SECOND, "gelu")], list(WIDTHS)),
     "that meet": ([(0, SECOND, "gelu")], [sum(WIDTHS)]),
@@ -58,18 +59,14 @@ def a_bare_linear_is_its_dense_product(dtype: torch.dtype) -> None:
 
 def branches_are_added_in_the_product_or_after_it(case: str, dtype: torch.dtype) -> None:
     (places, launches), (linear, x) = CASES[case], made(dtype)
-    beside = [
-        Beside(member, normal(2 * RANK, D_IN).to(dtype) / D_IN**0.5, normal(2 * RANK, WIDTHS[member]).to(dtype), act, e)
-        for member, e, act in places
-    ]
+    items = [(FusedBranch(member, *matrices(member, dtype), act), slices) for member, slices, act in places]
     want = list(F.linear(x.double(), linear.weight().double()).split_with_sizes(WIDTHS, dim=1))
-    for b in beside:
-        segments = Segments(LISTS[b.entries])
+    for b, slices in items:
+        segments = Segments(LISTS[slices])
         want[b.member] = reference.branch(x.double(), want[b.member], b.A.double(), b.B.double(), segments, b.act)
 
     with torch.inference_mode():
-        plan = Plan(tuple(beside))
-        got, found = counted(lambda: project(on_gpu(x), linear, plan, lambda entries: Segments(LISTS[entries])))
+        got, found = counted(lambda: project(on_gpu(x), linear, routed(*items)))
     assert found == launches
     for product, expected in zip(got, want, strict=True):
         assert_close({"y": plain(product)}, {"y": expected}, TOLERANCE[dtype])
@@ -77,9 +74,9 @@ def branches_are_added_in_the_product_or_after_it(case: str, dtype: torch.dtype)
 
 def training_takes_the_product_and_its_gradient(dtype: torch.dtype) -> None:
     linear, x = made(dtype)
-    b = Beside(1, normal(2 * RANK, D_IN).to(dtype), normal(2 * RANK, WIDTHS[1]).to(dtype), "gelu", FIRST)
+    b = FusedBranch(1, normal(2 * RANK, D_IN).to(dtype), normal(2 * RANK, WIDTHS[1]).to(dtype), "gelu")
     leaf = on_gpu(x).requires_grad_()
-    products = project(leaf, linear, Plan((b,)), lambda entries: Segments(LISTS[entries]))
+    products = project(leaf, linear, routed((b, FIRST)))
     slopes = [normal(ROWS, width).to(dtype) for width in WIDTHS]
     (gradient,) = torch.autograd.grad(products, leaf, [on_gpu(slope) for slope in slopes])
     truth = x.double().requires_grad_()
@@ -87,6 +84,15 @@ def training_takes_the_product_and_its_gradient(dtype: torch.dtype) -> None:
     want[1] = reference.branch(truth, want[1], b.A.double(), b.B.double(), Segments(APART), "gelu")
     (expected,) = torch.autograd.grad(want, truth, [slope.double() for slope in slopes])
     assert_close({"dx": plain(gradient)}, {"dx": expected}, TOLERANCE[dtype])
+
+
+def matrices(member: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B of two grafts."""
+    return normal(2 * RANK, D_IN).to(dtype) / D_IN**0.5, normal(2 * RANK, WIDTHS[member]).to(dtype)
+
+
+def routed(*items: tuple[FusedBranch, StackSlices]) -> RoutedBranches:
+    return FusedBranches(items).routed(lambda slices: Segments(LISTS[slices]))
 
 
 def made(dtype: torch.dtype) -> tuple[Nf4Linear, Tensor]:

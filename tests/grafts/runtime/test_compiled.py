@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.grafts.runtime.beside import Beside, Plan
-from polygraft.grafts.runtime.compiled import CompiledLinear, frozen_linear
-from polygraft.grafts.runtime.linear import FrozenLinear
+from polygraft.grafts.runtime.fused import FusedBranches
+from polygraft.grafts.runtime.linears.choose import frozen_linear
+from polygraft.grafts.runtime.linears.compiled import CompiledLinear
+from polygraft.grafts.runtime.linears.plain import PlainLinear
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import Span, work_list
-from polygraft.grafts.runtime.stacks import Entry
+from polygraft.grafts.runtime.stack import StackSlice, StackSlices
 from polygraft.kernels.dense import op
 from polygraft.kernels.dense.library import library
 from tests.kernels.compare import relative
@@ -21,7 +23,7 @@ from tests.kernels.compare import relative
 here = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16 or no compiler on this machine")
 INNER, WIDTHS = 576, (192, 64)
 SPANS = (Span(0, 23, 0), Span(23, 70, 1), Span(70, 100, 0, 0.5))
-ENTRIES = (Entry(0, 0, 8, 2.0), Entry(1, 8, 28, 0.7))
+SLICES = StackSlices((StackSlice(0, 0, 8, 2.0), StackSlice(1, 8, 28, 0.7)))
 
 
 def normal(*shape: int) -> Tensor:
@@ -32,54 +34,56 @@ def weights() -> list[Tensor]:
     return [normal(width, INNER) / INNER**0.5 for width in WIDTHS]
 
 
-def plan(act: str) -> Plan:
-    return Plan(
+def branches(act: str) -> FusedBranches:
+    return FusedBranches(
         tuple(
-            Beside(
-                member,
-                (normal(28, INNER) / INNER**0.5).requires_grad_(),
-                normal(28, width).requires_grad_(),
-                act,
-                ENTRIES,
+            (
+                op.FusedBranch(
+                    member,
+                    (normal(28, INNER) / INNER**0.5).requires_grad_(),
+                    normal(28, width).requires_grad_(),
+                    act,
+                ),
+                SLICES,
             )
             for member, width in enumerate(WIDTHS)
         )
     )
 
 
-def trained(linear: FrozenLinear, beside: Plan, x: Tensor, dy: Tensor) -> list[Tensor]:
+def trained(linear: FrozenLinear, fused: FusedBranches, x: Tensor, dy: Tensor) -> list[Tensor]:
     """The products, and the gradients of x and of every A and B."""
     x = x.clone().requires_grad_()
-    leaves = [x, *(w for b in beside.beside for w in (b.A, b.B))]
-    y = torch.cat(project(x, linear, beside, lambda entries: work_list(SPANS, entries)), dim=1)
+    leaves = [x, *(w for b, _ in fused.items for w in (b.A, b.B))]
+    y = torch.cat(project(x, linear, fused.routed(lambda slices: work_list(SPANS, slices))), dim=1)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
 @here
 @pytest.mark.parametrize("act", op.ACTIVATIONS)
 def test_training_through_it_is_training_through_torchs(act: str) -> None:
-    W, beside, x, dy = weights(), plan(act), normal(100, INNER), normal(100, sum(WIDTHS))
-    ours = trained(CompiledLinear(W, [None, None], prepack=False), beside, x, dy)
-    theirs = trained(FrozenLinear(W, [None, None], prepack=False), beside, x, dy)
+    W, fused, x, dy = weights(), branches(act), normal(100, INNER), normal(100, sum(WIDTHS))
+    ours = trained(CompiledLinear(W, [None, None], prepack=False), fused, x, dy)
+    theirs = trained(PlainLinear(W, [None, None], prepack=False), fused, x, dy)
     assert max(map(relative, ours, theirs)) < 1e-2
 
 
 @here
 @pytest.mark.parametrize("act", op.ACTIVATIONS)
 def test_prepacked_and_plain_weights_train_the_same_bits(act: str) -> None:
-    W, beside, x, dy = weights(), plan(act), normal(100, INNER), normal(100, sum(WIDTHS))
-    first, second = (trained(CompiledLinear(W, [None, None], prepack=p), beside, x, dy) for p in (True, False))
+    W, fused, x, dy = weights(), branches(act), normal(100, INNER), normal(100, sum(WIDTHS))
+    first, second = (trained(CompiledLinear(W, [None, None], prepack=p), fused, x, dy) for p in (True, False))
     assert all(map(torch.equal, first, second))
 
 
 @here
 @pytest.mark.parametrize("act", op.MASK_DERIVATIVE)
 def test_what_is_served_and_evaluated_is_what_is_trained(act: str) -> None:
-    W, beside, x, dy = weights(), plan(act), normal(100, INNER), normal(100, sum(WIDTHS))
+    W, fused, x, dy = weights(), branches(act), normal(100, INNER), normal(100, sum(WIDTHS))
     linear = CompiledLinear(W, [None, None], prepack=False)
     with torch.inference_mode():
-        served = torch.cat(project(x, linear, beside, lambda entries: work_list(SPANS, entries)), dim=1)
-    assert torch.equal(served, trained(linear, beside, x, dy)[0])
+        served = torch.cat(project(x, linear, fused.routed(lambda slices: work_list(SPANS, slices))), dim=1)
+    assert torch.equal(served, trained(linear, fused, x, dy)[0])
 
 
 @here
@@ -109,10 +113,10 @@ def chosen(W: Sequence[Tensor]) -> type[FrozenLinear]:
 @here
 def test_it_is_chosen_for_what_it_can_multiply() -> None:
     assert chosen(weights()) is CompiledLinear
-    assert chosen([w.float() for w in weights()]) is FrozenLinear
-    assert chosen([normal(50, INNER)]) is chosen([normal(64, 50)]) is FrozenLinear
+    assert chosen([w.float() for w in weights()]) is PlainLinear
+    assert chosen([normal(50, INNER)]) is chosen([normal(64, 50)]) is PlainLinear
 
 
 def test_without_the_library_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "library", lambda: None)
-    assert chosen(weights()) is FrozenLinear
+    assert chosen(weights()) is PlainLinear

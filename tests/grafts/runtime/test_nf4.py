@@ -21,7 +21,7 @@ from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.nf4 import Nf4
+from polygraft.grafts.runtime.linears.nf4 import Nf4
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import tensors

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygraft.grafts.runtime.linear import BLOCK, FrozenLinear, padded
+from polygraft.grafts.runtime.linears.choose import BLOCK
+from polygraft.grafts.runtime.linears.plain import PlainLinear
+from polygraft.grafts.runtime.padding import padded
 from polygraft.kernels.common.matmul import segment_bmm
 
 SHAPES = ((576, 960), (576, 3072), (1536, 576), (64, 96))
@@ -17,7 +19,7 @@ def test_a_row_of_a_frozen_linear_ignores_how_many_rows_are_beside_it(
     shape: tuple[int, int], dtype: torch.dtype, prepack: bool
 ) -> None:
     d_in, d_out = shape
-    linear = FrozenLinear([torch.randn(d_out, d_in).to(dtype)], [None], prepack=prepack, block=BLOCK)
+    linear = PlainLinear([torch.randn(d_out, d_in).to(dtype)], [None], prepack=prepack, block=BLOCK)
     x, dy = torch.randn(600, d_in).to(dtype), torch.randn(600, d_out).to(dtype)
     forward, backward = linear.product(x), linear.transposed_product(dy)
     for start, rows in ((0, 16), (3, 24), (7, 61), (40, 128), (101, 200), (77, 500)):
@@ -55,7 +57,7 @@ def test_attentions_products_are_the_same_whatever_the_other_sequences(dtype: to
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_packed_weights_come_back_as_they_were(dtype: torch.dtype) -> None:
     weight = torch.randn(96, 64).to(dtype)
-    assert torch.equal(FrozenLinear([weight[:40], weight[40:]], [None, None]).weight(), weight)
+    assert torch.equal(PlainLinear([weight[:40], weight[40:]], [None, None]).weight(), weight)
 
 
 def _rows(x: Tensor, start: int, rows: int, height: int) -> Tensor:

@@ -1,5 +1,6 @@
-"""What PEFT trains beside a method, whole modules (`modules_to_save`), biases (`bias`) and rows of the embeddings
-(`trainable_token_indices`), as terms of a union, and back where a config means just those."""
+"""PEFT's extras: what a config trains in addition to its method, whole modules (`modules_to_save`), biases (`bias`)
+and rows of the embeddings (`trainable_token_indices`), as terms of a union; and back where a config means just
+those."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def read(
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    more = beside(config, own, shape, stock)
+    more = extra_terms(config, own, shape, stock)
     values, keys = _changes(config, stored, own, more, shape, stock)
     if more and more[-1].name == peft_tokens.METHOD:
         rows, places = peft_tokens.read(config, stored, stock)
@@ -39,7 +40,7 @@ def read(
     return more, values, keys
 
 
-def beside(config: Config, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None) -> list[Term]:
+def extra_terms(config: Config, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None) -> list[Term]:
     """What a config trains beside the method's `own` graft, as terms of one slot each, the edited rows last.
 
     Raises SpecError for a module that no op replaces, FormatError where the backbone's files are asked for.
@@ -88,13 +89,14 @@ def _changes(
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
-    """A graft as a method's `own`, whose slots have these `numbers` in the whole, the changes `beside` it, by the
-    number of the slot that makes them, and the one that edits the embeddings, with its own."""
+class SplitGraft:
+    """A graft as the method's `own` part, whose slots have these `numbers` in the whole, and PEFT's extras: `changes`
+    of whole modules and biases, each with the number of the slot that makes it, and the slot that edits the embeddings,
+    with its number."""
 
     own: GraftSpec
     numbers: tuple[int, ...]
-    beside: Mapping[tuple[Site, Change], int]
+    changes: Mapping[tuple[Site, Change], int]
     edits: tuple[int, Tokens] | None = None
 
     def values(self, values: Values) -> dict[str, Tensor]:
@@ -104,9 +106,9 @@ class Apart:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
-def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
-    """The method is what PEFT cannot have beside one; where there is nothing such, it is the first."""
-    whole = Apart(spec, tuple(range(len(spec.slots))), {})
+def split(spec: GraftSpec, shape: ModelShape) -> SplitGraft:
+    """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
+    whole = SplitGraft(spec, tuple(range(len(spec.slots))), {})
     try:
         built = [(term, union([term]).slots) for term in terms(spec.method)]
         places = [[(site, slot) for slot in slots for site in resolve(slot, shape)] for _, slots in built]
@@ -121,7 +123,7 @@ def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
         free = [term.name != built[0][0].name for term, _ in built]
     own: list[Term] = []
     numbers: list[int] = []
-    beside: dict[tuple[Site, Change], int] = {}
+    changes: dict[tuple[Site, Change], int] = {}
     edited: tuple[int, Tokens] | None = None
     first = 0
     for (term, slots), edit, those, loose in zip(built, edits, placed, free):
@@ -132,22 +134,22 @@ def apart(spec: GraftSpec, shape: ModelShape) -> Apart:
             edited = (first, edit)
         else:
             for site, change in those:
-                if change is None or (site, change) in beside:
+                if change is None or (site, change) in changes:
                     return whole
-                beside[site, change] = first  # each of these methods has one slot
+                changes[site, change] = first  # each of these methods has one slot
         first += len(slots)
-    return Apart(union(own), tuple(numbers), beside, edited) if beside or edited else whole
+    return SplitGraft(union(own), tuple(numbers), changes, edited) if changes or edited else whole
 
 
 def write(
-    layout: Peft, graft: Apart, values: Values | None, stock: BackboneFiles | None
+    layout: Peft, graft: SplitGraft, values: Values | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Fields of the config and tensors (none without `values`); raises FormatError where none mean just the changes."""
-    fields, files = _changed(layout, graft, values, stock) if graft.beside else ({}, {})
+    fields, files = _changed(layout, graft, values, stock) if graft.changes else ({}, {})
     if graft.edits is None:
         return fields, files
     if not layout.edits_tokens:
-        raise FormatError(f"{TOKENS_FIELD}: is not written beside {layout.kind}; keep the native folder")
+        raise FormatError(f"{TOKENS_FIELD}: is not written with {layout.kind}; keep the native folder")
     number, slot = graft.edits
     rows = None if values is None else values[f"{number}.{peft_tokens.EMBED}.p"]
     more, edited = peft_tokens.write(slot, rows, stock)
@@ -155,7 +157,7 @@ def write(
 
 
 def _changed(
-    layout: Peft, graft: Apart, values: Values | None, stock: BackboneFiles | None
+    layout: Peft, graft: SplitGraft, values: Values | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Those of whole modules and biases."""
     if stock is None:
@@ -171,7 +173,7 @@ def _changed(
         own = trained.own(site, ends)
         seen, module = trained.seen(own, site), modules.setdefault(trained.key(site), own)
         for change in changes:
-            front = f"{graft.beside[site, change]}.{site}."
+            front = f"{graft.changes[site, change]}.{site}."
             ours = {name.removeprefix(front): value for name, value in values.items() if name.startswith(front)}
             trained.put(module, site, change.write(seen, ours))
         files |= {f"{trained.key(site)}.{end}": module[end] for end in ends}
@@ -179,19 +181,19 @@ def _changed(
     return fields, files | {key: stock.wide(of) for key, of in {**trained.unused(), **trained.elsewhere()}.items()}
 
 
-def _fitting(layout: Peft, graft: Apart, stock: BackboneFiles) -> Trained:
-    """What trains just the changes beside the method."""
+def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
+    """What trains just the changes."""
     if not layout.sides:
-        raise FormatError(f"modules_to_save, bias: are not written beside {layout.kind}; keep the native folder")
+        raise FormatError(f"modules_to_save, bias: are not written with {layout.kind}; keep the native folder")
     wrapped = _wrapped(graft.own, stock.shape)
-    saved = frozenset(site for site, change in graft.beside if change is not SHIFT)
+    saved = frozenset(site for site, change in graft.changes if change is not SHIFT)
     if both := sorted(wrapped & saved):
         where = path(both[0], stock.shape)
         raise FormatError(f"modules_to_save: PEFT has either the method or a whole {where}; keep the native folder")
     words = ("none", f"{layout.kind.lower()}_only", "all") if layout.biases else ("none",)
     tried = [Trained(stock, wrapped, saved, word) for word in words]
-    trained = min(tried, key=lambda one: len(one.changes() ^ graft.beside.keys()))
-    odd = [(site, change.method) for site, change in trained.changes() ^ graft.beside.keys()]
+    trained = min(tried, key=lambda one: len(one.changes() ^ graft.changes.keys()))
+    odd = [(site, change.method) for site, change in trained.changes() ^ graft.changes.keys()]
     if odd:
         site, method = min(odd)
         more = any((site, method) == (place, change.method) for place, change in trained.changes())
@@ -236,7 +238,7 @@ def _key(key: str, stored: Values) -> str:
 
 
 def _said_again(trained: Trained, stored: Values) -> set[str]:
-    """The keys beside those of the changes; raises FormatError where one says another thing."""
+    """The keys that say more than those of the changes; raises FormatError where one says another thing."""
     for key, of in trained.again().items():
         if key in stored and of in stored and not sized(key, stored[key], tuple(stored[of].shape)).equal(stored[of]):
             raise FormatError(f"{key}: is not {of}, which it says again")

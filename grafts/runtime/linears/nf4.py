@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polygraft.grafts.runtime.linear import FrozenLinear, multiply
+from polygraft.grafts.runtime.fused import RoutedBranches
+from polygraft.grafts.runtime.linears.branches import add_branches_, backward
+from polygraft.grafts.runtime.linears.plain import serve
+from polygraft.grafts.runtime.linears.products import blockwise, multiply
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products
 from polygraft.kernels.common.segments import Segments
-from polygraft.kernels.dense.op import Side, Work
+from polygraft.kernels.dense.op import FusedBranch, Work
 from polygraft.kernels.nf4.op import linear
 
 if TYPE_CHECKING:
@@ -66,48 +70,70 @@ class Nf4Linear(FrozenLinear):
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, block: int | None = None) -> None:
         parts = [Nf4.of(weight) for weight in weights]
-        super().__init__([part.dense() for part in parts], biases, prepack=False, block=block)
-        self._weight = self._weight.new_empty(0)
+        super().__init__([part.dense() for part in parts], biases)
+        self._block = block if self.dtype in (torch.bfloat16, torch.float32) else None
         # Side by side, so that one product may read the codes of all.
         self._codes = torch.cat([part.codes for part in parts])
         views = self._codes.split_with_sizes([len(part.codes) for part in parts])
-        self._parts = [replace(part, codes=codes) for part, codes in zip(parts, views)]
+        self._parts = [replace(part, codes=codes) for part, codes in zip(parts, views, strict=True)]
+
+    def records(self, x_TI: Tensor) -> bool:
+        return not x_TI.is_cuda
 
     def weight(self) -> Tensor:
         return torch.cat([part.dense() for part in self._parts])
 
     def product(self, x_TI: Tensor) -> Tensor:
-        if self._read(x_TI):
+        if self._reads_codes(x_TI):
             return self._multiplied(x_TI, self._codes, self._parts)
-        return self._blockwise(x_TI, self.weight(), self.out_features)
+        return blockwise(x_TI, self.weight(), self.out_features, None if x_TI.is_cuda else self._block)
 
     def product_alone(self, x_TI: Tensor) -> Tensor:
-        return self.product(x_TI) if self._read(x_TI) else multiply(x_TI, self.weight())
+        return self.product(x_TI) if self._reads_codes(x_TI) else multiply(x_TI, self.weight())
 
-    def products(self, x_TI: Tensor, work: Work) -> tuple[list[Tensor], Work]:
-        chosen = {pair[0].member: pair for pair in reversed(work) if pair[1].disjoint}
-        if not chosen or not self._read(x_TI):
-            return super().products(x_TI, work)
-        found = [
+    def transposed_product(self, dy_TO: Tensor) -> Tensor:
+        return blockwise(dy_TO, self.weight().T, self.in_features, None if dy_TO.is_cuda else self._block)
+
+    def transposed_alone(self, dy_TO: Tensor) -> Tensor:
+        return multiply(dy_TO, self.weight().T)
+
+    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
+        if x_TI.is_cuda:
+            return self._on_gpu(x_TI, branches)
+        y = self.product(x_TI)
+        if keep:
+            outputs = self.split(y)
+            return Products(outputs, (), add_branches_(outputs, x_TI, branches.work))
+        if branches.trained:
+            return Products(self.split(y), branches.work)
+        return Products(self.split(serve(y, x_TI, branches, self.widths)))
+
+    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+        return backward(self, dy_TO, x_TI, work, kept)
+
+    def _on_gpu(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
+        """The products, each with one branch whose segments do not meet, where no gradient will be asked for."""
+        fusible = () if branches.trained else [pair for pair in reversed(branches.work) if pair[1].disjoint]
+        chosen = {pair[0].member: pair for pair in fusible}
+        if not chosen or not self._reads_codes(x_TI):
+            return Products(self.split(self.product(x_TI)), branches.work)
+        outputs = [
             self._multiplied(x_TI, part.codes, [part], chosen.get(member)) for member, part in enumerate(self._parts)
         ]
-        return found, [pair for pair in work if chosen.get(pair[0].member) is not pair]
+        return Products(outputs, [pair for pair in branches.work if chosen.get(pair[0].member) is not pair])
 
-    def _back(self) -> Tensor:
-        return self.weight().T
-
-    def _read(self, x_TI: Tensor) -> bool:
+    def _reads_codes(self, x_TI: Tensor) -> bool:
         """Whether the op multiplies: on a GPU, where rows of W are whole blocks."""
         return x_TI.is_cuda and self.in_features % GROUP == 0
 
     def _multiplied(
-        self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: tuple[Side, Segments] | None = None
+        self, x_TI: Tensor, codes: Tensor, parts: Sequence[Nf4], branch: tuple[FusedBranch, Segments] | None = None
     ) -> Tensor:
-        """x W^T for neighbouring parts, and a branch beside them."""
+        """x W^T for neighbouring parts, with a branch."""
         codes_OH = codes.view(-1, self.in_features // 2)
         absmax_OK = torch.cat([part.absmax() for part in parts]).view(-1, self.in_features // GROUP)
         if branch is None:
             none = x_TI.new_empty(0, self.in_features), x_TI.new_empty(0, len(codes_OH))
             return linear(x_TI, codes_OH, absmax_OK, *none, Segments(()))
-        beside, segments = branch
-        return linear(x_TI, codes_OH, absmax_OK, beside.A, beside.B, segments, beside.act)
+        fused, segments = branch
+        return linear(x_TI, codes_OH, absmax_OK, fused.A, fused.B, segments, fused.act)

@@ -1,4 +1,4 @@
-"""PEFT folders of what was trained beside the method, whole modules and biases: read, and written again."""
+"""PEFT folders of what was trained in addition to the method, whole modules and biases: read, and written again."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ READ = {
     "more at some": ("opt", lora("fc1", "k_proj", rank_pattern={"fc1": 3}, modules_to_save=["out_proj"], bias="all")),
 }
 FUSED = {  # whose methods stand at parts of modules here
-    "all biases beside a fused module": ("gpt2", lora("c_attn", bias="all", fan_in_fan_out=True)),
-    "a norm beside one": ("gpt2", lora("c_attn", modules_to_save=["ln_1"], bias="lora_only", fan_in_fan_out=True)),
+    "all biases with a fused module": ("gpt2", lora("c_attn", bias="all", fan_in_fan_out=True)),
+    "a norm with one": ("gpt2", lora("c_attn", modules_to_save=["ln_1"], bias="lora_only", fan_in_fan_out=True)),
 }
 
 
 @pytest.mark.parametrize("name", [*READ, *FUSED])
-def test_what_was_trained_beside_the_method_comes_along_and_is_written_again(
+def test_what_was_trained_in_addition_to_the_method_comes_along_and_is_written_again(
     name: str, tiny_folders: Mapping[str, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     arch, config = (READ | FUSED)[name]
@@ -186,7 +186,7 @@ def modest(spec: GraftSpec, backbone: Backbone) -> dict[str, Tensor]:
         ("gpt2", "lora(at=ffn.up) + child-tuning(at=attn.q)", "PEFT trains bitfit at 0.attn.q, too"),
         ("llama", "lora(at=attn.q) + ssf(at=norm.1)", "PEFT trains ln-tuning at 0.norm.1, too"),
         ("llama", "lora + child-tuning(at=attn.q)", "either the method or a whole model.layers.0.self_attn.q_proj"),
-        ("llama", "prefix(3) + ln-tuning", "are not written beside PREFIX_TUNING"),
+        ("llama", "prefix(3) + ln-tuning", "are not written with PREFIX_TUNING"),
         ("llama", "lora(at=attn.q) + ssf(at=attn.o)", "has no equal in PEFT"),
         ("llama", "lora(at=attn.q) + lt-sft(at=attn.o)", "has no equal in PEFT"),
         ("llama", "lora + child-tuning(at=attn.o) + child-tuning(at=attn.o)", "has no equal in PEFT"),
@@ -204,7 +204,7 @@ def test_what_no_config_of_peft_means_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-def test_biases_are_trained_beside_the_methods_whose_configs_in_peft_have_the_field() -> None:
+def test_biases_are_trained_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
         fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
         if layout.sides:
@@ -216,7 +216,7 @@ KINDS = {layout.kind for layout in layouts() if layout.sides and layout.biases} 
 
 @pytest.mark.parametrize("bias", ["all", "only"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_biases_come_along_beside_every_such_method(
+def test_biases_come_along_with_every_such_method(
     kind: str, bias: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_folders["qwen2"], torch.float32)

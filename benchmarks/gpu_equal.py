@@ -1,0 +1,289 @@
+"""What must be equal on a GPU: jobs packed and alone, streams mixed and alone, the GPU and the CPU, our NF4 and
+bitsandbytes', ours and PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gpu_card import Card
+from gpu_findings import Findings
+from gpu_material import LORA, Turned, jobs, model_files, prompt, relative, saved_grafts
+from torch import Tensor
+
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.serving import engine as engine_module
+from polygraft.trainers.runner import PackRunner
+
+EXACT, AS_GOOD = 1e-5, 1.5  # design: fp32 rel-L2; bf16's error against fp32 as a multiple of that alone
+# One for each op and kind of operands, and unions.
+TEXTS: Mapping[str, str] = {
+    "lora": "lora(r=8, dropout=0.1)",
+    "dora": "dora(r=4, at=attn.v|ffn.down)",
+    "ia3": "ia3",
+    "bitfit": "bitfit",
+    "prefix": "prefix(5)",
+    "serial": "serial(8)",
+    "parallel": "parallel(16)",
+    "prompt": "prompt(6)",
+    "vera": "vera(r=8, at=attn.[qv]|ffn.down)",
+    "loha": "loha(r=4, at=attn.q)",
+    "shira": "shira(r=2, at=attn.q)",
+    "hra": "hra(r=4, at=attn.q)",
+    "boft": "boft(b=4, m=2, at=attn.o)",
+    "oft": "oft(b=8)",
+    "road": "road(group=16)",
+    "llama-adapter": "llama-adapter(length=6)",
+    "molora": "molora(r=2, experts=3, at=attn.q)",
+    "pvera": "pvera(r=8, at=attn.[qv])",
+    "smop": "smop(4, k=3)",
+    "loreft": "loreft(r=4, first=2, last=1)",
+    "lpt": "lpt(3)@1",
+    "far": "far(density=0.2)",
+    "tokens": "trainable-tokens(338|37|176)",
+    "union": "prefix(3) + parallel(4, at=ffn.out) + lora(r=2, at=attn.*) + ia3(at=attn.o, feedforward=attn.q)",
+    "mezo": "lora(r=4) + mezo",
+}
+_STEPS = 4
+_TOKENS = 8
+
+
+def packed(card: Card, findings: Findings, root: Path) -> None:
+    """All jobs in one pack against each alone, and against the CPU, after one step and after some."""
+    folder = model_files(root, "tiny", card)
+    backbone = Backbone.load(folder, torch.float32, training=True, device=card.device)
+    chosen = dict(list(TEXTS.items())[:: 1 if card.real else 4])
+    together: dict[int, Mapping[str, Tensor]] = {}
+
+    def pack() -> None:
+        for steps in (1, _STEPS):
+            together[steps] = _trained(backbone, chosen, steps)
+
+    findings.each({"all jobs in one pack": pack})
+    alone: dict[int, dict[str, float]] = {1: {}, _STEPS: {}}
+    same: dict[str, bool] = {}
+
+    def compare(name: str) -> None:
+        for steps, found in together.items():
+            own = _trained(backbone, {name: chosen[name]}, steps, first=list(chosen).index(name))[name]
+            alone[steps][name] = relative(found[name], own)
+            same[name] = torch.equal(found[name], own)
+
+    findings.each({f"{name} alone": partial(compare, name) for name in chosen})
+    for steps, errors in alone.items():
+        findings.fact(f"packed and alone, rel-L2 after {steps} steps", errors)
+        findings.claim(f"packed.alone.{steps}", max(errors.values(), default=float("nan")), "rel-L2", "<", EXACT)
+    findings.fact("packed and alone, the same bits", same)
+
+    def by_the_cpu() -> None:
+        if not card.real:
+            findings.leave_out("the CPU's", "the device has no values to compare")
+            return
+        found = _trained(Backbone.load(folder, torch.float32, training=True), chosen, 1)
+        errors = {name: relative(together[1][name], found[name]) for name in chosen}
+        findings.fact("a step on the GPU and on the CPU, rel-L2", errors)
+        findings.claim("packed.cpu", max(errors.values()), "rel-L2", "<", 10 * EXACT)
+
+    findings.each({"the same pack on the CPU": by_the_cpu})
+
+
+def _trained(backbone: Backbone, texts: Mapping[str, str], steps: int, first: int = 0) -> Mapping[str, Tensor]:
+    """What so many steps lead to, flat: after one its gradient, which is what the first moment is then; AdamW's own step
+    would be the sign of rounding where a gradient is 0. After more, and of a job without a backward, the tensors."""
+    pack = PackRunner(backbone, max_rows=4096)
+    for job in jobs(texts, length=12, samples=steps, epochs=1, first=first):
+        pack.admit(job)
+    while any(not active.finished for active in pack.jobs.values()):
+        done = pack.step()
+        if done.failed:
+            raise RuntimeError(str(done.failed))
+    slabs = {name: active.slab for name, active in pack.jobs.items()}
+    return {
+        name: (slab.exp_avg if steps == 1 and "mezo" not in texts[name] else slab.master).cpu()
+        for name, slab in slabs.items()
+    }
+
+
+def mixed(card: Card, findings: Findings, root: Path) -> None:
+    """All grafts in one decoding batch against each alone, in float32 and bf16, and against the CPU in float32."""
+    folder = model_files(root, "tiny", card)
+    chosen = {name: text for name, text in list(TEXTS.items())[:: 1 if card.real else 4] if "mezo" not in text}
+    said: dict[str, Mapping[str, Logits]] = {}
+    data = root / "grafts-tiny"
+    on_cpu = Backbone.load(folder, torch.float32)
+    names: dict[str, str | None] = {"bare": None}
+    names |= dict(zip(chosen, saved_grafts(data, on_cpu, list(chosen.values())), strict=True))
+
+    def decode(key: str, backbone: Backbone, *, alone: bool) -> None:
+        groups = [[name] for name in names] if alone else [list(names)]
+        said[key] = {name: found for group in groups for name, found in _decoded(backbone, data, names, group).items()}
+
+    fp32, bf16 = (Backbone.load(folder, dtype, device=card.device) for dtype in (torch.float32, torch.bfloat16))
+    items = {
+        "float32 mixed": partial(decode, "mixed", fp32, alone=False),
+        "float32 alone": partial(decode, "alone", fp32, alone=True),
+        "bf16 mixed": partial(decode, "mixed bf16", bf16, alone=False),
+        "bf16 alone": partial(decode, "alone bf16", bf16, alone=True),
+    }
+    if card.real:
+        items["on the CPU"] = partial(decode, "cpu", on_cpu, alone=False)
+    else:
+        findings.leave_out("on the CPU", "the device has no values to compare")
+    findings.each(items)
+    for key, limit in (("alone", EXACT), ("cpu", 2 * EXACT)):
+        if {"mixed", key} <= said.keys():
+            errors = {name: _first_differing(said["mixed"][name], said[key][name]) for name in names}
+            findings.fact(f"mixed and {key}, rel-L2 of logits", errors)
+            findings.claim(f"mixed.{key}", max(errors.values()), "rel-L2", "<", limit)
+            same = [name for name in names if said["mixed"][name].tokens == said[key][name].tokens]
+            findings.claim(f"mixed.{key}.tokens", len(same) / len(names), "of the streams, their tokens the same")
+    if {"alone", "mixed bf16", "alone bf16"} <= said.keys():
+        true = said["alone"]
+        ratio = {
+            name: _first(said["mixed bf16"][name], true[name])
+            / max(_first(said["alone bf16"][name], true[name]), 2.0**-12)
+            for name in names
+        }
+        findings.fact("bf16: error mixed over error alone", ratio)
+        findings.claim("mixed.bf16", max(ratio.values()), "times the error alone", "<", AS_GOOD)
+
+
+class Logits:
+    """A stream's tokens, and the logits that each was taken from."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.rows: list[Tensor] = []
+
+
+def _decoded(
+    backbone: Backbone, data: Path, names: Mapping[str, str | None], group: Sequence[str]
+) -> Mapping[str, Logits]:
+    found = {name: Logits() for name in group}
+    turned = Turned.of(backbone, data, [graft for name in group if (graft := names[name]) is not None])
+    streams = {place: name for place, name in enumerate(names)}
+    with _heard(found, streams):
+        for place, name in streams.items():
+            if name in found:
+                turned.submit(name, names[name], prompt(place, 5 + place % 9), _TOKENS, seed=place)
+        turned.run()
+    turned.engine.stop()
+    for name, tokens in turned.tokens.items():
+        found[name].tokens = tokens
+    return found
+
+
+@contextmanager
+def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[None]:
+    """Keep the logits that tokens are taken from; a stream is known by its seed."""
+    sample = engine_module.sample
+
+    def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
+        for row, draw in zip(logits, draws, strict=True):
+            found[streams[draw.seed]].rows.append(row.cpu())
+        return sample(logits, draws)
+
+    with patch.object(engine_module, "sample", recorded):
+        yield
+
+
+def _first(found: Logits, wanted: Logits) -> float:
+    return relative(found.rows[0], wanted.rows[0])
+
+
+def _first_differing(found: Logits, wanted: Logits) -> float:
+    """The worst step of those before whose token both had said the same."""
+    worst = 0.0
+    for step, (a, b) in enumerate(zip(found.rows, wanted.rows, strict=True)):
+        if found.tokens[:step] != wanted.tokens[:step]:
+            break
+        worst = max(worst, relative(a, b))
+    return worst
+
+
+def nf4(card: Card, findings: Findings, root: Path) -> None:
+    """Logits and a training step on a backbone in NF4 beside bitsandbytes' own modules under PEFT, and what it takes."""
+    if not card.real:
+        findings.leave_out("nf4", "bitsandbytes takes no tensors without values")
+        return
+    for shape in ("tiny", "smollm2-135m"):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{shape}, {str(dtype).removeprefix('torch.')}"
+            findings.each({name: partial(_nf4, card, findings, model_files(root, shape, card), name, dtype)})
+
+
+def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    before = card.forget_peak()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=config, device_map={"": card.device.index or 0}
+    ).eval()
+    taken = {"bitsandbytes": card.forget_peak() - before}
+    ids = torch.tensor([prompt(3, 40)])
+    with torch.inference_mode():
+        wanted = theirs(input_ids=ids.to(card.device)).logits[0].float().cpu()
+    del theirs
+    before = card.forget_peak()
+    backbone = Backbone.load(folder, dtype, quantise="nf4", device=card.device)
+    taken["ours"] = card.forget_peak() - before
+    dense = Backbone.load(folder, dtype, device=card.device)
+    found, unquantised = (_logits(one, ids[0]) for one in (backbone, dense))
+    findings.fact(f"{name}: bytes", taken)
+    findings.fact(f"{name}: what NF4 changes, rel-L2", relative(wanted, unquantised))
+    limit = 10 * EXACT if dtype == torch.float32 else 5e-2
+    findings.claim(f"nf4.logits.{name}", relative(found, wanted), "rel-L2 to bitsandbytes", "<", limit)
+    del backbone, dense
+    pack = PackRunner(Backbone.load(folder, dtype, training=True, quantise="nf4", device=card.device))
+    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, length=32, samples=4, epochs=8):
+        pack.admit(job)
+    losses: dict[str, list[float]] = {"a": [], "b": []}
+    while any(not active.finished for active in pack.jobs.values()):
+        for stepped in pack.step().stepped:
+            losses[stepped.job].append(stepped.loss)
+    findings.fact(f"{name}: losses", losses)
+    falls = max(sum(own[-4:]) / sum(own[:4]) for own in losses.values())
+    findings.claim(f"nf4.learns.{name}", falls, "of the first losses is left", "<", 1.0)
+
+
+def _logits(backbone: Backbone, ids: Tensor) -> Tensor:
+    from polygraft.grafts.runtime.attention import WholeSequences
+    from polygraft.grafts.runtime.route import Rows
+
+    with torch.inference_mode():
+        rows, attention = Rows(ids, torch.arange(len(ids)), ()), WholeSequences(((0, len(ids)),), backbone.shape)
+        return backbone.logits(backbone.forward(rows, backbone.stacks(()), attention)).cpu()
+
+
+def peft(card: Card, findings: Findings, root: Path) -> None:
+    """Logits under LoRAs in one batch, in float32, beside PEFT's own with one adapter after the other."""
+    if not card.real:
+        findings.leave_out("peft", "transformers asks for values of the device")
+        return
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for shape in ("tiny", "smollm2-135m"):
+        folder, data = model_files(root, shape, card), root / f"grafts-peft-{shape}"
+        backbone = Backbone.load(folder, torch.float32, device=card.device)
+        grafts = saved_grafts(data, backbone, [LORA] * 3)
+        names: dict[str, str | None] = {f"{place}": graft for place, graft in enumerate(grafts)}
+        found = _decoded(backbone, data, names, list(names))
+        errors = {}
+        for place, (name, graft) in enumerate(names.items()):
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
+            theirs = PeftModel.from_pretrained(base, data / "grafts" / str(graft)).eval()
+            ids = torch.tensor([[*prompt(place, 5 + place % 9), *found[name].tokens[:-1]]], device=card.device)
+            with torch.inference_mode():
+                logits = theirs(input_ids=ids).logits[0, -len(found[name].rows) :]
+            errors[name] = relative(torch.stack(found[name].rows), logits)
+        findings.fact(f"{shape}: logits, rel-L2 to PEFT", errors)
+        findings.claim(f"peft.logits.{shape}", max(errors.values()), "rel-L2", "<", EXACT)

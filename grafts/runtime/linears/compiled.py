@@ -1,0 +1,76 @@
+"""The frozen linear in bf16 on a CPU that the dense op is for, which adds the branches to its products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from polygraft.grafts.runtime.fused import RoutedBranches
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
+from polygraft.kernels.branch.op import add_branch_, branch_gradients
+from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, transposed
+
+
+class CompiledLinear(FrozenLinear):
+    """With `prepack` weights lie as serving's few rows read them fastest, and plain too once a gradient asks for it;
+    else one plain copy serves both directions. Rows do not depend on their neighbours, whatever their count."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, prepack: bool) -> None:
+        super().__init__(weights, biases)
+        self._packed = Weights.packed(weights) if prepack else None
+        self._plain = None if prepack else Weights.plain(joined(weights), self.widths)
+
+    def records(self, x_TI: Tensor) -> bool:
+        return True
+
+    def weight(self) -> Tensor:
+        return self._first().dense()
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        return linear(x_TI, self._first())[0]
+
+    def transposed_product(self, dy_TO: Tensor) -> Tensor:
+        return transposed(dy_TO, self._unpacked())[0]
+
+    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
+        if not keep:
+            return Products(self.split(linear(x_TI, self._first(), branches.work)[0]))
+        own = [pair for pair in branches.work if pair[0].act in MASK_DERIVATIVE]
+        out, kept = linear(x_TI, self._first(), own, keep=True)
+        outputs, values = self.split(out), iter(kept)
+        return Products(
+            outputs,
+            (),
+            [
+                [next(values)]
+                if b.act in MASK_DERIVATIVE
+                else add_branch_(outputs[b.member], x_TI, b.A, b.B, segments, b.act)
+                for b, segments in branches.work
+            ],
+        )
+
+    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+        own = [pair for pair in work if pair[0].act in MASK_DERIVATIVE]
+        masks = [values[0] for (b, _), values in zip(work, kept, strict=True) if b.act in MASK_DERIVATIVE]
+        dx, dh = transposed(dy_TO, self._unpacked(), own, masks)
+        found: list[Tensor] = []
+        columns, slopes = self.split(dy_TO), iter(dh)
+        for (b, segments), values in zip(work, kept, strict=True):
+            assert x_TI is not None
+            dy = columns[b.member]
+            if b.act in MASK_DERIVATIVE:
+                found += [outer(next(slopes), x_TI, segments, len(b.A)), outer(values[0], dy, segments, len(b.B))]
+            else:
+                found += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
+        return dx, found
+
+    def _first(self) -> Weights:
+        weights = self._packed or self._plain
+        assert weights is not None
+        return weights
+
+    def _unpacked(self) -> Weights:
+        if self._plain is None:
+            self._plain = Weights.plain(self.weight(), self.widths)
+        return self._plain
