@@ -6,7 +6,11 @@ from collections.abc import Mapping
 
 _REASONS: Mapping[tuple[str, ...], str] = {
     ("lst", "side-tuning"): "a side network fed by every layer needs a ninth op, a ladder beside the backbone",
-    ("galore", "full"): "a dense gradient and optimiser state for W, for each job",
+    ("galore",): "a dense gradient of W for each job, projected",
+    (
+        "full",
+    ): "a dense gradient and optimiser state for all of W, for each job; child-tuning(p=1, at=...) trains a few "
+    "projections whole",
     ("osf",): "it trains all of W, by a dense gradient kept in the complement of W's largest singular directions",
     ("coda", "meft"): "another data flow through the backbone's own blocks",
     ("controlnet", "t2i-adapter", "ip-adapter"): "a copy of the encoder, or one of the condition; diffusion backbones",

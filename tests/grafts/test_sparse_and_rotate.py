@@ -49,7 +49,7 @@ def fp32(tiny_folder: Path) -> Backbone:
         ("spt(density=0)", "spt.density: 0.0"),
         ("lt-sft(prime=1)", "prime: 1.0"),
         ("diff-pruning(relax=0)", "relax: 0.0"),
-        ("child-tuning(p=1)", "p: 1.0"),
+        ("child-tuning(p=1.5)", "p: 1.5"),
         ("s-bitfit(density=1)", "s-bitfit.density: 1.0"),
     ],
 )
