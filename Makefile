@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage methods lint types verify nightly bench clean
+.PHONY: help setup demo test coverage methods lint types verify nightly bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,7 @@ lint: setup  ## check style, import bans and formatting
 
 types: setup  ## check types, strictly
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 verify: lint types test  ## all that CI enforces
 
@@ -57,6 +58,9 @@ bench: setup  ## time training, serving and the branch op against their arms; QU
 	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick) --json reports/training.json
 	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick) --json reports/serving.json
 	$(BIN)/python benchmarks/kernels.py $(if $(QUICK),--quick) --json reports/kernels.json
+
+gpu: setup  ## all that only a GPU can show, in under 8 minutes; OUT=path for what it finds, DRY=1 without a GPU
+	$(BIN)/python benchmarks/gpu.py $(or $(OUT),reports/gpu) $(if $(DRY),--dry)
 
 clean:  ## remove what builds and tools leave behind; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

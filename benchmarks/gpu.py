@@ -60,7 +60,7 @@ PARTS = (
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--dry", action="store_true", help="on the fake device, without any number")
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what this script starts itself as
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if not given.dry and not _there():
         print("no CUDA device: run this where torch sees a GPU, or with --dry for the code alone", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +15,8 @@ import torch
 _WARM = 3
 # Peaks of the vendor's datasheets (dense bf16, memory), by a part of the card's name.
 PEAKS = {"A100": (312e12, 2039e9), "H100": (989e12, 3350e9), "H200": (989e12, 4800e9), "L40S": (362e12, 864e9)}
+
+Summary = Mapping[str, float | Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +38,14 @@ class Card:
             return float("nan")
         for _ in range(_WARM):
             call()
-        edges = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        edge: Callable[[], torch.cuda.Event] = partial(torch.cuda.Event, enable_timing=True)
+        edges = [(edge(), edge()) for _ in range(calls)]
         for start, stop in edges:
             start.record()
             call()
             stop.record()
         self.wait()
-        return median(start.elapsed_time(stop) for start, stop in edges) / 1e3
+        return float(median(start.elapsed_time(stop) for start, stop in edges)) / 1e3
 
     def forget_peak(self) -> int:
         """Bytes that tensors take now; the peak begins anew."""
@@ -56,7 +60,7 @@ class Card:
         return torch.cuda.max_memory_allocated() if self.real else 0
 
     @contextmanager
-    def profiled(self, trace: Path) -> Iterator[Callable[[], Mapping[str, object]]]:
+    def profiled(self, trace: Path) -> Iterator[Callable[[], Summary]]:
         """Write a trace that chrome://tracing reads; what is yielded says, afterwards, where the device's time went."""
         if not self.real:
             yield dict
@@ -69,8 +73,9 @@ class Card:
         profiler.export_chrome_trace(str(trace))
 
 
-def _summary(profiler: torch.profiler.profile) -> Mapping[str, object]:
-    kernels = [event for event in profiler.events() or () if str(event.device_type).endswith("CUDA")]
+def _summary(profiler: torch.profiler.profile) -> Summary:
+    events = profiler.events()  # type: ignore[no-untyped-call]
+    kernels = [event for event in events or () if str(event.device_type).endswith("CUDA")]
     spent: dict[str, float] = {}
     for kernel in kernels:
         spent[kernel.name] = spent.get(kernel.name, 0.0) + kernel.time_range.elapsed_us()

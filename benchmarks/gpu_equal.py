@@ -3,7 +3,7 @@ bitsandbytes', ours and PEFT."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,55 +49,56 @@ TEXTS: Mapping[str, str] = {
     "union": "prefix(3) + parallel(4, at=ffn.out) + lora(r=2, at=attn.*) + ia3(at=attn.o, feedforward=attn.q)",
     "mezo": "lora(r=4) + mezo",
 }
+SHAPES = ("tiny", "smollm2-135m")
 _STEPS = 4
 _TOKENS = 8
+_DRY = ("dora", "mezo")
 
 
 def packed(card: Card, findings: Findings, root: Path) -> None:
-    """All jobs in one pack against each alone, and against the CPU, after one step and after some."""
+    """Every job alone, then all that can in one pack, after one step and after some; and the pack on a CPU."""
     folder = model_files(root, "tiny", card)
     backbone = Backbone.load(folder, torch.float32, training=True, device=card.device)
-    chosen = dict(list(TEXTS.items())[:: 1 if card.real else 4])
-    together: dict[int, Mapping[str, Tensor]] = {}
+    chosen, counts = (TEXTS, (1, _STEPS)) if card.real else ({name: TEXTS[name] for name in _DRY}, (1,))
+    alone: dict[str, Mapping[int, Tensor]] = {}
 
-    def pack() -> None:
-        for steps in (1, _STEPS):
-            together[steps] = _trained(backbone, chosen, steps)
+    def by_itself(name: str) -> None:
+        place = list(chosen).index(name)
+        alone[name] = {n: _trained(backbone, {name: chosen[name]}, n, first=place)[name] for n in counts}
 
-    findings.each({"all jobs in one pack": pack})
-    alone: dict[int, dict[str, float]] = {1: {}, _STEPS: {}}
-    same: dict[str, bool] = {}
+    findings.each({f"{name} alone": partial(by_itself, name) for name in chosen})
 
-    def compare(name: str) -> None:
-        for steps, found in together.items():
-            own = _trained(backbone, {name: chosen[name]}, steps, first=list(chosen).index(name))[name]
-            alone[steps][name] = relative(found[name], own)
-            same[name] = torch.equal(found[name], own)
+    def together(steps: int) -> None:
+        found = _trained(backbone, chosen, steps, only=alone)
+        errors = {name: relative(found[name], alone[name][steps]) for name in alone}
+        same = {name: torch.equal(found[name], alone[name][steps]) for name in alone}
+        findings.fact(f"packed and alone after {steps} steps: rel-L2", errors)
+        findings.fact(f"packed and alone after {steps} steps: the same bits", same)
+        findings.claim(f"packed.alone.{steps}", max(errors.values()), "rel-L2", "<", EXACT)
 
-    findings.each({f"{name} alone": partial(compare, name) for name in chosen})
-    for steps, errors in alone.items():
-        findings.fact(f"packed and alone, rel-L2 after {steps} steps", errors)
-        findings.claim(f"packed.alone.{steps}", max(errors.values(), default=float("nan")), "rel-L2", "<", EXACT)
-    findings.fact("packed and alone, the same bits", same)
+    findings.each({f"in one pack, {steps} steps": partial(together, steps) for steps in counts})
 
-    def by_the_cpu() -> None:
-        if not card.real:
-            findings.leave_out("the CPU's", "the device has no values to compare")
-            return
-        found = _trained(Backbone.load(folder, torch.float32, training=True), chosen, 1)
-        errors = {name: relative(together[1][name], found[name]) for name in chosen}
-        findings.fact("a step on the GPU and on the CPU, rel-L2", errors)
+    def on_a_cpu() -> None:
+        found = _trained(Backbone.load(folder, torch.float32, training=True), chosen, 1, only=alone)
+        errors = {name: relative(alone[name][1], found[name]) for name in alone}
+        findings.fact("a step on the GPU and on the CPU: rel-L2", errors)
         findings.claim("packed.cpu", max(errors.values()), "rel-L2", "<", 10 * EXACT)
 
-    findings.each({"the same pack on the CPU": by_the_cpu})
+    if card.real:
+        findings.each({"the same pack on the CPU": on_a_cpu})
+    else:
+        findings.leave_out("the same pack on the CPU", "the device has no values to compare")
 
 
-def _trained(backbone: Backbone, texts: Mapping[str, str], steps: int, first: int = 0) -> Mapping[str, Tensor]:
-    """What so many steps lead to, flat: after one its gradient, which is what the first moment is then; AdamW's own step
-    would be the sign of rounding where a gradient is 0. After more, and of a job without a backward, the tensors."""
+def _trained(
+    backbone: Backbone, texts: Mapping[str, str], steps: int, *, first: int = 0, only: Container[str] | None = None
+) -> Mapping[str, Tensor]:
+    """What so many steps lead to, flat. After one it is the gradient, which is what the first moment is then: AdamW's
+    own step would be the sign of rounding where a gradient is 0. After more, and without a backward, the tensors."""
     pack = PackRunner(backbone, max_rows=4096)
     for job in jobs(texts, length=12, samples=steps, epochs=1, first=first):
-        pack.admit(job)
+        if only is None or job.id in only:
+            pack.admit(job)
     while any(not active.finished for active in pack.jobs.values()):
         done = pack.step()
         if done.failed:
@@ -110,47 +111,60 @@ def _trained(backbone: Backbone, texts: Mapping[str, str], steps: int, first: in
 
 
 def mixed(card: Card, findings: Findings, root: Path) -> None:
-    """All grafts in one decoding batch against each alone, in float32 and bf16, and against the CPU in float32."""
-    folder = model_files(root, "tiny", card)
-    chosen = {name: text for name, text in list(TEXTS.items())[:: 1 if card.real else 4] if "mezo" not in text}
-    said: dict[str, Mapping[str, Logits]] = {}
-    data = root / "grafts-tiny"
+    """Every graft decoding alone, then all that can in one batch, in float32 and bf16; and the batch on a CPU."""
+    folder, data = model_files(root, "tiny", card), root / "grafts-tiny"
+    chosen = {name: text for name, text in TEXTS.items() if (card.real or name in _DRY) and "mezo" not in text}
     on_cpu = Backbone.load(folder, torch.float32)
     names: dict[str, str | None] = {"bare": None}
     names |= dict(zip(chosen, saved_grafts(data, on_cpu, list(chosen.values())), strict=True))
+    alone: dict[str, Mapping[str, Logits]] = {dtype: {} for dtype in ("float32", "bfloat16")[: 2 if card.real else 1]}
+    batch: dict[str, Mapping[str, Logits]] = {}
+    for dtype in alone:
+        backbone = Backbone.load(folder, getattr(torch, dtype), device=card.device)
 
-    def decode(key: str, backbone: Backbone, *, alone: bool) -> None:
-        groups = [[name] for name in names] if alone else [list(names)]
-        said[key] = {name: found for group in groups for name, found in _decoded(backbone, data, names, group).items()}
+        def by_itself(name: str, dtype: str = dtype, backbone: Backbone = backbone) -> None:
+            alone[dtype] = {**alone[dtype], **_decoded(backbone, data, names, [name])}
 
-    fp32, bf16 = (Backbone.load(folder, dtype, device=card.device) for dtype in (torch.float32, torch.bfloat16))
-    items = {
-        "float32 mixed": partial(decode, "mixed", fp32, alone=False),
-        "float32 alone": partial(decode, "alone", fp32, alone=True),
-        "bf16 mixed": partial(decode, "mixed bf16", bf16, alone=False),
-        "bf16 alone": partial(decode, "alone bf16", bf16, alone=True),
-    }
+        def together(dtype: str = dtype, backbone: Backbone = backbone) -> None:
+            batch[dtype] = _decoded(backbone, data, names, list(alone[dtype]))
+
+        findings.each({f"{dtype}, {name} alone": partial(by_itself, name) for name in names})
+        findings.each({f"{dtype}, in one batch": together})
     if card.real:
-        items["on the CPU"] = partial(decode, "cpu", on_cpu, alone=False)
+        findings.each({"on the CPU": lambda: batch.update(cpu=_decoded(on_cpu, data, names, list(alone["float32"])))})
     else:
         findings.leave_out("on the CPU", "the device has no values to compare")
-    findings.each(items)
-    for key, limit in (("alone", EXACT), ("cpu", 2 * EXACT)):
-        if {"mixed", key} <= said.keys():
-            errors = {name: _first_differing(said["mixed"][name], said[key][name]) for name in names}
-            findings.fact(f"mixed and {key}, rel-L2 of logits", errors)
-            findings.claim(f"mixed.{key}", max(errors.values()), "rel-L2", "<", limit)
-            same = [name for name in names if said["mixed"][name].tokens == said[key][name].tokens]
-            findings.claim(f"mixed.{key}.tokens", len(same) / len(names), "of the streams, their tokens the same")
-    if {"alone", "mixed bf16", "alone bf16"} <= said.keys():
-        true = said["alone"]
-        ratio = {
-            name: _first(said["mixed bf16"][name], true[name])
-            / max(_first(said["alone bf16"][name], true[name]), 2.0**-12)
-            for name in names
-        }
-        findings.fact("bf16: error mixed over error alone", ratio)
-        findings.claim("mixed.bf16", max(ratio.values()), "times the error alone", "<", AS_GOOD)
+    for key, others, limit in (("alone", alone["float32"], EXACT), ("cpu", batch.get("cpu", {}), 2 * EXACT)):
+        if others:
+            findings.each({f"compared, {key}": partial(_compared, findings, key, batch, others, limit)})
+    if card.real:
+        findings.each({"compared, bf16": lambda: _compared_bf16(findings, alone, batch["bfloat16"])})
+
+
+def _compared(
+    findings: Findings,
+    key: str,
+    batch: Mapping[str, Mapping[str, Logits]],
+    wanted: Mapping[str, Logits],
+    limit: float,
+) -> None:
+    found = batch["float32"]
+    both = [name for name in found if name in wanted]
+    errors = {name: _first_differing(found[name], wanted[name]) for name in both}
+    findings.fact(f"mixed and {key}: rel-L2 of logits", errors)
+    findings.claim(f"mixed.{key}", max(errors.values(), default=float("nan")), "rel-L2", "<", limit)
+    same = [name for name in both if found[name].tokens == wanted[name].tokens]
+    findings.claim(f"mixed.{key}.tokens", len(same) / max(1, len(both)), "of the streams, their tokens the same")
+
+
+def _compared_bf16(findings: Findings, alone: Mapping[str, Mapping[str, Logits]], found: Mapping[str, Logits]) -> None:
+    """The first step's logits: what follows depends on the tokens."""
+    ratio = {}
+    for name in found:
+        true, own = alone["float32"][name].rows[0], alone["bfloat16"][name].rows[0]
+        ratio[name] = relative(found[name].rows[0], true) / max(relative(own, true), 2.0**-12)
+    findings.fact("bf16: error mixed over error alone", ratio)
+    findings.claim("mixed.bf16", max(ratio.values()), "times the error alone", "<", AS_GOOD)
 
 
 class Logits:
@@ -164,9 +178,10 @@ class Logits:
 def _decoded(
     backbone: Backbone, data: Path, names: Mapping[str, str | None], group: Sequence[str]
 ) -> Mapping[str, Logits]:
+    """Greedy streams of the grafts of a group, all at once; a stream is the same whatever the group."""
     found = {name: Logits() for name in group}
     turned = Turned.of(backbone, data, [graft for name in group if (graft := names[name]) is not None])
-    streams = {place: name for place, name in enumerate(names)}
+    streams = dict(enumerate(names))
     with _heard(found, streams):
         for place, name in streams.items():
             if name in found:
@@ -192,10 +207,6 @@ def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[
         yield
 
 
-def _first(found: Logits, wanted: Logits) -> float:
-    return relative(found.rows[0], wanted.rows[0])
-
-
 def _first_differing(found: Logits, wanted: Logits) -> float:
     """The worst step of those before whose token both had said the same."""
     worst = 0.0
@@ -207,14 +218,13 @@ def _first_differing(found: Logits, wanted: Logits) -> float:
 
 
 def nf4(card: Card, findings: Findings, root: Path) -> None:
-    """Logits and a training step on a backbone in NF4 beside bitsandbytes' own modules under PEFT, and what it takes."""
+    """Logits on a backbone in NF4 beside bitsandbytes' own modules, the bytes of both, and jobs that learn on it."""
     if not card.real:
         findings.leave_out("nf4", "bitsandbytes takes no tensors without values")
         return
-    for shape in ("tiny", "smollm2-135m"):
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{shape}, {str(dtype).removeprefix('torch.')}"
-            findings.each({name: partial(_nf4, card, findings, model_files(root, shape, card), name, dtype)})
+    folder = model_files(root, SHAPES[-1], card)
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        findings.each({name: partial(_nf4, card, findings, folder, name, dtype)})
 
 
 def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.dtype) -> None:
@@ -225,7 +235,7 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
     )
     before = card.forget_peak()
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=config, device_map={"": card.device.index or 0}
+        folder, dtype=dtype, quantization_config=config, device_map={"": str(card.device)}
     ).eval()
     taken = {"bitsandbytes": card.forget_peak() - before}
     ids = torch.tensor([prompt(3, 40)])
@@ -271,7 +281,7 @@ def peft(card: Card, findings: Findings, root: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    for shape in ("tiny", "smollm2-135m"):
+    for shape in SHAPES:
         folder, data = model_files(root, shape, card), root / f"grafts-peft-{shape}"
         backbone = Backbone.load(folder, torch.float32, device=card.device)
         grafts = saved_grafts(data, backbone, [LORA] * 3)

@@ -3,7 +3,9 @@ read from a network, and nothing but the grafts' and the models' own files from 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,10 @@ SHAPES: Mapping[str, tuple[int, int, int, int, int, int, float]] = {
 
 
 def model_files(root: Path, shape: str, card: Card) -> Path:
-    """The folder of a random Llama in bf16 (the tiny one in float32), made where it is fast and only once."""
-    folder = root / shape
-    if (folder / "config.json").exists():
+    """The folder of a random Llama in bf16 (the tiny one in float32), made where it is fast, and once if no other part
+    makes it just now."""
+    folder, draft = root / shape, root / f".{shape}.{os.getpid()}"
+    if folder.exists():
         return folder
     hidden, layers, heads, kv_heads, ffn, vocab, spread = SHAPES[shape]
     dtype = "float32" if shape == "tiny" else "bfloat16"
@@ -59,7 +62,9 @@ def model_files(root: Path, shape: str, card: Card) -> Path:
     torch.manual_seed(0)
     with torch.device(card.device if card.real else "cpu"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
-    model.save_pretrained(folder)
+    model.save_pretrained(draft)
+    with suppress(OSError):  # another part was first, with the same files
+        draft.rename(folder)
     return folder
 
 

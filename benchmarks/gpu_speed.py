@@ -1,4 +1,4 @@
-"""The engine and the pack on the GPU beside transformers and PEFT there: one process, arms in turn, round after round."""
+"""The engine and the pack on the GPU beside transformers and PEFT there: one process, arms in turn, round by round."""
 
 from __future__ import annotations
 
@@ -69,8 +69,12 @@ def _serving(card: Card, findings: Findings, root: Path, shape: str) -> None:
     findings.fact(f"{shape}: bytes", memory)
     samples = _in_turn(findings, shape, arms)
     for streams in STREAMS:
-        for ours, theirs in ((f"ours mixed {streams}", f"peft mixed {streams}"), (f"ours bare {streams}", f"transformers bare {streams}"),
-                             (f"ours mixed {streams}", f"ours bare {streams}")):  # fmt: skip
+        mixed, bare = f"ours mixed {streams}", f"ours bare {streams}"
+        for ours, theirs in (
+            (mixed, f"peft mixed {streams}"),
+            (bare, f"transformers bare {streams}"),
+            (mixed, bare),
+        ):
             findings.ratios(Goal(f"serving.{shape}.{ours} over {theirs}", "speed", ours, (theirs,)), samples)
     turned.engine.stop()
 
@@ -86,18 +90,20 @@ def _burst(turned: Turned, card: Card, grafts: Sequence[str | None], streams: in
 
 
 class _Generate:
-    """transformers' generate, over a model with all adapters, one for each row of the batch or none."""
+    """transformers' generate, on the bare model, and on one with all adapters, one of them for each row."""
 
     def __init__(self, card: Card, folder: Path, grafts: Sequence[Path]) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
-        self._card, self._model = card, PeftModel.from_pretrained(
-            base, grafts[0], adapter_name="0", autocast_adapter_dtype=False
-        ).eval()  # fmt: skip
+        def model() -> Any:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()
+
+        self._card, self._bare = card, model()
+        self._mixed = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
         for place, graft in enumerate(grafts[1:], 1):
-            self._model.load_adapter(graft, str(place), autocast_adapter_dtype=False)
+            self._mixed.load_adapter(graft, str(place), autocast_adapter_dtype=False)
+        self._mixed.eval()
 
     @torch.inference_mode()
     def burst(self, streams: int, *, mixed: bool) -> float:
@@ -113,11 +119,9 @@ class _Generate:
         self._card.wait()
         start = time.perf_counter()
         if mixed:
-            names = [str(stream % GRAFTS) for stream in range(streams)]
-            self._model.generate(**said, adapter_names=names)
+            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])
         else:
-            with self._model.disable_adapter():
-                self._model.generate(**said)
+            self._bare.generate(**said)
         self._card.wait()
         return streams * TOKENS / (time.perf_counter() - start)
 
@@ -126,7 +130,7 @@ def training(card: Card, findings: Findings, root: Path) -> None:
     """Tokens a second of eight LoRA jobs: one pack, PEFT with one job after the other, and PEFT that switches."""
     if not card.real:
         backbone = Backbone.load(model_files(root, "tiny", card), torch.bfloat16, training=True, device=card.device)
-        _step(_pack(backbone, 16), card, 16)
+        _pack(backbone, 16, count=2).step()
         findings.leave_out("PEFT", "transformers asks for values of the device")
         return
     for shape in SHAPES:
@@ -158,9 +162,9 @@ def _training(card: Card, findings: Findings, root: Path, shape: str, length: in
     findings.ratios(Goal(f"training.{name}", "speed", "ours", rivals), samples)
 
 
-def _pack(backbone: Backbone, length: int) -> PackRunner:
-    pack = PackRunner(backbone, max_rows=GRAFTS * length)
-    for job in jobs({str(place): LORA for place in range(GRAFTS)}, length=length, samples=4, epochs=10_000):
+def _pack(backbone: Backbone, length: int, count: int = GRAFTS) -> PackRunner:
+    pack = PackRunner(backbone, max_rows=count * length)
+    for job in jobs({str(place): LORA for place in range(count)}, length=length, samples=4, epochs=10_000):
         pack.admit(job)
     return pack
 

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
+if "kernels" not in sys.modules:  # transformers would take the file here for Hugging Face's package
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import parity_files
 import parity_forward
@@ -24,7 +26,6 @@ import parity_train
 import torch
 from parity_record import Record
 from parity_texts import Texts
-from tests_folder import tests_of
 from transformers.utils.logging import disable_progress_bar
 
 # In the order they are run: each takes the record, the folder of the models, and the texts.
@@ -54,7 +55,7 @@ def main() -> None:
     found = Path(sys.modules[parity_names.Backbone.__module__].__file__ or "").resolve()
     if not found.is_relative_to(tree):
         raise SystemExit(f"polygraft is {found}, which is not of {tree}")
-    tests_of(tree)
+    parity_names.tests_of(tree)
     torch.set_num_threads(given.threads)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     record, texts = Record(), Texts.read(quick=given.quick)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from polygraft.cluster.model import FileId, JobSpec, Optimizer, Schedule
 from polygraft.cluster.validation import explain
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods import configs
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.spec import GraftSpec, SpecError
 
 NAME = r"^[a-z0-9-]{1,40}$"
 Auto = Literal["auto"]
@@ -21,6 +33,35 @@ BatchSize = Annotated[int, Field(ge=1, le=1024)]
 Multiplier = Annotated[float, Field(gt=0, le=1000)]
 
 _DEFAULTS = JobSpec(backbone="", training_file=FileId(""))
+
+
+@dataclass(frozen=True, slots=True)
+class AskedGraft:
+    """The field `peft`: a union such as "lora(r=8) + prefix(10)" or a PEFT config, as it was `given`, and what a union
+    means; what a config means depends on the backbone (`grafts/formats/peft_config.py`)."""
+
+    given: str | dict[str, object]
+    spec: GraftSpec | None
+
+    @property
+    def text(self) -> str:
+        """What a job's record keeps."""
+        return _text(self.given)
+
+    @staticmethod
+    def read(given: str | dict[str, object]) -> AskedGraft:
+        text = _text(given)
+        try:
+            if not configs.is_config(text):
+                return AskedGraft(given, parse(text))
+            configs.check(configs.of_text(text))
+            return AskedGraft(given, None)
+        except SpecError as error:
+            raise ValueError(str(error).removeprefix("peft: ")) from None
+
+
+_Given = Annotated[str | dict[str, object], AfterValidator(AskedGraft.read), PlainSerializer(lambda asked: asked.given)]
+Peft = Annotated[AskedGraft, GetPydanticSchema(lambda _, handler: handler.generate_schema(_Given))]
 
 
 class _Body(BaseModel):
@@ -36,9 +77,9 @@ class LegacyHyperparameters(_Body):
 
 
 class Hyperparameters(LegacyHyperparameters):
-    """OpenAI's three fields and ours; `peft` is a union such as "lora(r=8) + prefix(10)" or a PEFT config."""
+    """OpenAI's three fields and ours."""
 
-    peft: str | dict[str, object] = "lora"
+    peft: Peft = Field(default_factory=lambda: AskedGraft.read("lora"))
     learning_rate: float | None = Field(default=None, gt=0, le=10)
     optimizer: Optimizer = "adamw"
     schedule: Schedule = "linear"
@@ -47,16 +88,6 @@ class Hyperparameters(LegacyHyperparameters):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=256, ge=2, le=1 << 20)
     dropout: float | None = Field(default=None, ge=0, lt=1)
-
-    @field_validator("peft")
-    @classmethod
-    def _peft_can_be_read(cls, value: str | dict[str, object]) -> str | dict[str, object]:
-        text = _peft_text(value)
-        try:
-            configs.check(configs.of_text(text)) if configs.is_config(text) else parse(text)
-        except SpecError as error:
-            raise ValueError(str(error).removeprefix("peft: ")) from None
-        return value
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Self:
@@ -122,10 +153,19 @@ class FineTuningRequest(_Body):
             raise ValueError(f"suffix: {self.suffix!r} is the name of the base model; choose another")
         return self
 
+    @property
+    def graft(self) -> GraftSpec | None:
+        """The graft asked for by a union, None for a config."""
+        return self._given.peft.spec
+
+    @cached_property
+    def _given(self) -> Hyperparameters:
+        supervised = self.method.supervised if self.method else None
+        return (supervised.hyperparameters if supervised else None) or Hyperparameters()
+
     def to_spec(self) -> JobSpec:
         """The job asked for, defaults filled in; files are not looked up here."""
-        supervised = self.method.supervised if self.method else None
-        given = (supervised.hyperparameters if supervised else None) or Hyperparameters()
+        given = self._given
         basic = self.hyperparameters or given
         multiplier = basic.learning_rate_multiplier
         return JobSpec(
@@ -133,7 +173,7 @@ class FineTuningRequest(_Body):
             training_file=FileId(self.training_file),
             validation_file=FileId(self.validation_file) if self.validation_file else None,
             suffix=self.suffix,
-            peft=_peft_text(given.peft),
+            peft=given.peft.text,
             epochs=_DEFAULTS.epochs if basic.n_epochs == "auto" else basic.n_epochs,
             batch_size=_DEFAULTS.batch_size if basic.batch_size == "auto" else basic.batch_size,
             learning_rate=given.learning_rate,
@@ -168,5 +208,5 @@ def read_request(body: object) -> FineTuningRequest:
         raise BadRequest(path or None, message) from None
 
 
-def _peft_text(value: str | dict[str, object]) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+def _text(given: str | dict[str, object]) -> str:
+    return given if isinstance(given, str) else json.dumps(given, sort_keys=True)

@@ -10,12 +10,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sites import Site
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 
 SAMPLES = 64  # of a job's samples, its first ones, are looked at
 
@@ -67,13 +68,13 @@ def gradients(
 
 def graft_gradients(
     backbone: Backbone,
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     samples: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]],
 ) -> Mapping[str, Tensor]:
     """The gradient of the same loss under a graft without forms in the graft's own tensors, by name."""
-    stacks = backbone.stacks((Resident("calibrated", spec, values),), trainable=True)
+    stacks = backbone.stacks((Resident("calibrated", graft, values),), trainable=True)
     for ids, factor in _weighted(samples, weights):
         with torch.enable_grad():
             _backward(backbone, _forward(backbone, ids[:-1], trainable=True, stacks=stacks), ids, factor)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.description import describe
 from polygraft.grafts.methods.registry import find
-from polygraft.grafts.sites import ModelShape, sites_of
-from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, Tokens
 
 # The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
@@ -75,7 +75,7 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         family=_family(spec),
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
-        parameters=parameters(spec, shape),
+        parameters=BoundGraft(spec, shape).parameters,
         mergeable=spec.mergeable,
         prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,
@@ -98,7 +98,7 @@ def fingerprint(method: Method) -> tuple[object, ...]:
     """What makes a method another one than its neighbours: for every slot the op and its fields but for sizes, its
     form, start and what is frozen; and the hooks. Sizes, factors and aliases do not count."""
     spec = default(method)
-    places = sites_of(spec, LLAMA_7B)
+    places = BoundGraft(spec, LLAMA_7B).sites
     sites = {i: frozenset(site.name for index, site in places if index == i) for i in range(len(spec.slots))}
     return (
         tuple(_slot_print(slot, sites[i]) for i, slot in enumerate(spec.slots)),

@@ -13,11 +13,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.declare import Lowering, RunFromLayer, SiteShape
 from polygraft.grafts.methods.registry import form
-from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.sizes import TensorSpec, operands, tensors
-from polygraft.grafts.spec import Delta, GraftSpec, SpecError
+from polygraft.grafts.sites import Site
+from polygraft.grafts.sizes import TensorSpec
+from polygraft.grafts.spec import Delta, SpecError
 
 Values = Mapping[str, Tensor]
 
@@ -32,21 +33,16 @@ class Lowered:
     leave in the frozen layers (`methods.declare.Lowering`)."""
 
     def __init__(
-        self,
-        spec: GraftSpec,
-        shape: ModelShape,
-        weight: Callable[[Site], Tensor],
-        run_from_layer: RunFromLayer = no_layers,
+        self, graft: BoundGraft, weight: Callable[[Site], Tensor], run_from_layer: RunFromLayer = no_layers
     ) -> None:
-        self.spec, self._weight, self._run_from_layer = spec, weight, run_from_layer
-        self.tensors, self.operands = tensors(spec, shape), operands(spec, shape)
-        self._sites: list[tuple[int, Site, SiteShape]] = []
-        numbers: dict[int, int] = {}
-        for index, site in sites_of(spec, shape):
-            numbers[index] = numbers.get(index, -1) + 1
-            place = SiteShape(site.layer, site.name, *shape.dims(site.name), index=numbers[index])
-            if spec.slots[index].form is not None:
-                self._sites.append((index, site, place))
+        self.spec, self._weight, self._run_from_layer = graft.spec, weight, run_from_layer
+        self.tensors, self.operands = graft.tensors, graft.operands
+        self._sites: list[tuple[int, Site, SiteShape]] = [
+            (index, site, place)
+            for index, places in graft.places.items()
+            for site, place in places.items()
+            if graft.spec.slots[index].form is not None
+        ]
 
     @property
     def same(self) -> bool:
@@ -122,19 +118,15 @@ class Lowered:
 
 
 def lower(
-    spec: GraftSpec,
-    shape: ModelShape,
-    values: Values,
-    weight: Callable[[Site], Tensor],
-    run_from_layer: RunFromLayer = no_layers,
-) -> tuple[GraftSpec, dict[str, Tensor]]:
+    graft: BoundGraft, values: Values, weight: Callable[[Site], Tensor], run_from_layer: RunFromLayer = no_layers
+) -> tuple[BoundGraft, dict[str, Tensor]]:
     """The graft as it is served (`GraftSpec.plain`): its operands are its tensors."""
-    plain = spec.plain
-    pairs = enumerate(zip(spec.slots, plain.slots))
+    plain = graft.plain
+    pairs = enumerate(zip(graft.spec.slots, plain.spec.slots, strict=True))
     made = [index for index, (slot, served) in pairs if slot.form is not None and served.form is None]
     with torch.no_grad():
-        operands = Lowered(spec, shape, weight, run_from_layer).make(values) if made else {}
-    return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in tensors(plain, shape)}
+        operands = Lowered(graft, weight, run_from_layer).make(values) if made else {}
+    return plain, {t.name: (operands if t.slot in made else values)[t.name] for t in plain.tensors}
 
 
 def _generating(read: Sequence[TensorSpec]) -> Sequence[TensorSpec]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import Lowered, Values
 from polygraft.grafts.runtime.keys import rotation
-from polygraft.grafts.sites import ENDS, LINEAR, NORMS, ModelShape, Site, sites_of
-from polygraft.grafts.spec import Affine, Branch, Delta, GraftSpec, Norm, Rotate, Slot, Sparse, SpecError
+from polygraft.grafts.sites import ENDS, LINEAR, NORMS, Site
+from polygraft.grafts.spec import Affine, Branch, Delta, Norm, Rotate, Slot, Sparse, SpecError
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.rotate.op import rotate
 
@@ -66,22 +67,21 @@ class Fold:
 
     def __init__(
         self,
-        spec: GraftSpec,
-        shape: ModelShape,
+        graft: BoundGraft,
         values: Values,
         weight: Callable[[Site], Tensor],
         bias: Callable[[Site], Tensor | None] = lambda _: None,
     ) -> None:
-        if not spec.mergeable:
-            raise SpecError(f"peft: {spec.method!r} cannot be folded into weights; serve it beside them")
+        if not graft.spec.mergeable:
+            raise SpecError(f"peft: {graft.spec.method!r} cannot be folded into weights; serve it beside them")
         self._weight, self._bias, self._values = weight, bias, values
-        self._table = architecture(shape.arch)
-        self._lowered = Lowered(spec, shape, weight)
+        self._table = architecture(graft.shape.arch)
+        self._lowered = Lowered(graft, weight)
         with torch.no_grad():
             self._operands = self._lowered.make(values)
         self._slots: dict[Site, list[tuple[int, Slot]]] = {}
-        for index, site in sites_of(spec, shape):
-            self._slots.setdefault(site, []).append((index, spec.slots[index]))
+        for index, site in graft.sites:
+            self._slots.setdefault(site, []).append((index, graft.spec.slots[index]))
         self.sites = tuple(sorted({projection for site in self._slots for projection in self._projections(site)}))
 
     @torch.no_grad()

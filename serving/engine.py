@@ -170,7 +170,8 @@ class Engine:
         hidden = self._backbone.forward(batch.rows, batch.stacks, attention)
         if not batch.last:  # prefill that goes on
             return hidden.new_empty(0, self._backbone.shape.vocab, dtype=torch.float32)
-        return self._backbone.logits(hidden[list(batch.last)])
+        every = len(batch.last) == len(batch.rows)  # while all decode: no list of rows goes to the device
+        return self._backbone.logits(hidden if every else hidden[list(batch.last)])
 
     def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
         """A token for each sequence of `batch.sampled`; None where its row is not finite."""
@@ -267,7 +268,7 @@ class Engine:
                 "prefill_rows": sum(chunk.rows for chunk in batch.chunks if chunk.rows > 1),
                 "requests": [chunk.sequence.request.id for chunk in batch.chunks],
                 "grafts": list(residents),
-                "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
+                "methods": sorted({resident.graft.spec.method for resident in residents.values() if resident}),
                 "device": str(self._backbone.device),
             }
         )

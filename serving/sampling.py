@@ -35,10 +35,10 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     Here the host waits for the device, whose likeliest tokens it takes; where a token is drawn, for the row's logits.
     """
     # What is not finite stays so in a sum; one pass in place of four.
-    finite: list[bool] = torch.isfinite(logits.sum(dim=1)).cpu().tolist()
-    likeliest: list[int] = logits.argmax(dim=1).cpu().tolist()
-    tokens: list[int | None] = [token if good else None for token, good in zip(likeliest, finite, strict=True)]
-    rows = [row for row, draw in enumerate(draws) if draw.temperature >= _GREEDY_BELOW and finite[row]]
+    finite = torch.isfinite(logits.sum(dim=1))
+    likeliest: list[int] = torch.where(finite, logits.argmax(dim=1), -1).cpu().tolist()
+    tokens: list[int | None] = [token if token >= 0 else None for token in likeliest]
+    rows = [row for row, draw in enumerate(draws) if draw.temperature >= _GREEDY_BELOW and tokens[row] is not None]
     if rows:
         chosen = [draws[row] for row in rows]
         for row, token in zip(rows, _drawn(logits[rows].cpu(), chosen), strict=True):

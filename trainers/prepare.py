@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from polygraft.cluster.model import FileId, Job
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import learning_rate
-from polygraft.grafts.sites import sites_of
 from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.grafts.text.jsonl import read
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -19,14 +19,13 @@ from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles, micro_rows: int) -> TrainJob:
     """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
     shape = stock.shape
-    spec = with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout)
-    sites_of(spec, shape)
-    shape.check_length(job.spec.max_length, spec.context_length)
+    graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
+    shape.check_length(job.spec.max_length, graft.context_length)
     asked = job.spec.learning_rate
     recipe = TrainConfig(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
-        learning_rate=(learning_rate(spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
+        learning_rate=(learning_rate(graft.spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
         schedule=job.spec.schedule,
         warmup_ratio=job.spec.warmup_ratio,
         weight_decay=job.spec.weight_decay,
@@ -37,7 +36,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
     held_out = job.spec.validation_file
     return TrainJob(
         id=job.id,
-        spec=spec,
+        graft=graft,
         recipe=recipe,
         train=_samples(files, job.spec.training_file, tokeniser, job.spec.max_length),
         held_out=() if held_out is None else _samples(files, held_out, tokeniser, job.spec.max_length),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.peft_extras import extra_terms
@@ -31,7 +32,7 @@ def asked_for(text: str, shape: ModelShape, stock: BackboneFiles) -> GraftSpec:
     try:
         layout = layout_of(config, stored=False)
         own = own_graft(layout, _named(layout, config), shape, stored=False)
-        more = extra_terms(config, own, shape, stock)
+        more = extra_terms(config, BoundGraft(own, shape), stock)
     except FormatError as error:
         raise SpecError(str(error)) from None
     return union([*terms(own.method), *more]) if more else own

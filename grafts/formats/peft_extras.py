@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_tokens
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
@@ -17,42 +18,42 @@ from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
-from polygraft.grafts.sites import ModelShape, Site, gathered, resolve, sites_of
-from polygraft.grafts.spec import GraftSpec, SpecError, Tokens
+from polygraft.grafts.sites import ModelShape, Site, gathered, resolve
+from polygraft.grafts.spec import SpecError, Tokens
 
 Values = Mapping[str, Tensor]
 _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
 
 
 def read(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Terms to add to the method's `own` graft, their tensors, and the keys that they are read from.
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    more = extra_terms(config, own, shape, stock)
-    values, keys = _changes(config, stored, own, more, shape, stock)
+    more = extra_terms(config, own, stock)
+    values, keys = _changes(config, stored, own, more, stock)
     if more and more[-1].name == peft_tokens.METHOD:
         rows, places = peft_tokens.read(config, stored, stock)
-        values[f"{len(own.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
+        values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
         return more, values, keys | places
     return more, values, keys
 
 
-def extra_terms(config: Config, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None) -> list[Term]:
+def extra_terms(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> list[Term]:
     """What a config trains beside the method's `own` graft, as terms of one slot each, the edited rows last.
 
     Raises SpecError for a module that no op replaces, FormatError where the backbone's files are asked for.
     """
-    trained = _trained(config, own, shape, stock)
+    trained = _trained(config, own, stock)
     placed = [] if trained is None else [(site, one) for site, _, changes in trained.sites() for one in changes]
-    more = [change.at(at, layers) for change, at, layers in gathered(placed, shape)]
+    more = [change.at(at, layers) for change, at, layers in gathered(placed, own.shape)]
     edited = peft_tokens.term(config, stock)
     return more if edited is None else [*more, edited]
 
 
-def _trained(config: Config, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None) -> Trained | None:
+def _trained(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> Trained | None:
     """The whole modules and biases; None where there are none."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
     if not saved and bias == "none":
@@ -61,14 +62,14 @@ def _trained(config: Config, own: GraftSpec, shape: ModelShape, stock: BackboneF
         raise SpecError(f"bias: {bias!r} is not none, all or the method's name with _only")
     if stock is None:
         raise FormatError(_NO_STOCK)
-    return Trained(stock, _wrapped(own, shape), _saved(saved, shape), bias)
+    return Trained(stock, _wrapped(own), _saved(saved, own.shape), bias)
 
 
 def _changes(
-    config: Config, stored: Values, own: GraftSpec, more: list[Term], shape: ModelShape, stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, more: list[Term], stock: BackboneFiles | None
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The tensors of the terms that change whole modules and biases, and their keys."""
-    trained = _trained(config, own, shape, stock)
+    trained = _trained(config, own, stock)
     if trained is None:
         return {}, set()
     found: dict[tuple[Site, str], Values] = {}
@@ -81,9 +82,9 @@ def _changes(
             found[site, change.method] = change.read(trained.seen(numbers, site), trained.seen(kept, site))
         keys |= {*places.values()}
     values: dict[str, Tensor] = {}
-    for index, term in enumerate(more, len(own.slots)):
+    for index, term in enumerate(more, len(own.spec.slots)):
         if term.name != peft_tokens.METHOD:
-            for site in resolve(union([term]).slots[0], shape):
+            for site in resolve(union([term]).slots[0], own.shape):
                 values |= {f"{index}.{site}.{part}": value.float() for part, value in found[site, term.name].items()}
     return values, keys
 
@@ -94,7 +95,7 @@ class SplitGraft:
     of whole modules and biases, each with the number of the slot that makes it, and the slot that edits the embeddings,
     with its number."""
 
-    own: GraftSpec
+    own: BoundGraft
     numbers: tuple[int, ...]
     changes: Mapping[tuple[Site, Change], int]
     edits: tuple[int, Tokens] | None = None
@@ -106,9 +107,10 @@ class SplitGraft:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
-def split(spec: GraftSpec, shape: ModelShape) -> SplitGraft:
+def split(graft: BoundGraft) -> SplitGraft:
     """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
-    whole = SplitGraft(spec, tuple(range(len(spec.slots))), {})
+    spec, shape = graft.spec, graft.shape
+    whole = SplitGraft(graft, tuple(range(len(spec.slots))), {})
     try:
         built = [(term, union([term]).slots) for term in terms(spec.method)]
         places = [[(site, slot) for slot in slots for site in resolve(slot, shape)] for _, slots in built]
@@ -138,7 +140,7 @@ def split(spec: GraftSpec, shape: ModelShape) -> SplitGraft:
                     return whole
                 changes[site, change] = first  # each of these methods has one slot
         first += len(slots)
-    return SplitGraft(union(own), tuple(numbers), changes, edited) if changes or edited else whole
+    return SplitGraft(BoundGraft(union(own), shape), tuple(numbers), changes, edited) if changes or edited else whole
 
 
 def write(
@@ -185,7 +187,7 @@ def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
     """What trains just the changes."""
     if not layout.sides:
         raise FormatError(f"modules_to_save, bias: are not written with {layout.kind}; keep the native folder")
-    wrapped = _wrapped(graft.own, stock.shape)
+    wrapped = _wrapped(graft.own)
     saved = frozenset(site for site, change in graft.changes if change is not SHIFT)
     if both := sorted(wrapped & saved):
         where = path(both[0], stock.shape)
@@ -202,8 +204,8 @@ def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
     return trained
 
 
-def _wrapped(own: GraftSpec, shape: ModelShape) -> frozenset[Site]:
-    return frozenset(site for _, site in sites_of(own, shape))
+def _wrapped(own: BoundGraft) -> frozenset[Site]:
+    return frozenset(site for _, site in own.sites)
 
 
 def _saved(saved: list[str], shape: ModelShape) -> frozenset[Site]:

@@ -129,8 +129,8 @@ class Parametrization:
 class Start:
     """Starting values by name: `make(tensor, making, **arguments)` returns the tensor's value.
 
-    `check(tensor, spec, sources, shape, **arguments)` raises SpecError where the specs of the grafts that it starts
-    from do not give it; without tensors, so that a request can be refused.
+    `check(tensor, graft, sources, **arguments)` raises SpecError where the grafts that it starts from, by name, do
+    not give it; without tensors, so that a request can be refused.
     """
 
     name: str

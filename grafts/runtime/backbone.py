@@ -19,6 +19,7 @@ from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.generated import check_inputs
+from polygraft.grafts.runtime.layer_plan import LayerPlan
 from polygraft.grafts.runtime.linears.choose import BLOCK, HEAD_BLOCK, frozen_linear
 from polygraft.grafts.runtime.padding import padded
 from polygraft.grafts.runtime.patches import Patches
@@ -71,6 +72,7 @@ class Backbone:
         scaled = head is not None and getattr(model.config, "scale_decoder_outputs", False)
         self._scale: float | None = shape.hidden**-0.5 if scaled else None  # T5's, before its head
         self.linears, self.projections = adoption.linears, adoption.projections
+        self._plan = LayerPlan.of(self.base, shape, adoption.projections)
         self._patches: Patches | None = Patches.of(self.base) if table.patches else None
         self.embedding = embed.get_parameter("weight").detach() if self._patches is None else self._patches.bare
         self._factor: Tensor | None = getattr(embed, "embed_scale", None)  # Gemma's
@@ -116,7 +118,7 @@ class Backbone:
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents`, wherever their tensors lie, for this backbone's device, dtype and linears."""
-        made_on = self.shape, self.dtype, self.linears, self.run_from_layer
+        made_on = self.dtype, self.linears, self.run_from_layer
         return Stacks.of(residents, *made_on, device=self.device, trainable=trainable)
 
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
@@ -150,7 +152,11 @@ class Backbone:
         """Last states of the rows and of their padding."""
         full, taken = rows.padded(padded(len(rows))), "inputs_embeds" if self._patches is None else "pixel_values"
         with routed(route):
-            more[taken] = embed(full, self.embedding, self._factor, route)[None]
+            embedded = embed(full, self.embedding, self._factor, route)
+            planned = None if self._plan is None else self._plan.run(embedded, full.positions, route)
+            if planned is not None:
+                return planned
+            more[taken] = embedded[None]
             hidden: Tensor = module(
                 position_ids=full.positions[None] + self._first_position, use_cache=False, **more
             ).last_hidden_state[0]

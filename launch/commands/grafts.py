@@ -26,7 +26,7 @@ from polygraft.grafts.methods.registry import find, layouts
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.s4 import s4
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
@@ -34,6 +34,7 @@ from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, p
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.runtime.backbone import Backbone
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
@@ -91,27 +92,25 @@ def export_graft(
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors():
         loaded = load_backbone(backbone)
-        spec, values = read(graft, loaded)
+        bound, values = read(graft, loaded)
         if rank is not None or energy is not None:
-            found = to_lora(spec, loaded.shape, values, loaded.weight, rank=rank, energy=energy)
-            spec, values = found.spec, found.tensors
-            typer.echo(f"{spec.method}: lost {found.loss:.2%} of the norm of dW")
+            found = to_lora(bound, values, loaded.weight, rank=rank, energy=energy)
+            bound, values = found.graft, found.tensors
+            typer.echo(f"{bound.spec.method}: lost {found.loss:.2%} of the norm of dW")
         match form:
             case Form.MERGED:
-                merged.export(target, spec, values, backbone=loaded.folder)
+                merged.export(target, bound, values, backbone=loaded.folder)
             case Form.PEFT:
                 if target.exists():
                     raise FormatError(f"{target}: exists already; name a folder that does not")
                 stock = BackboneFiles(loaded.folder)
                 with whole_folder(target) as draft:
-                    peft.export(draft, spec, values, shape=loaded.shape, base=backbone, stock=stock)
+                    peft.export(draft, bound, values, base=backbone, stock=stock)
             case Form.GGUF:
-                gguf_lora.export(target, spec, values, shape=loaded.shape)
+                gguf_lora.export(target, bound, values)
             case Form.NATIVE:
                 stock = BackboneFiles(loaded.folder)
-                typer.echo(
-                    native.save(target, spec, values, shape=loaded.shape, backbone=loaded.fingerprint, stock=stock)
-                )
+                typer.echo(native.save(target, bound, values, backbone=loaded.fingerprint, stock=stock))
 
 
 @grafts.command("import")
@@ -141,7 +140,7 @@ def adopted(
     settings: Settings,
     tenant: TenantId,
     name: str,
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     loaded: Backbone,
     promote: bool,
@@ -149,20 +148,18 @@ def adopted(
     """The graft, saved and published under the name."""
     from polygraft.grafts.formats import native
     from polygraft.grafts.formats.backbone_files import BackboneFiles
-    from polygraft.grafts.sizes import parameters
 
     root = settings.data / "grafts"
-    identity = native.save(
-        root, spec, values, shape=loaded.shape, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder)
-    )
+    identity = native.save(root, graft, values, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder))
     return adopt(
         store,
         tenant,
         name,
         graft=GraftId(identity),
-        method=spec.method,
+        method=graft.spec.method,
         backbone_fingerprint=loaded.fingerprint,
-        parameters=parameters(spec, loaded.shape),
+        parameters=graft.parameters,
+        context_length=graft.context_length,
         bytes=native.size(root / identity),
         at=time.time(),
         promote=promote,

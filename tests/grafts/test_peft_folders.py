@@ -22,6 +22,7 @@ from peft import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
@@ -34,7 +35,6 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import GraftSpec, SpecError
 from polygraft.launch.demo.oracle.peft_oracle import loaded
 from polygraft.launch.demo.oracle.plain import plain_model
@@ -88,13 +88,13 @@ def backbone(name: str, tied: Backbone, untied: Backbone) -> Backbone:
     return untied if name in (TOKENS, "trainable-tokens") else tied
 
 
-def ours(backbone: Backbone, spec: GraftSpec, values: dict[str, Tensor]) -> Tensor:
-    virtual = torch.tensor(virtual_ids(spec.virtual_length), dtype=torch.long)
+def ours(backbone: Backbone, graft: BoundGraft, values: dict[str, Tensor]) -> Tensor:
+    virtual = torch.tensor(virtual_ids(graft.virtual_length), dtype=torch.long)
     ids = torch.cat([virtual, IDS])
-    rows = Rows(ids, torch.arange(len(ids)) + spec.prefix_length, (Span(0, len(ids), 0),))
+    rows = Rows(ids, torch.arange(len(ids)) + graft.prefix_length, (Span(0, len(ids), 0),))
     attention = WholeSequences(((0, len(ids)),), backbone.shape)
     with torch.inference_mode():
-        hidden = backbone.forward(rows, backbone.stacks([Resident("g", spec, values)]), attention)
+        hidden = backbone.forward(rows, backbone.stacks([Resident("g", graft, values)]), attention)
         return backbone.logits(hidden[len(virtual) :])
 
 
@@ -125,17 +125,17 @@ def config_of(name: str) -> PeftConfig:
 def test_peft_computes_the_same_from_what_we_write(
     name: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    row = ALL[name]
-    values, stock = values_of(name, row.spec, backbone), BackboneFiles(backbone.folder)
-    assert peft.exportable(row.spec, backbone.shape, stock) == (name not in OURS_ALONE)
+    graft = ALL[name].graft(backbone.shape)
+    values, stock = values_of(name, graft, backbone), BackboneFiles(backbone.folder)
+    assert peft.exportable(graft, stock) == (name not in OURS_ALONE)
     if name in OURS_ALONE:
         assert name not in THEIRS
         with pytest.raises(FormatError, match="has no equal in PEFT"):
-            peft.export(tmp_path, row.spec, values, shape=backbone.shape, stock=stock)
+            peft.export(tmp_path, graft, values, stock=stock)
         return
-    peft.export(tmp_path, row.spec, values, shape=backbone.shape, stock=stock)
+    peft.export(tmp_path, graft, values, stock=stock)
     model = loaded(backbone.folder, tmp_path, torch.float32)
-    assert relative(ours(backbone, row.spec, values), theirs(model)) < 1e-5
+    assert relative(ours(backbone, graft, values), theirs(model)) < 1e-5
     if name != "randlora":  # whose bases PEFT writes for every module again
         assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
 
@@ -146,10 +146,10 @@ def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
 ) -> None:
     model = trained(backbone.folder, config_of(name), tmp_path)
     stock = BackboneFiles(backbone.folder)
-    spec, values = peft.load(tmp_path, backbone.shape, stock)
-    assert relative(ours(backbone, spec, values), theirs(model)) < 1e-5
+    graft, values = peft.load(tmp_path, backbone.shape, stock)
+    assert relative(ours(backbone, graft, values), theirs(model)) < 1e-5
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape, stock=stock)
+    peft.export(again, graft, values, stock=stock)
     if name in PLAINER:
         assert relative(theirs(loaded(backbone.folder, again, torch.float32)), theirs(model)) < 1e-5
         assert relative(theirs(loaded(backbone.folder, tmp_path, torch.float32)), theirs(model)) < 1e-5
@@ -178,17 +178,19 @@ def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back
     backbone = backbones[arch]
     spec = parse(ALL[name].text) if arch != "gpt2" else whole_modules(ALL[name].text)
     stock = BackboneFiles(backbone.folder)
-    if not fits(spec, backbone):
+    try:
+        graft = BoundGraft(spec, backbone.shape)
+    except SpecError:
         pytest.skip(f"{arch} has not the method's sites")
     missing = name in OURS_ALONE or name in NOT_THERE[arch].split("|")
-    assert peft.exportable(spec, backbone.shape, stock) != missing
+    assert peft.exportable(graft, stock) != missing
     if missing:
         pytest.skip("PEFT has nothing like it there")
     if (arch, name) == ("opt", "poly"):
         pytest.skip("PEFT's layer needs rows by sequence, and OPT's feed-forward gives them flat")
-    values = values_of(name, spec, backbone)
-    peft.export(tmp_path, spec, values, shape=backbone.shape, stock=stock)
-    expected = ours(backbone, spec, values)
+    values = values_of(name, graft, backbone)
+    peft.export(tmp_path, graft, values, stock=stock)
+    expected = ours(backbone, graft, values)
     assert relative(expected, theirs(loaded(backbone.folder, tmp_path, torch.float32))) < 1e-5
     assert relative(ours(backbone, *peft.load(tmp_path, backbone.shape, stock)), expected) < 1e-6
 
@@ -198,12 +200,12 @@ def backbones(tiny_folders: Mapping[str, Path]) -> Mapping[str, Backbone]:
     return {arch: Backbone.load(tiny_folders[arch], torch.float32) for arch in OTHERS}
 
 
-def values_of(name: str, spec: GraftSpec, backbone: Backbone) -> dict[str, Tensor]:
+def values_of(name: str, graft: BoundGraft, backbone: Backbone) -> dict[str, Tensor]:
     """Of a graft that has been trained; FRoD's basis is the one of W, which PEFT makes again."""
-    values = ALL[name].fixed(random_tensors(spec, backbone.shape, seed=4))
+    values = ALL[name].fixed(random_tensors(graft, seed=4))
     if name == "frod":
-        moved = {t.name for t in tensors(spec, backbone.shape) if t.trained}
-        start = initialise(spec, backbone, seed=4, samples=())
+        moved = {t.name for t in graft.tensors if t.trained}
+        start = initialise(graft, backbone, seed=4, samples=())
         values = {tensor: value + (tensor in moved) * values[tensor] for tensor, value in start.items()}
     return {tensor: value.float() for tensor, value in values.items()}
 
@@ -214,13 +216,6 @@ def whole_modules(text: str) -> GraftSpec:
         for one in terms(text)
     ]
     return union([Term(one.name, {**one.arguments, "feedforward": ""}) if one.name == "ia3" else one for one in found])
-
-
-def fits(spec: GraftSpec, backbone: Backbone) -> bool:
-    try:
-        return bool(tensors(spec, backbone.shape))
-    except SpecError:
-        return False
 
 
 ODD: tuple[object, ...] = (None, True, False, "x", "", -1, 0, 10**30, 1.5, 1e308, [], [1], ["x"], [[1]], {}, {"x": [1]})

@@ -12,12 +12,12 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import learning_rate, parse
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
 from tests.grafts.oracle.trained import trained
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, run, together
@@ -36,9 +36,10 @@ def asked(config: Mapping[str, object], stock: BackboneFiles) -> GraftSpec:
 
 def alike(found: GraftSpec, text: str, stock: BackboneFiles) -> bool:
     """Whether two grafts are the same slots at the same sites, whatever words say where."""
-    spec, shape = parse(text), stock.shape
+    spec = parse(text)
     slots = [{replace(slot, at="", layers=None) for slot in one.slots} for one in (found, spec)]
-    layouts = [{(t.site, t.part, t.shape, t.start, t.trained) for t in tensors(one, shape)} for one in (found, spec)]
+    bound = [BoundGraft(one, stock.shape).tensors for one in (found, spec)]
+    layouts = [{(t.site, t.part, t.shape, t.start, t.trained) for t in found} for found in bound]
     return slots[0] == slots[1] and layouts[0] == layouts[1] and found.hooks == spec.hooks
 
 
@@ -174,9 +175,9 @@ def test_a_job_trains_what_the_folder_of_the_same_config_holds(
     of_folder, _ = peft.load(tmp_path, files.shape, files)
     said = json.loads((tmp_path / peft.CONFIG).read_text())
     of_job = asked({key: value for key, value in said.items() if value is not None}, files)
-    assert (of_job.slots, of_job.method) == (of_folder.slots, of_folder.method)
+    assert (of_job.slots, of_job.method) == (of_folder.spec.slots, of_folder.spec.method)
     theirs = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert parameters(of_job, files.shape) == theirs
+    assert BoundGraft(of_job, files.shape).parameters == theirs
 
 
 def test_such_jobs_train_in_a_pack_as_alone(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_such_jobs_train_in_a_pack_as_alone(tiny_folders: Mapping[str, Path], tm
         spec = asked({key: value for key, value in said.items() if value is not None}, files)
         job = a_job(f"job {seed}", "lora", seed=seed, steps=3)
         begun = [replace(s, ids=(3, 77, 5, *s.ids), weights=(0.0, 0.0, 0.0, *s.weights)) for s in job.train]
-        jobs.append(replace(job, spec=spec, train=tuple(begun)))
+        jobs.append(replace(job, graft=BoundGraft(spec, files.shape), train=tuple(begun)))
     pack = together(backbone, jobs)
     before = {job.id: {n: v.clone() for n, v in pack.jobs[job.id].slab.views.items()} for job in jobs}
     running = dict(pack.jobs)

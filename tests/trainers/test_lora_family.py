@@ -61,7 +61,7 @@ def ours(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
 
 
 def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
-    return initialise(job.spec, backbone, seed=job.recipe.seed, samples=[sample.ids for sample in job.train])
+    return initialise(job.graft, backbone, seed=job.recipe.seed, samples=[sample.ids for sample in job.train])
 
 
 @pytest.mark.parametrize("texts", [FAMILY], ids=["all"])
@@ -93,7 +93,7 @@ def test_lora_fas_correction_is_the_gradient_nearest_to_the_full_one(fp64: Backb
     raw = {name: torch.zeros_like(value).view(-1) for name, value in active.slab.views.items()}
     raw[f"0.{site}.B"] = (2.0 * A @ full).view(-1)
     active.slab.collect(list(raw.values()))
-    Hooks(job.spec, active.slab).before_step()
+    Hooks(job.graft, active.slab).before_step()
     expected = torch.linalg.lstsq(2.0 * A.T, full).solution
     assert relative(active.slab.gradients()[f"0.{site}.B"], expected) < 1e-9
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sources import Source
@@ -38,8 +39,9 @@ METHODS = {
 def sources_of(backbone: Backbone) -> dict[str, Source]:
     found = {}
     for seed, (name, text) in enumerate({**MEMBERS, "adapter@2": MEMBERS["adapter"]}.items()):
-        values = random_tensors(parse(text), backbone.shape, seed)
-        found[name] = Source(parse(text), {tensor: value.float() for tensor, value in values.items()})
+        graft = BoundGraft(parse(text), backbone.shape)
+        values = random_tensors(graft, seed)
+        found[name] = Source(graft, {tensor: value.float() for tensor, value in values.items()})
     return found
 
 

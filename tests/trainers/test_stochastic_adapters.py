@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
@@ -45,9 +46,9 @@ def test_adapter_drop_trains_without_a_random_number_of_first_layers(
 
 
 def test_adapter_drop_is_served_without_as_many_layers_as_asked(fp64: Backbone) -> None:
-    spec = parse("adapter-drop(4, upto=2, served=1)")
-    values = random_tensors(spec, fp64.shape, 0)
-    _, operands = lower(spec, fp64.shape, values, fp64.weight)
+    graft = BoundGraft(parse("adapter-drop(4, upto=2, served=1)"), fp64.shape)
+    values = random_tensors(graft, 0)
+    _, operands = lower(graft, values, fp64.weight)
     assert operands["0.0.ffn.out.B"].count_nonzero() == 0
     assert torch.equal(operands["0.1.ffn.out.B"], values["0.1.ffn.out.B"])
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
-from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import DeclRef, GraftSpec, Slot, SpecError, Tokens, source_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.init import Making
     from polygraft.grafts.sizes import TensorSpec
 
@@ -88,7 +88,7 @@ def _subspace(tensor: TensorSpec, making: Making, of: str) -> Tensor:
     import torch
 
     prompts = [making.source(name) for name in source_names(of)]
-    rows = torch.stack([source.tensors[f"{_prompt(source.spec)}.0.embed.p"].double() for source in prompts])
+    rows = torch.stack([source.tensors[f"{_prompt(source.graft.spec)}.0.embed.p"].double() for source in prompts])
     mean = rows.mean(0)
     if tensor.part == "m":
         return mean
@@ -97,11 +97,12 @@ def _subspace(tensor: TensorSpec, making: Making, of: str) -> Tensor:
     return spread[: tensor.shape[0]].view(tensor.shape)
 
 
-def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape, of: str) -> None:
+def _check(tensor: TensorSpec, graft: BoundGraft, sources: Mapping[str, BoundGraft], of: str) -> None:
     for name in source_names(of):
-        slot = sources[name].slots[_prompt(sources[name], name)]
-        if (slot.length, len(sources[name].slots)) != (tensor.shape[-2], 1):  # type: ignore[union-attr]
-            raise SpecError(f"of: {name!r} is {sources[name].method!r}, not a prompt of {tensor.shape[-2]} rows alone")
+        spec = sources[name].spec
+        slot = spec.slots[_prompt(spec, name)]
+        if (slot.length, len(spec.slots)) != (tensor.shape[-2], 1):  # type: ignore[union-attr]
+            raise SpecError(f"of: {name!r} is {spec.method!r}, not a prompt of {tensor.shape[-2]} rows alone")
 
 
 def _prompt(spec: GraftSpec, name: str = "it") -> int:

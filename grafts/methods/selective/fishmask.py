@@ -90,11 +90,10 @@ def _chosen(tensor: TensorSpec, making: Making, density: float) -> Tensor:
     import torch
 
     from polygraft.grafts.methods.selective.entries import best
-    from polygraft.grafts.sizes import tensors
 
     def make() -> Mapping[Site, Tensor]:
-        layout = tensors(making.spec, making.backbone.shape)
-        counts = {t.site: t.shape[0] for t in layout if t.slot == tensor.slot and t.part == "chosen" and t.site}
+        own = [one for one in making.graft.tensors if one.slot == tensor.slot and one.part == "chosen"]
+        counts = {one.site: one.shape[0] for one in own if one.site is not None}
         fisher = {site: making.fisher[site] for site in counts}
         scores = torch.cat([fisher[site][best(fisher[site], count).unbind(1)] for site, count in counts.items()])
         wanted = max(1, int(density * sum(one.numel() for one in fisher.values())))

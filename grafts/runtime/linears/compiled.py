@@ -9,7 +9,8 @@ from torch import Tensor
 from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, transposed
+from polygraft.kernels.common.compiled import Call
+from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, ready, transposed
 
 
 class CompiledLinear(FrozenLinear):
@@ -49,6 +50,9 @@ class CompiledLinear(FrozenLinear):
                 for b, segments in branches.work
             ],
         )
+
+    def ready(self, x_TI: Tensor, branches: RoutedBranches, out_TO: Tensor) -> Call | None:
+        return ready(x_TI, self._first(), branches.work, out_TO)
 
     def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
         own = [pair for pair in work if pair[0].act in MASK_DERIVATIVE]

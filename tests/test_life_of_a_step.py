@@ -1,0 +1,108 @@
+"""docs/life-of-a-step.md names functions in the order in which data meets them: two steps are run, and compared.
+
+To follow one in a debugger: `python -m pytest tests/test_life_of_a_step.py -k decoding --trace`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import CodeType, FrameType
+
+import pytest
+import torch
+
+from polygraft.cluster.model import GraftId
+from polygraft.grafts.formats import native
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.serving.engine import Engine
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.trainers.runner import PackRunner
+from tests.serving.engines import engine_on, request, run
+from tests.serving.naive import random_tensors
+from tests.tiny import tiny_llama
+
+PAGE = Path(__file__).parents[1] / "docs" / "life-of-a-step.md"
+GRAFTS = ("lora(r=4)", "ia3", "serial(8)", "prefix(3)")
+_STOP = re.compile(r"^ *\d+\. `([a-z0-9_/]+)\.py:([\w.]+)`", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def engine(folder: Path, tmp_path: Path) -> Iterator[Engine]:
+    """With grafts in memory, each of which has answered alone, and a request for each."""
+    backbone = Backbone.load(folder, torch.float32)
+    engine = engine_on(backbone, tmp_path)
+    grafts: list[GraftId] = []
+    for number, text in enumerate(GRAFTS):
+        spec = parse(text)
+        tensors = random_tensors(spec, backbone.shape, seed=number)
+        saved = native.save(tmp_path / "grafts", spec, tensors, shape=backbone.shape, backbone=backbone.fingerprint)
+        grafts.append(GraftId(saved))
+        engine.submit(request(text, (5, 6, 7), graft=grafts[-1], max_tokens=1))
+        run(engine)
+    for graft in grafts:
+        engine.submit(request(graft, (5, 6, 7), graft=graft, max_tokens=2))
+    yield engine
+    engine.stop()
+
+
+def test_a_decoding_step_meets_the_functions_of_the_page_in_its_order(engine: Engine) -> None:
+    with following("A decoding step") as judge:
+        run(engine)
+    judge()
+
+
+def test_a_packed_training_step_meets_the_functions_of_the_page_in_its_order(folder: Path) -> None:
+    runner = PackRunner(Backbone.load(folder, torch.float32, training=True))
+    samples = (Sample((3, 4, 5, 6), (0.0, 0.0, 1.0, 1.0)),) * 2
+    for number, text in enumerate(GRAFTS):
+        recipe = TrainConfig(epochs=1, batch_size=2, learning_rate=1e-3, seed=number)
+        runner.admit(TrainJob(text, parse(text), recipe, samples))
+    with following("A packed training step") as judge:
+        runner.step()
+    judge()
+
+
+@contextmanager
+def following(section: str) -> Iterator[Callable[[], None]]:
+    """Inside, calls are watched; what it gives then says whether they first came in the order of the page's section."""
+    names = [f"{path}.py:{name}" for path, name in _STOP.findall(_section(section))]
+    codes = {_code(name): name for name in names}
+    met: dict[str, None] = {}
+
+    def see(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and (name := codes.get(frame.f_code)) is not None:
+            met.setdefault(name)
+
+    def judge() -> None:
+        assert names, f"{section!r} lists no function"
+        assert list(met) == names
+
+    sys.setprofile(see)
+    try:
+        yield judge
+    finally:
+        sys.setprofile(None)
+
+
+def _section(title: str) -> str:
+    return PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def _code(name: str) -> CodeType:
+    path, _, inner = name.partition(".py:")
+    found = import_module("polygraft." + path.replace("/", "."))
+    for part in inner.split("."):
+        found = getattr(found, part)
+    return inspect.unwrap(found).__code__  # type: ignore[arg-type,no-any-return]
