@@ -148,12 +148,12 @@ def _timed_parts() -> Iterator[dict[str, float]]:
             wrapped(call, CALLS[call.name])()
 
     undo.append((Calls, "__call__", Calls.__call__))
-    setattr(Calls, "__call__", one_by_one)
+    Calls.__call__ = one_by_one  # type: ignore[method-assign,assignment]
     try:
         yield seconds
     finally:
-        for owner, attribute, function in undo:
-            setattr(owner, attribute, function)
+        for owner, attribute, former in undo:
+            setattr(owner, attribute, former)
 
 
 def _holders(name: str) -> list[tuple[object, str, Callable[..., object]]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving import engine as engine_module
+from polygraft.serving.sampling import sample
 from polygraft.trainers.runner import PackRunner
 
 EXACT, AS_GOOD = 1e-5, 1.5  # design: fp32 rel-L2; bf16's error against fp32 as a multiple of that alone
@@ -96,7 +97,7 @@ def _trained(
     """What so many steps lead to, flat. After one it is the gradient, which is what the first moment is then: AdamW's
     own step would be the sign of rounding where a gradient is 0. After more, and without a backward, the tensors."""
     pack = PackRunner(backbone, max_rows=4096)
-    for job in jobs(texts, length=12, samples=steps, epochs=1, first=first):
+    for job in jobs(texts, backbone.shape, length=12, samples=steps, epochs=1, first=first):
         if only is None or job.id in only:
             pack.admit(job)
     while any(not active.finished for active in pack.jobs.values()):
@@ -196,7 +197,6 @@ def _decoded(
 @contextmanager
 def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[None]:
     """Keep the logits that tokens are taken from; a stream is known by its seed."""
-    sample = engine_module.sample
 
     def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
         for row, draw in zip(logits, draws, strict=True):
@@ -236,7 +236,7 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
     before = card.forget_peak()
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map={"": str(card.device)}
-    ).eval()
+    ).eval()  # type: ignore[no-untyped-call]
     taken = {"bitsandbytes": card.forget_peak() - before}
     ids = torch.tensor([prompt(3, 40)])
     with torch.inference_mode():
@@ -252,8 +252,9 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
     limit = 10 * EXACT if dtype == torch.float32 else 5e-2
     findings.claim(f"nf4.logits.{name}", relative(found, wanted), "rel-L2 to bitsandbytes", "<", limit)
     del backbone, dense
-    pack = PackRunner(Backbone.load(folder, dtype, training=True, quantise="nf4", device=card.device))
-    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, length=32, samples=4, epochs=8):
+    trained = Backbone.load(folder, dtype, training=True, quantise="nf4", device=card.device)
+    pack = PackRunner(trained)
+    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, trained.shape, length=32, samples=4, epochs=8):
         pack.admit(job)
     losses: dict[str, list[float]] = {"a": [], "b": []}
     while any(not active.finished for active in pack.jobs.values()):
@@ -289,7 +290,7 @@ def peft(card: Card, findings: Findings, root: Path) -> None:
         found = _decoded(backbone, data, names, list(names))
         errors = {}
         for place, (name, graft) in enumerate(names.items()):
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)  # type: ignore[arg-type]
             theirs = PeftModel.from_pretrained(base, data / "grafts" / str(graft)).eval()
             ids = torch.tensor([[*prompt(place, 5 + place % 9), *found[name].tokens[:-1]]], device=card.device)
             with torch.inference_mode():

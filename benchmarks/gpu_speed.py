@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gpu_card import Card
 from gpu_findings import Findings
-from gpu_material import GRAFTS, LORA, Turned, jobs, model_files, prompt, saved_grafts
+from gpu_material import GRAFTS, LORA, Turned, jobs, model_files, prompt, saved_grafts, token_ids
 from measure import Goal
 
 from polygraft.grafts.runtime.backbone import Backbone
@@ -97,7 +97,7 @@ class _Generate:
         from transformers import AutoModelForCausalLM
 
         def model() -> Any:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()  # type: ignore[arg-type]
 
         self._card, self._bare = card, model()
         self._mixed = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
@@ -119,7 +119,7 @@ class _Generate:
         self._card.wait()
         start = time.perf_counter()
         if mixed:
-            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])
+            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])  # type: ignore[no-untyped-call]
         else:
             self._bare.generate(**said)
         self._card.wait()
@@ -164,7 +164,8 @@ def _training(card: Card, findings: Findings, root: Path, shape: str, length: in
 
 def _pack(backbone: Backbone, length: int, count: int = GRAFTS) -> PackRunner:
     pack = PackRunner(backbone, max_rows=count * length)
-    for job in jobs({str(place): LORA for place in range(count)}, length=length, samples=4, epochs=10_000):
+    texts = {str(place): LORA for place in range(count)}
+    for job in jobs(texts, backbone.shape, length=length, samples=4, epochs=10_000):
         pack.admit(job)
     return pack
 
@@ -186,18 +187,18 @@ class _Peft:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)  # type: ignore[arg-type]
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         self._card, self._length = card, length
         self._model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False).train()
         for place in range(1, GRAFTS):
             self._model.add_adapter(str(place), config)
         self._optimisers, self._samples = {}, {}
-        for place, job in enumerate(jobs({str(p): LORA for p in range(GRAFTS)}, length=length, samples=4, epochs=1)):
+        for place in range(GRAFTS):
             self._model.set_adapter(str(place))
             own = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
             self._optimisers[place] = torch.optim.AdamW(own, lr=1e-4, weight_decay=0.0, fused=True)
-            self._samples[place] = cycle([sample.ids for sample in job.train])
+            self._samples[place] = cycle(token_ids(place, 4, length + 1))
 
     def step(self, *, switching: bool) -> float:
         """As many steps of every job as the pack's; switching goes round them, in turn takes one after the other."""
