@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import FrameType
+from typing import Any
 
 import torch
 from child import Reply, answer, task
@@ -117,7 +118,7 @@ def _timed_parts() -> Iterator[dict[str, float]]:
     """Inside, the functions of PARTS that this checkout has are timed, wherever they were imported to."""
     seconds: dict[str, float] = defaultdict(float)
     inside: list[float] = []  # of each call that is running, what it spent in parts below it
-    undo: list[tuple[object, str, object]] = []
+    undo: list[tuple[Any, str, Any]] = []
 
     def wrapped(function: Callable[..., object], part: str) -> Callable[..., object]:
         def timed(*args: object, **options: object) -> object:
@@ -148,12 +149,13 @@ def _timed_parts() -> Iterator[dict[str, float]]:
             wrapped(call, CALLS[call.name])()
 
     undo.append((Calls, "__call__", Calls.__call__))
-    Calls.__call__ = one_by_one  # type: ignore[method-assign,assignment]
+    calls_class: Any = Calls
+    calls_class.__call__ = one_by_one
     try:
         yield seconds
     finally:
-        for owner, attribute, former in undo:
-            setattr(owner, attribute, former)
+        for owner, attribute, function in undo:
+            setattr(owner, attribute, function)
 
 
 def _holders(name: str) -> list[tuple[object, str, Callable[..., object]]]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving import engine as engine_module
-from polygraft.serving.sampling import sample
 from polygraft.trainers.runner import PackRunner
 
 EXACT, AS_GOOD = 1e-5, 1.5  # design: fp32 rel-L2; bf16's error against fp32 as a multiple of that alone
@@ -197,6 +196,7 @@ def _decoded(
 @contextmanager
 def _heard(found: Mapping[str, Logits], streams: Mapping[int, str]) -> Iterator[None]:
     """Keep the logits that tokens are taken from; a stream is known by its seed."""
+    sample = engine_module.sample  # type: ignore[attr-defined]
 
     def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
         for row, draw in zip(logits, draws, strict=True):
@@ -234,9 +234,9 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     before = card.forget_peak()
-    theirs = AutoModelForCausalLM.from_pretrained(
+    theirs = AutoModelForCausalLM.from_pretrained(  # type: ignore[no-untyped-call]
         folder, dtype=dtype, quantization_config=config, device_map={"": str(card.device)}
-    ).eval()  # type: ignore[no-untyped-call]
+    ).eval()
     taken = {"bitsandbytes": card.forget_peak() - before}
     ids = torch.tensor([prompt(3, 40)])
     with torch.inference_mode():
@@ -252,9 +252,8 @@ def _nf4(card: Card, findings: Findings, folder: Path, name: str, dtype: torch.d
     limit = 10 * EXACT if dtype == torch.float32 else 5e-2
     findings.claim(f"nf4.logits.{name}", relative(found, wanted), "rel-L2 to bitsandbytes", "<", limit)
     del backbone, dense
-    trained = Backbone.load(folder, dtype, training=True, quantise="nf4", device=card.device)
-    pack = PackRunner(trained)
-    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, trained.shape, length=32, samples=4, epochs=8):
+    pack = PackRunner(Backbone.load(folder, dtype, training=True, quantise="nf4", device=card.device))
+    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, pack.backbone.shape, length=32, samples=4, epochs=8):
         pack.admit(job)
     losses: dict[str, list[float]] = {"a": [], "b": []}
     while any(not active.finished for active in pack.jobs.values()):

@@ -72,7 +72,7 @@ def model_files(root: Path, shape: str, card: Card) -> Path:
 def values_of(text: str, backbone: Backbone, seed: int) -> Mapping[str, Tensor]:
     """Starting values with noise on what is trained, on the CPU, so that the graft changes what is computed."""
     graft = BoundGraft(parse(text), backbone.shape)
-    start = initialise(graft, backbone, seed=seed, samples=token_ids(seed, 2, 12), weights=())
+    start = initialise(graft, backbone, seed=seed, samples=_samples(seed, 2, 12), weights=())
     generator = torch.Generator().manual_seed(seed)
     trained = {tensor.name for tensor in graft.trained}
     return {
@@ -101,16 +101,20 @@ def jobs(
     made = []
     for seed, (name, text) in enumerate(texts.items(), first):
         recipe = TrainConfig(epochs=epochs, batch_size=1, learning_rate=1e-3, schedule="constant", seed=seed)
-        own = tuple(Sample(ids, (0.0,) + (1.0,) * (len(ids) - 1)) for ids in token_ids(seed, samples, length + 1))
-        made.append(TrainJob(name, BoundGraft(parse(text), shape), recipe, own))
+        made.append(TrainJob(name, BoundGraft(parse(text), shape), recipe, samples_of(seed, samples, length)))
     return made
 
 
+def samples_of(seed: int, count: int, length: int) -> tuple[Sample, ...]:
+    """Of `length` tokens that all predict the next one."""
+    return tuple(Sample(ids, (0.0,) + (1.0,) * length) for ids in _samples(seed, count, length + 1))
+
+
 def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return token_ids(1000 + seed, 1, length)[0]
+    return _samples(1000 + seed, 1, length)[0]
 
 
-def token_ids(seed: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
+def _samples(seed: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(3, _WORDS, (count, length), generator=generator)
     return tuple(tuple(ids) for ids in drawn.tolist())

@@ -53,10 +53,9 @@ def _decoding(card: Card, findings: Findings, root: Path, folder: Path, out: Pat
 
 
 def _training(card: Card, findings: Findings, folder: Path, out: Path) -> None:
-    backbone = Backbone.load(folder, torch.bfloat16, training=True, device=card.device)
-    pack = PackRunner(backbone, max_rows=GRAFTS * 64)
+    pack = PackRunner(Backbone.load(folder, torch.bfloat16, training=True, device=card.device), max_rows=GRAFTS * 64)
     texts = {str(place): LORA for place in range(_count(card))}
-    for job in jobs(texts, backbone.shape, length=64, samples=4, epochs=100):
+    for job in jobs(texts, pack.backbone.shape, length=64, samples=4, epochs=100):
         pack.admit(job)
     _traced(card, findings, f"{folder.name}-training", pack.step, out)
 

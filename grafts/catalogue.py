@@ -39,7 +39,8 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
+    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for,
+    and `frozen` counts the elements of its tensors that stay as they start.
 
     `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
     before it alone. `chunkable`: a prompt may be computed in pieces. `recompute_needs_prompt_len`: keys and values that
@@ -54,6 +55,7 @@ class Entry:
     slots: tuple[str, ...]
     hooks: tuple[str, ...]
     parameters: int
+    frozen: int
     mergeable: bool
     prefix_cacheable: bool
     chunkable: bool
@@ -63,6 +65,7 @@ class Entry:
 def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
     """The catalogue's line for a method."""
     spec = default(method)
+    graft = BoundGraft(spec, shape)
     return Entry(
         name=method.name,
         aliases=method.aliases,
@@ -71,7 +74,8 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         family=_family(spec),
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
-        parameters=BoundGraft(spec, shape).parameters,
+        parameters=graft.parameters,
+        frozen=graft.frozen,
         mergeable=spec.mergeable,
         prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,

@@ -47,7 +47,7 @@ LAYERS: dict[str, str] = {
     "grafts: what follows from a declaration": r"grafts\.(grammar|sizes|bound|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
-    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge)",
+    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",
     "grafts: files": r"grafts\.formats\..+",
     "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",

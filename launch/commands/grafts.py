@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from polygraft.cluster.model import Graft, GraftId, TenantId
+from polygraft.cluster.policy.budget import state_bytes
 from polygraft.cluster.publish import BadName, adopt
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.base import Store
@@ -164,7 +165,7 @@ def adopted(
     )
 
 
-def load_backbone(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone
@@ -195,7 +196,8 @@ def methods(
 ) -> None:
     """List the methods a graft can be made of, with their arguments and what follows from their slots.
 
-    Parameters are those of the defaults on Llama 7B, or on the backbone of --config.
+    Parameters, and the memory that a job of them takes in training beside the backbone and its activations, are those
+    of the defaults on Llama 7B, or on the backbone of --config.
     """
     known = [method for method in table().values() if name in (None, method.name, *method.aliases)]
     if not known:
@@ -214,12 +216,13 @@ def methods(
         print_json([_json(method, entry(method, shape)) for method in known])
         return
     print_table(
-        ("method", "family", "#parameters", "merges", "#learning rate", "paper"),
+        ("method", "family", "#parameters", "#training", "merges", "#learning rate", "paper"),
         (
             (
                 escape(_usage(method)),
                 line.family,
                 f"{line.parameters:,}",
+                f"{state_bytes(line.parameters, line.frozen) / 1e6:,.1f} MB",
                 "yes" if line.mergeable else "",
                 f"{method.learning_rate:g}",
                 escape(method.paper),
@@ -249,6 +252,7 @@ def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
     }
     return {
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
+        "training_bytes": state_bytes(line.parameters, line.frozen),
         "arguments": arguments,
         "peft": list(dict.fromkeys(layout.kind for layout in layouts() if layout.method == method.name)),
         "learning_rate": method.learning_rate,

@@ -51,7 +51,7 @@ OURS_ALONE = set(  # PEFT has nothing like these
     "bitfit|ssf|serial|serial with biases|parallel|parallel at projections with biases|scaled-parallel|pfeiffer"
     "|adaptformer|adapterdrop|adapter-drop|adamix|compacter|compacter++|phm|sparse-adapter|propetl|hyperformer|fusion"
     "|mam|unipelt|unipelt-al|apt|autopeft|krona|kadaptation|hiwi|said|peqa|peqa in groups|bitdelta|binary-adapter"
-    "|molora|molora top 2|hydralora|meteora|mole|loreft|loreft of all tokens|reft of each end|noreft|direft|dept"
+    "|qalora|molora|molora top 2|hydralora|meteora|mole|loreft|loreft of all tokens|reft of each end|noreft|direft|dept"
     "|smop|idpg|lpt|lpt through all layers|pafi|fishmask|fish-dip|far|far everywhere"
     "|spt|lt-sft|diff-pruning|diff-pruning by groups|child-tuning|s-bitfit".split("|")
 )

@@ -24,6 +24,7 @@ MEMBERS = {
     "adapter": "serial(4, at=ffn.out)",
     "prompt": "prompt(3)",
     "second": "prompt(3)",
+    "tuned": "bitdelta(at=attn.v)",
 }
 METHODS = {
     "meteora": "meteora(r=3, at=attn.[qv], of=lora|other)",
@@ -33,6 +34,7 @@ METHODS = {
     "spot": "spot(3, of=prompt|second)",
     "ipt": "ipt(3, d=1, of=prompt|second)",
     "on": "lora(r=2, at=attn.[qv], dropout=0.1) + from(of=lora)",
+    "bitdelta": "bitdelta(at=attn.v, of=tuned)",
 }
 
 

@@ -27,7 +27,8 @@ def go_on(*, of: str = "one") -> tuple[Slot, ...]:
     return ()
 
 
-def _from(*, of: str = "one") -> tuple[DeclRef, ...]:
+def go_on_hooks(*, of: str = "one") -> tuple[DeclRef, ...]:
+    """What makes all tensors of a graft start as those of the grafts `of`."""
     if not source_names(of):
         raise SpecError("of: it is empty; name the graft to start from")
     return (DeclRef("from", (("of", of),)),)
@@ -38,7 +39,7 @@ def spot(length: int = 20, *, of: str = "one") -> tuple[Slot, ...]:
 
 
 def _spot(length: int = 20, *, of: str = "one") -> tuple[DeclRef, ...]:
-    return _from(of=of)
+    return go_on_hooks(of=of)
 
 
 def ipt(length: int = 20, d: int = 1, *, of: str = "one|two") -> tuple[Slot, ...]:
@@ -93,7 +94,7 @@ def _prompt(spec: GraftSpec, name: str = "it") -> int:
 
 
 METHODS = (
-    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=_from),
+    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=go_on_hooks),
     Method("spot", "arXiv 2110.07904", 3e-2, spot, hooks=_spot),
     Method("ipt", "arXiv 2110.07867", 3e-1, ipt),
 )

@@ -58,8 +58,10 @@ class FrozenLinear(ABC):
         """The products; with `keep` all branches are added and recorded, where it `records`."""
 
     @abstractmethod
-    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
-        """dx, and dA and dB of every branch in turn; x is None where there is no branch."""
+    def backward(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """dx, and dA and dB of every branch in turn, None for one that is not trained; x is None where no A is."""
 
     def ready(self, x_TI: Tensor, branches: RoutedBranches, out_TO: Tensor) -> Call | None:
         """The compiled call that writes the products with all branches to `out`; None where there is none for them."""

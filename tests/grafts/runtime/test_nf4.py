@@ -13,6 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -210,3 +211,48 @@ def test_loftq_on_a_backbone_that_is_not_quantised_is_refused(tiny_folder: Path)
     backbone = Backbone.load(tiny_folder, torch.float32)
     with pytest.raises(SpecError, match="this one is not"):
         initialise(BoundGraft(parse("loftq"), backbone.shape), backbone, seed=0, samples=())
+
+
+@pytest.mark.parametrize("iterations", [2, 5])
+def test_a_backbone_of_several_iterations_and_its_graft_are_algorithm_1(iterations: int, tiny_folder: Path) -> None:
+    """Li et al. 2023, algorithm 1: Q_t = q(W - A B^T), then A, B = SVD(W - Q_t), by bitsandbytes and PEFT's own SVD."""
+    plain = Backbone.load(tiny_folder, torch.float32)
+    backbone = Backbone.load(tiny_folder, torch.float32, quantise=f"loftq-4-{iterations}")
+    graft = BoundGraft(parse(f"loftq(r=4, alpha=12, iterations={iterations})"), backbone.shape)
+    values = initialise(graft, backbone, seed=0, samples=())
+    for site in SITES:
+        W = plain.weight(site)
+        low = torch.zeros_like(W)
+        errors = []
+        for _ in range(iterations):
+            Q = given_back(W - low)
+            found = _low_rank_decomposition(W - Q, reduced_rank=4)
+            low = found["L"] @ found["R"]
+            errors.append(float((W - Q - low).norm()))
+        assert relative(backbone.weight(site), Q) < 1e-6
+        assert relative(3.0 * values[f"0.{site}.B"].T @ values[f"0.{site}.A"], low) < 1e-4
+        assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "quantise", "message"),
+    [
+        ("loftq(r=4, iterations=5)", "nf4", "iterations: 5 of rank 4; .* by 1 iteration .* --quantise loftq-4-5"),
+        ("loftq(r=4)", "loftq-4-2", "iterations: 1 of rank 4; .* by 2 iterations of rank 4"),
+        ("loftq(r=8, iterations=2)", "loftq-4-2", "iterations: 2 of rank 8; .* by 2 iterations of rank 4"),
+    ],
+)
+def test_loftq_of_another_backbones_iterations_is_refused_with_both(
+    text: str, quantise: str, message: str, tiny_folder: Path
+) -> None:
+    backbone = Backbone.load(tiny_folder, torch.float32, quantise=quantise)
+    with pytest.raises(SpecError, match=message):
+        initialise(BoundGraft(parse(text), backbone.shape), backbone, seed=0, samples=())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("loftq(iterations=0)", "iterations: 0"), ("loftq(bits=2)", "bits: 2; .* have 4")]
+)
+def test_what_no_backbone_gives_loftq_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse(text)

@@ -87,6 +87,7 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
         ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
         ({"method": supervised(peft="lora(r=10000)")}, PEFT, "bytes in training, a pack has 67,108,864"),
         ({"method": supervised(peft="serial(100000)")}, PEFT, "'serial(100000)' needs"),
+        ({"method": supervised(peft="bitdelta")}, PEFT, "make a graft of one with `polygraft grafts bitdelta FOLDER"),
         ({"method": supervised(max_length=513)}, MAX_LENGTH, "513 tokens are more than the backbone's 512 positions"),
         ({"method": supervised(peft="prefix(300)")}, MAX_LENGTH, "256 tokens and the 300 "),
         ({"method": supervised(peft='{"a":' + "[" * 1900)}, PEFT, "not JSON"),
