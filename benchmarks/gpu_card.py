@@ -6,10 +6,12 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from gpu_findings import Fact
 
 _WARM = 3
 # Peaks of the vendor's datasheets (dense bf16, memory), by a part of the card's name.
@@ -35,13 +37,14 @@ class Card:
             return float("nan")
         for _ in range(_WARM):
             call()
-        edges = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        clock = partial(torch.cuda.Event, enable_timing=True)
+        edges = [(clock(), clock()) for _ in range(calls)]
         for start, stop in edges:
             start.record()
             call()
             stop.record()
         self.wait()
-        return median(start.elapsed_time(stop) for start, stop in edges) / 1e3
+        return float(median(start.elapsed_time(stop) for start, stop in edges)) / 1e3
 
     def forget_peak(self) -> int:
         """Bytes that tensors take now; the peak begins anew."""
@@ -56,7 +59,7 @@ class Card:
         return torch.cuda.max_memory_allocated() if self.real else 0
 
     @contextmanager
-    def profiled(self, trace: Path) -> Iterator[Callable[[], Mapping[str, object]]]:
+    def profiled(self, trace: Path) -> Iterator[Callable[[], Mapping[str, Fact]]]:
         """Write a trace that chrome://tracing reads; what is yielded says, afterwards, where the device's time went."""
         if not self.real:
             yield dict
@@ -69,8 +72,9 @@ class Card:
         profiler.export_chrome_trace(str(trace))
 
 
-def _summary(profiler: torch.profiler.profile) -> Mapping[str, object]:
-    kernels = [event for event in profiler.events() or () if str(event.device_type).endswith("CUDA")]
+def _summary(profiler: torch.profiler.profile) -> Mapping[str, Fact]:
+    events = profiler.events() or ()  # type: ignore[no-untyped-call]
+    kernels = [event for event in events if str(event.device_type).endswith("CUDA")]
     spent: dict[str, float] = {}
     for kernel in kernels:
         spent[kernel.name] = spent.get(kernel.name, 0.0) + kernel.time_range.elapsed_us()
