@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from gpu_findings import Fact
 
 _WARM = 3
 # Peaks of the vendor's datasheets (dense bf16, memory), by a part of the card's name.
 PEAKS = {"A100": (312e12, 2039e9), "H100": (989e12, 3350e9), "H200": (989e12, 4800e9), "L40S": (362e12, 864e9)}
+
+Summary = Mapping[str, float | Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class Card:
             return float("nan")
         for _ in range(_WARM):
             call()
-        clock = partial(torch.cuda.Event, enable_timing=True)
-        edges = [(clock(), clock()) for _ in range(calls)]
+        edge: Callable[[], torch.cuda.Event] = partial(torch.cuda.Event, enable_timing=True)
+        edges = [(edge(), edge()) for _ in range(calls)]
         for start, stop in edges:
             start.record()
             call()
@@ -59,7 +60,7 @@ class Card:
         return torch.cuda.max_memory_allocated() if self.real else 0
 
     @contextmanager
-    def profiled(self, trace: Path) -> Iterator[Callable[[], Mapping[str, Fact]]]:
+    def profiled(self, trace: Path) -> Iterator[Callable[[], Summary]]:
         """Write a trace that chrome://tracing reads; what is yielded says, afterwards, where the device's time went."""
         if not self.real:
             yield dict
@@ -72,9 +73,9 @@ class Card:
         profiler.export_chrome_trace(str(trace))
 
 
-def _summary(profiler: torch.profiler.profile) -> Mapping[str, Fact]:
-    events = profiler.events() or ()  # type: ignore[no-untyped-call]
-    kernels = [event for event in events if str(event.device_type).endswith("CUDA")]
+def _summary(profiler: torch.profiler.profile) -> Summary:
+    events = profiler.events()  # type: ignore[no-untyped-call]
+    kernels = [event for event in events or () if str(event.device_type).endswith("CUDA")]
     spent: dict[str, float] = {}
     for kernel in kernels:
         spent[kernel.name] = spent.get(kernel.name, 0.0) + kernel.time_range.elapsed_us()

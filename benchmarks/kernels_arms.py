@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from polygraft.grafts.runtime.fused import FusedBranches
 from polygraft.grafts.runtime.linears.choose import frozen_linear
 from polygraft.grafts.runtime.linears.plain import PlainLinear
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import Span, work_list
 from polygraft.grafts.runtime.stack import StackSlice, StackSlices
@@ -70,7 +71,7 @@ class Layer:
 
     def _base(self, variant: str) -> Callable[[int], Sequence[Tensor]]:
         """A group's projections as one product; `plain` weights or prepacked ones."""
-        made = {
+        made: dict[str, Callable[..., FrozenLinear]] = {
             "plain": partial(PlainLinear, prepack=False),
             "packed": PlainLinear,
             "compiled": partial(frozen_linear, prepack=True, block=None),

@@ -79,20 +79,22 @@ def _pieces(ids: Sequence[int], size: int, count: int) -> tuple[tuple[int, ...],
 def _grafts(root: Path, backbone_folder: Path) -> tuple[str, ...]:
     import torch
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.formats import native
     from polygraft.grafts.grammar import parse
     from polygraft.grafts.init import initialise
     from polygraft.grafts.runtime.backbone import Backbone
 
-    backbone, spec = Backbone.load(backbone_folder), parse(GRAFT)
+    backbone = Backbone.load(backbone_folder)
+    graft = BoundGraft(parse(GRAFT), backbone.shape)
     ids = []
     for number in range(GRAFTS):
-        values = initialise(spec, backbone, seed=number, samples=((0,),))
+        values = initialise(graft, backbone, seed=number, samples=((0,),))
         generator = torch.Generator().manual_seed(number)
         for name, value in values.items():
             if name.endswith(".B"):
                 value.normal_(0.0, _B_SIZE, generator=generator)
-        ids.append(native.save(root, spec, values, shape=backbone.shape, backbone=backbone.fingerprint))
+        ids.append(native.save(root, graft, values, backbone=backbone.fingerprint))
     return tuple(ids)
 
 

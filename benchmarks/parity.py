@@ -29,12 +29,6 @@ from machine import describe, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 _SHOWN = 60  # names of one kind of difference that are printed; all of them are in the JSON
-# The benchmarks' folder is on the path; transformers looks for a package `kernels` and is not to find the script there.
-_START = """import runpy, sys
-sys.modules["kernels"] = None
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")"""
 _NAMES = "parity_names.py"  # may change without making a kept baseline worthless
 
 Digests = Mapping[str, str]
@@ -91,8 +85,7 @@ def probe(tree: Path, asked: Sequence[str]) -> Digests:
     """What a tree computes. Both sides run the same probe, this tree's."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "digests.json"
-        script = ROOT / "benchmarks/parity_probe.py"
-        command = [sys.executable, "-c", _START, str(script), str(tree), "--out", str(out), *asked]
+        command = [sys.executable, str(ROOT / "benchmarks/parity_probe.py"), str(tree), "--out", str(out), *asked]
         environment = {**os.environ, "PYTHONPATH": str(tree / ".types")}
         done = subprocess.run(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:

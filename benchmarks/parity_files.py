@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from parity_models import CAUSAL, model
-from parity_names import Backbone, PackRunner, graft_of, named, saved
+from parity_names import Backbone, PackRunner, graft_of, named, saved, shaped
 from parity_record import Record
 from parity_texts import Texts
 from parity_train import admitted, grown, stepped_of
@@ -27,7 +27,7 @@ def files(record: Record, root: Path, texts: Texts) -> None:
 
 
 def _written(record: Record, prefix: str, folder: Path, backbone: Any, text: str, values: Any) -> None:
-    graft, shape = graft_of(text, backbone), backbone.shape
+    graft = graft_of(text, backbone)
     native = folder / "native"
     record.folder(f"{prefix}/native", native / saved(native, text, backbone, values))
 
@@ -38,11 +38,13 @@ def _written(record: Record, prefix: str, folder: Path, backbone: Any, text: str
 
     def gguf() -> None:
         path = folder / "graft.gguf"
-        named("grafts.formats.gguf_lora:export")(path, graft, values, shape=shape)
+        export = named("grafts.formats.gguf_lora:export")
+        export(path, graft, values, **shaped(export, backbone))
         record.put(f"{prefix}/gguf", path.read_bytes())
 
     def lora() -> None:
-        found = named("grafts.formats.to_lora:to_lora")(graft, shape, values, backbone.weight, rank=4)
+        to_lora = named("grafts.formats.to_lora:to_lora")
+        found = to_lora(graft, values=values, weight=backbone.weight, rank=4, **shaped(to_lora, backbone))
         record.put(f"{prefix}/lora", [found.loss, dict(found.tensors)])
 
     exports: dict[str, Callable[[], None]] = {"merged": merged, "gguf": gguf, "lora": lora}
@@ -65,6 +67,6 @@ def checkpoints(record: Record, root: Path, texts: Texts) -> None:
             folder = root / "checkpoints" / name
             kept = checkpoint.save(folder, active)
             record.folder(f"checkpoint/{name}/files", folder)
-            again.restore(checkpoint.load(folder, kept, active.job, backbone.shape))
+            again.restore(checkpoint.load(folder, kept, active.job, **shaped(checkpoint.load, backbone)))
     again.steps = pack.steps
     stepped_of(record, "checkpoint/read back", again.step())

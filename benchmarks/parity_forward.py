@@ -30,6 +30,6 @@ def forward(record: Record, root: Path, texts: Texts) -> None:
             with torch.inference_mode():
                 hidden = backbone.forward(rows, backbone.stacks(residents), attention)
                 logits = [backbone.logits(hidden[places]) for places in answers]
-            for place, found in enumerate(logits):
-                graft, sequence = divmod(place, len(_IDS))
-                record.put(f"forward/{arch}/{name}/{names[graft]}/{sequence}", found)
+            for number, found in enumerate(logits):
+                place, sequence = divmod(number, len(_IDS))
+                record.put(f"forward/{arch}/{name}/{names[place]}/{sequence}", found)

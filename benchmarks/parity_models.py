@@ -61,7 +61,7 @@ def model(root: Path, arch: str) -> Path:
     config = AutoConfig.for_model(arch.partition(".")[0], **said)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        made = _HEADS.get(arch, AutoModelForCausalLM).from_config(config)
+        made = _HEADS.get(arch, AutoModelForCausalLM).from_config(config)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for parameter in made.parameters():
                 if parameter.dim() == 1:

@@ -56,9 +56,18 @@ GenerationRequest = named("serving.sequence:GenerationRequest")
 ServeSettings = named("cluster.settings:ServeSettings")
 
 
+def shaped(function: Callable[..., object], backbone: Any) -> Mapping[str, object]:
+    """The backbone's shape for what takes it beside a graft; in later trees a graft is bound to it."""
+    return {"shape": backbone.shape} if "shape" in inspect.signature(function).parameters else {}
+
+
 def graft_of(text: str, backbone: Any) -> Any:
     """What a job, a resident and a folder take for a graft that is written as `text`."""
-    return parse(text)
+    try:
+        bound = named("grafts.bound:BoundGraft")
+    except LookupError:
+        return parse(text)
+    return bound(parse(text), backbone.shape)
 
 
 def job_of(name: str, text: str, backbone: Any, samples: Sequence[Any], **recipe: Any) -> Any:
@@ -74,12 +83,13 @@ def start_of(text: str, backbone: Any, seed: int, samples: Sequence[Any], source
 
 def trained_names(text: str, backbone: Any) -> set[str]:
     """The tensors of a graft that training changes."""
-    tensors = named("grafts.sizes:tensors")
-    return {tensor.name for tensor in tensors(graft_of(text, backbone), backbone.shape) if tensor.trained}
+    graft = graft_of(text, backbone)
+    tensors = graft.tensors if hasattr(graft, "tensors") else named("grafts.sizes:tensors")(graft, backbone.shape)
+    return {tensor.name for tensor in tensors if tensor.trained}
 
 
 def source_names(text: str, backbone: Any) -> Sequence[str]:
-    return tuple(graft_of(text, backbone).sources)
+    return tuple(parse(text).sources)
 
 
 def resident_of(name: str, text: str, backbone: Any, values: Mapping[str, Tensor]) -> Any:
@@ -90,5 +100,5 @@ def saved(root: Path, text: str, backbone: Any, values: Mapping[str, Tensor]) ->
     """Write a native folder under `root`, PEFT's files beside it; its name."""
     save = named("grafts.formats.native:save")
     files = {keyword(save, "stock", "backbone_files", "files"): BackboneFiles(backbone.folder)}
-    graft = graft_of(text, backbone)
-    return str(save(root, graft, values, shape=backbone.shape, backbone=backbone.fingerprint, **files))
+    graft, shape = graft_of(text, backbone), shaped(save, backbone)
+    return str(save(root, graft, values, backbone=backbone.fingerprint, **shape, **files))

@@ -64,7 +64,8 @@ class Served:
             self._run(engine)
         rows: dict[str, list[Tensor]] = {}
         module = named("serving.engine")
-        sample, streams = module.sample, {}
+        sample = module.sample
+        streams: dict[int, str] = {}
 
         def recorded(logits: Tensor, draws: Sequence[Any]) -> Any:
             for row, draw in zip(logits, draws, strict=True):

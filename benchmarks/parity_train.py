@@ -15,6 +15,7 @@ from parity_names import (
     Sample,
     Source,
     attribute,
+    graft_of,
     job_of,
     named,
     source_names,
@@ -90,7 +91,7 @@ def sources_of(text: str, backbone: Any, texts: Texts) -> Mapping[str, Any]:
     """Trained grafts for a method over others, by the names that its text says."""
     members = texts.members.get(text, "lora")
     return {
-        name: Source(named("grafts.grammar:parse")(members), grown(members, backbone, seed, texts))
+        name: Source(graft_of(members, backbone), grown(members, backbone, seed, texts))
         for seed, name in enumerate(source_names(text, backbone))
     }
 

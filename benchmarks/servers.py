@@ -20,7 +20,7 @@ from harness import ArmFailed
 
 from polygraft.grafts.runtime.process import device_environment
 
-Command = Literal["load", "warm", "round", "check", "make"]
+Command = Literal["load", "warm", "round", "check", "make", "profile"]
 _PATIENCE_S = 1200.0
 _TAIL = 400
 

@@ -16,7 +16,6 @@ from training_jobs import backbone_of, loss_of, pack
 from polygraft.grafts.runtime.backbone import best_dtype
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import module_path
-from polygraft.grafts.sizes import tensors
 from polygraft.trainers import forward
 from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.job import permutation
@@ -58,13 +57,14 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     backbone = backbone_of(material, dtype)
     runner = pack(backbone, material, jobs)
     first = runner.jobs[str(jobs[0])]
-    stacks = backbone.stacks([Resident(first.job.id, first.job.spec, first.slab.tensors)], trainable=True)
+    stacks = backbone.stacks([Resident(first.job.id, first.job.graft, first.slab.tensors)], trainable=True)
     number = first.job.batch(0)[0]
     sample = first.job.train[number]
     forward.train(backbone, stacks, [MicroBatch(0, 0, (sample,), (number,), sample.weight)])
     names = {
         tensor.name: f"{module_path(tensor.site, backbone.shape)}.lora_{tensor.part}"
-        for tensor in tensors(first.job.spec, backbone.shape)
+        for tensor in first.job.graft.tensors
+        if tensor.site is not None
     }
     gradients: dict[str, Tensor] = {}
     for piece in stacks.views[0]:

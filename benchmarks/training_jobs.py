@@ -40,8 +40,8 @@ def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRun
             seed=number,
             micro_rows=PackSettings().micro_rows,
         )
-        job = TrainJob(str(number), stored.spec, recipe, tuple(map(_sample, material.samples[number])))
-        slab = Slab(job.spec, backbone.shape)
+        job = TrainJob(str(number), stored.graft, recipe, tuple(map(_sample, material.samples[number])))
+        slab = Slab(job.graft)
         slab.fill(stored.tensors)
         runner.restore(RunningJob(job, slab))
     return runner

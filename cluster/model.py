@@ -153,7 +153,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graft:
-    """A published version of a graft; its tensors lie in `<data>/grafts/<id>/`."""
+    """A published version of a graft; its tensors lie in `<data>/grafts/<id>/`. `context_length` is how many positions
+    it takes before a prompt's first token."""
 
     tenant: TenantId
     name: str
@@ -163,6 +164,7 @@ class Graft:
     backbone_fingerprint: str
     parameters: int
     bytes: int
+    context_length: int
     created_at: float
     job: JobId | None = None
 

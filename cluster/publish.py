@@ -37,6 +37,7 @@ def publish(  # noqa: PLR0913
     backbone_fingerprint: str,
     parameters: int,
     bytes: int,
+    context_length: int,
     at: float,
     fence: Fence | None = None,
 ) -> Graft:
@@ -63,6 +64,7 @@ def publish(  # noqa: PLR0913
             backbone_fingerprint=backbone_fingerprint,
             parameters=parameters,
             bytes=bytes,
+            context_length=context_length,
             created_at=at,
             job=job,
         )
@@ -82,6 +84,7 @@ def adopt(  # noqa: PLR0913
     backbone_fingerprint: str,
     parameters: int,
     bytes: int,
+    context_length: int,
     at: float,
     promote: bool = False,
 ) -> Graft:
@@ -103,6 +106,7 @@ def adopt(  # noqa: PLR0913
             backbone_fingerprint=backbone_fingerprint,
             parameters=parameters,
             bytes=bytes,
+            context_length=context_length,
             created_at=at,
         )
         store.commit(*_named(found, alias, promote))

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from polygraft.cluster.model import FileId, JobSpec, Optimizer, Schedule
 from polygraft.cluster.validation import explain
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.spec import SpecError
+from polygraft.grafts.spec import GraftSpec, SpecError
 
 NAME = r"^[a-z0-9-]{1,40}$"
 Auto = Literal["auto"]
@@ -20,6 +32,31 @@ BatchSize = Annotated[int, Field(ge=1, le=1024)]
 Multiplier = Annotated[float, Field(gt=0, le=1000)]
 
 _DEFAULTS = JobSpec(backbone="", training_file=FileId(""))
+
+
+@dataclass(frozen=True, slots=True)
+class AskedGraft:
+    """The field `peft`: a union such as "lora(r=8) + prefix(10)" or a PEFT config, as it was `given`, and what that
+    means."""
+
+    given: str | dict[str, object]
+    spec: GraftSpec
+
+    @property
+    def text(self) -> str:
+        """What a job's record keeps."""
+        return _text(self.given)
+
+    @staticmethod
+    def read(given: str | dict[str, object]) -> AskedGraft:
+        try:
+            return AskedGraft(given, parse(_text(given)))
+        except SpecError as error:
+            raise ValueError(str(error).removeprefix("peft: ")) from None
+
+
+_Given = Annotated[str | dict[str, object], AfterValidator(AskedGraft.read), PlainSerializer(lambda asked: asked.given)]
+Peft = Annotated[AskedGraft, GetPydanticSchema(lambda _, handler: handler.generate_schema(_Given))]
 
 
 class _Body(BaseModel):
@@ -35,9 +72,9 @@ class LegacyHyperparameters(_Body):
 
 
 class Hyperparameters(LegacyHyperparameters):
-    """OpenAI's three fields and ours; `peft` is a union such as "lora(r=8) + prefix(10)" or a PEFT config."""
+    """OpenAI's three fields and ours."""
 
-    peft: str | dict[str, object] = "lora"
+    peft: Peft = Field(default_factory=lambda: AskedGraft.read("lora"))
     learning_rate: float | None = Field(default=None, gt=0, le=10)
     optimizer: Optimizer = "adamw"
     schedule: Schedule = "linear"
@@ -46,15 +83,6 @@ class Hyperparameters(LegacyHyperparameters):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=256, ge=2, le=1 << 20)
     dropout: float | None = Field(default=None, ge=0, lt=1)
-
-    @field_validator("peft")
-    @classmethod
-    def _peft_can_be_read(cls, value: str | dict[str, object]) -> str | dict[str, object]:
-        try:
-            parse(_peft_text(value))
-        except SpecError as error:
-            raise ValueError(str(error).removeprefix("peft: ")) from None
-        return value
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Self:
@@ -120,10 +148,19 @@ class FineTuningRequest(_Body):
             raise ValueError(f"suffix: {self.suffix!r} is the name of the base model; choose another")
         return self
 
+    @property
+    def graft(self) -> GraftSpec:
+        """The graft asked for."""
+        return self._given.peft.spec
+
+    @cached_property
+    def _given(self) -> Hyperparameters:
+        supervised = self.method.supervised if self.method else None
+        return (supervised.hyperparameters if supervised else None) or Hyperparameters()
+
     def to_spec(self) -> JobSpec:
         """The job asked for, defaults filled in; files are not looked up here."""
-        supervised = self.method.supervised if self.method else None
-        given = (supervised.hyperparameters if supervised else None) or Hyperparameters()
+        given = self._given
         basic = self.hyperparameters or given
         multiplier = basic.learning_rate_multiplier
         return JobSpec(
@@ -131,7 +168,7 @@ class FineTuningRequest(_Body):
             training_file=FileId(self.training_file),
             validation_file=FileId(self.validation_file) if self.validation_file else None,
             suffix=self.suffix,
-            peft=_peft_text(given.peft),
+            peft=given.peft.text,
             epochs=_DEFAULTS.epochs if basic.n_epochs == "auto" else basic.n_epochs,
             batch_size=_DEFAULTS.batch_size if basic.batch_size == "auto" else basic.batch_size,
             learning_rate=given.learning_rate,
@@ -166,5 +203,5 @@ def read_request(body: object) -> FineTuningRequest:
         raise BadRequest(path or None, message) from None
 
 
-def _peft_text(value: str | dict[str, object]) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+def _text(given: str | dict[str, object]) -> str:
+    return given if isinstance(given, str) else json.dumps(given, sort_keys=True)

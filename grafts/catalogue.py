@@ -7,10 +7,10 @@ import inspect
 import sys
 from dataclasses import dataclass, fields
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import find
-from polygraft.grafts.sites import ModelShape, sites_of
-from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, Tokens
 
 # The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
@@ -39,7 +39,8 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
+    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for,
+    and `frozen` counts the elements of its tensors that stay as they start.
 
     `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
     before it alone. `chunkable`: a prompt may be computed in pieces. `recompute_needs_prompt_len`: keys and values that
@@ -54,6 +55,7 @@ class Entry:
     slots: tuple[str, ...]
     hooks: tuple[str, ...]
     parameters: int
+    frozen: int
     mergeable: bool
     prefix_cacheable: bool
     chunkable: bool
@@ -63,6 +65,7 @@ class Entry:
 def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
     """The catalogue's line for a method."""
     spec = default(method)
+    graft = BoundGraft(spec, shape)
     return Entry(
         name=method.name,
         aliases=method.aliases,
@@ -71,7 +74,8 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         family=_family(spec),
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
-        parameters=parameters(spec, shape),
+        parameters=graft.parameters,
+        frozen=graft.frozen,
         mergeable=spec.mergeable,
         prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,
@@ -94,7 +98,7 @@ def fingerprint(method: Method) -> tuple[object, ...]:
     """What makes a method another one than its neighbours: for every slot the op and its fields but for sizes, its
     form, start and what is frozen; and the hooks. Sizes, factors and aliases do not count."""
     spec = default(method)
-    places = sites_of(spec, LLAMA_7B)
+    places = BoundGraft(spec, LLAMA_7B).sites
     sites = {i: frozenset(site.name for index, site in places if index == i) for i in range(len(spec.slots))}
     return (
         tuple(_slot_print(slot, sites[i]) for i, slot in enumerate(spec.slots)),

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts import calibrate
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.recorded import keys_and_values, states
 from polygraft.grafts.runtime.route import Rows
 from polygraft.grafts.sites import KV_SITE, Site
-from polygraft.grafts.sizes import TensorSpec, tensors
+from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.sources import Source, check, continued
 from polygraft.grafts.spec import GraftSpec, Tokens
 
@@ -28,18 +29,23 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Making:
     """What starting values may be made from: the backbone, the job's seed, its training samples as token ids with the
-    loss weights of their tokens, and the grafts that its spec names.
+    loss weights of their tokens, and the grafts that its spec
+    names.
 
     All tensors here lie on the CPU, so that a job draws the same numbers on every device.
     """
 
-    spec: GraftSpec
+    graft: BoundGraft
     backbone: Backbone
     seed: int
     samples: Sequence[Sequence[int]]
     weights: Sequence[Sequence[float]] = ()
     sources: Mapping[str, Source] = field(default_factory=dict)
     _kept: dict[object, object] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> GraftSpec:
+        return self.graft.spec
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers of the seed and a tensor's name alone."""
@@ -58,12 +64,13 @@ class Making:
     def inputs(self) -> Mapping[Site, int]:
         """The projections that the graft acts at, and the widths of what they read."""
         shape = self.backbone.shape
-        found = {tensor.site for tensor in tensors(self.spec, shape) if tensor.site in self.backbone.linears}
+        found = {tensor.site for tensor in self.graft.tensors if tensor.site in self.backbone.linears}
         return {site: shape.dims(site.name)[0] for site in sorted(site for site in found if site is not None)}
 
     def graft_gradients(self, spec: GraftSpec, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """dL/dvalues on the job's samples, by name, of a graft that need not be the job's."""
-        return calibrate.graft_gradients(self.backbone, spec, values, self.samples, self.weights)
+        graft = BoundGraft(spec, self.backbone.shape)
+        return calibrate.graft_gradients(self.backbone, graft, values, self.samples, self.weights)
 
     @property
     def observed(self) -> int:
@@ -121,8 +128,8 @@ class Making:
             found = self.sources[name]
             values = {name: value.to(self.backbone.device) for name, value in found.tensors.items()}
             frozen = self.backbone.weight, self.backbone.run_from_layer
-            spec, served = lower(found.spec, self.backbone.shape, values, *frozen)
-            return Source(spec, {name: value.cpu() for name, value in served.items()})
+            graft, served = lower(found.graft, values, *frozen)
+            return Source(graft, {name: value.cpu() for name, value in served.items()})
 
         return self.once(("source", name), make)
 
@@ -134,7 +141,7 @@ class Making:
 
 
 def initialise(
-    spec: GraftSpec,
+    graft: BoundGraft,
     backbone: Backbone,
     *,
     seed: int,
@@ -148,17 +155,14 @@ def initialise(
     prefix rows are the keys and values of the backbone over the first of `samples` (repeated to the prefix length): a
     prefix that starts as real text changes little at step 0 (Li & Liang 2021, section 7.4). A prompt starts as the
     embeddings of the same tokens, an edited token as its own. `sources` are the grafts of `spec.sources`, by name;
-    raises SpecError where they do not give what the spec takes of them.
+    raises SpecError where they do not give what the graft takes of them.
     """
     wide = torch.promote_types(backbone.dtype, torch.float32)
     sources = sources or {}
-    check(spec, {name: source.spec for name, source in sources.items()}, backbone.shape)
-    making = Making(spec, backbone, seed, samples, weights, sources)
-    taken = continued(spec, sources, backbone.shape)
-    return {
-        t.name: (taken[t.name] if t.name in taken else _start(t, making)).to(wide)
-        for t in tensors(spec, backbone.shape)
-    }
+    check(graft, {name: source.graft for name, source in sources.items()})
+    making = Making(graft, backbone, seed, samples, weights, sources)
+    taken = continued(graft, sources)
+    return {t.name: (taken[t.name] if t.name in taken else _start(t, making)).to(wide) for t in graft.tensors}
 
 
 def _start(tensor: TensorSpec, making: Making) -> Tensor:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 from polygraft.grafts.spec import SpecError
 
 # The found model (for T5-base): adapters A, LoRA L, prefix P and biases B, from the lowest group up.
@@ -59,7 +59,7 @@ def _groups(layers: int) -> list[range]:
 
 def _cost(shape: ModelShape, name: str, size: int) -> int:
     """Parameters of a method in one layer."""
-    return parameters(parse(f"{_TERMS[name].format(size)}@0"), shape)
+    return BoundGraft(parse(f"{_TERMS[name].format(size)}@0"), shape).parameters
 
 
 def _ranges(layers: Sequence[int]) -> str:

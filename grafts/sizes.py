@@ -1,8 +1,8 @@
-"""The tensors of a graft on a backbone: names, shapes, starting values, and their sum. Torch-free, derived from the
-slots.
+"""The tensors of a slot at its sites: names, shapes and starting values. Torch-free, derived from the slot.
 
-A graft has `tensors` (what is trained, saved and moved) and `operands` (what the ops at its sites compute with). They
-are the same but for slots with a form, whose operands are a function of their tensors (`grafts/lowering.py`).
+A slot has tensors (what is trained, saved and moved) and operands (what the op computes with). They are the same but
+for slots with a form, whose operands are a function of their tensors (`grafts/lowering.py`). Those of all slots are a
+`BoundGraft`'s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from math import prod
 
 from polygraft.grafts.methods.declare import SiteShape, TensorDecl
 from polygraft.grafts.methods.registry import form
-from polygraft.grafts.sites import ModelShape, Site, sites_of
+from polygraft.grafts.sites import Site
 from polygraft.grafts.spec import (
     KV,
     Affine,
     Branch,
     DeclRef,
     Delta,
-    GraftSpec,
     Norm,
     Rotate,
     Slot,
@@ -53,44 +52,26 @@ class TensorSpec:
         return prod(self.shape)
 
 
-def tensors(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
-    """Every tensor of the graft in file and slab order, what a slot shares before what is a site's own."""
-    found: list[TensorSpec] = []
-    for index, places in _places(spec, shape).items():
-        slot = spec.slots[index]
-        declared = form(slot.form.name) if slot.form else None
-        arguments = slot.form.keywords() if slot.form else {}
-        shared = declared.shared(slot, tuple(places.values()), **arguments) if declared else {}
-        found += _specs(index, slot, None, shared)
-        for site, place in places.items():
-            own = declared.own(slot, place, **arguments) if declared else parts(slot, place)
-            found += _specs(index, slot, site, own)
-    return tuple(found)
+def tensors_of(index: int, slot: Slot, places: Mapping[Site, SiteShape]) -> Iterator[TensorSpec]:
+    """The tensors of slot number `index` at its sites: what they share before what is a site's own."""
+    declared = form(slot.form.name) if slot.form else None
+    arguments = slot.form.keywords() if slot.form else {}
+    shared = declared.shared(slot, tuple(places.values()), **arguments) if declared else {}
+    yield from _specs(index, slot, None, shared)
+    for site, place in places.items():
+        own = declared.own(slot, place, **arguments) if declared else parts(slot, place)
+        yield from _specs(index, slot, site, own)
 
 
-def operands(spec: GraftSpec, shape: ModelShape) -> tuple[TensorSpec, ...]:
-    """Every operand of the graft's ops in the order of its slots and sites. A is [rank, in]; B lies transposed,
-    [rank, out]; the operand of a delta is its form's trained tensors at the site, flat, as a column."""
-    found: list[TensorSpec] = []
-    for index, places in _places(spec, shape).items():
-        slot = spec.slots[index]
-        for site, place in places.items():
-            if isinstance(slot, Delta):
-                rows = sum(prod(part.shape) for part in _generating(slot, tuple(places.values()), place))
-                found += _specs(index, slot, site, {"t": TensorDecl((rows, 1))})
-            else:
-                found += _specs(index, slot, site, parts(slot, place))
-    return tuple(found)
-
-
-def parameters(spec: GraftSpec, shape: ModelShape) -> int:
-    """Trainable parameters of the graft on a backbone of this shape."""
-    return sum(tensor.numel for tensor in tensors(spec, shape) if tensor.trained)
-
-
-def frozen(spec: GraftSpec, shape: ModelShape) -> int:
-    """Elements of the graft's tensors that stay as they started."""
-    return sum(tensor.numel for tensor in tensors(spec, shape) if not tensor.trained)
+def operands_of(index: int, slot: Slot, places: Mapping[Site, SiteShape]) -> Iterator[TensorSpec]:
+    """The operands of slot number `index`, site by site. A is [rank, in]; B lies transposed, [rank, out]; the operand
+    of a delta is its form's trained tensors at the site, flat, as a column."""
+    for site, place in places.items():
+        if isinstance(slot, Delta):
+            rows = sum(prod(part.shape) for part in _generating(slot, tuple(places.values()), place))
+            yield from _specs(index, slot, site, {"t": TensorDecl((rows, 1))})
+        else:
+            yield from _specs(index, slot, site, parts(slot, place))
 
 
 def parts(slot: Slot, place: SiteShape) -> Mapping[str, TensorDecl]:
@@ -147,17 +128,6 @@ def rotate_parts(slot: Rotate, place: SiteShape) -> Mapping[str, TensorDecl]:
             return {"A": TensorDecl((slot.size, width), "kaiming"), "B": TensorDecl((slot.size, width))}
         case "pairs":
             return {"c": TensorDecl((width,), "one"), "s": TensorDecl((width,))}
-
-
-def _places(spec: GraftSpec, shape: ModelShape) -> dict[int, dict[Site, SiteShape]]:
-    found: dict[int, dict[Site, SiteShape]] = {}
-    for slot in spec.slots:
-        if slot.form is not None and form(slot.form.name).runs_layers and not shape.causal:
-            raise SpecError(f"{slot.form.name}: {shape.sees}; rows that enter at a layer would read the input there")
-    for index, site in sites_of(spec, shape):
-        places = found.setdefault(index, {})
-        places[site] = SiteShape(site.layer, site.name, *shape.dims(site.name), index=len(places))
-    return found
 
 
 def _specs(index: int, slot: Slot, site: Site | None, declared: Mapping[str, TensorDecl]) -> Iterator[TensorSpec]:

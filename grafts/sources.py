@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.registry import known_start
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import Branch, GraftSpec, Slot, SpecError, source_names
 
 if TYPE_CHECKING:
@@ -20,35 +19,37 @@ FROM = "from"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A graft by its spec and its tensors."""
+    """A graft and its tensors."""
 
-    spec: GraftSpec
+    graft: BoundGraft
     tensors: Mapping[str, Tensor]
 
 
-def check(spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape) -> None:
-    """Raise SpecError unless `sources`, by name, give what `spec` takes of them."""
+def check(graft: BoundGraft, sources: Mapping[str, BoundGraft]) -> None:
+    """Raise SpecError unless `sources`, by name, give what the graft takes of them."""
+    spec = graft.spec
     for name in spec.sources:
         if name not in sources:
             raise SpecError(f"of: graft {name!r} is not here")
     for name in _origins(spec):
-        if [_same(slot) for slot in sources[name].slots] != [_same(slot) for slot in spec.slots]:
-            raise SpecError(f"of: {name!r} is {sources[name].method!r}, from which no {spec.method!r} can start")
-    for tensor in tensors(spec, shape):
+        source = sources[name].spec
+        if [_same(slot) for slot in source.slots] != [_same(slot) for slot in spec.slots]:
+            raise SpecError(f"of: {name!r} is {source.method!r}, from which no {spec.method!r} can start")
+    for tensor in graft.tensors:
         declared = known_start(tensor.start.name)
         if declared is not None and declared.check is not None:
-            declared.check(tensor, spec, sources, shape, **tensor.start.keywords())
+            declared.check(tensor, graft, sources, **tensor.start.keywords())
 
 
-def continued(spec: GraftSpec, sources: Mapping[str, Source], shape: ModelShape) -> dict[str, Tensor]:
-    """The tensors of the grafts that the spec goes on from, the mean of several; {} where it goes on from none.
+def continued(graft: BoundGraft, sources: Mapping[str, Source]) -> dict[str, Tensor]:
+    """The tensors of the grafts that the graft goes on from, the mean of several; {} where it goes on from none.
 
     Raises SpecError for several that differ in a tensor that is not trained.
     """
     from polygraft.grafts.compose import soup
 
-    members = [sources[name].tensors for name in _origins(spec)]
-    return soup(tensors(spec, shape), members) if members else {}
+    members = [sources[name].tensors for name in _origins(graft.spec)]
+    return soup(graft.tensors, members) if members else {}
 
 
 def _origins(spec: GraftSpec) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex
-from typing import ParamSpec, TypeVar
+from typing import cast
 
 from polygraft.cluster.api_keys import create_key, verify_key
 from polygraft.cluster.model import TenantId
@@ -29,8 +28,6 @@ from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
-P = ParamSpec("P")
-R = TypeVar("R")
 LOCAL = TenantId("local")
 _LOOK_S = 2.0
 
@@ -53,15 +50,11 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     folder.enter("starting Ray")
     import ray
     from ray import serve
+    from ray.actor import ActorHandle
 
     from polygraft.cluster.actors.leader import start_leader
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
-
-    def elsewhere(task: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """In a process of its own, which takes torch away with it."""
-        result: R = ray.get(ray.remote(num_cpus=0, max_calls=1)(task).remote(*args, **kwargs))
-        return result
 
     namespace = f"polygraft-{token_hex(4)}"
     address = start_ray(scratch, namespace)
@@ -70,14 +63,17 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
-        backbone = elsewhere(_prepare, settings.backbone, backbone_cache())
+        deployer = cast(ActorHandle[_Deployer], ray.remote(_Deployer).options(num_cpus=0).remote())
+        prepared: ray.ObjectRef[Path] = deployer.prepare.remote(settings.backbone, backbone_cache())
+        serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
+        backbone = ray.get(prepared)
         folder.enter("starting the controller")
         leader = start_leader(
             settings.store_url, settings.pack_limits, OpenHost.of(settings, backbone), name="controller"
         )
         folder.enter("starting the HTTP service and loading the backbone")
-        serve.start(http_options={"host": settings.host, "port": settings.port})
-        elsewhere(_deploy, settings, backbone)
+        ray.get(deployer.deploy.remote(settings, backbone))
+        ray.kill(deployer)
         ray.get(leader.check.remote())
         service = Service(
             url=f"http://{_reachable(settings.host)}:{settings.port}",
@@ -115,18 +111,22 @@ def make_local_key(store: Store, settings: Settings) -> None:
     write_private(path, text + "\n")
 
 
-def _prepare(backbone: str, cache: Path) -> Path:
-    from polygraft.grafts.runtime.pretrained import materialise
+class _Deployer:
+    """Does what needs torch in a process of its own, which takes torch away when it ends."""
 
-    return materialise(backbone, cache)
+    def prepare(self, backbone: str, cache: Path) -> Path:
+        """The backbone's folder, made where it is not there yet."""
+        from polygraft.grafts.runtime.pretrained import materialise
 
+        return materialise(backbone, cache)
 
-def _deploy(settings: Settings, backbone_folder: Path) -> None:
-    from ray import serve
+    def deploy(self, settings: Settings, backbone_folder: Path) -> None:
+        """Run the Serve application; returns when its replicas are up."""
+        from ray import serve
 
-    from polygraft.launch.serve_app import application
+        from polygraft.launch.serve_app import application
 
-    serve.run(application(settings, backbone_folder), name="polygraft", route_prefix="/")
+        serve.run(application(settings, backbone_folder), name="polygraft", route_prefix="/")
 
 
 def _reachable(host: str) -> str:

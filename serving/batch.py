@@ -61,8 +61,8 @@ class Batch:
             ids += sequence.tokens[sequence.computed : sequence.computed + chunk.rows]
             positions += range(sequence.cached, sequence.cached + chunk.rows)
             table, graft = tables[sequence.request.id], sequence.request.graft
-            spec = None if graft is None else composition.stacks.residents[place[graft]].spec
-            prefix = (0, None) if spec is None else (spec.prefix_length, spec.prefix_layers)
+            bound = None if graft is None else composition.stacks.residents[place[graft]].graft
+            prefix = (0, None) if bound is None else (bound.prefix_length, bound.prefix_layers)
             sequences.append(PagedSequence(start, chunk.rows, sequence.cached, table, *prefix))
             if chunk.rows == sequence.left:
                 sampled.append(sequence)

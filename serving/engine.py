@@ -268,7 +268,7 @@ class Engine:
                 "prefill_rows": sum(chunk.rows for chunk in batch.chunks if chunk.rows > 1),
                 "requests": [chunk.sequence.request.id for chunk in batch.chunks],
                 "grafts": list(residents),
-                "methods": sorted({resident.spec.method for resident in residents.values() if resident}),
+                "methods": sorted({resident.graft.spec.method for resident in residents.values() if resident}),
                 "device": str(self._backbone.device),
             }
         )

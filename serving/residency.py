@@ -12,7 +12,6 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import Branch
 
 
@@ -63,16 +62,16 @@ class Residency:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
         backbone = self._backbone
         held = {name: value.to(backbone.device) for name, value in stored.tensors.items()}
-        spec, values = lower(stored.spec, backbone.shape, held, backbone.weight, backbone.run_from_layer)
-        for tensor in tensors(spec, self._backbone.shape):
-            slot = spec.slots[tensor.slot]
+        served, values = lower(stored.graft, held, backbone.weight, backbone.run_from_layer)
+        for tensor in served.tensors:
+            slot = served.spec.slots[tensor.slot]
             scale = slot.scale if isinstance(slot, Branch) else 1.0
             if not bool((values[tensor.name].to(self._backbone.dtype) * scale).isfinite().all().cpu()):
                 raise GraftUnusable(
                     f"graft {graft} cannot be served: {tensor.name} times {scale:g} is not finite in "
                     f"{self._backbone.dtype}"
                 )
-        return Resident(graft, spec, values)
+        return Resident(graft, served, values)
 
     def get(self, graft: GraftId) -> Resident | None:
         return self._held.get(graft)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polygraft.cluster.model import GraftId, TenantId
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Input
-from polygraft.grafts.spec import GraftSpec
 from polygraft.serving.messages import FinishReason
 
 
@@ -61,11 +61,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.generated]
 
-    def attach_graft(self, spec: GraftSpec) -> None:
+    def attach_graft(self, graft: BoundGraft) -> None:
         """Take in what the graft puts before the prompt; again is as once."""
-        self.prefix, self.reads_prompt = spec.prefix_length, spec.reads_prompt
+        self.prefix, self.reads_prompt = graft.prefix_length, graft.reads_prompt
         if not self.virtual:
-            self.virtual = spec.virtual_length
+            self.virtual = graft.virtual_length
             self.tokens = [*virtual_ids(self.virtual), *self.tokens]
 
     @property

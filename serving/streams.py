@@ -8,9 +8,9 @@ from polygraft.cluster.model import GraftId
 from polygraft.cluster.policy.batching import Running, Waiting, admit_streams
 from polygraft.cluster.policy.entry import blocks_for, ever_fits
 from polygraft.cluster.settings import ServeSettings
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
-from polygraft.grafts.spec import GraftSpec
 from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
@@ -88,8 +88,8 @@ class Streams:
         """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand."""
         ready = [s for s in self.waiting if s.request.graft is None or self._may_pin(s, s.request.graft)]
         for sequence in ready:
-            if (spec := self._spec(sequence)) is not None:
-                sequence.attach_graft(spec)
+            if (graft := self._graft(sequence)) is not None:
+                sequence.attach_graft(graft)
         plan = admit_streams(
             [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.min_chunk) for s in ready],
             [self._as_running(sequence) for sequence in self.running],
@@ -147,15 +147,15 @@ class Streams:
         id = sequence.request.id
         self.cache.clear(self.blocks.allocate(id, self.blocks.missing(id, slots)))
 
-    def _spec(self, sequence: Sequence) -> GraftSpec | None:
-        """Its graft's, once that is in memory."""
+    def _graft(self, sequence: Sequence) -> BoundGraft | None:
+        """Its graft, once that is in memory."""
         resident = self.residency.get(sequence.request.graft) if sequence.request.graft else None
-        return resident.spec if resident else None
+        return resident.graft if resident else None
 
     def _check_length(self, sequence: Sequence) -> None:
         request = sequence.request
-        spec = self._spec(sequence)
-        need = (spec.context_length if spec else 0) + len(request.prompt_ids) + request.max_tokens
+        graft = self._graft(sequence)
+        need = (graft.context_length if graft else 0) + len(request.prompt_ids) + request.max_tokens
         if need > self._settings.max_context:
             raise ContextExceeded(
                 f"prompt, answer and virtual tokens are {need}, the context is {self._settings.max_context}"

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,11 +59,11 @@ class Watched:
         return self.programs.total() + self.operations.total() + self.reads.total() + self.sends.total()
 
 
-class FakeGpu(TorchDispatchMode):
+class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations of the CPU alone are done; `reads` are the copies from the device to it, `launches` the programs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reads, self.launches, self.loading = 0, 0, False
         self.watched: Watched | None = None
 
@@ -77,7 +78,7 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload[..., object],
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -99,13 +100,14 @@ class FakeGpu(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
             raise RuntimeError("a copy into a tensor on the CPU would be lost here; use .cpu()")
         found = func(*args, **given)
-        read = func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) and found.device.type == "cpu"
+        copied = found if func is torch.ops.aten._to_copy.default and isinstance(found, Tensor) else None
+        read = copied if copied is not None and copied.device.type == "cpu" else None
         if self.watched is not None:
-            self._note(self.watched, func, leaves, read=read)
-        if read:
+            self._note(self.watched, func, leaves, read=read is not None)
+        if read is not None:
             self.reads += 1
             with unset_fake_temporarily():
-                return torch.ones(found.shape, dtype=found.dtype)
+                return torch.ones(read.shape, dtype=read.dtype)
         return found
 
     def _note(self, watched: Watched, func: Callable[..., object], leaves: Sequence[object], *, read: bool) -> None:
@@ -132,16 +134,16 @@ def fake_gpu() -> Iterator[FakeGpu]:
         for x in args:
             assert not isinstance(x, Tensor) or x.device == DEVICE, f"a program was given a tensor on {x.device}"
 
-    load = PreTrainedModel.from_pretrained.__func__
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
-    def loaded(cls: type[PreTrainedModel], *args: object, **options: object) -> PreTrainedModel:
+    def loaded(cls: type[PreTrainedModel], /, *args: object, **options: object) -> PreTrainedModel:
         machine.loading = True
         try:
             return load(cls, *args, **options)  # type: ignore[no-any-return]
         finally:
             machine.loading = False
 
-    dispatch = FakeTensor.__torch_dispatch__.__func__
+    dispatch = FakeTensor.__torch_dispatch__.__func__  # type: ignore[attr-defined]
 
     def dispatched(cls: type[FakeTensor], func: object, *rest: object) -> object:
         return _META if func is torch.ops.prim.device.default else dispatch(cls, func, *rest)

@@ -15,11 +15,11 @@ from typing import TypedDict
 import torch
 
 from polygraft.cluster.service import write_private
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import gguf_lora, native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
 from polygraft.kernels.common.atomic import move, sync, whole_file, whole_folder, write_text
 from polygraft.trainers import checkpoint
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
@@ -29,8 +29,8 @@ from polygraft.trainers.runner import RunningJob
 # What Python reports of a writer's steps on files; fsync is reported by `_run_until`.
 STEPS = {"open", "os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir"}
 SHAPE = ModelShape("llama", layers=1, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vocab=16)
-LORA = parse("lora(r=2, at=attn.q)")
-VALUES = {tensor.name: torch.ones(tensor.shape) for tensor in tensors(LORA, SHAPE)}
+LORA = BoundGraft(parse("lora(r=2, at=attn.q)"), SHAPE)
+VALUES = {tensor.name: torch.ones(tensor.shape) for tensor in LORA.tensors}
 JOB = TrainJob("job", LORA, TrainConfig(epochs=1, batch_size=1, learning_rate=1e-3), (Sample((1, 2), (0.0, 1.0)),))
 
 Tree = dict[str, str]  # the files that can be seen in a folder: path in it, and bytes in hexadecimal
@@ -58,12 +58,12 @@ def _move(folder: Path, text: str) -> None:
 
 
 def _checkpoint(folder: Path, step: int) -> None:
-    checkpoint.save(folder, RunningJob(JOB, Slab(LORA, SHAPE), step=step), named=f"checkpoint-{1:08d}")
+    checkpoint.save(folder, RunningJob(JOB, Slab(LORA), step=step), named=f"checkpoint-{1:08d}")
 
 
 def _gguf(folder: Path) -> None:
     if not (target := folder / "lora.gguf").exists():  # else refused
-        gguf_lora.export(target, LORA, VALUES, shape=SHAPE)
+        gguf_lora.export(target, LORA, VALUES)
 
 
 # By name: what makes the folder that a writer finds, or None, and the writer.
@@ -74,7 +74,7 @@ WRITERS: Mapping[str, tuple[Write | None, Write]] = {
     "a file that was received": (lambda at: _move(at, "old"), lambda at: _move(at, "new")),
     "a checkpoint": (lambda at: _checkpoint(at, 1), lambda at: _checkpoint(at, 2)),
     "a manifest": (lambda at: Manifest(step=1).save(at), lambda at: Manifest(step=2, jobs={"job": None}).save(at)),
-    "a graft": (None, lambda at: native.save(at, LORA, VALUES, shape=SHAPE, backbone="stock")),
+    "a graft": (None, lambda at: native.save(at, LORA, VALUES, backbone="stock")),
     "a GGUF file": (None, _gguf),
     "a private file": (lambda at: write_private(at / "key", "old"), lambda at: write_private(at / "key", "new")),
 }

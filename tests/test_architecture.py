@@ -22,7 +22,7 @@ LAUNCH = "polygraft.launch"  # the composition root: imports everyone, and nobod
 LINES = 400
 
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
-TORCH_FREE = r"polygraft\.grafts\.(spec|grammar|methods|architectures|sites|sizes|text)\b"
+TORCH_FREE = r"polygraft\.grafts\.(spec|bound|grammar|methods|architectures|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
 ATOMIC = r"polygraft\.kernels\.common\.atomic\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # All modules from the bottom to the top, in packages too: a module imports from its own layer and from those before it.
 # The first pattern that fits a module's name, without `polygraft.`, is its layer.
 LAYERS: dict[str, str] = {
-    "kernels: what the ops share": r"kernels\.common\..+",
+    "kernels: what the ops share": r"kernels\.common\.(?!compiled$).+",
+    "kernels: how C++ is built and called": r"kernels\.(dense\.library|common\.compiled)",
     "kernels: the branch, which other ops take up": r"kernels\.branch\..+",
     "kernels: the other ops": r"kernels\..+",
     "grafts: text": r"grafts\.text\..+",
@@ -46,7 +47,7 @@ LAYERS: dict[str, str] = {
     "grafts: what follows from a declaration": r"grafts\.(grammar|sizes|bound|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
-    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge)",
+    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",
     "grafts: files": r"grafts\.formats\..+",
     "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",

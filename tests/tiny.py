@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from polygraft.grafts.sites import ModelShape
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a small model.<|im_end|>\n' }}{% endif %}"
@@ -38,6 +40,10 @@ fails? The shoot dries up, the stock puts out leaves of its own, and the gardene
 Where was it done first? People wrote about it in China and in Greece more than two thousand years ago. Is the fruit
 changed by the stock? Hardly: the stock decides how tall the tree grows and how early it bears, not how apples taste.
 """
+
+
+# What `tiny_llama` makes by default.
+TINY = ModelShape("llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512, positions=512)
 
 
 def tiny_llama(

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.grafts.sites import ModelShape
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import RunningJob
@@ -37,7 +36,7 @@ def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
         return name
     parts = {part: getattr(active.slab, part) for part in _TENSORS}
     frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.spec.to_json())}
+    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.graft.spec.to_json())}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
@@ -53,18 +52,18 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
-def load(folder: Path, name: str, job: TrainJob, shape: ModelShape, device: torch.device | str = "cpu") -> RunningJob:
+def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "cpu") -> RunningJob:
     """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
     try:
         state = json.loads((folder / name / "state.json").read_text())
         values = load_file(folder / name / "slab.safetensors")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from None
-    if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.spec.to_json()):
+    if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.graft.spec.to_json()):
         raise CheckpointError(
             f"{name}: of job {state['job']}, schema {state['schema']}; expected {job.id}, schema {SCHEMA}"
         )
-    slab = Slab(job.spec, shape, values["master"].dtype, device)
+    slab = Slab(job.graft, values["master"].dtype, device)
     for part in _TENSORS:
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():

@@ -6,9 +6,9 @@ from math import prod
 
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.registry import hook
 from polygraft.grafts.runtime.slab import Slab
-from polygraft.grafts.spec import GraftSpec
 
 
 class Hooks:
@@ -17,9 +17,9 @@ class Hooks:
     `eps` is the distance of a job that is trained by forward passes alone, None for one with a backward.
     """
 
-    def __init__(self, spec: GraftSpec, slab: Slab) -> None:
+    def __init__(self, graft: BoundGraft, slab: Slab) -> None:
         self._slab = slab
-        self._hooks = tuple((hook(call.name), call.keywords()) for call in spec.hooks)
+        self._hooks = tuple((hook(call.name), call.keywords()) for call in graft.spec.hooks)
         self.eps = next((float(arguments["eps"]) for one, arguments in self._hooks if one.forward_only), None)
         rated = [(one.rate, arguments) for one, arguments in self._hooks if one.rate is not None]
         self.rates = tuple(prod(rate(t, **arguments) for rate, arguments in rated) for t in slab.trained if rated)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from hashlib import sha256
 from math import ceil, cos, pi
 
-from polygraft.grafts.spec import GraftSpec
+from polygraft.grafts.bound import BoundGraft
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TrainJob:
     """Everything a pack needs to train one job; the same job alone or in company ends with the same weights."""
 
     id: str
-    spec: GraftSpec
+    graft: BoundGraft
     recipe: TrainConfig
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
@@ -77,7 +77,7 @@ class TrainJob:
 
     def micro_batches(self, step: int) -> tuple[tuple[int, ...], ...]:
         """Global batch `step` in pieces of at most `micro_rows` rows (one sample at least), in order."""
-        batch, virtual = self.batch(step), self.spec.virtual_length
+        batch, virtual = self.batch(step), self.graft.virtual_length
         return tuple(_split(batch, [self.train[i].rows + virtual for i in batch], self.recipe.micro_rows))
 
     def batch_weight(self, step: int) -> float:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from polygraft.cluster.model import FileId, Job
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import learning_rate, parse
-from polygraft.grafts.sites import ModelShape, sites_of
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.grafts.text.jsonl import read
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -16,14 +17,13 @@ from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 
 def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, micro_rows: int) -> TrainJob:
     """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
-    spec = with_dropout(parse(job.spec.peft), job.spec.dropout)
-    sites_of(spec, shape)
-    shape.check_length(job.spec.max_length, spec.context_length)
+    graft = BoundGraft(with_dropout(parse(job.spec.peft), job.spec.dropout), shape)
+    shape.check_length(job.spec.max_length, graft.context_length)
     asked = job.spec.learning_rate
     recipe = TrainConfig(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
-        learning_rate=(learning_rate(spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
+        learning_rate=(learning_rate(graft.spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
         schedule=job.spec.schedule,
         warmup_ratio=job.spec.warmup_ratio,
         weight_decay=job.spec.weight_decay,
@@ -34,7 +34,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, m
     held_out = job.spec.validation_file
     return TrainJob(
         id=job.id,
-        spec=spec,
+        graft=graft,
         recipe=recipe,
         train=_samples(files, job.spec.training_file, tokeniser, job.spec.max_length),
         held_out=() if held_out is None else _samples(files, held_out, tokeniser, job.spec.max_length),

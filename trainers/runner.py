@@ -11,13 +11,14 @@ from hashlib import sha256
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.process import give_back
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sources import Source
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 from polygraft.trainers import forward
 from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.hooks import Hooks
@@ -108,18 +109,27 @@ class PackRunner:
     def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> RunningJob:
         """Join as a new job at step 0, with starting values drawn from the job's seed, or made of the grafts that its
         spec names."""
-        ids, weights = [sample.ids for sample in job.train], [sample.weights for sample in job.train]
-        start = initialise(job.spec, self.backbone, seed=job.recipe.seed, samples=ids, weights=weights, sources=sources)
-        slab = Slab(job.spec, self.backbone.shape, next(iter(start.values())).dtype, self.backbone.device)
+        start = initialise(
+            job.graft,
+            self.backbone,
+            seed=job.recipe.seed,
+            samples=[sample.ids for sample in job.train],
+            weights=[sample.weights for sample in job.train],
+            sources=sources,
+        )
+        slab = Slab(job.graft, next(iter(start.values())).dtype, self.backbone.device)
         slab.fill(start)
         return self.restore(RunningJob(job, slab))
 
     def restore(self, active: RunningJob) -> RunningJob:
-        """Join with the state of a checkpoint (or a fresh one)."""
+        """Join with the state of a checkpoint (or a fresh one). Raises ValueError for a job that is here already, or of
+        another backbone's shape."""
+        if active.job.graft.shape != self.backbone.shape:
+            raise ValueError(f"job {active.job.id} is for {active.job.graft.shape}, not {self.backbone.shape}")
         if active.job.id in self.jobs:
             raise ValueError(f"job {active.job.id} is already in the pack")
         self.jobs[active.job.id] = active
-        hooks = self._hooks[active.job.id] = Hooks(active.job.spec, active.slab)
+        hooks = self._hooks[active.job.id] = Hooks(active.job.graft, active.slab)
         if hooks.eps is not None:
             self._probes[active.job.id] = probe = Perturbation(active.slab, hooks.eps)
             probe.move(_key(active.job, active.step))
@@ -137,7 +147,7 @@ class PackRunner:
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
         """Mean loss of a weighted token under the job's graft over `samples`."""
         active = self.jobs[job]
-        return mean_loss(self.backbone, active.job.spec, active.slab.tensors, samples, self.max_rows)
+        return mean_loss(self.backbone, active.job.graft, active.slab.tensors, samples, self.max_rows)
 
     def step(self) -> PackStep:
         """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that
@@ -171,12 +181,12 @@ class PackRunner:
         numbers = job.micro_batches(active.step)[active.micro]
         return MicroBatch(
             graft=self._peers(job.id).index(job.id),
-            prefix_length=job.spec.prefix_length,
+            prefix_length=job.graft.prefix_length,
             samples=tuple(job.train[i] for i in numbers),
             numbers=numbers,
             normaliser=job.batch_weight(active.step),
-            key=_key(job, active.step) if job.spec.draws else None,
-            virtual_length=job.spec.virtual_length,
+            key=_key(job, active.step) if job.graft.draws else None,
+            virtual_length=job.graft.virtual_length,
         )
 
     def _rows(self, active: RunningJob, share: MicroBatch) -> int:
@@ -274,7 +284,7 @@ class PackRunner:
         """The job's graft as its rows meet it: once, or at both points around its tensors."""
         job, probe = active.job, self._probes.get(active.job.id)
         points = (active.slab.tensors,) if probe is None else probe.tensors
-        return [Resident(job.id, job.spec, point, lambda: _key(job, active.step)) for point in points]
+        return [Resident(job.id, job.graft, point, lambda: _key(job, active.step)) for point in points]
 
     def _restack(self) -> None:
         self._stacks = self._perturbed = self.backbone.stacks(())  # the old ones go before the new ones come
@@ -285,14 +295,14 @@ class PackRunner:
 
 
 def mean_loss(
-    backbone: Backbone, spec: GraftSpec, values: Mapping[str, Tensor], samples: Iterable[Sample], max_rows: int = 768
+    backbone: Backbone, graft: BoundGraft, values: Mapping[str, Tensor], samples: Iterable[Sample], max_rows: int = 768
 ) -> float:
     """Mean loss of a weighted token under a graft over `samples`, at most `max_rows` rows at a time."""
-    stacks = backbone.stacks((Resident("evaluated", spec, values),))
+    stacks = backbone.stacks((Resident("evaluated", graft, values),))
     total = weight = 0.0
-    for piece in _pieces(samples, max_rows, spec.virtual_length):
+    for piece in _pieces(samples, max_rows, graft.virtual_length):
         numbers = tuple(range(len(piece)))
-        share = MicroBatch(0, spec.prefix_length, piece, numbers, 1.0, virtual_length=spec.virtual_length)
+        share = MicroBatch(0, graft.prefix_length, piece, numbers, 1.0, virtual_length=graft.virtual_length)
         total += forward.evaluate(backbone, stacks, (share,))[0]
         weight += sum(sample.weight for sample in piece)
     return total / weight

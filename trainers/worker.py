@@ -27,7 +27,6 @@ from polygraft.cluster.store.base import EntryId, Store, StoreError
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.sizes import parameters
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -129,7 +128,7 @@ class PackWorker:
         started = JobStarted(
             job=job,
             pack=self.pack,
-            parameters=parameters(trained.spec, self.runner.backbone.shape),
+            parameters=trained.graft.parameters,
             steps_total=trained.steps_total,
             at=time.time(),
         )
@@ -140,7 +139,7 @@ class PackWorker:
             return
         self._note(
             job,
-            f"training {trained.spec.method}: {trained.steps_total} steps in {self.pack}",
+            f"training {trained.graft.spec.method}: {trained.steps_total} steps in {self.pack}",
             held_out_loss=active.loss_before,
         )
         self._progress(active)
@@ -176,11 +175,9 @@ class PackWorker:
 
     def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:
         if name is None:
-            return self.runner.admit(job, {source: self._source(tenant, source) for source in job.spec.sources})
+            return self.runner.admit(job, {source: self._source(tenant, source) for source in job.graft.spec.sources})
         backbone = self.runner.backbone
-        return self.runner.restore(
-            checkpoint.load(self.folders.job(job.id), name, job, backbone.shape, backbone.device)
-        )
+        return self.runner.restore(checkpoint.load(self.folders.job(job.id), name, job, backbone.device))
 
     def _source(self, tenant: TenantId, name: str) -> Source:
         """A graft that a job is made over. Raises SpecError if the tenant has none of that name that can be read."""
@@ -194,7 +191,7 @@ class PackWorker:
             stored = native.load(self.folders.grafts / graft.id, shape=backbone.shape, backbone=backbone.fingerprint)
         except FormatError as error:
             raise SpecError(f"of: {name!r} cannot be read: {error}") from None
-        return Source(stored.spec, stored.tensors)
+        return Source(stored.graft, stored.tensors)
 
     def _cancel(self, job: JobId) -> None:
         if job in self.runner.jobs:
@@ -205,7 +202,7 @@ class PackWorker:
     def _step(self) -> None:
         before = dict(self.runner.jobs)
         done = self.runner.step()
-        self._log.write(done, {job: active.job.spec.method for job, active in before.items()})
+        self._log.write(done, {job: active.job.graft.spec.method for job, active in before.items()})
         for stepped in done.stepped:
             self._metrics(stepped)
         for failed in done.failed:
@@ -230,9 +227,8 @@ class PackWorker:
         try:
             identity = native.save(
                 self.folders.grafts,
-                active.job.spec,
+                active.job.graft,
                 active.slab.tensors,
-                shape=backbone.shape,
                 backbone=backbone.fingerprint,
                 stock=BackboneFiles(backbone.folder),
             )
@@ -253,9 +249,10 @@ class PackWorker:
                 self.store,
                 job,
                 graft=GraftId(identity),
-                method=active.job.spec.method,
+                method=active.job.graft.spec.method,
                 backbone_fingerprint=backbone.fingerprint,
-                parameters=active.slab.master.numel(),
+                parameters=active.job.graft.parameters,
+                context_length=active.job.graft.context_length,
                 bytes=native.size(self.folders.grafts / identity),
                 at=time.time(),
                 fence=self.fence,

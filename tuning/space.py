@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 from polygraft.grafts.spec import SpecError
 
 Config = Mapping[str, int | float]
@@ -112,7 +112,7 @@ class Space:
         at = "" if len(layers) == len(self.groups) else f"@{_layer_text(layers)}"
         peft = " + ".join(f"{term}{at}" for term in terms)
         # Two digits: what a person would write, and near copies of a configuration become equal to it.
-        return Candidate(peft, float(f"{config[LEARNING_RATE]:.1e}"), parameters(parse(peft), self.shape))
+        return Candidate(peft, float(f"{config[LEARNING_RATE]:.1e}"), BoundGraft(parse(peft), self.shape).parameters)
 
     def _check(self, config: Config) -> None:
         if config.keys() != {parameter.name for parameter in self.parameters}:

@@ -1,7 +1,8 @@
 """Records and events as JSON text: {"type", "schema", fields...}, decoded strictly. Never pickle.
 
 The encoding follows the dataclasses' annotations; a mapping of records becomes the list of its values, since each
-knows its id. A change of a record's fields raises its schema number here and gets a conversion from the old one.
+knows its id. A change of a record's fields raises its schema number here; `upgrades.py` has
+the way from the old one.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from polygraft.cluster.events import Event
 from polygraft.cluster.model import Record
 from polygraft.cluster.store.base import JSON, Key, R
 from polygraft.cluster.store.keys import record_type
+from polygraft.cluster.store.upgrades import UPGRADES
 
 SCHEMA = 1  # of every type that SCHEMAS does not name
-SCHEMAS: Mapping[str, int] = {}
+SCHEMAS: Mapping[str, int] = {"Graft": 2, "GraftPublished": 2}
 
 
 class CodecError(ValueError):
@@ -95,9 +97,12 @@ def _decode(text: str | bytes, at: str) -> object:
     name, schema = body.pop("type", None), body.pop("schema", None)
     if name not in _types():
         raise CodecError(f"{at}: unknown type {name!r}; another version of polygraft wrote it")
-    if schema != _schema(name):
-        known = _schema(name)
-        raise CodecError(f"{at}: {name} of schema {schema!r}, not {known}; another version of polygraft wrote it")
+    known = _schema(name)
+    while schema != known:
+        upgrade = UPGRADES.get((name, schema)) if isinstance(schema, int) else None
+        if upgrade is None:
+            raise CodecError(f"{at}: {name} of schema {schema!r}, not {known}; another version of polygraft wrote it")
+        body, schema = upgrade(body), schema + 1
     return _form(_types()[name]).decode(body, name)
 
 

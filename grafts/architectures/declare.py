@@ -60,6 +60,9 @@ class Architecture:
     A decoder with an `encoder` attends to that one's last states, too; the encoder's layers count first. Both are in
     one `backbone`. `variant` names the table of a config, where those of a model_type differ.
 
+    A layer is `pre_norm` where it is x + attention of norm.1, then x + down(silu(gate) up) of norm.2, and turns the
+    queries and keys of whole heads by one table of angles for all layers.
+
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.
     """
@@ -85,6 +88,7 @@ class Architecture:
     transform: Transform | None = None
     patches: bool = False
     head: str | None = None
+    pre_norm: bool = False
     encoder: Architecture | None = None
     variant: Callable[[Config], str] | None = None
     refusal: Callable[[Config], str | None] = lambda config: None

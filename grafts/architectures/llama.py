@@ -19,8 +19,8 @@ MODULES = {
 }
 
 ARCHITECTURES = (
-    Architecture(model_type="llama", modules=MODULES, refusal=rotary),
-    Architecture(model_type="mistral", modules=MODULES, refusal=rotary),
-    Architecture(model_type="qwen2", modules=MODULES, refusal=rotary),
-    Architecture(model_type="qwen3", modules=MODULES, refusal=rotary),
+    Architecture(model_type="llama", modules=MODULES, refusal=rotary, pre_norm=True),
+    Architecture(model_type="mistral", modules=MODULES, refusal=rotary, pre_norm=True),
+    Architecture(model_type="qwen2", modules=MODULES, refusal=rotary, pre_norm=True),
+    Architecture(model_type="qwen3", modules=MODULES, refusal=rotary, pre_norm=True),
 )

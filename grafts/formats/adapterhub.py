@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError, check, sized
 from polygraft.grafts.formats.peft import CONFIG, config_of, file
 from polygraft.grafts.grammar import Term, union
@@ -68,7 +69,7 @@ def wrote(config: Config) -> bool:
     return isinstance(config.get("config"), Mapping) and "peft_type" not in config
 
 
-def load(folder: Path, backbone: Backbone) -> tuple[GraftSpec, dict[str, Tensor]]:
+def load(folder: Path, backbone: Backbone) -> tuple[BoundGraft, dict[str, Tensor]]:
     """The graft of the folder, float32, by our names.
 
     Raises FormatError for pickled weights, a config that means something else, a tensor that is missing or unknown.
@@ -86,11 +87,12 @@ def load(folder: Path, backbone: Backbone) -> tuple[GraftSpec, dict[str, Tensor]
                 spec, values = _prefix(config, name, stored, backbone)
             case other:
                 raise SpecError(f"architecture: {other!r} is not read; choices: null (bottlenecks), prefix_tuning")
+        graft = BoundGraft(spec, shape)
     except (SpecError, SafetensorError, OSError) as error:
         raise FormatError(f"{folder.name}: {error}") from None
     values = {key: value.to(torch.float32).contiguous().clone() for key, value in values.items()}
-    check(spec, values, shape)
-    return spec, values
+    check(graft, values)
+    return graft, values
 
 
 def _bottlenecks(

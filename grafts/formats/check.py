@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec, Sparse, SpecError
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.spec import Sparse
 
 
 class FormatError(ValueError):
@@ -23,22 +22,18 @@ def sized(name: str, value: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     return value
 
 
-def check(spec: GraftSpec, values: Mapping[str, Tensor], shape: ModelShape) -> None:
-    """Raise FormatError unless `values` are just the spec's tensors, of the right shapes and finite."""
-    try:
-        layout = tensors(spec, shape)
-    except SpecError as error:
-        raise FormatError(str(error)) from None
-    expected = {tensor.name: tensor.shape for tensor in layout}
+def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
+    """Raise FormatError unless `values` are just the graft's tensors, of the right shapes and finite."""
+    expected = {tensor.name: tensor.shape for tensor in graft.tensors}
     if expected.keys() != values.keys():
         odd = sorted(expected.keys() ^ values.keys())
         raise FormatError(f"tensors: {odd[:5]} are missing or unknown ({len(odd)} in all)")
     for name, size in expected.items():
         if not bool(torch.isfinite(sized(name, values[name], size)).all()):
             raise FormatError(f"{name}: holds values that are not finite")
-    for tensor in layout:
-        if tensor.site is not None and tensor.part == "i" and isinstance(spec.slots[tensor.slot], Sparse):
-            d_in, d_out = shape.dims(tensor.site.name)
+    for tensor in graft.tensors:
+        if tensor.site is not None and tensor.part == "i" and isinstance(graft.spec.slots[tensor.slot], Sparse):
+            d_in, d_out = graft.shape.dims(tensor.site.name)
             _indices(tensor.name, values[tensor.name], (d_out, d_in)[: tensor.shape[1]])
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.peft_modules import path
 from polygraft.grafts.formats.plain import plain
-from polygraft.grafts.sites import ModelShape, Site, sites_of
+from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.kernels.common.atomic import whole_file
 
@@ -32,9 +33,7 @@ _ARCHITECTURES = {
 }
 
 
-def export(
-    target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, shape: ModelShape, name: str | None = None
-) -> None:
+def export(target: Path, graft: BoundGraft, values: Mapping[str, Tensor], *, name: str | None = None) -> None:
     """Write the graft, a sum of linear branches, to the new file `target`, float32; whole or not at all.
 
     Raises FormatError for a graft that is no LoRA (`to_lora` makes one of it), or a model that llama.cpp keeps
@@ -46,17 +45,18 @@ def export(
         raise FormatError("gguf: the package is not installed; it comes with polygraft[embedded]") from None
     if target.exists():
         raise FormatError(f"{target}: exists already; name a file that does not")
+    shape = graft.shape
     kind = _ARCHITECTURES.get(shape.arch)
     if kind is None:
         raise FormatError(f"gguf: {shape.arch} is not kept as here; choices: {', '.join(_ARCHITECTURES)}")
-    check(spec, values, shape)
-    lora, tensors = plain(spec, shape, values) or (spec, None)
-    if tensors is None or not all(isinstance(slot, Branch) for slot in lora.slots):
-        raise FormatError(f"gguf: {spec.method!r} is not exactly a LoRA; give a rank or an energy")
+    check(graft, values)
+    lora, tensors = plain(graft, values) or (graft, None)
+    if tensors is None or not all(isinstance(slot, Branch) for slot in lora.spec.slots):
+        raise FormatError(f"gguf: {graft.spec.method!r} is not exactly a LoRA; give a rank or an energy")
     (model,) = (arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == kind)
     names = gguf.get_tensor_name_map(model, shape.layers)
-    scales = {index: slot.scale for index, slot in enumerate(lora.slots) if isinstance(slot, Branch)}
-    alpha = _alpha(lora)
+    scales = {index: slot.scale for index, slot in enumerate(lora.spec.slots) if isinstance(slot, Branch)}
+    alpha = _alpha(lora.spec)
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, kind)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -64,7 +64,7 @@ def export(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_name(name or target.stem)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-        for index, site in sites_of(lora, shape):
+        for index, site in lora.sites:
             A, B = tensors[f"{index}.{site}.A"].float(), tensors[f"{index}.{site}.B"].double()
             factor = scales[index] * len(A) / alpha
             B = (B if factor == 1 else B * factor).float().T

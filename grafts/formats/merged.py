@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import CONFIG, BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.spec import Affine, GraftSpec
+from polygraft.grafts.spec import Affine
 from polygraft.kernels.common.atomic import whole_folder
 
 _CONFIG, _INDEX = CONFIG, "model.safetensors.index.json"
@@ -26,7 +27,7 @@ _BESIDE = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, gen
 _BIASES = {"attention_bias", "mlp_bias"}  # how a transformers config asks for projections with biases
 
 
-def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backbone: Path) -> None:
+def export(target: Path, graft: BoundGraft, values: Mapping[str, Tensor], *, backbone: Path) -> None:
     """Write the model in folder `backbone` with the graft's W + dW, computed in float32 and rounded once to each
     weight's own type, to the new folder `target`; whole or not at all.
 
@@ -36,13 +37,13 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
     if target.exists():
         raise FormatError(f"{target}: exists already; name a folder that does not")
     config = json.loads((backbone / _CONFIG).read_text())
-    if any(isinstance(slot, Affine) and slot.shift for slot in spec.slots):
+    if any(isinstance(slot, Affine) and slot.shift for slot in graft.spec.slots):
         config |= dict.fromkeys(_BIASES & config.keys(), True)
     try:
         with whole_folder(target) as draft:
             places: dict[str, str] = {}
             stored = BackboneFiles(backbone)
-            for shard, tensors in _folded(stored, spec, values, _keys(config, stored.shape)):
+            for shard, tensors in _folded(stored, graft, values, _keys(config, stored.shape)):
                 save_file(tensors, draft / shard, metadata={"format": "pt"})
                 places |= dict.fromkeys(tensors, shard)
             if len(set(places.values())) > 1:
@@ -56,10 +57,10 @@ def export(target: Path, spec: GraftSpec, values: Mapping[str, Tensor], *, backb
 
 
 def _folded(
-    stored: BackboneFiles, spec: GraftSpec, values: Mapping[str, Tensor], asked: set[str]
+    stored: BackboneFiles, graft: BoundGraft, values: Mapping[str, Tensor], asked: set[str]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File by file, its name and the tensors that it is to hold; `asked` are all that the model is to have."""
-    fold = Fold(spec, stored.shape, values, stored.weight, stored.bias)
+    fold = Fold(graft, values, stored.weight, stored.bias)
     for site in sorted(fold.sites):
         if (key := f"{stored.module(site)}.weight") not in stored.files:
             raise FormatError(f"{key}: is not in the backbone's files, which name it otherwise; keep the graft apart")

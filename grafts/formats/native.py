@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
@@ -31,7 +32,7 @@ class StoredGraft:
     """A graft as read from its folder."""
 
     id: str
-    spec: GraftSpec
+    graft: BoundGraft
     tensors: Mapping[str, Tensor]
     backbone: str
 
@@ -48,10 +49,9 @@ def graft_id(spec: GraftSpec, values: Mapping[str, Tensor], backbone: str) -> st
 
 def save(
     root: Path,
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     *,
-    shape: ModelShape,
     backbone: str,
     base: str | None = None,
     stock: BackboneFiles | None = None,
@@ -62,8 +62,8 @@ def save(
     methods the backbone's files must be at hand. Raises OSError, and FormatError for tensors that `load` would refuse.
     """
     kept = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in values.items()}
-    check(spec, kept, shape)
-    identity = graft_id(spec, kept, backbone)
+    check(graft, kept)
+    identity = graft_id(graft.spec, kept, backbone)
     folder = root / identity
     if folder.exists():
         return identity
@@ -71,15 +71,15 @@ def save(
         "schema": SCHEMA,
         "id": identity,
         "backbone": backbone,
-        "shape": asdict(shape),
-        "spec": json.loads(spec.to_json()),
+        "shape": asdict(graft.shape),
+        "spec": json.loads(graft.spec.to_json()),
     }
     try:
         with whole_folder(folder) as draft:
             save_file(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
-            if peft.exportable(spec, shape, stock):
-                peft.export(draft, spec, kept, shape=shape, base=base, stock=stock)
+            if peft.exportable(graft, stock):
+                peft.export(draft, graft, kept, base=base, stock=stock)
     except SafetensorError as error:
         raise OSError(f"{folder.name}: {error}") from None
     except OSError:
@@ -97,15 +97,15 @@ def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
     if described.get("backbone") != backbone:
         raise FormatError(f"{folder.name}: grown on backbone {described.get('backbone')!r}, not on {backbone!r}")
     try:
-        spec = GraftSpec.from_json(json.dumps(described.get("spec")))
+        graft = BoundGraft(GraftSpec.from_json(json.dumps(described.get("spec"))), shape)
         values = load_file(folder / WEIGHTS)
     except (SpecError, SafetensorError, OSError) as error:
         raise FormatError(f"{folder.name}: {error}") from None
-    check(spec, values, shape)
-    identity = graft_id(spec, values, backbone)
+    check(graft, values)
+    identity = graft_id(graft.spec, values, backbone)
     if identity != described.get("id"):
         raise FormatError(f"{folder.name}: its contents have the id {identity}, not {described.get('id')!r}")
-    return StoredGraft(identity, spec, values, backbone)
+    return StoredGraft(identity, graft, values, backbone)
 
 
 def size(folder: Path) -> int:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_extras
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
@@ -27,18 +28,18 @@ from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import arguments, described, flat, layout_of
 from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.methods.registry import find, layouts
-from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site, sites_of
+from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site
 from polygraft.grafts.spec import KV, GraftSpec, Layers, SpecError, Tokens
 from polygraft.grafts.text.plain_json import load as load_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def exportable(spec: GraftSpec, shape: ModelShape, stock: BackboneFiles | None = None) -> bool:
+def exportable(graft: BoundGraft, stock: BackboneFiles | None = None) -> bool:
     """Whether PEFT has the graft, or one that computes the same, on whole modules; some only with the backbone's
     files."""
     try:
-        _written(spec, None, shape, stock)
+        _written(graft, None, stock)
     except (FormatError, SpecError):
         return False
     return True
@@ -46,10 +47,9 @@ def exportable(spec: GraftSpec, shape: ModelShape, stock: BackboneFiles | None =
 
 def export(
     folder: Path,
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     *,
-    shape: ModelShape,
     base: str | None = None,
     stock: BackboneFiles | None = None,
 ) -> None:
@@ -57,20 +57,20 @@ def export(
 
     Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
     """
-    check(spec, values, shape)
-    config, files = _written(spec, values, shape, stock)
+    check(graft, values)
+    config, files = _written(graft, values, stock)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
     notes = {
         "peft_type": config.pop("peft_type"),
-        "task_type": "CAUSAL_LM" if shape.causal else None,
+        "task_type": "CAUSAL_LM" if graft.shape.causal else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(notes | config, indent=2) + "\n")
 
 
-def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) -> tuple[GraftSpec, dict[str, Tensor]]:
+def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) -> tuple[BoundGraft, dict[str, Tensor]]:
     """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes one for each
     of its projections, with their rows of what is along its outputs.
 
@@ -84,11 +84,11 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         layout = layout_of(config, stored=True)
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
-        spec = _read(layout, config, shape)
-        exchange = Exchange(layout, spec, shape, stock)
+        own = BoundGraft(_read(layout, config, shape), shape)
+        exchange = Exchange(layout, own, stock)
         stored = load_file(file(folder, WEIGHTS))
-        more, changes, keys = peft_extras.read(config, stored, spec, shape, stock)
-        whole = union([*terms(spec.method), *more]) if more else spec
+        more, changes, keys = peft_extras.read(config, stored, own, stock)
+        whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
     except (FormatError, SpecError, SafetensorError, OSError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
         raise error if known else FormatError(f"{folder.name}: {error}") from None
@@ -96,7 +96,7 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
-    check(whole, values, shape)
+    check(whole, values)
     return whole, values
 
 
@@ -135,34 +135,34 @@ class _Member:
 
 
 def _written(
-    spec: GraftSpec, values: Mapping[str, Tensor] | None, shape: ModelShape, stock: BackboneFiles | None
+    whole: BoundGraft, values: Mapping[str, Tensor] | None, stock: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""
-    graft = peft_extras.split(spec, shape)
-    own = graft.own
+    graft = peft_extras.split(whole)
+    own, shape = graft.own, whole.shape
     kept: Mapping[str, Tensor] | None = None if values is None else graft.values(values)
-    members = _members(own, shape)
+    members = _members(own)
     if members is None:
-        simpler = plain(own, shape, kept)
-        members = None if simpler is None else _members(simpler[0], shape)
+        simpler = plain(own, kept)
+        members = None if simpler is None else _members(simpler[0])
         if simpler is None or members is None:
-            raise FormatError(f"peft: {spec.method!r} has no equal in PEFT here; keep the native folder")
+            raise FormatError(f"peft: {whole.spec.method!r} has no equal in PEFT here; keep the native folder")
         own, kept = simpler
     layout = members[0].layout
     more, files = peft_extras.write(layout, graft, values, stock)
-    exchange = Exchange(layout, own, shape, stock)
+    exchange = Exchange(layout, own, stock)
     return _described(members, shape) | more, files if kept is None else exchange.write(kept) | files
 
 
-def _members(spec: GraftSpec, shape: ModelShape) -> list[_Member] | None:
+def _members(graft: BoundGraft) -> list[_Member] | None:
     """The methods of a union that one config of PEFT can say: one method, whose copies stand at different sites and
     differ in nothing but what single modules may have; else None."""
     try:
-        written = terms(spec.method)
-        if union(written).slots != spec.slots:
+        written = terms(graft.spec.method)
+        if union(written).slots != graft.spec.slots:
             return None
-        found = [member for term in written if (member := _member(term, shape)) is not None]
+        found = [member for term in written if (member := _member(term, graft.shape)) is not None]
     except SpecError:
         return None
     if len(found) < len(written) or len({member.layout.method for member in found}) > 1:
@@ -184,8 +184,8 @@ def _member(term: Term, shape: ModelShape) -> _Member | None:
     for side in layout.sides:
         if whole[side]:
             others = {other: "" for other in layout.sides if other != side}
-            alone = union([Term(term.name, {**term.arguments, **others}, term.layers)])
-            sides[side] = tuple(dict.fromkeys(site for _, site in sites_of(alone, shape)))
+            alone = BoundGraft(union([Term(term.name, {**term.arguments, **others}, term.layers)]), shape)
+            sides[side] = tuple(dict.fromkeys(site for _, site in alone.sites))
     if any(site.name not in (*LINEAR, *NORMS) for sites in sides.values() for site in sites):
         return None
     if not layout.sides and term.layers is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_tokens
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
@@ -17,30 +18,30 @@ from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
-from polygraft.grafts.sites import ModelShape, Site, gathered, resolve, sites_of
-from polygraft.grafts.spec import GraftSpec, SpecError, Tokens
+from polygraft.grafts.sites import ModelShape, Site, gathered, resolve
+from polygraft.grafts.spec import SpecError, Tokens
 
 Values = Mapping[str, Tensor]
 _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
 
 
 def read(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Terms to add to the method's `own` graft, their tensors, and the keys that they are read from.
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    more, values, keys = _changes(config, stored, own, shape, stock)
+    more, values, keys = _changes(config, stored, own, stock)
     if edited := peft_tokens.read(config, stored, stock):
         term, rows, places = edited
-        values[f"{len(own.slots) + len(more)}.{peft_tokens.EMBED}.p"] = rows  # each extra term has one slot
+        values[f"{len(own.spec.slots) + len(more)}.{peft_tokens.EMBED}.p"] = rows  # each extra term has one slot
         return [*more, term], values, keys | places
     return more, values, keys
 
 
 def _changes(
-    config: Config, stored: Values, own: GraftSpec, shape: ModelShape, stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Those of whole modules and biases."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
@@ -50,7 +51,8 @@ def _changes(
         raise SpecError(f"bias: {bias!r} is not none, all or the method's name with _only")
     if stock is None:
         raise FormatError(_NO_STOCK)
-    trained = Trained(stock, _wrapped(own, shape), _saved(saved, shape), bias)
+    shape = own.shape
+    trained = Trained(stock, _wrapped(own), _saved(saved, shape), bias)
     found: dict[tuple[Site, Change], Values] = {}
     keys = _said_again(trained, stored)
     for site, ends, changes in trained.sites():
@@ -62,7 +64,7 @@ def _changes(
         keys |= {*places.values()}
     more: list[Term] = []
     values: dict[str, Tensor] = {}
-    for index, (change, at, layers) in enumerate(gathered(found, shape), len(own.slots)):
+    for index, (change, at, layers) in enumerate(gathered(found, shape), len(own.spec.slots)):
         more.append(Term(change.method, {"at": "|".join(at)}, layers))
         for site in resolve(union(more[-1:]).slots[0], shape):
             values |= {f"{index}.{site}.{part}": value.float() for part, value in found[site, change].items()}
@@ -75,7 +77,7 @@ class SplitGraft:
     of whole modules and biases, each with the number of the slot that makes it, and the slot that edits the embeddings,
     with its number."""
 
-    own: GraftSpec
+    own: BoundGraft
     numbers: tuple[int, ...]
     changes: Mapping[tuple[Site, Change], int]
     edits: tuple[int, Tokens] | None = None
@@ -87,9 +89,10 @@ class SplitGraft:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
-def split(spec: GraftSpec, shape: ModelShape) -> SplitGraft:
+def split(graft: BoundGraft) -> SplitGraft:
     """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
-    whole = SplitGraft(spec, tuple(range(len(spec.slots))), {})
+    spec, shape = graft.spec, graft.shape
+    whole = SplitGraft(graft, tuple(range(len(spec.slots))), {})
     try:
         built = [(term, union([term]).slots) for term in terms(spec.method)]
         places = [[(site, slot) for slot in slots for site in resolve(slot, shape)] for _, slots in built]
@@ -119,7 +122,7 @@ def split(spec: GraftSpec, shape: ModelShape) -> SplitGraft:
                     return whole
                 changes[site, change] = first  # each of these methods has one slot
         first += len(slots)
-    return SplitGraft(union(own), tuple(numbers), changes, edited) if changes or edited else whole
+    return SplitGraft(BoundGraft(union(own), shape), tuple(numbers), changes, edited) if changes or edited else whole
 
 
 def write(
@@ -166,7 +169,7 @@ def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
     """What trains just the changes."""
     if not layout.sides:
         raise FormatError(f"modules_to_save, bias: are not written with {layout.kind}; keep the native folder")
-    wrapped = _wrapped(graft.own, stock.shape)
+    wrapped = _wrapped(graft.own)
     saved = frozenset(site for site, change in graft.changes if change is not SHIFT)
     if both := sorted(wrapped & saved):
         where = path(both[0], stock.shape)
@@ -183,8 +186,8 @@ def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
     return trained
 
 
-def _wrapped(own: GraftSpec, shape: ModelShape) -> frozenset[Site]:
-    return frozenset(site for _, site in sites_of(own, shape))
+def _wrapped(own: BoundGraft) -> frozenset[Site]:
+    return frozenset(site for _, site in own.sites)
 
 
 def _saved(saved: list[str], shape: ModelShape) -> frozenset[Site]:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.peft_modules import numbers, path
 from polygraft.grafts.methods.declare import SiteShape
 from polygraft.grafts.methods.exchange import Kept, Peft
-from polygraft.grafts.sites import KV_SITE, ModelShape, Site
-from polygraft.grafts.sizes import TensorSpec, tensors
-from polygraft.grafts.spec import GraftSpec, Slot
+from polygraft.grafts.sites import KV_SITE, Site
+from polygraft.grafts.sizes import TensorSpec
+from polygraft.grafts.spec import Slot
 
 Values = Mapping[str, Tensor]
 _SOME = 1 << 20
@@ -25,15 +26,15 @@ _SOME = 1 << 20
 class Exchange:
     """The tensors of one graft of one method on one backbone."""
 
-    def __init__(self, layout: Peft, spec: GraftSpec, shape: ModelShape, stock: BackboneFiles | None = None) -> None:
-        self._layout, self._spec, self._shape = layout, spec, shape
+    def __init__(self, layout: Peft, graft: BoundGraft, stock: BackboneFiles | None = None) -> None:
+        self._layout, self._spec, self._shape = layout, graft.spec, graft.shape
         needed = layout.untied or (layout.packed is not None and layout.packed.stock)
         if needed and stock is None:
             raise FormatError(f"{layout.kind}: PEFT keeps it together with the backbone's own numbers; name its folder")
         if layout.untied and stock is not None and stock.tied:
             raise FormatError(f"{layout.kind}: PEFT edits the head tied to the embeddings, too; keep the native folder")
-        self._more = (stock, spec) if layout.packed is not None and layout.packed.stock else ()
-        self._tensors = tensors(spec, shape)
+        self._more = (stock, graft.spec) if layout.packed is not None and layout.packed.stock else ()
+        self._tensors = graft.tensors
 
     def write(self, values: Values) -> dict[str, Tensor]:
         """PEFT's tensors by their keys, from ours by name."""

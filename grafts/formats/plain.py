@@ -10,12 +10,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.lowering import Lowered
-from polygraft.grafts.sites import LINEAR, ModelShape, Site, gathered, sites_of
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import KV, Branch, GraftSpec, Layers, Tokens
+from polygraft.grafts.sites import LINEAR, ModelShape, Site, gathered
+from polygraft.grafts.spec import KV, Branch, Layers, Tokens
 
 Values = Mapping[str, Tensor]
 
@@ -33,44 +33,45 @@ class Rank:
         return Term("lora", said, layers)
 
 
-def plain(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[GraftSpec, Values | None] | None:
+def plain(graft: BoundGraft, values: Values | None) -> tuple[BoundGraft, Values | None] | None:
     """The graft as a LoRA, prompt or prefix, exact but for rounding; None for one that is none of these. Without
     `values` only what it would be."""
-    match spec.slots:
+    match graft.spec.slots:
         case (Tokens(mode="before", gate="none", length=length),):
             simpler = union([Term("prompt", {"length": str(length)})])
         case (KV(aside=False, layers=None, length=length),):
             simpler = union([Term("prefix", {"length": str(length)})])
         case _:
-            return _lora(spec, shape, values)
-    if not _weightless(spec, shape):
+            return _lora(graft, values)
+    if not _weightless(graft):
         return None
-    return simpler, None if values is None else _operands(spec, shape, values)
+    return BoundGraft(simpler, graft.shape), None if values is None else _operands(graft, values)
 
 
-def loras(ranks: Mapping[Site, Rank], shape: ModelShape) -> GraftSpec:
+def loras(ranks: Mapping[Site, Rank], shape: ModelShape) -> BoundGraft:
     """LoRAs at just these sites, in as few terms as there are different ranks and sets of layers."""
-    return union([rank.term(names, layers) for rank, names, layers in gathered(sorted(ranks.items()), shape)])
+    terms = [rank.term(names, layers) for rank, names, layers in gathered(sorted(ranks.items()), shape)]
+    return BoundGraft(union(terms), shape)
 
 
-def _lora(spec: GraftSpec, shape: ModelShape, values: Values | None) -> tuple[GraftSpec, Values | None] | None:
+def _lora(graft: BoundGraft, values: Values | None) -> tuple[BoundGraft, Values | None] | None:
     branches: dict[Site, list[tuple[int, Branch]]] = {}
-    for index, site in sites_of(spec, shape):
-        slot = spec.slots[index]
+    for index, site in graft.sites:
+        slot = graft.spec.slots[index]
         if not (isinstance(slot, Branch) and slot.act == "identity" and slot.tap == "input" and site.name in LINEAR):
             return None
         if slot.bias or slot.gate != "none":
             return None
         branches.setdefault(site, []).append((index, slot))
-    if not _weightless(spec, shape):
+    if not _weightless(graft):
         return None
     ranks = {site: _rank([slot for _, slot in those]) for site, those in branches.items()}
-    simpler = loras(ranks, shape)
+    simpler = loras(ranks, graft.shape)
     if values is None:
         return simpler, None
-    operands = _operands(spec, shape, values)
+    operands = _operands(graft, values)
     found: dict[str, Tensor] = {}
-    for index, site in sites_of(simpler, shape):
+    for index, site in simpler.sites:
         first = branches[site][0][1].scale or 1.0
         A = [operands[f"{i}.{site}.A"] for i, _ in branches[site]]
         B = [operands[f"{i}.{site}.B"] * (slot.scale / first) for i, slot in branches[site]]
@@ -84,18 +85,20 @@ def _rank(branches: list[Branch]) -> Rank:
     return Rank(r, (branches[0].scale or 1.0) * r, max(branch.dropout for branch in branches))
 
 
-def _operands(spec: GraftSpec, shape: ModelShape, values: Values) -> Values:
+def _operands(graft: BoundGraft, values: Values) -> Values:
     with torch.no_grad():
-        return Lowered(spec, shape, _refuse, _refuse).make(values)
+        return Lowered(graft, _refuse, _refuse).make(values)
 
 
-def _weightless(spec: GraftSpec, shape: ModelShape) -> bool:
+def _weightless(graft: BoundGraft) -> bool:
     """Whether the operands are made of the graft's own tensors alone: tried with zeros in one layer."""
-    if all(slot.form is None for slot in spec.slots):
+    slots = graft.spec.slots
+    if all(slot.form is None for slot in slots):
         return True
-    one = replace(spec, slots=tuple(replace(slot, layers=(min(slot.layers or (0,)),)) for slot in spec.slots))
+    first = tuple(replace(slot, layers=(min(slot.layers or (0,)),)) for slot in slots)
+    one = BoundGraft(replace(graft.spec, slots=first), graft.shape)
     try:
-        _operands(one, shape, {tensor.name: torch.zeros(tensor.shape) for tensor in tensors(one, shape)})
+        _operands(one, {tensor.name: torch.zeros(tensor.shape) for tensor in one.tensors})
     except FormatError:
         return False
     return True

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import adapterhub, native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.spec import GraftSpec
 
 
-def read(folder: Path, backbone: Backbone) -> tuple[GraftSpec, Mapping[str, Tensor]]:
+def read(folder: Path, backbone: Backbone) -> tuple[BoundGraft, Mapping[str, Tensor]]:
     """Our own folder, PEFT's or AdapterHub's; raises FormatError for another, or a graft that does not fit."""
     if (folder / native.DESCRIPTION).is_file():
         stored = native.load(folder, shape=backbone.shape, backbone=backbone.fingerprint)
-        return stored.spec, stored.tensors
+        return stored.graft, stored.tensors
     config = peft.config_of(folder)
     if adapterhub.wrote(config):
         return adapterhub.load(folder, backbone)

@@ -10,25 +10,24 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.plain import Rank, loras
 from polygraft.grafts.merge import Fold
-from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.spec import GraftSpec
+from polygraft.grafts.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
     """A LoRA in place of a graft; `loss` is ||dW - B A|| / ||dW|| over all sites together (0: nothing was lost)."""
 
-    spec: GraftSpec
+    graft: BoundGraft
     tensors: Mapping[str, Tensor]
     loss: float
 
 
 def to_lora(
-    spec: GraftSpec,
-    shape: ModelShape,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     weight: Callable[[Site], Tensor],
     *,
@@ -47,19 +46,21 @@ def to_lora(
         raise FormatError(f"rank: {rank} is not a size; give at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise FormatError(f"energy: {energy} is outside (0, 1]")
-    fold = Fold(spec, shape, {name: value.double() for name, value in values.items()}, lambda s: weight(s).double())
+    fold = Fold(graft, {name: value.double() for name, value in values.items()}, lambda s: weight(s).double())
     found: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
     for site in fold.sites:
         merged = fold.at(site)
         if merged.bias is not None and bool(merged.bias.count_nonzero()):
-            raise FormatError(f"{spec.method!r} changes the bias of {site}, which a LoRA cannot; export merged weights")
+            raise FormatError(
+                f"{graft.spec.method!r} changes the bias of {site}, which a LoRA cannot; export merged weights"
+            )
         found[site] = torch.linalg.svd(merged.weight - weight(site).double(), full_matrices=False)
     if rank is None:
         assert energy is not None
         rank = max(_rank(S, energy) for _, S, _ in found.values())
-    chosen = loras(dict.fromkeys(found, Rank(rank, float(rank))), shape)
+    chosen = loras(dict.fromkeys(found, Rank(rank, float(rank))), graft.shape)
     tensors: dict[str, Tensor] = {}
-    for index, site in sites_of(chosen, shape):
+    for index, site in chosen.sites:
         U, S, Vh = found[site]
         kept = min(rank, len(S))
         root = S[:kept].sqrt()

@@ -97,6 +97,24 @@ class Lowering:
     draw: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class IntegerGrid:
+    """A matrix of small integers: W[o, g, i] = scale[o, g] q[o, g, i] + offset[o, g], for the inputs i of group g.
+
+    q [out, groups, inputs of a group] are whole numbers, 2^bits values of a row's group at most; scale and offset are
+    [out, groups]. All have the dtype that the weights are wanted in.
+    """
+
+    q: Tensor
+    scale: Tensor
+    offset: Tensor
+    bits: int
+
+    def weight(self) -> Tensor:
+        """W [out, in]."""
+        return (self.scale.unsqueeze(-1) * self.q + self.offset.unsqueeze(-1)).flatten(1)
+
+
 def _nothing(*_: object, **__: object) -> Mapping[str, TensorDecl]:
     return {}
 
@@ -108,7 +126,12 @@ class Parametrization:
     `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
     `operands` maps their values, by part, to the op's operands (A [rank, in] and B [rank, out] of a branch, "W" [out,
     in] of a delta, ...): pure and differentiable, in the values' dtype. One that runs rows through the frozen layers
-    (`runs_layers`) needs a decoder, whose rows see none but those before them.
+    (`runs_layers`) needs a decoder, whose rows see none but those before them. `grid`, of a delta whose W + dW lies on
+    a grid of integers, gives them from the same arguments, so that nothing is rounded when it is merged.
+
+    Parts in `kept` are operands as they are, so that a frozen one asks for no gradient and for none of what that takes
+    of a forward. `absent` says at which layers no row of the graft passes its op at a draw (None when it is served,
+    where such sites have no tensors either); they then cost nothing.
     """
 
     name: str
@@ -116,14 +139,17 @@ class Parametrization:
     own: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, place, **arguments)
     shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
     runs_layers: bool = False
+    grid: Callable[..., IntegerGrid] | None = None
+    kept: tuple[str, ...] = ()
+    absent: Callable[..., bool] | None = None  # (layer, draw, **arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """Starting values by name: `make(tensor, making, **arguments)` returns the tensor's value.
 
-    `check(tensor, spec, sources, shape, **arguments)` raises SpecError where the specs of the grafts that it starts
-    from do not give it; without tensors, so that a request can be refused.
+    `check(tensor, graft, sources, **arguments)` raises SpecError where the grafts that it starts from, by name, do
+    not give it; without tensors, so that a request can be refused.
     """
 
     name: str

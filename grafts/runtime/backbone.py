@@ -19,6 +19,7 @@ from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.generated import check_inputs
+from polygraft.grafts.runtime.layer_plan import LayerPlan
 from polygraft.grafts.runtime.linears.choose import BLOCK, HEAD_BLOCK, frozen_linear
 from polygraft.grafts.runtime.padding import padded
 from polygraft.grafts.runtime.patches import Patches
@@ -71,6 +72,7 @@ class Backbone:
         scaled = head is not None and getattr(model.config, "scale_decoder_outputs", False)
         self._scale: float | None = shape.hidden**-0.5 if scaled else None  # T5's, before its head
         self.linears, self.projections = adoption.linears, adoption.projections
+        self._plan = LayerPlan.of(self.base, shape, adoption.projections)
         self._patches: Patches | None = Patches.of(self.base) if table.patches else None
         self.embedding = embed.get_parameter("weight").detach() if self._patches is None else self._patches.bare
         self._factor: Tensor | None = getattr(embed, "embed_scale", None)  # Gemma's
@@ -101,7 +103,8 @@ class Backbone:
 
         For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
         lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving. With
-        `quantise` the projections of the layers are in NF4 (QLoRA), and the backbone is another one by its fingerprint.
+        `quantise` the projections of the layers are in NF4 (QLoRA, LoftQ), and the backbone is another one by its
+        fingerprint.
         """
         config = json.loads((folder / "config.json").read_text())
         shape = ModelShape.from_config(config)
@@ -116,7 +119,7 @@ class Backbone:
 
     def stacks(self, residents: Sequence[Resident], *, trainable: bool = False) -> Stacks:
         """Weight stacks of `residents`, wherever their tensors lie, for this backbone's device, dtype and linears."""
-        made_on = self.shape, self.dtype, self.linears, self.run_from_layer
+        made_on = self.dtype, self.linears, self.run_from_layer
         return Stacks.of(residents, *made_on, device=self.device, trainable=trainable)
 
     def forward(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
@@ -133,7 +136,11 @@ class Backbone:
             if rows.entry_layer is not None and rows.inputs_embeds is not None:
                 entry = Entry(rows.entry_layer, rows.inputs_embeds)
             route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, entry)
-            hidden = self._run(self.base, rows, route)
+            learns = stacks.trainable and torch.is_grad_enabled() and bool(rows.spans)
+            lowest = route.lowest_layer() if learns else 0
+            hidden = self._run(self.base, rows, replace(route, lowest=lowest or 0))
+            if lowest is None:  # nobody's backward has anywhere to go
+                hidden = hidden.detach()
         else:
             if rows.source is None or not isinstance(attention, WholeSequences):
                 raise SpecError(f"rows: {self.shape.arch} reads whole sequences, each with a source")
@@ -150,7 +157,11 @@ class Backbone:
         """Last states of the rows and of their padding."""
         full, taken = rows.padded(padded(len(rows))), "inputs_embeds" if self._patches is None else "pixel_values"
         with routed(route):
-            more[taken] = embed(full, self.embedding, self._factor, route)[None]
+            embedded = embed(full, self.embedding, self._factor, route)
+            planned = None if self._plan is None else self._plan.run(embedded, full.positions, route)
+            if planned is not None:
+                return planned
+            more[taken] = embedded[None]
             hidden: Tensor = module(
                 position_ids=full.positions[None] + self._first_position, use_cache=False, **more
             ).last_hidden_state[0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch.nn import functional as F
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import KV, Layers, SpecError
 from polygraft.kernels.kv.layout import Continued, outside
+from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged, supports
 from polygraft.kernels.kv.scores import Scores
 
 BUCKET_BLOCKS = (
@@ -54,8 +55,8 @@ class KVCache:
 
     def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
         """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
-        for tensor in tensors(resident.spec, self.shape):
-            slot = resident.spec.slots[tensor.slot]
+        for tensor in resident.graft.tensors:
+            slot = resident.graft.spec.slots[tensor.slot]
             if isinstance(slot, KV) and not slot.aside and tensor.site is not None:
                 slots = _slots(table, 0, tensor.shape[0], self.block_size).to(self.data.device)
                 rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]
@@ -110,10 +111,35 @@ class PagedAttention:
 
     def __init__(self, cache: KVCache, sequences: Sequence[PagedSequence]) -> None:
         self.cache, self._sequences = cache, tuple(sequences)
-        slots = torch.cat([_slots(s.table, s.before, s.rows, cache.block_size) for s in sequences])
-        rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in sequences])
-        self._slots, self._rows = (index.to(cache.data.device) for index in (slots, rows))
         self._by_window: dict[int | None, list[_Group]] = {}
+
+    def slots(self, rows: int) -> list[int]:
+        """The cache row of each of a forward's `rows`, -1 for those of no sequence."""
+        found, size = [-1] * rows, self.cache.block_size
+        for s in self._sequences:
+            places = range(s.before, s.before + s.rows)
+            found[s.start : s.start + s.rows] = [s.table[p // size] * size + p % size for p in places]
+        return found
+
+    def hold(self, pages: Pages) -> None:
+        """Put the sequences where compiled attention reads them."""
+        layers = range(self.cache.shape.layers) if any(s.prefix_layers is not None for s in self._sequences) else (0,)
+        continued = [Continued(s.start, s.rows, s.before, s.table) for s in self._sequences]
+        pages.hold(continued, [[s.unseen(layer) for s in self._sequences] for layer in layers])
+
+    @cached_property
+    def _pages(self) -> Pages:
+        pages = Pages()
+        self.hold(pages)
+        return pages
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The rows of all sequences and the cache rows that they are written to."""
+        size, device = self.cache.block_size, self.cache.data.device
+        slots = torch.cat([_slots(s.table, s.before, s.rows, size) for s in self._sequences])
+        rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in self._sequences])
+        return rows.to(device), slots.to(device)
 
     def _groups(self, window: int | None) -> list[_Group]:
         """The sequences by row count and context bucket, from the first whole bucket that the window reaches into."""
@@ -149,15 +175,18 @@ class PagedAttention:
 
     def _over(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores, sums: Tensor | None) -> Tensor:
         """Writes the log sums of scores into `sums`, where they are asked for."""
-        data = self.cache.data[layer]
-        new = torch.stack([x.index_select(0, self._rows) for x in (k, v)], dim=1)
-        data.flatten(0, 1).index_copy_(0, self._slots, new)
+        data, (rows, slots) = self.cache.data[layer], self._places
+        new = torch.stack([x.index_select(0, rows) for x in (k, v)], dim=1)
+        data.flatten(0, 1).index_copy_(0, slots, new)
         if q.is_cuda:
             from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
             heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
             continued = [Continued(s.start, s.rows, s.before, s.table, s.unseen(layer)) for s in self._sequences]
             return gpu.attend_paged(q, data, continued, heads, kv_heads, scores, sums)
+        if supports(q, data, scores):
+            asked = PagedLayer(layer, self.cache.shape.heads, self.cache.shape.kv_heads, scores)
+            return attend_paged(q, data, self._pages, asked, sums)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups(scores.window):
             own = q.index_select(0, group.rows)

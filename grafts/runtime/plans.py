@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from polygraft.grafts.runtime.fused import fused_branches
+from polygraft.grafts.runtime.fused import FusedBranches, Unfused, fused_branches
 from polygraft.grafts.runtime.keys import BranchKey, KVKey, Phase
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.grafts.runtime.route import RouteTable
@@ -55,12 +55,19 @@ def linear_plan(group: Sequence[Site], member: int, linear: FrozenLinear, route:
     )
 
 
-def _linear(group: Sequence[Site], member: int, linear: FrozenLinear, stacks: Stacks, *, dropping: bool) -> Plan:
-    site = group[member]
-    fused, unfused = stacks.derived(
+def branches_of(
+    group: Sequence[Site], stacks: Stacks, *, dropping: bool = False
+) -> tuple[FusedBranches, list[Unfused]]:
+    """The branches of a fused linear whose projections stand at `group`, and of each those that are not fused."""
+    return stacks.derived(
         (fused_branches, group[0], dropping),
         lambda: fused_branches([stacks.get(one) for one in group], dropping=dropping),
     )
+
+
+def _linear(group: Sequence[Site], member: int, linear: FrozenLinear, stacks: Stacks, *, dropping: bool) -> Plan:
+    site = group[member]
+    fused, unfused = branches_of(group, stacks, dropping=dropping)
     here = stacks.get(site)
     changing = [(key, stack) for phase in _ON_INPUT for key, stack in here.items() if key.phase is phase]
     on_input = [step_of(key, stack, site, stacks) for key, stack in changing]

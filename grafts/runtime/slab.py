@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec
+from polygraft.grafts.bound import BoundGraft
 
 
 class Slab:
@@ -20,16 +18,11 @@ class Slab:
     """
 
     def __init__(
-        self,
-        spec: GraftSpec,
-        shape: ModelShape,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, graft: BoundGraft, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        layout = tensors(spec, shape)
-        self.trained = tuple(t for t in layout if t.trained)
+        layout, self.trained = graft.tensors, graft.trained
         self._sizes = [t.numel for t in self.trained]
-        parts = (torch.zeros(sum(self._sizes), dtype=dtype, device=device) for _ in range(3))
+        parts = (torch.zeros(graft.parameters, dtype=dtype, device=device) for _ in range(3))
         self.master, self.exp_avg, self.exp_avg_sq = parts
         self.frozen = {t.name: torch.zeros(t.shape, dtype=dtype, device=device) for t in layout if not t.trained}
         self.views = self._by_name(self.master)

@@ -13,13 +13,14 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import Lowered, no_layers
 from polygraft.grafts.methods.declare import RunFromLayer
 from polygraft.grafts.runtime.keys import OpKey, Phase, op_key
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.grafts.runtime.row_norms import rescale
 from polygraft.grafts.runtime.stack import OperandView, Stack, StackSlice, StackSlices
-from polygraft.grafts.sites import ModelShape, Site
+from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import Branch, GraftSpec, Slot
 
@@ -30,15 +31,19 @@ _EMPTY: Mapping[OpKey, Stack] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A graft whose tensors are to be computed with; `tensors` by their names in `sizes.tensors`, usually float32.
+    """A graft whose tensors are to be computed with; `tensors` by the names of the graft's, usually float32.
 
     `draw` is the number that forms are redrawn with at the step ahead (`methods.declare.Lowering`), None when served.
     """
 
     id: str
-    spec: GraftSpec
+    graft: BoundGraft
     tensors: Mapping[str, Tensor]
     draw: Callable[[], int | None] = lambda: None
+
+    @property
+    def spec(self) -> GraftSpec:
+        return self.graft.spec
 
     def to(self, device: torch.device) -> Resident:
         """The same with its tensors on a device; those that are there already are the same ones."""
@@ -54,9 +59,9 @@ def weight(linears: Mapping[Site, tuple[FrozenLinear, int]], site: Site) -> Tens
 
 @dataclass(frozen=True)
 class Stacks:
-    """All stacks of a set of residents, by site; `views` by resident in the order of `sizes.operands`. `refresh` makes
-    a resident's operands again after its tensors changed. What is compiled of them, plans above all, is kept here and
-    dies with them.
+    """All stacks of a set of residents, by site; `views` by resident in the order of its graft's operands. `refresh`
+    makes a resident's operands again after its tensors changed. What is compiled of them, plans above all, is kept here
+    and dies with them.
 
     Matrices and prefix rows are in the backbone's dtype, operands of `wide` keys in float32 or wider, indices are
     integers.
@@ -74,7 +79,6 @@ class Stacks:
     @staticmethod
     def of(
         residents: Sequence[Resident],
-        shape: ModelShape,
         dtype: torch.dtype,
         linears: Mapping[Site, tuple[FrozenLinear, int]],
         run_from_layer: RunFromLayer = no_layers,
@@ -82,18 +86,19 @@ class Stacks:
         device: torch.device,
         trainable: bool = False,
     ) -> Stacks:
-        """Stacks holding `residents` in order, all on a device; with `trainable` each stack is a leaf that collects a
-        gradient. `run_from_layer` runs the rows of forms through the backbone's layers."""
+        """Stacks holding `residents` in order, all on a device; with `trainable` each stack with a trained operand is
+        a leaf that collects a gradient. `run_from_layer` runs the rows of forms through the backbone's layers."""
         residents = [resident.to(device) for resident in residents]
-        lowered = tuple(Lowered(r.spec, shape, lambda site: weight(linears, site), run_from_layer) for r in residents)
+        lowered = tuple(Lowered(r.graft, lambda site: weight(linears, site), run_from_layer) for r in residents)
         at, views = build(list(zip(residents, lowered, strict=True)), dtype, device)
         stacks = Stacks(tuple(residents), lowered, at, views, linears, trainable)
         for index in range(len(residents)):
             stacks.refresh(index)
         if trainable:
-            for own in views:
+            for made, own in zip(lowered, views, strict=True):
                 for view in own:
-                    view.stack.requires_grad_(view.stack.is_floating_point())
+                    if view.stack.is_floating_point() and made.trained(view.tensor):
+                        view.stack.requires_grad_()
         return stacks
 
     def get(self, site: Site) -> Mapping[OpKey, Stack]:
@@ -207,9 +212,11 @@ def build(
                 built[part], first = stack, 0
                 slices: list[StackSlice] = []
                 for (index, tensor, slot), height in zip(members, heights, strict=True):
+                    resident, lowered = residents[index]
                     views[index].append(OperandView(tensor, stack, first, first + height))
                     says = (slot.scale, slot.dropout, (slot.first, slot.last)) if isinstance(slot, Branch) else ()
-                    slices.append(StackSlice(index, first, first + height, *says))
+                    absent = lowered.absence(tensor.slot, site.layer, resident.draw)
+                    slices.append(StackSlice(index, first, first + height, *says)._replace(absent=absent))
                     first += height
                 placed[part] = StackSlices(tuple(slices))
             if key.phase is Phase.NORM:

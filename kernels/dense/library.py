@@ -1,4 +1,5 @@
-"""The compiled part of the dense op, linear.cpp: built by this machine's compiler when it is first asked for."""
+"""The compiled part of the dense op, linear.cpp, and how it and other sources are built: by this machine's compiler,
+when they are first asked for."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from polygraft.kernels.common.atomic import make_folder, whole_file
 
 SOURCE = Path(__file__).with_name("linear.cpp")
+FOLDER = Path(__file__).parents[1]  # sources include the headers of kernels/ by their paths in it
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 VECTORS, TILES = {"avx512bw", "avx512vl", "avx512_bf16"}, {"amx_tile", "amx_bf16"}  # what a CPU must have, and may
 LIMIT = "ONEDNN_MAX_CPU_ISA"  # who holds oneDNN to an older instruction set means us, too
@@ -49,9 +51,9 @@ def load(path: Path) -> ctypes.CDLL:
     return found
 
 
-def build() -> Path:
-    """The path of the built library, with AMX's tiles where there are any, else with AVX-512's products of bf16. Raises
-    Unavailable on a CPU without either, or without a compiler that builds it.
+def build(source: Path = SOURCE, *more: str) -> Path:
+    """The path of the library built of a source with `more` flags: with AMX's tiles where there are any, else with
+    AVX-512's products of bf16. Raises Unavailable on a CPU without either, or without a compiler that builds it.
 
     It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
     may be shared by machines that differ.
@@ -66,26 +68,29 @@ def build() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler is on PATH; install g++ 11 or later")
-    flags = (*FLAGS, "-DAMX") if tiles else FLAGS
-    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h"))]
-    made_from = (SOURCE.read_text(), *sources, compiler, *flags, *sorted(features))
-    path = _folder() / f"linear-{sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
+    flags = (*FLAGS, *more, "-DAMX") if tiles else (*FLAGS, *more)
+    headers = [path.read_text() for path in sorted(FOLDER.glob("*/*.h"))]
+    made_from = (source.read_text(), *headers, compiler, *flags, *sorted(features))
+    path = _folder() / f"{source.stem}-{sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        _compile(compiler, flags, path)
+        _compile(compiler, flags, source, path)
     return path
 
 
-def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> None:
     make_folder(path.parent, mode=0o700)
     with whole_file(path) as made:  # at once, however many processes build it
         try:
             ran = subprocess.run(
-                [compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT_S
+                [compiler, *flags, f"-I{FOLDER}", str(source), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"{compiler}: {error}") from None
         if ran.returncode:
-            raise Unavailable(f"{compiler} cannot build {SOURCE.name}: {ran.stderr.strip()[-500:]}")
+            raise Unavailable(f"{compiler} cannot build {source.name}: {ran.stderr.strip()[-500:]}")
 
 
 def _folder() -> Path:

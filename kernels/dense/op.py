@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.kernels.common.compiled import Call
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.dense.library import library
 
@@ -117,14 +118,17 @@ def linear(x_TI: Tensor, weights: Weights, work: Work = (), *, keep: bool = Fals
     values between A and B are rounded to bf16. Not differentiable.
     """
     kept = [_kept(x_TI, segments) for _, segments in work] if keep else []
-    rows, terms = len(x_TI), weights.in_features
-    branches: list[int] = []
-    for i, (branch, segments) in enumerate(work):
-        _, column, width = weights.places[branch.member]
-        where = _listed(segments, rows, branch.ranks)
-        branches += (*branch.pointers, *where, 0, terms, column, width)
-        branches += (ACTIVATIONS.index(branch.act), kept[i].data_ptr() if keep else 0, 0)
-    return _call(x_TI, weights, branches), kept
+    return _call(x_TI, weights, _forward(len(x_TI), weights, work, [values.data_ptr() for values in kept])), kept
+
+
+def ready(x_TI: Tensor, weights: Weights, work: Work, out_TO: Tensor) -> Call:
+    """The call that writes `linear` of these tensors, as they will be then, to `out`, contiguous."""
+    compiled = library()
+    assert compiled is not None and x_TI.stride(1) == 1 and out_TO.is_contiguous()
+    call = _arguments(x_TI, weights, _forward(len(x_TI), weights, work), out_TO)
+    address = ctypes.cast(compiled.linear, ctypes.c_void_p).value
+    assert address is not None
+    return Call("linear", compiled.linear, address, call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO))
 
 
 def transposed(
@@ -159,18 +163,34 @@ def outer(kept: Tensor, x_TD: Tensor, segments: Segments, ranks: int) -> Tensor:
     return out
 
 
+def _forward(rows: int, weights: Weights, work: Work, kept: Sequence[int] = ()) -> list[int]:
+    """The branches of a product as linear.cpp reads them, and where it keeps their values."""
+    branches: list[int] = []
+    for i, (branch, segments) in enumerate(work):
+        _, column, width = weights.places[branch.member]
+        where = _listed(segments, rows, branch.ranks)
+        branches += (*branch.pointers, *where, 0, weights.in_features, column, width)
+        branches += (ACTIVATIONS.index(branch.act), kept[i] if kept else 0, 0)
+    return branches
+
+
 def _call(x: Tensor, weights: Weights, branches: list[int]) -> Tensor:
     compiled = library()
+    assert compiled is not None
     x = x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_empty(len(x), weights.out_features)
+    call = _arguments(x, weights, branches, out)  # held until the call is over
+    compiled.linear(call.buffer_info()[0])
+    return out
+
+
+def _arguments(x: Tensor, weights: Weights, branches: list[int], out: Tensor) -> array[int]:
     rows, terms = x.shape
-    assert compiled is not None and x.dtype == torch.bfloat16 and terms == weights.in_features
-    out = x.new_empty(rows, weights.out_features)
+    assert x.dtype == torch.bfloat16 and terms == weights.in_features
     head = (x.data_ptr(), x.stride(0), rows, terms, weights.data.data_ptr(), weights.layout)
     members = (weights.table.buffer_info()[0], len(weights.places))
     tail = (out.data_ptr(), weights.out_features, len(branches) // FIELDS, torch.get_num_threads())
-    call = array("q", (*head, *members, *tail, *branches))  # ctypes' own arrays take ten times as long to fill
-    compiled.linear(call.buffer_info()[0])
-    return out
+    return array("q", (*head, *members, *tail, *branches))  # ctypes' own arrays take ten times as long to fill
 
 
 def _places(widths: Iterable[int]) -> Iterator[tuple[int, int, int]]:

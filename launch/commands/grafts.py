@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from polygraft.cluster.model import Graft, GraftId, TenantId
+from polygraft.cluster.policy.budget import state_bytes
 from polygraft.cluster.publish import BadName, adopt
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.base import Store
@@ -24,7 +25,7 @@ from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.s4 import s4
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
@@ -32,6 +33,7 @@ from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, p
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.runtime.backbone import Backbone
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
@@ -89,27 +91,25 @@ def export_graft(
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors():
         loaded = load_backbone(backbone)
-        spec, values = read(graft, loaded)
+        bound, values = read(graft, loaded)
         if rank is not None or energy is not None:
-            found = to_lora(spec, loaded.shape, values, loaded.weight, rank=rank, energy=energy)
-            spec, values = found.spec, found.tensors
-            typer.echo(f"{spec.method}: lost {found.loss:.2%} of the norm of dW")
+            found = to_lora(bound, values, loaded.weight, rank=rank, energy=energy)
+            bound, values = found.graft, found.tensors
+            typer.echo(f"{bound.spec.method}: lost {found.loss:.2%} of the norm of dW")
         match form:
             case Form.MERGED:
-                merged.export(target, spec, values, backbone=loaded.folder)
+                merged.export(target, bound, values, backbone=loaded.folder)
             case Form.PEFT:
                 if target.exists():
                     raise FormatError(f"{target}: exists already; name a folder that does not")
                 stock = BackboneFiles(loaded.folder)
                 with whole_folder(target) as draft:
-                    peft.export(draft, spec, values, shape=loaded.shape, base=backbone, stock=stock)
+                    peft.export(draft, bound, values, base=backbone, stock=stock)
             case Form.GGUF:
-                gguf_lora.export(target, spec, values, shape=loaded.shape)
+                gguf_lora.export(target, bound, values)
             case Form.NATIVE:
                 stock = BackboneFiles(loaded.folder)
-                typer.echo(
-                    native.save(target, spec, values, shape=loaded.shape, backbone=loaded.fingerprint, stock=stock)
-                )
+                typer.echo(native.save(target, bound, values, backbone=loaded.fingerprint, stock=stock))
 
 
 @grafts.command("import")
@@ -139,7 +139,7 @@ def adopted(
     settings: Settings,
     tenant: TenantId,
     name: str,
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     loaded: Backbone,
     promote: bool,
@@ -147,27 +147,25 @@ def adopted(
     """The graft, saved and published under the name."""
     from polygraft.grafts.formats import native
     from polygraft.grafts.formats.backbone_files import BackboneFiles
-    from polygraft.grafts.sizes import parameters
 
     root = settings.data / "grafts"
-    identity = native.save(
-        root, spec, values, shape=loaded.shape, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder)
-    )
+    identity = native.save(root, graft, values, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder))
     return adopt(
         store,
         tenant,
         name,
         graft=GraftId(identity),
-        method=spec.method,
+        method=graft.spec.method,
         backbone_fingerprint=loaded.fingerprint,
-        parameters=parameters(spec, loaded.shape),
+        parameters=graft.parameters,
+        context_length=graft.context_length,
         bytes=native.size(root / identity),
         at=time.time(),
         promote=promote,
     )
 
 
-def load_backbone(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone
@@ -198,7 +196,8 @@ def methods(
 ) -> None:
     """List the methods a graft can be made of, with their arguments and what follows from their slots.
 
-    Parameters are those of the defaults on Llama 7B, or on the backbone of --config.
+    Parameters, and the memory that a job of them takes in training beside the backbone and its activations, are those
+    of the defaults on Llama 7B, or on the backbone of --config.
     """
     known = [method for method in table().values() if name in (None, method.name, *method.aliases)]
     if not known:
@@ -217,12 +216,13 @@ def methods(
         print_json([_json(method, entry(method, shape)) for method in known])
         return
     print_table(
-        ("method", "family", "#parameters", "merges", "#learning rate", "paper"),
+        ("method", "family", "#parameters", "#training", "merges", "#learning rate", "paper"),
         (
             (
                 escape(_usage(method)),
                 line.family,
                 f"{line.parameters:,}",
+                f"{state_bytes(line.parameters, line.frozen) / 1e6:,.1f} MB",
                 "yes" if line.mergeable else "",
                 f"{method.learning_rate:g}",
                 escape(method.paper),
@@ -252,6 +252,7 @@ def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
     }
     return {
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
+        "training_bytes": state_bytes(line.parameters, line.frozen),
         "arguments": arguments,
         "peft": list(dict.fromkeys(layout.kind for layout in layouts() if layout.method == method.name)),
         "learning_rate": method.learning_rate,

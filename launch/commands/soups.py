@@ -36,7 +36,6 @@ def soup_of(
     """Give the local service the mean of grafts (AdapterSoup), or with --examples their weighted sum (LoRAHub)."""
     from polygraft.grafts.compose import lorahub, soup
     from polygraft.grafts.formats import native
-    from polygraft.grafts.sizes import tensors
     from polygraft.grafts.spec import SpecError
     from polygraft.grafts.text.jsonl import DataError, read
     from polygraft.grafts.text.tokenise import Tokeniser
@@ -51,12 +50,11 @@ def soup_of(
             native.load(settings.data / "grafts" / record.id, shape=loaded.shape, backbone=loaded.fingerprint)
             for record in records
         ]
-        spec, values = stored[0].spec, [one.tensors for one in stored]
-        if any(one.spec.slots != spec.slots for one in stored):
-            raise SpecError(f"members: {', '.join(one.spec.method for one in stored)} are not of one spec")
-        layout = tensors(spec, loaded.shape)
+        bound, values = stored[0].graft, [one.tensors for one in stored]
+        if any(one.graft.spec.slots != bound.spec.slots for one in stored):
+            raise SpecError(f"members: {', '.join(one.graft.spec.method for one in stored)} are not of one spec")
         if examples is None:
-            made = soup(layout, values)
+            made = soup(bound.tensors, values)
         else:
             tokeniser = Tokeniser.load(loaded.folder)
             try:
@@ -64,10 +62,10 @@ def soup_of(
             except (DataError, OSError) as error:
                 raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
             few = [Sample(one.ids, one.weights) for one in encoded]
-            hub = lorahub(layout, values, lambda made: mean_loss(loaded, spec, made, few), steps=steps)
+            hub = lorahub(bound.tensors, values, lambda made: mean_loss(loaded, bound, made, few), steps=steps)
             typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
             made = dict(hub.tensors)
-        graft = adopted(store, settings, TenantId(tenant), name, spec, made, loaded, promote)
+        graft = adopted(store, settings, TenantId(tenant), name, bound, made, loaded, promote)
     store.close()
     typer.echo(graft.model)
 

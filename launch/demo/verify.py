@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.jsonl import read
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.launch.corpus import Share
@@ -52,9 +54,9 @@ def verify(
     """`folder` holds the backbone; each job comes with its tenant's data and the held-out loss that the pack
     reached."""
     backbone, tokeniser = Backbone.load(folder), Tokeniser.load(folder)
-    prepared = [(plan, _job(plan, share, tokeniser), packed) for plan, share, packed in jobs]
+    prepared = [(plan, _job(plan, backbone.shape, share, tokeniser), packed) for plan, share, packed in jobs]
     starts = [
-        initialise(job.spec, backbone, seed=SEED, samples=[sample.ids for sample in job.train])
+        initialise(job.graft, backbone, seed=SEED, samples=[sample.ids for sample in job.train])
         for _, job, _ in prepared
     ]
     del backbone
@@ -64,7 +66,7 @@ def verify(
     )
 
 
-def _job(plan: DemoJob, share: Share, tokeniser: Tokeniser) -> TrainJob:
+def _job(plan: DemoJob, shape: ModelShape, share: Share, tokeniser: Tokeniser) -> TrainJob:
     def samples(jsonl: bytes) -> tuple[Sample, ...]:
         encoded = (tokeniser.encode_example(example, plan.max_length) for example in read(jsonl))
         return tuple(Sample(tokens.ids, tokens.weights) for tokens in encoded)
@@ -76,7 +78,8 @@ def _job(plan: DemoJob, share: Share, tokeniser: Tokeniser) -> TrainJob:
         schedule=plan.schedule,
         seed=SEED,
     )
-    return TrainJob(plan.label, parse(plan.peft), recipe, samples(share.train_jsonl), samples(share.held_out_jsonl))
+    graft = BoundGraft(parse(plan.peft), shape)
+    return TrainJob(plan.label, graft, recipe, samples(share.train_jsonl), samples(share.held_out_jsonl))
 
 
 def _trained_alone(

@@ -15,8 +15,6 @@ from starlette.concurrency import run_in_threadpool
 from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.validation import shown
-from polygraft.grafts.grammar import parse
-from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
@@ -97,13 +95,13 @@ def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> Gene
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=randbits(63) if body.seed is None else body.seed,
         eos_ids=api.tokeniser.eos_ids,
-        prefix=_prefix(graft),
+        prefix=graft.context_length if graft else 0,
     )
 
 
 def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft | None) -> int:
     """How many tokens the answer may have: what was asked, or all the context has room for."""
-    prefix = _prefix(graft)
+    prefix = graft.context_length if graft else 0
     room = api.max_context - prompt - prefix
     asked = body.max_completion_tokens or body.max_tokens
     if room < 1 or (asked or 1) > room:
@@ -114,14 +112,6 @@ def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft
             code="context_length_exceeded",
         )
     return asked or room
-
-
-def _prefix(graft: Graft | None) -> int:
-    """Virtual tokens of the graft; an imported one may be described in words that say nothing of them."""
-    try:
-        return parse(graft.method).context_length if graft else 0
-    except SpecError:
-        return 0  # the engine knows, and refuses what does not fit
 
 
 async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:

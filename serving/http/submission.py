@@ -10,16 +10,16 @@ from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
 from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
-from polygraft.cluster.policy.budget import job_bytes, state_bytes
+from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
 from polygraft.grafts.grammar import learning_rate, parse, pinned
-from polygraft.grafts.sizes import frozen, parameters
 from polygraft.grafts.sources import check
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text import jsonl
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import bad_request, not_found
@@ -40,8 +40,8 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         raise not_found("model", request.model, param="model")
     spec = request.to_spec()
     try:
-        graft = parse(spec.peft)
-        sizes = parameters(graft, api.shape), frozen(graft, api.shape)
+        graft = BoundGraft(request.graft, api.shape)
+        sizes = graft.parameters, graft.frozen
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
@@ -51,7 +51,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     except SpecError as error:
         raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
     if spec.learning_rate is None:
-        rate = learning_rate(graft) * spec.learning_rate_multiplier
+        rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
     for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
         if file is not None:
@@ -59,11 +59,11 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     return _job(api, tenant, request, spec, sizes)
 
 
-def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str:
+def _over_others(api: Api, tenant: TenantId, peft: str, graft: BoundGraft) -> str:
     """`peft` with the versions of the grafts that it is made over, which must give what it takes of them."""
     found: dict[str, Graft] = {}
-    specs: dict[str, GraftSpec] = {}
-    for name in graft.sources:
+    bound: dict[str, BoundGraft] = {}
+    for name in graft.spec.sources:
         try:
             source = resolve(api.store, tenant, name, api.backbone)
         except UnknownModel:
@@ -74,10 +74,10 @@ def _over_others(api: Api, tenant: TenantId, peft: str, graft: GraftSpec) -> str
             raise SpecError(f"of: {name!r} has grown on another backbone")
         found[name] = source
         try:
-            specs[name] = described(api.data / "grafts" / source.id)
+            bound[name] = BoundGraft(described(api.data / "grafts" / source.id), api.shape)
         except FormatError:
             raise SpecError(f"of: the files of {name!r} are missing or damaged") from None
-    check(graft, specs, api.shape)
+    check(graft, bound)
     if not found:
         return peft
     text = pinned(peft, {name: one.model for name, one in found.items()})
@@ -102,11 +102,13 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
 
 def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
     """Raise ApiError 400 for a graft that not even an empty pack could hold in training."""
-    needs, room = state_bytes(*sizes), job_bytes(pack)
+    (trained, kept), room = sizes, job_bytes(pack)
+    needs = state_bytes(trained, kept)
     if room is not None and needs > room:
-        has = f"a pack has {max(0, room):,}"
+        each = f"{STATE_BYTES} bytes each for weight, gradient and moments, {kept:,} others {FROZEN_BYTES}"
         raise bad_request(
-            f"{_PEFT}: {shown(peft)} needs {needs:,} bytes in training, {has}; choose a smaller graft",
+            f"{_PEFT}: {shown(peft)} needs {needs:,} bytes in training, a pack has {max(0, room):,}: {trained:,} "
+            f"trained numbers take {each}; choose a smaller graft, or it at fewer projections (at=) or layers (@)",
             param=_PEFT,
             code="invalid_value",
         )

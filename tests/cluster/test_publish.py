@@ -33,7 +33,15 @@ def job_in(store: Store, name: str, *, tenant: str = "t", suffix: str | None = "
 
 def published(store: Store, job: Job, graft: str = "g") -> Graft:
     return publish(
-        store, job.id, graft=GraftId(graft), method="lora", backbone_fingerprint="f", parameters=5, bytes=20, at=7.0
+        store,
+        job.id,
+        graft=GraftId(graft),
+        method="lora",
+        backbone_fingerprint="f",
+        parameters=5,
+        bytes=20,
+        context_length=0,
+        at=7.0,
     )
 
 
@@ -89,6 +97,7 @@ def test_a_fenced_worker_publishes_nothing(store: Store) -> None:
             backbone_fingerprint="f",
             parameters=5,
             bytes=20,
+            context_length=0,
             at=7.0,
             fence=old.fence,
         )
@@ -133,6 +142,7 @@ def adopted(store: Store, name: str = "tutor", *, promote: bool = False) -> Graf
         backbone_fingerprint="f",
         parameters=5,
         bytes=20,
+        context_length=0,
         at=7.0,
         promote=promote,
     )

@@ -13,6 +13,7 @@ from peft import AdamssConfig, PeftModel
 from peft.tuners.adamss import layer as layers
 from torch import Tensor, nn
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -69,7 +70,8 @@ def test_logits_and_gradients_are_those_of_pefts_layers(tiny_folder: Path, monke
 
 def test_it_starts_from_the_directions_of_w_and_of_the_clusters_of_its_rows(tiny_folder: Path) -> None:
     backbone = Backbone.load(tiny_folder, torch.float32)
-    values = initialise(parse("adamss(r=12, subspaces=4, rank=2)"), backbone, seed=1, samples=())
+    graft = BoundGraft(parse("adamss(r=12, subspaces=4, rank=2)"), backbone.shape)
+    values = initialise(graft, backbone, seed=1, samples=())
     for site in {name.removeprefix("0.").rpartition(".")[0] for name in values}:
         N, cluster, A, B = (values[f"0.{site}.{part}"] for part in ("N", "cluster", "A", "B"))
         layer, name = site.split(".", 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import adapterhub
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.read import read
@@ -20,7 +21,6 @@ from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.spec import GraftSpec
 from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import relative
 
@@ -114,9 +114,9 @@ def attach(model: nn.Module, module: str, source: str, hook: Hook, parts: Mappin
     model.get_submodule(module).register_forward_hook(after)
 
 
-def ours(backbone: Backbone, spec: GraftSpec, values: Mapping[str, Tensor]) -> Tensor:
-    rows = Rows(IDS, torch.arange(len(IDS)) + spec.prefix_length, (Span(0, len(IDS), 0),))
-    stacks = backbone.stacks([Resident("g", spec, values)])
+def ours(backbone: Backbone, graft: BoundGraft, values: Mapping[str, Tensor]) -> Tensor:
+    rows = Rows(IDS, torch.arange(len(IDS)) + graft.prefix_length, (Span(0, len(IDS), 0),))
+    stacks = backbone.stacks([Resident("g", graft, values)])
     with torch.inference_mode():
         return backbone.logits(backbone.forward(rows, stacks, WholeSequences(((0, len(IDS)),), backbone.shape)))
 
@@ -129,9 +129,9 @@ def test_a_bottleneck_after_every_layer_reads_the_residual_stream(tiny_folder: P
     """seq_bn: the feed-forward's output h and the stream r give h + W(h + r) + r."""
     tensors = bottlenecks(LLAMA[1:], 4)
     backbone = Backbone.load(tiny_folder, torch.float32)
-    spec, values = read(written(tmp_path, SEQ, tensors), backbone)
+    graft, values = read(written(tmp_path, SEQ, tensors), backbone)
     expected = theirs(tiny_folder, tensors, {LLAMA[1]: ("model.layers.{}", "model.layers.{}", serial(F.relu))})
-    assert relative(ours(backbone, spec, values), expected) < 1e-5
+    assert relative(ours(backbone, graft, values), expected) < 1e-5
 
 
 @pytest.mark.parametrize("scaling", [1.0, 2.5, "learned", "channel"])
@@ -163,9 +163,9 @@ def test_two_bottlenecks_a_layer_read_the_sublayers_outputs(
         return y + (scaling if isinstance(scaling, float) else p["scaling"]) * up(y, p, F.silu)
 
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec, values = read(written(tmp_path, DOUBLE | {"scaling": scaling}, tensors), backbone)
+    graft, values = read(written(tmp_path, DOUBLE | {"scaling": scaling}, tensors), backbone)
     hooks = {place: (module, module, hook) for place, module in zip(places, modules)}
-    assert relative(ours(backbone, spec, values), theirs(backbone.folder, tensors, hooks)) < 1e-5
+    assert relative(ours(backbone, graft, values), theirs(backbone.folder, tensors, hooks)) < 1e-5
 
 
 def test_a_parallel_bottleneck_of_bert_reads_the_feed_forwards_input(
@@ -173,13 +173,13 @@ def test_a_parallel_bottleneck_of_bert_reads_the_feed_forwards_input(
 ) -> None:
     tensors = bottlenecks(BERT[1:], 8)
     backbone = Backbone.load(tiny_folders["bert"], torch.float32)
-    spec, values = read(written(tmp_path, PARALLEL, tensors), backbone)
+    graft, values = read(written(tmp_path, PARALLEL, tensors), backbone)
     hook: Hook = lambda y, x, p: y + 4.0 * up(x, p, F.relu)  # noqa: E731
     layer = "bert.encoder.layer.{}"
     expected = theirs(
         backbone.folder, tensors, {BERT[1]: (f"{layer}.output.dense", f"{layer}.intermediate.dense", hook)}
     )
-    assert relative(ours(backbone, spec, values), expected) < 1e-5
+    assert relative(ours(backbone, graft, values), expected) < 1e-5
 
 
 def test_layers_may_differ_in_size_or_have_none(tiny_folder: Path, tmp_path: Path) -> None:

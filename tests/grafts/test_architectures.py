@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architectures
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -19,8 +20,8 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sites import CROSS, LINEAR, sites_of
-from polygraft.grafts.spec import GraftSpec, SpecError
+from polygraft.grafts.sites import CROSS, LINEAR
+from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.peft_oracle import loaded, peft_oracle
 from polygraft.launch.demo.oracle.plain import plain_llama, plain_model
 from tests.grafts.oracle.row import LINEAR as LLAMA_NAMES
@@ -37,9 +38,9 @@ def folder(request: pytest.FixtureRequest, tiny_folders: Mapping[str, Path]) -> 
     return tiny_folders[request.param]
 
 
-def logits(backbone: Backbone, spec: GraftSpec | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
+def logits(backbone: Backbone, graft: BoundGraft | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
     """Of both sequences, side by side in one batch."""
-    residents = [] if spec is None or values is None else [Resident("g", spec, values)]
+    residents = [] if graft is None or values is None else [Resident("g", graft, values)]
     lengths = [len(ids) for ids in IDS]
     spans = (Span(0, sum(lengths), 0),) if residents else ()
     rows = Rows(torch.cat(IDS), torch.cat([torch.arange(n) for n in lengths]), spans)
@@ -75,24 +76,25 @@ def test_bf16_logits_are_near_transformers_own(folder: Path) -> None:
 
 @DTYPES
 def test_a_lora_on_every_projection_is_pefts(folder: Path, dtype: torch.dtype) -> None:
-    spec, backbone = parse("lora(r=4, alpha=6)"), Backbone.load(folder, dtype)
-    values = random_tensors(spec, backbone.shape, seed=5)
+    backbone = Backbone.load(folder, dtype)
+    graft = BoundGraft(parse("lora(r=4, alpha=6)"), backbone.shape)
+    values = random_tensors(graft, seed=5)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=LLAMA_NAMES)
     oracle = peft_oracle(folder, config, values, dtype)
     expected = torch.cat([oracle.logits(ids) for ids in IDS])
-    assert relative(logits(backbone, spec, values), expected) < TOLERANCE[dtype]
+    assert relative(logits(backbone, graft, values), expected) < TOLERANCE[dtype]
 
 
 def test_peft_loads_what_we_save_for_whole_modules(folder: Path, tmp_path: Path) -> None:
     backbone = Backbone.load(folder, torch.float32)
-    spec = parse("lora(r=4, alpha=6, at=attn.o|ffn.up|ffn.down)@1")
-    values = random_tensors(spec, backbone.shape, seed=6)
-    peft.export(tmp_path, spec, values, shape=backbone.shape)
+    graft = BoundGraft(parse("lora(r=4, alpha=6, at=attn.o|ffn.up|ffn.down)@1"), backbone.shape)
+    values = random_tensors(graft, seed=6)
+    peft.export(tmp_path, graft, values)
     theirs = loaded(folder, tmp_path, torch.float32)
     expected = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in IDS])
-    assert relative(logits(backbone, spec, values), expected) < 1e-5
+    assert relative(logits(backbone, graft, values), expected) < 1e-5
     found, tensors = peft.load(tmp_path, backbone.shape)
-    assert [site for _, site in sites_of(found, backbone.shape)] == [site for _, site in sites_of(spec, backbone.shape)]
+    assert [site for _, site in found.sites] == [site for _, site in graft.sites]
     assert all(tensors[name].equal(value.float()) for name, value in values.items())
 
 
@@ -119,10 +121,10 @@ def test_pefts_lora_on_a_fused_module_is_read_as_its_parts(
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox"])
 def test_a_part_of_a_fused_module_is_not_exported(arch: str, tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec = parse("lora(at=attn.q)")
-    assert not peft.exportable(spec, backbone.shape)
+    graft = BoundGraft(parse("lora(at=attn.q)"), backbone.shape)
+    assert not peft.exportable(graft)
     with pytest.raises(FormatError, match=f"no target_modules of {arch} mean just 'attn.q'"):
-        peft.export(tmp_path, spec, random_tensors(spec, backbone.shape, seed=6), shape=backbone.shape)
+        peft.export(tmp_path, graft, random_tensors(graft, seed=6))
 
 
 @pytest.mark.parametrize(
@@ -143,13 +145,13 @@ def test_pefts_module_names_mean_sites(
     arch: str, at: str, expected: list[str], tiny_folders: Mapping[str, Path]
 ) -> None:
     shape = Backbone.load(tiny_folders[arch], torch.float32).shape
-    assert [site.name for _, site in sites_of(parse(f"lora(at={at})@0"), shape)] == expected
+    assert [site.name for _, site in BoundGraft(parse(f"lora(at={at})@0"), shape).sites] == expected
 
 
 def test_a_site_that_is_not_there_is_an_error_that_lists_those_that_are(tiny_folders: Mapping[str, Path]) -> None:
     shape = Backbone.load(tiny_folders["gpt2"], torch.float32).shape
     with pytest.raises(SpecError, match="'ffn.gate' matches no site of gpt2.*sites: attn.q, .*attn.o, ffn.up"):
-        sites_of(parse("lora(at=ffn.gate)"), shape)
+        BoundGraft(parse("lora(at=ffn.gate)"), shape)
 
 
 def test_an_encoder_has_no_cache(tiny_folders: Mapping[str, Path]) -> None:

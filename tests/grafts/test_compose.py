@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.compose import combined, lorahub, soup
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sizes import TensorSpec, tensors
+from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors
@@ -26,11 +27,11 @@ def fp64(tiny_folder: Path) -> Backbone:
 
 
 def layout(backbone: Backbone) -> tuple[TensorSpec, ...]:
-    return tensors(LORA, backbone.shape)
+    return BoundGraft(LORA, backbone.shape).tensors
 
 
 def members_of(backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
-    return [random_tensors(LORA, backbone.shape, seed) for seed in range(count)]
+    return [random_tensors(BoundGraft(LORA, backbone.shape), seed) for seed in range(count)]
 
 
 def test_a_soup_is_the_mean_and_of_one_graft_the_graft(fp64: Backbone) -> None:
@@ -79,7 +80,7 @@ def test_members_that_do_not_fit_are_refused(fp64: Backbone) -> None:
     with pytest.raises(SpecError, match="weights: 1 for 2 grafts"):
         combined(layout(fp64), members, [1.0])
     with pytest.raises(SpecError, match="grafts of one spec"):
-        soup(layout(fp64), [members[0], random_tensors(parse("bitfit"), fp64.shape, 0)])
+        soup(layout(fp64), [members[0], random_tensors(BoundGraft(parse("bitfit"), fp64.shape), 0)])
 
 
 @pytest.mark.parametrize(
@@ -91,19 +92,19 @@ def test_members_that_do_not_fit_are_refused(fp64: Backbone) -> None:
     ],
 )
 def test_what_is_not_trained_must_be_the_same_in_all_members(text: str, fixed: str, fp64: Backbone) -> None:
-    spec = parse(text)
-    made, other, again = (initialise(spec, fp64, seed=seed, samples=()) for seed in (0, 1, 0))
-    places = tensors(spec, fp64.shape)
+    graft = BoundGraft(parse(text), fp64.shape)
+    made, other, again = (initialise(graft, fp64, seed=seed, samples=()) for seed in (0, 1, 0))
+    places = graft.tensors
     with pytest.raises(SpecError, match=f"members: {fixed} is not trained and differs"):
         soup(places, [made, other])
     trained = {tensor.name for tensor in places if tensor.trained}
     moved = {name: value + 1 if name in trained else value for name, value in again.items()}
     for name, value in soup(places, [made, moved]).items():
         assert torch.allclose(value, made[name] + 0.5 if name in trained else made[name], rtol=1e-14)
-    going = parse(f"{text} + from(of=a|b)")
-    sources = {"a": Source(spec, made), "b": Source(spec, other)}
+    going = BoundGraft(parse(f"{text} + from(of=a|b)"), fp64.shape)
+    sources = {"a": Source(graft, made), "b": Source(graft, other)}
     with pytest.raises(SpecError, match=f"{fixed} is not trained"):
         initialise(going, fp64, seed=2, samples=(), sources=sources)
-    sources["b"] = Source(spec, moved)
+    sources["b"] = Source(graft, moved)
     started = initialise(going, fp64, seed=2, samples=(), sources=sources)
     assert all(started[name].equal(value) for name, value in soup(places, [made, moved]).items())

@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import merged, peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.to_lora import to_lora
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sites import sites_of
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import random_tensors, relative
@@ -36,20 +35,20 @@ def fp32(tiny_folder: Path) -> Backbone:
 def test_a_graft_of_low_rank_is_a_lora_to_the_last_digit(name: str, rank: int, fp32: Backbone) -> None:
     row = EVERY[name]
     values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=2).items()}
-    found = to_lora(row.spec, fp32.shape, values, fp32.weight, energy=1.0)
+    found = to_lora(row.graft(fp32.shape), values, fp32.weight, energy=1.0)
     assert found.loss < 1e-9
-    assert {slot.rank for slot in found.spec.slots if slot.op == "branch"} == {rank}
-    mine, its = (sorted({site for _, site in sites_of(spec, fp32.shape)}) for spec in (row.spec, found.spec))
+    assert {slot.rank for slot in found.graft.spec.slots if slot.op == "branch"} == {rank}
+    mine, its = (sorted({site for _, site in graft.sites}) for graft in (row.graft(fp32.shape), found.graft))
     assert its == mine
-    expected = unmerged(row.spec, values, fp32, IDS)
-    assert relative(unmerged(found.spec, found.tensors, fp32, IDS), expected) < 1e-5
+    expected = unmerged(row.graft(fp32.shape), values, fp32, IDS)
+    assert relative(unmerged(found.graft, found.tensors, fp32, IDS), expected) < 1e-5
 
 
 def test_the_loss_is_that_of_the_best_approximation(fp32: Backbone) -> None:
-    spec = parse("loha(r=4, at=attn.q|ffn.down)")  # of rank 16
-    values = random_tensors(spec, fp32.shape, seed=3)
-    found = to_lora(spec, fp32.shape, values, fp32.weight, rank=5)
-    own, its = Fold(spec, fp32.shape, values, fp32.weight), Fold(found.spec, fp32.shape, found.tensors, fp32.weight)
+    graft = BoundGraft(parse("loha(r=4, at=attn.q|ffn.down)"), fp32.shape)  # of rank 16
+    values = random_tensors(graft, seed=3)
+    found = to_lora(graft, values, fp32.weight, rank=5)
+    own, its = Fold(graft, values, fp32.weight), Fold(found.graft, found.tensors, fp32.weight)
     lost = whole = 0.0
     for site in own.sites:
         W, dW = fp32.weight(site).double(), own.at(site).weight.double() - fp32.weight(site).double()
@@ -57,25 +56,25 @@ def test_the_loss_is_that_of_the_best_approximation(fp32: Backbone) -> None:
         whole += float(dW.square().sum())
     assert found.loss == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     assert 0.01 < found.loss < 0.9
-    assert to_lora(spec, fp32.shape, values, fp32.weight, rank=16).loss < 1e-9
+    assert to_lora(graft, values, fp32.weight, rank=16).loss < 1e-9
 
 
 def test_the_energy_kept_is_the_energy_asked_for_at_every_site(fp32: Backbone) -> None:
-    spec = parse("loha(r=4, at=attn.q)")
-    values = random_tensors(spec, fp32.shape, seed=4)
-    found = to_lora(spec, fp32.shape, values, fp32.weight, energy=0.9)
-    (slot,) = found.spec.slots
+    graft = BoundGraft(parse("loha(r=4, at=attn.q)"), fp32.shape)
+    values = random_tensors(graft, seed=4)
+    found = to_lora(graft, values, fp32.weight, energy=0.9)
+    (slot,) = found.graft.spec.slots
     assert slot.op == "branch" and 1 < slot.rank < 16 and found.loss**2 <= 0.1
-    assert to_lora(spec, fp32.shape, values, fp32.weight, rank=slot.rank - 1).loss > found.loss
+    assert to_lora(graft, values, fp32.weight, rank=slot.rank - 1).loss > found.loss
 
 
 def test_peft_loads_what_was_a_loha(fp32: Backbone, tmp_path: Path) -> None:
-    spec = parse("loha(r=2)")
-    values = random_tensors(spec, fp32.shape, seed=5)
-    found = to_lora(spec, fp32.shape, values, fp32.weight, rank=4)
-    peft.export(tmp_path, found.spec, found.tensors, shape=fp32.shape)
+    graft = BoundGraft(parse("loha(r=2)"), fp32.shape)
+    values = random_tensors(graft, seed=5)
+    found = to_lora(graft, values, fp32.weight, rank=4)
+    peft.export(tmp_path, found.graft, found.tensors)
     logits = loaded(fp32.folder, tmp_path, torch.float32)(input_ids=IDS[None]).logits[0]
-    assert relative(logits, unmerged(spec, values, fp32, IDS)) < 1e-5
+    assert relative(logits, unmerged(graft, values, fp32, IDS)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -88,19 +87,19 @@ def test_peft_loads_what_was_a_loha(fp32: Backbone, tmp_path: Path) -> None:
     ],
 )
 def test_what_a_lora_cannot_be_is_refused(text: str, arguments: dict[str, float], wrong: str, fp32: Backbone) -> None:
-    spec = parse(text)
+    graft = BoundGraft(parse(text), fp32.shape)
     with pytest.raises(FormatError, match=wrong):
-        to_lora(spec, fp32.shape, random_tensors(spec, fp32.shape, 6), fp32.weight, **arguments)  # type: ignore[arg-type]
+        to_lora(graft, random_tensors(graft, 6), fp32.weight, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["lora", "vera", "dora", "bitfit", "norms", "sublayers"])
 def test_transformers_loads_a_model_with_the_graft_inside(name: str, fp32: Backbone, tmp_path: Path) -> None:
     row, target = EVERY[name], tmp_path / "merged"
     values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=7).items()}
-    merged.export(target, row.spec, values, backbone=fp32.folder)
+    merged.export(target, row.graft(fp32.shape), values, backbone=fp32.folder)
     model, info = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert relative(model(IDS[None]).logits[0], unmerged(row.spec, values, fp32, IDS)) < 1e-5
+    assert relative(model(IDS[None]).logits[0], unmerged(row.graft(fp32.shape), values, fp32, IDS)) < 1e-5
     assert (target / "tokenizer.json").read_bytes() == (fp32.folder / "tokenizer.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
@@ -110,9 +109,10 @@ def test_a_model_in_several_files_and_bf16_keeps_both(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "parts", max_shard_size="60KB")
     parts = len(list((tmp_path / "parts").glob("*.safetensors")))
-    shape, spec = Backbone.load(whole, torch.float32).shape, parse("bitfit(at=attn.k) + lora(r=2)")
-    values = {name: value.float() for name, value in random_tensors(spec, shape, seed=8).items()}
-    merged.export(tmp_path / "merged", spec, values, backbone=tmp_path / "parts")
+    shape = Backbone.load(whole, torch.float32).shape
+    graft = BoundGraft(parse("bitfit(at=attn.k) + lora(r=2)"), shape)
+    values = {name: value.float() for name, value in random_tensors(graft, seed=8).items()}
+    merged.export(tmp_path / "merged", graft, values, backbone=tmp_path / "parts")
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) == parts > 1
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert found.dtype == torch.bfloat16
@@ -125,13 +125,13 @@ def test_a_model_in_several_files_and_bf16_keeps_both(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_an_export_that_fails(fp32: Backbone, tmp_path: Path) -> None:
-    spec = parse("serial(2)")
+    graft = BoundGraft(parse("serial(2)"), fp32.shape)
     with pytest.raises(SpecError, match="cannot be folded"):
-        merged.export(tmp_path / "new", spec, random_tensors(spec, fp32.shape, 0), backbone=fp32.folder)
+        merged.export(tmp_path / "new", graft, random_tensors(graft, 0), backbone=fp32.folder)
     (tmp_path / "old").mkdir()
-    lora = parse("lora(r=1)")
+    lora = BoundGraft(parse("lora(r=1)"), fp32.shape)
     with pytest.raises(FormatError, match="exists already"):
-        merged.export(tmp_path / "old", lora, random_tensors(lora, fp32.shape, 0), backbone=fp32.folder)
+        merged.export(tmp_path / "old", lora, random_tensors(lora, 0), backbone=fp32.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert json.loads((fp32.folder / "config.json").read_text())["attention_bias"] is False
 
@@ -158,13 +158,14 @@ ARCHITECTURES = {
 def test_every_architecture_is_merged_into_its_own_files(
     arch: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    backbone, spec = Backbone.load(tiny_folders[arch], torch.float32), parse(ARCHITECTURES[arch])
-    values = {name: value.float() for name, value in random_tensors(spec, backbone.shape, seed=10).items()}
-    merged.export(tmp_path / "merged", spec, values, backbone=backbone.folder)
+    backbone = Backbone.load(tiny_folders[arch], torch.float32)
+    graft = BoundGraft(parse(ARCHITECTURES[arch]), backbone.shape)
+    values = {name: value.float() for name, value in random_tensors(graft, seed=10).items()}
+    merged.export(tmp_path / "merged", graft, values, backbone=backbone.folder)
     found = Backbone.load(tmp_path / "merged", torch.float32)
-    nothing = parse("lora(r=1)")
-    zeros = {t.name: torch.zeros(t.shape) for t in tensors(nothing, found.shape)}
-    expected = unmerged(spec, values, backbone, IDS)
+    nothing = BoundGraft(parse("lora(r=1)"), found.shape)
+    zeros = {t.name: torch.zeros(t.shape) for t in nothing.tensors}
+    expected = unmerged(graft, values, backbone, IDS)
     assert relative(unmerged(nothing, zeros, found, IDS), expected) < 1e-5
     assert relative(unmerged(nothing, zeros, backbone, IDS), expected) > 1e-2
 
@@ -176,8 +177,9 @@ def test_a_bias_without_a_place_and_a_norm_before_a_residual_sum_are_refused(
         ("mistral", "bitfit", "mistral has no such bias"),
         ("bert", "bitfit(at=norm.1)", "is read by more than projections"),
     ):
-        backbone, spec = Backbone.load(tiny_folders[arch], torch.float32), parse(text)
+        backbone = Backbone.load(tiny_folders[arch], torch.float32)
+        graft = BoundGraft(parse(text), backbone.shape)
         with pytest.raises((FormatError, SpecError), match=error):
-            values = random_tensors(spec, backbone.shape, seed=0)
-            merged.export(tmp_path / arch, spec, values, backbone=backbone.folder)
+            values = random_tensors(graft, seed=0)
+            merged.export(tmp_path / arch, graft, values, backbone=backbone.folder)
     assert not list(tmp_path.iterdir())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import ModelShape, sites_of
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import KV, Branch, Norm, SpecError
 
 SHAPE = ModelShape("llama", layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=12, vocab=10)
@@ -44,7 +45,7 @@ def test_a_gated_branch_is_no_lora_for_a_norm_and_is_not_merged() -> None:
     spec = parse("molora(r=2, at=attn.q)")
     assert not spec.mergeable and parse("moelora(at=attn.q)").mergeable
     with pytest.raises(SpecError, match="norm rescales one lora"):
-        sites_of(type(spec)("x", (*spec.slots, Norm(at="attn.q"))), SHAPE)
+        BoundGraft(type(spec)("x", (*spec.slots, Norm(at="attn.q"))), SHAPE)
 
 
 @pytest.mark.parametrize(

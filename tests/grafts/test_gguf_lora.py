@@ -10,6 +10,7 @@ import torch
 from gguf import GGUFReader
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import gguf_lora
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.to_lora import to_lora
@@ -77,10 +78,11 @@ def test_every_architecture_has_llamas_names_or_its_own_order(
 
 
 def agrees(backbone: Backbone, text: str, file: Path) -> None:
-    spec, shape = parse(text), backbone.shape
-    values = random_tensors(spec, shape, seed=2)
-    gguf_lora.export(file, spec, values, shape=shape)
-    fold = Fold(spec, shape, values, lambda site: backbone.weight(site).double())
+    shape = backbone.shape
+    graft = BoundGraft(parse(text), shape)
+    values = random_tensors(graft, seed=2)
+    gguf_lora.export(file, graft, values)
+    fold = Fold(graft, values, lambda site: backbone.weight(site).double())
     expected: dict[str, Tensor] = {}
     for site in fold.sites:
         change = fold.at(site).weight - backbone.weight(site).double()
@@ -94,8 +96,8 @@ def agrees(backbone: Backbone, text: str, file: Path) -> None:
 
 def test_its_fields_are_those_of_llama_cpps_own_converter(tiny_folder: Path, tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folder, torch.float32)
-    spec = parse("lora(r=4, alpha=6, at=attn.v)@0")
-    gguf_lora.export(tmp_path / "a.gguf", spec, random_tensors(spec, backbone.shape, seed=1), shape=backbone.shape)
+    graft = BoundGraft(parse("lora(r=4, alpha=6, at=attn.v)@0"), backbone.shape)
+    gguf_lora.export(tmp_path / "a.gguf", graft, random_tensors(graft, seed=1))
     fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "a.gguf").fields.items()}
     assert {name: value for name, value in fields.items() if not name.startswith("GGUF.")} == {
         "general.architecture": "llama",
@@ -109,13 +111,13 @@ def test_its_fields_are_those_of_llama_cpps_own_converter(tiny_folder: Path, tmp
 
 def test_another_graft_goes_by_its_singular_values(tiny_folder: Path, tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folder, torch.float32)
-    spec = parse("loha(r=2, at=attn.v)")
-    values = random_tensors(spec, backbone.shape, seed=1)
+    graft = BoundGraft(parse("loha(r=2, at=attn.v)"), backbone.shape)
+    values = random_tensors(graft, seed=1)
     with pytest.raises(FormatError, match="not exactly a LoRA; give a rank or an energy"):
-        gguf_lora.export(tmp_path / "a.gguf", spec, values, shape=backbone.shape)
-    lora = to_lora(spec, backbone.shape, values, backbone.weight, rank=4)
-    gguf_lora.export(tmp_path / "a.gguf", lora.spec, lora.tensors, shape=backbone.shape)
-    fold = Fold(spec, backbone.shape, values, lambda site: backbone.weight(site).double())
+        gguf_lora.export(tmp_path / "a.gguf", graft, values)
+    lora = to_lora(graft, values, backbone.weight, rank=4)
+    gguf_lora.export(tmp_path / "a.gguf", lora.graft, lora.tensors)
+    fold = Fold(graft, values, lambda site: backbone.weight(site).double())
     site = Site(1, "attn.v")
     assert (
         relative(changes(tmp_path / "a.gguf")["blk.1.attn_v.weight"], fold.at(site).weight - backbone.weight(site))
@@ -126,8 +128,9 @@ def test_another_graft_goes_by_its_singular_values(tiny_folder: Path, tmp_path: 
 @pytest.mark.parametrize(("text", "wrong"), [("prefix(2)", "not exactly"), ("dora", "not exactly"), ("ia3", "not")])
 def test_what_is_no_lora_is_refused(text: str, wrong: str, tiny_folder: Path, tmp_path: Path) -> None:
     shape = Backbone.load(tiny_folder, torch.float32).shape
+    graft = BoundGraft(parse(text), shape)
     with pytest.raises(FormatError, match=wrong):
-        gguf_lora.export(tmp_path / "a.gguf", parse(text), random_tensors(parse(text), shape, seed=1), shape=shape)
+        gguf_lora.export(tmp_path / "a.gguf", graft, random_tensors(graft, seed=1))
     assert not list(tmp_path.iterdir())
 
 
@@ -135,22 +138,25 @@ def test_what_is_no_lora_is_refused(text: str, wrong: str, tiny_folder: Path, tm
 def test_a_model_that_llama_cpp_keeps_otherwise_is_refused(
     arch: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    shape, spec = Backbone.load(tiny_folders[arch], torch.float32).shape, parse("lora(r=2)")
+    shape = Backbone.load(tiny_folders[arch], torch.float32).shape
+    graft = BoundGraft(parse("lora(r=2)"), shape)
     with pytest.raises(FormatError, match=f"gguf: {arch} is not kept as here; choices: llama, mistral"):
-        gguf_lora.export(tmp_path / "a.gguf", spec, random_tensors(spec, shape, seed=1), shape=shape)
+        gguf_lora.export(tmp_path / "a.gguf", graft, random_tensors(graft, seed=1))
 
 
 def test_a_file_that_is_there_stays(tiny_folder: Path, tmp_path: Path) -> None:
-    shape, spec = Backbone.load(tiny_folder, torch.float32).shape, parse("lora(r=2)")
+    shape = Backbone.load(tiny_folder, torch.float32).shape
+    graft = BoundGraft(parse("lora(r=2)"), shape)
     (tmp_path / "a.gguf").write_text("mine")
     with pytest.raises(FormatError, match="exists already"):
-        gguf_lora.export(tmp_path / "a.gguf", spec, random_tensors(spec, shape, seed=1), shape=shape)
+        gguf_lora.export(tmp_path / "a.gguf", graft, random_tensors(graft, seed=1))
     assert (tmp_path / "a.gguf").read_text() == "mine"
 
 
 @pytest.mark.parametrize("alpha", ["0", "1e-50"])
 def test_a_lora_of_alpha_zero_changes_nothing(alpha: str, tiny_folder: Path, tmp_path: Path) -> None:
-    shape, spec = Backbone.load(tiny_folder, torch.float32).shape, parse(f"lora(r=2, alpha={alpha}, at=attn.v)")
-    gguf_lora.export(tmp_path / "a.gguf", spec, random_tensors(spec, shape, seed=1), shape=shape)
+    shape = Backbone.load(tiny_folder, torch.float32).shape
+    graft = BoundGraft(parse(f"lora(r=2, alpha={alpha}, at=attn.v)"), shape)
+    gguf_lora.export(tmp_path / "a.gguf", graft, random_tensors(graft, seed=1))
     found = changes(tmp_path / "a.gguf")
     assert len(found) == shape.layers and not any(change.any() for change in found.values())

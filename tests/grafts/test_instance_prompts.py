@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.catalogue import entry
 from polygraft.grafts.formats.plain import plain
 from polygraft.grafts.grammar import parse
@@ -28,8 +29,8 @@ def backbone(tiny_folder: Path) -> Backbone:
 
 def states(backbone: Backbone, text: str, ids: list[int], prompt: int) -> torch.Tensor:
     """Hidden states of the tokens `ids`, the first `prompt` of which are the input."""
-    spec = parse(text)
-    virtual, prefix = spec.virtual_length, spec.prefix_length
+    graft = BoundGraft(parse(text), backbone.shape)
+    virtual, prefix = graft.virtual_length, graft.prefix_length
     count = virtual + len(ids)
     rows = Rows(
         torch.tensor([*virtual_ids(virtual), *ids]),
@@ -37,7 +38,7 @@ def states(backbone: Backbone, text: str, ids: list[int], prompt: int) -> torch.
         (Span(0, count, 0),),
         inputs=(Input(virtual, virtual + prompt),) if prompt else (),
     )
-    stacks = backbone.stacks([Resident("r", spec, random_tensors(spec, backbone.shape, seed=1))])
+    stacks = backbone.stacks([Resident("r", graft, random_tensors(graft, seed=1))])
     return backbone.forward(rows, stacks, WholeSequences(((0, count),), backbone.shape))[virtual:]
 
 
@@ -84,8 +85,8 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def test_one_of_many_prompts_is_not_exported_as_the_one_of_prompt_tuning(backbone: Backbone) -> None:
-    assert plain(parse("prompt(5)"), backbone.shape, None) is not None
-    assert plain(parse("smop(5)"), backbone.shape, None) is None
+    assert plain(BoundGraft(parse("prompt(5)"), backbone.shape), None) is not None
+    assert plain(BoundGraft(parse("smop(5)"), backbone.shape), None) is None
 
 
 def test_noise_is_gaussian_and_a_function_of_its_key() -> None:

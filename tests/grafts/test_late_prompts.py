@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.catalogue import entry
 from polygraft.grafts.formats.plain import plain
 from polygraft.grafts.grammar import parse
@@ -17,7 +18,6 @@ from polygraft.grafts.lowering import Lowered, lower
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.family_late import late
 from tests.grafts.oracle.row import Row, random_tensors, relative
@@ -56,17 +56,17 @@ def test_decoding_gives_the_oracles_logits_in_every_dtype(fp64: Backbone, folder
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
         backbone = Backbone.load(folder, dtype)
         own = {name: value.to(torch.promote_types(dtype, torch.float32)) for name, value in values.items()}
-        served = lower(DEEP.spec, backbone.shape, own, backbone.weight, backbone.run_from_layer)
-        lone = Resident("lone", METHODS["lora"].spec, METHODS["lora"].values(backbone.shape, seed=6))
+        served = lower(DEEP.graft(backbone.shape), own, backbone.weight, backbone.run_from_layer)
+        lone = Resident("lone", METHODS["lora"].graft(backbone.shape), METHODS["lora"].values(backbone.shape, seed=6))
         found = decoded(backbone, [Resident("own", *served), lone], ids, chunks=(9, 6, 1, 1, 1, 1, 1))
         assert relative(found, wanted) < tolerance, dtype
 
 
 def test_served_it_is_a_prefix_of_its_layers(fp64: Backbone) -> None:
-    spec, values = lower(DEEP.spec, fp64.shape, DEEP.values(fp64.shape, seed=1), fp64.weight, fp64.run_from_layer)
-    prefix = parse("prefix(6)@2-4")
-    assert spec.slots == prefix.slots
-    assert [(t.name, t.shape) for t in tensors(prefix, fp64.shape)] == [(n, tuple(v.shape)) for n, v in values.items()]
+    graft, values = lower(DEEP.graft(fp64.shape), DEEP.values(fp64.shape, seed=1), fp64.weight, fp64.run_from_layer)
+    prefix = BoundGraft(parse("prefix(6)@2-4"), fp64.shape)
+    assert graft.spec.slots == prefix.spec.slots
+    assert [(t.name, t.shape) for t in prefix.tensors] == [(n, tuple(v.shape)) for n, v in values.items()]
 
 
 def test_the_prompts_rows_run_once_for_all_layers(fp64: Backbone) -> None:
@@ -76,17 +76,17 @@ def test_the_prompts_rows_run_once_for_all_layers(fp64: Backbone) -> None:
         calls.append(first)
         return fp64.run_from_layer(rows, first)
 
-    made = Lowered(DEEP.spec, fp64.shape, fp64.weight, counted)
+    made = Lowered(DEEP.graft(fp64.shape), fp64.weight, counted)
     made.make(DEEP.values(fp64.shape, seed=1))
     assert calls == [2]
 
 
 def test_it_starts_as_a_samples_rows_in_that_layer(fp64: Backbone) -> None:
     """So its keys and values are those of a prefix that starts as the same text."""
-    started = initialise(DEEP.spec, fp64, seed=0, samples=SAMPLES)
+    started = initialise(DEEP.graft(fp64.shape), fp64, seed=0, samples=SAMPLES)
     assert started["0.shared.P"].shape == (6, fp64.shape.hidden)
-    _, values = lower(DEEP.spec, fp64.shape, started, fp64.weight, fp64.run_from_layer)
-    prefix = initialise(parse("prefix(6)@2-4"), fp64, seed=0, samples=SAMPLES)
+    _, values = lower(DEEP.graft(fp64.shape), started, fp64.weight, fp64.run_from_layer)
+    prefix = initialise(BoundGraft(parse("prefix(6)@2-4"), fp64.shape), fp64, seed=0, samples=SAMPLES)
     assert all(relative(values[name], value) < 1e-12 for name, value in prefix.items())
 
 
@@ -95,7 +95,7 @@ def test_what_is_said_of_it(fp64: Backbone) -> None:
     assert (said.name, said.family, said.slots) == ("lpt", "prefix", ("kv form lpt",))
     assert said.prefix_cacheable and said.chunkable and not said.mergeable and not said.recompute_needs_prompt_len
     assert said.parameters == 20 * 4096
-    assert parameters(DEEP.spec, fp64.shape) == 6 * fp64.shape.hidden
+    assert DEEP.graft(fp64.shape).parameters == 6 * fp64.shape.hidden
     assert DEEP.spec.prefix_layers == (2, 3, 4) and DEEP.spec.context_length == 6
 
 
@@ -103,15 +103,16 @@ def test_what_is_said_of_it(fp64: Backbone) -> None:
 def test_where_rows_see_others_it_is_refused(arch: str, tiny_folders: Mapping[str, Path]) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     with pytest.raises(SpecError, match="lpt: .*would read the input"):
-        tensors(parse("lpt(3)@1"), backbone.shape)
+        BoundGraft(parse("lpt(3)@1"), backbone.shape)
     with pytest.raises(SpecError, match="by themselves"):
         backbone.run_from_layer(torch.zeros(3, backbone.shape.hidden), 1)
 
 
 def test_without_a_backbone_its_operands_are_not_made(fp64: Backbone) -> None:
-    values = random_tensors(DEEP.spec, fp64.shape, seed=1)
+    values = random_tensors(DEEP.graft(fp64.shape), seed=1)
     with pytest.raises(SpecError, match="name a backbone"):
-        lower(DEEP.spec, fp64.shape, values, fp64.weight)
-    assert plain(parse("lpt(3)"), fp64.shape, None) is None and plain(parse("prefix(3)"), fp64.shape, None) is not None
+        lower(DEEP.graft(fp64.shape), values, fp64.weight)
+    assert plain(BoundGraft(parse("lpt(3)"), fp64.shape), None) is None
+    assert plain(BoundGraft(parse("prefix(3)"), fp64.shape), None) is not None
     with pytest.raises(SpecError, match="two prefixes"):
         parse("lpt(3)@1 + prefix(2)")

@@ -23,7 +23,6 @@ from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequenc
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Input, Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.grafts.sizes import parameters, tensors
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.plain import Oracle
 from tests.grafts.oracle.row import Row, relative
@@ -100,7 +99,7 @@ def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp
     packed, among = ours(company, fp64, prompts, slopes)
     assert relative(alone, expected) < row.tolerance
     assert relative(packed, alone) < 1e-9
-    trained = [t.name for t in tensors(row.spec, fp64.shape) if t.trained]
+    trained = [t.name for t in row.graft(fp64.shape).tensors if t.trained]
     assert list(own) == trained and set(wanted) == set(trained)
     largest = max(float(wanted[tensor].norm()) for tensor in trained)
     for tensor in trained:
@@ -120,8 +119,8 @@ def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone)
     values = {tensor: value.float() for tensor, value in row.values(fp32.shape, seed=5).items()}
     lone = METHODS["lora"].values(fp32.shape, seed=6)
     residents = [
-        Resident("own", *lower(row.spec, fp32.shape, values, fp32.weight, fp32.run_from_layer)),
-        Resident("other", METHODS["lora"].spec, lone),
+        Resident("own", *lower(row.graft(fp32.shape), values, fp32.weight, fp32.run_from_layer)),
+        Resident("other", METHODS["lora"].graft(fp32.shape), lone),
     ]
     ids = batch(fp32)[0][1]
     found = decoded(fp32, residents, ids, chunks=(9, 6, 1, 1, 1, 1, 1))
@@ -130,25 +129,25 @@ def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone)
 
 
 def test_a_saved_graft_comes_back_with_its_id(name: str, fp32: Backbone, tmp_path: Path) -> None:
-    spec = ALL[name].spec
+    graft = ALL[name].graft(fp32.shape)
     values = {tensor: value.float() for tensor, value in ALL[name].values(fp32.shape, seed=7).items()}
-    identity = native.save(tmp_path, spec, values, shape=fp32.shape, backbone="b")
+    identity = native.save(tmp_path, graft, values, backbone="b")
     stored = native.load(tmp_path / identity, shape=fp32.shape, backbone="b")
-    assert stored.id == identity and stored.spec == spec
+    assert stored.id == identity and stored.graft == graft
     assert all(torch.equal(stored.tensors[tensor], value) for tensor, value in values.items())
 
 
 def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbone) -> None:
-    spec = ALL[name].spec
+    graft = ALL[name].graft(fp32.shape)
     samples, sources = ((5, 6, 7, 8), (9, 10, 11)), ALL[name].sources(fp32.shape)
     try:
-        values = initialise(spec, fp32, seed=0, samples=samples, sources=sources)
+        values = initialise(graft, fp32, seed=0, samples=samples, sources=sources)
     except SpecError as error:
         assert fp32.shape.images or fp32.shape.encoder_layers
         pytest.skip(str(error))
-    layout = tensors(spec, fp32.shape)
+    layout = graft.tensors
     assert [(t.name, t.shape) for t in layout] == [(n, tuple(v.shape)) for n, v in values.items()]
-    assert parameters(spec, fp32.shape) == sum(values[t.name].numel() for t in layout if t.trained)
+    assert graft.parameters == sum(values[t.name].numel() for t in layout if t.trained)
     assert all(value.isfinite().all() for value in values.values())
 
 
@@ -179,7 +178,7 @@ def ours(
     slopes: Sequence[Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and gradients of the first graft over the sequences, each other graft having the same beside it."""
-    residents = [Resident(str(i), row.spec, values) for i, (row, values) in enumerate(grafts)]
+    residents = [Resident(str(i), row.graft(backbone.shape), values) for i, (row, values) in enumerate(grafts)]
     stacks = backbone.stacks(residents, trainable=True)
     specs = [(graft, row.spec) for graft, (row, _) in enumerate(grafts)]
     rows, attention, answers = packed(backbone, specs, [prompts] * len(grafts))
@@ -187,7 +186,7 @@ def ours(
     slope = backbone.softcap_backward(torch.cat([*slopes] * len(grafts)), backbone.logits(hidden.detach()))
     hidden.backward(backbone.head.transposed_product(slope))  # logits = hidden W^T, but for a cap
     found = stacks.gradient(0, stacks.gradients()[0])
-    trained = [t for t in tensors(grafts[0][0].spec, backbone.shape) if t.trained]
+    trained = [t for t in residents[0].graft.tensors if t.trained]
     gradients = {t.name: g.view(t.shape) for t, g in zip(trained, found, strict=True) if g is not None}
     with torch.no_grad():
         return backbone.logits(hidden[: sum(map(len, slopes))]), gradients

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
@@ -56,8 +57,8 @@ def test_hidden_states_are_transformers_own(backbone: Backbone, folder: Path) ->
 
 
 def test_a_lora_is_pefts_and_its_neighbour_bare(backbone: Backbone, folder: Path) -> None:
-    spec = parse("lora(r=4, alpha=8, at=query|value)")
-    values = {name: 0.2 * value for name, value in random_tensors(spec, backbone.shape, seed=1).items()}
+    graft = BoundGraft(parse("lora(r=4, alpha=8, at=query|value)"), backbone.shape)
+    values = {name: 0.2 * value for name, value in random_tensors(graft, seed=1).items()}
     bare = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     second = bare(IDS[1][None]).last_hidden_state[0]
     model = get_peft_model(bare, LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])).eval()
@@ -68,6 +69,6 @@ def test_a_lora_is_pefts_and_its_neighbour_bare(backbone: Backbone, folder: Path
             module = f"base_model.model.encoder.layer.{layer}.attention.self.{names[site]}"
             model.get_parameter(f"{module}.lora_{part}.default.weight").copy_(value.T if part == "B" else value)
     first = model(IDS[0][None]).last_hidden_state[0]
-    found = hidden(backbone, [Resident("g", spec, values)])
+    found = hidden(backbone, [Resident("g", graft, values)])
     assert relative(found[0], first) < 1e-5 and relative(found[1], second) < 1e-5
     assert relative(first, hidden(backbone, [])[0]) > 1e-2

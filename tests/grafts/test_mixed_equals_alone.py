@@ -107,7 +107,7 @@ def bf16(request: pytest.FixtureRequest, tiny_folder: Path) -> Backbone:
 
 @pytest.fixture(scope="module")
 def values(fp32: Backbone) -> Mapping[str, Mapping[str, Tensor]]:
-    return {name: random_tensors(row.spec, fp32.shape, seed=i) for i, (name, row) in enumerate(METHODS.items())}
+    return {name: random_tensors(row.graft(fp32.shape), seed=i) for i, (name, row) in enumerate(METHODS.items())}
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def solo(
     return {**models, BARE: lambda ids: bare(ids[None]).logits[0]}
 
 
-def residents(values: Mapping[str, Mapping[str, Tensor]]) -> list[Resident]:
-    return [Resident(name, row.spec, values[name]) for name, row in METHODS.items()]
+def residents(backbone: Backbone, values: Mapping[str, Mapping[str, Tensor]]) -> list[Resident]:
+    return [Resident(name, row.graft(backbone.shape), values[name]) for name, row in METHODS.items()]
 
 
 def teacher_forced(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def test_teacher_forced_logits_are_those_of_the_graft_alone(
     prompts: list[list[int]],
     alone: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> None:
-    mixed = teacher_forced(Decoder.of(fp32, residents(values)), prompts)
+    mixed = teacher_forced(Decoder.of(fp32, residents(fp32, values)), prompts)
     errors = {name: relative(mixed[name], alone[name](torch.tensor(ids))) for name, ids in zip(NAMES, prompts)}
     assert max(errors.values()) < 1e-5, errors
 
@@ -161,7 +161,7 @@ def test_bf16_is_as_near_to_fp32_in_company_as_alone(
     prompts: list[list[int]],
     alone: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> None:
-    mixed = teacher_forced(Decoder.of(bf16, residents(values)), prompts)
+    mixed = teacher_forced(Decoder.of(bf16, residents(bf16, values)), prompts)
     single = solo(bf16, values, torch.bfloat16)
     ratios = {}
     for name, ids in zip(NAMES, prompts):
@@ -176,7 +176,7 @@ def test_greedy_tokens_are_those_of_the_graft_alone(
     prompts: list[list[int]],
     alone: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> None:
-    decoder, new = Decoder.of(fp32, residents(values), blocks=100), 8
+    decoder, new = Decoder.of(fp32, residents(fp32, values), blocks=100), 8
     streams = [
         decoder.open(None if name == BARE else i, ids, room=new) for i, (name, ids) in enumerate(zip(NAMES, prompts))
     ]
@@ -195,7 +195,7 @@ def test_greedy_tokens_are_those_of_the_graft_alone(
 def test_nan_left_in_a_freed_block_reaches_nobody(
     fp32: Backbone, values: Mapping[str, Mapping[str, Tensor]], prompts: list[list[int]]
 ) -> None:
-    decoder = Decoder.of(fp32, residents(values), blocks=9)  # room for one of the two sequences at a time
+    decoder = Decoder.of(fp32, residents(fp32, values), blocks=9)  # room for one of the two sequences at a time
     first = decoder.open(0, prompts[5])
     decoder.step([first], lambda _: len(prompts[5]))
     decoder.close(first)
@@ -204,7 +204,7 @@ def test_nan_left_in_a_freed_block_reaches_nobody(
     while second.done < 20:
         decoder.step([second], lambda _: 3)
 
-    fresh = Decoder.of(fp32, residents(values))
+    fresh = Decoder.of(fp32, residents(fp32, values))
     expected = fresh.open(4, prompts[1][:20])
     while expected.done < 20:
         fresh.step([expected], lambda _: 3)
@@ -216,9 +216,9 @@ def test_a_poisoned_neighbour_in_the_batch_reaches_nobody(
     fp32: Backbone, values: Mapping[str, Mapping[str, Tensor]], prompts: list[list[int]]
 ) -> None:
     """One stream's cached keys and values are NaN: its own logits are, and nobody else's."""
-    decoder = Decoder.of(fp32, residents(values))
+    decoder = Decoder.of(fp32, residents(fp32, values))
     streams = [decoder.open(i, ids) for i, ids in enumerate(prompts[:8])]
-    clean = teacher_forced(Decoder.of(fp32, residents(values)), prompts)
+    clean = teacher_forced(Decoder.of(fp32, residents(fp32, values)), prompts)
     decoder.step(streams, lambda _: CHUNK)
     decoder.cache.data[:, streams[1].table[0], :1] = torch.nan
     while any(stream.done < len(stream.ids) for stream in streams):

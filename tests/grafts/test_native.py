@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -28,11 +29,11 @@ LORA = parse("lora(r=4, at=attn.q)")
 
 
 def values_of(spec: GraftSpec, seed: int = 0) -> dict[str, Tensor]:
-    return {name: value.float() for name, value in random_tensors(spec, SHAPE, seed).items()}
+    return {name: value.float() for name, value in random_tensors(BoundGraft(spec, SHAPE), seed).items()}
 
 
 def saved(root: Path, spec: GraftSpec = LORA) -> Path:
-    return root / native.save(root, spec, values_of(spec), shape=SHAPE, backbone="stock")
+    return root / native.save(root, BoundGraft(spec, SHAPE), values_of(spec), backbone="stock")
 
 
 def load(folder: Path, backbone: str = "stock") -> native.StoredGraft:
@@ -44,7 +45,7 @@ def test_a_graft_comes_back_as_it_was_saved(name: str, tmp_path: Path) -> None:
     spec = ROWS[name].spec
     folder = saved(tmp_path, spec)
     stored = load(folder)
-    assert (stored.id, stored.spec, stored.backbone) == (folder.name, spec, "stock")
+    assert (stored.id, stored.graft.spec, stored.backbone) == (folder.name, spec, "stock")
     assert stored.tensors.keys() == values_of(spec).keys()
     assert all(torch.equal(stored.tensors[key], value) for key, value in values_of(spec).items())
 
@@ -120,7 +121,7 @@ def test_values_that_are_not_finite_are_refused_both_ways(tmp_path: Path) -> Non
     values = values_of(LORA)
     values["0.1.attn.q.B"][0, 0] = torch.nan
     with pytest.raises(FormatError, match="0.1.attn.q.B: holds values that are not finite"):
-        native.save(tmp_path, LORA, values, shape=SHAPE, backbone="stock")
+        native.save(tmp_path, BoundGraft(LORA, SHAPE), values, backbone="stock")
     assert not list(tmp_path.iterdir())
     folder = saved(tmp_path)
     save_file(values, folder / "graft.safetensors")

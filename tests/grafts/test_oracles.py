@@ -31,7 +31,7 @@ def backbone(request: pytest.FixtureRequest, tiny_folder: Path) -> Backbone:
 @pytest.mark.parametrize("name", [*METHODS, *MORE])
 def test_logits_and_gradients_are_the_oracles(name: str, backbone: Backbone) -> None:
     row = {**METHODS, **MORE}[name]
-    values = random_tensors(row.spec, backbone.shape, seed=3)
+    values = random_tensors(row.graft(backbone.shape), seed=3)
     prompts, slopes = batch(backbone)
     oracle = row.oracle(backbone.folder, values, backbone.dtype)
     expected = [oracle.logits(ids) for ids in prompts]
@@ -69,10 +69,10 @@ def ours(
     row: Row, values: dict[str, Tensor], backbone: Backbone, prompts: list[Tensor], slopes: list[Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Logits and gradients of the two sequences in one forward."""
-    spec = row.spec
-    stacks = backbone.stacks([Resident("g", spec, values)], trainable=True)
+    graft = row.graft(backbone.shape)
+    stacks = backbone.stacks([Resident("g", graft, values)], trainable=True)
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
-    positions = torch.cat([torch.arange(n) + spec.prefix_length for n in LENGTHS])
+    positions = torch.cat([torch.arange(n) + graft.prefix_length for n in LENGTHS])
     rows = Rows(torch.cat(prompts), positions, (Span(0, len(positions), 0),))
     attention = WholeSequences(tuple(zip(starts, LENGTHS)), backbone.shape)
     hidden = backbone.forward(rows, stacks, attention)

@@ -12,6 +12,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
@@ -44,13 +45,13 @@ def backbone(tiny_folder: Path) -> Backbone:
 
 @pytest.fixture
 def adapter(backbone: Backbone, tmp_path: Path) -> Path:
-    spec = parse("lora(r=4, alpha=8, at=attn.[qv])")
-    peft.export(tmp_path, spec, random_tensors(spec, backbone.shape, seed=1), shape=backbone.shape)
+    graft = BoundGraft(parse("lora(r=4, alpha=8, at=attn.[qv])"), backbone.shape)
+    peft.export(tmp_path, graft, random_tensors(graft, seed=1))
     return tmp_path
 
 
-def logits(backbone: Backbone, spec: GraftSpec, values: dict[str, Tensor]) -> Tensor:
-    stacks = backbone.stacks([Resident("g", spec, values)])
+def logits(backbone: Backbone, graft: BoundGraft, values: dict[str, Tensor]) -> Tensor:
+    stacks = backbone.stacks([Resident("g", graft, values)])
     rows = Rows(IDS, torch.arange(len(IDS)), (Span(0, len(IDS), 0),))
     with torch.inference_mode():
         return backbone.logits(backbone.forward(rows, stacks, WholeSequences(((0, len(IDS)),), backbone.shape)))
@@ -65,24 +66,24 @@ def described(adapter: Path, **change: object) -> None:
 def test_peft_loads_what_we_save_and_computes_the_same(
     text: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    spec = parse(text)
-    values = random_tensors(spec, backbone.shape, seed=4)
-    folder = tmp_path / native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = random_tensors(graft, seed=4)
+    folder = tmp_path / native.save(tmp_path, graft, values, backbone=backbone.fingerprint)
     theirs = loaded(backbone.folder, folder, torch.float32)
-    assert relative(logits(backbone, spec, values), theirs(input_ids=IDS[None]).logits[0]) < 1e-5
+    assert relative(logits(backbone, graft, values), theirs(input_ids=IDS[None]).logits[0]) < 1e-5
     assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_graft_comes_back_as_it_was_exported(text: str, backbone: Backbone, tmp_path: Path) -> None:
-    spec = parse(text)
-    values = random_tensors(spec, backbone.shape, seed=4)
-    peft.export(tmp_path, spec, values, shape=backbone.shape)
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = random_tensors(graft, seed=4)
+    peft.export(tmp_path, graft, values)
     found, tensors = peft.load(tmp_path, backbone.shape)
     assert tensors.keys() == values.keys()
     assert all(tensors[name].equal(value.float()) for name, value in values.items())
-    assert [slot.op for slot in found.slots] == [slot.op for slot in spec.slots]
-    assert logits(backbone, found, tensors).equal(logits(backbone, spec, values))
+    assert [slot.op for slot in found.spec.slots] == [slot.op for slot in graft.spec.slots]
+    assert logits(backbone, found, tensors).equal(logits(backbone, graft, values))
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,9 @@ def test_we_load_what_peft_saves_and_compute_the_same(config: LoraConfig, backbo
 
 
 def test_keys_and_config_are_pefts_own(backbone: Backbone, tmp_path: Path) -> None:
-    spec = parse("dora(r=4, alpha=6, at=attn.[qv])@1,0")
-    values = random_tensors(spec, backbone.shape, seed=1)
-    peft.export(tmp_path, spec, values, shape=backbone.shape, base="owner/name")
+    graft = BoundGraft(parse("dora(r=4, alpha=6, at=attn.[qv])@1,0"), backbone.shape)
+    values = random_tensors(graft, seed=1)
+    peft.export(tmp_path, graft, values, base="owner/name")
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tuple(value.shape) for key, value in stored.items() if key.startswith(Q)} == {
         f"{Q}.lora_A.weight": (4, 64),
@@ -154,25 +155,25 @@ def test_no_path_of_this_machine_is_written(adapter: Path) -> None:
 def test_what_peft_has_on_whole_modules_lies_beside_the_native_files(
     text: str, expected: bool, backbone: Backbone, tmp_path: Path
 ) -> None:
-    spec = parse(text)
-    assert peft.exportable(spec, backbone.shape) is expected
-    values = random_tensors(spec, backbone.shape, seed=1)
-    native_folder = tmp_path / native.save(tmp_path, spec, values, shape=backbone.shape, backbone="stock")
+    graft = BoundGraft(parse(text), backbone.shape)
+    assert peft.exportable(graft) is expected
+    values = random_tensors(graft, seed=1)
+    native_folder = tmp_path / native.save(tmp_path, graft, values, backbone="stock")
     assert (native_folder / peft.WEIGHTS).exists() is (native_folder / peft.CONFIG).exists() is expected
     if not expected:
         with pytest.raises(FormatError, match="has no equal in PEFT|name (its|the backbone's) folder"):
-            peft.export(tmp_path, spec, values, shape=backbone.shape)
+            peft.export(tmp_path, graft, values)
 
 
 def test_a_linear_adapter_that_is_no_lora_is_not_exported(backbone: Backbone) -> None:
     for slot in (Branch(at="attn.q", rank=2, act="relu"), Branch(at="ffn.out", rank=2, tap="output")):
-        assert not peft.exportable(GraftSpec("x", (slot,)), backbone.shape)
+        assert not peft.exportable(BoundGraft(GraftSpec("x", (slot,)), backbone.shape))
 
 
 def test_tensors_that_are_not_the_grafts_are_not_exported(backbone: Backbone, tmp_path: Path) -> None:
-    spec = parse("lora(r=4)")
+    graft = BoundGraft(parse("lora(r=4)"), backbone.shape)
     with pytest.raises(FormatError, match="missing or unknown"):
-        peft.export(tmp_path, spec, {}, shape=backbone.shape)
+        peft.export(tmp_path, graft, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -273,10 +274,12 @@ def test_pruned_ranks_of_adalora_are_zeros(backbone: Backbone, tmp_path: Path) -
 
 
 def test_a_union_of_linear_branches_is_one_lora(backbone: Backbone, tmp_path: Path) -> None:
-    spec = parse("pissa(r=2, alpha=3)@1 + lora(r=3, alpha=1, at=attn.*) + vera(r=2, at=attn.q)")
-    values = random_tensors(spec, backbone.shape, seed=4)
-    peft.export(tmp_path, spec, values, shape=backbone.shape)
+    graft = BoundGraft(
+        parse("pissa(r=2, alpha=3)@1 + lora(r=3, alpha=1, at=attn.*) + vera(r=2, at=attn.q)"), backbone.shape
+    )
+    values = random_tensors(graft, seed=4)
+    peft.export(tmp_path, graft, values)
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     assert config["peft_type"] == "LORA" and {config["r"], *config["rank_pattern"].values()} == {3, 4, 5, 7, 9}
     theirs = loaded(backbone.folder, tmp_path, torch.float32)
-    assert relative(theirs(input_ids=IDS[None]).logits[0], logits(backbone, spec, values)) < 1e-5
+    assert relative(theirs(input_ids=IDS[None]).logits[0], logits(backbone, graft, values)) < 1e-5

@@ -14,14 +14,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import GraftSpec
 from polygraft.launch.demo.oracle.peft_oracle import loaded
 from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import random_tensors, relative
@@ -69,16 +68,16 @@ def test_what_was_trained_in_addition_to_the_method_comes_along_and_is_written_a
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     model = trained(backbone.folder, config, tmp_path)
     expected = model(input_ids=IDS[None]).logits[0]
-    spec, values = peft.load(tmp_path, backbone.shape, BackboneFiles(backbone.folder))
-    assert relative(logits(backbone, spec, values), expected) < 1e-5
+    graft, values = peft.load(tmp_path, backbone.shape, BackboneFiles(backbone.folder))
+    assert relative(logits(backbone, graft, values), expected) < 1e-5
     with pytest.raises(FormatError, match="modules_to_save, bias: .* name the backbone's folder"):
         peft.load(tmp_path, backbone.shape)
     if name in FUSED:
         with pytest.raises(FormatError, match="no target_modules of gpt2 mean just"):
-            peft.export(tmp_path, spec, values, shape=backbone.shape, stock=BackboneFiles(backbone.folder))
+            peft.export(tmp_path, graft, values, stock=BackboneFiles(backbone.folder))
         return
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape, stock=BackboneFiles(backbone.folder))
+    peft.export(again, graft, values, stock=BackboneFiles(backbone.folder))
     same(*(load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again)))
     before, after = (json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again))
     assert before["bias"] == after["bias"] and bool(before["modules_to_save"]) == bool(after["modules_to_save"])
@@ -86,7 +85,7 @@ def test_what_was_trained_in_addition_to_the_method_comes_along_and_is_written_a
     assert relative(loaded(backbone.folder, again, torch.float32)(input_ids=IDS[None]).logits[0], expected) < 1e-5
     assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
     back = peft.load(again, backbone.shape, BackboneFiles(backbone.folder))
-    assert back[0].slots == spec.slots
+    assert back[0].spec.slots == graft.spec.slots
     same(values, back[1])
 
 
@@ -127,13 +126,12 @@ def test_a_union_that_changes_whole_modules_and_biases_is_a_folder_of_peft(
 ) -> None:
     arch, fields = WRITTEN[text]
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec = parse(text)
-    values = modest(spec, backbone)
-    found, back = assert_a_folder_of_peft(spec, values, backbone, tmp_path, fields, tolerance=1e-5)
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = modest(graft)
+    found, back = assert_a_folder_of_peft(graft, values, backbone, tmp_path, fields, tolerance=1e-5)
     if "pissa" not in text:
         by_place = [
-            {(t.site, t.part): kept[t.name] for t in tensors(graft, backbone.shape)}
-            for graft, kept in ((spec, values), (found, back))
+            {(t.site, t.part): kept[t.name] for t in one.tensors} for one, kept in ((graft, values), (found, back))
         ]
         assert by_place[0].keys() == by_place[1].keys()
         for place, value in by_place[0].items():
@@ -141,21 +139,21 @@ def test_a_union_that_changes_whole_modules_and_biases_is_a_folder_of_peft(
 
 
 def assert_a_folder_of_peft(
-    spec: GraftSpec,
+    graft: BoundGraft,
     values: Mapping[str, Tensor],
     backbone: Backbone,
     folder: Path,
     fields: Mapping[str, object],
     *,
     tolerance: float,
-) -> tuple[GraftSpec, Mapping[str, Tensor]]:
+) -> tuple[BoundGraft, Mapping[str, Tensor]]:
     """Saved, a graft has these fields in its config, is the same function in PEFT, which saves the same tensors, and
     read again; what was read is returned."""
     stock, dtype = BackboneFiles(backbone.folder), backbone.dtype
-    saved = native.save(folder, spec, values, shape=backbone.shape, backbone=backbone.fingerprint, stock=stock)
+    saved = native.save(folder, graft, values, backbone=backbone.fingerprint, stock=stock)
     config = json.loads((folder / saved / peft.CONFIG).read_text())
     assert {key: config[key] for key in fields} == fields
-    expected = logits(backbone, spec, values)
+    expected = logits(backbone, graft, values)
     theirs = loaded(backbone.folder, folder / saved, dtype)
     with torch.inference_mode():
         assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < tolerance
@@ -167,9 +165,9 @@ def assert_a_folder_of_peft(
     return found, back
 
 
-def modest(spec: GraftSpec, backbone: Backbone) -> dict[str, Tensor]:
+def modest(graft: BoundGraft) -> dict[str, Tensor]:
     """Random tensors, but for the dice that are thrown in training alone."""
-    found = {name: value.float() for name, value in random_tensors(spec, backbone.shape, seed=4).items()}
+    found = {name: value.float() for name, value in random_tensors(graft, seed=4).items()}
     return {name: value.zero_() if name.endswith("_dice") else value for name, value in found.items()}
 
 
@@ -197,10 +195,11 @@ def test_what_no_config_of_peft_means_is_refused_by_name(
     arch: str, text: str, message: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec, stock = parse(text), BackboneFiles(backbone.folder)
-    assert not peft.exportable(spec, backbone.shape, stock)
+    stock = BackboneFiles(backbone.folder)
+    graft = BoundGraft(parse(text), backbone.shape)
+    assert not peft.exportable(graft, stock)
     with pytest.raises(FormatError, match=message):
-        peft.export(tmp_path, spec, modest(spec, backbone), shape=backbone.shape, stock=stock)
+        peft.export(tmp_path, graft, modest(graft), stock=stock)
     assert not list(tmp_path.iterdir())
 
 
@@ -226,11 +225,11 @@ def test_biases_come_along_with_every_such_method(
     stated = {"save_indices": True} if kind == "UNILORA" else {}
     config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)
     expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
-    spec, values = peft.load(tmp_path, backbone.shape, stock := BackboneFiles(backbone.folder))
-    assert any(slot.op == "affine" for slot in spec.slots)
-    assert relative(logits(backbone, spec, values), expected) < 1e-5
+    graft, values = peft.load(tmp_path, backbone.shape, stock := BackboneFiles(backbone.folder))
+    assert any(slot.op == "affine" for slot in graft.spec.slots)
+    assert relative(logits(backbone, graft, values), expected) < 1e-5
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape, stock=stock)
+    peft.export(again, graft, values, stock=stock)
     assert relative(loaded(backbone.folder, again, torch.float32)(input_ids=IDS[None]).logits[0], expected) < 1e-5
 
 

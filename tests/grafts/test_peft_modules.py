@@ -23,11 +23,10 @@ from peft import (
 )
 from safetensors.torch import load_file
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sites import ModelShape, sites_of
-from polygraft.grafts.spec import GraftSpec
 from polygraft.launch.demo.oracle.peft_oracle import loaded
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.trained import trained
@@ -208,11 +207,11 @@ def test_every_way_to_name_modules_means_what_it_means_in_peft(
     arch, config, text, _ = WAYS[way]
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
-    spec, values = peft.load(tmp_path, backbone.shape)
-    assert placed(spec, backbone.shape) == placed(parse(text), backbone.shape)
-    assert relative(logits(backbone, spec, values), expected) < 1e-5
+    graft, values = peft.load(tmp_path, backbone.shape)
+    assert placed(graft) == placed(BoundGraft(parse(text), backbone.shape))
+    assert relative(logits(backbone, graft, values), expected) < 1e-5
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape)
+    peft.export(again, graft, values)
     theirs = loaded(backbone.folder, again, torch.float32)
     assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < 1e-5
     before, after = (load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again))
@@ -225,20 +224,21 @@ def test_a_union_of_one_method_is_written_in_as_few_words_and_comes_back(
 ) -> None:
     arch, _, text, fields = WAYS[way]
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec = parse(text)
-    values = random_tensors(spec, backbone.shape, seed=4)
-    peft.export(tmp_path, spec, values, shape=backbone.shape)
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = random_tensors(graft, seed=4)
+    peft.export(tmp_path, graft, values)
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     assert {key: config[key] for key in fields} == fields
-    expected = logits(backbone, spec, values)
+    expected = logits(backbone, graft, values)
     theirs = loaded(backbone.folder, tmp_path, torch.float32)
     assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < 1e-5
     found, back = peft.load(tmp_path, backbone.shape)
-    assert placed(found, backbone.shape) == placed(spec, backbone.shape)
+    assert placed(found) == placed(graft)
     assert relative(logits(backbone, found, back), expected) < 1e-6
 
 
-def placed(spec: GraftSpec, shape: ModelShape) -> set[tuple[str, str]]:
+def placed(graft: BoundGraft) -> set[tuple[str, str]]:
     """What the slots do at each site."""
-    said = (asdict(spec.slots[index]) | {"at": str(site), "layers": None} for index, site in sites_of(spec, shape))
+    slots = graft.spec.slots
+    said = (asdict(slots[index]) | {"at": str(site), "layers": None} for index, site in graft.sites)
     return {(one["at"], json.dumps(one, sort_keys=True)) for one in said}

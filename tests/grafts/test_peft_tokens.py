@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
@@ -80,22 +81,23 @@ def test_edited_rows_come_along_and_are_written_again(
     if arch in TIED:
         keep_head(model, first)
     expected = logits_of(backbone, first)
-    spec, values = peft.load(first, backbone.shape, stock)
-    assert [slot.op for slot in spec.slots].count("tokens") == 1
+    graft, values = peft.load(first, backbone.shape, stock)
+    assert [slot.op for slot in graft.spec.slots].count("tokens") == 1
     exact = config.bias == "none" and not config.modules_to_save  # else W + dW is rounded to float32
-    assert relative(logits(backbone, spec, values), expected) < (1e-9 if exact else 1e-6)
+    assert relative(logits(backbone, graft, values), expected) < (1e-9 if exact else 1e-6)
     with pytest.raises(FormatError, match="name the backbone's folder"):
         peft.load(first, backbone.shape)
     (again := tmp_path / "again").mkdir()
-    peft.export(again, spec, values, shape=backbone.shape, stock=stock)
+    peft.export(again, graft, values, stock=stock)
     before, after = (load_file(folder / peft.WEIGHTS) for folder in (first, again))
-    kept = [key for key in before if "lora" in key or (key.endswith(DELTA) and "lm_head" not in key)]
-    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in kept)
+    same = [key for key in before if "lora" in key or (key.endswith(DELTA) and "lm_head" not in key)]
+    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in same)
     recwarn.clear()
     assert relative(logits_of(backbone, again), expected) < (1e-9 if exact else 1e-6)
     assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
-    back = peft.load(again, backbone.shape, stock)
-    assert back[0].slots == spec.slots and all(back[1][key].allclose(values[key], atol=1e-6) for key in values)
+    back, kept = peft.load(again, backbone.shape, stock)
+    assert back.spec.slots == graft.spec.slots
+    assert all(kept[key].allclose(value, atol=1e-6) for key, value in values.items())
 
 
 def keep_head(model: PeftModel, folder: Path) -> None:
@@ -139,8 +141,9 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
     text: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     arch, fields = WRITTEN[text]
-    backbone, spec = Backbone.load(folders[arch], torch.float64), parse(text)
-    assert_a_folder_of_peft(spec, modest(spec, backbone), backbone, tmp_path, fields, tolerance=1e-6)
+    backbone = Backbone.load(folders[arch], torch.float64)
+    graft = BoundGraft(parse(text), backbone.shape)
+    assert_a_folder_of_peft(graft, modest(graft), backbone, tmp_path, fields, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +167,10 @@ def test_edits_that_no_config_means_are_not_written(
     arch: str, text: str, message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone, stock = Backbone.load(folders[arch], torch.float32), BackboneFiles(folders[arch])
-    spec = parse(text)
-    assert not peft.exportable(spec, backbone.shape, stock)
+    graft = BoundGraft(parse(text), backbone.shape)
+    assert not peft.exportable(graft, stock)
     with pytest.raises(FormatError, match=message):
-        peft.export(tmp_path, spec, modest(spec, backbone), shape=backbone.shape, stock=stock)
+        peft.export(tmp_path, graft, modest(graft), stock=stock)
     assert not list(tmp_path.iterdir())
 
 
@@ -255,16 +258,16 @@ def test_a_head_whose_bias_peft_leaves_out_is_refused(folders: Mapping[str, Path
     stock = BackboneFiles(folder)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
         peft.load(graft, stock.shape, stock)
-    spec = parse("lora(r=2, at=attn.q) + trainable-tokens(17)")
+    bound = BoundGraft(parse("lora(r=2, at=attn.q) + trainable-tokens(17)"), stock.shape)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
-        peft.export(tmp_path / "ours", spec, random_tensors(spec, stock.shape, seed=1), shape=stock.shape, stock=stock)
+        peft.export(tmp_path / "ours", bound, random_tensors(bound, seed=1), stock=stock)
 
 
 def test_a_folder_may_edit_most_of_the_vocabulary(folders: Mapping[str, Path], tmp_path: Path) -> None:
     stock, ids = BackboneFiles(folders["untied llama"]), [*range(1, 512)]
     trained(folders["untied llama"], lora("q_proj", tokens=ids), tmp_path)
-    spec, values = peft.load(tmp_path, stock.shape, stock)
-    saved = native.save(tmp_path / "ours", spec, values, shape=stock.shape, backbone="stock", stock=stock)
+    graft, values = peft.load(tmp_path, stock.shape, stock)
+    saved = native.save(tmp_path / "ours", graft, values, backbone="stock", stock=stock)
     assert json.loads((tmp_path / "ours" / saved / peft.CONFIG).read_text())[FIELD] == ids
     found = native.load(tmp_path / "ours" / saved, shape=stock.shape, backbone="stock")
-    assert found.spec == spec and all(found.tensors[name].equal(value) for name, value in values.items())
+    assert found.graft == graft and all(found.tensors[name].equal(value) for name, value in values.items())

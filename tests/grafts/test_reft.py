@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.catalogue import needs_prompt_length
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -41,9 +42,10 @@ def test_pieces_of_a_prompt_have_the_positions_of_the_whole(
 
 @pytest.mark.parametrize("text", ["loreft(r=3, first=2, last=3)", "prompt(3) + direft(r=2, first=0, last=4)"])
 def test_a_prompt_in_chunks_is_edited_as_in_one(tiny_folder: Path, text: str) -> None:
-    backbone, spec = Backbone.load(tiny_folder, torch.float32), parse(text)
-    stacks = backbone.stacks((Resident("g", spec, random_tensors(spec, backbone.shape, seed=2)),))
-    virtual, prompt = spec.virtual_length, 12
+    backbone = Backbone.load(tiny_folder, torch.float32)
+    graft = BoundGraft(parse(text), backbone.shape)
+    stacks = backbone.stacks((Resident("g", graft, random_tensors(graft, seed=2)),))
+    virtual, prompt = graft.virtual_length, 12
     ids = torch.tensor([*virtual_ids(virtual), *range(40, 60)])
     count, table = len(ids), (1, 2)
 

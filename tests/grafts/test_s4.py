@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.s4 import s4
-from polygraft.grafts.sites import ModelShape, sites_of
-from polygraft.grafts.sizes import parameters
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import KV, Affine, Branch, SpecError
 
 SMOLLM2 = ModelShape("llama", layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152)
@@ -15,15 +15,15 @@ SMOLLM2 = ModelShape("llama", layers=30, hidden=576, heads=9, kv_heads=3, head_d
 
 @pytest.mark.parametrize("budget", [400_000, 1_000_000, 3_333_333])
 def test_the_budget_is_kept_and_used(budget: int) -> None:
-    spent = parameters(parse(s4(SMOLLM2, budget)), SMOLLM2)
+    spent = BoundGraft(parse(s4(SMOLLM2, budget)), SMOLLM2).parameters
     assert 0.9 * budget < spent <= budget
 
 
 def test_each_group_of_the_spindle_has_its_methods() -> None:
-    spec = parse(s4(SMOLLM2, 1_000_000))
+    graft = BoundGraft(parse(s4(SMOLLM2, 1_000_000)), SMOLLM2)
     has: dict[int, set[str]] = {}
-    for index, site in sites_of(spec, SMOLLM2):
-        match spec.slots[index]:
+    for index, site in graft.sites:
+        match graft.spec.slots[index]:
             case Branch(tap="output"):
                 letter = "A"
             case Branch():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import CROSS, LINEAR, ModelShape, Site, module_path, resolve, sites_of, sublayers
+from polygraft.grafts.sites import CROSS, LINEAR, ModelShape, Site, module_path, resolve, sublayers
 from polygraft.grafts.spec import Affine, Branch, GraftSpec, Norm, SpecError
 
 ONE_STACK = [name for name in LINEAR if name not in CROSS]
@@ -83,15 +84,15 @@ def test_layers_are_each_taken_once_in_order() -> None:
 )
 def test_slots_that_mean_nothing_together_are_refused_by_site(text: str, word: str) -> None:
     with pytest.raises(SpecError, match=word) as caught:
-        sites_of(parse(text), SHAPE)
+        BoundGraft(parse(text), SHAPE)
     assert "attn." in str(caught.value)
 
 
 def test_a_norm_needs_a_linear_branch_of_its_own_graft() -> None:
     with pytest.raises(SpecError, match="0.attn.q has no branch"):
-        sites_of(GraftSpec("x", (Norm(at="attn.q"),)), SHAPE)
+        BoundGraft(GraftSpec("x", (Norm(at="attn.q"),)), SHAPE)
     with pytest.raises(SpecError, match="DoRA's norm"):
-        sites_of(GraftSpec("x", (Branch(at="attn.q", rank=1, act="relu"), Norm(at="attn.q"))), SHAPE)
+        BoundGraft(GraftSpec("x", (Branch(at="attn.q", rank=1, act="relu"), Norm(at="attn.q"))), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_norm_needs_a_linear_branch_of_its_own_graft() -> None:
     ["lora + ia3 + bitfit + parallel + serial + prefix", "lora(r=2) + lora(r=4)", "dora(at=attn.*) + lora(at=ffn.*)"],
 )
 def test_slots_that_add_up_may_share_a_graft(text: str) -> None:
-    assert sites_of(parse(text), SHAPE)
+    assert BoundGraft(parse(text), SHAPE)
 
 
 def test_the_shape_is_read_from_a_transformers_config() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters, tensors
 from tests.grafts.oracle.table import METHODS, MORE
 
 ROWS = {**METHODS, **MORE}
@@ -25,11 +25,11 @@ def backbone(tiny_folder: Path) -> Backbone:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_count_is_that_of_the_tensors_there_are(name: str, backbone: Backbone) -> None:
-    spec = ROWS[name].spec
-    values = initialise(spec, backbone, seed=0, samples=((1, 2, 3),))
-    count = parameters(spec, backbone.shape)
-    assert count == sum(value.numel() for value in values.values()) == Slab(spec, backbone.shape).master.numel()
-    assert [(t.name, t.shape) for t in tensors(spec, backbone.shape)] == [(n, v.shape) for n, v in values.items()]
+    graft = ROWS[name].graft(backbone.shape)
+    values = initialise(graft, backbone, seed=0, samples=((1, 2, 3),))
+    count = graft.parameters
+    assert count == sum(value.numel() for value in values.values()) == Slab(graft).master.numel()
+    assert [(t.name, t.shape) for t in graft.tensors] == [(n, v.shape) for n, v in values.items()]
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,14 @@ def test_the_count_is_that_of_the_tensors_there_are(name: str, backbone: Backbon
 )
 def test_the_count_is_what_the_paper_says(text: str, count: int, tiny_folder: Path) -> None:
     shape = ModelShape.from_config(json.loads((tiny_folder / "config.json").read_text()))
-    assert parameters(parse(text), shape) == count
+    assert BoundGraft(parse(text), shape).parameters == count
 
 
 def test_a_tensors_start_depends_on_the_seed_and_its_name_alone(backbone: Backbone) -> None:
-    one = initialise(parse("lora(r=4)"), backbone, seed=5, samples=((1,),))
-    two = initialise(parse("lora(r=4) + prefix(3) + bitfit"), backbone, seed=5, samples=((1,),))
-    other = initialise(parse("lora(r=4)"), backbone, seed=6, samples=((1,),))
+    small, large = (BoundGraft(parse(text), backbone.shape) for text in ("lora(r=4)", "lora(r=4) + prefix(3) + bitfit"))
+    one = initialise(small, backbone, seed=5, samples=((1,),))
+    two = initialise(large, backbone, seed=5, samples=((1,),))
+    other = initialise(small, backbone, seed=6, samples=((1,),))
     assert all(two[name].equal(value) for name, value in one.items())
     assert not other["0.0.attn.q.A"].equal(one["0.0.attn.q.A"])
     assert not one["0.0.attn.q.A"].equal(one["0.1.attn.q.A"])

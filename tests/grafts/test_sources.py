@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse, pinned
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 from polygraft.grafts.sources import Source, check
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors, relative
@@ -39,9 +39,9 @@ SHAPE = ModelShape("llama", layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4,
     ],
 )
 def test_a_graft_that_does_not_give_what_is_taken_is_refused(text: str, member: str, wrong: str) -> None:
-    spec = parse(text)
+    graft = BoundGraft(parse(text), SHAPE)
     with pytest.raises(SpecError, match=wrong):
-        check(spec, {name: parse(member) for name in spec.sources}, SHAPE)
+        check(graft, {name: BoundGraft(parse(member), SHAPE) for name in graft.spec.sources})
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_text_that_names_no_grafts_is_refused(text: str, wrong: str) -> None:
 
 
 def test_dropout_and_starts_do_not_hinder_going_on() -> None:
-    spec = parse("lora(r=4, dropout=0.2) + from(of=a)")
-    check(spec, {"a": parse("lora(r=4)")}, SHAPE)
-    check(parse("spot(4, of=a)"), {"a": parse("prompt(4, start=vocabulary)")}, SHAPE)
+    pairs = {"lora(r=4, dropout=0.2) + from(of=a)": "lora(r=4)", "spot(4, of=a)": "prompt(4, start=vocabulary)"}
+    for text, member in pairs.items():
+        check(BoundGraft(parse(text), SHAPE), {"a": BoundGraft(parse(member), SHAPE)})
 
 
 def test_names_become_versions_and_nothing_else_changes() -> None:
@@ -76,11 +76,12 @@ def test_names_become_versions_and_nothing_else_changes() -> None:
 @pytest.mark.parametrize("text", ["meteora(r=2, top=0, of=a|a@2)", "mole(r=2, of=a|a@2)"])
 def test_equal_experts_are_the_one_lora_whatever_the_gate_says(text: str, tiny_folder: Path) -> None:
     backbone = Backbone.load(tiny_folder, torch.float64)
-    lora, spec = parse("lora(r=2, alpha=4)"), parse(text)
-    member = random_tensors(lora, backbone.shape, 0)
-    sources = {name: Source(lora, member) for name in spec.sources}
-    values = initialise(spec, backbone, seed=1, samples=(), sources=sources)
+    graft = BoundGraft(parse(text), backbone.shape)
+    lora = BoundGraft(parse("lora(r=2, alpha=4)"), backbone.shape)
+    member = random_tensors(lora, 0)
+    sources = {name: Source(lora, member) for name in graft.spec.sources}
+    values = initialise(graft, backbone, seed=1, samples=(), sources=sources)
     values = {n: torch.randn_like(v) if n.endswith((".G", ".e")) else v for n, v in values.items()}
     ids = torch.arange(4, 24)
-    assert relative(unmerged(spec, values, backbone, ids), unmerged(lora, member, backbone, ids)) < 1e-12
-    assert parameters(spec, backbone.shape) == sum(v.numel() for n, v in values.items() if n.endswith((".G", ".e")))
+    assert relative(unmerged(graft, values, backbone, ids), unmerged(lora, member, backbone, ids)) < 1e-12
+    assert graft.parameters == sum(v.numel() for n, v in values.items() if n.endswith((".G", ".e")))

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
-from polygraft.grafts.sizes import operands, tensors
 from polygraft.grafts.spec import Affine, SpecError
 from tests.grafts.oracle.row import random_tensors
 
@@ -55,8 +55,7 @@ def fp32(tiny_folder: Path) -> Backbone:
 )
 def test_what_cannot_be_is_refused_with_its_field(text: str, words: str, fp32: Backbone) -> None:
     with pytest.raises(SpecError, match=words):
-        spec = parse(text)
-        tensors(spec, fp32.shape), operands(spec, fp32.shape)
+        _ = BoundGraft(parse(text), fp32.shape).operands
 
 
 def test_a_scale_of_rows_has_no_shift() -> None:
@@ -66,20 +65,20 @@ def test_a_scale_of_rows_has_no_shift() -> None:
 
 @pytest.mark.parametrize("index", [-1.0, 64.0, 0.5])
 def test_a_file_with_an_index_outside_the_matrix_is_refused(index: float, fp32: Backbone) -> None:
-    spec = parse("shira(r=1, at=attn.q)@0")
-    values = random_tensors(spec, fp32.shape, seed=0)
+    graft = BoundGraft(parse("shira(r=1, at=attn.q)@0"), fp32.shape)
+    values = random_tensors(graft, seed=0)
     values["0.0.attn.q.i"] = torch.zeros_like(values["0.0.attn.q.i"])
-    check(spec, values, fp32.shape)
+    check(graft, values)
     values["0.0.attn.q.i"][3, 1] = index
     with pytest.raises(FormatError, match="0.0.attn.q.i: .* no index below 64"):
-        check(spec, values, fp32.shape)
+        check(graft, values)
 
 
 @pytest.mark.parametrize(
     ("text", "largest"), [("pafi(density=0.1)", False), ("supertuning(sparsity=0.9)", True)], ids=["pafi", "super"]
 )
 def test_magnitude_picks_the_ends_of_the_weights(text: str, largest: bool, fp32: Backbone) -> None:
-    values = initialise(parse(text), fp32, seed=0, samples=SAMPLES)
+    values = initialise(BoundGraft(parse(text), fp32.shape), fp32, seed=0, samples=SAMPLES)
     for site in (Site(0, "attn.k"), Site(1, "ffn.down")):
         size, place = fp32.weight(site).abs(), values[f"0.{site}.i"].long()
         chosen = torch.zeros_like(size, dtype=torch.bool).index_put(tuple(place.T), torch.tensor(True))
@@ -89,7 +88,8 @@ def test_magnitude_picks_the_ends_of_the_weights(text: str, largest: bool, fp32:
 
 
 def test_random_entries_are_distinct_and_of_the_seed(fp32: Backbone) -> None:
-    first, again, other = (initialise(parse("shira(r=2)"), fp32, seed=s, samples=SAMPLES) for s in (1, 1, 2))
+    graft = BoundGraft(parse("shira(r=2)"), fp32.shape)
+    first, again, other = (initialise(graft, fp32, seed=s, samples=SAMPLES) for s in (1, 1, 2))
     for name, value in first.items():
         if name.endswith(".i"):
             assert len(value.unique(dim=0)) == len(value)
@@ -98,7 +98,7 @@ def test_random_entries_are_distinct_and_of_the_seed(fp32: Backbone) -> None:
 
 @pytest.mark.parametrize("text", ["oft(b=8)", "boft(m=2)", "hra(r=4)", "road(group=16)", "road(variant=4, group=8)"])
 def test_a_rotation_starts_as_the_identity(text: str, fp32: Backbone) -> None:
-    spec = parse(text)
-    fold = Fold(spec, fp32.shape, initialise(spec, fp32, seed=0, samples=SAMPLES), fp32.weight)
+    graft = BoundGraft(parse(text), fp32.shape)
+    fold = Fold(graft, initialise(graft, fp32, seed=0, samples=SAMPLES), fp32.weight)
     for site in fold.sites:
         assert torch.allclose(fold.at(site).weight, fp32.weight(site), atol=1e-5)

@@ -12,6 +12,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
@@ -31,7 +32,7 @@ def backbone(tiny_folder: Path) -> Backbone:
 
 
 def started(text: str, backbone: Backbone) -> dict[str, Tensor]:
-    return initialise(parse(text), backbone, seed=1, samples=SAMPLES, weights=WEIGHTS)
+    return initialise(BoundGraft(parse(text), backbone.shape), backbone, seed=1, samples=SAMPLES, weights=WEIGHTS)
 
 
 def pefts(folder: Path, start: str) -> nn.Module:

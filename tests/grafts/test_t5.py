@@ -12,13 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import merged, peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sites import Site, model_path, sites_of
+from polygraft.grafts.sites import Site, model_path
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.plain import plain_model, read, source
 from tests.grafts.oracle.row import random_tensors, relative
@@ -62,8 +63,9 @@ def test_bf16_logits_are_near_transformers_own(folder: Path) -> None:
 @DTYPES
 def test_the_loss_of_labels_and_its_gradient_are_pefts(folder: Path, dtype: torch.dtype) -> None:
     """LoRA by PEFT on transformers' own class and module names, trained on labels, which it shifts by itself."""
-    backbone, spec = Backbone.load(folder, dtype), parse("lora(r=4, alpha=6)")
-    values = random_tensors(spec, backbone.shape, seed=5)
+    backbone = Backbone.load(folder, dtype)
+    graft = BoundGraft(parse("lora(r=4, alpha=6)"), backbone.shape)
+    values = random_tensors(graft, seed=5)
     names = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
     theirs = get_peft_model(plain_model(folder, dtype), LoraConfig(r=4, lora_alpha=6, target_modules=names),
                             autocast_adapter_dtype=False)  # fmt: skip
@@ -80,9 +82,9 @@ def test_the_loss_of_labels_and_its_gradient_are_pefts(folder: Path, dtype: torc
     loss = sum(len(ids) * theirs(input_ids=source(ids)[None], labels=ids[None]).loss for ids in IDS)
     loss.backward()
 
-    stacks = backbone.stacks([Resident("g", spec, values)], trainable=True)
+    stacks = backbone.stacks([Resident("g", graft, values)], trainable=True)
     shifted = [torch.cat([torch.tensor([0]), ids[:-1]]) for ids in IDS]
-    rows, attention, answers = packed(backbone, [(0, spec)], [shifted], [[source(ids) for ids in IDS]])
+    rows, attention, answers = packed(backbone, [(0, graft.spec)], [shifted], [[source(ids) for ids in IDS]])
     hidden = backbone.forward(rows, stacks, attention)
     scores = backbone.logits(hidden[torch.cat(answers)].detach()).requires_grad_()
     own = F.cross_entropy(scores, torch.cat(IDS), reduction="sum")
@@ -102,29 +104,32 @@ def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, fol
 
 
 def test_a_merged_model_gives_the_grafts_logits(folder: Path, tmp_path: Path) -> None:
-    backbone, spec = Backbone.load(folder, torch.float32), parse("lora(r=4, alpha=6)")
-    values = random_tensors(spec, backbone.shape, seed=6)
-    merged.export(tmp_path / "merged", spec, values, backbone=folder)
+    backbone = Backbone.load(folder, torch.float32)
+    graft = BoundGraft(parse("lora(r=4, alpha=6)"), backbone.shape)
+    values = random_tensors(graft, seed=6)
+    merged.export(tmp_path / "merged", graft, values, backbone=folder)
     whole = plain_model(tmp_path / "merged", torch.float32)
     expected = torch.cat([read(whole, ids) for ids in IDS])
-    assert relative(logits(backbone, [Resident("g", spec, values)]), expected) < 1e-5
+    assert relative(logits(backbone, [Resident("g", graft, values)]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("text", ["lora(r=4, alpha=6)", "dora(r=4, at=cross.[qv]|attn.o)@3", "ia3", "vera(r=8, at=q)"])
 def test_peft_loads_what_we_save_and_we_what_it_has(folder: Path, tmp_path: Path, text: str) -> None:
-    backbone, spec = Backbone.load(folder, torch.float32), parse(text)
-    values = {name: value.float() for name, value in random_tensors(spec, backbone.shape, seed=6).items()}
-    peft.export(tmp_path, spec, values, shape=backbone.shape)
+    backbone = Backbone.load(folder, torch.float32)
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = {name: value.float() for name, value in random_tensors(graft, seed=6).items()}
+    peft.export(tmp_path, graft, values)
     theirs = PeftModel.from_pretrained(plain_model(folder, torch.float32), str(tmp_path)).eval()
     expected = torch.cat([read(theirs, ids) for ids in IDS])
-    assert relative(logits(backbone, [Resident("g", spec, values)]), expected) < 1e-5
+    assert relative(logits(backbone, [Resident("g", graft, values)]), expected) < 1e-5
     found, tensors = peft.load(tmp_path, backbone.shape)
     assert relative(logits(backbone, [Resident("g", found, tensors)]), expected) < 1e-5
 
 
 def test_edited_tokens_are_edited_in_what_both_stacks_read(folder: Path) -> None:
-    backbone, spec = Backbone.load(folder, torch.float64), parse("trainable-tokens(42|300)")
-    values, theirs = random_tensors(spec, backbone.shape, seed=8), plain_model(folder, torch.float64)
+    backbone = Backbone.load(folder, torch.float64)
+    graft = BoundGraft(parse("trainable-tokens(42|300)"), backbone.shape)
+    values, theirs = random_tensors(graft, seed=8), plain_model(folder, torch.float64)
 
     def embed(ids: Tensor) -> Tensor:
         rows = theirs.get_input_embeddings()(ids)
@@ -133,17 +138,17 @@ def test_edited_tokens_are_edited_in_what_both_stacks_read(folder: Path) -> None
         return rows[None]
 
     expected = [theirs(inputs_embeds=embed(source(i)), decoder_inputs_embeds=embed(i)).logits[0] for i in IDS]
-    assert relative(logits(backbone, [Resident("g", spec, values)]), torch.cat(expected)) < 1e-9
+    assert relative(logits(backbone, [Resident("g", graft, values)]), torch.cat(expected)) < 1e-9
 
 
 def test_names_mean_both_attentions_and_patterns_one(tiny_folders: Mapping[str, Path]) -> None:
     shape = Backbone.load(tiny_folders["t5"], torch.float32).shape
     texts = ("q", "attn.q", "cross.*")
-    names = {at: [str(site) for _, site in sites_of(parse(f"lora(at={at})"), shape)] for at in texts}
+    names = {at: [str(site) for _, site in BoundGraft(parse(f"lora(at={at})"), shape).sites] for at in texts}
     assert names["q"] == ["0.attn.q", "1.attn.q", "2.attn.q", "2.cross.q", "3.attn.q", "3.cross.q"]
     assert names["attn.q"] == ["0.attn.q", "1.attn.q", "2.attn.q", "3.attn.q"]
     assert names["cross.*"] == [f"{layer}.cross.{part}" for layer in (2, 3) for part in "qkvo"]
-    assert [str(site) for _, site in sites_of(parse("ssf"), shape) if site.name == "norm.final"] == [
+    assert [str(site) for _, site in BoundGraft(parse("ssf"), shape).sites if site.name == "norm.final"] == [
         "1.norm.final",
         "3.norm.final",
     ]
@@ -157,21 +162,22 @@ def test_what_is_not_done_is_refused(tiny_folders: Mapping[str, Path]) -> None:
         rows, attention, _ = packed(backbone, [(None, None)], [IDS])
         backbone.forward(type(rows)(rows.ids, rows.positions, ()), backbone.stacks([]), attention)
     with pytest.raises(SpecError, match="layers: 'cross.q' stands in none of them"):
-        sites_of(parse("lora(at=cross.q)@0"), backbone.shape)
+        BoundGraft(parse("lora(at=cross.q)@0"), backbone.shape)
     with pytest.raises(SpecError, match="aside: rows without a place"):
-        sites_of(parse("llama-adapter(6)"), backbone.shape)
+        BoundGraft(parse("llama-adapter(6)"), backbone.shape)
     with pytest.raises(SpecError, match="starts from a job's text"):
-        initialise(parse("lora-ga"), backbone, seed=0, samples=((1, 2, 3),))
+        initialise(BoundGraft(parse("lora-ga"), backbone.shape), backbone, seed=0, samples=((1, 2, 3),))
 
 
 def gradients(backbone: Backbone, jobs: tuple[int, ...]) -> list[list[Tensor]]:
     """Of each job's loss on pairs of its own."""
     residents, prompts = [], []
     for job in jobs:
-        spec, noise = parse(TEXTS[job]), torch.Generator().manual_seed(job)
-        start = initialise(spec, backbone, seed=job, samples=((5, 6, 7),))
+        noise = torch.Generator().manual_seed(job)
+        graft = BoundGraft(parse(TEXTS[job]), backbone.shape)
+        start = initialise(graft, backbone, seed=job, samples=((5, 6, 7),))
         values = {name: value + 0.1 * torch.randn(value.shape, generator=noise) for name, value in start.items()}
-        residents.append(Resident(str(job), spec, values))
+        residents.append(Resident(str(job), graft, values))
         lengths = torch.randint(2, 60, (2,), generator=noise).tolist()
         prompts.append([torch.randint(2, 512, (n,), generator=noise) for n in lengths])
     stacks = backbone.stacks(residents, trainable=True)

@@ -9,10 +9,10 @@ import torch
 from peft import TrainableTokensConfig
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sites import sites_of
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.plain import Place
 from tests.grafts.oracle.row import Row, relative
@@ -47,7 +47,8 @@ def test_rows_start_as_the_embeddings_of_tokens(tiny_folder: Path) -> None:
     table, samples = backbone.embedding, ((5, 6, 7), (9,))
 
     def start(text: str, seed: int = 0) -> Tensor:
-        return initialise(parse(text), backbone, seed=seed, samples=samples)["0.0.embed.p"]
+        graft = BoundGraft(parse(text), backbone.shape)
+        return initialise(graft, backbone, seed=seed, samples=samples)["0.0.embed.p"]
 
     assert torch.equal(start("prompt(5)"), table[[5, 6, 7, 5, 6]])
     assert torch.equal(start("trainable-tokens(9|300)"), table[[9, 300]])
@@ -73,4 +74,4 @@ def test_rows_start_as_the_embeddings_of_tokens(tiny_folder: Path) -> None:
 def test_what_cannot_be_is_refused(text: str, message: str, tiny_folder: Path) -> None:
     backbone = Backbone.load(tiny_folder, torch.float32)
     with pytest.raises(SpecError, match=message):
-        sites_of(parse(text), backbone.shape)
+        BoundGraft(parse(text), backbone.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageClassification
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import merged, peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -20,7 +21,6 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors, relative
 from tests.grafts.packing import assert_same_bits_in_company
@@ -54,9 +54,10 @@ def test_without_a_head_the_features_are_transformers_own(folder: Path, tmp_path
 
 def test_a_graft_of_a_model_with_a_head_fits_one_without(folder: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
-    spec, both = parse("lora"), [Backbone.load(path, torch.float32) for path in (folder, tmp_path)]
-    values = random_tensors(spec, both[0].shape, seed=1)
-    states = [forward(backbone, [0] * 7, [Resident("g", spec, values)])[0] for backbone in both]
+    both = [Backbone.load(path, torch.float32) for path in (folder, tmp_path)]
+    graft = BoundGraft(parse("lora"), both[0].shape)
+    values = random_tensors(graft, seed=1)
+    states = [forward(backbone, [0] * 7, [Resident("g", graft, values)])[0] for backbone in both]
     assert torch.equal(*states)
 
 
@@ -69,9 +70,9 @@ def test_a_gradient_has_the_same_bits_alone_and_in_company(one_thread: None, fol
 def test_what_starts_from_text_is_refused(folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32)
     with pytest.raises(SpecError, match="vit reads other things"):
-        initialise(parse("lora-ga"), backbone, seed=0, samples=((1, 2, 3),))
+        initialise(BoundGraft(parse("lora-ga"), backbone.shape), backbone, seed=0, samples=((1, 2, 3),))
     with pytest.raises(SpecError, match="is not a token of this backbone; it has none"):
-        tensors(parse("trainable-tokens(1)"), backbone.shape)
+        BoundGraft(parse("trainable-tokens(1)"), backbone.shape)
 
 
 def test_images_are_refused_by_a_backbone_of_text(tiny_folder: Path) -> None:
@@ -80,27 +81,28 @@ def test_images_are_refused_by_a_backbone_of_text(tiny_folder: Path) -> None:
 
 
 def test_peft_loads_what_we_save(folder: Path, tmp_path: Path) -> None:
-    backbone, spec = Backbone.load(folder, torch.float32), parse("lora(r=4, alpha=6)")
-    values = random_tensors(spec, backbone.shape, seed=6)
-    hidden, starts = forward(backbone, [0] * 7, [Resident("g", spec, values)])
+    backbone = Backbone.load(folder, torch.float32)
+    graft = BoundGraft(parse("lora(r=4, alpha=6)"), backbone.shape)
+    values = random_tensors(graft, seed=6)
+    hidden, starts = forward(backbone, [0] * 7, [Resident("g", graft, values)])
     expected = backbone.logits(hidden[starts])
     (tmp_path / "peft").mkdir()
-    peft.export(tmp_path / "peft", spec, values, shape=backbone.shape)
+    peft.export(tmp_path / "peft", graft, values)
     plain = AutoModelForImageClassification.from_pretrained(folder)
     theirs = PeftModel.from_pretrained(plain, str(tmp_path / "peft")).eval()
     assert relative(theirs(pixel_values=PIXELS).logits, expected) < 1e-5
     with pytest.raises(FormatError, match="k_proj.weight: is not in the backbone's files"):  # named as of old there
-        merged.export(tmp_path / "merged", spec, values, backbone=folder)
+        merged.export(tmp_path / "merged", graft, values, backbone=folder)
 
 
 def gradients(backbone: Backbone, jobs: tuple[int, ...]) -> list[list[Tensor]]:
     """Of each job's loss on one image, whose class is the job's number."""
     residents = []
     for job in jobs:
-        spec = parse(TEXTS[job])
-        start = initialise(spec, backbone, seed=job, samples=())
-        noise = random_tensors(spec, backbone.shape, seed=job)
-        residents.append(Resident(str(job), spec, {n: t + 0.1 * noise[n].float() for n, t in start.items()}))
+        graft = BoundGraft(parse(TEXTS[job]), backbone.shape)
+        start = initialise(graft, backbone, seed=job, samples=())
+        noise = random_tensors(graft, seed=job)
+        residents.append(Resident(str(job), graft, {n: t + 0.1 * noise[n].float() for n, t in start.items()}))
     stacks = backbone.stacks(residents, trainable=True)
     rows, attention, starts = packed(backbone, list(range(len(jobs))), residents, jobs)
     hidden = backbone.forward(rows, stacks, attention)

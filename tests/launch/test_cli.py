@@ -17,13 +17,13 @@ from polygraft.cluster.client import Client
 from polygraft.cluster.model import GraftId, TenantId
 from polygraft.cluster.publish import adopt, resolve
 from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.s4 import s4
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.main import app
 from polygraft.serving.residency import Residency
@@ -199,6 +199,8 @@ def test_methods_lists_what_peft_may_say() -> None:
     kinds = {method["name"]: method["peft"] for method in found}
     assert (kinds["dora"], kinds["vera"], kinds["serial"]) == (["LORA"], ["VERA"], [])
     assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
+    training = {method["name"]: method["training_bytes"] for method in found}
+    assert training["child-tuning"] == 16 * 6_476_005_376 + 4 * 448 and training["bitfit"] == 16 * 1_359_872
     assert run("methods", "nonsense").exit_code == 2
 
 
@@ -207,7 +209,7 @@ def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
     config.write_text(json.dumps(SMOLLM2_CONFIG))
     said = run("methods", "--s4", "1000000", "--config", str(config)).stdout.strip()
     shape = ModelShape.from_config(SMOLLM2_CONFIG)
-    assert said == s4(shape, 1_000_000) and 900_000 < parameters(parse(said), shape) <= 1_000_000
+    assert said == s4(shape, 1_000_000) and 900_000 < BoundGraft(parse(said), shape).parameters <= 1_000_000
     few = run("methods", "--s4", "1000", "--config", str(config))
     assert few.exit_code == 2 and "budget: 1000 is too small" in few.stderr
 
@@ -220,18 +222,19 @@ def test_a_soup_is_made_of_published_grafts_and_served_by_its_name(
     monkeypatch.setattr(Flags, "store", lambda _: store)
     monkeypatch.setattr(store, "close", lambda: None)
     for name, text in (("one", "lora(r=2)"), ("two", "lora(r=2)"), ("odd", "ia3")):
-        spec = parse(text)
-        values = {n: v.float() for n, v in random_tensors(spec, backbone.shape, len(members)).items()}
+        bound = BoundGraft(parse(text), backbone.shape)
+        values = {n: v.float() for n, v in random_tensors(bound, len(members)).items()}
         members.append(values)
         adopt(
             store,
             TenantId("local"),
             name,
-            graft=GraftId(native.save(root, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)),
+            graft=GraftId(native.save(root, bound, values, backbone=backbone.fingerprint)),
             method=text,
             backbone_fingerprint=backbone.fingerprint,
             parameters=1,
             bytes=1,
+            context_length=0,
             at=0.0,
         )
     asked = ("--home", str(tmp_path / "home"), "grafts", "soup", "mean", "--backbone", str(backbone.folder))
@@ -258,9 +261,9 @@ def test_grafts_are_listed_without_the_backbone(served: Callable[[Answer], None]
 
 def test_a_graft_is_exported_as_a_model_or_as_a_lora(tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    spec = parse("loha(r=2, at=attn.q)")
-    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
-    identity = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    bound = BoundGraft(parse("loha(r=2, at=attn.q)"), backbone.shape)
+    values = {name: value + 0.1 for name, value in initialise(bound, backbone, seed=0, samples=()).items()}
+    identity = native.save(tmp_path, bound, values, backbone=backbone.fingerprint)
     graft, beside = str(tmp_path / identity), ("--backbone", str(backbone.folder))
     assert run("grafts", "export", graft, str(tmp_path / "whole"), *beside).exit_code == 0
     assert (tmp_path / "whole" / "model.safetensors").is_file()
@@ -273,9 +276,9 @@ def test_a_graft_is_exported_as_a_model_or_as_a_lora(tmp_path: Path) -> None:
 
 def test_a_graft_is_exported_in_the_format_asked_for(tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    spec = parse("loha(r=2, at=attn.q)")
-    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
-    identity = native.save(tmp_path, spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    graft = BoundGraft(parse("loha(r=2, at=attn.q)"), backbone.shape)
+    values = {name: value + 0.1 for name, value in initialise(graft, backbone, seed=0, samples=()).items()}
+    identity = native.save(tmp_path, graft, values, backbone=backbone.fingerprint)
 
     def export(source: str, target: str, *flags: str) -> Result:
         where = (str(tmp_path / source), str(tmp_path / target), "--backbone", str(backbone.folder))
@@ -297,10 +300,10 @@ def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    spec = parse("oft(b=8)")
-    values = {name: value + 0.1 for name, value in initialise(spec, backbone, seed=0, samples=()).items()}
+    bound = BoundGraft(parse("oft(b=8)"), backbone.shape)
+    values = {name: value + 0.1 for name, value in initialise(bound, backbone, seed=0, samples=()).items()}
     (tmp_path / "theirs").mkdir()
-    peft.export(tmp_path / "theirs", spec, values, shape=backbone.shape)
+    peft.export(tmp_path / "theirs", bound, values)
     store = MemoryStore()
     monkeypatch.setattr(Flags, "store", lambda _: store)
     monkeypatch.setattr(store, "close", lambda: None)
@@ -314,3 +317,39 @@ def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(
     assert {slot.op for slot in resident.spec.slots} == {"rotate"}
     done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "Mine", "--backbone", str(backbone.folder))
     assert done.exit_code == 2 and "name: 'Mine'" in done.stderr
+
+
+def test_a_fine_tuned_model_becomes_a_graft_of_signs_and_distilled_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    tiny_llama(tmp_path / "tuned", seed=1)
+    tiny_llama(tmp_path / "wider", ffn=128)
+    (tmp_path / "few.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "In winter."}]})
+    )
+    store = MemoryStore()
+    monkeypatch.setattr(Flags, "store", lambda _: store)
+    monkeypatch.setattr(store, "close", lambda: None)
+    of_backbone = ("--backbone", str(backbone.folder))
+    command = ("--home", str(tmp_path / "home"), "grafts", "bitdelta")
+    done = run(
+        *command,
+        str(tmp_path / "tuned"),
+        "mine",
+        *of_backbone,
+        "--examples",
+        str(tmp_path / "few.jsonl"),
+        "--steps",
+        "3",
+    )
+    assert (done.exit_code, done.stdout) == (0, "mine@1\n"), done.stderr
+    assert "not in the graft, though it was tuned: model.embed_tokens.weight" in done.stderr
+    assert "logits' squared distance" in done.stderr
+    graft = resolve(store, TenantId("local"), "mine", "smollm2")
+    assert graft is not None and graft.method == "bitdelta(at=linear)"
+    folder = tmp_path / "home" / "data" / "grafts"
+    resident = Residency(folder=folder, backbone=backbone, budget_bytes=1 << 20).fetch(graft.id)
+    assert all(bool((value > 0).all()) for name, value in resident.tensors.items() if name.endswith(".a"))
+    done = run(*command, str(tmp_path / "wider"), "other", *of_backbone)
+    assert done.exit_code == 2 and "ffn=128" in done.stderr

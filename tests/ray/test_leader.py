@@ -60,6 +60,7 @@ class Pretender:
                         backbone_fingerprint="f",
                         parameters=1,
                         bytes=4,
+                        context_length=0,
                         at=time.time(),
                         fence=lease.fence,
                     )

@@ -51,5 +51,5 @@ def test_jobs_of_a_killed_worker_end_with_the_weights_of_an_uninterrupted_run(tm
         active = alone.admit(trained)
         while not active.finished:
             alone.step()
-        identity = native.graft_id(trained.spec, active.slab.tensors, backbone.fingerprint)
+        identity = native.graft_id(trained.graft.spec, active.slab.tensors, backbone.fingerprint)
         assert identity == found.value.graft

@@ -23,6 +23,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.pretrained import fingerprint
@@ -53,24 +54,25 @@ def published(store: Store, data: Path, folder: Path, shape: ModelShape) -> dict
     tenant = TenantId("ann")
     answers = {}
     for seed, text in enumerate(("", *METHODS)):
-        spec = parse(text) if text else None
-        values = random_tensors(spec, shape, seed) if spec else {}
-        said = Solo(folder, shape, spec, values).greedy(prompt, TOKENS)
+        bound = BoundGraft(parse(text), shape) if text else None
+        values = random_tensors(bound, seed) if bound else {}
+        said = Solo(folder, shape, bound, values).greedy(prompt, TOKENS)
         end = next((i for i, id in enumerate(said) if id in tokeniser.eos_ids), TOKENS)
         whole = tokeniser.decode([*prompt, *said[:end]]).removeprefix(tokeniser.decode(prompt))
         answers[f"g{seed}" if text else "tiny"] = whole
-        if spec:
+        if bound:
             of = fingerprint(folder)
-            id = native.save(data / "grafts", spec, values, shape=shape, backbone=of)
+            id = native.save(data / "grafts", bound, values, backbone=of)
             graft = Graft(
                 tenant=tenant,
                 name=f"g{seed}",
                 version=1,
                 id=GraftId(id),
-                method=spec.method,
+                method=bound.spec.method,
                 backbone_fingerprint=of,
                 parameters=1,
                 bytes=1,
+                context_length=bound.context_length,
                 created_at=1.0,
             )
             alias = Alias(tenant=tenant, name=graft.name, version=1, latest=1)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from polygraft.grafts.sites import ModelShape, Site, module_path, sites_of
-from polygraft.grafts.sizes import tensors
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.sites import ModelShape, Site, module_path
 from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm
 
 ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -23,11 +23,11 @@ ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def random_tensors(spec: GraftSpec, shape: ModelShape, seed: int) -> dict[str, Tensor]:
+def random_tensors(graft: BoundGraft, seed: int) -> dict[str, Tensor]:
     """Values that change the output a lot, whatever the method's start would be."""
     made = torch.Generator().manual_seed(seed)
     values = {}
-    for tensor in tensors(spec, shape):
+    for tensor in graft.tensors:
         noise = torch.randn(tensor.shape, generator=made)
         one_based = tensor.part in ("g", "m")
         values[tensor.name] = 1 + 0.2 * noise if one_based else 0.2 * noise
@@ -37,19 +37,19 @@ def random_tensors(spec: GraftSpec, shape: ModelShape, seed: int) -> dict[str, T
 class Solo:
     """The backbone in `folder` with one graft, or bare."""
 
-    def __init__(self, folder: Path, shape: ModelShape, spec: GraftSpec | None, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, folder: Path, shape: ModelShape, graft: BoundGraft | None, values: Mapping[str, Tensor]) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self._shape = shape
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
         acts: dict[Site, list[int]] = {}
-        for index, site in sites_of(spec, shape) if spec else ():
+        for index, site in graft.sites if graft else ():
             acts.setdefault(site, []).append(index)
         for site, slots in acts.items():
-            assert spec is not None
-            if isinstance(spec.slots[slots[0]], KV):
+            assert graft is not None
+            if isinstance(graft.spec.slots[slots[0]], KV):
                 self._prefix[site.layer] = (values[f"{slots[0]}.{site}.k"], values[f"{slots[0]}.{site}.v"])
             else:
-                _hook(self._model.model.get_submodule(module_path(site, shape)), spec, slots, site, values)
+                _hook(self._model.model.get_submodule(module_path(site, shape)), graft.spec, slots, site, values)
 
     def logits(self, ids: list[int]) -> Tensor:
         """[len(ids), vocab] of the whole sequence, computed afresh."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from polygraft.cluster.model import GraftId, TenantId
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.spec import GraftSpec
 from polygraft.serving.batch import Batch
 from polygraft.serving.engine import Engine
 from tests.serving.engines import Heard, engine_on, request, run
@@ -52,13 +52,13 @@ def data(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grafts(backbone: Backbone, data: Path) -> dict[GraftId, tuple[GraftSpec, dict[str, Tensor]]]:
+def grafts(backbone: Backbone, data: Path) -> dict[GraftId, tuple[BoundGraft, dict[str, Tensor]]]:
     saved = {}
     for seed, text in enumerate(METHODS):
-        spec = parse(text)
-        values = random_tensors(spec, backbone.shape, seed)
-        id = native.save(data / "grafts", spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
-        saved[GraftId(id)] = (spec, values)
+        graft = BoundGraft(parse(text), backbone.shape)
+        values = random_tensors(graft, seed)
+        id = native.save(data / "grafts", graft, values, backbone=backbone.fingerprint)
+        saved[GraftId(id)] = (graft, values)
     return saved
 
 
@@ -71,7 +71,7 @@ def test_every_method_answers_in_a_mixed_batch_as_it_does_alone(
     folder: Path,
     backbone: Backbone,
     data: Path,
-    grafts: dict[GraftId, tuple[GraftSpec, dict[str, Tensor]]],
+    grafts: dict[GraftId, tuple[BoundGraft, dict[str, Tensor]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logits: dict[tuple[str, int], Tensor] = {}
@@ -92,14 +92,14 @@ def test_every_method_answers_in_a_mixed_batch_as_it_does_alone(
     run(engine)
 
     for index, graft in enumerate([None, *grafts]):
-        spec, values = grafts[graft] if graft else (None, {})
-        solo = Solo(folder, backbone.shape, spec, values)
+        bound, values = grafts[graft] if graft else (None, {})
+        solo = Solo(folder, backbone.shape, bound, values)
         prompt, said = prompt_of(index), heard.tokens[str(graft)]
         assert said == solo.greedy(prompt, TOKENS), METHODS[index - 1] if index else "bare"
         forced = solo.logits([*prompt, *said])[len(prompt) - 1 :]
         for at in range(TOKENS):
             error = (logits[str(graft), at] - forced[at]).norm() / forced[at].norm()
-            assert error < 1e-5, (spec and spec.method, at, float(error))  # fp32, teacher-forced
+            assert error < 1e-5, (bound and bound.spec.method, at, float(error))  # fp32, teacher-forced
 
     steps = [json.loads(line) for line in (data / "replicas/r0/steps.jsonl").read_text().splitlines()]
     decode = [step for step in steps if step["prefill_rows"] == 0]
@@ -108,7 +108,7 @@ def test_every_method_answers_in_a_mixed_batch_as_it_does_alone(
 
 
 def test_grafts_move_in_and_out_of_a_small_budget(
-    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[GraftSpec, dict[str, Tensor]]]
+    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[BoundGraft, dict[str, Tensor]]]
 ) -> None:
     free, tight = Heard(), Heard()
     largest = max(sum(4 * value.numel() for value in values.values()) for _, values in grafts.values())
@@ -122,7 +122,7 @@ def test_grafts_move_in_and_out_of_a_small_budget(
 
 
 def test_a_graft_that_does_not_fit_beside_those_in_use_is_not_kept_out_by_younger_streams(
-    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[GraftSpec, dict[str, Tensor]]]
+    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[BoundGraft, dict[str, Tensor]]]
 ) -> None:
     size = {graft: sum(4 * value.numel() for value in values.values()) for graft, (_, values) in grafts.items()}
     small, large = min(size, key=lambda g: size[g]), max(size, key=lambda g: size[g])
@@ -144,7 +144,7 @@ def test_a_graft_that_does_not_fit_beside_those_in_use_is_not_kept_out_by_younge
 
 
 def test_a_graft_larger_than_the_budget_fails_alone(
-    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[GraftSpec, dict[str, Tensor]]]
+    backbone: Backbone, data: Path, grafts: dict[GraftId, tuple[BoundGraft, dict[str, Tensor]]]
 ) -> None:
     heard = Heard()
     engine = engine_on(backbone, data, heard=heard, graft_bytes=1000)
@@ -170,10 +170,10 @@ def test_a_graft_that_overflows_as_it_is_computed_with_is_refused_and_meets_no_o
     backbone = Backbone.load(folder, dtype)
     saved = []
     for seed, (method, factor) in enumerate((("lora(r=4)", 1.0), (text, largest))):
-        spec = parse(method)
-        values = random_tensors(spec, backbone.shape, seed)
+        bound = BoundGraft(parse(method), backbone.shape)
+        values = random_tensors(bound, seed)
         values = {name: value / value.abs().max() * factor for name, value in values.items()}
-        id = native.save(tmp_path / "grafts", spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+        id = native.save(tmp_path / "grafts", bound, values, backbone=backbone.fingerprint)
         saved.append(GraftId(id))
     alone, beside = Heard(), Heard()
     for heard, tenants in ((alone, {"good": saved[0]}), (beside, {"good": saved[0], "bad": saved[1]})):
@@ -186,9 +186,9 @@ def test_a_graft_that_overflows_as_it_is_computed_with_is_refused_and_meets_no_o
 
 
 def test_a_graft_for_another_backbone_is_refused(backbone: Backbone, tmp_path: Path) -> None:
-    spec = parse("ia3")
-    values = random_tensors(spec, backbone.shape, 0)
-    id = native.save(tmp_path / "grafts", spec, values, shape=backbone.shape, backbone="f" * 64)
+    graft = BoundGraft(parse("ia3"), backbone.shape)
+    values = random_tensors(graft, 0)
+    id = native.save(tmp_path / "grafts", graft, values, backbone="f" * 64)
     heard = Heard()
     engine = engine_on(backbone, tmp_path, heard=heard)
     engine.submit(request("foreign", (5, 6), graft=id))

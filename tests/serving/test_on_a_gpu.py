@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from polygraft.cluster.model import GraftId
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
@@ -47,9 +48,9 @@ def test_prefill_and_decoding_of_mixed_grafts_stay_on_the_device(gpu: FakeGpu, t
     engine = engine_on(backbone, tmp_path, heard=heard, max_rows=256)
     residency = engine._streams.residency
     for text in TEXTS:
-        spec = parse(text)
-        values = initialise(spec, backbone, seed=1, samples=((5, 6, 7, 8),))
-        id = native.save(tmp_path / "grafts", spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+        bound = BoundGraft(parse(text), backbone.shape)
+        values = initialise(bound, backbone, seed=1, samples=((5, 6, 7, 8),))
+        id = native.save(tmp_path / "grafts", bound, values, backbone=backbone.fingerprint)
         grafts.append(GraftId(id))
         residency.admit(residency.fetch(grafts[-1]), grafts)  # read in this thread, which alone has the device
     for graft in (None, *grafts):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from polygraft.cluster.model import GraftId
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -17,7 +18,7 @@ from polygraft.serving.residency import GraftUnusable, Residency
 from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
 
-SPEC = parse("ia3")
+IA3 = parse("ia3")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 def named(backbone: Backbone, id: str) -> Resident:
-    return Resident(id, SPEC, random_tensors(SPEC, backbone.shape, 0))
+    graft = BoundGraft(IA3, backbone.shape)
+    return Resident(id, graft, random_tensors(graft, 0))
 
 
 def size(backbone: Backbone) -> int:
@@ -105,8 +107,9 @@ def test_only_the_composition_in_use_keeps_packed_copies(backbone: Backbone) -> 
 
 def test_a_folder_that_holds_another_graft_or_bad_values_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     residency = Residency(folder=tmp_path, backbone=backbone, budget_bytes=1 << 20)
-    values = random_tensors(SPEC, backbone.shape, 0)
-    id = native.save(tmp_path, SPEC, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    graft = BoundGraft(IA3, backbone.shape)
+    values = random_tensors(graft, 0)
+    id = native.save(tmp_path, graft, values, backbone=backbone.fingerprint)
     assert residency.fetch(GraftId(id)).id == id
     (tmp_path / id).rename(tmp_path / "other")
     with pytest.raises(GraftUnusable, match=id):

@@ -35,7 +35,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 def saved(row: Row, backbone: Backbone, data: Path, seed: int) -> tuple[GraftId, dict[str, Tensor]]:
     values = {name: value.float() for name, value in row.values(backbone.shape, seed).items()}
-    id = native.save(data / "grafts", row.spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    id = native.save(data / "grafts", row.graft(backbone.shape), values, backbone=backbone.fingerprint)
     return GraftId(id), values
 
 
@@ -98,9 +98,9 @@ def test_a_mixed_batch_answers_as_each_oracle(
 
 
 def test_a_prompt_counts_in_the_context(backbone: Backbone, tmp_path: Path) -> None:
-    spec = Row("prompt(40)")
-    values = {k: v.float() for k, v in random_tensors(spec.spec, backbone.shape, 0).items()}
-    id = native.save(tmp_path / "grafts", spec.spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    graft = Row("prompt(40)").graft(backbone.shape)
+    values = {k: v.float() for k, v in random_tensors(graft, 0).items()}
+    id = native.save(tmp_path / "grafts", graft, values, backbone=backbone.fingerprint)
     heard = Heard()
     engine = engine_on(backbone, tmp_path, heard=heard, max_context=48)
     engine.submit(request("long", (5,) * 6, 3, graft=GraftId(id)))

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.trainers.hooks import Hooks
+from tests.grafts.oracle.family_prompts import dept
+from tests.grafts.oracle.row import Row
 from tests.tiny import tiny_llama
+from tests.trainers.solo import trained
+from tests.trainers.test_lora_family import assert_trained, ours
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
 
 METHODS = {
@@ -43,6 +51,19 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: tor
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
     jobs = jobs_of(steps, METHODS)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+
+
+def test_dept_trains_its_prompt_and_its_pair_at_two_rates(fp64: Backbone) -> None:
+    """Shi & Lipani 2024, section 2.2: alpha_1 for the prompt and alpha_2 for A and B; a LoRA beside has the first."""
+    job = a_job("dept", "dept(2, rows=6, r=2, ratio=40)", seed=3, steps=12)
+    pack = together(fp64, [job])
+    start = {name: value.clone() for name, value in pack.jobs["dept"].slab.tensors.items()}
+    oracle = Row("dept(2, rows=6, r=2)", soft=dept).oracle(fp64.folder, start, torch.float64)
+    expected = trained(oracle, job, rate=lambda part: 1.0 if part == "p" else 1 / 40)
+    assert_trained(ours(job, fp64), expected)
+    beside = BoundGraft(parse("dept(2) + lora(r=2, at=attn.v)@0"), fp64.shape)
+    rates = dict(zip((t.name for t in beside.trained), Hooks(beside, Slab(beside)).rates, strict=True))
+    assert {name for name, rate in rates.items() if rate != 1.0} == {"1.0.embed.A", "1.0.embed.B"}
 
 
 def test_xprompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
@@ -70,14 +71,15 @@ def gradients_of(backbone: Backbone, jobs: tuple[int, ...]) -> tuple[list[float]
     """Losses and trained tensors' gradients of one forward of `jobs`, each with samples of its own."""
     residents, shares = [], []
     for place, job in enumerate(jobs):
-        spec, generator = parse(TEXTS[job]), torch.Generator().manual_seed(job)
-        values = initialise(spec, backbone, seed=job, samples=((5, 6, 7),))
+        generator = torch.Generator().manual_seed(job)
+        graft = BoundGraft(parse(TEXTS[job]), backbone.shape)
+        values = initialise(graft, backbone, seed=job, samples=((5, 6, 7),))
         values = {n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in values.items()}
-        residents.append(Resident(str(job), spec, values))
+        residents.append(Resident(str(job), graft, values))
         lengths = torch.randint(4, 40, (2,), generator=generator).tolist()
         ids = [tuple(torch.randint(2, 512, (n,), generator=generator).tolist()) for n in lengths]
         samples = tuple(Sample(row, (0.0,) + (1.0,) * (len(row) - 1)) for row in ids)
-        shares.append(MicroBatch(place, spec.prefix_length, samples, (0, 1), float(sum(lengths))))
+        shares.append(MicroBatch(place, graft.prefix_length, samples, (0, 1), float(sum(lengths))))
     stacks = backbone.stacks(residents, trainable=True)
     losses = forward.train(backbone, stacks, shares)
     found = stacks.gradients()

@@ -25,7 +25,7 @@ GENERATED = {
     "c3a": "c3a(block=16, at=attn.v|ffn.down)",
     "bat": "bat(r=8, at=attn.v)",
     "peqa": "peqa(at=attn.v|ffn.down)",
-    "bitdelta": "bitdelta(at=attn.v)",
+    "qalora": "qalora(r=4, group=8, at=attn.v|ffn.down)",
     "said": "said(d=20, at=attn.v|ffn.down)",
 }
 FACTORED = {
@@ -38,7 +38,6 @@ FACTORED = {
     "deft": "deft(r=4, at=attn.v|ffn.down)",
     "para": "para(r=2, at=attn.v)",
     "psoft": "psoft(r=4)",
-    "qalora": "qalora(r=4, group=8)",
     "delora": "delora(r=4, bound=1)",
     "tinylora": "tinylora(r=2, u=3, tied=1)",
     "compacter": "compacter(8, n=4)",

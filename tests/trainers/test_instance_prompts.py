@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -87,7 +88,7 @@ def test_held_out_losses_are_without_noise(backbone: Backbone) -> None:
     job = a_job("smop", "smop(3, k=4)", seed=1, steps=1)
     _, values = trained_here(backbone, job)
     losses = [
-        mean_loss(backbone, parse(text), values, job.train, rows)
+        mean_loss(backbone, BoundGraft(parse(text), backbone.shape), values, job.train, rows)
         for text, rows in (("smop(3, k=4)", 768), ("smop(3, k=4, noise=0)", 768), ("smop(3, k=4)", 30))
     ]
     assert losses[0] == losses[1] and abs(losses[0] - losses[2]) < 1e-12 * losses[0]
@@ -104,5 +105,5 @@ def test_the_prompt_of_a_sample_ends_before_its_first_learned_token() -> None:
 def test_a_noisy_graft_is_saved_with_its_noise(backbone: Backbone, tmp_path: Path) -> None:
     job = a_job("smop", "smop(3, k=2, noise=0.5)", seed=4, steps=1)
     values = {name: value.float() for name, value in trained_here(backbone, job)[1].items()}
-    identity = native.save(tmp_path, job.spec, values, shape=backbone.shape, backbone="b")
-    assert native.load(tmp_path / identity, shape=backbone.shape, backbone="b").spec == job.spec
+    identity = native.save(tmp_path, job.graft, values, backbone="b")
+    assert native.load(tmp_path / identity, shape=backbone.shape, backbone="b").graft == job.graft

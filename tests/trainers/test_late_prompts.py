@@ -31,11 +31,11 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
     steps: int, dtype: torch.dtype, quantise: Quantise | None, tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path, layers=4), dtype, training=True, quantise=quantise)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, METHODS, backbone.shape)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
 def test_steps_under_learned_positions_do_too(steps: int, tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_model(tmp_path, "gpt2"), torch.float32, training=True)
-    jobs = jobs_of(steps, {"late": "lpt(5)@1", "early": "lpt(3)", "lora": "lora(r=4)"})
+    jobs = jobs_of(steps, {"late": "lpt(5)@1", "early": "lpt(3)", "lora": "lora(r=4)"}, backbone.shape)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from polygraft.grafts.compose import combined, lorahub
-from polygraft.grafts.sizes import tensors
 from polygraft.trainers.runner import mean_loss
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
@@ -39,8 +38,8 @@ def test_few_examples_choose_the_weights_of_loras_that_were_trained_apart(folder
     slabs = {job.id: pack.jobs[job.id].slab for job in jobs}
     run(pack)
     members, few = [slabs[job.id].tensors for job in jobs], (*jobs[0].train[:2], *jobs[1].train[:2])
-    layout = tensors(jobs[0].spec, backbone.shape)
-    found = lorahub(layout, members, lambda values: mean_loss(backbone, jobs[0].spec, values, few), steps=40)
-    assert found.loss == mean_loss(backbone, jobs[0].spec, found.tensors, few)
+    layout = jobs[0].graft.tensors
+    found = lorahub(layout, members, lambda values: mean_loss(backbone, jobs[0].graft, values, few), steps=40)
+    assert found.loss == mean_loss(backbone, jobs[0].graft, found.tensors, few)
     for weights in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
-        assert found.loss < mean_loss(backbone, jobs[0].spec, combined(layout, members, weights), few)
+        assert found.loss < mean_loss(backbone, jobs[0].graft, combined(layout, members, weights), few)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses import fake_tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import GraftSpec
@@ -22,6 +23,7 @@ from polygraft.trainers.runner import PackRunner
 from tests.fake_gpu import DEVICE, FakeGpu, fake_gpu
 from tests.grafts.oracle.row import Row
 from tests.grafts.oracle.table import ALL
+from tests.tiny import TINY
 
 SAMPLES = tuple(Sample(tuple(range(3, 3 + n)), (0.0,) * 4 + (1.0,) * (n - 4)) for n in (8, 9))
 # One for each op and kind of form, and those whose start or hooks are apart.
@@ -57,7 +59,7 @@ def pack(backbone: Backbone) -> PackRunner:
 
 
 def job(name: str, spec: GraftSpec) -> TrainJob:
-    return TrainJob(name, spec, TrainConfig(epochs=1, batch_size=2, learning_rate=1e-3), SAMPLES)
+    return TrainJob(name, BoundGraft(spec, TINY), TrainConfig(epochs=1, batch_size=2, learning_rate=1e-3), SAMPLES)
 
 
 def devices(tensors: Mapping[str, Tensor]) -> set[torch.device]:
@@ -106,7 +108,7 @@ def test_a_checkpoint_passes_through_the_cpu(pack: PackRunner, tmp_path: Path) -
     pack.step()
     name = checkpoint.save(tmp_path, active)
     assert devices(load_file(tmp_path / name / "slab.safetensors")) == {torch.device("cpu")}
-    again = checkpoint.load(tmp_path, name, active.job, pack.backbone.shape, pack.backbone.device)
+    again = checkpoint.load(tmp_path, name, active.job, pack.backbone.device)
     assert devices({**again.slab.tensors, "moment": again.slab.exp_avg}) == {DEVICE}
     pack.remove("kept")
     pack.restore(again)

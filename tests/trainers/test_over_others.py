@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sources import Source
@@ -23,6 +24,7 @@ MEMBERS = {
     "adapter": "serial(4, at=ffn.out)",
     "prompt": "prompt(3)",
     "second": "prompt(3)",
+    "tuned": "bitdelta(at=attn.v)",
 }
 METHODS = {
     "meteora": "meteora(r=3, at=attn.[qv], of=lora|other)",
@@ -32,14 +34,16 @@ METHODS = {
     "spot": "spot(3, of=prompt|second)",
     "ipt": "ipt(3, d=1, of=prompt|second)",
     "on": "lora(r=2, at=attn.[qv], dropout=0.1) + from(of=lora)",
+    "bitdelta": "bitdelta(at=attn.v, of=tuned)",
 }
 
 
 def sources_of(backbone: Backbone) -> dict[str, Source]:
     found = {}
     for seed, (name, text) in enumerate({**MEMBERS, "adapter@2": MEMBERS["adapter"]}.items()):
-        values = random_tensors(parse(text), backbone.shape, seed)
-        found[name] = Source(parse(text), {tensor: value.float() for tensor, value in values.items()})
+        graft = BoundGraft(parse(text), backbone.shape)
+        values = random_tensors(graft, seed)
+        found[name] = Source(graft, {tensor: value.float() for tensor, value in values.items()})
     return found
 
 

@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -12,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sizes import tensors
+from polygraft.grafts.sites import ModelShape
 from polygraft.kernels.dense import op as dense
 from polygraft.trainers import forward
 from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.runner import Failed, PackRunner, RunningJob
+from tests.tiny import TINY
 
 METHODS = {
     "lora": "lora(r=8, dropout=0.2)",
@@ -55,7 +58,7 @@ def fp32(one_thread: None, folder: Path) -> Backbone:
     return backbone_of(folder, torch.float32)
 
 
-def a_job(name: str, text: str, *, seed: int, steps: int) -> TrainJob:
+def a_job(name: str, text: str, *, seed: int, steps: int, shape: ModelShape = TINY) -> TrainJob:
     """Own data, lengths, batch size, rate, schedule and epochs; at least `steps` optimiser steps."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
@@ -75,11 +78,12 @@ def a_job(name: str, text: str, *, seed: int, steps: int) -> TrainJob:
         seed=seed,
         micro_rows=40,
     )
-    return TrainJob(name, parse(text), recipe, tuple(samples))
+    return TrainJob(name, BoundGraft(parse(text), shape), recipe, tuple(samples))
 
 
-def jobs_of(steps: int, texts: Mapping[str, str]) -> list[TrainJob]:
-    return [a_job(name, text, seed=seed, steps=steps) for seed, (name, text) in enumerate(texts.items())]
+def jobs_of(steps: int, texts: Mapping[str, str], shape: ModelShape = TINY) -> list[TrainJob]:
+    named = enumerate(texts.items())
+    return [a_job(name, text, seed=seed, steps=steps, shape=shape) for seed, (name, text) in named]
 
 
 def run(
@@ -140,11 +144,11 @@ def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, T
         generator = torch.Generator().manual_seed(job.recipe.seed)
         values = {
             t.name: 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64) + (t.part in "gm")
-            for t in tensors(job.spec, backbone.shape)
+            for t in job.graft.tensors
         }
-        residents.append(Resident(name, job.spec, values))
+        residents.append(Resident(name, job.graft, values))
         seed = job.recipe.seed
-        shares.append(MicroBatch(graft, job.spec.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed))
+        shares.append(MicroBatch(graft, job.graft.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed))
     stacks = backbone.stacks(residents, trainable=True)
     forward.train(backbone, stacks, shares)
     found: dict[str, dict[str, Tensor]] = {}
@@ -179,11 +183,11 @@ def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone)
     bad = a_job("bad", "lora(r=8) + bitfit + prefix(3)", seed=20, steps=200)
     pack = together(fp32, jobs[:4])
     if poison == "nan weights":
-        slab = Slab(bad.spec, fp32.shape)
+        slab = Slab(bad.graft)
         slab.master.fill_(torch.nan)
         pack.restore(RunningJob(bad, slab))
     else:
-        pack.admit(TrainJob("bad", bad.spec, TrainConfig(epochs=200, batch_size=2, learning_rate=1e30), bad.train))
+        pack.admit(replace(bad, recipe=TrainConfig(epochs=200, batch_size=2, learning_rate=1e30)))
     for job in jobs[4:]:
         pack.admit(job)
     failures: list[Failed] = []
@@ -198,11 +202,11 @@ def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_job_too_short_for_patience_fails_if_none_of_its_steps_was_finite(steps: int, fp32: Backbone) -> None:
     bad = a_job("bad", "lora(r=8)", seed=20, steps=200)
-    slab = Slab(bad.spec, fp32.shape)
+    slab = Slab(bad.graft)
     slab.master.fill_(torch.nan)
     pack = PackRunner(fp32)
     short = TrainConfig(epochs=steps, batch_size=len(bad.train), learning_rate=1e-3)
-    pack.restore(RunningJob(TrainJob("bad", bad.spec, short, bad.train), slab))
+    pack.restore(RunningJob(replace(bad, recipe=short), slab))
     failures: list[Failed] = []
     assert not run(pack, failures=failures)
     assert [(failed.job, failed.code) for failed in failures] == [("bad", "non_finite_loss")]

@@ -157,7 +157,7 @@ def test_cpt_trains_as_pefts_and_stays_in_its_balls(fp64: Backbone) -> None:
 
 
 def test_a_cpt_without_tokens_starts_as_the_first_sample(fp64: Backbone) -> None:
-    values = initialise(a_job("cpt", "cpt(5)", seed=1, steps=1).spec, fp64, seed=0, samples=((7, 8, 9), (1, 2)))
+    values = initialise(a_job("cpt", "cpt(5)", seed=1, steps=1).graft, fp64, seed=0, samples=((7, 8, 9), (1, 2)))
     assert torch.equal(values["0.0.embed.context"], fp64.embedding[torch.tensor([7, 8, 9, 7, 8])].double())
 
 
@@ -171,7 +171,7 @@ def test_frod_starts_as_the_backbone_with_pefts_basis_and_trains_as_pefts(fp64: 
         assert relative(start[f"0.shared.V_{name}"], theirs[category]["default"]) < 1e-6
         rows, columns = start[f"0.shared.i_{name}"].long().T
         assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist())}) == len(rows)
-    merged = Fold(job.spec, fp64.shape, start, fp64.weight)
+    merged = Fold(job.graft, start, fp64.weight)
     for site in merged.sites:
         assert relative(merged.at(site).weight, fp64.weight(site)) < 1e-6
     oracle, _ = of("frod", job, fp64)

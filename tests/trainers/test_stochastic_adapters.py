@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.lowering import lower
+from polygraft.grafts.runtime import steps
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.linears.plain import PlainLinear
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear
+from polygraft.grafts.spec import SpecError
+from polygraft.kernels.common.segments import Segments
 from polygraft.launch.demo.oracle.naive import naive, serial
+from polygraft.trainers.runner import _key
 from tests.grafts.oracle.row import random_tensors
+from tests.grafts.test_merge import unmerged
 from tests.trainers.test_lora_family import loss_gradients, recorded
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
@@ -42,12 +52,51 @@ def test_adapter_drop_trains_without_a_random_number_of_first_layers(
     assert seen == {0, 1, 2}
 
 
+def test_what_adapter_drop_drops_is_not_computed(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rueckle et al. 2021, section 3: neither the adapters of the first n layers, nor a backward below the first that
+    is left; without any, no backward at all."""
+    job = a_job("drop", "adapter-drop(4, upto=2)", seed=2, steps=14)
+    pack = together(fp64, [job])
+    passed: list[int] = []
+    reached: list[FrozenLinear] = []
+    add, back, seen = steps.branch, PlainLinear.backward, set()
+
+    def counted(x: Tensor, y: Tensor, A: Tensor, B: Tensor, segments: Segments, *rest: Any) -> Tensor:
+        passed.extend(segment.rows for segment in segments)
+        return add(x, y, A, B, segments, *rest)
+
+    def noted(linear: PlainLinear, *rest: Any) -> Any:
+        reached.append(linear)
+        return back(linear, *rest)
+
+    monkeypatch.setattr(steps, "branch", counted)
+    monkeypatch.setattr(PlainLinear, "backward", noted)
+    while not pack.jobs["drop"].finished:
+        passed.clear()
+        reached.clear()
+        active = pack.jobs["drop"]
+        without = _key(job, active.step) % 3
+        rows = sum(job.train[i].rows for i in job.micro_batches(active.step)[active.micro])
+        pack.step()
+        assert passed == [rows] * 2 * (2 - without)
+        assert len(reached) == 4 * (2 - without)  # of a layer: q, k and v as one; o; gate and up; down
+        seen.add(without)
+    assert seen == {0, 1, 2}
+
+
 def test_adapter_drop_is_served_without_as_many_layers_as_asked(fp64: Backbone) -> None:
-    spec = parse("adapter-drop(4, upto=2, served=1)")
-    values = random_tensors(spec, fp64.shape, 0)
-    _, operands = lower(spec, fp64.shape, values, fp64.weight)
-    assert operands["0.0.ffn.out.B"].count_nonzero() == 0
+    graft = BoundGraft(parse("adapter-drop(4, upto=2, drop=1)"), fp64.shape)
+    values = random_tensors(graft, 0)
+    plain, operands = lower(graft, values, fp64.weight)
+    assert {name.split(".")[1] for name in operands} == {"1"}
     assert torch.equal(operands["0.1.ffn.out.B"], values["0.1.ffn.out.B"])
+    ids = torch.arange(5, 29)
+    kept = {name: value if name.startswith("0.1.") else 0 * value for name, value in values.items()}
+    expected = naive(fp64.folder, {0: serial()}, kept, torch.float64).logits(ids)
+    for one, held in ((plain, operands), (graft, values)):
+        assert (unmerged(one, held, fp64, ids) - expected).norm() <= 1e-9 * expected.norm()
+    with pytest.raises(SpecError, match="drop: 2 leaves no adapter"):
+        BoundGraft(parse("adapter-drop(4, upto=2, drop=2)"), fp64.shape)
 
 
 def test_adamix_trains_one_way_down_and_one_up_at_a_time(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.methods.declare import SiteShape
 from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
-from polygraft.grafts.sizes import tensors
 from polygraft.launch.demo.oracle.naive import Hook, Parts, naive
 from polygraft.launch.demo.oracle.plain import MODULES, Oracle, plain_llama, split
 from polygraft.trainers.job import TrainJob
@@ -53,7 +53,7 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Pa
 def test_fishmask_takes_the_entries_of_the_largest_empirical_fisher_information(fp64: Backbone) -> None:
     """Sung et al. 2021: F = mean over the samples of the squared gradient of log p(y | x)."""
     fisher = {site: sum(g.square() for g in found) for site, found in sample_gradients(fp64).items()}
-    values = initialise(parse("fishmask(density=0.02)"), fp64, seed=0, samples=SAMPLES)
+    values = initialise(BoundGraft(parse("fishmask(density=0.02)"), fp64.shape), fp64, seed=0, samples=SAMPLES)
     for site, expected in fisher.items():
         assert isinstance(expected, Tensor)
         chosen = torch.zeros_like(expected, dtype=torch.bool)
@@ -63,7 +63,7 @@ def test_fishmask_takes_the_entries_of_the_largest_empirical_fisher_information(
 
 
 def test_fars_nodes_are_those_that_a_first_step_moves_most(fp64: Backbone) -> None:
-    values = initialise(parse("far(density=0.2)"), fp64, seed=0, samples=SAMPLES)
+    values = initialise(BoundGraft(parse("far(density=0.2)"), fp64.shape), fp64, seed=0, samples=SAMPLES)
     for site, found in sample_gradients(fp64).items():
         if site.name in ("ffn.gate", "ffn.up"):
             moved = torch.stack(found).sum(0).abs().sum(1)
@@ -75,7 +75,7 @@ def test_spt_shares_sensitive_entries_out_over_all_matrices(fp64: Backbone) -> N
     fisher = {site: torch.stack(g).square().sum(0) for site, g in sample_gradients(fp64).items()}
     everything = torch.cat([f.flatten() for f in fisher.values()])
     limit = everything.sort(descending=True).values[int(0.04 * len(everything)) - 1]
-    values = initialise(parse("spt(r=2, density=0.04)"), fp64, seed=0, samples=SAMPLES)
+    values = initialise(BoundGraft(parse("spt(r=2, density=0.04)"), fp64.shape), fp64, seed=0, samples=SAMPLES)
     chosen = []
     for site, found in fisher.items():
         sensitive = found >= limit
@@ -233,7 +233,7 @@ def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
 def of(job: TrainJob, backbone: Backbone, start: Mapping[str, Tensor], hooks: Mapping[int, Hook]) -> Oracle:
     """The oracle whose leaves are the trained tensors only."""
     found = naive(backbone.folder, hooks, start, torch.float64)
-    kept = {t.name for t in tensors(job.spec, backbone.shape) if t.trained}
+    kept = {t.name for t in job.graft.tensors if t.trained}
     return Oracle(found.logits, {name: place for name, place in found.places.items() if name in kept})
 
 

@@ -17,9 +17,9 @@ from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, StoreUnavailable
 from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.spec import GraftSpec
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
@@ -180,8 +180,8 @@ def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
 ) -> None:
     real = runner_module.mean_loss
 
-    def loss(backbone: Backbone, spec: GraftSpec, *given: Any) -> float:
-        return math.nan if spec.method == "lora(r=9)" else real(backbone, spec, *given)
+    def loss(backbone: Backbone, graft: BoundGraft, *given: Any) -> float:
+        return math.nan if graft.spec.method == "lora(r=9)" else real(backbone, graft, *given)
 
     monkeypatch.setattr(runner_module, "mean_loss", loss)
     store = MemoryStore()
@@ -294,10 +294,10 @@ def _raise_for(method: str, error: Exception, at: str, monkeypatch: pytest.Monke
     """`error` in what the runner calls `at`, for jobs of the method."""
     real = getattr(runner_module, at)
 
-    def failing(spec: GraftSpec, *given: object, **more: object) -> object:
-        if spec.method == method:
+    def failing(graft: BoundGraft, *given: object, **more: object) -> object:
+        if graft.spec.method == method:
             raise error
-        return real(spec, *given, **more)
+        return real(graft, *given, **more)
 
     monkeypatch.setattr(runner_module, at, failing)
 

@@ -13,9 +13,8 @@ from fastapi import FastAPI, Header, HTTPException
 from pydantic import JsonValue
 
 from polygraft.cluster.spec import FineTuningRequest, read_request
-from polygraft.grafts.grammar import parse
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 
 SHAPE = ModelShape(arch="llama", layers=6, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512)
 KEY = "pg-stand-in"
@@ -78,7 +77,7 @@ class StandIn:
             raise HTTPException(503, {"error": {"message": "the store is down"}})
         job, now = self.jobs[name], time.monotonic()
         status = job.status(now)
-        size = parameters(parse(peft_of(job)), SHAPE)
+        size = BoundGraft(job.request.graft, SHAPE).parameters
         done = status == "succeeded"
         return {
             "id": job.id,
@@ -111,7 +110,7 @@ class StandIn:
 def peft_of(job: PlayedJob) -> str:
     method = job.request.method
     assert method and method.supervised and method.supervised.hyperparameters
-    return str(method.supervised.hyperparameters.peft)
+    return method.supervised.hyperparameters.peft.text
 
 
 def loss_of(size: int) -> float:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.sizes import parameters
 from polygraft.grafts.spec import SpecError
 from polygraft.tuning.space import (
     Candidate,
@@ -58,7 +58,7 @@ def test_autopeft_on_a_bert_sized_backbone_has_the_published_sizes_and_count() -
 def test_a_point_is_a_union_at_the_layers_of_the_mask() -> None:
     config = point(serial=0, parallel=2, prefix=3, layers_2_3=0)
     text = "serial(16)@0-1,4-5 + parallel(4)@0-1,4-5 + prefix(1)@0-1,4-5"
-    assert SPACE.candidate(config) == Candidate(text, 1e-3, parameters(parse(text), SHAPE))
+    assert SPACE.candidate(config) == Candidate(text, 1e-3, BoundGraft(parse(text), SHAPE).parameters)
 
 
 def test_neighbouring_groups_are_joined_and_a_full_mask_is_not_written() -> None:
@@ -81,7 +81,7 @@ def test_every_configuration_is_a_union_that_parses_or_is_declared_invalid(confi
             SPACE.candidate(config)
     else:
         candidate = SPACE.candidate(config)
-        assert candidate.parameters == parameters(parse(candidate.peft), SHAPE) > 0
+        assert candidate.parameters == BoundGraft(parse(candidate.peft), SHAPE).parameters > 0
         assert isclose(candidate.learning_rate, config["learning_rate"], rel_tol=0.05)
 
 

@@ -140,12 +140,10 @@ def _started(slot: int, making: Making) -> Mapping[str, Tensor]:
     """The values that A and B of a slot start with, by name."""
     import torch
 
-    from polygraft.grafts.sizes import tensors
-
     std = float(SMALL.keywords()["std"])
     return {
         one.name: std * torch.randn(one.shape, generator=making.generator(one.name))
-        for one in tensors(making.spec, making.backbone.shape)
+        for one in making.graft.tensors
         if one.slot == slot and one.part in ("A", "B")
     }
 

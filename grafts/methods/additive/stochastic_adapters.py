@@ -1,7 +1,7 @@
 """Serial adapters of which each step trains another random part.
 
-- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3): every step draws n from 0 to `upto` and computes
-  without the adapters of the first n layers, so that the graft may be served without those of any so many.
+- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3): without the adapters of a random number of first
+  layers.
 - AdaMix (Wang et al. 2022, arXiv 2205.12410, section 3): every step each adapter projects down by one of `experts`
   matrices and up by another's, drawn apart; served are their means. Without the paper's second pass, whose KL
   divergence would draw the experts together.
@@ -24,12 +24,24 @@ Values = Mapping[str, "Tensor"]
 
 
 def adapter_drop(
-    size: int = 64, upto: int = 11, served: int = 0, act: str = "gelu", at: str = "attn.out|ffn.out"
+    size: int = 64, upto: int = 11, drop: int = 0, act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
-    """`served` is how many first layers go without when the graft is served and evaluated."""
-    if upto < 1 or not 0 <= served <= upto:
-        raise SpecError(f"peft: adapter-drop: upto {upto} and served {served}; give 0 <= served <= upto, and upto >= 1")
-    form = DeclRef("adapter-drop", (("upto", upto), ("served", served)))
+    """AdapterDrop: every step draws n from 0 to `upto` and goes without the serial adapters of the first n layers, so
+    that the graft may be served without those of any so many (Rueckle et al. 2021, arXiv 2010.11918, section 3).
+
+    `drop` is how many first layers go without when the graft is served and evaluated. What is dropped is not computed:
+    its rows pass no adapter, in a step or in a served forward, and a backward ends above the layers where no job of the
+    pack has one.
+
+    Deviations: n is drawn for a job's global batch and not for each of its micro-batches. Pruning whole adapters by
+    AdapterFusion's weights (the paper's section 4) is not here.
+
+    Choose when: a serial adapter is to be served faster, with a little less quality, by leaving out its first layers.
+    Where all layers stay in, serial learns more.
+    """
+    if upto < 1 or not 0 <= drop <= upto:
+        raise SpecError(f"peft: adapter-drop: upto {upto} and drop {drop}; give 0 <= drop <= upto, and upto >= 1")
+    form = DeclRef("adapter-drop", (("upto", upto), ("served", drop)))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
@@ -44,12 +56,18 @@ def _own(slot: Branch, place: SiteShape, **_: object) -> Mapping[str, TensorDecl
     return {"A": TensorDecl((slot.rank, place.d_in), "kaiming"), "B": TensorDecl((slot.rank, place.d_out))}
 
 
-def _kept(slot: Branch, values: Values, lowering: Lowering, upto: int, served: int) -> Values:
-    import torch
+def _all(slot: Branch, values: Values, lowering: Lowering, upto: int, served: int) -> Values:
+    return {"A": values["A"], "B": values["B"]}
 
-    without = served if lowering.draw is None else lowering.draw % (upto + 1)
-    there = lowering.place.layer >= without
-    return {"A": values["A"], "B": values["B"] if there else torch.zeros_like(values["B"])}
+
+def _dropped(layer: int, draw: int | None, upto: int, served: int) -> bool:
+    return layer < (served if draw is None else draw % (upto + 1))
+
+
+def _some_left(slot: Branch, places: tuple[SiteShape, ...], upto: int, served: int) -> Mapping[str, TensorDecl]:
+    if served > (last := max(place.layer for place in places)):
+        raise SpecError(f"drop: {served} leaves no adapter in the layers up to {last}; give at most {last}")
+    return {}
 
 
 def _own_each(slot: Branch, place: SiteShape, experts: int) -> Mapping[str, TensorDecl]:
@@ -74,4 +92,7 @@ METHODS = (
     Method("adapter-drop", "arXiv 2010.11918", 1e-3, adapter_drop, aliases=("adapterdrop",)),
     Method("adamix", "arXiv 2205.12410", 1e-3, adamix),
 )
-PARAMETRIZATIONS = (Parametrization("adapter-drop", _kept, _own), Parametrization("adamix", _one_or_mean, _own_each))
+PARAMETRIZATIONS = (
+    Parametrization("adapter-drop", _all, _own, _some_left, kept=("A", "B"), absent=_dropped),
+    Parametrization("adamix", _one_or_mean, _own_each),
+)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
-from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.sizes import tensors
-from polygraft.grafts.spec import Branch, DeclRef, GraftSpec, Slot, SpecError, source_names
+from polygraft.grafts.sites import Site
+from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError, source_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.init import Making
     from polygraft.grafts.sizes import TensorSpec
 
@@ -143,22 +143,22 @@ def _taken(tensor: TensorSpec, making: Making, of: str) -> Tensor:
     made = torch.zeros(tensor.shape)
     for i, name in enumerate(names):
         source, first = making.source(name), i * share
-        for index, slot in _at(source.spec, tensor.site, making.backbone.shape):
+        for index, slot in _at(source.graft, tensor.site):
             rows = source.tensors[f"{index}.{tensor.site}.{part}"]
             made[first : first + len(rows)] = rows * (slot.scale if part == "B" else 1.0)
             first += len(rows)
     return made
 
 
-def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape, of: str) -> None:
+def _check(tensor: TensorSpec, graft: BoundGraft, sources: Mapping[str, BoundGraft], of: str) -> None:
     """Every source is branches of our kind, at no other sites, and no larger; `old` is as large as one of them."""
-    own, names = spec.slots[tensor.slot], source_names(of)
+    own, names = graft.spec.slots[tensor.slot], source_names(of)
     assert isinstance(own, Branch) and own.form is not None and tensor.site is not None
     share, largest = tensor.shape[0] // len(names), 0
-    sites = {one.site for one in tensors(spec, shape) if one.slot == tensor.slot}
+    sites = graft.places[tensor.slot].keys()
     for name in names:
         plain = sources[name].plain
-        for slot in plain.slots:
+        for slot in plain.spec.slots:
             like = isinstance(slot, Branch) and (slot.act, slot.tap, slot.bias, slot.gate) == (
                 own.act,
                 own.tap,
@@ -167,10 +167,10 @@ def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec]
             )
             if not like:
                 kind = "a LoRA" if own.act == "identity" else f"an adapter with {own.act} and no biases"
-                raise SpecError(f"of: {name!r} is {sources[name].method!r}, not {kind}")
-        ranks = _ranks(plain, shape)
+                raise SpecError(f"of: {name!r} is {plain.spec.method!r}, not {kind}")
+        ranks = _ranks(plain)
         if beside := ranks.keys() - sites:
-            raise SpecError(f"at: {name!r} also acts at {min(beside)}, where {spec.method!r} does not")
+            raise SpecError(f"at: {name!r} also acts at {min(beside)}, where {graft.spec.method!r} does not")
         if (size := ranks[tensor.site]) > share:
             raise SpecError(f"of: {name!r} has rank {size} at {tensor.site}, more than {share}; give that")
         largest = max(largest, *ranks.values())
@@ -178,19 +178,19 @@ def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec]
         raise SpecError(f"old: {share} is more than the largest rank of {of!r}; give {largest}")
 
 
-def _ranks(spec: GraftSpec, shape: ModelShape) -> Counter[Site]:
+def _ranks(graft: BoundGraft) -> Counter[Site]:
     """The ranks of all branches at a site together."""
     found: Counter[Site] = Counter()
-    for index, site in sites_of(spec, shape):
-        slot = spec.slots[index]
+    for index, site in graft.sites:
+        slot = graft.spec.slots[index]
         if isinstance(slot, Branch):
             found[site] += slot.rank
     return found
 
 
-def _at(spec: GraftSpec, site: Site | None, shape: ModelShape) -> Iterator[tuple[int, Branch]]:
-    for index, where in sites_of(spec, shape):
-        slot = spec.slots[index]
+def _at(graft: BoundGraft, site: Site | None) -> Iterator[tuple[int, Branch]]:
+    for index, where in graft.sites:
+        slot = graft.spec.slots[index]
         if where == site and isinstance(slot, Branch):
             yield index, slot
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
-from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import DeclRef, GraftSpec, Slot, SpecError, Tokens, source_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polygraft.grafts.bound import BoundGraft
     from polygraft.grafts.init import Making
     from polygraft.grafts.sizes import TensorSpec
 
@@ -27,7 +27,8 @@ def go_on(*, of: str = "one") -> tuple[Slot, ...]:
     return ()
 
 
-def _from(*, of: str = "one") -> tuple[DeclRef, ...]:
+def go_on_hooks(*, of: str = "one") -> tuple[DeclRef, ...]:
+    """What makes all tensors of a graft start as those of the grafts `of`."""
     if not source_names(of):
         raise SpecError("of: it is empty; name the graft to start from")
     return (DeclRef("from", (("of", of),)),)
@@ -38,7 +39,7 @@ def spot(length: int = 20, *, of: str = "one") -> tuple[Slot, ...]:
 
 
 def _spot(length: int = 20, *, of: str = "one") -> tuple[DeclRef, ...]:
-    return _from(of=of)
+    return go_on_hooks(of=of)
 
 
 def ipt(length: int = 20, d: int = 1, *, of: str = "one|two") -> tuple[Slot, ...]:
@@ -67,7 +68,7 @@ def _subspace(tensor: TensorSpec, making: Making, of: str) -> Tensor:
     import torch
 
     prompts = [making.source(name) for name in source_names(of)]
-    rows = torch.stack([source.tensors[f"{_prompt(source.spec)}.0.embed.p"].double() for source in prompts])
+    rows = torch.stack([source.tensors[f"{_prompt(source.graft.spec)}.0.embed.p"].double() for source in prompts])
     mean = rows.mean(0)
     if tensor.part == "m":
         return mean
@@ -76,11 +77,12 @@ def _subspace(tensor: TensorSpec, making: Making, of: str) -> Tensor:
     return spread[: tensor.shape[0]].view(tensor.shape)
 
 
-def _check(tensor: TensorSpec, spec: GraftSpec, sources: Mapping[str, GraftSpec], shape: ModelShape, of: str) -> None:
+def _check(tensor: TensorSpec, graft: BoundGraft, sources: Mapping[str, BoundGraft], of: str) -> None:
     for name in source_names(of):
-        slot = sources[name].slots[_prompt(sources[name], name)]
-        if (slot.length, len(sources[name].slots)) != (tensor.shape[-2], 1):  # type: ignore[union-attr]
-            raise SpecError(f"of: {name!r} is {sources[name].method!r}, not a prompt of {tensor.shape[-2]} rows alone")
+        spec = sources[name].spec
+        slot = spec.slots[_prompt(spec, name)]
+        if (slot.length, len(spec.slots)) != (tensor.shape[-2], 1):  # type: ignore[union-attr]
+            raise SpecError(f"of: {name!r} is {spec.method!r}, not a prompt of {tensor.shape[-2]} rows alone")
 
 
 def _prompt(spec: GraftSpec, name: str = "it") -> int:
@@ -92,7 +94,7 @@ def _prompt(spec: GraftSpec, name: str = "it") -> int:
 
 
 METHODS = (
-    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=_from),
+    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=go_on_hooks),
     Method("spot", "arXiv 2110.07904", 3e-2, spot, hooks=_spot),
     Method("ipt", "arXiv 2110.07867", 3e-1, ipt),
 )

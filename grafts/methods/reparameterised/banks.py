@@ -107,14 +107,9 @@ def _all_indices(tensor: TensorSpec, making: Making, d: int) -> Mapping[str, Ten
     """The indices of all sites of the slot: each element equally often but for the rest, in a random order."""
     import torch
 
-    from polygraft.grafts.sizes import tensors
-
     def make() -> Mapping[str, Tensor]:
-        places = [
-            one
-            for one in tensors(making.spec, making.backbone.shape)
-            if one.slot == tensor.slot and one.part.startswith("index_")
-        ]
+        every = making.graft.tensors
+        places = [one for one in every if one.slot == tensor.slot and one.part.startswith("index_")]
         total = sum(place.numel for place in places)
         order = torch.randperm(total, generator=making.generator(f"{tensor.slot}.unilora"))
         pieces = (order % d).float().split_with_sizes([place.numel for place in places])

@@ -6,8 +6,6 @@
 - GraLoRA (Jung et al. 2025, arXiv 2505.20355): W in k x k blocks with a LoRA of rank r / k each.
 - BD-LoRA (arXiv 2510.23346): LoRA with B block-diagonal at `at`, and A at `rows`, so that both can be cut
   with W over several devices.
-- QA-LoRA (Xu et al. 2023, arXiv 2309.14717, algorithm 1): y += s B A pool(x) with pool the sums of groups of inputs, so
-  that it merges into the zero points of groupwise quantised weights.
 """
 
 from __future__ import annotations
@@ -59,13 +57,6 @@ def bdlora(
         for sites, part in ((at, "B"), (rows, "A"))
         if sites
     )
-
-
-def qalora(
-    r: int = 8, alpha: float = 16.0, group: int = 16, at: str = "linear", dropout: float = 0.0
-) -> tuple[Slot, ...]:
-    form = DeclRef("qalora", (("group", group),))
-    return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
 
 def _miss_own(slot: Branch, place: SiteShape, mini: int) -> Parts:
@@ -136,29 +127,17 @@ def _bdlora(slot: Branch, values: Values, lowering: Lowering, blocks: int, part:
     return {**values, part: whole}
 
 
-def _qalora_own(slot: Branch, place: SiteShape, group: int) -> Parts:
-    if group < 1 or place.d_in % group:
-        raise SpecError(f"group: {group} does not divide the {place.d_in} inputs of {place.name}")
-    return {"A": TensorDecl((slot.rank, place.d_in // group), "kaiming"), "B": TensorDecl((slot.rank, place.d_out))}
-
-
-def _qalora(slot: Branch, values: Values, lowering: Lowering, group: int) -> Values:
-    return {"A": values["A"].repeat_interleave(group, 1), "B": values["B"]}
-
-
 METHODS = (
     Method("miss", "arXiv 2409.15371", 1e-4, miss),
     Method("bat", "arXiv 2409.15371", 1e-4, bat),
     Method("gralora", "arXiv 2505.20355", 2e-4, gralora),
     Method("bdlora", "arXiv 2510.23346", 3e-4, bdlora),
-    Method("qalora", "arXiv 2309.14717", 3e-4, qalora),
 )
 PARAMETRIZATIONS = (
     Parametrization("miss", _miss, _miss_own),
     Parametrization("bat", _bat, _bat_own),
     Parametrization("gralora", _gralora, _gralora_own),
     Parametrization("bdlora", _bdlora, _bdlora_own),
-    Parametrization("qalora", _qalora, _qalora_own),
 )
 
 

@@ -112,10 +112,9 @@ def _inverse(V: Tensor) -> Tensor:
 
 def _pair(slot: int, name: str, making: Making, ridge: float) -> tuple[Tensor, Tensor]:
     """V of the projections of that name, and V^-T."""
-    from polygraft.grafts.sites import sites_of
 
     def make() -> tuple[Tensor, Tensor]:
-        sites = [site for index, site in sites_of(making.spec, making.backbone.shape) if index == slot]
+        sites = making.graft.places[slot]
         V = basis([making.weight(site) for site in sites if site.name == name], ridge)
         return V, _inverse(V)
 

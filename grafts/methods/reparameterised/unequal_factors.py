@@ -73,5 +73,5 @@ METHODS = (
     Method("lora-fa", "arXiv 2308.03303", 1e-3, lora_fa, hooks=_correcting),
     Method("lora-plus", "arXiv 2402.12354", 1e-4, lora_plus, aliases=("loraplus",), hooks=_faster),
 )
-PARAMETRIZATIONS = (Parametrization("part-frozen", _operands, _own),)
+PARAMETRIZATIONS = (Parametrization("part-frozen", _operands, _own, kept=("A", "B")),)
 HOOKS = (Hook("lora-fa", gradient=_corrected), Hook("lora-plus", rate=_rate))

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.cluster.events import Event, JobStarted
-from polygraft.cluster.model import JobError, JobId, PackId, Record, Snapshot
+from polygraft.cluster.events import Event, GraftPublished, JobStarted
+from polygraft.cluster.model import Graft, GraftId, JobError, JobId, PackId, Record, Snapshot, TenantId
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import JSON, Key
@@ -79,6 +79,43 @@ def test_text_that_is_no_job_of_this_version_names_the_field(change: dict[str, o
     text = json.dumps({**json.loads(encode_record(JOB_KEY, JOB)), **change})
     with pytest.raises(CodecError, match=message):
         decode_record(JOB_KEY, text)
+
+
+OLD_GRAFT = (
+    '{"type":"Graft","schema":1,"tenant":"ann","name":"tutor","version":3,"id":"g","method":%s,'
+    '"backbone_fingerprint":"f","parameters":5,"bytes":20,"created_at":7.0,"job":null}'
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "length"), [("lora(r=4)", 0), ("prefix(4) + prompt(3)", 7), ("somebody's prefix", 0)]
+)
+def test_a_graft_written_before_its_context_length_was_kept_is_read_with_it(method: str, length: int) -> None:
+    text = OLD_GRAFT % json.dumps(method)
+    found = decode_record(keys.graft(TenantId("ann"), "tutor", 3), text)
+    expected = Graft(
+        tenant=TenantId("ann"),
+        name="tutor",
+        version=3,
+        id=GraftId("g"),
+        method=method,
+        backbone_fingerprint="f",
+        parameters=5,
+        bytes=20,
+        context_length=length,
+        created_at=7.0,
+    )
+    assert found == expected
+    fields = {name: value for name, value in json.loads(text).items() if name not in ("type", "schema")}
+    event = json.dumps({"type": "GraftPublished", "schema": 1, "graft": fields, "at": 7.0})
+    assert decode_event(event) == GraftPublished(graft=expected, at=7.0)
+
+
+@pytest.mark.parametrize("schema", [0, 3, "1", None, [1]])
+def test_a_graft_of_a_schema_that_nobody_knows_is_refused(schema: object) -> None:
+    text = json.dumps({**json.loads(OLD_GRAFT % '"lora"'), "schema": schema})
+    with pytest.raises(CodecError, match="Graft of schema .*, not 2; another version"):
+        decode_record(keys.graft(TenantId("ann"), "tutor", 3), text)
 
 
 def test_a_value_of_a_subclass_is_written_plainly() -> None:

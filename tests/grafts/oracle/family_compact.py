@@ -195,7 +195,7 @@ ROWS: Mapping[str, Row] = {
     "capaboost": Row("capaboost(r=4, alpha=8, d=3)", hooks=lambda: {0: capaboost(2.0)}),
     "peqa": Row("peqa", hooks=lambda: {0: peqa(4, 1)}),
     "peqa in groups": Row("peqa(bits=3, group=16, at=attn.*)", hooks=lambda: {0: peqa(3, 4)}),
-    "bitdelta": Row("bitdelta", hooks=lambda: {0: bitdelta()}, fixed=_words),
+    "bitdelta": Row("bitdelta(of=tuned)", hooks=lambda: {0: bitdelta()}, fixed=_words, members="bitdelta"),
     "binary-adapter": Row("binary-adapter(8, scale=2)", hooks=lambda: {0: binary_adapter(2.0)}),
     "said": Row(
         "said(d=20, at=attn.[qv]|ffn.down, seed=3)",

@@ -46,6 +46,11 @@ def nested(alpha: float, rank: int) -> Hook:
     return after(lambda x, y, p: y + alpha / rank * (x @ p["A"][:rank].T) @ p["B"][:rank])
 
 
+def triplets(scale: float) -> Hook:
+    """W x + s P diag(E) Q x (Zhang et al. 2023, eq. 3)."""
+    return after(lambda x, y, p: y + scale * (p["E"] * (x @ p["A"].T)) @ p["B"])
+
+
 def adalora(model: PeftModel, name: str, value: Tensor) -> Place:
     _, layer, site, part = split(name)
     if part not in "AEB":

@@ -11,9 +11,9 @@ import torch
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import CROSS, ModelShape, sites_of
-from polygraft.grafts.sizes import tensors
+from polygraft.grafts.sites import CROSS, ModelShape
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import KV, GraftSpec, SpecError
 from polygraft.launch.demo.oracle.naive import Hook, naive
@@ -53,18 +53,22 @@ class Row:
     def spec(self) -> GraftSpec:
         return parse(self.text)
 
+    def graft(self, shape: ModelShape) -> BoundGraft:
+        return BoundGraft(self.spec, shape)
+
     def values(self, shape: ModelShape, seed: int) -> dict[str, Tensor]:
-        return self.fixed(random_tensors(self.spec, shape, seed))
+        return self.fixed(random_tensors(self.graft(shape), seed))
 
     def sources(self, shape: ModelShape) -> dict[str, Source]:
         """Trained grafts under the names that the row says."""
-        spec, named = parse(self.members or "lora"), enumerate(self.spec.sources)
-        return {name: Source(spec, random_tensors(spec, shape, seed)) for seed, name in named}
+        named = enumerate(self.spec.sources)
+        graft = BoundGraft(parse(self.members or "lora"), shape)
+        return {name: Source(graft, random_tensors(graft, seed)) for seed, name in named}
 
     def unfit(self, shape: ModelShape) -> str | None:
         """Why the row says nothing on this architecture."""
         try:
-            tensors(self.spec, shape)
+            self.graft(shape)
         except SpecError as error:
             return str(error)
         if shape.encoder_layers and any(slot.op == "tokens" and slot.mode == "replace" for slot in self.spec.slots):
@@ -91,7 +95,7 @@ class Row:
         shape = ModelShape.from_config(_config(folder))
         if self.config is not None and self._not_pefts(shape) is None:
             config = self.config()
-            names = {site.name for _, site in sites_of(self.spec, shape)} & set(CROSS)
+            names = {site.name for _, site in self.graft(shape).sites} & set(CROSS)
             if crossing := {MODULES[name].rpartition(".")[2] for name in names}:
                 config.target_modules |= crossing  # type: ignore[attr-defined]
             return peft_oracle(folder, config, values, dtype, self.place)
@@ -101,7 +105,7 @@ class Row:
             found = _soft(folder, self.soft, values, dtype)
         else:
             found = naive(folder, self.hooks(), values, dtype)
-        frozen = {t.name for t in tensors(self.spec, shape) if not t.trained}
+        frozen = {t.name for t in self.graft(shape).tensors if not t.trained}
         return Oracle(found.logits, {name: place for name, place in found.places.items() if name not in frozen})
 
 
@@ -123,13 +127,13 @@ def _config(folder: Path) -> Mapping[str, object]:
     return read
 
 
-def random_tensors(spec: GraftSpec, shape: ModelShape, seed: int) -> dict[str, Tensor]:
+def random_tensors(graft: BoundGraft, seed: int) -> dict[str, Tensor]:
     """Tensors of a graft that has been trained: none at its starting value, float64 that float32 holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     centre = {"g": 1.0, "m": 0.8}  # 0.8 is about the row norm of the tiny model's weights
     return {
         t.name: (centre.get(t.part, 0.0) + 0.15 * torch.randn(t.shape, generator=generator)).double()
-        for t in tensors(spec, shape)
+        for t in graft.tensors
     }
 
 

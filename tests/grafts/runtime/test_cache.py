@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
-from polygraft.grafts.sizes import tensors
 
 
 @pytest.mark.parametrize("peft", ["prefix(4)@0", "prefix(4)@1", "prefix(4)"])
 def test_a_layer_without_prefix_rows_does_not_see_the_virtual_tokens(tiny_folder: Path, peft: str) -> None:
     backbone = Backbone.load(tiny_folder, torch.float32)
-    spec = parse(peft)
-    resident = Resident("g", spec, {t.name: torch.randn(t.shape) for t in tensors(spec, backbone.shape)})
-    stacks, ids, p = backbone.stacks((resident,)), torch.arange(40, 60), spec.prefix_length
+    graft = BoundGraft(parse(peft), backbone.shape)
+    resident = Resident("g", graft, {t.name: torch.randn(t.shape) for t in graft.tensors})
+    stacks, ids, p = backbone.stacks((resident,)), torch.arange(40, 60), graft.prefix_length
     cache = KVCache(backbone.shape, 8, dtype=torch.float32)
     cache.write_prefix((1, 2), resident)
     with torch.inference_mode():
@@ -28,7 +28,7 @@ def test_a_layer_without_prefix_rows_does_not_see_the_virtual_tokens(tiny_folder
         whole = backbone.forward(rows, stacks, WholeSequences(((0, 20),), backbone.shape))
         for start, stop in ((0, 7), (7, 19), (19, 20)):
             piece = Rows(ids[start:stop], torch.arange(start, stop) + p, (Span(0, stop - start, 0),))
-            sequence = PagedSequence(0, stop - start, p + start, (1, 2), p, spec.prefix_layers)
+            sequence = PagedSequence(0, stop - start, p + start, (1, 2), p, graft.prefix_layers)
             hidden = backbone.forward(piece, stacks, PagedAttention(cache, (sequence,)))
             torch.testing.assert_close(hidden, whole[start:stop], rtol=1e-5, atol=1e-5)
 
@@ -37,9 +37,10 @@ def test_a_layer_without_prefix_rows_does_not_see_the_virtual_tokens(tiny_folder
 def test_decoding_goes_on_far_beyond_a_sliding_window(tiny_folders: Mapping[str, Path], arch: str) -> None:
     """Where whole buckets of blocks lie before the window and are not read."""
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    spec = parse("prefix(4)@1")
-    resident = Resident("g", spec, {t.name: torch.randn(t.shape) for t in tensors(spec, backbone.shape)})
-    stacks, ids, p, table = backbone.stacks((resident,)), torch.arange(40, 240), spec.prefix_length, tuple(range(1, 14))
+    graft = BoundGraft(parse("prefix(4)@1"), backbone.shape)
+    resident = Resident("g", graft, {t.name: torch.randn(t.shape) for t in graft.tensors})
+    stacks, ids = backbone.stacks((resident,)), torch.arange(40, 240)
+    p, table = graft.prefix_length, tuple(range(1, 14))
     cache = KVCache(backbone.shape, 14, dtype=torch.float32)
     cache.write_prefix(table, resident)
     with torch.inference_mode():
@@ -47,7 +48,7 @@ def test_decoding_goes_on_far_beyond_a_sliding_window(tiny_folders: Mapping[str,
         whole = backbone.forward(rows, stacks, WholeSequences(((0, 200),), backbone.shape))
         for start, stop in ((0, 70), (70, 71), (71, 140), (140, 199), (199, 200)):
             piece = Rows(ids[start:stop], torch.arange(start, stop) + p, (Span(0, stop - start, 0),))
-            sequence = PagedSequence(0, stop - start, p + start, table, p, spec.prefix_layers)
+            sequence = PagedSequence(0, stop - start, p + start, table, p, graft.prefix_layers)
             hidden = backbone.forward(piece, stacks, PagedAttention(cache, (sequence,)))
             torch.testing.assert_close(hidden, whole[start:stop], rtol=1e-5, atol=1e-5)
             if arch == "mistral":  # the others have layers that see everything

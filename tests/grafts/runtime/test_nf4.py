@@ -13,9 +13,11 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
@@ -24,7 +26,6 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.linears.nf4 import Nf4
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import Site
-from polygraft.grafts.sizes import tensors
 from polygraft.grafts.spec import SpecError
 from polygraft.kernels.nf4.op import dequantise
 from tests.grafts.oracle.row import LINEAR, Row, relative
@@ -78,7 +79,7 @@ def test_every_kind_of_method_has_its_oracles_logits_and_gradients(
     company = [(row, values), (METHODS["lora"], METHODS["lora"].values(fp64.shape, seed=4))]
     found, gradients = ours(company, fp64, prompts, slopes)
     assert relative(found, expected) < 1e-9
-    for tensor in (t.name for t in tensors(row.spec, fp64.shape) if t.trained):
+    for tensor in (t.name for t in row.graft(fp64.shape).tensors if t.trained):
         assert relative(gradients[tensor], wanted[tensor]) < 1e-9, tensor
 
 
@@ -129,7 +130,10 @@ def test_decoding_from_the_cache_gives_the_oracles_logits(fp32: Backbone, dense_
     row, ids = METHODS["dora"], batch(fp32)[0][1]
     values = {name: value.float() for name, value in row.values(fp32.shape, seed=5).items()}
     others = {name: value.float() for name, value in METHODS["ia3"].values(fp32.shape, seed=6).items()}
-    residents = [Resident("own", row.spec, values), Resident("other", METHODS["ia3"].spec, others)]
+    residents = [
+        Resident("own", row.graft(fp32.shape), values),
+        Resident("other", METHODS["ia3"].graft(fp32.shape), others),
+    ]
     oracle = row.oracle(dense_folder, {k: v.double() for k, v in values.items()}, torch.float32)
     assert relative(decoded(fp32, residents, ids, (9, 6, 1, 1, 1, 1, 1)), oracle.logits(ids)) < 1e-5
 
@@ -155,11 +159,11 @@ def test_packed_training_on_nf4_leaves_the_bits_of_training_alone(
 def test_a_graft_of_a_quantised_backbone_is_refused_on_the_plain_one(
     fp32: Backbone, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    plain, spec = Backbone.load(tiny_folder, torch.float32), parse("lora(r=4)")
+    plain, graft = Backbone.load(tiny_folder, torch.float32), BoundGraft(parse("lora(r=4)"), fp32.shape)
     assert plain.fingerprint != fp32.fingerprint
-    values = initialise(spec, fp32, seed=0, samples=())
-    grown = native.save(tmp_path, spec, values, shape=fp32.shape, backbone=fp32.fingerprint)
-    assert grown != native.save(tmp_path, spec, values, shape=fp32.shape, backbone=plain.fingerprint)
+    values = initialise(graft, fp32, seed=0, samples=())
+    grown = native.save(tmp_path, graft, values, backbone=fp32.fingerprint)
+    assert grown != native.save(tmp_path, graft, values, backbone=plain.fingerprint)
     with pytest.raises(FormatError, match="grown on backbone"):
         native.load(tmp_path / grown, shape=fp32.shape, backbone=plain.fingerprint)
 
@@ -195,7 +199,7 @@ def test_a_weight_takes_half_a_byte_and_little_for_its_scales() -> None:
 def test_loftq_starts_from_the_best_low_rank_of_what_nf4_took(fp32: Backbone, tiny_folder: Path) -> None:
     """Li et al. 2023, algorithm 1 with T = 1, against numpy on bitsandbytes' own round trip."""
     plain = Backbone.load(tiny_folder, torch.float32)
-    values = initialise(parse("loftq(r=4, alpha=12)"), fp32, seed=0, samples=())
+    values = initialise(BoundGraft(parse("loftq(r=4, alpha=12)"), fp32.shape), fp32, seed=0, samples=())
     for site in SITES:
         lost = (plain.weight(site) - given_back(plain.weight(site))).double().numpy()
         U, S, Vh = np.linalg.svd(lost, full_matrices=False)
@@ -204,5 +208,51 @@ def test_loftq_starts_from_the_best_low_rank_of_what_nf4_took(fp32: Backbone, ti
 
 
 def test_loftq_on_a_backbone_that_is_not_quantised_is_refused(tiny_folder: Path) -> None:
+    backbone = Backbone.load(tiny_folder, torch.float32)
     with pytest.raises(SpecError, match="this one is not"):
-        initialise(parse("loftq"), Backbone.load(tiny_folder, torch.float32), seed=0, samples=())
+        initialise(BoundGraft(parse("loftq"), backbone.shape), backbone, seed=0, samples=())
+
+
+@pytest.mark.parametrize("iterations", [2, 5])
+def test_a_backbone_of_several_iterations_and_its_graft_are_algorithm_1(iterations: int, tiny_folder: Path) -> None:
+    """Li et al. 2023, algorithm 1: Q_t = q(W - A B^T), then A, B = SVD(W - Q_t), by bitsandbytes and PEFT's own SVD."""
+    plain = Backbone.load(tiny_folder, torch.float32)
+    backbone = Backbone.load(tiny_folder, torch.float32, quantise=f"loftq-4-{iterations}")
+    graft = BoundGraft(parse(f"loftq(r=4, alpha=12, iterations={iterations})"), backbone.shape)
+    values = initialise(graft, backbone, seed=0, samples=())
+    for site in SITES:
+        W = plain.weight(site)
+        low = torch.zeros_like(W)
+        errors = []
+        for _ in range(iterations):
+            Q = given_back(W - low)
+            found = _low_rank_decomposition(W - Q, reduced_rank=4)
+            low = found["L"] @ found["R"]
+            errors.append(float((W - Q - low).norm()))
+        assert relative(backbone.weight(site), Q) < 1e-6
+        assert relative(3.0 * values[f"0.{site}.B"].T @ values[f"0.{site}.A"], low) < 1e-4
+        assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "quantise", "message"),
+    [
+        ("loftq(r=4, iterations=5)", "nf4", "iterations: 5 of rank 4; .* by 1 iteration .* --quantise loftq-4-5"),
+        ("loftq(r=4)", "loftq-4-2", "iterations: 1 of rank 4; .* by 2 iterations of rank 4"),
+        ("loftq(r=8, iterations=2)", "loftq-4-2", "iterations: 2 of rank 8; .* by 2 iterations of rank 4"),
+    ],
+)
+def test_loftq_of_another_backbones_iterations_is_refused_with_both(
+    text: str, quantise: str, message: str, tiny_folder: Path
+) -> None:
+    backbone = Backbone.load(tiny_folder, torch.float32, quantise=quantise)
+    with pytest.raises(SpecError, match=message):
+        initialise(BoundGraft(parse(text), backbone.shape), backbone, seed=0, samples=())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("loftq(iterations=0)", "iterations: 0"), ("loftq(bits=2)", "bits: 2; .* have 4")]
+)
+def test_what_no_backbone_gives_loftq_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse(text)

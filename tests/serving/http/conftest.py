@@ -17,6 +17,7 @@ from polygraft.cluster.settings import LimitSettings, ServeSettings
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
 from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -51,19 +52,20 @@ class Service:
 
     def publish(self, tenant: str, text: str, name: str, version: int = 1, *, backbone: str | None = None) -> Graft:
         """A graft with random tensors, as a finished job would leave it."""
-        spec = parse(text)
-        values = random_tensors(spec, self.api.shape, version)
+        bound = BoundGraft(parse(text), self.api.shape)
+        values = random_tensors(bound, version)
         of = backbone or self.api.fingerprint
-        id = native.save(self.api.data / "grafts", spec, values, shape=self.api.shape, backbone=of)
+        id = native.save(self.api.data / "grafts", bound, values, backbone=of)
         graft = Graft(
             tenant=TenantId(tenant),
             name=name,
             version=version,
             id=GraftId(id),
-            method=spec.method,
+            method=bound.spec.method,
             backbone_fingerprint=of,
             parameters=1,
             bytes=1,
+            context_length=bound.context_length,
             created_at=500.0,
         )
         alias = Alias(tenant=TenantId(tenant), name=name, version=version, latest=version)

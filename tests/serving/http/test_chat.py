@@ -12,6 +12,7 @@ import pytest
 
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
@@ -53,8 +54,8 @@ async def test_a_graft_answers_as_the_graft_alone(service: Service, ann: httpx.A
     tokeniser, shape = service.api.tokeniser, service.api.shape
     from polygraft.grafts.grammar import parse
 
-    spec = parse(graft.method)
-    solo = Solo(service.engine._backbone.folder, shape, spec, random_tensors(spec, shape, 1))
+    bound = BoundGraft(parse(graft.method), shape)
+    solo = Solo(service.engine._backbone.folder, shape, bound, random_tensors(bound, 1))
     prompt = tokeniser.encode_chat([Message("user", "What is a graft?")], add_generation_prompt=True)
     expected = tokeniser.decode([*prompt, *solo.greedy(prompt, 12)]).removeprefix(tokeniser.decode(prompt))
     together = await asyncio.gather(
@@ -242,12 +243,22 @@ async def test_a_context_overflow_is_400_and_counts_virtual_tokens(service: Serv
 async def test_a_context_overflow_that_only_the_engine_sees_is_400_too(
     service: Service, ann: httpx.AsyncClient, stream: bool
 ) -> None:
-    """An imported graft's record may describe it in words that say nothing of its virtual tokens."""
-    graft = replace(service.publish("ann", "prefix(100)", "wide"), method="somebody's prefix")
+    """The record of an imported graft may be older than the field, and describe it in words."""
+    graft = replace(service.publish("ann", "prefix(100)", "wide"), method="somebody's prefix", context_length=0)
     service.api.store.commit([Write(keys.graft(graft.tenant, graft.name, graft.version), graft, None)])
     error = refusal(await ann.post("/chat/completions", json=body("wide", max_tokens=100, stream=stream)), 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "the context is 160" in error["message"]
+
+
+async def test_the_virtual_tokens_of_an_imported_graft_are_those_of_its_record(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    graft = replace(service.publish("ann", "prefix(100)", "wide"), method="somebody's prefix")
+    service.api.store.commit([Write(keys.graft(graft.tenant, graft.name, graft.version), graft, None)])
+    assert (
+        "100 virtual" in refusal(await ann.post("/chat/completions", json=body("wide", max_tokens=100)), 400)["message"]
+    )
 
 
 async def test_a_graft_for_another_backbone_is_400(service: Service, ann: httpx.AsyncClient) -> None:

@@ -13,8 +13,8 @@ from polygraft.cluster.events import JobAdmitted, JobCancelled, JobStarted, JobS
 from polygraft.cluster.model import START, JobId, PackId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sizes import frozen, parameters
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
@@ -43,7 +43,7 @@ async def test_a_job_is_written_with_its_event_and_shown_in_openais_shape(
     hyper = made["method"]["supervised"]["hyperparameters"]
     assert (hyper["peft"], hyper["learning_rate"], hyper["schedule"]) == ("lora(r=4, at=attn.*)", 0.01, "cosine")
     assert made["hyperparameters"] == {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 1.0}
-    assert made["parameters"] == parameters(parse("lora(r=4, at=attn.*)"), service.api.shape)
+    assert made["parameters"] == BoundGraft(parse("lora(r=4, at=attn.*)"), service.api.shape).parameters
     assert made["fine_tuned_model"] is made["error"] is made["finished_at"] is made["graft"] is None
 
     record = service.api.store.get(keys.job(JobId(made["id"])))
@@ -87,6 +87,7 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
         ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
         ({"method": supervised(peft="lora(r=10000)")}, PEFT, "bytes in training, a pack has 67,108,864"),
         ({"method": supervised(peft="serial(100000)")}, PEFT, "'serial(100000)' needs"),
+        ({"method": supervised(peft="bitdelta")}, PEFT, "make a graft of one with `polygraft grafts bitdelta FOLDER"),
         ({"method": supervised(max_length=513)}, MAX_LENGTH, "513 tokens are more than the backbone's 512 positions"),
         ({"method": supervised(peft="prefix(300)")}, MAX_LENGTH, "256 tokens and the 300 "),
         ({"method": supervised(peft='{"a":' + "[" * 1900)}, PEFT, "not JSON"),
@@ -120,7 +121,8 @@ async def test_a_job_over_other_grafts_keeps_the_versions_that_their_names_meant
     made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
     assert made["method"]["supervised"]["hyperparameters"]["peft"] == "meteora(r=4, of=a@3|b@1) + prefix(length=3)"
     record = service.api.store.get(keys.job(JobId(made["id"])))
-    assert record is not None and record.value.frozen == frozen(parse("meteora(r=4, of=a|b)"), service.api.shape) > 0
+    meteora = BoundGraft(parse("meteora(r=4, of=a|b)"), service.api.shape)
+    assert record is not None and record.value.frozen == meteora.frozen > 0
     service.publish("ann", "lora(r=2)", "far", backbone="another")
     service.publish("bob", "lora(r=2)", "bobs")
     wrong = (("bobs", 404, "bobs"), ("a@4", 404, "a@4"), ("tiny", 404, "tiny"), ("far", 400, "another"))

@@ -1,0 +1,116 @@
+"""Functions of C++ sources, compiled for this processor, and calls of them that are ready to be made.
+
+A function takes the address of one structure, whose fields have 8 bytes each; a call is a jump with nothing to convert,
+and a list of calls is made without coming back to Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from polygraft.kernels.dense.library import Unavailable, build
+
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # as rows.h numbers them
+EXACTLY = "-ffp-contract=off"  # products are rounded before they are added, where the source does not say otherwise
+POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+def structure(name: str, **fields: str) -> type[ctypes.Structure]:
+    """A structure of pointers, integers and numbers, each kind's names in one text in their order; what C++ calls
+    `name` and must lay out alike."""
+    kinds = {"pointers": POINTER, "integers": INTEGER, "numbers": NUMBER}
+    members = [(member, kinds[kind.rstrip("_")]) for kind, names in fields.items() for member in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": members})
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A compiled function; `arguments` is the structure that it takes the address of."""
+
+    name: str
+    jump: Callable[[int], None]
+    address: int
+    arguments: type[ctypes.Structure]
+
+    def ready(self, *keeps: object, **arguments: object) -> Call:
+        """A call with these arguments, tensors among them as the addresses of their data; `keeps` live as long as it
+        does, as do those tensors."""
+        given = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        made = self.arguments(**given)
+        return Call(self.name, self.jump, self.address, ctypes.addressof(made), (made, keeps, arguments))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that may be made any number of times: the function, where it lies, and where what it takes lies."""
+
+    name: str
+    jump: Callable[[int], None]
+    function: int
+    arguments: int
+    keeps: object = field(repr=False)
+
+    def __call__(self) -> None:
+        self.jump(self.arguments)
+
+
+class Calls:
+    """Calls that are made one after the other, in one step out of Python."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = tuple(calls)
+        functions = array("q", [call.function for call in calls])
+        arguments = array("q", [call.arguments for call in calls])
+        run = function(Path(__file__).with_name("run.cpp"), "run", _RUN)
+        assert run is not None
+        places = functions.buffer_info()[0], arguments.buffer_info()[0]
+        self._run = run.ready(functions, arguments, functions=places[0], arguments=places[1], count=len(calls))
+
+    def __call__(self) -> None:
+        self._run()
+
+
+_RUN = structure("Run", pointers="functions arguments", integers="count")
+
+
+@cache
+def function(
+    source: Path, name: str, arguments: type[ctypes.Structure], *others: type[ctypes.Structure]
+) -> Function | None:
+    """A function of a source; None where sources cannot be compiled: nothing but speed depends on it. The source tells
+    the sizes of its structures, of `others` that the arguments point to, too, as `size_of_NAME`."""
+    library = _library(source)
+    if library is None:
+        return None
+    for kind in (arguments, *others):
+        size = library[f"size_of_{kind.__name__.lower()}"]
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(kind), f"{source.name}: its {kind.__name__} is another structure"
+    jump = library[name]
+    jump.argtypes, jump.restype = [ctypes.c_void_p], None
+    address = ctypes.cast(jump, ctypes.c_void_p).value
+    assert address is not None
+    return Function(name, jump, address, arguments)
+
+
+@cache
+def _library(source: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(build(source, EXACTLY)))
+    except (Unavailable, OSError) as error:
+        logging.getLogger(__name__).info("%s is torch's: %s", source.stem, error)
+        return None
+
+
+def computes(*tensors: Tensor | None) -> bool:
+    """Whether compiled functions read these: on the CPU, in bf16 or float32."""
+    return all(x is None or (x.device.type == "cpu" and x.dtype in DTYPES) for x in tensors)

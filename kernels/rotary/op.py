@@ -1,0 +1,116 @@
+"""The rotary op: rotary position embedding of queries and keys (Su et al. 2021, arXiv 2104.09864, eq. 34, in halves as
+transformers has it), and keys and values put in their places of a paged cache, in one pass.
+
+Each product and their sum is rounded to the inputs' dtype, as transformers rounds them; with a weight the queries and
+keys of every head pass an RMS norm before (Qwen3). A row is one thread's, and a function of itself alone: neither other
+rows nor the number of threads has a part in its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from polygraft.kernels.common.compiled import DTYPES, Call, Function, computes, function, structure
+from polygraft.kernels.residual_norm.op import Norm, apply
+
+_SOURCE = Path(__file__).with_name("rotary.cpp")
+_ROTARY = structure(
+    "Rotary",
+    pointers="q k v cos sin q_weight k_weight cache slots",
+    integers="q_stride k_stride v_stride rows heads kv_heads head_dim turned dtype weight_dtype",
+    numbers="eps",
+    integers_="threads",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms of every head's query and key, weights [head_dim] of one dtype."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+Rows = tuple[Tensor, Tensor, Tensor]  # q [T, heads * head_dim], k and v [T, kv_heads * head_dim]
+
+
+def rotary_write(
+    qkv: Rows, angles: tuple[Tensor, Tensor], cache: Tensor, slots_T: Tensor, heads: int, norms: HeadNorms | None = None
+) -> None:
+    """Semantics: q[t] = turned(q[t]) in place; cache[slots[t]] = (turned(k[t]), v[t]) where slots[t] >= 0; head by
+    head, turned(x) = x cos[t] + (-x_high, x_low) sin[t], over the first len(cos[t]) numbers of a head.
+
+    Rows of q, which has so many `heads`, of k and v may be a stride apart; angles cos and sin [T, turned]; cache
+    [slots, 2, kv_heads * head_dim] contiguous, slots [T] int64. All of one dtype. Not differentiable.
+    """
+    call = ready(qkv, angles, cache, slots_T, heads, norms)
+    if call is not None:
+        return call()
+    q, k, v = qkv
+    head_dim = q.shape[1] // heads
+    by_head = [torch.unflatten(x, 1, (-1, head_dim)) for x in (q, k)]
+    if norms is not None:
+        weights = norms.q, norms.k
+        by_head = [apply(x, Norm(w, None, norms.eps, centred=False)) for x, w in zip(by_head, weights, strict=True)]
+    turned = [_turned(x, *angles).flatten(1) for x in by_head]
+    q.copy_(turned[0])
+    written = slots_T >= 0
+    cache.index_copy_(0, slots_T[written], torch.stack([turned[1], v], dim=1)[written])
+
+
+def ready(
+    qkv: Rows, angles: tuple[Tensor, Tensor], cache: Tensor, slots_T: Tensor, heads: int, norms: HeadNorms | None = None
+) -> Call | None:
+    """The call of `rotary_write` on these tensors as they will be then; None where it is not compiled."""
+    (q, k, v), (cos, sin) = qkv, angles
+    weights = () if norms is None else (norms.q, norms.k)
+    compiled = _compiled((q, k, v, cos, sin, cache), weights)
+    if compiled is None:
+        return None
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert cache.is_contiguous()
+    assert slots_T.dtype == torch.int64
+    head_dim = q.shape[1] // heads
+    return compiled.ready(
+        q=q,
+        k=k,
+        v=v,
+        cos=cos,
+        sin=sin,
+        q_weight=None if norms is None else norms.q,
+        k_weight=None if norms is None else norms.k,
+        cache=cache,
+        slots=slots_T,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        rows=len(q),
+        heads=heads,
+        kv_heads=k.shape[1] // head_dim,
+        head_dim=head_dim,
+        turned=cos.shape[1],
+        dtype=DTYPES[q.dtype],
+        weight_dtype=DTYPES[(q, *weights)[-1].dtype],
+        eps=0.0 if norms is None else norms.eps,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _compiled(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Function | None:
+    alike = len({x.dtype for x in tensors}) == 1 and len({x.dtype for x in weights}) <= 1
+    dense = all(x.stride(-1) == 1 for x in tensors)
+    return function(_SOURCE, "rotary", _ROTARY) if alike and dense and computes(*tensors, *weights) else None
+
+
+def _turned(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    width = cos_TD.shape[1]
+    x, rest = x_THD[..., :width], x_THD[..., width:]
+    half = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
+    return torch.cat((x * cos_TD.unsqueeze(1) + half * sin_TD.unsqueeze(1), rest), dim=-1)
