@@ -120,7 +120,7 @@ class _Generate:
         self._card.wait()
         start = time.perf_counter()
         if mixed:
-            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])  # type: ignore[no-untyped-call]
+            self._mixed.generate(**said, adapter_names=[str(stream % GRAFTS) for stream in range(streams)])
         else:
             self._bare.generate(**said)
         self._card.wait()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.kernels.common.compiled import Call
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.library import library
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")  # by their numbers in linear.cpp
