@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import FrameType
+from typing import Any
 
 import torch
 from child import Reply, answer, task
@@ -118,7 +119,7 @@ def _timed_parts() -> Iterator[dict[str, float]]:
     """Inside, the functions of PARTS that this checkout has are timed, wherever they were imported to."""
     seconds: dict[str, float] = defaultdict(float)
     inside: list[float] = []  # of each call that is running, what it spent in parts below it
-    undo: list[tuple[object, str, object]] = []
+    undo: list[tuple[Any, str, Any]] = []
 
     def wrapped(function: Callable[..., object], part: str) -> Callable[..., object]:
         def timed(*args: object, **options: object) -> object:

@@ -97,10 +97,11 @@ class _Generate:
         from transformers import AutoModelForCausalLM
 
         def model() -> Any:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()
+            made: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            return made.to(card.device).eval()
 
         self._card, self._bare = card, model()
-        self._mixed = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
+        self._mixed: Any = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
         for place, graft in enumerate(grafts[1:], 1):
             self._mixed.load_adapter(graft, str(place), autocast_adapter_dtype=False)
         self._mixed.eval()
@@ -187,9 +188,10 @@ class _Peft:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         self._card, self._length = card, length
+        base.to(card.device)
         self._model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False).train()
         for place in range(1, GRAFTS):
             self._model.add_adapter(str(place), config)

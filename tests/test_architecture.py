@@ -43,7 +43,7 @@ LAYERS: dict[str, str] = {
     "kernels: the other ops": r"kernels\..+",
     "grafts: text": r"grafts\.text\..+",
     "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
-    "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused)",
+    "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused|description)",
     "grafts: what follows from a declaration": r"grafts\.(grammar|sizes|bound|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
