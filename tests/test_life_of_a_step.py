@@ -49,7 +49,7 @@ def engine(folder: Path, tmp_path: Path) -> Iterator[Engine]:
 
 
 def test_a_decoding_step_meets_the_functions_of_the_page_in_its_order(engine: Engine, tmp_path: Path) -> None:
-    if swiglu.ready(*(torch.zeros(1, 1) for _ in range(3)), threads=1) is None:
+    if swiglu.ready(*(torch.zeros(1, 1) for _ in range(3))) is None:
         pytest.skip("no compiler on this machine")
     ask(engine, tmp_path, GRAFTS)
     with following("A decoding step") as judge:
