@@ -68,11 +68,11 @@ def given_out() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
-class Highest(TorchDispatchMode):
+class Highest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most that was given out after any operation inside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import FrameType
+from typing import Any
 
 import torch
 from child import Reply, answer, task
 from material import GRAFTS, Material
+from transformers.models.llama import modeling_llama
 
 from polygraft.cluster.model import GraftId, ReplicaId, TenantId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.kernels.common.compiled import Calls
+from polygraft.kernels.compiled.calls import Calls
 from polygraft.serving.engine import Engine
 from polygraft.serving.sequence import GenerationRequest
 
@@ -117,7 +119,7 @@ def _timed_parts() -> Iterator[dict[str, float]]:
     """Inside, the functions of PARTS that this checkout has are timed, wherever they were imported to."""
     seconds: dict[str, float] = defaultdict(float)
     inside: list[float] = []  # of each call that is running, what it spent in parts below it
-    undo: list[tuple[object, str, object]] = []
+    undo: list[tuple[Any, str, Any]] = []
 
     def wrapped(function: Callable[..., object], part: str) -> Callable[..., object]:
         def timed(*args: object, **options: object) -> object:
@@ -133,22 +135,20 @@ def _timed_parts() -> Iterator[dict[str, float]]:
 
         return timed
 
-    for part, names in PARTS.items():
-        for name in names:
-            for owner, attribute, function in _holders(f"polygraft.{name}"):
-                undo.append((owner, attribute, function))
-                setattr(owner, attribute, wrapped(function, part))
-    from transformers.models.llama import modeling_llama
-
-    undo.append((modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb))
-    modeling_llama.apply_rotary_pos_emb = wrapped(modeling_llama.apply_rotary_pos_emb, "rotary")
+    def put(owner: object, attribute: str, function: object) -> None:
+        undo.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, function)
 
     def one_by_one(calls: Calls) -> None:
         for call in calls.calls:
             wrapped(call, CALLS[call.name])()
 
-    undo.append((Calls, "__call__", Calls.__call__))
-    Calls.__call__ = one_by_one
+    for part, names in PARTS.items():
+        for name in names:
+            for owner, attribute, function in _holders(f"polygraft.{name}"):
+                put(owner, attribute, wrapped(function, part))
+    put(modeling_llama, "apply_rotary_pos_emb", wrapped(modeling_llama.apply_rotary_pos_emb, "rotary"))
+    put(Calls, "__call__", one_by_one)
     try:
         yield seconds
     finally:

@@ -96,7 +96,7 @@ def _trained(
     """What so many steps lead to, flat. After one it is the gradient, which is what the first moment is then: AdamW's
     own step would be the sign of rounding where a gradient is 0. After more, and without a backward, the tensors."""
     pack = PackRunner(backbone, max_rows=4096)
-    for job in jobs(texts, backbone, length=12, samples=steps, epochs=1, first=first):
+    for job in jobs(texts, backbone.shape, length=12, samples=steps, epochs=1, first=first):
         if only is None or job.id in only:
             pack.admit(job)
     while any(not active.finished for active in pack.jobs.values()):
@@ -287,7 +287,7 @@ def _given_back(weight: Tensor) -> Tensor:
 def _learnt(card: Card, folder: Path, dtype: torch.dtype) -> float:
     """What is left, at the most, of the losses of two jobs on the backbone in NF4."""
     pack = PackRunner(Backbone.load(folder, dtype, training=True, quantise="nf4", device=card.device))
-    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, pack.backbone, length=32, samples=4, epochs=8):
+    for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, pack.backbone.shape, length=32, samples=4, epochs=8):
         pack.admit(job)
     losses: dict[str, list[float]] = {"a": [], "b": []}
     while any(not active.finished for active in pack.jobs.values()):

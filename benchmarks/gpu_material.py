@@ -22,6 +22,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.sites import ModelShape
 from polygraft.serving.engine import Engine
 from polygraft.serving.messages import Load, StepTokens
 from polygraft.serving.sequence import GenerationRequest
@@ -68,16 +69,12 @@ def model_files(root: Path, shape: str, card: Card) -> Path:
     return folder
 
 
-def bound(text: str, backbone: Backbone) -> BoundGraft:
-    return BoundGraft(parse(text), backbone.shape)
-
-
 def values_of(text: str, backbone: Backbone, seed: int) -> Mapping[str, Tensor]:
     """Starting values with noise on what is trained, on the CPU, so that the graft changes what is computed."""
-    graft = bound(text, backbone)
-    start = initialise(graft, backbone, seed=seed, samples=random_ids(seed, 2, 12), weights=())
+    graft = BoundGraft(parse(text), backbone.shape)
+    start = initialise(graft, backbone, seed=seed, samples=_samples(seed, 2, 12), weights=())
     generator = torch.Generator().manual_seed(seed)
-    trained = {tensor.name for tensor in graft.tensors if tensor.trained}
+    trained = {tensor.name for tensor in graft.trained}
     return {
         name: value + 0.1 * torch.randn(value.shape, generator=generator) if name in trained else value
         for name, value in start.items()
@@ -89,7 +86,7 @@ def saved_grafts(data: Path, backbone: Backbone, texts: Sequence[str]) -> tuple[
     return tuple(
         native.save(
             data / "grafts",
-            bound(text, backbone),
+            BoundGraft(parse(text), backbone.shape),
             values_of(text, backbone, seed),
             backbone=backbone.fingerprint,
         )
@@ -98,23 +95,26 @@ def saved_grafts(data: Path, backbone: Backbone, texts: Sequence[str]) -> tuple[
 
 
 def jobs(
-    texts: Mapping[str, str], backbone: Backbone, *, length: int, samples: int, epochs: int, first: int = 0
+    texts: Mapping[str, str], shape: ModelShape, *, length: int, samples: int, epochs: int, first: int = 0
 ) -> list[TrainJob]:
     """A job of each text, of samples of `length` tokens that all predict the next one; `first` is the first's seed."""
     made = []
     for seed, (name, text) in enumerate(texts.items(), first):
         recipe = TrainConfig(epochs=epochs, batch_size=1, learning_rate=1e-3, schedule="constant", seed=seed)
-        own = tuple(Sample(ids, (0.0,) + (1.0,) * (len(ids) - 1)) for ids in random_ids(seed, samples, length + 1))
-        made.append(TrainJob(name, bound(text, backbone), recipe, own))
+        made.append(TrainJob(name, BoundGraft(parse(text), shape), recipe, samples_of(seed, samples, length)))
     return made
 
 
+def samples_of(seed: int, count: int, length: int) -> tuple[Sample, ...]:
+    """Of `length` tokens that all predict the next one."""
+    return tuple(Sample(ids, (0.0,) + (1.0,) * length) for ids in _samples(seed, count, length + 1))
+
+
 def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return random_ids(1000 + seed, 1, length)[0]
+    return _samples(1000 + seed, 1, length)[0]
 
 
-def random_ids(seed: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
-    """So many texts of `length` token ids."""
+def _samples(seed: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(3, _WORDS, (count, length), generator=generator)
     return tuple(tuple(ids) for ids in drawn.tolist())

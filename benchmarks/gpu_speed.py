@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gpu_card import Card
 from gpu_findings import Findings
-from gpu_material import GRAFTS, LORA, Turned, jobs, model_files, prompt, random_ids, saved_grafts
+from gpu_material import GRAFTS, LORA, Turned, jobs, model_files, prompt, samples_of, saved_grafts
 from measure import Goal
 
 from polygraft.grafts.runtime.backbone import Backbone
@@ -165,7 +165,8 @@ def _training(card: Card, findings: Findings, root: Path, shape: str, length: in
 
 def _pack(backbone: Backbone, length: int, count: int = GRAFTS) -> PackRunner:
     pack = PackRunner(backbone, max_rows=count * length)
-    for job in jobs({str(place): LORA for place in range(count)}, backbone, length=length, samples=4, epochs=10_000):
+    texts = {str(place): LORA for place in range(count)}
+    for job in jobs(texts, backbone.shape, length=length, samples=4, epochs=10_000):
         pack.admit(job)
     return pack
 
@@ -199,7 +200,7 @@ class _Peft:
             self._model.set_adapter(str(place))
             own = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
             self._optimisers[place] = torch.optim.AdamW(own, lr=1e-4, weight_decay=0.0, fused=True)
-            self._samples[place] = cycle(random_ids(place, 4, length + 1))
+            self._samples[place] = cycle([sample.ids for sample in samples_of(place, 4, length)])
 
     def step(self, *, switching: bool) -> float:
         """As many steps of every job as the pack's; switching goes round them, in turn takes one after the other."""

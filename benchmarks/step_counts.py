@@ -146,14 +146,14 @@ def backbone_files(folder: Path, layers: int) -> Path:
 
 def decoding(backbone: Backbone, data: Path, *, mixed: bool, gpu: FakeGpu | None) -> Step:
     """A step in which every stream gets one token."""
-    graft, grafts = BoundGraft(parse(GRAFT), backbone.shape), []
+    bound, grafts = BoundGraft(parse(GRAFT), backbone.shape), []
     settings = ServeSettings(max_rows=STREAMS * 8)
     engine = Engine(backbone, settings, replica=ReplicaId("counted"), data=data)
     residency = engine._streams.residency
     for seed in range(GRAFTS if mixed else 0):
-        values = initialise(graft, backbone, seed=seed, samples=((3, 4),))
+        values = initialise(bound, backbone, seed=seed, samples=((3, 4),))
         values = {name: value + 0.01 for name, value in values.items()}
-        id = native.save(data / "grafts", graft, values, backbone=backbone.fingerprint)
+        id = native.save(data / "grafts", bound, values, backbone=backbone.fingerprint)
         grafts.append(GraftId(id))
         residency.admit(residency.fetch(grafts[-1]), grafts)  # read in this thread, which alone has the device
     for stream in range(STREAMS):
@@ -173,11 +173,11 @@ def decoding(backbone: Backbone, data: Path, *, mixed: bool, gpu: FakeGpu | None
 
 def training(backbone: Backbone, *, gpu: FakeGpu | None) -> Step:
     """A packed step, forward and backward and every job's optimiser step."""
-    pack, graft = PackRunner(backbone), BoundGraft(parse(GRAFT), backbone.shape)
+    pack = PackRunner(backbone)
     samples = tuple(Sample(tuple(range(3, 4 + TOKENS)), (0.0,) + (1.0,) * TOKENS) for _ in range(8))
     for seed in range(GRAFTS):
         recipe = TrainConfig(epochs=9, batch_size=1, learning_rate=1e-3, seed=seed)
-        pack.admit(TrainJob(str(seed), graft, recipe, samples))
+        pack.admit(TrainJob(str(seed), BoundGraft(parse(GRAFT), backbone.shape), recipe, samples))
     for _ in range(_WARM):
         pack.step()
     return _counted_step(backbone, pack.step, gpu)

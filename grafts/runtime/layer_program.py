@@ -16,7 +16,7 @@ from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.steps import Product, SharedProduct
 from polygraft.grafts.sites import Site
-from polygraft.kernels.common.compiled import Call, Calls
+from polygraft.kernels.compiled.calls import Call, Calls
 from polygraft.kernels.kv import paged
 from polygraft.kernels.kv.scores import Scores
 from polygraft.kernels.residual_norm import op as residual_norm

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polygraft.kernels.common.compiled import DTYPES, Call, Function, computes, function, structure
+from polygraft.kernels.compiled.calls import DTYPES, Call, Function, computes, function, structure
 from polygraft.kernels.residual_norm.op import Norm, apply
 
 _SOURCE = Path(__file__).with_name("rotary.cpp")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime import layer_program
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -16,7 +17,6 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.grafts.sizes import tensors
 from polygraft.kernels.swiglu import op as swiglu
 from tests.grafts.oracle.row import relative
 
@@ -36,9 +36,9 @@ LENGTHS = (5, 17, 1, 30)
 
 
 def resident(peft: str, backbone: Backbone, seed: int) -> Resident:
-    spec, generator = parse(peft), torch.Generator().manual_seed(seed)
-    values = {t.name: torch.randn(t.shape, generator=generator) / 4 for t in tensors(spec, backbone.shape)}
-    return Resident(f"g{seed}", spec, values)
+    graft, generator = BoundGraft(parse(peft), backbone.shape), torch.Generator().manual_seed(seed)
+    values = {t.name: torch.randn(t.shape, generator=generator) / 4 for t in graft.tensors}
+    return Resident(f"g{seed}", graft, values)
 
 
 class Decoding:
@@ -47,7 +47,7 @@ class Decoding:
     def __init__(self, backbone: Backbone, residents: Sequence[Resident]) -> None:
         self.backbone, self.stacks = backbone, backbone.stacks(residents)
         self.cache = KVCache(backbone.shape, 60, block_size=8, dtype=backbone.dtype)
-        self.prefixes = [(r.spec.prefix_length, r.spec.prefix_layers) for r in residents] + [(0, None)]
+        self.prefixes = [(r.graft.prefix_length, r.graft.prefix_layers) for r in residents] + [(0, None)]
         self.tables = [tuple(range(1 + 7 * i, 8 + 7 * i)) for i in range(len(self.prefixes))]
         for table, own in zip(self.tables, residents, strict=False):
             self.cache.write_prefix(table, own)
