@@ -54,6 +54,8 @@ class LayerPlan:
         Not to be called by two threads at a time.
         """
         attention, stacks = route.attention, route.stacks
+        if x_TD.is_cuda:
+            return None  # the compiled calls are a CPU's
         if not isinstance(attention, PagedAttention) or route.entry is not None or route.source is not None:
             return None
         if stacks.trainable or not stacks.derived((_covered,), lambda: _covered(stacks)):

@@ -71,9 +71,9 @@ def test_prefill_and_decoding_of_mixed_grafts_stay_on_the_device(gpu: FakeGpu, t
 def decoding_step(gpu: FakeGpu, folder: Path, layers: int) -> Watched:
     """What a step asks of the device in which bare streams and a LoRA's all decode."""
     backbone = Backbone.load(tiny_llama(folder / f"{layers}", layers=layers), torch.float32, device=DEVICE)
-    engine, spec = engine_on(backbone, folder), parse("lora(r=4)")
-    values = initialise(spec, backbone, seed=1, samples=())
-    id = native.save(folder / "grafts", spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+    engine, graft = engine_on(backbone, folder), BoundGraft(parse("lora(r=4)"), backbone.shape)
+    values = initialise(graft, backbone, seed=1, samples=())
+    id = native.save(folder / "grafts", graft, values, backbone=backbone.fingerprint)
     engine._streams.residency.admit(engine._streams.residency.fetch(GraftId(id)), ())
     for stream in range(4):
         engine.submit(request(str(stream), (5, 6, 7), 9, graft=GraftId(id) if stream % 2 else None))
