@@ -1,7 +1,6 @@
 """LoRA with a part that stays where it starts, or a rate of its own for a part.
 
-- LoRA-FA (Zhang et al. 2023, arXiv 2308.03303, section 3): A is random and frozen, B alone is trained. With `correct`,
-  B's gradient is that of the low-rank update nearest to the full gradient, (1 / s^2) (A A^T)^-1 dB, as in PEFT.
+- LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays.
 - LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns `ratio` times as fast as A.
 """
 
@@ -23,6 +22,19 @@ if TYPE_CHECKING:
 def lora_fa(
     r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, correct: int = 0
 ) -> tuple[Slot, ...]:
+    """LoRA-FA: y += s B A x with A random and frozen and B alone trained, so that a step keeps A x [rank] of a
+    projection's input x [width] and not x, which only A's gradient would read (Zhang et al. 2023, arXiv 2308.03303,
+    section 3).
+
+    With `correct`=1, B's gradient is that of the low-rank update nearest to the full gradient, (1 / s^2) (A A^T)^-1 dB,
+    as in PEFT.
+
+    Deviations: none known in what is computed. x is kept where another job of the pack trains an A at the same site.
+    LoRA's own step makes some inputs again in place of keeping them, so that less is left to save than in the paper
+    (`benchmarks/activation_memory.py` measures it).
+
+    Choose when: memory for activations is short; it learns a little less than LoRA of the same rank.
+    """
     form = DeclRef("part-frozen", (("part", "A"), ("A", "kaiming"), ("B", "zero")))
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
