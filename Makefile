@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage methods lint types verify nightly bench gpu clean
+.PHONY: help setup demo test coverage methods docs lint types verify nightly bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
@@ -44,7 +44,10 @@ types: setup  ## check types, strictly
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 
-verify: lint types test  ## all that CI enforces
+docs: setup  ## build the documentation into build/docs; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+verify: lint types docs test  ## all that CI enforces
 
 methods: setup  ## measure every method against its oracle and write docs/methods.md
 	$(BIN)/python -m tests.grafts.page

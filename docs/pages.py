@@ -22,7 +22,7 @@ ELSEWHERE = {
     "k8s/README.md": "kubernetes.md",
 }
 _LOG = logging.getLogger("mkdocs.hooks.pages")  # a warning there ends a strict build
-_LINK = re.compile(r"\[([^\]\n]+)\]\(([^()\s]+)\)")
+_LINK = re.compile(r"\[([^][]+)\]\(([^()\s]+)\)")
 _BLOCK = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 

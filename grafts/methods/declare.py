@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from polygraft.grafts.methods.refused import NAMED_TWICE
 from polygraft.grafts.spec import DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ RunFromLayer = Callable[["Tensor", int], Mapping[int, tuple["Tensor", "Tensor"]]
 @dataclass(frozen=True, slots=True)
 class Method:
     """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search
-    from. `hooks` come with it, made from the same arguments."""
+    from. `hooks` come with it, made from the same arguments. `slots` says in its docstring what the method is
+    (`description.py`). A `quantised` one means something on a quantised backbone alone."""
 
     name: str
     paper: str
@@ -32,6 +34,7 @@ class Method:
     slots: Build
     aliases: tuple[str, ...] = ()
     hooks: Callable[..., tuple[DeclRef, ...]] | None = None
+    quantised: bool = False
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -55,7 +58,9 @@ class Method:
         values: dict[str, object] = {}
         for key, text in arguments.items():
             if key not in known:
-                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {', '.join(known) or 'none'}")
+                twice = f" ({self.name} is {NAMED_TWICE[self.name]})" if self.name in NAMED_TWICE else ""
+                choices = ", ".join(known) or "none"
+                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {choices}{twice}")
             values[key] = _convert(f"{self.name}.{key}", text, known[key].annotation)
         return values
 
@@ -131,7 +136,8 @@ class Parametrization:
 
     Parts in `kept` are operands as they are, so that a frozen one asks for no gradient and for none of what that takes
     of a forward. `absent` says at which layers no row of the graft passes its op at a draw (None when it is served,
-    where such sites have no tensors either); they then cost nothing.
+    where such sites have no tensors either); they then cost nothing. Files of grafts may call it what it was
+    called `formerly`.
     """
 
     name: str
@@ -142,6 +148,7 @@ class Parametrization:
     grid: Callable[..., IntegerGrid] | None = None
     kept: tuple[str, ...] = ()
     absent: Callable[..., bool] | None = None  # (layer, draw, **arguments)
+    formerly: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,8 @@ class Hook:
     `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
     optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `anew(total, **arguments)`
     is the step, of `total`, at which the job's optimiser and its schedule start anew. `forward_only` says that the
-    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`).
+    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`). Files of grafts may call it what
+    it was called `formerly`.
     """
 
     name: str
@@ -176,6 +184,7 @@ class Hook:
     rate: Callable[..., float] | None = None
     anew: Callable[..., int] | None = None
     forward_only: bool = False
+    formerly: str | None = None
 
 
 def _convert(field: str, text: str, kind: object) -> object:

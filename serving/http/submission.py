@@ -17,7 +17,8 @@ from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
-from polygraft.grafts.grammar import learning_rate, parse, pinned
+from polygraft.grafts.formats.peft_config import asked_for
+from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinned
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text import jsonl
@@ -40,7 +41,9 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         raise not_found("model", request.model, param="model")
     spec = request.to_spec()
     try:
-        graft = BoundGraft(request.graft, api.shape)
+        asked = request.graft if request.graft is not None else asked_for(spec.peft, api.shape, api.stock)
+        check_backbone(asked, quantised=api.quantised)
+        graft = BoundGraft(asked, api.shape)
         sizes = graft.parameters, graft.frozen
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:

@@ -151,7 +151,7 @@ def test_unilora_uses_every_element_of_its_vector_alike(backbone: Backbone) -> N
         ("capaboost(density=0)", "outside"),
         ("tinylora(r=40, at=attn.k)", "more than the 32 ranks"),
         ("bdlora(r=6, blocks=4)", "4 does not divide the rank 6"),
-        ("hyperformer(code=0)", "code 0 are sizes"),
+        ("hypernet-adapter(code=0)", "code 0 are sizes"),
         ("deft(by=luck)", "'luck' is not a projection"),
         ("glora(kind=scalar)", "'scalar' is not a support"),
         ("psoft(r=1)", "cannot be turned"),

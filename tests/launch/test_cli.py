@@ -204,6 +204,16 @@ def test_methods_lists_what_peft_may_say() -> None:
     assert run("methods", "nonsense").exit_code == 2
 
 
+def test_methods_says_of_one_what_it_is_and_what_a_name_means_here() -> None:
+    said = run("methods", "spt").stdout
+    for words in ("He et al. 2023", "not selective prompt tuning", "Deviations from the paper:", "Choose it when:"):
+        assert words in said
+    assert "visual prompt tuning" in " ".join(run("methods", "vpt").stdout.split())
+    for name, words in (("s4", "--s4"), ("lorahub", "grafts soup"), ("mole", "output-gated-loras")):
+        refused = run("methods", name)
+        assert refused.exit_code == 2 and words in " ".join(refused.stderr.replace("│", " ").split())
+
+
 def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SMOLLM2_CONFIG))

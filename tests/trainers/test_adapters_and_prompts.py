@@ -25,17 +25,23 @@ METHODS = {
     "ln": "ln-tuning",
     "pfeiffer": "pfeiffer(8)",
     "houlsby": "serial(8, bias=1)",
+    "adaptformer": "adaptformer(4)",
+    "autopeft": "autopeft(3, 5, 2)",
+    "beft": "beft",
     "beside": "parallel(3, at=attn.q|ffn.down, bias=1)",
     "scaled": "scaled-parallel(8)",
     "mam": "mam(length=3, size=8)",
     "loreft": "loreft(r=3)",
     "direft": "direft(r=2)@1",
+    "noreft": "noreft(r=2, first=2, last=1)@1",
     "prefix-mlp": "prefix-mlp(length=4, hidden=16)",
     "llama-adapter": "llama-adapter(length=5)",
     "prompt": "prompt(5)",
     "p-tuning": "p-tuning(3, hidden=8, encoder=lstm)",
+    "dpt": "dpt(4, r=2)",
+    "mpt": "mpt(3)",
     "dept": "dept(2, rows=6, r=2)",
-    "xprompt": "xprompt(6, pieces=4)",
+    "pruned-prompt": "pruned-prompt(6, pieces=4)",
     "cartridge": "cartridge(4)",
     "unipelt": "unipelt(r=2, size=4, length=3, hidden=8)",
     "apt": "apt(4) + lora(r=2)",
@@ -47,9 +53,13 @@ METHODS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
@@ -66,9 +76,9 @@ def test_dept_trains_its_prompt_and_its_pair_at_two_rates(fp64: Backbone) -> Non
     assert {name for name, rate in rates.items() if rate != 1.0} == {"1.0.embed.A", "1.0.embed.B"}
 
 
-def test_xprompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:
+def test_a_pruned_prompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), torch.float32, training=True)
-    job = a_job("x", "xprompt(6, keep=0.5, pieces=4, keep_pieces=0.25)", seed=0, steps=18)
+    job = a_job("x", "pruned-prompt(6, keep=0.5, pieces=4, keep_pieces=0.25)", seed=0, steps=18)
     pack = together(backbone, [job])
     values, mattered, seen = pack.jobs["x"].slab.tensors, {}, []
     while not pack.jobs["x"].finished:

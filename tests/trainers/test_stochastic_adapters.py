@@ -1,4 +1,4 @@
-"""AdapterDrop and AdaMix draw what the papers say, each step anew, and the same in any company."""
+"""AdapterDrop and averaged adapters draw what the papers say, each step anew, and the same in any company."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from tests.grafts.test_merge import unmerged
 from tests.trainers.test_lora_family import loss_gradients, recorded
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
 
-METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "adamix(4, experts=3)", "plain": "serial(4)"}
+METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "averaged-adapters(4, experts=3)", "plain": "serial(4)"}
 
 
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = backbone_of(folder, torch.float32)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
@@ -99,8 +101,10 @@ def test_adapter_drop_is_served_without_as_many_layers_as_asked(fp64: Backbone) 
         BoundGraft(parse("adapter-drop(4, upto=2, drop=2)"), fp64.shape)
 
 
-def test_adamix_trains_one_way_down_and_one_up_at_a_time(fp64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, pairs = a_job("mix", "adamix(4, experts=3)", seed=1, steps=12), set()
+def test_averaged_adapters_train_one_way_down_and_one_up_at_a_time(
+    fp64: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, pairs = a_job("mix", "averaged-adapters(4, experts=3)", seed=1, steps=12), set()
     for before, gradients in recorded(job, fp64, monkeypatch):
         for layer in (0, 1):
             used = [gradients[f"0.{layer}.ffn.out.{part}"].view(3, 4, -1).flatten(1).any(1) for part in "AB"]

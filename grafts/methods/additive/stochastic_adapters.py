@@ -1,11 +1,4 @@
-"""Serial adapters of which each step trains another random part.
-
-- AdapterDrop (Rueckle et al. 2021, arXiv 2010.11918, section 3): without the adapters of a random number of first
-  layers.
-- AdaMix (Wang et al. 2022, arXiv 2205.12410, section 3): every step each adapter projects down by one of `experts`
-  matrices and up by another's, drawn apart; served are their means. Without the paper's second pass, whose KL
-  divergence would draw the experts together.
-"""
+"""Serial adapters of which each step trains another random part."""
 
 from __future__ import annotations
 
@@ -45,10 +38,18 @@ def adapter_drop(
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
-def adamix(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+def averaged_adapters(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+    """Serial adapters with several matrices down and several up, of which every training step and site uses a random
+    one each, drawn apart; served are their means (after AdaMix: Wang et al. 2022, arXiv 2205.12410, section 3).
+
+    Deviations: AdaMix runs each sample twice and adds a KL divergence between both predictions, which draws the experts
+    together so that their mean is good; here is one pass and no such loss, and hence the name.
+
+    Choose when: an adapter overfits: it trains as a small ensemble and serves as one.
+    """
     if experts < 1:
         raise SpecError(f"peft: experts: {experts} is not a count; give at least 1")
-    form = DeclRef("adamix", (("experts", experts),))
+    form = DeclRef("averaged-adapters", (("experts", experts),))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
@@ -90,9 +91,9 @@ def _one_or_mean(slot: Branch, values: Values, lowering: Lowering, experts: int)
 
 METHODS = (
     Method("adapter-drop", "arXiv 2010.11918", 1e-3, adapter_drop, aliases=("adapterdrop",)),
-    Method("adamix", "arXiv 2205.12410", 1e-3, adamix),
+    Method("averaged-adapters", "arXiv 2205.12410", 1e-3, averaged_adapters),
 )
 PARAMETRIZATIONS = (
     Parametrization("adapter-drop", _all, _own, _some_left, kept=("A", "B"), absent=_dropped),
-    Parametrization("adamix", _one_or_mean, _own_each),
+    Parametrization("averaged-adapters", _one_or_mean, _own_each, formerly="adamix"),
 )

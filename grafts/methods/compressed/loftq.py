@@ -66,5 +66,5 @@ def _residual(tensor: TensorSpec, making: Making, iterations: int = 1) -> Tensor
     return making.once(("loftq", site, rank, scale), make)["AB".index(tensor.part)]
 
 
-METHODS = (Method("loftq", "arXiv 2310.08659", 3e-4, loftq),)
+METHODS = (Method("loftq", "arXiv 2310.08659", 3e-4, loftq, quantised=True),)
 STARTS = (Start("loftq", _residual),)

@@ -9,8 +9,8 @@ from torch import Tensor
 from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.common.compiled import Call
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, ready, transposed
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.runtime.fused import RoutedBranches
-from polygraft.kernels.common.compiled import Call
+from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.op import Work
 
 Kept = Sequence[Sequence[Tensor]]  # what every branch keeps of a forward for its gradients

@@ -37,7 +37,7 @@ def phm() -> Hook:
     return after(equation)
 
 
-def hyperformer() -> Hook:
+def hypernet() -> Hook:
     """(U, D) = (W^U, W^D) I with I = h(z), h two linear maps with a ReLU between, and U gelu(D(.)) after the sublayer
     (Karimi Mahabadi et al. 2021, section 2, one task)."""
 
@@ -201,5 +201,5 @@ ROWS: Mapping[str, Row] = {
         "said(d=20, at=attn.[qv]|ffn.down, seed=3)",
         hooks=lambda: {0: said(20, 3, [f"{layer}.{name}" for layer in range(4) for name in SITES])},
     ),
-    "hyperformer": Row("hyperformer(8, embedding=6, code=5)", hooks=lambda: {0: hyperformer()}),
+    "hypernet-adapter": Row("hypernet-adapter(8, embedding=6, code=5)", hooks=lambda: {0: hypernet()}),
 }

@@ -34,6 +34,13 @@ from tests.grafts.test_methods import batch, decoded, judged, ours
 from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
 
 CHOSEN = [*METHODS, "pissa", "vera", "loha", "lpt"]
+PACKED = {
+    "qlora": "qlora(r=8, at=attn.[qv], dropout=0.2)",
+    "dora": "dora(r=4, at=attn.v|ffn.down)",
+    "loftq": "loftq(r=4, at=attn.*)",
+    "pissa": "pissa(r=4, at=attn.v)",
+    "ia3": "ia3",
+}
 SITES = (Site(0, "attn.k"), Site(1, "ffn.down"))
 
 
@@ -139,20 +146,13 @@ def test_decoding_from_the_cache_gives_the_oracles_logits(fp32: Backbone, dense_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("texts", [PACKED], ids=["all"])
+@pytest.mark.equality("packed")
 def test_packed_training_on_nf4_leaves_the_bits_of_training_alone(
-    dtype: torch.dtype, tiny_folder: Path, one_thread: None
+    texts: dict[str, str], dtype: torch.dtype, tiny_folder: Path, one_thread: None
 ) -> None:
     backbone = Backbone.load(tiny_folder, dtype, training=True, quantise="nf4")
-    jobs = jobs_of(
-        20,
-        {
-            "lora": "lora(r=8, at=attn.[qv], dropout=0.2)",
-            "dora": "dora(r=4, at=attn.v|ffn.down)",
-            "loftq": "loftq(r=4, at=attn.*)",
-            "pissa": "pissa(r=4, at=attn.v)",
-            "ia3": "ia3",
-        },
-    )
+    jobs = jobs_of(20, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
