@@ -3,26 +3,25 @@ the most that the step takes at any time.
 
 python benchmarks/activation_memory.py [--quick] [--json PATH]
 
-Bytes are those that the C library's allocator has given out, asked after every operation: no processor's speed has a
-part in them, and a run repeats the last one's but for what other threads of the library take.
+Bytes are those that torch's allocator gives out and gets back, event by event: no processor's speed has a part in them.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import machine
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
@@ -48,37 +47,15 @@ class Taken:
     peak: int
 
 
-class _Mallinfo(ctypes.Structure):
-    """struct mallinfo2 of glibc 2.33 and later."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    )
-
-
-def given_out() -> int:
-    """Bytes that the allocator has given out and not got back."""
-    library = ctypes.CDLL(None)
-    library.mallinfo2.restype = _Mallinfo
-    found = library.mallinfo2()
-    return int(found.uordblks + found.hblkhd)
-
-
-class Highest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most that was given out after any operation inside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.bytes = max(self.bytes, given_out())
-        return result
+@contextmanager
+def _allocations() -> Iterator[list[int]]:
+    """Filled at the end with the bytes given out since the beginning, after every allocation and every return."""
+    sums: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield sums
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sums += accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
 
 
 def taken(backbone: Backbone, text: str, rows: int) -> Taken:
@@ -98,12 +75,12 @@ def _step(backbone: Backbone, stacks: Stacks, rows: int) -> Taken:
     batch = Rows(torch.arange(JOBS * rows) % 1000, torch.arange(rows).repeat(JOBS), spans)
     for leaf in stacks.leaves():
         leaf.grad = None
-    before = given_out()
-    with Highest() as highest:
+    with _allocations() as forward:
         hidden = backbone.forward(batch, stacks, WholeSequences(sequences, backbone.shape))
-        held = given_out() - before
+    with _allocations() as backward:
         hidden.backward(torch.ones_like(hidden))  # type: ignore[no-untyped-call]
-    return Taken(held, highest.bytes - before)
+    held = forward[-1]
+    return Taken(held, max(*forward, *(held + taken for taken in backward)))
 
 
 def report(found: Mapping[str, Taken], console: Console) -> None:
