@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import machine
+from assignment import Task
 from material import GRAFT, GRAFTS, PROMPTS
 from rich.console import Console
 from rich.table import Table
-from servers import Server, Task
+from servers import Server
 
 KINDS = {"bare": "engine_bare", f"{GRAFTS} grafts, {GRAFT}": "engine"}
 
@@ -43,8 +44,7 @@ def main() -> None:
 def _table(found: dict[str, dict[str, object]]) -> Table:
     table = Table("", *found, title=f"A step of {PROMPTS} streams")
     table.add_row("ms", *(f"{step['ms']:.1f}" for step in found.values()))
-    shares = [step["ms_by_part"] for step in found.values()]
-    assert all(isinstance(share, dict) for share in shares)
+    shares: list[dict[str, float]] = [step["ms_by_part"] for step in found.values()]  # type: ignore[misc]
     for part in dict.fromkeys(part for share in shares for part in share):
         table.add_row(f"  {part}", *(f"{share.get(part, 0.0):.2f}" for share in shares))
     table.add_row("calls from Python", *(f"{step['python_calls']:,}" for step in found.values()))

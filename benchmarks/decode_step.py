@@ -8,30 +8,38 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from statistics import median
 from types import FrameType
+from typing import Any
 
 import torch
 from child import Reply, answer, task
 from material import GRAFTS, Material
+from transformers.models.llama import modeling_llama
 
 from polygraft.cluster.model import GraftId, ReplicaId, TenantId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.kernels.compiled.calls import Calls
 from polygraft.serving.engine import Engine
 from polygraft.serving.sequence import GenerationRequest
 
 WARM, TIMED, TAKEN_APART = 8, 30, 10  # steps; 25 tokens of prompt and these are the contexts of the benchmark's middle
 LONGEST = 64
 _PATIENCE = 1000  # turns
-# Functions whose time is a part's, without what functions of other parts take inside them.
+# Calls of a layer program by part, and functions whose time is a part's, without what those of other parts take inside.
+CALLS = {
+    "linear": "products",
+    "paged": "attention",
+    "residual_norm": "norms",
+    "rotary": "rotary",
+    "swiglu": "silu and product",
+}
 PARTS = {
-    "products": ("kernels.dense.op.linear", "kernels.dense.op.Prepared.run", "grafts.runtime.linear.multiply"),
-    "attention": ("kernels.paged.op.attend_paged", "grafts.runtime.cache.PagedAttention._over"),
-    "norms": ("kernels.residual_norm.op.residual_norm", "grafts.runtime.norms.rms_norm"),
-    "rotary": ("kernels.rotary.op.rotary_write",),
+    "products": ("kernels.dense.op.linear",),
+    "attention": ("grafts.runtime.cache.PagedAttention._over",),
+    "norms": ("kernels.residual_norm.op.apply", "grafts.runtime.norms.rms_norm"),
     "silu and product": ("kernels.swiglu.op.swiglu", "grafts.runtime.feedforward.swiglu"),
     "sampling": ("serving.sampling.sample",),
 }
@@ -111,10 +119,9 @@ def _timed_parts() -> Iterator[dict[str, float]]:
     """Inside, the functions of PARTS that this checkout has are timed, wherever they were imported to."""
     seconds: dict[str, float] = defaultdict(float)
     inside: list[float] = []  # of each call that is running, what it spent in parts below it
-    undo: list[tuple[object, str, object]] = []
+    undo: list[tuple[Any, str, Any]] = []
 
     def wrapped(function: Callable[..., object], part: str) -> Callable[..., object]:
-        @wraps(function)
         def timed(*args: object, **options: object) -> object:
             inside.append(0.0)
             start = time.perf_counter()
@@ -128,15 +135,20 @@ def _timed_parts() -> Iterator[dict[str, float]]:
 
         return timed
 
+    def put(owner: object, attribute: str, function: object) -> None:
+        undo.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, function)
+
+    def one_by_one(calls: Calls) -> None:
+        for call in calls.calls:
+            wrapped(call, CALLS[call.name])()
+
     for part, names in PARTS.items():
         for name in names:
             for owner, attribute, function in _holders(f"polygraft.{name}"):
-                undo.append((owner, attribute, function))
-                setattr(owner, attribute, wrapped(function, part))
-    from transformers.models.llama import modeling_llama
-
-    undo.append((modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb))
-    modeling_llama.apply_rotary_pos_emb = wrapped(modeling_llama.apply_rotary_pos_emb, "rotary")
+                put(owner, attribute, wrapped(function, part))
+    put(modeling_llama, "apply_rotary_pos_emb", wrapped(modeling_llama.apply_rotary_pos_emb, "rotary"))
+    put(Calls, "__call__", one_by_one)
     try:
         yield seconds
     finally:

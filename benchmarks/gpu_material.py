@@ -17,11 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from polygraft.cluster.model import GraftId, ReplicaId, TenantId
 from polygraft.cluster.settings import ServeSettings
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.sizes import tensors
+from polygraft.grafts.sites import ModelShape
 from polygraft.serving.engine import Engine
 from polygraft.serving.messages import Load, StepTokens
 from polygraft.serving.sequence import GenerationRequest
@@ -70,10 +71,10 @@ def model_files(root: Path, shape: str, card: Card) -> Path:
 
 def values_of(text: str, backbone: Backbone, seed: int) -> Mapping[str, Tensor]:
     """Starting values with noise on what is trained, on the CPU, so that the graft changes what is computed."""
-    spec = parse(text)
-    start = initialise(spec, backbone, seed=seed, samples=_samples(seed, 2, 12), weights=())
+    graft = BoundGraft(parse(text), backbone.shape)
+    start = initialise(graft, backbone, seed=seed, samples=_samples(seed, 2, 12), weights=())
     generator = torch.Generator().manual_seed(seed)
-    trained = {tensor.name for tensor in tensors(spec, backbone.shape) if tensor.trained}
+    trained = {tensor.name for tensor in graft.trained}
     return {
         name: value + 0.1 * torch.randn(value.shape, generator=generator) if name in trained else value
         for name, value in start.items()
@@ -85,23 +86,28 @@ def saved_grafts(data: Path, backbone: Backbone, texts: Sequence[str]) -> tuple[
     return tuple(
         native.save(
             data / "grafts",
-            parse(text),
+            BoundGraft(parse(text), backbone.shape),
             values_of(text, backbone, seed),
-            shape=backbone.shape,
             backbone=backbone.fingerprint,
         )
         for seed, text in enumerate(texts)
     )
 
 
-def jobs(texts: Mapping[str, str], *, length: int, samples: int, epochs: int, first: int = 0) -> list[TrainJob]:
+def jobs(
+    texts: Mapping[str, str], shape: ModelShape, *, length: int, samples: int, epochs: int, first: int = 0
+) -> list[TrainJob]:
     """A job of each text, of samples of `length` tokens that all predict the next one; `first` is the first's seed."""
     made = []
     for seed, (name, text) in enumerate(texts.items(), first):
         recipe = TrainConfig(epochs=epochs, batch_size=1, learning_rate=1e-3, schedule="constant", seed=seed)
-        own = tuple(Sample(ids, (0.0,) + (1.0,) * (len(ids) - 1)) for ids in _samples(seed, samples, length + 1))
-        made.append(TrainJob(name, parse(text), recipe, own))
+        made.append(TrainJob(name, BoundGraft(parse(text), shape), recipe, samples_of(seed, samples, length)))
     return made
+
+
+def samples_of(seed: int, count: int, length: int) -> tuple[Sample, ...]:
+    """Of `length` tokens that all predict the next one."""
+    return tuple(Sample(ids, (0.0,) + (1.0,) * length) for ids in _samples(seed, count, length + 1))
 
 
 def prompt(seed: int, length: int) -> tuple[int, ...]:

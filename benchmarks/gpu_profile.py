@@ -54,7 +54,8 @@ def _decoding(card: Card, findings: Findings, root: Path, folder: Path, out: Pat
 
 def _training(card: Card, findings: Findings, folder: Path, out: Path) -> None:
     pack = PackRunner(Backbone.load(folder, torch.bfloat16, training=True, device=card.device), max_rows=GRAFTS * 64)
-    for job in jobs({str(place): LORA for place in range(_count(card))}, length=64, samples=4, epochs=100):
+    texts = {str(place): LORA for place in range(_count(card))}
+    for job in jobs(texts, pack.backbone.shape, length=64, samples=4, epochs=100):
         pack.admit(job)
     _traced(card, findings, f"{folder.name}-training", pack.step, out)
 
@@ -83,7 +84,7 @@ def memory(card: Card, findings: Findings, root: Path) -> None:
 
     def step(name: str) -> None:
         before, pack = card.forget_peak(), PackRunner(backbone, max_rows=4 * length)
-        pack.admit(jobs({name: MEMORY[name]}, length=length, samples=4, epochs=4)[0])
+        pack.admit(jobs({name: MEMORY[name]}, backbone.shape, length=length, samples=4, epochs=4)[0])
         pack.step()
         taken[name] = card.peak() - before
         pack.remove(name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gpu_card import Card
 from gpu_findings import Findings
-from gpu_material import GRAFTS, LORA, Turned, jobs, model_files, prompt, saved_grafts
+from gpu_material import GRAFTS, LORA, Turned, jobs, model_files, prompt, samples_of, saved_grafts
 from measure import Goal
 
 from polygraft.grafts.runtime.backbone import Backbone
@@ -97,10 +97,11 @@ class _Generate:
         from transformers import AutoModelForCausalLM
 
         def model() -> Any:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device).eval()
+            made: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            return made.to(card.device).eval()
 
         self._card, self._bare = card, model()
-        self._mixed = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
+        self._mixed: Any = PeftModel.from_pretrained(model(), grafts[0], adapter_name="0", autocast_adapter_dtype=False)
         for place, graft in enumerate(grafts[1:], 1):
             self._mixed.load_adapter(graft, str(place), autocast_adapter_dtype=False)
         self._mixed.eval()
@@ -164,7 +165,8 @@ def _training(card: Card, findings: Findings, root: Path, shape: str, length: in
 
 def _pack(backbone: Backbone, length: int, count: int = GRAFTS) -> PackRunner:
     pack = PackRunner(backbone, max_rows=count * length)
-    for job in jobs({str(place): LORA for place in range(count)}, length=length, samples=4, epochs=10_000):
+    texts = {str(place): LORA for place in range(count)}
+    for job in jobs(texts, backbone.shape, length=length, samples=4, epochs=10_000):
         pack.admit(job)
     return pack
 
@@ -186,18 +188,19 @@ class _Peft:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(card.device)
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         self._card, self._length = card, length
+        base.to(card.device)
         self._model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False).train()
         for place in range(1, GRAFTS):
             self._model.add_adapter(str(place), config)
         self._optimisers, self._samples = {}, {}
-        for place, job in enumerate(jobs({str(p): LORA for p in range(GRAFTS)}, length=length, samples=4, epochs=1)):
+        for place in range(GRAFTS):
             self._model.set_adapter(str(place))
             own = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
             self._optimisers[place] = torch.optim.AdamW(own, lr=1e-4, weight_decay=0.0, fused=True)
-            self._samples[place] = cycle([sample.ids for sample in job.train])
+            self._samples[place] = cycle([sample.ids for sample in samples_of(place, 4, length)])
 
     def step(self, *, switching: bool) -> float:
         """As many steps of every job as the pack's; switching goes round them, in turn takes one after the other."""

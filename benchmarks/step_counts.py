@@ -34,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from polygraft.cluster.model import GraftId, ReplicaId, TenantId
 from polygraft.cluster.settings import ServeSettings
+from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
@@ -145,14 +146,14 @@ def backbone_files(folder: Path, layers: int) -> Path:
 
 def decoding(backbone: Backbone, data: Path, *, mixed: bool, gpu: FakeGpu | None) -> Step:
     """A step in which every stream gets one token."""
-    spec, grafts = parse(GRAFT), []
+    bound, grafts = BoundGraft(parse(GRAFT), backbone.shape), []
     settings = ServeSettings(max_rows=STREAMS * 8)
     engine = Engine(backbone, settings, replica=ReplicaId("counted"), data=data)
     residency = engine._streams.residency
     for seed in range(GRAFTS if mixed else 0):
-        values = initialise(spec, backbone, seed=seed, samples=((3, 4),))
+        values = initialise(bound, backbone, seed=seed, samples=((3, 4),))
         values = {name: value + 0.01 for name, value in values.items()}
-        id = native.save(data / "grafts", spec, values, shape=backbone.shape, backbone=backbone.fingerprint)
+        id = native.save(data / "grafts", bound, values, backbone=backbone.fingerprint)
         grafts.append(GraftId(id))
         residency.admit(residency.fetch(grafts[-1]), grafts)  # read in this thread, which alone has the device
     for stream in range(STREAMS):
@@ -176,7 +177,7 @@ def training(backbone: Backbone, *, gpu: FakeGpu | None) -> Step:
     samples = tuple(Sample(tuple(range(3, 4 + TOKENS)), (0.0,) + (1.0,) * TOKENS) for _ in range(8))
     for seed in range(GRAFTS):
         recipe = TrainConfig(epochs=9, batch_size=1, learning_rate=1e-3, seed=seed)
-        pack.admit(TrainJob(str(seed), parse(GRAFT), recipe, samples))
+        pack.admit(TrainJob(str(seed), BoundGraft(parse(GRAFT), backbone.shape), recipe, samples))
     for _ in range(_WARM):
         pack.step()
     return _counted_step(backbone, pack.step, gpu)

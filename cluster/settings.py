@@ -31,6 +31,7 @@ from yaml import YAMLError, safe_load
 
 from polygraft.cluster.model import Limits
 from polygraft.cluster.validation import explain
+from polygraft.grafts.methods.compressed.quantisation import PATTERN
 
 HOME = "~/.polygraft"
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -91,7 +92,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = a GPU where there is one")
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    quantise: Literal["nf4"] | None = None
+    quantise: str | None = Field(default=None, pattern=PATTERN, description="nf4, or loftq-RANK-ITERATIONS")
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()
     limits: LimitSettings = LimitSettings()

@@ -23,6 +23,7 @@ from pydantic import (
 from polygraft.cluster.model import FileId, JobSpec, Optimizer, Schedule
 from polygraft.cluster.validation import explain
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.methods import configs
 from polygraft.grafts.spec import GraftSpec, SpecError
 
 NAME = r"^[a-z0-9-]{1,40}$"
@@ -36,11 +37,11 @@ _DEFAULTS = JobSpec(backbone="", training_file=FileId(""))
 
 @dataclass(frozen=True, slots=True)
 class AskedGraft:
-    """The field `peft`: a union such as "lora(r=8) + prefix(10)" or a PEFT config, as it was `given`, and what that
-    means."""
+    """The field `peft`: a union such as "lora(r=8) + prefix(10)" or a PEFT config, as it was `given`, and what a union
+    means; what a config means depends on the backbone (`grafts/formats/peft_config.py`)."""
 
     given: str | dict[str, object]
-    spec: GraftSpec
+    spec: GraftSpec | None
 
     @property
     def text(self) -> str:
@@ -49,8 +50,12 @@ class AskedGraft:
 
     @staticmethod
     def read(given: str | dict[str, object]) -> AskedGraft:
+        text = _text(given)
         try:
-            return AskedGraft(given, parse(_text(given)))
+            if not configs.is_config(text):
+                return AskedGraft(given, parse(text))
+            configs.check(configs.of_text(text))
+            return AskedGraft(given, None)
         except SpecError as error:
             raise ValueError(str(error).removeprefix("peft: ")) from None
 
@@ -149,8 +154,8 @@ class FineTuningRequest(_Body):
         return self
 
     @property
-    def graft(self) -> GraftSpec:
-        """The graft asked for."""
+    def graft(self) -> GraftSpec | None:
+        """The graft asked for by a union, None for a config."""
         return self._given.peft.spec
 
     @cached_property

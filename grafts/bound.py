@@ -7,7 +7,7 @@ A description is parsed and bound to a shape at an edge; behind it a graft is bo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from polygraft.grafts.methods.declare import SiteShape
@@ -74,8 +74,15 @@ class BoundGraft:
 
     @cached_property
     def plain(self) -> BoundGraft:
-        """As it is served (`GraftSpec.plain`)."""
-        return BoundGraft(self.spec.plain, self.shape)
+        """As it is served (`GraftSpec.plain`), with nothing at the layers where no row passes then."""
+        spec, slots = self.spec.plain, list(self.spec.plain.slots)
+        for index, slot in enumerate(self.spec.slots):
+            asks = None if slot.form is None else form(slot.form.name).absent
+            if slot.form is not None and asks is not None:
+                layers = sorted({site.layer for i, site in self.sites if i == index})
+                present = tuple(layer for layer in layers if not asks(layer, None, **slot.form.keywords()))
+                slots[index] = replace(slots[index], layers=present)
+        return BoundGraft(replace(spec, slots=tuple(slots)), self.shape)
 
     @cached_property
     def prefix_length(self) -> int:

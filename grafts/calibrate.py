@@ -31,7 +31,7 @@ def observe(backbone: Backbone, samples: Sequence[Sequence[int]], sites: Collect
             seen(site, _wide(x[0, :rows]).cpu())
 
         with torch.inference_mode(), _watched(backbone, sites, note):
-            _forward(backbone, ids, trainable=False)
+            hidden_states(backbone, ids, trainable=False)
 
 
 def gradients(
@@ -62,7 +62,7 @@ def gradients(
             y.register_hook(collect)  # type: ignore[no-untyped-call]
 
         with torch.enable_grad(), _watched(backbone, sites, note):
-            _backward(backbone, _forward(backbone, ids[:-1], trainable=True), ids, factor)
+            backward(backbone, hidden_states(backbone, ids[:-1], trainable=True), _token_loss(ids, factor))
     return {site: gradient.cpu() for site, gradient in found.items()}
 
 
@@ -77,7 +77,8 @@ def graft_gradients(
     stacks = backbone.stacks((Resident("calibrated", graft, values),), trainable=True)
     for ids, factor in _weighted(samples, weights):
         with torch.enable_grad():
-            _backward(backbone, _forward(backbone, ids[:-1], trainable=True, stacks=stacks), ids, factor)
+            hidden = hidden_states(backbone, ids[:-1], trainable=True, stacks=stacks)
+            backward(backbone, hidden, _token_loss(ids, factor))
     pairs = zip(stacks.views[0], stacks.gradients()[0], strict=True)
     return {piece.tensor.name: slope.view(piece.tensor.shape).cpu() for piece, slope in pairs if slope is not None}
 
@@ -94,16 +95,28 @@ def _weighted(
         yield ids, factor / total
 
 
-def _backward(backbone: Backbone, hidden: Tensor, ids: Sequence[int], factor: Tensor) -> None:
+def _token_loss(ids: Sequence[int], factor: Tensor) -> Callable[[Tensor], Tensor]:
+    """The weighted loss of saying the next tokens, as a function of the logits."""
+
+    def loss(logits: Tensor) -> Tensor:
+        targets = torch.tensor(ids[1:]).to(logits.device)
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return (losses * factor.to(logits.device)).sum()
+
+    return loss
+
+
+def backward(backbone: Backbone, hidden: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run the backward of a loss of the logits through the layers; returns the loss."""
     logits = backbone.logits(hidden.detach()).requires_grad_()
-    targets = torch.tensor(ids[1:]).to(backbone.device)
-    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-    (slope,) = torch.autograd.grad((losses * factor.to(backbone.device)).sum(), logits)
+    found = loss(logits)
+    (slope,) = torch.autograd.grad(found, logits)
     slope = backbone.softcap_backward(slope, logits).to(hidden.dtype)
     hidden.backward(backbone.head.transposed_product(slope))  # type: ignore[no-untyped-call]
+    return found.detach()
 
 
-def _forward(backbone: Backbone, ids: Sequence[int], *, trainable: bool, stacks: Stacks | None = None) -> Tensor:
+def hidden_states(backbone: Backbone, ids: Sequence[int], *, trainable: bool, stacks: Stacks | None = None) -> Tensor:
     """Hidden states of the bare backbone, or under the one graft of `stacks`."""
     if backbone.shape.images or backbone.shape.encoder_layers:
         raise SpecError(f"peft: this method starts from a job's text, and {backbone.shape.arch} reads other things")

@@ -3,12 +3,11 @@ Torch-free."""
 
 from __future__ import annotations
 
-import inspect
-import sys
 from dataclasses import dataclass, fields
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.description import describe
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, Tokens
@@ -39,7 +38,9 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method with its default arguments. `parameters` are the trainable ones on the shape asked for.
+    """A method with its default arguments. `summary`, `deviations` and `choose` are its words
+    (`methods/description.py`), `parameters` the trainable ones on the shape asked for, and `frozen` counts the elements
+    of its tensors that stay as they start.
 
     `mergeable`: folds into W. `prefix_cacheable`: the keys and values of a token depend on the graft and the tokens
     before it alone. `chunkable`: a prompt may be computed in pieces. `recompute_needs_prompt_len`: keys and values that
@@ -50,10 +51,13 @@ class Entry:
     aliases: tuple[str, ...]
     paper: str
     summary: str
+    deviations: str
+    choose: str
     family: str
     slots: tuple[str, ...]
     hooks: tuple[str, ...]
     parameters: int
+    frozen: int
     mergeable: bool
     prefix_cacheable: bool
     chunkable: bool
@@ -62,16 +66,20 @@ class Entry:
 
 def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
     """The catalogue's line for a method."""
-    spec = default(method)
+    spec, words = default(method), describe(method)
+    graft = BoundGraft(spec, shape)
     return Entry(
         name=method.name,
         aliases=method.aliases,
         paper=method.paper,
-        summary=_summary(method),
+        summary=words.summary,
+        deviations=words.deviations,
+        choose=words.choose,
         family=_family(spec),
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
-        parameters=BoundGraft(spec, shape).parameters,
+        parameters=graft.parameters,
+        frozen=graft.frozen,
         mergeable=spec.mergeable,
         prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,
@@ -139,10 +147,3 @@ def _family(spec: GraftSpec) -> str:
     }
     rest = kinds - {"scale and shift"} or kinds  # biases and scales beside another op are a part of it
     return next(iter(rest)) if len(rest) == 1 else "hybrid"
-
-
-def _summary(method: Method) -> str:
-    """The first paragraph of the builder's docstring if it names a source or a formula, else of its file's."""
-    texts = [inspect.getdoc(method.slots) or "", inspect.getdoc(sys.modules[method.slots.__module__]) or ""]
-    sourced = [text for text in texts if any(mark in text for mark in ("arXiv", "=", "et al."))]
-    return " ".join((sourced or texts)[0].split("\n\n")[0].split())

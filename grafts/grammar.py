@@ -1,5 +1,5 @@
-"""Read what users write for a graft: a union such as `prefix(10) + parallel(64)@0-5 + lora(r=4, at=attn.*)`, or a
-PEFT config.
+"""Read what users write for a graft: a union such as `prefix(10) + parallel(64)@0-5 + lora(r=4, at=attn.*)`. (A PEFT
+config means one on a backbone: `formats/peft_config.py`.)
 
 union := term ("+" term)*      term := method ["(" [argument ("," argument)*] ")"] ["@" layers]
 argument := [key "="] value    layers := number | number "-" number, joined by ","
@@ -11,13 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from polygraft.grafts.methods.configs import arguments, flat, layout_of, names
+from polygraft.grafts.methods.configs import LONGEST
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.spec import DeclRef, GraftSpec, Layers, Slot, SpecError
-from polygraft.grafts.text.plain_json import JsonError, load
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*(?:@([0-9,\- ]+))?\s*", re.ASCII)
-_LIMIT = 2000
 _LAST_LAYER = 9999
 
 
@@ -35,12 +33,9 @@ class Term:
 
 
 def parse(text: str) -> GraftSpec:
-    """The graft that `text` describes: a union, or a JSON object with PEFT's fields. Raises SpecError with the
-    choices."""
-    if len(text) > _LIMIT:
-        raise SpecError(f"peft: {len(text)} characters; at most {_LIMIT}")
-    if text.lstrip().startswith("{"):
-        return from_peft_config(_object(text))
+    """The graft that a union describes. Raises SpecError with the choices."""
+    if len(text) > LONGEST:
+        raise SpecError(f"peft: {len(text)} characters; at most {LONGEST}")
     return union(terms(text), text.strip())
 
 
@@ -84,47 +79,19 @@ def pinned(text: str, versions: Mapping[str, str]) -> str:
     return " + ".join(found)
 
 
-def from_peft_config(config: Mapping[str, object]) -> GraftSpec:
-    """The graft of a PEFT config (adapter_config.json or its essential fields), where no folder goes with it.
-
-    Raises SpecError for a field that is not read here and not at its default: it may change what the graft is.
-    """
-    config = flat(config)
-    layout = layout_of(config, stored=False)
-    values = arguments(layout, config, stored=False)
-    listed = {ours: set(names(config, key)) for ours, (key, _) in layout.sides.items()}
-    whole = next(iter(layout.sides), None)
-    if whole is not None and listed[whole]:
-        for ours, (key, default) in [*layout.sides.items()][1:]:
-            named = set(default) if config.get(key) is None else listed[ours]
-            listed[ours], listed[whole] = listed[whole] & named, listed[whole] - named
-        values |= {ours: "|".join(sorted(found)) for ours, found in listed.items()}
-    layers = _chosen(config.get("layers_to_transform"))
-    return union([Term(layout.method, {key: str(value) for key, value in values.items()}, layers)])
+def check_backbone(spec: GraftSpec, *, quantised: bool) -> None:
+    """Raise SpecError where one of the methods means something on a quantised backbone alone, and this one is not."""
+    for term in terms(spec.method):
+        if find(term.name).quantised and not quantised:
+            raise SpecError(
+                f"peft: {term.name} trains beside a quantised backbone, and this one is not: start the service with "
+                "`polygraft up --quantise nf4`, or write lora"
+            )
 
 
 def learning_rate(spec: GraftSpec) -> float:
     """The rate to start from: the smallest of the union's methods' own, since one must suit them all."""
     return min(find(term.name).learning_rate for term in terms(spec.method))
-
-
-def _chosen(layers: object) -> Layers:
-    if layers is None:
-        return None
-    found = layers if isinstance(layers, list | tuple) else [layers]
-    if not found or not all(type(layer) is int and 0 <= layer <= _LAST_LAYER for layer in found):
-        raise SpecError(f"layers_to_transform: {repr(layers)[:200]} is not a list of layer numbers")
-    return tuple(found)
-
-
-def _object(text: str) -> Mapping[str, object]:
-    try:
-        value = load(text)
-    except JsonError as error:
-        raise SpecError(f"peft: {error}") from None
-    if not isinstance(value, dict):
-        raise SpecError("peft: expected a JSON object with peft_type")
-    return value
 
 
 def _arguments(name: str, inside: str) -> Mapping[str, str]:

@@ -7,6 +7,7 @@ differentiable function of them, evaluated for one graft alone, so that nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NoReturn
 
@@ -14,18 +15,32 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.methods.declare import Lowering, RunFromLayer, SiteShape
+from polygraft.grafts.methods.declare import IntegerGrid, Lowering, RunFromLayer, SiteShape
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import Delta, SpecError
 
 Values = Mapping[str, Tensor]
+Draw = Callable[[], int | None]
 
 
 def no_layers(rows: Tensor, first: int) -> NoReturn:
     """`Lowering.run_from_layer` where there is no backbone."""
     raise SpecError("form: its operands are what a backbone's layers make of rows; name a backbone")
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Whether no row passes an op at a layer at the draw of the moment (`Parametrization.absent`)."""
+
+    layer: int
+    draw: Draw
+    asks: Callable[..., bool]
+    arguments: tuple[tuple[str, int | float | str], ...]
+
+    def __call__(self) -> bool:
+        return self.asks(self.layer, self.draw(), **dict(self.arguments))
 
 
 class Lowered:
@@ -49,6 +64,22 @@ class Lowered:
         """Whether the operands are the trained tensors themselves, in the same order."""
         return not self._sites and all(tensor.trained for tensor in self.tensors)
 
+    def trained(self, operand: TensorSpec) -> bool:
+        """Whether an operand is made of a tensor that is trained."""
+        declared = self.spec.slots[operand.slot].form
+        assert operand.site is not None
+        read = self._read(operand.slot, operand.site)
+        if declared is None or operand.part in form(declared.name).kept:
+            read = [tensor for tensor in read if tensor.part == operand.part]
+        return any(tensor.trained for tensor in read)
+
+    def absence(self, index: int, layer: int, draw: Draw) -> Absence | None:
+        """When no row passes a slot's op at a layer; None where all do at every draw."""
+        declared = self.spec.slots[index].form
+        if declared is None or (asks := form(declared.name).absent) is None:
+            return None
+        return Absence(layer, draw, asks, declared.arguments)
+
     def make(self, values: Values, draw: int | None = None) -> dict[str, Tensor]:
         """Operands in order; differentiable in `values`."""
         found, run_from_layer = dict(values), cache(self._run_from_layer)
@@ -68,7 +99,7 @@ class Lowered:
         return {operand.name: found[operand.name] for operand in self.operands}
 
     def generator(
-        self, index: int, site: Site, values: Values, draw: Callable[[], int | None] = lambda: None
+        self, index: int, site: Site, values: Values, draw: Draw = lambda: None
     ) -> Callable[[Tensor], Tensor]:
         """The dense W of a delta slot at a site as a function of its operand; what is not in the operand is read from
         `values` where it lies."""
@@ -87,6 +118,16 @@ class Lowered:
             return declared.operands(slot, fixed | parts, lowering, **arguments)["W"]
 
         return generate
+
+    def grid(self, index: int, site: Site, values: Values, like: Tensor) -> IntegerGrid | None:
+        """The integers that W lies on under a slot at a site, in the dtype of `like`; None where it is on no grid."""
+        slot = self.spec.slots[index]
+        if slot.form is None or (made := form(slot.form.name).grid) is None:
+            return None
+        place = next(place for i, s, place in self._sites if (i, s) == (index, site))
+        lowering = Lowering(place, self._weights_in_layer(site), self._run_from_layer)
+        parts = {tensor.part: values[tensor.name].to(like) for tensor in self._read(index, site)}
+        return made(slot, parts, lowering, **slot.form.keywords())
 
     def _weights_in_layer(self, site: Site) -> Callable[..., Tensor]:
         """W of `site`, or of another site in its layer by name."""
@@ -120,7 +161,7 @@ class Lowered:
 def lower(
     graft: BoundGraft, values: Values, weight: Callable[[Site], Tensor], run_from_layer: RunFromLayer = no_layers
 ) -> tuple[BoundGraft, dict[str, Tensor]]:
-    """The graft as it is served (`GraftSpec.plain`): its operands are its tensors."""
+    """The graft as it is served (`BoundGraft.plain`): its operands are its tensors."""
     plain = graft.plain
     pairs = enumerate(zip(graft.spec.slots, plain.spec.slots, strict=True))
     made = [index for index, (slot, served) in pairs if slot.form is not None and served.form is None]

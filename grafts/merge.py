@@ -14,6 +14,7 @@ from torch import Tensor
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import Lowered, Values
+from polygraft.grafts.methods.declare import IntegerGrid
 from polygraft.grafts.runtime.keys import rotation
 from polygraft.grafts.sites import ENDS, LINEAR, NORMS, Site
 from polygraft.grafts.spec import Affine, Branch, Delta, Norm, Rotate, Slot, Sparse, SpecError
@@ -103,11 +104,25 @@ class Fold:
                 merged = merged.scaled(*self._affine(whole, "out", W))
         return merged
 
+    @torch.no_grad()
+    def grid(self, site: Site) -> IntegerGrid | None:
+        """The integers that the projection's weight is made of with the graft folded in, in the dtype of W; None where
+        the graft puts it on no grid, or something else acts there, too."""
+        return self._grid(site, self._weight(site))[1] if len(self._slots.get(site, ())) == 1 else None
+
+    def _grid(self, site: Site, like: Tensor) -> tuple[int, IntegerGrid | None]:
+        """The first slot that puts W on a grid, and the grid."""
+        made = ((i, self._lowered.grid(i, site, self._values, like)) for i, _ in self._slots.get(site, ()))
+        return next(((index, grid) for index, grid in made if grid is not None), (-1, None))
+
     def _inner(self, site: Site, W: Tensor) -> Tensor:
         """(m / n) (W + dW)."""
-        found = rescaled = W + self._branches(site, W)
+        branches, (on_grid, grid) = self._branches(site, W), self._grid(site, W)
+        found = rescaled = W + branches
+        if grid is not None:  # in place of W, so that nothing is rounded
+            found = grid.weight() + branches
         for index, slot in self._slots.get(site, ()):
-            if isinstance(slot, Delta):
+            if isinstance(slot, Delta) and index != on_grid:
                 generate = self._lowered.generator(index, site, self._values)
                 found = found + generate(self._operand(index, site, "t", W)).to(W)
             if isinstance(slot, Sparse):

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from secrets import token_hex
+from typing import cast
 
 from polygraft.cluster.api_keys import create_key, verify_key
 from polygraft.cluster.model import TenantId
@@ -49,6 +50,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     folder.enter("starting Ray")
     import ray
     from ray import serve
+    from ray.actor import ActorHandle
 
     from polygraft.cluster.actors.leader import start_leader
     from polygraft.launch.packs import OpenHost
@@ -61,8 +63,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
-        deployer = ray.remote(_Deployer).options(num_cpus=0).remote()
-        prepared = deployer.prepare.remote(settings.backbone, backbone_cache())
+        deployer = cast(ActorHandle[_Deployer], ray.remote(_Deployer).options(num_cpus=0).remote())
+        prepared: ray.ObjectRef[Path] = deployer.prepare.remote(settings.backbone, backbone_cache())
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
         folder.enter("starting the controller")

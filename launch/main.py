@@ -15,7 +15,7 @@ from polygraft.cluster.client import ApiFailure
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.cluster.settings import BadSettings
 from polygraft.cluster.store.base import StoreUnavailable
-from polygraft.launch.commands import chat, demo, doctor, grafts, jobs, keys, search, service, soups, story
+from polygraft.launch.commands import bitdelta, chat, demo, doctor, grafts, jobs, keys, search, service, soups, story
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.output import Failure, Status, print_error
 
@@ -66,6 +66,7 @@ jobs.register(app)
 chat.register(app)
 grafts.register(app)
 soups.register()
+bitdelta.register()
 search.register(app)
 story.register(app)
 keys.register(app)

@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.connect import connect
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -47,6 +48,8 @@ class Ingress:
             shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
             backbone=settings.backbone,
             fingerprint=fingerprint(folder, settings.quantise),
+            stock=BackboneFiles(folder),
+            quantised=settings.quantise is not None,
             data=settings.data,
             limits=settings.limits,
             pack=settings.pack_limits,

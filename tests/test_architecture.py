@@ -38,15 +38,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # The first pattern that fits a module's name, without `polygraft.`, is its layer.
 LAYERS: dict[str, str] = {
     "kernels: what the ops share": r"kernels\.common\..+",
+    "kernels: how C++ is built and called": r"kernels\.(dense\.(library|structures)|compiled\..+)",
     "kernels: the branch, which other ops take up": r"kernels\.branch\..+",
     "kernels: the other ops": r"kernels\..+",
     "grafts: text": r"grafts\.text\..+",
     "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
-    "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused)",
+    "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused|description)",
     "grafts: what follows from a declaration": r"grafts\.(grammar|sizes|bound|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
-    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge)",
+    "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",
     "grafts: files": r"grafts\.formats\..+",
     "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from polygraft.cluster.model import FileId, Job
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.grammar import learning_rate, parse
-from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.peft_config import asked_for
+from polygraft.grafts.grammar import learning_rate
 from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.grafts.text.jsonl import read
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 
 
-def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, shape: ModelShape, micro_rows: int) -> TrainJob:
+def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles, micro_rows: int) -> TrainJob:
     """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
-    graft = BoundGraft(with_dropout(parse(job.spec.peft), job.spec.dropout), shape)
+    shape = stock.shape
+    graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
     shape.check_length(job.spec.max_length, graft.context_length)
     asked = job.spec.learning_rate
     recipe = TrainConfig(

@@ -74,6 +74,7 @@ class PackWorker:
     ) -> None:
         self.pack, self.runner, self.tokeniser, self.store = pack, runner, tokeniser, store
         self.folders, self.micro_rows = folders, micro_rows
+        self.stock = BackboneFiles(runner.backbone.folder)
         lease = store.acquire(keys.pack_scope(pack), f"worker of {pack}", 60.0, steal=True)
         assert lease is not None, "a stolen lease is always granted"
         self.fence = lease.fence
@@ -152,7 +153,7 @@ class PackWorker:
                 record,
                 files=self.folders.files,
                 tokeniser=self.tokeniser,
-                shape=self.runner.backbone.shape,
+                stock=self.stock,
                 micro_rows=self.micro_rows,
             )
             active = self._activate(trained, name, record.tenant)

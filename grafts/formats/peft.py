@@ -21,15 +21,16 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_extras
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
-from polygraft.grafts.formats.peft_modules import groups, path, pattern, targets
+from polygraft.grafts.formats.peft_config import own_graft
+from polygraft.grafts.formats.peft_modules import path, pattern, targets
 from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
 from polygraft.grafts.grammar import Term, terms, union
-from polygraft.grafts.methods.configs import arguments, described, flat, layout_of
+from polygraft.grafts.methods.configs import described, flat, layout_of
 from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.methods.registry import find, layouts
 from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site
-from polygraft.grafts.spec import KV, GraftSpec, Layers, SpecError, Tokens
+from polygraft.grafts.spec import KV, Layers, SpecError, Tokens
 from polygraft.grafts.text.plain_json import load as load_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +85,7 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         layout = layout_of(config, stored=True)
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
-        own = BoundGraft(_read(layout, config, shape), shape)
+        own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         exchange = Exchange(layout, own, stock)
         stored = load_file(file(folder, WEIGHTS))
         more, changes, keys = peft_extras.read(config, stored, own, stock)
@@ -244,27 +245,6 @@ def _sizes(method: str, shape: ModelShape) -> Mapping[str, object]:
         "num_layers": shape.layers,
         "num_transformer_submodules": 1,
     }
-
-
-def _read(layout: Peft, config: Mapping[str, object], shape: ModelShape) -> GraftSpec:
-    if not layout.sides:
-        count = config.get(layout.topmost) if layout.topmost is not None else None
-        if layout.topmost is not None and not (isinstance(count, int) and 1 <= count <= shape.layers):
-            raise SpecError(f"{layout.topmost}: {count!r} is not one of the {shape.layers} layers")
-        layers = tuple(range(shape.layers))[-count:] if isinstance(count, int) and count < shape.layers else None
-        return union([_term(layout, config, {}, layers)])
-    found = [
-        _term(layout, group.config, {side: "|".join(those) for side, those in group.sides.items()}, group.layers)
-        for group in groups(layout, config, shape)
-    ]
-    if len(found) > 1 and (layout.shared or layout.packed is not None):
-        raise SpecError(f"target_modules: {layout.kind} shares tensors between modules; name the same in every layer")
-    return union(found)
-
-
-def _term(layout: Peft, config: Mapping[str, object], sides: Mapping[str, str], layers: Layers) -> Term:
-    values = {**arguments(layout, config, stored=True), **sides}
-    return Term(layout.method, {name: str(value) for name, value in values.items()}, layers)
 
 
 def config_of(folder: Path) -> Mapping[str, object]:

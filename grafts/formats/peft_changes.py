@@ -13,7 +13,7 @@ from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.sites import NORMS, Site
-from polygraft.grafts.spec import Slot
+from polygraft.grafts.spec import Layers, Slot
 
 Values = Mapping[str, Tensor]
 ROOT = "base_model.model."
@@ -22,11 +22,17 @@ ROOT = "base_model.model."
 @dataclass(frozen=True, slots=True)
 class Change:
     """What one method's slot does at a site: `read` gives its tensors from the backbone's own numbers and those that
-    PEFT keeps in their place, by `weight` and `bias`, `write` these from the op's. A norm's weight is its factor."""
+    PEFT keeps in their place, by `weight` and `bias`, `write` these from the op's. A norm's weight is its factor.
+    `arguments` are the method's that are not at their defaults."""
 
     method: str
     read: Callable[[Values, Values], Values]
     write: Callable[[Values, Values], Values]
+    arguments: tuple[tuple[str, str], ...] = ()
+
+    def at(self, names: Iterable[str], layers: Layers) -> Term:
+        """The term that makes the change at these sites."""
+        return Term(self.method, {**dict(self.arguments), "at": "|".join(names)}, layers)
 
     def is_of(self, slot: Slot) -> bool:
         """Whether the slot is the method's, wherever it stands."""
@@ -39,11 +45,12 @@ def _scale_and_shift(own: Values, kept: Values) -> Values:
     return {"g": g, "b": kept["bias"] - g * own["bias"]}
 
 
-# Child-tuning has the whole dW; its throws of dice are of training.
+# Child-tuning that keeps the whole gradient trains all of dW.
 DENSE = Change(
     "child-tuning",
     lambda own, kept: {"child": kept["weight"] - own["weight"], "child_dice": torch.zeros(2)},
     lambda own, ours: {"weight": own["weight"] + ours["child"]},
+    (("p", "1"),),
 )
 SHIFT = Change(
     "bitfit",

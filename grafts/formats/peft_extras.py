@@ -32,43 +32,61 @@ def read(
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    more, values, keys = _changes(config, stored, own, stock)
-    if edited := peft_tokens.read(config, stored, stock):
-        term, rows, places = edited
-        values[f"{len(own.spec.slots) + len(more)}.{peft_tokens.EMBED}.p"] = rows  # each extra term has one slot
-        return [*more, term], values, keys | places
+    more = extra_terms(config, own, stock)
+    values, keys = _changes(config, stored, own, more, stock)
+    if more and more[-1].name == peft_tokens.METHOD:
+        rows, places = peft_tokens.read(config, stored, stock)
+        values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
+        return more, values, keys | places
     return more, values, keys
 
 
-def _changes(
-    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
-) -> tuple[list[Term], dict[str, Tensor], set[str]]:
-    """Those of whole modules and biases."""
+def extra_terms(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> list[Term]:
+    """What a config trains beside the method's `own` graft, as terms of one slot each, the edited rows last.
+
+    Raises SpecError for a module that no op replaces, FormatError where the backbone's files are asked for.
+    """
+    trained = _trained(config, own, stock)
+    placed = [] if trained is None else [(site, one) for site, _, changes in trained.sites() for one in changes]
+    more = [change.at(at, layers) for change, at, layers in gathered(placed, own.shape)]
+    edited = peft_tokens.term(config, stock)
+    return more if edited is None else [*more, edited]
+
+
+def _trained(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> Trained | None:
+    """The whole modules and biases; None where there are none."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
     if not saved and bias == "none":
-        return [], {}, set()
+        return None
     if bias not in ("none", "all") and not bias.endswith("_only"):
         raise SpecError(f"bias: {bias!r} is not none, all or the method's name with _only")
     if stock is None:
         raise FormatError(_NO_STOCK)
-    shape = own.shape
-    trained = Trained(stock, _wrapped(own), _saved(saved, shape), bias)
-    found: dict[tuple[Site, Change], Values] = {}
+    return Trained(stock, _wrapped(own), _saved(saved, own.shape), bias)
+
+
+def _changes(
+    config: Config, stored: Values, own: BoundGraft, more: list[Term], stock: BackboneFiles | None
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of the terms that change whole modules and biases, and their keys."""
+    trained = _trained(config, own, stock)
+    if trained is None:
+        return {}, set()
+    found: dict[tuple[Site, str], Values] = {}
     keys = _said_again(trained, stored)
     for site, ends, changes in trained.sites():
         numbers = trained.own(site, ends)
         places = {end: _key(f"{trained.key(site)}.{end}", stored) for end in ends}
         kept = {end: sized(key, stored[key], tuple(numbers[end].shape)) for end, key in places.items()}
         for change in changes:
-            found[site, change] = change.read(trained.seen(numbers, site), trained.seen(kept, site))
+            found[site, change.method] = change.read(trained.seen(numbers, site), trained.seen(kept, site))
         keys |= {*places.values()}
-    more: list[Term] = []
     values: dict[str, Tensor] = {}
-    for index, (change, at, layers) in enumerate(gathered(found, shape), len(own.spec.slots)):
-        more.append(Term(change.method, {"at": "|".join(at)}, layers))
-        for site in resolve(union(more[-1:]).slots[0], shape):
-            values |= {f"{index}.{site}.{part}": value.float() for part, value in found[site, change].items()}
-    return more, values, keys
+    for index, term in enumerate(more, len(own.spec.slots)):
+        if term.name != peft_tokens.METHOD:
+            for site in resolve(union([term]).slots[0], own.shape):
+                values |= {f"{index}.{site}.{part}": value.float() for part, value in found[site, term.name].items()}
+    return values, keys
 
 
 @dataclass(frozen=True, slots=True)

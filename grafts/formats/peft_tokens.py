@@ -24,6 +24,7 @@ from polygraft.grafts.spec import Slot, SpecError, Tokens
 Values = Mapping[str, Tensor]
 Table = Mapping[str, tuple[int, ...]]  # tokens whose rows PEFT replaces, by the module's path
 EMBED = Site(0, EMBED_SITE)
+METHOD = "trainable-tokens"
 _HEAD = "lm_head"
 
 
@@ -34,18 +35,26 @@ def edits(slot: Slot) -> TypeGuard[Tokens]:
     return slot == Tokens(length=slot.length, mode="replace", ids=slot.ids)
 
 
-def read(config: Config, stored: Values, stock: BackboneFiles | None) -> tuple[Term, Tensor, set[str]] | None:
-    """The term to add to the method's graft, the rows, and the keys that they are read from; None where a config edits
-    none.
+def term(config: Config, stock: BackboneFiles | None) -> Term | None:
+    """The term to add to the method's graft, None where a config edits no rows.
 
-    Raises SpecError for modules that are not the input embeddings, FormatError for a head that is not the backbone's.
+    Raises SpecError for modules that are not the input embeddings, FormatError where PEFT's edits are others than ours.
     """
-    given = config.get(TOKENS_FIELD)
-    if not given:
+    if not config.get(TOKENS_FIELD):
         return None
     stock = _needed(stock)
-    table = _said(given, stock)
-    _check(table, stock)
+    try:
+        table = _table(config, stock)
+    except FormatError as error:
+        raise FormatError(f"{error} (got {str(config[TOKENS_FIELD])[:200]})") from None
+    return Term(METHOD, {"ids": "|".join(map(str, table[_embedding(stock)]))})
+
+
+def read(config: Config, stored: Values, stock: BackboneFiles | None) -> tuple[Tensor, set[str]]:
+    """The rows of that term, and the keys that they are read from; raises FormatError for a head that is not the
+    backbone's."""
+    stock = _needed(stock)
+    table = _table(config, stock)
     embedding, keys = _embedding(stock), {module: _key(module) for module in table}
     if missing := [key for key in keys.values() if key not in stored]:
         raise FormatError(f"{missing[0]}: is missing")
@@ -54,8 +63,7 @@ def read(config: Config, stored: Values, stock: BackboneFiles | None) -> tuple[T
         own = _own(table[module], stock)
         if not rows[module].to(own.dtype).equal(own):
             raise FormatError(f"{keys[module]}: is not the backbone's, and no op of ours edits a head")
-    term = Term("trainable-tokens", {"ids": "|".join(map(str, table[embedding]))})
-    return term, rows[embedding].float(), {*keys.values()}
+    return rows[embedding].float(), {*keys.values()}
 
 
 def write(
@@ -94,6 +102,12 @@ def _own(ids: tuple[int, ...], stock: BackboneFiles) -> Tensor:
     if max(ids) >= len(table):
         raise FormatError(f"{TOKENS_FIELD}: {max(ids)} is not a token of this backbone; it has {len(table)}")
     return table[[*ids]]
+
+
+def _table(config: Config, stock: BackboneFiles) -> Table:
+    table = _said(config[TOKENS_FIELD], stock)
+    _check(table, stock)
+    return table
 
 
 def _said(given: object, stock: BackboneFiles) -> Table:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
 from polygraft.grafts.methods.registry import layouts
 from polygraft.grafts.spec import SpecError
+from polygraft.grafts.text.plain_json import JsonError, load
 
 # What PEFT writes beside the fields that make a graft: notes on its origin, the backbone's sizes and layout.
 _NOTES = frozenset(
@@ -18,6 +19,33 @@ _NOTES = frozenset(
 _PLAIN: Config = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
 # Which modules of the backbone, and what of it was trained beside: read where the backbone is known.
 _PLACES = ("layers_pattern", "exclude_modules", "modules_to_save")
+
+
+LONGEST = 2000  # characters of what describes a graft
+
+
+def is_config(text: str) -> bool:
+    """Whether a description of a graft is a config as JSON, and not a union."""
+    return text.lstrip().startswith("{")
+
+
+def of_text(text: str) -> Config:
+    """The config that a JSON object is; raises SpecError for text that is none."""
+    if len(text) > LONGEST:
+        raise SpecError(f"peft: {len(text)} characters; at most {LONGEST}")
+    try:
+        value = load(text)
+    except JsonError as error:
+        raise SpecError(f"peft: {error}") from None
+    if not isinstance(value, dict):
+        raise SpecError("peft: expected a JSON object with peft_type")
+    return value
+
+
+def check(config: Config) -> None:
+    """Raise SpecError for a config that no job can have, whatever the backbone."""
+    config = flat(config)
+    arguments(layout_of(config, stored=False), config, stored=False)
 
 
 def flat(config: Config) -> dict[str, object]:
@@ -50,7 +78,7 @@ def arguments(layout: Peft, config: Config, *, stored: bool) -> dict[str, object
     """Our arguments for the config, but for those that say where.
 
     Raises SpecError for a field that is not read and not at its default: it may change what the graft is. From a folder
-    (`stored`) fields are read that need the backbone, and those that only mattered in training are passed over.
+    (`stored`) those that only mattered in training are passed over.
     """
     _check(layout, config, stored)
     named = {
@@ -76,11 +104,11 @@ def names(config: Config, key: str) -> list[str]:
 def _check(layout: Peft, config: Config, stored: bool) -> None:
     read = {theirs for theirs, _ in layout.names.values()} | {*layout.reads, *layout.fixed, *layout.needs, *_NOTES}
     read |= {theirs for theirs, _ in layout.sides.values()} | ({"layers_to_transform"} if layout.layered else set())
+    read |= {*layout.patterns, *(_PLACES if layout.sides else ()), *([TOKENS_FIELD] if layout.edits_tokens else ())}
+    read |= {"bias"} if layout.sides and layout.biases else set()
     plain = {**_PLAIN, **layout.idle}
     if stored:
-        read |= {*layout.patterns, *layout.idle.keys() - layout.harmless.keys()}
-        read |= {*_PLACES, *(["bias"] if layout.biases else [])} if layout.sides else set()
-        read |= {TOKENS_FIELD} if layout.edits_tokens else set()
+        read |= layout.idle.keys() - layout.harmless.keys()
     odd = {
         key: value
         for key, value in config.items()

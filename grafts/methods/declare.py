@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from polygraft.grafts.methods.refused import NAMED_TWICE
 from polygraft.grafts.spec import DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ RunFromLayer = Callable[["Tensor", int], Mapping[int, tuple["Tensor", "Tensor"]]
 @dataclass(frozen=True, slots=True)
 class Method:
     """A PEFT method: how its arguments become slots, where it was published, and the learning rate to start a search
-    from. `hooks` come with it, made from the same arguments."""
+    from. `hooks` come with it, made from the same arguments. `slots` says in its docstring what the method is
+    (`description.py`). A `quantised` one means something on a quantised backbone alone."""
 
     name: str
     paper: str
@@ -32,6 +34,7 @@ class Method:
     slots: Build
     aliases: tuple[str, ...] = ()
     hooks: Callable[..., tuple[DeclRef, ...]] | None = None
+    quantised: bool = False
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -55,7 +58,9 @@ class Method:
         values: dict[str, object] = {}
         for key, text in arguments.items():
             if key not in known:
-                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {', '.join(known) or 'none'}")
+                twice = f" ({self.name} is {NAMED_TWICE[self.name]})" if self.name in NAMED_TWICE else ""
+                choices = ", ".join(known) or "none"
+                raise SpecError(f"peft: {self.name} has no argument {key!r}; choices: {choices}{twice}")
             values[key] = _convert(f"{self.name}.{key}", text, known[key].annotation)
         return values
 
@@ -97,6 +102,24 @@ class Lowering:
     draw: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class IntegerGrid:
+    """A matrix of small integers: W[o, g, i] = scale[o, g] q[o, g, i] + offset[o, g], for the inputs i of group g.
+
+    q [out, groups, inputs of a group] are whole numbers, 2^bits values of a row's group at most; scale and offset are
+    [out, groups]. All have the dtype that the weights are wanted in.
+    """
+
+    q: Tensor
+    scale: Tensor
+    offset: Tensor
+    bits: int
+
+    def weight(self) -> Tensor:
+        """W [out, in]."""
+        return (self.scale.unsqueeze(-1) * self.q + self.offset.unsqueeze(-1)).flatten(1)
+
+
 def _nothing(*_: object, **__: object) -> Mapping[str, TensorDecl]:
     return {}
 
@@ -108,7 +131,13 @@ class Parametrization:
     `own` gives the tensors of a site, `shared` those that all sites of the slot have in common (from all its places).
     `operands` maps their values, by part, to the op's operands (A [rank, in] and B [rank, out] of a branch, "W" [out,
     in] of a delta, ...): pure and differentiable, in the values' dtype. One that runs rows through the frozen layers
-    (`runs_layers`) needs a decoder, whose rows see none but those before them.
+    (`runs_layers`) needs a decoder, whose rows see none but those before them. `grid`, of a delta whose W + dW lies on
+    a grid of integers, gives them from the same arguments, so that nothing is rounded when it is merged.
+
+    Parts in `kept` are operands as they are, so that a frozen one asks for no gradient and for none of what that takes
+    of a forward. `absent` says at which layers no row of the graft passes its op at a draw (None when it is served,
+    where such sites have no tensors either); they then cost nothing. Files of grafts may call it what it was
+    called `formerly`.
     """
 
     name: str
@@ -116,6 +145,10 @@ class Parametrization:
     own: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, place, **arguments)
     shared: Callable[..., Mapping[str, TensorDecl]] = _nothing  # (slot, places, **arguments)
     runs_layers: bool = False
+    grid: Callable[..., IntegerGrid] | None = None
+    kept: tuple[str, ...] = ()
+    absent: Callable[..., bool] | None = None  # (layer, draw, **arguments)
+    formerly: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +173,8 @@ class Hook:
     `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
     optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `anew(total, **arguments)`
     is the step, of `total`, at which the job's optimiser and its schedule start anew. `forward_only` says that the
-    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`).
+    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`). Files of grafts may call it what
+    it was called `formerly`.
     """
 
     name: str
@@ -150,6 +184,7 @@ class Hook:
     rate: Callable[..., float] | None = None
     anew: Callable[..., int] | None = None
     forward_only: bool = False
+    formerly: str | None = None
 
 
 def _convert(field: str, text: str, kind: object) -> object:

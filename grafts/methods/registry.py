@@ -80,8 +80,9 @@ def _found(kind: type[T], plural: str, name: str) -> T:
 @cache
 def _table(plural: str) -> Mapping[str, Parametrization | Start | Hook]:
     found = [one for one in _declared(plural) if isinstance(one, Parametrization | Start | Hook)]
-    table = {one.name: one for one in found}
-    assert len(table) == len(found), f"{plural}: a name is declared twice"
+    former = [(one.formerly, one) for one in found if not isinstance(one, Start) and one.formerly is not None]
+    table = dict([*((one.name, one) for one in found), *former])
+    assert len(table) == len(found) + len(former), f"{plural}: a name is declared twice"
     return dict(sorted(table.items()))
 
 

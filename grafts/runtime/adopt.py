@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.methods.compressed.quantisation import Quantisation
 from polygraft.grafts.runtime.attention import position_bias
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.linears.choose import frozen_linear
@@ -75,7 +76,7 @@ class Adoption:
             linear = (
                 frozen_linear(weights, biases, prepack=self._prepack, block=self._block)
                 if self._quantise is None
-                else Nf4Linear(weights, biases, block=self._block)
+                else Nf4Linear(weights, biases, block=self._block, quantisation=Quantisation.of(self._quantise))
             )
             members = [SiteLinear(group, linear, member) for member in range(len(group))]
             for member, site in enumerate(group):

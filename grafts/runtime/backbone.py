@@ -103,7 +103,8 @@ class Backbone:
 
         For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
         lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving. With
-        `quantise` the projections of the layers are in NF4 (QLoRA), and the backbone is another one by its fingerprint.
+        `quantise` the projections of the layers are in NF4 (QLoRA, LoftQ), and the backbone is another one by its
+        fingerprint.
         """
         config = json.loads((folder / "config.json").read_text())
         shape = ModelShape.from_config(config)
@@ -135,7 +136,11 @@ class Backbone:
             if rows.entry_layer is not None and rows.inputs_embeds is not None:
                 entry = Entry(rows.entry_layer, rows.inputs_embeds)
             route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, entry)
-            hidden = self._run(self.base, rows, route)
+            learns = stacks.trainable and torch.is_grad_enabled() and bool(rows.spans)
+            lowest = route.lowest_layer() if learns else 0
+            hidden = self._run(self.base, rows, replace(route, lowest=lowest or 0))
+            if lowest is None:  # nobody's backward has anywhere to go
+                hidden = hidden.detach()
         else:
             if rows.source is None or not isinstance(attention, WholeSequences):
                 raise SpecError(f"rows: {self.shape.arch} reads whole sequences, each with a source")

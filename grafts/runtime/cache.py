@@ -17,7 +17,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import KV, Layers, SpecError
 from polygraft.kernels.kv.layout import Continued, outside
-from polygraft.kernels.kv.paged import Pages, attend_paged, supports
+from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged, supports
 from polygraft.kernels.kv.scores import Scores
 
 BUCKET_BLOCKS = (
@@ -185,8 +185,8 @@ class PagedAttention:
             continued = [Continued(s.start, s.rows, s.before, s.table, s.unseen(layer)) for s in self._sequences]
             return gpu.attend_paged(q, data, continued, heads, kv_heads, scores, sums)
         if supports(q, data, scores):
-            shape = self.cache.shape.heads, self.cache.shape.kv_heads
-            return attend_paged(q, data, self._pages, layer, shape, scores, sums)
+            asked = PagedLayer(layer, self.cache.shape.heads, self.cache.shape.kv_heads, scores)
+            return attend_paged(q, data, self._pages, asked, sums)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups(scores.window):
             own = q.index_select(0, group.rows)

@@ -18,7 +18,7 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime.cache import PagedAttention
 from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.keys import KVKey, OpKey, Phase
-from polygraft.grafts.runtime.layer_program import LayerProgram, PlannedLayer, program
+from polygraft.grafts.runtime.layer_program import LayerProgram, PlannedLayer, PlannedLayers, program
 from polygraft.grafts.runtime.modules import Layer, SiteLinear, SiteNorm, Sublayer
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Stacks
@@ -31,11 +31,9 @@ _KEPT = 4  # programs of a composition of grafts: streams come and go, and the s
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The frozen parts of all layers, the norm after them, and the module that makes the angles of positions."""
+    """The frozen parts of a backbone's layers."""
 
-    layers: tuple[PlannedLayer, ...]
-    final: SiteNorm
-    rotary: nn.Module
+    layers: PlannedLayers
 
     @staticmethod
     def of(base: nn.Module, shape: ModelShape, projections: Mapping[Site, SiteLinear]) -> LayerPlan | None:
@@ -46,7 +44,9 @@ class LayerPlan:
         layers = tuple(layer for layer in found if layer is not None)
         final = base.get_submodule(module_path(Site(shape.layers - 1, FINAL_SITE), shape))
         assert isinstance(final, SiteNorm)
-        return LayerPlan(layers, final, base.get_submodule("rotary_emb")) if len(layers) == len(found) else None
+        if len(layers) < len(found):
+            return None
+        return LayerPlan(PlannedLayers(layers, final, base.get_submodule("rotary_emb")))
 
     def run(self, x_TD: Tensor, positions_T: Tensor, route: RouteTable) -> Tensor | None:
         """The states [T, hidden] after the final norm of embedded rows; None where the modules must run.
@@ -63,7 +63,7 @@ class LayerPlan:
         # A program's own tensors outlive the mode that one forward is in.
         with torch.inference_mode(False), torch.no_grad():
             if key not in kept:
-                kept[key] = program(self.layers, self.final, self.rotary, x_TD, attention.cache, route)
+                kept[key] = program(self.layers, x_TD, attention.cache, route)
             kept.move_to_end(key)
             while len(kept) > _KEPT:
                 kept.popitem(last=False)
@@ -82,7 +82,8 @@ def _layer(
         return block.inner.get_submodule(architecture(shape.arch).modules[name])
 
     around, feed, norms = module("attn.out"), module("ffn.out"), (module("norm.1"), module("norm.2"))
-    assert isinstance(around, Sublayer) and isinstance(feed, Sublayer)
+    assert isinstance(around, Sublayer)
+    assert isinstance(feed, Sublayer)
     if not isinstance(feed.inner, GatedFeedForward) or not all(isinstance(norm, SiteNorm) for norm in norms):
         return None
     attention = around.inner
@@ -101,8 +102,11 @@ def _layer(
 def _head_norms(q: nn.Module | None, k: nn.Module | None) -> HeadNorms | None:
     if q is None or k is None:
         return None
-    assert isinstance(q, SiteNorm) and isinstance(k, SiteNorm)
-    assert q.norm.weight is not None and k.norm.weight is not None and q.norm.eps == k.norm.eps
+    assert isinstance(q, SiteNorm)
+    assert isinstance(k, SiteNorm)
+    assert q.norm.weight is not None
+    assert k.norm.weight is not None
+    assert q.norm.eps == k.norm.eps
     return HeadNorms(q.norm.weight, k.norm.weight, q.norm.eps)
 
 

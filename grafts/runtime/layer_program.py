@@ -3,9 +3,8 @@ grafts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.steps import Product, SharedProduct
 from polygraft.grafts.sites import Site
-from polygraft.kernels.common.compiled import Call, Calls
+from polygraft.kernels.compiled.calls import Call, Calls
 from polygraft.kernels.kv import paged
 from polygraft.kernels.kv.scores import Scores
 from polygraft.kernels.residual_norm import op as residual_norm
@@ -34,6 +33,15 @@ class PlannedLayer:
     projections: Mapping[str, SiteLinear]
     head_norms: rotary.HeadNorms | None
     scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayers:
+    """All layers, the norm after them, and the module that makes the angles of positions."""
+
+    layers: tuple[PlannedLayer, ...]
+    final: SiteNorm
+    rotary: nn.Module
 
 
 class _Uncompiled(Exception):
@@ -64,34 +72,43 @@ class LayerProgram:
         return self.out.clone()
 
 
-def program(
-    layers: Sequence[PlannedLayer], final: SiteNorm, angles: nn.Module, x_TD: Tensor, cache: KVCache, route: RouteTable
-) -> LayerProgram | None:
+def program(planned: PlannedLayers, x_TD: Tensor, cache: KVCache, route: RouteTable) -> LayerProgram | None:
     """For forwards of as many rows as x under the route's spans; None where the calls are not compiled."""
-    cos, _ = angles(x_TD[None], torch.zeros(1, len(x_TD), dtype=torch.long))
-    shared = _Shared(x_TD, cos.shape[-1], cache, route, layers)
+    angles, _ = planned.rotary(x_TD[None], torch.zeros(1, len(x_TD), dtype=torch.long))
+    shared = _Shared(x_TD, angles.shape[-1], planned.layers[0], cache, route)
     try:
-        for planned in layers:
-            shared.add(planned)
-        shared.add_norm(final)
+        for layer in planned.layers:
+            shared.add(layer)
+        shared.add_norm(planned.final)
     except _Uncompiled:
         return None
-    steps: list[Callable[[], None]] = []
-    for compiled, own in groupby(shared.steps, lambda step: isinstance(step, Call)):
-        steps += [Calls([step for step in own if isinstance(step, Call)])] if compiled else own
-    return LayerProgram(angles, shared.residual, shared.angles, shared.slots, shared.pages, shared.normed, steps)
+    held = shared.residual, shared.angles, shared.slots, shared.pages, shared.normed
+    return LayerProgram(planned.rotary, *held, tuple(_joined(shared.steps)))
+
+
+def _joined(steps: Sequence[Callable[[], None]]) -> Iterator[Callable[[], None]]:
+    """Calls that follow each other as one step."""
+    waiting: list[Call] = []
+    for step in steps:
+        if isinstance(step, Call):
+            waiting.append(step)
+            continue
+        if waiting:
+            yield Calls(waiting)
+        waiting = []
+        yield step
+    if waiting:
+        yield Calls(waiting)
 
 
 class _Shared:
     """The tensors that all layers write to in turn, and the steps so far."""
 
-    def __init__(
-        self, x_TD: Tensor, turned: int, cache: KVCache, route: RouteTable, layers: Sequence[PlannedLayer]
-    ) -> None:
+    def __init__(self, x_TD: Tensor, turned: int, like: PlannedLayer, cache: KVCache, route: RouteTable) -> None:
         def rows(width: int) -> Tensor:
             return torch.zeros(len(x_TD), width, dtype=x_TD.dtype, device=x_TD.device)
 
-        linears = {name: one.linear for name, one in layers[0].projections.items()}
+        linears = {name: one.linear for name, one in like.projections.items()}
         self.residual, self.update, self.normed = (rows(x_TD.shape[1]) for _ in range(3))
         self.fused, self.attended = rows(linears["attn.q"].out_features), rows(linears["attn.o"].in_features)
         self.factors, self.product = rows(linears["ffn.gate"].out_features), rows(linears["ffn.down"].in_features)
@@ -99,7 +116,7 @@ class _Shared:
         self.slots = torch.full((len(x_TD),), -1, dtype=torch.long)
         self.pages = paged.Pages()
         self.steps: list[Callable[[], None]] = []
-        self._cache, self._route, self._threads = cache, route, torch.get_num_threads()
+        self._cache, self._route = cache, route
 
     def add(self, planned: PlannedLayer) -> None:
         """A layer's steps, up to the sum of its last sublayer, which the next norm adds."""
@@ -112,14 +129,14 @@ class _Shared:
         self.add_norm(planned.norms[1])
         self._project(projections["ffn.gate"], self.normed, self.factors)
         gate, up = self.factors.split_with_sizes(projections["ffn.gate"].linear.widths, dim=1)
-        self._call(swiglu.ready(gate, up, self.product, threads=self._threads))
+        self._call(swiglu.ready(gate, up, self.product))
         self._project(projections["ffn.down"], self.product, self.update)
         self._after(output_plan(Site(layer, "ffn.out"), self._route.stacks), self.normed, self.update)
 
     def add_norm(self, site_norm: SiteNorm, *, first: bool = False) -> None:
         """The residual sum and the norm after it; before the first layer there is nothing to add."""
         update = None if first else self.update
-        self._call(residual_norm.ready(self.residual, update, site_norm.norm, self.normed, threads=self._threads))
+        self._call(residual_norm.ready(self.residual, update, site_norm.norm, self.normed))
         assert site_norm.site is not None
         self._after(output_plan(site_norm.site, self._route.stacks), self.normed, self.normed)
 
@@ -127,15 +144,9 @@ class _Shared:
         linear, shape = planned.projections["attn.q"].linear, self._cache.shape
         q, k, v = self.fused.split_with_sizes(linear.widths, dim=1)
         data = self._cache.data[planned.layer]
-        turn = rotary.ready(
-            *(q, k, v, self.angles, data, self.slots, shape.head_dim, planned.head_norms), threads=self._threads
-        )
-        heads = shape.heads, shape.kv_heads
-        attend = paged.ready(
-            *(q, self.attended, data, self.pages, planned.layer, heads, planned.scores), threads=self._threads
-        )
-        self._call(turn)
-        self._call(attend)
+        layer = paged.PagedLayer(planned.layer, shape.heads, shape.kv_heads, planned.scores)
+        self._call(rotary.ready((q, k, v), self.angles, data, self.slots, shape.heads, planned.head_norms))
+        self._call(paged.ready(q, self.attended, data, self.pages, layer))
 
     def _project(self, first: SiteLinear, x: Tensor, out: Tensor) -> None:
         """The products of a fused linear and what follows them at each of its sites."""

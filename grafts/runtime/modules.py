@@ -90,10 +90,13 @@ class Sublayer(nn.Module):
 
 
 class Layer(Sublayer):
-    """A whole layer, which rows that enter above it pass by."""
+    """A whole layer, which rows that enter above it pass by, and at which a backward ends when no graft is below."""
 
     def forward(self, *args: Tensor, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
-        if (entry := current().entry) is not None:
+        route = current()
+        if args and 0 < self.site.layer == route.lowest and args[0].requires_grad:
+            args = (args[0].detach().requires_grad_(), *args[1:])
+        if (entry := route.entry) is not None:
             x, *others = args
             if self.site.layer < entry.layer:
                 return x

@@ -13,11 +13,10 @@ from hashlib import sha256
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Literal
 
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder, write_text
 
-Quantise = Literal["nf4"]
+Quantise = str  # `methods/compressed/quantisation.py`
 
 EMBEDDED = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -19,7 +19,8 @@ def project(x_TI: Tensor, linear: FrozenLinear, branches: RoutedBranches = NONE)
     """x W_m^T, without the bias, plus the branches of m, for every projection m of `linear`; [T, width] each.
 
     Differentiable in x, A and B; never in W. In training all of it is one step of autograd, where the linear records
-    branches: they are summed into the products in place, forward and backward, and x is kept once for all of them.
+    branches: they are summed into the products in place, forward and backward, and x is kept once for all of them, if
+    any A is trained: dB and dx are functions of A x and of the weights (LoRA-FA, Zhang et al. 2023).
     """
     rest = branches.work
     if not (torch.is_grad_enabled() and (x_TI.requires_grad or branches.trained)):
@@ -45,7 +46,8 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, rest, kept = linear.forward(x, branches, keep=True)
         work = branches.work
-        ctx.save_for_backward(x if work else None, *weights, *(value for own in kept for value in own))  # type: ignore[arg-type]  # None is allowed
+        x_kept = x if any(b.A.requires_grad for b, _ in work) else None
+        ctx.save_for_backward(x_kept, *weights, *(value for own in kept for value in own))  # type: ignore[arg-type]  # None is allowed
         ctx.linear, ctx.work = linear, [(b.member, b.act, segments) for b, segments in work]  # type: ignore[attr-defined]
         ctx.kept = [len(own) for own in kept]  # type: ignore[attr-defined]
         return tuple(outputs)

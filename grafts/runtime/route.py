@@ -112,7 +112,7 @@ class Entry(NamedTuple):
 class RouteTable:
     """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
     forward of a decoder `source` is that of the encoder's rows. Where `entry` is not None, its rows pass the layers
-    below it by. `context` is what modules leave for each other."""
+    below it by. Below layer `lowest` no gradient is asked for. `context` is what modules leave for each other."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
@@ -121,12 +121,21 @@ class RouteTable:
     source: RouteTable | None = None
     inputs: tuple[Input, ...] = ()
     entry: Entry | None = None
+    lowest: int = 0
     context: ForwardContext = field(default_factory=ForwardContext)
     _segments: dict[StackSlices, Segments] = field(default_factory=dict)
 
     def at(self, site: Site) -> RouteTable:
         """The routing of the rows that the site reads."""
         return self.source if self.source is not None and site.name in SOURCE else self
+
+    def lowest_layer(self) -> int | None:
+        """The first layer at which a row passes a graft; None where none does anywhere."""
+        sites = self.stacks.derived((RouteTable,), lambda: sorted(self.stacks.at))
+        return next((site.layer for site in sites if self._passed(site)), None)
+
+    def _passed(self, site: Site) -> bool:
+        return any(self.segments(stack.slices).items for stack in self.stacks.get(site).values())
 
     def segments(self, slices: StackSlices) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
@@ -140,14 +149,14 @@ class RouteTable:
 def work_list(
     spans: Iterable[Span], slices: StackSlices, *, dropping: bool = False, inputs: Iterable[Input] = ()
 ) -> Segments:
-    """Every span's rows, or those of its `inputs` that a slice is for, against its graft's slices, in span order;
-    `dropping` keeps the slices' dropout."""
+    """Every span's rows, or those of its `inputs` that a slice is for, against its graft's slices that are not absent,
+    in span order; `dropping` keeps the slices' dropout."""
     return Segments(
         tuple(
             Segment(start, stop, own.first, own.last, own.scale * s.weight, own.dropout if dropping else 0.0)
             for s in spans
             for own in slices
-            if own.graft == s.graft
+            if own.graft == s.graft and not (own.absent is not None and own.absent())
             for start, stop in _passing(s, own, inputs)
         )
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from polygraft.grafts.sizes import TensorSpec
 
 class StackSlice(NamedTuple):
     """Stack rows [first, last) belong to resident `graft`; `ends` are how many of a prompt's first and last tokens pass
-    them, (0, 0) for all rows."""
+    them, (0, 0) for all rows. `absent` says whether none does in the forward at hand; None: never."""
 
     graft: int
     first: int
@@ -23,6 +23,7 @@ class StackSlice(NamedTuple):
     scale: float = 1.0
     dropout: float = 0.0
     ends: tuple[int, int] = (0, 0)
+    absent: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class Stacks:
         device: torch.device,
         trainable: bool = False,
     ) -> Stacks:
-        """Stacks holding `residents` in order, all on a device; with `trainable` each stack is a leaf that collects a
-        gradient. `run_from_layer` runs the rows of forms through the backbone's layers."""
+        """Stacks holding `residents` in order, all on a device; with `trainable` each stack with a trained operand is
+        a leaf that collects a gradient. `run_from_layer` runs the rows of forms through the backbone's layers."""
         residents = [resident.to(device) for resident in residents]
         lowered = tuple(Lowered(r.graft, lambda site: weight(linears, site), run_from_layer) for r in residents)
         at, views = build(list(zip(residents, lowered, strict=True)), dtype, device)
@@ -95,9 +95,10 @@ class Stacks:
         for index in range(len(residents)):
             stacks.refresh(index)
         if trainable:
-            for own in views:
+            for made, own in zip(lowered, views, strict=True):
                 for view in own:
-                    view.stack.requires_grad_(view.stack.is_floating_point())
+                    if view.stack.is_floating_point() and made.trained(view.tensor):
+                        view.stack.requires_grad_()
         return stacks
 
     def get(self, site: Site) -> Mapping[OpKey, Stack]:
@@ -211,9 +212,11 @@ def build(
                 built[part], first = stack, 0
                 slices: list[StackSlice] = []
                 for (index, tensor, slot), height in zip(members, heights, strict=True):
+                    resident, lowered = residents[index]
                     views[index].append(OperandView(tensor, stack, first, first + height))
                     says = (slot.scale, slot.dropout, (slot.first, slot.last)) if isinstance(slot, Branch) else ()
-                    slices.append(StackSlice(index, first, first + height, *says))
+                    absent = lowered.absence(tensor.slot, site.layer, resident.draw)
+                    slices.append(StackSlice(index, first, first + height, *says)._replace(absent=absent))
                     first += height
                 placed[part] = StackSlices(tuple(slices))
             if key.phase is Phase.NORM:

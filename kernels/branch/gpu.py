@@ -46,7 +46,7 @@ class _Branch(torch.autograd.Function):
         hidden = shrink(x, A, plan, bias=a)
         out = y.clone(memory_format=torch.contiguous_format)
         expand(hidden, B, out, plan, act=act, scaled=True)
-        ctx.save_for_backward(x, A, B, hidden)
+        ctx.save_for_backward(x if A.requires_grad else None, A, B, hidden)  # type: ignore[arg-type]  # None is allowed
         ctx.plan, ctx.act, ctx.once = plan, act, segments.covers(len(A))  # type: ignore[attr-defined]
         return out
 
@@ -65,7 +65,7 @@ class _Branch(torch.autograd.Function):
             if needs[4]:
                 da = _columns(dhidden, A, plan, once=once)
             if needs[0]:
-                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+                dx = grad.new_zeros(len(grad), A.shape[1])
                 expand(dhidden, A, dx, plan, act="identity", scaled=False)
         return dx, grad if needs[1] else None, dA, dB, da, None, None
 

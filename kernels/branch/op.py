@@ -114,7 +114,7 @@ def add_branch_(
 
 def branch_gradients(
     grad_TO: Tensor,
-    x_TI: Tensor,
+    x_TI: Tensor | None,
     A_RI: Tensor,
     B_RO: Tensor,
     segments: Segments,
@@ -122,16 +122,21 @@ def branch_gradients(
     hiddens: Sequence[Tensor],
     dx_TI: Tensor | None,
     da_R1: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dA, dB) for the gradient of y + branch; the branch's shares of the gradients of x and of the hidden biases are
-    added to dx and da in place."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dB) for the gradient of y + branch, None for one that asks for none: dA alone reads x, which may be None
+    then. The branch's shares of the gradients of x and of the hidden biases are added to dx and da in place."""
     make = torch.empty_like if segments.covers(len(A_RI)) else torch.zeros_like
-    dA, dB = make(A_RI), make(B_RO)
+    dA = make(A_RI) if A_RI.requires_grad else None
+    dB = make(B_RO) if B_RO.requires_grad else None
     for run, hidden in zip(segments.runs, hiddens):
         dy = run.batch(grad_TO)
         up = run.scaled(activation.forward(act, hidden))
         dh = activation.backward(act, run.scaled(segment_bmm(dy, run.stack(B_RO).transpose(1, 2))), hidden)
-        for into, left, right in ((run.stack(dB), up, dy), (run.stack(dA), dh, run.batch(x_TI))):
+        for whole, left, read in ((dB, up, grad_TO), (dA, dh, x_TI)):
+            if whole is None:
+                continue
+            assert read is not None
+            into, right = run.stack(whole), run.batch(read)
             if make is torch.empty_like:
                 segment_bmm(left.transpose(1, 2), right, out=into)
             else:
@@ -150,7 +155,7 @@ class _Branch(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
     ) -> Tensor:
         out, hiddens = _segmented(x, y, A, B, a, segments, act)
-        ctx.save_for_backward(x, A, B, *hiddens)
+        ctx.save_for_backward(x if A.requires_grad else None, A, B, *hiddens)  # type: ignore[arg-type]  # None is allowed
         ctx.segments, ctx.act, ctx.biased = segments, act, a is not None  # type: ignore[attr-defined]
         return out
 
@@ -159,7 +164,7 @@ class _Branch(torch.autograd.Function):
         x, A, B, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
         grad = grad.contiguous()
-        dx = torch.zeros_like(x) if needs[0] else None
+        dx = grad.new_zeros(len(grad), A.shape[1]) if needs[0] else None
         da = A.new_zeros(len(A), 1) if ctx.biased else None  # type: ignore[attr-defined]
         dA, dB = branch_gradients(grad, x, A, B, ctx.segments, ctx.act, hiddens, dx, da)  # type: ignore[attr-defined]
         return dx, grad if needs[1] else None, dA, dB, da, None, None

@@ -12,7 +12,7 @@ namespace {
 using bf16 = uint16_t;
 
 constexpr int64_t LANES = 16;
-enum Dtype : int64_t { BF16, FLOAT32 };  // as polygraft.kernels.common.compiled numbers them
+enum Dtype : int64_t { BF16, FLOAT32 };  // as polygraft.kernels.compiled.calls numbers them
 
 __mmask16 lanes(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 

@@ -8,12 +8,14 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 from polygraft.kernels.common.atomic import make_folder, whole_file
+from polygraft.kernels.dense.structures import SIZES
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 FOLDER = Path(__file__).parents[1]  # sources include the headers of kernels/ by their paths in it
@@ -38,26 +40,46 @@ def library() -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """A built library, ready to be called; raises Unavailable where it cannot be."""
+    """A built library, ready to be called. Raises Unavailable where it cannot be, and TypeError where structures.py and
+    linear.cpp do not agree."""
     try:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path}: {error}") from None
     if not found.ready():
         raise Unavailable("the kernel does not let this process use AMX's tiles")
+    for name, size in SIZES.items():
+        told = found[f"size_of_{name.lower()}"]
+        told.restype = ctypes.c_int64
+        if told() != size:
+            raise TypeError(
+                f"{path.name}: {name} has {told()} bytes in {SOURCE.name} and {size} in structures.py: "
+                "their fields must be the same ones, in the same order"
+            )
     for function, kinds in ((found.linear, "p"), (found.outer, "ppiipipii")):
         function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
         function.restype = None
     return found
 
 
-def build(source: Path = SOURCE, *more: str) -> Path:
-    """The path of the library built of a source with `more` flags: with AMX's tiles where there are any, else with
-    AVX-512's products of bf16. Raises Unavailable on a CPU without either, or without a compiler that builds it.
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """What sources are built with: a compiler, its flags, and the features of the CPU that it builds for."""
 
-    It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
-    may be shared by machines that differ.
-    """
+    compiler: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+
+    def digest(self, sources: Iterable[Path], *more: str) -> str:
+        """Of all that a library of these sources and `more` flags is made from, the headers of kernels/ among it."""
+        texts = [path.read_text() for path in (*sources, *sorted(FOLDER.glob("*/*.h")))]
+        made_from = (*texts, self.compiler, *self.flags, *more, *self.features)
+        return sha256(chr(0).join(made_from).encode()).hexdigest()[:16]
+
+
+def toolchain() -> Toolchain:
+    """For AMX's tiles where there are any, else for AVX-512's products of bf16. Raises Unavailable on a CPU without
+    either, or without a compiler."""
     features = _features()
     if missing := VECTORS - features:
         raise Unavailable(f"this CPU has no {', '.join(sorted(missing))}")
@@ -68,12 +90,19 @@ def build(source: Path = SOURCE, *more: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler is on PATH; install g++ 11 or later")
-    flags = (*FLAGS, *more, "-DAMX") if tiles else (*FLAGS, *more)
-    headers = [path.read_text() for path in sorted(FOLDER.glob("*/*.h"))]
-    made_from = (source.read_text(), *headers, compiler, *flags, *sorted(features))
-    path = _folder() / f"{source.stem}-{sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
+    return Toolchain(compiler, (*FLAGS, "-DAMX") if tiles else FLAGS, tuple(sorted(features)))
+
+
+def build(source: Path = SOURCE, *more: str) -> Path:
+    """The path of the library built of a source with `more` flags. Raises Unavailable without what it takes.
+
+    It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
+    may be shared by machines that differ.
+    """
+    tools = toolchain()
+    path = _folder() / f"{source.stem}-{tools.digest((source,), *more)}.so"
     if not path.exists():
-        _compile(compiler, flags, source, path)
+        _compile(tools.compiler, (*tools.flags, *more), source, path)
     return path
 
 

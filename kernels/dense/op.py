@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polygraft.kernels.common.compiled import Call
 from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.library import library
+from polygraft.kernels.dense.structures import BRANCH, Segment
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")  # by their numbers in linear.cpp
 MASK_DERIVATIVE = ("identity", "relu")  # those whose derivative is 1 where their value is not 0
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
 PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
-FIELDS = 11  # of a branch there
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def ready(x_TI: Tensor, weights: Weights, work: Work, out_TO: Tensor) -> Call:
     call = _arguments(x_TI, weights, _forward(len(x_TI), weights, work), out_TO)
     address = ctypes.cast(compiled.linear, ctypes.c_void_p).value
     assert address is not None
-    return Call(compiled.linear, address, call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO))
+    return Call("linear", compiled.linear, address, call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO))
 
 
 def transposed(
@@ -189,7 +189,7 @@ def _arguments(x: Tensor, weights: Weights, branches: list[int], out: Tensor) ->
     assert x.dtype == torch.bfloat16 and terms == weights.in_features
     head = (x.data_ptr(), x.stride(0), rows, terms, weights.data.data_ptr(), weights.layout)
     members = (weights.table.buffer_info()[0], len(weights.places))
-    tail = (out.data_ptr(), weights.out_features, len(branches) // FIELDS, torch.get_num_threads())
+    tail = (out.data_ptr(), weights.out_features, len(branches) // len(BRANCH), torch.get_num_threads())
     return array("q", (*head, *members, *tail, *branches))  # ctypes' own arrays take ten times as long to fill
 
 
@@ -200,14 +200,10 @@ def _places(widths: Iterable[int]) -> Iterator[tuple[int, int, int]]:
         panel, column = panel - -width // PANEL, column + width
 
 
-class _Segment(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("start", "stop", "first", "last")), ("scale", ctypes.c_double)]
-
-
 class _List(NamedTuple):
     """A work list as linear.cpp reads it, and the rows and ranks that it needs."""
 
-    items: ctypes.Array[_Segment]
+    items: ctypes.Array[Segment]
     rows: int
     ranks: int
 
@@ -221,9 +217,9 @@ def _listed(segments: Segments, rows: int, ranks: int) -> tuple[int, int]:
 
 
 def _list(segments: Segments) -> _List:
-    items = [_Segment(s.start, s.stop, s.first, s.last, s.scale) for s in segments]
+    items = [Segment(s.start, s.stop, s.first, s.last, s.scale) for s in segments]
     stop, last = max((s.stop for s in segments), default=0), max((s.last for s in segments), default=0)
-    return _List((_Segment * len(items))(*items), stop, last)
+    return _List((Segment * len(items))(*items), stop, last)
 
 
 def _kept(like: Tensor, segments: Segments) -> Tensor:

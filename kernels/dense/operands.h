@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 namespace {
@@ -16,7 +17,7 @@ namespace {
 using bf16 = uint16_t;
 
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, terms and elements of a tile
-constexpr int64_t ACROSS = 4, PANEL = ACROSS * SIDE;           // tiles and columns of y that are computed at a time
+constexpr int64_t ACROSS = 4, PANEL = ACROSS * SIDE;           // tiles and columns of a panel
 
 int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -24,21 +25,21 @@ __mmask32 below(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; 
 
 // Memory that a thread keeps from call to call.
 template <typename T>
-class Space {
+class Scratch {
  public:
   T *get(size_t elements) {
     if (elements > size_) {
       size_ = elements;
-      held_.reset(static_cast<T *>(aligned_alloc(64, tiles(elements * sizeof(T), 64) * 64)));
+      memory_.reset(static_cast<T *>(aligned_alloc(64, tiles(elements * sizeof(T), 64) * 64)));
     }
-    return held_.get();
+    return memory_.get();
   }
 
  private:
   struct Free {
     void operator()(void *p) const { free(p); }
   };
-  std::unique_ptr<T, Free> held_;
+  std::unique_ptr<T, Free> memory_;
   size_t size_ = 0;
 };
 
@@ -61,46 +62,49 @@ void transpose(__m512i (&t)[SIDE]) {
 }
 
 // Right operands whose columns are up to 16 rows of x, zeros beyond `count`.
-void flip(const bf16 *x, int64_t stride, int64_t count, int64_t depth, bf16 *to) {
+void transpose_tiles(const bf16 *x, int64_t stride, int64_t count, int64_t depth, bf16 *to) {
   for (int64_t k = 0; k < depth; k++) {
     __m512i t[SIDE];
 #pragma GCC unroll 16
     for (int i = 0; i < SIDE; i++)
       t[i] = i < count ? _mm512_loadu_si512(x + i * stride + k * DEPTH) : _mm512_setzero_si512();
     transpose(t);
-    for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + k * TILE + i * DEPTH, t[i]);
+    for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + k * TILE + i * DEPTH, t[i]);
   }
 }
 
-// Right operands of `width` columns of B, four tiles for every 32 ranks; whether all of it is finite.
-bool interleave(const bf16 *B, int64_t stride, int64_t ranks, int64_t width, bf16 *to) {
+// Right operands of `width` columns of B and `pairs` pairs of its rows, a panel's tiles for every 32 rows; zeros beyond.
+void interleave(const bf16 *B, int64_t stride, int64_t rows, int64_t width, int64_t pairs, bf16 *to) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   // A pair of 16 bits: column c of one row, and (32 on) column c of the next.
   const __m512i left = _mm512_or_epi32(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
   const __m512i right = _mm512_add_epi32(left, _mm512_set1_epi32(0x100010));
-  const __m512i exponent = _mm512_set1_epi16(0x7f80), none = _mm512_setzero_si512();
-  __mmask32 infinite = 0;
-  for (int64_t r = 0; r < tiles(ranks, DEPTH) * DEPTH; r += 2)
-    for (int64_t half = 0; half < 2; half++) {
+  const __m512i none = _mm512_setzero_si512();
+  for (int64_t p = 0; p < pairs; p++)
+    for (int64_t half = 0; half < ACROSS / 2; half++) {
       const __mmask32 valid = below(width - half * DEPTH);
-      const bf16 *row = B + r * stride + half * DEPTH;
-      const __m512i one = r < ranks ? _mm512_maskz_loadu_epi16(valid, row) : none;
-      const __m512i two = r + 1 < ranks ? _mm512_maskz_loadu_epi16(valid, row + stride) : none;
-      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(one, exponent), exponent);
-      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(two, exponent), exponent);
-      bf16 *pair = to + (r / DEPTH * ACROSS + half * 2) * TILE + r % DEPTH / 2 * DEPTH;
+      const bf16 *row = B + 2 * p * stride + half * DEPTH;
+      const __m512i one = 2 * p < rows ? _mm512_maskz_loadu_epi16(valid, row) : none;
+      const __m512i two = 2 * p + 1 < rows ? _mm512_maskz_loadu_epi16(valid, row + stride) : none;
+      bf16 *pair = to + (p / SIDE * ACROSS + half * 2) * TILE + p % SIDE * DEPTH;
       _mm512_store_si512(pair, _mm512_permutex2var_epi16(one, left, two));
       _mm512_store_si512(pair + TILE, _mm512_permutex2var_epi16(one, right, two));
     }
-  return !infinite;
 }
 
 __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
+float widened(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // The first `count` rows and `width` columns of sums, rounded, to rows that are `stride` apart; or their sum with those.
 void write(const float *sums, int64_t count, int64_t width, bf16 *to, int64_t stride, bool adds) {
   for (int64_t r = 0; r < count; r++, sums += PANEL, to += stride)
-    for (int64_t c = 0; c < PANEL; c += DEPTH) {
+    for (int64_t c = 0; c < width; c += DEPTH) {
       const __mmask32 valid = below(width - c);
       __m512 first = _mm512_load_ps(sums + c), second = _mm512_load_ps(sums + c + SIDE);
       if (adds) {
@@ -108,7 +112,8 @@ void write(const float *sums, int64_t count, int64_t width, bf16 *to, int64_t st
         first = _mm512_add_ps(first, widened(_mm512_castsi512_si256(before)));
         second = _mm512_add_ps(second, widened(_mm512_extracti64x4_epi64(before, 1)));
       }
-      _mm512_mask_storeu_epi16(to + c, valid, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+      const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+      width - c >= DEPTH ? _mm512_storeu_si512(to + c, rounded) : _mm512_mask_storeu_epi16(to + c, valid, rounded);
     }
 }
 

@@ -50,8 +50,8 @@ struct Item {  // rows [first, last) of a sequence and key heads [head, end)
   int64_t sequence, first, last, head, end;
 };
 
-thread_local Space<uint32_t> query_space, key_space;
-thread_local Space<float> score_space, sum_space;
+thread_local Scratch<uint32_t> query_scratch, key_scratch;
+thread_local Scratch<float> score_scratch, sum_scratch;
 
 // A word is what is multiplied at a time: one number of float32, two of bf16.
 __m512 add_product(__m512 sums, __m512i query, __m512i keys, float) {
@@ -99,8 +99,8 @@ struct Attention {
     const int64_t queries = (item.last - item.first) * group, all = queries * (item.end - item.head);
     const int64_t low = from(item, item.first) / LANES * LANES, high = to(item, item.last - 1);
     const int64_t span = tiles(high - low, LANES) * LANES;
-    uint32_t *q = query_space.get(all * words), *tile = key_space.get(words * LANES);
-    float *scores = score_space.get(all * span), *sums = sum_space.get(all * depth);
+    uint32_t *q = query_scratch.get(all * words), *tile = key_scratch.get(words * LANES);
+    float *scores = score_scratch.get(all * span), *sums = sum_scratch.get(all * depth);
     fetch(item, low, high);
     for (int64_t i = 0; i < all; i++) {
       memset(q + i * words, 0, words * sizeof(uint32_t));

@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from polygraft.kernels.common.compiled import DTYPES, Call, Function, computes, function, structure
+from polygraft.kernels.compiled.calls import DTYPES, Call, Function, computes, function, structure
 from polygraft.kernels.kv.layout import Continued
 from polygraft.kernels.kv.scores import Scores
 
@@ -56,51 +57,46 @@ class Pages:
         held.unseen_stride = len(sequences) if len(unseen) > 1 else 0
 
 
+@dataclass(frozen=True, slots=True)
+class PagedLayer:
+    """The layer that attends, by its number among those that `Pages` know, and how."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    scores: Scores
+
+
 def supports(q_TE: Tensor, cache: Tensor, scores: Scores) -> bool:
     """Whether `attend_paged` is for these, here."""
     return _compiled(q_TE, cache, scores) is not None
 
 
-def attend_paged(
-    q_TE: Tensor,
-    cache: Tensor,
-    pages: Pages,
-    layer: int,
-    shape: tuple[int, int],
-    scores: Scores,
-    sums_TH: Tensor | None = None,
-) -> Tensor:
+def attend_paged(q_TE: Tensor, cache: Tensor, pages: Pages, layer: PagedLayer, sums_TH: Tensor | None = None) -> Tensor:
     """Semantics: out[row] = softmax(bent(scaling * q[row] keys^T)) values, head by head, over those of its sequence's
-    positions up to its own that its `layer` sees and that are in the window; rows of no sequence are 0. The log of each
+    positions up to its own that its layer sees and that are in the window; rows of no sequence are 0. The log of each
     softmax's sum goes to `sums` [T, heads] float32, -inf in rows of no sequence.
 
     q [T, heads * head_dim], whose rows may be a stride apart; cache [blocks, block, 2, kv_heads * head_dim] of its
-    dtype; `shape` is (heads, kv_heads). Only where `supports` says so. Not differentiable.
+    dtype. Only where `supports` says so. Not differentiable.
     """
     out = q_TE.new_empty(q_TE.shape)
-    call = ready(q_TE, out, cache, pages, layer, shape, scores, sums_TH, threads=torch.get_num_threads())
+    call = ready(q_TE, out, cache, pages, layer, sums_TH)
     assert call is not None
     call()
     return out
 
 
 def ready(
-    q_TE: Tensor,
-    out_TE: Tensor,
-    cache: Tensor,
-    pages: Pages,
-    layer: int,
-    shape: tuple[int, int],
-    scores: Scores,
-    sums_TH: Tensor | None = None,
-    *,
-    threads: int,
+    q_TE: Tensor, out_TE: Tensor, cache: Tensor, pages: Pages, layer: PagedLayer, sums_TH: Tensor | None = None
 ) -> Call | None:
     """The call of `attend_paged` that writes to `out`, for what `pages` hold by then; None where it is not compiled."""
+    scores = layer.scores
     compiled = _compiled(q_TE, cache, scores)
     if compiled is None:
         return None
-    assert cache.is_contiguous() and out_TE.stride(1) == 1
+    assert cache.is_contiguous()
+    assert out_TE.stride(1) == 1
     return compiled.ready(
         pages,
         q=q_TE,
@@ -108,19 +104,19 @@ def ready(
         sums=sums_TH,
         cache=cache,
         pages=pages.address,
-        layer=layer,
+        layer=layer.layer,
         q_stride=q_TE.stride(0),
         out_stride=out_TE.stride(0),
         rows=len(q_TE),
-        heads=shape[0],
-        kv_heads=shape[1],
-        head_dim=q_TE.shape[1] // shape[0],
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_dim=q_TE.shape[1] // layer.heads,
         block=cache.shape[1],
         dtype=DTYPES[q_TE.dtype],
         window=scores.window or 0,
         scaling=scores.scaling,
         cap=scores.cap or 0.0,
-        threads=threads,
+        threads=torch.get_num_threads(),
     )
 
 

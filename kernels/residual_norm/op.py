@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from polygraft.kernels.common.compiled import DTYPES, Call, Function, computes, function, structure
+from polygraft.kernels.compiled.calls import DTYPES, Call, Function, computes, function, structure
 
 _SOURCE = Path(__file__).with_name("residual_norm.cpp")
 _FORWARD = structure(
@@ -61,11 +61,11 @@ def residual_norm(x_TD: Tensor, update_TD: Tensor, norm: Norm) -> tuple[Tensor, 
     return _forward(x_TD, update_TD, norm, keep=False)[:2]
 
 
-def ready(x_TD: Tensor, update_TD: Tensor | None, norm: Norm, y_TD: Tensor, *, threads: int) -> Call | None:
+def ready(x_TD: Tensor, update_TD: Tensor | None, norm: Norm, y_TD: Tensor) -> Call | None:
     """The call that adds the update to x in place and writes the norm of it to y, all contiguous; None where it is not
     compiled."""
     compiled = _compiled(x_TD, norm)
-    return None if compiled is None else _call(compiled, (x_TD, update_TD, x_TD), norm, y_TD, (None, None), threads)
+    return None if compiled is None else _call(compiled, (x_TD, update_TD, x_TD), norm, y_TD, (None, None))
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _ResidualNorm(torch.autograd.Function):
         if dy is None:
             return dsum, dsum, None
         sums, scales, means = ctx.saved_tensors  # type: ignore[attr-defined]
-        dx = _backward(dy, dsum if ctx.adds else None, sums, means, scales, ctx.norm)  # type: ignore[attr-defined]
+        dx = _backward(dy, dsum if ctx.adds else None, (sums, means, scales), ctx.norm)  # type: ignore[attr-defined]
         return dx, dx if ctx.adds else None, None  # type: ignore[attr-defined]
 
 
@@ -101,7 +101,7 @@ def _forward(
     sums, y = x if update is None else torch.empty_like(x), torch.empty_like(x)
     means = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if keep and norm.centred else None
     scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if keep else None
-    _call(compiled, (x, update, sums), norm, y, (means, scales), torch.get_num_threads())()
+    _call(compiled, (x, update, sums), norm, y, (means, scales))()
     return sums, y, means, scales
 
 
@@ -115,9 +115,12 @@ def _steps(x: Tensor, norm: Norm) -> tuple[Tensor, None, Tensor]:
     return (norm.weight * quotient.to(norm.weight.dtype)).to(x.dtype), None, scales
 
 
-def _backward(dy: Tensor, dsum: Tensor | None, x: Tensor, means: Tensor | None, scales: Tensor, norm: Norm) -> Tensor:
-    """dx: through the norm, rounded, plus that of the sum."""
-    compiled = function(_SOURCE, "backward", _BACKWARD) if _compiled(x, norm) and dy.dtype == x.dtype else None
+def _backward(dy: Tensor, dsum: Tensor | None, kept: tuple[Tensor, Tensor | None, Tensor], norm: Norm) -> Tensor:
+    """dx: through the norm, rounded, plus that of the sum; of x, means and scales."""
+    x, means, scales = kept
+    compiled = (
+        function(_SOURCE, "residual_norm_backward", _BACKWARD) if _compiled(x, norm) and dy.dtype == x.dtype else None
+    )
     if compiled is None:
         wide = x.to(scales.dtype)
         slope = (dy if norm.weight is None else dy * norm.weight).to(scales.dtype)
@@ -144,7 +147,7 @@ def _backward(dy: Tensor, dsum: Tensor | None, x: Tensor, means: Tensor | None, 
 
 def _compiled(x: Tensor, norm: Norm) -> Function | None:
     same = norm.bias is None or (norm.weight is not None and norm.weight.dtype == norm.bias.dtype)
-    return function(_SOURCE, "forward", _FORWARD) if same and computes(x, norm.weight) else None
+    return function(_SOURCE, "residual_norm", _FORWARD) if same and computes(x, norm.weight) else None
 
 
 def _call(
@@ -153,9 +156,8 @@ def _call(
     norm: Norm,
     y: Tensor,
     kept: tuple[Tensor | None, Tensor | None],
-    threads: int,
 ) -> Call:
-    """Of x, the update and where their sum goes."""
+    """Of x, the update and where their sum goes; means and scales are kept where there is room for them."""
     x, update, sums = rows
     return compiled.ready(
         x=x,
@@ -172,7 +174,7 @@ def _call(
         weight_dtype=_weight_dtype(x, norm),
         centred=norm.centred,
         eps=norm.eps,
-        threads=threads,
+        threads=torch.get_num_threads(),
     )
 
 

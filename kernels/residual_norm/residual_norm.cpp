@@ -110,7 +110,7 @@ void rows_of(const Call &c, Row row) {
 extern "C" int64_t size_of_forward() { return sizeof(Forward); }
 extern "C" int64_t size_of_backward() { return sizeof(Backward); }
 
-extern "C" void forward(const Forward *c) {
+extern "C" void residual_norm(const Forward *c) {
   of_dtype(c->dtype, [&](auto t) {
     of_dtype(c->weight_dtype, [&](auto w) {
       rows_of(*c, [&](int64_t row) { forward_row<decltype(t), decltype(w)>(*c, row); });
@@ -118,7 +118,7 @@ extern "C" void forward(const Forward *c) {
   });
 }
 
-extern "C" void backward(const Backward *c) {
+extern "C" void residual_norm_backward(const Backward *c) {
   of_dtype(c->dtype, [&](auto t) {
     of_dtype(c->weight_dtype, [&](auto w) {
       rows_of(*c, [&](int64_t row) { backward_row<decltype(t), decltype(w)>(*c, row); });

@@ -21,7 +21,7 @@ def cases() -> Iterator[Case]:
         q, k, v = torch.randn(rows, sum(widths)).bfloat16().split_with_sizes(widths, dim=1)
         cos, sin = torch.randn(2, rows, HEAD_DIM).bfloat16()
         shape = rows, HEADS, KV_HEADS, HEAD_DIM
-        call = partial(rotary_write, q, k, v, (cos, sin), cache, torch.arange(rows) * 7, HEAD_DIM)
+        call = partial(rotary_write, (q, k, v), (cos, sin), cache, torch.arange(rows) * 7, HEADS)
         yield Case(
             f"rotary and page write, {rows} rows", call, cost.flops(*shape), cost.bytes_moved(*shape, itemsize=2)
         )

@@ -8,13 +8,14 @@ rows nor the number of threads has a part in its bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from polygraft.kernels.common.compiled import DTYPES, Call, Function, computes, function, structure
+from polygraft.kernels.compiled.calls import DTYPES, Call, Function, computes, function, structure
 from polygraft.kernels.residual_norm.op import Norm, apply
 
 _SOURCE = Path(__file__).with_name("rotary.cpp")
@@ -36,84 +37,75 @@ class HeadNorms:
     eps: float
 
 
+Rows = tuple[Tensor, Tensor, Tensor]  # q [T, heads * head_dim], k and v [T, kv_heads * head_dim]
+
+
 def rotary_write(
-    q_TE: Tensor,
-    k_TC: Tensor,
-    v_TC: Tensor,
-    angles: tuple[Tensor, Tensor],
-    cache: Tensor,
-    slots_T: Tensor,
-    head_dim: int,
-    norms: HeadNorms | None = None,
+    qkv: Rows, angles: tuple[Tensor, Tensor], cache: Tensor, slots_T: Tensor, heads: int, norms: HeadNorms | None = None
 ) -> None:
     """Semantics: q[t] = turned(q[t]) in place; cache[slots[t]] = (turned(k[t]), v[t]) where slots[t] >= 0; head by
     head, turned(x) = x cos[t] + (-x_high, x_low) sin[t], over the first len(cos[t]) numbers of a head.
 
-    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], whose rows may be a stride apart; angles cos and sin [T,
-    turned]; cache [slots, 2, kv_heads * head_dim] contiguous, slots [T] int64. All of one dtype. Not differentiable.
+    Rows of q, which has so many `heads`, of k and v may be a stride apart; angles cos and sin [T, turned]; cache
+    [slots, 2, kv_heads * head_dim] contiguous, slots [T] int64. All of one dtype. Not differentiable.
     """
-    call = ready(q_TE, k_TC, v_TC, angles, cache, slots_T, head_dim, norms, threads=torch.get_num_threads())
+    call = ready(qkv, angles, cache, slots_T, heads, norms)
     if call is not None:
         return call()
-    q, k = (torch.unflatten(x, 1, (-1, head_dim)) for x in (q_TE, k_TC))
+    q, k, v = qkv
+    head_dim = q.shape[1] // heads
+    by_head = [torch.unflatten(x, 1, (-1, head_dim)) for x in (q, k)]
     if norms is not None:
-        q, k = (apply(x, Norm(weight, None, norms.eps, centred=False)) for x, weight in ((q, norms.q), (k, norms.k)))
-    q_TE.copy_(_turned(q, *angles).flatten(1))
+        weights = norms.q, norms.k
+        by_head = [apply(x, Norm(w, None, norms.eps, centred=False)) for x, w in zip(by_head, weights, strict=True)]
+    turned = [_turned(x, *angles).flatten(1) for x in by_head]
+    q.copy_(turned[0])
     written = slots_T >= 0
-    new = torch.stack([_turned(k, *angles).flatten(1), v_TC], dim=1)
-    cache.index_copy_(0, slots_T[written], new[written])
+    cache.index_copy_(0, slots_T[written], torch.stack([turned[1], v], dim=1)[written])
 
 
 def ready(
-    q_TE: Tensor,
-    k_TC: Tensor,
-    v_TC: Tensor,
-    angles: tuple[Tensor, Tensor],
-    cache: Tensor,
-    slots_T: Tensor,
-    head_dim: int,
-    norms: HeadNorms | None = None,
-    *,
-    threads: int,
+    qkv: Rows, angles: tuple[Tensor, Tensor], cache: Tensor, slots_T: Tensor, heads: int, norms: HeadNorms | None = None
 ) -> Call | None:
     """The call of `rotary_write` on these tensors as they will be then; None where it is not compiled."""
-    cos, sin = angles
-    compiled = _compiled(q_TE, k_TC, v_TC, cos, sin, cache, norms)
+    (q, k, v), (cos, sin) = qkv, angles
+    weights = () if norms is None else (norms.q, norms.k)
+    compiled = _compiled((q, k, v, cos, sin, cache), weights)
     if compiled is None:
         return None
-    assert cos.is_contiguous() and sin.is_contiguous() and cache.is_contiguous() and slots_T.dtype == torch.int64
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert cache.is_contiguous()
+    assert slots_T.dtype == torch.int64
+    head_dim = q.shape[1] // heads
     return compiled.ready(
-        q=q_TE,
-        k=k_TC,
-        v=v_TC,
+        q=q,
+        k=k,
+        v=v,
         cos=cos,
         sin=sin,
         q_weight=None if norms is None else norms.q,
         k_weight=None if norms is None else norms.k,
         cache=cache,
         slots=slots_T,
-        q_stride=q_TE.stride(0),
-        k_stride=k_TC.stride(0),
-        v_stride=v_TC.stride(0),
-        rows=len(q_TE),
-        heads=q_TE.shape[1] // head_dim,
-        kv_heads=k_TC.shape[1] // head_dim,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        rows=len(q),
+        heads=heads,
+        kv_heads=k.shape[1] // head_dim,
         head_dim=head_dim,
         turned=cos.shape[1],
-        dtype=DTYPES[q_TE.dtype],
-        weight_dtype=DTYPES[q_TE.dtype if norms is None else norms.q.dtype],
+        dtype=DTYPES[q.dtype],
+        weight_dtype=DTYPES[(q, *weights)[-1].dtype],
         eps=0.0 if norms is None else norms.eps,
-        threads=threads,
+        threads=torch.get_num_threads(),
     )
 
 
-def _compiled(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, norms: HeadNorms | None
-) -> Function | None:
-    tensors = (q, k, v, cos, sin, cache)
-    weights = () if norms is None else (norms.q, norms.k)
+def _compiled(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Function | None:
     alike = len({x.dtype for x in tensors}) == 1 and len({x.dtype for x in weights}) <= 1
-    dense = all(x.stride(1) == 1 for x in (q, k, v))
+    dense = all(x.stride(-1) == 1 for x in tensors)
     return function(_SOURCE, "rotary", _ROTARY) if alike and dense and computes(*tensors, *weights) else None
 
 

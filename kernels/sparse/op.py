@@ -1,5 +1,5 @@
 """The sparse op: y[s] += x[s] S_s^T over segments s, S_s given by some of its entries or some of its rows (SHiRA,
-FishMask, PaFi; FAR)."""
+FishMask, PaFi; moved rows)."""
 
 from __future__ import annotations
 

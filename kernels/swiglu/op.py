@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from polygraft.kernels.common.compiled import DTYPES, Call, Function, computes, function, structure
+from polygraft.kernels.compiled.calls import DTYPES, Call, Function, computes, function, structure
 
 _SOURCE = Path(__file__).with_name("swiglu.cpp")
 _FORWARD = structure("Forward", pointers="gate up out", integers="rows width gate_stride up_stride dtype threads")
@@ -35,18 +35,18 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 def product(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """The same, not differentiable."""
-    compiled = _compiled("forward", _FORWARD, gate_TF, up_TF)
+    compiled = _compiled("swiglu", _FORWARD, gate_TF, up_TF)
     if compiled is None:
         return F.silu(gate_TF).mul_(up_TF)
     out = gate_TF.new_empty(gate_TF.shape)
-    _forward(compiled, _flat(gate_TF), _flat(up_TF), out, torch.get_num_threads())()
+    _forward(compiled, _flat(gate_TF), _flat(up_TF), out)()
     return out
 
 
-def ready(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor, *, threads: int) -> Call | None:
+def ready(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor) -> Call | None:
     """The call that writes the op to `out`, contiguous, from rows of any stride; None where it is not compiled."""
-    compiled = _compiled("forward", _FORWARD, gate_TF, up_TF)
-    return None if compiled is None else _forward(compiled, gate_TF, up_TF, out_TF, threads)
+    compiled = _compiled("swiglu", _FORWARD, gate_TF, up_TF)
+    return None if compiled is None else _forward(compiled, gate_TF, up_TF, out_TF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
         both = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])  # side by side, as the fused projection takes them
         d_gate, d_up = both.chunk(2, dim=-1)
-        compiled = _compiled("backward", _BACKWARD, gate, up, grad)
+        compiled = _compiled("swiglu_backward", _BACKWARD, gate, up, grad)
         if compiled is None:
             torch.mul(F.silu(gate), grad, out=d_up)
             torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
@@ -80,7 +80,7 @@ class _SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
-def _forward(compiled: Function, gate: Tensor, up: Tensor, out: Tensor, threads: int) -> Call:
+def _forward(compiled: Function, gate: Tensor, up: Tensor, out: Tensor) -> Call:
     return compiled.ready(
         gate=gate,
         up=up,
@@ -90,7 +90,7 @@ def _forward(compiled: Function, gate: Tensor, up: Tensor, out: Tensor, threads:
         gate_stride=gate.stride(0),
         up_stride=up.stride(0),
         dtype=DTYPES[gate.dtype],
-        threads=threads,
+        threads=torch.get_num_threads(),
     )
 
 

@@ -68,10 +68,10 @@ void backward_rows(const Backward &c) {
 extern "C" int64_t size_of_forward() { return sizeof(Forward); }
 extern "C" int64_t size_of_backward() { return sizeof(Backward); }
 
-extern "C" void forward(const Forward *c) {
+extern "C" void swiglu(const Forward *c) {
   of_dtype(c->dtype, [&](auto t) { forward_rows<decltype(t)>(*c); });
 }
 
-extern "C" void backward(const Backward *c) {
+extern "C" void swiglu_backward(const Backward *c) {
   of_dtype(c->dtype, [&](auto t) { backward_rows<decltype(t)>(*c); });
 }

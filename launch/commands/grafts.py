@@ -9,18 +9,21 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from polygraft.cluster.model import Graft, GraftId, TenantId
+from polygraft.cluster.policy.budget import state_bytes
 from polygraft.cluster.publish import BadName, adopt
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.base import Store
 from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
 from polygraft.grafts.methods.declare import Method
-from polygraft.grafts.methods.registry import layouts
+from polygraft.grafts.methods.description import describe
+from polygraft.grafts.methods.refused import NAMED_TWICE
+from polygraft.grafts.methods.registry import find, layouts
 from polygraft.grafts.methods.registry import methods as table
 from polygraft.grafts.s4 import s4
 from polygraft.grafts.sites import ModelShape
@@ -164,7 +167,7 @@ def adopted(
     )
 
 
-def load_backbone(backbone: str, quantise: Literal["nf4"] | None = None) -> Backbone:
+def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone
@@ -193,13 +196,16 @@ def methods(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods a graft can be made of, with their arguments and what follows from their slots.
+    """List the methods a graft can be made of, with their arguments and what follows from their slots; of one method
+    say what it does, how it differs from its paper and when to choose it.
 
-    Parameters are those of the defaults on Llama 7B, or on the backbone of --config.
+    Parameters, and the memory that a job of them takes in training beside the backbone and its activations, are those
+    of the defaults on Llama 7B, or on the backbone of --config.
     """
-    known = [method for method in table().values() if name in (None, method.name, *method.aliases)]
-    if not known:
-        raise typer.BadParameter(f"{name!r}; choices: {', '.join(table())}")
+    try:
+        known = [*table().values()] if name is None else [find(name)]
+    except SpecError as error:
+        raise typer.BadParameter(str(error).removeprefix("peft: ")) from None
     try:
         shape = LLAMA_7B if config is None else ModelShape.from_config(json.loads(config.read_text()))
     except (OSError, ValueError) as error:
@@ -214,12 +220,13 @@ def methods(
         print_json([_json(method, entry(method, shape)) for method in known])
         return
     print_table(
-        ("method", "family", "#parameters", "merges", "#learning rate", "paper"),
+        ("method", "family", "#parameters", "#training", "merges", "#learning rate", "paper"),
         (
             (
                 escape(_usage(method)),
                 line.family,
                 f"{line.parameters:,}",
+                f"{state_bytes(line.parameters, line.frozen) / 1e6:,.1f} MB",
                 "yes" if line.mergeable else "",
                 f"{method.learning_rate:g}",
                 escape(method.paper),
@@ -228,6 +235,19 @@ def methods(
         ),
         empty="",
     )
+    if name is not None:
+        _tell(known[0])
+
+
+def _tell(method: Method) -> None:
+    """The method's words, and what else its name may mean."""
+    words = describe(method)
+    twice = f"Here {method.name} is {NAMED_TWICE[method.name]}." if method.name in NAMED_TWICE else ""
+    for text in (words.summary, words.arguments, twice):
+        if text:
+            typer.echo(f"\n{text}")
+    typer.echo(f"\nDeviations from the paper: {words.deviations}")
+    typer.echo(f"\nChoose it when: {words.choose}")
 
 
 def _usage(method: Method) -> str:
@@ -249,6 +269,7 @@ def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
     }
     return {
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
+        "training_bytes": state_bytes(line.parameters, line.frozen),
         "arguments": arguments,
         "peft": list(dict.fromkeys(layout.kind for layout in layouts() if layout.method == method.name)),
         "learning_rate": method.learning_rate,

@@ -33,7 +33,9 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for a free one.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
-    quantise: Annotated[str | None, typer.Option(help="nf4: the backbone in 4 bits (QLoRA).")] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="nf4: the backbone in 4 bits (QLoRA); loftq-RANK-ITERATIONS: by LoftQ.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it.", min=1)] = 300.0,
     as_json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from polygraft.cluster.model import DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.gateway import Gateway
@@ -20,8 +21,9 @@ from polygraft.serving.gateway import Gateway
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """`backbone` is the bare backbone's model id, `fingerprint` its weights'; `limits` are those
-    of a request, `pack` those of a pack; `clock` gives seconds since the epoch."""
+    """`backbone` is the bare backbone's model id, `fingerprint` its weights', `stock` its files, and packs load it
+    `quantised` or not; `limits` are those of a request, `pack` those of a pack; `clock` gives seconds since the
+    epoch."""
 
     store: Store
     gateway: Gateway
@@ -29,6 +31,8 @@ class Api:
     shape: ModelShape
     backbone: str
     fingerprint: str
+    stock: BackboneFiles
+    quantised: bool
     data: Path
     limits: LimitSettings
     pack: Limits

@@ -10,14 +10,15 @@ from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
 from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
-from polygraft.cluster.policy.budget import job_bytes, state_bytes
+from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
-from polygraft.grafts.grammar import learning_rate, parse, pinned
+from polygraft.grafts.formats.peft_config import asked_for
+from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinned
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text import jsonl
@@ -40,7 +41,9 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         raise not_found("model", request.model, param="model")
     spec = request.to_spec()
     try:
-        graft = BoundGraft(request.graft, api.shape)
+        asked = request.graft if request.graft is not None else asked_for(spec.peft, api.shape, api.stock)
+        check_backbone(asked, quantised=api.quantised)
+        graft = BoundGraft(asked, api.shape)
         sizes = graft.parameters, graft.frozen
         spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
     except SpecError as error:
@@ -102,11 +105,13 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
 
 def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
     """Raise ApiError 400 for a graft that not even an empty pack could hold in training."""
-    needs, room = state_bytes(*sizes), job_bytes(pack)
+    (trained, kept), room = sizes, job_bytes(pack)
+    needs = state_bytes(trained, kept)
     if room is not None and needs > room:
-        has = f"a pack has {max(0, room):,}"
+        each = f"{STATE_BYTES} bytes each for weight, gradient and moments, {kept:,} others {FROZEN_BYTES}"
         raise bad_request(
-            f"{_PEFT}: {shown(peft)} needs {needs:,} bytes in training, {has}; choose a smaller graft",
+            f"{_PEFT}: {shown(peft)} needs {needs:,} bytes in training, a pack has {max(0, room):,}: {trained:,} "
+            f"trained numbers take {each}; choose a smaller graft, or it at fewer projections (at=) or layers (@)",
             param=_PEFT,
             code="invalid_value",
         )

@@ -11,7 +11,6 @@ import pytest
 
 from polygraft.cluster.model import FileId, JobSpec
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, Hyperparameters, read_request
-from polygraft.grafts.grammar import parse
 
 HYPER = "method.supervised.hyperparameters"
 
@@ -83,10 +82,10 @@ def test_the_deprecated_hyperparameters_still_work() -> None:
     assert (old.epochs, old.batch_size, old.learning_rate_multiplier) == (1, 2, 0.5)
 
 
-def test_a_peft_config_travels_as_text_the_grammar_reads() -> None:
+def test_a_peft_config_travels_as_text() -> None:
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
     peft = read_request(body({"peft": config})).to_spec().peft
-    assert json.loads(peft) == config and parse(peft)
+    assert json.loads(peft) == config
 
 
 def test_an_owner_has_a_lease() -> None:
@@ -108,7 +107,7 @@ def test_all_of_openais_fields_are_ours_too() -> None:
         (body({"a-b": 1}), f"{HYPER}.a-b", "unknown field (got 1); choices: batch_size, dropout"),
         (body(**{"int": 1}), "int", "int: unknown field (got 1); choices: hyperparameters, integrations"),
         (body({"peft": "lora(r=0)"}), f"{HYPER}.peft", "rank: 0"),
-        (body({"peft": "magic"}), f"{HYPER}.peft", "unknown method 'magic'; choices: adalora, adamix"),
+        (body({"peft": "magic"}), f"{HYPER}.peft", "unknown method 'magic'; choices: adalora, adamss"),
         (body({"peft": {"peft_type": "X"}}), f"{HYPER}.peft", "peft_type: 'X'"),
         (body({"peft": 3}), f"{HYPER}.peft", "valid string; or: Input should be a valid dictionary (got 3)"),
         (body({"n_epochs": 0}), f"{HYPER}.n_epochs", "greater than or equal to 1 (got 0)"),

@@ -1,6 +1,7 @@
-"""docs/methods.md: what every method is, from the registry, and how far it is from its oracle, measured here.
+"""docs/methods.md and a page for every method in docs/methods/: what each is, from the registry, which equalities have
+a test, from the tests (equalities.py), and how far it is from its oracle, measured here.
 
-python -m tests.grafts.page measures, and writes docs/methods.json and the page.
+python -m tests.grafts.page measures, and writes docs/methods.json and the pages.
 """
 
 from __future__ import annotations
@@ -9,27 +10,25 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
-from polygraft.grafts.catalogue import entry, fingerprint
+from polygraft.grafts.catalogue import Entry, entry, fingerprint
+from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.description import describe
 from polygraft.grafts.methods.refused import table
-from polygraft.grafts.methods.registry import find, methods
+from polygraft.grafts.methods.registry import find, layouts, methods
 from polygraft.grafts.runtime.backbone import Backbone
+from tests.grafts.equalities import shown
 from tests.grafts.oracle.row import relative
 from tests.grafts.oracle.table import ALL
 from tests.grafts.test_methods import batch, judged, ours
 from tests.tiny import tiny_llama
 
 DOCS = Path(__file__).parents[2] / "docs"
-# What no row shows, since it is not trained alone: `oracle` names the test that does.
-ELSEWHERE: Mapping[str, str] = {
-    "loftq": "tests/grafts/runtime/test_nf4.py",
-    "mezo": "tests/trainers/test_mezo.py",
-}
 # Published after the survey, or not in its tables.
 NEWER = frozenset(
     "adamss bat bdlora beft boft c3a corda cpt deft delora direft eva fourierft frod glora gralora hira hra hydralora "
@@ -69,9 +68,15 @@ def measure(backbone: Backbone, method: str) -> Measured:
     )
 
 
-def page(measured: Mapping[str, Measured]) -> str:
-    """The whole page."""
-    entries = [entry(method) for method in methods().values()]
+def pages(measured: Mapping[str, Measured]) -> Mapping[str, str]:
+    """Every page by its place in docs/."""
+    entries = {name: entry(method) for name, method in methods().items()}
+    own = {f"methods/{name}.md": own_page(methods()[name], line, measured[name]) for name, line in entries.items()}
+    return {"methods.md": index([*entries.values()], measured), **own}
+
+
+def index(entries: Sequence[Entry], measured: Mapping[str, Measured]) -> str:
+    """The page of all methods."""
     whole = " and ".join(f"`{e.name}`" for e in entries if not e.chunkable)
     ends = ", ".join(f"`{e.name}`" for e in entries if e.chunkable and e.recompute_needs_prompt_len)
     prints = {fingerprint(method) for method in methods().values()}
@@ -79,39 +84,152 @@ def page(measured: Mapping[str, Measured]) -> str:
         "# Methods",
         "",
         f"{len(entries)} methods in {len(prints)} distinct fingerprints (op, tap, activation, form, start, frozen,",
-        "hooks; sizes and aliases do not count), written by `make methods` from the registry.",
+        "hooks; sizes and aliases do not count), written by `make methods` from the registry and the tests. A method's",
+        "page says what it does, how it differs from its paper, when to choose it and what is tested.",
         "",
         "Parameters are the trainable ones of the defaults on Llama 7B. *Merges* says whether the graft folds into W.",
         "*Error* is the largest relative L2 distance of logits and gradients from the oracle in float64, on a tiny",
         "random Llama: PEFT 0.21 where it has the method, else the paper's equation as hooks on transformers' model.",
+        "*Packed* says whether a test holds packed training to the bits of training alone on a CPU, *mixed* decoding",
+        "in company to the oracle alone (1e-5 in float32), *merged* the folded weights to the graft beside them (1e-9",
+        "in float64; where it merges).",
         "",
         "A prompt may be computed in pieces, and a token's keys depend on the graft and the tokens before it alone,",
         f"but for {whole}, whose virtual tokens read the whole prompt, and {ends},",
         "which edit its last tokens: in pieces too, but keys of theirs depend on where the prompt ends.",
         "",
-        "| method | family | what it does | slots | hooks | parameters | merges | oracle | error |",
-        "|---|---|---|---|---|---:|---|---|---:|",
+        "| method | family | what it does | parameters | merges | packed | mixed | merged | oracle | error |",
+        "|---|---|---|---:|---|---|---|---|---|---:|",
     ]
     for e in entries:
-        found = measured.get(e.name)
-        oracle = found["oracle"] if found else f"[test](../{ELSEWHERE[e.name]})"
-        error = f"{max(found['logits'], found['gradients']):.0e}" if found else ""
         also = f" ({', '.join(e.aliases)})" if e.aliases else ""
-        summary = e.summary.replace("|", "\\|")
-        lines.append(
-            f"| `{e.name}`{also} | {e.family} | {summary} [{e.paper}] | {'; '.join(e.slots)} | {', '.join(e.hooks)} "
-            f"| {e.parameters:,} | {'yes' if e.mergeable else 'no'} | {oracle} | {error} |"
-        )
-    refused = ["", "## What is not here, and why", "", "Asked for by name, each is refused with its reason.", ""]
+        found = measured[e.name]
+        tested = [_tested(kind, e) for kind in ("packed", "mixed", "merged")]
+        cells = [
+            f"[`{e.name}`](methods/{e.name}.md){also}",
+            e.family,
+            _cell(e.summary),
+            f"{e.parameters:,}",
+            "yes" if e.mergeable else "no",
+            *tested,
+            found["oracle"],
+            f"{max(found['logits'], found['gradients']):.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    refused = ["", "## What is not here under its name, and why", "", "Each is refused with its reason.", ""]
     return "\n".join([*lines, *refused, *table()]) + "\n"
+
+
+def own_page(method: Method, line: Entry, measured: Measured) -> str:
+    """The page of one method."""
+    words = describe(method)
+    usage = ", ".join(
+        name if one.default is one.empty else f"{name}={one.default}" for name, one in method.arguments.items()
+    )
+    also = f", also called {' and '.join(f'`{alias}`' for alias in method.aliases)}" if method.aliases else ""
+    kinds = [layout.kind for layout in layouts() if layout.method == method.name]
+    facts = {
+        "paper": _link(line.paper),
+        "family": line.family,
+        "slots": "; ".join(line.slots),
+        "hooks": ", ".join(line.hooks),
+        "trainable parameters on Llama 7B": f"{line.parameters:,}",
+        "learning rate to start from": f"{method.learning_rate:g}",
+        "folds into W": "yes" if line.mergeable else "no",
+        "a prompt may be computed in pieces": "yes" if line.chunkable else "no",
+        "keys and values need the prompt's length": "yes" if line.recompute_needs_prompt_len else "no",
+        "PEFT's `peft_type`": ", ".join(dict.fromkeys(kinds)),
+    }
+    lines = [
+        f"# {method.name}",
+        "",
+        words.summary,
+        *(["", words.arguments] if words.arguments else []),
+        "",
+        f"Written `{method.name}({usage})` with its defaults{also}.",
+        "",
+        "## Deviations from the paper",
+        "",
+        _sentence(words.deviations),
+        "",
+        "## When to choose it",
+        "",
+        f"When {words.choose}",
+        "",
+        "## What follows from its slots",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items() if value),
+        "",
+        "## What is tested",
+        "",
+        "| equality | test | with |",
+        "|---|---|---|",
+        *(f"| {said} | {_cases(kind, line, measured)} |" for kind, said in _EQUALITIES.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_EQUALITIES = {
+    "packed": "trained in company = alone, bit for bit on a CPU",
+    "mixed": "decoded in company = the oracle alone, 1e-5",
+    "merged": "folded into W = beside it, 1e-9",
+    "oracle": "logits and gradients of the oracle",
+}
+
+
+def _cases(kind: str, line: Entry, measured: Measured) -> str:
+    """The test, and the grafts that it shows the equality of."""
+    if kind == "merged" and not line.mergeable:
+        return "it does not fold |"
+    found = shown()[kind].get(line.name, ())
+    if not found:
+        return "**no test** |"
+    tests = ", ".join(f"`{test}`" for test in dict.fromkeys(test for test, _ in found))
+    texts = ", ".join(f"`{text.strip()}`" for text in dict.fromkeys(text for _, text in found))
+    oracle = f" ({measured['oracle']}: {max(measured['logits'], measured['gradients']):.0e})" * (kind == "oracle")
+    return f"{tests} | {_cell(texts)}{oracle}"
+
+
+def _tested(kind: str, line: Entry) -> str:
+    if kind == "merged" and not line.mergeable:
+        return ""
+    return "yes" if line.name in shown()[kind] else "**no**"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _link(paper: str) -> str:
+    """A paper's address, where its name has one."""
+    kind, _, name = paper.rpartition(" ")
+    place = {
+        "arXiv": "https://arxiv.org/abs/",
+        "OpenReview": "https://openreview.net/forum?id=",
+        "doi": "https://doi.org/",
+        "ACL Anthology": "https://aclanthology.org/",
+    }.get(kind)
+    return paper if place is None else f"[{paper}]({place}{name})"
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         backbone = Backbone.load(tiny_llama(Path(folder)), torch.float64)
-        measured = {name: measure(backbone, name) for name in methods() if name not in ELSEWHERE}
+        measured = {name: measure(backbone, name) for name in methods()}
     (DOCS / "methods.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (DOCS / "methods.md").write_text(page(measured))
+    written = pages(measured)
+    (DOCS / "methods").mkdir(exist_ok=True)
+    for stale in (DOCS / "methods").glob("*.md"):
+        if f"methods/{stale.name}" not in written:
+            stale.unlink()
+    for place, text in written.items():
+        (DOCS / place).write_text(text)
     return 0
 
 

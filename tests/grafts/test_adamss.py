@@ -18,6 +18,7 @@ from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
+from polygraft.grafts.methods.configs import check
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
@@ -95,7 +96,7 @@ def scatter(rows: Tensor, cluster: Tensor) -> float:
 
 def test_pruning_on_the_way_is_refused() -> None:
     with pytest.raises(SpecError, match="use_asa: True is not read"):
-        parse('{"peft_type": "ADAMSS", "use_asa": true, "target_modules": ["q_proj"]}')
+        check({"peft_type": "ADAMSS", "use_asa": True, "target_modules": ["q_proj"]})
 
 
 def test_a_folder_of_pefts_is_refused(tiny_folder: Path, tmp_path: Path) -> None:

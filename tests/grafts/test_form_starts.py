@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats.bitdelta import bitdelta_of
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.lowering import Lowered
@@ -18,12 +17,11 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import Site
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.naive import naive, serial
-from polygraft.launch.demo.oracle.plain import MODULES, plain_llama
 from tests.grafts.oracle.row import relative
 from tests.trainers.test_forms import FACTORED, GENERATED
 
 # Those that do not start at W, or at W but for rounding, or have no start.
-FROM_ELSEWHERE = ("binary-adapter", "bitdelta", "deft", "para", "peqa", "propetl", "snip", "sparse-adapter")
+FROM_ELSEWHERE = ("binary-adapter", "deft", "para", "peqa", "propetl", "qalora", "snip", "sparse-adapter")
 NEUTRAL = {name: text for name, text in (GENERATED | FACTORED).items() if name not in FROM_ELSEWHERE}
 SITES = (Site(0, "attn.v"), Site(1, "ffn.down"))
 
@@ -137,26 +135,6 @@ def test_unilora_uses_every_element_of_its_vector_alike(backbone: Backbone) -> N
     assert torch.allclose(values["0.shared.scale"], used.float().rsqrt())
 
 
-def test_a_tuned_model_becomes_signs_and_their_mean_size(backbone: Backbone, tiny_folder: Path) -> None:
-    tuned = plain_llama(tiny_folder, torch.float32)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
-
-    def after(site: Site) -> Tensor:
-        return tuned.get_parameter(f"model.layers.{site.layer}.{MODULES[site.name]}.weight")
-
-    graft, values = bitdelta_of(backbone.shape, backbone.weight, after)
-    for site in SITES:
-        difference = after(site) - backbone.weight(site)
-        found = change(graft.spec.method, site, backbone, values)
-        assert torch.equal(found.sign(), torch.where(difference > 0, 1.0, -1.0))
-        assert torch.allclose(found.abs(), difference.abs().mean())
-        assert (found - difference).norm() < 0.7 * difference.norm()  # sqrt(1 - 2 / pi) = 0.6 for a normal difference
-    with pytest.raises(SpecError, match="tuned W is"):
-        bitdelta_of(backbone.shape, backbone.weight, lambda site: after(site)[:-1])
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -173,7 +151,7 @@ def test_a_tuned_model_becomes_signs_and_their_mean_size(backbone: Backbone, tin
         ("capaboost(density=0)", "outside"),
         ("tinylora(r=40, at=attn.k)", "more than the 32 ranks"),
         ("bdlora(r=6, blocks=4)", "4 does not divide the rank 6"),
-        ("hyperformer(code=0)", "code 0 are sizes"),
+        ("hypernet-adapter(code=0)", "code 0 are sizes"),
         ("deft(by=luck)", "'luck' is not a projection"),
         ("glora(kind=scalar)", "'scalar' is not a support"),
         ("psoft(r=1)", "cannot be turned"),

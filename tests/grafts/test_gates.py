@@ -17,7 +17,7 @@ SHAPE = ModelShape("llama", layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4,
     [
         ("molora(experts=0)", "experts: 0"),
         ("molora(experts=2, top=3)", "top: 3 of 2 experts"),
-        ("moelora(r=9, experts=4)", "4 do not share rank 9"),
+        ("job-gated-experts(r=9, experts=4)", "4 do not share rank 9"),
     ],
 )
 def test_experts_that_cannot_be_are_refused(text: str, wrong: str) -> None:
@@ -43,7 +43,7 @@ def test_a_branch_says_which_gate_it_cannot_have(fields: dict[str, object], wron
 
 def test_a_gated_branch_is_no_lora_for_a_norm_and_is_not_merged() -> None:
     spec = parse("molora(r=2, at=attn.q)")
-    assert not spec.mergeable and parse("moelora(at=attn.q)").mergeable
+    assert not spec.mergeable and parse("job-gated-experts(at=attn.q)").mergeable
     with pytest.raises(SpecError, match="norm rescales one lora"):
         BoundGraft(type(spec)("x", (*spec.slots, Norm(at="attn.q"))), SHAPE)
 

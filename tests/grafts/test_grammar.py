@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from math import sqrt
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygraft.grafts.grammar import from_peft_config, learning_rate, parse
+from polygraft.grafts.grammar import learning_rate, parse
 from polygraft.grafts.methods.registry import find, methods
-from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, Norm, SpecError
+from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, SpecError
 
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
 
@@ -64,11 +61,7 @@ def test_every_method_builds_from_its_name_alone_and_survives_json(name: str) ->
         ("lora@0-99999", ["layers: cannot read '0-99999'"]),
         ("ia3(at=, feedforward=)", ["empty union"]),
         ("lora" + " " * 2000, ["characters; at most 2000"]),
-        ("{", ["not JSON at character 1"]),
-        ('{"a":' + "[" * 1900, ["not JSON", "recursion"]),
-        ('{"a":' + "[" * 40 + "]" * 40 + "}", ["a: lists and objects lie in each other more than 32 deep"]),
-        ('{"auto_mapping": 1e999}', ["auto_mapping: is a number past"]),
-        (r'{"auto_mapping": "\ud800"}', ["auto_mapping: holds half of a surrogate pair"]),
+        ("{", ["cannot read '{'"]),
         ("trainable-tokens(²)", ["ids: '²' are not numbers"]),
         ("cpt(ids=²)", ["cpt.ids: '²' are not numbers"]),
         ("lora@10000", ["layers: cannot read '10000'"]),
@@ -99,83 +92,9 @@ def test_no_text_does_worse_than_a_spec_error(text: str) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        ({}, "lora(r=8, alpha=8)"),
-        (LLAMA, "lora(r=4, alpha=6, at=q_proj|v_proj)"),
-        ({**LLAMA, "use_rslora": True, "lora_dropout": 0.1}, "rslora(r=4, alpha=6, at=q_proj|v_proj, dropout=0.1)"),
-        ({**LLAMA, "use_dora": True, "layers_to_transform": [0, 3]}, "dora(r=4, alpha=6, at=q_proj|v_proj)@0,3"),
-        ({**LLAMA, "layers_to_transform": 2}, "lora(r=4, alpha=6, at=q_proj|v_proj)@2"),
-        ({"peft_type": "IA3"}, "ia3"),
-        ({"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"]}, "ia3(at=k_proj, feedforward=down_proj)"),
-        (
-            {"peft_type": "IA3", "target_modules": ["k_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
-            "ia3(at=k_proj, feedforward=up_proj)",
-        ),
-        ({"peft_type": "IA3", "target_modules": "k_proj", "feedforward_modules": []}, "ia3(at=k_proj, feedforward=)"),
-        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 7, "token_dim": 64, "num_layers": 2}, "prefix(7)"),
-        (
-            {"peft_type": "PREFIX_TUNING", "prefix_projection": True, "encoder_hidden_size": 9},
-            "prefix-mlp(20, hidden=9)",
-        ),
-        ({"peft_type": "P_TUNING", "num_virtual_tokens": 7, "encoder_hidden_size": 9}, "p-tuning(7, hidden=9)"),
-        ({**LLAMA, "init_lora_weights": "pissa"}, "pissa(r=4, alpha=6, at=q_proj|v_proj)"),
-        ({"peft_type": "VERA", "r": 16, "target_modules": ["q_proj"]}, "vera(r=16, at=q_proj)"),
-        ({"peft_type": "OFT", "use_cayley_neumann": False, "target_modules": "q_proj"}, "oft(neumann=0, at=q_proj)"),
-        ({"peft_type": "MISS", "init_weights": "bat", "r": 8, "target_modules": "all-linear"}, "bat(8, at=all-linear)"),
-    ],
-)
-def test_a_peft_config_means_what_it_means_in_peft(config: dict[str, object], text: str) -> None:
-    found = parse(json.dumps(config))
-    assert found.slots == parse(text).slots
-    assert parse(found.method).slots == found.slots
-
-
-def test_dora_with_a_rank_stabilised_scale_keeps_it() -> None:
-    branch, norm = from_peft_config({**LLAMA, "use_dora": True, "use_rslora": True}).slots
-    assert isinstance(branch, Branch) and isinstance(norm, Norm)
-    assert branch.scale == pytest.approx(6 / sqrt(4), rel=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"peft_type": "XLORA"}, ["'XLORA'", "choices: ADALORA, ADAMSS, ADAPTION_PROMPT, ", "VERA"]),
-        ({"rank": 4}, ["{'rank': 4}", "Fields: ", "lora_alpha", " r,"]),
-        ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
-        ({"bias": "all"}, ["{'bias': 'all'}"]),
-        ({"init_lora_weights": "corda"}, ["corda"]),
-        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
-        ({"r": "many"}, ["lora.r", "'many'"]),
-        ({"r": 0}, ["rank: 0"]),
-        ({"layers_to_transform": "0"}, ["layers_to_transform: '0'"]),
-        ({"layers_to_transform": []}, ["layers_to_transform: []"]),
-        ({"layers_to_transform": [True]}, ["layers_to_transform: [True]"]),
-        ({"layers_to_transform": [-1]}, ["layers_to_transform: [-1]"]),
-        ({"peft_type": "WAVEFT", "wavelet_family": "db2"}, ["wavelet_family: 'db2'", "WAVEFT", "'db1'"]),
-        ({"peft_type": "VERA", "projection_prng_key": 3}, ["projection_prng_key"]),
-    ],
-)
-def test_a_peft_field_that_is_not_read_is_refused(config: dict[str, object], words: list[str]) -> None:
-    with pytest.raises(SpecError) as caught:
-        from_peft_config(config)
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_what_peft_itself_writes_beside_is_passed_over() -> None:
-    notes = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "x", "inference_mode": True, "bias": "none"}
-    empty = {"alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": True, "megatron_core": "megatron.core"}
-    assert from_peft_config({**LLAMA, **notes, **empty}) == from_peft_config(LLAMA)
-
-
 def test_a_union_starts_from_the_smallest_of_its_methods_rates() -> None:
-    bitfit, both, lora, config, ia3 = (
-        learning_rate(parse(text)) for text in ("bitfit", "bitfit + lora(r=4)@1", "lora", '{"peft_type": "IA3"}', "ia3")
-    )
+    bitfit, both, lora = (learning_rate(parse(text)) for text in ("bitfit", "bitfit + lora(r=4)@1", "lora"))
     assert bitfit > both == lora
-    assert config == ia3
 
 
 def test_an_affine_is_out_of_a_branch_and_a_prefix_never_merges() -> None:

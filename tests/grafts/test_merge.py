@@ -24,6 +24,7 @@ from tests.grafts.oracle.table import ALL, MORE
 CORNERS = {
     "norms": Row("bitfit(at=norm.[12]) + ia3(at=norm.2|attn.k, feedforward=attn.q|ffn.down)"),
     "sublayers": Row("serial(3, act=identity) + ia3(at=ffn.out|attn.o, feedforward=) + bitfit(at=*.out|ffn.down)"),
+    "gone on from another": Row("lora(r=2, alpha=3) + from(of=a)"),
     "dora beside others": Row("dora(r=3) + loha(r=2, at=attn.q) + bitfit + ia3(at=norm.1)"),
 }
 EVERY = ALL | MORE | CORNERS
@@ -34,6 +35,7 @@ def fp64(tiny_folder: Path) -> Backbone:
     return Backbone.load(tiny_folder, torch.float64)
 
 
+@pytest.mark.equality("merged", rows=EVERY)
 @pytest.mark.parametrize("name", [name for name, row in EVERY.items() if row.spec.mergeable])
 def test_the_plain_model_with_merged_weights_is_the_graft(name: str, fp64: Backbone) -> None:
     row = EVERY[name]

@@ -16,8 +16,10 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from polygraft.grafts.formats import native
+from polygraft.grafts.grammar import terms
 from polygraft.grafts.init import initialise
 from polygraft.grafts.lowering import lower
+from polygraft.grafts.methods.registry import find
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.embedding import virtual_ids
@@ -65,9 +67,7 @@ def backbones(tiny_folders: Mapping[str, Path]) -> Backbones:
     return Backbones(tiny_folders)
 
 
-@pytest.fixture(params=cases())
-def case(request: pytest.FixtureRequest) -> tuple[str, str]:
-    return request.param  # type: ignore[no-any-return]
+pytestmark = pytest.mark.parametrize("case", [*cases()])  # (architecture, row), which the fixtures read
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def name(case: tuple[str, str], backbones: Backbones) -> str:
     return case[1]
 
 
+@pytest.mark.equality("oracle", rows=ALL)
 def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp64: Backbone) -> None:
     """In float64, where nothing but rounding may be left: 1e-9, or what the oracle's own arithmetic allows."""
     row, prompts, slopes = ALL[name], *batch(fp64)
@@ -111,6 +112,7 @@ def test_logits_and_gradients_are_the_oracles_alone_and_in_company(name: str, fp
         assert relative(among[tensor], own[tensor]) < 1e-9, tensor
 
 
+@pytest.mark.equality("mixed", rows=ALL)
 def test_decoding_in_company_gives_the_oracles_logits(name: str, fp32: Backbone) -> None:
     """As it is served, lowered, chunk by chunk from the cache, beside other grafts and the bare backbone: 1e-5."""
     if not fp32.shape.causal:
@@ -140,6 +142,8 @@ def test_a_saved_graft_comes_back_with_its_id(name: str, fp32: Backbone, tmp_pat
 def test_the_count_is_that_of_the_tensors_it_starts_with(name: str, fp32: Backbone) -> None:
     graft = ALL[name].graft(fp32.shape)
     samples, sources = ((5, 6, 7, 8), (9, 10, 11)), ALL[name].sources(fp32.shape)
+    if any(find(term.name).quantised for term in terms(graft.spec.method)):
+        fp32 = Backbone.load(fp32.folder, torch.float32, quantise="nf4")
     try:
         values = initialise(graft, fp32, seed=0, samples=samples, sources=sources)
     except SpecError as error:

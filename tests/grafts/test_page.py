@@ -1,32 +1,52 @@
-"""docs/methods.md says what the registry holds and what was measured, and every method there has been judged."""
+"""docs/methods.md and its pages say what the registry holds and what was measured, and every method there is judged."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
-from polygraft.grafts.catalogue import fingerprint
+from polygraft.grafts.catalogue import entry, fingerprint
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.methods.description import describe
 from polygraft.grafts.methods.refused import REFUSED
 from polygraft.grafts.methods.registry import methods
 from polygraft.grafts.spec import SpecError
-from tests.grafts.page import DOCS, ELSEWHERE, NEWER, page, rows_of
+from tests.grafts.equalities import shown
+from tests.grafts.page import DOCS, NEWER, pages, rows_of
 
 MEASURED = json.loads((DOCS / "methods.json").read_text())
 
 
-def test_the_page_is_that_of_the_registry() -> None:
-    assert (DOCS / "methods.md").read_text() == page(MEASURED), "stale: run `make methods`"
+def test_the_pages_are_those_of_the_registry_and_the_tests() -> None:
+    expected = pages(MEASURED)
+    there = {"methods.md", *(f"methods/{path.name}" for path in (DOCS / "methods").glob("*.md"))}
+    assert there == expected.keys(), "stale: run `make methods`"
+    assert {place for place, text in expected.items() if (DOCS / place).read_text() != text} == set(), "stale"
 
 
 @pytest.mark.parametrize("name", methods())
 def test_a_method_is_claimed_only_with_an_oracle(name: str) -> None:
-    if name in ELSEWHERE:
-        assert name in (DOCS.parent / ELSEWHERE[name]).read_text()
-    else:
-        assert rows_of(name), "no row of the table has it"
-        assert max(MEASURED[name]["logits"], MEASURED[name]["gradients"]) < 1e-9
+    assert rows_of(name), "no row of the table has it"
+    assert max(MEASURED[name]["logits"], MEASURED[name]["gradients"]) < 1e-9
+
+
+@pytest.mark.parametrize("name", methods())
+def test_what_the_readme_says_of_every_method_has_a_test(name: str) -> None:
+    """Packed training has the bits of training alone, mixed decoding is decoding alone, and merged is unmerged."""
+    asked = {"packed", "mixed", "oracle"} | ({"merged"} if entry(methods()[name]).mergeable else set())
+    assert {kind for kind in asked if name not in shown()[kind]} == set()
+
+
+def test_every_method_has_words_of_its_own() -> None:
+    words = {name: describe(method) for name, method in methods().items()}
+    for part in ("summary", "choose"):
+        counts = Counter(getattr(one, part) for one in words.values())
+        assert [text for text, times in counts.items() if times > 1] == []
+    for name, one in words.items():
+        assert min(len(one.summary), len(one.deviations), len(one.choose)) > 10, name
+        assert len(one.summary) > 60, name
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from peft import (
     PeftModel,
     PsoftConfig,
     TrainableTokensConfig,
+    get_peft_model,
 )
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +26,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import Term, parse, terms, union
 from polygraft.grafts.init import initialise
 from polygraft.grafts.methods.registry import find
@@ -34,6 +37,7 @@ from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import GraftSpec, SpecError
 from polygraft.launch.demo.oracle.peft_oracle import loaded
+from polygraft.launch.demo.oracle.plain import plain_model
 from tests.grafts.oracle.row import LINEAR, random_tensors, relative
 from tests.grafts.oracle.table import ALL
 from tests.grafts.oracle.trained import trained
@@ -49,10 +53,12 @@ MORE_OF_ONE = ("road 2", "road 4", "eva", "mica", "orthogonal", "lora-fa", "lora
 CUDA_ONLY = ("boft of three factors",)
 OURS_ALONE = set(  # PEFT has nothing like these
     "bitfit|ssf|serial|serial with biases|parallel|parallel at projections with biases|scaled-parallel|pfeiffer"
-    "|adaptformer|adapterdrop|adapter-drop|adamix|compacter|compacter++|phm|sparse-adapter|propetl|hyperformer|fusion"
+    "|adaptformer|adapterdrop|adapter-drop|averaged-adapters|compacter|compacter++|phm|sparse-adapter|propetl"
+    "|hypernet-adapter|fusion"
     "|mam|unipelt|unipelt-al|apt|autopeft|krona|kadaptation|hiwi|said|peqa|peqa in groups|bitdelta|binary-adapter"
-    "|molora|molora top 2|hydralora|meteora|mole|loreft|loreft of all tokens|reft of each end|noreft|direft|dept"
-    "|smop|idpg|lpt|lpt through all layers|pafi|fishmask|fish-dip|far|far everywhere"
+    "|qalora|molora|molora top 2|hydralora|meteora|output-gated-loras|loreft|loreft of all tokens|reft of each end"
+    "|noreft|direft|dept"
+    "|smop|idpg|lpt|lpt through all layers|pafi|fishmask|moving-mask|moved-rows|moved-rows everywhere"
     "|spt|lt-sft|diff-pruning|diff-pruning by groups|child-tuning|s-bitfit".split("|")
 )
 NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
@@ -62,8 +68,8 @@ NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
     "opt": "llama-adapter|trainable-tokens",
     "gpt2": "ln-tuning|beft|bat|glora|glora of vectors|loha|lokr|lokr with a wished factor|peanut|llama-adapter"
     "|trainable-tokens|oft|oft exact|boft|hra|road|road 2|road 4|shira|supertuning|supra|c3a|c3a by PEFT",
-    "bert": "prefix|prefix-mlp|prompt|p-tuning|p-tuning by lstm|spot|ipt|from|cartridge|dpt|residual-prompt|mpt|xprompt"
-    "|llama-adapter|trainable-tokens|cpt",
+    "bert": "prefix|prefix-mlp|prompt|p-tuning|p-tuning by lstm|spot|ipt|from|cartridge|dpt|residual-prompt|mpt"
+    "|pruned-prompt|llama-adapter|trainable-tokens|cpt",
 }
 
 
@@ -210,3 +216,35 @@ def whole_modules(text: str) -> GraftSpec:
         for one in terms(text)
     ]
     return union([Term(one.name, {**one.arguments, "feedforward": ""}) if one.name == "ia3" else one for one in found])
+
+
+ODD: tuple[object, ...] = (None, True, False, "x", "", -1, 0, 10**30, 1.5, 1e308, [], [1], ["x"], [[1]], {}, {"x": [1]})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("lora", "oft", "prefix", "vera") else pytest.param(name, marks=pytest.mark.nightly)
+        for name in THEIRS
+        if name not in MORE_OF_ONE
+    ],
+)
+def test_an_odd_value_of_any_field_is_an_error_of_ours(name: str, backbone: Backbone, tmp_path: Path) -> None:
+    """Or does no harm, whatever the field; for a job's config, too."""
+    make = THEIRS[name].config
+    assert make is not None
+    peft_model = get_peft_model(plain_model(backbone.folder, torch.float32), config_of(name))
+    peft_model.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    refused, stock = 0, BackboneFiles(backbone.folder)
+    for field in config:
+        for value in ODD:
+            changed = config | {field: value}
+            (tmp_path / peft.CONFIG).write_text(json.dumps(changed))
+            try:
+                peft.load(tmp_path, backbone.shape, stock)
+            except FormatError:
+                refused += 1
+            with suppress(SpecError):
+                asked_for(json.dumps(changed), backbone.shape, stock)
+    assert refused > len(ODD)

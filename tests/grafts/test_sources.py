@@ -73,7 +73,7 @@ def test_names_become_versions_and_nothing_else_changes() -> None:
     assert pinned("lora(r=4, at=a)", versions) == "lora(r=4, at=a)"
 
 
-@pytest.mark.parametrize("text", ["meteora(r=2, top=0, of=a|a@2)", "mole(r=2, of=a|a@2)"])
+@pytest.mark.parametrize("text", ["meteora(r=2, top=0, of=a|a@2)", "output-gated-loras(r=2, of=a|a@2)"])
 def test_equal_experts_are_the_one_lora_whatever_the_gate_says(text: str, tiny_folder: Path) -> None:
     backbone = Backbone.load(tiny_folder, torch.float64)
     graft = BoundGraft(parse(text), backbone.shape)

@@ -91,3 +91,11 @@ def test_what_is_no_library_leaves_the_products_to_torch(
     with pytest.raises(library.Unavailable, match="linear-.*so"):
         library.load(library.build())
     assert library.library.__wrapped__() is None
+
+
+@pytest.mark.skipif(library.library() is None, reason="no AVX-512 for bf16 or no compiler on this machine")
+def test_structures_that_differ_are_told_by_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, size = library.build(), library.SIZES["Branch"]
+    monkeypatch.setitem(library.SIZES, "Branch", size - 8)
+    with pytest.raises(TypeError, match=f"Branch has {size} bytes in linear.cpp and {size - 8} in structures.py"):
+        library.load(path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polygraft.kernels.kv import reference
 from polygraft.kernels.kv.layout import Continued
-from polygraft.kernels.kv.paged import Pages, attend_paged, supports
+from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged, supports
 from polygraft.kernels.kv.scores import Scores
 from tests.kernels.compare import relative
 
@@ -46,7 +46,7 @@ def attended(
 ) -> Tensor:
     pages = Pages()
     pages.hold(sequences, [[s.unseen for s in sequences]])
-    return attend_paged(q, cache, pages, 5, (HEADS, KV_HEADS), scores, sums)
+    return attend_paged(q, cache, pages, PagedLayer(5, HEADS, KV_HEADS, scores), sums)
 
 
 def truth(q: Tensor, cache: Tensor, scores: Scores) -> Tensor:
@@ -73,7 +73,7 @@ def test_each_layer_has_its_own_unseen_positions() -> None:
     pages.hold(SEQUENCES, [[s.unseen for s in SEQUENCES], hidden])
     other = [replace(s, unseen=count) for s, count in zip(SEQUENCES, hidden, strict=True)]
     for layer, sequences in enumerate((SEQUENCES, other)):
-        got = attend_paged(q, cache, pages, layer, (HEADS, KV_HEADS), SCORES[0])
+        got = attend_paged(q, cache, pages, PagedLayer(layer, HEADS, KV_HEADS, SCORES[0]))
         assert torch.equal(got, attended(q, cache, SCORES[0], sequences))
 
 
@@ -85,7 +85,8 @@ def test_sums_are_the_logs_of_what_the_softmax_divides_by() -> None:
     keys = torch.unflatten(cache[list(s.blocks)].flatten(0, 1)[s.unseen : s.before + 1, 0].double(), 1, (KV_HEADS, -1))
     own = torch.unflatten(q[s.start].double(), 0, (KV_HEADS, -1, HEAD_DIM))
     wanted = torch.einsum("khd,lkd->khl", own * scores.scaling, keys).logsumexp(-1).flatten()
-    assert relative(sums[s.start], wanted) < 1e-6 and (sums[2] == float("-inf")).all()
+    assert relative(sums[s.start], wanted) < 1e-6
+    assert (sums[2] == float("-inf")).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,13 +117,15 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             found.append(attended(q, cache, SCORES[0]))
     finally:
         torch.set_num_threads(count)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_rows_of_no_sequence_are_zero() -> None:
     q, cache = given()
     out = attended(q, cache, SCORES[0])
-    assert not out[2].any() and not out[20:].any()
+    assert not out[2].any()
+    assert not out[20:].any()
 
 
 def test_what_a_row_does_not_see_may_be_nan() -> None:

@@ -31,7 +31,8 @@ def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 def projected(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as a fused projection leaves them."""
     widths = [HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim]
-    return normal(ROWS, sum(widths), seed=1, dtype=dtype).split_with_sizes(widths, dim=1)
+    q, k, v = normal(ROWS, sum(widths), seed=1, dtype=dtype).split_with_sizes(widths, dim=1)
+    return q, k, v
 
 
 def angles(count: int) -> Tensor:
@@ -63,12 +64,14 @@ def test_queries_keys_and_values_have_transformers_bits(dtype: torch.dtype, head
     ]
     cache = torch.full((SLOTS, 2, k.shape[1]), 7.0, dtype=dtype)
     before, values = cache.clone(), v.clone()
-    rotary_write(q, k, v, (cos, sin), cache, PLACES, head_dim, norms)
+    rotary_write((q, k, v), (cos, sin), cache, PLACES, HEADS, norms)
     before[PLACES[WRITTEN], 0], before[PLACES[WRITTEN], 1] = wanted[1][WRITTEN], values[WRITTEN]
     if normed:  # the order of a norm's sum of squares is torch's own affair
-        assert relative(q, wanted[0]) < 1e-3 and relative(cache, before) < 1e-3
+        assert relative(q, wanted[0]) < 1e-3
+        assert relative(cache, before) < 1e-3
     else:
-        assert torch.equal(q, wanted[0]) and torch.equal(cache, before)
+        assert torch.equal(q, wanted[0])
+        assert torch.equal(cache, before)
 
 
 @pytest.mark.parametrize("turned", [8, 12])
@@ -77,7 +80,7 @@ def test_pairs_are_turned_in_their_plane_and_what_is_beyond_them_stays(turned: i
     own, keys = angles(turned // 2), torch.unflatten(k, 1, (-1, 12)).clone()
     queries = torch.unflatten(q, 1, (-1, 12)).clone()
     cache = torch.zeros(SLOTS, 2, k.shape[1])
-    rotary_write(q, k, v, tables(own, torch.float32), cache, PLACES, 12)
+    rotary_write((q, k, v), tables(own, torch.float32), cache, PLACES, HEADS)
     assert relative(q, reference.turned(queries.double(), own).flatten(1)) < 1e-6
     assert relative(cache[PLACES[WRITTEN], 0], reference.turned(keys.double(), own).flatten(1)[WRITTEN]) < 1e-6
 
@@ -86,8 +89,9 @@ def test_pairs_are_turned_in_their_plane_and_what_is_beyond_them_stays(turned: i
 def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
     q, k, v = projected(64, dtype)
     cos, sin = tables(angles(32), dtype)
-    alone = [x[4:5].clone() for x in (q, k, v)]
+    alone = q[4:5].clone(), k[4:5].clone(), v[4:5].clone()
     caches = [torch.zeros(SLOTS, 2, k.shape[1], dtype=dtype) for _ in range(2)]
-    rotary_write(q, k, v, (cos, sin), caches[0], PLACES, 64)
-    rotary_write(*alone, (cos[4:5], sin[4:5]), caches[1], PLACES[4:5], 64)
-    assert torch.equal(q[4:5], alone[0]) and torch.equal(caches[0][PLACES[4]], caches[1][PLACES[4]])
+    rotary_write((q, k, v), (cos, sin), caches[0], PLACES, HEADS)
+    rotary_write(alone, (cos[4:5], sin[4:5]), caches[1], PLACES[4:5], HEADS)
+    assert torch.equal(q[4:5], alone[0])
+    assert torch.equal(caches[0][PLACES[4]], caches[1][PLACES[4]])

@@ -50,7 +50,8 @@ def test_in_bf16_it_errs_no_more_than_transformers_steps() -> None:
 def test_rows_that_are_a_stride_apart_are_read_where_they_lie() -> None:
     gate, up = halves(5, 40, torch.float32).values()
     dense = swiglu(gate.contiguous(), up.contiguous())
-    assert torch.equal(swiglu(gate, up), dense) and torch.equal(swiglu(gate[None], up[None])[0], dense)
+    assert torch.equal(swiglu(gate, up), dense)
+    assert torch.equal(swiglu(gate[None], up[None])[0], dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,7 +65,8 @@ def test_a_number_has_the_same_bits_wherever_it_lies_and_on_any_number_of_thread
     finally:
         torch.set_num_threads(count)
     alone = swiglu(inputs["gate"][9:10, 3:], inputs["up"][9:10, 3:])
-    assert torch.equal(one, many) and torch.equal(alone, many[9:10, 3:])
+    assert torch.equal(one, many)
+    assert torch.equal(alone, many[9:10, 3:])
 
 
 @pytest.mark.usefixtures("_way")
@@ -72,5 +74,8 @@ def test_large_numbers_and_nans_pass_as_silu_has_them() -> None:
     gate = torch.tensor([[-200.0, -90.0, 0.0, 90.0, 200.0, float("nan"), float("inf")]])
     up = torch.ones_like(gate)
     got, wanted = swiglu(gate, up), gate.double() * gate.double().sigmoid()
-    assert relative(got[:, :5], wanted[:, :5]) < 1e-6 and got[0, 5].isnan() and got[0, 6] == float("inf")
-    assert got[0, 0] == 0 and abs(float(got[0, 1])) < 1e-36
+    assert relative(got[:, :5], wanted[:, :5]) < 1e-6
+    assert got[0, 5].isnan()
+    assert got[0, 6] == float("inf")
+    assert got[0, 0] == 0
+    assert abs(float(got[0, 1])) < 1e-36

@@ -199,7 +199,19 @@ def test_methods_lists_what_peft_may_say() -> None:
     kinds = {method["name"]: method["peft"] for method in found}
     assert (kinds["dora"], kinds["vera"], kinds["serial"]) == (["LORA"], ["VERA"], [])
     assert {"lora", "dora", "ia3", "bitfit", "prefix", "serial", "parallel"} <= names
+    training = {method["name"]: method["training_bytes"] for method in found}
+    assert training["child-tuning"] == 16 * 6_476_005_376 + 4 * 448 and training["bitfit"] == 16 * 1_359_872
     assert run("methods", "nonsense").exit_code == 2
+
+
+def test_methods_says_of_one_what_it_is_and_what_a_name_means_here() -> None:
+    said = run("methods", "spt").stdout
+    for words in ("He et al. 2023", "not selective prompt tuning", "Deviations from the paper:", "Choose it when:"):
+        assert words in said
+    assert "visual prompt tuning" in " ".join(run("methods", "vpt").stdout.split())
+    for name, words in (("s4", "--s4"), ("lorahub", "grafts soup"), ("mole", "output-gated-loras")):
+        refused = run("methods", name)
+        assert refused.exit_code == 2 and words in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
@@ -315,3 +327,39 @@ def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(
     assert {slot.op for slot in resident.spec.slots} == {"rotate"}
     done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "Mine", "--backbone", str(backbone.folder))
     assert done.exit_code == 2 and "name: 'Mine'" in done.stderr
+
+
+def test_a_fine_tuned_model_becomes_a_graft_of_signs_and_distilled_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
+    tiny_llama(tmp_path / "tuned", seed=1)
+    tiny_llama(tmp_path / "wider", ffn=128)
+    (tmp_path / "few.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "In winter."}]})
+    )
+    store = MemoryStore()
+    monkeypatch.setattr(Flags, "store", lambda _: store)
+    monkeypatch.setattr(store, "close", lambda: None)
+    of_backbone = ("--backbone", str(backbone.folder))
+    command = ("--home", str(tmp_path / "home"), "grafts", "bitdelta")
+    done = run(
+        *command,
+        str(tmp_path / "tuned"),
+        "mine",
+        *of_backbone,
+        "--examples",
+        str(tmp_path / "few.jsonl"),
+        "--steps",
+        "3",
+    )
+    assert (done.exit_code, done.stdout) == (0, "mine@1\n"), done.stderr
+    assert "not in the graft, though it was tuned: model.embed_tokens.weight" in done.stderr
+    assert "logits' squared distance" in done.stderr
+    graft = resolve(store, TenantId("local"), "mine", "smollm2")
+    assert graft is not None and graft.method == "bitdelta(at=linear)"
+    folder = tmp_path / "home" / "data" / "grafts"
+    resident = Residency(folder=folder, backbone=backbone, budget_bytes=1 << 20).fetch(graft.id)
+    assert all(bool((value > 0).all()) for name, value in resident.tensors.items() if name.endswith(".a"))
+    done = run(*command, str(tmp_path / "wider"), "other", *of_backbone)
+    assert done.exit_code == 2 and "ffn=128" in done.stderr

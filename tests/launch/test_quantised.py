@@ -44,6 +44,7 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     assert served.fingerprint == answering.fingerprint == fingerprint(folder, "nf4")
 
 
-def test_another_quantisation_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["int3", "loftq", "loftq-0-5", "loftq-16-0", "loftq-16-5x"])
+def test_another_quantisation_is_refused(asked: str, tmp_path: Path) -> None:
     with pytest.raises(BadSettings, match="quantise"):
-        load(home=tmp_path, quantise="int3")
+        load(home=tmp_path, quantise=asked)

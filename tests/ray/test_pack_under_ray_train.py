@@ -12,6 +12,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.grafts.formats import native
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import faults
@@ -47,7 +48,9 @@ def test_jobs_of_a_killed_worker_end_with_the_weights_of_an_uninterrupted_run(tm
         alone = PackRunner(backbone)
         tokeniser = Tokeniser.load(folder)
         files = tmp_path / "data" / "files"
-        trained = prepare(found.value, files=files, tokeniser=tokeniser, shape=backbone.shape, micro_rows=128)
+        trained = prepare(
+            found.value, files=files, tokeniser=tokeniser, stock=BackboneFiles(backbone.folder), micro_rows=128
+        )
         active = alone.admit(trained)
         while not active.finished:
             alone.step()

@@ -13,6 +13,7 @@ from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, ru
 
 GENERATED = {
     "lokr": "lokr(r=2)",
+    "loha": "loha(r=2, at=attn.v|ffn.down)",
     "krona": "krona(at=attn.v|ffn.down)",
     "kadaptation": "kadaptation(n=4, at=attn.[qv])",
     "hira": "hira(r=4, at=attn.v|ffn.down)",
@@ -25,7 +26,7 @@ GENERATED = {
     "c3a": "c3a(block=16, at=attn.v|ffn.down)",
     "bat": "bat(r=8, at=attn.v)",
     "peqa": "peqa(at=attn.v|ffn.down)",
-    "bitdelta": "bitdelta(at=attn.v)",
+    "qalora": "qalora(r=4, group=8, at=attn.v|ffn.down)",
     "said": "said(d=20, at=attn.v|ffn.down)",
 }
 FACTORED = {
@@ -38,11 +39,10 @@ FACTORED = {
     "deft": "deft(r=4, at=attn.v|ffn.down)",
     "para": "para(r=2, at=attn.v)",
     "psoft": "psoft(r=4)",
-    "qalora": "qalora(r=4, group=8)",
     "delora": "delora(r=4, bound=1)",
     "tinylora": "tinylora(r=2, u=3, tied=1)",
     "compacter": "compacter(8, n=4)",
-    "hyperformer": "hyperformer(8, embedding=6, code=5)",
+    "hypernet-adapter": "hypernet-adapter(8, embedding=6, code=5)",
     "phm": "phm(8, n=2, at=ffn.out)",
     "sparse-adapter": "sparse-adapter(12, density=0.3)",
     "snip": "sparse-adapter(6, density=0.3, by=snip)",
@@ -53,10 +53,11 @@ FACTORED = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("methods", [GENERATED, FACTORED], ids=["generated", "factored"])
+@pytest.mark.parametrize("texts", [GENERATED, FACTORED], ids=["generated", "factored"])
+@pytest.mark.equality("packed")
 def test_steps_in_company_leave_the_bits_of_as_many_alone(
-    steps: int, methods: dict[str, str], dtype: torch.dtype, one_thread: None, tmp_path: Path
+    steps: int, texts: dict[str, str], dtype: torch.dtype, one_thread: None, tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
-    jobs = jobs_of(steps, {"lora": "lora(r=4)", **methods})
+    jobs = jobs_of(steps, {"lora": "lora(r=4)", **texts})
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)

@@ -27,11 +27,13 @@ METHODS = {
     [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "nf4")],
     ids=["fp32", "bf16", "nf4"],
 )
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
 def test_steps_in_company_leave_the_bits_of_as_many_alone(
-    steps: int, dtype: torch.dtype, quantise: Quantise | None, tmp_path: Path
+    texts: dict[str, str], steps: int, dtype: torch.dtype, quantise: Quantise | None, tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path, layers=4), dtype, training=True, quantise=quantise)
-    jobs = jobs_of(steps, METHODS, backbone.shape)
+    jobs = jobs_of(steps, texts, backbone.shape)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

@@ -64,9 +64,11 @@ def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
     return initialise(job.graft, backbone, seed=job.recipe.seed, samples=[sample.ids for sample in job.train])
 
 
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [FAMILY], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
-    jobs = jobs_of(steps, FAMILY)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
@@ -125,6 +127,28 @@ def test_adalora_is_trained_and_pruned_as_by_peft(fp64: Backbone) -> None:
     alive = sum(int(value.count_nonzero()) for name, value in found.items() if name.endswith(".E"))
     sites = sum(name.endswith(".E") for name in found)
     assert alive == 2 * sites
+
+
+def test_adaloras_penalty_of_squares_is_the_papers(fp64: Backbone) -> None:
+    """Zhang et al. 2023, eq. 4: R(P, Q) = |P^T P - I|_F^2 + |Q Q^T - I|_F^2, its sum over all matrices times gamma."""
+    text = f"adalora(r=4, alpha=8, target=4, orthogonal=0.01, penalty=squares, {AT})"
+    job = a_job("squares", text, seed=2, steps=12)
+    scale = 8 / (4 + 1e-5)
+    found = naive(fp64.folder, {0: family_lora.triplets(scale)}, start_of(job, fp64), torch.float64)
+    oracle = Oracle(
+        found.logits, {name: place for name, place in found.places.items() if name[-2:] in (".A", ".E", ".B")}
+    )
+    factors = [place.parameter for name, place in oracle.places.items() if name.endswith((".A", ".B"))]
+
+    def penalty() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in factors:  # Q, and P transposed
+            for i, row in enumerate(rows):
+                for j, other in enumerate(rows):
+                    total = total + (torch.dot(row, other) - float(i == j)) ** 2
+        return 0.01 * total
+
+    assert_trained(ours(job, fp64), trained(oracle, job, penalty=penalty))
 
 
 def test_soras_gate_takes_a_proximal_step_after_each_of_the_optimisers(fp64: Backbone) -> None:

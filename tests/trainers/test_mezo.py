@@ -32,9 +32,13 @@ MIXED = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [MIXED], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, folder: Path
+) -> None:
     backbone = backbone_of(folder, dtype)
-    jobs = jobs_of(steps, MIXED)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

@@ -16,7 +16,7 @@ MIXES = {
     "top": "molora(r=2, experts=3, at=attn.v, top=2)",
     "lora": "lora(r=8, at=attn.[qv], dropout=0.2)",
     "hydralora": "hydralora(r=4, at=attn.q|ffn.up)",
-    "moelora": "moelora(r=8, experts=4, at=attn.[qv])",
+    "job-gated-experts": "job-gated-experts(r=8, experts=4, at=attn.[qv])",
     "unipelt": "unipelt-al(r=4, size=8)",
     "same": "unipelt-al(r=4, size=8)",
     "fused": "ia3(at=attn.o, feedforward=attn.q) + molora(r=2, experts=2, at=attn.q) + lora(r=2, at=attn.q)",
@@ -24,9 +24,13 @@ MIXES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [MIXES], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, folder: Path
+) -> None:
     backbone = backbone_of(folder, dtype)
-    jobs = jobs_of(steps, MIXES)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

@@ -29,8 +29,8 @@ SAMPLES = tuple(Sample(tuple(range(3, 3 + n)), (0.0,) * 4 + (1.0,) * (n - 4)) fo
 # One for each op and kind of form, and those whose start or hooks are apart.
 DAILY = tuple(
     (
-        "dora ia3 pvera moelora fusion loha far hra boft road trainable-tokens dept smop llama-adapter apt loreft "
-        "adalora lora-dropout diff-pruning child-tuning eva lora-ga"
+        "dora ia3 pvera job-gated-experts fusion loha moved-rows hra boft road trainable-tokens dept smop "
+        "llama-adapter apt loreft adalora lora-dropout diff-pruning child-tuning eva lora-ga"
     ).split()
 )
 

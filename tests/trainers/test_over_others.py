@@ -24,15 +24,17 @@ MEMBERS = {
     "adapter": "serial(4, at=ffn.out)",
     "prompt": "prompt(3)",
     "second": "prompt(3)",
+    "tuned": "bitdelta(at=attn.v)",
 }
 METHODS = {
     "meteora": "meteora(r=3, at=attn.[qv], of=lora|other)",
-    "mole": "mole(r=3, at=attn.[qv], of=lora|other)",
+    "output-gated-loras": "output-gated-loras(r=3, at=attn.[qv], of=lora|other)",
     "o-lora": "o-lora(r=3, at=attn.[qv], old=3, of=lora|other)",
     "fusion": "fusion(4, of=adapter|adapter@2)",
     "spot": "spot(3, of=prompt|second)",
     "ipt": "ipt(3, d=1, of=prompt|second)",
     "on": "lora(r=2, at=attn.[qv], dropout=0.1) + from(of=lora)",
+    "bitdelta": "bitdelta(at=attn.v, of=tuned)",
 }
 
 
@@ -53,9 +55,13 @@ def packed(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [METHODS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, folder: Path
+) -> None:
     backbone = backbone_of(folder, dtype)
-    jobs = jobs_of(steps, METHODS)
+    jobs = jobs_of(steps, texts)
     ended = run(packed(backbone, jobs))
     differing = [job.id for job in jobs if not torch.equal(ended[job.id], run(packed(backbone, [job]))[job.id])]
     assert not differing

@@ -160,9 +160,13 @@ def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_hundred_steps_in_company_leave_the_bits_of_a_hundred_steps_alone(dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [LIGHT], ids=["all"])
+@pytest.mark.equality("packed")
+def test_a_hundred_steps_in_company_leave_the_bits_of_a_hundred_steps_alone(
+    texts: dict[str, str], dtype: torch.dtype, folder: Path
+) -> None:
     backbone = backbone_of(folder, dtype)
-    jobs = jobs_of(100, LIGHT)
+    jobs = jobs_of(100, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

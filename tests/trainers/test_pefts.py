@@ -47,9 +47,11 @@ FAMILY = {
 }
 
 
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [FAMILY], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
-    jobs = jobs_of(steps, FAMILY)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

@@ -25,9 +25,13 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_in_company_leave_the_bits_of_as_many_alone(steps: int, dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize("texts", [TEXTS], ids=["all"])
+@pytest.mark.equality("packed")
+def test_steps_in_company_leave_the_bits_of_as_many_alone(
+    texts: dict[str, str], steps: int, dtype: torch.dtype, folder: Path
+) -> None:
     backbone = Backbone.load(folder, dtype, training=True)
-    jobs = jobs_of(steps, TEXTS)
+    jobs = jobs_of(steps, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 

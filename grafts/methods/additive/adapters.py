@@ -1,11 +1,5 @@
 """Bottleneck adapters, y += s (B act(A t + a) + b): serial ones tap the output t = y of what they stand at, parallel
-ones its input.
-
-Houlsby et al. 2019 (arXiv 1902.00751, figure 2) have one after each sublayer, Pfeiffer et al. 2021 (arXiv 2005.00247,
-section 3) one after each layer, on the residual stream; He et al. 2022 (arXiv 2110.04366, table 1) one beside the
-feed-forward with s = 4, AdaptFormer (Chen et al. 2022, arXiv 2205.13535, eq. 3) the same with s = 0.1. `bias` is 1 or
-0; b absorbs s.
-"""
+ones its input. `bias` is 1 or 0; b absorbs s."""
 
 from __future__ import annotations
 
@@ -21,30 +15,82 @@ if TYPE_CHECKING:
 
 
 def serial(size: int = 64, act: str = "gelu", at: str = "attn.out|ffn.out", bias: int = 0) -> tuple[Slot, ...]:
+    """h + B act(A h) on the output h of attention and of the feed-forward, before each is added to the residual stream:
+    two adapters a layer (Houlsby et al. 2019, arXiv 1902.00751, section 2.1 and figure 2).
+
+    `bias` 1 adds a and b: B act(A h + a) + b.
+
+    Deviations: Biases are off unless asked for, and the layer norms, which the paper trains too, are not: add
+    `ln-tuning`.
+
+    Choose when: tasks are far from what the backbone was trained on and a nonlinearity may pay. It stays beside W for
+    good, after the sublayer, so it costs time in serving that a LoRA merged into W does not.
+    """
     return _with_bias(Branch(at=at, rank=size, act=act_of(act), tap="output", bias=_flag(bias)))
 
 
 def pfeiffer(size: int = 64, act: str = "relu", at: str = "block.out", bias: int = 1) -> tuple[Slot, ...]:
+    """h + B act(A h + a) + b on the residual stream at the end of each layer: one adapter a layer in place of Houlsby's
+    two (Pfeiffer et al. 2021, arXiv 2005.00247, section 3, the configuration that its search found).
+
+    Deviations: The paper's backbone is BERT, whose last norm stands around the adapter; where norms come first there is
+    none at this place.
+
+    Choose when: you want the adapter that AdapterHub's collections have, at half of `serial`'s cost, or with
+    bias=0 adapters to fuse with `fusion(at=block.out)`.
+    """
     return serial(size, act, at, bias)
 
 
 def parallel(
     size: int = 64, scale: float = 4.0, act: str = "relu", at: str = "ffn.out", bias: int = 0
 ) -> tuple[Slot, ...]:
+    """y + s B relu(A x), an adapter that reads what the feed-forward reads and is added to what it gives (He et al.
+    2022, arXiv 2110.04366, table 1 and section 4.5).
+
+    `scale` is s, fixed.
+
+    Deviations: None known for the default; biases are off as in the paper's code, `bias` 1 adds them.
+
+    Choose when: an adapter is wanted: beside the feed-forward it does better than after it in the paper, and it takes
+    no extra step after the sublayer. It does not merge.
+    """
     return _with_bias(Branch(at=at, rank=size, scale=scale, act=act_of(act), bias=_flag(bias)))
 
 
 def adaptformer(size: int = 64, scale: float = 0.1) -> tuple[Slot, ...]:
+    """y + 0.1 (B relu(A x + a) + b) beside the feed-forward: a parallel adapter with a small fixed factor, made for
+    vision transformers (Chen et al. 2022, arXiv 2205.13535, eq. 3).
+
+    Deviations: The paper's adapter reads its layer norm of x; here it reads what the feed-forward reads, which is the
+    norm's output where norms come first. b is not multiplied by s, which it absorbs.
+
+    Choose when: you follow a vision recipe, or `parallel` with its factor of 4 does not train stably.
+    """
     return parallel(size, scale, bias=1)
 
 
 def scaled_parallel(size: int = 64, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
-    """A parallel adapter whose factor s is trained, from 1 (AdapterHub's scaled_par_bn, without biases)."""
+    """A parallel adapter whose factor s is trained, from 1: y + s B relu(A x) (He et al. 2022, arXiv 2110.04366,
+    section 4.5 discusses the factor; as AdapterHub's scaled_par_bn).
+
+    Deviations: The paper's factor is a fixed hyperparameter; that it is learned is AdapterHub's. Without biases.
+
+    Choose when: you cannot afford to search for the factor of `parallel`.
+    """
     return (Branch(at=at, rank=size, act=act_of(act), form=DeclRef("scaled")),)
 
 
 def mam(length: int = 30, size: int = 512, scale: float = 4.0) -> tuple[Slot, ...]:
-    """Mix-and-match: a short prefix on attention and a large parallel adapter (He et al. 2022, section 4.6)."""
+    """Mix-and-match: a short prefix at attention and a large parallel adapter beside the feed-forward, the pair that He
+    et al. 2022 (arXiv 2110.04366, section 4.6) arrive at.
+
+    Deviations: The paper makes its prefix by a network while it trains; here the rows are free. Write `prefix-mlp(30) +
+    parallel(512)` for that.
+
+    Choose when: quality counts more than size: it trains ten times as many numbers as a LoRA of rank 8, and neither
+    part merges.
+    """
     return (*prefix(length), *parallel(size, scale))
 
 

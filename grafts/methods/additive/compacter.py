@@ -1,8 +1,4 @@
-"""Serial adapters whose two matrices are sums of Kronecker products, sum_i S_i (x) T_i, with S [n, n, n] shared by all
-sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647, section 3): T_i are full in a PHM adapter and of
-rank one in Compacter, which stands after each sublayer, or after the feed-forward alone (Compacter++: at=ffn.out).
-Without biases.
-"""
+"""Serial adapters whose two matrices are sums of Kronecker products."""
 
 from __future__ import annotations
 
@@ -22,10 +18,29 @@ Values = Mapping[str, "Tensor"]
 
 
 def compacter(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+    """Serial adapters whose two matrices are sums of Kronecker products, sum_i S_i (x) (s_i t_i^T), with the small S
+    [n, n, n] shared by all sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647, section 3).
+
+    At=ffn.out alone is the paper's Compacter++.
+
+    Deviations: Without biases, and layer norms are not trained beside it.
+
+    Choose when: a graft has to be tiny: an adapter of width d costs about d numbers a matrix. n must divide the widths
+    and the size.
+    """
     return _adapter("compacter", size, n, act, at)
 
 
 def phm(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+    """Serial adapters whose two matrices are sum_i S_i (x) T_i with full T_i [d / n, k / n] and the small S [n, n, n]
+    shared by all sites: the PHM layer that Compacter starts from (Karimi Mahabadi et al. 2021, arXiv 2106.04647,
+    section 3).
+
+    Deviations: Without biases, and layer norms are not trained beside it.
+
+    Choose when: `compacter`, whose T_i have rank one, is too small for the task: this one has 1 / n of an adapter's
+    numbers.
+    """
     return _adapter("phm", size, n, act, at)
 
 

@@ -1,11 +1,4 @@
-"""Context-aware prompt tuning: virtual tokens that are the embeddings E of a context's own tokens and a change of each
-within a ball, P = E + D with |D_i| <= epsilon_i sqrt(width / 2048); after every step D is projected back (Blau et al.
-2024, arXiv 2410.17222).
-
-A token's type i says what it is in the context, by i mod 4 as in PEFT: 1 and 3 format, 2 input, and 0 a label, whose
-row stays E. The loss is of the job's own tokens: the context's labels are not learned again, and no example is weighed
-less than another, so PEFT's configs with either are refused.
-"""
+"""Context-aware prompt tuning: virtual tokens that stay near a context's own."""
 
 from __future__ import annotations
 
@@ -31,8 +24,19 @@ _STAYS = 1e-10  # PEFT's radius of a label's ball
 def cpt(
     length: int = 20, ids: str = "", types: str = "", epsilon: float = 0.1, format_epsilon: float = 0.1
 ) -> tuple[Slot, ...]:
-    """`ids` are the context's tokens, joined by `|`, else the first sample's, repeated to `length`; `types` as many
-    types, all 1 if not given."""
+    """Context-aware prompt tuning: virtual tokens that start as the embeddings E of a context's own tokens and may move
+    within a ball around each, P = E + D with |D_i| <= epsilon_i sqrt(width / 2048); after every step D is projected
+    back (Blau et al. 2024, arXiv 2410.17222). The survey's CPT, continual prompt tuning, is another method and not
+    here.
+
+    `ids` are the context's tokens, joined by `|`, else the first sample's, repeated to `length`; `types` as many types,
+    all 1 if not given: by i mod 4, as in PEFT, 1 and 3 are format, 2 is input, and 0 is a label, whose row stays E.
+
+    Deviations: The loss is of the job's own tokens alone: the context's labels are not learned again, and no example
+    weighs less for its distance, so PEFT's configs that ask for either are refused.
+
+    Choose when: a good few-shot context is at hand and the data are so few that free prompts overfit.
+    """
     tokens = _numbers("ids", ids)
     length = len(tokens) or length
     kinds = _numbers("types", types)

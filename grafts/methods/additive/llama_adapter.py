@@ -1,6 +1,4 @@
-"""LLaMA-Adapter: every row also attends to a trained prompt P, in a softmax of its own times a gate that starts at 0,
-h += g softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, section 3.2; the gate enters as it is,
-as in PEFT). Biases of W_k and W_v are left out. Which layers is for the user to say: the paper takes the topmost."""
+"""LLaMA-Adapter: a prompt at every layer's attention, in a softmax of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +14,15 @@ if TYPE_CHECKING:
 
 
 def llama_adapter(length: int = 10) -> tuple[Slot, ...]:
+    """Every row also attends to a trained prompt P, in a softmax of its own times a gate that starts at 0: h += g
+    softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, section 3.2).
+
+    Deviations: The gate enters as it is, as in PEFT, where the authors' code takes its tanh; biases of W_k and W_v are
+    left out. The paper takes the topmost layers, here all do unless `@` says which.
+
+    Choose when: training must start exactly at the bare backbone and still use prompts. It costs a second softmax in
+    every chosen layer and does not merge.
+    """
     return (KV(length=length, aside=True, form=DeclRef("llama-adapter")),)
 
 

@@ -1,11 +1,8 @@
-"""Late prompt tuning: a trained prompt P enters before a middle layer, in front of the rows H there, and runs on with
-them through the frozen layers above, [P; H] (Liu et al. 2022, arXiv 2210.11292, section 3; without the paper's
-generator, which makes P of the input: "LPT w/o PG").
+"""Late prompt tuning: a prompt that enters at a layer.
 
 In a decoder the rows of P see none but themselves. So what they leave in the layers from there on, keys and values, is
-a function of P and the frozen weights alone: a form of a prefix, which the graft is when it is served. Other methods in
-the same graft do not act on these rows. Rotary positions are 0 to p - 1, the input's begin at p, as after any prefix;
-learned ones are added below and so are not P's.
+a function of P and the frozen weights alone: a form of a prefix, which the graft is when it is served. Rotary positions
+are 0 to p - 1, the input's begin at p, as after any prefix; learned ones are added below and so are not P's.
 """
 
 from __future__ import annotations
@@ -24,9 +21,18 @@ if TYPE_CHECKING:
 
 
 def lpt(length: int = 20) -> tuple[Slot, ...]:
-    """A prompt P enters before the first of its layers and runs on through the frozen ones, [P; H] (Liu et al. 2022,
-    section 3, without its generator). The paper takes the upper half, `lpt(20)@16-31`; P starts as what that layer
-    reads of a sample."""
+    """Late prompt tuning: a trained prompt P enters in front of the rows before the first of its layers and runs on
+    with them through the frozen ones, [P; H] (Liu et al. 2022, arXiv 2210.11292, section 3). P starts as what that
+    layer reads of a sample.
+
+    The paper takes the upper half of the layers: `lpt(20)@16-31` of 32.
+
+    Deviations: Without the paper's prompt generator, which makes P of the input: it is "LPT w/o PG" there. Other
+    methods in the same graft do not act on P's rows.
+
+    Choose when: prompt tuning converges too slowly: the gradient goes back half as far. Served it is a prefix of its
+    layers.
+    """
     return (KV(length=length, form=DeclRef("lpt")),)
 
 

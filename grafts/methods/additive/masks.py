@@ -1,12 +1,4 @@
-"""Adapters and LoRAs of which a binary mask keeps a part.
-
-- SparseAdapter (He et al. 2022, arXiv 2210.04284): a serial adapter pruned before it is trained, to its
-  largest starting values, to those without which the loss of the first samples would change most (SNIP), or at random.
-- ProPETL (Zeng et al. 2023, arXiv 2305.17682): one adapter for all sites, of which each keeps the elements
-  with its largest scores; a score gets the gradient of its mask.
-- CapaBoost (Song et al. 2024, arXiv 2407.01320): d LoRAs of the same A and B under d random masks, which
-  together have d times the rank.
-"""
+"""Adapters and LoRAs of which a binary mask keeps a part."""
 
 from __future__ import annotations
 
@@ -33,6 +25,17 @@ _CRITERIA = {"magnitude": "largest", "snip": "snip", "random": "bernoulli"}
 def sparse_adapter(
     size: int = 256, density: float = 0.2, by: str = "magnitude", act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
+    """A serial adapter that is pruned before it is trained, so that a wide one costs as much as a narrow dense one (He
+    et al. 2022, arXiv 2210.04284).
+
+    `by` is what stays: the largest starting values (magnitude), those without which the loss on the first samples would
+    change most (snip), or random ones.
+
+    Deviations: Of the paper's criteria SNIP, magnitude and random are here, Erdos-Renyi and GraSP are not. The mask
+    multiplies: no time or memory is saved, only numbers.
+
+    Choose when: you want a large bottleneck ("large-sparse") at a small number of parameters that learn.
+    """
     if by not in _CRITERIA:
         raise SpecError(f"peft: sparse-adapter.by: {by!r} is not a criterion; choices: {', '.join(_CRITERIA)}")
     form = DeclRef("sparse-adapter", (("density", _density(density)), ("by", by)))
@@ -40,6 +43,15 @@ def sparse_adapter(
 
 
 def propetl(size: int = 64, density: float = 0.5, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+    """One adapter for all sites, of which every site keeps the elements with its own largest scores: a prototype under
+    binary masks, a score having the gradient of its mask (Zeng et al. 2023, arXiv 2305.17682).
+
+    Deviations: Layers share the prototype, tasks do not: a job has one. The paper's forms over LoRA and prefixes are
+    left out. While it trains the scores are numbers of full size; a mask is a bit only when it is saved by others.
+
+    Choose when: many sites should share one adapter. What has to be kept for good is the prototype and a bit an
+    element.
+    """
     form = DeclRef("propetl", (("density", _density(density)),))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
@@ -47,6 +59,14 @@ def propetl(size: int = 64, density: float = 0.5, act: str = "gelu", at: str = "
 def capaboost(
     r: int = 8, alpha: float = 16.0, d: int = 2, density: float = 0.5, at: str = "linear", dropout: float = 0.0
 ) -> tuple[Slot, ...]:
+    """d LoRAs that share A and B under d fixed random masks, whose sum has up to d times the rank: dW = s sum_i (B *
+    M_i) (A * M'_i) (Song et al. 2024, arXiv 2407.01320).
+
+    Deviations: Only over LoRA; the paper also has it over adapters and prefixes. The masks multiply, so that it
+    computes with d times the ranks.
+
+    Choose when: LoRA's rank is the limit and its number of parameters must not grow.
+    """
     form = DeclRef("capaboost", (("d", max(d, 1)), ("density", _density(density))))
     return (Branch(at=at, rank=r * max(d, 1), scale=alpha / max(r, 1), dropout=dropout, form=form),)
 

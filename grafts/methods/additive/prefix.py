@@ -1,8 +1,4 @@
-"""Prefix tuning: trained keys and values before every layer's own (Li & Liang 2021, arXiv 2101.00190; without the MLP
-p-tuning v2, Liu et al. 2022, arXiv 2110.07602). With it, all rows are made by one network of two layers from one small
-embedding, [k_l; v_l] = W2_l tanh(W1 E + b1) + b2_l (Li & Liang 2021, section 4.3). A cartridge leaves its first rows as
-they start, so that what attends to nothing else goes on to attend to them (Eyuboglu et al. 2025, arXiv 2506.06266,
-section 3)."""
+"""Trained keys and values before every layer's own."""
 
 from __future__ import annotations
 
@@ -24,10 +20,31 @@ Values = Mapping[str, "Tensor"]
 
 
 def prefix(length: int = 10) -> tuple[Slot, ...]:
+    """Trained keys and values before every layer's own: K <- [P_k; K], V <- [P_v; V] (Li & Liang 2021, arXiv
+    2101.00190, section 4.2; trained without a network it is p-tuning v2, Liu et al. 2022, arXiv 2110.07602). They start
+    as the keys and values of real text.
+
+    `prefix-tuning` and `p-tuning-v2` mean this one, as PREFIX_TUNING does in PEFT; the paper's network that makes the
+    rows is `prefix-mlp`.
+
+    Deviations: Li & Liang train the rows through a network (`prefix-mlp`); p-tuning v2's classification head is not
+    here.
+
+    Choose when: quality is wanted from few numbers that are cheap to serve: the rows lie in the cache and cost nothing
+    else. It does not merge, and a high learning rate is needed.
+    """
     return (KV(length=length),)
 
 
 def prefix_mlp(length: int = 10, hidden: int = 512) -> tuple[Slot, ...]:
+    """Prefix rows made by one network of two layers from one small embedding, [k_l; v_l] = W2_l tanh(W1 E + b1) + b2_l,
+    while they are trained (Li & Liang 2021, arXiv 2101.00190, section 4.3).
+
+    Deviations: None known. What is served and written for PEFT is the rows that it made.
+
+    Choose when: `prefix` does not train stably. The network is large (its last layer makes all layers' rows), the graft
+    that is served is not.
+    """
     return (KV(length=length, form=network(hidden)),)
 
 
@@ -39,6 +56,17 @@ def network(hidden: int) -> DeclRef:
 
 
 def cartridge(length: int = 64, frozen: int = 1) -> tuple[Slot, ...]:
+    """A prefix that starts as the keys and values of a long text and is trained on, its first rows staying as they
+    start, so that what attends to nothing else goes on to attend to them (Eyuboglu et al. 2025, arXiv 2506.06266,
+    section 3).
+
+    `frozen` rows stay.
+
+    Deviations: The paper distils from the model with the whole text in its context ("self-study"); here the loss is of
+    the job's own samples.
+
+    Choose when: a text that many requests ask about is to be kept in a few hundred rows in place of its tokens.
+    """
     if not 0 < frozen < length:
         raise SpecError(f"peft: frozen: {frozen} of {length} rows; give at least 1, and fewer than all")
     return (KV(length=length, form=DeclRef("cartridge", (("frozen", frozen),))),)
@@ -92,7 +120,7 @@ def _operands(slot: KV, values: Mapping[str, Tensor], lowering: Lowering, hidden
 
 
 METHODS = (
-    Method("prefix", "arXiv 2101.00190", 5e-3, prefix, aliases=("p-tuning-v2",)),
+    Method("prefix", "arXiv 2101.00190", 5e-3, prefix, aliases=("prefix-tuning", "p-tuning-v2")),
     Method("prefix-mlp", "arXiv 2101.00190", 1e-3, prefix_mlp),
     Method("cartridge", "arXiv 2506.06266", 5e-3, cartridge),
 )

@@ -1,19 +1,13 @@
-"""Prompts in the input embeddings.
-
-Prompt tuning puts trained rows P before the embeddings of a sequence, [P; E(x)] (Lester et al. 2021, arXiv 2104.08691,
-section 2). P-tuning makes them by an encoder, a network of three layers or an LSTM with one of two (Liu et al. 2021,
-arXiv 2103.10385, section 3). DePT has a shorter P and adds A B to the embeddings of the first tokens, [P; E(x) + A B]
-(Shi & Lipani 2024, arXiv 2309.05173, section 2.2). Trainable tokens edit the rows of given tokens (Gal et al. 2022,
-arXiv 2208.01618, section 3), in the input only: where the head is tied to the embeddings, it keeps the old ones.
-"""
+"""Prompts in the input embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.sites import EMBED_SITE
 from polygraft.grafts.spec import DeclRef, Slot, SpecError, Tokens
 
 if TYPE_CHECKING:
@@ -28,7 +22,18 @@ _WIDE = DeclRef("normal", (("std", 1.0),))
 
 
 def prompt(length: int = 20, start: str = "text") -> tuple[Slot, ...]:
-    """`start`: the embeddings of the first sample's tokens, of random tokens, or random numbers."""
+    """Trained rows P before the embeddings of a sequence, [P; E(x)] (Lester et al. 2021, arXiv 2104.08691, section 2).
+
+    `start`: the embeddings of the first sample's tokens, of random tokens, or random numbers. On an image backbone it
+    is visual prompt tuning in its shallow form, which `vpt` means here; VPT-deep, with other rows in every layer, is
+    nearest to `prefix`.
+
+    Deviations: The paper trains with Adafactor at a rate of 0.3 and starts from class labels or common tokens; here
+    AdamW, and a sample's text.
+
+    Choose when: the smallest graft is wanted, or the backbone is large: below ten billion parameters others learn more.
+    Its rows take context.
+    """
     if start not in _STARTS:
         raise SpecError(f"peft: start: {start!r} is unknown; choices: {', '.join(_STARTS)}")
     made = {"text": None, "vocabulary": DeclRef("sampled-tokens"), "normal": _WIDE}[start]
@@ -36,18 +41,58 @@ def prompt(length: int = 20, start: str = "text") -> tuple[Slot, ...]:
 
 
 def p_tuning(length: int = 20, hidden: int = 128, encoder: str = "mlp") -> tuple[Slot, ...]:
+    """Virtual tokens that an encoder makes of a trained embedding while they are trained: a network of three layers, or
+    an LSTM of two with one of two behind it (Liu et al. 2021, arXiv 2103.10385, section 3).
+
+    Deviations: The rows stand before the input alone, as in PEFT, and not between a template's words; the paper's
+    encoder is the LSTM.
+
+    Choose when: `prompt` depends too much on its start. What is served is the rows.
+    """
     if encoder not in ("mlp", "lstm"):
         raise SpecError(f"peft: encoder: {encoder!r} is unknown; choices: mlp, lstm")
     return (Tokens(length=length, form=DeclRef(f"p-tuning-{encoder}", (("hidden", _size("hidden", hidden)),))),)
 
 
-def dept(length: int = 10, rows: int = 64, r: int = 8) -> tuple[Slot, ...]:
+def dept(length: int = 10, rows: int = 64, r: int = 8, ratio: float = 60.0) -> tuple[Slot, ...]:
+    """DePT: [P; E(x) + A B], a prompt P shorter by what A B of rank r is added to the embeddings of the first `rows`
+    tokens, and two learning rates (Shi & Lipani 2024, arXiv 2309.05173, section 2.2).
+
+    `ratio` is how many times as fast the prompt learns as the pair A, B: the job's learning rate is the prompt's. With
+    the defaults they are 3e-2 and 5e-4.
+
+    Deviations: P starts as the embeddings of the first sample's tokens; the paper's rates, for T5, are 0.3 to 0.5 and
+    1e-4 to 1e-3.
+
+    Choose when: prompt tuning is wanted at a lower cost of serving, since the rows before a sequence are fewer. It is
+    as sensitive to its learning rates as prompt tuning; lora learns more with less search.
+    """
+    if ratio <= 0:
+        raise SpecError(f"peft: dept.ratio: {ratio} is not a factor; give a positive number")
     low = DeclRef("low-rank-rows", (("r", _size("r", r)), ("std", 0.0)))
     return (Tokens(length=length), Tokens(length=rows, mode="add", form=low))
 
 
+def _two_rates(ratio: float = 60.0, **_: object) -> tuple[DeclRef, ...]:
+    return (DeclRef("dept", (("ratio", ratio),)),)
+
+
+def _slower_pair(tensor: TensorSpec, ratio: float) -> float:
+    """The pair's share of the learning rate; a LoRA beside has its A and B at other sites."""
+    own = tensor.site is not None and tensor.site.name == EMBED_SITE
+    return 1 / ratio if own and tensor.part in "AB" else 1.0
+
+
 def trainable_tokens(ids: str = "1|2") -> tuple[Slot, ...]:
-    """`ids`: numbers of tokens, joined by `|`."""
+    """New rows for given tokens in the table of embeddings, all others as they are: textual inversion (Gal et al. 2022,
+    arXiv 2208.01618, section 3), in PEFT trainable tokens.
+
+    `ids`: numbers of tokens, joined by `|`.
+
+    Deviations: Only the input's rows are edited: where the head is tied to the embeddings, it keeps the old ones.
+
+    Choose when: a few special tokens are to mean something, mostly beside another method.
+    """
     if not all(part.strip().isdecimal() for part in ids.split("|")):
         raise SpecError(f"peft: ids: {ids!r} are not numbers of tokens joined by |")
     found = tuple(int(part) for part in ids.split("|"))
@@ -129,9 +174,9 @@ def _sampled(tensor: TensorSpec, making: Making) -> Tensor:
 
 
 METHODS = (
-    Method("prompt", "arXiv 2104.08691", 3e-2, prompt, aliases=("prompt-tuning",)),
+    Method("prompt", "arXiv 2104.08691", 3e-2, prompt, aliases=("prompt-tuning", "vpt")),
     Method("p-tuning", "arXiv 2103.10385", 1e-3, p_tuning),
-    Method("dept", "arXiv 2309.05173", 3e-2, dept),
+    Method("dept", "arXiv 2309.05173", 3e-2, dept, hooks=_two_rates),
     Method("trainable-tokens", "arXiv 2208.01618", 5e-3, trainable_tokens, aliases=("textual-inversion",)),
 )
 PARAMETRIZATIONS = (
@@ -140,6 +185,7 @@ PARAMETRIZATIONS = (
     Parametrization("low-rank-rows", _low, _low_own),
 )
 STARTS = (Start("sampled-tokens", _sampled),)
+HOOKS = (Hook("dept", rate=_slower_pair),)
 _INITS = {"normal": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}
 
 

@@ -1,11 +1,4 @@
-"""Prompts P that are made of other numbers.
-
-DPT factors them, P = A B (Xiao et al. 2023, arXiv 2310.10094, section 3). Residual prompt tuning adds what a small
-shared network makes of each row, P + LayerNorm(W_up relu(W_down P)) (Razdaibiedina et al. 2023, arXiv 2305.03937,
-section 3). MPT multiplies a prompt by a matrix of rank one, P * (u v^T) (Wang et al. 2023, arXiv 2303.02861, section
-3; here of one task). XPrompt masks rows and then pieces of rows, those whose masks' gradients were smallest, and
-trains on (Ma et al. 2022, arXiv 2210.04457, section 3); a masked row stays in its place as zeros.
-"""
+"""Prompts P that are made of other numbers."""
 
 from __future__ import annotations
 
@@ -24,29 +17,62 @@ _EPS = 1e-5  # torch's own for a LayerNorm
 
 
 def dpt(length: int = 100, r: int = 10) -> tuple[Slot, ...]:
+    """A prompt as a product of two small matrices, P = A B with A [length, r] and B [r, hidden] (Xiao et al. 2023,
+    arXiv 2310.10094, section 3).
+
+    Deviations: Both factors start random, as in the paper; its choice of r by task is left to you.
+
+    Choose when: a long prompt is wanted at the price of a short one: r (length + hidden) numbers.
+    """
     return (Tokens(length=length, form=DeclRef("low-rank-rows", (("r", r), ("std", 1.0)))),)
 
 
 def residual_prompt(length: int = 10, size: int = 64) -> tuple[Slot, ...]:
+    """P + LayerNorm(W_up relu(W_down P)): a prompt and what a small network shared by its rows makes of each
+    (Razdaibiedina et al. 2023, arXiv 2305.03937, section 3).
+
+    Deviations: None known. What is served is the sum.
+
+    Choose when: prompt tuning is unstable over starts and rates, and short prompts are wanted.
+    """
     if size < 1:
         raise SpecError(f"peft: size: {size} is not a size; give at least 1")
     return (Tokens(length=length, form=DeclRef("residual-prompt", (("size", size),))),)
 
 
 def mpt(length: int = 100) -> tuple[Slot, ...]:
+    """A prompt times a matrix of rank one, P * (u v^T) (Wang et al. 2023, arXiv 2303.02861, section 3), as PEFT's
+    multitask prompt tuning holds it for one task.
+
+    Deviations: The paper distils P from several source tasks first and then adapts u and v to a target; a job here
+    trains P, u and v together, for its own task alone.
+
+    Choose when: you have PEFT's folders of multitask prompt tuning of one task, or go on from one with `from`; else
+    `prompt` says the same with fewer numbers.
+    """
     return (Tokens(length=length, form=DeclRef("rank-one-prompt")),)
 
 
-def xprompt(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
-    """`keep` of the rows outlive the first third of the steps, `keep_pieces` of their pieces the second."""
+def pruned_prompt(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
+    """A prompt of which rows and then pieces of rows are masked on the way, those whose masks' gradients were smallest,
+    and which trains on with what is left (after XPrompt: Ma et al. 2022, arXiv 2210.04457, section 3).
+
+    `keep` of the rows outlive the first third of the steps, `keep_pieces` of their pieces the second. A masked row
+    stays in its place as zeros.
+
+    Deviations: XPrompt rewinds what is left to earlier values and trains it once more, by which it means to find
+    lottery tickets; here training goes on from where it is, and hence the name. Masked rows still take context.
+
+    Choose when: you want to see which virtual tokens matter; for quality `prompt` does as well.
+    """
     for field, share in (("keep", keep), ("keep_pieces", keep_pieces)):
         if not 0 < share <= 1:
             raise SpecError(f"peft: {field}: {share} is outside (0, 1]")
-    return (Tokens(length=length, form=DeclRef("xprompt", (("pieces", pieces),))),)
+    return (Tokens(length=length, form=DeclRef("pruned-prompt", (("pieces", pieces),))),)
 
 
 def _pruning(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[DeclRef, ...]:
-    return (DeclRef("xprompt", (("keep", keep), ("keep_pieces", keep_pieces))),)
+    return (DeclRef("pruned-prompt", (("keep", keep), ("keep_pieces", keep_pieces))),)
 
 
 def _residual_own(slot: Tokens, place: SiteShape, size: int) -> Mapping[str, TensorDecl]:
@@ -133,14 +159,14 @@ METHODS = (
     Method("dpt", "arXiv 2310.10094", 3e-2, dpt),
     Method("residual-prompt", "arXiv 2305.03937", 3e-2, residual_prompt),
     Method("mpt", "arXiv 2303.02861", 3e-2, mpt),
-    Method("xprompt", "arXiv 2210.04457", 3e-2, xprompt, hooks=_pruning),
+    Method("pruned-prompt", "arXiv 2210.04457", 3e-2, pruned_prompt, hooks=_pruning),
 )
 PARAMETRIZATIONS = (
     Parametrization("residual-prompt", _residual, _residual_own),
     Parametrization("rank-one-prompt", _rank_one, _rank_one_own),
-    Parametrization("xprompt", _masked, _masked_own),
+    Parametrization("pruned-prompt", _masked, _masked_own, formerly="xprompt"),
 )
-HOOKS = (Hook("xprompt", gradient=_weigh, after_step=_prune),)
+HOOKS = (Hook("pruned-prompt", gradient=_weigh, after_step=_prune, formerly="xprompt"),)
 PEFT = (
     Peft(
         kind="MULTITASK_PROMPT_TUNING",

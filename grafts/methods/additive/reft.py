@@ -1,11 +1,4 @@
-"""ReFT: edits of the residual stream in a subspace of low rank (Wu et al. 2024, arXiv 2404.03592).
-
-LoReFT h + R^T (W h + b - R h) with orthonormal rows R (eq. 2), NoReFT the same with any R, DiReFT h + W2^T (W1 h + b)
-(eq. 3), of the prompt's `first` and `last` tokens alone (section 4), the same edit of both; where a prompt is shorter,
-each of its tokens is edited once. Generated tokens are not. With two terms, of first=7, last=0 and of first=0, last=7,
-the ends have edits of their own; with 0 and 0 every token is edited. R is the first columns of a product of Householder
-reflections, whose vectors are trained.
-"""
+"""ReFT: edits of the residual stream in a subspace of low rank, of the prompt's first and last tokens alone."""
 
 from __future__ import annotations
 
@@ -20,14 +13,46 @@ if TYPE_CHECKING:
 
 
 def loreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    """h + R^T (W h + b - R h) on the residual stream after each layer, R with orthonormal rows: an edit within a
+    subspace of rank r, of the prompt's first and last tokens alone (Wu et al. 2024, arXiv 2404.03592, eq. 2 and section
+    4).
+
+    `first` and `last` tokens of the prompt have the same edit; where a prompt is shorter each is edited once, and
+    generated tokens are not. Two terms, of first=7, last=0 and first=0, last=7, give the ends edits of their own; with
+    0 and 0 every token is edited.
+
+    Deviations: Both ends share one edit by default (tied, as the paper has it as an option). R is the first columns of
+    a product of Householder reflections, one of the maps of torch's orthogonal parametrisation, which the authors use.
+
+    Choose when: few numbers and a strong effect on instruction-like tasks are wanted. It edits rows of the prompt
+    alone, so decoding costs nothing; it does not merge.
+    """
     return (_edit(r, first, last, at, DeclRef("reft", (("orthonormal", 1),))),)
 
 
 def noreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    """LoReFT with any R in place of an orthonormal one, h + R^T (W h + b - R h) (in the authors' library; LoReFT is Wu
+    et al. 2024, arXiv 2404.03592, eq. 2).
+
+    `first` and `last` are as in `loreft`.
+
+    Deviations: None known beside those of `loreft`.
+
+    Choose when: `loreft`'s orthogonality costs too much time in training.
+    """
     return (_edit(r, first, last, at, DeclRef("reft", (("orthonormal", 0),))),)
 
 
 def direft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+    """h + W2^T (W1 h + b) on the residual stream of the prompt's first and last tokens: LoReFT without the difference
+    and the orthogonality (Wu et al. 2024, arXiv 2404.03592, eq. 3).
+
+    `first` and `last` are as in `loreft`.
+
+    Deviations: None known beside the shared edit of both ends.
+
+    Choose when: ReFT is wanted at its cheapest; the paper finds it a little behind LoReFT.
+    """
     return (_edit(r, first, last, at),)
 
 

@@ -1,5 +1,4 @@
-"""Mixtures of LoRA experts: y += s sum_i w_i B_i A_i x with weights from the row (MoLORA, HydraLoRA) or from a trained
-description of the task (MOELoRA)."""
+"""Mixtures of LoRA experts, y += s sum_i w_i B_i A_i x, with weights of the row or of the job."""
 
 from __future__ import annotations
 
@@ -14,19 +13,42 @@ if TYPE_CHECKING:
 
 
 def molora(r: int = 4, experts: int = 4, alpha: float = 8.0, at: str = "linear", top: int = 0) -> tuple[Slot, ...]:
-    """w = softmax(W_g x) of every row and site (Zadouri et al. 2023, arXiv 2309.05444); with `top` over the
-    highest alone (MoLA, Gao et al. 2024, arXiv 2402.08562)."""
+    """A mixture of LoRAs at every projection, y += s sum_i w_i B_i A_i x with w = softmax(W_g x) of every row (Zadouri
+    et al. 2023, arXiv 2309.05444); with `top` over the highest scores alone (MoLA, Gao et al. 2024, arXiv 2402.08562).
+
+    Deviations: MoLA gives layers different numbers of experts: write a term a group of layers, `molora(experts=2)@0-15
+    + molora(experts=6)@16-31`. There is no loss that balances the experts. All experts are computed, chosen or not.
+
+    Choose when: one job holds several kinds of text. It costs as much as a LoRA of all experts' ranks and does not
+    merge.
+    """
     return (_mixture(r, experts, alpha, at, top),)
 
 
 def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "linear") -> tuple[Slot, ...]:
-    """One A for all experts, a B each: y += s sum_i w_i B_i A x (Tian et al. 2024, arXiv 2404.19245)."""
+    """One A for all experts and a B each, weighed by the row: y += s sum_i w_i B_i A x, w = softmax(W_g x) (Tian et al.
+    2024, arXiv 2404.19245).
+
+    Deviations: The number of experts is yours to give; the paper finds it by clustering the data.
+
+    Choose when: `molora` is too large: the A is shared, so that an expert costs half.
+    """
     return (_mixture(r, experts, alpha, at, form=DeclRef("one_down")),)
 
 
-def moelora(r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16) -> tuple[Slot, ...]:
-    """w = softmax(W_T e) with e [task] the trained embedding of the job's task and one W_T for all sites; `r` is the
-    ranks of all experts together (Liu et al. 2023, arXiv 2310.18339). What is served is a plain LoRA."""
+def job_gated_experts(
+    r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16
+) -> tuple[Slot, ...]:
+    """Several LoRAs whose weights are the job's own, the same at all rows and sites: w = softmax(W_T e) with a trained
+    vector e and one W_T (after MOELoRA: Liu et al. 2023, arXiv 2310.18339).
+
+    `r` is the ranks of all experts together, `task` the length of e.
+
+    Deviations: MOELoRA trains the experts over several tasks, each with its own e, so that tasks share experts; a job
+    here has one task and one e, and hence the name. What is served is a plain LoRA.
+
+    Choose when: you mean to compare with MOELoRA's form; for one task LoRA has the same functions with fewer numbers.
+    """
     if experts < 1 or r % experts:
         raise SpecError(f"peft: experts: {experts} do not share rank {r} evenly")
     form = DeclRef("task_gate", (("experts", experts), ("task", task)))
@@ -70,7 +92,7 @@ def _task_gate(
 METHODS = (
     Method("molora", "arXiv 2309.05444", 3e-4, molora),
     Method("hydralora", "arXiv 2404.19245", 3e-4, hydralora),
-    Method("moelora", "arXiv 2310.18339", 3e-4, moelora),
+    Method("job-gated-experts", "arXiv 2310.18339", 3e-4, job_gated_experts),
 )
 PARAMETRIZATIONS = (
     Parametrization("one_down", _one_down, _one_down_own),

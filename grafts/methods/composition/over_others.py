@@ -1,14 +1,5 @@
-"""Methods over grafts that were trained before and stay as they are; `of` names them.
-
-MeteoRA weighs LoRAs row by row, y += sum_i w_i s_i B_i A_i x with w a softmax over the `top` highest of G x at every
-site (Xu et al. 2024, arXiv 2405.13053, section 3). MoLE's gate reads what the LoRAs give, w = softmax(e [E_1 x; ...;
-E_N x]) (Wu et al. 2024, arXiv 2404.13628, section 3), here of the row alone and without its normalisation. O-LoRA
-learns one LoRA more, orthogonal to the others by a penalty lambda sum |A_i A^T|^2 (Wang et al. 2023, arXiv 2310.14152,
-section 3). AdapterFusion attends to the outputs z_i of adapters, h + sum_i softmax_i((h Q) (z_i K)^T) z_i V (Pfeiffer
-et al. 2021, arXiv 2005.00247, section 3).
-
-`r` or `size` is the largest that one of the others has; where one has nothing, it adds nothing.
-"""
+"""Methods over grafts that were trained before and stay as they are; `of` names them. `r` or `size` is the largest that
+one of the others has; where one has nothing, it adds nothing."""
 
 from __future__ import annotations
 
@@ -33,20 +24,50 @@ Parts = Mapping[str, TensorDecl]
 
 
 def meteora(r: int = 8, at: str = "linear", top: int = 2, *, of: str = "one|two") -> tuple[Slot, ...]:
+    """Trained LoRAs stay as they are and a gate weighs them row by row: y += sum_i w_i s_i B_i A_i x with w a softmax
+    over the `top` highest of G x at every site (Xu et al. 2024, arXiv 2405.13053, section 3).
+
+    `of` names them; `r` is the largest rank that one has, and where one has nothing it adds nothing.
+
+    Deviations: None known in the forward; the paper's accelerated kernels for it are others than ours.
+
+    Choose when: several finished LoRAs are to be combined by what is asked, and examples of all their uses are at hand.
+    """
     count = len(source_names(of))
     form, top = DeclRef("meteora", (("of", of),)), min(top, count)
     return (Branch(at=at, rank=count * r, gate="softmax", experts=count, top=top, form=form),)
 
 
-def mole(r: int = 8, at: str = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
+def output_gated_loras(r: int = 8, at: str = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
+    """Trained LoRAs stay as they are and a gate that reads what they give weighs them: y += sum_i w_i E_i x with w =
+    softmax(e [E_1 x; ...; E_N x]) and E_i = s_i B_i A_i, row by row (after MoLE: Wu et al. 2024, arXiv 2404.13628,
+    section 3).
+
+    `of` names them; `r` is the largest rank that one has.
+
+    Deviations: MoLE normalises the concatenated outputs, reads them flattened over the whole sequence, has a trained
+    temperature and adds a loss that balances the gate; here the gate is linear in its own row alone, and hence the
+    name.
+
+    Choose when: LoRAs are to be combined by what they do rather than by the input; `meteora` has the smaller gate.
+    """
     count = len(source_names(of))
-    return (Branch(at=at, rank=count * r, gate="softmax", experts=count, form=DeclRef("mole", (("of", of),))),)
+    return (Branch(at=at, rank=count * r, gate="softmax", experts=count, form=DeclRef("output-gated", (("of", of),))),)
 
 
 def o_lora(
     r: int = 8, alpha: float = 16.0, at: str = "linear", old: int = 8, penalty: float = 0.5, *, of: str = "one"
 ) -> tuple[Slot, ...]:
-    """`old` is the largest rank of the others, `penalty` lambda."""
+    """One LoRA more beside trained ones, kept orthogonal to them by a penalty lambda sum |A_i A^T|^2 (Wang et al. 2023,
+    arXiv 2310.14152, section 3).
+
+    `of` names the others, which are part of the graft; `old` is the largest rank of them, `penalty` lambda.
+
+    Deviations: The authors' code takes the absolute values of A_i A^T in place of their squares; the paper's formula is
+    followed. Its L2 penalty on the new LoRA is left to weight_decay.
+
+    Choose when: tasks come one after another and the earlier ones must not suffer.
+    """
     if r < 1:
         raise SpecError(f"peft: r: {r} is not a size; give at least 1")
     form = DeclRef("o-lora", (("of", of), ("r", r), ("scale", alpha / r)))
@@ -60,7 +81,16 @@ def _penalties(
 
 
 def fusion(size: int = 64, act: str = "gelu", at: str = "ffn.out", *, of: str = "one|two") -> tuple[Slot, ...]:
-    """Of serial adapters without biases, at the places that they stand at."""
+    """AdapterFusion: every row attends to the outputs z_i of trained adapters, h + sum_i softmax_i((h Q) (z_i K)^T) z_i
+    V (Pfeiffer et al. 2021, arXiv 2005.00247, section 3.2).
+
+    `of` names serial adapters without biases, at the places that they stand at; `size` is the largest of theirs.
+
+    Deviations: V starts as the identity as in AdapterHub; its regulariser, which keeps V there, is left out.
+
+    Choose when: several adapters know parts of a task. Q, K and V are dense [hidden, hidden] at each site, which is far
+    larger than the adapters.
+    """
     count = len(source_names(of))
     form, rank = DeclRef("fusion", (("of", of),)), count * size
     return (Branch(at=at, rank=rank, act=act_of(act), tap="output", gate="attention", experts=count, form=form),)
@@ -82,11 +112,11 @@ def _as_they_are(slot: Branch, values: Values, lowering: Lowering, of: str) -> V
     return values
 
 
-def _mole_own(slot: Branch, place: SiteShape, of: str) -> Parts:
+def _output_gated_own(slot: Branch, place: SiteShape, of: str) -> Parts:
     return {**_others(slot, place, of), "e": TensorDecl((slot.experts, slot.experts * place.d_out))}
 
 
-def _mole(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
+def _output_gated(slot: Branch, values: Values, lowering: Lowering, of: str) -> Values:
     """e [E_1; ...; E_N] is linear in the row."""
     A, B = (values[part].view(slot.experts, slot.rank // slot.experts, -1) for part in "AB")
     e = values["e"].view(slot.experts, slot.experts, -1).transpose(0, 1)  # [of which output, for which expert, d]
@@ -197,13 +227,13 @@ def _at(graft: BoundGraft, site: Site | None) -> Iterator[tuple[int, Branch]]:
 
 METHODS = (
     Method("meteora", "arXiv 2405.13053", 1e-3, meteora),
-    Method("mole", "arXiv 2404.13628", 1e-3, mole),
+    Method("output-gated-loras", "arXiv 2404.13628", 1e-3, output_gated_loras),
     Method("o-lora", "arXiv 2310.14152", 3e-4, o_lora, hooks=_penalties),
     Method("fusion", "arXiv 2005.00247", 1e-4, fusion, aliases=("adapter-fusion",)),
 )
 PARAMETRIZATIONS = (
     Parametrization("meteora", _as_they_are, _meteora_own),
-    Parametrization("mole", _mole, _mole_own),
+    Parametrization("output-gated", _output_gated, _output_gated_own, formerly="mole"),
     Parametrization("o-lora", _o_lora, _o_lora_own),
     Parametrization("fusion", _fusion, _fusion_own),
 )

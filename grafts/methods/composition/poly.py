@@ -1,10 +1,4 @@
-"""Polytropon and multi-head routing: y += (1 / r) B A x of a mixture of skills, A = sum_s w_s A_s and B = sum_s w_s
-B_s, w = sigmoid(z) / sum sigmoid(z) (Ponti et al. 2023, arXiv 2202.13914); with splits the inputs and outputs are cut
-into as many blocks, each with weights of its own (Caccia et al. 2023, arXiv 2211.03831).
-
-A graft is of one task. In training sigmoid(z) is a draw of the relaxed Bernoulli distribution of logits z at a
-temperature of 1, here one a step and projection, in PEFT one a sequence.
-"""
+"""Polytropon and multi-head routing: a LoRA that is a mixture of skills."""
 
 from __future__ import annotations
 
@@ -26,7 +20,17 @@ _EPS, _SPREAD = 1e-12, 1e-3  # PEFT's own
 
 
 def poly(r: int = 8, skills: int = 4, splits: int = 1, at: str = "linear") -> tuple[Slot, ...]:
-    """`skills` are the LoRAs that each projection mixes, `splits` the blocks that mix them in their own way."""
+    """Polytropon: y += (1 / r) B A x of a mixture of skills, A = sum_s w_s A_s and B = sum_s w_s B_s with w =
+    sigmoid(z) / sum sigmoid(z) (Ponti et al. 2023, arXiv 2202.13914); with splits the inputs and outputs are cut into
+    as many blocks, each with weights of its own (MHR: Caccia et al. 2023, arXiv 2211.03831).
+
+    `skills` are the LoRAs that each projection mixes, `splits` the blocks that mix them in their own way.
+
+    Deviations: A graft is of one task, so the matrix of tasks and skills has one row. In training sigmoid(z) is a draw
+    of the relaxed Bernoulli distribution at a temperature of 1, here one a step and projection, in PEFT one a sequence.
+
+    Choose when: you bring PEFT's Poly folders of one task; several tasks, for which it was made, are several jobs here.
+    """
     for name, count in (("skills", skills), ("splits", splits)):
         if count < 1:
             raise SpecError(f"peft: poly.{name}: {count} is not a number of them; give at least 1")

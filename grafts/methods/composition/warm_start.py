@@ -1,11 +1,4 @@
-"""Grafts that go on from others.
-
-`from` is written beside what is trained, `lora(r=8) + from(of=support)`: all tensors start as those of a graft with the
-same slots, or as the mean of several. A prompt that starts from one of another task is SPoT (Vu et al. 2022, arXiv
-2110.07904). Intrinsic prompt tuning moves only inside the subspace that prompts of other tasks span, P = m +
-sum_i z_i D_i (Qin et al. 2021, arXiv 2110.07867, section 3); D are the principal components of their prompts, where the
-paper trains an auto-encoder.
-"""
+"""Grafts that go on from others."""
 
 from __future__ import annotations
 
@@ -24,24 +17,53 @@ if TYPE_CHECKING:
 
 
 def go_on(*, of: str = "one") -> tuple[Slot, ...]:
+    """A way to start, written beside what is trained: `lora(r=8) + from(of=support)` starts all tensors as those of a
+    trained graft with the same slots, or as the mean of several.
+
+    `of` names them, joined by `|`.
+
+    Deviations: It is no paper's method; SPoT (Vu et al. 2022, arXiv 2110.07904) is its case for prompts.
+
+    Choose when: more data of a task have come, or a related task is at hand. The optimiser starts anew.
+    """
     return ()
 
 
-def _from(*, of: str = "one") -> tuple[DeclRef, ...]:
+def go_on_hooks(*, of: str = "one") -> tuple[DeclRef, ...]:
+    """What makes all tensors of a graft start as those of the grafts `of`."""
     if not source_names(of):
         raise SpecError("of: it is empty; name the graft to start from")
     return (DeclRef("from", (("of", of),)),)
 
 
 def spot(length: int = 20, *, of: str = "one") -> tuple[Slot, ...]:
+    """SPoT: a prompt that starts as one trained on another task, or as the mean of several (Vu et al. 2022, arXiv
+    2110.07904).
+
+    `of` names the prompts, of `length` rows each.
+
+    Deviations: The paper finds source tasks by the similarity of their prompts; here you name them.
+
+    Choose when: a job has few examples and a prompt of a related task exists.
+    """
     return (Tokens(length=length),)
 
 
 def _spot(length: int = 20, *, of: str = "one") -> tuple[DeclRef, ...]:
-    return _from(of=of)
+    return go_on_hooks(of=of)
 
 
 def ipt(length: int = 20, d: int = 1, *, of: str = "one|two") -> tuple[Slot, ...]:
+    """Intrinsic prompt tuning: a prompt that moves only inside the subspace which prompts of other tasks span, P = m +
+    sum_i z_i D_i, z alone being trained (Qin et al. 2021, arXiv 2110.07867, section 3).
+
+    `of` names the prompts, `d` is how many numbers are trained, fewer than prompts.
+
+    Deviations: The paper finds the subspace by an auto-encoder over many tasks' prompts; here D are the principal
+    components of the prompts that are named.
+
+    Choose when: there are many prompts and almost no examples: z has a few numbers.
+    """
     if not 1 <= d < len(source_names(of)):
         raise SpecError(
             f"peft: d: {d} dimensions of {len(source_names(of))} prompts; give at least 1, and fewer than them"
@@ -93,7 +115,7 @@ def _prompt(spec: GraftSpec, name: str = "it") -> int:
 
 
 METHODS = (
-    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=_from),
+    Method("from", "arXiv 2110.07904", 1.0, go_on, hooks=go_on_hooks),
     Method("spot", "arXiv 2110.07904", 3e-2, spot, hooks=_spot),
     Method("ipt", "arXiv 2110.07867", 3e-1, ipt),
 )

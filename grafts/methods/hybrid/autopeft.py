@@ -1,6 +1,4 @@
-"""AutoPEFT's unions: a serial and a parallel adapter of the feed-forward and a prefix, each of a size of its own or off
-(Zhou et al. 2024, arXiv 2301.12132, section 3.1). The layers that have them are those after `@`; `tuning/space.py` is
-the space of all."""
+"""AutoPEFT's unions."""
 
 from polygraft.grafts.methods.additive.adapters import parallel
 from polygraft.grafts.methods.additive.adapters import serial as serial_adapter
@@ -10,7 +8,16 @@ from polygraft.grafts.spec import Slot, SpecError
 
 
 def autopeft(serial: int = 48, beside: int = 48, prefix: int = 8) -> tuple[Slot, ...]:
-    """Sizes of the serial adapter, the parallel one (`beside`) and the prefix; 0 leaves one out."""
+    """A serial and a parallel adapter of the feed-forward and a prefix, each of a size of its own or off, in the layers
+    after `@`: a point of AutoPEFT's space (Zhou et al. 2024, arXiv 2301.12132, section 3.1).
+
+    Sizes of the serial adapter, the parallel one (`beside`) and the prefix; 0 leaves one out. `tuning/space.py` is the
+    space of all, which `polygraft search` searches.
+
+    Deviations: The paper makes the prefix by a network of 800 neurons; here its rows are free.
+
+    Choose when: a search chose the sizes. By hand `mam` is the simpler union.
+    """
     if not (serial or beside or prefix):
         raise SpecError("peft: autopeft: all three sizes are 0, so nothing would be trained; give one of them")
     return (

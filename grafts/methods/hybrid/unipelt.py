@@ -1,11 +1,5 @@
-"""UniPELT: every row opens a LoRA, an adapter and a prefix by a gate of its own (Mao et al. 2022, arXiv 2110.07577,
-section 3), W x + G_L B A x on queries and values, h + G_A B act(A h) after the feed-forward, and keys and values
-[G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G input).
-
-A gate reads its module's direct input: what the projections, the adapter and attention read. It is the row's own, where
-the authors' code takes the mean over the sequence for adapter and prefix, which a decoder does not know while it
-writes.
-"""
+"""UniPELT and APT: gates on LoRAs, adapters and prefix rows. A gate reads its module's direct input, what the
+projections, the adapter and attention read, of its own row."""
 
 from __future__ import annotations
 
@@ -23,7 +17,18 @@ if TYPE_CHECKING:
 def unipelt(
     r: int = 8, size: int = 48, length: int = 10, hidden: int = 512, at: str = "attn.[qv]", adapter: str = "ffn.out"
 ) -> tuple[Slot, ...]:
-    """The prefix is made by a network of `hidden` neurons."""
+    """A LoRA on queries and values, an adapter after the feed-forward and a prefix, each opened by a gate of its own at
+    every row: W x + G_L B A x, h + G_A B act(A h), keys and values [G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G
+    input) (Mao et al. 2022, arXiv 2110.07577, section 3).
+
+    The prefix is made by a network of `hidden` neurons.
+
+    Deviations: A gate is of the row that it opens for and reads what its module reads. The authors' code takes the mean
+    over the sequence for adapter and prefix, which a decoder does not know while it writes.
+
+    Choose when: it is not known which of the three suits the task. It does not merge, and the gated prefix lies in no
+    cache.
+    """
     rows = KV(length=length, aside=True, gate="sigmoid", form=network(hidden))
     return (*unipelt_al(r, size, at, adapter), rows)
 
@@ -31,7 +36,15 @@ def unipelt(
 def unipelt_al(
     r: int = 8, size: int = 48, at: str = "attn.[qv]", adapter: str = "ffn.out", scale: float = 1.0
 ) -> tuple[Slot, ...]:
-    """Without the prefix. `scale` is LoRA's beside its gate, which replaces it in the paper."""
+    """UniPELT without its prefix: a LoRA and an adapter, each with a gate at every row, W x + s G_L B A x and h + G_A B
+    act(A h) (Mao et al. 2022, arXiv 2110.07577, its variant of adapter and LoRA).
+
+    `scale` is LoRA's beside its gate, which replaces it in the paper.
+
+    Deviations: The adapter's gate is of the row, where the authors' code takes the mean over the sequence.
+
+    Choose when: `unipelt`'s gated prefix costs too much in attention.
+    """
     return (
         Branch(at=at, rank=r, scale=scale, gate="sigmoid"),
         Branch(at=adapter, rank=size, act="relu", tap="output", gate="sigmoid"),
@@ -39,8 +52,15 @@ def unipelt_al(
 
 
 def apt(length: int = 16) -> tuple[Slot, ...]:
-    """APT: a gate for every prefix row and a factor for every layer, l a * [P_k; P_v] with a = sigmoid(W x), x what
-    attention reads (Zhang et al. 2023, arXiv 2305.15212, section 3)."""
+    """Adaptive prefix tuning: a gate for every prefix row and a factor for every layer, l a * [P_k; P_v] with a =
+    sigmoid(W x), x what attention reads (Zhang et al. 2023, arXiv 2305.15212, section 3).
+
+    Deviations: The gates are of the row that attends, computed from its own input; the rows are free, where the
+    authors' code may make them by a network.
+
+    Choose when: `prefix` is wanted with rows that open where they are of use. The rows lie in no cache and cost a
+    second softmax.
+    """
     return (KV(length=length, aside=True, gate="sigmoid", experts=length, form=DeclRef("apt")),)
 
 

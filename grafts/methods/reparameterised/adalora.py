@@ -1,10 +1,10 @@
-"""AdaLoRA: y += s P diag(E) Q x with the budget of ranks shared out by importance (Zhang et al. 2023, arXiv 2303.10512,
-eq. 3), in PEFT's form.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA as P diag(E) Q, with the budget of ranks shared out by
+importance.
 
-Here A is Q [rank, in], B is P^T [rank, out]. P and Q are kept near orthogonal by a penalty (eq. 4, not squared, as in
-PEFT). A triplet's importance is that of E plus the means of P's and Q's (eq. 7) under the product of smoothed
-sensitivity |w dL/dw| and its smoothed uncertainty (eq. 9-11). The budget falls along a cubic (eq. 12); the E of the
-triplets outside it are set to 0. What is smoothed lies beside the weights, as tensors that are not trained.
+Here A is Q [rank, in], B is P^T [rank, out]. P and Q are kept near orthogonal by a penalty. A triplet's importance is
+that of E plus the means of P's and Q's (eq. 7) under the product of smoothed sensitivity |w dL/dw| and its smoothed
+uncertainty (eq. 9-11). The budget falls along a cubic (eq. 12); the E of the triplets outside it are set to 0. What is
+smoothed lies beside the weights, as tensors that are not trained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SMOOTHING = 0.85  # both betas of PEFT's default
+_PENALTIES = ("norms", "squares")
 
 
 def adalora(
@@ -32,9 +33,24 @@ def adalora(
     final: float = 0.3,
     every: int = 10,
     orthogonal: float = 0.5,
+    penalty: str = "norms",
 ) -> tuple[Slot, ...]:
-    """`r` ranks a site at first and `target` in the mean at last. The budget stays whole for the first `warmup` of all
-    steps and is final for the last `final`; between them ranks are pruned each `every` steps."""
+    """AdaLoRA: y += s P diag(E) Q x (Zhang et al. 2023, arXiv 2303.10512, eq. 3), where the E of the triplets that
+    matter least to the loss are set to 0 (eq. 7-12).
+
+    `r` ranks a site at first and `target` in the mean at last. The budget stays whole for the first `warmup` of all
+    steps and is final for the last `final`; between them ranks are pruned each `every` steps. `orthogonal` is the
+    factor of the penalty that keeps P and Q near orthogonal: `norms` is that of the authors' code and of PEFT, the mean
+    of |P^T P - I| and |Q Q^T - I| over all matrices, `squares` the paper's, the sum of their squares (eq. 4).
+
+    Deviations: the default penalty is not the paper's (write penalty=squares, and a smaller factor: it sums over all
+    sites). As in PEFT, alpha is divided by the ranks at first, and both smoothing factors are 0.85.
+
+    Choose when: projections differ in how many ranks they deserve and a budget is fixed. It trains more than it keeps,
+    and plain lora with a tuned learning rate is often as good.
+    """
+    if penalty not in _PENALTIES:
+        raise SpecError(f"peft: adalora.penalty: {penalty!r} is unknown; choices: {', '.join(_PENALTIES)}")
     if not 0 < target <= r:
         raise SpecError(f"peft: adalora.target: {target} is not between 1 and the {r} ranks that training starts with")
     if warmup < 0 or final < 0 or warmup + final >= 1 or every < 1:
@@ -49,10 +65,11 @@ def _hooks(
     final: float = 0.3,
     every: int = 10,
     orthogonal: float = 0.5,
+    penalty: str = "norms",
     **_: object,
 ) -> tuple[DeclRef, ...]:
     pruning = (("target", target), ("warmup", warmup), ("final", final), ("every", every))
-    return (DeclRef("adalora", (("orthogonal", orthogonal), *pruning)),)
+    return (DeclRef("adalora", (("orthogonal", orthogonal), ("penalty", penalty), *pruning)),)
 
 
 def _own(slot: Branch, place: SiteShape) -> Mapping[str, TensorDecl]:
@@ -69,12 +86,12 @@ def _operands(slot: Branch, values: Mapping[str, Tensor], lowering: Lowering) ->
     return {"A": values["E"].unsqueeze(1) * values["A"], "B": values["B"]}
 
 
-def _penalty(values: Mapping[str, Tensor], orthogonal: float, **_: object) -> Tensor:
+def _penalty(values: Mapping[str, Tensor], orthogonal: float, penalty: str = "norms", **_: object) -> Tensor:
     import torch
 
     factors = [values[stem + part] for stem in _stems(values) for part in "AB"]
-    gaps = [torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows)).to(rows)) for rows in factors]
-    return orthogonal * torch.stack(gaps).mean()
+    gaps = torch.stack([torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows)).to(rows)) for rows in factors])
+    return orthogonal * (gaps.square().sum() if penalty == "squares" else gaps.mean())
 
 
 def _after_step(

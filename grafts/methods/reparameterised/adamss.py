@@ -1,11 +1,4 @@
-"""AdaMSS: the rows of W fall into K clusters by their coordinates in its r largest right singular directions N, and
-each cluster k takes a small update of its own in these directions, dW_k = B_k A_k N, with only A_k and B_k trained (as
-PEFT 0.21 has it, without the pruning of clusters on the way).
-
-A_k starts as the main directions of the cluster's rows, B_k at 0. Where a projection has a bias PEFT's N reads a
-constant, too, which no column of W is, and ours does not. PEFT's folders do not say which row is in which cluster: it
-asks scikit-learn again when it loads one, so they are not read here.
-"""
+"""AdaMSS: small updates of clusters of W's rows. A_k starts as the main directions of the cluster's rows, B_k at 0."""
 
 from __future__ import annotations
 
@@ -27,7 +20,19 @@ _ROUNDS = 10  # of k-means, as in PEFT
 
 
 def adamss(r: int = 100, subspaces: int = 5, rank: int = 1, at: str = "attn.[qv]") -> tuple[Slot, ...]:
-    """`r` directions of W, or as many as it has; `subspaces` clusters of its rows, each with an update of `rank`."""
+    """The rows of W fall into K clusters by their coordinates in its r largest right singular directions N, and each
+    cluster k takes a small update of its own in these directions, dW_k = B_k A_k N, with only A_k and B_k trained (as
+    PEFT 0.21 has it).
+
+    `r` directions of W, or as many as it has; `subspaces` clusters of its rows, each with an update of `rank`.
+
+    Deviations: Without the pruning of clusters on the way. Where a projection has a bias PEFT's N reads a constant,
+    too, which no column of W is, and ours does not. PEFT's folders do not say which row is in which cluster, so they
+    are not read.
+
+    Choose when: a graft should be small and sensitive to W's own structure; its start takes an SVD and k-means of each
+    W.
+    """
     if min(r, subspaces, rank) < 1:
         raise SpecError(f"peft: adamss: r {r}, subspaces {subspaces}, rank {rank} are not sizes; give at least 1")
     form = DeclRef("adamss", (("r", r), ("subspaces", subspaces)))

@@ -1,10 +1,4 @@
-"""LoRAs whose factors are read out of one vector or bank of vectors that all sites share.
-
-- VB-LoRA (Li et al. 2024, arXiv 2405.15179): every piece of A and B is a mixture of the k vectors of the bank
-  that it gives the largest logits.
-- Uni-LoRA (Li et al. 2025, arXiv 2506.00799): every element of A and B is one of the d elements of a vector,
-  over the root of how often that is used.
-"""
+"""LoRAs whose factors are read out of one vector or bank of vectors that all sites share."""
 
 from __future__ import annotations
 
@@ -29,6 +23,17 @@ Values = Mapping[str, "Tensor"]
 def vblora(
     r: int = 4, vectors: int = 256, length: int = 256, k: int = 2, at: str = "linear", dropout: float = 0.0
 ) -> tuple[Slot, ...]:
+    """LoRA whose A and B are cut into pieces, each a mixture of the k vectors of one shared bank that it gives the
+    largest logits (Li et al. 2024, arXiv 2405.15179).
+
+    `vectors` of `length` are in the bank, which all sites share.
+
+    Deviations: Kept with all logits, where the paper stores the k largest of them, so that it can be trained on; the
+    widths must be multiples of `length`.
+
+    Choose when: what is stored has to be tiny. While it trains it has `vectors` logits a piece, more than LoRA has
+    numbers.
+    """
     if not 1 <= k <= vectors:
         raise SpecError(f"peft: vblora.k: {k} of {vectors} vectors; give 1 to {vectors}")
     form = DeclRef("vblora", (("vectors", vectors), ("length", length), ("k", k)))
@@ -36,6 +41,13 @@ def vblora(
 
 
 def unilora(r: int = 4, d: int = 256, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """LoRA whose every element of A and B is one of the d elements of one trained vector, over the root of how often
+    that is used: a fixed isometric projection of d numbers into LoRA's space (Li et al. 2025, arXiv 2506.00799).
+
+    Deviations: None known. Which element is which is drawn from the job's seed and kept in the file.
+
+    Choose when: the number of trained parameters is to be set at will, down to a few hundred for a whole model.
+    """
     return (Branch(at=at, rank=r, dropout=dropout, form=DeclRef("unilora", (("d", d),))),)
 
 

@@ -6,8 +6,6 @@
 - GraLoRA (Jung et al. 2025, arXiv 2505.20355): W in k x k blocks with a LoRA of rank r / k each.
 - BD-LoRA (arXiv 2510.23346): LoRA with B block-diagonal at `at`, and A at `rows`, so that both can be cut
   with W over several devices.
-- QA-LoRA (Xu et al. 2023, arXiv 2309.14717, algorithm 1): y += s B A pool(x) with pool the sums of groups of inputs, so
-  that it merges into the zero points of groupwise quantised weights.
 """
 
 from __future__ import annotations
@@ -30,15 +28,39 @@ Values = Mapping[str, "Tensor"]
 
 
 def miss(r: int = 64, mini: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
-    """`mini` is the period of D, 0 for none."""
+    """y += D^T sum_j x_j over the pieces x_j of x of width r, so that all pieces share one matrix D [r, out] (Kang &
+    Yin 2024, arXiv 2409.15371, there first called Bone).
+
+    `mini` is the period of D in the output, 0 for none.
+
+    Deviations: None known; the authors' fused kernels are not here.
+
+    Choose when: LoRA's memory and time are too much: it has one matrix in place of two and no random start.
+    """
     return (Branch(at=at, rank=r, dropout=dropout, form=DeclRef("miss", (("mini", mini),))),)
 
 
 def bat(r: int = 16, at: str = "linear") -> tuple[Slot, ...]:
+    """dW = W_b D_b + D_b over blocks of r x r, an update that reads W itself (Kang & Yin 2024, arXiv 2409.15371, the
+    variant Bat).
+
+    Deviations: Held against PEFT's init_weights="bat".
+
+    Choose when: MiSS converges too slowly. It makes a dense dW at each site in every step, which takes far more time
+    and memory.
+    """
     return (Delta(at=at, form=DeclRef("bat", (("r", r),))),)
 
 
 def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """W in k x k blocks with a LoRA of rank r / k each, so that the whole has up to k times LoRA's rank at its number
+    of parameters (Jung et al. 2025, arXiv 2505.20355).
+
+    Deviations: The paper's hybrid with a plain LoRA beside it is the union `gralora + lora`.
+
+    Choose when: LoRA of a high rank overfits or saturates; k divides the rank and the widths. It computes with r k
+    ranks.
+    """
     if k < 1 or r % k:
         raise SpecError(f"peft: gralora.k: {k} does not divide the rank {r}; give a divisor")
     return (Branch(at=at, rank=r * k, scale=alpha / max(r, 1), dropout=dropout, form=DeclRef("gralora", (("k", k),))),)
@@ -51,7 +73,15 @@ def bdlora(
     at: str = "attn.[qkv]|ffn.gate|ffn.up",
     rows: str = "attn.o|ffn.down",
 ) -> tuple[Slot, ...]:
-    """`at` and `rows` may be empty."""
+    """LoRA with B block-diagonal at the sites `at`, and A at `rows`, so that both factors can be cut with W over
+    several devices without talking (arXiv 2510.23346).
+
+    `at` and `rows` may be empty.
+
+    Deviations: Held against PEFT; as a graft is on one device here, the blocks save nothing yet.
+
+    Choose when: the graft is to be served elsewhere with tensor parallelism.
+    """
     if blocks < 1 or r % blocks:
         raise SpecError(f"peft: bdlora.blocks: {blocks} does not divide the rank {r}; give a divisor")
     return tuple(
@@ -59,13 +89,6 @@ def bdlora(
         for sites, part in ((at, "B"), (rows, "A"))
         if sites
     )
-
-
-def qalora(
-    r: int = 8, alpha: float = 16.0, group: int = 16, at: str = "linear", dropout: float = 0.0
-) -> tuple[Slot, ...]:
-    form = DeclRef("qalora", (("group", group),))
-    return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
 
 def _miss_own(slot: Branch, place: SiteShape, mini: int) -> Parts:
@@ -136,29 +159,17 @@ def _bdlora(slot: Branch, values: Values, lowering: Lowering, blocks: int, part:
     return {**values, part: whole}
 
 
-def _qalora_own(slot: Branch, place: SiteShape, group: int) -> Parts:
-    if group < 1 or place.d_in % group:
-        raise SpecError(f"group: {group} does not divide the {place.d_in} inputs of {place.name}")
-    return {"A": TensorDecl((slot.rank, place.d_in // group), "kaiming"), "B": TensorDecl((slot.rank, place.d_out))}
-
-
-def _qalora(slot: Branch, values: Values, lowering: Lowering, group: int) -> Values:
-    return {"A": values["A"].repeat_interleave(group, 1), "B": values["B"]}
-
-
 METHODS = (
     Method("miss", "arXiv 2409.15371", 1e-4, miss),
     Method("bat", "arXiv 2409.15371", 1e-4, bat),
     Method("gralora", "arXiv 2505.20355", 2e-4, gralora),
     Method("bdlora", "arXiv 2510.23346", 3e-4, bdlora),
-    Method("qalora", "arXiv 2309.14717", 3e-4, qalora),
 )
 PARAMETRIZATIONS = (
     Parametrization("miss", _miss, _miss_own),
     Parametrization("bat", _bat, _bat_own),
     Parametrization("gralora", _gralora, _gralora_own),
     Parametrization("bdlora", _bdlora, _bdlora_own),
-    Parametrization("qalora", _qalora, _qalora_own),
 )
 
 

@@ -1,15 +1,5 @@
-"""LoRA that starts from what the bare backbone does on the job's first samples (grafts/calibrate.py).
-
-- EVA (Paischer et al. 2024, arXiv 2410.07170, section 3): A is the r principal directions of the projection's centred
-  inputs, B 0; every site keeps r ranks (the paper's rho = 1), since a graft's sizes are those it was asked for with.
-- CorDA (Yang et al. 2024, arXiv 2406.05223, section 3): W C = U S V^T with C the second moment of the inputs; A0, B0
-  are r triplets of U S (V^T C^-1), the first ones (`ipm`: adapt to the samples) or the last (`kpm`: keep what they
-  hold).
-- LoRA-GA (Wang et al. 2024, arXiv 2407.05000, algorithm 1): dL/dW = U S V^T; A0 takes the first r right vectors, B0
-  the next r left ones, both times d_out^(1/4) / gamma^(1/2), with the scale alpha / sqrt(r).
-
-CorDA and LoRA-GA keep B0 A0 out of W by a frozen branch, as PiSSA does (spectral.py).
-"""
+"""LoRA that starts from what the bare backbone does on the job's first samples (grafts/calibrate.py). CorDA and LoRA-GA
+keep B0 A0 out of W by a frozen branch, as PiSSA does (spectral.py)."""
 
 from __future__ import annotations
 
@@ -29,17 +19,43 @@ if TYPE_CHECKING:
 
 
 def eva(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """LoRA whose A starts as the r principal directions of what the projection reads on the job's first samples, B at 0
+    (Paischer et al. 2024, arXiv 2410.07170, section 3).
+
+    Deviations: Every site keeps r ranks (the paper's rho = 1), since a graft's sizes are those it was asked for with;
+    the directions are of centred inputs.
+
+    Choose when: few steps must suffice: it is LoRA after its start, which costs one pass over some samples.
+    """
     start = DeclRef("principal")
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, start=start),)
 
 
 def corda(r: int = 8, alpha: float = 8.0, at: str = "linear", mode: str = "ipm") -> tuple[Slot, ...]:
+    """LoRA that starts from a decomposition of W under the covariance C of its inputs, W C = U S V^T; A0, B0 are r
+    triplets of U S (V^T C^-1): the first ones (`ipm`, adapt to the samples) or the last (`kpm`, keep what they hold)
+    (Yang et al. 2024, arXiv 2406.05223, section 3).
+
+    Deviations: B0 A0 is kept out of W by a frozen branch, as W is shared. C is of the job's own first samples: for
+    `kpm` the paper takes samples of the knowledge to keep.
+
+    Choose when: the first steps matter (ipm) or old knowledge does (kpm). It trains with twice the ranks' products.
+    """
     if mode not in ("ipm", "kpm"):
         raise SpecError(f"peft: corda.mode: {mode!r} is unknown; choices: ipm, kpm")
     return shifted(r, alpha / max(r, 1), at, DeclRef("corda", (("mode", mode),)))
 
 
 def lora_ga(r: int = 8, alpha: float = 16.0, at: str = "linear", gamma: float = 16.0) -> tuple[Slot, ...]:
+    """LoRA that starts along the first gradient: dL/dW = U S V^T, A0 takes the first r right vectors, B0 the next r
+    left ones, both times d_out^(1/4) / gamma^(1/2), with the scale alpha / sqrt(r) (Wang et al. 2024, arXiv 2407.05000,
+    algorithm 1).
+
+    Deviations: B0 A0 is kept out of W by a frozen branch, as W is shared. The gradient is that of the job's first
+    samples.
+
+    Choose when: LoRA converges too slowly; its start costs a gradient of every W and an SVD of it.
+    """
     if gamma <= 0:
         raise SpecError(f"peft: lora-ga.gamma: {gamma} is not above 0")
     return shifted(r, alpha / sqrt(max(r, 1)), at, DeclRef("lora-ga", (("gamma", gamma),)))

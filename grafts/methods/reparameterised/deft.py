@@ -1,7 +1,4 @@
-"""Some directions of W's output are taken away and others put there: W' = (I - Q K^T) W + s Q R, with Q = P and K =
-relu(P), or both the orthonormal columns of P with by=qr (DEFT, NeurIPS 2025, as in PEFT); a branch y += Q (s R -
-K^T W) x. PaRa (arXiv 2406.05641) only takes away.
-"""
+"""Some directions of W's output are taken away and others put there."""
 
 from __future__ import annotations
 
@@ -24,10 +21,25 @@ Values = Mapping[str, "Tensor"]
 
 
 def deft(r: int = 8, scale: float = 1.0, by: str = "relu", at: str = "linear") -> tuple[Slot, ...]:
+    """Some directions of W's output are taken away and others put there: W' = (I - Q K^T) W + s Q R with Q = P and K =
+    relu(P), or both the orthonormal columns of P with by=qr (DEFT, NeurIPS 2025, as in PEFT).
+
+    Deviations: Held against PEFT 0.21 and not against the paper's text. It is a branch y += Q (s R - K^T W) x.
+
+    Choose when: a concept has to be replaced and not only added, as in image generation, for which it was made.
+    """
     return _branch("deft", r, by, at, ("by", by), ("scale", scale))
 
 
 def para(r: int = 8, by: str = "qr", at: str = "linear") -> tuple[Slot, ...]:
+    """W' = (I - Q Q^T) W: the outputs lose r trained directions and gain none (arXiv 2406.05641, as PEFT's DEFT with
+    para).
+
+    Deviations: PEFT's form, whose projection may be by relu(P) in place of the paper's QR.
+
+    Choose when: something has to be unlearned, or a style narrowed. It trains half of LoRA's numbers and can only
+    remove.
+    """
     return _branch("para", r, by, at, ("by", by))
 
 

@@ -1,6 +1,4 @@
-"""DeLoRA: dW = (l / r) sum_i b_i a_i^T / (|b_i| |a_i|), with only directions in A and B and the strength l apart (Bini
-et al. 2025, arXiv 2503.18225), times the norms of W's columns as in PEFT: l bounds how far W can be moved.
-"""
+"""DeLoRA: directions and their strength apart."""
 
 from __future__ import annotations
 
@@ -23,7 +21,15 @@ Values = Mapping[str, "Tensor"]
 
 
 def delora(r: int = 8, bound: float = 15.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
-    """`bound` is the start of l."""
+    """dW = (l / r) sum_i b_i a_i^T / (|b_i| |a_i|): only directions in A and B, and the strength l apart, which bounds
+    how far W can be moved (Bini et al. 2025, arXiv 2503.18225).
+
+    `bound` is the start of l.
+
+    Deviations: Times the norms of W's columns, as in PEFT.
+
+    Choose when: LoRA diverges or forgets: high learning rates are safe here.
+    """
     return (Branch(at=on_projections(at), rank=r, dropout=dropout, form=DeclRef("delora", (("bound", bound),))),)
 
 

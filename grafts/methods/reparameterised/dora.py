@@ -1,5 +1,4 @@
-"""DoRA: W' = m (W + BA) / ||W + BA||_row, the norm outside the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and
-11)."""
+"""DoRA: a LoRA and the norms of W's rows."""
 
 from math import sqrt
 
@@ -17,6 +16,14 @@ from polygraft.grafts.spec import Norm, Slot, SpecError
 
 
 def dora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """W' = m (W + B A) / ||W + B A||_row: LoRA for the direction of each row of W and a trained vector m for its
+    length, the norm outside the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11).
+
+    Deviations: None known. The paper speaks of columns of W [in, out]; they are the rows of ours.
+
+    Choose when: LoRA falls short at small ranks. In training it costs a norm a step and site; served its norm is a
+    scale.
+    """
     return (*lora(r, alpha, at, dropout), Norm(at=at))
 
 

@@ -1,9 +1,4 @@
-"""dW with few coefficients in another basis, at entries that a seed chooses (and no file has to keep).
-
-- FourierFT (Gao et al. 2024, arXiv 2405.03003, eq. 2-4): dW = s Re(F^-1(E)), E having n entries c.
-- WaveFT (Bilican et al. 2025, arXiv 2505.12532, section 3): the same with the inverse Haar transform.
-- C3A (Chen et al. 2024, arXiv 2407.19342): blocks of b x b that are circulant, each made of b numbers.
-"""
+"""dW with few coefficients in another basis, at entries that a seed chooses (and no file has to keep)."""
 
 from __future__ import annotations
 
@@ -24,14 +19,38 @@ Values = Mapping[str, "Tensor"]
 
 
 def fourierft(n: int = 1000, scale: float = 150.0, at: str = "attn.[qv]", seed: int = 777) -> tuple[Slot, ...]:
+    """dW = s Re(F^-1(E)), the inverse Fourier transform of a matrix with n trained entries (Gao et al. 2024, arXiv
+    2405.03003, eq. 2 to 4).
+
+    A `seed` chooses the entries, so that no file has to keep them.
+
+    Deviations: None known; the entries are the ones that PEFT draws from the seed.
+
+    Choose when: a few hundred numbers a site must do. A dense dW is made in every step; it needs a high rate.
+    """
     return (Delta(at=at, form=DeclRef("fourierft", (("n", n), ("scale", scale), ("seed", seed)))),)
 
 
 def waveft(n: int = 2592, scale: float = 25.0, at: str = "attn.[qv]", seed: int = 777) -> tuple[Slot, ...]:
+    """dW with n trained coefficients of its Haar wavelets, at entries that a seed chooses (Bilican et al. 2025, arXiv
+    2505.12532, section 3).
+
+    Deviations: Of the wavelets Haar's (db1) alone.
+
+    Choose when: `fourierft` is too global: a coefficient here changes a square of W.
+    """
     return (Delta(at=at, form=DeclRef("waveft", (("n", n), ("scale", scale), ("seed", seed)))),)
 
 
 def c3a(block: int = 256, at: str = "linear") -> tuple[Slot, ...]:
+    """dW of blocks of b x b that are circulant, each made of b numbers: a convolution of blocks of x (Chen et al. 2024,
+    arXiv 2407.19342).
+
+    Deviations: Row i, column j of a block is c[(j - i) mod b] over the width of the input, as in PEFT; the dense dW is
+    made, where the paper multiplies by FFT.
+
+    Choose when: full rank is wanted from few numbers: in x out / b of them.
+    """
     return (Delta(at=at, form=DeclRef("c3a", (("block", block),))),)
 
 

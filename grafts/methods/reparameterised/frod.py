@@ -1,10 +1,9 @@
-"""FRoD: W is written anew as U (diag(l) + S) V^T, with the basis V shared by the same projection of all layers, U the
-columns of W V^-T at length 1, l their lengths, and S sparse from 0; only l and S are trained, so that the change has
-full rank (doi 10.1609/aaai.v40i31.39813, as PEFT 0.21 has it).
+"""FRoD: W in a basis that all layers share.
 
 V = R^T E for the stacked W = Q R of all layers and the eigenvectors E of the mean over layers of (Q_i^T Q_i + a I)^-1.
-U is made of W and V when it is needed, and V^-T kept for that, as a sum of two so that it has the digits of float64:
-along what no layer's W reads a column is a rounding error of PEFT's, at length 1 as any other.
+U is made of W and V when it is needed, its columns those of W V^-T at length 1, and V^-T kept for that, as a sum of two
+so that it has the digits of float64: along what no layer's W reads a column is a rounding error of PEFT's, at length 1
+as any other.
 """
 
 from __future__ import annotations
@@ -31,7 +30,17 @@ _SHORT = 1e-12  # a column of no length
 
 
 def frod(rate: float = 0.01, ridge: float = 1e-3, at: str = "attn.[qv]") -> tuple[Slot, ...]:
-    """`rate` is the share of S's entries beside the diagonal that are trained, `ridge` the a above."""
+    """W is written anew as U (diag(l) + S) V^T, with a basis V shared by the same projection of all layers, and l and a
+    sparse S are trained, so that the change has full rank (doi 10.1609/aaai.v40i31.39813, as PEFT 0.21 has it).
+
+    `rate` is the share of S's entries beside the diagonal that are trained, `ridge` what is added before inverting.
+
+    Deviations: Held against PEFT, whose computation of V is followed step by step, since it makes V again when it loads
+    a folder.
+
+    Choose when: full rank is wanted from about a hundredth of the numbers. Its start takes a QR of all layers' W, its
+    step a dense dW.
+    """
     if not 0 < rate <= 1 or ridge <= 0:
         raise SpecError(f"peft: frod: rate {rate} is outside (0, 1], or ridge {ridge} not over 0")
     return (Delta(at=on_projections(at), form=DeclRef("frod", (("rate", rate), ("ridge", ridge)))),)

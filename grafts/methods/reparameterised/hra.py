@@ -1,5 +1,4 @@
-"""HRA: W' = W H_1 ... H_r with trained Householder reflections H_k = 1 - 2 u_k u_k^T / |u_k|^2 (Yuan et al. 2024, arXiv
-2405.17484)."""
+"""HRA: trained Householder reflections of W's inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +17,15 @@ if TYPE_CHECKING:
 
 
 def hra(r: int = 8, at: str = "linear") -> tuple[Slot, ...]:
-    """The u come in equal pairs at the start, whose reflections cancel: r is even."""
+    """W' = W H_1 ... H_r with trained Householder reflections H_k = 1 - 2 u_k u_k^T / |u_k|^2 (Yuan et al. 2024, arXiv
+    2405.17484).
+
+    The u come in equal pairs at the start, whose reflections cancel: r is even.
+
+    Deviations: Without the regulariser that keeps the u orthogonal to one another (the paper's lambda).
+
+    Choose when: orthogonal finetuning is wanted at LoRA's cost: its product is one of rank r.
+    """
     if r % 2:
         raise SpecError(f"r: {r} reflections do not start as the identity; give an even number")
     return (Rotate(at=at, kind="lowrank", size=r, form=DeclRef("hra")),)

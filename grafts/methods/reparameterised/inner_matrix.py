@@ -1,10 +1,4 @@
-"""LoRA with a small matrix between A and B.
-
-- MoSLoRA (Wu et al. 2024, arXiv 2406.11909): y += s B M A x, M [r, r] trained with the others; it starts
-  random, so that the ranks of A and B are mixed.
-- LoRA-XS (Balazy et al. 2024, arXiv 2405.17604, section 3): y += s B M A x with B = U_r S_r and A = V_r^T of W's
-  truncated SVD, frozen; M alone is trained and starts almost at 0.
-"""
+"""LoRA with a small matrix between A and B."""
 
 from __future__ import annotations
 
@@ -23,10 +17,24 @@ if TYPE_CHECKING:
 
 
 def moslora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """LoRA with a trained mixer between its factors, y += s B M A x with M [r, r] random at the start, so that all
+    ranks of A and B meet (Wu et al. 2024, arXiv 2406.11909).
+
+    Deviations: M starts Kaiming-uniform; the paper also tries an orthogonal start.
+
+    Choose when: LoRA is a little too little: r^2 numbers more, nothing when served, as M goes into A.
+    """
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=DeclRef("moslora")),)
 
 
 def lora_xs(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """y += s B M A x with B = U_r S_r and A = V_r^T of W's truncated SVD, frozen, and only M [r, r] trained (Balazy et
+    al. 2024, arXiv 2405.17604, section 3).
+
+    Deviations: None known; M starts at N(0, 1e-5) as in the paper.
+
+    Choose when: grafts must be very small and independent of the model's width: r^2 numbers a site.
+    """
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, form=DeclRef("lora-xs")),)
 
 

@@ -1,11 +1,4 @@
-"""dW made of Kronecker products.
-
-- LoKr (Yeh et al. 2024, arXiv 2309.14859): dW = (alpha / r) C (x) (B A), each factor low-rank only where that
-  makes it smaller.
-- KronA (Edalati et al. 2022, arXiv 2212.10650): dW = s A (x) B with two full factors.
-- KAdaptation (He et al. 2022, arXiv 2203.16329): dW = sum_i S_i (x) (s_i t_i^T), the slow weights S_i shared by
-  all sites.
-"""
+"""dW made of Kronecker products."""
 
 from __future__ import annotations
 
@@ -25,17 +18,42 @@ Values = Mapping[str, "Tensor"]
 
 
 def lokr(r: int = 8, alpha: float = 8.0, at: str = "linear", factor: int = -1, both: int = 0) -> tuple[Slot, ...]:
-    """`factor` is the wished size of C, -1 for as square as possible; with `both`, C is made low-rank too."""
+    """dW = (alpha / r) C (x) (B A), a Kronecker product of a small full matrix and one of low rank (Yeh et al. 2024,
+    arXiv 2309.14859).
+
+    `factor` is the wished size of C, -1 for as square as possible; with `both`, C is made low-rank too.
+
+    Deviations: Each factor is low-rank only where that makes it smaller, as in PEFT; without the dropouts of ranks and
+    modules.
+
+    Choose when: diffusion folders (LyCORIS) are to be served, or full rank is wanted from few numbers. A dense dW is
+    made in every step.
+    """
     arguments = (("r", r), ("scale", alpha / max(r, 1)), ("factor", factor), ("both", both))
     return (Delta(at=at, form=DeclRef("lokr", arguments)),)
 
 
 def krona(scale: float = 1.0, at: str = "linear", factor: int = -1) -> tuple[Slot, ...]:
+    """dW = s A (x) B with two full factors (Edalati et al. 2022, arXiv 2212.10650).
+
+    `factor` is the wished size of A, -1 for as square as possible.
+
+    Deviations: The variant beside a projection alone; the paper's residual one (KronA-B res) is left out.
+
+    Choose when: full rank from few numbers is wanted without a choice of rank.
+    """
     return (Delta(at=at, form=DeclRef("krona", (("scale", scale), ("factor", factor)))),)
 
 
 def kadaptation(n: int = 4, at: str = "linear") -> tuple[Slot, ...]:
-    """`n` slow weights of n x n numbers."""
+    """dW = sum_i S_i (x) (s_i t_i^T), with the slow weights S_i shared by all sites (He et al. 2022, arXiv 2203.16329).
+
+    `n` slow weights of n x n numbers.
+
+    Deviations: At all projections by default, where the paper has attention of a vision transformer.
+
+    Choose when: `compacter`'s economy is wanted and the graft must merge.
+    """
     return (Delta(at=at, form=DeclRef("kadaptation", (("n", n),))),)
 
 

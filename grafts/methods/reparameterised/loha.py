@@ -1,4 +1,4 @@
-"""LoHa: dW = s (B1 A1) * (B2 A2), elementwise (Hyeon-Woo et al. 2022, arXiv 2108.06098, prop. 1)."""
+"""LoHa: an elementwise product of two low-rank matrices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 
 def loha(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    """dW = s (B1 A1) * (B2 A2), the elementwise product of two matrices of rank r, whose rank reaches r^2 (Hyeon-Woo et
+    al. 2022, arXiv 2108.06098, proposition 1).
+
+    Deviations: Without the dropouts of ranks and modules that PEFT offers.
+
+    Choose when: diffusion folders (LyCORIS) are to be served, or LoRA's rank is the limit. Twice LoRA's numbers, and a
+    dense dW in every step.
+    """
     return (Delta(at=at, form=DeclRef("loha", (("r", r), ("scale", alpha / max(r, 1))))),)
 
 

@@ -1,5 +1,4 @@
-"""Orthogonal finetuning: W' = W R with R block-diagonal and orthogonal by a Cayley transform; BOFT makes R of several
-such factors in a butterfly's order."""
+"""Orthogonal finetuning by blocks, one factor (OFT) or several in a butterfly's order (BOFT)."""
 
 from __future__ import annotations
 
@@ -15,15 +14,30 @@ if TYPE_CHECKING:
 
 
 def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
-    """Blocks of size b (Qiu et al. 2023, arXiv 2306.07280). With `neumann` terms the inverse in the Cayley
-    transform is a truncated Neumann series (Qiu et al. 2025, arXiv 2506.19847), exact with 0."""
+    """W' = W R with R block-diagonal and orthogonal, by a Cayley transform of a skew-symmetric matrix (Qiu et al. 2023,
+    arXiv 2306.07280). With `neumann` terms the inverse in it is a truncated Neumann series (OFTv2: Qiu et al. 2025,
+    arXiv 2506.19847), exact with 0.
+
+    Blocks are of size `b`.
+
+    Deviations: R multiplies the input, as in OFTv2 and PEFT, where the first paper turns neurons; without the
+    constraint of COFT.
+
+    Choose when: what the backbone knows must be kept: angles between neurons stay. Nothing is made dense.
+    """
     if neumann and neumann < 4:
         raise SpecError(f"neumann: {neumann} terms; give at least 4, or 0 for the exact inverse")
     return (Rotate(at=at, kind="blocks", size=b, form=DeclRef("oft", (("neumann", neumann),))),)
 
 
 def boft(b: int = 4, m: int = 1, at: str = "linear") -> tuple[Slot, ...]:
-    """m factors with blocks of size b, and a scale of every row of W (Liu et al. 2024, arXiv 2311.06243)."""
+    """W' = diag(s) W R with R a product of m orthogonal factors with blocks of size b in a butterfly's order, so that
+    every input meets every other (Liu et al. 2024, arXiv 2311.06243).
+
+    Deviations: The scale of every row of W is PEFT's.
+
+    Choose when: OFT's blocks are too local. It is slow: m products of blocks a site and step.
+    """
     rotation = Rotate(at=at, kind="blocks", size=b, stages=m, form=DeclRef("boft"))
     return rotation, Affine(at=at, scale=True, shift=False, side="rows")
 

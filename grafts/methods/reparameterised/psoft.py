@@ -1,6 +1,4 @@
-"""PSOFT: the r largest singular directions of W are turned among themselves, y += U S (R - I) V^T x with R = diag(b)
-(I + Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, as in PEFT).
-"""
+"""PSOFT: W's largest singular directions turned among themselves."""
 
 from __future__ import annotations
 
@@ -22,6 +20,13 @@ Values = Mapping[str, "Tensor"]
 
 
 def psoft(r: int = 32, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """The r largest singular directions of W are turned among themselves, y += U S (R - I) V^T x with R = diag(b) (I +
+    Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, as in PEFT).
+
+    Deviations: PEFT's form with the exact inverse; its Neumann series and other starts are refused.
+
+    Choose when: orthogonal finetuning is wanted at a small size: r^2 / 2 numbers a site.
+    """
     if r < 2:
         raise SpecError(f"peft: psoft.r: {r} directions cannot be turned; give at least 2")
     return (Branch(at=on_projections(at), rank=r, dropout=dropout, form=DeclRef("psoft")),)

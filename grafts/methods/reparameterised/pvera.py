@@ -1,7 +1,4 @@
-"""PVeRA: y += diag(b) B h with B frozen and shared by all layers, and h ~ N(m, diag(exp(v))) where [m; v] = diag(d) A x
-of a frozen, shared A of twice as many rows (arXiv 2512.07703, as PEFT 0.21 has it). In training every row draws its own
-h, without a penalty on the distribution; served and evaluated is the mean, which is a VeRA.
-"""
+"""PVeRA: a VeRA whose middle is drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +15,16 @@ if TYPE_CHECKING:
 
 
 def pvera(r: int = 256, d: float = 0.1, at: str = "attn.[qv]") -> tuple[Slot, ...]:
-    """`d` is the start of the vector beside the ranks; the one beside the outputs starts at 0."""
+    """VeRA with a distribution in its middle: y += diag(b) B h with h ~ N(m, diag(exp(v))) and [m; v] = diag(d) A x, A
+    and B frozen and shared by all layers (arXiv 2512.07703, as PEFT 0.21 has it).
+
+    `d` is the start of the vector beside the ranks; the one beside the outputs starts at 0.
+
+    Deviations: Held against PEFT: in training every row draws its own h, without a penalty on the distribution; served
+    and evaluated is the mean, which is a VeRA.
+
+    Choose when: VeRA overfits: the noise regularises.
+    """
     return (Branch(at=at, rank=r, gate="noise", form=DeclRef("pvera", (("d", d),))),)
 
 

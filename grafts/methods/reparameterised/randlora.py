@@ -1,9 +1,5 @@
-"""RandLoRA: dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i) of full rank, with random bases A and B_i frozen and
-shared by all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987).
-
-A lies on the narrower side of W, so that a site has r n + n min(in, out) numbers for its n = ceil(min(in, out) / r)
-bases.
-"""
+"""RandLoRA: a sum of random bases with trained diagonals. A lies on the narrower side of W, so that a site has r n + n
+min(in, out) numbers for its n = ceil(min(in, out) / r) bases."""
 
 from __future__ import annotations
 
@@ -22,6 +18,14 @@ if TYPE_CHECKING:
 
 
 def randlora(r: int = 32, alpha: float = 640.0, at: str = "linear") -> tuple[Slot, ...]:
+    """dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i) of full rank, with random bases A and B_i frozen and shared by
+    all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987).
+
+    Deviations: Which column of B meets which row of A is as in PEFT, whose files must mean the same; its sparse bases
+    are left out.
+
+    Choose when: full rank is wanted at LoRA's number of parameters. A dense dW is made in every step.
+    """
     return (Delta(at=at, form=DeclRef("randlora", (("r", r), ("scale", alpha / max(r, 1))))),)
 
 

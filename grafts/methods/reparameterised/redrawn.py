@@ -1,11 +1,4 @@
-"""LoRA of which each step trains another random part.
-
-- DyLoRA (Valipour et al. 2022, arXiv 2210.07558): a step draws b from 1 to r and computes with the first b
-  ranks and the scale alpha / b, so that the graft may be served at any of these ranks afterwards.
-- LoRA Dropout (Lin et al. 2024, arXiv 2404.09610): a step drops columns of A and rows of B [out, rank],
-  each with probability p. Both masks are divided by 1 - p, so that the mean over all masks, which the paper's ensemble
-  of them tends to, is the graft as it is served.
-"""
+"""LoRA of which each step trains another random part."""
 
 from __future__ import annotations
 
@@ -23,7 +16,15 @@ if TYPE_CHECKING:
 def dylora(
     r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, served: int = 0
 ) -> tuple[Slot, ...]:
-    """`served` is the rank to serve and evaluate at; 0: all."""
+    """LoRA that is trained at all ranks at once: every step draws b from 1 to r and computes with the first b ranks and
+    the scale alpha / b, so that the graft may be served at any of them (Valipour et al. 2022, arXiv 2210.07558).
+
+    `served` is the rank to serve and evaluate at; 0: all.
+
+    Deviations: All first b ranks learn, where the paper can train the b-th alone (its "frozen" variant); b is uniform.
+
+    Choose when: the rank is to be chosen after training, by what serving allows.
+    """
     if not 0 <= served <= r:
         raise SpecError(f"peft: dylora.served: {served} is not a rank from 1 to {r}, or 0 for all")
     form = DeclRef("dylora", (("served", served or r),))
@@ -31,6 +32,14 @@ def dylora(
 
 
 def lora_dropout(r: int = 8, alpha: float = 16.0, at: str = "linear", p: float = 0.5) -> tuple[Slot, ...]:
+    """LoRA of which every step drops columns of A and rows of B [out, r], each with probability p (Lin et al. 2024,
+    arXiv 2404.09610).
+
+    Deviations: Both masks are divided by 1 - p, so that the graft as it is served is the mean over all masks, which the
+    paper's ensemble of some masks tends to.
+
+    Choose when: LoRA overfits a small data set and dropout on x does not help.
+    """
     if not 0 <= p < 1:
         raise SpecError(f"peft: lora-dropout.p: {p} is outside [0, 1)")
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), form=DeclRef("lora-dropout", (("p", p),))),)

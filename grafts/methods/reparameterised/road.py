@@ -1,5 +1,4 @@
-"""RoAd: pairs of a projection's outputs are turned and scaled, y1' = a cos(t) y1 - a sin(t) y2, y2' = a sin(t) y1 + a
-cos(t) y2 (Liao & Monz 2024, arXiv 2409.00119, eq. 4)."""
+"""RoAd: pairs of outputs turned and scaled."""
 
 from __future__ import annotations
 
@@ -17,8 +16,16 @@ _VARIANTS = {1: 0.5, 2: 1, 4: 2}  # angles an output
 
 
 def road(variant: int = 1, group: int = 64, at: str = "linear") -> tuple[Slot, ...]:
-    """One angle and scale a pair (`variant` 1), an output (2), or an entry of the 2 x 2 matrices (4); an output's
-    partner is half a `group` away, as in PEFT."""
+    """Pairs of a projection's outputs are turned and scaled, y1' = a cos(t) y1 - a sin(t) y2, y2' = a sin(t) y1 + a
+    cos(t) y2 (Liao & Monz 2024, arXiv 2409.00119, eq. 4).
+
+    One angle and scale a pair (`variant` 1), an output (2), or an entry of the 2 x 2 matrices (4); an output's partner
+    is half a `group` away.
+
+    Deviations: Partners are as in PEFT; the paper pairs neighbours.
+
+    Choose when: many small grafts are to be served at once: two vectors a site, all elementwise.
+    """
     if variant not in _VARIANTS:
         raise SpecError(f"variant: {variant} is not one of {', '.join(map(str, _VARIANTS))}")
     return (Rotate(at=at, kind="pairs", size=group, form=DeclRef("road", (("variant", variant),))),)

@@ -1,5 +1,4 @@
-"""Intrinsic dimension, structure-aware (SAID): all of the sites' dW are one random projection of one vector z [d], each
-with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, section 3).
+"""SAID: all of dW from one vector by a random projection.
 
 P is Fastfood (Le et al. 2013), stacked blocks H G Pi H B / |.| over d rounded up to a power of two: H Walsh and
 Hadamard's matrix, B signs, Pi a permutation, G normal, every row of length 1. A seed and the site's name give B, Pi and
@@ -20,6 +19,14 @@ if TYPE_CHECKING:
 
 
 def said(d: int = 1000, at: str = "linear", seed: int = 0) -> tuple[Slot, ...]:
+    """Intrinsic dimension, structure-aware: all of the sites' dW are one random projection of one trained vector z [d],
+    each with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, section 3).
+
+    Deviations: P is a Fastfood transform for each site by itself, from a seed and the site's name; the paper has one
+    over all parameters and a factor for each layer.
+
+    Choose when: you want to know how few numbers a task needs. A dense dW is made at each site in every step.
+    """
     if d < 1:
         raise SpecError(f"peft: said.d: {d} is not a size; give at least 1")
     return (Delta(at=at, form=DeclRef("said", (("d", d), ("seed", seed)))),)

@@ -1,5 +1,4 @@
-"""SoRA: y += s B diag(g) A x, the gate g driven to exact zeros by a proximal step (Ding et al. 2023, arXiv 2311.11696,
-section 3)."""
+"""SoRA: a gate on LoRA's ranks with a proximal step."""
 
 from __future__ import annotations
 
@@ -18,7 +17,16 @@ _GATE = "keep"  # a part's name that no other method has, since the hook knows i
 def sora(
     r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, threshold: float = 1e-4
 ) -> tuple[Slot, ...]:
-    """`threshold` is the paper's eta lambda, the same at every step as in its authors' optimiser."""
+    """y += s B diag(g) A x with a gate g that a proximal step drives to exact zeros, so that ranks fall away (Ding et
+    al. 2023, arXiv 2311.11696, section 3).
+
+    `threshold` is the paper's eta lambda, the same at every step as in its authors' optimiser.
+
+    Deviations: Ranks whose gate is 0 stay in their place while it trains; the paper's schedule of rising thresholds is
+    left out.
+
+    Choose when: the rank of each site should be found on the way from a large one.
+    """
     if threshold < 0:
         raise SpecError(f"peft: sora.threshold: {threshold} is below 0")
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=DeclRef("sora")),)

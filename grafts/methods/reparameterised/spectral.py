@@ -1,11 +1,5 @@
 """LoRA that starts from a factorisation of W. W itself never changes, since others share it: what a paper takes out of
 W is a frozen second branch -s B0 A0 beside the trained s B A, so that y = W x + s (B A - B0 A0) x is W x at the start.
-
-- PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2-4): B0 A0 are the r largest singular triplets of W.
-- MiLoRA (Wang et al. 2024, arXiv 2406.09044, section 3): the r smallest ones.
-- OLoRA (Buyukakyuz 2024, arXiv 2406.01775, section 3): the first r columns of Q and rows of R, W = Q R.
-- MiCA (arXiv 2604.01694): B is the r minor left singular vectors, frozen; A starts at 0, so nothing is taken out.
-- Orthogonal start (as in PEFT): A and B random in complementary subspaces of the ranks, so that B A = 0 with neither 0.
 """
 
 from __future__ import annotations
@@ -30,23 +24,61 @@ Values = Mapping[str, "Tensor"]
 
 
 def pissa(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    """LoRA that starts as the r largest singular triplets of W, so that the principal part of W is what learns (Meng et
+    al. 2024, arXiv 2404.02948, eq. 2 to 4).
+
+    Deviations: W is shared and does not change: what the paper takes out of it is a frozen branch -s B0 A0 beside the
+    trained one, y = W x + s (B A - B0 A0) x, the same function with twice the ranks' products.
+
+    Choose when: LoRA converges too slowly; an SVD of each W is made at the start.
+    """
     return shifted(r, alpha / max(r, 1), at, DeclRef("singular", (("end", "major"),)))
 
 
 def milora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    """LoRA that starts as the r smallest singular triplets of W, so that what W knows most firmly is left alone (Wang
+    et al. 2024, arXiv 2406.09044, section 3).
+
+    Deviations: As in `pissa` what is taken out of W is a frozen branch beside the trained one.
+
+    Choose when: old abilities must be kept while new ones are learned.
+    """
     return shifted(r, alpha / max(r, 1), at, DeclRef("singular", (("end", "minor"),)))
 
 
 def olora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+    """LoRA that starts as the first r columns of Q and rows of R of W = Q R (Buyukakyuz 2024, arXiv 2406.01775, section
+    3).
+
+    Deviations: As in `pissa` what is taken out of W is a frozen branch beside the trained one.
+
+    Choose when: an orthonormal start is wanted at a QR's price and not an SVD's.
+    """
     return shifted(r, alpha / max(r, 1), at, DeclRef("qr"))
 
 
 def mica(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """LoRA whose B is the r minor left singular vectors of W, frozen, and whose A starts at 0 and is trained alone
+    (arXiv 2604.01694, as PEFT has it).
+
+    Deviations: Held against PEFT's init_lora_weights="mica".
+
+    Choose when: forgetting must be small: changes go into outputs that W hardly uses. Half of LoRA's numbers.
+    """
     form = DeclRef("part-frozen", (("part", "B"), ("A", "zero"), ("B", "minor")))
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
 
 def orthogonal(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """LoRA whose A and B start random in complementary subspaces of the ranks, so that B A = 0 with neither 0 (as
+    PEFT's init_lora_weights="orthogonal").
+
+    `r` is even: half of the ranks are A's and half B's.
+
+    Deviations: It has no paper; held against PEFT.
+
+    Choose when: LoRA's first steps, in which A has no gradient, are to be avoided without touching W.
+    """
     if r % 2:
         raise SpecError(f"peft: orthogonal.r: {r} is odd; half of the ranks are A's and half B's, give an even number")
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, start=DeclRef("orthogonal")),)

@@ -1,6 +1,4 @@
-"""TinyLoRA: y += B (sum_i v_i P_i) A x, with A and B the r largest singular directions of W and P_i random, all frozen;
-only v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118).
-"""
+"""TinyLoRA: a few numbers between W's singular directions."""
 
 from __future__ import annotations
 
@@ -21,6 +19,13 @@ Values = Mapping[str, "Tensor"]
 
 
 def tinylora(r: int = 2, u: int = 64, tied: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+    """y += B (sum_i v_i P_i) A x, with A and B the r largest singular directions of W and P_i random, all frozen; only
+    v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118, as PEFT has it).
+
+    Deviations: Held against PEFT; ties of groups of modules are left out.
+
+    Choose when: a handful of numbers must do, as in reinforcement learning.
+    """
     if tied not in (0, 1):
         raise SpecError(f"peft: tinylora.tied: {tied} is neither 0 nor 1")
     form = DeclRef("tinylora", (("u", u), ("tied", tied)))

@@ -1,5 +1,4 @@
-"""VeRA: y += diag(b) B diag(d) A x with A and B random, frozen and shared by all layers (Kopiczko et al. 2024, arXiv
-2310.11454, eq. 2)."""
+"""VeRA: LoRA's factors random, frozen and shared, and vectors trained."""
 
 from __future__ import annotations
 
@@ -15,7 +14,17 @@ if TYPE_CHECKING:
 
 
 def vera(r: int = 256, d: float = 0.1, at: str = "attn.[qv]", dropout: float = 0.0) -> tuple[Slot, ...]:
-    """`d` is the start of the vector beside the ranks; the one beside the outputs starts at 0."""
+    """y += diag(b) B diag(d) A x with A and B random, frozen and shared by all layers; only the vectors d and b are
+    trained (Kopiczko et al. 2024, arXiv 2310.11454, eq. 2).
+
+    `d` is the start of the vector beside the ranks; the one beside the outputs starts at 0.
+
+    Deviations: The matrices are as wide as the widest site, of which a narrower one takes the first columns, as in
+    PEFT.
+
+    Choose when: grafts must be small and many: a few hundred numbers a site. Computing costs what LoRA of the same
+    (large) rank costs.
+    """
     return (Branch(at=at, rank=r, dropout=dropout, form=DeclRef("vera", (("d", d),))),)
 
 

@@ -1,12 +1,4 @@
-"""dW made from W itself.
-
-- HiRA (Huang et al. 2025, ICLR): dW = W * (B A), elementwise.
-- GLoRA (Chavan et al. 2023, arXiv 2306.07967) without the supports for biases: dW = W * (A_d A_u) + B_d B_u,
-  or the two as vectors over the rows with kind=vector.
-- HiWi (Liao et al. 2023, arXiv 2305.16742, section 3.2): an adapter on the rows of W, dW = s relu(W A) B, so that its
-  numbers can be thrown away after training.
-- PEANuT (arXiv 2410.01870): the same on the columns with `depth` residual layers between, dW^T = s N(W^T) B.
-"""
+"""dW made from W itself."""
 
 from __future__ import annotations
 
@@ -26,20 +18,48 @@ _DEEPEST = 64
 
 
 def hira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
+    """dW = W * (B A), elementwise, so that a factor of low rank gives a change of high rank (Huang et al. 2025, ICLR,
+    OpenReview TwJrTz9cRS, section 3).
+
+    Deviations: None known beside PEFT's: no scale.
+
+    Choose when: LoRA's rank is the limit. It needs W at each step, a dense dW, and a high rate.
+    """
     return (Delta(at=at, form=DeclRef("hira", (("r", r),))),)
 
 
 def glora(r: int = 8, kind: str = "lora", at: str = "linear") -> tuple[Slot, ...]:
+    """dW = W * (A_d A_u) + B_d B_u, or the two as vectors over the rows with kind=vector: GLoRA's supports for weights
+    (Chavan et al. 2023, arXiv 2306.07967).
+
+    Deviations: Without the supports for biases (C, D and E in the paper) and without its search over the form of each.
+
+    Choose when: a scale of W and an addition are wanted at once; a dense dW is made in every step.
+    """
     if kind not in ("lora", "vector"):
         raise SpecError(f"peft: glora.kind: {kind!r} is not a support; choices: lora, vector")
     return (Delta(at=at, form=DeclRef("glora", (("r", r), ("kind", kind)))),)
 
 
 def hiwi(r: int = 16, scale: float = 1.0, at: str = "ffn.*") -> tuple[Slot, ...]:
+    """An adapter on the rows of W in place of on hidden states, dW = s relu(W A) B, so that its numbers can be thrown
+    away after training (Liao et al. 2023, arXiv 2305.16742, section 3.2).
+
+    Deviations: Over weights; the paper's smaller form over biases is left out.
+
+    Choose when: an adapter's nonlinearity is wanted and no cost in serving: it merges.
+    """
     return (Delta(at=at, form=DeclRef("hiwi", (("r", r), ("scale", scale)))),)
 
 
 def peanut(r: int = 32, depth: int = 0, scale: float = 1.0, at: str = "linear") -> tuple[Slot, ...]:
+    """A network on the columns of W makes its change, dW^T = s N(W^T) B with `depth` residual layers in N (arXiv
+    2410.01870, as PEFT 0.21 has it).
+
+    Deviations: Held against PEFT; of its activations relu alone.
+
+    Choose when: LoRA's linear map is too little. A dense dW and a pass over W in every step, which is the price.
+    """
     if not 0 <= depth <= _DEEPEST:
         raise SpecError(f"peft: peanut.depth: {depth} is not between 0 and {_DEEPEST}")
     return (Delta(at=at, form=DeclRef("peanut", (("r", r), ("depth", depth), ("scale", scale)))),)

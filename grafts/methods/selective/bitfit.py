@@ -1,5 +1,4 @@
-"""BitFit: only biases are trained; where a projection has none, a zero one is added (Ben Zaken et al. 2022, arXiv
-2106.10199). BEFT: only those of the value projections (Huang et al. 2025, arXiv 2509.15974)."""
+"""Trained biases."""
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Kept, Peft
@@ -7,10 +6,24 @@ from polygraft.grafts.spec import Affine, Slot
 
 
 def bitfit(at: str = "linear") -> tuple[Slot, ...]:
+    """Only biases are trained, y + b; where a projection has none, a zero one is added (Ben Zaken et al. 2022, arXiv
+    2106.10199).
+
+    Deviations: By default biases of the projections, where the paper trains those of the norms, too:
+    `bitfit(at=linear|norm.*)`. On backbones without biases they are new numbers.
+
+    Choose when: a graft must be tiny and merge. It does less on large decoders than on the paper's BERT.
+    """
     return (Affine(at=at, scale=False, shift=True),)
 
 
 def beft(at: str = "attn.v") -> tuple[Slot, ...]:
+    """Only the biases of the value projections are trained (Huang et al. 2025, arXiv 2509.15974).
+
+    Deviations: None known.
+
+    Choose when: even `bitfit` is too large: one vector a layer.
+    """
     return bitfit(at)
 
 

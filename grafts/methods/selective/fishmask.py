@@ -1,12 +1,4 @@
-"""Entries of W that matter most to the loss on the job's first samples.
-
-- FishMask (Sung et al. 2021, arXiv 2111.09839), which is Child-Tuning_D (Xu et al. 2021, arXiv 2109.05687, section
-  2) too: the entries of the largest empirical Fisher information. The share is that of every matrix, not of all.
-- Fish-Dip (Das et al. 2023, arXiv 2311.03748, section 3): the mask is chosen anew every few steps. It moves inside a
-  pool of candidates, by the squared gradients of the batches in between and not of the hardest samples.
-- FAR (Vucetic et al. 2022, arXiv 2205.01541, section 3): whole nodes of the feed-forward learn, those that change most
-  in the L1 norm while the model is primed, here by one gradient step.
-"""
+"""Entries and rows of W that matter most to the loss on the job's first samples."""
 
 from __future__ import annotations
 
@@ -21,29 +13,95 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polygraft.grafts.init import Making
+    from polygraft.grafts.sites import Site
     from polygraft.grafts.sizes import TensorSpec
 
 _ON, _SEEN = "dip_on", "dip_seen"  # parts that no other method has, since the hook knows its tensors by them
 
 
-def fishmask(density: float = 0.005, at: str = "linear") -> tuple[Slot, ...]:
-    return (Sparse(at=at, density=density, pick=DeclRef("fisher_entries")),)
+def fishmask(density: float = 0.005, room: float = 4.0, at: str = "linear") -> tuple[Slot, ...]:
+    """The entries of W with the largest empirical Fisher information on the job's first samples, in all matrices
+    together, and only they are trained (Sung et al. 2021, arXiv 2111.09839). Chosen once, it is Child-Tuning_D, too (Xu
+    et al. 2021, arXiv 2109.05687, section 2).
+
+    `density` is the share of all entries; a matrix has room for at most `room` times its own share of them.
+
+    Deviations: What would go beyond a matrix's room goes to the next best elsewhere; a larger `room` makes that rarer
+    and costs memory, as room is what is allocated and counted. The entries are those of `at`, where the paper has the
+    whole model's.
+
+    Choose when: the change must be sparse, to be merged or added with others. Finding the mask takes a gradient of W on
+    a few samples.
+    """
+    if not 0 < density <= 1 or room < 1:
+        raise SpecError(f"peft: fishmask: density {density} is outside (0, 1], or room {room} below 1")
+    form = DeclRef("fishmask", (("density", density),))
+    return (Sparse(at=at, density=min(1.0, density * room), pick=DeclRef("fisher_entries"), form=form),)
 
 
-def fish_dip(density: float = 0.005, pool: float = 4.0, every: int = 10, at: str = "linear") -> tuple[Slot, ...]:
-    """A share `density` learns at a time, among `pool` times as many; `every` so many steps they are chosen anew."""
+def moving_mask(density: float = 0.005, pool: float = 4.0, every: int = 10, at: str = "linear") -> tuple[Slot, ...]:
+    """A share of W's entries learns at a time, chosen anew every few steps by the squared gradients since the last
+    choice, inside a fixed pool of candidates with the largest Fisher information (after Fish-Dip: Das et al. 2023,
+    arXiv 2311.03748, section 3).
+
+    A share `density` learns at a time, among `pool` times as many; `every` so many steps they are chosen anew.
+
+    Deviations: Fish-Dip's point is to compute the mask on the training samples of the largest loss; here it is computed
+    on all batches, inside a pool, and in each matrix by itself, hence the name.
+
+    Choose when: `fishmask`'s first choice may be wrong, as where the loss changes its nature in training.
+    """
     if pool < 1 or every < 1:
-        raise SpecError(f"peft: fish-dip: pool {pool} and every {every}; both are at least 1")
-    form = DeclRef("fish-dip", (("pool", pool),))
+        raise SpecError(f"peft: moving-mask: pool {pool} and every {every}; both are at least 1")
+    form = DeclRef("moving-mask", (("pool", pool),))
     return (Sparse(at=at, density=min(1.0, density * pool), pick=DeclRef("fisher_entries"), form=form),)
 
 
 def _hooks(every: int = 10, **_: object) -> tuple[DeclRef, ...]:
-    return (DeclRef("fish-dip", (("every", every),)),)
+    return (DeclRef("moving-mask", (("every", every),)),)
 
 
-def far(density: float = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
+def moved_rows(density: float = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
+    """Whole rows of the feed-forward's first projections learn, those that one gradient step on the job's first samples
+    would move most in the L1 norm (after FAR: Vucetic et al. 2022, arXiv 2205.01541, section 3).
+
+    `density` is the share of each matrix's rows.
+
+    Deviations: FAR fine-tunes everything for a share of the steps before it chooses, and regroups the chosen nodes so
+    that memory is saved; here one step decides and nothing is regrouped, hence the name.
+
+    Choose when: sparse changes by whole neurons are wanted: they are products of matrices, and no gathers.
+    """
     return (Sparse(at=at, density=density, rows=True, pick=DeclRef("moved_rows")),)
+
+
+def _fishmask_own(slot: Sparse, place: SiteShape, density: float) -> Mapping[str, TensorDecl]:
+    parts = dict(sparse_parts(slot, place))
+    start = DeclRef("fisher_chosen", (("density", density),))
+    return parts | {"chosen": TensorDecl(parts["w"].shape, start, trained=False)}
+
+
+def _fishmask(slot: Sparse, values: Mapping[str, Tensor], lowering: Lowering, density: float) -> Mapping[str, Tensor]:
+    return {"w": values["chosen"] * values["w"], "i": values["i"]}
+
+
+def _chosen(tensor: TensorSpec, making: Making, density: float) -> Tensor:
+    """1 at the candidates that are among the share `density` of the entries of all the slot's matrices together."""
+    import torch
+
+    from polygraft.grafts.methods.selective.entries import best
+
+    def make() -> Mapping[Site, Tensor]:
+        own = [one for one in making.graft.tensors if one.slot == tensor.slot and one.part == "chosen"]
+        counts = {one.site: one.shape[0] for one in own if one.site is not None}
+        fisher = {site: making.fisher[site] for site in counts}
+        scores = torch.cat([fisher[site][best(fisher[site], count).unbind(1)] for site, count in counts.items()])
+        wanted = max(1, int(density * sum(one.numel() for one in fisher.values())))
+        mask = _top(scores.unsqueeze(1), min(wanted, len(scores)))
+        return dict(zip(counts, mask.split_with_sizes([*counts.values()]), strict=True))
+
+    assert tensor.site is not None
+    return making.once(("fishmask", tensor.slot), make)[tensor.site]
 
 
 def _own(slot: Sparse, place: SiteShape, pool: float) -> Mapping[str, TensorDecl]:
@@ -94,9 +152,12 @@ def _after_step(
 
 METHODS = (
     Method("fishmask", "arXiv 2111.09839", 3e-4, fishmask, aliases=("child-tuning-d",)),
-    Method("fish-dip", "arXiv 2311.03748", 3e-4, fish_dip, hooks=_hooks),
-    Method("far", "arXiv 2205.01541", 3e-4, far),
+    Method("moving-mask", "arXiv 2311.03748", 3e-4, moving_mask, hooks=_hooks),
+    Method("moved-rows", "arXiv 2205.01541", 3e-4, moved_rows),
 )
-PARAMETRIZATIONS = (Parametrization("fish-dip", _operands, _own),)
-STARTS = (Start("dip_first", _first),)
-HOOKS = (Hook("fish-dip", gradient=_gradient, after_step=_after_step),)
+PARAMETRIZATIONS = (
+    Parametrization("fishmask", _fishmask, _fishmask_own),
+    Parametrization("moving-mask", _operands, _own, formerly="fish-dip"),
+)
+STARTS = (Start("fisher_chosen", _chosen), Start("dip_first", _first))
+HOOKS = (Hook("moving-mask", gradient=_gradient, after_step=_after_step, formerly="fish-dip"),)

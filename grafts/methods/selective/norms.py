@@ -1,7 +1,4 @@
-"""Norms and what stands beside every operation: LN-tuning trains the norms' scales alone (Zhao et al. 2024, arXiv
-2312.11420, section 3), as factors g on the frozen ones, w' = w g. SSF scales and shifts the output of every operation,
-y = g y + b (Lian et al. 2022, arXiv 2210.08823, section 3).
-"""
+"""Norms, and what stands beside every operation."""
 
 from __future__ import annotations
 
@@ -22,10 +19,26 @@ Values = Mapping[str, "Tensor"]
 
 
 def ln_tuning(at: str = "norm.*") -> tuple[Slot, ...]:
+    """The scales of the norms are trained alone, as factors g on the frozen ones, w' = w g (Zhao et al. 2024, arXiv
+    2312.11420, section 3).
+
+    Deviations: A factor on w is trained in place of w, so that the same learning rate means another step; norms' biases
+    are not trained (`ssf(at=norm.*)` trains both).
+
+    Choose when: the smallest change of all is to be tried, or beside another method, as in adapters' papers. It needs a
+    high rate.
+    """
     return (Affine(at=at, scale=True, shift=False),)
 
 
 def ssf(at: str = "linear|norm.*") -> tuple[Slot, ...]:
+    """Every operation's output is scaled and shifted, y = g y + b (Lian et al. 2022, arXiv 2210.08823, section 3).
+
+    Deviations: At projections and norms; the paper's vision model has it after its patch embedding, too.
+
+    Choose when: a vision recipe is followed, or `ia3` is too little. At inner sites it merges; the last norm's does
+    not.
+    """
     return (Affine(at=at, scale=True, shift=True),)
 
 

@@ -1,9 +1,4 @@
-"""S-BitFit: biases are trained for a while, those without which the loss would hardly rise are pruned, and what is
-left is trained from the start (Lawton et al. 2023, arXiv 2305.16597, section 3: structured pruning of BitFit).
-
-A projection's bias b stays by the first-order rise -b . dL/db, summed over the steps of the first share `prime`.
-The optimiser and its schedule start anew then.
-"""
+"""S-BitFit: which biases to train is found on the way."""
 
 from __future__ import annotations
 
@@ -20,7 +15,16 @@ _STAYS, _RISE = "bias_stays", "bias_rise"  # parts that no other method has, sin
 
 
 def s_bitfit(density: float = 0.5, prime: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
-    """`density` is the share of the biases that stay."""
+    """Biases are trained for a while, those without which the loss would hardly rise are pruned, and what is left is
+    trained from the start: structured pruning of BitFit (Lawton et al. 2023, arXiv 2305.16597, section 3).
+
+    `density` is the share of the biases that stay, `prime` the share of the steps before that. A bias stays by the
+    first-order rise -b . dL/db, summed over these steps; the optimiser and its schedule start anew then.
+
+    Deviations: None known. A pruned bias stays in its place as zeros.
+
+    Choose when: it is of interest which biases matter, or the fewest must be kept.
+    """
     for name, share in (("density", density), ("prime", prime)):
         if not 0 < share < 1:
             raise SpecError(f"peft: s-bitfit.{name}: {share} is outside (0, 1)")

@@ -1,4 +1,4 @@
-"""Sparse updates at entries chosen without data: SHiRA, PaFi, Super-Tuning."""
+"""Sparse updates at entries chosen without data."""
 
 from __future__ import annotations
 
@@ -13,22 +13,40 @@ if TYPE_CHECKING:
 
 
 def shira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
-    """y += S x with r (in + out) random entries, as many as a LoRA of rank r has (Bhardwaj et al. 2024, arXiv
-    2406.13175, section 3.1, SHiRA-Rand)."""
+    """y += S x with random entries of W trained, r (in + out) of them, as many as a LoRA of rank r has (Bhardwaj et al.
+    2024, arXiv 2406.13175, section 3.1, SHiRA-Rand).
+
+    Deviations: Of the paper's masks the random one; for others see `pafi`, `supertuning` (magnitude) and `fishmask`
+    (gradients).
+
+    Choose when: several grafts are to be added up or switched fast: sparse changes rarely meet.
+    """
     return (Sparse(at=at, rank=r),)
 
 
 def pafi(density: float = 0.005, at: str = "linear") -> tuple[Slot, ...]:
-    """The entries of the smallest |W|, the same share of every matrix (Liao et al. 2023, arXiv 2305.16742, section
-    3.1)."""
+    """The entries of the smallest |W| are trained, the same share of every matrix: a mask without data, the same for
+    all tasks (Liao et al. 2023, arXiv 2305.16742, section 3.1).
+
+    Deviations: None known. The paper shares one mask among all tasks; so does the rule here.
+
+    Choose when: a sparse change is wanted without a look at data, or grafts are to share one mask.
+    """
     return (Sparse(at=at, density=density, pick=DeclRef("smallest_entries")),)
 
 
 def supertuning(
     sparsity: float = 0.99, end: str = "top", r: int = 0, alpha: float = 0.0, at: str = "linear"
 ) -> tuple[Slot, ...]:
-    """The entries of the largest |W| (`end` top) or the smallest (bottom), with a LoRA of rank r beside it if there is
-    one ("Supra"; alpha 2 r where 0) (arXiv 2607.09287, as PEFT has it)."""
+    """The entries of the largest |W| are trained (`end` top) or of the smallest (bottom), with a LoRA of rank r beside
+    them if there is one, "Supra" (arXiv 2607.09287, as PEFT 0.21 has it).
+
+    `sparsity` is the share that is not trained; alpha is 2 r where 0.
+
+    Deviations: Held against PEFT and not against the paper's text.
+
+    Choose when: PEFT's folders of it are to be served, or `pafi` is to be tried from the other end.
+    """
     if end not in ("top", "bottom"):
         raise SpecError(f"end: {end!r} is neither top nor bottom")
     pick = DeclRef("largest_entries" if end == "top" else "smallest_entries")

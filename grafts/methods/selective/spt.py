@@ -1,10 +1,4 @@
-"""Sensitivity-aware tuning (He et al. 2023, arXiv 2303.08566, section 3): the entries of W whose first gradient step
-lowers the loss most are found in all matrices together; a matrix with as many of them as a LoRA has parameters gets a
-LoRA, the others train just those entries.
-
-A parameter's sensitivity is its squared gradient, summed over the job's first samples. Both slots exist at
-every site, the one that is not chosen multiplied by 0; so `parameters` counts more than what learns.
-"""
+"""Sensitivity-aware tuning: a LoRA where many entries of W matter, else just those entries."""
 
 from __future__ import annotations
 
@@ -24,7 +18,18 @@ if TYPE_CHECKING:
 
 
 def spt(r: int = 8, alpha: float = 16.0, density: float = 0.01, at: str = "linear") -> tuple[Slot, ...]:
-    """`density` is the share of all entries that are sensitive (the paper's tau)."""
+    """Sensitivity-aware tuning: the entries of W whose first gradient step lowers the loss most are found in all
+    matrices together; a matrix with as many of them as a LoRA has parameters gets a LoRA, the others train just those
+    entries (He et al. 2023, arXiv 2303.08566, section 3). The survey's other SPT, selective prompt tuning, is not here.
+
+    `density` is the share of all entries that are sensitive (the paper's tau).
+
+    Deviations: Sensitivity is the squared gradient summed over the job's first samples. Both slots exist at every site,
+    the one that is not chosen multiplied by 0, so `parameters` counts more than what learns; the paper's form with
+    adapters is left out.
+
+    Choose when: a budget is to go where the task needs it. It takes the memory of both slots.
+    """
     if not 0 < density < 1:
         raise SpecError(f"peft: spt.density: {density} is outside (0, 1)")
     arguments = (("density", density),)

@@ -18,12 +18,11 @@ def add_branches_(outputs: Sequence[Tensor], x_TI: Tensor, work: Work) -> Kept:
 
 def backward(
     linear: FrozenLinear, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """`FrozenLinear.backward` after `add_branches_`."""
     # Each member's columns of dy, however they came: a product's order of sums may depend on the layout, too.
     dx, columns = linear.transposed_product(dy_TO), linear.split(dy_TO)
-    found: list[Tensor] = []
+    found: list[Tensor | None] = []
     for (b, segments), hidden in zip(work, kept, strict=True):
-        assert x_TI is not None
         found += branch_gradients(columns[b.member], x_TI, b.A, b.B, segments, b.act, hidden, dx)
     return dx, found

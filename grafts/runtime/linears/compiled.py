@@ -9,7 +9,8 @@ from torch import Tensor
 from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.common.compiled import Call
+from polygraft.kernels.common.segments import Segments
+from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, ready, transposed
 
 
@@ -54,17 +55,19 @@ class CompiledLinear(FrozenLinear):
     def ready(self, x_TI: Tensor, branches: RoutedBranches, out_TO: Tensor) -> Call | None:
         return ready(x_TI, self._first(), branches.work, out_TO)
 
-    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    def backward(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
+    ) -> tuple[Tensor, list[Tensor | None]]:
         own = [pair for pair in work if pair[0].act in MASK_DERIVATIVE]
         masks = [values[0] for (b, _), values in zip(work, kept, strict=True) if b.act in MASK_DERIVATIVE]
         dx, dh = transposed(dy_TO, self._unpacked(), own, masks)
-        found: list[Tensor] = []
+        found: list[Tensor | None] = []
         columns, slopes = self.split(dy_TO), iter(dh)
         for (b, segments), values in zip(work, kept, strict=True):
-            assert x_TI is not None
             dy = columns[b.member]
             if b.act in MASK_DERIVATIVE:
-                found += [outer(next(slopes), x_TI, segments, len(b.A)), outer(values[0], dy, segments, len(b.B))]
+                pairs = ((b.A, next(slopes), x_TI), (b.B, values[0], dy))
+                found += [_outer(weight, hidden, rows, segments) for weight, hidden, rows in pairs]
             else:
                 found += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
         return dx, found
@@ -78,3 +81,11 @@ class CompiledLinear(FrozenLinear):
         if self._plain is None:
             self._plain = Weights.plain(self.weight(), self.widths)
         return self._plain
+
+
+def _outer(weight: Tensor, hidden: Tensor, rows: Tensor | None, segments: Segments) -> Tensor | None:
+    """The gradient of a branch's A or B, None where it asks for none."""
+    if not weight.requires_grad:
+        return None
+    assert rows is not None, "x is kept where an A is trained"
+    return outer(hidden, rows, segments, len(weight))

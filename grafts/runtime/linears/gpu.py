@@ -35,5 +35,7 @@ class GpuLinear(FrozenLinear):
     def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
         return Products(self.split(self.product(x_TI)), branches.work)
 
-    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    def backward(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
+    ) -> tuple[Tensor, list[Tensor | None]]:
         return self.transposed_product(dy_TO), []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from polygraft.grafts.methods.compressed.quantisation import Quantisation
 from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.branches import add_branches_, backward
 from polygraft.grafts.runtime.linears.plain import serve
@@ -61,6 +62,26 @@ class Nf4:
         return found.float()
 
 
+def quantised(weight: Tensor, how: Quantisation) -> Nf4:
+    """Q_T of LoftQ's algorithm 1 (Li et al. 2023, arXiv 2310.08659): Q_t rounds W - L_t-1, with L_t the best
+    approximation of rank r of W - Q_t, and L_0 = 0."""
+    found, wide = Nf4.of(weight), weight.detach().float()
+    for _ in range(how.iterations - 1):
+        rounded = Nf4.of(wide - _largest(wide - found.dense().float(), how.rank))
+        found = replace(rounded, dtype=weight.dtype)
+    return found
+
+
+def _largest(lost: Tensor, rank: int) -> Tensor:
+    """The best approximation of a rank: onto the first left singular vectors, which are eigenvectors of the smaller
+    square."""
+    tall = len(lost) > lost.shape[1]
+    narrow = (lost.T if tall else lost).double()
+    U = torch.linalg.eigh(narrow @ narrow.T)[1][:, -rank:]
+    near: Tensor = (U @ (U.T @ narrow)).to(lost)
+    return near.T if tall else near
+
+
 class Nf4Linear(FrozenLinear):
     """A frozen linear whose weights are dense only while they are multiplied with, in either direction; on a GPU the
     product x W^T reads the codes.
@@ -68,8 +89,15 @@ class Nf4Linear(FrozenLinear):
     Every projection of a fused one is quantised by itself, so that it has the codes it has in a model by itself.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, block: int | None = None) -> None:
-        parts = [Nf4.of(weight) for weight in weights]
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        block: int | None = None,
+        quantisation: Quantisation = Quantisation(),
+    ) -> None:
+        parts = [quantised(weight, quantisation) for weight in weights]
         super().__init__([part.dense() for part in parts], biases)
         self._block = block if self.dtype in (torch.bfloat16, torch.float32) else None
         # Side by side, so that one product may read the codes of all.
@@ -108,7 +136,9 @@ class Nf4Linear(FrozenLinear):
             return Products(self.split(y), branches.work)
         return Products(self.split(serve(y, x_TI, branches, self.widths)))
 
-    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    def backward(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
+    ) -> tuple[Tensor, list[Tensor | None]]:
         return backward(self, dy_TO, x_TI, work, kept)
 
     def _on_gpu(self, x_TI: Tensor, branches: RoutedBranches) -> Products:

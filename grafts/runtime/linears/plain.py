@@ -64,7 +64,9 @@ class PlainLinear(FrozenLinear):
             return Products(self.split(y), branches.work)
         return Products(self.split(serve(y, x_TI, branches, self.widths)))
 
-    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    def backward(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
+    ) -> tuple[Tensor, list[Tensor | None]]:
         return backward(self, dy_TO, x_TI, work, kept)
 
     def _back(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.runtime.fused import RoutedBranches
-from polygraft.kernels.common.compiled import Call
+from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.op import Work
 
 Kept = Sequence[Sequence[Tensor]]  # what every branch keeps of a forward for its gradients
@@ -58,8 +58,10 @@ class FrozenLinear(ABC):
         """The products; with `keep` all branches are added and recorded, where it `records`."""
 
     @abstractmethod
-    def backward(self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept) -> tuple[Tensor, list[Tensor]]:
-        """dx, and dA and dB of every branch in turn; x is None where there is no branch."""
+    def backward(
+        self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """dx, and dA and dB of every branch in turn, None for one that is not trained; x is None where no A is."""
 
     def ready(self, x_TI: Tensor, branches: RoutedBranches, out_TO: Tensor) -> Call | None:
         """The compiled call that writes the products with all branches to `out`; None where there is none for them."""

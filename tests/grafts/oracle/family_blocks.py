@@ -17,7 +17,7 @@ from peft import (
     PeftModel,
     TinyLoraConfig,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polygraft.launch.demo.oracle.naive import Hook, Parts, after
@@ -27,13 +27,27 @@ from tests.grafts.oracle.peft_places import layer_of, parts
 from tests.grafts.oracle.row import LINEAR, Row
 
 
-def qalora(scale: float, group: int) -> Hook:
-    """result = x W + s ((AvgPool(x) * L) A) B with L inputs a pool (Xu et al. 2023, algorithm 1)."""
+def qalora(scale: float, group: int, bits: int) -> Hook:
+    """x W~ + s (AvgPool(x) * L) A B with L inputs a pool, W~ = a round((W - b) / a) + b (Xu et al. 2023, eq. 1 and
+    algorithm 1)."""
 
-    def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
-        return y + scale * (F.avg_pool1d(x, group) * group) @ p["A"].T @ p["B"]
+    def hook(module: nn.Module, parts: Parts) -> None:
+        W = module.get_parameter("weight")
+        rounded = torch.cat([min_max(piece, bits) for piece in W.detach().split(group, dim=1)], dim=1)
 
-    return after(equation)
+        def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+            return x @ rounded.T + scale * (F.avg_pool1d(x, group) * group) @ p["A"].T @ p["B"]
+
+        after(equation)(module, parts)
+
+    return hook
+
+
+def min_max(group: Tensor, bits: int) -> Tensor:
+    """The rows of [out, L] on grids of their own, from their least value to their greatest."""
+    b = group.min(dim=1, keepdim=True).values
+    a = (group.max(dim=1, keepdim=True).values - b) / (2**bits - 1)
+    return a * torch.round((group - b) / a) + b
 
 
 def _tinylora(model: PeftModel, name: str, value: Tensor) -> Place:
@@ -107,7 +121,7 @@ ROWS: Mapping[str, Row] = {
         lambda: GraloraConfig(r=4, alpha=6, gralora_k=2, target_modules=LINEAR),
         place=parts({"A": "gralora_A", "B": "gralora_B"}, transposed={"A": (1, 2)}),
     ),
-    "qalora": Row("qalora(r=4, alpha=8, group=8)", hooks=lambda: {0: qalora(2.0, 8)}),
+    "qalora": Row("qalora(r=4, alpha=8, group=8, bits=3)", hooks=lambda: {0: qalora(2.0, 8, 3)}),
     "delora": Row(
         "delora(r=4)",
         lambda: DeloraConfig(r=4, target_modules=LINEAR),

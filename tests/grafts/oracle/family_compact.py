@@ -37,7 +37,7 @@ def phm() -> Hook:
     return after(equation)
 
 
-def hyperformer() -> Hook:
+def hypernet() -> Hook:
     """(U, D) = (W^U, W^D) I with I = h(z), h two linear maps with a ReLU between, and U gelu(D(.)) after the sublayer
     (Karimi Mahabadi et al. 2021, section 2, one task)."""
 
@@ -195,11 +195,11 @@ ROWS: Mapping[str, Row] = {
     "capaboost": Row("capaboost(r=4, alpha=8, d=3)", hooks=lambda: {0: capaboost(2.0)}),
     "peqa": Row("peqa", hooks=lambda: {0: peqa(4, 1)}),
     "peqa in groups": Row("peqa(bits=3, group=16, at=attn.*)", hooks=lambda: {0: peqa(3, 4)}),
-    "bitdelta": Row("bitdelta", hooks=lambda: {0: bitdelta()}, fixed=_words),
+    "bitdelta": Row("bitdelta(of=tuned)", hooks=lambda: {0: bitdelta()}, fixed=_words, members="bitdelta"),
     "binary-adapter": Row("binary-adapter(8, scale=2)", hooks=lambda: {0: binary_adapter(2.0)}),
     "said": Row(
         "said(d=20, at=attn.[qv]|ffn.down, seed=3)",
         hooks=lambda: {0: said(20, 3, [f"{layer}.{name}" for layer in range(4) for name in SITES])},
     ),
-    "hyperformer": Row("hyperformer(8, embedding=6, code=5)", hooks=lambda: {0: hyperformer()}),
+    "hypernet-adapter": Row("hypernet-adapter(8, embedding=6, code=5)", hooks=lambda: {0: hypernet()}),
 }

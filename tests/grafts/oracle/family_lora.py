@@ -46,6 +46,11 @@ def nested(alpha: float, rank: int) -> Hook:
     return after(lambda x, y, p: y + alpha / rank * (x @ p["A"][:rank].T) @ p["B"][:rank])
 
 
+def triplets(scale: float) -> Hook:
+    """W x + s P diag(E) Q x (Zhang et al. 2023, eq. 3)."""
+    return after(lambda x, y, p: y + scale * (p["E"] * (x @ p["A"].T)) @ p["B"])
+
+
 def adalora(model: PeftModel, name: str, value: Tensor) -> Place:
     _, layer, site, part = split(name)
     if part not in "AEB":
@@ -87,5 +92,8 @@ ROWS: Mapping[str, Row] = {
     ),
     "sora": Row("sora(r=4, alpha=8)", hooks=lambda: {0: gated(2.0)}),
     "dylora": Row("dylora(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "qlora": Row("qlora(r=4, alpha=8, dropout=0)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "loftq": Row("loftq(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "mezo": Row("lora(r=2, alpha=8) + mezo", lambda: LoraConfig(r=2, lora_alpha=8, target_modules=LINEAR)),
     "lora-dropout": Row("lora-dropout(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
 }

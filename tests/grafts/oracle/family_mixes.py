@@ -40,7 +40,7 @@ def hydralora(experts: int, scale: float) -> Hook:
     return after(equation)
 
 
-def moelora(experts: int, scale: float) -> Hook:
+def job_gated(experts: int, scale: float) -> Hook:
     """h = W_0 x + alpha / r sum_i w_i B_i A_i x (Liu et al. 2023), w = softmax(W_T e)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
@@ -77,5 +77,7 @@ ROWS: Mapping[str, Row] = {
     "autopeft": Row(
         "autopeft(serial=4, beside=6, prefix=3)", hooks=lambda: {0: feed_forward_adapter(), 1: parallel(4.0)}
     ),
-    "moelora": Row("moelora(r=8, experts=4, alpha=4, task=3)", hooks=lambda: {0: moelora(4, 0.5)}),
+    "job-gated-experts": Row(
+        "job-gated-experts(r=8, experts=4, alpha=4, task=3)", hooks=lambda: {0: job_gated(4, 0.5)}
+    ),
 }

@@ -13,7 +13,7 @@ from tests.grafts.oracle.family_mixes import molora
 from tests.grafts.oracle.row import Row, Values
 
 
-def mole(count: int) -> Hook:
+def output_gated(count: int) -> Hook:
     """sum_i G_i E_i(x) with G = softmax(e (E_1(x) + ... + E_N(x))), + of vectors end to end (Wu et al. 2024, section
     3.2), without normalisation and for each row."""
 
@@ -61,7 +61,9 @@ ROWS: Mapping[str, Row] = {
         hooks=lambda: {0: molora(3, 1.0, top=2)},
         members="lora(r=2, alpha=4, at=attn.[qv]) + rslora(r=3, at=ffn.down)",
     ),
-    "mole": Row("mole(r=2, of=a|b|c)", hooks=lambda: {0: mole(3)}, members="lora(r=2, alpha=4)"),
+    "output-gated-loras": Row(
+        "output-gated-loras(r=2, of=a|b|c)", hooks=lambda: {0: output_gated(3)}, members="lora(r=2, alpha=4)"
+    ),
     "o-lora": Row("o-lora(r=4, alpha=6, old=3, of=a|b@7)", hooks=lambda: {0: o_lora(1.5)}, members="mica(r=3)"),
     "fusion": Row("fusion(6, of=a|b|c)", hooks=lambda: {0: fusion(3)}, members="serial(5, at=ffn.out)@1"),
     "spot": Row("spot(5, of=a|b)", soft=prompt, members="prompt(5, start=normal)"),

@@ -239,7 +239,7 @@ ROWS: Mapping[str, Row] = {
     "dpt": Row("dpt(6, r=2)", soft=factored),
     "residual-prompt": Row("residual-prompt(5, size=7)", soft=residual),
     "mpt": Row("mpt(5)", soft=rank_one),
-    "xprompt": Row("xprompt(6, pieces=4)", soft=masked, fixed=_half_masked),
+    "pruned-prompt": Row("pruned-prompt(6, pieces=4)", soft=masked, fixed=_half_masked),
     "dept": Row("dept(4, rows=9, r=2)", soft=dept),
     "trainable-tokens": Row(f"trainable-tokens({'|'.join(map(str, EDITED))})", soft=inverted),
 }

@@ -10,7 +10,7 @@ from polygraft.launch.demo.oracle.naive import Hook, after, serial
 from tests.grafts.oracle.row import Row
 
 
-def adamix(experts: int) -> Hook:
+def averaged(experts: int) -> Hook:
     """h + mean_j(W_up,j) relu(mean_i(W_down,i) h) (Wang et al. 2022, section 3.3)."""
     return after(
         lambda x, h, p: h + F.relu(h @ sum(p["A"].chunk(experts)).T / experts) @ (sum(p["B"].chunk(experts)) / experts)
@@ -19,5 +19,5 @@ def adamix(experts: int) -> Hook:
 
 ROWS: Mapping[str, Row] = {
     "adapter-drop": Row("adapter-drop(6, upto=1)", hooks=lambda: {0: serial()}),
-    "adamix": Row("adamix(5, experts=3)", hooks=lambda: {0: adamix(3)}),
+    "averaged-adapters": Row("averaged-adapters(5, experts=3)", hooks=lambda: {0: averaged(3)}),
 }

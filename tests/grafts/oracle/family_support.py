@@ -73,10 +73,16 @@ def gates(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 ROWS: Mapping[str, Row] = {
-    "fishmask": Row("fishmask(density=0.03)", hooks=lambda: {0: sparse_update()}, fixed=placed),
-    "fish-dip": Row("fish-dip(density=0.01, pool=3, at=attn.*)", hooks=lambda: {0: sparse_update()}, fixed=placed),
-    "far": Row("far(density=0.2)", hooks=lambda: {0: trained_rows()}, fixed=placed),
-    "far everywhere": Row("far(density=0.1, at=linear)@1", hooks=lambda: {0: trained_rows()}, fixed=placed),
+    "fishmask": Row(
+        "fishmask(density=0.03, room=2)", hooks=lambda: {0: sparse_update(lambda p: p["chosen"] * p["w"])}, fixed=placed
+    ),
+    "moving-mask": Row(
+        "moving-mask(density=0.01, pool=3, at=attn.*)", hooks=lambda: {0: sparse_update()}, fixed=placed
+    ),
+    "moved-rows": Row("moved-rows(density=0.2)", hooks=lambda: {0: trained_rows()}, fixed=placed),
+    "moved-rows everywhere": Row(
+        "moved-rows(density=0.1, at=linear)@1", hooks=lambda: {0: trained_rows()}, fixed=placed
+    ),
     "spt": Row("spt(r=2, alpha=6)", hooks=lambda: sensitive(3.0), fixed=placed),
     "lt-sft": Row("lt-sft(at=attn.*)", hooks=lambda: {0: changed(lambda p: p["stays"] * p["change"])}),
     "diff-pruning": Row(

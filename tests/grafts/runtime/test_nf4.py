@@ -13,6 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -33,6 +34,13 @@ from tests.grafts.test_methods import batch, decoded, judged, ours
 from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
 
 CHOSEN = [*METHODS, "pissa", "vera", "loha", "lpt"]
+PACKED = {
+    "qlora": "qlora(r=8, at=attn.[qv], dropout=0.2)",
+    "dora": "dora(r=4, at=attn.v|ffn.down)",
+    "loftq": "loftq(r=4, at=attn.*)",
+    "pissa": "pissa(r=4, at=attn.v)",
+    "ia3": "ia3",
+}
 SITES = (Site(0, "attn.k"), Site(1, "ffn.down"))
 
 
@@ -138,20 +146,13 @@ def test_decoding_from_the_cache_gives_the_oracles_logits(fp32: Backbone, dense_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("texts", [PACKED], ids=["all"])
+@pytest.mark.equality("packed")
 def test_packed_training_on_nf4_leaves_the_bits_of_training_alone(
-    dtype: torch.dtype, tiny_folder: Path, one_thread: None
+    texts: dict[str, str], dtype: torch.dtype, tiny_folder: Path, one_thread: None
 ) -> None:
     backbone = Backbone.load(tiny_folder, dtype, training=True, quantise="nf4")
-    jobs = jobs_of(
-        20,
-        {
-            "lora": "lora(r=8, at=attn.[qv], dropout=0.2)",
-            "dora": "dora(r=4, at=attn.v|ffn.down)",
-            "loftq": "loftq(r=4, at=attn.*)",
-            "pissa": "pissa(r=4, at=attn.v)",
-            "ia3": "ia3",
-        },
-    )
+    jobs = jobs_of(20, texts)
     assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
 
 
@@ -210,3 +211,48 @@ def test_loftq_on_a_backbone_that_is_not_quantised_is_refused(tiny_folder: Path)
     backbone = Backbone.load(tiny_folder, torch.float32)
     with pytest.raises(SpecError, match="this one is not"):
         initialise(BoundGraft(parse("loftq"), backbone.shape), backbone, seed=0, samples=())
+
+
+@pytest.mark.parametrize("iterations", [2, 5])
+def test_a_backbone_of_several_iterations_and_its_graft_are_algorithm_1(iterations: int, tiny_folder: Path) -> None:
+    """Li et al. 2023, algorithm 1: Q_t = q(W - A B^T), then A, B = SVD(W - Q_t), by bitsandbytes and PEFT's own SVD."""
+    plain = Backbone.load(tiny_folder, torch.float32)
+    backbone = Backbone.load(tiny_folder, torch.float32, quantise=f"loftq-4-{iterations}")
+    graft = BoundGraft(parse(f"loftq(r=4, alpha=12, iterations={iterations})"), backbone.shape)
+    values = initialise(graft, backbone, seed=0, samples=())
+    for site in SITES:
+        W = plain.weight(site)
+        low = torch.zeros_like(W)
+        errors = []
+        for _ in range(iterations):
+            Q = given_back(W - low)
+            found = _low_rank_decomposition(W - Q, reduced_rank=4)
+            low = found["L"] @ found["R"]
+            errors.append(float((W - Q - low).norm()))
+        assert relative(backbone.weight(site), Q) < 1e-6
+        assert relative(3.0 * values[f"0.{site}.B"].T @ values[f"0.{site}.A"], low) < 1e-4
+        assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "quantise", "message"),
+    [
+        ("loftq(r=4, iterations=5)", "nf4", "iterations: 5 of rank 4; .* by 1 iteration .* --quantise loftq-4-5"),
+        ("loftq(r=4)", "loftq-4-2", "iterations: 1 of rank 4; .* by 2 iterations of rank 4"),
+        ("loftq(r=8, iterations=2)", "loftq-4-2", "iterations: 2 of rank 8; .* by 2 iterations of rank 4"),
+    ],
+)
+def test_loftq_of_another_backbones_iterations_is_refused_with_both(
+    text: str, quantise: str, message: str, tiny_folder: Path
+) -> None:
+    backbone = Backbone.load(tiny_folder, torch.float32, quantise=quantise)
+    with pytest.raises(SpecError, match=message):
+        initialise(BoundGraft(parse(text), backbone.shape), backbone, seed=0, samples=())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("loftq(iterations=0)", "iterations: 0"), ("loftq(bits=2)", "bits: 2; .* have 4")]
+)
+def test_what_no_backbone_gives_loftq_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse(text)

@@ -19,6 +19,7 @@ from polygraft.cluster.store.base import Write
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -113,6 +114,8 @@ async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Pa
         shape=backbone.shape,
         backbone="tiny",
         fingerprint=backbone.fingerprint,
+        stock=BackboneFiles(folder),
+        quantised=False,
         data=tmp_path,
         limits=LIMITS,
         pack=Limits(pack_bytes=PACK_BYTES),

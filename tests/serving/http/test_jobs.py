@@ -18,6 +18,7 @@ from polygraft.grafts.grammar import parse
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
+PEFTS = {"target_modules": ["q_proj"]}
 PEFT = "method.supervised.hyperparameters.peft"
 MAX_LENGTH = "method.supervised.hyperparameters.max_length"
 
@@ -75,18 +76,39 @@ async def test_a_peft_config_is_read_as_such(ann: httpx.AsyncClient) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     made = (await ann.post("/fine_tuning/jobs", json=body(await upload(ann), method=supervised(peft=config)))).json()
     assert made["method"]["supervised"]["hyperparameters"]["peft"] == config
+    beside = {**config, "rank_pattern": {"v_proj": 2}, "modules_to_save": ["norm"], "bias": "lora_only"}
+    answer = await ann.post("/fine_tuning/jobs", json=body(await upload(ann), method=supervised(peft=beside)))
+    assert answer.status_code == 200
+
+
+async def test_qlora_is_for_a_quantised_backbone(service: Service, ann: httpx.AsyncClient) -> None:
+    asked = body(await upload(ann), method=supervised(peft="qlora(r=2)"))
+    refused = await ann.post("/fine_tuning/jobs", json=asked)
+    assert refused.status_code == 400 and "polygraft up --quantise nf4" in refused.json()["error"]["message"]
+    object.__setattr__(service.api, "quantised", True)
+    assert (await ann.post("/fine_tuning/jobs", json=asked)).status_code == 200
 
 
 @pytest.mark.parametrize(
     ("changes", "param", "said"),
     [
-        ({"method": supervised(peft="lorra(r=4)")}, PEFT, "choices: adalora, adamix"),
+        ({"method": supervised(peft="lorra(r=4)")}, PEFT, "choices: adalora, adamss"),
         ({"method": supervised(peft="lora(at=attn.x)")}, PEFT, "sites: attn.q"),
         ({"method": supervised(peft="lora(r=0)")}, PEFT, "rank: 0"),
         ({"method": supervised(peft="lora@7")}, PEFT, "7 is not a layer"),
         ({"method": supervised(peft={"peft_type": "XLORA"})}, PEFT, "XLORA"),
+        ({"method": supervised(peft={**PEFTS, "modules_to_save": ["lm_head"]})}, PEFT, "modules_to_save: 'lm_head'"),
+        ({"method": supervised(peft={"bias": "some"})}, PEFT, "bias: 'some'"),
+        ({"method": supervised(peft={"trainable_token_indices": [3]})}, PEFT, "trainable_token_indices: PEFT edits"),
+        ({"method": supervised(peft={**PEFTS, "rank_pattern": {"q_proj": "x"}})}, PEFT, "rank_pattern: 'x'"),
+        ({"method": supervised(peft={"rank_pattern": {"q_proj": 2}})}, PEFT, "target_modules: is not given"),
+        ({"method": supervised(peft="s4")}, PEFT, "polygraft methods --s4"),
+        ({"method": supervised(peft="lorahub(of=a)")}, PEFT, "polygraft grafts soup"),
+        ({"method": supervised(peft="mole(of=a)")}, PEFT, "called 'output-gated-loras'"),
+        ({"method": supervised(peft="spt(length=3)")}, PEFT, "and not selective prompt tuning"),
         ({"method": supervised(peft="lora(r=10000)")}, PEFT, "bytes in training, a pack has 67,108,864"),
         ({"method": supervised(peft="serial(100000)")}, PEFT, "'serial(100000)' needs"),
+        ({"method": supervised(peft="bitdelta")}, PEFT, "make a graft of one with `polygraft grafts bitdelta FOLDER"),
         ({"method": supervised(max_length=513)}, MAX_LENGTH, "513 tokens are more than the backbone's 512 positions"),
         ({"method": supervised(peft="prefix(300)")}, MAX_LENGTH, "256 tokens and the 300 "),
         ({"method": supervised(peft='{"a":' + "[" * 1900)}, PEFT, "not JSON"),

@@ -36,6 +36,7 @@ def structure(name: str, **fields: str) -> type[ctypes.Structure]:
 class Function:
     """A compiled function; `arguments` is the structure that it takes the address of."""
 
+    name: str
     jump: Callable[[int], None]
     address: int
     arguments: type[ctypes.Structure]
@@ -45,13 +46,14 @@ class Function:
         does, as do those tensors."""
         given = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
         made = self.arguments(**given)
-        return Call(self.jump, self.address, ctypes.addressof(made), (made, keeps, arguments))
+        return Call(self.name, self.jump, self.address, ctypes.addressof(made), (made, keeps, arguments))
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call that may be made any number of times: the function, where it lies, and where what it takes lies."""
 
+    name: str
     jump: Callable[[int], None]
     function: int
     arguments: int
@@ -65,7 +67,7 @@ class Calls:
     """Calls that are made one after the other, in one step out of Python."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = tuple(calls)
+        self.calls = tuple(calls)
         functions = array("q", [call.function for call in calls])
         arguments = array("q", [call.arguments for call in calls])
         run = function(Path(__file__).with_name("run.cpp"), "run", _RUN)
@@ -97,7 +99,7 @@ def function(
     jump.argtypes, jump.restype = [ctypes.c_void_p], None
     address = ctypes.cast(jump, ctypes.c_void_p).value
     assert address is not None
-    return Function(jump, address, arguments)
+    return Function(name, jump, address, arguments)
 
 
 @cache

@@ -1,7 +1,4 @@
-"""Hyperformer: the matrices of the serial adapters are a linear function of a code, and a site's code is a small
-network's function of its embedding; the networks are shared by all sites (Karimi Mahabadi et al. 2021, arXiv
-2106.04489, section 2). One task, so that the embedding is the site's own; without the norms' own networks.
-"""
+"""Serial adapters that a network makes, the same for all sites."""
 
 from __future__ import annotations
 
@@ -17,10 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def hyperformer(
+def hypernet_adapter(
     size: int = 24, embedding: int = 64, code: int = 32, act: str = "gelu", at: str = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
-    form = DeclRef("hyperformer", (("embedding", embedding), ("code", code)))
+    """Serial adapters whose matrices are a linear function of a code, the code being a small network's function of a
+    trained embedding of the site; the networks are shared by all sites. It is HyperFormer's way to make adapters
+    (Karimi Mahabadi et al. 2021, arXiv 2106.04489, section 2) for one task.
+
+    Deviations: HyperFormer is for several tasks at once: its embeddings are of task, layer and position, and the tasks
+    share what the networks learn. A job here has one task, so that point is lost, and hence the name. The network that
+    makes the layer norms' weights is left out, too.
+
+    Choose when: layers should share what they learn. It trains more numbers than the adapters it makes, and is served
+    as plain adapters.
+    """
+    form = DeclRef("hypernet-adapter", (("embedding", embedding), ("code", code)))
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
@@ -31,7 +39,7 @@ def _own(slot: Branch, place: SiteShape, embedding: int, code: int) -> Mapping[s
 def _shared(slot: Branch, places: Sequence[SiteShape], embedding: int, code: int) -> Mapping[str, TensorDecl]:
     width = places[0].d_out  # that of the residual stream, wherever a serial adapter stands
     if min(embedding, code) < 1:
-        raise SpecError(f"peft: hyperformer: embedding {embedding} and code {code} are sizes; give at least 1")
+        raise SpecError(f"peft: hypernet-adapter: embedding {embedding} and code {code} are sizes; give at least 1")
     return {
         "first": TensorDecl((code, embedding), "kaiming"),
         "second": TensorDecl((code, code), "kaiming"),
@@ -47,5 +55,5 @@ def _operands(
     return {"A": (values["down"] @ made).view(slot.rank, -1), "B": (values["up"] @ made).view(slot.rank, -1)}
 
 
-METHODS = (Method("hyperformer", "arXiv 2106.04489", 3e-4, hyperformer),)
-PARAMETRIZATIONS = (Parametrization("hyperformer", _operands, _own, _shared),)
+METHODS = (Method("hypernet-adapter", "arXiv 2106.04489", 3e-4, hypernet_adapter),)
+PARAMETRIZATIONS = (Parametrization("hypernet-adapter", _operands, _own, _shared, formerly="hyperformer"),)

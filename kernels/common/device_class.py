@@ -1,0 +1,51 @@
+"""The class of a device: what decides, besides a row and its graft, which bits a CPU computes."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from polygraft.kernels.dense.library import FOLDER, Unavailable, library, toolchain
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceClass:
+    """Machines of one class compute the same bits from the same rows; between classes results are equal to a tolerance.
+
+    A job's record names the class that it was admitted with, so that a pack that starts again elsewhere can say so.
+    """
+
+    processor: str  # vendor, family, model: oneDNN and MKL choose the order of a sum by them
+    compiled: (
+        str  # digest of the compiled ops, their compiler and the instructions they are held to; "" where torch's run
+    )
+    torch: str  # its version, and so that of its libraries
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.processor}, ops {self.compiled or 'of torch'}, torch {self.torch}, {self.threads} threads"
+
+
+def device_class() -> DeviceClass:
+    """The class of this process: of its machine, its environment and the threads that torch uses in it."""
+    return DeviceClass(_processor(), _compiled(), torch.__version__, torch.get_num_threads())
+
+
+def _compiled() -> str:
+    try:
+        return toolchain().digest(sorted(FOLDER.glob("*/*.cpp"))) if library() else ""
+    except Unavailable:
+        return ""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    named = [fields[name] for name in ("vendor_id", "cpu family", "model") if name in fields]
+    return " ".join(named) or platform.machine()

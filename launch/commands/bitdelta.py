@@ -1,0 +1,87 @@
+"""grafts bitdelta: a fine-tuned model as a graft of one bit an element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polygraft.cluster.model import TenantId
+from polygraft.launch.cache import backbone_cache
+from polygraft.launch.commands.common import flags
+from polygraft.launch.commands.grafts import adopted, grafts, load_backbone, usage_errors
+from polygraft.launch.output import Failure, Status
+from polygraft.launch.progress import counted
+
+if TYPE_CHECKING:
+    from polygraft.grafts.runtime.backbone import Backbone
+
+_SHOWN = 5
+
+
+def register() -> None:
+    grafts.command("bitdelta")(bitdelta)
+
+
+def bitdelta(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: a folder or a hub id.")],
+    name: Annotated[str, typer.Argument(help="The name to serve the graft under.")],
+    examples: Annotated[
+        Path | None, typer.Option(help="Chat examples as JSONL, on which the scales are trained to give its logits.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of that training.", min=1)] = 200,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of an example.", min=2)] = 128,
+    at: Annotated[str, typer.Option(help="The projections whose difference is kept.")] = "linear",
+    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose graft it is.")] = "local",
+    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+) -> None:
+    """Give the local service a fine-tuned model of its backbone, as one bit an element of the difference (BitDelta)."""
+    from polygraft.grafts.distil import distil
+    from polygraft.grafts.formats.backbone_files import BackboneFiles
+    from polygraft.grafts.formats.bitdelta import bitdelta_of, left_out
+    from polygraft.grafts.runtime.pretrained import materialise
+    from polygraft.grafts.spec import SpecError
+
+    store, settings = flags(context).store(), flags(context).settings()
+    with usage_errors():
+        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
+        folder = materialise(model, backbone_cache())
+        base, tuned = BackboneFiles(loaded.folder), BackboneFiles(folder)
+        if tuned.shape != base.shape:
+            raise SpecError(f"model: {model!r} is {tuned.shape}, and the backbone {base.shape}")
+        graft, values = bitdelta_of(base.shape, base.weight, tuned.weight, at)
+        if rest := left_out(graft, base, tuned):
+            more = f" and {len(rest) - _SHOWN} others" if len(rest) > _SHOWN else ""
+            typer.echo(f"not in the graft, though it was tuned: {', '.join(rest[:_SHOWN])}{more}", err=True)
+        if examples is not None:
+            samples = _samples(examples, loaded, max_length)
+            with counted() as report:
+                found = distil(
+                    graft,
+                    values,
+                    loaded,
+                    load_backbone(str(folder)),
+                    samples,
+                    steps=steps,
+                    told=lambda done: report("distilling", done, steps),
+                )
+            typer.echo(f"logits' squared distance {found.first:.4g} -> {found.last:.4g}", err=True)
+            values = dict(found.tensors)
+        made = adopted(store, settings, TenantId(tenant), name, graft, values, loaded, promote)
+    store.close()
+    typer.echo(made.model)
+
+
+def _samples(examples: Path, loaded: Backbone, max_length: int) -> Sequence[Sequence[int]]:
+    from polygraft.grafts.text.jsonl import DataError, read
+    from polygraft.grafts.text.tokenise import Tokeniser
+
+    tokeniser = Tokeniser.load(loaded.folder)
+    try:
+        return [tokeniser.encode_example(example, max_length).ids for example in read(examples)]
+    except (DataError, OSError) as error:
+        raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None

@@ -1,0 +1,40 @@
+"""Compiled functions: every source builds where the products do, and a call does what its op does, again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.kernels.compiled.calls import EXACTLY, Calls, function, structure
+from polygraft.kernels.dense.library import build, library
+from polygraft.kernels.residual_norm import op as residual_norm
+from polygraft.kernels.residual_norm.op import Norm
+from polygraft.kernels.swiglu import op as swiglu
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+SOURCES = sorted(path for path in KERNELS.glob("*/*.cpp") if path.parent.name != "dense")
+pytestmark = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16 or no compiler on this machine")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_source_builds_where_the_products_do(source: Path) -> None:
+    """Else its op would be torch's, and nothing but the time would tell."""
+    assert build(source, EXACTLY).exists()
+
+
+def test_calls_are_made_in_their_order_on_what_their_tensors_hold_by_then() -> None:
+    x, y, out = (torch.zeros(3, 8) for _ in range(3))
+    calls = [residual_norm.ready(x, None, Norm(None, None, 1e-6, centred=False), y), swiglu.ready(y, x, out)]
+    made = Calls([call for call in calls if call is not None])
+    for seed in (1, 2):
+        x.copy_(torch.randn(3, 8, generator=torch.Generator().manual_seed(seed)))
+        made()
+        torch.testing.assert_close(out, torch.nn.functional.silu(x / x.square().mean(1, keepdim=True).sqrt()) * x)
+
+
+def test_a_structure_that_is_laid_out_otherwise_is_refused() -> None:
+    source = KERNELS / "swiglu" / "swiglu.cpp"
+    with pytest.raises(AssertionError, match="Forward is another structure"):
+        function(source, "swiglu", structure("Forward", pointers="gate up out", integers="rows"))
