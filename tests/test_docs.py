@@ -16,7 +16,7 @@ HISTORY = ("docs/log.md", "CHANGELOG.md")
 # `path` or `path:name`; x in a path stands for the reader's own.
 _NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)(?::([\w.]+))?`")
 _OWN = re.compile(r"(^|[/_])x([./]|$)")
-_CODE = re.compile(r"`([\w/]+\.py)`[^`]*:\n+ *```python\n(.+?)```", re.DOTALL)
+_CODE = re.compile(r"`(\w+/[\w/]+\.py)`[^`]*:\n+ *```python\n(.+?)```", re.DOTALL)
 
 
 def test_files_and_functions_that_the_pages_name_are_there() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polygraft.cluster.api_keys import verify_key
-from polygraft.cluster.model import StudyId
+from polygraft.cluster.model import FileId, StudyId
 from polygraft.cluster.service import find_service, read_key
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Store
 from polygraft.launch.commands.common import Flags, Json, flags
 from polygraft.launch.output import Failure, Status, errors, print_json, screen
 
@@ -60,17 +63,18 @@ def _run(given: Flags, wanted: SearchFile, study: str | None) -> tuple[Trial, ..
     from polygraft.tuning.plan import BadPlan
     from polygraft.tuning.record import BadRecord
 
+    id = StudyId(study) if study else None
     settings = given.settings()
     service = find_service(settings.service_path)
     key = given.key or read_key(settings.api_key_path)
-    store = given.store()
-    owner = verify_key(store, key)
-    store.close()
-    if owner is None:
-        raise Failure("the API key is unknown or was revoked; polygraft keys create makes one")
     try:
+        with closing(given.store()) as store:
+            owner, uploaded = verify_key(store, key), files_of(store, id)
+        if owner is None:
+            raise Failure("the API key is unknown or was revoked; polygraft keys create makes one")
+        shape = searching.shape_of(service)
         with given.client() as client:
-            plan = wanted.plan(client, backbone=service.backbone, shape=searching.shape_of(service))
+            plan = wanted.plan(client, backbone=service.backbone, shape=shape, uploaded=uploaded)
         with SearchProgress(plan.trials) as progress:
             return searching.run(
                 service,
@@ -78,10 +82,21 @@ def _run(given: Flags, wanted: SearchFile, study: str | None) -> tuple[Trial, ..
                 key=key,
                 tenant=owner.tenant,
                 folder=settings.data / "searches",
-                study=StudyId(study) if study else None,
+                study=id,
                 on_begin=lambda id: errors.print(f"{id}; go on with it by --study if it is stopped", highlight=False),
                 on_trial=progress.on_trial,
                 on_progress=progress.on_progress,
             )
     except (BadPlan, BadRequest, BadRecord, SpecError) as error:
         raise Failure(str(error), Status.USAGE) from None
+
+
+def files_of(store: Store, study: StudyId | None) -> dict[str, str]:
+    """The files that a study was begun with, by the digests of their contents: uploaded again they would have other
+    ids, and the plan would be another one."""
+    from polygraft.tuning.record import begun
+
+    plan = begun(store, study) if study else None
+    named = () if plan is None else (plan.job.training_file, plan.job.validation_file)
+    found = (store.get(keys.file(FileId(file))) for file in named if file is not None)
+    return {one.value.digest: one.value.id for one in found if one is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,15 +39,23 @@ class SearchFile(BaseModel):
     learning_rate: Annotated[tuple[float, float] | None, Field(description="lowest and highest")] = None
     hyperparameters: dict[str, JsonValue] = {}
 
-    def plan(self, client: Client, *, backbone: str, shape: ModelShape) -> SearchPlan:
-        """The plan, its files uploaded. Raises BadPlan, BadRequest, SpecError and ApiFailure."""
+    def plan(
+        self, client: Client, *, backbone: str, shape: ModelShape, uploaded: Mapping[str, str] | None = None
+    ) -> SearchPlan:
+        """The plan, its files uploaded but for those that are, by their digests in `uploaded`. Raises BadPlan,
+        BadRequest, SpecError and ApiFailure."""
+
+        def id_of(file: Path) -> str:
+            known = (uploaded or {}).get(sha256(file.read_bytes()).hexdigest())
+            return client.upload(file).id if known is None else known
+
         space = autopeft(
             shape, groups=self.groups, largest=self.largest, longest=self.longest, learning_rate=self.learning_rate
         )
         job: dict[str, JsonValue] = {
             "model": backbone,
-            "training_file": client.upload(self.training_file).id,
-            "validation_file": client.upload(self.validation_file).id,
+            "training_file": id_of(self.training_file),
+            "validation_file": id_of(self.validation_file),
             "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
         }
         return SearchPlan(
