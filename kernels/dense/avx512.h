@@ -190,6 +190,7 @@ class Projection {
   template <int R>
   void dots(const Item &item, const bf16 *x, int64_t row, int64_t r, int64_t i, float *products) const {
     constexpr int RANKS = SIDE / R;
+    const int64_t ahead = SIDE * item.branch->depth;  // the next ranks, or the next graft's
     const bf16 *a[RANKS], *b[R];
 #pragma GCC unroll 16
     for (int j = 0; j < RANKS; j++) a[j] = item.A(std::min(r + i + j, item.ranks - 1));
@@ -205,6 +206,7 @@ class Projection {
 #pragma GCC unroll 16
       for (int rank = 0; rank < RANKS; rank++) {
         const auto weights = (__m512bh)_mm512_loadu_si512(a[rank] + k);
+        _mm_prefetch(a[rank] + k + ahead, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int j = 0; j < R; j++) s[j * RANKS + rank] = _mm512_dpbf16_ps(s[j * RANKS + rank], rows[j], weights);
       }

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.library import library
+from polygraft.kernels.dense.pages import LargePages
 from polygraft.kernels.dense.structures import BRANCH, Segment
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")  # by their numbers in linear.cpp
@@ -24,6 +25,7 @@ MASK_DERIVATIVE = ("identity", "relu")  # those whose derivative is 1 where thei
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
 PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
+_PAGES = LargePages()
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Weights:
             whole = F.pad(W.detach(), (0, 0, 0, count * PANEL - len(W))).contiguous().view(torch.int32)
             tiles = whole.view(count, ACROSS, SIDE, W.shape[1] // DEPTH, DEPTH // 2)
             panels.append(tiles.permute(0, 3, 1, 4, 2).flatten())
-        return Weights(torch.cat(panels), PANELS, weights[0].shape[1], tuple(_places(map(len, weights))))
+        return Weights(_PAGES.copy(torch.cat(panels)), PANELS, weights[0].shape[1], tuple(_places(map(len, weights))))
 
     @property
     def out_features(self) -> int:
