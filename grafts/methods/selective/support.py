@@ -66,7 +66,7 @@ def diff_pruning(
 
 def child_tuning(p: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
     """Child-Tuning_F: every step a random share `p` of the gradient of W is kept, divided by p (Xu et al. 2021, arXiv
-    2109.05687, section 2).
+    2109.05687, section 2). With p=1 it is full fine-tuning of the projections, as PEFT's modules_to_save.
 
     Deviations: projections alone; what the optimiser's moments move where the gradient is masked is not masked, as in
     the authors' code. Child-Tuning_D, whose mask stays, is fishmask.
@@ -74,7 +74,8 @@ def child_tuning(p: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
     Choose when: full fine-tuning of the projections is wanted, with a noise that keeps it from overfitting few
     examples. It takes as much memory as full fine-tuning; take lora where that is short.
     """
-    _shares(p=p)
+    if not 0 < p <= 1:
+        raise SpecError(f"peft: p: {p} is outside (0, 1]")
     return (Delta(at=at, form=DeclRef("child")),)
 
 
