@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.kernels.common import device_class as module
-from polygraft.kernels.common.device_class import device_class
+from polygraft.kernels.dense import device_class as module
 from polygraft.kernels.dense import library
+from polygraft.kernels.dense.device_class import device_class
 from polygraft.kernels.dense.library import Toolchain
 
 HERE = library.library() is not None

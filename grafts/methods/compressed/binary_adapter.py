@@ -1,5 +1,4 @@
-"""Bi-Adapter (Jie et al. 2023, arXiv 2307.16867, section 3): a parallel adapter whose weights are computed with as mean
-+- 0.674 deviations, the two medians of a normal distribution's halves; rounding passes gradients on."""
+"""Bi-Adapter: an adapter of two values a matrix."""
 
 from __future__ import annotations
 
@@ -20,6 +19,14 @@ HALF = 0.6744897501960817  # P(|x| < HALF) = 1/2 for a standard normal x
 
 
 def binary_adapter(size: int = 32, scale: float = 1.0, act: str = "gelu", at: str = "ffn.out") -> tuple[Slot, ...]:
+    """Bi-Adapter: a parallel adapter whose weights are computed with as mean +- 0.674 deviations, the two medians of a
+    normal distribution's halves; rounding passes gradients on (Jie et al. 2023, arXiv 2307.16867, section 3).
+
+    Deviations: B does not start at 0, where its deviation would be 0. The graft is kept with its full weights, so that
+    it can be trained on.
+
+    Choose when: an adapter's size counts above all: a bit a weight when it is stored by others.
+    """
     return (Branch(at=at, rank=size, scale=scale, act=act_of(act), form=DeclRef("binary")),)
 
 
