@@ -71,7 +71,7 @@ LAYERS: dict[str, str] = {
     "launch: commands": r"launch\.commands\..+",
     "launch: the command line": r"launch\.(main|__main__)",
 }
-# Arrows that close a cycle and go with the rebuilding of the runtime.
+# The one arrow that closes a cycle: `GraftSpec.mergeable` asks `sites.folds`, inside the function.
 BEING_MENDED = {
     ("polygraft.grafts.spec", "polygraft.grafts.sites"),
 }
