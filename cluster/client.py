@@ -24,6 +24,7 @@ from polygraft.cluster.settings import Settings
 FINAL = ("succeeded", "failed", "cancelled")
 _PAGE = 100
 _RETRIES = 3
+_IMPORT_S = 300.0  # a large graft has its turn after others, and takes a minute to read
 _RETRIABLE = (429, 503)
 M = TypeVar("M", bound="_Answer")
 
@@ -96,6 +97,23 @@ class RemoteModel(_Answer):
     owned_by: str
     root: str | None = None
     parent: str | None = None
+
+
+class RemoteGraft(_Answer):
+    """A version of a graft. `current`: its name alone means it; `backbone` is None for a graft of another backbone than
+    the service has."""
+
+    id: str
+    name: str
+    version: int
+    current: bool
+    graft: str
+    method: str
+    backbone: str | None
+    backbone_fingerprint: str
+    parameters: int
+    bytes: int
+    created_at: int
 
 
 class ApiFailure(Exception):
@@ -174,6 +192,41 @@ class Client:
 
     def models(self) -> list[RemoteModel]:
         return list(self._pages(RemoteModel, "/models"))
+
+    def grafts(self) -> Iterator[RemoteGraft]:
+        """The tenant's grafts by name and version."""
+        return self._pages(RemoteGraft, "/grafts")
+
+    def graft(self, graft: str) -> RemoteGraft:
+        """A version, or the one that a name means."""
+        return self._ask(RemoteGraft, "GET", f"/grafts/{_segment(graft)}")
+
+    def import_graft(self, archive: Path, name: str, *, promote: bool = False) -> RemoteGraft:
+        """Send a tar archive of a graft's folder; it is read and checked before this returns."""
+        fields = {"name": name, "promote": "true" if promote else "false"}
+        with archive.open("rb") as content:
+            files = {"file": (archive.name, content)}
+            request = self._http.build_request("POST", "/grafts", files=files, data=fields, timeout=_IMPORT_S)
+            return RemoteGraft.model_validate_json(self._send(request).content)
+
+    def export_graft(self, graft: str, target: Path) -> None:
+        """Write a tar archive of the graft's files."""
+        path = f"/grafts/{_segment(graft)}/export"
+        with _reached(self.url), self._http.stream("GET", path) as answer, target.open("xb") as out:
+            if answer.is_error:
+                answer.read()
+                raise _failure(answer)
+            for piece in answer.iter_bytes():
+                out.write(piece)
+
+    def promote_graft(self, graft: str) -> RemoteGraft:
+        return self._ask(RemoteGraft, "POST", f"/grafts/{_segment(graft)}/promote")
+
+    def roll_back_graft(self, name: str) -> RemoteGraft:
+        return self._ask(RemoteGraft, "POST", f"/grafts/{_segment(name)}/rollback")
+
+    def delete_graft(self, graft: str) -> None:
+        self._send(self._http.build_request("DELETE", f"/grafts/{_segment(graft)}"))
 
     def wait(
         self, job: str, on_progress: Callable[[RemoteJob], None] | None = None, *, period_s: float = 0.5

@@ -126,6 +126,15 @@ class AliasMoved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GraftDeleted:
+    tenant: TenantId
+    name: str
+    version: int
+    graft: GraftId
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackOpening:
     pack: PackId
     backbone: str
@@ -210,5 +219,6 @@ JobEvent = (
     | JobCancelled
 )
 PackEvent = PackOpening | PackOpened | PackClosing | PackClosed | PackFailed
+GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost
-Event = JobEvent | PackEvent | FleetEvent | GraftPublished | AliasMoved | ControllerStarted
+Event = JobEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted

@@ -175,7 +175,8 @@ class Graft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """What the bare name means now (`version`), and the highest version given out (`latest`); none is reused."""
+    """What the bare name means now (`version`; 0 = nothing, all are deleted), and the highest version given out
+    (`latest`); none is reused."""
 
     tenant: TenantId
     name: str

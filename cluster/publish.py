@@ -11,6 +11,7 @@ from polygraft.cluster.model import Alias, Graft, GraftId, Job, JobId, TenantId
 from polygraft.cluster.states import IllegalTransition, JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Conflict, Fence, Store, Versioned, Write
+from polygraft.cluster.validation import shown
 
 TRIES = 50  # jobs of one tenant that publish under one name at the same moment
 _MODEL = re.compile(r"([a-z0-9-]{1,64})(?:@([1-9][0-9]{0,8}))?", re.ASCII)
@@ -20,7 +21,7 @@ class UnknownModel(LookupError):
     """No such model for this tenant; another tenant's looks the same."""
 
     def __init__(self, model: str) -> None:
-        super().__init__(f"model {model!r} does not exist; GET /v1/models lists yours")
+        super().__init__(f"model {shown(model)} does not exist; GET /v1/models lists yours")
         self.model = model
 
 
@@ -71,7 +72,7 @@ def publish(  # noqa: PLR0913
         _commit(store, published, found, alias, fence)
         return published
 
-    return _retried(once)
+    return retried(once)
 
 
 def adopt(  # noqa: PLR0913
@@ -92,8 +93,7 @@ def adopt(  # noqa: PLR0913
 
     Raises BadName.
     """
-    if _MODEL.fullmatch(name) is None or "@" in name:
-        raise BadName(f"name: {name!r} is not one for a graft; use up to 64 small letters, digits and dashes")
+    check_name(name)
 
     def once() -> Graft:
         alias = store.get(keys.alias(tenant, name))
@@ -112,7 +112,14 @@ def adopt(  # noqa: PLR0913
         store.commit(*_named(found, alias, promote))
         return found
 
-    return _retried(once)
+    return retried(once)
+
+
+def check_name(name: str) -> str:
+    """The name, if a graft can have it. Raises BadName."""
+    if _MODEL.fullmatch(name) is None or "@" in name:
+        raise BadName(f"name: {shown(name)} is not one for a graft; use up to 64 small letters, digits and dashes")
+    return name
 
 
 def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft | None:
@@ -125,13 +132,13 @@ def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft 
     name, version = match[1], match[2]
     if version is None:
         alias = store.get(keys.alias(tenant, name))
-        if alias is None:
+        if alias is None or not alias.value.version:
             raise UnknownModel(model)
         version = str(alias.value.version)
     return _version(store, tenant, f"{name}@{version}")
 
 
-def _retried(once: Callable[[], Graft]) -> Graft:
+def retried(once: Callable[[], Graft]) -> Graft:
     """What `once` returns when no other version of the name came between; the last Conflict if one always does."""
     for _ in range(TRIES - 1):
         try:
@@ -166,7 +173,7 @@ def _commit(
 
 def _named(graft: Graft, alias: Versioned[Alias] | None, promote: bool) -> tuple[list[Write], list[Event]]:
     """What gives the graft its version of the name, and moves the name there if it is the first or is asked to."""
-    moves = alias is None or promote
+    moves = alias is None or not alias.value.version or promote
     current = graft.version if alias is None or moves else alias.value.version
     named = Alias(tenant=graft.tenant, name=graft.name, version=current, latest=graft.version)
     events: list[Event] = [GraftPublished(graft=graft, at=graft.created_at)]

@@ -76,7 +76,11 @@ class LimitSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     upload_bytes: PositiveInt = 512 << 20
     line_bytes: PositiveInt = Field(default=1 << 20, description="one example of a JSONL file")
+    graft_bytes: PositiveInt = Field(default=512 << 20, description="a graft made elsewhere, packed and unpacked")
+    graft_s: PositiveFloat = Field(default=60.0, description="how long reading such a graft may take")
     jobs_per_tenant: PositiveInt = Field(default=1000, description="unfinished jobs of one tenant")
+    bodies_per_tenant: PositiveInt = Field(default=32, description="requests of one tenant whose bodies have not ended")
+    body_s: PositiveFloat = Field(default=30.0, description="a body may take so long, and a second more each 10 kB")
 
 
 class Settings(BaseSettings):
@@ -96,6 +100,7 @@ class Settings(BaseSettings):
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()
     limits: LimitSettings = LimitSettings()
+    graft_roots: tuple[Folder, ...] = Field(default=(), description="where tenants may import grafts from, by path")
 
     @property
     def service_path(self) -> Path:

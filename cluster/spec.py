@@ -26,6 +26,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods import configs
 from polygraft.grafts.spec import GraftSpec, SpecError
 
+_PEFT_CHARACTERS = 100_000  # a config that names every projection of a large model; each job's record holds it
 NAME = r"^[a-z0-9-]{1,40}$"
 Auto = Literal["auto"]
 Epochs = Annotated[int, Field(ge=1, le=1000)]
@@ -51,6 +52,8 @@ class AskedGraft:
     @staticmethod
     def read(given: str | dict[str, object]) -> AskedGraft:
         text = _text(given)
+        if len(text) > _PEFT_CHARACTERS:
+            raise ValueError(f"has {len(text)} characters; at most {_PEFT_CHARACTERS}")
         try:
             if not configs.is_config(text):
                 return AskedGraft(given, parse(text))

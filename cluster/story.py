@@ -13,6 +13,7 @@ from polygraft.cluster.events import (
     DeviceJoined,
     DeviceLost,
     Event,
+    GraftDeleted,
     GraftPublished,
     JobAdmitted,
     JobCancelled,
@@ -60,6 +61,8 @@ def names(event: Event) -> frozenset[str]:
             return frozenset({job_id, model, graft_id})
         case AliasMoved(name=name, version=version):
             return frozenset({name, f"{name}@{version}"})
+        case GraftDeleted(name=name, version=version, graft=graft_id):
+            return frozenset({name, f"{name}@{version}", graft_id})
         case _:
             subjects = {field.name for field in fields(event)} & {"job", "pack", "replica", "device"}
             return frozenset(str(getattr(event, name)) for name in subjects)
@@ -95,6 +98,8 @@ def tell(event: Event) -> str:
             return f"{graft.model} published: {graft.method}, {graft.parameters:,} parameters, graft {graft.id}"
         case AliasMoved(name=name, version=version):
             return f"{name} now means {name}@{version}"
+        case GraftDeleted(name=name, version=version, graft=graft_id):
+            return f"{name}@{version} deleted: graft {graft_id}"
         case PackOpening(pack=pack, backbone=backbone, device=device, reason=reason):
             return f"{pack} opens with {backbone} on device {device}: {_words(reason)}"
         case PackOpened(pack=pack):

@@ -15,7 +15,20 @@ from polygraft.cluster.client import ApiFailure
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.cluster.settings import BadSettings
 from polygraft.cluster.store.base import StoreUnavailable
-from polygraft.launch.commands import bitdelta, chat, demo, doctor, grafts, jobs, keys, search, service, soups, story
+from polygraft.launch.commands import (
+    bitdelta,
+    chat,
+    demo,
+    doctor,
+    grafts,
+    jobs,
+    keys,
+    methods,
+    search,
+    service,
+    soups,
+    story,
+)
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.output import Failure, Status, print_error
 
@@ -65,6 +78,7 @@ service.register(app)
 jobs.register(app)
 chat.register(app)
 grafts.register(app)
+methods.register(app)
 soups.register()
 bitdelta.register()
 search.register(app)

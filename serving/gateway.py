@@ -11,7 +11,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.blocks import BLOCK_SIZE
@@ -94,6 +94,10 @@ class Gateway:
     def ready(self) -> bool:
         """Whether a replica is connected."""
         return bool(self._loads)
+
+    def uses(self, graft: GraftId) -> bool:
+        """Whether an answer is being generated with the graft. May be called from any thread."""
+        return any(stream.request.graft == graft for stream in list(self._streams.values()))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The request's tokens in order, each once, the last with its finish reason; leaving the loop early cancels it.

@@ -21,10 +21,13 @@ from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
 from polygraft.serving.remote import ServeLink
+
+_READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,16 @@ class Ingress:
             stock=BackboneFiles(folder),
             quantised=settings.quantise is not None,
             data=settings.data,
+            graft_roots=settings.graft_roots,
+            adoption=Adoption(
+                ReaderPlan(
+                    backbone_folder=folder,
+                    data=settings.data,
+                    quantise=settings.quantise,
+                    memory_bytes=_READER_COPIES * settings.limits.graft_bytes,
+                    seconds=settings.limits.graft_s,
+                )
+            ),
             limits=settings.limits,
             pack=settings.pack_limits,
             max_context=settings.serve.max_context,
@@ -70,7 +83,7 @@ def ingress_app(plan: IngressPlan, replicas: Mapping[ReplicaId, serve.Applicatio
         serve.ingress()(Ingress),
         name="ingress",
         num_replicas=1,
-        max_ongoing_requests=1_000,
+        max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": 0},

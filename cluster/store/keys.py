@@ -28,6 +28,7 @@ JOBS: Prefix[Job] = Prefix("job/")
 PACKS: Prefix[Pack] = Prefix("pack/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
 FILES: Prefix[DataFile] = Prefix("file/")
+GRAFTS: Prefix[Graft] = Prefix("graft/")
 STUDIES: Prefix[Study] = Prefix("study/")
 API_KEYS: Prefix[ApiKey] = Prefix("apikey/")
 SNAPSHOT: Key[Snapshot] = Key("snapshot/fleet")
@@ -76,7 +77,7 @@ def graft(tenant: TenantId, name: str, version: int) -> Key[Graft]:
 
 
 def grafts(tenant: TenantId) -> Prefix[Graft]:
-    return Prefix(f"graft/{tenant}/")
+    return Prefix(f"{GRAFTS}{tenant}/")
 
 
 def alias(tenant: TenantId, name: str) -> Key[Alias]:

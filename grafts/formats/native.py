@@ -121,6 +121,15 @@ def described(folder: Path) -> GraftSpec:
         raise FormatError(f"{folder.name}: {error}") from None
 
 
+def grown_on(folder: Path) -> tuple[ModelShape, str]:
+    """The shape and the fingerprint of the backbone that a graft's folder names; raises FormatError."""
+    described = _described(folder)
+    try:
+        return ModelShape(**described["shape"]), str(described["backbone"])  # type: ignore[arg-type]
+    except (KeyError, TypeError):
+        raise FormatError(f"{folder.name}/{DESCRIPTION}: names no backbone") from None
+
+
 def _said(slot: Slot) -> Mapping[str, object]:
     """The slot's op and the fields that are not at their defaults, so that a field added later changes no id."""
     said = asdict(slot)

@@ -10,15 +10,17 @@ from torch import Tensor
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import adapterhub, native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
-from polygraft.grafts.runtime.backbone import Backbone
 
 
-def read(folder: Path, backbone: Backbone) -> tuple[BoundGraft, Mapping[str, Tensor]]:
-    """Our own folder, PEFT's or AdapterHub's; raises FormatError for another, or a graft that does not fit."""
+def read(folder: Path, stock: BackboneFiles, fingerprint: str) -> tuple[BoundGraft, Mapping[str, Tensor]]:
+    """Our own folder, PEFT's or AdapterHub's, for the backbone of these files and this fingerprint.
+
+    Raises FormatError for another, or a graft that does not fit.
+    """
     if (folder / native.DESCRIPTION).is_file():
-        stored = native.load(folder, shape=backbone.shape, backbone=backbone.fingerprint)
+        stored = native.load(folder, shape=stock.shape, backbone=fingerprint)
         return stored.graft, stored.tensors
     config = peft.config_of(folder)
     if adapterhub.wrote(config):
-        return adapterhub.load(folder, backbone)
-    return peft.load(folder, backbone.shape, BackboneFiles(backbone.folder))
+        return adapterhub.load(folder, stock)
+    return peft.load(folder, stock.shape, stock)

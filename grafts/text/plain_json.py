@@ -8,6 +8,7 @@ import sys
 from pydantic import JsonValue
 
 _LEVELS = 32
+_VALUES = 100_000
 _LARGEST = sys.float_info.max
 
 
@@ -20,16 +21,28 @@ class JsonError(ValueError):
 
 
 def load(text: str | bytes | bytearray) -> JsonValue:
-    """The value. Raises JsonError for what is not JSON, NaN and numbers past float64's, half of a surrogate pair, and
-    more than 32 levels."""
+    """The value. Raises JsonError for what is not JSON, NaN and numbers past float64's, half of a surrogate pair, more
+    than 32 levels, and more than 100,000 values, which would take seconds to look at."""
     try:
         value: JsonValue = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise JsonError("", f"not JSON at character {error.pos}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # other bytes than UTF-8's, a number of thousands of digits, depth
         raise JsonError("", f"not JSON: {str(error)[:200]}") from None
+    _count(value)
     _check(value, ())
     return value
+
+
+def _count(value: JsonValue) -> None:
+    found, waiting = 1, [value]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict | list):
+            found += len(here)
+            if found > _VALUES:
+                raise JsonError("", f"holds more than {_VALUES} values")
+            waiting.extend(here.values() if isinstance(here, dict) else here)
 
 
 def _check(value: JsonValue, path: tuple[str, ...]) -> None:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polygraft.cluster.model import TenantId
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import flags
-from polygraft.launch.commands.grafts import adopted, grafts, load_backbone, usage_errors
+from polygraft.launch.commands.grafts import OnBackbone, Promote, grafts, load_backbone, made, usage_errors
 from polygraft.launch.output import Failure, Status
 from polygraft.launch.progress import counted
 
@@ -35,20 +34,21 @@ def bitdelta(
     steps: Annotated[int, typer.Option(help="Steps of that training.", min=1)] = 200,
     max_length: Annotated[int, typer.Option(help="Tokens kept of an example.", min=2)] = 128,
     at: Annotated[str, typer.Option(help="The projections whose difference is kept.")] = "linear",
-    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
-    tenant: Annotated[str, typer.Option(help="Whose graft it is.")] = "local",
-    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+    backbone: OnBackbone = None,
+    promote: Promote = False,
 ) -> None:
-    """Give the local service a fine-tuned model of its backbone, as one bit an element of the difference (BitDelta)."""
+    """Give the service a fine-tuned model of its backbone, as one bit an element of the difference (BitDelta)."""
+    import torch
+
     from polygraft.grafts.distil import distil
     from polygraft.grafts.formats.backbone_files import BackboneFiles
     from polygraft.grafts.formats.bitdelta import bitdelta_of, left_out
+    from polygraft.grafts.runtime.backbone import Backbone
     from polygraft.grafts.runtime.pretrained import materialise
     from polygraft.grafts.spec import SpecError
 
-    store, settings = flags(context).store(), flags(context).settings()
-    with usage_errors():
-        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
+    with usage_errors(), flags(context).client() as client:
+        loaded = load_backbone(flags(context), backbone)
         folder = materialise(model, backbone_cache())
         base, tuned = BackboneFiles(loaded.folder), BackboneFiles(folder)
         if tuned.shape != base.shape:
@@ -64,16 +64,14 @@ def bitdelta(
                     graft,
                     values,
                     loaded,
-                    load_backbone(str(folder)),
+                    Backbone.load(folder, torch.float32),
                     samples,
                     steps=steps,
                     told=lambda done: report("distilling", done, steps),
                 )
             typer.echo(f"logits' squared distance {found.first:.4g} -> {found.last:.4g}", err=True)
             values = dict(found.tensors)
-        made = adopted(store, settings, TenantId(tenant), name, graft, values, loaded, promote)
-    store.close()
-    typer.echo(made.model)
+        typer.echo(made(client, name, graft, values, loaded.fingerprint, promote=promote).id)
 
 
 def _samples(examples: Path, loaded: Backbone, max_length: int) -> Sequence[Sequence[int]]:

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from polygraft.cluster.client import Client
-from polygraft.cluster.service import find_service, read_key
+from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings, load
 from polygraft.cluster.store.base import Store
 from polygraft.launch.output import Failure, Status
+from polygraft.launch.run_folder import RunFolder
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -32,6 +33,17 @@ class Flags:
         settings = self.settings()
         url = self.url or find_service(settings.service_path).url
         return Client(url.rstrip("/").removesuffix("/v1"), self.key or read_key(settings.api_key_path))
+
+    def backbone(self) -> tuple[str, str | None]:
+        """The folder of the running service's backbone and how it is quantised; where none is running, what the
+        settings say. Raises BadSettings."""
+        settings = self.settings()
+        try:
+            folder = find_service(settings.service_path).backbone_folder
+            running = Settings.model_validate_json(RunFolder(settings.home).settings.read_text())
+        except (ServiceNotRunning, OSError):
+            return settings.backbone, settings.quantise
+        return folder, running.quantise
 
     def store(self) -> Store:
         """The store that the settings name, else that of the service under the home folder. Raises

@@ -1,36 +1,23 @@
-"""grafts and methods: what has been trained, and what can be."""
+"""grafts: the grafts that a service has, and those made elsewhere, written and read through it."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.model import Graft, GraftId, TenantId
-from polygraft.cluster.policy.budget import state_bytes
-from polygraft.cluster.publish import BadName, adopt
-from polygraft.cluster.settings import Settings
-from polygraft.cluster.store.base import Store
-from polygraft.grafts.catalogue import LLAMA_7B, Entry, entry
-from polygraft.grafts.methods.declare import Method
-from polygraft.grafts.methods.description import describe
-from polygraft.grafts.methods.refused import NAMED_TWICE
-from polygraft.grafts.methods.registry import find, layouts
-from polygraft.grafts.methods.registry import methods as table
-from polygraft.grafts.s4 import s4
-from polygraft.grafts.sites import ModelShape
+from polygraft.cluster.client import Client, RemoteGraft
 from polygraft.grafts.spec import SpecError
+from polygraft.launch import archive
 from polygraft.launch.cache import backbone_cache
-from polygraft.launch.commands.common import Json, flags
-from polygraft.launch.output import Failure, JsonOut, Status, ago, print_json, print_table
+from polygraft.launch.commands.common import Flags, Json, flags
+from polygraft.launch.output import Failure, Status, ago, print_json, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +26,9 @@ if TYPE_CHECKING:
     from polygraft.grafts.runtime.backbone import Backbone
 
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
+Name = Annotated[str, typer.Argument(help="The name to serve it under.")]
+Promote = Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")]
+OnBackbone = Annotated[str | None, typer.Option(help="A folder or hub id; the service's where not given.")]
 
 
 class Form(StrEnum):
@@ -52,29 +42,54 @@ class Form(StrEnum):
 
 def register(app: typer.Typer) -> None:
     app.add_typer(grafts, name="grafts")
-    app.command()(methods)
 
 
 @grafts.command("list")
 def list_grafts(context: typer.Context, as_json: Json = False) -> None:
-    """List the grafts by the names they are served under."""
+    """List the grafts, and the version that each name means."""
     with flags(context).client() as client:
-        found = [model for model in client.models() if model.parent is not None]
+        found = list(client.grafts())
     if as_json:
         print_json(iter(found))
         return
     print_table(
-        ("model", "backbone", "#age"),
-        ((escape(model.id), model.root, ago(model.created)) for model in found),
+        ("model", "named", "method", "backbone", "#parameters", "#age"),
+        (
+            (
+                escape(one.id),
+                one.name if one.current else "",
+                escape(one.method),
+                one.backbone or "another",
+                f"{one.parameters:,}",
+                ago(one.created_at),
+            )
+            for one in found
+        ),
         empty="no grafts yet; train one with: polygraft submit FILE",
     )
 
 
+@grafts.command("import")
+def import_graft(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A graft made elsewhere: PEFT's folder, AdapterHub's or ours.")],
+    name: Name,
+    backbone: Annotated[str | None, typer.Option(help="Refuse unless this is the service's backbone.")] = None,
+    promote: Promote = False,
+) -> None:
+    """Give the service a graft made elsewhere, for its backbone."""
+    with flags(context).client() as client:
+        if backbone is not None:
+            _check_backbone(client, backbone)
+        typer.echo(sent(client, folder, name, promote=promote).id)
+
+
 @grafts.command("export")
 def export_graft(
-    graft: Annotated[Path, typer.Argument(help="The folder of a graft: ours, PEFT's or AdapterHub's.")],
+    context: typer.Context,
+    graft: Annotated[str, typer.Argument(help="A graft of the service, name or name@version, or a graft's folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write, or with --format gguf the file.")],
-    backbone: Annotated[str, typer.Option(help="What it grew on: a name, folder or hub id.")] = "smollm2",
+    backbone: OnBackbone = None,
     format: Annotated[
         Form | None, typer.Option(help="What to write: merged, or peft with --rank or --energy, where not given.")
     ] = None,
@@ -91,9 +106,10 @@ def export_graft(
     from polygraft.kernels.common.atomic import whole_folder
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
-    with usage_errors():
-        loaded = load_backbone(backbone)
-        bound, values = read(graft, loaded)
+    with usage_errors(), folder_of(flags(context), graft) as source:
+        loaded = load_backbone(flags(context), backbone)
+        stock = BackboneFiles(loaded.folder)
+        bound, values = read(source, stock, loaded.fingerprint)
         if rank is not None or energy is not None:
             found = to_lora(bound, values, loaded.weight, rank=rank, energy=energy)
             bound, values = found.graft, found.tensors
@@ -104,76 +120,80 @@ def export_graft(
             case Form.PEFT:
                 if target.exists():
                     raise FormatError(f"{target}: exists already; name a folder that does not")
-                stock = BackboneFiles(loaded.folder)
                 with whole_folder(target) as draft:
-                    peft.export(draft, bound, values, base=backbone, stock=stock)
+                    peft.export(draft, bound, values, base=backbone or flags(context).settings().backbone, stock=stock)
             case Form.GGUF:
                 gguf_lora.export(target, bound, values)
             case Form.NATIVE:
-                stock = BackboneFiles(loaded.folder)
                 typer.echo(native.save(target, bound, values, backbone=loaded.fingerprint, stock=stock))
 
 
-@grafts.command("import")
-def import_graft(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A graft made elsewhere: PEFT's folder, AdapterHub's or ours.")],
-    name: Annotated[str, typer.Argument(help="The name to serve it under.")],
-    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
-    tenant: Annotated[str, typer.Option(help="Whose graft it is.")] = "local",
-    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+@grafts.command("promote")
+def promote_graft(
+    context: typer.Context, graft: Annotated[str, typer.Argument(help="The version, name@version.")]
 ) -> None:
-    """Give the local service a graft made elsewhere, for its backbone."""
-    from polygraft.grafts.formats.read import read
-
-    store, settings = flags(context).store(), flags(context).settings()
-    with usage_errors():
-        if name == settings.backbone:
-            raise BadName(f"name: {name!r} is that of the backbone; choose another")
-        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
-        graft = adopted(store, settings, TenantId(tenant), name, *read(folder, loaded), loaded, promote)
-    store.close()
-    typer.echo(graft.model)
+    """Let a name mean this version of it from now on."""
+    with flags(context).client() as client:
+        typer.echo(client.promote_graft(graft).id)
 
 
-def adopted(
-    store: Store,
-    settings: Settings,
-    tenant: TenantId,
-    name: str,
-    graft: BoundGraft,
-    values: Mapping[str, Tensor],
-    loaded: Backbone,
-    promote: bool,
-) -> Graft:
-    """The graft, saved and published under the name."""
+@grafts.command("rollback")
+def roll_back(context: typer.Context, name: Annotated[str, typer.Argument(help="The name.")]) -> None:
+    """Let a name mean the version before the one that it means."""
+    with flags(context).client() as client:
+        typer.echo(client.roll_back_graft(name).id)
+
+
+@grafts.command("delete")
+def delete_graft(
+    context: typer.Context, graft: Annotated[str, typer.Argument(help="The version, name@version.")]
+) -> None:
+    """Delete a version; refused while something needs it."""
+    with flags(context).client() as client:
+        client.delete_graft(graft)
+
+
+def sent(client: Client, folder: Path, name: str, *, promote: bool) -> RemoteGraft:
+    """The graft of the folder, as a version of the name at the service."""
+    with TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "graft.tar"
+        archive.pack(folder, packed)
+        return client.import_graft(packed, name, promote=promote)
+
+
+def made(
+    client: Client, name: str, graft: BoundGraft, values: Mapping[str, Tensor], fingerprint: str, *, promote: bool
+) -> RemoteGraft:
+    """A graft that was made here, as a version of the name at the service."""
     from polygraft.grafts.formats import native
-    from polygraft.grafts.formats.backbone_files import BackboneFiles
 
-    root = settings.data / "grafts"
-    identity = native.save(root, graft, values, backbone=loaded.fingerprint, stock=BackboneFiles(loaded.folder))
-    return adopt(
-        store,
-        tenant,
-        name,
-        graft=GraftId(identity),
-        method=graft.spec.method,
-        backbone_fingerprint=loaded.fingerprint,
-        parameters=graft.parameters,
-        context_length=graft.context_length,
-        bytes=native.size(root / identity),
-        at=time.time(),
-        promote=promote,
-    )
+    with TemporaryDirectory() as scratch:
+        identity = native.save(Path(scratch), graft, values, backbone=fingerprint)
+        return sent(client, Path(scratch) / identity, name, promote=promote)
 
 
-def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
+@contextmanager
+def folder_of(found: Flags, graft: str) -> Iterator[Path]:
+    """The folder, or that of the service's graft while the block runs."""
+    if Path(graft).is_dir():
+        yield Path(graft)
+        return
+    with TemporaryDirectory() as scratch, found.client() as client:
+        packed, folder = Path(scratch) / "graft.tar", Path(scratch) / graft
+        client.export_graft(graft, packed)
+        archive.unpack(packed, folder)
+        yield folder
+
+
+def load_backbone(found: Flags, backbone: str | None) -> Backbone:
+    """The one that is named, else that of the running service, as it is quantised, else that of the settings."""
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone
     from polygraft.grafts.runtime.pretrained import materialise
 
-    return Backbone.load(materialise(backbone, backbone_cache()), torch.float32, quantise=quantise)
+    name, quantise = found.backbone()
+    return Backbone.load(materialise(backbone or name, backbone_cache()), torch.float32, quantise=quantise)
 
 
 @contextmanager
@@ -184,93 +204,12 @@ def usage_errors() -> Iterator[None]:
 
     try:
         yield
-    except (FormatError, SpecError, BackboneError, BadName) as error:
+    except (FormatError, SpecError, BackboneError) as error:
         raise Failure(str(error), Status.USAGE) from None
 
 
-def methods(
-    name: Annotated[str | None, typer.Argument(help="One method; all when not given.", show_default=False)] = None,
-    config: Annotated[Path | None, typer.Option(help="A backbone's config.json to count parameters on.")] = None,
-    budget: Annotated[
-        int | None, typer.Option("--s4", help="Print S4's union with at most so many trainable parameters, for --peft.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """List the methods a graft can be made of, with their arguments and what follows from their slots; of one method
-    say what it does, how it differs from its paper and when to choose it.
-
-    Parameters, and the memory that a job of them takes in training beside the backbone and its activations, are those
-    of the defaults on Llama 7B, or on the backbone of --config.
-    """
-    try:
-        known = [*table().values()] if name is None else [find(name)]
-    except SpecError as error:
-        raise typer.BadParameter(str(error).removeprefix("peft: ")) from None
-    try:
-        shape = LLAMA_7B if config is None else ModelShape.from_config(json.loads(config.read_text()))
-    except (OSError, ValueError) as error:
-        raise Failure(f"--config {config}: {error}", Status.USAGE) from None
-    if budget is not None:
-        try:
-            typer.echo(s4(shape, budget))
-        except SpecError as error:
-            raise Failure(f"--s4: {error}", Status.USAGE) from None
-        return
-    if as_json:
-        print_json([_json(method, entry(method, shape)) for method in known])
-        return
-    print_table(
-        ("method", "family", "#parameters", "#training", "merges", "#learning rate", "paper"),
-        (
-            (
-                escape(_usage(method)),
-                line.family,
-                f"{line.parameters:,}",
-                f"{state_bytes(line.parameters, line.frozen) / 1e6:,.1f} MB",
-                "yes" if line.mergeable else "",
-                f"{method.learning_rate:g}",
-                escape(method.paper),
-            )
-            for method, line in ((method, entry(method, shape)) for method in known)
-        ),
-        empty="",
-    )
-    if name is not None:
-        _tell(known[0])
-
-
-def _tell(method: Method) -> None:
-    """The method's words, and what else its name may mean."""
-    words = describe(method)
-    twice = f"Here {method.name} is {NAMED_TWICE[method.name]}." if method.name in NAMED_TWICE else ""
-    for text in (words.summary, words.arguments, twice):
-        if text:
-            typer.echo(f"\n{text}")
-    typer.echo(f"\nDeviations from the paper: {words.deviations}")
-    typer.echo(f"\nChoose it when: {words.choose}")
-
-
-def _usage(method: Method) -> str:
-    """As it is written in --peft, with the defaults."""
-    arguments = (
-        name if argument.default is argument.empty else f"{name}={argument.default}"
-        for name, argument in method.arguments.items()
-    )
-    return f"{method.name}({', '.join(arguments)})" if method.arguments else method.name
-
-
-def _json(method: Method, line: Entry) -> dict[str, JsonOut]:
-    arguments = {
-        name: {
-            "type": getattr(argument.annotation, "__name__", str(argument.annotation)),
-            "default": None if argument.default is argument.empty else argument.default,
-        }
-        for name, argument in method.arguments.items()
-    }
-    return {
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(line).items()},
-        "training_bytes": state_bytes(line.parameters, line.frozen),
-        "arguments": arguments,
-        "peft": list(dict.fromkeys(layout.kind for layout in layouts() if layout.method == method.name)),
-        "learning_rate": method.learning_rate,
-    }
+def _check_backbone(client: Client, backbone: str) -> None:
+    """Raise Failure unless the service has this backbone."""
+    id = next(model.id for model in client.models() if model.parent is None)
+    if backbone != id and Path(backbone).expanduser().absolute() != Path(id).expanduser().absolute():
+        raise Failure(f"--backbone {backbone}: the service's backbone is {id}", Status.USAGE)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from polygraft.cluster.model import Graft, TenantId
-from polygraft.cluster.publish import UnknownModel, resolve
-from polygraft.cluster.store.base import Store
 from polygraft.launch.commands.common import flags
-from polygraft.launch.commands.grafts import adopted, grafts, load_backbone, usage_errors
+from polygraft.launch.commands.grafts import OnBackbone, Promote, folder_of, grafts, load_backbone, made, usage_errors
 from polygraft.launch.output import Failure, Status
 
 
@@ -29,11 +27,10 @@ def soup_of(
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens kept of an example.", min=2)] = 256,
     steps: Annotated[int, typer.Option(help="At most so many losses to find weights by.", min=1)] = 40,
-    backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
-    tenant: Annotated[str, typer.Option(help="Whose grafts they are.")] = "local",
-    promote: Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")] = False,
+    backbone: OnBackbone = None,
+    promote: Promote = False,
 ) -> None:
-    """Give the local service the mean of grafts (AdapterSoup), or with --examples their weighted sum (LoRAHub)."""
+    """Give the service the mean of grafts (AdapterSoup), or with --examples their weighted sum (LoRAHub)."""
     from polygraft.grafts.compose import lorahub, soup
     from polygraft.grafts.formats import native
     from polygraft.grafts.spec import SpecError
@@ -42,42 +39,30 @@ def soup_of(
     from polygraft.trainers.job import Sample
     from polygraft.trainers.runner import mean_loss
 
-    store, settings = flags(context).store(), flags(context).settings()
-    with usage_errors():
-        records = [_member(store, TenantId(tenant), member, settings.backbone) for member in members]
-        loaded = load_backbone(backbone or settings.backbone, settings.quantise)
-        stored = [
-            native.load(settings.data / "grafts" / record.id, shape=loaded.shape, backbone=loaded.fingerprint)
-            for record in records
-        ]
+    with usage_errors(), ExitStack() as opened:
+        folders = [opened.enter_context(folder_of(flags(context), member)) for member in members]
+        shape, fingerprint = native.grown_on(folders[0])
+        stored = [native.load(folder, shape=shape, backbone=fingerprint) for folder in folders]
         bound, values = stored[0].graft, [one.tensors for one in stored]
         if any(one.graft.spec.slots != bound.spec.slots for one in stored):
             raise SpecError(f"members: {', '.join(one.graft.spec.method for one in stored)} are not of one spec")
         if examples is None:
-            made = soup(bound.tensors, values)
+            mean = soup(bound.tensors, values)
         else:
+            loaded = load_backbone(flags(context), backbone)
+            if loaded.fingerprint != fingerprint:
+                raise SpecError(f"members: {members[0]!r} has grown on another backbone than {loaded.folder}")
             tokeniser = Tokeniser.load(loaded.folder)
             try:
                 encoded = [tokeniser.encode_example(example, max_length) for example in read(examples)]
             except (DataError, OSError) as error:
                 raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
             few = [Sample(one.ids, one.weights) for one in encoded]
-            hub = lorahub(bound.tensors, values, lambda made: mean_loss(loaded, bound, made, few), steps=steps)
+            hub = lorahub(bound.tensors, values, lambda mixed: mean_loss(loaded, bound, mixed, few), steps=steps)
             typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
-            made = dict(hub.tensors)
-        graft = adopted(store, settings, TenantId(tenant), name, bound, made, loaded, promote)
-    store.close()
-    typer.echo(graft.model)
-
-
-def _member(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft:
-    try:
-        found = resolve(store, tenant, model, backbone)
-    except UnknownModel as error:
-        raise Failure(str(error), Status.USAGE) from None
-    if found is None:
-        raise Failure(f"members: {model!r} is the backbone", Status.USAGE)
-    return found
+            mean = dict(hub.tensors)
+        client = opened.enter_context(flags(context).client())
+        typer.echo(made(client, name, bound, mean, fingerprint, promote=promote).id)
 
 
 def _shown(weights: Sequence[float]) -> str:

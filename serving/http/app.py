@@ -6,13 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from polygraft.serving.http import chat, errors, files, jobs, models
+from polygraft.serving.http import chat, documents, errors, files, grafts, jobs, models
 from polygraft.serving.http.auth import Authenticated
+from polygraft.serving.http.bodies import BoundedBodies
 from polygraft.serving.http.context import Api
+from polygraft.serving.http.documents import answers
 from polygraft.serving.http.errors import unavailable
+from polygraft.serving.http.schemas import Health
+
+_UNHEALTHY = {status: answer for status, answer in answers().items() if status in (500, 503)}
 
 
 def create_app(api: Api) -> FastAPI:
@@ -23,21 +27,24 @@ def create_app(api: Api) -> FastAPI:
         await api.gateway.start()
         yield
         await api.gateway.close()
+        await api.adoption.close()
 
     app = FastAPI(title="Polygraft", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.api = api
-    app.add_middleware(Authenticated, store=api.store)
+    app.add_middleware(BoundedBodies, limits=api.limits)
+    app.add_middleware(Authenticated, store=api.store)  # around the one before
     errors.install(app)
-    for part in (files, jobs, models, chat):
+    for part in (files, jobs, models, grafts, chat):
         app.include_router(part.router)
-    app.add_api_route("/healthz", healthz)
+    app.add_api_route("/healthz", healthz, responses=_UNHEALTHY, openapi_extra={"security": []})
+    documents.install(app)
     return app
 
 
-async def healthz(request: Request) -> JSONResponse:
+async def healthz(request: Request) -> Health:
     """200 while the store answers and a replica is connected, else 503 naming what is missing."""
     api: Api = request.app.state.api
     await run_in_threadpool(api.store.ping)
     if not api.gateway.ready():
         raise unavailable("no serving replica is connected yet")
-    return JSONResponse({"status": "ok"})
+    return Health()

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
@@ -19,9 +18,10 @@ from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http import frames
-from polygraft.serving.http.body import read_as, read_json
+from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
-from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, unavailable
+from polygraft.serving.http.documents import READING, answers, json_body
+from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, internal, unavailable
 from polygraft.serving.http.frames import DONE, Frames
 from polygraft.serving.http.schemas import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
 from polygraft.serving.http.transcript import Transcript
@@ -29,15 +29,24 @@ from polygraft.serving.messages import StepTokens
 from polygraft.serving.sequence import GenerationRequest
 
 router = APIRouter(prefix="/v1/chat/completions")
+EVENTS = "text/event-stream"
 R = TypeVar("R")
 _ROLES = {"developer": "system"}  # OpenAI's newer name
 
 
-@router.post("")
+@router.post(
+    "",
+    response_model=ChatCompletion,
+    responses={
+        200: {"content": {EVENTS: {"schema": {"type": "string"}}}, "description": "The answer, whole or as a stream."},
+        **answers(404, *READING),
+    },
+    openapi_extra=json_body(ChatCompletionRequest),
+)
 async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Answer a conversation. A client that hangs up ends its generation."""
-    body = read_as(ChatCompletionRequest, await read_json(request))
-    wanted = await run_in_threadpool(_generation, api, tenant, body)
+    body = await read_body(request, ChatCompletionRequest)
+    wanted = await api.turns.work(tenant, _generation, api, tenant, body)
     tokens = _tokens(api, wanted)
     first = await _unless_gone(request, _first(tokens))  # so that a refusal still has its status
     transcript = Transcript(api.tokeniser, wanted.prompt_ids, body.stops)
@@ -50,7 +59,7 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
             fingerprint=_fingerprint(api),
             with_usage=with_usage,
         )
-        return StreamingResponse(_stream(shape, transcript, first, tokens), media_type="text/event-stream")
+        return StreamingResponse(_stream(shape, transcript, first, tokens), media_type=EVENTS)
     text = await _unless_gone(request, _whole(transcript, first, tokens))
     assert transcript.finish_reason is not None
     answer = ChatCompletion(
@@ -136,7 +145,7 @@ def _failure(tokens: StepTokens) -> ApiError | None:
         case "error" if tokens.code is not None:
             return bad_request(f"messages: {tokens.error}", param="messages", code=tokens.code)
         case "error":
-            return ApiError(500, f"the generation failed: {tokens.error}", code="generation_failed")
+            return internal("the generation failed", f"{tokens.request}: {tokens.error}", code="generation_failed")
         case "cancelled":
             return unavailable("the generation was broken off by the service; try again")
         case _:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,9 @@ from polygraft.cluster.store.base import Store
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
+from polygraft.serving.http.turns import Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +36,21 @@ class Api:
     stock: BackboneFiles
     quantised: bool
     data: Path
+    graft_roots: tuple[Path, ...]
+    adoption: Adoption
     limits: LimitSettings
     pack: Limits
     max_context: int
     clock: Callable[[], float]
+    turns: Turns = field(default_factory=Turns)
 
     @property
     def files(self) -> Path:
         return self.data / "files"
+
+    @property
+    def grafts(self) -> Path:
+        return self.data / "grafts"
 
     def blob(self, file: DataFile) -> Path:
         """Where the content of an uploaded file lies."""
@@ -58,5 +67,14 @@ def _tenant(request: Request) -> TenantId:
     return tenant
 
 
+async def _turn(request: Request) -> AsyncIterator[TenantId]:
+    tenant = _tenant(request)
+    async with _api(request).turns.of(tenant):
+        yield tenant
+
+
 ApiDep = Annotated[Api, Depends(_api)]
 TenantDep = Annotated[TenantId, Depends(_tenant)]
+# For handlers that are plain functions, which run in a thread: the tenant, in its turn, which ends before the answer is
+# sent, since whoever takes it may take long.
+TurnDep = Annotated[TenantId, Depends(_turn, scope="function")]

@@ -15,30 +15,34 @@ from polygraft.cluster.store.base import Versioned, Write
 from polygraft.cluster.validation import shown
 from polygraft.grafts.text import jsonl
 from polygraft.kernels.common.atomic import move
-from polygraft.serving.http.context import Api, ApiDep, TenantDep
+from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
+from polygraft.serving.http.documents import READING, answers, form_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.pages import page
 from polygraft.serving.http.schemas import Deleted, FileObject, Page
 from polygraft.serving.http.upload import Upload, receive
 
 PURPOSE = "fine-tune"
+CONTENT = "application/jsonl"
 router = APIRouter(prefix="/v1/files")
 
 
-@router.post("")
+@router.post("", responses=answers(*READING), openapi_extra=form_body(purpose={"type": "string", "enum": [PURPOSE]}))
 async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> FileObject:
     """Store a JSONL file of chat examples; a bad line is a 400 that names it, and nothing is kept."""
-    received = await receive(request, folder=api.files / ".incoming", limit_bytes=api.limits.upload_bytes)
+    received = await receive(
+        request, folder=api.files / ".incoming", limit_bytes=api.limits.upload_bytes, fields=("purpose",)
+    )
     try:
-        return await run_in_threadpool(_keep, api, tenant, received)
+        return await api.turns.work(tenant, _keep, api, tenant, received)
     finally:
         await run_in_threadpool(received.path.unlink, missing_ok=True)
 
 
-@router.get("")
+@router.get("", responses=answers(400))
 def files(
     api: ApiDep,
-    tenant: TenantDep,
+    tenant: TurnDep,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     purpose: str | None = None,
@@ -54,22 +58,26 @@ def files(
     return page([_shown(file) for file in mine], after=after, limit=limit)
 
 
-@router.get("/{file}")
-def file(file: str, api: ApiDep, tenant: TenantDep) -> FileObject:
+@router.get("/{file}", responses=answers(404))
+def file(file: str, api: ApiDep, tenant: TurnDep) -> FileObject:
     return _shown(find_file(api, tenant, file, param="id").value)
 
 
-@router.get("/{file}/content")
-def content(file: str, api: ApiDep, tenant: TenantDep) -> FileResponse:
+@router.get(
+    "/{file}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {CONTENT: {"schema": {"type": "string"}}}}, **answers(404)},
+)
+def content(file: str, api: ApiDep, tenant: TurnDep) -> FileResponse:
     found = find_file(api, tenant, file, param="id").value
     blob = api.blob(found)
     if not blob.is_file():
         raise ApiError(404, f"the content of {shown(file)} is gone; upload it again", param="id", code="content_gone")
-    return FileResponse(blob, media_type="application/jsonl", filename=found.filename)
+    return FileResponse(blob, media_type=CONTENT, filename=found.filename)
 
 
-@router.delete("/{file}")
-def delete(file: str, api: ApiDep, tenant: TenantDep) -> Deleted:
+@router.delete("/{file}", responses=answers(404, 409))
+def delete(file: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     """Refused (409) while an unfinished job needs the file."""
     found = find_file(api, tenant, file, param="id")
     for job in api.store.scan(keys.JOBS):

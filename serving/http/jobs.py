@@ -8,17 +8,18 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import JsonValue
-from starlette.concurrency import run_in_threadpool
 
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelRequested, JobLeaseRenewed, JobSubmitted
 from polygraft.cluster.model import Job, JobId, Record, TenantId
+from polygraft.cluster.spec import FineTuningRequest
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import IdempotencyConflict, Key, Write
 from polygraft.cluster.validation import shown
-from polygraft.serving.http.body import read_as, read_json
-from polygraft.serving.http.context import Api, ApiDep, TenantDep
+from polygraft.serving.http.body import read_body, read_json
+from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
+from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.events import events_of
 from polygraft.serving.http.pages import page
@@ -29,7 +30,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs")
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-@router.post("")
+@router.post("", responses=answers(404, 409, *READING), openapi_extra=json_body(FineTuningRequest))
 async def create(
     request: Request,
     api: ApiDep,
@@ -37,23 +38,23 @@ async def create(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> FineTuningJob:
     """Submit a job; on disk when this answers. The same Idempotency-Key and body again give the first job."""
-    return await run_in_threadpool(_create, api, tenant, await read_json(request), idempotency_key)
+    return await api.turns.work(tenant, _create, api, tenant, await read_json(request), idempotency_key)
 
 
-@router.get("")
-def jobs(api: ApiDep, tenant: TenantDep, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
+@router.get("", responses=answers(400))
+def jobs(api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
     """The tenant's jobs, newest first."""
     mine = sorted(_jobs_of(api, tenant), key=lambda job: (job.created_at, job.id), reverse=True)
     return page([shown_job(job) for job in mine], after=after, limit=limit)
 
 
-@router.get("/{job}")
-def job(job: str, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
+@router.get("/{job}", responses=answers(404))
+def job(job: str, api: ApiDep, tenant: TurnDep) -> FineTuningJob:
     return shown_job(_find(api, tenant, job))
 
 
-@router.post("/{job}/cancel")
-def cancel(job: str, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
+@router.post("/{job}/cancel", responses=answers(400, 404))
+def cancel(job: str, api: ApiDep, tenant: TurnDep) -> FineTuningJob:
     """Ask for the job's end; it is cancelled once its pack has let it go. Asking again changes nothing."""
     found = _find(api, tenant, job)
     if found.cancel_requested:
@@ -65,16 +66,16 @@ def cancel(job: str, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
         raise bad_request(f"job {job} is {state} already; there is nothing to cancel", code="job_finished") from None
 
 
-@router.post("/{job}/renew")
+@router.post("/{job}/renew", responses=answers(404, *READING), openapi_extra=json_body(Renewal))
 async def renew(job: str, request: Request, api: ApiDep, tenant: TenantDep) -> FineTuningJob:
     """The owner still wants the job, for `lease_s` seconds more; a job that is over stays as it is."""
-    renewal = read_as(Renewal, await read_json(request))
-    return await run_in_threadpool(_renew, api, tenant, job, renewal.lease_s)
+    renewal = await read_body(request, Renewal)
+    return await api.turns.work(tenant, _renew, api, tenant, job, renewal.lease_s)
 
 
-@router.get("/{job}/events")
+@router.get("/{job}/events", responses=answers(400, 404))
 def events(
-    job: str, api: ApiDep, tenant: TenantDep, after: str | None = None, limit: Limit = 20
+    job: str, api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Limit = 20
 ) -> Page[FineTuningJobEvent]:
     """What the job's pack reported, messages and metrics, newest first."""
     return page(events_of(api.store, _find(api, tenant, job)), after=after, limit=limit)

@@ -6,7 +6,8 @@ from fastapi import APIRouter
 
 from polygraft.cluster.model import TenantId
 from polygraft.cluster.store import keys
-from polygraft.serving.http.context import Api, ApiDep, TenantDep
+from polygraft.serving.http.context import Api, ApiDep, TurnDep
+from polygraft.serving.http.documents import answers
 from polygraft.serving.http.errors import not_found
 from polygraft.serving.http.schemas import ModelObject, Page
 
@@ -14,14 +15,14 @@ router = APIRouter(prefix="/v1/models")
 OURS = "polygraft"
 
 
-@router.get("")
-def models(api: ApiDep, tenant: TenantDep) -> Page[ModelObject]:
+@router.get("", responses=answers())
+def models(api: ApiDep, tenant: TurnDep) -> Page[ModelObject]:
     data = _models(api, tenant)
     return Page(data=data, first_id=data[0].id, last_id=data[-1].id)
 
 
-@router.get("/{model:path}")
-def model(model: str, api: ApiDep, tenant: TenantDep) -> ModelObject:
+@router.get("/{model:path}", responses=answers(404))
+def model(model: str, api: ApiDep, tenant: TurnDep) -> ModelObject:
     for found in _models(api, tenant):
         if found.id == model:
             return found

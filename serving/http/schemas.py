@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _INT64 = 1 << 63
 T = TypeVar("T")
@@ -12,6 +14,23 @@ T = TypeVar("T")
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ErrorObject(_Body):
+    """OpenAI's error object; `param` names the field of the request that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(_Body):
+    error: ErrorObject
+
+
+class Health(_Body):
+    status: Literal["ok"] = "ok"
 
 
 class TextPart(_Body):
@@ -110,6 +129,14 @@ class ChatCompletionRequest(_Body):
         "web_search_options": (),
     }
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With the values that the fields of NEUTRAL take."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, neutral in cls.NEUTRAL.items():
+            schema["properties"][name] |= {"enum": [*neutral, None]}
+        return schema
+
     def unsupported(self) -> tuple[str, JsonValue] | None:
         """The first field, with its value, that asks for something this service does not do."""
         for name, neutral in self.NEUTRAL.items():
@@ -182,6 +209,34 @@ class ModelObject(_Body):
     owned_by: str
     root: str
     parent: str | None = None
+
+
+class GraftObject(_Body):
+    """A version of a graft. `current` says that its name alone means it; `backbone` is null for a graft of another
+    backbone than the service has now; `graft` is the digest that its files are kept under."""
+
+    id: str
+    object: Literal["graft"] = "graft"
+    name: str
+    version: int
+    current: bool
+    graft: str
+    method: str
+    backbone: str | None
+    backbone_fingerprint: str
+    parameters: int
+    bytes: int
+    context_length: int
+    created_at: int
+    job: str | None
+
+
+class GraftImport(_Body):
+    """Body of POST /v1/grafts/import; `path` is a folder that the service can see."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    name: str
+    promote: bool = False
 
 
 class JobErrorObject(_Body):

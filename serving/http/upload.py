@@ -19,7 +19,6 @@ from polygraft.serving.http.errors import ApiError, bad_request
 
 _FIELD_LIMIT = 1024
 _FORM_BYTES = 64 * 1024  # what a form may hold besides its file
-_FIELDS = ("file", "purpose")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +32,22 @@ class Upload:
     digest: str
 
 
-async def receive(request: Request, *, folder: Path, limit_bytes: int) -> Upload:
-    """Stream the request's one file part into `folder`; on any failure nothing stays there.
+async def receive(request: Request, *, folder: Path, limit_bytes: int, fields: tuple[str, ...]) -> Upload:
+    """Stream the request's one file part, which may stand beside short `fields`, into `folder`; on any failure nothing
+    stays there.
 
     Raises ApiError 400 for a body that is not a whole form with a file, 413 past `limit_bytes`.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise bad_request("Content-Type: expected multipart/form-data with a file and a purpose", param="file")
+        raise bad_request(f"Content-Type: expected multipart/form-data with file, {', '.join(fields)}", param="file")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit_bytes + _FORM_BYTES:
         raise _too_large(limit_bytes)
     await run_in_threadpool(folder.mkdir, parents=True, exist_ok=True)
     path = folder / uuid4().hex
-    form = _Form(path, limit_bytes)
+    form = _Form(path, limit_bytes, ("file", *fields))
     try:
         parser = form.parser(boundary)
         left = limit_bytes + _FORM_BYTES
@@ -69,7 +69,8 @@ async def receive(request: Request, *, folder: Path, limit_bytes: int) -> Upload
 class _Form:
     """Callbacks of the parser: the part called `file` goes to disk, short fields to a dict."""
 
-    def __init__(self, path: Path, limit_bytes: int) -> None:
+    def __init__(self, path: Path, limit_bytes: int, names: tuple[str, ...]) -> None:
+        self._names = names
         self._path = path
         self._limit = limit_bytes
         self._digest = sha256()
@@ -131,9 +132,9 @@ class _Form:
     def _headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        if self._name not in _FIELDS:
+        if self._name not in self._names:
             name = shown(self._name)
-            raise bad_request(f"{name}: unknown field; choices: {', '.join(_FIELDS)}", param=self._name)
+            raise bad_request(f"{name}: unknown field; choices: {', '.join(self._names)}", param=self._name)
         if self._name != "file":
             self._fields[self._name] = b""
             return

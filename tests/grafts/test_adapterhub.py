@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import adapterhub
+from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.read import read
 from polygraft.grafts.runtime.attention import WholeSequences
@@ -114,6 +115,10 @@ def attach(model: nn.Module, module: str, source: str, hook: Hook, parts: Mappin
     model.get_submodule(module).register_forward_hook(after)
 
 
+def read_on(folder: Path, backbone: Backbone) -> tuple[BoundGraft, Mapping[str, Tensor]]:
+    return read(folder, BackboneFiles(backbone.folder), backbone.fingerprint)
+
+
 def ours(backbone: Backbone, graft: BoundGraft, values: Mapping[str, Tensor]) -> Tensor:
     rows = Rows(IDS, torch.arange(len(IDS)) + graft.prefix_length, (Span(0, len(IDS), 0),))
     stacks = backbone.stacks([Resident("g", graft, values)])
@@ -129,7 +134,7 @@ def test_a_bottleneck_after_every_layer_reads_the_residual_stream(tiny_folder: P
     """seq_bn: the feed-forward's output h and the stream r give h + W(h + r) + r."""
     tensors = bottlenecks(LLAMA[1:], 4)
     backbone = Backbone.load(tiny_folder, torch.float32)
-    graft, values = read(written(tmp_path, SEQ, tensors), backbone)
+    graft, values = read_on(written(tmp_path, SEQ, tensors), backbone)
     expected = theirs(tiny_folder, tensors, {LLAMA[1]: ("model.layers.{}", "model.layers.{}", serial(F.relu))})
     assert relative(ours(backbone, graft, values), expected) < 1e-5
 
@@ -163,7 +168,7 @@ def test_two_bottlenecks_a_layer_read_the_sublayers_outputs(
         return y + (scaling if isinstance(scaling, float) else p["scaling"]) * up(y, p, F.silu)
 
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    graft, values = read(written(tmp_path, DOUBLE | {"scaling": scaling}, tensors), backbone)
+    graft, values = read_on(written(tmp_path, DOUBLE | {"scaling": scaling}, tensors), backbone)
     hooks = {place: (module, module, hook) for place, module in zip(places, modules)}
     assert relative(ours(backbone, graft, values), theirs(backbone.folder, tensors, hooks)) < 1e-5
 
@@ -173,7 +178,7 @@ def test_a_parallel_bottleneck_of_bert_reads_the_feed_forwards_input(
 ) -> None:
     tensors = bottlenecks(BERT[1:], 8)
     backbone = Backbone.load(tiny_folders["bert"], torch.float32)
-    graft, values = read(written(tmp_path, PARALLEL, tensors), backbone)
+    graft, values = read_on(written(tmp_path, PARALLEL, tensors), backbone)
     hook: Hook = lambda y, x, p: y + 4.0 * up(x, p, F.relu)  # noqa: E731
     layer = "bert.encoder.layer.{}"
     expected = theirs(
@@ -192,7 +197,7 @@ def test_layers_may_differ_in_size_or_have_none(tiny_folder: Path, tmp_path: Pat
         ]
     ):
         (folder := tmp_path / str(number)).mkdir()
-        found = ours(backbone, *read(written(folder, SEQ | change, tensors), backbone))
+        found = ours(backbone, *read_on(written(folder, SEQ | change, tensors), backbone))
         assert relative(found, theirs(tiny_folder, tensors, place)) < 1e-5
 
 
@@ -211,7 +216,7 @@ def test_a_prefix_has_no_positions_and_the_prompt_starts_at_the_first(
     rows = F.linear(hidden, p["control_trans.2.weight"], p["control_trans.2.bias"])
     tensors = {stem + "control_trans": rows.flatten()} if flat else {stem + end: value for end, value in p.items()}
     backbone = Backbone.load(tiny_folder, torch.float32)
-    found = read(written(tmp_path, PREFIX | {"flat": flat, "leave_out": left_out}, tensors), backbone)
+    found = read_on(written(tmp_path, PREFIX | {"flat": flat, "leave_out": left_out}, tensors), backbone)
     assert relative(ours(backbone, *found), prefixed(tiny_folder, rows, layers)) < 1e-5
 
 
@@ -262,7 +267,7 @@ def test_what_is_another_function_is_refused(
 ) -> None:
     written(tmp_path, config, bottlenecks(LLAMA[1:], 4))
     with pytest.raises(FormatError, match=wrong):
-        read(tmp_path, Backbone.load(tiny_folder, torch.float32))
+        read_on(tmp_path, Backbone.load(tiny_folder, torch.float32))
 
 
 def other_shapes(value: Tensor) -> list[Tensor]:
@@ -280,13 +285,13 @@ def test_a_tensor_of_any_other_shape_is_an_error_that_names_it(
         shapes = {"wte.weight": (3, 64), "control_trans.0.weight": (6, 64), "control_trans.0.bias": (6,)}
         shapes |= {"control_trans.2.weight": (128, 6), "control_trans.2.bias": (128,)}
         tensors = {stem + end: torch.ones(size) for end, size in shapes.items()}
-    read(written(tmp_path, config, tensors), backbone)
+    read_on(written(tmp_path, config, tensors), backbone)
     for key, value in tensors.items():
         for odd in other_shapes(value):
             if odd.shape != value.shape:
                 written(tmp_path, config, tensors | {key: odd.contiguous()})
                 with pytest.raises(FormatError, match=r"shape \(.*\) is not \("):
-                    read(tmp_path, backbone)
+                    read_on(tmp_path, backbone)
 
 
 def test_prefixes_of_a_model_with_learned_positions_are_refused(
@@ -294,7 +299,7 @@ def test_prefixes_of_a_model_with_learned_positions_are_refused(
 ) -> None:
     written(tmp_path, PREFIX, {f"prefix_tuning.prefix_tunings.{NAME}.self_prefix.control_trans": torch.ones(8)})
     with pytest.raises(FormatError, match="prefix_tuning on gpt2: its prompt would start at another position"):
-        read(tmp_path, Backbone.load(tiny_folders["gpt2"], torch.float32))
+        read_on(tmp_path, Backbone.load(tiny_folders["gpt2"], torch.float32))
 
 
 def test_pickled_weights_are_refused_and_a_missing_tensor_is_named(tiny_folder: Path, tmp_path: Path) -> None:
@@ -310,7 +315,7 @@ def test_pickled_weights_are_refused_and_a_missing_tensor_is_named(tiny_folder: 
         },
     )
     with pytest.raises(FormatError, match="layers.0.output_adapters.adapters.task.adapter_up.bias is missing"):
-        read(tmp_path, backbone)
+        read_on(tmp_path, backbone)
     (tmp_path / adapterhub.WEIGHTS).rename(tmp_path / "pytorch_adapter.bin")
     with pytest.raises(FormatError, match="pytorch_adapter.bin can run code when loaded: convert it to safetensors"):
-        read(tmp_path, backbone)
+        read_on(tmp_path, backbone)

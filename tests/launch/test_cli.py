@@ -10,25 +10,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from polygraft.cluster.client import Client
-from polygraft.cluster.model import GraftId, TenantId
-from polygraft.cluster.publish import adopt, resolve
-from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats import native, peft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.init import initialise
-from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.s4 import s4
 from polygraft.grafts.sites import ModelShape
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.main import app
-from polygraft.serving.residency import Residency
-from tests.grafts.oracle.row import random_tensors
-from tests.tiny import tiny_llama
 
 JOB = {
     "id": "ftjob-1",
@@ -222,144 +212,3 @@ def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
     assert said == s4(shape, 1_000_000) and 900_000 < BoundGraft(parse(said), shape).parameters <= 1_000_000
     few = run("methods", "--s4", "1000", "--config", str(config))
     assert few.exit_code == 2 and "budget: 1000 is too small" in few.stderr
-
-
-def test_a_soup_is_made_of_published_grafts_and_served_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    store, root, members = MemoryStore(), tmp_path / "home" / "data" / "grafts", []
-    monkeypatch.setattr(Flags, "store", lambda _: store)
-    monkeypatch.setattr(store, "close", lambda: None)
-    for name, text in (("one", "lora(r=2)"), ("two", "lora(r=2)"), ("odd", "ia3")):
-        bound = BoundGraft(parse(text), backbone.shape)
-        values = {n: v.float() for n, v in random_tensors(bound, len(members)).items()}
-        members.append(values)
-        adopt(
-            store,
-            TenantId("local"),
-            name,
-            graft=GraftId(native.save(root, bound, values, backbone=backbone.fingerprint)),
-            method=text,
-            backbone_fingerprint=backbone.fingerprint,
-            parameters=1,
-            bytes=1,
-            context_length=0,
-            at=0.0,
-        )
-    asked = ("--home", str(tmp_path / "home"), "grafts", "soup", "mean", "--backbone", str(backbone.folder))
-    done = run(*asked, "one", "two@1")
-    assert (done.exit_code, done.stdout) == (0, "mean@1\n"), done.stderr
-    graft = resolve(store, TenantId("local"), "mean", "smollm2")
-    assert graft is not None
-    made = native.load(root / graft.id, shape=backbone.shape, backbone=backbone.fingerprint).tensors
-    assert all(torch.allclose(value, (members[0][n] + members[1][n]) / 2) for n, value in made.items())
-    few = tmp_path / "few.jsonl"
-    example = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A graft."}]}
-    few.write_text(json.dumps(example) + "\n")
-    done = run(*asked, "one", "two", "--examples", str(few), "--steps", "12")
-    assert (done.exit_code, done.stdout) == (0, "mean@2\n") and "weights" in done.stderr
-    for wrong, said in ((("one", "odd"), "not of one spec"), (("one", "nobody"), "'nobody' does not exist")):
-        done = run(*asked, *wrong)
-        assert done.exit_code == 2 and said in done.stderr.replace("\n", " ")
-
-
-def test_grafts_are_listed_without_the_backbone(served: Callable[[Answer], None]) -> None:
-    served(lambda _: httpx.Response(200, json=MODELS))
-    assert [graft["id"] for graft in json.loads(run("grafts", "list", "--json").stdout)] == ["mine@1"]
-
-
-def test_a_graft_is_exported_as_a_model_or_as_a_lora(tmp_path: Path) -> None:
-    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    bound = BoundGraft(parse("loha(r=2, at=attn.q)"), backbone.shape)
-    values = {name: value + 0.1 for name, value in initialise(bound, backbone, seed=0, samples=()).items()}
-    identity = native.save(tmp_path, bound, values, backbone=backbone.fingerprint)
-    graft, beside = str(tmp_path / identity), ("--backbone", str(backbone.folder))
-    assert run("grafts", "export", graft, str(tmp_path / "whole"), *beside).exit_code == 0
-    assert (tmp_path / "whole" / "model.safetensors").is_file()
-    done = run("grafts", "export", graft, str(tmp_path / "lora"), *beside, "--rank", "4")
-    assert done.exit_code == 0 and "lost 0.00%" in done.stdout
-    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
-    again = run("grafts", "export", graft, str(tmp_path / "whole"), *beside)
-    assert again.exit_code == 2 and "exists already" in again.stderr
-
-
-def test_a_graft_is_exported_in_the_format_asked_for(tmp_path: Path) -> None:
-    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    graft = BoundGraft(parse("loha(r=2, at=attn.q)"), backbone.shape)
-    values = {name: value + 0.1 for name, value in initialise(graft, backbone, seed=0, samples=()).items()}
-    identity = native.save(tmp_path, graft, values, backbone=backbone.fingerprint)
-
-    def export(source: str, target: str, *flags: str) -> Result:
-        where = (str(tmp_path / source), str(tmp_path / target), "--backbone", str(backbone.folder))
-        return run("grafts", "export", *where, "--format", *flags)
-
-    assert export(identity, "theirs", "peft").exit_code == 0
-    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
-    done = export("theirs", "a.gguf", "gguf")
-    assert done.exit_code == 2 and "give a rank or an energy" in done.stderr
-    assert export("theirs", "a.gguf", "gguf", "--rank", "4").exit_code == 0
-    assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
-    done = export("theirs", "ours", "native")
-    assert done.exit_code == 0 and (tmp_path / "ours" / done.stdout.strip() / "graft.json").is_file()
-    done = export("tiny", "x", "peft")
-    assert done.exit_code == 2 and "holds no adapter_config.json" in done.stderr
-
-
-def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    bound = BoundGraft(parse("oft(b=8)"), backbone.shape)
-    values = {name: value + 0.1 for name, value in initialise(bound, backbone, seed=0, samples=()).items()}
-    (tmp_path / "theirs").mkdir()
-    peft.export(tmp_path / "theirs", bound, values)
-    store = MemoryStore()
-    monkeypatch.setattr(Flags, "store", lambda _: store)
-    monkeypatch.setattr(store, "close", lambda: None)
-    home = ("--home", str(tmp_path / "home"))
-    done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "mine", "--backbone", str(backbone.folder))
-    assert (done.exit_code, done.stdout) == (0, "mine@1\n")
-    graft = resolve(store, TenantId("local"), "mine", "smollm2")
-    assert graft is not None and graft.backbone_fingerprint == backbone.fingerprint
-    folder = tmp_path / "home" / "data" / "grafts"
-    resident = Residency(folder=folder, backbone=backbone, budget_bytes=1 << 20).fetch(graft.id)
-    assert {slot.op for slot in resident.spec.slots} == {"rotate"}
-    done = run(*home, "grafts", "import", str(tmp_path / "theirs"), "Mine", "--backbone", str(backbone.folder))
-    assert done.exit_code == 2 and "name: 'Mine'" in done.stderr
-
-
-def test_a_fine_tuned_model_becomes_a_graft_of_signs_and_distilled_scales(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = Backbone.load(tiny_llama(tmp_path / "tiny"), torch.float32)
-    tiny_llama(tmp_path / "tuned", seed=1)
-    tiny_llama(tmp_path / "wider", ffn=128)
-    (tmp_path / "few.jsonl").write_text(
-        json.dumps({"messages": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "In winter."}]})
-    )
-    store = MemoryStore()
-    monkeypatch.setattr(Flags, "store", lambda _: store)
-    monkeypatch.setattr(store, "close", lambda: None)
-    of_backbone = ("--backbone", str(backbone.folder))
-    command = ("--home", str(tmp_path / "home"), "grafts", "bitdelta")
-    done = run(
-        *command,
-        str(tmp_path / "tuned"),
-        "mine",
-        *of_backbone,
-        "--examples",
-        str(tmp_path / "few.jsonl"),
-        "--steps",
-        "3",
-    )
-    assert (done.exit_code, done.stdout) == (0, "mine@1\n"), done.stderr
-    assert "not in the graft, though it was tuned: model.embed_tokens.weight" in done.stderr
-    assert "logits' squared distance" in done.stderr
-    graft = resolve(store, TenantId("local"), "mine", "smollm2")
-    assert graft is not None and graft.method == "bitdelta(at=linear)"
-    folder = tmp_path / "home" / "data" / "grafts"
-    resident = Residency(folder=folder, backbone=backbone, budget_bytes=1 << 20).fetch(graft.id)
-    assert all(bool((value > 0).all()) for name, value in resident.tensors.items() if name.endswith(".a"))
-    done = run(*command, str(tmp_path / "wider"), "other", *of_backbone)
-    assert done.exit_code == 2 and "ffn=128" in done.stderr

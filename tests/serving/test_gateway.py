@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.engine import Engine
@@ -102,6 +102,26 @@ async def test_a_broken_stream_goes_on_at_the_same_replica_once_it_is_back(engin
 async def test_a_request_whose_replica_dies_each_time_is_given_up(engines: list[Engine]) -> None:
     with pytest.raises(Unavailable, match="3 times"):
         await over({"r0": Breaking(engines[0], 2, times=9)})
+
+
+class Silent(LocalLink):
+    """Takes requests and says nothing of them."""
+
+    async def submit(self, request: GenerationRequest) -> bool:
+        return True
+
+
+async def test_a_graft_is_in_use_while_an_answer_is_made_with_it(engines: list[Engine]) -> None:
+    gateway = Gateway({ReplicaId("r0"): Silent(engines[0])}, ingress="i", settings=SETTINGS)
+    await gateway.start()
+    answer = asyncio.ensure_future(anext(gateway.generate(replace(SAMPLED, graft=GraftId("g")))))
+    while not gateway.uses(GraftId("g")):
+        await asyncio.sleep(0.01)
+    assert not gateway.uses(GraftId("h"))
+    answer.cancel()
+    await asyncio.gather(answer, return_exceptions=True)
+    assert not gateway.uses(GraftId("g"))
+    await gateway.close()
 
 
 async def test_requests_beyond_all_queues_are_refused_and_others_served(engines: list[Engine]) -> None:

@@ -23,6 +23,7 @@ from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
@@ -32,7 +33,7 @@ from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
 
 SETTINGS = ServeSettings(max_streams=4, max_queued=2, max_context=160, kv_bytes=4 << 20, max_rows=64)
-LIMITS = LimitSettings(upload_bytes=20_000, line_bytes=2_000, jobs_per_tenant=4)
+LIMITS = LimitSettings(upload_bytes=20_000, line_bytes=2_000, graft_bytes=2_000_000, jobs_per_tenant=4, body_s=1.5)
 PACK_BYTES = 64 << 20
 EXAMPLE = {"messages": [{"role": "user", "content": "What is a graft?"}, {"role": "assistant", "content": "A shoot."}]}
 
@@ -56,14 +57,20 @@ class Service:
         bound = BoundGraft(parse(text), self.api.shape)
         values = random_tensors(bound, version)
         of = backbone or self.api.fingerprint
-        id = native.save(self.api.data / "grafts", bound, values, backbone=of)
+        id = GraftId(native.save(self.api.data / "grafts", bound, values, backbone=of))
+        return self.record(tenant, id, name, version, bound=bound, backbone=of)
+
+    def record(
+        self, tenant: str, id: GraftId, name: str, version: int = 1, *, bound: BoundGraft, backbone: str
+    ) -> Graft:
+        """The graft, whose files are there, under a name that means this version now."""
         graft = Graft(
             tenant=TenantId(tenant),
             name=name,
             version=version,
-            id=GraftId(id),
+            id=id,
             method=bound.spec.method,
-            backbone_fingerprint=of,
+            backbone_fingerprint=backbone,
             parameters=1,
             bytes=1,
             context_length=bound.context_length,
@@ -107,6 +114,8 @@ async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Pa
     store = MemoryStore()
     now = [1_000.0]
     gateway = Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS, ready_s=1.0)
+    plan = ReaderPlan(backbone_folder=folder, data=tmp_path, quantise=None, memory_bytes=1 << 30, seconds=30.0)
+    adoption = Adoption(plan)
     api = Api(
         store=store,
         gateway=gateway,
@@ -117,6 +126,8 @@ async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Pa
         stock=BackboneFiles(folder),
         quantised=False,
         data=tmp_path,
+        graft_roots=(tmp_path / "root",),
+        adoption=adoption,
         limits=LIMITS,
         pack=Limits(pack_bytes=PACK_BYTES),
         max_context=SETTINGS.max_context,
@@ -127,6 +138,7 @@ async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Pa
     await gateway.start()
     yield Service(api, engine, transport, texts, now)
     await gateway.close()
+    await adoption.close()
 
 
 @pytest.fixture
