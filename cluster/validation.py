@@ -13,7 +13,7 @@ _TYPES = frozenset({"bool", "dict", "float", "int", "none", "str"})
 
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """Path and message of the first thing wrong; an unknown field outranks what it may have caused elsewhere."""
-    errors = error.errors()
+    errors = error.errors(include_url=False)
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     unknown = first["type"] == "extra_forbidden"
     # What a client calls a field may look like a union's member, or like no name at all.

@@ -11,8 +11,6 @@ from polygraft.launch.output import Failure, Status
 def pack(folder: Path, target: Path) -> None:
     """The folder's regular files; folders inside and hidden files are left out. Raises Failure for a link that leads
     out of the folder, so that nothing is sent that is not the graft's."""
-    if not folder.is_dir():
-        raise Failure(f"{folder} is no folder", Status.USAGE)
     with tarfile.open(target, "w") as out:
         for path in sorted(folder.iterdir()):
             if path.is_dir() or path.name.startswith("."):

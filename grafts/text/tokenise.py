@@ -76,7 +76,7 @@ class Tokeniser:
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Plain text, with the tokens (such as BOS) the tokenizer itself puts around it."""
-        return tuple(self._tokenizer.encode(text).ids)
+        return tuple(self._tokenizer.encode_batch([text])[0].ids)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
         """What transformers' `apply_chat_template` gives. Raises ChatError."""
@@ -119,7 +119,8 @@ class Tokeniser:
         return self.chat
 
     def _encode(self, text: str) -> Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        # A batch of one: `encode` keeps the interpreter to itself, for seconds where the text has megabytes.
+        return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
     def _contents(self, example: Example, text: str) -> list[range]:
         """Where in `text` the characters of each message's content lie; empty for messages that are not trained.

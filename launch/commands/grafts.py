@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.client import Client, RemoteGraft
+from polygraft.cluster.client import ApiFailure, Client, RemoteGraft
 from polygraft.grafts.spec import SpecError
 from polygraft.launch import archive
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import Flags, Json, flags
-from polygraft.launch.output import Failure, Status, ago, print_json, print_table
+from polygraft.launch.output import Failure, Status, ago, print_error, print_json, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,15 +73,31 @@ def list_grafts(context: typer.Context, as_json: Json = False) -> None:
 def import_graft(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="A graft made elsewhere: PEFT's folder, AdapterHub's or ours.")],
-    name: Name,
+    name: Annotated[str | None, typer.Argument(help="The name to serve it under.", show_default=False)] = None,
+    each: Annotated[bool, typer.Option(help="Import each folder in FOLDER, under its own name.")] = False,
     backbone: Annotated[str | None, typer.Option(help="Refuse unless this is the service's backbone.")] = None,
     promote: Promote = False,
 ) -> None:
     """Give the service a graft made elsewhere, for its backbone."""
+    if each == (name is not None):
+        raise Failure("give a NAME, or --each for a folder of folders", Status.USAGE)
+    if not folder.is_dir():
+        raise Failure(f"{folder} is no folder", Status.USAGE)
+    found = [(folder, name or "")] if name else [(one, one.name) for one in sorted(folder.iterdir()) if one.is_dir()]
+    refused = 0
     with flags(context).client() as client:
         if backbone is not None:
             _check_backbone(client, backbone)
-        typer.echo(sent(client, folder, name, promote=promote).id)
+        for one, its_name in found:
+            try:
+                typer.echo(sent(client, one, its_name, promote=promote).id)
+            except ApiFailure as error:
+                if not each:
+                    raise
+                print_error(f"{its_name}: {error}")
+                refused += 1
+    if refused:
+        raise Failure(f"{refused} of {len(found)} folders were not imported")
 
 
 @grafts.command("export")

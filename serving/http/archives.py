@@ -34,7 +34,8 @@ class TooLarge(BadArchive):
 
 
 def unpack(archive: Path, target: Path, *, limit_bytes: int) -> None:
-    """The archive's files into the folder `target`, which is there and empty. Raises BadArchive and OSError."""
+    """The archive's files into the new folder `target`. Raises BadArchive and OSError."""
+    target.mkdir()
     with archive.open("rb") as file:
         zipped = file.read(2) == _GZIP
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from secrets import token_hex
 
@@ -104,11 +105,22 @@ def as_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Make `app` answer every failure through `as_api_error`."""
 
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return answer(as_api_error(error))
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        found = as_api_error(error)
+        if found.status == 405:  # the router only knows the methods of the first route that has the path
+            found.headers |= {"Allow": ", ".join(sorted(allowed))} if (allowed := _methods(app, request)) else {}
+        return answer(found)
 
     for kind in (ApiError, RequestValidationError, HTTPException, StoreUnavailable, Conflict, OSError, Exception):
         app.add_exception_handler(kind, handle)
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """What the request's path can be asked."""
+    paths = app.openapi()["paths"]
+    found = {path for path in paths if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), request.url.path)}
+    exact = found & {request.url.path} or found
+    return {method.upper() for path in exact for method in paths[path]}
 
 
 def _family(status: int) -> str:

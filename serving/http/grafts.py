@@ -62,19 +62,19 @@ async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObjec
     fields = ("name", "promote")
     incoming = api.files / ".incoming"
     received = await receive(request, folder=incoming, limit_bytes=api.limits.graft_bytes, fields=fields)
-    folder: Path | None = None
+    scratch: Path | None = None
     try:
         name = _name(api, received.fields.get("name", ""))
         promote = received.fields.get("promote", "").lower()
         if promote not in _BOOLEANS:
             raise bad_request(f"promote: {shown(promote)} is not true or false", param="promote")
-        folder = Path(await run_in_threadpool(tempfile.mkdtemp, dir=incoming))
-        await api.turns.work(tenant, _unpack, api, received.path, folder)
-        return await _adopted(api, tenant, folder, name, _BOOLEANS[promote])
+        scratch = Path(await run_in_threadpool(tempfile.mkdtemp, dir=incoming))
+        await api.turns.work(tenant, _unpack, api, received.path, scratch / name)
+        return await _adopted(api, tenant, scratch / name, name, _BOOLEANS[promote])
     finally:
         await run_in_threadpool(received.path.unlink, missing_ok=True)
-        if folder is not None:
-            await run_in_threadpool(shutil.rmtree, folder, ignore_errors=True)
+        if scratch is not None:
+            await run_in_threadpool(shutil.rmtree, scratch, ignore_errors=True)
 
 
 @router.post("/import", responses=answers(*READING), openapi_extra=json_body(GraftImport))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from starlette.testclient import TestClient
+import uvicorn
 from typer.testing import CliRunner, Result
 
 from polygraft.cluster.api_keys import create_key
@@ -83,15 +86,24 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
         max_context=512,
         clock=lambda: 0.0,
     )
-    with TestClient(create_app(api)) as http:
-        yield Running(store, data, backbone), Client("http://testserver", key, transport=http._transport)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_app(api), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        with Client(f"http://127.0.0.1:{listening.getsockname()[1]}", key) as client:
+            while not server.started:
+                time.sleep(0.01)
+            yield Running(store, data, backbone), client
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture
 def running(service: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch) -> Running:
     """Every command's client talks to it, and a home that says otherwise is nobody's."""
     found, client = service
-    monkeypatch.setattr(client, "close", lambda: None)
+    monkeypatch.setattr(client, "close", lambda: None)  # until the last test
     monkeypatch.setattr(Flags, "client", lambda _: client)
     monkeypatch.setattr(Flags, "backbone", lambda _: (str(found.backbone.folder), None))
     return found
@@ -129,6 +141,17 @@ def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(running: Runn
     (tmp_path / "theirs/adapter_config.json").symlink_to(tmp_path / "secret")
     done = run(*home, "grafts", "import", tmp_path / "theirs", "oft")
     assert done.exit_code == 2 and "adapter_config.json" in done.stderr
+
+
+def test_a_folder_of_folders_is_imported_each_under_its_own_name(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for seed, name in enumerate(("ants", "bees", "Cats")):
+        running.saved(tmp_path, "ia3", 10 + seed)[0].rename(tmp_path / "many" / name)
+    done = run("grafts", "import", tmp_path / "many", "--each")
+    assert (done.exit_code, done.stdout) == (1, "ants@1\nbees@1\n")
+    assert "Cats: name: 'Cats'" in done.stderr and "1 of 3 folders" in done.stderr
+    assert run("grafts", "import", tmp_path / "many").exit_code == 2
+    assert run("grafts", "import", tmp_path / "many", "ants", "--each").exit_code == 2
 
 
 def test_a_soup_is_made_of_the_services_grafts_and_served_by_its_name(running: Running, tmp_path: Path) -> None:

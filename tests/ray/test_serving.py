@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -38,6 +39,7 @@ from tests.tiny import tiny_llama
 METHODS = ("lora(r=4)", "ia3", "prefix(5)", "serial(4)")
 ASK = "What is a graft?"
 TOKENS = 24
+SLOW_BODIES = 1_050
 
 
 def free_port() -> int:
@@ -112,6 +114,7 @@ def test_the_stock_client_is_served_mixed_streams_over_http(tmp_path: Path) -> N
         store = connect(server.url)
         answers = published(store, data, folder, shape)
         _, key = create_key(store, tenant=TenantId("ann"), name="test", at=0.0)
+        _, other = create_key(store, tenant=TenantId("bob"), name="test", at=0.0)
         settings = Settings(
             home=tmp_path / "home",
             data=data,
@@ -127,6 +130,7 @@ def test_the_stock_client_is_served_mixed_streams_over_http(tmp_path: Path) -> N
             url = f"http://127.0.0.1:{port}"
             try:
                 check(url, key, answers, data, tmp_path)
+                nobody_waits_for_bodies_that_never_end(port, other, key)
             finally:
                 serve.shutdown()
         store.close()
@@ -174,6 +178,19 @@ def check(url: str, key: str, answers: dict[str, str], data: Path, tmp_path: Pat
 
         assert runner.run(killed()) == [answers[model] for model in models]
         runner.run(talker.close())
+
+
+def nobody_waits_for_bodies_that_never_end(port: int, slow: str, key: str) -> None:
+    """One tenant begins more requests than a server takes on at a time, and ends none."""
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999\r\n"
+    begun = f"{head}Authorization: Bearer {slow}\r\n\r\n{{".encode()
+    with ExitStack() as held, httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=30) as other:
+        for number in range(SLOW_BODIES):
+            held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(begun)
+            if number % 30 == 29:
+                at = time.monotonic()
+                assert other.get("/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+                assert time.monotonic() - at < 2.0, number
 
 
 def hang_up(url: str, key: str) -> None:

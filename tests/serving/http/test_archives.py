@@ -36,7 +36,6 @@ def files(**contents: bytes) -> bytes:
 
 def read(raw: bytes, tmp_path: Path, limit: int = LIMIT) -> dict[str, bytes]:
     (tmp_path / "archive").write_bytes(raw)
-    (tmp_path / "target").mkdir()
     unpack(tmp_path / "archive", tmp_path / "target", limit_bytes=limit)
     return {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
 
