@@ -55,11 +55,9 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderPlan:
-    """What the reader process is told: the backbone's files, where grafts go, and how much time and memory a folder may
-    take."""
+    """What the reader process is told: the backbone's files, and how much time and memory a folder may take."""
 
     backbone_folder: Path
-    data: Path
     quantise: str | None
     memory_bytes: int
     seconds: float
@@ -74,8 +72,8 @@ class Adoption:
         self._waiting: Counter[TenantId] = Counter()
         self._idle: asyncio.TimerHandle | None = None
 
-    async def read(self, tenant: TenantId, folder: Path) -> Saved:
-        """The graft in `folder`, saved. Raises Refused, NotSaved, Busy."""
+    async def read(self, tenant: TenantId, folder: Path, root: Path) -> Saved:
+        """The graft in `folder`, saved under `root`. Raises Refused, NotSaved, Busy."""
         if self._waiting[tenant] >= _WAITING:
             raise Busy(f"{_WAITING} grafts of yours are being read; wait for one")
         if self._idle is not None:
@@ -83,7 +81,7 @@ class Adoption:
         loop = asyncio.get_running_loop()
         self._waiting[tenant] += 1
         try:
-            return await loop.run_in_executor(self._thread, self._reader.read, folder)
+            return await loop.run_in_executor(self._thread, self._reader.read, folder, root)
         finally:
             self._waiting[tenant] -= 1
             if not self._waiting.total():
@@ -104,13 +102,13 @@ class _Reader:
         self._plan = plan
         self._process: subprocess.Popen[str] | None = None
 
-    def read(self, folder: Path) -> Saved:
+    def read(self, folder: Path, root: Path) -> Saved:
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         timer = Timer(self._plan.seconds, process.kill)
         timer.start()
         try:
-            process.stdin.write(json.dumps(str(folder)) + "\n")
+            process.stdin.write(json.dumps([str(folder), str(root)]) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -135,7 +133,7 @@ class _Reader:
         if self._process is None or self._process.poll() is not None:
             self.end()
             plan = self._plan
-            told = [str(plan.backbone_folder), str(plan.data), str(plan.memory_bytes)]
+            told = [str(plan.backbone_folder), str(plan.memory_bytes)]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "polygraft.serving.reader", *told, *([plan.quantise] if plan.quantise else [])],
                 stdin=subprocess.PIPE,

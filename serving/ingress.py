@@ -58,7 +58,6 @@ class Ingress:
             adoption=Adoption(
                 ReaderPlan(
                     backbone_folder=folder,
-                    data=settings.data,
                     quantise=settings.quantise,
                     memory_bytes=_READER_COPIES * settings.limits.graft_bytes,
                     seconds=settings.limits.graft_s,

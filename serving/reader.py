@@ -1,7 +1,8 @@
 """Reads grafts made elsewhere, in a process of its own: a hostile folder can end it, and nothing else.
 
-`serving/adoption.py` runs it: `python -m polygraft.serving.reader BACKBONE_FOLDER DATA MEMORY_BYTES [QUANTISE]`. A line
-on the standard input is a folder as JSON; the answer is a line on the standard output: a `Saved`, or why there is none.
+`serving/adoption.py` runs it: `python -m polygraft.serving.reader BACKBONE_FOLDER MEMORY_BYTES [QUANTISE]`. A line on
+the standard input is a folder and where to save its graft, as a JSON list; the answer is a line on the standard output:
+a `Saved`, or why there is none.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ _LOG = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def main(backbone: Path, data: Path, memory_bytes: int, quantise: str | None) -> None:
+def main(backbone: Path, memory_bytes: int, quantise: str | None) -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to the log
     stock, of = BackboneFiles(backbone), fingerprint(backbone, quantise)
     _limit_memory(memory_bytes)
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(Path(json.loads(line)), stock, of, data / "grafts")) + "\n")
+        folder, root = map(Path, json.loads(line))
+        answers.write(json.dumps(_answer(folder, root, stock, of)) + "\n")
         answers.flush()
 
 
-def _answer(folder: Path, stock: BackboneFiles, of: str, root: Path) -> Mapping[str, str | int]:
+def _answer(folder: Path, root: Path, stock: BackboneFiles, of: str) -> Mapping[str, str | int]:
     try:
         graft, values = read(folder, stock, of)
     except (FormatError, SpecError) as error:
@@ -74,4 +76,4 @@ def _limit_memory(more: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *(sys.argv[4:] or [None]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)

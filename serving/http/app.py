@@ -12,11 +12,11 @@ from polygraft.serving.http import chat, documents, errors, files, grafts, jobs,
 from polygraft.serving.http.auth import Authenticated
 from polygraft.serving.http.bodies import BoundedBodies
 from polygraft.serving.http.context import Api
-from polygraft.serving.http.documents import answers
+from polygraft.serving.http.documents import Document, answers
 from polygraft.serving.http.errors import unavailable
 from polygraft.serving.http.schemas import Health
 
-_UNHEALTHY = {status: answer for status, answer in answers().items() if status in (500, 503)}
+_UNHEALTHY: dict[int | str, Document] = {status: answers()[status] for status in (500, 503)}
 
 
 def create_app(api: Api) -> FastAPI:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, cast
 
 from polygraft.cluster.validation import shown
 
@@ -85,7 +85,7 @@ def _gunzip(archive: Path, target: Path, limit_bytes: int) -> None:
 def _untar(archive: Path, target: Path, limit_bytes: int) -> None:
     found = 0
     folders: set[str] = set()
-    with archive.open("rb") as file, tarfile.open(fileobj=_Guarded(file), mode="r:") as members:
+    with archive.open("rb") as file, tarfile.open(fileobj=cast(BinaryIO, _Guarded(file)), mode="r:") as members:
         for count, member in enumerate(members):
             if count >= _MEMBERS:
                 raise BadArchive(f"the archive has more than {_MEMBERS} members")

@@ -14,10 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polygraft.cluster.model import TenantId
 from polygraft.cluster.settings import LimitSettings
+from polygraft.grafts.runtime.process import give_back
 from polygraft.serving.http.errors import ApiError
 
 _WAIT_S = 1.0  # for a place: bodies that are there already give theirs back within milliseconds
 _SLOWEST = 10_000  # bytes a second that a body may come at, after its first `body_s` seconds
+_LARGE = 256 * 1024
+_QUIET_S = 1.0
 _CLOSE = {"Connection": "close"}  # what is still to come of the body will not be read
 
 
@@ -30,6 +33,7 @@ class BoundedBodies:
         self._places: defaultdict[TenantId, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(limits.bodies_per_tenant)
         )
+        self._giving_back: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant: TenantId | None = scope.get("state", {}).get("tenant")
@@ -41,6 +45,18 @@ class BoundedBodies:
             await self._app(scope, body.receive, send)
         finally:
             body.end()
+            if body.bytes > _LARGE:
+                self._give_back_soon()
+
+    def _give_back_soon(self) -> None:
+        """Hand the memory that large bodies took back to the system: it lies in as many heaps as threads looked at
+        them, and would stay there."""
+        if self._giving_back is None:
+            self._giving_back = asyncio.get_running_loop().call_later(_QUIET_S, self._give_back)
+
+    def _give_back(self) -> None:
+        self._giving_back = None
+        asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 class _Body:
@@ -50,6 +66,7 @@ class _Body:
         self._receive = receive
         self._places = places
         self._limits = limits
+        self.bytes = 0
         self._until: float | None = None
         self._ended = False
 
@@ -67,6 +84,7 @@ class _Body:
             raise ApiError(
                 408, "the body did not arrive in time; send it again", code="body_too_slow", headers=_CLOSE
             ) from None
+        self.bytes += len(message.get("body", b""))
         self._until += len(message.get("body", b"")) / _SLOWEST
         if not message.get("more_body", False):
             self.end()

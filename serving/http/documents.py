@@ -4,7 +4,7 @@ answer, in OpenAI's error object."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -59,7 +59,7 @@ def install(app: FastAPI) -> None:
 
 
 def _document(app: FastAPI) -> Document:
-    found = cast(Document, get_openapi(title=app.title, version=app.version, routes=app.routes))
+    found: Document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = found.setdefault("components", {}).setdefault("schemas", {})
     for operation in _operations(found):
         operation["responses"].pop("422", None)  # FastAPI's own; here it is a 400 (errors.py)

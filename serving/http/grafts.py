@@ -213,10 +213,10 @@ def _under_a_root(api: Api, path: str) -> Path:
 
 async def _adopted(api: Api, tenant: TenantId, folder: Path, name: str, promote: bool) -> GraftObject:
     try:
-        saved = await api.adoption.read(tenant, folder)
+        saved = await api.adoption.read(tenant, folder, api.grafts)
         found = await api.turns.work(tenant, _published, api, tenant, name, saved, promote)
         if not (api.grafts / saved.graft).is_dir():  # whoever deleted the last of its twins took it away
-            await api.adoption.read(tenant, folder)
+            await api.adoption.read(tenant, folder, api.grafts)
     except Refused as error:
         raise bad_request(f"graft: {error}", param="file", code="invalid_graft") from None
     except Busy as error:

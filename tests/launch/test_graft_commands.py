@@ -68,7 +68,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
     folder, data = tiny_llama(scratch / "tiny"), scratch / "data"
     backbone, store, serve = Backbone.load(folder, torch.float32), MemoryStore(), ServeSettings()
     _, key = create_key(store, tenant=TenantId("local"), name="test", at=0.0)
-    plan = ReaderPlan(backbone_folder=folder, data=data, quantise=None, memory_bytes=1 << 30, seconds=60.0)
+    plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=60.0)
     api = Api(
         store=store,
         gateway=Gateway({}, ingress="i", settings=serve),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
 
 SETTINGS = ServeSettings(max_streams=4, max_queued=2, max_context=160, kv_bytes=4 << 20, max_rows=64)
-LIMITS = LimitSettings(upload_bytes=20_000, line_bytes=2_000, graft_bytes=2_000_000, jobs_per_tenant=4, body_s=1.5)
+LIMITS = LimitSettings(upload_bytes=20_000, line_bytes=2_000, graft_bytes=2_000_000, jobs_per_tenant=4, body_s=0.6)
 PACK_BYTES = 64 << 20
 EXAMPLE = {"messages": [{"role": "user", "content": "What is a graft?"}, {"role": "assistant", "content": "A shoot."}]}
 
@@ -109,13 +110,22 @@ def engine(backbone: Backbone, tmp_path: Path) -> Iterator[Engine]:
     engine.stop()
 
 
+@pytest.fixture(scope="session")
+def adoption(folder: Path) -> Iterator[Adoption]:
+    """One reader process for all tests; it starts with the first graft."""
+    plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=60.0)
+    found = Adoption(plan)
+    yield found
+    asyncio.run(found.close())
+
+
 @pytest.fixture
-async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Path) -> AsyncIterator[Service]:
+async def service(
+    engine: Engine, backbone: Backbone, folder: Path, adoption: Adoption, tmp_path: Path
+) -> AsyncIterator[Service]:
     store = MemoryStore()
     now = [1_000.0]
     gateway = Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS, ready_s=1.0)
-    plan = ReaderPlan(backbone_folder=folder, data=tmp_path, quantise=None, memory_bytes=1 << 30, seconds=30.0)
-    adoption = Adoption(plan)
     api = Api(
         store=store,
         gateway=gateway,
@@ -138,7 +148,6 @@ async def service(engine: Engine, backbone: Backbone, folder: Path, tmp_path: Pa
     await gateway.start()
     yield Service(api, engine, transport, texts, now)
     await gateway.close()
-    await adoption.close()
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def main(folder: Path, data: Path, store_url: str) -> None:
     backbone = Backbone.load(folder, torch.float32)
     engine = Engine(backbone, SETTINGS, replica=ReplicaId("r0"), data=data)
     engine.start()
-    plan = ReaderPlan(backbone_folder=folder, data=data, quantise=None, memory_bytes=1 << 30, seconds=30.0)
+    plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=30.0)
     api = Api(
         store=store,
         gateway=Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS),

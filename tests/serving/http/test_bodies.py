@@ -66,7 +66,7 @@ async def test_a_body_that_comes_slowly_but_comes_is_read(service: Service) -> N
 
     async def pieces() -> Any:
         for start in range(0, len(content), 1_000):
-            await asyncio.sleep(0.12)
+            await asyncio.sleep(0.05)
             yield content[start : start + 1_000]
 
     async with service.as_("ann") as ann:

@@ -96,9 +96,10 @@ async def test_every_documented_refusal_is_answered_and_no_other(service: Servic
         form = {"Content-Type": "multipart/form-data; boundary=b"}
         large = await ann.post(f"http://test{url}", content=bytes(5 << 20), headers=form)
         assert (raw.status_code, large.status_code) == (400, 413), path
-    slow = [(path, url) for _ in range(LIMITS.bodies_per_tenant) for path, url in bodied.items()]
-    told = await asyncio.gather(*(unending(service, "ann", url) for _, url in slow))
-    assert {(path, status) for (path, _), status in zip(slow, told)} == {(p, s) for p in bodied for s in (408, 429)}
+    for group in (FORMS, bodied.keys() - set(FORMS)):  # forms look at their bodies later
+        slow = [path for _ in range(LIMITS.bodies_per_tenant) for path in sorted(group)]
+        told = await asyncio.gather(*(unending(service, "ann", bodied[path]) for path in slow))
+        assert set(zip(slow, told)) == {(path, status) for path in group for status in (408, 429)}
     seen |= {("post", path, status) for path in bodied for status in READING}
     # Whatever the operation: no key, a fault of the service, a store that is down.
     everywhere = {(method, path) for method, path, _ in wanted}

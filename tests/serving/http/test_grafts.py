@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import json
@@ -17,11 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelled
-from polygraft.cluster.model import GraftId
+from polygraft.cluster.model import GraftId, TenantId
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.text.jsonl import Message
+from polygraft.serving.adoption import Adoption, Busy, ReaderPlan, Refused, Saved
 from tests.serving.http.conftest import LIMITS, Service, refusal, upload
 from tests.serving.naive import random_tensors
 
@@ -126,7 +128,7 @@ async def test_what_is_no_graft_for_this_backbone_is_refused_and_leaves_nothing(
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
     save_file({"x": torch.zeros(1)}, tmp_path / "odd/adapter_model.safetensors")
-    for folder, said in ((f"foreign/{id}", "another"), ("pickled", "safetensors"), ("odd", "x")):
+    for folder, said in ((f"foreign/{id}", "another"), ("pickled", "safetensors"), ("odd", "missing or unknown")):
         error = refusal(await sent(ann, archived(tmp_path / folder), "poems"), 400)
         assert error["code"] == "invalid_graft" and said in error["message"], error
         assert str(tmp_path) not in error["message"]
@@ -238,3 +240,19 @@ async def test_the_files_come_back_to_who_publishes_the_same_graft_while_they_ar
     monkeypatch.setattr(grafts, "move", meanwhile)
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
     assert (service.api.grafts / graft.id / "graft.json").is_file() and not moved[0].exists()
+
+
+async def test_a_reader_that_takes_too_long_is_killed_and_the_next_folder_is_read(
+    folder: Path, service: Service, tmp_path: Path
+) -> None:
+    bound = BoundGraft(parse("ia3"), service.api.shape)
+    own = tmp_path / native.save(tmp_path, bound, random_tensors(bound, 0), backbone=service.api.fingerprint)
+    plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=0.05)
+    hurried, tenant = Adoption(plan), TenantId("ann")
+    for _ in range(2):
+        with pytest.raises(Refused, match="more than 0 s"):
+            await hurried.read(tenant, own, tmp_path / "saved")
+    await hurried.close()
+    reading = [asyncio.ensure_future(service.api.adoption.read(tenant, own, tmp_path / "saved")) for _ in range(3)]
+    done = await asyncio.gather(*reading, return_exceptions=True)
+    assert [type(one) for one in done] == [Saved, Saved, Busy] and done[0].graft == own.name  # type: ignore[union-attr]
