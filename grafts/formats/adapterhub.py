@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -210,7 +211,7 @@ def _network(config: Config, parts: Mapping[str, Tensor], sizes: tuple[int, int,
 
 def _turned(k: Tensor, by: int, stock: BackboneFiles) -> Tensor:
     """Keys [p, heads, d] as the model's rotary embedding turns those at position `by`."""
-    config = CONFIG_MAPPING[str(stock.config["model_type"])](**stock.config)
+    config: Any = CONFIG_MAPPING[str(stock.config["model_type"])].from_dict(dict(stock.config))
     frequencies: Tensor = LlamaRotaryEmbedding(config).inv_freq  # the same for all of _ROTARY
     angles = (by * frequencies.double()).repeat(2)
     one, other = k.double().chunk(2, dim=-1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 from pydantic import JsonValue
 
 _LEVELS = 32
 _VALUES = 100_000
+# One that does not end goes to the end of the text, so that no place is looked at twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _LARGEST = sys.float_info.max
 
 
@@ -23,6 +26,8 @@ class JsonError(ValueError):
 def load(text: str | bytes | bytearray) -> JsonValue:
     """The value. Raises JsonError for what is not JSON, NaN and numbers past float64's, half of a surrogate pair, more
     than 32 levels, and more than 100,000 values, which would take seconds to look at."""
+    if len(text) > 2 * _VALUES and _marks(text) > 2 * _VALUES:
+        raise JsonError("", f"holds more than {_VALUES} values")
     try:
         value: JsonValue = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -32,6 +37,13 @@ def load(text: str | bytes | bytearray) -> JsonValue:
     _count(value)
     _check(value, ())
     return value
+
+
+def _marks(text: str | bytes | bytearray) -> int:
+    """Beginnings of lists and objects, and commas, outside of strings: at least as many as there are values but one,
+    and found in a hundredth of the time and memory that those would take."""
+    outside = _STRING.sub(b"", text.encode(errors="ignore") if isinstance(text, str) else text)
+    return sum(map(outside.count, (b",", b"[", b"{")))
 
 
 def _count(value: JsonValue) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 _INT64 = 1 << 63
 T = TypeVar("T")
@@ -60,9 +58,16 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None  # padding against traffic analysis; none is ever added
 
 
+def _with_neutral(schema: dict[str, Any], model: type[ChatCompletionRequest]) -> None:
+    """The values that the fields of NEUTRAL take, in the model's schema."""
+    for name, neutral in model.NEUTRAL.items():
+        schema["properties"][name] |= {"enum": [*neutral, None]}
+
+
 class ChatCompletionRequest(_Body):
     """Everything the stock client can send. Fields in NEUTRAL are accepted only where they change nothing."""
 
+    model_config = ConfigDict(json_schema_extra=_with_neutral)
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -128,14 +133,6 @@ class ChatCompletionRequest(_Body):
         "verbosity": ("medium",),
         "web_search_options": (),
     }
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """With the values that the fields of NEUTRAL take."""
-        schema = handler.resolve_ref_schema(handler(core))
-        for name, neutral in cls.NEUTRAL.items():
-            schema["properties"][name] |= {"enum": [*neutral, None]}
-        return schema
 
     def unsupported(self) -> tuple[str, JsonValue] | None:
         """The first field, with its value, that asks for something this service does not do."""
