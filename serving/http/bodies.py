@@ -8,6 +8,7 @@ free waits a moment and is a 429, and a body slower than a slow line is a 408. O
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import defaultdict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,7 +21,7 @@ from polygraft.serving.http.errors import ApiError
 _WAIT_S = 1.0  # for a place: bodies that are there already give theirs back within milliseconds
 _SLOWEST = 10_000  # bytes a second that a body may come at, after its first `body_s` seconds
 _LARGE = 256 * 1024
-_QUIET_S = 1.0
+_QUIET_S = 2.0
 _CLOSE = {"Connection": "close"}  # what is still to come of the body will not be read
 
 
@@ -49,14 +50,19 @@ class BoundedBodies:
                 self._give_back_soon()
 
     def _give_back_soon(self) -> None:
-        """Hand the memory that large bodies took back to the system: it lies in as many heaps as threads looked at
-        them, and would stay there."""
+        """Hand the memory that large bodies took back to the system: it hangs on errors that the collector has not
+        looked at, and lies in as many heaps as threads have read bodies."""
         if self._giving_back is None:
             self._giving_back = asyncio.get_running_loop().call_later(_QUIET_S, self._give_back)
 
     def _give_back(self) -> None:
         self._giving_back = None
-        asyncio.get_running_loop().run_in_executor(None, give_back)
+        asyncio.get_running_loop().run_in_executor(None, _collected)
+
+
+def _collected() -> None:
+    gc.collect()
+    give_back()
 
 
 class _Body:

@@ -107,6 +107,7 @@ def hold(served: Served, documented: Statuses, examples: int) -> None:
             for case in large_cases():
                 send(ann, case, documented)
         assert len(waits) > 20 and sorted(waits)[int(len(waits) * 0.99)] < NEIGHBOUR_S and max(waits) < NEIGHBOUR_S
+        print("RSS", before, [served.rss - before] + [_grown(served, before) for _ in range(10)])
         assert any(_grown(served, before) < GROWTH_BYTES for _ in range(10)), (before, served.rss)
 
 
