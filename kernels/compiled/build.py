@@ -1,23 +1,17 @@
-"""The compiled part of the dense op, linear.cpp, and how it and other sources are built: by this machine's compiler,
-when they are first asked for."""
+"""How C++ sources of kernels/ are built: by this machine's compiler, when they are first asked for."""
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 from polygraft.kernels.common.atomic import make_folder, whole_file
-from polygraft.kernels.dense.structures import SIZES
 
-SOURCE = Path(__file__).with_name("linear.cpp")
 FOLDER = Path(__file__).parents[1]  # sources include the headers of kernels/ by their paths in it
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 VECTORS, TILES = {"avx512bw", "avx512vl", "avx512_bf16"}, {"amx_tile", "amx_bf16"}  # what a CPU must have, and may
@@ -26,40 +20,7 @@ _TIMEOUT_S = 120
 
 
 class Unavailable(Exception):
-    """Why there is no compiled product here."""
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The library, loaded; None where there is none. Nothing but speed depends on it."""
-    try:
-        return load(build())
-    except Unavailable as error:
-        logging.getLogger(__name__).info("products are torch's: %s", error)
-        return None
-
-
-def load(path: Path) -> ctypes.CDLL:
-    """A built library, ready to be called. Raises Unavailable where it cannot be, and TypeError where structures.py and
-    linear.cpp do not agree."""
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path}: {error}") from None
-    if not found.ready():
-        raise Unavailable("the kernel does not let this process use AMX's tiles")
-    for name, size in SIZES.items():
-        told = found[f"size_of_{name.lower()}"]
-        told.restype = ctypes.c_int64
-        if told() != size:
-            raise TypeError(
-                f"{path.name}: {name} has {told()} bytes in {SOURCE.name} and {size} in structures.py: "
-                "their fields must be the same ones, in the same order"
-            )
-    for function, kinds in ((found.linear, "p"), (found.outer, "ppiipipii")):
-        function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
-        function.restype = None
-    return found
+    """Why nothing is compiled here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +54,7 @@ def toolchain() -> Toolchain:
     return Toolchain(compiler, (*FLAGS, "-DAMX") if tiles else FLAGS, tuple(sorted(features)))
 
 
-def build(source: Path = SOURCE, *more: str) -> Path:
+def build(source: Path, *more: str) -> Path:
     """The path of the library built of a source with `more` flags. Raises Unavailable without what it takes.
 
     It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
