@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import AcceleratorError
 
 from polygraft.cluster.advance import advance_job, advance_pack, record_progress
-from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
+from polygraft.cluster.events import JobCancelled, JobDeviceClassChanged, JobFailed, JobStarted, PackOpened
 from polygraft.cluster.model import GraftId, Job, JobError, JobId, PackId, TenantId
 from polygraft.cluster.publish import UnknownModel, publish, resolve
 from polygraft.cluster.states import IllegalTransition
@@ -30,6 +30,7 @@ from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.manifest import Manifest
@@ -78,6 +79,7 @@ class PackWorker:
         lease = store.acquire(keys.pack_scope(pack), f"worker of {pack}", 60.0, steal=True)
         assert lease is not None, "a stolen lease is always granted"
         self.fence = lease.fence
+        self.device_class = str(device_class(runner.backbone.device))
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
 
@@ -131,10 +133,12 @@ class PackWorker:
             pack=self.pack,
             parameters=trained.graft.parameters,
             steps_total=trained.steps_total,
+            device_class=self.device_class,
             at=time.time(),
         )
         try:
             advance_job(self.store, started, fence=self.fence)
+            self._compare_class(job, name)
         except IllegalTransition:  # cancelled or failed while its data was read
             self._drop(job)
             return
@@ -144,6 +148,17 @@ class PackWorker:
             held_out_loss=active.loss_before,
         )
         self._progress(active)
+
+    def _compare_class(self, job: JobId, name: str | None) -> None:
+        """Say so where the checkpoint that the job goes on from is of another class of device than this one."""
+        before = None if name is None else checkpoint.class_of(self.folders.job(job), name)
+        if before is not None and before != self.device_class:
+            changed = JobDeviceClassChanged(
+                job=job, pack=self.pack, before=before, after=self.device_class, at=time.time()
+            )
+            advance_job(self.store, changed, fence=self.fence)
+            promise = "bits are the same within a class alone, from here on numbers are equal to a tolerance"
+            self._note(job, f"goes on on {self.device_class}; its steps so far are of {before}: {promise}")
 
     def _active(self, record: Job, name: str | None) -> RunningJob | JobError:
         """The job in the pack, or what of its own keeps it out. Raises what is not its own: of store and device."""
@@ -280,7 +295,9 @@ class PackWorker:
     def _save(self, jobs: Mapping[str, RunningJob]) -> None:
         """Checkpoint every job at its last step boundary, then the manifest that names them all."""
         names = {
-            job: checkpoint.save(self.folders.job(job), active, self._named.get(job)) if active.step else None
+            job: checkpoint.save(self.folders.job(job), active, self._named.get(job), device_class=self.device_class)
+            if active.step
+            else None
             for job, active in jobs.items()
         }
         Manifest(self.runner.steps, self._cursor, self._closing, names).save(self.folders.pack(self.pack))
