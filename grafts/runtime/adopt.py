@@ -98,10 +98,11 @@ class Adoption:
             path = f"{self.table.layers}.{site.layer}.{self.table.inputs[site.name]}"
             first = self.base.get_submodule(path)
             self._put(path, SublayerInput(site, first))
-        setattr(first, "layer_idx", site.layer)  # what attends says where it stands; not every class does
-        setattr(first, "crosses", site.name == "cross.out")
+        # What attends says where it stands; not every class does.
+        first.layer_idx = site.layer  # type: ignore[assignment]
+        first.crosses = site.name == "cross.out"  # type: ignore[assignment]
         if hasattr(first, "relative_attention_bias"):
-            setattr(first, "compute_bias", position_bias(first.compute_bias))  # type: ignore[arg-type]
+            first.compute_bias = position_bias(first.compute_bias)  # type: ignore[arg-type,assignment]
 
     def _norm_before(self, site: Site) -> Site | None:
         """The norm whose output a sublayer reads; None where the table names none."""

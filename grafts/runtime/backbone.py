@@ -59,7 +59,8 @@ class Backbone:
             head = model.get_submodule(table.head)
         self.base: nn.Module = model if head is None else model.get_submodule(table.backbone)
         if head is None:
-            setattr(self.base, "pooler", None)  # it reads the first row of a batch, and nobody reads it
+            # It reads the first row of a batch, and nobody reads it.
+            self.base.pooler = None  # type: ignore[assignment]
         adoption = Adoption(self.base, shape, prepack=prepack, block=block, quantise=quantise)
         copied = {id(weight) for weight in adoption.fused()}
         for parameter in model.parameters():  # what is not copied by being fused, so that no mapped file stays open

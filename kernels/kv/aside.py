@@ -16,7 +16,7 @@ from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.scores import Scores
 
 
-def aside(
+def aside(  # noqa: PLR0913
     q_TE: Tensor, out_TE: Tensor, pk_PC: Tensor, pv_PC: Tensor, segments: Segments, kv_heads: int, scores: Scores
 ) -> Tensor:
     """Semantics: out[s.start:s.stop] += softmax(bent(scaling * q[s.start:s.stop] pk_s^T)) pv_s, head by head. Of the
@@ -32,7 +32,7 @@ def aside(
 
 class _Aside(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         q: Tensor,
         out: Tensor,

@@ -18,14 +18,14 @@ _ROWS = 16  # queries of a tile where the keys' gradient loops over them
 _ALL = (1 << 31) - 1  # a window that hides nothing
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """As `op.attend`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
     return attend_with_sums(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)[0]
 
 
-def attend_with_sums(
+def attend_with_sums(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """As `op.attend_with_sums`."""
@@ -36,7 +36,7 @@ def attend_with_sums(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))

@@ -21,7 +21,7 @@ from polygraft.kernels.kv.aside import keys_of, queries_of, rows_of
 from polygraft.kernels.kv.scores import Scores
 
 
-def joined(
+def joined(  # noqa: PLR0913
     q_TE: Tensor,
     out_TE: Tensor,
     sums_TH: Tensor,
@@ -66,7 +66,7 @@ class _Share(NamedTuple):
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         q: Tensor,
         out: Tensor,
@@ -119,7 +119,7 @@ class _Joined(torch.autograd.Function):
         return dq, dout, dsums, dx, dpk, dpv, dG, None, None, None, None, None
 
 
-def _share(
+def _share(  # noqa: PLR0913
     q: Tensor,
     sums: Tensor,
     x: Tensor,

@@ -14,7 +14,7 @@ from polygraft.kernels.kv.layout import Bucket, Layout
 from polygraft.kernels.kv.scores import Scores
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]], without the mask of the
@@ -31,7 +31,7 @@ def attend(
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, False)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def attend_with_sums(
+def attend_with_sums(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """The same, and log sum exp of the scores of every row and head [T, heads], in float32 or wider and differentiable,
@@ -45,7 +45,7 @@ def attend_with_sums(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         q: Tensor,
         k: Tensor,
@@ -177,7 +177,7 @@ def _scatter_keys(out_TC: Tensor, prefix_PC: Tensor, part: Tensor, bucket: Bucke
     if bucket.first_row is not None:
         _adjacent(out_TC, bucket).view(rows.shape).copy_(rows)
         return
-    for x, s in zip(rows.flatten(2), bucket.sequences):
+    for x, s in zip(rows.flatten(2), bucket.sequences, strict=True):
         start, count = s.keys
         out_TC[start : start + count] = x[s.prefix_length : s.prefix_length + count]
         if s.prefix_length:

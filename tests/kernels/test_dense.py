@@ -213,7 +213,7 @@ def gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> list[
     _, kept = op.linear(x, weights, beside, keep=True)
     dx, dh = op.transposed(dy, weights, beside, kept)
     columns, found = dy.split_with_sizes([len(w) for w in W], dim=1), [dx]
-    for (side, segments), up, slope in zip(beside, kept, dh):
+    for (side, segments), up, slope in zip(beside, kept, dh, strict=True):
         found.append(op.outer(slope, x, segments, len(side.A)))
         found.append(op.outer(up, columns[side.member], segments, len(side.B)))
     return found

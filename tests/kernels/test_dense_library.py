@@ -13,7 +13,7 @@ from polygraft.kernels.dense import library
 def test_what_is_no_library_leaves_the_products_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "linear-0.so"
     path.write_text("built")
-    with pytest.raises(Unavailable, match="linear-.*so"):
+    with pytest.raises(Unavailable, match=r"linear-.*so"):
         library.load(path)
     monkeypatch.setattr(library, "build", lambda source: path)
     assert library.library.__wrapped__() is None

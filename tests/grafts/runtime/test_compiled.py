@@ -87,7 +87,7 @@ def test_what_is_served_and_evaluated_is_what_is_trained(act: str) -> None:
 
 
 @here
-@pytest.mark.parametrize("shape", ((576, 960), (576, 3072), (1536, 576), (64, 96)), ids=str)
+@pytest.mark.parametrize("shape", [(576, 960), (576, 3072), (1536, 576), (64, 96)], ids=str)
 def test_a_row_ignores_how_many_rows_are_beside_it(shape: tuple[int, int]) -> None:
     d_in, d_out = shape
     linear = CompiledLinear([normal(d_out, d_in)], [None], prepack=False)
