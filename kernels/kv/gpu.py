@@ -66,7 +66,7 @@ class _Attend(torch.autograd.Function):
                 q, k, v, pk, pv, grad, lse, inner, dq, plan.table, grid.tiles, *shape,
                 **constants, HEIGHT=grid.height,
             )  # fmt: skip
-        shares = [torch.empty(plan.partial, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
+        shares = [torch.empty(plan.prefix_rows, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
         launches: tuple[tuple[tuple[Grid, ...], bool, tuple[Tensor, ...]], ...] = (
             (plan.keys, False, (k, v, dk, dv)),
             (plan.prefixes, True, (pk, pv, *shares)),
