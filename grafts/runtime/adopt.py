@@ -82,9 +82,9 @@ class Adoption:
             for member, site in enumerate(group):
                 self.linears[site], self.projections[site] = (linear, member), members[member]
             for path, sharing in groupby(members, lambda member: self._path(member.site)):
-                found = list(sharing)
+                fused = list(sharing)
                 heads = self.shape.heads if self.table.interleaved else None
-                self._put(path, FusedProjection(found, heads) if len(found) > 1 else found[0])
+                self._put(path, FusedProjection(fused, heads) if len(fused) > 1 else fused[0])
 
     def _sublayer(self, site: Site) -> None:
         from transformers.activations import SiLUActivation

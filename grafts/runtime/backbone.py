@@ -191,9 +191,9 @@ class Backbone:
         ids = torch.zeros(len(rows_PD), dtype=torch.long, device=rows_PD.device)
         positions = torch.arange(len(rows_PD), device=rows_PD.device)
         rows = Rows(ids, positions, (), inputs_embeds=rows_PD.to(self.dtype), entry_layer=first)
-        found = self.recorded(rows).of_rows(len(rows))
+        left = self.recorded(rows).of_rows(len(rows))
         # Copied, so that they do not hold the projections of the whole input that they are a part of.
-        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in found.items()}
+        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in left.items()}
         return {layer: (k, v) for layer, (k, v) in kept.items()}
 
     def recorded(self, rows: Rows) -> Recorder:
@@ -222,8 +222,10 @@ def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoMod
 
     classes = config.get("architectures")
     headless = not shape.causal and isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
-    found: type[_BaseAutoModelClass] = getattr(transformers, "AutoModel" if headless else architecture(shape.arch).auto)
-    return found
+    auto_class: type[_BaseAutoModelClass] = getattr(
+        transformers, "AutoModel" if headless else architecture(shape.arch).auto
+    )
+    return auto_class
 
 
 def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:

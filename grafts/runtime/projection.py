@@ -63,8 +63,8 @@ class _Project(torch.autograd.Function):
             for pair, (member, act, segments) in zip(pairs, recorded, strict=True)
         ]
         kept = [list(islice(values, count)) for count in ctx.kept]  # type: ignore[attr-defined]
-        dx, found = linear.backward(_joined(grads), x, work, kept)
-        return dx, None, None, *found
+        dx, gradients = linear.backward(_joined(grads), x, work, kept)
+        return dx, None, None, *gradients
 
 
 class _Alone(torch.autograd.Function):

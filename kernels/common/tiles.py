@@ -114,8 +114,8 @@ def waves(ranges: Sequence[tuple[int, int]]) -> list[int]:
     edges = sorted(ranges)
     if all(a[1] <= b[0] for a, b in pairwise(edges)):
         return [0] * len(ranges)
-    found: list[int] = []
+    assigned: list[int] = []
     for i, (low, high) in enumerate(ranges):
-        met = (wave for (a, b), wave in zip(ranges[:i], found, strict=True) if a < high and low < b)
-        found.append(max(met, default=-1) + 1)
-    return found
+        met = (wave for (a, b), wave in zip(ranges[:i], assigned, strict=True) if a < high and low < b)
+        assigned.append(max(met, default=-1) + 1)
+    return assigned

@@ -44,12 +44,12 @@ class _Aside(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, pk, pv)
         ctx.work = segments, kv_heads, scores  # type: ignore[attr-defined]
-        found = out.clone()
+        result = out.clone()
         for s in segments:
             k, v = keys_of(pk, s, kv_heads), keys_of(pv, s, kv_heads)
             weights, _ = _weights(queries_of(q, s, k), k, scores)
-            found[s.start : s.stop] += rows_of(segment_bmm(weights, v), s)
-        return found
+            result[s.start : s.stop] += rows_of(segment_bmm(weights, v), s)
+        return result
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

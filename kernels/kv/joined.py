@@ -83,13 +83,13 @@ class _Joined(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, out, sums, x, pk, pv, G)
         ctx.work = segments, gates, gate, kv_heads, scores  # type: ignore[attr-defined]
-        found = out.clone()
+        result = out.clone()
         for s, g in zip(segments, gates, strict=True):
             one = _share(q, sums, x, pk, pv, G, s, g, gate, kv_heads, scores)
             before = queries_of(out, s, one.k)
             mixed = one.old * before + segment_bmm((one.new * one.spread).to(q.dtype), one.v)
-            found[s.start : s.stop] = rows_of(mixed.to(q.dtype), s)
-        return found
+            result[s.start : s.stop] = rows_of(mixed.to(q.dtype), s)
+        return result
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
