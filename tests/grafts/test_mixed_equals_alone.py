@@ -229,6 +229,6 @@ def test_a_poisoned_neighbour_in_the_batch_reaches_nobody(
     while any(stream.done < len(stream.ids) for stream in streams):
         decoder.step(streams, lambda _: CHUNK)
     assert torch.cat(streams[1].logits).isnan().any()
-    for name, stream in zip(NAMES, streams, strict=True):
+    for name, stream in zip(NAMES[:8], streams, strict=True):
         if stream is not streams[1]:
             assert relative(torch.cat(stream.logits), clean[name]) < 1e-5
