@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
+from polygraft.cluster.service import find_service
 from polygraft.launch.processes import session
 from polygraft.launch.run_folder import RunFolder
 from tests.tiny import tiny_llama
@@ -35,7 +37,7 @@ class Shell:
         command = (sys.executable, "-m", "polygraft.launch", "--home", str(self.home), *arguments)
         done = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=self.home.parent)
         assert done.returncode == expect, f"{arguments}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        return done.stderr if expect else done.stdout
 
     @property
     def sessions(self) -> list[int]:
@@ -59,12 +61,14 @@ def test_up_submit_chat_down_and_all_is_there_after_the_next_up(tmp_path: Path, 
     (tmp_path / "train.jsonl").write_text(TRAINING)
     polygraft("up", "--port", "0", "--backbone", str(tiny), "--dtype", "fp32")
     assert "already running" in polygraft("up", "--port", "0")
+    _a_second_home_is_refused_the_port(tmp_path, polygraft, tiny)
     file = str(tmp_path / "train.jsonl")
     options = ("--peft", "lora(r=4)", "--epochs", "4", "--lr", "5e-3", "--suffix", "mine")
     job = json.loads(polygraft("submit", file, "--validation-file", file, *options, "--json"))
     assert job["status"] == "succeeded" and job["loss_after"] < job["loss_before"]
     answer = polygraft("chat", "mine", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0")
     assert "published" in polygraft("story", "mine@1")
+    _every_socket_is_this_machine_s_and_asks_who_calls(polygraft)
 
     leaders = polygraft.sessions
     polygraft("down")
@@ -78,6 +82,40 @@ def test_up_submit_chat_down_and_all_is_there_after_the_next_up(tmp_path: Path, 
 
     _kill_the_head(polygraft)
     assert polygraft("chat", "mine@1", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0") == answer
+
+
+def _a_second_home_is_refused_the_port(tmp_path: Path, polygraft: Shell, tiny: Path) -> None:
+    second = Shell(tmp_path / "second")
+    port = find_service(polygraft.home / "run" / "service.json").url.rpartition(":")[2]
+    said = second("up", "--port", port, "--backbone", str(tiny), expect=1)
+    assert f"held by the service under {polygraft.home}" in said and RunFolder(second.home).supervision is None
+
+
+def _every_socket_is_this_machine_s_and_asks_who_calls(polygraft: Shell) -> None:
+    """With an engine and a pack at work. Whoever reaches one of Ray's ports and holds no token commands nothing."""
+    sockets = {
+        (one.laddr.ip, one.laddr.port): psutil.Process(pid).name()
+        for leader in polygraft.sessions
+        for pid in session(leader)
+        for one in psutil.Process(pid).net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    }
+    assert {ip for ip, _ in sockets} <= {"127.0.0.1", "::1"}, sockets
+    answers = {port: (name, _asked(port)) for (_, port), name in sockets.items()}
+    assert sum(answer is grpc.StatusCode.UNAUTHENTICATED for _, answer in answers.values()) >= 10, answers
+    assert grpc.StatusCode.UNIMPLEMENTED not in {answer for _, answer in answers.values()}, answers
+
+
+def _asked(port: int) -> grpc.StatusCode:
+    """What a call without a token gets; a server that lets everybody in says that it has no such method, and one that
+    is not of gRPC is unavailable."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary("/ray.rpc.Nobody/Asks")(b"", timeout=5)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    raise AssertionError(f"port {port} answered a call that nobody knows")
 
 
 def _kill_the_head(polygraft: Shell) -> None:
