@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, report
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
@@ -60,7 +60,8 @@ class PackHost:
     def run(self) -> None:
         storage = Path(self._plan.data) / "train"
         when_there_is_room(lambda: _probe(storage), told=lambda error: _LOG.warning("%s: %s", storage, error))
-        TorchTrainer(
+        # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
+        DataParallelTrainer(
             train_loop,
             train_loop_config=asdict(self._plan),
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, "device": SHARE}),

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import httpx
 import psutil
 import pytest
+import redis
 
 from polygraft.cluster.service import find_service
 from polygraft.launch.processes import session
@@ -25,6 +27,18 @@ TRAINING = "".join(
     json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n"
     for question, answer in 8 * [("What is a graft?", "A shoot on a stock."), ("When do you do it?", "In late winter.")]
 )
+
+
+# One of each service that Ray's processes offer, such that an empty call changes nothing.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.LogService/ListLogs",
+    "/ray.serve.ASGIService/HandleRequest",
+)
+LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +114,38 @@ def _every_socket_is_this_machine_s_and_asks_who_calls(polygraft: Shell) -> None
         for one in psutil.Process(pid).net_connections("inet")
         if one.status == psutil.CONN_LISTEN
     }
-    assert {ip for ip, _ in sockets} <= {"127.0.0.1", "::1"}, sockets
-    answers = {port: (name, _asked(port)) for (_, port), name in sockets.items()}
-    assert sum(answer is grpc.StatusCode.UNAUTHENTICATED for _, answer in answers.values()) >= 10, answers
-    assert grpc.StatusCode.UNIMPLEMENTED not in {answer for _, answer in answers.values()}, answers
+    beyond = {name.partition(":")[2] for (ip, _), name in sockets.items() if ip not in LOOPBACK}
+    assert all(name.startswith("ServeReplica") for name in beyond), sockets  # Serve cannot be told otherwise
+    found = {port: (name, *_without_a_token(port)) for (_, port), name in sockets.items()}
+    assert {answer for *_, answer in found.values()} == {"refused"}, found
+    assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "metrics", "store"}
+    assert sum(kind == "metrics" for _, kind, _ in found.values()) == 3, found
 
 
-def _asked(port: int) -> grpc.StatusCode:
-    """What a call without a token gets; a server that lets everybody in says that it has no such method, and one that
-    is not of gRPC is unavailable."""
+def _without_a_token(port: int) -> tuple[str, str]:
+    """What listens there, and what it does with a command of someone who has neither token nor key nor password."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            channel.unary_unary("/ray.rpc.Nobody/Asks")(b"", timeout=5)
-        except grpc.RpcError as error:
-            code: grpc.StatusCode = error.code()
-            return code
-    raise AssertionError(f"port {port} answered a call that nobody knows")
+        codes = {_code(channel, method) for method in METHODS} - {grpc.StatusCode.UNIMPLEMENTED}
+    if grpc.StatusCode.UNAVAILABLE not in codes:
+        return "gRPC", "refused" if codes == {grpc.StatusCode.UNAUTHENTICATED} else str(codes)
+    try:
+        answers = {method: httpx.request(method, f"http://127.0.0.1:{port}/metrics") for method in ("GET", "POST")}
+    except httpx.RemoteProtocolError:
+        with redis.Redis(port=port) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+        return "store", "refused"
+    if answers["GET"].is_success:  # numbers, to read for anybody on this machine
+        return "metrics", "refused" if answers["POST"].status_code == 405 else answers["POST"].text
+    return "HTTP", "refused" if {one.status_code for one in answers.values()} == {401} else str(answers)
+
+
+def _code(channel: grpc.Channel, method: str) -> grpc.StatusCode:
+    try:
+        channel.unary_unary(method)(b"", timeout=5)
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    return grpc.StatusCode.OK
 
 
 def _kill_the_head(polygraft: Shell) -> None:
