@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from polygraft.cluster.store.embedded import EmbeddedServer, free_port
 from polygraft.cluster.store.watch import ENOUGH_BYTES
 from polygraft.kernels.common.room import free_bytes
 from polygraft.launch.children import Child, GaveUp, supervise
-from polygraft.launch.leftovers import clear
+from polygraft.launch.leftovers import clear, remove_drafts
 from polygraft.launch.processes import Identity
 from polygraft.launch.program import Program
 from polygraft.launch.ram import limited
@@ -57,6 +58,8 @@ def _supervise(settings: Settings, folder: RunFolder) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     clear(folder)
+    if drafts := remove_drafts(settings.data, now=time.time()):
+        _LOG.info("removed %d half-written files under %s", drafts, settings.data)
     scratch = _scratch()
     me = Identity.of(os.getpid())
 
