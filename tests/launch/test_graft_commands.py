@@ -249,7 +249,7 @@ def test_commands_take_the_backbone_that_the_running_service_has(tmp_path: Path)
     flags = Flags(home=tmp_path)
     (tmp_path / "config.yaml").write_text("backbone: another\n")
     assert flags.backbone() == ("another", None)
-    service = {name: "" for name in ("url", "backbone", "store_url", "ray_address", "ray_namespace", "ray_token")}
+    service = dict.fromkeys(("url", "backbone", "store_url", "ray_address", "ray_namespace", "ray_token"), "")
     announce(flags.settings().service_path, Service(**service, backbone_folder="/models/big", pid=1, started=0.0))  # type: ignore[arg-type]
     RunFolder(tmp_path).settings.write_text(Settings(home=tmp_path, quantise="nf4").model_dump_json())
     assert flags.backbone() == ("/models/big", "nf4")

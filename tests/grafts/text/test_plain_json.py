@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -43,8 +44,6 @@ def test_a_hundred_thousand_values_are_read_and_more_are_refused() -> None:
 def test_whatever_is_repeated_is_read_or_refused_within_a_second(piece: bytes) -> None:
     began = time.perf_counter()
     for start in (b"", b'"', b'["'):
-        try:
+        with suppress(JsonError):
             load(start + piece * (LARGE // len(piece)))
-        except JsonError:
-            pass
     assert time.perf_counter() - began < 3.0

@@ -30,8 +30,17 @@ def add(archive: tarfile.TarFile, name: str, content: bytes = b"x", kind: bytes 
     archive.addfile(entry, io.BytesIO(content))
 
 
+def each(archive: tarfile.TarFile, *names: str, content: bytes = b"x") -> None:
+    for name in names:
+        add(archive, name, content)
+
+
 def files(**contents: bytes) -> bytes:
-    return tar(lambda archive: [add(archive, name, content) for name, content in contents.items()] and None)
+    def fill(archive: tarfile.TarFile) -> None:
+        for name, content in contents.items():
+            add(archive, name, content)
+
+    return tar(fill)
 
 
 def read(raw: bytes, tmp_path: Path, limit: int = LIMIT) -> dict[str, bytes]:
@@ -64,13 +73,13 @@ HOSTILE: dict[str, tuple[Fill, str]] = {
     "device": (lambda a: add(a, "x", b"", tarfile.CHRTYPE), "no regular file"),
     "fifo": (lambda a: add(a, "x", b"", tarfile.FIFOTYPE), "no regular file"),
     "sparse": (lambda a: add(a, "x", b"", tarfile.GNUTYPE_SPARSE), "no regular file"),
-    "twice": (lambda a: (add(a, "x"), add(a, "x")) and None, "in the archive twice"),
-    "two folders": (lambda a: (add(a, "a/x"), add(a, "b/x")) and None, "more than one folder"),
+    "twice": (lambda a: each(a, "x", "x"), "in the archive twice"),
+    "two folders": (lambda a: each(a, "a/x", "b/x"), "more than one folder"),
     "nothing": (lambda a: None, "no files"),
     "only folders": (lambda a: add(a, "a", b"", tarfile.DIRTYPE), "no files"),
-    "many": (lambda a: [add(a, f"f{n}") for n in range(1_001)] and None, "more than 1000 members"),
+    "many": (lambda a: each(a, *map(str, range(1_001))), "more than 1000 members"),
     "large": (lambda a: add(a, "x", bytes(LIMIT + 1)), "larger than the limit"),
-    "large together": (lambda a: [add(a, f"f{n}", bytes(LIMIT // 3)) for n in range(4)] and None, "larger than"),
+    "large together": (lambda a: each(a, *"abcd", content=bytes(LIMIT // 3)), "larger than"),
 }
 
 

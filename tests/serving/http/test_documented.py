@@ -99,7 +99,7 @@ async def test_every_documented_refusal_is_answered_and_no_other(service: Servic
     for group in (FORMS, bodied.keys() - set(FORMS)):  # forms look at their bodies later
         slow = [path for _ in range(2 * LIMITS.bodies_per_tenant) for path in sorted(group)]
         told = await asyncio.gather(*(unending(service, "ann", bodied[path]) for path in slow))
-        assert set(zip(slow, told)) == {(path, status) for path in group for status in (408, 429)}
+        assert set(zip(slow, told, strict=True)) == {(path, status) for path in group for status in (408, 429)}
     seen |= {("post", path, status) for path in bodied for status in READING}
     # Whatever the operation: no key, a fault of the service, a store that is down.
     everywhere = {(method, path) for method, path, _ in wanted}
