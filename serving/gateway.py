@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.blocks import BLOCK_SIZE
-from polygraft.serving.messages import Load, StepMessage, StepTokens
+from polygraft.serving.messages import Load, QueueFull, StepMessage, StepTokens
 from polygraft.serving.sequence import GenerationRequest
 
 _LOG = logging.getLogger(__name__)
@@ -24,7 +24,11 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Busy(Exception):
-    """Every replica's queue is full."""
+    """Every replica's queue is full for this tenant; a place is free at one of them in `retry_after_s`, at its pace."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("too many of your requests wait already")
+        self.retry_after_s = retry_after_s
 
 
 class TooLong(Exception):
@@ -38,8 +42,9 @@ class Unavailable(Exception):
 class Link(Protocol):
     """One replica as its ingress sees it. Every method raises `ConnectionError` when the replica is gone."""
 
-    async def submit(self, request: GenerationRequest) -> bool:
-        """Queue the request; False when the replica's queue is full. `messages` of its ingress must be open."""
+    async def submit(self, request: GenerationRequest) -> QueueFull | None:
+        """Queue the request, unless the replica's queue is full for its tenant. `messages` of its ingress must be
+        open."""
         ...
 
     async def cancel(self, request: str) -> None:
@@ -109,7 +114,10 @@ class Gateway:
                     await self._resume(stream)
                     continue
                 # An older attempt's words and repetitions are dropped: (request, choice, index) is published once.
-                if tokens.attempt != stream.request.attempt or tokens.index != len(stream.tokens):
+                if tokens.attempt != stream.request.attempt or tokens.index < len(stream.tokens):
+                    continue
+                if tokens.index > len(stream.tokens):  # a message was lost, and with it the tokens before this one
+                    await self._resume(stream)
                     continue
                 if tokens.token is not None:
                     stream.tokens.append(tokens.token)
@@ -122,22 +130,23 @@ class Gateway:
 
     async def _submit(self, stream: _Stream) -> _Stream:
         """Queue the stream's request at the first replica that takes it."""
-        full: set[ReplicaId] = set()
+        full: dict[ReplicaId, float] = {}
         request = stream.request
         try:
             async with asyncio.timeout(self._ready_s):
                 while True:
                     replica = self._choose(request, full)
                     if isinstance(replica, Refusal):
-                        await self._wait_or_raise(replica.reason)
+                        await self._wait_or_raise(replica.reason, full)
                         continue
                     stream.replica, stream.arrived = replica, asyncio.Queue()
                     self._streams[request.id] = stream  # before the call: its first token may overtake the answer
                     self._sent[replica] += 1
                     try:
-                        if await self._links[replica].submit(request):
+                        refused = await self._links[replica].submit(request)
+                        if refused is None:
                             return stream
-                        full.add(replica)
+                        full[replica] = refused.retry_after_s
                         self._sent[replica] -= 1
                     except ConnectionError as error:
                         _LOG.warning("replica %s took no request: %s", replica, error)
@@ -166,11 +175,10 @@ class Gateway:
         )
         await self._submit(stream)
 
-    def _choose(self, request: GenerationRequest, tried: set[ReplicaId]) -> ReplicaId | Refusal:
+    def _choose(self, request: GenerationRequest, tried: Collection[ReplicaId]) -> ReplicaId | Refusal:
         view = RouteView(
             replicas=tuple(self._view(replica, load) for replica, load in sorted(self._loads.items())),
             max_streams=self._settings.max_streams,
-            max_waiting=self._settings.max_queued,
             block_size=BLOCK_SIZE,
         )
         slots = request.prefix + len(request.prompt_ids) + len(request.generated)
@@ -188,7 +196,7 @@ class Gateway:
             resident=load.resident,
         )
 
-    async def _wait_or_raise(self, reason: RefusalReason) -> None:
+    async def _wait_or_raise(self, reason: RefusalReason, full: Mapping[ReplicaId, float]) -> None:
         match reason:
             case RefusalReason.NO_REPLICA:
                 self._changed.clear()
@@ -196,7 +204,7 @@ class Gateway:
             case RefusalReason.TOO_LONG:
                 raise TooLong("the prompt does not fit the key-value cache of any replica")
             case RefusalReason.ALL_FULL:
-                raise Busy("the queues of all replicas are full")
+                raise Busy(min(full.values()))
 
     async def _pump(self, replica: ReplicaId) -> None:
         """Follow one replica's messages for ever, reconnecting when they end."""
