@@ -130,13 +130,14 @@ class Streams:
         try:
             return self._asked(ready[: self._settings.max_streams], self.running)
         except Exception:
-            alone = [*((one, ([one], [])) for one in ready), *((one, ([], [one])) for one in self.running)]
-            culprits = len(failed)
-            for sequence, (waiting, running) in alone:
-                _each([sequence], lambda _, w=waiting, r=running: self._asked(w, r), failed)
-            if len(failed) == culprits:
+            before = len(failed)
+            _each((*ready, *self.running), self._asked_alone, failed)
+            if len(failed) == before:
                 raise
             return StepPlan((), (), ())
+
+    def _asked_alone(self, sequence: Sequence) -> StepPlan:
+        return self._asked([], [sequence]) if sequence in self.running else self._asked([sequence], [])
 
     def _asked(self, ready: list[Sequence], running: list[Sequence]) -> StepPlan:
         return admit_streams(
