@@ -19,7 +19,8 @@ from polygraft.serving.messages import Load, QueueFull, StepMessage, StepTokens
 from polygraft.serving.sequence import GenerationRequest
 
 _LOG = logging.getLogger(__name__)
-_ATTEMPTS = 3
+_ATTEMPTS = 8
+_TOGETHER = 2  # attempts, after which whose replicas died is submitted apart from others that this happened to
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -80,6 +81,7 @@ class Gateway:
         self._loads: dict[ReplicaId, Load] = {}
         self._sent: Counter[ReplicaId] = Counter()  # submitted since the replica's last message
         self._changed = asyncio.Event()
+        self._apart = asyncio.Lock()  # held by the request that is tried apart
         self._pumps: dict[ReplicaId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = Context()
@@ -110,14 +112,13 @@ class Gateway:
         try:
             while not finished:
                 tokens = await stream.arrived.get()
-                if tokens is None:
-                    await self._resume(stream)
-                    continue
+                while tokens is None:
+                    tokens = await self._resume(stream)
                 # An older attempt's words and repetitions are dropped: (request, choice, index) is published once.
                 if tokens.attempt != stream.request.attempt or tokens.index < len(stream.tokens):
                     continue
                 if tokens.index > len(stream.tokens):  # a message was lost, and with it the tokens before this one
-                    await self._resume(stream)
+                    stream.arrived.put_nowait(None)
                     continue
                 if tokens.token is not None:
                     stream.tokens.append(tokens.token)
@@ -164,8 +165,12 @@ class Gateway:
         if self._streams.pop(stream.request.id, None) is not None:
             self._spawn(self._cancel(stream))
 
-    async def _resume(self, stream: _Stream) -> None:
-        """Submit what is left of a stream whose replica is gone, as its next attempt."""
+    async def _resume(self, stream: _Stream) -> StepTokens | None:
+        """Submit what is left of a stream whose replica is gone, as its next attempt; returns what came of that first.
+
+        Replicas that die may die of one of their requests. So those that several died under are submitted one at a
+        time, each until its replica has said something of it or died again: then it is given up, and it alone.
+        """
         request = stream.request
         if request.attempt + 1 >= _ATTEMPTS:
             raise Unavailable(f"the replica died {_ATTEMPTS} times during this request")
@@ -173,7 +178,20 @@ class Gateway:
         _LOG.warning(
             "request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.attempt
         )
-        await self._submit(stream)
+        if stream.request.attempt < _TOGETHER:
+            await self._submit(stream)
+            return await stream.arrived.get()
+        async with self._apart:
+            await self._submit(stream)
+            with suppress(TimeoutError):  # it may only be waiting for its turn
+                async with asyncio.timeout(self._ready_s):
+                    if (first := await stream.arrived.get()) is None:
+                        raise Unavailable(
+                            f"{stream.request.attempt + 1} replicas died during this request, the last "
+                            "while it was tried apart from others"
+                        )
+                    return first
+        return await stream.arrived.get()
 
     def _choose(self, request: GenerationRequest, tried: Collection[ReplicaId]) -> ReplicaId | Refusal:
         view = RouteView(

@@ -11,7 +11,7 @@ import pytest
 
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
-from polygraft.serving.gateway import Gateway
+from polygraft.serving.gateway import Gateway, Unavailable
 from polygraft.serving.messages import FinishReason, Load, StepMessage, StepTokens
 from polygraft.serving.sequence import GenerationRequest
 from tests.serving.engines import request
@@ -147,3 +147,44 @@ async def test_a_stream_with_a_gap_is_asked_for_again_from_the_gap_on() -> None:
         replica.say(token(3, 66, end="length"))
         replica.say(token(1, 12, attempt=1), token(2, 13, attempt=1), token(3, 14, attempt=1, end="length"))
         assert await work == [10, 12, 13, 14]
+
+
+class Dying(Scripted):
+    """Says a token of each request a turn, all together; dies as soon as it has the killer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deaths: list[set[str]] = []
+        self._has: dict[str, GenerationRequest] = {}
+
+    async def submit(self, request: GenerationRequest) -> None:
+        self._has[request.id] = request
+
+    async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
+        self._has.clear()
+        yield StepMessage((), FREE)
+        said: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(0.001)
+            if "killer" in self._has:
+                self.deaths.append(set(self._has))
+                raise ConnectionError("dead")
+            for id, wanted in list(self._has.items()):
+                index = said.get(id, len(wanted.generated))
+                said[id] = index + 1
+                last = index + 1 == wanted.max_tokens
+                end: FinishReason | None = "length" if last else None
+                yield StepMessage((token(index, index, attempt=wanted.attempt, id=id, end=end),), FREE)
+                if last:
+                    del self._has[id]
+
+
+async def test_a_request_that_replicas_die_of_is_given_up_alone_and_those_beside_it_get_their_answers() -> None:
+    replica = Dying()
+    async with gateway_over(r=replica) as gateway:
+        names = ("a", "b", "killer", "c")
+        work = [asyncio.create_task(everything(gateway, replace(WANTED, id=name))) for name in names]
+        found = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 20)
+    assert [one for name, one in zip(names, found, strict=True) if name != "killer"] == [[0, 1, 2, 3]] * 3
+    assert isinstance(found[2], Unavailable)
+    assert len(replica.deaths) == 3
