@@ -85,6 +85,7 @@ def ingress_app(plan: IngressPlan, replicas: Mapping[ReplicaId, serve.Applicatio
         max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 0},
+        # Few heaps, so that what large bodies took can be handed back (http/bodies.py).
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "2"}}},
     )
     return cast(serve.Deployment, deployment).bind(plan, dict(replicas))

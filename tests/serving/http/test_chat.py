@@ -335,8 +335,16 @@ async def test_a_client_that_hangs_up_ends_its_generation(service: Service, stre
         "asgi": {"version": "3.0", "spec_version": "2.3"},
     }
     steps = service.api.data / "replicas/r0/steps.jsonl"
+
+    async def after_a_step() -> None:
+        while not steps.exists():
+            await asyncio.sleep(0.005)
+        started.set()
+
     if not stream:
-        asyncio.get_running_loop().call_later(0.05, started.set)
+        waiting = asyncio.ensure_future(after_a_step())
     await service.transport.app(scope, receive, send)  # type: ignore[arg-type]
+    if not stream:
+        await waiting
     assert await idle(service)
     assert len(steps.read_text().splitlines()) < 90  # 100 tokens were asked for
