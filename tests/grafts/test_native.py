@@ -176,5 +176,5 @@ def test_a_description_that_is_no_object_is_refused(text: str, tmp_path: Path) -
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="nowhere/graft.json"):
+    with pytest.raises(FormatError, match="nowhere: holds no graft.json"):
         load(tmp_path / "nowhere")
