@@ -10,8 +10,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
@@ -19,6 +17,7 @@ from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.files import json_object, tensors
+from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 from polygraft.kernels.common.atomic import whole_folder
@@ -76,12 +75,10 @@ def save(
     }
     try:
         with whole_folder(folder) as draft:
-            save_file(kept, draft / WEIGHTS)
+            write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(graft, stock):
                 peft.export(draft, graft, kept, base=base, stock=stock)
-    except SafetensorError as error:
-        raise OSError(f"{folder.name}: {error}") from None
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise

@@ -1,5 +1,5 @@
 """Regular expressions of a config that somebody else wrote, in bounded time and memory: RE2's, which are linear in what
-they are matched with (docs/adr/0008-patterns-by-re2.md)."""
+they are matched with (docs/adr/0009-patterns-by-re2.md)."""
 
 from __future__ import annotations
 

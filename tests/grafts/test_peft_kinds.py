@@ -111,11 +111,11 @@ def test_a_spectral_method_on_a_fused_module_never_gives_wrong_numbers(
     backbone = backbones(arch)
     expected = theirs(trained(backbone.folder, SPECTRAL[name](FUSED[arch]), tmp_path))
     try:
-        found = read(tmp_path, backbone)
+        wrong, said = relative(read(tmp_path, backbone), expected), ""
     except FormatError as error:
-        assert FUSED[arch] in str(error)
-    else:
-        assert relative(found, expected) < 1e-5
+        wrong, said = 0.0, str(error)
+    assert wrong < 1e-5
+    assert not said or FUSED[arch] in said
 
 
 @pytest.mark.parametrize("at", [["c_attn"], ["W_pack", "query_key_value"], ["lm_heads"]])
@@ -124,7 +124,7 @@ def test_names_that_all_mean_nothing_are_refused_with_the_sites(
 ) -> None:
     trained(backbones("llama").folder, LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
     changed(tmp_path, target_modules=at)
-    with pytest.raises(FormatError, match="matches no site of llama; sites: attn.q"):
+    with pytest.raises(FormatError, match=r"matches no site of llama; sites: attn\.q"):
         read(tmp_path, backbones("llama"))
 
 
