@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def mutate(folder: Path, random: Random, canary: Path) -> str:
     for name in chosen:
         try:
             MUTATIONS[name](folder, random, canary)
-        except (OSError, ValueError, KeyError, IndexError):
+        except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError):
             continue  # another change has left nothing to change in this way
     return " + ".join(chosen)
 
