@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import RunningJob
+from polygraft.trainers.running import RunningJob
 
 SCHEMA = 1
 _KEPT = 2
@@ -25,22 +25,22 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the job, or cannot be read."""
 
 
-def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
+def save(folder: Path, running: RunningJob, named: str | None = None) -> str:
     """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept, and the one that
     the manifest on disk has `named`, which need not be among them after a crash.
 
     Micro-batches collected since the last step are not in it: they are computed again, with the same result.
     """
-    name = f"checkpoint-{active.step:08d}"
+    name = f"checkpoint-{running.step:08d}"
     if (folder / name).exists():
         return name
-    parts = {part: getattr(active.slab, part) for part in _TENSORS}
-    frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.graft.spec.to_json())}
+    parts = {part: getattr(running.slab, part) for part in _TENSORS}
+    frozen = {f"{_FROZEN}{name}": value for name, value in running.slab.frozen.items()}
+    state = {"schema": SCHEMA, "job": running.job.id, "spec": json.loads(running.job.graft.spec.to_json())}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
-        (draft / "state.json").write_text(json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
+        (draft / "state.json").write_text(json.dumps(state | {key: getattr(running, key) for key in _FIELDS}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
             shutil.rmtree(old, ignore_errors=True)

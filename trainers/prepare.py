@@ -22,7 +22,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
     graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
     shape.check_length(job.spec.max_length, graft.context_length)
     asked = job.spec.learning_rate
-    recipe = TrainConfig(
+    config = TrainConfig(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
         learning_rate=(learning_rate(graft.spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
@@ -37,7 +37,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
     return TrainJob(
         id=job.id,
         graft=graft,
-        recipe=recipe,
+        config=config,
         train=_samples(files, job.spec.training_file, tokeniser, job.spec.max_length),
         held_out=() if held_out is None else _samples(files, held_out, tokeniser, job.spec.max_length),
     )

@@ -31,10 +31,12 @@ from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint, faults
+from polygraft.trainers.allocation import allocation_failed
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.prepare import prepare
-from polygraft.trainers.runner import PackRunner, RunningJob, Stepped, allocation_failed
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob, Stepped
 from polygraft.trainers.steplog import StepLog
 
 _LOG = logging.getLogger(__name__)
@@ -121,11 +123,11 @@ class PackWorker:
         if found is None or found.value.final:
             self._drop(job)  # which a crash may have prevented
             return
-        active = self._active(found.value, name)
-        if isinstance(active, JobError):
-            self._fail(job, active)
+        running = self._running(found.value, name)
+        if isinstance(running, JobError):
+            self._fail(job, running)
             return
-        trained = active.job
+        trained = running.job
         started = JobStarted(
             job=job,
             pack=self.pack,
@@ -141,11 +143,11 @@ class PackWorker:
         self._note(
             job,
             f"training {trained.graft.spec.method}: {trained.steps_total} steps in {self.pack}",
-            held_out_loss=active.loss_before,
+            held_out_loss=running.loss_before,
         )
-        self._progress(active)
+        self._progress(running)
 
-    def _active(self, record: Job, name: str | None) -> RunningJob | JobError:
+    def _running(self, record: Job, name: str | None) -> RunningJob | JobError:
         """The job in the pack, or what of its own keeps it out. Raises what is not its own: of store and device."""
         peft = record.spec.peft
         try:
@@ -156,11 +158,11 @@ class PackWorker:
                 stock=self.stock,
                 micro_rows=self.micro_rows,
             )
-            active = self._activate(trained, name, record.tenant)
-            if active.loss_before is None and trained.held_out:
-                active.loss_before = self.runner.evaluate(record.id, trained.held_out)
-                if not isfinite(active.loss_before):
-                    raise SpecError(f"{peft!r} has a held-out loss of {active.loss_before} before its first step")
+            running = self._joined(trained, name, record.tenant)
+            if running.loss_before is None and trained.held_out:
+                running.loss_before = self.runner.evaluate(record.id, trained.held_out)
+                if not isfinite(running.loss_before):
+                    raise SpecError(f"{peft!r} has a held-out loss of {running.loss_before} before its first step")
         except (StoreError, AcceleratorError):
             raise
         except SpecError as error:
@@ -172,9 +174,9 @@ class PackWorker:
                 return JobError("out_of_memory", f"{peft!r} does not fit together with the pack's other jobs")
             _LOG.exception("job %s of %s could not start", record.id, self.pack)
             return JobError("cannot_start", f"{PEFT}: {peft!r} cannot start: {type(error).__name__}: {error}", PEFT)
-        return active
+        return running
 
-    def _activate(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:
+    def _joined(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:
         if name is None:
             return self.runner.admit(job, {source: self._source(tenant, source) for source in job.graft.spec.sources})
         backbone = self.runner.backbone
@@ -203,33 +205,33 @@ class PackWorker:
     def _step(self) -> None:
         before = dict(self.runner.jobs)
         done = self.runner.step()
-        self._log.write(done, {job: active.job.graft.spec.method for job, active in before.items()})
+        self._log.write(done, {job: running.job.graft.spec.method for job, running in before.items()})
         for stepped in done.stepped:
             self._metrics(stepped)
         for failed in done.failed:
             self._fail(JobId(failed.job), JobError(failed.code, failed.message))
-        for job, active in list(self.runner.jobs.items()):
-            if active.finished:
-                self._publish(JobId(job), active)
+        for job, running in list(self.runner.jobs.items()):
+            if running.finished:
+                self._publish(JobId(job), running)
         now = time.monotonic()
         if now - self._progressed > PROGRESS_S:
             self._progressed = now
-            for active in self.runner.jobs.values():
-                self._progress(active)
+            for running in self.runner.jobs.values():
+                self._progress(running)
         if now - self._saved > CHECKPOINT_S:
             self._save(self.runner.jobs)
 
-    def _publish(self, job: JobId, active: RunningJob) -> None:
+    def _publish(self, job: JobId, running: RunningJob) -> None:
         """Evaluate, write the graft, publish it once, and leave the pack."""
-        held_out = active.job.held_out
+        held_out = running.job.held_out
         after = self.runner.evaluate(job, held_out) if held_out else None
         backbone = self.runner.backbone
         faults.point("before_publish")
         try:
             identity = native.save(
                 self.folders.grafts,
-                active.job.graft,
-                active.slab.tensors,
+                running.job.graft,
+                running.slab.tensors,
                 backbone=backbone.fingerprint,
                 stock=BackboneFiles(backbone.folder),
             )
@@ -239,9 +241,9 @@ class PackWorker:
         record_progress(
             self.store,
             job,
-            step=active.step,
-            trained_tokens=active.tokens,
-            loss_before=active.loss_before,
+            step=running.step,
+            trained_tokens=running.tokens,
+            loss_before=running.loss_before,
             loss_after=after,
             fence=self.fence,
         )
@@ -250,10 +252,10 @@ class PackWorker:
                 self.store,
                 job,
                 graft=GraftId(identity),
-                method=active.job.graft.spec.method,
+                method=running.job.graft.spec.method,
                 backbone_fingerprint=backbone.fingerprint,
-                parameters=active.job.graft.parameters,
-                context_length=active.job.graft.context_length,
+                parameters=running.job.graft.parameters,
+                context_length=running.job.graft.context_length,
                 bytes=native.size(self.folders.grafts / identity),
                 at=time.time(),
                 fence=self.fence,
@@ -280,8 +282,8 @@ class PackWorker:
     def _save(self, jobs: Mapping[str, RunningJob]) -> None:
         """Checkpoint every job at its last step boundary, then the manifest that names them all."""
         names = {
-            job: checkpoint.save(self.folders.job(job), active, self._named.get(job)) if active.step else None
-            for job, active in jobs.items()
+            job: checkpoint.save(self.folders.job(job), running, self._named.get(job)) if running.step else None
+            for job, running in jobs.items()
         }
         Manifest(self.runner.steps, self._cursor, self._closing, names).save(self.folders.pack(self.pack))
         self._named = names
@@ -299,13 +301,13 @@ class PackWorker:
         }
         self.store.append(keys.metrics(JobId(stepped.job)), entry, maxlen=METRICS_KEPT)
 
-    def _progress(self, active: RunningJob) -> None:
+    def _progress(self, running: RunningJob) -> None:
         record_progress(
             self.store,
-            JobId(active.job.id),
-            step=active.step,
-            trained_tokens=active.tokens,
-            loss_before=active.loss_before,
+            JobId(running.job.id),
+            step=running.step,
+            trained_tokens=running.tokens,
+            loss_before=running.loss_before,
             fence=self.fence,
         )
 

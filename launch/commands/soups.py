@@ -39,8 +39,8 @@ def soup_of(
     from polygraft.grafts.spec import SpecError
     from polygraft.grafts.text.jsonl import DataError, read
     from polygraft.grafts.text.tokenise import Tokeniser
+    from polygraft.trainers.evaluate import mean_loss
     from polygraft.trainers.job import Sample
-    from polygraft.trainers.runner import mean_loss
 
     store, settings = flags(context).store(), flags(context).settings()
     with usage_errors():

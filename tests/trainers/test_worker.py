@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
     assert "line 1" in told.message
 
 
-@pytest.mark.parametrize("at", ["initialise", "Hooks"])
+@pytest.mark.parametrize("at", ["runner.initialise", "running.Hooks"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_job_that_no_memory_is_left_for_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
@@ -192,7 +193,7 @@ def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     assert "lora(r=9)" in told.message and "held-out loss of nan" in told.message
 
 
-@pytest.mark.parametrize("at", ["initialise", "Hooks"])
+@pytest.mark.parametrize("at", ["runner.initialise", "running.Hooks"])
 @pytest.mark.parametrize("error", [TypeError("size"), OverflowError("10**30"), RuntimeError("overflow")])
 def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_why(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
@@ -220,7 +221,7 @@ def test_a_job_whose_examples_may_reach_beyond_the_last_position_fails_alone(
 def test_the_loss_of_the_store_or_the_device_is_not_blamed_on_a_job(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    _raise_for("ia3", error, "initialise", monkeypatch)
+    _raise_for("ia3", error, "runner.initialise", monkeypatch)
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3"})
     with pytest.raises(type(error)):
@@ -291,15 +292,15 @@ def test_a_saved_graft_is_the_job_s_weights(backbone: Backbone, tmp_path: Path) 
 
 
 def _raise_for(method: str, error: Exception, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`error` in what the runner calls `at`, for jobs of the method."""
-    real = getattr(runner_module, at)
+    """`error` in what is called at this place of trainers, for jobs of the method."""
+    real = resolve_name(f"polygraft.trainers.{at}")
 
     def failing(graft: BoundGraft, *given: object, **more: object) -> object:
         if graft.spec.method == method:
             raise error
         return real(graft, *given, **more)
 
-    monkeypatch.setattr(runner_module, at, failing)
+    monkeypatch.setattr(f"polygraft.trainers.{at}", failing)
 
 
 def _crash(*_args: object, **_options: object) -> None:
