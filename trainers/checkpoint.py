@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from polygraft.grafts.runtime.slab import Slab
@@ -52,12 +53,17 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
+def before(folder: Path, name: str) -> str | None:
+    """Name of the newest of the job's checkpoints that are older than `name`, None when it has none."""
+    return max((path.name for path in folder.glob("checkpoint-*") if path.name < name), default=None)
+
+
 def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "cpu") -> RunningJob:
     """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
     try:
         state = json.loads((folder / name / "state.json").read_text())
         values = load_file(folder / name / "slab.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name}: {error}") from None
     if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.graft.spec.to_json()):
         raise CheckpointError(

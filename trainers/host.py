@@ -21,12 +21,13 @@ from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.process import chosen_device, device_environment, lean_imports
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers.folders import Folders
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 
 SHARE = 0.5  # of a `device`; the other half serves
 REPORT_S = 5.0
-RESTARTS = 3
+RESTARTS = 6  # of a pack's worker: a job that kills it is found out by the third death (`trainers/blame.py`)
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -43,6 +44,7 @@ class PackPlan:
     quantise: Quantise | None = None
     max_rows: int = 768
     micro_rows: int = 128
+    max_bytes: int = 0  # of the jobs' state and one forward; 0 = as much as they take
 
 
 class PackHost:
@@ -84,7 +86,7 @@ def train_loop(config: dict[str, object]) -> None:
     dtype = DTYPES[plan.dtype] or best_dtype(device)
     with lean_imports():
         backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise, device=device)
-    runner = PackRunner(backbone, max_rows=plan.max_rows)
+    runner = PackRunner(backbone, max_rows=plan.max_rows, max_bytes=plan.max_bytes or None)
     store = connect(plan.store_url)
     worker = PackWorker(
         PackId(plan.pack),

@@ -61,6 +61,17 @@ class TrainJob:
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
 
+    def check_tokens(self) -> None:
+        """Raise ValueError for an example with a token that the backbone's embedding and head do not have: on a GPU it
+        would end the process, and a negative one would be taken for a graft's virtual token."""
+        vocabulary = self.graft.shape.vocab
+        for name, samples in (("training", self.train), ("validation", self.held_out)):
+            for number, sample in enumerate(samples, 1):
+                outside = next((token for token in sample.ids if not 0 <= token < vocabulary), None)
+                if outside is not None:
+                    says = f"token {outside} of example {number} is not one of the backbone's {vocabulary}"
+                    raise ValueError(f"{name}_file: {says}")
+
     @property
     def steps_per_epoch(self) -> int:
         return ceil(len(self.train) / self.config.batch_size)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import isfinite
 from typing import Protocol
 
+from polygraft.trainers.failure import Failed
 from polygraft.trainers.optim import grad_norm
-from polygraft.trainers.running import Failed, Outcome, RunningJob, Stepped
+from polygraft.trainers.running import Outcome, RunningJob, Stepped
 
 
 class Update(Protocol):

@@ -63,6 +63,14 @@ def forward_losses(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[M
     return _sums(losses.to(packed.weights.dtype), packed.weights, packed.bounds)
 
 
+@torch.inference_mode()
+def bare_forward(backbone: Backbone) -> None:
+    """One row through the backbone and its head, without any job's graft: raises where the fault is no job's."""
+    builder = RowBuilder()
+    builder.add((0,))
+    backbone.logits(backbone.forward(builder.rows(), backbone.stacks(()), builder.attention(backbone.shape)))
+
+
 def _sums(losses: Tensor, factors: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
     """Each micro-batch's weighted loss; here the host waits for the device."""
     found = losses.cpu()

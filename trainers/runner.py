@@ -4,23 +4,26 @@ packed step."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.process import give_back
 from polygraft.grafts.runtime.slab import Slab
+from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
-from polygraft.trainers.allocation import allocation_failed
 from polygraft.trainers.evaluate import mean_loss
+from polygraft.trainers.failure import SHARED, Failed, failure
 from polygraft.trainers.job import Sample, TrainJob
 from polygraft.trainers.lanes.gradient import GradientLane
 from polygraft.trainers.lanes.perturbation import PerturbationLane
-from polygraft.trainers.lanes.protocol import Lane
+from polygraft.trainers.lanes.protocol import Collect, Lane
+from polygraft.trainers.memory import Memory
 from polygraft.trainers.micro_batch import MicroBatch
-from polygraft.trainers.running import Failed, Outcome, RunningJob, Stepped
+from polygraft.trainers.packed_forward import bare_forward
+from polygraft.trainers.running import Outcome, RunningJob, Stepped
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,28 @@ class PackStep:
 
 class PackRunner:
     """Jobs join and leave between steps. A job's arithmetic depends on the job alone; the pack chooses only who rides
-    together. Those that are trained in one way are a lane and share its forward."""
+    together. Those that are trained in one way are a lane and share its forward.
 
-    def __init__(self, backbone: Backbone, *, max_rows: int = 768, clock: Callable[[], float] = time.monotonic) -> None:
+    `underway` is told before each forward whose rows are in it, and at which step each job is.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        max_rows: int = 768,
+        max_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A forward has at most `max_rows` rows, and takes at most `max_bytes` together with the jobs' state."""
         if not backbone.shape.causal:
             raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
+        self.memory = Memory(max_bytes, backbone.dtype.itemsize)
+        self.underway: Callable[[Mapping[str, int]], None] = lambda _: None
         self.jobs: dict[str, RunningJob] = {}
         self.steps = 0
+        self._fallen: dict[str, Exception] = {}
         self._gradient, self._perturbation = GradientLane(backbone), PerturbationLane(backbone)
         self._lanes: tuple[Lane, ...] = (self._gradient, self._perturbation)
 
@@ -64,25 +81,32 @@ class PackRunner:
         return self.restore(RunningJob(job, slab))
 
     def restore(self, running: RunningJob) -> RunningJob:
-        """Join with the state of a checkpoint (or a fresh one). Raises ValueError for a job that is here already, or of
-        another backbone's shape."""
+        """Join with the state of a checkpoint (or a fresh one). Raises ValueError for a job that is here already, of
+        another backbone's shape or with a token that the backbone does not have; whatever is raised, the job is out."""
         job = running.job
         if job.graft.shape != self.backbone.shape:
             raise ValueError(f"job {job.id} is for {job.graft.shape}, not {self.backbone.shape}")
         if job.id in self.jobs:
             raise ValueError(f"job {job.id} is already in the pack")
-        self.jobs[job.id] = running
+        job.check_tokens()
         lane: Lane = self._gradient if running.hooks.eps is None else self._perturbation
-        lane.join(running)
-        self._restack()
+        try:
+            lane.join(running)
+            self.memory.join(job)
+            self.jobs[job.id] = running
+            self._restack()
+        except Exception:
+            self._leave(job.id)
+            raise
+        if (error := self._fallen.pop(job.id, None)) is not None:
+            self._leave(job.id)
+            raise error
         return running
 
     def remove(self, job: str) -> RunningJob:
         """Leave the pack; the slab stays with the returned job."""
-        running = self.jobs.pop(job)
-        for lane in self._lanes:
-            lane.leave(job)
-        self._restack()
+        running = self.jobs[job]
+        self._leave(job)
         return running
 
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
@@ -90,12 +114,21 @@ class PackRunner:
         running = self.jobs[job]
         return mean_loss(self.backbone, running.job.graft, running.slab.tensors, samples, self.max_rows)
 
+    def held_out_loss(self, job: str) -> float | None:
+        """The same over the job's validation file; None where it has none."""
+        samples = self.jobs[job].job.held_out
+        return self.evaluate(job, samples) if samples else None
+
     def step(self) -> PackStep:
         """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that
-        are due."""
+        are due. What raises is pinned on its job, which fails; the others' bits are those of a step without it."""
         begin = self._clock()
-        riders = self._riders()
-        outcomes: list[Outcome] = []
+        outcomes: list[Outcome] = [
+            failure(job, f"{self.jobs[job].at}, its tensors", error) for job, error in self._fallen.items()
+        ]
+        self._fallen.clear()
+        riders, unreadable = self._riders()
+        outcomes += unreadable
         for lane in self._lanes:
             outcomes += self._run(lane, {job: own for job, own in riders.items() if job in lane.jobs})
         self.steps += 1
@@ -108,50 +141,111 @@ class PackRunner:
             seconds=self._clock() - begin,
         )
 
-    def _riders(self) -> dict[str, MicroBatch]:
+    def _riders(self) -> tuple[dict[str, MicroBatch], list[Failed]]:
         """The next micro-batches of unfinished jobs, least served first, while they fit; the first always rides. In the
-        order in which the jobs joined."""
-        waiting = [
-            (running, lane.copies, running.micro_batch(place * lane.copies))
-            for lane in self._lanes
-            for place, running in enumerate(lane.jobs.values())
-            if not running.finished
-        ]
-        room = self.max_rows
+        order in which the jobs joined; and the jobs that have none to give."""
+        waiting: list[tuple[RunningJob, int, MicroBatch]] = []
+        failed: list[Failed] = []
+        for lane in self._lanes:
+            for place, running in enumerate(lane.jobs.values()):
+                if running.finished:
+                    continue
+                try:
+                    waiting.append((running, lane.copies, running.micro_batch(place * lane.copies)))
+                except Exception as error:
+                    failed.append(failure(running.job.id, f"{running.at}, its next micro-batch", error))
+        room = self.memory.room(self.max_rows)
         chosen: dict[str, MicroBatch] = {}
         for running, copies, micro_batch in sorted(waiting, key=lambda w: (w[0].served_rows, w[0].job.id)):
-            rows = copies * micro_batch.rows
-            if not chosen or rows <= room:
-                chosen[running.job.id] = micro_batch
-                room -= rows
-        return {job: chosen[job] for job in self.jobs if job in chosen}
+            job = running.job.id
+            if room.takes(copies * micro_batch.rows, copies * self.memory.bytes(job, micro_batch)):
+                chosen[job] = micro_batch
+        return {job: chosen[job] for job in self.jobs if job in chosen}, failed
 
     def _run(self, lane: Lane, micro_batches: Mapping[str, MicroBatch]) -> Iterator[Outcome]:
-        """What a forward of a lane led to. After an allocation failure whole micro-batches leave the forward, down to
-        the job that fails alone."""
+        """What a forward of a lane led to. After an error, for lack of memory or another, whole micro-batches leave the
+        forward, down to the job that fails alone."""
         if not micro_batches:
             return
-        try:
-            losses = lane.run(micro_batches)
-        except (MemoryError, RuntimeError) as error:
-            if not allocation_failed(error):
-                raise
+        collects = self._forward(lane, micro_batches)
+        if isinstance(collects, Failed):
+            yield collects
+        elif collects is None:
             names = list(micro_batches)
-            if len(names) == 1:
-                rows = micro_batches[names[0]].rows
-                yield Failed(names[0], "out_of_memory", f"one micro-batch of {rows} rows does not fit")
-                return
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 yield from self._run(lane, {name: micro_batches[name] for name in half})
-            return
-        for (job, micro_batch), loss in zip(micro_batches.items(), losses, strict=True):
-            running = self.jobs[job]
+        else:
+            for (job, micro_batch), collect in zip(micro_batches.items(), collects, strict=True):
+                if (outcome := self._collected(lane, self.jobs[job], micro_batch, collect)) is not None:
+                    yield outcome
+
+    def _forward(self, lane: Lane, micro_batches: Mapping[str, MicroBatch]) -> Sequence[Collect] | Failed | None:
+        """None where it raised with several jobs in it. One that raises with a single job is tried again beside no
+        other's tensors. Raises what the bare backbone raises, too."""
+        self.underway({job: self.jobs[job].step for job in micro_batches})
+        try:
+            return lane.forward(lane.stacks, micro_batches)
+        except SHARED:
+            raise
+        except Exception:  # it holds what the forward made: nothing is tried again before it is gone
+            if len(micro_batches) > 1:
+                return None
+        ((job, micro_batch),) = micro_batches.items()
+        try:
+            own = self.backbone.stacks(lane.residents(job), trainable=True)
+            return lane.forward(own, {job: replace(micro_batch, graft=0)})
+        except Exception as error:
+            bare_forward(self.backbone)
+            doing = f"{self.jobs[job].at}, forward and backward of {micro_batch.rows} rows"
+            return failure(job, doing, error)
+
+    def _collected(self, lane: Lane, running: RunningJob, micro_batch: MicroBatch, collect: Collect) -> Outcome | None:
+        """What a job's part of a forward led to, which is nobody else's."""
+        try:
+            loss = collect()
             if running.collect(micro_batch, loss, rows=lane.copies * micro_batch.rows):
-                yield lane.step(running, micro_batch)
+                return lane.step(running, micro_batch)
+        except Exception as error:
+            return failure(running.job.id, f"{running.at}, gradient and optimiser", error)
+        return None
+
+    def _leave(self, job: str) -> None:
+        self.jobs.pop(job, None)
+        self.memory.leave(job)
+        self._fallen.pop(job, None)
+        for lane in self._lanes:
+            lane.leave(job)
+        self._restack()
 
     def _restack(self) -> None:
+        """Stacks of all residents, but for jobs whose own tensors cannot be stacked: they fall out of their lanes."""
         for lane in self._lanes:
             lane.stacks = self.backbone.stacks(())  # the old ones go before the new ones come
         for lane in self._lanes:
-            lane.stacks = self.backbone.stacks(lane.residents(), trainable=True)
+            try:
+                lane.stacks = self._stacked(lane, lane.jobs)
+            except SHARED:
+                raise
+            except Exception:
+                if not self._let_fall(lane):
+                    raise
+                lane.stacks = self._stacked(lane, lane.jobs)
         give_back()
+
+    def _let_fall(self, lane: Lane) -> bool:
+        """Whether there were jobs that cannot be stacked even alone."""
+        fallen: dict[str, Exception] = {}
+        for job in lane.jobs:
+            try:
+                self._stacked(lane, (job,))
+            except SHARED:
+                raise
+            except Exception as error:
+                fallen[job] = error.with_traceback(None)
+        for job in fallen:
+            lane.leave(job)
+        self._fallen |= fallen
+        return bool(fallen)
+
+    def _stacked(self, lane: Lane, jobs: Iterable[str]) -> Stacks:
+        return self.backbone.stacks([one for job in jobs for one in lane.residents(job)], trainable=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
+from polygraft.trainers.failure import Failed
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.micro_batch import MicroBatch
@@ -45,6 +46,11 @@ class RunningJob:
     @property
     def finished(self) -> bool:
         return self.step >= self.job.steps_total
+
+    @property
+    def at(self) -> str:
+        """The step ahead, in words."""
+        return f"step {min(self.step + 1, self.job.steps_total)} of {self.job.steps_total}"
 
     @property
     def key(self) -> int:
@@ -101,15 +107,6 @@ class Stepped:
     learning_rate: float
     tokens: int
     skipped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A job that cannot go on, by its own fault; the others do."""
-
-    job: str
-    code: str
-    message: str
 
 
 Outcome = Stepped | Failed

@@ -20,12 +20,13 @@ from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.kernels.dense import op as dense
+from polygraft.trainers.failure import Failed
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.lanes import gradient
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.packed_forward import forward_backward
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.running import Failed, RunningJob
+from polygraft.trainers.running import RunningJob
 from tests.tiny import TINY
 
 METHODS = {

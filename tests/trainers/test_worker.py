@@ -24,9 +24,11 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
+from polygraft.trainers.folders import Folders
+from polygraft.trainers.joining import PEFT
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit, submit_one
 
@@ -189,7 +191,7 @@ def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
     told = _failed_alone(store)
-    assert told.param == worker_module.PEFT
+    assert told.param == PEFT
     assert "lora(r=9)" in told.message and "held-out loss of nan" in told.message
 
 
@@ -203,7 +205,7 @@ def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
     told = _failed_alone(store)
-    assert told.param == worker_module.PEFT
+    assert told.param == PEFT
     assert "'lora(r=9)'" in told.message and f"{type(error).__name__}: {error}" in told.message
 
 
@@ -249,7 +251,7 @@ def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp
     wrong = ("'ftjob-1' is 'ia3', not a LoRA", "'ftjob-9' does not exist", "'ftjob-2@1' cannot be read")
     for failed, said in zip((unlike, missing, damaged), wrong):
         assert failed.state is JobState.FAILED and failed.error is not None and said in failed.error.message
-        assert (failed.error.code, failed.error.param) == ("invalid_value", worker_module.PEFT)
+        assert (failed.error.code, failed.error.param) == ("invalid_value", PEFT)
     old, new = (
         native.load(tmp_path / "grafts" / str(job.graft), shape=backbone.shape, backbone=backbone.fingerprint)
         for job in (first, over)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers.lanes.protocol import Collect
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.optim import adamw
 from polygraft.trainers.optimiser_step import optimiser_step
@@ -30,19 +31,21 @@ class GradientLane:
     def leave(self, job: str) -> None:
         self.jobs.pop(job, None)
 
-    def residents(self) -> list[Resident]:
-        return [running.resident(running.slab.tensors) for running in self.jobs.values()]
+    def residents(self, job: str) -> list[Resident]:
+        running = self.jobs[job]
+        return [running.resident(running.slab.tensors)]
 
-    def run(self, micro_batches: Mapping[str, MicroBatch]) -> Iterator[float]:
-        return self._collected(micro_batches, forward_backward(self._backbone, self.stacks, [*micro_batches.values()]))
+    def forward(self, stacks: Stacks, micro_batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
+        losses = forward_backward(self._backbone, stacks, [*micro_batches.values()])
+        gradients = stacks.gradients()
 
-    def _collected(self, micro_batches: Mapping[str, MicroBatch], losses: list[float]) -> Iterator[float]:
-        """A job's gradient lies in its slab only until its step, so that it is there before the next job's."""
-        gradients = self.stacks.gradients()
-        for (job, micro_batch), loss in zip(micro_batches.items(), losses, strict=True):
-            graft = micro_batch.graft
-            self.jobs[job].slab.collect(self.stacks.gradient(graft, gradients[graft]))
-            yield loss
+        def collect(job: str, graft: int, loss: float) -> float:
+            """The gradient lies in the job's slab only until its step, which may come before the next job's."""
+            self.jobs[job].slab.collect(stacks.gradient(graft, gradients[graft]))
+            return loss
+
+        parts = zip(micro_batches.items(), losses, strict=True)
+        return [partial(collect, job, micro_batch.graft, loss) for (job, micro_batch), loss in parts]
 
     def step(self, running: RunningJob, micro_batch: MicroBatch) -> Outcome:
         done = optimiser_step(running, partial(_update, running))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers.lanes.protocol import Collect
 from polygraft.trainers.mezo import Perturbation
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.optim import sgd
@@ -38,20 +39,20 @@ class PerturbationLane:
         self.jobs.pop(job, None)
         self._perturbations.pop(job, None)
 
-    def residents(self) -> list[Resident]:
-        points = ((running, point) for job, running in self.jobs.items() for point in self._perturbations[job].tensors)
-        return [running.resident(point) for running, point in points]
+    def residents(self, job: str) -> list[Resident]:
+        return [self.jobs[job].resident(point) for point in self._perturbations[job].tensors]
 
-    def run(self, micro_batches: Mapping[str, MicroBatch]) -> Iterator[float]:
+    def forward(self, stacks: Stacks, micro_batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
         twice = [replace(one, graft=one.graft + copy) for one in micro_batches.values() for copy in range(self.copies)]
-        return self._collected(micro_batches, forward_losses(self._backbone, self.stacks, twice))
+        losses = forward_losses(self._backbone, stacks, twice)
 
-    def _collected(self, micro_batches: Mapping[str, MicroBatch], losses: list[float]) -> Iterator[float]:
-        pairs = zip(micro_batches.items(), losses[::2], losses[1::2], strict=True)
-        for (job, micro_batch), one, other in pairs:
-            above, below = one / micro_batch.normaliser, other / micro_batch.normaliser
+        def collect(job: str, normaliser: float, one: float, other: float) -> float:
+            above, below = one / normaliser, other / normaliser
             self.jobs[job].difference += above - below
-            yield (above + below) / 2
+            return (above + below) / 2
+
+        parts = zip(micro_batches.items(), losses[::2], losses[1::2], strict=True)
+        return [partial(collect, job, own.normaliser, one, other) for (job, own), one, other in parts]
 
     def step(self, running: RunningJob, micro_batch: MicroBatch) -> Outcome:
         perturbation = self._perturbations[running.job.id]

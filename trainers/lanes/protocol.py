@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.running import Outcome, RunningJob
+
+Collect = Callable[[], float]
 
 
 class Lane(Protocol):
@@ -28,15 +30,15 @@ class Lane(Protocol):
         """Forget the job, if it is here: memory may have been short while it joined."""
         ...
 
-    def residents(self) -> list[Resident]:
-        """The jobs' grafts as their rows meet them."""
+    def residents(self, job: str) -> list[Resident]:
+        """The job's graft as its rows meet it."""
         ...
 
-    def run(self, micro_batches: Mapping[str, MicroBatch]) -> Iterator[float]:
-        """One forward over micro-batches by job: their normalised losses, in order. By the time one is handed out, what
-        its job's step needs of the forward is collected, and nothing yet of the jobs after it.
+    def forward(self, stacks: Stacks, micro_batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
+        """One forward over micro-batches by job, whose residents are in `stacks`. What it gives collects for a job, in
+        their order, what its step needs of the forward, and returns the micro-batch's normalised loss.
 
-        Raises what the forward raises at once, before anything is collected.
+        Nothing is collected before, so what raises here can be tried again with others or alone.
         """
         ...
 
