@@ -162,5 +162,5 @@ def _is(graft: BoundGraft) -> bool:
 
 
 def _holds(slab: Slab) -> bool:
-    """Whether it is the job's: of all in the pack only this one trains biases."""
-    return any(tensor.part == "b" for tensor in slab.trained)
+    """Whether it is the job's: of all in the pack only this one trains biases alone."""
+    return all(tensor.part == "b" for tensor in slab.trained)

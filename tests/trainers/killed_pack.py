@@ -1,9 +1,9 @@
 """Runs a pack's worker as Ray Train does, a new process after one that was killed; run as a script by
 test_killed_pack.py, so that the processes that it forks carry nothing of pytest.
 
-killed_pack.py FOLDER URL DATA BYTES KIND: of a backbone in FOLDER, over the store at URL, whose files lie under DATA. A
-process that takes BYTES more than it began with is killed (KIND kill), or is refused them (KIND refuse, RLIMIT_AS).
-Prints how many died.
+killed_pack.py FOLDER {URL DATA BYTES KIND}...: packs of a backbone in FOLDER, each over the store at URL, whose files
+lie under DATA. A process that takes BYTES more than it began with is killed (KIND kill), or is refused them (KIND
+refuse, RLIMIT_AS). Prints how many died, a line a pack.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ MOST = 8  # deaths after which it gives up
 _PAGE = resource.getpagesize()
 
 
-def deaths(backbone: Backbone, url: str, data: Path, room: int, *, kill: bool) -> int:
+def deaths(work: Callable[[], None], room: int, *, kill: bool) -> int:
     """How many processes died before one came to the end of the pack."""
     for died in range(MOST):
         address_space, resident = _memory(os.getpid())
@@ -37,7 +39,7 @@ def deaths(backbone: Backbone, url: str, data: Path, room: int, *, kill: bool) -
         if not pid:
             if not kill:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space + room,) * 2)
-            _work(backbone, url, data)
+            work()
             os._exit(0)
         status = _watched(pid, resident + room if kill else None)
         if os.WIFEXITED(status):
@@ -46,9 +48,8 @@ def deaths(backbone: Backbone, url: str, data: Path, room: int, *, kill: bool) -
     return MOST
 
 
-def _work(backbone: Backbone, url: str, data: Path) -> None:
+def _work(backbone: Backbone, tokeniser: Tokeniser, url: str, data: Path) -> None:
     runner = PackRunner(backbone, max_rows=4096)
-    tokeniser = Tokeniser.load(backbone.folder)
     PackWorker(PACK, runner, tokeniser, connect(url), folders=Folders(data), micro_rows=128).run(lambda: None)
 
 
@@ -64,13 +65,15 @@ def _watched(pid: int, most: int | None) -> int:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Bytes of a process's address space, and those that are resident."""
-    size, resident = Path(f"/proc/{pid}/statm").read_text().split()[:2]
-    return int(size) * _PAGE, int(resident) * _PAGE
+    """Bytes of a process's address space, and those of no file that are resident."""
+    size, resident, of_files = map(int, Path(f"/proc/{pid}/statm").read_text().split()[:3])
+    return size * _PAGE, (resident - of_files) * _PAGE
 
 
 if __name__ == "__main__":
-    folder, url, data, room, kind = sys.argv[1:]
     torch.set_num_threads(1)  # a fork has no other threads
-    backbone = Backbone.load(Path(folder), torch.float32, training=True)
-    print(deaths(backbone, url, Path(data), int(room), kill=kind == "kill"))
+    backbone = Backbone.load(Path(sys.argv[1]), torch.float32, training=True)
+    tokeniser, given = Tokeniser.load(backbone.folder), iter(sys.argv[2:])
+    for url, data, room, kind in zip(given, given, given, given, strict=True):
+        work = partial(_work, backbone, tokeniser, url, Path(data))
+        print(deaths(work, int(room), kill=kind == "kill"), flush=True)

@@ -17,6 +17,9 @@ from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.cost import StepCost
+from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -24,12 +27,13 @@ from polygraft.trainers import checkpoint
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.folders import Folders
 from polygraft.trainers.job import Sample
+from polygraft.trainers.memory import Memory, TooLarge
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
 from polygraft.trainers.worker import PackWorker
 from tests.tiny import tiny_llama
 from tests.trainers.faults_of_a_job import BAD, FAULTS, SAID, spoil_weights
-from tests.trainers.submitted import PACK, submit
+from tests.trainers.submitted import PACK, submit, submit_text
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,6 +127,46 @@ def test_a_runner_takes_no_token_outside_the_embedding(token: int, backbone: Bac
         PackRunner(backbone).admit(replace(job, held_out=(bad,)))
 
 
+def test_an_example_that_no_pack_could_compute_is_refused_with_its_numbers(
+    backbone: Backbone, undisturbed: Callable[[int], Mapping[JobId, Job]], tmp_path: Path
+) -> None:
+    store, bytes = MemoryStore(), 40 << 20
+    submit_all(store, tmp_path)
+    submit_text(store, tmp_path, "ftjob-long", "lora(r=2)", ["short", "graft " * 500], max_length=500, epochs=1)
+    store.append(keys.commands(PACK), {"op": "close", "job": ""})
+    worker_of(store, backbone, tmp_path, max_bytes=bytes).run(lambda: None)
+    assert {i: job.graft for i, job in jobs_of(store).items()} == {i: job.graft for i, job in undisturbed(0).items()}
+    record = store.get(keys.job(JobId("ftjob-long")))
+    assert record is not None and record.value.state is JobState.FAILED and record.value.error is not None
+    told, graft = record.value.error, BoundGraft(parse("lora(r=2)"), backbone.shape)
+    needs = StepCost(graft, 4).bytes([499])
+    assert (told.code, told.param) == ("out_of_memory", "training_file")
+    for said in ("example 2 has 500 tokens", f"{needs:,} bytes", f"{bytes - 16 * graft.parameters:,} for it"):
+        assert said in told.message
+
+
+def test_a_jobs_micro_batches_are_split_until_they_fit_whoever_shares_the_pack(backbone: Backbone) -> None:
+    job = a_job("a", "lora(r=2)", seed=3, steps=2)
+    assert job.config.micro_rows == 40
+    cost, state = StepCost(job.graft, 4), 16 * job.graft.parameters
+    longest = max(sample.rows for sample in job.train)
+    assert 20 < longest < 40
+    whole, least = cost.bytes([longest] * 2) + state, cost.bytes([longest]) + state
+    for bytes, rows in ((None, 40), (whole, 40), (whole - 1, 20), (least, 20)):
+        assert Memory(bytes, 4).fitted(job).config.micro_rows == rows
+    with pytest.raises(TooLarge):
+        Memory(least - 1, 4).fitted(job)
+
+
+def test_jobs_whose_micro_batches_do_not_fit_together_ride_apart_with_the_same_bits(backbone: Backbone) -> None:
+    jobs = [a_job(f"{i}", peft, seed=i, steps=3) for i, peft in enumerate(("lora(r=2)", "ia3", "lora(r=3) + mezo"))]
+    pack = PackRunner(backbone, max_bytes=1)
+    for job in jobs:
+        pack.admit(job)
+    assert [len(pack.step().jobs) for _ in range(3)] == [1, 1, 1]
+    assert_as_alone(run(pack), jobs, backbone)
+
+
 def test_a_job_that_can_be_stacked_no_more_falls_out_when_another_joins(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,8 +202,15 @@ def test_a_job_that_raises_while_it_joins_is_not_in_the_pack(
     pack = PackRunner(backbone)
     good = a_job("good", "lora(r=2)", seed=0, steps=3)
     pack.admit(good)
+    real = Stacks.refresh
+
+    def refresh(stacks: Stacks, graft: int) -> None:
+        if stacks.residents[graft].id == "bad":
+            raise ZeroDivisionError
+        real(stacks, graft)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Stacks, "refresh", lambda stacks, graft: 1 / (stacks.residents[graft].id == "good"))
+        patch.setattr(Stacks, "refresh", refresh)
         with pytest.raises(ZeroDivisionError):
             pack.admit(a_job("bad", "lora(r=3)", seed=1, steps=3))
     assert list(pack.jobs) == ["good"]
@@ -225,7 +276,7 @@ def test_a_job_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
         if len(list((tmp_path / "jobs" / "ftjob-0").glob("checkpoint-*"))) == 2:
             raise Killed
 
-    submit(store, tmp_path, in_order(BAD[0]))
+    submit_all(store, tmp_path)
     with pytest.raises(Killed):
         worker_of(store, backbone, tmp_path).run(dies)
     older, newest = sorted((tmp_path / "jobs" / "ftjob-0").glob("checkpoint-*"))
@@ -268,11 +319,15 @@ def in_order(peft: str) -> Mapping[str, str]:
 def ran(backbone: Backbone, data: Path, peft: str, seed: int) -> Mapping[JobId, Job]:
     """What became of the good jobs and, second among them, one of this graft."""
     store = MemoryStore()
+    submit_all(store, data, peft, seed)
+    work(store, backbone, data)
+    return jobs_of(store)
+
+
+def submit_all(store: Store, data: Path, peft: str = BAD[0], seed: int = 0) -> None:
     submit(store, data, in_order(peft), seed=seed)
     file = data / "files" / f"file-{FAILS}.jsonl"
     file.write_text(file.read_text().replace("A shoot.", f"A shoot {OWN}."))
-    work(store, backbone, data)
-    return jobs_of(store)
 
 
 def work(store: Store, backbone: Backbone, data: Path) -> None:
@@ -280,9 +335,10 @@ def work(store: Store, backbone: Backbone, data: Path) -> None:
     worker_of(store, backbone, data).run(lambda: None)
 
 
-def worker_of(store: Store, backbone: Backbone, data: Path) -> PackWorker:
+def worker_of(store: Store, backbone: Backbone, data: Path, max_bytes: int | None = None) -> PackWorker:
+    runner = PackRunner(backbone, max_rows=512, max_bytes=max_bytes)
     tokeniser = Tokeniser.load(backbone.folder)
-    return PackWorker(PACK, PackRunner(backbone, max_rows=512), tokeniser, store, folders=Folders(data), micro_rows=128)
+    return PackWorker(PACK, runner, tokeniser, store, folders=Folders(data), micro_rows=128)
 
 
 def jobs_of(store: Store) -> Mapping[JobId, Job]:
