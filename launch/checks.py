@@ -152,10 +152,11 @@ def _device(settings: Settings) -> Finding:
 
 
 def _products(_: Settings) -> Finding:
-    from polygraft.kernels.dense.library import Unavailable, build, load
+    from polygraft.kernels.compiled.build import Unavailable, build
+    from polygraft.kernels.dense.library import SOURCE, load
 
     try:
-        load(path := build())
+        load(path := build(SOURCE))
         return Finding("products", "ok", f"compiled for this CPU: {path}")
     except Unavailable as error:
         return Finding("products", "ok", f"torch's: {error}")

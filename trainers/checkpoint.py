@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,9 +27,10 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the job, or cannot be read."""
 
 
-def save(folder: Path, running: RunningJob, named: str | None = None) -> str:
+def save(folder: Path, running: RunningJob, named: str | None = None, *, device_class: str | None = None) -> str:
     """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept, and the one that
-    the manifest on disk has `named`, which need not be among them after a crash.
+    the manifest on disk has `named`, which need not be among them after a crash. It says which class of device has
+    computed its last step.
 
     Micro-batches collected since the last step are not in it: they are computed again, with the same result.
     """
@@ -37,7 +39,8 @@ def save(folder: Path, running: RunningJob, named: str | None = None) -> str:
         return name
     parts = {part: getattr(running.slab, part) for part in _TENSORS}
     frozen = {f"{_FROZEN}{name}": value for name, value in running.slab.frozen.items()}
-    state = {"schema": SCHEMA, "job": running.job.id, "spec": json.loads(running.job.graft.spec.to_json())}
+    spec = json.loads(running.job.graft.spec.to_json())
+    state = {"schema": SCHEMA, "job": running.job.id, "spec": spec, "device_class": device_class}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
@@ -60,8 +63,8 @@ def before(folder: Path, name: str) -> str | None:
 
 def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "cpu") -> RunningJob:
     """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
+    state = _state(folder, name)
     try:
-        state = json.loads((folder / name / "state.json").read_text())
         values = load_file(folder / name / "slab.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name}: {error}") from None
@@ -74,4 +77,12 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
-    return RunningJob(job, slab, **{key: state[key] for key in _FIELDS})
+    return RunningJob(job, slab, device_class=state.get("device_class"), **{key: state[key] for key in _FIELDS})
+
+
+def _state(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / name / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    return found

@@ -24,7 +24,8 @@ class RunningJob:
 
     `micro` counts the micro-batches of global batch `step` that are already collected, with the `loss` so far, and for
     a job without a backward the `difference` of the losses on both sides of its tensors; `chain` is the digest of all
-    sample numbers that went into completed steps, the identity of the work done.
+    sample numbers that went into completed steps, the identity of the work done; `device_class` is of the device that
+    computed them, where a checkpoint says so.
     """
 
     job: TrainJob
@@ -37,6 +38,7 @@ class RunningJob:
     skipped: int = 0
     chain: str = ""
     loss_before: float | None = None
+    device_class: str | None = None
     served_rows: int = 0
     hooks: Hooks = field(init=False)
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from math import isfinite
 
 from polygraft.cluster.advance import advance_job, advance_pack
-from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
+from polygraft.cluster.events import JobCancelled, JobDeviceClassChanged, JobFailed, JobStarted, PackOpened
 from polygraft.cluster.model import GraftId, JobError, JobId, PackId
 from polygraft.cluster.publish import publish
 from polygraft.cluster.states import IllegalTransition
@@ -25,6 +25,7 @@ from polygraft.cluster.store.base import EntryId, Store
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.failure import Failed, failure
 from polygraft.trainers.folders import Folders
@@ -59,6 +60,7 @@ class PackWorker:
         self._max_rows = runner.max_rows
         self._underway = Underway(folders.pack(pack))
         runner.underway = self._underway.note
+        self.device_class = str(device_class(runner.backbone.device))
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
 
@@ -161,10 +163,12 @@ class PackWorker:
             pack=self.pack,
             parameters=trained.graft.parameters,
             steps_total=trained.steps_total,
+            device_class=self.device_class,
             at=time.time(),
         )
         try:
             advance_job(self.store, started, fence=self.fence)
+            self._compare_class(job, running.device_class)
         except IllegalTransition:  # cancelled or failed while its data was read
             self._drop(job)
             return
@@ -174,6 +178,16 @@ class PackWorker:
             held_out_loss=running.loss_before,
         )
         self._reports.progress(running)
+
+    def _compare_class(self, job: JobId, before: str | None) -> None:
+        """Say so where what the job goes on from is of another class of device than this one."""
+        if before is not None and before != self.device_class:
+            changed = JobDeviceClassChanged(
+                job=job, pack=self.pack, before=before, after=self.device_class, at=time.time()
+            )
+            advance_job(self.store, changed, fence=self.fence)
+            promise = "bits are the same within a class alone, from here on numbers are equal to a tolerance"
+            self._reports.note(job, f"goes on on {self.device_class}; its steps so far are of {before}: {promise}")
 
     def _cancel(self, job: JobId) -> None:
         if job in self.runner.jobs or job in self._outside:
@@ -286,7 +300,7 @@ class PackWorker:
         if not running.step:
             return None
         try:
-            return checkpoint.save(self.folders.job(job), running, before)
+            return checkpoint.save(self.folders.job(job), running, before, device_class=self.device_class)
         except OSError as error:
             _LOG.warning("%s keeps its checkpoint %s: %s", job, before or "at its start", error)
             return before

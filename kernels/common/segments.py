@@ -99,6 +99,9 @@ class Segments:
 
     def covers(self, stack_rows: int) -> bool:
         """Whether the segments touch every stack row just once, so that a gradient can be written without clearing."""
+        return self.derived((Segments.covers, stack_rows), lambda: self._covers(stack_rows))
+
+    def _covers(self, stack_rows: int) -> bool:
         edges = sorted((segment.first, segment.last) for segment in self.items if segment.rows and segment.size)
         return sum(last - first for first, last in edges) == stack_rows and all(
             a[1] <= b[0] for a, b in zip(edges, edges[1:])

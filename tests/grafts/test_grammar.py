@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from polygraft.grafts.grammar import learning_rate, parse
 from polygraft.grafts.methods.registry import find, methods
+from polygraft.grafts.sites import mergeable
 from polygraft.grafts.spec import KV, Affine, Branch, GraftSpec, SpecError
 
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
@@ -98,6 +99,6 @@ def test_a_union_starts_from_the_smallest_of_its_methods_rates() -> None:
 
 
 def test_an_affine_is_out_of_a_branch_and_a_prefix_never_merges() -> None:
-    assert parse("lora + ia3 + bitfit").mergeable and parse("dora").mergeable
-    assert not any(parse(text).mergeable for text in ("prefix", "serial", "parallel", "lora + prefix(1)"))
+    assert mergeable(parse("lora + ia3 + bitfit")) and mergeable(parse("dora"))
+    assert not any(mergeable(parse(text)) for text in ("prefix", "serial", "parallel", "lora + prefix(1)"))
     assert all(isinstance(slot, Affine) for slot in parse("ia3").slots)

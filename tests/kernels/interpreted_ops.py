@@ -17,7 +17,9 @@ from polygraft.kernels.kv import gpu as kv_gpu  # noqa: E402
 from polygraft.kernels.kv import op as kv_op  # noqa: E402
 from polygraft.kernels.kv import reference as kv_reference  # noqa: E402
 from polygraft.kernels.kv.layout import Continued  # noqa: E402
+from polygraft.kernels.kv.paged import PagedLayer  # noqa: E402
 from polygraft.kernels.kv.scores import Scores  # noqa: E402
+from polygraft.kernels.kv.tiles import PagedTiles  # noqa: E402
 from polygraft.kernels.nf4 import gpu as nf4_gpu  # noqa: E402
 from polygraft.kernels.nf4 import reference as nf4_reference  # noqa: E402
 from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
@@ -132,7 +134,8 @@ def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype, scores: Sco
             row[:] = torch.randn(row.shape, generator=generator, dtype=torch.float64)
     rest = (sequences, heads.queries, heads.keys, scores)
     sums = torch.full((25, heads.queries), float("-inf"), dtype=torch.promote_types(dtype, torch.float32))
-    got = kv_gpu.attend_paged(q, cache, *rest, sums)
+    tiles = PagedTiles.of(sequences, [[s.unseen for s in sequences]], heads.queries // heads.keys)
+    got = kv_gpu.attend_paged(q, cache, tiles, PagedLayer(7, *rest[1:]), sums)
     want = kv_reference.attend_paged(q.double(), cache.double(), *rest)
     assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
     last, group = sequences[-1], heads.queries // heads.keys

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.kernels.compiled.build import build
 from polygraft.kernels.compiled.calls import EXACTLY, Calls, function, structure
-from polygraft.kernels.dense.library import build, library
+from polygraft.kernels.dense.library import library
 from polygraft.kernels.residual_norm import op as residual_norm
 from polygraft.kernels.residual_norm.op import Norm
 from polygraft.kernels.swiglu import op as swiglu

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.compiled.build import LIMIT, build
 from polygraft.kernels.dense import library, op, reference
 from polygraft.kernels.dense.op import ACTIVATIONS, FusedBranch, Weights, Work, supports
 from tests.kernels.compare import relative
@@ -27,8 +28,8 @@ here = pytest.mark.skipif(not HERE, reason="no AVX-512 for bf16 or no compiler o
 @cache
 def built(limit: str) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(library.LIMIT, limit)
-        return library.load(library.build())
+        patch.setenv(LIMIT, limit)
+        return library.load(build(library.SOURCE))
 
 
 @pytest.fixture(autouse=True, params=["ALL", "AVX512_CORE_BF16"] if HERE else ["ALL"])

@@ -102,7 +102,7 @@ def from_then_on_in_its_operands(patch: Patch, token: int, after: int) -> None:
 
 def in_its_checkpoint(patch: Patch, token: int, after: int) -> None:
     patch.setattr(worker_module, "CHECKPOINT_S", 0.0)
-    _raise(patch, checkpoint, "save", lambda _, running, __: _is(running.job.graft), after)
+    _raise(patch, checkpoint, "save", lambda _, running, *__, **___: _is(running.job.graft), after)
 
 
 def in_its_evaluation(patch: Patch, token: int, after: int) -> None:

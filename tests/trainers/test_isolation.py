@@ -302,10 +302,10 @@ def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before_and_the_
     monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
     real = checkpoint.save
 
-    def save(folder: Path, running: RunningJob, named: str | None = None) -> str:
+    def save(folder: Path, running: RunningJob, *given: Any, **more: Any) -> str:
         if running.step > 2:
             raise OSError(5, "Input/output error")
-        return real(folder, running, named)
+        return real(folder, running, *given, **more)
 
     monkeypatch.setattr(checkpoint, "save", save)
     ended = ran(backbone, tmp_path, BAD[0], 0)
