@@ -25,6 +25,7 @@ from polygraft.cluster.store.base import EntryId, Store
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.kernels.common.room import is_full
 from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.failure import Failed, failure
@@ -42,6 +43,7 @@ CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
 APART_S = 60.0  # how long the suspects of a kill are kept out while others go on
+ROOM_S = 5.0  # until a write is tried again that found no room on the disk
 _ADMISSION = -1  # what is underway before a job's first step
 
 
@@ -63,6 +65,9 @@ class PackWorker:
         self.device_class = str(device_class(runner.backbone.device))
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
+        self._publish_at = float("-inf")  # not before: the last time there was no room
+        self._waiting: set[JobId] = set()  # jobs that are told that they wait for room
+        self._losses: dict[JobId, float | None] = {}  # what finished jobs lose on held-out data
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
@@ -70,7 +75,7 @@ class PackWorker:
         self._begin()
         try:
             while self.runner.jobs or self._outside or not self._closing:
-                self._obey(wait_s=0.0 if self.runner.jobs or self._outside else IDLE_S)
+                self._obey(wait_s=0.0 if self._training or self._outside else IDLE_S)
                 self._seat()
                 if self.runner.jobs:
                     self._step()
@@ -93,8 +98,12 @@ class PackWorker:
         if killed_at := self._underway.left():
             self._blame, guilty = manifest.blame.after_death(killed_at)
             _LOG.warning("%s: a worker was killed with %s underway", self.pack, dict(killed_at))
-            replace(manifest, blame=self._blame).save(self.folders.pack(self.pack))
-            self._underway.clear()
+            try:
+                replace(manifest, blame=self._blame).save(self.folders.pack(self.pack))
+                self._underway.clear()
+            except OSError as error:  # then it is known for as long as this worker lives
+                if not is_full(error):
+                    raise
         advance_pack(self.store, PackOpened(pack=self.pack, at=time.time()), fence=self.fence)
         if guilty is not None:
             where = "joining its pack" if killed_at[guilty] == _ADMISSION else f"step {killed_at[guilty] + 1}"
@@ -103,6 +112,11 @@ class PackWorker:
             self._fail(JobId(guilty), error)
         self._started = time.monotonic()
         self._trying = False
+
+    @property
+    def _training(self) -> bool:
+        """Whether a job has steps left; the others wait for room on the disk."""
+        return any(not running.finished for running in self.runner.jobs.values())
 
     def _obey(self, wait_s: float) -> None:
         entries = self.store.read(keys.commands(self.pack), self._cursor, wait_s=wait_s)
@@ -142,7 +156,7 @@ class PackWorker:
         self._save()
         for job in list(self.runner.jobs):
             self.runner.remove(job)
-            self._outside[JobId(job)] = self._named[job]
+            self._outside[JobId(job)] = self._named.get(job)
 
     def _admit(self, job: JobId) -> None:
         """Take a job in, from its checkpoint if it has one, or fail it with the line or field to blame."""
@@ -196,18 +210,16 @@ class PackWorker:
             self._drop(job)
 
     def _step(self) -> None:
-        before = dict(self.runner.jobs)
-        self.runner.max_rows = self._blame.rows(self._max_rows)
-        done = self.runner.step()
-        self._log.write(done, {job: running.job.graft.spec.method for job, running in before.items()})
-        for stepped in done.stepped:
-            self._reports.metrics(stepped)
-        for failed in done.failed:
-            self._lose(failed)
+        if self._training:
+            self._forward()
         for job, running in list(self.runner.jobs.items()):
-            if running.finished and job in self.runner.jobs:
+            if not running.finished or job not in self.runner.jobs:
+                continue
+            if time.monotonic() >= self._publish_at:
                 self._underway.note({job: running.step})
                 self._publish(JobId(job), running)
+            else:
+                self._wait_for_room(JobId(job))
         self._underway.clear()
         self._blame = self._blame.at({job: running.step for job, running in self.runner.jobs.items()})
         now = time.monotonic()
@@ -218,16 +230,30 @@ class PackWorker:
         if now - self._saved > CHECKPOINT_S:
             self._save()
 
+    def _forward(self) -> None:
+        before = dict(self.runner.jobs)
+        self.runner.max_rows = self._blame.rows(self._max_rows)
+        done = self.runner.step()
+        self._log.write(done, {job: running.job.graft.spec.method for job, running in before.items()})
+        for stepped in done.stepped:
+            self._reports.metrics(stepped)
+        for failed in done.failed:
+            self._lose(failed)
+
     def _publish(self, job: JobId, running: RunningJob) -> None:
-        """Evaluate, write the graft, publish it once, and leave the pack."""
-        try:
-            after = self.runner.held_out_loss(job)
-        except Exception as error:
-            self._lose(failure(job, f"{running.at}, evaluation", error))
-            return
-        if after is not None and not isfinite(after):
-            self._fail(job, JobError("non_finite_loss", f"{running.at}, evaluation: the held-out loss is {after}"))
-            return
+        """Evaluate, write the graft, publish it once, and leave the pack; where there is no room for the graft, the job
+        stays, and all of it is tried again later."""
+        if job not in self._losses:
+            try:
+                after = self.runner.held_out_loss(job)
+            except Exception as error:
+                self._lose(failure(job, f"{running.at}, evaluation", error))
+                return
+            if after is not None and not isfinite(after):
+                self._fail(job, JobError("non_finite_loss", f"{running.at}, evaluation: the held-out loss is {after}"))
+                return
+            self._losses[job] = after
+        after = self._losses[job]
         backbone = self.runner.backbone
         faults.point("before_publish")
         try:
@@ -239,8 +265,13 @@ class PackWorker:
                 stock=BackboneFiles(backbone.folder),
             )
             saved_bytes = native.size(self.folders.grafts / identity)
-        except Exception as error:  # not finite, or no room on the disk: this job's loss alone
-            self._lose(failure(job, "its graft cannot be saved", error, "graft_not_saved"))
+        except Exception as error:
+            if is_full(error):
+                _LOG.warning("%s has no room for the graft of %s: %s", self.folders.grafts, job, error)
+                self._publish_at = time.monotonic() + ROOM_S
+                self._wait_for_room(job)
+            else:
+                self._lose(failure(job, "its graft cannot be saved", error, "graft_not_saved"))
             return
         self._reports.progress(running, after)
         try:
@@ -263,8 +294,17 @@ class PackWorker:
         self._drop(job)
         self._save()
 
+    def _wait_for_room(self, job: JobId) -> None:
+        if job not in self._waiting:
+            self._waiting.add(job)
+            self._reports.note(
+                job, "no room for the graft on the service's disk; it is kept until there is", level="warn"
+            )
+
     def _drop(self, job: str) -> None:
         """Leave the pack; what a job saved for its restart is of no more use once the store knows its end."""
+        self._losses.pop(JobId(job), None)
+        self._waiting.discard(JobId(job))
         if job in self.runner.jobs:
             self.runner.remove(job)
         self._outside.pop(JobId(job), None)
@@ -281,18 +321,31 @@ class PackWorker:
         self._fail(JobId(failed.job), JobError(failed.code, failed.message))
 
     def _save(self) -> None:
-        """Checkpoint every job at its last step boundary, then the manifest that names them all."""
+        """Checkpoint every job at its last step boundary, then the manifest that names them all. Where there is no room
+        for that, the last manifest and what it names stay as they are, and it is tried again soon."""
+        try:
+            self._save_all()
+            self._saved = time.monotonic()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            _LOG.warning("%s has no room for a checkpoint: %s", self.folders.data, error)
+            self._saved = time.monotonic() + ROOM_S - CHECKPOINT_S
+
+    def _save_all(self) -> None:
         names: dict[str, str | None] = dict(self._outside)
         for job, running in list(self.runner.jobs.items()):
             self._underway.note({job: running.step})
             try:
                 names[job] = self._checkpoint(job, running)
             except Exception as error:
+                if is_full(error):
+                    raise
                 self._lose(failure(job, f"{running.at}, its checkpoint", error, "checkpoint_not_saved"))
-        self._underway.clear()
+            finally:
+                self._underway.clear()
         Manifest(self.runner.steps, self._cursor, self._closing, names, self._blame).save(self.folders.pack(self.pack))
         self._named = names
-        self._saved = time.monotonic()
 
     def _checkpoint(self, job: str, running: RunningJob) -> str | None:
         """The name of the job's checkpoint for the manifest: the one before, where the disk does not take another."""
@@ -302,5 +355,7 @@ class PackWorker:
         try:
             return checkpoint.save(self.folders.job(job), running, before, device_class=self.device_class)
         except OSError as error:
+            if is_full(error):
+                raise
             _LOG.warning("%s keeps its checkpoint %s: %s", job, before or "at its start", error)
             return before

@@ -125,5 +125,5 @@ def test_what_was_underway_is_known_to_the_next_worker_and_only_until_it_is_over
 
 
 def test_a_torn_note_blames_nobody(tmp_path: Path) -> None:
-    (tmp_path / "underway.json").write_bytes(b"\0" * 40)
+    (tmp_path / "underway.json").write_bytes(b"\0" * 5000)
     assert Underway(tmp_path).left() == {}
