@@ -195,9 +195,10 @@ def test_every_imported_library_is_declared() -> None:
     wrong = []
     for found in imports():
         top = found.name.split(".")[0]
-        if top not in sys.stdlib_module_names and top != "polygraft":
-            if declared.isdisjoint(distribution(owner) for owner in owners.get(top, [])):
-                wrong.append(found)
+        if top in sys.stdlib_module_names or top == "polygraft":
+            continue
+        if declared.isdisjoint(distribution(owner) for owner in owners.get(top, [])):
+            wrong.append(found)
     assert not wrong, report(wrong)
 
 

@@ -171,8 +171,8 @@ def _members(graft: BoundGraft) -> list[_Member] | None:
         return None
     sites = [site for member in found for site in member.sites]
     alike = all(member.fixed == found[0].fixed for member in found) and len(sites) == len(set(sites))
-    apart = len(found) > 1 and (found[0].layout.shared or not found[0].layout.sides)
-    return found if alike and not apart else None
+    separate = len(found) > 1 and (found[0].layout.shared or not found[0].layout.sides)
+    return found if alike and not separate else None
 
 
 def _member(term: Term, shape: ModelShape) -> _Member | None:

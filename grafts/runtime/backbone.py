@@ -59,7 +59,8 @@ class Backbone:
             head = model.get_submodule(table.head)
         self.base: nn.Module = model if head is None else model.get_submodule(table.backbone)
         if head is None:
-            setattr(self.base, "pooler", None)  # it reads the first row of a batch, and nobody reads it
+            # It reads the first row of a batch, and nobody reads it.
+            self.base.pooler = None  # type: ignore[assignment]
         adoption = Adoption(self.base, shape, prepack=prepack, block=block, quantise=quantise)
         copied = {id(weight) for weight in adoption.fused()}
         for parameter in model.parameters():  # what is not copied by being fused, so that no mapped file stays open
@@ -190,9 +191,9 @@ class Backbone:
         ids = torch.zeros(len(rows_PD), dtype=torch.long, device=rows_PD.device)
         positions = torch.arange(len(rows_PD), device=rows_PD.device)
         rows = Rows(ids, positions, (), inputs_embeds=rows_PD.to(self.dtype), entry_layer=first)
-        found = self.recorded(rows).of_rows(len(rows))
+        left = self.recorded(rows).of_rows(len(rows))
         # Copied, so that they do not hold the projections of the whole input that they are a part of.
-        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in found.items()}
+        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in left.items()}
         return {layer: (k, v) for layer, (k, v) in kept.items()}
 
     def recorded(self, rows: Rows) -> Recorder:
@@ -221,8 +222,10 @@ def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoMod
 
     classes = config.get("architectures")
     headless = not shape.causal and isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
-    found: type[_BaseAutoModelClass] = getattr(transformers, "AutoModel" if headless else architecture(shape.arch).auto)
-    return found
+    auto_class: type[_BaseAutoModelClass] = getattr(
+        transformers, "AutoModel" if headless else architecture(shape.arch).auto
+    )
+    return auto_class
 
 
 def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:

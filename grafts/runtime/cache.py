@@ -164,17 +164,17 @@ class PagedAttention:
                 first = 0 if window is None else max(0, s.before - window + 1) // span * BUCKET_BLOCKS
                 stop = -(-(s.before + s.rows) // span) * BUCKET_BLOCKS
                 members[s.rows, stop - first].append((first, s))
-            self._by_window[window] = [self._group(*key, found, window) for key, found in sorted(members.items())]
+            self._by_window[window] = [self._group(*key, placed, window) for key, placed in sorted(members.items())]
         return self._by_window[window]
 
-    def _group(self, count: int, width: int, found: Sequence[tuple[int, PagedSequence]], window: int | None) -> _Group:
-        tables = [[*s.table[first : first + width], *[0] * (first + width - len(s.table))] for first, s in found]
-        rows = torch.cat([torch.arange(s.start, s.start + count) for _, s in found])
-        own = torch.stack([torch.arange(s.before, s.before + count) for _, s in found])
-        starts = torch.tensor([first * self.cache.block_size for first, _ in found])
+    def _group(self, count: int, width: int, placed: Sequence[tuple[int, PagedSequence]], window: int | None) -> _Group:
+        tables = [[*s.table[first : first + width], *[0] * (first + width - len(s.table))] for first, s in placed]
+        rows = torch.cat([torch.arange(s.start, s.start + count) for _, s in placed])
+        own = torch.stack([torch.arange(s.before, s.before + count) for _, s in placed])
+        starts = torch.tensor([first * self.cache.block_size for first, _ in placed])
         positions = starts.unsqueeze(1) + torch.arange(width * self.cache.block_size)
         hidden = outside(own.unsqueeze(2), positions.unsqueeze(1), window)
-        return _Group(rows, torch.tensor(tables), positions, hidden, tuple(s for _, s in found))
+        return _Group(rows, torch.tensor(tables), positions, hidden, tuple(s for _, s in placed))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         """As `Attention`; rows of no sequence are 0."""

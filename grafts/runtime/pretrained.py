@@ -76,8 +76,8 @@ def fingerprint(folder: Path, quantise: Quantise | None = None) -> str:
     How the tensors are spread over files does not count, nor do the config's notes on its origin. Kept beside the
     weights with the files' sizes and times, so that it is computed once. Raises BackboneError for a malformed file.
     """
-    found = _fingerprint(folder)
-    return found if quantise is None else sha256(f"{found}/{quantise}".encode()).hexdigest()
+    digest = _fingerprint(folder)
+    return digest if quantise is None else sha256(f"{digest}/{quantise}".encode()).hexdigest()
 
 
 def _fingerprint(folder: Path) -> str:
@@ -92,10 +92,10 @@ def _fingerprint(folder: Path) -> str:
         pass  # absent, or not ours: computed afresh
     config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in _HISTORY}
     digests = dict(sorted(tensor for shard in shards for tensor in _tensors(shard)))
-    found = sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
+    digest = sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
     with suppress(OSError):  # a folder that cannot be written only costs the next reader time
-        write_text(sidecar, json.dumps({"files": stamp, "fingerprint": found}))
-    return found
+        write_text(sidecar, json.dumps({"files": stamp, "fingerprint": digest}))
+    return digest
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -161,11 +161,11 @@ def kept_work_lists(rows: Rows, stacks: Stacks) -> dict[StackSlices, Segments]:
         return {}
     kept = stacks.derived((kept_work_lists,), OrderedDict[Hashable, dict[StackSlices, Segments]])
     key = rows.spans, rows.inputs, rows.dropout_keys is None, torch.is_inference_mode_enabled()
-    found = kept.setdefault(key, {})
+    lists = kept.setdefault(key, {})
     kept.move_to_end(key)
     while len(kept) > _KEPT:
         kept.popitem(last=False)
-    return found
+    return lists
 
 
 def work_list(

@@ -27,20 +27,20 @@ def load(path: Path) -> ctypes.CDLL:
     """A built library, ready to be called. Raises Unavailable where it cannot be, and TypeError where structures.py and
     linear.cpp do not agree."""
     try:
-        found = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path}: {error}") from None
-    if not found.ready():
+    if not loaded.ready():
         raise Unavailable("the kernel does not let this process use AMX's tiles")
     for name, size in SIZES.items():
-        told = found[f"size_of_{name.lower()}"]
+        told = loaded[f"size_of_{name.lower()}"]
         told.restype = ctypes.c_int64
         if told() != size:
             raise TypeError(
                 f"{path.name}: {name} has {told()} bytes in {SOURCE.name} and {size} in structures.py: "
                 "their fields must be the same ones, in the same order"
             )
-    for function, kinds in ((found.linear, "p"), (found.outer, "ppiipipii")):
+    for function, kinds in ((loaded.linear, "p"), (loaded.outer, "ppiipipii")):
         function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
         function.restype = None
-    return found
+    return loaded

@@ -18,14 +18,14 @@ _ROWS = 16  # queries of a tile where the keys' gradient loops over them
 _ALL = (1 << 31) - 1  # a window that hides nothing
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """As `op.attend`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
     return attend_with_sums(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)[0]
 
 
-def attend_with_sums(
+def attend_with_sums(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """As `op.attend_with_sums`."""
@@ -36,7 +36,7 @@ def attend_with_sums(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))
@@ -66,7 +66,7 @@ class _Attend(torch.autograd.Function):
                 q, k, v, pk, pv, grad, lse, inner, dq, plan.table, grid.tiles, *shape,
                 **constants, HEIGHT=grid.height,
             )  # fmt: skip
-        shares = [torch.empty(plan.partial, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
+        shares = [torch.empty(plan.prefix_rows, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
         launches: tuple[tuple[tuple[Grid, ...], bool, tuple[Tensor, ...]], ...] = (
             (plan.keys, False, (k, v, dk, dv)),
             (plan.prefixes, True, (pk, pv, *shares)),

@@ -27,12 +27,12 @@ class Grid:
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
     """table [S, 5] int64: start, length, prefix_first, prefix_length of every sequence, and where its rows begin among
-    the `partial` rows that hold each sequence's share of its prefix's gradient. The tiles of queries, of own keys and
+    the `prefix_rows` that hold each sequence's share of its prefix's gradient. The tiles of queries, of own keys and
     of prefix keys.
     """
 
     table: Tensor
-    partial: int
+    prefix_rows: int
     queries: tuple[Grid, ...]
     keys: tuple[Grid, ...]
     prefixes: tuple[Grid, ...]
@@ -44,14 +44,14 @@ class AttentionTiles:
 
 
 def _tiles(layout: Layout, device: torch.device) -> AttentionTiles:
-    table, partial = [], 0
+    table, prefix_rows = [], 0
     for s in layout.sequences:
-        table.append((s.start, s.length, s.prefix_first, s.prefix_length, partial))
-        partial += s.prefix_length
+        table.append((s.start, s.length, s.prefix_first, s.prefix_length, prefix_rows))
+        prefix_rows += s.prefix_length
     lengths, prefixes = [s.length for s in layout.sequences], [s.prefix_length for s in layout.sequences]
     return AttentionTiles(
         torch.tensor(table, dtype=torch.int64).view(-1, 5).to(device),
-        partial,
+        prefix_rows,
         grids(lengths, device, height),
         grids(lengths, device, lambda _: KEYS),
         grids(prefixes, device, lambda _: KEYS),

@@ -106,7 +106,8 @@ def _a_second_home_is_refused_the_port(tmp_path: Path, polygraft: Shell, tiny: P
 
 
 def _every_socket_is_this_machine_s_and_asks_who_calls(polygraft: Shell) -> None:
-    """With an engine and a pack at work. Whoever reaches one of Ray's ports and holds no token commands nothing."""
+    """With an engine and a pack at work. Whoever reaches one of Ray's ports and holds no token commands nothing. Serve
+    cannot be told where a replica's own port shall listen."""
     sockets = {
         (one.laddr.ip, one.laddr.port): psutil.Process(pid).name()
         for leader in polygraft.sessions
@@ -114,8 +115,8 @@ def _every_socket_is_this_machine_s_and_asks_who_calls(polygraft: Shell) -> None
         for one in psutil.Process(pid).net_connections("inet")
         if one.status == psutil.CONN_LISTEN
     }
-    beyond = {name.partition(":")[2] for (ip, _), name in sockets.items() if ip not in LOOPBACK}
-    assert all(name.startswith("ServeReplica") for name in beyond), sockets  # Serve cannot be told otherwise
+    beyond = [name for (ip, _), name in sockets.items() if ip not in LOOPBACK]
+    assert len(beyond) == 2 and all(name.startswith("ray::ServeRepl") for name in beyond), sockets
     found = {port: (name, *_without_a_token(port)) for (_, port), name in sockets.items()}
     assert {answer for *_, answer in found.values()} == {"refused"}, found
     assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "metrics", "store"}

@@ -16,7 +16,7 @@ import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jsonschema
 import kubernetes_validate
@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
-JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
+JSON: TypeAlias = Any  # what a manifest holds, as a schema says and no type
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"

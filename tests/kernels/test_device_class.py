@@ -11,9 +11,7 @@ from polygraft.kernels.compiled import build
 from polygraft.kernels.compiled.build import Toolchain
 from polygraft.kernels.dense import device_class as module
 from polygraft.kernels.dense.device_class import device_class
-from polygraft.kernels.dense.library import library
-
-HERE = library() is not None
+from tests.compiled import compiled
 
 
 def test_a_process_is_of_one_class() -> None:
@@ -30,7 +28,7 @@ def test_other_threads_are_another_class() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not HERE, reason="no AVX-512 for bf16 or no compiler on this machine")
+@compiled
 def test_ops_of_torch_are_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
     here = device_class()
     monkeypatch.setattr(module, "library", lambda: None)

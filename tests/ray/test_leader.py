@@ -48,7 +48,8 @@ class Pretender:
         advance_pack(store, PackOpened(pack=pack, at=time.time()), fence=lease.fence)
         position = OLDEST
         while True:
-            for position, entry in store.read(keys.commands(pack), position, wait_s=0.5):
+            for at, entry in store.read(keys.commands(pack), position, wait_s=0.5):
+                position = at
                 if entry["op"] == "close":
                     return
                 job = JobId(str(entry["job"]))

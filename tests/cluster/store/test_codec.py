@@ -114,7 +114,7 @@ def test_a_graft_written_before_its_context_length_was_kept_is_read_with_it(meth
 @pytest.mark.parametrize("schema", [0, 3, "1", None, [1]])
 def test_a_graft_of_a_schema_that_nobody_knows_is_refused(schema: object) -> None:
     text = json.dumps({**json.loads(OLD_GRAFT % '"lora"'), "schema": schema})
-    with pytest.raises(CodecError, match="Graft of schema .*, not 2; another version"):
+    with pytest.raises(CodecError, match=r"Graft of schema .*, not 2; another version"):
         decode_record(keys.graft(TenantId("ann"), "tutor", 3), text)
 
 
