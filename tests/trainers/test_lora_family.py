@@ -21,9 +21,9 @@ from polygraft.grafts.sites import Site
 from polygraft.launch.demo.oracle.naive import lora, naive
 from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
 from polygraft.launch.demo.oracle.plain import Oracle, Place
-from polygraft.trainers import runner
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainConfig, TrainJob
+from polygraft.trainers.lanes import gradient
 from tests.grafts.oracle import family_lora
 from tests.grafts.oracle.row import relative
 from tests.trainers.solo import trained
@@ -205,7 +205,7 @@ def recorded(
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """The job's tensors before each optimiser step, and the gradients that the step takes."""
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    real = runner.adamw
+    real = gradient.adamw
 
     def noting(slab: Slab, config: TrainConfig, **options: Any) -> None:
         values, gradients = slab.tensors, slab.gradients()
@@ -213,7 +213,7 @@ def recorded(
         real(slab, config, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "adamw", noting)
+        patch.setattr(gradient, "adamw", noting)
         ours(job, backbone)
     return found
 
