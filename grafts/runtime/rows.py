@@ -35,25 +35,28 @@ class RowBuilder:
 
     def add(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | Tensor,
         *,
         graft: int | None = None,
         position: int = 0,
         virtual: int = 0,
         prompt: Input | None = None,
         draw: tuple[int, int] | None = None,
-        embeds: Tensor | None = None,
     ) -> range:
         """Rows for so many `virtual` tokens of resident `graft` and then for `tokens`, whose rows are returned; the
         first is at `position`.
 
-        `prompt` says which of the tokens are a prompt's, counted from the first. `draw` is what random numbers hang on
-        beside the place in the sequence: a key and the sample's number. `embeds` [tokens, hidden] stand for the tokens'
-        embeddings; either all sequences have them or none.
+        `tokens` are ids, or as a tensor [count, hidden] the embeddings in their place, of all sequences then. `prompt`
+        says which of them are a prompt's, counted from the first. `draw` is what random numbers hang on beside the place in
+        the sequence: a key and the sample's number.
         """
         start = len(self._ids)
         self._ids += virtual_ids(virtual)
-        self._ids += tokens
+        if isinstance(tokens, Tensor):
+            self._embeds.append(F.pad(tokens, (0, 0, virtual, 0)))
+            self._ids += [0] * len(tokens)
+        else:
+            self._ids += tokens
         stop = len(self._ids)
         self.sequences.append((start, stop - start))
         self._positions += range(position, position + stop - start)
@@ -64,8 +67,6 @@ class RowBuilder:
         if prompt is not None:
             first = start + virtual
             self._inputs.append(prompt._replace(start=first + prompt.start, stop=first + prompt.stop))
-        if embeds is not None:
-            self._embeds.append(F.pad(embeds, (0, 0, virtual, 0)))
         return range(start + virtual, stop)
 
     def rows(self) -> Rows:

@@ -34,28 +34,20 @@ def packed(
     for (graft, spec), own, before_own in zip(grafts, prompts, sources, strict=True):
         prefix, virtual = (spec.prefix_length, spec.virtual_length) if spec is not None else (0, 0)
         for prompt, first in zip(own, before_own, strict=True):
-            embeds = None
+            tokens: Sequence[int] | Tensor = prompt.tolist()
             if shape.images:
                 pixels = image(AutoConfig.from_pretrained(backbone.folder), prompt)
-                (embeds,) = backbone.patches(pixels[None])
-            tokens = prompt.tolist() if embeds is None else [0] * len(embeds)
+                (tokens,) = backbone.patches(pixels[None])
             if shape.encoder_layers:
                 _add(read, first.tolist(), graft, prefix, virtual)
-            rows.append(_add(batch, tokens, graft, prefix, 0 if shape.encoder_layers else virtual, embeds))
+            rows.append(_add(batch, tokens, graft, prefix, 0 if shape.encoder_layers else virtual))
     answers = [torch.arange(own.start, own.stop) for own in rows]
     return batch.rows(), batch.attention(shape), [own[:1] for own in answers] if shape.images else answers
 
 
-def _add(
-    builder: RowBuilder,
-    tokens: Sequence[int],
-    graft: int | None,
-    prefix: int,
-    virtual: int,
-    embeds: Tensor | None = None,
-) -> range:
+def _add(builder: RowBuilder, tokens: Sequence[int] | Tensor, graft: int | None, prefix: int, virtual: int) -> range:
     prompt = Input(0, min(PROMPT, len(tokens)))
-    return builder.add(tokens, graft=graft, position=prefix, virtual=virtual, prompt=prompt, embeds=embeds)
+    return builder.add(tokens, graft=graft, position=prefix, virtual=virtual, prompt=prompt)
 
 
 def assert_same_bits_in_company(
