@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import AcceleratorError
 
 from polygraft.cluster.store.base import StoreError
+from polygraft.grafts.runtime.process import allocation_failed
 
 _LOG = logging.getLogger(__name__)
 SHARED = (StoreError, AcceleratorError)  # the store and the device are everybody's: their loss is no job's fault
@@ -30,9 +31,3 @@ def failure(job: str, doing: str, error: Exception, code: str = "step_failed") -
         return Failed(job, "out_of_memory", f"{doing}: memory is too short for it")
     _LOG.warning("job %s: %s", job, doing, exc_info=error)
     return Failed(job, code, f"{doing}: {type(error).__name__}: {error}")
-
-
-def allocation_failed(error: BaseException) -> bool:
-    """Whether it says that memory was short, or could never suffice."""
-    said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in said)

@@ -12,11 +12,12 @@ from polygraft.cluster.store.base import Store
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint
-from polygraft.trainers.failure import SHARED, allocation_failed
+from polygraft.trainers.failure import SHARED
 from polygraft.trainers.folders import Folders
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import TooLarge

@@ -47,8 +47,8 @@ class RowBuilder:
         first is at `position`.
 
         `tokens` are ids, or as a tensor [count, hidden] the embeddings in their place, of all sequences then. `prompt`
-        says which of them are a prompt's, counted from the first. `draw` is what random numbers hang on beside the place in
-        the sequence: a key and the sample's number.
+        says which of them are a prompt's, counted from the first. `draw` is what random numbers hang on beside the
+        place in the sequence: a key and the sample's number.
         """
         start = len(self._ids)
         self._ids += virtual_ids(virtual)
