@@ -22,7 +22,8 @@ def attend(  # noqa: PLR0913
     future where the layout is not causal; rows outside sequences are 0. `Scores` says what else a query does not see.
 
     q [T, heads * head_dim], k and v [T or rows of the sources, kv_heads * head_dim], prefix stacks pk and pv [P,
-    the same]. Scores and products in the inputs' dtype (where they are compiled, scores in float32: `whole`), softmax in float32 or wider. Differentiable in all five; prefix
+    the same]. Scores and products in the inputs' dtype (compiled, scores in float32: `whole`),
+    softmax in float32 or wider. Differentiable in all five; prefix
     gradients sum over the sequences that use them, bucket by bucket, in float32 or wider.
     """
     if q_TE.is_cuda and layout.causal and scores.bias is None:

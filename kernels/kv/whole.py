@@ -81,12 +81,13 @@ class _Whole(torch.autograd.Function):
             dpk=parts[0],
             dpv=parts[1],
         )
-        return dq, dk, dv, *(_summed(part, x, layout) for part, x in zip(parts, (pk, pv), strict=True)), None, None
+        prefixes = (_summed(part, x, layout) for part, x in zip(parts, (pk, pv), strict=True))
+        return dq, dk, dv, *prefixes, None, None
 
 
 class _Ragged(NamedTuple):
-    """A layout's sequences as whole.cpp reads them, the rows of all their prefixes together, and whether rows of queries
-    or keys are in none of them."""
+    """A layout's sequences as whole.cpp reads them, the rows of all their prefixes together, and whether rows of
+    queries or keys are in none of them."""
 
     items: ctypes.Array[ctypes.Structure]
     parts: int
@@ -125,7 +126,7 @@ def _summed(part: Tensor, prefix_PC: Tensor, layout: Layout) -> Tensor:
 def _call(tensors: Sequence[Tensor], layout: Layout, scores: Scores, **written: Tensor | int) -> None:
     compiled = _compiled(tensors, layout, scores)
     assert compiled is not None
-    (q, k, v, pk, pv), items = tensors, _ragged(layout).items
+    (q, k, v, pk, _), items = tensors, _ragged(layout).items
     compiled.ready(
         **dict(zip(("q", "k", "v", "pk", "pv"), tensors, strict=True)),
         **written,
