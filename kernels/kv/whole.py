@@ -39,7 +39,7 @@ def supports(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> bool:
     return _compiled(tensors, layout, scores) is not None
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """What `op.attend` says, without a bias or a cap of the scores. Rows may be a stride apart. Only where `supports`
@@ -49,7 +49,7 @@ def attend(
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, pk, pv)
