@@ -1,41 +1,60 @@
-"""The service as a person uses it from the shell, on a tiny backbone: up, submit, chat, down, and up again."""
+"""The service as a person uses it from the shell, on a tiny backbone: the tutorial's commands as they are written, then
+what is there after `down` and the next `up`, and after a head that was killed."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from polygraft.cluster.service import find_service
+from polygraft.launch.commands.search_file import read_search_file
 from polygraft.launch.processes import session
 from polygraft.launch.run_folder import RunFolder
 from tests.tiny import tiny_llama
 
-TRAINING = "".join(
-    json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n"
-    for question, answer in 8 * [("What is a graft?", "A shoot on a stock."), ("When do you do it?", "In late winter.")]
-)
+TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+_BLOCK = re.compile(r"^```(console|python|yaml)\n(.+?)^```$", re.MULTILINE | re.DOTALL)
+_SAVED = re.compile(r"Save this as\s+`([\w.]+)`")
+_NUMBER = re.compile(r"\b(?=\w*\d)[\w.,:]*\w")  # an id or a time, too
+CHAT = 'polygraft chat tickets -m "My screen is black." --max-tokens 40 --temperature 0'
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """Runs `polygraft` in processes of its own, on one home folder."""
+    """Runs commands in processes of their own, in a folder that is their home folder, too."""
 
-    home: Path
+    folder: Path
 
-    def __call__(self, *arguments: str, expect: int = 0) -> str:
-        command = (sys.executable, "-m", "polygraft.launch", "--home", str(self.home), *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=self.home.parent)
-        assert done.returncode == expect, f"{arguments}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    def __call__(self, line: str, *, expect: int = 0) -> str:
+        done = self.run(line)
+        assert done.returncode == expect, f"{line}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def run(self, line: str) -> subprocess.CompletedProcess[str]:
+        program, *arguments = shlex.split(line)
+        start = {"polygraft": ("-m", "polygraft.launch"), "python": ()}[program]
+        command = (sys.executable, *start, *arguments)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=170, cwd=self.folder, env=self._environment
+        )
+
+    @property
+    def home(self) -> Path:
+        return self.folder / ".polygraft"
 
     @property
     def sessions(self) -> list[int]:
@@ -44,45 +63,104 @@ class Shell:
         assert last is not None
         return [last.supervisor.pid, *(child.pid for child in last.children)]
 
+    @property
+    def _environment(self) -> Mapping[str, str]:
+        own = {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        return {**os.environ, **own, "POLYGRAFT_PORT": "0", "POLYGRAFT_DTYPE": "fp32"}
 
-@pytest.fixture
-def polygraft(tmp_path: Path) -> Iterator[Shell]:
-    shell = Shell(tmp_path / "home")
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the tutorial shows after each command, empty where it shows nothing, and what the command said; and the
+    processes of the service before its last command, `polygraft down`."""
+
+    shown: Mapping[str, str]
+    said: Mapping[str, str]
+    leaders: list[int]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """The tiny backbone lies where the service keeps smollm2, and what is compiled is not compiled again."""
+    shell = Shell(tmp_path_factory.mktemp("person"))
+    cache = shell.folder / "cache" / "polygraft"
+    tiny_llama(cache / "backbones" / "smollm2")
+    compiled = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "polygraft" / "kernels"
+    compiled.mkdir(parents=True, exist_ok=True)
+    (cache / "kernels").symlink_to(compiled)
     yield shell
-    shell("down")
+    shell.run("polygraft down")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_up_submit_chat_down_and_all_is_there_after_the_next_up(tmp_path: Path, polygraft: Shell) -> None:
-    tiny = tiny_llama(tmp_path / "tiny")
-    (tmp_path / "train.jsonl").write_text(TRAINING)
-    polygraft("up", "--port", "0", "--backbone", str(tiny), "--dtype", "fp32")
-    assert "already running" in polygraft("up", "--port", "0")
-    file = str(tmp_path / "train.jsonl")
-    options = ("--peft", "lora(r=4)", "--epochs", "4", "--lr", "5e-3", "--suffix", "mine")
-    job = json.loads(polygraft("submit", file, "--validation-file", file, *options, "--json"))
-    assert job["status"] == "succeeded" and job["loss_after"] < job["loss_before"]
-    answer = polygraft("chat", "mine", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0")
-    assert "published" in polygraft("story", "mine@1")
-
-    leaders = polygraft.sessions
-    polygraft("down")
-    assert [list(session(leader)) for leader in leaders] == [[]] * len(leaders)
-    polygraft("jobs", expect=3)
-
-    polygraft("up", "--port", "0", "--backbone", str(tiny), "--dtype", "fp32")
-    assert [one["id"] for one in json.loads(polygraft("jobs", "--json"))] == [job["id"]]
-    assert "mine@1" in polygraft("grafts", "list")
-    assert polygraft("chat", "mine@1", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0") == answer
-
-    _kill_the_head(polygraft)
-    assert polygraft("chat", "mine@1", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0") == answer
+@pytest.fixture(scope="module")
+def told(shell: Shell) -> Told:
+    """The tutorial from its first command to its last, but for the search."""
+    text = TUTORIAL.read_text()
+    shown: dict[str, str] = {}
+    said: dict[str, str] = {}
+    leaders: list[int] = []
+    for block in _BLOCK.finditer(text):
+        kind, body = block.groups()
+        saved = _SAVED.findall(text[: block.start()].rpartition("```")[2])
+        if saved:
+            (shell.folder / saved[0]).write_text(body)
+        elif kind == "python":
+            script = body.replace("http://127.0.0.1:8000", find_service(shell.home / "run" / "service.json").url)
+            (shell.folder / "client.py").write_text(script)
+            said["client"] = shell("python client.py")
+        for command in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:] if kind == "console" else ():
+            line, _, output = command.partition("\n")
+            if line == "polygraft down":
+                leaders = shell.sessions
+            if not line.startswith("polygraft search"):
+                shown[line], said[line] = output, shell(line)
+    return Told(shown, said, leaders)
 
 
-def _kill_the_head(polygraft: Shell) -> None:
+def test_the_tutorials_commands_say_what_it_shows(told: Told, shell: Shell) -> None:
+    """Line by line, but for what the model answers, and for numbers, ids and times."""
+    assert len(told.said) > 10
+    for line, shown in told.shown.items():
+        if not line.startswith("polygraft chat"):
+            said = [_NUMBER.sub("#", one).rstrip() for one in told.said[line].splitlines()]
+            assert [one for one in shown.splitlines() if _NUMBER.sub("#", one) not in said] == [], told.said[line]
+    models = ["smollm2", "tickets", "tickets-ia3", "tickets-union"]
+    assert re.findall(rf"^({'|'.join(reversed(models))}) ", told.said["client"], re.MULTILINE) == models
+    steps = [json.loads(line) for log in shell.home.glob("data/packs/*/steps.jsonl") for line in log.open()]
+    assert steps and all({"rows", "jobs", "methods"} <= step.keys() for step in steps)
+    assert read_search_file(shell.folder / "search.yaml").trials == 6
+
+
+def test_nothing_runs_after_down_and_all_is_there_after_the_next_up(told: Told, shell: Shell) -> None:
+    assert [list(session(leader)) for leader in told.leaders] == [[]] * len(told.leaders)
+    shell("polygraft jobs", expect=3)
+
+    shell("polygraft up")
+    assert "already running" in shell("polygraft up")
+    jobs = {job["fine_tuned_model"]: job for job in json.loads(shell("polygraft jobs --json"))}
+    assert jobs.keys() == {"tickets@1", "tickets-ia3@1", "tickets-union@1"}
+    assert {job["status"] for job in jobs.values()} == {"succeeded"}
+    assert jobs["tickets@1"]["loss_after"] < jobs["tickets@1"]["loss_before"]
+    assert jobs["tickets@1"]["id"] in told.said["polygraft story tickets@1"]
+    assert "tickets@1" in shell("polygraft grafts list")
+    assert shell(CHAT) == told.said[CHAT]
+
+    _kill_the_head(shell)
+    assert shell(CHAT) == told.said[CHAT]
+
+
+@pytest.mark.nightly
+def test_the_tutorials_search_publishes_its_trials_and_draws_the_front(told: Told, shell: Shell) -> None:
+    (line,) = re.findall(r"^\$ (polygraft search .+)$", TUTORIAL.read_text(), re.MULTILINE)
+    shell("polygraft up")
+    shell(line)
+    assert (shell.folder / "front.png").stat().st_size > 0
+    assert "tickets-search-3" in shell("polygraft grafts list")
+
+
+def _kill_the_head(shell: Shell) -> None:
     """SIGKILL the head; return when the supervisor has started another one that answers."""
-    head = polygraft.sessions[-1]
+    head = shell.sessions[-1]
     os.kill(head, signal.SIGKILL)
     deadline = time.monotonic() + 120
     while True:
@@ -90,9 +168,5 @@ def _kill_the_head(polygraft: Shell) -> None:
         time.sleep(0.5)
         if psutil.pid_exists(head) and list(session(head)):
             continue
-        doctor = subprocess.run(
-            (sys.executable, "-m", "polygraft.launch", "--home", str(polygraft.home), "jobs"),
-            capture_output=True,
-        )
-        if doctor.returncode == 0:
+        if shell.run("polygraft jobs").returncode == 0:
             return
