@@ -137,6 +137,7 @@ def own_page(method: Method, line: Entry, measured: Measured) -> str:
     facts = {
         "paper": _link(line.paper),
         "stated in": _stated(method, words),
+        "declared in": f"`{'/'.join(method.slots.__module__.split('.')[1:])}.py`",
         "family (the survey's)": method.slots.__module__.split(".")[-2],
         "kind": line.kind,
         "slots": "; ".join(line.slots),

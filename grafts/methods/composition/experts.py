@@ -29,7 +29,8 @@ def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "line
     """One A for all experts and a B each, weighed by the row: y += s sum_i w_i B_i A x, w = softmax(W_g x) (Tian et al.
     2024, arXiv 2404.19245, eq. 3 and 4).
 
-    Deviations: The number of experts is yours to give; the paper finds it by clustering the data.
+    Deviations: The number of experts is yours to give; the paper finds it by clustering the data. The router reads x
+    itself, by W_g [experts, in]; the paper writes it with r rows.
 
     Choose when: `molora` is too large: the A is shared, so that an expert costs half.
     """
