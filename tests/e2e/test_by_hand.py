@@ -34,6 +34,8 @@ _BLOCK = re.compile(r"^```(console|python|yaml)\n(.+?)^```$", re.MULTILINE | re.
 _SAVED = re.compile(r"Save this as\s+`([\w.]+)`")
 _NUMBER = re.compile(r"\b(?=\w*\d)[\w.,:]*\w")  # an id or a time, too
 CHAT = 'polygraft chat tickets -m "My screen is black." --max-tokens 40 --temperature 0'
+# A micro-batch a step: the tiny tokenizer makes many tokens of an example.
+PACK = {"POLYGRAFT_PACK__MICRO_ROWS": "600", "POLYGRAFT_PACK__MAX_ROWS": "1200"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -80,7 +82,7 @@ class Shell:
     @property
     def _environment(self) -> Mapping[str, str]:
         own = {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
-        return {**os.environ, **own, "POLYGRAFT_PORT": "0", "POLYGRAFT_DTYPE": "fp32"}
+        return {**os.environ, **own, "POLYGRAFT_PORT": "0", "POLYGRAFT_DTYPE": "fp32", **PACK}
 
 
 @dataclass(frozen=True, slots=True)
