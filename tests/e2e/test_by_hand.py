@@ -1,5 +1,5 @@
-"""The service as a person uses it from the shell, on a tiny backbone: the tutorial's commands as they are written, then
-what is there after `down` and the next `up`, and after a head that was killed."""
+"""The service as a person uses it from the shell, on a tiny backbone: the tutorial's commands as they are written, what
+listens then, what is there after `down` and the next `up`, and after a head that was killed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
+import grpc
+import httpx
 import psutil
 import pytest
+import redis
 from typer.testing import CliRunner
 
 from polygraft.cluster.service import find_service
@@ -34,43 +37,66 @@ _BLOCK = re.compile(r"^```(console|python|yaml)\n(.+?)^```$", re.MULTILINE | re.
 _SAVED = re.compile(r"Save this as\s+`([\w.]+)`")
 _NUMBER = re.compile(r"\b(?=\w*\d)[\w.,:]*\w")  # an id or a time, too
 CHAT = 'polygraft chat tickets -m "My screen is black." --max-tokens 40 --temperature 0'
-# A micro-batch a step: the tiny tokenizer makes many tokens of an example.
-PACK = {"POLYGRAFT_PACK__MICRO_ROWS": "600", "POLYGRAFT_PACK__MAX_ROWS": "1200"}
+SETTINGS = {
+    "POLYGRAFT_PORT": "0",
+    "POLYGRAFT_DTYPE": "fp32",
+    # A micro-batch a step: the tiny tokenizer makes many tokens of an example.
+    "POLYGRAFT_PACK__MICRO_ROWS": "600",
+    "POLYGRAFT_PACK__MAX_ROWS": "1200",
+}
+TRAINING = "".join(
+    json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n"
+    for question, answer in 8 * [("What is a graft?", "A shoot on a stock."), ("When do you do it?", "In late winter.")]
+)
+
+# One of each service that Ray's processes offer, such that an empty call changes nothing.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.LogService/ListLogs",
+    "/ray.serve.ASGIService/HandleRequest",
+)
+LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """Runs commands in a folder that is their home folder, too."""
+    """Runs `polygraft` on one home folder, from the folder that holds it."""
 
-    folder: Path
+    home: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
-    def __call__(self, line: str, *, expect: int = 0) -> str:
-        status, said, errors = self.run(line)
-        assert status == expect, f"{line}: exit status {status}\n{said}\n{errors}"
-        return said
+    def __call__(self, *arguments: str, expect: int = 0) -> str:
+        status, said, errors = self.run(*arguments)
+        assert status == expect, f"{arguments}: exit status {status}\n{said}\n{errors}"
+        return errors if expect else said
 
-    def run(self, line: str) -> tuple[int, str, str]:
+    def run(self, *arguments: str) -> tuple[int, str, str]:
         """Exit status, output and errors. What starts or ends processes has one of its own; what only talks to the
         service runs in this one, which has imported what takes seconds to import."""
-        program, *arguments = shlex.split(line)
-        with chdir(self.folder):
-            if program == "polygraft" and arguments[0] in ("up", "down", "search"):
-                command = (sys.executable, "-m", "polygraft.launch", *arguments)
-                ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=self._environment)
+        given, environment = ("--home", str(self.home), *arguments), {**os.environ, **self.environment}
+        with chdir(self.home.parent):
+            if arguments[0] in ("up", "down", "search"):
+                command = (sys.executable, "-m", "polygraft.launch", *given)
+                ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
                 return ended.returncode, ended.stdout, ended.stderr
-            if program == "polygraft":
-                done = CliRunner(env=self._environment).invoke(app, arguments)
-                return done.exit_code, done.stdout, f"{done.stderr}\n{done.exception!r}"
-            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
-                patch.setenv("HOME", str(self.folder))
-                runpy.run_path(*arguments)
-            return 0, said.getvalue(), ""
+            done = CliRunner(env=environment).invoke(app, given)
+            return done.exit_code, done.stdout, f"{done.stderr}\n{done.exception!r}"
 
-    @property
-    def home(self) -> Path:
-        return self.folder / ".polygraft"
+    def line(self, line: str) -> str:
+        """What a line of the tutorial says: `polygraft` and its arguments, or `python` and a script beside the home."""
+        program, *arguments = shlex.split(line)
+        if program == "polygraft":
+            return self(*arguments)
+        assert program == "python"
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, chdir(self.home.parent):
+            patch.setenv("HOME", str(self.home.parent))
+            runpy.run_path(*arguments)
+        return said.getvalue()
 
     @property
     def sessions(self) -> list[int]:
@@ -79,61 +105,54 @@ class Shell:
         assert last is not None
         return [last.supervisor.pid, *(child.pid for child in last.children)]
 
-    @property
-    def _environment(self) -> Mapping[str, str]:
-        own = {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
-        return {**os.environ, **own, "POLYGRAFT_PORT": "0", "POLYGRAFT_DTYPE": "fp32", **PACK}
-
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the tutorial shows after each command, empty where it shows nothing, and what the command said; and the
-    processes of the service before its last command, `polygraft down`."""
+    """What the tutorial shows after each command, empty where it shows nothing, and what the command said."""
 
     shown: Mapping[str, str]
     said: Mapping[str, str]
-    leaders: list[int]
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+def polygraft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     """The tiny backbone lies where the service keeps smollm2, and what is compiled is not compiled again."""
-    shell = Shell(tmp_path_factory.mktemp("person"))
-    cache = shell.folder / "cache" / "polygraft"
+    folder = tmp_path_factory.mktemp("person")
+    cache = folder / "cache" / "polygraft"
     tiny_llama(cache / "backbones" / "smollm2")
     compiled = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "polygraft" / "kernels"
     compiled.mkdir(parents=True, exist_ok=True)
     (cache / "kernels").symlink_to(compiled)
-    yield shell
-    shell.run("polygraft down")
+    polygraft = Shell(folder / ".polygraft", {**SETTINGS, "XDG_CACHE_HOME": str(cache.parent)})
+    yield polygraft
+    polygraft("down")
 
 
 @pytest.fixture(scope="module")
-def told(shell: Shell) -> Told:
-    """The tutorial from its first command to its last, but for the search."""
-    text = TUTORIAL.read_text()
+def told(polygraft: Shell) -> Told:
+    """The tutorial from its first command to the last before `polygraft down`, but for the search."""
+    text, folder = TUTORIAL.read_text(), polygraft.home.parent
     shown: dict[str, str] = {}
     said: dict[str, str] = {}
-    leaders: list[int] = []
     for block in _BLOCK.finditer(text):
         kind, body = block.groups()
         saved = _SAVED.findall(text[: block.start()].rpartition("```")[2])
         if saved:
-            (shell.folder / saved[0]).write_text(body)
+            (folder / saved[0]).write_text(body)
         elif kind == "python":
-            script = body.replace("http://127.0.0.1:8000", find_service(shell.home / "run" / "service.json").url)
-            (shell.folder / "client.py").write_text(script)
-            said["client"] = shell("python client.py")
+            service = find_service(polygraft.home / "run" / "service.json")
+            (folder / "client.py").write_text(body.replace("http://127.0.0.1:8000", service.url))
+            said["client"] = polygraft.line("python client.py")
         for command in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:] if kind == "console" else ():
             line, _, output = command.partition("\n")
             if line == "polygraft down":
-                leaders = shell.sessions
+                return Told(shown, said)
             if not line.startswith("polygraft search"):
-                shown[line], said[line] = output, shell(line)
-    return Told(shown, said, leaders)
+                shown[line], said[line] = output, polygraft.line(line)
+    raise AssertionError("the tutorial leaves the service up")
 
 
-def test_the_tutorials_commands_say_what_it_shows(told: Told, shell: Shell) -> None:
+def test_the_tutorials_commands_say_what_it_shows(told: Told, polygraft: Shell) -> None:
     """Line by line, but for what the model answers, and for numbers, ids and times."""
     assert len(told.said) > 10
     for line, shown in told.shown.items():
@@ -142,41 +161,93 @@ def test_the_tutorials_commands_say_what_it_shows(told: Told, shell: Shell) -> N
             assert [one for one in shown.splitlines() if _NUMBER.sub("#", one) not in said] == [], told.said[line]
     models = ["smollm2", "tickets", "tickets-ia3", "tickets-union"]
     assert re.findall(rf"^({'|'.join(reversed(models))}) ", told.said["client"], re.MULTILINE) == models
-    steps = [json.loads(line) for log in shell.home.glob("data/packs/*/steps.jsonl") for line in log.open()]
+    steps = [json.loads(line) for log in polygraft.home.glob("data/packs/*/steps.jsonl") for line in log.open()]
     assert steps and all({"rows", "jobs", "methods"} <= step.keys() for step in steps)
-    assert read_search_file(shell.folder / "search.yaml").trials == 6
+    assert read_search_file(polygraft.home.parent / "search.yaml").trials == 6
 
 
-def test_nothing_runs_after_down_and_all_is_there_after_the_next_up(told: Told, shell: Shell) -> None:
-    assert [list(session(leader)) for leader in told.leaders] == [[]] * len(told.leaders)
-    shell("polygraft jobs", expect=3)
+def test_every_socket_is_this_machine_s_and_asks_who_calls(told: Told, polygraft: Shell) -> None:
+    """With an engine and a pack at work. Whoever reaches one of Ray's ports and holds no token commands nothing. Serve
+    cannot be told where a replica's own port shall listen."""
+    sockets = {
+        (one.laddr.ip, one.laddr.port): psutil.Process(pid).name()
+        for leader in polygraft.sessions
+        for pid in session(leader)
+        for one in psutil.Process(pid).net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    }
+    beyond = [name for (ip, _), name in sockets.items() if ip not in LOOPBACK]
+    assert len(beyond) == 2 and all(name.startswith("ray::ServeRepl") for name in beyond), sockets
+    found = {port: (name, *_without_a_token(port)) for (_, port), name in sockets.items()}
+    assert {answer for *_, answer in found.values()} == {"refused"}, found
+    assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "metrics", "store"}
+    assert sum(kind == "metrics" for _, kind, _ in found.values()) == 3, found
 
-    shell("polygraft up")
-    assert "already running" in shell("polygraft up")
-    jobs = {job["fine_tuned_model"]: job for job in json.loads(shell("polygraft jobs --json"))}
+
+def test_a_second_home_is_refused_the_port(told: Told, polygraft: Shell) -> None:
+    second = Shell(polygraft.home.parent / "second", polygraft.environment)
+    port = find_service(polygraft.home / "run" / "service.json").url.rpartition(":")[2]
+    said = second("up", "--port", port, expect=1)
+    assert f"held by the service under {polygraft.home}" in said and RunFolder(second.home).supervision is None
+
+
+def test_nothing_runs_after_down_and_all_is_there_after_the_next_up(told: Told, polygraft: Shell) -> None:
+    assert "already running" in polygraft("up")
+    leaders = polygraft.sessions
+    polygraft("down")
+    assert [list(session(leader)) for leader in leaders] == [[]] * len(leaders)
+    polygraft("jobs", expect=3)
+
+    polygraft("up")
+    jobs = {job["fine_tuned_model"]: job for job in json.loads(polygraft("jobs", "--json"))}
     assert jobs.keys() == {"tickets@1", "tickets-ia3@1", "tickets-union@1"}
     assert {job["status"] for job in jobs.values()} == {"succeeded"}
     assert jobs["tickets@1"]["loss_after"] < jobs["tickets@1"]["loss_before"]
     assert jobs["tickets@1"]["id"] in told.said["polygraft story tickets@1"]
-    assert "tickets@1" in shell("polygraft grafts list")
-    assert shell(CHAT) == told.said[CHAT]
+    assert "tickets@1" in polygraft("grafts", "list")
+    assert polygraft.line(CHAT) == told.said[CHAT]
 
-    _kill_the_head(shell)
-    assert shell(CHAT) == told.said[CHAT]
+    _kill_the_head(polygraft)
+    assert polygraft.line(CHAT) == told.said[CHAT]
 
 
 @pytest.mark.nightly
-def test_the_tutorials_search_publishes_its_trials_and_draws_the_front(told: Told, shell: Shell) -> None:
+def test_the_tutorials_search_publishes_its_trials_and_draws_the_front(told: Told, polygraft: Shell) -> None:
     (line,) = re.findall(r"^\$ (polygraft search .+)$", TUTORIAL.read_text(), re.MULTILINE)
-    shell("polygraft up")
-    shell(line)
-    assert (shell.folder / "front.png").stat().st_size > 0
-    assert "tickets-search-3" in shell("polygraft grafts list")
+    polygraft.line(line)
+    assert (polygraft.home.parent / "front.png").stat().st_size > 0
+    assert "tickets-search-3" in polygraft("grafts", "list")
 
 
-def _kill_the_head(shell: Shell) -> None:
+def _without_a_token(port: int) -> tuple[str, str]:
+    """What listens there, and what it does with a command of someone who has neither token nor key nor password."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        codes = {_code(channel, method) for method in METHODS} - {grpc.StatusCode.UNIMPLEMENTED}
+    if grpc.StatusCode.UNAVAILABLE not in codes:
+        return "gRPC", "refused" if codes == {grpc.StatusCode.UNAUTHENTICATED} else str(codes)
+    try:
+        answers = {method: httpx.request(method, f"http://127.0.0.1:{port}/metrics") for method in ("GET", "POST")}
+    except httpx.RemoteProtocolError:
+        with redis.Redis(port=port) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+        return "store", "refused"
+    if answers["GET"].is_success:  # numbers, to read for anybody on this machine
+        return "metrics", "refused" if answers["POST"].status_code == 405 else answers["POST"].text
+    return "HTTP", "refused" if {one.status_code for one in answers.values()} == {401} else str(answers)
+
+
+def _code(channel: grpc.Channel, method: str) -> grpc.StatusCode:
+    try:
+        channel.unary_unary(method)(b"", timeout=5)
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    return grpc.StatusCode.OK
+
+
+def _kill_the_head(polygraft: Shell) -> None:
     """SIGKILL the head; return when the supervisor has started another one that answers."""
-    head = shell.sessions[-1]
+    head = polygraft.sessions[-1]
     os.kill(head, signal.SIGKILL)
     deadline = time.monotonic() + 120
     while True:
@@ -184,5 +255,5 @@ def _kill_the_head(shell: Shell) -> None:
         time.sleep(0.2)
         if psutil.pid_exists(head) and list(session(head)):
             continue
-        if shell.run("polygraft jobs")[0] == 0:
+        if polygraft.run("jobs")[0] == 0:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,8 +42,8 @@ def alone(folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def heard() -> Iterator[Heard]:
-    yield Heard()
+def heard() -> Heard:
+    return Heard()
 
 
 def test_streams_that_join_and_leave_say_what_generate_says_alone(
