@@ -82,11 +82,11 @@ NEWER = frozenset(
     ]
 )
 # Of papers whose text could not be read here: none of their equations is cited rather than a wrong one.
-UNREAD = frozenset(
-    "adamss bat bdlora beft bitfit capaboost cpt deft dylora fishmask frod glora idpg kadaptation krona lora-dropout "
-    "lora-plus mica molora moslora para peanut poly propetl psoft pvera smop sparse-adapter supertuning tinylora "
-    "unilora".split()
-)
+_UNREAD = """
+adamss bat bdlora beft bitfit capaboost cpt deft dylora fishmask frod glora idpg kadaptation krona lora-dropout
+lora-plus mica molora moslora para peanut poly propetl psoft pvera smop sparse-adapter supertuning tinylora unilora
+"""
+UNREAD = frozenset(_UNREAD.split())
 
 
 class Measured(TypedDict):
