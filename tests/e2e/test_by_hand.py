@@ -59,6 +59,7 @@ METHODS = (
     "/ray.serve.ASGIService/HandleRequest",
 )
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+FIXED = {44217, 44227}  # of two of Ray's metrics servers, unless another Ray on this machine has them
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -181,7 +182,7 @@ def test_every_socket_is_this_machine_s_and_asks_who_calls(told: Told, polygraft
     found = {port: (name, *_without_a_token(port)) for (_, port), name in sockets.items()}
     assert {answer for *_, answer in found.values()} == {"refused"}, found
     assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "metrics", "store"}
-    assert sum(kind == "metrics" for _, kind, _ in found.values()) == 3, found
+    assert len({port for port, (_, kind, _) in found.items() if kind == "metrics"} - FIXED) == 1, found
 
 
 def test_a_second_home_is_refused_the_port(told: Told, polygraft: Shell) -> None:
