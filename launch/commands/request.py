@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from pydantic import JsonValue
 
 from polygraft.cluster.client import Client
 from polygraft.cluster.spec import FineTuningRequest, Hyperparameters
+from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
 
 _TRAINING = tuple(Hyperparameters.model_fields)
@@ -55,8 +55,8 @@ def read_request(file: Path, options: Mapping[str, JsonValue]) -> SubmitRequest:
     if file.suffix not in (".yaml", ".yml"):
         return SubmitRequest({"training_file": str(file.absolute()), **_absolute(options)}, Path())
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(file)
+    except YamlError as error:
         raise Failure(f"{file}: {error}", Status.USAGE) from None
     if not isinstance(content, dict):
         raise Failure(f"{file}: expected field: value lines, found {content!r}", Status.USAGE)
