@@ -60,6 +60,7 @@ class TrainJob:
     recipe: TrainConfig
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
+    warnings: tuple[str, ...] = ()  # what its owner should know of its data
 
     @property
     def steps_per_epoch(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from polygraft.cluster.client import Client
+from polygraft.cluster.client import Client, RemoteDryRun
 from polygraft.cluster.spec import FineTuningRequest, Hyperparameters
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
@@ -40,6 +40,16 @@ class SubmitRequest:
             top["model"] = _backbone(client)
         training = {name: self.fields[name] for name in _TRAINING if name in self.fields}
         return {**top, "method": {"type": "supervised", "supervised": {"hyperparameters": training}}}
+
+    def dry_run(self, client: Client) -> RemoteDryRun:
+        """What the job would be; files that were uploaded for the answer are deleted again."""
+        body = self.body(client)
+        try:
+            return client.dry_run(body)
+        finally:
+            for name in _FILES:
+                if body.get(name) != self.fields.get(name):
+                    client.delete_file(str(body[name]))
 
     def _upload(self, client: Client, name: str, value: str) -> str:
         path = self.folder / value
