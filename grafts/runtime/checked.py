@@ -32,18 +32,25 @@ class BackboneError(ValueError):
 
 def checked(folder: Path) -> Path:
     """`folder`, if a backbone can be loaded from it: its config, and the names, types and shapes of its tensors, are
-    compared without reading the weights. Weights in pickle files are never read. Raises BackboneError."""
-    config = read_config(folder)
-    shape = _supported(config, folder)
+    compared without reading the weights. Raises BackboneError."""
+    tensors, config = check_kind(folder), read_config(folder)
+    shape = ModelShape.from_config(config)
+    check_loading(_compared(shape, config, tensors, folder), shape, folder)
+    return folder
+
+
+def check_kind(folder: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in the folder's files, if they and its config are of a kind that runs here: what
+    can be told at once and without torch. Weights in pickle files are never read. Raises BackboneError."""
+    _check_supported(read_config(folder), folder)
     if not (folder / "tokenizer.json").is_file():
         raise BackboneError(f"backbone: {folder} holds no tokenizer.json")
     tensors = _headers(folder)
-    check_loading(_compared(shape, config, tensors, folder), shape, folder)
     packed = sorted(name for name, (kind, _) in tensors.items() if name.endswith(".weight") and kind not in _FLOATS)
     if packed:
         kind, _ = tensors[packed[0]]
         raise BackboneError(f"backbone: {folder}: {_names(packed)} hold {kind}; convert the model to bf16 or float32")
-    return folder
+    return tensors
 
 
 def read_config(folder: Path) -> Mapping[str, object]:
@@ -91,7 +98,7 @@ def check_loading(found: Mapping[str, object], shape: ModelShape, folder: Path) 
         )
 
 
-def _supported(config: Mapping[str, object], folder: Path) -> ModelShape:
+def _check_supported(config: Mapping[str, object], folder: Path) -> None:
     for name in ("quantization_config", "compression_config"):
         if (quantised := config.get(name)) is not None:
             method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised
@@ -105,7 +112,7 @@ def _supported(config: Mapping[str, object], folder: Path) -> ModelShape:
             "`polygraft grafts import`"
         )
     try:
-        return ModelShape.from_config(config)
+        ModelShape.from_config(config)
     except SpecError as error:
         raise BackboneError(f"backbone: {folder}: {error}") from None
 

@@ -128,7 +128,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._received(result)
         return result
 
-    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
         """As in Jinja, the double underscores keep a template's keyword arguments apart."""
         owner = getattr(__obj, "__self__", getattr(getattr(__obj, "__wrapped__", None), "__self__", None))
         if owner is __self and callable(__obj):  # what the syntax tree was rewritten to
@@ -184,7 +184,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Generation(Extension):
     """`{% generation %}`, with which a template marks the assistant's text, prints its body."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

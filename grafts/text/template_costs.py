@@ -6,31 +6,33 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Filters that no chat template needs, whose time grows faster than what they are given, or as slowly as Python loops.
-LEFT_OUT = tuple(
-    "filesizeformat forceescape pprint random striptags urlencode urlize wordcount wordwrap xmlattr".split()
-)
+LEFT_OUT = _names("filesizeformat forceescape pprint random striptags urlencode urlize wordcount wordwrap xmlattr")
 # Methods of text that take a table or a codec, or whose time is the square of the text's length.
-NO_METHODS = frozenset("encode maketrans striptags translate unescape".split())
+NO_METHODS = _names("encode maketrans striptags translate unescape")
 # Filters and tests that do not read what lies inside a list, and that are asked of all messages at every turn.
-_LIGHT = frozenset(
+_LIGHT = _names(
     "abs attr batch boolean callable count d default defined divisibleby escaped even false filter first float "
     "integer items iterable last length list map mapping none number odd reject rejectattr reverse round sameas "
-    "select selectattr sequence slice test true undefined".split()
+    "select selectattr sequence slice test true undefined"
 )
-_ITERATING = frozenset(
-    "batch dictsort groupby join list map max min reject rejectattr reverse select selectattr slice sort sum "
-    "unique".split()
+_ITERATING = _names(
+    "batch dictsort groupby join list map max min reject rejectattr reverse select selectattr slice sort sum unique"
 )
-_SORTING = frozenset("dictsort groupby max min sort unique".split())
+_SORTING = _names("dictsort groupby max min sort unique")
 # Those that make an object of each line, word or character.
-_SPLITTING = frozenset("indent partition rpartition rsplit split splitlines title".split())
+_SPLITTING = _names("indent partition rpartition rsplit split splitlines title")
 # Those that may compare each character of one text with each of another.
-_SEARCHING = frozenset("lstrip rfind rindex rpartition rsplit rstrip strip trim".split())
+_SEARCHING = _names("lstrip rfind rindex rpartition rsplit rstrip strip trim")
 # Those whose result can be as large as the product of what they are given.
-_GROWING = frozenset("batch center expandtabs indent join ljust replace rjust slice truncate zfill".split())
+_GROWING = _names("batch center expandtabs indent join ljust replace rjust slice truncate zfill")
 _COUNTING = _GROWING | {"round"}  # an argument may be a width or a count
-_FORMATTING = frozenset(("format", "format_map"))
+_FORMATTING = _names("format format_map")
 _FORBIDDEN_FORMAT = re.compile(r"\d{5,}|\*|\{[^{}]+\{")  # a width of five digits, or one that comes from an argument
 _WIDEST = 9_999  # what is left of widths
 _LARGEST_INT = 100_000

@@ -110,7 +110,7 @@ def test_tensors_that_are_not_the_configs_are_named(name: str, folder: Path) -> 
 def test_a_file_that_was_cut_off_is_named(folder: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(BackboneError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(BackboneError, match=r"model.safetensors is not a whole safetensors file"):
         checked(folder)
 
 
@@ -137,7 +137,7 @@ def test_a_model_that_was_saved_in_4_bit_is_refused(untied: Path, tmp_path: Path
     config = json.loads((tmp_path / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BackboneError, match="in the files|knows nothing"):
+    with pytest.raises(BackboneError, match=r"in the files|knows nothing"):
         checked(tmp_path)
 
 

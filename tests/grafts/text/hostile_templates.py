@@ -93,8 +93,10 @@ def loops(random: Random) -> str:
 
 def doubling(random: Random) -> str:
     grown = random.choice(
-        ["ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, [ns.x] * 3)", "{'a': ns.x, 'b': ns.x}", "ns.x * 2"]
-        + ["ns.x | string ~ ns.x", "ns.x | tojson", "[ns.x] | list + [ns.x]", "ns.x | replace('a', 'aaa')"]
+        [
+            *("ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, [ns.x] * 3)", "{'a': ns.x, 'b': ns.x}", "ns.x * 2"),
+            *("ns.x | string ~ ns.x", "ns.x | tojson", "[ns.x] | list + [ns.x]", "ns.x | replace('a', 'aaa')"),
+        ]
     )
     start = random.choice(["'a'", "['a']", "'\U000e0001'", "3"])
     show = random.choice(["{{ ns.x }}", "{{ ns.x | tojson(indent=16) }}", "{{ raise_exception(ns.x) }}"])
@@ -120,27 +122,21 @@ def numbers(random: Random) -> str:
 def formats(random: Random) -> str:
     made, (value, *_) = _values(random, 1)
     written = random.choice(
-        ["'%09999d' * 9000 % 1", "'{:>9999}' * 9000", "percents % a", "braces.format(a)", "'%(a)s' * 9000 % {'a': a}"]
-        + ["'{0.__class__.__mro__}'.format(a)", "'{a.__init__.__globals__}'.format_map({'a': namespace})"]
-        + ["strftime_now('%c' * 90000)", "strftime_now(a)", "'%s' * 9000 | format(a)", f"'{{0}}{{0}}'.format({value})"]
+        [
+            *("'%09999d' * 9000 % 1", "'{:>9999}' * 9000", "percents % a", "braces.format(a)", "strftime_now(a)"),
+            *("'{0.__class__.__mro__}'.format(a)", "'{a.__init__.__globals__}'.format_map({'a': namespace})"),
+            *("strftime_now('%c' * 90000)", "'%s' * 9000 | format(a)", "'%(a)s' * 9000 % {'a': a}"),
+            f"'{{0}}{{0}}'.format({value})",
+        ]
     )
     return BIG["a"] + BIG["percents"] + BIG["braces"] + made + f"{{{{ {written} }}}}"
 
 
 def compiling(random: Random) -> str:
-    unit, close = random.choice(
-        [("{{ a }}", ""), ("{{ (", ""), ("{% if a %}", "{% endif %}"), ("{% for i in a %}", "{% endfor %}")]
-        + [
-            ("{#", ""),
-            ("{% raw %}", ""),
-            ("{{ 'a' ~ ", ""),
-            ("{{ not ", ""),
-            ("-", ""),
-            ("{{ [[[[", ""),
-            ("{{ a.b", ""),
-        ]
-        + [("{{ 1 + 1 }}", ""), ("{% set a = {'a': 1} %}", ""), ("{{ '\\\\", ""), ("{% macro f() %}", "{% endmacro %}")]
-    )
+    closed = {"{% if a %}": "{% endif %}", "{% for i in a %}": "{% endfor %}", "{% macro f() %}": "{% endmacro %}"}
+    single = ("{{ a }}", "{{ (", "{#", "{% raw %}", "{{ 'a' ~ ", "{{ not ", "-", "{{ [[[[", "{{ 1 + 1 }}", "{{ '\\")
+    unit = random.choice([*closed, *single, "{% set a = {'a': 1} %}"])
+    close = closed.get(unit, "")
     count = random.choice([90, 3_000, 90_000 // max(1, len(unit) + len(close))])
     return unit * count + close * count
 
@@ -193,11 +189,8 @@ def statements(random: Random) -> str:
     )
 
 
-KINDS: Mapping[str, Callable[[Random], str]] = {
-    kind.__name__: kind
-    for kind in (filters, methods, tests, silent_work, loops, doubling, recursion, numbers, formats, compiling)
-    + (escapes, statements)
-}
+_DRAWN = (filters, methods, tests, silent_work, loops, doubling, recursion, numbers, formats, compiling)
+KINDS: Mapping[str, Callable[[Random], str]] = {kind.__name__: kind for kind in (*_DRAWN, escapes, statements)}
 EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "shutil.rmtree")
 
 

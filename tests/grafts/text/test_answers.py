@@ -130,5 +130,5 @@ def test_an_answer_that_looks_like_a_turn_of_its_own_is_found_or_refused(tiny_fo
 def test_a_template_that_rewrites_an_answer_cannot_be_trained_on(body: str, tiny_folder: Path, tmp_path: Path) -> None:
     template = THINKING.replace("{{ c }}", "{% if m.role == 'user' %}{{ c }}{% else %}" + body + "{% endif %}")
     _, folder = folders(template, tiny_folder, tmp_path)
-    with pytest.raises(DataError, match="^line 4: the chat template rewrites the assistant's text"):
+    with pytest.raises(DataError, match=r"^line 4: the chat template rewrites the assistant's text"):
         Tokeniser.load(folder).encode_example(Example((ASK, Message("assistant", "A good answer.")), line=4), 1_000)

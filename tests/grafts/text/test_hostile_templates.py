@@ -26,7 +26,7 @@ def judged(count: int, seed: int) -> None:
     assert deeds == []
     slow = [one for one in each if one[3] > SECONDS]
     assert not slow, slow
-    assert each[-1][4] < MEBIBYTES, [one for one in each if one[4] > MEBIBYTES][0]
+    assert each[-1][4] < MEBIBYTES, [one for one in each if one[4] > MEBIBYTES]
 
 
 def test_two_hostile_templates_of_each_kind_cost_little_and_run_nothing() -> None:

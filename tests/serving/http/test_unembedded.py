@@ -1,4 +1,4 @@
-"""A token that the tokenizer has and the backbone has not: the chat is a 400, the job is refused with line and token."""
+"""A token that the tokenizer has and the backbone has not: a chat is a 400, a job is refused with line and token."""
 
 from __future__ import annotations
 
