@@ -60,6 +60,7 @@ class TrainJob:
     config: TrainConfig
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
+    warnings: tuple[str, ...] = ()  # what its owner should know of its data
 
     def check_tokens(self) -> None:
         """Raise ValueError for an example with a token that the backbone's embedding and head do not have: on a GPU it

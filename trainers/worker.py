@@ -186,6 +186,8 @@ class PackWorker:
         except IllegalTransition:  # cancelled or failed while its data was read
             self._drop(job)
             return
+        for warning in trained.warnings:
+            self._reports.note(job, warning, level="warn")
         self._reports.note(
             job,
             f"training {trained.graft.spec.method}: {trained.steps_total} steps in {self.pack}",

@@ -180,7 +180,7 @@ def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
 def usage_errors() -> Iterator[None]:
     """What is wrong with a folder or a name, as the command's answer."""
     from polygraft.grafts.formats.check import FormatError
-    from polygraft.grafts.runtime.pretrained import BackboneError
+    from polygraft.grafts.runtime.checked import BackboneError
 
     try:
         yield

@@ -254,10 +254,10 @@ def test_a_job_whose_examples_may_reach_beyond_the_last_position_fails_alone(
     backbone: Backbone, tmp_path: Path
 ) -> None:
     store = MemoryStore()
-    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "prefix(300)"})
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "prefix(511)"})
     _work(store, backbone, tmp_path)
     told = _failed_alone(store)
-    assert "max_length: 256 tokens and the 300" in told.message
+    assert "max_length: 2 tokens and the 511" in told.message
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("gone"), torch.AcceleratorError("CUDA error: unknown")])
