@@ -100,6 +100,7 @@ PEFT = (
     Peft(
         kind="OFT",
         method="oft",
+        separable=True,
         names={"b": ("oft_block_size", 32)},
         fields=lambda neumann, **_: {"use_cayley_neumann": bool(neumann), "num_cayley_neumann_terms": neumann or 5},
         arguments=_neumann,
@@ -110,6 +111,7 @@ PEFT = (
     Peft(
         kind="BOFT",
         method="boft",
+        separable=True,
         names={"b": ("boft_block_size", 4), "m": ("boft_n_butterfly_factor", 1)},
         idle={"init_weights": True, "boft_dropout": None},
         own={"R": Kept("boft_R"), "g": Kept("boft_s", shape=(-1, 1), rows=True)},
