@@ -24,7 +24,7 @@ LINES = 400
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
 TORCH_FREE = r"polygraft\.grafts\.(spec|bound|grammar|methods|architectures|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
-ATOMIC = r"polygraft\.kernels\.common\.atomic\b"
+ATOMIC = r"polygraft\.kernels\.common\.(atomic|room)\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
@@ -42,7 +43,7 @@ def save(folder: Path, active: RunningJob, named: str | None = None, *, device_c
     state = {"schema": SCHEMA, "job": active.job.id, "spec": spec, "device_class": device_class}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
-        save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
+        write_tensors({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
         (draft / "state.json").write_text(json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:

@@ -44,11 +44,16 @@ def materialise(name_or_path: str, cache: Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return checked(path.resolve())
-    if not _HUB_NAME.fullmatch(name_or_path) or ".." in name_or_path:
-        raise BackboneError(
-            f"backbone: {name_or_path!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
-        )
+    check_hub_id(name_or_path)
     return _once(cache / name_or_path.replace("/", "--"), lambda folder: _download(name_or_path, folder))
+
+
+def check_hub_id(name: str) -> None:
+    """Raise BackboneError for what cannot be a Hugging Face hub id."""
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise BackboneError(
+            f"backbone: {name!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
+        )
 
 
 def checked(folder: Path) -> Path:

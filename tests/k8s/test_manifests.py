@@ -178,6 +178,24 @@ def test_head_and_workers_share_image_environment_and_data() -> None:
         assert worker["volumes"] == head["volumes"]
 
 
+def test_ray_pods_take_the_first_api_key_from_a_secret_and_nothing_from_services() -> None:
+    for group in RAY_GROUPS:
+        spec = group["template"]["spec"]
+        assert spec["enableServiceLinks"] is False, "a Service named polygraft gives a POLYGRAFT_PORT of its own"
+        (volume,) = (volume for volume in spec["volumes"] if "secret" in volume)
+        assert volume["secret"]["secretName"] == "polygraft-api-key" and "optional" not in volume["secret"]
+        (mount,) = (one for one in spec["containers"][0]["volumeMounts"] if one["name"] == volume["name"])
+        variables = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
+        assert variables["POLYGRAFT_API_KEY_FILE"] == f"{mount['mountPath']}/key"
+
+
+def test_every_secret_that_the_manifests_name_is_made_in_the_readme() -> None:
+    named = set(re.findall(r"secretName: (\S+)", (BASE / "ray-service.yaml").read_text()))
+    named |= {one["valueFrom"]["secretKeyRef"]["name"] for c in containers() for one in c["env"] if "valueFrom" in one}
+    made = re.findall(r"create secret generic (\S+)", (ROOT / "k8s" / "README.md").read_text())
+    assert set(made) == named
+
+
 def test_only_ray_pods_reach_the_store() -> None:
     ray_labels = {tuple(sorted(group["template"]["metadata"]["labels"].items())) for group in RAY_GROUPS}
     store = named("StatefulSet", "polygraft-valkey")["spec"]["template"]["metadata"]["labels"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import httpx
 import pytest
 
 from polygraft.cluster.model import FileId
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import StoreUnavailable
+from polygraft.cluster.store.base import StoreUnavailable, WriteRefused
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
+from tests.small_disk import FILLER, small_disk
 
 pytestmark = pytest.mark.anyio
 
@@ -213,6 +216,35 @@ async def test_a_full_disk_is_503_and_leaves_nothing(
     answer = await ann.post("/files", files={"file": ("a.jsonl", jsonl())}, data={"purpose": "fine-tune"})
     assert "full" in refusal(answer, 503)["message"]
     assert left_behind(service) == []
+
+
+async def test_an_upload_to_a_full_disk_is_503_leaves_nothing_and_works_once_there_is_room(
+    service: Service, ann: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", mib=1) as disk:
+        monkeypatch.setattr(service, "api", replace(service.api, data=disk.folder))
+        service.transport.app.state.api = service.api  # type: ignore[attr-defined]
+        sent = {"files": {"file": ("a.jsonl", jsonl(*[EXAMPLE] * 100))}, "data": {"purpose": "fine-tune"}}
+        for room in (0, 4096, 8192):  # none, and too little to write or to flush
+            disk.fill(leaving=room)
+            assert "full" in refusal(await ann.post("/files", **sent), 503)["message"]
+            assert [path.name for path in disk.folder.rglob("*") if path.is_file()] == [FILLER]
+            disk.make_room()
+        assert (await ann.post("/files", **sent)).status_code == 200
+
+
+async def test_an_upload_that_the_store_has_no_room_for_leaves_nothing(
+    service: Service, ann: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise WriteRefused("MISCONF secret")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.api.store, "commit", refuse)
+        answer = await ann.post("/files", files={"file": ("a.jsonl", jsonl())}, data={"purpose": "fine-tune"})
+        assert "no room" in refusal(answer, 503)["message"] and int(answer.headers["retry-after"]) >= 10
+    assert left_behind(service) == []
+    assert await upload(ann)
 
 
 async def test_a_store_that_is_down_is_503_with_retry_after(
