@@ -66,5 +66,5 @@ def test_what_kubernetes_says_of_a_service_named_polygraft_is_no_setting(monkeyp
         monkeypatch.setenv(name, value)
     assert load().port == 8000
     monkeypatch.setenv("POLYGRAFT_PORT", "tcp")
-    with pytest.raises(BadSettings, match="port: .*'tcp'"):
+    with pytest.raises(BadSettings, match=r"port: .*'tcp'"):
         load()
