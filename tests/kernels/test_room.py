@@ -43,7 +43,7 @@ def test_lines_are_dropped_whole_while_there_is_no_room(disk: SmallDisk) -> None
 
 def test_tensors_that_find_no_room_leave_no_draft_and_say_so(disk: SmallDisk) -> None:
     values = {"w": torch.zeros(1 << 20)}
-    with pytest.raises(OSError, match="No space left") as caught, whole_folder(disk.folder / "graft") as draft:
+    with pytest.raises(OSError) as caught, whole_folder(disk.folder / "graft") as draft:  # noqa: PT011  (asked below)
         write_tensors(values, draft / "w.safetensors")
     assert caught.value.errno == errno.ENOSPC and is_full(caught.value)
     assert not list(disk.folder.iterdir())
