@@ -62,7 +62,7 @@ class Decoding:
                 max_tokens=LONGEST,
                 temperature=0.0,
             )
-            assert self._engine.submit(request)
+            assert self._engine.submit(request) is None, "the engine's queue is full"
         for _ in range(_PATIENCE):
             if self._engine.load.running == len(material.prompts):
                 break

@@ -143,7 +143,7 @@ class Turned:
         self.tokens[id] = []
         said = {"temperature": 0.0, "graft": None if graft is None else GraftId(graft), **said}
         request = GenerationRequest(id=id, tenant=TenantId("t"), prompt_ids=prompt, max_tokens=count, **said)
-        assert self.engine.submit(request), "the engine's queue is full"
+        assert self.engine.submit(request) is None, "the engine's queue is full"
 
     def run(self) -> None:
         """Until every stream is over; RuntimeError when one is not."""

@@ -50,7 +50,7 @@ class Burst:
         self._over.clear()
         self._said = {request.id: [] for request in requests}
         self._open = set(self._said)
-        refused = [request.id for request in requests if not self._engine.submit(request)]
+        refused = [request.id for request in requests if self._engine.submit(request) is not None]
         if refused or not self._over.wait(_PATIENCE_S) or self._errors:
             raise RuntimeError(f"refused {refused}, still open {sorted(self._open)}, errors {self._errors}")
         return list(self._said.values())

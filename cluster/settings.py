@@ -70,7 +70,18 @@ class ServeSettings(BaseModel):
     max_context: PositiveInt = Field(default=512, description="tokens of prompt and answer, a graft's prefix included")
     kv_bytes: PositiveInt = Field(default=256 << 20, description="the key-value cache")
     max_rows: PositiveInt = Field(default=256, description="rows of one step: one a decoding stream, the rest prefill")
-    max_queued: NonNegativeInt = Field(default=256, description="requests that may wait; more are answered 429")
+    max_queued: NonNegativeInt = Field(
+        default=256, description="requests of one tenant that may wait; more are answered 429"
+    )
+    max_queued_in_all: NonNegativeInt = Field(
+        default=4096, description="requests that may wait; nobody has more of them than there is room left"
+    )
+    tenant_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default={}, description="what a tenant is served beside one of weight 1, where both have requests waiting"
+    )
+    patience_s: PositiveFloat = Field(
+        default=10.0, description="a tenant's first request that has waited this long goes before everybody's"
+    )
 
 
 class LimitSettings(BaseModel):

@@ -13,28 +13,41 @@ from torch import Tensor
 
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
+from polygraft.cluster.store.base import JSON
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import PagedAttention
+from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.serving.batch import Batch, Chunk
 from polygraft.serving.loading import Loader
-from polygraft.serving.messages import ErrorCode, FinishReason, StepTokens
+from polygraft.serving.messages import ErrorCode, FinishReason, QueueFull, StepTokens
 from polygraft.serving.outbox import Listener, Outbox
-from polygraft.serving.residency import Residency
+from polygraft.serving.residency import GraftUnusable, Residency
 from polygraft.serving.sampling import Draw, sample
 from polygraft.serving.sequence import GenerationRequest, Sequence
 from polygraft.serving.steps import StepLog
 from polygraft.serving.streams import ContextExceeded, Streams
+from polygraft.serving.suspects import Suspects
 
 _LOG = logging.getLogger(__name__)
 _IDLE_S = 0.5  # how long an idle engine sleeps before it shows that it is alive
 _GIVE_UP = 10  # turns in a row that fail outside any forward, after which the thread ends
+_STOPPING_S = 2.0  # after which one may ask again an engine that is stopping, or its successor
+
+
+class UnknownToken(Exception):
+    """A request with a token that the backbone does not have."""
+
+
+class NotFinite(Exception):
+    """A row of logits that holds a NaN or an infinity."""
 
 
 class Engine:
     """Continuous batching of any mix of grafts and the bare backbone. Public methods may be called from any thread.
 
-    A failure belongs to whom it can be pinned on: a graft that cannot be loaded, or a row that is not finite, ends its
-    request; when a forward raises, its streams are computed one by one until the culprit raises alone.
+    A failure belongs to whom it can be pinned on, and ends that request alone: what is done stream by stream is caught
+    stream by stream; where a step over several raises, they are computed in halves until the culprit is alone
+    (suspects.py).
     """
 
     def __init__(  # noqa: PLR0913
@@ -55,8 +68,8 @@ class Engine:
         self._streams = Streams(backbone, settings, residency, self._loader)
         self._log = StepLog(data / "replicas" / replica / "steps.jsonl")
         self._outbox = Outbox()
-        self._computing: Batch | None = None
-        self._suspects: list[Sequence] = []
+        self._computing: tuple[Chunk, ...] = ()  # of the step that goes on
+        self._suspects = Suspects()
         self._failures = 0
         self._steps = 0
         # Shared with other threads, under the condition's lock.
@@ -104,16 +117,18 @@ class Engine:
                 self._left.add(ingress)
             self._wake()
 
-    def submit(self, request: GenerationRequest) -> bool:
-        """Queue the request; False when the queue is full. A newer attempt ends an older one of the same id."""
+    def submit(self, request: GenerationRequest) -> QueueFull | None:
+        """Queue the request, unless the queue is full for its tenant. A newer attempt ends an older one of its id."""
         with self._changed:
-            places = self._settings.max_streams + self._settings.max_queued
-            taken = len(self._streams.running) + len(self._streams.waiting) + len(self._submitted)
-            if self._stopping or taken >= places:
-                return False
-            self._submitted.append(Sequence(request=request, arrival=self._clock()))
+            if self._stopping:
+                return QueueFull(_STOPPING_S)
+            now = self._clock()
+            present = (*self._present(), *self._submitted)
+            if (full := self._streams.tenants.refusal(request.tenant, present, now)) is not None:
+                return full
+            self._submitted.append(Sequence(request=request, arrival=now))
         self._wake()
-        return True
+        return None
 
     def cancel(self, request: str) -> None:
         """End the request wherever it is; one that is unknown or over is left alone."""
@@ -148,16 +163,17 @@ class Engine:
     def _schedule(self) -> Batch | None:
         """Take in what came, and lay out the rows of the next forward; None when there are none."""
         self._take_in()
-        for sequence, error in self._streams.load_grafts():
-            code: ErrorCode | None = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
-            self._end(sequence, "error", error=str(error), code=code)
-        if self._suspects:
-            suspect = self._suspects[0]
-            chunks = [Chunk(suspect, max(suspect.min_chunk, min(suspect.left, self._settings.max_rows)))]
-        else:
-            chunks = self._streams.choose()
+        chunks = self._suspects.next()
+        if not chunks:
+            now = self._clock()
+            failed = self._streams.load_grafts(now)
+            chosen, more = self._streams.choose(now)
+            for sequence, error in (*failed, *more):
+                self._fail(sequence, error)
+            chunks = tuple(chosen)
         if not chunks:
             return None
+        self._computing = chunks
         grafts = {chunk.sequence.request.graft for chunk in chunks}
         composition = self._streams.residency.compose([graft for graft in grafts if graft is not None])
         tables = {chunk.sequence.request.id: self._streams.blocks.table(chunk.sequence.request.id) for chunk in chunks}
@@ -165,7 +181,6 @@ class Engine:
 
     def _forward(self, batch: Batch) -> Tensor:
         """Logits of the rows to sample, [n, vocab] fp32."""
-        self._computing = batch
         attention = PagedAttention(self._streams.cache, batch.sequences)
         hidden = self._backbone.forward(batch.rows, batch.stacks, attention)
         if not batch.last:  # prefill that goes on
@@ -180,22 +195,28 @@ class Engine:
 
     def _collect(self, batch: Batch, tokens: list[int | None]) -> None:
         """Note what is computed, hand out the tokens, and end what is over."""
-        self._computing = None
+        self._computing = ()
         self._note(batch)
         for chunk in batch.chunks:
             chunk.sequence.computed += chunk.rows
-            if chunk.sequence in self._suspects:
-                self._suspects.remove(chunk.sequence)
+            self._suspects.acquit(chunk.sequence)
         for sequence, token in zip(batch.sampled, tokens, strict=True):
-            if token is None:
-                self._end(sequence, "error", error="the model's output is not finite")
-                continue
-            sequence.tokens.append(token)
-            reason = sequence.finish_reason()
-            if reason is None:
-                self._tell(sequence, token, None)
-            else:
-                self._end(sequence, reason, token=token)
+            try:
+                self._say(sequence, token)
+            except Exception as error:
+                self._fail(sequence, error)
+        self._streams.tenants.said(batch.sampled)
+
+    def _say(self, sequence: Sequence, token: int | None) -> None:
+        """Hand out its next token, or end it; None: its row was not finite."""
+        if token is None:
+            raise NotFinite("the model's output is not finite")
+        reason = sequence.finish_reason(token)
+        sequence.tokens.append(token)
+        if reason is None:
+            self._tell(sequence, token, None)
+        else:
+            self._end(sequence, reason, token=token)
 
     def _take_in(self) -> None:
         """What other threads asked for since the last step; cancels come last, so that they meet what they are for."""
@@ -203,12 +224,19 @@ class Engine:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, set()
             left, self._left = self._left, set()
-        newer = {sequence.request.id for sequence in submitted}
+        newer = {sequence.request.id: sequence for sequence in submitted}
         for sequence in self._present():
             if sequence.request.id in newer or sequence.request.ingress in left:
                 self._end(sequence, "cancelled")
         for sequence in submitted:
+            if newer[sequence.request.id] is not sequence:
+                self._tell(sequence, None, "cancelled")
+                continue
             self._streams.add(sequence)
+            try:
+                self._check_tokens(sequence.request)
+            except Exception as error:
+                self._fail(sequence, error)
         for sequence in self._present():
             if sequence.request.id in cancelled:
                 self._end(sequence, "cancelled")
@@ -239,39 +267,54 @@ class Engine:
     ) -> None:
         self._tell(sequence, token, reason, error, code)
         self._streams.remove(sequence)
-        if sequence in self._suspects:
-            self._suspects.remove(sequence)
+        self._suspects.acquit(sequence)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End the request with an error; what is not the request's own doing is in the log under its id."""
+        said, code = _told(error)
+        if code in (None, "out_of_memory"):
+            _LOG.error("request %s failed", sequence.request.id, exc_info=error)
+        self._end(sequence, "error", error=said, code=code)
 
     def _blame(self, error: Exception) -> None:
-        """After an exception: try the streams of the forward alone, or end the one that was alone."""
-        batch, self._computing = self._computing, None
-        if batch is None:
+        """After an exception over several streams: try them apart, or end the one that was alone."""
+        chunks, self._computing = self._computing, ()
+        if not chunks:
             self._failures += 1
             _LOG.error("a step failed before its forward (%d of %d)", self._failures, _GIVE_UP, exc_info=error)
-        elif len(batch.chunks) > 1:
-            self._suspects = [chunk.sequence for chunk in batch.chunks]
-            _LOG.error("a forward of %d streams failed; trying them alone", len(self._suspects), exc_info=error)
+        elif (culprit := self._suspects.after_failure(chunks, error)) is not None:
+            self._fail(culprit, error)
         else:
-            sequence = batch.chunks[0].sequence
-            _LOG.error("request %s failed", sequence.request.id, exc_info=error)
-            self._end(sequence, "error", error=f"{type(error).__name__} in the forward")
+            _LOG.error("a step of %d streams failed; trying them apart", len(chunks), exc_info=error)
+
+    def _check_tokens(self, request: GenerationRequest) -> None:
+        """Raises UnknownToken for an id that the embedding has no row for, which on a GPU would end the process."""
+        rows = len(self._backbone.embedding)
+        ids = (*request.prompt_ids, *request.generated)
+        wrong = next((at for at, id in enumerate(ids) if not 0 <= id < rows), None)
+        if wrong is not None:
+            raise UnknownToken(f"token {wrong} of the prompt is {ids[wrong]}; the model has {rows}")
 
     def _note(self, batch: Batch) -> None:
-        """The step's line in the log."""
+        """The step's line in the log; that it cannot be written is nobody's failure."""
         self._steps += 1
+        try:
+            self._log.write(self._line(batch))
+        except Exception:
+            _LOG.exception("step %d goes unlogged", self._steps)
+
+    def _line(self, batch: Batch) -> dict[str, JSON]:
         residents = {graft: self._streams.residency.get(graft) for graft in batch.grafts}
-        self._log.write(
-            {
-                "step": self._steps,
-                "time": round(self._now(), 3),
-                "rows": len(batch.rows),
-                "prefill_rows": sum(chunk.rows for chunk in batch.chunks if chunk.rows > 1),
-                "requests": [chunk.sequence.request.id for chunk in batch.chunks],
-                "grafts": list(residents),
-                "methods": sorted({resident.graft.spec.method for resident in residents.values() if resident}),
-                "device": str(self._backbone.device),
-            }
-        )
+        return {
+            "step": self._steps,
+            "time": round(self._now(), 3),
+            "rows": len(batch.rows),
+            "prefill_rows": sum(chunk.rows for chunk in batch.chunks if chunk.rows > 1),
+            "requests": [chunk.sequence.request.id for chunk in batch.chunks],
+            "grafts": list(residents),
+            "methods": sorted({resident.graft.spec.method for resident in residents.values() if resident}),
+            "device": str(self._backbone.device),
+        }
 
     def _run(self) -> None:
         while not self._stopping and self._failures < _GIVE_UP:
@@ -295,3 +338,18 @@ class Engine:
         with self._changed:
             self._awake = True
             self._changed.notify()
+
+
+def _told(error: Exception) -> tuple[str, ErrorCode | None]:
+    """What a client is told of a failure, and what it can do about it."""
+    match error:
+        case ContextExceeded():
+            return f"{error}", "context_length_exceeded"
+        case UnknownToken():
+            return f"{error}", "unknown_token"
+        case GraftUnusable() | NotFinite():
+            return f"{error}", None
+        case _ if allocation_failed(error):
+            return "the replica has not enough memory for it now", "out_of_memory"
+        case _:
+            return type(error).__name__, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
@@ -15,16 +15,21 @@ from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.blocks import BLOCK_SIZE
-from polygraft.serving.messages import Load, StepMessage, StepTokens
+from polygraft.serving.messages import Load, QueueFull, StepMessage, StepTokens
 from polygraft.serving.sequence import GenerationRequest
 
 _LOG = logging.getLogger(__name__)
-_ATTEMPTS = 3
+_ATTEMPTS = 8
+_TOGETHER = 2  # attempts, after which whose replicas died is submitted apart from others that this happened to
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Busy(Exception):
-    """Every replica's queue is full."""
+    """Every replica's queue is full for this tenant; a place is free at one of them in `retry_after_s`, at its pace."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("too many of your requests wait already")
+        self.retry_after_s = retry_after_s
 
 
 class TooLong(Exception):
@@ -38,8 +43,9 @@ class Unavailable(Exception):
 class Link(Protocol):
     """One replica as its ingress sees it. Every method raises `ConnectionError` when the replica is gone."""
 
-    async def submit(self, request: GenerationRequest) -> bool:
-        """Queue the request; False when the replica's queue is full. `messages` of its ingress must be open."""
+    async def submit(self, request: GenerationRequest) -> QueueFull | None:
+        """Queue the request, unless the replica's queue is full for its tenant. `messages` of its ingress must be
+        open."""
         ...
 
     async def cancel(self, request: str) -> None:
@@ -75,6 +81,7 @@ class Gateway:
         self._loads: dict[ReplicaId, Load] = {}
         self._sent: Counter[ReplicaId] = Counter()  # submitted since the replica's last message
         self._changed = asyncio.Event()
+        self._apart = asyncio.Lock()  # held by the request that is tried apart
         self._pumps: dict[ReplicaId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = Context()
@@ -105,11 +112,13 @@ class Gateway:
         try:
             while not finished:
                 tokens = await stream.arrived.get()
-                if tokens is None:
-                    await self._resume(stream)
-                    continue
+                while tokens is None:
+                    tokens = await self._resume(stream)
                 # An older attempt's words and repetitions are dropped: (request, choice, index) is published once.
-                if tokens.attempt != stream.request.attempt or tokens.index != len(stream.tokens):
+                if tokens.attempt != stream.request.attempt or tokens.index < len(stream.tokens):
+                    continue
+                if tokens.index > len(stream.tokens):  # a message was lost, and with it the tokens before this one
+                    stream.arrived.put_nowait(None)
                     continue
                 if tokens.token is not None:
                     stream.tokens.append(tokens.token)
@@ -122,22 +131,23 @@ class Gateway:
 
     async def _submit(self, stream: _Stream) -> _Stream:
         """Queue the stream's request at the first replica that takes it."""
-        full: set[ReplicaId] = set()
+        full: dict[ReplicaId, float] = {}
         request = stream.request
         try:
             async with asyncio.timeout(self._ready_s):
                 while True:
                     replica = self._choose(request, full)
                     if isinstance(replica, Refusal):
-                        await self._wait_or_raise(replica.reason)
+                        await self._wait_or_raise(replica.reason, full)
                         continue
                     stream.replica, stream.arrived = replica, asyncio.Queue()
                     self._streams[request.id] = stream  # before the call: its first token may overtake the answer
                     self._sent[replica] += 1
                     try:
-                        if await self._links[replica].submit(request):
+                        refused = await self._links[replica].submit(request)
+                        if refused is None:
                             return stream
-                        full.add(replica)
+                        full[replica] = refused.retry_after_s
                         self._sent[replica] -= 1
                     except ConnectionError as error:
                         _LOG.warning("replica %s took no request: %s", replica, error)
@@ -155,8 +165,12 @@ class Gateway:
         if self._streams.pop(stream.request.id, None) is not None:
             self._spawn(self._cancel(stream))
 
-    async def _resume(self, stream: _Stream) -> None:
-        """Submit what is left of a stream whose replica is gone, as its next attempt."""
+    async def _resume(self, stream: _Stream) -> StepTokens | None:
+        """Submit what is left of a stream whose replica is gone, as its next attempt; returns what came of that first.
+
+        Replicas that die may die of one of their requests. So those that several died under are submitted one at a
+        time, each until its replica has said something of it or died again: then it is given up, and it alone.
+        """
         request = stream.request
         if request.attempt + 1 >= _ATTEMPTS:
             raise Unavailable(f"the replica died {_ATTEMPTS} times during this request")
@@ -164,13 +178,25 @@ class Gateway:
         _LOG.warning(
             "request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.attempt
         )
-        await self._submit(stream)
+        if stream.request.attempt < _TOGETHER:
+            await self._submit(stream)
+            return await stream.arrived.get()
+        async with self._apart:
+            await self._submit(stream)
+            with suppress(TimeoutError):  # it may only be waiting for its turn
+                async with asyncio.timeout(self._ready_s):
+                    if (first := await stream.arrived.get()) is None:
+                        raise Unavailable(
+                            f"{stream.request.attempt + 1} replicas died during this request, the last "
+                            "while it was tried apart from others"
+                        )
+                    return first
+        return await stream.arrived.get()
 
-    def _choose(self, request: GenerationRequest, tried: set[ReplicaId]) -> ReplicaId | Refusal:
+    def _choose(self, request: GenerationRequest, tried: Collection[ReplicaId]) -> ReplicaId | Refusal:
         view = RouteView(
             replicas=tuple(self._view(replica, load) for replica, load in sorted(self._loads.items())),
             max_streams=self._settings.max_streams,
-            max_waiting=self._settings.max_queued,
             block_size=BLOCK_SIZE,
         )
         slots = request.prefix + len(request.prompt_ids) + len(request.generated)
@@ -188,7 +214,7 @@ class Gateway:
             resident=load.resident,
         )
 
-    async def _wait_or_raise(self, reason: RefusalReason) -> None:
+    async def _wait_or_raise(self, reason: RefusalReason, full: Mapping[ReplicaId, float]) -> None:
         match reason:
             case RefusalReason.NO_REPLICA:
                 self._changed.clear()
@@ -196,7 +222,7 @@ class Gateway:
             case RefusalReason.TOO_LONG:
                 raise TooLong("the prompt does not fit the key-value cache of any replica")
             case RefusalReason.ALL_FULL:
-                raise Busy("the queues of all replicas are full")
+                raise Busy(min(full.values()))
 
     async def _pump(self, replica: ReplicaId) -> None:
         """Follow one replica's messages for ever, reconnecting when they end."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -33,9 +34,9 @@ class Loader:
         future = self._reading[graft]
         return future.result() if future.done() else None
 
-    def keep(self, grafts: Collection[GraftId]) -> None:
-        """Forget all but these: nobody waits for the others any more."""
-        for graft in self._reading.keys() - set(grafts):
+    def keep(self, grafts: Items[GraftId]) -> None:
+        """Forget all but the first of these: nobody waits for the others any more, or those before them go first."""
+        for graft in self._reading.keys() - set(grafts[:_AT_ONCE]):
             self._reading.pop(graft).cancel()
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 from polygraft.serving.engine import Engine
 from polygraft.serving.mailbox import Mailbox
-from polygraft.serving.messages import StepMessage
+from polygraft.serving.messages import QueueFull, StepMessage
 from polygraft.serving.sequence import GenerationRequest
 
 
@@ -16,7 +16,7 @@ class LocalLink:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def submit(self, request: GenerationRequest) -> bool:
+    async def submit(self, request: GenerationRequest) -> QueueFull | None:
         if not self._engine.hears(request.ingress):  # nobody would get the tokens: the ingress must connect again
             raise ConnectionError(f"ingress {request.ingress!r} does not follow this replica's messages")
         return self._engine.submit(request)

@@ -8,14 +8,15 @@ from typing import Literal
 from polygraft.cluster.model import GraftId
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-ErrorCode = Literal["context_length_exceeded"]
+ErrorCode = Literal["context_length_exceeded", "unknown_token", "out_of_memory"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
     """What a step gave one request: token number `index` (None: it ended without one), and why it ended if it did.
 
-    `code` says of an `error` what whoever asked can mend; without one it is the service's.
+    `code` says of an `error` what whoever asked can mend, or that there was no room; without one the log has more
+    under the request's id.
     (request, choice, index) is unique over all attempts; `attempt` is the one that computed it.
     """
 
@@ -27,6 +28,13 @@ class StepTokens:
     attempt: int = 0
     error: str | None = None
     code: ErrorCode | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFull:
+    """A replica takes no request of this tenant now; `retry_after_s` by how fast its queue moved."""
+
+    retry_after_s: float
 
 
 @dataclass(frozen=True, slots=True)

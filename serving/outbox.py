@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from threading import Lock
 
 from polygraft.serving.messages import Load, StepTokens
 
+_LOG = logging.getLogger(__name__)
 Listener = Callable[[tuple[StepTokens, ...], Load], None]
 
 
@@ -40,10 +42,13 @@ class Outbox:
         self._held[ingress].append(tokens)
 
     def flush(self, load: Load) -> None:
-        """One call for every ingress that has something."""
+        """One call for every ingress that has something. One that raises hurts no other; its gateway sees the gap."""
         for ingress, tokens in self._held.items():
             with self._lock:
                 listener = self._listeners.get(ingress)
             if listener is not None:
-                listener(tuple(tokens), load)
+                try:
+                    listener(tuple(tokens), load)
+                except Exception:
+                    _LOG.exception("ingress %r did not get its tokens", ingress)
         self._held.clear()

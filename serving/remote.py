@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import cast
 
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from polygraft.serving.messages import StepMessage
+from polygraft.serving.messages import QueueFull, StepMessage
 from polygraft.serving.sequence import GenerationRequest
 
 
 class ServeLink:
-    """The `Link` of an ingress deployment. Whatever Ray raises means that the replica is out of reach."""
+    """The `Link` of an ingress deployment. Whatever Ray raises means that the replica is out of reach; what the
+    replica's own code raised over a request is that request's failure alone."""
 
     def __init__(self, handle: DeploymentHandle[object]) -> None:
         self._handle = handle
 
-    async def submit(self, request: GenerationRequest) -> bool:
+    async def submit(self, request: GenerationRequest) -> QueueFull | None:
         try:
-            return bool(await self._handle.submit.remote(request))
+            return cast(QueueFull | None, await self._handle.submit.remote(request))
         except Exception as error:
+            if isinstance(error, RayTaskError) and not isinstance(error, (ConnectionError, RayActorError)):
+                raise RuntimeError(_reason(error)) from error
             raise ConnectionError(_reason(error)) from error
 
     async def cancel(self, request: str) -> None:

@@ -20,7 +20,7 @@ from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.process import chosen_device, device_environment, in_own_thread, lean_imports
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
-from polygraft.serving.messages import StepMessage
+from polygraft.serving.messages import QueueFull, StepMessage
 from polygraft.serving.sequence import GenerationRequest
 
 SHARE = 0.5  # of a `device`; the other half trains
@@ -50,7 +50,7 @@ class Replica:
         self._engine.start()
         self._link = LocalLink(self._engine)
 
-    async def submit(self, request: GenerationRequest) -> bool:
+    async def submit(self, request: GenerationRequest) -> QueueFull | None:
         return await self._link.submit(request)
 
     async def cancel(self, request: str) -> None:

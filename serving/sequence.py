@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.policy.fairness import PROMPT_TOKEN
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Input
@@ -45,13 +46,16 @@ class GenerationRequest:
             )
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A request in the engine. Cache slots hold the graft's prefix, then `computed` of `tokens`, the first `virtual` of
-    which are the graft's own."""
+    which are the graft's own. `entered` is its number among those that were ever admitted, which it keeps; one that is
+    `overdue` goes before others."""
 
     request: GenerationRequest
     arrival: float
+    entered: int | None = None
+    overdue: bool = False
     prefix: int = 0
     virtual: int = 0
     reads_prompt: bool = False
@@ -67,6 +71,17 @@ class Sequence:
         if not self.virtual:
             self.virtual = graft.virtual_length
             self.tokens = [*virtual_ids(self.virtual), *self.tokens]
+
+    @property
+    def tenant(self) -> TenantId:
+        return self.request.tenant
+
+    @property
+    def cost(self) -> float:
+        """Virtual tokens that its tenant pays when it enters (fairness.py): nothing where it had to leave and comes
+        back."""
+        given = len(self.request.prompt_ids) + len(self.request.generated)
+        return PROMPT_TOKEN * given if self.entered is None else 0.0
 
     @property
     def generated(self) -> int:
@@ -100,8 +115,8 @@ class Sequence:
         """Cache slots in use, the prefix among them; also the position of the next row."""
         return self.prefix + self.computed
 
-    def finish_reason(self) -> FinishReason | None:
-        """Why the sequence ends after its newest token; None while it goes on."""
-        if self.tokens[-1] in self.request.eos_ids:
+    def finish_reason(self, token: int) -> FinishReason | None:
+        """Why the sequence ends with `token` as its next one; None while it goes on."""
+        if token in self.request.eos_ids:
             return "stop"
-        return "length" if self.remaining <= 0 else None
+        return "length" if self.remaining <= 1 else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from polygraft.cluster.model import GraftId
-from polygraft.cluster.policy.batching import Running, Waiting, admit_streams
+from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
 from polygraft.cluster.policy.entry import blocks_for, ever_fits
+from polygraft.cluster.policy.fairness import in_turn
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.backbone import Backbone
@@ -17,6 +20,9 @@ from polygraft.serving.loading import Loader
 from polygraft.serving.messages import Load
 from polygraft.serving.residency import Residency
 from polygraft.serving.sequence import Sequence
+from polygraft.serving.tenants import Tenants
+
+Failed = tuple[Sequence, Exception]
 
 
 class ContextExceeded(Exception):
@@ -24,7 +30,8 @@ class ContextExceeded(Exception):
 
 
 class Streams:
-    """Both lists are oldest first; a running stream holds blocks and pins its graft. The engine's thread owns it."""
+    """`waiting` is oldest first, `running` first admitted first; a running stream holds blocks and pins its graft. The
+    engine's thread owns it."""
 
     def __init__(self, backbone: Backbone, settings: ServeSettings, residency: Residency, loader: Loader) -> None:
         """Raises ValueError when the key-value cache is smaller than one context."""
@@ -43,7 +50,8 @@ class Streams:
         self._loader = loader
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._held_up: Sequence | None = None  # the oldest whose graft is read and does not fit
+        self.tenants = Tenants(settings)
+        self._ready: list[Sequence] = []  # of `waiting`, in turn: whose graft is in memory
 
     @property
     def load(self) -> Load:
@@ -52,81 +60,110 @@ class Streams:
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_age)
+        self.tenants.queued(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget it, wherever it is, and take back what it holds."""
         if sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._unqueue(sequence)
         if sequence in self.running:
             self._release(sequence)
 
-    def load_grafts(self) -> list[tuple[Sequence, Exception]]:
-        """Bring in the grafts that waiting streams need, oldest first; returns who can never have theirs, and why."""
-        self._held_up = None
-        failed: list[tuple[Sequence, Exception]] = []
+    def load_grafts(self, now: float) -> list[Failed]:
+        """Bring in the grafts that waiting streams need, in turn; returns who can never have theirs, and why."""
+        self.tenants.mark_overdue(self.waiting, now)
+        order = list(in_turn(self.waiting, self.tenants.ledger, Counter(one.tenant for one in self.running)))
+        missing = dict.fromkeys(one.request.graft for one in order if one.request.graft and not self._graft(one))
+        self._loader.keep(list(missing))
+        self._ready = []
+        held_up = False
         wanted: set[GraftId] = set()
-        for sequence in self.waiting:
+        failed: list[Failed] = []
+        for sequence in order:
             graft = sequence.request.graft
             try:
-                if graft is not None and self.residency.get(graft) is None:
-                    resident = self._loader.ask(graft)
-                    if resident is not None:
-                        if self.residency.can_admit(resident, wanted):
-                            self.residency.admit(resident, wanted)
-                        else:
-                            self._held_up = self._held_up or sequence
+                held_up = not self._make_room(graft, wanted) or held_up
                 self._check_length(sequence)
             except Exception as error:  # whatever is wrong with one graft concerns only those who want it
                 failed.append((sequence, error))
                 continue
             if graft is not None:
                 wanted.add(graft)
-        self._loader.keep([graft for graft in wanted if self.residency.get(graft) is None])
+            # Where a graft waits for room, streams whose turn is later do not start: they would keep theirs in use,
+            # one after the other, and that one out for ever.
+            if graft is None or (self._graft(sequence) is not None and not held_up):
+                self._ready.append(sequence)
         return failed
 
-    def choose(self) -> list[Chunk]:
-        """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand."""
-        ready = [s for s in self.waiting if s.request.graft is None or self._may_pin(s, s.request.graft)]
-        for sequence in ready:
-            if (graft := self._graft(sequence)) is not None:
-                sequence.attach_graft(graft)
-        plan = admit_streams(
-            [Waiting(s.request.id, s.left, s.prefix + len(s.tokens), s.min_chunk) for s in ready],
-            [self._as_running(sequence) for sequence in self.running],
+    def choose(self, now: float) -> tuple[list[Chunk], list[Failed]]:
+        """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand; and
+        who could not be given what it needs, and why."""
+        failed: list[Failed] = []
+        ready = _each(self._ready, self._attach, failed)
+        plan = self._plan(ready, failed)
+        found = {sequence.request.id: sequence for sequence in (*ready, *self.running)}
+        rows = dict(plan.chunks)
+        for id in plan.evicted:
+            self._preempt(found[id])
+        _each((found[id] for id in plan.admitted), lambda one: self._admit(one, now), failed)
+        lost = {sequence for sequence, _ in failed}
+        chosen = [found[id] for id in rows if found[id] not in lost]
+        grown = _each(chosen, lambda one: self._grow(one, one.cached + rows[one.request.id]), failed)
+        return [Chunk(sequence, rows[sequence.request.id]) for sequence in grown], failed
+
+    def _make_room(self, graft: GraftId | None, wanted: set[GraftId]) -> bool:
+        """Take its graft in once it is read; False when it is read and does not fit beside those in use or `wanted`
+        by streams whose turn is earlier."""
+        if graft is None or self.residency.get(graft) is not None or (resident := self._loader.ask(graft)) is None:
+            return True
+        if not self.residency.can_admit(resident, wanted):
+            return False
+        self.residency.admit(resident, wanted)
+        return True
+
+    def _attach(self, sequence: Sequence) -> None:
+        if (graft := self._graft(sequence)) is not None:
+            sequence.attach_graft(graft)
+
+    def _plan(self, ready: list[Sequence], failed: list[Failed]) -> StepPlan:
+        """What the policy wants. Where it raises, those end whom it raises over alone; it is a pure function."""
+        try:
+            return self._asked(ready[: self._settings.max_streams], self.running)
+        except Exception:
+            before = len(failed)
+            _each((*ready, *self.running), self._asked_alone, failed)
+            if len(failed) == before:
+                raise
+            return StepPlan((), (), ())
+
+    def _asked_alone(self, sequence: Sequence) -> StepPlan:
+        return self._asked([], [sequence]) if sequence in self.running else self._asked([sequence], [])
+
+    def _asked(self, ready: list[Sequence], running: list[Sequence]) -> StepPlan:
+        return admit_streams(
+            [_as_waiting(sequence) for sequence in ready],
+            [self._as_running(sequence) for sequence in running],
+            ledger=self.tenants.ledger,
             free_blocks=self.blocks.free_blocks,
             block_size=BLOCK_SIZE,
             max_streams=self._settings.max_streams,
             rows=self._settings.max_rows,
         )
-        found = {sequence.request.id: sequence for sequence in (*ready, *self.running)}
-        for id in plan.evicted:
-            self._preempt(found[id])
-        for id in plan.admitted:
-            self._admit(found[id])
-        chunks = [Chunk(found[id], rows) for id, rows in plan.chunks]
-        for chunk in chunks:
-            self._grow(chunk.sequence, chunk.sequence.cached + chunk.rows)
-        return chunks
 
-    def _may_pin(self, sequence: Sequence, graft: GraftId) -> bool:
-        """Whether its graft is in memory and nobody older waits for the room that such grafts take: younger streams
-        that kept them in use, one after the other, would keep it out for ever."""
-        held_up = self._held_up is not None and _age(self._held_up) < _age(sequence)
-        return self.residency.get(graft) is not None and not held_up
+    def _as_running(self, one: Sequence) -> Running:
+        held, missing = len(self.blocks.table(one.request.id)), self.blocks.missing(one.request.id, one.cached + 1)
+        return Running(one.request.id, one.left, held, missing, one.min_chunk, one.tenant)
 
-    def _as_running(self, sequence: Sequence) -> Running:
-        id = sequence.request.id
-        held, missing = len(self.blocks.table(id)), self.blocks.missing(id, sequence.cached + 1)
-        return Running(id, sequence.left, held, missing, sequence.min_chunk)
-
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence, now: float) -> None:
         """Blocks for all its tokens, its graft's prefix in the first of them."""
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_age)
-        self._grow(sequence, sequence.prefix + len(sequence.tokens))
         graft = sequence.request.graft
+        self._unqueue(sequence)
+        self.tenants.entered(sequence, now)
+        insort(self.running, sequence, key=_turn)
         if graft is not None:
             self.residency.pin(graft)
+        self._grow(sequence, sequence.prefix + len(sequence.tokens))
+        if graft is not None:
             resident = self.residency.get(graft)
             assert resident is not None
             self.cache.write_prefix(self.blocks.table(sequence.request.id), resident)
@@ -136,6 +173,10 @@ class Streams:
         self._release(sequence)
         sequence.computed = 0
         self.add(sequence)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.tenants.unqueued(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -162,5 +203,28 @@ class Streams:
             )
 
 
+def _as_waiting(one: Sequence) -> Waiting:
+    slots = one.prefix + len(one.tokens)
+    return Waiting(one.request.id, one.left, slots, one.min_chunk, one.tenant, one.cost, one.overdue)
+
+
+def _each(sequences: Iterable[Sequence], act: Callable[[Sequence], object], failed: list[Failed]) -> list[Sequence]:
+    """Do it for each; returns those for whom it was done, the others go to `failed`."""
+    done = []
+    for sequence in sequences:
+        try:
+            act(sequence)
+        except Exception as error:
+            failed.append((sequence, error))
+        else:
+            done.append(sequence)
+    return done
+
+
 def _age(sequence: Sequence) -> tuple[float, str]:
     return sequence.arrival, sequence.request.id
+
+
+def _turn(sequence: Sequence) -> int:
+    assert sequence.entered is not None
+    return sequence.entered

@@ -14,7 +14,7 @@ from torch import Tensor
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.process import give_back
+from polygraft.grafts.runtime.process import allocation_failed, give_back
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sources import Source
@@ -322,9 +322,3 @@ def _pieces(samples: Iterable[Sample], limit: int, virtual: int) -> Iterable[tup
         piece.append(sample)
     if piece:
         yield tuple(piece)
-
-
-def allocation_failed(error: BaseException) -> bool:
-    """Whether it says that memory was short, or could never suffice."""
-    said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in said)

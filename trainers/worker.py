@@ -27,6 +27,7 @@ from polygraft.cluster.store.base import EntryId, Store, StoreError
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -36,7 +37,7 @@ from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.prepare import prepare
-from polygraft.trainers.runner import PackRunner, RunningJob, Stepped, allocation_failed
+from polygraft.trainers.runner import PackRunner, RunningJob, Stepped
 from polygraft.trainers.steplog import StepLog
 
 _LOG = logging.getLogger(__name__)

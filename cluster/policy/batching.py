@@ -1,11 +1,16 @@
-"""Which streams an engine's next step computes, first come, first served: who leaves, who enters, how many rows."""
+"""Which streams an engine's next step computes, tenant by tenant in turn: who leaves, who enters, how many rows."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from polygraft.cluster.model import TenantId
 from polygraft.cluster.policy.entry import blocks_for, may_enter
+from polygraft.cluster.policy.fairness import Ledger, in_turn
+
+_ANYBODY = TenantId("")  # where there is but one tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,71 +23,155 @@ class Running:
     held: int
     missing: int
     min_chunk: int = 1
+    tenant: TenantId = _ANYBODY
+
+    @property
+    def cost(self) -> float:
+        """Nothing more: it was paid for when it entered."""
+        return 0.0
+
+    @property
+    def overdue(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A stream without cache blocks: `left` rows to compute, at least `min_chunk` of them in its first step; with its
-    graft's prefix they fill `slots` cache slots."""
+    graft's prefix they fill `slots` cache slots. `cost` and `overdue` as in fairness.py."""
 
     id: str
     left: int
     slots: int
     min_chunk: int = 1
+    tenant: TenantId = _ANYBODY
+    cost: float = 0.0
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Do it in this order: `evicted` give up their blocks and go back to the head of the queue, `admitted` get blocks
-    for all their slots, then `chunks` (stream, rows) are computed, those of admitted streams last."""
+    """Do it in this order: `evicted` give up their blocks and go back to their places in the queue, `admitted` get
+    blocks for all their slots, then `chunks` (stream, rows) are computed."""
 
     evicted: tuple[str, ...]
     admitted: tuple[str, ...]
     chunks: tuple[tuple[str, int], ...]
 
 
-def admit_streams(
+def admit_streams(  # noqa: PLR0913
     waiting: Sequence[Waiting],
     running: Sequence[Running],
     *,
+    ledger: Ledger,
     free_blocks: int,
     block_size: int,
     max_streams: int,
     rows: int,
 ) -> StepPlan:
-    """The next step over `running` and `waiting`, both oldest first, with at most `rows` rows; a chunk whose
-    `min_chunk` is more may go beyond, and is the last.
+    """The next step over `running`, longest here first, and `waiting`, oldest first, with at most `rows` rows; a chunk
+    whose `min_chunk` is more may go beyond, and is the last.
 
-    Decoding streams get a row each, then prefills get chunks, then new streams are admitted while `may_enter` says so.
-    The first that does not fit stops the queue. While streams are evicted nobody is admitted.
+    Decoding streams get a row each. Then prompts that are being computed and new streams come in turn; new ones are
+    admitted while `may_enter` says so, or while a tenant with a greater share makes room. The first that does not fit
+    stops the queue, as does one of a tenant that just had to give up blocks.
     """
-    stay, evicted, free = _evict(running, free_blocks)
-    free -= sum(stream.missing for stream in stay)
-    chunks: list[tuple[str, int]] = []
-    for stream in sorted(stay, key=lambda stream: stream.left > 1):  # stable: oldest first within decode and prefill
-        if rows > 0:
-            chunks.append((stream.id, max(stream.min_chunk, min(stream.left, rows))))
-            rows -= chunks[-1][1]
+    places = _Places(list(running), ledger, free_blocks)
+    places.make_room_to_grow()
+    chunks: dict[str, int] = {}
 
+    def compute(stream: Running | Waiting) -> None:
+        nonlocal rows
+        chunks[stream.id] = max(stream.min_chunk, min(stream.left, rows))
+        rows -= chunks[stream.id]
+
+    for stream in places.streams:
+        if stream.left == 1 and rows > 0:
+            compute(stream)
     admitted: list[str] = []
-    for candidate in waiting if not evicted else ():
-        streams = len(stay) + len(admitted)
-        needed = blocks_for(candidate.slots, block_size)
-        if rows < 1 or not may_enter(needed, running=streams, free_blocks=free, max_streams=max_streams):
+    closed = False
+    prompts = [stream for stream in places.streams if stream.left > 1]
+    for candidate in in_turn([*prompts, *waiting], ledger, places.count):
+        if rows < 1:
             break
+        if isinstance(candidate, Running):
+            if candidate.id not in places.evicted:
+                compute(candidate)
+            continue
+        needed = blocks_for(candidate.slots, block_size)
+        closed = (
+            closed or candidate.tenant in places.gave_up or not places.make_room_for(candidate, needed, max_streams)
+        )
+        if closed:
+            continue
+        for evicted in places.evicted:
+            rows += chunks.pop(evicted, 0)
+        places.enter(candidate, needed)
         admitted.append(candidate.id)
-        chunks.append((candidate.id, max(candidate.min_chunk, min(candidate.left, rows))))
-        rows -= chunks[-1][1]
-        free -= needed
-    return StepPlan(evicted, tuple(admitted), tuple(chunks))
+        compute(candidate)
+    return StepPlan(tuple(places.evicted), tuple(admitted), tuple(chunks.items()))
 
 
-def _evict(running: Sequence[Running], free: int) -> tuple[list[Running], tuple[str, ...], int]:
-    """Who stays, who leaves, youngest first, until the others' missing blocks are there, and the blocks then free."""
-    stay = list(running)
-    evicted: list[str] = []
-    while stay and sum(stream.missing for stream in stay) > free:
-        youngest = stay.pop()
-        evicted.append(youngest.id)
-        free += youngest.held
-    return stay, tuple(evicted), free
+class _Places:
+    """The streams that stay, and the blocks that are free beside them, while a step is being chosen."""
+
+    def __init__(self, streams: list[Running], ledger: Ledger, free: int) -> None:
+        self.streams, self._ledger, self._free = streams, ledger, free
+        self.count = Counter(stream.tenant for stream in streams)
+        self.evicted: list[str] = []
+        self.gave_up: set[TenantId] = set()
+        self._entered = 0
+        self._grown = False
+
+    def make_room_to_grow(self) -> None:
+        """Evict until all that stay have the blocks for their next rows, and take these."""
+        while self.streams and sum(stream.missing for stream in self.streams) > self._free:
+            self._evict(self._last_of(max(self.count, key=self._size)))
+        self._free -= sum(stream.missing for stream in self.streams)
+        self._grown = True
+
+    def make_room_for(self, new: Waiting, needed: int, max_streams: int) -> bool:
+        """Whether `new` may enter, if need be in the place of streams of tenants that have a greater share of the
+        streams even without them, and were served no less."""
+        kept = list(self.streams), Counter(self.count), list(self.evicted), set(self.gave_up), self._free
+        while not may_enter(
+            needed,
+            running=len(self.streams) + self._entered,
+            free_blocks=self._free,
+            max_streams=max_streams,
+        ):
+            larger = [tenant for tenant in self.count if self._yields(tenant, new)]
+            if not larger:
+                self.streams, self.count, self.evicted, self.gave_up, self._free = kept
+                return False
+            self._evict(self._last_of(max(larger, key=self._size)))
+        return True
+
+    def enter(self, new: Waiting, needed: int) -> None:
+        self._free -= needed
+        self.count[new.tenant] += 1
+        self._entered += 1
+
+    def _yields(self, tenant: TenantId, new: Waiting) -> bool:
+        """Whether a stream of `tenant` goes for `new`. Those that were admitted in this step stay."""
+        if tenant == new.tenant or not any(stream.tenant == tenant for stream in self.streams):
+            return False
+        without = self._ledger.share(tenant, self.count[tenant] - 1)
+        served_more = new.overdue or self._ledger.counter(tenant) >= self._ledger.counter(new.tenant)
+        return served_more and without >= self._ledger.share(new.tenant, self.count[new.tenant] + 1)
+
+    def _size(self, tenant: TenantId) -> tuple[float, float, int]:
+        """By which the tenant that has most is found: its share, its counter, then how late its last one came."""
+        last = max((at for at, stream in enumerate(self.streams) if stream.tenant == tenant), default=-1)
+        share = self._ledger.share(tenant, self.count[tenant]) if last >= 0 else -1.0
+        return share, self._ledger.counter(tenant), last
+
+    def _last_of(self, tenant: TenantId) -> Running:
+        return next(stream for stream in reversed(self.streams) if stream.tenant == tenant)
+
+    def _evict(self, stream: Running) -> None:
+        self.streams.remove(stream)
+        self.count[stream.tenant] -= 1
+        self.evicted.append(stream.id)
+        self.gave_up.add(stream.tenant)
+        self._free += stream.held + (stream.missing if self._grown else 0)

@@ -13,7 +13,7 @@ from polygraft.cluster.policy.entry import blocks_for, ever_fits, may_enter
 class RefusalReason(StrEnum):
     NO_REPLICA = "no_replica"  # none is up, or all that are up were tried; HTTP 503
     TOO_LONG = "too_long"  # does not fit an empty replica; HTTP 400
-    ALL_FULL = "all_full"  # every queue is full; HTTP 429
+    ALL_FULL = "all_full"  # every replica turned it down; HTTP 429
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,6 @@ class RouteView:
 
     replicas: tuple[ReplicaView, ...]
     max_streams: int
-    max_waiting: int
     block_size: int
 
 
@@ -55,8 +54,8 @@ class RouteRequest:
 def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
     """The replica that has most requests running among those that can start this one at once, so that others run empty.
 
-    Ties go to the one that holds the graft, then to the fullest cache. Where none can start it, the shortest queue
-    takes it.
+    Ties go to the one that holds the graft, then to the fullest cache. Where none can start it, it goes to the
+    shortest queue; whether that has a place for its tenant, the replica says.
     """
     candidates = [replica for replica in view.replicas if replica.id not in request.tried]
     if not candidates:
@@ -67,16 +66,13 @@ def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
         return Refusal(RefusalReason.TOO_LONG)
 
     needed = blocks_for(request.slots, size)
-    fitting = [replica for replica in possible if _starts(view, replica, needed)]
+    fitting = [replica for replica in possible if starts(view, replica, needed)]
     if fitting:
         return max(fitting, key=lambda one: (one.running, request.graft in one.resident, -one.free_blocks, one.id)).id
-    queueing = [replica for replica in possible if replica.waiting < view.max_waiting]
-    if queueing:
-        return min(queueing, key=lambda one: (one.waiting, request.graft not in one.resident, one.id)).id
-    return Refusal(RefusalReason.ALL_FULL)
+    return min(possible, key=lambda one: (one.waiting, request.graft not in one.resident, one.id)).id
 
 
-def _starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
+def starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
     """Whether its engine's next step admits the request: nobody waits before it, and it may enter."""
     return not replica.waiting and may_enter(
         needed, running=replica.running, free_blocks=replica.free_blocks, max_streams=view.max_streams

@@ -53,6 +53,12 @@ def give_back() -> None:
         allocator.malloc_trim(0)
 
 
+def allocation_failed(error: BaseException) -> bool:
+    """Whether it says that memory was short, or could never suffice."""
+    said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+
+
 def chosen_device(setting: str) -> str:
     """Where a process computes by its setting: "auto" takes a GPU where there is one. Raises ValueError where "cuda" is
     asked for and there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from math import ceil
 from secrets import randbits, token_hex
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http import frames
 from polygraft.serving.http.body import read_as, read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
-from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, unavailable
+from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, internal, unavailable
 from polygraft.serving.http.frames import DONE, Frames
 from polygraft.serving.http.schemas import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
 from polygraft.serving.http.transcript import Transcript
@@ -123,7 +124,9 @@ async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTok
                     raise failure
                 yield tokens
     except Busy as error:
-        raise ApiError(429, f"{error}; try again", code="overloaded", headers={"Retry-After": "1"}) from None
+        seconds = ceil(error.retry_after_s)
+        headers = {"Retry-After": f"{seconds}"}
+        raise ApiError(429, f"{error}; try again in {seconds} s", code="overloaded", headers=headers) from None
     except TooLong as error:
         raise bad_request(f"messages: {error}", param="messages", code="context_length_exceeded") from None
     except Unavailable as error:
@@ -132,12 +135,14 @@ async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTok
 
 def _failure(tokens: StepTokens) -> ApiError | None:
     """The answer when a generation failed, by who can mend it, or was broken off."""
-    match tokens.finish_reason:
-        case "error" if tokens.code is not None:
-            return bad_request(f"messages: {tokens.error}", param="messages", code=tokens.code)
-        case "error":
-            return ApiError(500, f"the generation failed: {tokens.error}", code="generation_failed")
-        case "cancelled":
+    match tokens.finish_reason, tokens.code:
+        case "error", "out_of_memory":
+            return unavailable(f"{tokens.request}: {tokens.error}; try again, or with a shorter prompt")
+        case "error", None:
+            return internal("the generation failed", f"{tokens.request}: {tokens.error}", code="generation_failed")
+        case "error", code:
+            return bad_request(f"messages: {tokens.error}", param="messages", code=code)
+        case "cancelled", _:
             return unavailable("the generation was broken off by the service; try again")
         case _:
             return None

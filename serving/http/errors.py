@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Mapping, Sequence
+from secrets import token_hex
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -59,6 +60,18 @@ def unavailable(message: str, retry_after_s: int = 2) -> ApiError:
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
+def internal(message: str, cause: Exception | str, *, code: str) -> ApiError:
+    """A 500 that tells the client an id and nothing else of the cause, which is in the log under that id: it may name
+    other tenants' requests, files of the server or secrets."""
+    reference = f"err-{token_hex(8)}"
+    _LOG.error("%s: %s: %s", reference, message, cause, exc_info=cause if isinstance(cause, Exception) else None)
+    return ApiError(500, f"{message}; the server's log says why under {reference}", code=code)
+
+
+def artefacts_full() -> ApiError:
+    return unavailable("the artefact folder is full; nothing was kept, free some space and try again", 30)
+
+
 def body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": _TYPES.get(status, _family(status)), "param": param, "code": code}}
@@ -70,7 +83,7 @@ def answer(error: ApiError) -> JSONResponse:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The answer for any exception of a request; an unforeseen one is logged and becomes a bare 500."""
+    """The answer for any exception of a request; an unforeseen one is logged and becomes a 500 with an id."""
     match error:
         case ApiError():
             return error
@@ -83,12 +96,11 @@ def as_api_error(error: Exception) -> ApiError:
         case StoreUnavailable():
             return unavailable("the state store is down; nothing was changed, try again")
         case Conflict():
-            return ApiError(409, f"{error}", code="conflict")
+            return ApiError(409, "it was changed by another request meanwhile; look again", code="conflict")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return unavailable("the artefact folder is full; nothing was kept, free some space and try again", 30)
+            return artefacts_full()
         case _:
-            _LOG.error("a request failed", exc_info=error)
-            return ApiError(500, "internal error; the server's log says more", code="internal_error")
+            return internal("internal error", error, code="internal_error")
 
 
 def install(app: FastAPI) -> None:

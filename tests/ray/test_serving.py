@@ -95,12 +95,12 @@ async def burst(client: openai.AsyncOpenAI, models: list[str]) -> list[str]:
     return await asyncio.gather(*(streamed(client, model) for model in models))
 
 
-def replica_pid() -> int:
-    """The process of the engine's deployment."""
+def deployment_pid(name: str) -> int:
+    """The process of a deployment."""
     for process in psutil.Process().children(recursive=True):
-        if "ServeReplica:polygraft:replica-0" in " ".join(process.cmdline()):
+        if f"ServeReplica:polygraft:{name}" in " ".join(process.cmdline()):
             return process.pid
-    raise AssertionError("no replica is alive")
+    raise AssertionError(f"no {name} is alive")
 
 
 @pytest.mark.slow
@@ -169,11 +169,38 @@ def check(url: str, key: str, answers: dict[str, str], data: Path, tmp_path: Pat
             before = len(read_steps(data))
             while len(read_steps(data)) < before + 5:
                 await asyncio.sleep(0.01)
-            os.kill(replica_pid(), signal.SIGKILL)
+            os.kill(deployment_pid("replica-0"), signal.SIGKILL)
             return await work
 
         assert runner.run(killed()) == [answers[model] for model in models]
+
+        before = len(read_steps(data))
+        lose_the_ingress(url, key)
+        assert len(wait_quiet(data)) - before < 150  # 200 tokens were asked for: the engine was told, too
+        assert runner.run(burst(talker, models)) == [answers[model] for model in models]
         runner.run(talker.close())
+
+
+def lose_the_ingress(url: str, key: str) -> None:
+    """A stream whose ingress dies ends with a protocol error, never as if it were whole; another takes its place."""
+    body = {"model": "g1", "messages": [{"role": "user", "content": ASK}], "max_tokens": 200, "stream": True}
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30) as answer:
+        pieces = answer.iter_bytes()
+        said = next(pieces)
+        os.kill(deployment_pid("ingress"), signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012  (whatever comes before the end is read)
+            for piece in pieces:
+                said += piece
+    assert answer.status_code == 200 and b"[DONE]" not in said and b'"finish_reason":"' not in said
+    for _ in range(300):
+        try:
+            if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("no ingress took the dead one's place")
 
 
 def hang_up(url: str, key: str) -> None:

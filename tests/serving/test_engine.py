@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from polygraft.cluster.model import ReplicaId, TenantId
+from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.route import Rows
+from polygraft.serving.engine import Engine
+from polygraft.serving.messages import StepTokens
 from tests.serving.engines import Heard, engine_on, request, run
 from tests.tiny import tiny_llama
 
@@ -46,6 +52,10 @@ def heard() -> Heard:
     return Heard()
 
 
+def steps_of(data: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (data / "replicas/r0/steps.jsonl").read_text().splitlines()]
+
+
 def test_streams_that_join_and_leave_say_what_generate_says_alone(
     backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
 ) -> None:
@@ -57,7 +67,7 @@ def test_streams_that_join_and_leave_say_what_generate_says_alone(
     run(engine)
     assert heard.tokens == {name: alone[name][: 12 - i % 3] for i, name in enumerate(PROMPTS)}
     assert set(heard.reasons().values()) == {"length"}
-    steps = [json.loads(line) for line in (tmp_path / "replicas/r0/steps.jsonl").read_text().splitlines()]
+    steps = steps_of(tmp_path)
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert max(len(step["requests"]) for step in steps) >= 4
     assert any(0 < step["prefill_rows"] < step["rows"] for step in steps)  # prefill and decode in one forward
@@ -83,9 +93,32 @@ def test_when_blocks_run_out_the_youngest_starts_again_and_says_the_same(
     run(engine)
     assert heard.tokens == {name: alone[name] for name in ("p1", "p0", "p5")}
     assert engine.load.free_blocks == engine.load.blocks == 6
-    steps = [json.loads(line) for line in (tmp_path / "replicas/r0/steps.jsonl").read_text().splitlines()]
+    steps = steps_of(tmp_path)
     once = sum(len(PROMPTS[name]) + 39 for name in ("p1", "p0", "p5"))
     assert sum(step["rows"] for step in steps) > once  # some rows were computed again
+
+
+def test_a_preempted_stream_keeps_its_place_before_those_who_came_later(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    per_block = 2 * 16 * 2 * 32 * 4
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=52, kv_bytes=7 * per_block)
+    for name in ("p5", "p1", "p0"):
+        engine.submit(request(name, PROMPTS[name], 40))
+    before = len(engine._streams.running)
+    while len(engine._streams.running) >= before:
+        before = len(engine._streams.running)
+        engine.turn()
+    preempted = engine._streams.waiting[0].request.id
+    engine.submit(request("late", PROMPTS["p1"], 2))
+    run(engine)
+    again = [step["requests"] for step in steps_of(tmp_path)]
+    assert preempted == "p0" and heard.tokens["p0"] == alone["p0"]
+    first_of_late = next(n for n, requests in enumerate(again) if "late" in requests)
+    came_back = next(
+        n for n, requests in enumerate(again) if "p0" in requests and n and "p0" not in again[n - 1] and n > 1
+    )
+    assert came_back <= first_of_late
 
 
 def test_an_end_token_ends_the_stream_and_is_told(
@@ -141,11 +174,45 @@ def test_a_cancelled_stream_ends_and_gives_its_blocks_back(
     assert engine.load.free_blocks == engine.load.blocks
 
 
-def test_the_queue_is_bounded(backbone: Backbone, tmp_path: Path) -> None:
+def test_the_queue_is_bounded_tenant_by_tenant(backbone: Backbone, tmp_path: Path) -> None:
     engine = engine_on(backbone, tmp_path, max_streams=2, max_queued=1)
-    assert [engine.submit(request(f"r{i}", (5,))) for i in range(4)] == [True, True, True, False]
+    ann = [engine.submit(request(f"a{i}", (5,))) for i in range(5)]
+    assert ann[:3] == [None] * 3 and None not in ann[3:]
+    bob = [engine.submit(request(f"b{i}", (5,), tenant=TenantId("bob"))) for i in range(4)]
+    assert bob[:3] == [None] * 3 and bob[3] is not None
     run(engine)
-    assert engine.submit(request("r5", (5,)))
+    assert engine.submit(request("a5", (5,))) is None
+
+
+def test_nobody_takes_more_of_the_queue_than_is_left_for_others(backbone: Backbone, tmp_path: Path) -> None:
+    engine = engine_on(backbone, tmp_path, max_streams=2, max_queued=100, max_queued_in_all=10)
+    for name, places in (("ann", 6), ("bob", 3), ("eve", 2), ("joe", 1)):  # of 12 places half, then half of the rest
+        taken = [engine.submit(request(f"{name}{i}", (5,), tenant=TenantId(name))) for i in range(20)]
+        assert [answer is None for answer in taken] == [True] * places + [False] * (20 - places), name
+    run(engine)
+
+
+def test_a_refused_request_is_told_when_a_place_will_be_free_and_then_gets_it(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    now = [100.0]
+    settings = ServeSettings(max_streams=1, max_queued=3, max_context=128, kv_bytes=4 << 20)
+    engine = Engine(backbone, settings, replica=ReplicaId("r0"), data=tmp_path, clock=lambda: now[0])
+    engine.listen("", Heard())
+    for index in range(8):  # a request takes 4 steps of 2 s: its prompt and 3 tokens
+        while engine.submit(request(f"a{index}", (5,), 4)) is not None:
+            now[0] += 2.0
+            engine.turn()
+    told = [engine.submit(request(f"late{index}", (5,), 4)) for index in range(3)]
+    waits = [full.retry_after_s for full in told if full is not None]
+    assert len(waits) == 3 and waits[0] == pytest.approx(8.0, abs=2.0)
+    assert waits[1:] == pytest.approx([2 * waits[0], 3 * waits[0]])  # each has its own place to wait for
+    start = now[0]
+    for index, wait in enumerate(waits):
+        while now[0] < start + wait:
+            now[0] += 2.0
+            engine.turn()
+        assert engine.submit(request(f"late{index}", (5,), 4)) is None
 
 
 def test_a_poisoned_row_fails_only_its_own_request(
@@ -168,16 +235,45 @@ def test_a_poisoned_row_fails_only_its_own_request(
     assert heard.tokens["p3"] == alone["p3"][:12]
 
 
+@pytest.mark.parametrize("bad", ["a", "p15", "z"])  # rows are laid out by id: first, in the middle, last
 def test_a_stream_that_makes_the_forward_raise_is_found_and_ended_alone(
-    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+    backbone: Backbone,
+    tmp_path: Path,
+    alone: dict[str, list[int]],
+    heard: Heard,
+    monkeypatch: pytest.MonkeyPatch,
+    bad: str,
 ) -> None:
+    whole = Backbone.forward
+
+    def raising(self: Backbone, rows: Rows, *others: Any) -> Any:
+        assert 499 not in rows.ids.tolist(), "a poisoned row"
+        return whole(self, rows, *others)
+
+    monkeypatch.setattr(Backbone, "forward", raising)
     engine = engine_on(backbone, tmp_path, heard=heard)
     engine.submit(request("p1", PROMPTS["p1"]))
-    engine.submit(request("bad", (7, 10**6)))  # outside the vocabulary: the embedding raises
+    engine.submit(request(bad, (7, 499)))
     engine.submit(request("p2", PROMPTS["p2"]))
     run(engine)
-    assert heard.reasons() == {"bad": "error", "p1": "length", "p2": "length"}
+    assert heard.reasons() == {bad: "error", "p1": "length", "p2": "length"}
     assert heard.tokens["p1"] == alone["p1"][:12] and heard.tokens["p2"] == alone["p2"][:12]
+    together = [step["requests"] for step in steps_of(tmp_path)][-1]
+    assert together == ["p1", "p2"]  # who was tried alone and is innocent goes on in company
+
+
+@pytest.mark.parametrize("wrong", [512, 10**6, -1])
+def test_a_token_that_the_model_does_not_have_ends_its_request_before_any_forward(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard, wrong: int
+) -> None:
+    """On a GPU an id beyond the embedding would end the process; -1 would be some graft's virtual token."""
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("p1", PROMPTS["p1"]))
+    engine.submit(request("bad", (7, wrong)))
+    run(engine)
+    assert heard.reasons() == {"bad": "error", "p1": "length"} and heard.ends["bad"].code == "unknown_token"
+    assert heard.tokens["p1"] == alone["p1"][:12]
+    assert all("bad" not in step["requests"] for step in steps_of(tmp_path))
 
 
 def test_a_missing_graft_fails_only_its_own_request(
@@ -214,4 +310,51 @@ def test_the_thread_serves_stops_and_tells_those_who_wait(backbone: Backbone, tm
         engine.submit(request(name, PROMPTS[name], 80))
     engine.stop()
     assert heard.reasons()["p2"] == "cancelled" and not engine.healthy(5.0)
-    assert not engine.submit(request("p3", PROMPTS["p3"]))
+    assert engine.submit(request("p3", PROMPTS["p3"])) is not None
+
+
+def test_a_newer_attempt_ends_the_older_one_of_its_request_alone(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]]
+) -> None:
+    heard: list[StepTokens] = []
+    engine = engine_on(backbone, tmp_path)
+    engine.listen("", lambda step, _: heard.extend(step))
+    for name in ("p1", "p2"):
+        engine.submit(request(name, PROMPTS[name]))
+    for _ in range(4):
+        engine.turn()
+    given = tuple(said.token for said in heard if said.request == "p1" and said.token is not None)
+    assert given == tuple(alone["p1"][: len(given)]) and given
+    engine.submit(request("p1", PROMPTS["p1"], generated=given, attempt=1))
+    run(engine)
+    ends = {(said.request, said.attempt): said.finish_reason for said in heard if said.finish_reason}
+    assert ends == {("p1", 0): "cancelled", ("p1", 1): "length", ("p2", 0): "length"}
+    second = [said.token for said in heard if said.request == "p1" and said.attempt == 1]
+    assert second == alone["p1"][len(given) : 12]
+
+
+def test_a_cancel_meets_the_request_that_came_just_before_it(backbone: Backbone, tmp_path: Path, heard: Heard) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("p1", PROMPTS["p1"]))
+    engine.cancel("p1")
+    run(engine)
+    assert heard.reasons() == {"p1": "cancelled"} and not heard.tokens["p1"]
+
+
+def test_an_ingress_that_leaves_takes_its_own_requests_and_no_others(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    first, second = Heard(), Heard()
+    engine.listen("other", first)
+    engine.submit(request("p1", PROMPTS["p1"], ingress="other"))
+    engine.submit(request("p2", PROMPTS["p2"]))
+    engine.turn()
+    engine.listen("other", second)  # connected again before the old connection was seen to end
+    engine.leave("other", first)
+    engine.turn()
+    assert {stream.request.id for stream in engine._streams.running} == {"p1", "p2"}
+    engine.leave("other", second)
+    run(engine)
+    assert heard.tokens["p2"] == alone["p2"][:12] and len(second.tokens["p1"]) < 12
+    assert engine.load.free_blocks == engine.load.blocks

@@ -61,6 +61,44 @@ def test_grafts_in_use_or_wanted_are_never_let_go(backbone: Backbone) -> None:
         holding(backbone, room=0).can_admit(named(backbone, "c"), ())
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_graft_in_use_stays_even_when_it_was_used_least_recently(backbone: Backbone, order: tuple[str, str]) -> None:
+    residency = holding(backbone, *order, room=2)
+    residency.pin(GraftId("a"))
+    residency.pin(GraftId("b"))
+    residency.unpin(GraftId("b"))  # used later than a, but by nobody now
+    residency.admit(named(backbone, "c"), ())
+    assert residency.held == ("a", "c")
+
+
+def test_a_graft_of_two_streams_stays_until_both_have_left(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", room=2)
+    residency.pin(GraftId("a"))
+    residency.pin(GraftId("a"))
+    residency.pin(GraftId("b"))
+    residency.unpin(GraftId("a"))
+    assert not residency.can_admit(named(backbone, "c"), ())
+    residency.unpin(GraftId("a"))
+    assert residency.can_admit(named(backbone, "c"), ())
+    residency.admit(named(backbone, "c"), ())
+    assert residency.held == ("b", "c")
+
+
+def test_a_graft_that_somebody_waits_for_is_kept_though_nobody_uses_it_yet(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", room=2)
+    residency.admit(named(backbone, "c"), {GraftId("a")})
+    assert residency.held == ("a", "c")
+
+
+def test_stacks_at_hand_take_no_more_than_the_budget_but_for_the_ones_in_use(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", "c", room=3)
+    whole = residency.compose([GraftId(id) for id in "abc"])
+    one = residency.compose([GraftId("a")])
+    assert residency.compose([GraftId(id) for id in "abc"]) is not whole  # 4 of 3: the older ones went
+    assert residency.compose([GraftId("a")]) is not one
+    assert residency.compose([GraftId("a")]) is residency.compose([GraftId("a")])
+
+
 def test_stacks_are_rebuilt_only_each_time_the_streams_halve(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
 from polygraft.cluster.policy.entry import blocks_for, ever_fits
+from polygraft.cluster.policy.fairness import Ledger
 
 BLOCK = 4
 
@@ -21,7 +22,9 @@ def plan(
     streams: int = 8,
     rows: int = 64,
 ) -> StepPlan:
-    return admit_streams(waiting, running, free_blocks=free, block_size=BLOCK, max_streams=streams, rows=rows)
+    return admit_streams(
+        waiting, running, ledger=Ledger(), free_blocks=free, block_size=BLOCK, max_streams=streams, rows=rows
+    )
 
 
 def decoding(name: str, *, held: int = 2, missing: int = 0) -> Running:
@@ -114,6 +117,7 @@ def test_all_streams_finish_and_no_block_is_overdrawn(
                 Running(one.name, one.left, one.held, max(0, blocks_for(one.slots, BLOCK) - one.held), one.min_chunk)
                 for one in running
             ],
+            ledger=Ledger(),
             free_blocks=free,
             block_size=BLOCK,
             max_streams=max_streams,

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.policy.batching import Running, Waiting, admit_streams
 from polygraft.cluster.policy.entry import blocks_for, ever_fits, may_enter
-from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
+from polygraft.cluster.policy.fairness import Ledger
+from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route, starts
 
 BLOCK = 16
 
@@ -39,22 +40,24 @@ def test_a_stream_that_fills_the_last_block_never_fits() -> None:
 def test_the_router_calls_startable_what_the_engine_admits_in_its_next_step(
     slots: int, running: int, free: int, held: int, max_streams: int, queued: int
 ) -> None:
-    # No queue is allowed, so that the router names the replica only if it says that the request starts at once.
     total = free + held
     replica = ReplicaView(id=ReplicaId("r"), running=running, waiting=queued, blocks=total, free_blocks=free)
-    view = RouteView(replicas=(replica,), max_streams=max_streams, max_waiting=0, block_size=BLOCK)
+    view = RouteView(replicas=(replica,), max_streams=max_streams, block_size=BLOCK)
     answer = route(view, RouteRequest(graft=None, slots=slots))
+    starting = starts(view, replica, blocks_for(slots, BLOCK))
 
     # Every running stream has the block for its next row, and the step has rows for all.
     older = tuple(Waiting(f"older {n}", 1, 10_000) for n in range(queued))
     others = tuple(Running(f"{n}", 1, 1, 0) for n in range(running))
     new = Waiting("new", slots, slots)
-    assert (answer == "r") is ("new" in admitted((*older, new), others, free=free, max_streams=max_streams))
+    assert starting is ("new" in admitted((*older, new), others, free=free, max_streams=max_streams))
     assert (answer == Refusal(RefusalReason.TOO_LONG)) is (not admitted((new,), (), free=total, max_streams=1))
 
 
 def admitted(
     waiting: tuple[Waiting, ...], running: tuple[Running, ...], *, free: int, max_streams: int
 ) -> tuple[str, ...]:
-    plan = admit_streams(waiting, running, free_blocks=free, block_size=BLOCK, max_streams=max_streams, rows=1000)
+    plan = admit_streams(
+        waiting, running, ledger=Ledger(), free_blocks=free, block_size=BLOCK, max_streams=max_streams, rows=1000
+    )
     return plan.admitted

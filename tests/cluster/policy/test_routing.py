@@ -25,7 +25,7 @@ def replica(
 
 
 def view(*replicas: ReplicaView) -> RouteView:
-    return RouteView(replicas=replicas, max_streams=4, max_waiting=2, block_size=16)
+    return RouteView(replicas=replicas, max_streams=4, block_size=16)
 
 
 def chosen(*replicas: ReplicaView, slots: int = 16, tried: tuple[str, ...] = ()) -> str | RefusalReason:
@@ -54,6 +54,7 @@ def test_where_none_can_start_it_the_shortest_queue_takes_it() -> None:
     assert chosen(replica("a", 4, waiting=1), replica("b", 4), replica("c", 4, waiting=1)) == "b"
     assert chosen(replica("a", 1, waiting=1), replica("b", 4)) == "b"  # nobody overtakes a's queue
     assert chosen(replica("a", 4), replica("b", 4, resident=(G,))) == "b"
+    assert chosen(replica("a", 4, waiting=10**6)) == "a"  # whether its tenant may wait, the replica says
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_where_none_can_start_it_the_shortest_queue_takes_it() -> None:
     [
         ((), 16, (), RefusalReason.NO_REPLICA),
         ((replica("a"),), 16, ("a",), RefusalReason.ALL_FULL),
-        ((replica("a", 4, waiting=2), replica("b", 1, waiting=2)), 16, (), RefusalReason.ALL_FULL),
+        ((replica("a", 4, waiting=2), replica("b", 1, waiting=2)), 16, ("a", "b"), RefusalReason.ALL_FULL),
         ((replica("a", blocks=10, free=10),), 161, (), RefusalReason.TOO_LONG),
     ],
 )

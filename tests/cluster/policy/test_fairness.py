@@ -1,0 +1,280 @@
+"""Whose turn it is: the service bound of VTC over random requests, and by example what a tenant cannot gain."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polygraft.cluster.model import TenantId
+from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
+from polygraft.cluster.policy.entry import blocks_for
+from polygraft.cluster.policy.fairness import ANSWER_TOKEN, PROMPT_TOKEN, Ledger, in_turn
+
+ANN, BOB, EVE = (TenantId(name) for name in ("ann", "bob", "eve"))
+BLOCK = 4
+
+
+@dataclass
+class Stream:
+    tenant: TenantId
+    number: int
+    prompt: int
+    wanted: int
+    computed: int = 0
+    said: int = 0
+    entered: int | None = None
+    held: int = 0
+    since: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.tenant}{self.number}"
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.said
+
+    def waiting(self, overdue: bool = False) -> Waiting:
+        cost = self.prompt * PROMPT_TOKEN if self.entered is None else 0.0
+        return Waiting(self.id, self.tokens - self.computed, self.tokens, 1, self.tenant, cost, overdue)
+
+    def running(self) -> Running:
+        missing = max(0, blocks_for(self.computed + 1, BLOCK) - self.held)
+        return Running(self.id, self.tokens - self.computed, self.held, missing, 1, self.tenant)
+
+
+class Engine:
+    """What an engine does with a plan, in numbers only; streams are never compared with what the policy remembers."""
+
+    def __init__(self, *, blocks: int, streams: int, rows: int, weights: Mapping[TenantId, float]) -> None:
+        self.free, self._streams, self._rows = blocks, streams, rows
+        self.ledger = Ledger(weights)
+        self.queue: list[Stream] = []
+        self.run: list[Stream] = []
+        self.service: dict[TenantId, float] = defaultdict(float)
+        self._entered = 0
+
+    def step(self) -> StepPlan:
+        plan = admit_streams(
+            [stream.waiting() for stream in self.queue],
+            [stream.running() for stream in self.run],
+            ledger=self.ledger,
+            free_blocks=self.free,
+            block_size=BLOCK,
+            max_streams=self._streams,
+            rows=self._rows,
+        )
+        found = {stream.id: stream for stream in (*self.queue, *self.run)}
+        for id in plan.evicted:
+            self._leave(found[id])
+            found[id].computed = 0
+            self.submit(found[id])
+        for id in plan.admitted:
+            self._enter(found[id])
+        for id, rows in plan.chunks:
+            stream = found[id]
+            more = max(0, blocks_for(stream.computed + rows, BLOCK) - stream.held)
+            self.free, stream.held, stream.computed = self.free - more, stream.held + more, stream.computed + rows
+            if stream.computed == stream.tokens:
+                stream.said += 1
+                self.service[stream.tenant] += ANSWER_TOKEN
+                self.ledger = self.ledger.charged({stream.tenant: ANSWER_TOKEN})
+                if stream.said == stream.wanted:
+                    self._leave(stream)
+        assert self.free >= 0 and len(self.run) <= self._streams
+        return plan
+
+    def submit(self, stream: Stream) -> None:
+        queued = {other.tenant for other in self.queue}
+        if stream.tenant not in queued:
+            self.ledger = self.ledger.joined(stream.tenant, queued)
+        self.queue.append(stream)
+        self.queue.sort(key=lambda one: (one.number, one.tenant))
+
+    def _enter(self, stream: Stream) -> None:
+        self.queue.remove(stream)
+        if stream.tenant not in {other.tenant for other in self.queue}:
+            self.ledger = self.ledger.left(stream.tenant)
+        if stream.entered is None:
+            self.service[stream.tenant] += stream.prompt * PROMPT_TOKEN
+            self.ledger = self.ledger.charged({stream.tenant: stream.prompt * PROMPT_TOKEN})
+            stream.entered, self._entered = self._entered, self._entered + 1
+        self.run.append(stream)
+        self.run.sort(key=lambda one: one.entered or 0)
+        stream.held = blocks_for(stream.tokens, BLOCK)
+        self.free -= stream.held
+
+    def _leave(self, stream: Stream) -> None:
+        self.run.remove(stream)
+        self.free, stream.held = self.free + stream.held, 0
+
+
+LONGEST, MOST = 12, 10  # tokens of a prompt and of an answer
+
+
+@settings(max_examples=40)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, LONGEST), st.integers(1, MOST), st.sampled_from([0.5, 1.0, 3.0])),
+        min_size=2,
+        max_size=4,
+    ),
+    blocks=st.integers(8, 40),
+    streams=st.integers(1, 6),
+    rows=st.integers(2, 24),
+    seed=st.randoms(use_true_random=False),
+)
+def test_the_service_of_backlogged_tenants_never_differs_by_more_than_vtcs_bound(
+    shapes: list[tuple[int, int, float]], blocks: int, streams: int, rows: int, seed: object
+) -> None:
+    """Theorem 4.4 over every interval: the difference's largest minus its smallest value is at most 2 U."""
+    weights = {TenantId(f"t{n}"): weight for n, (_, _, weight) in enumerate(shapes)}
+    engine = Engine(blocks=blocks, streams=streams, rows=rows, weights=weights)
+    numbers = iter(range(10**6))
+    least, largest = {}, {}
+    for _ in range(160):
+        for tenant, (prompt, wanted, _) in zip(weights, shapes, strict=True):  # always two waiting: backlogged
+            while sum(one.tenant == tenant for one in engine.queue) < 2:
+                sized = seed.randint(1, prompt), seed.randint(1, wanted)  # type: ignore[attr-defined]
+                engine.submit(Stream(tenant, next(numbers), *sized))
+        assert engine.step().chunks, "something moves in every step"
+        for one in weights:
+            for other in weights:
+                gap = engine.service[one] / weights[one] - engine.service[other] / weights[other]
+                least[one, other] = min(least.get((one, other), 0), gap)
+                largest[one, other] = max(largest.get((one, other), 0), gap)
+    tokens = streams * (LONGEST + MOST)
+    bound = 2 * max(PROMPT_TOKEN * LONGEST, ANSWER_TOKEN * tokens) / min(weights.values())
+    assert max(largest[pair] - least[pair] for pair in largest) <= bound
+
+
+def test_equal_tenants_with_unequal_prompts_get_equal_service_and_weights_divide_it() -> None:
+    engine = Engine(blocks=400, streams=4, rows=64, weights={EVE: 3.0})
+    numbers = iter(range(10**6))
+    for _ in range(600):
+        for tenant, prompt, wanted in ((ANN, 40, 2), (BOB, 2, 2), (EVE, 8, 8)):
+            while sum(one.tenant == tenant for one in engine.queue) < 2:
+                engine.submit(Stream(tenant, next(numbers), prompt, wanted))
+        engine.step()
+    assert engine.service[ANN] / engine.service[BOB] == pytest.approx(1.0, abs=0.05)
+    assert engine.service[EVE] / engine.service[BOB] == pytest.approx(3.0, abs=0.15)
+
+
+def turns(ledger: Ledger, *waiting: Waiting, running: Mapping[TenantId, int] | None = None) -> list[str]:
+    return [one.id for one in in_turn(waiting, ledger, running or {})]
+
+
+def wanting(id: str, tenant: TenantId, cost: float = 10.0) -> Waiting:
+    return Waiting(id, 4, 4, 1, tenant, cost)
+
+
+def test_a_queue_of_one_tenant_is_served_as_it_came_and_several_take_turns() -> None:
+    ann, bob = [wanting(f"a{n}", ANN) for n in range(4)], [wanting(f"b{n}", BOB, 20.0) for n in range(2)]
+    assert turns(Ledger(), *ann) == ["a0", "a1", "a2", "a3"]
+    assert turns(Ledger(), *ann, *bob) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+    assert turns(Ledger(weights={BOB: 4.0}), *ann, *bob) == ["a0", "b0", "b1", "a1", "a2", "a3"]
+    assert turns(Ledger(served={ANN: 15.0}), *ann, *bob) == ["b0", "a0", "b1", "a1", "a2", "a3"]
+
+
+def test_of_equal_counters_the_tenant_with_fewer_streams_running_is_first() -> None:
+    assert turns(Ledger(), wanting("a", ANN), wanting("b", BOB), running={ANN: 2}) == ["b", "a"]
+
+
+def test_a_tenant_that_was_away_saves_up_nothing() -> None:
+    ledger = Ledger(served={ANN: 500.0, BOB: 700.0, EVE: 20.0})
+    assert ledger.joined(EVE, [ANN, BOB]).counter(EVE) == 500.0
+    assert ledger.left(BOB).joined(EVE, []).counter(EVE) == 700.0
+    assert ledger.joined(BOB, [ANN]).counter(BOB) == 700.0
+
+
+def test_one_that_is_overdue_goes_first_in_the_order_in_which_they_came() -> None:
+    late = replace(wanting("e", EVE), overdue=True), replace(wanting("a0", ANN), overdue=True)
+    ledger = Ledger(served={EVE: 900.0, ANN: 100.0})
+    assert turns(ledger, wanting("b", BOB), *late, wanting("a1", ANN)) == ["e", "a0", "b", "a1"]
+
+
+def chosen(waiting: tuple[Waiting, ...], running: tuple[Running, ...], ledger: Ledger, **limits: int) -> StepPlan:
+    given = {"free_blocks": 99, "max_streams": 4, "rows": 64, **limits}
+    return admit_streams(waiting, running, ledger=ledger, block_size=BLOCK, **given)
+
+
+def of(tenant: TenantId, *names: str, left: int = 1, held: int = 2) -> tuple[Running, ...]:
+    return tuple(Running(name, left, held, 0, 1, tenant) for name in names)
+
+
+def test_where_all_places_are_taken_the_tenant_with_most_makes_room_for_one_with_less() -> None:
+    ledger = Ledger(served={ANN: 50.0})
+    found = chosen((wanting("b", BOB),), of(ANN, "a0", "a1", "a2", "a3"), ledger)
+    assert found == StepPlan(("a3",), ("b",), (("a0", 1), ("a1", 1), ("a2", 1), ("b", 4)))
+    crowd = (*of(ANN, "a0"), *of(BOB, "b0"), *of(EVE, "e0", "e1"))
+    assert chosen((wanting("x", TenantId("x")),), crowd, ledger).evicted == ("e1",)
+
+
+def test_nobody_makes_room_for_one_that_was_served_more_or_would_then_have_as_much() -> None:
+    full = of(ANN, "a0", "a1", "a2", "a3")
+    assert chosen((wanting("b", BOB),), full, Ledger(served={BOB: 1.0})).admitted == ()
+    assert chosen((wanting("a4", ANN),), full, Ledger()).evicted == ()
+    assert chosen((wanting("b1", BOB),), (*of(ANN, "a0", "a1"), *of(BOB, "b0")), Ledger(), max_streams=3).evicted == ()
+    heavier = Ledger(weights={ANN: 3.0})
+    assert chosen((wanting("b1", BOB),), (*of(ANN, "a0", "a1", "a2"), *of(BOB, "b0")), heavier).evicted == ()
+
+
+def test_as_many_make_room_as_the_new_one_needs_or_nobody_does() -> None:
+    long = Waiting("b", 12, 12, 1, BOB, 12.0)  # 3 blocks, and one to grow for each that runs and for itself
+    ann = of(ANN, "a0", "a1", "a2")
+    assert chosen((long,), ann, Ledger(), free_blocks=2).evicted == ("a2", "a1")
+    assert chosen((replace(long, slots=40),), ann, Ledger(), free_blocks=2).evicted == ()
+
+
+def test_who_gave_up_a_place_and_all_after_it_in_turn_wait_for_the_next_step() -> None:
+    ledger = Ledger(served={ANN: 50.0, EVE: 60.0})
+    waiting = (wanting("a4", ANN), wanting("b", BOB), wanting("e", EVE))
+    found = chosen(waiting, of(ANN, "a0", "a1", "a2", "a3", held=20), ledger)
+    assert (found.evicted, found.admitted) == (("a3",), ("b",))
+
+
+def test_the_rows_of_a_step_go_to_prompts_in_turn() -> None:
+    ledger = Ledger(served={ANN: 50.0})
+    prompts = of(ANN, "a0", "a1", left=40, held=10)
+    found = chosen((wanting("b", BOB),), (*prompts, *of(EVE, "e")), ledger, rows=32)
+    assert found.chunks == (("e", 1), ("b", 4), ("a0", 27))
+
+
+def test_no_request_waits_beyond_the_bound_however_many_come_after_it() -> None:
+    """Tenants without number, each served less than bob: by counters alone bob would never be next."""
+    waits = {}
+    for patience in (20, 10**6):
+        engine, numbers = Engine(blocks=400, streams=2, rows=64, weights={}), iter(range(10**6))
+        engine.ledger = Ledger(served={BOB: 10_000.0})
+        bob = Stream(BOB, next(numbers), 4, 4)
+        engine.queue.append(bob)
+        for step in range(200):
+            if bob not in engine.queue:
+                break
+            while len(engine.queue) < 4:
+                number = next(numbers)
+                engine.queue.append(Stream(TenantId(f"new{number}"), number, 4, 4))
+            late = step >= patience
+            plan = admit_streams(
+                [one.waiting(overdue=late and one is bob) for one in engine.queue],
+                [one.running() for one in engine.run],
+                ledger=engine.ledger,
+                free_blocks=engine.free,
+                block_size=BLOCK,
+                max_streams=2,
+                rows=64,
+            )
+            for id in plan.admitted:
+                engine._enter(next(one for one in engine.queue if one.id == id))
+            for id, rows in plan.chunks:
+                stream = next(one for one in engine.run if one.id == id)
+                stream.computed, stream.said = stream.computed + rows, stream.said + 1
+                if stream.said == stream.wanted:
+                    engine._leave(stream)
+            waits[patience] = step
+    assert waits[20] <= 20 + 4 and waits[10**6] == 199
