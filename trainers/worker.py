@@ -94,7 +94,8 @@ class PackWorker:
         self._named: Mapping[str, str | None] = manifest.jobs
         self._outside = {JobId(job): name for job, name in manifest.jobs.items()}
         self.runner.steps = manifest.step
-        self._blame, guilty = manifest.blame, None
+        self._blame = manifest.blame
+        guilty: str | None = None
         if killed_at := self._underway.left():
             self._blame, guilty = manifest.blame.after_death(killed_at)
             _LOG.warning("%s: a worker was killed with %s underway", self.pack, dict(killed_at))
