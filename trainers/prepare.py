@@ -23,7 +23,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
     graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
     limit = shape.length_limit(job.spec.max_length, graft.context_length)
     asked = job.spec.learning_rate
-    recipe = TrainConfig(
+    config = TrainConfig(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
         learning_rate=(learning_rate(graft.spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
@@ -40,7 +40,7 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
     return TrainJob(
         id=job.id,
         graft=graft,
-        recipe=recipe,
+        config=config,
         train=train,
         held_out=held_out,
         warnings=tuple(f"{name}: {text}" for name, text in told if text is not None),

@@ -40,8 +40,8 @@ def soup_of(
     from polygraft.grafts.formats import native
     from polygraft.grafts.spec import SpecError
     from polygraft.launch.examples import encoded
+    from polygraft.trainers.evaluate import mean_loss
     from polygraft.trainers.job import Sample
-    from polygraft.trainers.runner import mean_loss
 
     store, settings = flags(context).store(), flags(context).settings()
     with usage_errors():
