@@ -27,6 +27,7 @@ from polygraft.kernels.branch import gpu as branch_gpu
 from polygraft.kernels.branch.op import branch
 from polygraft.kernels.common.bench import Case
 from polygraft.kernels.kv import gpu as kv_gpu
+from polygraft.kernels.kv.tiles import PagedTiles
 from polygraft.kernels.nf4 import gpu as nf4_gpu
 from polygraft.kernels.norm import gpu as norm_gpu
 from polygraft.kernels.rotate import gpu as rotate_gpu
@@ -91,10 +92,12 @@ def _through(card: Card, op: Callable[..., object]) -> Callable[..., object]:
     def there(value: object) -> object:
         if isinstance(value, SparseIndex):
             return SparseIndex(value.places.to(card.device))
+        if isinstance(value, PagedTiles):
+            return value.to(card.device)
         return value.to(card.device) if isinstance(value, Tensor) else value
 
     def call(*args: object) -> object:
-        copies = tree_map_only((Tensor, SparseIndex), there, args)
+        copies = tree_map_only((Tensor, SparseIndex, PagedTiles), there, args)
         result = op(*copies)
         for own, copy in zip(args, copies, strict=True):
             if isinstance(own, Tensor) and isinstance(copy, Tensor) and not own.requires_grad and own.is_leaf:

@@ -82,7 +82,8 @@ class Layer:
     def _least(self, base: Callable[[int], Sequence[Tensor]]) -> Callable[[], list[Tensor]]:
         """What any branch after a finished product costs at least: its group's A and B read once, the results read and
         written once."""
-        grafts = [torch.cat([w.flatten() for w in (*As, *Bs)]).view(torch.float32) for As, Bs in zip(self.A, self.B)]
+        pairs = zip(self.A, self.B, strict=True)
+        grafts = [torch.cat([w.flatten() for w in (*As, *Bs)]).view(torch.float32) for As, Bs in pairs]
 
         def group(i: int) -> Sequence[Tensor]:
             products = base(i)
@@ -114,7 +115,9 @@ class Layer:
         self, base: Callable[[int], Sequence[Tensor]], add: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     ) -> Callable[[], list[Tensor]]:
         return lambda: [
-            add(y, self.x[i], A, B) for i in range(len(GROUPS)) for y, A, B in zip(base(i), self.A[i], self.B[i])
+            add(y, self.x[i], A, B)
+            for i in range(len(GROUPS))
+            for y, A, B in zip(base(i), self.A[i], self.B[i], strict=True)
         ]
 
     def _loop(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -138,9 +141,9 @@ class Layer:
         found: list[tuple[Tensor, list[nn.Module]]] = []
         sequences = min(self.rows, 16)  # a token of each at decode, else 64 rows a graft in two
         names = [f"graft-{i * GRAFTS // sequences}" for i in range(sequences)]
-        for x, Ws, As, Bs in zip(self.x, self.W, self.A, self.B):
+        for x, Ws, As, Bs in zip(self.x, self.W, self.A, self.B, strict=True):
             layers: list[nn.Module] = []
-            for W, A, B in zip(Ws, As, Bs):
+            for W, A, B in zip(Ws, As, Bs, strict=True):
                 plain = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=BF16)
                 plain.weight = nn.Parameter(W, requires_grad=False)
                 layer = Linear(plain, "graft-0", config, r=RANK, lora_alpha=config.lora_alpha)
@@ -157,8 +160,8 @@ class Layer:
     def truth(self, *, grafts: bool) -> list[Tensor]:
         """The outputs in float64."""
         outs = []
-        for x, Ws, As, Bs in zip(self.x, self.W, self.A, self.B):
-            for W, A, B in zip(Ws, As, Bs):
+        for x, Ws, As, Bs in zip(self.x, self.W, self.A, self.B, strict=True):
+            for W, A, B in zip(Ws, As, Bs, strict=True):
                 y = x.double() @ W.double().T
                 start = 0
                 for j, end in enumerate(self.ends if grafts else ()):

@@ -15,9 +15,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
-if "kernels" not in sys.modules:  # transformers would take the file here for Hugging Face's package
-    sys.modules["kernels"] = None  # type: ignore[assignment]
 
+import last_on_path  # noqa: F401
 import parity_files
 import parity_forward
 import parity_names

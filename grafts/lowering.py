@@ -113,7 +113,7 @@ class Lowered:
 
         def generate(flat: Tensor) -> Tensor:
             pieces = flat.reshape(-1).split_with_sizes([tensor.numel for tensor in moving])
-            parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces)}
+            parts = {tensor.part: piece.view(tensor.shape) for tensor, piece in zip(moving, pieces, strict=True)}
             lowering = Lowering(place, weight, self._run_from_layer, draw())
             return declared.operands(slot, fixed | parts, lowering, **arguments)["W"]
 

@@ -16,7 +16,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import Lowered, Values
 from polygraft.grafts.methods.declare import IntegerGrid
 from polygraft.grafts.runtime.keys import rotation
-from polygraft.grafts.sites import ENDS, LINEAR, NORMS, Site
+from polygraft.grafts.sites import ENDS, LINEAR, NORMS, Site, mergeable
 from polygraft.grafts.spec import Affine, Branch, Delta, Norm, Rotate, Slot, Sparse, SpecError
 from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.rotate.op import rotate
@@ -73,7 +73,7 @@ class Fold:
         weight: Callable[[Site], Tensor],
         bias: Callable[[Site], Tensor | None] = lambda _: None,
     ) -> None:
-        if not graft.spec.mergeable:
+        if not mergeable(graft.spec):
             raise SpecError(f"peft: {graft.spec.method!r} cannot be folded into weights; serve it beside them")
         self._weight, self._bias, self._values = weight, bias, values
         self._table = architecture(graft.shape.arch)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
@@ -37,7 +37,7 @@ def s4(shape: ModelShape, budget: int, strategies: Sequence[str] = FOUND) -> str
     length = min(prefixed, default=0)
     terms: list[str] = []
     places: dict[str, list[int]] = {}
-    for layers, group in zip(groups, strategies):
+    for layers, group in zip(groups, strategies, strict=True):
         rest = [name for name in sized[group] if name != "P"]
         left = spare[group] - (unit["P"] * length if "P" in group else 0)
         sizes = {name: left // len(rest) // unit[name] for name in rest} | ({"P": length} if "P" in group else {})
@@ -54,7 +54,7 @@ def _groups(layers: int) -> list[range]:
     if layers < len(_SPINDLE):
         raise SpecError(f"layers: {layers} do not make {len(_SPINDLE)} groups")
     ends = [max(i + 1, round(layers * part / sum(_SPINDLE))) for i, part in enumerate(accumulate(_SPINDLE))]
-    return [range(low, high) for low, high in zip([0, *ends], ends)]
+    return [range(low, high) for low, high in pairwise([0, *ends])]
 
 
 def _cost(shape: ModelShape, name: str, size: int) -> int:

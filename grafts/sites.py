@@ -247,18 +247,28 @@ def sublayers(at: str) -> tuple[str, ...]:
     return tuple(name for name in SUBLAYER if any(_named(part, name) for part in at.split("|")))
 
 
-def apart(at: str) -> bool:
+def meets_no_projection(at: str) -> bool:
     """Whether `at` matches a site that no projection of a layer feeds or reads, whatever the backbone."""
     return any(_named(part, name) for part in at.split("|") for name in (BLOCK_SITE, FINAL_SITE))
 
 
+def mergeable(spec: GraftSpec) -> bool:
+    """Whether every slot, as it is served, is affine in what a projection reads, so that the graft can be folded into
+    the weights.
+
+    A branch around a whole sublayer is not, since its input is not the projection's; nor is what acts on the residual
+    stream or after the final norm, where no projection of a layer ends or begins.
+    """
+    return all(map(folds, spec.slots))
+
+
 def folds(slot: Slot) -> bool:
-    """Whether a slot, as it is served, is affine in what projections read (`GraftSpec.mergeable`)."""
+    """Whether a slot is one that `mergeable` allows."""
     if isinstance(slot, Branch):
         linear = slot.act == "identity" and not slot.bias and slot.gate in ("none", "noise")
-        return linear and (slot.tap == "output" or not sublayers(slot.at)) and not apart(slot.at)
+        return linear and (slot.tap == "output" or not sublayers(slot.at)) and not meets_no_projection(slot.at)
     if isinstance(slot, Affine):
-        return not apart(slot.at)
+        return not meets_no_projection(slot.at)
     return isinstance(slot, Norm | Delta | Sparse | Rotate)
 
 

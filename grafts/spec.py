@@ -362,17 +362,6 @@ class GraftSpec:
         """The layers that have prefix rows, None for all; in the others the virtual tokens are not seen."""
         return next((slot.layers for slot in self.slots if isinstance(slot, KV) and not slot.aside), None)
 
-    @property
-    def mergeable(self) -> bool:
-        """Whether every slot is affine in what a projection reads, so that the graft can be folded into the weights.
-
-        A branch around a whole sublayer is not, since its input is not the projection's; nor is what acts on the
-        residual stream or after the final norm, where no projection of a layer ends or begins.
-        """
-        from polygraft.grafts.sites import folds
-
-        return all(folds(slot) for slot in self.slots)
-
     def to_json(self) -> str:
         return _ADAPTER.dump_json(self).decode()
 

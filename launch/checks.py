@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Literal
 from polygraft.cluster.service import ServiceNotRunning, find_service
 from polygraft.cluster.settings import Settings
 from polygraft.launch.cache import backbone_cache
+from polygraft.launch.ports import PortTaken, check_free
 from polygraft.launch.processes import Identity
 
 Verdict = Literal["ok", "note", "bad"]
@@ -99,13 +99,11 @@ def _port(settings: Settings) -> Finding:
         return Finding("port", "ok", "the running service has it")
     if settings.port == 0:
         return Finding("port", "ok", "any free one")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            advice = "choose another with up --port, or 0 for a free one"
-            return Finding("port", "bad", f"{settings.host}:{settings.port}: {error.strerror}", advice)
+    try:
+        check_free(settings.host, settings.port)
+    except PortTaken as error:
+        found, _, advice = str(error).removeprefix("port: ").partition("; ")
+        return Finding("port", "bad", found, advice)
     return Finding("port", "ok", f"{settings.host}:{settings.port} is free")
 
 
@@ -152,10 +150,11 @@ def _device(settings: Settings) -> Finding:
 
 
 def _products(_: Settings) -> Finding:
-    from polygraft.kernels.dense.library import Unavailable, build, load
+    from polygraft.kernels.compiled.build import Unavailable, build
+    from polygraft.kernels.dense.library import SOURCE, load
 
     try:
-        load(path := build())
+        load(path := build(SOURCE))
         return Finding("products", "ok", f"compiled for this CPU: {path}")
     except Unavailable as error:
         return Finding("products", "ok", f"torch's: {error}")

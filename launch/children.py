@@ -9,14 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from polygraft.kernels.common.room import is_full
 from polygraft.launch.restarts import Restarts
 
 _LOG = logging.getLogger(__name__)
 _PERIOD_S = 0.2
+EXCUSED_S = 1.0
 
 
 class GaveUp(Exception):
-    """A child died before it was ever ready, or too often; all children are ended."""
+    """A child died before it was ever ready, or too often; all children are ended. `told`: the message says why."""
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class Child(Protocol):
@@ -36,6 +42,11 @@ class Child(Protocol):
         """Whether the children after it may start."""
         ...
 
+    @property
+    def excused(self) -> bool:
+        """Whether its death has a cause that passes by itself, such as a full disk: it is not counted then."""
+        ...
+
     def start(self) -> None: ...
 
     def end(self) -> str:
@@ -52,19 +63,32 @@ def supervise(
 ) -> None:
     """Keep the children running until `stop` is set; a child starts once all before it are ready. Raises GaveUp.
 
-    `on_change` sees the live children each time one has started or died.
+    `on_change` sees the children that were started each time one has started or died. Where it finds no room on the
+    disk it is called again.
     """
     watched = [_Watched(child) for child in children]
+    changed = False
     try:
         while not stop.wait(_PERIOD_S):
             for index, one in enumerate(watched):
-                if one.step(now(), allowed=all(earlier.ready for earlier in watched[:index])):
-                    on_change([other.child for other in watched if other.started])
+                changed |= one.step(now(), allowed=all(earlier.ready for earlier in watched[:index]))
+                if changed:
+                    changed = not _told(on_change, [other.child for other in watched if other.started])
     finally:
         for one in reversed(watched):
             if one.started:
                 _LOG.info("ending %s", one.child.name)
                 _LOG.info("%s %s", one.child.name, one.child.end())
+
+
+def _told(on_change: Callable[[Sequence[Child]], None], children: Sequence[Child]) -> bool:
+    try:
+        on_change(children)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -100,7 +124,7 @@ class _Watched:
         _LOG.error("%s %s", self.child.name, how)
         if not proven:
             raise GaveUp(f"{self.child.name} {how} before it was ready")
-        delay = self.restarts.after_death(now)
+        delay = EXCUSED_S if self.child.excused else self.restarts.after_death(now)
         if delay is None:
             raise GaveUp(f"{self.child.name} died too often; the last time it {how}")
         self.start_at = now + delay

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,20 +17,19 @@ from pathlib import Path
 from secrets import token_hex
 from typing import cast
 
-from polygraft.cluster.api_keys import create_key, verify_key
-from polygraft.cluster.model import TenantId
-from polygraft.cluster.service import Service, announce, write_private
+from polygraft.cluster.service import Service, announce
 from polygraft.cluster.settings import Settings
-from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
+from polygraft.kernels.common.room import when_there_is_room
 from polygraft.launch.cache import backbone_cache
+from polygraft.launch.first_key import admit_given_key, make_local_key
 from polygraft.launch.local_ray import DEVICE, environment, start_ray
 from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
-LOCAL = TenantId("local")
 _LOOK_S = 2.0
+_RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable)\b.*: ")  # the last line of a traceback
 
 
 def main() -> int:
@@ -37,10 +37,17 @@ def main() -> int:
     settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
     folder = RunFolder(settings.home)
     os.environ.update(environment(folder.ray_token))
-    store = connect(settings.store_url)
-    make_local_key(store, settings)
-    store.close()
-    _serve(settings, folder, Path(sys.argv[2]))
+    try:
+        store = connect(settings.store_url)
+        make_local_key(store, settings.api_key_path)
+        if settings.api_key_file is not None:
+            admit_given_key(store, settings.api_key_file)
+        store.close()
+        _serve(settings, folder, Path(sys.argv[2]))
+    except Exception as error:
+        _LOG.exception("the head fails")
+        folder.fail(reason_of(error))
+        return 1
     return 0
 
 
@@ -86,7 +93,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
             pid=supervisor.pid,
             started=supervisor.started,
         )
-        announce(settings.service_path, service)
+        when_there_is_room(lambda: announce(settings.service_path, service), told=_LOG.warning)
         folder.enter("ready")
         _LOG.info("ready at %s", service.url)
         reservations = Reservations(DEVICE)
@@ -102,13 +109,11 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         ray.shutdown()
 
 
-def make_local_key(store: Store, settings: Settings) -> None:
-    """The local tenant's API key: made by the first start, made anew if the store does not know it."""
-    path = settings.api_key_path
-    if path.exists() and verify_key(store, path.read_text().strip()):
-        return
-    _, text = create_key(store, tenant=LOCAL, name="made by polygraft up", at=time.time())
-    write_private(path, text + "\n")
+def reason_of(error: BaseException) -> str:
+    """One line for a person. Ray and Serve quote the traceback of another process, whose end says what it was about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    quoted = [line.removeprefix(found[1]) for line in lines if (found := _RAISED.match(line))]
+    return quoted[-1] if quoted else f"{type(error).__name__}: {lines[0] if lines else 'without words'}"
 
 
 class _Deployer:

@@ -11,10 +11,12 @@ _OBJECT_STORE_BYTES = 150 << 20  # grafts and backbones do not pass through it
 # Read by Ray when it starts, and by every process it starts.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine, on any system: Ray listens on the loopback interface
     "RAY_worker_maximum_startup_concurrency": "16",  # a pack and a search start a dozen processes that hardly compute
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every shutdown waits for 30 s
     # What wakes processes ten times a second takes the cores from a pack: its threads wait for each other.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three fail before a dead proxy, and with it the API, is replaced
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from polygraft.cluster.client import ApiFailure
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.cluster.settings import BadSettings
-from polygraft.cluster.store.base import StoreUnavailable
+from polygraft.cluster.store.base import StoreUnavailable, WriteRefused
 from polygraft.launch.commands import bitdelta, chat, demo, doctor, grafts, jobs, keys, search, service, soups, story
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.output import Failure, Status, print_error
@@ -28,6 +28,8 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except ServiceNotRunning as error:
             raise _exit(str(error), Status.NOT_RUNNING) from None
+        except WriteRefused as error:
+            raise _exit(f"{error}; make room on its disk", Status.FAILED) from None
         except StoreUnavailable as error:
             raise _exit(f"{error}; is the service up? polygraft doctor says more", Status.NOT_RUNNING) from None
         except BadSettings as error:

@@ -40,6 +40,10 @@ class Program:
     def ready(self) -> bool:
         return self.is_ready()
 
+    @property
+    def excused(self) -> bool:
+        return False
+
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from polygraft.cluster.service import write_private
+from polygraft.kernels.common.room import is_full
 from polygraft.launch.processes import Identity
 
 _TAIL_BYTES = 16_384
@@ -50,13 +51,33 @@ class RunFolder:
     @property
     def stage(self) -> str:
         """What the service is busy with, for whoever waits for it; empty when it never began."""
-        try:
-            return self._stage.read_text()
-        except FileNotFoundError:
-            return ""
+        return _read(self._stage)
 
     def enter(self, stage: str) -> None:
-        write_private(self._stage, stage)
+        """Say what the service is busy with; nothing is said where there is no room for it."""
+        self._say(self._stage, stage)
+
+    @property
+    def reason(self) -> str:
+        """Why the service ended by itself, in one line; empty when it did not."""
+        return _read(self._reason)
+
+    def fail(self, reason: str) -> None:
+        """Say why the service ends; the last reason is the one that counts."""
+        self._say(self._reason, " ".join(reason.split()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever started the service has to know of its start."""
+        return tuple(_read(self._notes).splitlines())
+
+    def note(self, text: str) -> None:
+        self._say(self._notes, "\n".join((*self.notes, " ".join(text.split()))))
+
+    def clear(self) -> None:
+        """Forget what an earlier service said."""
+        for path in (self._reason, self._notes):
+            path.unlink(missing_ok=True)
 
     @property
     def supervision(self) -> Supervision | None:
@@ -81,10 +102,33 @@ class RunFolder:
         except FileNotFoundError:
             return ""
 
+    @staticmethod
+    def _say(file: Path, text: str) -> None:
+        try:
+            write_private(file, text)
+        except OSError as error:
+            if not is_full(error):
+                raise
+
     @property
     def _stage(self) -> Path:
         return self.path / "stage"
 
     @property
+    def _reason(self) -> Path:
+        return self.path / "reason"
+
+    @property
+    def _notes(self) -> Path:
+        return self.path / "notes"
+
+    @property
     def _supervision(self) -> Path:
         return self.path / "supervisor.json"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""

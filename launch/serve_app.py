@@ -3,19 +3,29 @@ RayService."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import closing, suppress
+from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 
 import ray
 from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.leader import Leader
 from polygraft.cluster.settings import BadSettings, Settings, load
+from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.pretrained import materialise
+from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.packs import OpenHost
 
+_LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
 _NAMESPACE = "polygraft"
+_STOP_S = 10.0
 
 
 def application(settings: Settings, backbone_folder: Path) -> serve.Application:
@@ -28,15 +38,36 @@ def application(settings: Settings, backbone_folder: Path) -> serve.Application:
 def build(args: Mapping[str, object]) -> serve.Application:
     """Called by Serve on the cluster; `args` and the environment (POLYGRAFT_*) are the settings.
 
-    There is no head process of ours on a cluster: the controller is an actor that outlives this call, and a second
-    deployment of the same cluster takes its place by the store's lease. Raises BadSettings.
+    There is no head process of ours on a cluster: the controller is an actor that outlives this call. Building again
+    with the same settings finds it; with others it is replaced. While an upgrade runs two clusters over one store, the
+    new one's controller waits until the old one's is gone. Raises BadSettings.
     """
     settings = load(**args)
     if settings.store_url == "embedded":
         raise BadSettings("store_url: embedded is for one machine; set POLYGRAFT_STORE_URL to redis://host:port/0")
+    _admit_key(settings)
     folder = materialise(settings.backbone, settings.data / "backbones")  # on the volume that every node mounts
+    _lead(settings, folder)
+    return application(settings, folder)
+
+
+def _admit_key(settings: Settings) -> None:
+    if settings.api_key_file is None:
+        _LOG.warning("no api_key_file: only keys that the store has already open the API")
+        return
+    with closing(connect(settings.store_url)) as store:
+        admit_given_key(store, settings.api_key_file)
+
+
+def _lead(settings: Settings, folder: Path) -> None:
+    """This cluster's one controller, told these settings."""
+    host = OpenHost.of(settings, folder)
+    name = f"{_CONTROLLER}-{sha256(f'{host}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
+    for other in ray.util.list_named_actors(all_namespaces=True):
+        if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:
+            _end(ray.get_actor(other["name"], namespace=_NAMESPACE))
     options = ray.remote(Leader).options(
-        name=_CONTROLLER,
+        name=name,
         namespace=_NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -44,5 +75,11 @@ def build(args: Mapping[str, object]) -> serve.Application:
         max_restarts=-1,
         max_concurrency=4,
     )
-    options.remote(settings.store_url, settings.pack_limits, OpenHost.of(settings, folder))
-    return application(settings, folder)
+    options.remote(settings.store_url, settings.pack_limits, host, holder=f"{name}-{token_hex(4)}")
+
+
+def _end(leader: ActorHandle[Leader]) -> None:
+    """Have it give up the lease, so that the next one need not wait until it runs out."""
+    with suppress(GetTimeoutError, RayActorError):
+        ray.get(leader.stop.remote(), timeout=_STOP_S)
+    ray.kill(leader)

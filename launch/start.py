@@ -8,13 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 
 from polygraft.cluster.service import Service, ServiceNotRunning, find_service, write_private
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.store.appendonly import cut_damaged
+from polygraft.cluster.store.base import StoreError
 from polygraft.kernels.common.atomic import move
 from polygraft.launch.output import Failure
+from polygraft.launch.ports import PortTaken, claimed
+from polygraft.launch.preflight import obstacles
 from polygraft.launch.run_folder import RunFolder
 
 _POLL_S = 0.2
@@ -26,17 +31,26 @@ class AlreadyRunning(Exception):
 
 
 class StartFailed(Failure):
-    """The service did not come up; the message ends with the log that says why."""
+    """The service did not come up; the message says why in its first line."""
 
 
-def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: None, timeout_s: float = 300.0) -> Service:
+def start(
+    settings: Settings,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    timeout_s: float = 300.0,
+    cut_store: bool = False,
+) -> Service:
     """The service, once it answers. Raises AlreadyRunning, StartFailed; nothing is left behind then, nor after
-    Ctrl-C."""
+    Ctrl-C. `cut_store`: of a damaged file of the store, use what is before the damage."""
     folder = RunFolder(settings.home)
     if (local := Path(settings.backbone).expanduser()).is_dir():  # the service runs in another folder than the caller
         settings = settings.model_copy(update={"backbone": str(local.absolute())})
-    for path in (settings.home, folder.path, settings.store_folder):
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        for path in (settings.home, folder.path, settings.store_folder):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StartFailed(f"home: {error.filename}: {error.strerror}; choose another folder with --home") from None
     with open(folder.path / "starting", "w") as alone:
         try:
             fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,7 +58,18 @@ def start(settings: Settings, *, on_stage: Callable[[str], None] = lambda _: Non
             raise AlreadyRunning(settings.home) from None
         if running(settings):
             raise AlreadyRunning(settings.home)
-        return _start(settings, folder, on_stage, time.monotonic() + timeout_s)
+        folder.clear()
+        on_stage("looking at the machine")
+        if (reason := next(obstacles(settings), None)) is not None:
+            raise StartFailed(reason)
+        try:
+            if cut_store and (cut := cut_damaged(settings.store_folder)) is not None:
+                folder.note(f"cut off {cut}, as asked; they are kept in {cut.kept}")
+            with claimed(settings.host, settings.port, settings.home) as (port, claim):
+                settings = settings.model_copy(update={"port": port})
+                return _start(settings, folder, claim, on_stage, time.monotonic() + timeout_s)
+        except (PortTaken, StoreError) as error:
+            raise StartFailed(str(error)) from None
 
 
 def running(settings: Settings) -> bool:
@@ -53,7 +78,9 @@ def running(settings: Settings) -> bool:
     return last is not None and last.supervisor.alive()
 
 
-def _start(settings: Settings, folder: RunFolder, on_stage: Callable[[str], None], deadline: float) -> Service:
+def _start(
+    settings: Settings, folder: RunFolder, claim: TextIO, on_stage: Callable[[str], None], deadline: float
+) -> Service:
     write_private(folder.settings, settings.model_dump_json(indent=2))
     for name in _LOGS:
         if folder.log(name).exists():
@@ -68,6 +95,7 @@ def _start(settings: Settings, folder: RunFolder, on_stage: Callable[[str], None
             stderr=subprocess.STDOUT,
             cwd=settings.home,
             start_new_session=True,
+            pass_fds=[claim.fileno()],  # the port is claimed as long as the supervisor lives
         )
     try:
         return _wait(settings, folder, supervisor, on_stage, deadline)
@@ -86,7 +114,7 @@ def _wait(
 ) -> Service:
     while time.monotonic() < deadline:
         if supervisor.poll() is not None:
-            raise StartFailed(f"the service did not start: {folder.stage}\n{_tails(folder)}")
+            raise StartFailed(_why(folder))
         on_stage(folder.stage)
         try:
             service = find_service(settings.service_path)
@@ -96,6 +124,13 @@ def _wait(
             pass
         time.sleep(_POLL_S)
     raise StartFailed(f"the service was not up in time; it was busy with: {folder.stage}\n{_tails(folder)}")
+
+
+def _why(folder: RunFolder) -> str:
+    """One line where the service itself said why it ended, else what it was busy with and its log."""
+    if reason := folder.reason:
+        return f"the service did not start: {reason} (more in {folder.path})"
+    return f"the service did not start: {folder.stage}\n{_tails(folder)}"
 
 
 def _tails(folder: RunFolder) -> str:

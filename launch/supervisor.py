@@ -11,11 +11,12 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -23,9 +24,11 @@ from secrets import token_hex
 from polygraft.cluster.service import write_private
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.base import StoreError
-from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.cluster.store.embedded import EmbeddedServer, free_port
+from polygraft.cluster.store.watch import ENOUGH_BYTES
+from polygraft.kernels.common.room import free_bytes
 from polygraft.launch.children import Child, GaveUp, supervise
-from polygraft.launch.leftovers import clear
+from polygraft.launch.leftovers import clear, remove_drafts
 from polygraft.launch.processes import Identity
 from polygraft.launch.program import Program
 from polygraft.launch.ram import limited
@@ -55,6 +58,8 @@ def _supervise(settings: Settings, folder: RunFolder) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     clear(folder)
+    if drafts := remove_drafts(settings.data, now=time.time()):
+        _LOG.info("removed %d half-written files under %s", drafts, settings.data)
     scratch = _scratch()
     me = Identity.of(os.getpid())
 
@@ -68,9 +73,12 @@ def _supervise(settings: Settings, folder: RunFolder) -> int:
     except GaveUp as error:
         _LOG.error("%s", error)
         folder.enter(f"{error}")
+        if error.told:
+            folder.fail(f"{error}")
         return 1
     finally:
-        record(())
+        with suppress(OSError):  # of a full disk: whoever reads the old record finds nobody alive
+            record(())
         settings.service_path.unlink(missing_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
     folder.enter("stopped")
@@ -82,11 +90,9 @@ def _children(settings: Settings, folder: RunFolder, scratch: Path) -> list[Chil
     children: list[Child] = []
     settings = limited(settings)
     if settings.store_url == "embedded":
-        server = EmbeddedServer(settings.store_folder, port=_free_port("127.0.0.1"))
-        children.append(EmbeddedStore(server))
+        server = EmbeddedServer(settings.store_folder, port=free_port())
+        children.append(EmbeddedStore(server, folder.note))
         settings = settings.model_copy(update={"store_url": server.url})
-    if settings.port == 0:
-        settings = settings.model_copy(update={"port": _free_port(settings.host)})
     write_private(folder.settings, settings.model_dump_json(indent=2))
     write_private(folder.ray_token, token_hex(32))
 
@@ -109,6 +115,7 @@ class EmbeddedStore:
     """The embedded server as a `Child`."""
 
     server: EmbeddedServer
+    note: Callable[[str], None] = lambda _: None
     name: str = "store"
 
     @property
@@ -123,11 +130,21 @@ class EmbeddedStore:
     def ready(self) -> bool:
         return self.server.alive  # it answered before `start` returned
 
+    @property
+    def excused(self) -> bool:
+        return free_bytes(self.server.folder) < ENOUGH_BYTES
+
     def start(self) -> None:
         try:
             self.server.start()
         except StoreError as error:
-            raise GaveUp(f"store: {error}") from None
+            raise GaveUp(f"store: {error}", told=True) from None
+        if self.server.cut is not None:
+            self.note(
+                f"the store's file ended in what was never acknowledged, as after a power cut; {self.server.cut} were "
+                f"cut off and are kept in {self.server.cut.kept.name}"
+            )
+            self.server.cut = None
 
     def end(self) -> str:
         died = not self.server.alive
@@ -142,12 +159,6 @@ def _scratch() -> Path:
     if len(parent) + len("/pg-12345678") > shortest:
         parent = "/tmp"
     return Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

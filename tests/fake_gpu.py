@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -41,17 +42,27 @@ _OURS = tuple(f"{_ROOT / folder}/" for folder in ("grafts", "kernels", "serving"
 _NO_WORK = ("empty", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
 
 
+class Event(NamedTuple):
+    """A launch of a program or an operation of the library with its arguments' shapes, or a copy: "send" to the device,
+    "read" from it."""
+
+    kind: Literal["launch", "send", "read"]
+    name: str = ""
+    shapes: tuple[object, ...] = ()
+
+
 @dataclass
 class Watched:
     """What was asked of the device: our programs by name, the library's operations that work there by name (views and
     allocations do not), and copies in both directions by the line of ours that made them. `host` are operations on
-    tensors of the CPU alone."""
+    tensors of the CPU alone; `events` are all that reached the device, in order."""
 
     programs: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
     sends: Counter[str] = field(default_factory=Counter)
     host: Counter[str] = field(default_factory=Counter)
+    events: list[Event] = field(default_factory=list)
 
     @property
     def launches(self) -> int:
@@ -114,12 +125,15 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sent = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, FakeTensor) and x.dim()]
         if read:
             watched.reads[_line()] += 1
+            watched.events.append(Event("read"))
         elif sent:
             watched.sends[_line()] += len(sent)
+            watched.events.append(Event("send"))
         name = _name(func)
         copied = name == "_to_copy" and (read or sent)
         if not (copied or name in _NO_WORK or getattr(func, "is_view", False)):
             watched.operations[name] += 1
+            watched.events.append(Event("launch", name, _shapes(leaves)))
 
 
 @contextmanager
@@ -131,6 +145,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         machine.launches += 1
         if machine.watched is not None:
             machine.watched.programs[program.__name__] += 1
+            machine.watched.events.append(Event("launch", program.__name__, (grid, *_shapes(args))))
         for x in args:
             assert not isinstance(x, Tensor) or x.device == DEVICE, f"a program was given a tensor on {x.device}"
 
@@ -166,6 +181,10 @@ def fake_gpu() -> Iterator[FakeGpu]:
         finally:
             for kept in _KEPT:
                 kept.cache_clear()
+
+
+def _shapes(values: Sequence[object]) -> tuple[object, ...]:
+    return tuple(tuple(x.shape) for x in values if isinstance(x, Tensor))
 
 
 def _name(func: Callable[..., object]) -> str:

@@ -69,13 +69,16 @@ def test_the_names_of_new_parents_are_on_disk_too(tmp_path: Path, monkeypatch: p
 def test_a_writer_that_raises_leaves_nothing_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(ZeroDivisionError), atomic.whole_file(tmp_path / "file") as draft:
-        draft.write_text("half")
-        raise ZeroDivisionError
+        _half(draft)
     with pytest.raises(ZeroDivisionError), atomic.whole_folder(tmp_path / "folder") as draft:
-        (draft / "half").write_text("half")
-        raise ZeroDivisionError
+        _half(draft / "half")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def _half(path: Path) -> None:
+    path.write_text("half")
+    raise ZeroDivisionError
 
 
 def test_drafts_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:

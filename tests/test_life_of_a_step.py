@@ -22,10 +22,10 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.kernels.swiglu import op as swiglu
 from polygraft.serving.engine import Engine
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.runner import PackRunner
+from tests.compiled import compiled
 from tests.serving.engines import engine_on, request, run
 from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
@@ -48,9 +48,8 @@ def engine(folder: Path, tmp_path: Path) -> Iterator[Engine]:
     engine.stop()
 
 
+@compiled
 def test_a_decoding_step_meets_the_functions_of_the_page_in_its_order(engine: Engine, tmp_path: Path) -> None:
-    if swiglu.ready(*(torch.zeros(1, 1) for _ in range(3))) is None:
-        pytest.skip("no compiler on this machine")
     ask(engine, tmp_path, GRAFTS)
     with following("A decoding step") as judge:
         run(engine)

@@ -46,7 +46,7 @@ changed by the stock? Hardly: the stock decides how tall the tree grows and how 
 TINY = ModelShape("llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512, positions=512)
 
 
-def tiny_llama(
+def tiny_llama(  # noqa: PLR0913
     folder: Path,
     seed: int = 0,
     *,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
@@ -25,9 +27,10 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the job, or cannot be read."""
 
 
-def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
+def save(folder: Path, active: RunningJob, named: str | None = None, *, device_class: str | None = None) -> str:
     """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept, and the one that
-    the manifest on disk has `named`, which need not be among them after a crash.
+    the manifest on disk has `named`, which need not be among them after a crash. It says which class of device has
+    computed its last step.
 
     Micro-batches collected since the last step are not in it: they are computed again, with the same result.
     """
@@ -36,10 +39,11 @@ def save(folder: Path, active: RunningJob, named: str | None = None) -> str:
         return name
     parts = {part: getattr(active.slab, part) for part in _TENSORS}
     frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    state = {"schema": SCHEMA, "job": active.job.id, "spec": json.loads(active.job.graft.spec.to_json())}
+    spec = json.loads(active.job.graft.spec.to_json())
+    state = {"schema": SCHEMA, "job": active.job.id, "spec": spec, "device_class": device_class}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
-        save_file({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
+        write_tensors({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
         (draft / "state.json").write_text(json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
@@ -52,10 +56,16 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
+def class_of(folder: Path, name: str) -> str | None:
+    """The class of the device that has computed a checkpoint; None where it does not say. Raises CheckpointError."""
+    found = _state(folder, name).get("device_class")
+    return None if found is None else str(found)
+
+
 def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "cpu") -> RunningJob:
     """The job as it was, on a device. Raises CheckpointError if the checkpoint is another job's or another graft's."""
+    state = _state(folder, name)
     try:
-        state = json.loads((folder / name / "state.json").read_text())
         values = load_file(folder / name / "slab.safetensors")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from None
@@ -69,3 +79,11 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
     return RunningJob(job, slab, **{key: state[key] for key in _FIELDS})
+
+
+def _state(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / name / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    return found

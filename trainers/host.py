@@ -3,6 +3,7 @@ worker."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, report
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
@@ -21,12 +22,16 @@ from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.process import chosen_device, device_environment, lean_imports
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.kernels.common.atomic import whole_file
+from polygraft.kernels.common.room import when_there_is_room
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
 
+_LOG = logging.getLogger(__name__)
 SHARE = 0.5  # of a `device`; the other half serves
 REPORT_S = 5.0
 RESTARTS = 3
+_RUN_BYTES = 1 << 20
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -53,13 +58,16 @@ class PackHost:
         self._plan = plan
 
     def run(self) -> None:
-        TorchTrainer(
+        storage = Path(self._plan.data) / "train"
+        when_there_is_room(lambda: _probe(storage), told=lambda error: _LOG.warning("%s: %s", storage, error))
+        # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
+        DataParallelTrainer(
             train_loop,
             train_loop_config=asdict(self._plan),
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, "device": SHARE}),
             run_config=RunConfig(  # type: ignore[call-arg]  # checkers see Train v1's
                 name=self._plan.pack,
-                storage_path=str(Path(self._plan.data) / "train"),
+                storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=RESTARTS),
                 worker_runtime_env={"env_vars": device_environment()},
             ),
@@ -75,6 +83,12 @@ def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     return cast("ActorHandle[PackHost]", options.remote(plan))
 
 
+def _probe(folder: Path) -> None:
+    """Raise OSError unless there is room for what Train writes to say that it begins."""
+    with whole_file(folder / "room") as draft:
+        draft.write_bytes(bytes(_RUN_BYTES))
+
+
 def train_loop(config: dict[str, object]) -> None:
     """What Ray Train runs on the worker: rebuild the pack from its manifest, then step until it is told to close."""
     plan = PackPlan(**config)  # type: ignore[arg-type]
@@ -85,7 +99,7 @@ def train_loop(config: dict[str, object]) -> None:
     with lean_imports():
         backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise, device=device)
     runner = PackRunner(backbone, max_rows=plan.max_rows)
-    store = connect(plan.store_url)
+    store = connect(plan.store_url, patient=True)  # what it cannot record, for want of room, it waits for
     worker = PackWorker(
         PackId(plan.pack),
         runner,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from polygraft.kernels.common.lines import LineFile
 from polygraft.trainers.runner import PackStep
 
 
@@ -15,8 +16,7 @@ class StepLog:
 
     def __init__(self, folder: Path, device: str) -> None:
         self._device = device
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "steps.jsonl", "a", buffering=1)
+        self._file = LineFile(folder / "steps.jsonl")
 
     def write(self, step: PackStep, methods: Mapping[str, str]) -> None:
         """`methods` maps a job to the text of its graft."""
@@ -29,7 +29,7 @@ class StepLog:
             "methods": sorted({methods[job] for job in step.jobs}),
             "device": self._device,
         }
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line))
 
     def close(self) -> None:
         self._file.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import AcceleratorError
 
 from polygraft.cluster.advance import advance_job, advance_pack, record_progress
-from polygraft.cluster.events import JobCancelled, JobFailed, JobStarted, PackOpened
+from polygraft.cluster.events import JobCancelled, JobDeviceClassChanged, JobFailed, JobStarted, PackOpened
 from polygraft.cluster.model import GraftId, Job, JobError, JobId, PackId, TenantId
 from polygraft.cluster.publish import UnknownModel, publish, resolve
 from polygraft.cluster.states import IllegalTransition
@@ -31,6 +31,8 @@ from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.kernels.common.room import is_full
+from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.manifest import Manifest
@@ -42,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
+ROOM_S = 5.0  # until a write is tried again that found no room on the disk
 METRICS_KEPT = 100_000
 PEFT = "method.supervised.hyperparameters.peft"
 
@@ -79,8 +82,12 @@ class PackWorker:
         lease = store.acquire(keys.pack_scope(pack), f"worker of {pack}", 60.0, steal=True)
         assert lease is not None, "a stolen lease is always granted"
         self.fence = lease.fence
+        self.device_class = str(device_class(runner.backbone.device))
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
+        self._publish_at = float("-inf")  # not before: the last time there was no room
+        self._waiting: set[JobId] = set()  # jobs that are told that they wait for room
+        self._losses: dict[JobId, float | None] = {}  # what finished jobs lose on held-out data
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
@@ -93,11 +100,16 @@ class PackWorker:
         for job, name in manifest.jobs.items():
             self._admit(JobId(job), name)
         while not (self._closing and not self.runner.jobs):
-            self._obey(wait_s=0.0 if self.runner.jobs else IDLE_S)
+            self._obey(wait_s=0.0 if self._training else IDLE_S)
             if self.runner.jobs:
                 self._step()
             heartbeat()
         self._log.close()
+
+    @property
+    def _training(self) -> bool:
+        """Whether a job has steps left; the others wait for room on the disk."""
+        return any(not active.finished for active in self.runner.jobs.values())
 
     def _obey(self, wait_s: float) -> None:
         entries = self.store.read(keys.commands(self.pack), self._cursor, wait_s=wait_s)
@@ -132,10 +144,12 @@ class PackWorker:
             pack=self.pack,
             parameters=trained.graft.parameters,
             steps_total=trained.steps_total,
+            device_class=self.device_class,
             at=time.time(),
         )
         try:
             advance_job(self.store, started, fence=self.fence)
+            self._compare_class(job, name)
         except IllegalTransition:  # cancelled or failed while its data was read
             self._drop(job)
             return
@@ -145,6 +159,17 @@ class PackWorker:
             held_out_loss=active.loss_before,
         )
         self._progress(active)
+
+    def _compare_class(self, job: JobId, name: str | None) -> None:
+        """Say so where the checkpoint that the job goes on from is of another class of device than this one."""
+        before = None if name is None else checkpoint.class_of(self.folders.job(job), name)
+        if before is not None and before != self.device_class:
+            changed = JobDeviceClassChanged(
+                job=job, pack=self.pack, before=before, after=self.device_class, at=time.time()
+            )
+            advance_job(self.store, changed, fence=self.fence)
+            promise = "bits are the same within a class alone, from here on numbers are equal to a tolerance"
+            self._note(job, f"goes on on {self.device_class}; its steps so far are of {before}: {promise}")
 
     def _active(self, record: Job, name: str | None) -> RunningJob | JobError:
         """The job in the pack, or what of its own keeps it out. Raises what is not its own: of store and device."""
@@ -202,16 +227,13 @@ class PackWorker:
             self._drop(job)
 
     def _step(self) -> None:
-        before = dict(self.runner.jobs)
-        done = self.runner.step()
-        self._log.write(done, {job: active.job.graft.spec.method for job, active in before.items()})
-        for stepped in done.stepped:
-            self._metrics(stepped)
-        for failed in done.failed:
-            self._fail(JobId(failed.job), JobError(failed.code, failed.message))
+        if self._training:
+            self._forward()
         for job, active in list(self.runner.jobs.items()):
-            if active.finished:
+            if active.finished and time.monotonic() >= self._publish_at:
                 self._publish(JobId(job), active)
+            elif active.finished:
+                self._wait_for_room(JobId(job))
         now = time.monotonic()
         if now - self._progressed > PROGRESS_S:
             self._progressed = now
@@ -220,10 +242,22 @@ class PackWorker:
         if now - self._saved > CHECKPOINT_S:
             self._save(self.runner.jobs)
 
+    def _forward(self) -> None:
+        before = dict(self.runner.jobs)
+        done = self.runner.step()
+        self._log.write(done, {job: active.job.graft.spec.method for job, active in before.items()})
+        for stepped in done.stepped:
+            self._metrics(stepped)
+        for failed in done.failed:
+            self._fail(JobId(failed.job), JobError(failed.code, failed.message))
+
     def _publish(self, job: JobId, active: RunningJob) -> None:
-        """Evaluate, write the graft, publish it once, and leave the pack."""
+        """Evaluate, write the graft, publish it once, and leave the pack; where there is no room for the graft, the job
+        stays, and all of it is tried again later."""
         held_out = active.job.held_out
-        after = self.runner.evaluate(job, held_out) if held_out else None
+        if job not in self._losses:
+            self._losses[job] = self.runner.evaluate(job, held_out) if held_out else None
+        after = self._losses[job]
         backbone = self.runner.backbone
         faults.point("before_publish")
         try:
@@ -234,7 +268,12 @@ class PackWorker:
                 backbone=backbone.fingerprint,
                 stock=BackboneFiles(backbone.folder),
             )
-        except (FormatError, OSError) as error:  # not finite, or no room on the disk: this job's loss alone
+        except (FormatError, OSError) as error:  # not finite: this job's loss alone
+            if is_full(error):
+                _LOG.warning("%s has no room for the graft of %s: %s", self.folders.grafts, job, error)
+                self._publish_at = time.monotonic() + ROOM_S
+                self._wait_for_room(job)
+                return
             self._fail(job, JobError("graft_not_saved", str(error)))
             return
         record_progress(
@@ -266,8 +305,15 @@ class PackWorker:
         self._drop(job)
         self._save(self.runner.jobs)
 
+    def _wait_for_room(self, job: JobId) -> None:
+        if job not in self._waiting:
+            self._waiting.add(job)
+            self._note(job, "no room for the graft on the service's disk; it is kept until there is", level="warn")
+
     def _drop(self, job: str) -> None:
         """Leave the pack; what a job saved for its restart is of no more use once the store knows its end."""
+        self._losses.pop(JobId(job), None)
+        self._waiting.discard(JobId(job))
         if job in self.runner.jobs:
             self.runner.remove(job)
         shutil.rmtree(self.folders.job(job), ignore_errors=True)
@@ -279,14 +325,26 @@ class PackWorker:
         self._drop(job)
 
     def _save(self, jobs: Mapping[str, RunningJob]) -> None:
-        """Checkpoint every job at its last step boundary, then the manifest that names them all."""
+        """Checkpoint every job at its last step boundary, then the manifest that names them all. Where there is no room
+        for that, the last manifest and what it names stay as they are, and it is tried again soon."""
+        try:
+            self._save_all(jobs)
+            self._saved = time.monotonic()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            _LOG.warning("%s has no room for a checkpoint: %s", self.folders.data, error)
+            self._saved = time.monotonic() + ROOM_S - CHECKPOINT_S
+
+    def _save_all(self, jobs: Mapping[str, RunningJob]) -> None:
         names = {
-            job: checkpoint.save(self.folders.job(job), active, self._named.get(job)) if active.step else None
+            job: checkpoint.save(self.folders.job(job), active, self._named.get(job), device_class=self.device_class)
+            if active.step
+            else None
             for job, active in jobs.items()
         }
         Manifest(self.runner.steps, self._cursor, self._closing, names).save(self.folders.pack(self.pack))
         self._named = names
-        self._saved = time.monotonic()
 
     def _metrics(self, stepped: Stepped) -> None:
         entry = {

@@ -73,9 +73,13 @@ class Controller:
         self._saved: deque[EventId] = deque(maxlen=SNAPSHOTS_KEPT)
         self._unsaved = 0
 
-    def run(self, stop: Event, beat: Callable[[], None] = lambda: None) -> None:
-        """Lead until `stop` is set; `beat` is called once a round. Survives the loss of the store and of the lease."""
-        failures, steal = 0, True  # the newest controller is the one that was meant to run
+    def run(self, stop: Event, beat: Callable[[], None] = lambda: None, *, steal: bool = True) -> None:
+        """Lead until `stop` is set; `beat` is called once a round. Survives the loss of the store and of the lease.
+
+        With `steal` it begins by taking the lease from whoever leads, as the newest controller of a machine is the one
+        that was meant to run; without, it waits until that one is gone.
+        """
+        failures = 0
         while not stop.is_set():
             beat()
             try:
@@ -178,7 +182,7 @@ class Controller:
 
     def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
         """Shut the pack's worker out, requeue its jobs, then say that it is over: a crash halfway repeats it all."""
-        self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True)
+        self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True, fence=self._fence)
         now = self._clock()
         blamed = reason is Reason.PACK_FAILED
         events: list[JobEvent | PackEvent] = [

@@ -28,13 +28,22 @@ def start_leader(store_url: str, limits: Limits, open_host: OpenHost, *, name: s
 
 
 class Leader:
-    """Starts to lead when it is made. Its process ends with the loop, so that Ray makes a new one."""
+    """Starts to lead when it is made. Its process ends with the loop, so that Ray makes a new one.
 
-    def __init__(self, store_url: str, limits: Limits, open_host: OpenHost) -> None:
+    Without `holder` it takes the lease from whoever leads. With one it waits until no other holder leads: the same
+    actor, when Ray starts it again, goes on at once under its name, and another cluster's does not interfere.
+    """
+
+    def __init__(self, store_url: str, limits: Limits, open_host: OpenHost, holder: str | None = None) -> None:
         self._stop = Event()
         self._beat_at = time.monotonic()
-        holder = f"controller-{os.getpid()}-{token_hex(4)}"
-        self._controller = Controller(connect(store_url), RayEffects(open_host), limits=limits, holder=holder)
+        self._steal = holder is None
+        self._controller = Controller(
+            connect(store_url),
+            RayEffects(open_host),
+            limits=limits,
+            holder=holder or f"controller-{os.getpid()}-{token_hex(4)}",
+        )
         self._thread = Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
 
@@ -51,7 +60,7 @@ class Leader:
 
     def _run(self) -> None:
         try:
-            self._controller.run(self._stop, self._beat)
+            self._controller.run(self._stop, self._beat, steal=self._steal)
         except BaseException:
             LOG.exception("the controller's loop failed")
             os._exit(1)  # Ray starts it again; half a controller is worse than none

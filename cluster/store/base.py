@@ -6,8 +6,8 @@
   only.
 - Ids of events and stream entries are "<milliseconds>-<sequence>" and strictly grow within their stream.
 - A returned `commit` or `submit` is on disk (the memory twin: in memory). `append` is not until `durable` returns.
-- StoreUnavailable from `commit` or `submit` means the outcome is unknown: read before writing again. A back end
-  reconnects by itself.
+- StoreUnavailable from `commit` or `submit` means the outcome is unknown, unless it is WriteRefused: read before
+  writing again. A back end reconnects by itself.
 """
 
 from __future__ import annotations
@@ -149,6 +149,11 @@ class StoreUnavailable(StoreError):
     """The store does not answer, or cannot promise to keep what it is told."""
 
 
+class WriteRefused(StoreUnavailable):
+    """The store takes no writes at present, for want of room on its disk or in its memory. This one did not happen, and
+    may be sent again; reading goes on."""
+
+
 class Store(Protocol):
     """See the module's docstring for what holds for all methods."""
 
@@ -182,8 +187,10 @@ class Store(Protocol):
         """What `submit` would find: the first submission's key. Raises IdempotencyConflict as it does."""
         ...
 
-    def acquire(self, scope: str, holder: str, ttl_s: float, *, steal: bool = False) -> Lease | None:
-        """A lease with a new epoch; None while another holder's is running and `steal` is not given."""
+    def acquire(
+        self, scope: str, holder: str, ttl_s: float, *, steal: bool = False, fence: Fence | None = None
+    ) -> Lease | None:
+        """A lease with a new epoch; None while another holder's is running and `steal` is not given. Raises Fenced."""
         ...
 
     def renew(self, lease: Lease) -> bool:

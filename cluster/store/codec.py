@@ -24,7 +24,14 @@ from polygraft.cluster.store.keys import record_type
 from polygraft.cluster.store.upgrades import UPGRADES
 
 SCHEMA = 1  # of every type that SCHEMAS does not name
-SCHEMAS: Mapping[str, int] = {"Graft": 2, "GraftPublished": 2}
+SCHEMAS: Mapping[str, int] = {
+    "Graft": 2,
+    "GraftPublished": 2,
+    "Job": 2,
+    "JobStarted": 2,
+    "JobSubmitted": 2,
+    "Snapshot": 2,
+}
 
 
 class CodecError(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -14,26 +15,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from polygraft.cluster.store.appendonly import Tail, cut, tail
 from polygraft.cluster.store.base import StoreError, StoreUnavailable
+from polygraft.cluster.store.watch import REFUSING, RoomWatch
 from polygraft.cluster.store.wire import Wire
 from polygraft.kernels.common.atomic import write_text
 
+_LOG = logging.getLogger(__name__)
 READY_S = 30.0  # reading a large append-only file back takes a while
 STOP_S = 10.0
 _POLL_S = 0.02
+
+
+class FolderInUse(StoreError):
+    """Another server runs on the folder."""
 
 
 class EmbeddedServer:
     """One server at a time on `folder`, listening on loopback; `start` again after it died brings back the same url.
 
     `port` 0 takes a free one at the first start. The server leads a session of its own and outlives this process
-    unless stopped.
+    unless stopped. It refuses to write while its disk is nearly full, and reads on (`watch.py`). `cut` is what `start`
+    had to cut off its file, None as a rule.
     """
 
     def __init__(self, folder: Path, *, port: int = 0) -> None:
         self.folder = folder
         self.port = port
+        self.cut: Tail | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: RoomWatch | None = None
 
     @property
     def url(self) -> str:
@@ -51,15 +62,39 @@ class EmbeddedServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> Self:
-        """Return when it answers. Raises StoreError if the folder is in use or the server does not come up."""
+        """Return when it answers; what a power cut left at the end of its file is cut off first. Raises StoreError if
+        the folder is in use or the server does not come up."""
         assert not self.alive, "the embedded store is running"
+        self._end_watch()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
+        try:
+            self._start()
+        except FolderInUse:
+            raise
+        except StoreError:
+            found = tail(self.folder)
+            if found is None:
+                raise
+            if not found.torn:
+                raise StoreError(
+                    f"the store's file is damaged: {found} cannot be read; `polygraft up --cut-store` goes on without "
+                    f"them and keeps them in {found.kept}"
+                ) from None
+            cut(found)
+            self.cut = found
+            _LOG.warning("cut off %s, which were never acknowledged", found)
+            self._start()
+        self._watch = RoomWatch(self.folder, self.url)
+        self._watch.start()
+        return self
+
+    def _start(self) -> None:
         with open(self.folder / "lock", "w") as lock, open(self.folder / "valkey.log", "ab") as log:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise StoreError(f"{self.folder}: another server runs on this folder; stop it first") from None
+                raise FolderInUse(f"{self.folder}: another server runs on this folder; stop it first") from None
             # The lock's descriptor goes to the server: the folder stays locked exactly as long as that process lives.
             self._process = subprocess.Popen(
                 [find_server(), "-"],
@@ -74,10 +109,18 @@ class EmbeddedServer:
             with self._process.stdin as config:
                 config.write(self._config().encode())
         self._wait_until_ready()
-        return self
 
     def stop(self) -> None:
         """End the server, which flushes its file; nothing if it is not running."""
+        self._end_watch()
+        self._end_process()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _end_process(self) -> None:
         if self._process is None:
             return
         self._process.terminate()
@@ -102,7 +145,8 @@ class EmbeddedServer:
             "dir": f'"{self.folder}"',
             "requirepass": self._password(),
             "appendonly": "yes",
-            "appendfsync": "always",  # a small write takes a fraction of a millisecond on a local disk
+            "aof-load-truncated": "no",  # `start` looks at an unfinished end, cuts it and tells of it
+            **REFUSING,  # until the watch finds room; then each write is on disk before its answer
             "save": '""',
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
@@ -126,7 +170,7 @@ class EmbeddedServer:
                     return
                 except StoreUnavailable as error:
                     if not self.alive or time.monotonic() > deadline:
-                        self.stop()
+                        self._end_process()
                         raise StoreError(f"the embedded store did not start ({error}):\n{self._last_words()}") from None
                     time.sleep(_POLL_S)
         finally:
@@ -149,7 +193,8 @@ def find_server() -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on now, on loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

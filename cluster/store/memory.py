@@ -120,9 +120,12 @@ class MemoryStore:
                 raise IdempotencyConflict(idempotency)
             return first
 
-    def acquire(self, scope: str, holder: str, ttl_s: float, *, steal: bool = False) -> Lease | None:
+    def acquire(
+        self, scope: str, holder: str, ttl_s: float, *, steal: bool = False, fence: Fence | None = None
+    ) -> Lease | None:
         with self._changed:
             self._check_open()
+            self._check([], fence)
             held = self._leases.get(scope, _Held())
             if not steal and held.until > self._clock() and held.holder != holder:
                 return None

@@ -47,10 +47,11 @@ _PAGE = 500
 
 
 class RedisStore:
-    """Everything lies under `prefix`, so that stores can share a server."""
+    """Everything lies under `prefix`, so that stores can share a server; a `patient` one waits where the server refuses
+    to write."""
 
-    def __init__(self, url: str, *, prefix: str = "polygraft:") -> None:
-        self._wire = Wire(url)
+    def __init__(self, url: str, *, prefix: str = "polygraft:", patient: bool = False) -> None:
+        self._wire = Wire(url, patient=patient)
         self._prefix = prefix
 
     def get(self, key: Key[R]) -> Versioned[R] | None:
@@ -99,9 +100,14 @@ class RedisStore:
             raise IdempotencyConflict(idempotency)
         return Key(name.decode())
 
-    def acquire(self, scope: str, holder: str, ttl_s: float, *, steal: bool = False) -> Lease | None:
-        arguments: list[Argument] = [holder, round(ttl_s * 1000), int(steal)]
-        epoch = cast(int, self._wire.script("acquire", [self._lease(scope)], arguments))
+    def acquire(
+        self, scope: str, holder: str, ttl_s: float, *, steal: bool = False, fence: Fence | None = None
+    ) -> Lease | None:
+        guard, held = (fence.scope, fence.epoch) if fence else ("", "")
+        arguments: list[Argument] = [holder, round(ttl_s * 1000), int(steal), held]
+        epoch = cast(int, self._wire.script("acquire", [self._lease(scope), self._lease(guard)], arguments))
+        if epoch < 0:
+            raise Fenced(guard, int(held), -1 - epoch)
         return Lease(scope, holder, epoch, ttl_s) if epoch else None
 
     def renew(self, lease: Lease) -> bool:

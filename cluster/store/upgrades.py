@@ -22,6 +22,23 @@ def _graft_published_1(body: Body) -> Body:
     return {**body, "graft": _graft_1(graft) if isinstance(graft, Mapping) else graft}
 
 
+def _job_1(body: Body) -> Body:
+    """Schema 2 keeps the class of the device."""
+    return {**body, "device_class": None}
+
+
+def _job_submitted_1(body: Body) -> Body:
+    record = body.get("record")
+    return {**body, "record": _job_1(record) if isinstance(record, Mapping) else record}
+
+
+def _snapshot_1(body: Body) -> Body:
+    jobs = body.get("jobs")
+    if not isinstance(jobs, list):
+        return body
+    return {**body, "jobs": [_job_1(job) if isinstance(job, Mapping) else job for job in jobs]}
+
+
 @lru_cache(maxsize=1024)
 def _context_length(method: str) -> int:
     """0 for an imported graft that is described in words: the engine asks the graft, and refuses what does not fit."""
@@ -35,4 +52,8 @@ def _context_length(method: str) -> int:
 UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Graft", 1): _graft_1,
     ("GraftPublished", 1): _graft_published_1,
+    ("Job", 1): _job_1,
+    ("JobStarted", 1): _job_1,
+    ("JobSubmitted", 1): _job_submitted_1,
+    ("Snapshot", 1): _snapshot_1,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -14,11 +16,14 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from polygraft.cluster.store.base import StoreUnavailable
+from polygraft.cluster.store.base import StoreUnavailable, WriteRefused
 
+_LOG = logging.getLogger(__name__)
 TIMEOUT_S = 5.0  # a server that is silent for longer is down
 CONNECT_S = 2.0
-_CANNOT_WRITE = ("MISCONF", "OOM", "READONLY", "WAITAOF cannot", "LOADING", "MASTERDOWN")
+REFUSED_S = 0.5  # until a patient one sends again what was refused
+_REFUSED = ("MISCONF", "OOM", "NOREPLICAS")
+_CANNOT_WRITE = ("READONLY", "WAITAOF cannot", "LOADING", "MASTERDOWN")
 
 Argument = str | bytes | int | float
 
@@ -26,10 +31,12 @@ Argument = str | bytes | int | float
 class Wire:
     """Every command takes a connection of the pool and gives it back, a blocking one too, so that threads never meet.
 
-    Nothing is sent twice: a write whose answer is lost may have happened. Raises StoreUnavailable.
+    Nothing is sent twice, as a write whose answer is lost may have happened, but for what the server refused to write:
+    a `patient` wire sends that until it is taken. Raises StoreUnavailable, and WriteRefused if it is not patient.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patient: bool = False) -> None:
+        self._patient = patient
         self._redis = redis.Redis.from_url(
             url,
             protocol=2,
@@ -42,8 +49,11 @@ class Wire:
         self._waits = False
 
     def call(self, *command: Argument) -> object:
-        with _reached():
-            return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        def send() -> object:
+            with _reached():
+                return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+        return self._patiently(send)
 
     def calls(self, commands: Sequence[Sequence[Argument]]) -> list[object]:
         """Answers of commands that travel together, in their order, not atomically."""
@@ -68,6 +78,25 @@ class Wire:
         self._check_durability()
         if not self._waits:
             return self.call(*command)  # appendfsync always: the answer comes after the disk
+        return self._patiently(lambda: self._awaited(command))
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _patiently(self, send: Callable[[], object]) -> object:
+        refused = False
+        while True:
+            try:
+                return send()
+            except WriteRefused as error:
+                if not self._patient:
+                    raise
+                if not refused:
+                    _LOG.warning("%s; waiting until it is taken", error)
+                refused = True
+            time.sleep(REFUSED_S)
+
+    def _awaited(self, command: Sequence[Argument]) -> object:
         with _reached():
             # One connection: WAITAOF waits for the writes of its own connection only.
             pipeline = self._redis.pipeline(transaction=False)
@@ -80,9 +109,6 @@ class Wire:
             if cast(list[int], waited)[0] < 1:
                 raise StoreUnavailable(f"the store's disk did not take a write within {TIMEOUT_S - 1:.0f} s")
             return cast(object, answer)
-
-    def close(self) -> None:
-        self._redis.close()
 
     def _check_durability(self) -> None:
         """Refuse a server that would acknowledge what it may lose."""
@@ -116,6 +142,8 @@ def _reached() -> Iterator[None]:
     except exceptions.NoScriptError:
         raise
     except exceptions.ResponseError as error:
+        if any(word in str(error) for word in _REFUSED):
+            raise WriteRefused(f"the store refuses to write: {error}") from error
         if any(word in str(error) for word in _CANNOT_WRITE):
             raise StoreUnavailable(f"the store cannot write: {error}") from error
         raise

@@ -23,7 +23,8 @@ _FIELDS = {
     "head_dim": "d_kv",
     "ffn": "d_ff",
 }
-_ORDER = tuple(f"{kind}.{part}" for kind in ("attn", "cross") for part in "qkvo") + ("ffn.gate", "ffn.up", "ffn.down")
+_ATTENTION = tuple(f"{kind}.{part}" for kind in ("attn", "cross") for part in "qkvo")
+_ORDER = (*_ATTENTION, "ffn.gate", "ffn.up", "ffn.down")
 _PLAIN = {"ffn.up": "wi", "ffn.down": "wo"}
 _GATED = {"ffn.gate": "wi_0", "ffn.up": "wi_1", "ffn.down": "wo"}
 

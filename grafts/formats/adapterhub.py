@@ -107,7 +107,7 @@ def _bottlenecks(
     read: set[str] = set()
     terms: list[Term] = []
     found: list[_Bottleneck] = []
-    for side, place in zip(("mh_adapter", "output_adapter"), _PLACES[shape.arch]):
+    for side, place in zip(("mh_adapter", "output_adapter"), _PLACES[shape.arch], strict=True):
         if not config.get(side):
             continue
         method, at = _method(config, side, shape)
@@ -120,7 +120,7 @@ def _bottlenecks(
         raise FormatError(f"{WEIGHTS}: {odd[:3]} are missing or unknown ({len(odd)} in all)")
     spec = union(terms)
     values: dict[str, Tensor] = {}
-    for number, (one, term) in enumerate(zip(found, terms)):
+    for number, (one, term) in enumerate(zip(found, terms, strict=True)):
         branch, shift = (f"{2 * number + i}.{one.layer}.{term.arguments['at']}" for i in (0, 1))
         values |= {f"{branch}.A": one.down, f"{branch}.B": one.up.T, f"{branch}.a": one.a[:, None], f"{shift}.b": one.b}
     return spec, values

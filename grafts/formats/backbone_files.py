@@ -35,8 +35,8 @@ class BackboneFiles:
     @cached_property
     def tied(self) -> bool:
         """Whether the head multiplies with the embeddings."""
-        apart = any(key.endswith(("lm_head.weight", "embed_out.weight")) for key in self.files)
-        return bool(self.config.get("tie_word_embeddings", not apart))
+        untied = any(key.endswith(("lm_head.weight", "embed_out.weight")) for key in self.files)
+        return bool(self.config.get("tie_word_embeddings", not untied))
 
     def wide(self, key: str) -> Tensor:
         """In float32 or wider."""

@@ -39,6 +39,6 @@ def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
 
 def _indices(name: str, value: Tensor, bounds: tuple[int, ...]) -> None:
     """Raise FormatError unless every column holds whole numbers from 0 to its bound."""
-    for column, bound in zip(value.unbind(1), bounds):
+    for column, bound in zip(value.unbind(1), bounds, strict=True):
         if not bool(((column == column.floor()) & (column >= 0) & (column < bound)).all()):
             raise FormatError(f"{name}: holds numbers that are no index below {bound}")

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import CONFIG, BackboneFiles
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Affine
@@ -44,7 +45,7 @@ def export(target: Path, graft: BoundGraft, values: Mapping[str, Tensor], *, bac
             places: dict[str, str] = {}
             stored = BackboneFiles(backbone)
             for shard, tensors in _folded(stored, graft, values, _keys(config, stored.shape)):
-                save_file(tensors, draft / shard, metadata={"format": "pt"})
+                write_tensors(tensors, draft / shard, metadata={"format": "pt"})
                 places |= dict.fromkeys(tensors, shard)
             if len(set(places.values())) > 1:
                 (draft / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1))

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 from polygraft.grafts.text.plain_json import load as load_json
@@ -76,12 +77,10 @@ def save(
     }
     try:
         with whole_folder(folder) as draft:
-            save_file(kept, draft / WEIGHTS)
+            write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(graft, stock):
                 peft.export(draft, graft, kept, base=base, stock=stock)
-    except SafetensorError as error:
-        raise OSError(f"{folder.name}: {error}") from None
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
@@ -25,6 +25,7 @@ from polygraft.grafts.formats.peft_config import own_graft
 from polygraft.grafts.formats.peft_modules import path, pattern, targets
 from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
+from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import described, flat, layout_of
 from polygraft.grafts.methods.exchange import Peft
@@ -61,7 +62,7 @@ def export(
     check(graft, values)
     config, files = _written(graft, values, stock)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(files, folder / WEIGHTS, metadata={"format": "pt"})
     notes = {
         "peft_type": config.pop("peft_type"),
         "task_type": "CAUSAL_LM" if graft.shape.causal else None,
@@ -170,8 +171,8 @@ def _members(graft: BoundGraft) -> list[_Member] | None:
         return None
     sites = [site for member in found for site in member.sites]
     alike = all(member.fixed == found[0].fixed for member in found) and len(sites) == len(set(sites))
-    apart = len(found) > 1 and (found[0].layout.shared or not found[0].layout.sides)
-    return found if alike and not apart else None
+    separate = len(found) > 1 and (found[0].layout.shared or not found[0].layout.sides)
+    return found if alike and not separate else None
 
 
 def _member(term: Term, shape: ModelShape) -> _Member | None:

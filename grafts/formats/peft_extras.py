@@ -120,7 +120,8 @@ def split(graft: BoundGraft) -> SplitGraft:
         return whole
     placed = [[(site, change_of(slot, site)) for site, slot in those] for those in places]
     edits = [slots[0] if peft_tokens.edits(slots[0]) else None for _, slots in built]
-    free = [edit is not None or all(change is not None for _, change in those) for edit, those in zip(edits, placed)]
+    changed = [all(change is not None for _, change in those) for those in placed]
+    free = [edit is not None or every for edit, every in zip(edits, changed, strict=True)]
     if all(free):
         free = [term.name != built[0][0].name for term, _ in built]
     own: list[Term] = []
@@ -128,7 +129,7 @@ def split(graft: BoundGraft) -> SplitGraft:
     changes: dict[tuple[Site, Change], int] = {}
     edited: tuple[int, Tokens] | None = None
     first = 0
-    for (term, slots), edit, those, loose in zip(built, edits, placed, free):
+    for (term, slots), edit, those, loose in zip(built, edits, placed, free, strict=True):
         if not loose:
             own.append(term)
             numbers += range(first, first + len(slots))

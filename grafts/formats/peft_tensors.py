@@ -171,7 +171,7 @@ def _write(kept: Kept, value: Tensor, slot: Slot, place: SiteShape, *, plain: bo
 
 def _widened(stored: Tensor, size: torch.Size) -> Tensor:
     """With zeros after what there is, up to the size."""
-    if stored.ndim != len(size) or any(a > b for a, b in zip(stored.shape, size)):
+    if stored.ndim != len(size) or any(a > b for a, b in zip(stored.shape, size, strict=True)):
         return stored
     found = stored.new_zeros(size)
     found[tuple(slice(n) for n in stored.shape)] = stored

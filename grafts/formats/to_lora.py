@@ -73,6 +73,6 @@ def to_lora(
 
 def _rank(S: Tensor, energy: float) -> int:
     """How many singular values hold the share; those that are only rounding count for nothing."""
-    squares = torch.where(S > S[:1] * len(S) * torch.finfo(S.dtype).eps, S, 0).square()
+    squares = torch.where(S[:1] * len(S) * torch.finfo(S.dtype).eps < S, S, 0).square()
     shares = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(S.dtype).tiny)
     return min(int((shares < energy - 1e-12).sum()) + 1, len(S))

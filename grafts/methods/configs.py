@@ -11,9 +11,22 @@ from polygraft.grafts.text.plain_json import JsonError, load
 
 # What PEFT writes beside the fields that make a graft: notes on its origin, the backbone's sizes and layout.
 _NOTES = frozenset(
-    "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode num_attention_heads num_layers "
-    "num_transformer_submodules peft_type peft_version revision task_type token_dim tokenizer_kwargs "
-    "tokenizer_name_or_path".split()
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "inference_mode",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    ]
 )
 # Values at which fields of many configs mean nothing.
 _PLAIN: Config = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}

@@ -82,9 +82,9 @@ class Adoption:
             for member, site in enumerate(group):
                 self.linears[site], self.projections[site] = (linear, member), members[member]
             for path, sharing in groupby(members, lambda member: self._path(member.site)):
-                found = list(sharing)
+                fused = list(sharing)
                 heads = self.shape.heads if self.table.interleaved else None
-                self._put(path, FusedProjection(found, heads) if len(found) > 1 else found[0])
+                self._put(path, FusedProjection(fused, heads) if len(fused) > 1 else fused[0])
 
     def _sublayer(self, site: Site) -> None:
         from transformers.activations import SiLUActivation
@@ -98,10 +98,11 @@ class Adoption:
             path = f"{self.table.layers}.{site.layer}.{self.table.inputs[site.name]}"
             first = self.base.get_submodule(path)
             self._put(path, SublayerInput(site, first))
-        setattr(first, "layer_idx", site.layer)  # what attends says where it stands; not every class does
-        setattr(first, "crosses", site.name == "cross.out")
+        # What attends says where it stands; not every class does.
+        first.layer_idx = site.layer  # type: ignore[assignment]
+        first.crosses = site.name == "cross.out"  # type: ignore[assignment]
         if hasattr(first, "relative_attention_bias"):
-            setattr(first, "compute_bias", position_bias(first.compute_bias))  # type: ignore[arg-type]
+            first.compute_bias = position_bias(first.compute_bias)  # type: ignore[arg-type,assignment]
 
     def _norm_before(self, site: Site) -> Site | None:
         """The norm whose output a sublayer reads; None where the table names none."""

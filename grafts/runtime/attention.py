@@ -82,7 +82,7 @@ class WholeSequences:
         return self._layouts[key]
 
 
-def attention_forward(
+def attention_forward(  # noqa: PLR0913
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -116,7 +116,7 @@ def attention_forward(
     return out.view(1, len(out), query.shape[1], -1), None
 
 
-def _joined(
+def _joined(  # noqa: PLR0913
     layer: int,
     q: Tensor,
     k: Tensor,

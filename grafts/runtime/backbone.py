@@ -25,7 +25,7 @@ from polygraft.grafts.runtime.padding import padded
 from polygraft.grafts.runtime.patches import Patches
 from polygraft.grafts.runtime.pretrained import Quantise, fingerprint
 from polygraft.grafts.runtime.recorder import Recorder
-from polygraft.grafts.runtime.route import Attention, Entry, RouteTable, Rows, routed
+from polygraft.grafts.runtime.route import Attention, Entry, RouteTable, Rows, kept_work_lists, routed
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.spec import SpecError
@@ -59,7 +59,8 @@ class Backbone:
             head = model.get_submodule(table.head)
         self.base: nn.Module = model if head is None else model.get_submodule(table.backbone)
         if head is None:
-            setattr(self.base, "pooler", None)  # it reads the first row of a batch, and nobody reads it
+            # It reads the first row of a batch, and nobody reads it.
+            self.base.pooler = None  # type: ignore[assignment]
         adoption = Adoption(self.base, shape, prepack=prepack, block=block, quantise=quantise)
         copied = {id(weight) for weight in adoption.fused()}
         for parameter in model.parameters():  # what is not copied by being fused, so that no mapped file stays open
@@ -130,12 +131,13 @@ class Backbone:
         back.
         """
         check_inputs(rows, stacks)
-        rows = rows.to(self.device)
+        rows, lists = rows.to(self.device), kept_work_lists(rows, stacks)
         if self._encoder is None:
             entry = None
             if rows.entry_layer is not None and rows.inputs_embeds is not None:
                 entry = Entry(rows.entry_layer, rows.inputs_embeds)
-            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, None, rows.inputs, entry)
+            keys = rows.dropout_keys
+            route = RouteTable(rows.spans, stacks, attention, keys, None, rows.inputs, entry, work_lists=lists)
             learns = stacks.trainable and torch.is_grad_enabled() and bool(rows.spans)
             lowest = route.lowest_layer() if learns else 0
             hidden = self._run(self.base, rows, replace(route, lowest=lowest or 0))
@@ -147,7 +149,7 @@ class Backbone:
             read, attends = rows.source, attention.of_source()
             source = RouteTable(read.spans, stacks, attends, read.dropout_keys, inputs=read.inputs)
             states = self._run(self._encoder, read, source)
-            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, source, rows.inputs)
+            route = RouteTable(rows.spans, stacks, attention, rows.dropout_keys, source, rows.inputs, work_lists=lists)
             hidden = self._run(self._decoder, rows, route, encoder_hidden_states=states[None])
         if self._scale is not None:
             hidden = hidden * self._scale
@@ -189,9 +191,9 @@ class Backbone:
         ids = torch.zeros(len(rows_PD), dtype=torch.long, device=rows_PD.device)
         positions = torch.arange(len(rows_PD), device=rows_PD.device)
         rows = Rows(ids, positions, (), inputs_embeds=rows_PD.to(self.dtype), entry_layer=first)
-        found = self.recorded(rows).of_rows(len(rows))
+        left = self.recorded(rows).of_rows(len(rows))
         # Copied, so that they do not hold the projections of the whole input that they are a part of.
-        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in found.items()}
+        kept = {layer: [x.to(rows_PD.dtype, copy=True) for x in both] for layer, both in left.items()}
         return {layer: (k, v) for layer, (k, v) in kept.items()}
 
     def recorded(self, rows: Rows) -> Recorder:
@@ -220,8 +222,10 @@ def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoMod
 
     classes = config.get("architectures")
     headless = not shape.causal and isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
-    found: type[_BaseAutoModelClass] = getattr(transformers, "AutoModel" if headless else architecture(shape.arch).auto)
-    return found
+    auto_class: type[_BaseAutoModelClass] = getattr(
+        transformers, "AutoModel" if headless else architecture(shape.arch).auto
+    )
+    return auto_class
 
 
 def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:

@@ -19,6 +19,7 @@ from polygraft.grafts.spec import KV, Layers, SpecError
 from polygraft.kernels.kv.layout import Continued, outside
 from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged, supports
 from polygraft.kernels.kv.scores import Scores
+from polygraft.kernels.kv.tiles import PagedTiles
 
 BUCKET_BLOCKS = (
     4  # contexts are gathered in multiples of this many blocks: few matmul shapes, a function of the own length
@@ -112,20 +113,34 @@ class PagedAttention:
     def __init__(self, cache: KVCache, sequences: Sequence[PagedSequence]) -> None:
         self.cache, self._sequences = cache, tuple(sequences)
         self._by_window: dict[int | None, list[_Group]] = {}
+        self._tiles: PagedTiles | None = None
+        self._places: tuple[Tensor, Tensor] | None = None
+        if cache.data.is_cuda:  # before the first layer, so that a CUDA graph of the layers is sent nothing
+            group = cache.shape.heads // cache.shape.kv_heads
+            self._tiles = PagedTiles.of(*self._continued(), group).to(cache.data.device)
+            self._places = self._placed()
 
     def slots(self, rows: int) -> list[int]:
         """The cache row of each of a forward's `rows`, -1 for those of no sequence."""
-        found, size = [-1] * rows, self.cache.block_size
+        slots = [-1] * rows
         for s in self._sequences:
-            places = range(s.before, s.before + s.rows)
-            found[s.start : s.start + s.rows] = [s.table[p // size] * size + p % size for p in places]
-        return found
+            slots[s.start : s.start + s.rows] = self._written(s)
+        return slots
+
+    def _written(self, s: PagedSequence) -> list[int]:
+        """The cache rows that a sequence's new keys and values go to."""
+        size = self.cache.block_size
+        return [s.table[p // size] * size + p % size for p in range(s.before, s.before + s.rows)]
 
     def hold(self, pages: Pages) -> None:
         """Put the sequences where compiled attention reads them."""
+        pages.hold(*self._continued())
+
+    def _continued(self) -> tuple[list[Continued], list[list[int]]]:
+        """The sequences, and in each layer, or for all, how many leading positions of each are not seen."""
         layers = range(self.cache.shape.layers) if any(s.prefix_layers is not None for s in self._sequences) else (0,)
         continued = [Continued(s.start, s.rows, s.before, s.table) for s in self._sequences]
-        pages.hold(continued, [[s.unseen(layer) for s in self._sequences] for layer in layers])
+        return continued, [[s.unseen(layer) for s in self._sequences] for layer in layers]
 
     @cached_property
     def _pages(self) -> Pages:
@@ -133,13 +148,12 @@ class PagedAttention:
         self.hold(pages)
         return pages
 
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
+    def _placed(self) -> tuple[Tensor, Tensor]:
         """The rows of all sequences and the cache rows that they are written to."""
-        size, device = self.cache.block_size, self.cache.data.device
-        slots = torch.cat([_slots(s.table, s.before, s.rows, size) for s in self._sequences])
-        rows = torch.cat([torch.arange(s.start, s.start + s.rows) for s in self._sequences])
-        return rows.to(device), slots.to(device)
+        rows = [row for s in self._sequences for row in range(s.start, s.start + s.rows)]
+        slots = [slot for s in self._sequences for slot in self._written(s)]
+        placed = torch.tensor([rows, slots], dtype=torch.long).to(self.cache.data.device)
+        return placed[0], placed[1]
 
     def _groups(self, window: int | None) -> list[_Group]:
         """The sequences by row count and context bucket, from the first whole bucket that the window reaches into."""
@@ -150,17 +164,17 @@ class PagedAttention:
                 first = 0 if window is None else max(0, s.before - window + 1) // span * BUCKET_BLOCKS
                 stop = -(-(s.before + s.rows) // span) * BUCKET_BLOCKS
                 members[s.rows, stop - first].append((first, s))
-            self._by_window[window] = [self._group(*key, found, window) for key, found in sorted(members.items())]
+            self._by_window[window] = [self._group(*key, placed, window) for key, placed in sorted(members.items())]
         return self._by_window[window]
 
-    def _group(self, count: int, width: int, found: Sequence[tuple[int, PagedSequence]], window: int | None) -> _Group:
-        tables = [[*s.table[first : first + width], *[0] * (first + width - len(s.table))] for first, s in found]
-        rows = torch.cat([torch.arange(s.start, s.start + count) for _, s in found])
-        own = torch.stack([torch.arange(s.before, s.before + count) for _, s in found])
-        starts = torch.tensor([first * self.cache.block_size for first, _ in found])
+    def _group(self, count: int, width: int, placed: Sequence[tuple[int, PagedSequence]], window: int | None) -> _Group:
+        tables = [[*s.table[first : first + width], *[0] * (first + width - len(s.table))] for first, s in placed]
+        rows = torch.cat([torch.arange(s.start, s.start + count) for _, s in placed])
+        own = torch.stack([torch.arange(s.before, s.before + count) for _, s in placed])
+        starts = torch.tensor([first * self.cache.block_size for first, _ in placed])
         positions = starts.unsqueeze(1) + torch.arange(width * self.cache.block_size)
         hidden = outside(own.unsqueeze(2), positions.unsqueeze(1), window)
-        return _Group(rows, torch.tensor(tables), positions, hidden, tuple(s for _, s in found))
+        return _Group(rows, torch.tensor(tables), positions, hidden, tuple(s for _, s in placed))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, route: RouteTable, scores: Scores) -> Tensor:
         """As `Attention`; rows of no sequence are 0."""
@@ -175,17 +189,17 @@ class PagedAttention:
 
     def _over(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores, sums: Tensor | None) -> Tensor:
         """Writes the log sums of scores into `sums`, where they are asked for."""
+        if self._places is None:
+            self._places = self._placed()
         data, (rows, slots) = self.cache.data[layer], self._places
         new = torch.stack([x.index_select(0, rows) for x in (k, v)], dim=1)
         data.flatten(0, 1).index_copy_(0, slots, new)
-        if q.is_cuda:
+        asked = PagedLayer(layer, self.cache.shape.heads, self.cache.shape.kv_heads, scores)
+        if self._tiles is not None:
             from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
-            heads, kv_heads = self.cache.shape.heads, self.cache.shape.kv_heads
-            continued = [Continued(s.start, s.rows, s.before, s.table, s.unseen(layer)) for s in self._sequences]
-            return gpu.attend_paged(q, data, continued, heads, kv_heads, scores, sums)
+            return gpu.attend_paged(q, data, self._tiles, asked, sums)
         if supports(q, data, scores):
-            asked = PagedLayer(layer, self.cache.shape.heads, self.cache.shape.kv_heads, scores)
             return attend_paged(q, data, self._pages, asked, sums)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for group in self._groups(scores.window):

@@ -104,9 +104,9 @@ def fused_branches(members: Sequence[Mapping[OpKey, Stack]], *, dropping: bool) 
         changed = _changed(stacks) if len(members) > 1 else frozenset()
         own: Unfused = {}
         for key, stack in _branches(stacks):
-            apart = [one for one in stack.slices if key.bias or one.graft in changed or (dropping and one.dropout)]
-            own[key] = StackSlices(tuple(apart))
-            if fused := stack.slices.without(apart):
+            unfused = [one for one in stack.slices if key.bias or one.graft in changed or (dropping and one.dropout)]
+            own[key] = StackSlices(tuple(unfused))
+            if fused := stack.slices.without(unfused):
                 items.append((FusedBranch(member, stack.parts["A"], stack.parts["B"], key.act), fused))
         left.append(own)
     return FusedBranches(tuple(items)), left

@@ -45,7 +45,7 @@ def generate(stack: Stack, rows: Rows, bare_TD: Tensor, route: RouteTable) -> tu
     row [T], -1 where none. `bare` are the embeddings of the rows."""
     slots = {own.graft: _slot(route.stacks.residents[own.graft].spec) for own in stack.slices}
     held = {
-        part: dict(zip(slots, value.split_with_sizes([_height(part, slot) for slot in slots.values()])))
+        part: dict(zip(slots, value.split_with_sizes([_height(part, slot) for slot in slots.values()]), strict=True))
         for part, value in stack.parts.items()
     }
     index = torch.full_like(rows.ids, -1)

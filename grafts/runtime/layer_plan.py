@@ -40,11 +40,11 @@ class LayerPlan:
         """Of an adopted model; None where its layers are others."""
         if not architecture(shape.arch).pre_norm:
             return None
-        found = [_layer(base, shape, projections, layer) for layer in range(shape.layers)]
-        layers = tuple(layer for layer in found if layer is not None)
+        planned = [_layer(base, shape, projections, layer) for layer in range(shape.layers)]
+        layers = tuple(layer for layer in planned if layer is not None)
         final = base.get_submodule(module_path(Site(shape.layers - 1, FINAL_SITE), shape))
         assert isinstance(final, SiteNorm)
-        if len(layers) < len(found):
+        if len(layers) < len(planned):
             return None
         return LayerPlan(PlannedLayers(layers, final, base.get_submodule("rotary_emb")))
 

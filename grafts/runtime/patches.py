@@ -25,7 +25,7 @@ class Patches(nn.Module):
     def of(base: nn.Module) -> Patches:
         """That of a model without its head, which gets it in place of its own."""
         patches = Patches(base.get_submodule("embeddings"))
-        setattr(base, "embeddings", patches)
+        base.embeddings = patches
         return patches
 
     @torch.no_grad()

@@ -44,11 +44,16 @@ def materialise(name_or_path: str, cache: Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return checked(path.resolve())
-    if not _HUB_NAME.fullmatch(name_or_path) or ".." in name_or_path:
-        raise BackboneError(
-            f"backbone: {name_or_path!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
-        )
+    check_hub_id(name_or_path)
     return _once(cache / name_or_path.replace("/", "--"), lambda folder: _download(name_or_path, folder))
+
+
+def check_hub_id(name: str) -> None:
+    """Raise BackboneError for what cannot be a Hugging Face hub id."""
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise BackboneError(
+            f"backbone: {name!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
+        )
 
 
 def checked(folder: Path) -> Path:
@@ -71,8 +76,8 @@ def fingerprint(folder: Path, quantise: Quantise | None = None) -> str:
     How the tensors are spread over files does not count, nor do the config's notes on its origin. Kept beside the
     weights with the files' sizes and times, so that it is computed once. Raises BackboneError for a malformed file.
     """
-    found = _fingerprint(folder)
-    return found if quantise is None else sha256(f"{found}/{quantise}".encode()).hexdigest()
+    digest = _fingerprint(folder)
+    return digest if quantise is None else sha256(f"{digest}/{quantise}".encode()).hexdigest()
 
 
 def _fingerprint(folder: Path) -> str:
@@ -87,10 +92,10 @@ def _fingerprint(folder: Path) -> str:
         pass  # absent, or not ours: computed afresh
     config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in _HISTORY}
     digests = dict(sorted(tensor for shard in shards for tensor in _tensors(shard)))
-    found = sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
+    digest = sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
     with suppress(OSError):  # a folder that cannot be written only costs the next reader time
-        write_text(sidecar, json.dumps({"files": stamp, "fingerprint": found}))
-    return found
+        write_text(sidecar, json.dumps({"files": stamp, "fingerprint": digest}))
+    return digest
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -44,7 +44,7 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, branches: RoutedBranches, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs, rest, kept = linear.forward(x, branches, keep=True)
+        outputs, _, kept = linear.forward(x, branches, keep=True)
         work = branches.work
         x_kept = x if any(b.A.requires_grad for b, _ in work) else None
         ctx.save_for_backward(x_kept, *weights, *(value for own in kept for value in own))  # type: ignore[arg-type]  # None is allowed
@@ -63,8 +63,8 @@ class _Project(torch.autograd.Function):
             for pair, (member, act, segments) in zip(pairs, recorded, strict=True)
         ]
         kept = [list(islice(values, count)) for count in ctx.kept]  # type: ignore[attr-defined]
-        dx, found = linear.backward(_joined(grads), x, work, kept)
-        return dx, None, None, *found
+        dx, gradients = linear.backward(_joined(grads), x, work, kept)
+        return dx, None, None, *gradients
 
 
 class _Alone(torch.autograd.Function):

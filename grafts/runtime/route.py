@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from polygraft.kernels.kv.scores import Scores
 
 if TYPE_CHECKING:
     from polygraft.grafts.runtime.stacks import Stacks
+
+_KEPT = 4  # sets of work lists of a composition of grafts: streams come and go, and the same rows come again
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ class Entry(NamedTuple):
 class RouteTable:
     """The routing of one forward; `segments` are derived once for all sites whose grafts have the same sizes. In the
     forward of a decoder `source` is that of the encoder's rows. Where `entry` is not None, its rows pass the layers
-    below it by. Below layer `lowest` no gradient is asked for. `context` is what modules leave for each other."""
+    below it by. Below layer `lowest` no gradient is asked for. `context` is what modules leave for each other,
+    `work_lists` what `segments` has made."""
 
     spans: tuple[Span, ...]
     stacks: Stacks
@@ -123,7 +127,7 @@ class RouteTable:
     entry: Entry | None = None
     lowest: int = 0
     context: ForwardContext = field(default_factory=ForwardContext)
-    _segments: dict[StackSlices, Segments] = field(default_factory=dict)
+    work_lists: dict[StackSlices, Segments] = field(default_factory=dict)
 
     def at(self, site: Site) -> RouteTable:
         """The routing of the rows that the site reads."""
@@ -139,11 +143,29 @@ class RouteTable:
 
     def segments(self, slices: StackSlices) -> Segments:
         """The work list of a stack: a span's rows against its graft's place in the stack, in span order."""
-        if slices not in self._segments:
-            self._segments[slices] = work_list(
+        if slices not in self.work_lists:
+            self.work_lists[slices] = work_list(
                 self.spans, slices, dropping=self.dropout_keys is not None, inputs=self.inputs
             )
-        return self._segments[slices]
+        return self.work_lists[slices]
+
+
+def kept_work_lists(rows: Rows, stacks: Stacks) -> dict[StackSlices, Segments]:
+    """Those of an earlier forward over the same spans, with what was derived from them: rows that decode come again at
+    every step, and nothing about their grafts is then made or sent to a device again.
+
+    Where grafts are trained, every forward has its own, since a slice may be absent at one step and not at another. A
+    tensor that was made in inference mode is no use outside.
+    """
+    if stacks.trainable:
+        return {}
+    kept = stacks.derived((kept_work_lists,), OrderedDict[Hashable, dict[StackSlices, Segments]])
+    key = rows.spans, rows.inputs, rows.dropout_keys is None, torch.is_inference_mode_enabled()
+    lists = kept.setdefault(key, {})
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
+    return lists
 
 
 def work_list(

@@ -43,8 +43,9 @@ class Slab:
     def collect(self, parts: Sequence[Tensor | None]) -> None:
         """Add the gradient that a backward left for this job, trained tensor by tensor."""
         whole = [p if p is not None else self.master.new_zeros(n) for p, n in zip(parts, self._sizes, strict=True)]
-        found = torch.cat(whole).to(self.master.dtype)  # joined before it is widened: two passes in place of hundreds
-        self.grad = found if self.grad is None else self.grad.add_(found)
+        # Joined before it is widened: two passes in place of hundreds.
+        gradient = torch.cat(whole).to(self.master.dtype)
+        self.grad = gradient if self.grad is None else self.grad.add_(gradient)
 
     def gradients(self) -> dict[str, Tensor]:
         """Views of the collected gradient by name."""

@@ -123,13 +123,13 @@ class Stacks:
     @cached_property
     def generators(self) -> Mapping[Site, Mapping[int, Callable[[Tensor], Tensor]]]:
         """What makes the dense matrices of the deltas at a site, by their first row in the stack."""
-        found: dict[Site, dict[int, Callable[[Tensor], Tensor]]] = defaultdict(dict)
+        by_row: dict[Site, dict[int, Callable[[Tensor], Tensor]]] = defaultdict(dict)
         for resident, made, own in zip(self.residents, self.lowered, self.views, strict=True):
             for view in own:
                 slot, site = view.tensor.slot, view.tensor.site
                 if view.tensor.part == "t" and site is not None:
-                    found[site][view.first] = made.generator(slot, site, resident.tensors, resident.draw)
-        return found
+                    by_row[site][view.first] = made.generator(slot, site, resident.tensors, resident.draw)
+        return by_row
 
     def refresh(self, graft: int) -> None:
         """Make a resident's operands in the stacks, and recompute what depends on them (DoRA's norms)."""
@@ -151,21 +151,21 @@ class Stacks:
             self._copies[graft] = copies
         return copies
 
-    def gradient(self, graft: int, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def gradient(self, graft: int, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient of a resident's trained tensors, in their order, from that of its operands."""
         resident, made = self.residents[graft], self.lowered[graft]
-        return found if made.same else made.pull(resident.tensors, found, resident.draw())
+        return gradients if made.same else made.pull(resident.tensors, gradients, resident.draw())
 
     def gradients(self) -> list[list[Tensor | None]]:
         """What a backward left for every resident's operands: flat ones in the order of its views, None where it
         never came."""
-        found: list[list[Tensor | None]] = [[None] * len(own) for own in self.views]
+        gradients: list[list[Tensor | None]] = [[None] * len(own) for own in self.views]
         for stack, shares in self._shares:
             if stack.grad is not None:
                 flat = stack.grad.view(-1).split_with_sizes([size for _, _, size in shares])
                 for (graft, position, _), own in zip(shares, flat, strict=True):
-                    found[graft][position] = own
-        return found
+                    gradients[graft][position] = own
+        return gradients
 
     @cached_property
     def _shares(self) -> list[tuple[Tensor, list[tuple[int, int, int]]]]:

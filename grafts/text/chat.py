@@ -71,7 +71,7 @@ class Chat:
 class _Namespace(Namespace):
     """Jinja's, without the attributes that would lead into Python's internals."""
 
-    def __init__(*args: object, **kwargs: object) -> None:  # noqa: N805 - so that `namespace(self=1)` works, as in Jinja
+    def __init__(*args: object, **kwargs: object) -> None:  # so that `namespace(self=1)` works, as in Jinja
         self, values = args[0], dict(*args[1:], **kwargs)
         for name in values:
             _public(name)

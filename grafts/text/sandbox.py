@@ -25,8 +25,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Functions whose result can be far larger than their arguments together, or which write out a nested value.
 _GROWING = frozenset(
-    "batch center expandtabs format format_map indent join ljust pprint replace rjust slice string tojson truncate "
-    "urlize wordwrap xmlattr zfill".split()
+    [
+        "batch",
+        "center",
+        "expandtabs",
+        "format",
+        "format_map",
+        "indent",
+        "join",
+        "ljust",
+        "pprint",
+        "replace",
+        "rjust",
+        "slice",
+        "string",
+        "tojson",
+        "truncate",
+        "urlize",
+        "wordwrap",
+        "xmlattr",
+        "zfill",
+    ]
 )
 _LARGEST_INT = 100_000  # of an argument that could be a width or a count
 _FORBIDDEN_FORMAT = re.compile(r"\d{5,}|\*|\{[^{}]+\{")  # a width of five digits, or one that comes from an argument
@@ -114,7 +133,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._received(result)
         return result
 
-    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
         """As in Jinja, the double underscores keep a template's keyword arguments apart."""
         owner = getattr(__obj, "__self__", getattr(getattr(__obj, "__wrapped__", None), "__self__", None))
         if isinstance(owner, (str, bytes)):
@@ -173,7 +192,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Generation(Extension):
     """`{% generation %}`, with which a template marks the assistant's text, prints its body."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -17,8 +17,8 @@ ROWS, FEATURES, GRAFTS = 512, 4096, 8
 def tuned() -> Iterator[Tuned]:
     flops, moved = cost.flops(ROWS, FEATURES), cost.bytes_moved(ROWS, FEATURES, GRAFTS, itemsize=2)
     constants = {"HEIGHT": HEIGHT, "WIDTH": WIDTH, "SCALE": True, "SHIFT": True, "ACC": tl.float32}
-    pointers = {name: "*fp32" for name in ("g_ptr", "b_ptr", "dg_ptr", "db_ptr")}
-    pointers |= {name: "*i64" for name in ("index_ptr", "groups_ptr", "spans_ptr")}
+    pointers = dict.fromkeys(("g_ptr", "b_ptr", "dg_ptr", "db_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("index_ptr", "groups_ptr", "spans_ptr"), "*i64")
     work = f"{ROWS} rows of {GRAFTS} grafts, {FEATURES} wide"
     yield Tuned("affine", affine_kernel, constants, work, flops, moved, pointers, dot=False)
     yield Tuned("sums", sums_kernel, constants, work, flops, moved, pointers, dot=False)

@@ -30,7 +30,7 @@ def backward(act: str, grad_NMR: Tensor, hidden_NMR: Tensor) -> Tensor:
     """grad * act'(hidden), `hidden` being the activation's input; member by member as the forward."""
     if act in ("identity", "relu") or len(hidden_NMR) == 1:
         return _backward(act, grad_NMR, hidden_NMR)
-    return torch.stack([_backward(act, grad, hidden) for grad, hidden in zip(grad_NMR, hidden_NMR)])
+    return torch.stack([_backward(act, grad, hidden) for grad, hidden in zip(grad_NMR, hidden_NMR, strict=True)])
 
 
 def _backward(act: str, grad: Tensor, hidden: Tensor) -> Tensor:

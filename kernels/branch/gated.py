@@ -13,7 +13,7 @@ from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segment, Segments
 
 
-def gated(
+def gated(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,
@@ -38,7 +38,7 @@ def gated(
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         x: Tensor,
         y: Tensor,

@@ -20,7 +20,7 @@ from polygraft.kernels.common.tiles import BranchTiles
 FEATURE_BYTES = 128  # of a row of x or y that a tile spans: 64 bf16 columns
 
 
-def branch(
+def branch(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,
@@ -39,7 +39,7 @@ def branch(
 
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
     ) -> Tensor:
         plan = BranchTiles.of(segments, x.device)
@@ -129,7 +129,7 @@ def expand(hidden: Tensor, weight: Tensor, out: Tensor, plan: BranchTiles, *, ac
         )
 
 
-def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: BranchTiles, *, act: str, scaled: bool, once: bool) -> Tensor:
+def outer(hidden: Tensor, x: Tensor, like: Tensor, plan: BranchTiles, *, act: str, scaled: bool, once: bool) -> Tensor:  # noqa: PLR0913
     """Sums of f(hidden[s])^T x[s] over segments, as `like`; `once` says that every stack row has just one segment."""
     x = adjacent(x)
     out = (torch.empty_like if once else torch.zeros_like)(like, memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from polygraft.kernels.common.noise import normal_rows
 from polygraft.kernels.common.segments import Segment, Segments
 
 
-def noisy(
+def noisy(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,
@@ -38,7 +38,7 @@ def noisy(
 
 class _Noisy(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         x: Tensor,
         y: Tensor,

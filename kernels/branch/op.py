@@ -14,7 +14,7 @@ from polygraft.kernels.common.matmul import add_segment_bmm_, segment_bmm
 from polygraft.kernels.common.segments import Segments
 
 
-def branch(
+def branch(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,
@@ -50,7 +50,7 @@ def branch(
     return out
 
 
-def serve_branch_(
+def serve_branch_(  # noqa: PLR0913
     y_TO: Tensor,
     x_TI: Tensor,
     A_RI: Tensor,
@@ -81,14 +81,14 @@ def serve_branch_(
             run.batch(y_TO).baddbmm_(run.scaled(up), run.stack(B_RO))
 
 
-def _segmented(
+def _segmented(  # noqa: PLR0913
     x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
 ) -> tuple[Tensor, list[Tensor]]:
     out = y.clone()
     return out, add_branch_(out, x, A, B, segments, act, a)
 
 
-def add_branch_(
+def add_branch_(  # noqa: PLR0913
     y_TO: Tensor,
     x_TI: Tensor,
     A_RI: Tensor,
@@ -112,7 +112,7 @@ def add_branch_(
     return hiddens
 
 
-def branch_gradients(
+def branch_gradients(  # noqa: PLR0913
     grad_TO: Tensor,
     x_TI: Tensor | None,
     A_RI: Tensor,
@@ -128,7 +128,7 @@ def branch_gradients(
     make = torch.empty_like if segments.covers(len(A_RI)) else torch.zeros_like
     dA = make(A_RI) if A_RI.requires_grad else None
     dB = make(B_RO) if B_RO.requires_grad else None
-    for run, hidden in zip(segments.runs, hiddens):
+    for run, hidden in zip(segments.runs, hiddens, strict=True):
         dy = run.batch(grad_TO)
         up = run.scaled(activation.forward(act, hidden))
         dh = activation.backward(act, run.scaled(segment_bmm(dy, run.stack(B_RO).transpose(1, 2))), hidden)
@@ -142,7 +142,7 @@ def branch_gradients(
             else:
                 into.add_(segment_bmm(left.transpose(1, 2), right))
         if da_R1 is not None:
-            for own, slope in zip(run.stack(da_R1), dh):  # a sum over a segment's rows has that segment's shape alone
+            for own, slope in zip(run.stack(da_R1), dh, strict=True):  # a sum over a segment's rows has its shape alone
                 own.add_(slope.sum(0).unsqueeze(1))
         if dx_TI is not None:
             add_segment_bmm_(run.batch(dx_TI), dh, run.stack(A_RI))
@@ -151,7 +151,7 @@ def branch_gradients(
 
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx, x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor | None, segments: Segments, act: str
     ) -> Tensor:
         out, hiddens = _segmented(x, y, A, B, a, segments, act)

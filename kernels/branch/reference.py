@@ -10,7 +10,7 @@ from polygraft.kernels.common.gate import Gate
 from polygraft.kernels.common.segments import Segment, Segments
 
 
-def branch(
+def branch(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,
@@ -30,7 +30,7 @@ def branch(
     return out.to(y_TO.dtype)
 
 
-def gated(
+def gated(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,
@@ -50,7 +50,7 @@ def gated(
         count = gate.experts or g.size
         if gate.kind == "attention":
             hidden = ACTIVATIONS[act](x @ A_RI[s.first : s.last].to(wide).T)
-            pairs = zip(scores.chunk(count, 1), hidden.chunk(count, 1))
+            pairs = zip(scores.chunk(count, 1), hidden.chunk(count, 1), strict=True)
             scores = torch.stack([(read * own).sum(1) for read, own in pairs], 1)
         weights = torch.sigmoid(scores) if gate.kind == "sigmoid" else torch.softmax(scores, dim=1)
         if gate.kind == "softmax" and 0 < gate.top < g.size:
@@ -65,7 +65,7 @@ def gated(
     return out.to(y_TO.dtype)
 
 
-def noisy(
+def noisy(  # noqa: PLR0913
     x_TI: Tensor,
     y_TO: Tensor,
     A_RI: Tensor,

@@ -76,4 +76,4 @@ def _filled(x_NAB: Tensor) -> Tensor:
 
 def _members(count: int, *batches: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Batches of at most `count`."""
-    return zip(*(torch.split(batch, count) for batch in batches))
+    return zip(*(torch.split(batch, count) for batch in batches), strict=True)

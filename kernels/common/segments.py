@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import torch
@@ -95,13 +96,16 @@ class Segments:
     def disjoint(self) -> bool:
         """Whether no row of the batch is in two segments."""
         spans = sorted((segment.start, segment.stop) for segment in self.items if segment.rows and segment.size)
-        return all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+        return all(a[1] <= b[0] for a, b in pairwise(spans))
 
     def covers(self, stack_rows: int) -> bool:
         """Whether the segments touch every stack row just once, so that a gradient can be written without clearing."""
+        return self.derived((Segments.covers, stack_rows), lambda: self._covers(stack_rows))
+
+    def _covers(self, stack_rows: int) -> bool:
         edges = sorted((segment.first, segment.last) for segment in self.items if segment.rows and segment.size)
         return sum(last - first for first, last in edges) == stack_rows and all(
-            a[1] <= b[0] for a, b in zip(edges, edges[1:])
+            a[1] <= b[0] for a, b in pairwise(edges)
         )
 
     def scales_TR(self, rows: int, stack_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:

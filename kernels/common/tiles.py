@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def grids(
     """Launches by wave, every segment's in `order`, and tile extent; `rows` and `ranks` say which of the two are split
     over programs."""
     tiles: dict[tuple[int, int, int], list[tuple[int, int, int]]] = defaultdict(list)
-    for index, (s, wave) in enumerate(zip(items, order)):
+    for index, (s, wave) in enumerate(zip(items, order, strict=True)):
         height, width = _extent(s.rows, HEIGHTS), _extent(s.size, WIDTHS)
         tiles[wave, height, width] += [
             (index, t, r)
@@ -111,10 +112,10 @@ def _extent(size: int, extents: Sequence[int]) -> int:
 def waves(ranges: Sequence[tuple[int, int]]) -> list[int]:
     """A wave for every range: those of one wave are disjoint, and of two that meet the later one has the later wave."""
     edges = sorted(ranges)
-    if all(a[1] <= b[0] for a, b in zip(edges, edges[1:])):
+    if all(a[1] <= b[0] for a, b in pairwise(edges)):
         return [0] * len(ranges)
-    found: list[int] = []
+    assigned: list[int] = []
     for i, (low, high) in enumerate(ranges):
-        met = (wave for (a, b), wave in zip(ranges[:i], found) if a < high and low < b)
-        found.append(max(met, default=-1) + 1)
-    return found
+        met = (wave for (a, b), wave in zip(ranges[:i], assigned, strict=True) if a < high and low < b)
+        assigned.append(max(met, default=-1) + 1)
+    return assigned

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polygraft.kernels.dense.library import Unavailable, build
+from polygraft.kernels.compiled.build import Unavailable, build
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # as rows.h numbers them
 EXACTLY = "-ffp-contract=off"  # products are rounded before they are added, where the source does not say otherwise

@@ -10,16 +10,17 @@ import torch
 from polygraft.kernels.branch import cost as branches
 from polygraft.kernels.common.bench import Case, show
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.compiled.build import build
 from polygraft.kernels.dense import cost
-from polygraft.kernels.dense.library import build
+from polygraft.kernels.dense.library import SOURCE
 from polygraft.kernels.dense.op import FusedBranch, Weights, linear
 
 WIDTH, RANK, GRAFTS = 576, 16, 8
 
 
 def cases() -> Iterator[Case]:
-    """Raises `library.Unavailable` where the op cannot be built."""
-    build()
+    """Raises `build.Unavailable` where the op cannot be built."""
+    build(SOURCE)
     W, A, B = (torch.randn(rows, WIDTH).bfloat16() for rows in (WIDTH, GRAFTS * RANK, GRAFTS * RANK))
     packed = Weights.packed([W])
     for rows in (16, 512):

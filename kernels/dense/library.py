@@ -1,39 +1,23 @@
-"""The compiled part of the dense op, linear.cpp, and how it and other sources are built: by this machine's compiler,
-when they are first asked for."""
+"""The compiled part of the dense op, linear.cpp, as this process calls it."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import shutil
-import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 
-from polygraft.kernels.common.atomic import make_folder, whole_file
+from polygraft.kernels.compiled.build import Unavailable, build
 from polygraft.kernels.dense.structures import SIZES
 
 SOURCE = Path(__file__).with_name("linear.cpp")
-FOLDER = Path(__file__).parents[1]  # sources include the headers of kernels/ by their paths in it
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
-VECTORS, TILES = {"avx512bw", "avx512vl", "avx512_bf16"}, {"amx_tile", "amx_bf16"}  # what a CPU must have, and may
-LIMIT = "ONEDNN_MAX_CPU_ISA"  # who holds oneDNN to an older instruction set means us, too
-_TIMEOUT_S = 120
-
-
-class Unavailable(Exception):
-    """Why there is no compiled product here."""
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, loaded; None where there is none. Nothing but speed depends on it."""
     try:
-        return load(build())
+        return load(build(SOURCE))
     except Unavailable as error:
         logging.getLogger(__name__).info("products are torch's: %s", error)
         return None
@@ -43,92 +27,20 @@ def load(path: Path) -> ctypes.CDLL:
     """A built library, ready to be called. Raises Unavailable where it cannot be, and TypeError where structures.py and
     linear.cpp do not agree."""
     try:
-        found = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path}: {error}") from None
-    if not found.ready():
+    if not loaded.ready():
         raise Unavailable("the kernel does not let this process use AMX's tiles")
     for name, size in SIZES.items():
-        told = found[f"size_of_{name.lower()}"]
+        told = loaded[f"size_of_{name.lower()}"]
         told.restype = ctypes.c_int64
         if told() != size:
             raise TypeError(
                 f"{path.name}: {name} has {told()} bytes in {SOURCE.name} and {size} in structures.py: "
                 "their fields must be the same ones, in the same order"
             )
-    for function, kinds in ((found.linear, "p"), (found.outer, "ppiipipii")):
+    for function, kinds in ((loaded.linear, "p"), (loaded.outer, "ppiipipii")):
         function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
         function.restype = None
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Toolchain:
-    """What sources are built with: a compiler, its flags, and the features of the CPU that it builds for."""
-
-    compiler: str
-    flags: tuple[str, ...]
-    features: tuple[str, ...]
-
-    def digest(self, sources: Iterable[Path], *more: str) -> str:
-        """Of all that a library of these sources and `more` flags is made from, the headers of kernels/ among it."""
-        texts = [path.read_text() for path in (*sources, *sorted(FOLDER.glob("*/*.h")))]
-        made_from = (*texts, self.compiler, *self.flags, *more, *self.features)
-        return sha256(chr(0).join(made_from).encode()).hexdigest()[:16]
-
-
-def toolchain() -> Toolchain:
-    """For AMX's tiles where there are any, else for AVX-512's products of bf16. Raises Unavailable on a CPU without
-    either, or without a compiler."""
-    features = _features()
-    if missing := VECTORS - features:
-        raise Unavailable(f"this CPU has no {', '.join(sorted(missing))}")
-    limit = os.environ.get(LIMIT, "ALL").upper()
-    tiles = features >= TILES and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
-    if limit not in ("ALL", "DEFAULT") and not any(part in limit for part in ("BF16", "FP16", "AMX")):
-        raise Unavailable(f"{LIMIT} is {limit}")
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise Unavailable("no C++ compiler is on PATH; install g++ 11 or later")
-    return Toolchain(compiler, (*FLAGS, "-DAMX") if tiles else FLAGS, tuple(sorted(features)))
-
-
-def build(source: Path = SOURCE, *more: str) -> Path:
-    """The path of the library built of a source with `more` flags. Raises Unavailable without what it takes.
-
-    It is kept with the user's caches, under a name of all that it is made from, the CPU's features too: a home folder
-    may be shared by machines that differ.
-    """
-    tools = toolchain()
-    path = _folder() / f"{source.stem}-{tools.digest((source,), *more)}.so"
-    if not path.exists():
-        _compile(tools.compiler, (*tools.flags, *more), source, path)
-    return path
-
-
-def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> None:
-    make_folder(path.parent, mode=0o700)
-    with whole_file(path) as made:  # at once, however many processes build it
-        try:
-            ran = subprocess.run(
-                [compiler, *flags, f"-I{FOLDER}", str(source), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_S,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"{compiler}: {error}") from None
-        if ran.returncode:
-            raise Unavailable(f"{compiler} cannot build {source.name}: {ran.stderr.strip()[-500:]}")
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "polygraft" / "kernels"
-
-
-def _features() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    return loaded

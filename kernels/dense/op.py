@@ -212,10 +212,10 @@ class _List(NamedTuple):
 
 def _listed(segments: Segments, rows: int, ranks: int) -> tuple[int, int]:
     """Where a work list lies, and its length; made once, since many sites share it. IndexError beyond rows or ranks."""
-    found = segments.derived(_List, lambda: _list(segments))
-    if found.rows > rows or found.ranks > ranks:
-        raise IndexError(f"segments of {found.rows} rows and {found.ranks} ranks for {rows} rows and {ranks} ranks")
-    return ctypes.addressof(found.items), len(found.items)
+    listed = segments.derived(_List, lambda: _list(segments))
+    if listed.rows > rows or listed.ranks > ranks:
+        raise IndexError(f"segments of {listed.rows} rows and {listed.ranks} ranks for {rows} rows and {ranks} ranks")
+    return ctypes.addressof(listed.items), len(listed.items)
 
 
 def _list(segments: Segments) -> _List:

@@ -16,7 +16,7 @@ from polygraft.kernels.common.segments import Segment, Segments
 from polygraft.kernels.kv.scores import Scores
 
 
-def aside(
+def aside(  # noqa: PLR0913
     q_TE: Tensor, out_TE: Tensor, pk_PC: Tensor, pv_PC: Tensor, segments: Segments, kv_heads: int, scores: Scores
 ) -> Tensor:
     """Semantics: out[s.start:s.stop] += softmax(bent(scaling * q[s.start:s.stop] pk_s^T)) pv_s, head by head. Of the
@@ -32,7 +32,7 @@ def aside(
 
 class _Aside(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         q: Tensor,
         out: Tensor,
@@ -44,12 +44,12 @@ class _Aside(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, pk, pv)
         ctx.work = segments, kv_heads, scores  # type: ignore[attr-defined]
-        found = out.clone()
+        result = out.clone()
         for s in segments:
             k, v = keys_of(pk, s, kv_heads), keys_of(pv, s, kv_heads)
             weights, _ = _weights(queries_of(q, s, k), k, scores)
-            found[s.start : s.stop] += rows_of(segment_bmm(weights, v), s)
-        return found
+            result[s.start : s.stop] += rows_of(segment_bmm(weights, v), s)
+        return result
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

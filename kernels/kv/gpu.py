@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from polygraft.kernels.kv.layout import Continued, Layout
+from polygraft.kernels.kv.layout import Layout
+from polygraft.kernels.kv.paged import PagedLayer
 from polygraft.kernels.kv.programs import attend_kernel, key_gradient_kernel, paged_kernel, query_gradient_kernel
 from polygraft.kernels.kv.scores import Scores
-from polygraft.kernels.kv.tiles import KEYS, AttentionTiles, Grid, grids, height
+from polygraft.kernels.kv.tiles import KEYS, AttentionTiles, Grid, PagedTiles
 
 _ROWS = 16  # queries of a tile where the keys' gradient loops over them
 _ALL = (1 << 31) - 1  # a window that hides nothing
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """As `op.attend`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""
     return attend_with_sums(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)[0]
 
 
-def attend_with_sums(
+def attend_with_sums(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """As `op.attend_with_sums`."""
@@ -37,7 +36,7 @@ def attend_with_sums(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         q, k, v, pk, pv = (x.contiguous() for x in (q, k, v, pk, pv))
@@ -67,13 +66,13 @@ class _Attend(torch.autograd.Function):
                 q, k, v, pk, pv, grad, lse, inner, dq, plan.table, grid.tiles, *shape,
                 **constants, HEIGHT=grid.height,
             )  # fmt: skip
-        shares = [torch.empty(plan.partial, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
+        shares = [torch.empty(plan.prefix_rows, k.shape[1], dtype=wide, device=q.device) for _ in range(2)]
         launches: tuple[tuple[tuple[Grid, ...], bool, tuple[Tensor, ...]], ...] = (
             (plan.keys, False, (k, v, dk, dv)),
             (plan.prefixes, True, (pk, pv, *shares)),
         )
-        for found, prefix, (keys, values, dkeys, dvalues) in launches:
-            for grid in found:
+        for tiles, prefix, (keys, values, dkeys, dvalues) in launches:
+            for grid in tiles:
                 key_gradient_kernel[len(grid.tiles), layout.kv_heads](
                     q, keys, values, grad, lse, inner, dkeys, dvalues, plan.table, grid.tiles, *shape,
                     **constants, PREFIX=prefix, HEIGHT=_ROWS,
@@ -93,34 +92,23 @@ def _gathered(prefix: Tensor, shares: Tensor, layout: Layout) -> Tensor:
 
 
 def attend_paged(
-    q_TE: Tensor,
-    cache: Tensor,
-    sequences: Sequence[Continued],
-    heads: int,
-    kv_heads: int,
-    scores: Scores,
-    sums_TH: Tensor | None = None,
+    q_TE: Tensor, cache: Tensor, tiles: PagedTiles, layer: PagedLayer, sums_TH: Tensor | None = None
 ) -> Tensor:
     """out[row] = softmax(scaling * q[row] K^T) V over the window that ends at the row's position, with keys and values
     in cache [blocks, block_size, 2, kv_width]; other rows are 0. Not differentiable. The log sums of the scores are
     written into `sums_TH`, where it is given.
     """
     q, out = q_TE.contiguous(), torch.zeros_like(q_TE, memory_format=torch.contiguous_format)
+    heads, kv_heads, scores = layer.heads, layer.kv_heads, layer.scores
     sums = torch.empty(len(q), heads, dtype=_wide(q), device=q.device) if sums_TH is None else sums_TH
-    table: list[tuple[int, ...]] = []
-    blocks: list[int] = []
-    for s in sequences:
-        table.append((s.start, s.rows, s.before, s.unseen, len(blocks)))
-        blocks += s.blocks
-    placed = [torch.tensor(x, dtype=torch.int64).to(q.device) for x in (blocks, table)]
-    group = heads // kv_heads
-    shape = (q.shape[1], cache.shape[-1], group, q.shape[1] // heads, scores.window or _ALL)
-    constants = _constants(q, heads, scores)
+    table, constants = tiles.table(layer.layer), _constants(q, heads, scores)
+    shape = (q.shape[1], cache.shape[-1], heads // kv_heads, q.shape[1] // heads, scores.window or _ALL)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        for grid in grids([s.rows * group for s in sequences], q.device, height):
+        for grid in tiles.queries:
             paged_kernel[len(grid.tiles), kv_heads](
-                q, cache, out, sums, *placed, grid.tiles, *shape, **constants, BLOCK=cache.shape[1], HEIGHT=grid.height
-            )
+                q, cache, out, sums, tiles.blocks, table, grid.tiles, *shape,
+                **constants, BLOCK=cache.shape[1], HEIGHT=grid.height,
+            )  # fmt: skip
     return out
 
 

@@ -21,7 +21,7 @@ from polygraft.kernels.kv.aside import keys_of, queries_of, rows_of
 from polygraft.kernels.kv.scores import Scores
 
 
-def joined(
+def joined(  # noqa: PLR0913
     q_TE: Tensor,
     out_TE: Tensor,
     sums_TH: Tensor,
@@ -66,7 +66,7 @@ class _Share(NamedTuple):
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         q: Tensor,
         out: Tensor,
@@ -83,13 +83,13 @@ class _Joined(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, out, sums, x, pk, pv, G)
         ctx.work = segments, gates, gate, kv_heads, scores  # type: ignore[attr-defined]
-        found = out.clone()
+        result = out.clone()
         for s, g in zip(segments, gates, strict=True):
             one = _share(q, sums, x, pk, pv, G, s, g, gate, kv_heads, scores)
             before = queries_of(out, s, one.k)
             mixed = one.old * before + segment_bmm((one.new * one.spread).to(q.dtype), one.v)
-            found[s.start : s.stop] = rows_of(mixed.to(q.dtype), s)
-        return found
+            result[s.start : s.stop] = rows_of(mixed.to(q.dtype), s)
+        return result
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +119,7 @@ class _Joined(torch.autograd.Function):
         return dq, dout, dsums, dx, dpk, dpv, dG, None, None, None, None, None
 
 
-def _share(
+def _share(  # noqa: PLR0913
     q: Tensor,
     sums: Tensor,
     x: Tensor,

@@ -14,7 +14,7 @@ from polygraft.kernels.kv.layout import Bucket, Layout
 from polygraft.kernels.kv.scores import Scores
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """Semantics: out[rows of s] = softmax(scaling * q[s] [pk_s; k[s]]^T, causal) [pv_s; v[s]], without the mask of the
@@ -31,7 +31,7 @@ def attend(
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, False)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def attend_with_sums(
+def attend_with_sums(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """The same, and log sum exp of the scores of every row and head [T, heads], in float32 or wider and differentiable,
@@ -45,7 +45,7 @@ def attend_with_sums(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         q: Tensor,
         k: Tensor,
@@ -64,10 +64,10 @@ class _Attend(torch.autograd.Function):
         for bucket in layout.buckets(q.device):
             qb = _query_heads(qx.queries(bucket), layout)
             kb, vb = _key_heads(kx.keys(bucket), layout), _key_heads(vx.keys(bucket), layout)
-            found = _scored(qb, kb, bucket, scores)
-            _scatter(out, torch.bmm(found.softmax(-1).to(q.dtype), vb), bucket, layout)
+            scored = _scored(qb, kb, bucket, scores)
+            _scatter(out, torch.bmm(scored.softmax(-1).to(q.dtype), vb), bucket, layout)
             if with_sums:
-                _scatter(sums, found.logsumexp(-1, keepdim=True), bucket, layout)
+                _scatter(sums, scored.logsumexp(-1, keepdim=True), bucket, layout)
             saved += [qb, kb, vb]
         ctx.save_for_backward(pk, *saved)
         ctx.layout, ctx.scores, ctx.rows = layout, scores, len(k)  # type: ignore[attr-defined]
@@ -86,8 +86,8 @@ class _Attend(torch.autograd.Function):
         dpk, dpv = pk.new_zeros(pk.shape, dtype=wide), pk.new_zeros(pk.shape, dtype=wide)
         for i, bucket in enumerate(layout.buckets(grad.device)):
             qb, kb, vb = saved[3 * i : 3 * i + 3]
-            found = _scored(qb, kb, bucket, scores)  # again: they grow with the square of the length
-            weights = found.softmax(-1).to(qb.dtype)
+            scored = _scored(qb, kb, bucket, scores)  # again: they grow with the square of the length
+            weights = scored.softmax(-1).to(qb.dtype)
             dout = _query_heads(grad_x.queries(bucket), layout)
             dvb = torch.bmm(weights.transpose(1, 2), dout)
             dw = torch.bmm(dout, vb.transpose(1, 2)).to(wide)
@@ -97,7 +97,7 @@ class _Attend(torch.autograd.Function):
                 inner = inner - _query_heads(sums_x.queries(bucket), layout)
             ds = p * (dw - inner) * scores.scaling
             if scores.cap is not None:
-                ds *= torch.where(found.isinf(), 0, 1 - (found / scores.cap).square())  # of a bias there is none then
+                ds *= torch.where(scored.isinf(), 0, 1 - (scored / scores.cap).square())  # of a bias there is none then
             ds = ds.to(qb.dtype)
             _scatter(dq, torch.bmm(ds, kb), bucket, layout)
             dkb = torch.bmm(ds.transpose(1, 2), qb)
@@ -151,14 +151,14 @@ def _key_heads(x_bLC: Tensor, layout: Layout) -> Tensor:
 
 
 def _scored(q: Tensor, k: Tensor, bucket: Bucket, scores: Scores) -> Tensor:
-    found = torch.bmm(q * scores.scaling, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    scored = torch.bmm(q * scores.scaling, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
     if scores.cap is not None:
-        found = found.div_(scores.cap).tanh_().mul_(scores.cap)
-    by_sequence = found.view(len(bucket.sequences), -1, bucket.length, bucket.width)
+        scored = scored.div_(scores.cap).tanh_().mul_(scores.cap)
+    by_sequence = scored.view(len(bucket.sequences), -1, bucket.length, bucket.width)
     if scores.bias is not None:
         by_sequence.add_(scores.bias[:, : bucket.length, : bucket.width])
     by_sequence.masked_fill_(bucket.hidden(scores.window).unsqueeze(-3), float("-inf"))
-    return found
+    return scored
 
 
 def _scatter(out_TE: Tensor, heads_out: Tensor, bucket: Bucket, layout: Layout) -> None:
@@ -177,7 +177,7 @@ def _scatter_keys(out_TC: Tensor, prefix_PC: Tensor, part: Tensor, bucket: Bucke
     if bucket.first_row is not None:
         _adjacent(out_TC, bucket).view(rows.shape).copy_(rows)
         return
-    for x, s in zip(rows.flatten(2), bucket.sequences):
+    for x, s in zip(rows.flatten(2), bucket.sequences, strict=True):
         start, count = s.keys
         out_TC[start : start + count] = x[s.prefix_length : s.prefix_length + count]
         if s.prefix_length:

@@ -37,7 +37,7 @@ def attend_kernel(
 ):
     """out = softmax(SCALING q [pk; k]^T, causal) [pv; v] for a tile of queries of one head; lse its log of sums."""
     sequence, tile = _tile(tiles_ptr)
-    start, length, prefix_first, prefix_length, partial = _sequence(table_ptr, sequence)
+    start, length, prefix_first, prefix_length, _partial = _sequence(table_ptr, sequence)
     head = tl.program_id(1).to(tl.int64)
     t = tile * HEIGHT + tl.arange(0, HEIGHT)
     d = tl.arange(0, HEAD)
@@ -94,7 +94,7 @@ def query_gradient_kernel(
 ):
     """dq of a tile of queries: SCALING (p (dout v^T - inner)) k over the keys it sees, inner = sum_d out dout."""
     sequence, tile = _tile(tiles_ptr)
-    start, length, prefix_first, prefix_length, partial = _sequence(table_ptr, sequence)
+    start, length, prefix_first, prefix_length, _partial = _sequence(table_ptr, sequence)
     head = tl.program_id(1).to(tl.int64)
     t = tile * HEIGHT + tl.arange(0, HEIGHT)
     d = tl.arange(0, HEAD)
@@ -113,7 +113,7 @@ def query_gradient_kernel(
         present = (c < prefix_length)[:, None] & (d < head_dim)[None, :]
         k = tl.load(pk_ptr + address, mask=present, other=0)
         v = tl.load(pv_ptr + address, mask=present, other=0)
-        p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
+        _p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee", out_dtype=ACC)
     for low in range(_first(tile * HEIGHT, window, KEYS), tl.minimum(length, (tile + 1) * HEIGHT), KEYS):
         c = low + tl.arange(0, KEYS)
@@ -123,7 +123,7 @@ def query_gradient_kernel(
         present = (c < length)[:, None] & (d < head_dim)[None, :]
         k = tl.load(k_ptr + address, mask=present, other=0)
         v = tl.load(v_ptr + address, mask=present, other=0)
-        p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
+        _p, ds = _weights(q, k, v, grad, lse, inner, seen, SCALING, CAP, ACC)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee", out_dtype=ACC)
     tl.store(dq_ptr + query, acc.to(dq_ptr.dtype.element_ty), mask=inside)
 

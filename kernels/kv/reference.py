@@ -10,7 +10,7 @@ from polygraft.kernels.kv.layout import Continued, Layout
 from polygraft.kernels.kv.scores import Scores
 
 
-def attend(
+def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """softmax(scaling * q [pk; k]^T, causal) [pv; v] of every sequence; rows outside sequences are 0. Same shapes as

@@ -19,7 +19,7 @@ from polygraft.kernels.nf4.programs import linear_kernel
 FEATURES = 64
 
 
-def linear(
+def linear(  # noqa: PLR0913
     x_TI: Tensor, codes_OH: Tensor, absmax_OK: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str
 ) -> Tensor:
     """As `op.linear`, on tensors of one GPU (or of the CPU under TRITON_INTERPRET=1)."""

@@ -13,7 +13,7 @@ from polygraft.kernels.nf4.cost import BLOCK
 from polygraft.kernels.nf4.levels import LEVELS
 
 
-def linear(
+def linear(  # noqa: PLR0913
     x_TI: Tensor,
     codes_OH: Tensor,
     absmax_OK: Tensor,

@@ -9,7 +9,7 @@ from polygraft.kernels.nf4.cost import BLOCK
 from polygraft.kernels.nf4.levels import LEVELS
 
 
-def linear(
+def linear(  # noqa: PLR0913
     x_TI: Tensor, codes_OH: Tensor, absmax_OK: Tensor, A_RI: Tensor, B_RO: Tensor, segments: Segments, act: str
 ) -> Tensor:
     """x W^T plus the branch; each W[o, i] rounded to x's dtype as the op does."""

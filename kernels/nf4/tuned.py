@@ -17,7 +17,7 @@ WIDE = 4096  # in and out
 
 def tuned() -> Iterator[Tuned]:
     pointers = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "levels_ptr": "*fp32"}
-    for height, rows in zip(HEIGHTS, (16, 512)):
+    for height, rows in zip(HEIGHTS, (16, 512), strict=True):
         work = f"{rows} rows, {WIDE} by {WIDE}, rank 16"
         constants = {"HEIGHT": height, "WIDTH": 16, "FEATURES": FEATURES, "BLOCK": cost.BLOCK, "ACT": "identity"}
         flops, moved = cost.flops(rows, WIDE, WIDE), cost.bytes_moved(rows, WIDE, WIDE, itemsize=2)

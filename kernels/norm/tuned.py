@@ -15,7 +15,7 @@ WIDE = 4096  # in and out
 
 
 def tuned() -> Iterator[Tuned]:
-    pointers = {name: "*fp32" for name in ("square_ptr", "gram_ptr", "out_ptr")}
+    pointers = dict.fromkeys(("square_ptr", "gram_ptr", "out_ptr"), "*fp32")
     for rank in WIDTHS:
         shared = {"WIDTH": rank, "ACC": tl.float32, "PRECISION": "tf32x3"}
         work = f"one graft of rank {rank}, {WIDE} wide"

@@ -18,8 +18,8 @@ WIDE, GRAFTS = 4096, 8
 def tuned() -> Iterator[Tuned]:
     pointers = {"d_ptr": "*fp32", "channels_ptr": "*i64", "segments_ptr": "*i64"}
     arithmetic = {"ACC": tl.float32, "PRECISION": "tf32x3"}
-    for width, block in zip(WIDTHS, (16, 64)):
-        for height, rows in zip(HEIGHTS, (2, 64)):
+    for width, block in zip(WIDTHS, (16, 64), strict=True):
+        for height, rows in zip(HEIGHTS, (2, 64), strict=True):
             work = f"{GRAFTS} grafts of blocks of {block}, {rows} rows each, {WIDE} wide"
             flops = cost.flops(GRAFTS * rows, WIDE, block=block)
             moved = cost.bytes_moved(GRAFTS * rows, WIDE, GRAFTS, block=block, itemsize=2)

@@ -43,8 +43,8 @@ class _Sparse(torch.autograd.Function):
         for s in _whole(segments):
             rows, own, place = x[s.start : s.stop], v[s.first : s.last], i[s.first : s.last]
             if i.shape[1] == 1:
-                found = segment_bmm(rows[None], own.to(x.dtype).T[None])[0]
-                out[s.start : s.stop].index_add_(1, place[:, 0], found, alpha=s.scale)
+                product = segment_bmm(rows[None], own.to(x.dtype).T[None])[0]
+                out[s.start : s.stop].index_add_(1, place[:, 0], product, alpha=s.scale)
             else:
                 _add_entries_(out[s.start : s.stop], rows, own, place[:, 0], place[:, 1], s.scale)
         return out

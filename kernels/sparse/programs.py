@@ -116,5 +116,5 @@ def columns_kernel(
     r = rank_tile * WIDTH + tl.arange(0, WIDTH)
     at = tl.load(i_ptr + first + r, mask=r < size, other=0)[None, :]
     inside = (t < rows) & (r < size)[None, :]
-    found = tl.load(source_ptr + (start + t) * source_stride + at, mask=inside, other=0)
-    tl.store(out_ptr + offset + t * size + r[None, :], found, mask=inside)
+    loaded = tl.load(source_ptr + (start + t) * source_stride + at, mask=inside, other=0)
+    tl.store(out_ptr + offset + t * size + r[None, :], loaded, mask=inside)

@@ -19,9 +19,9 @@ LINES = 64  # rows of S of a graft
 
 
 def tuned() -> Iterator[Tuned]:
-    places = {name: "*i64" for name in ("entry_ptr", "other_ptr", "ranges_ptr", "i_ptr", "segments_ptr")}
+    places = dict.fromkeys(("entry_ptr", "other_ptr", "ranges_ptr", "i_ptr", "segments_ptr"), "*i64")
     pointers = {**places, "v_ptr": "*fp32", "bounds_ptr": "*i32"}
-    for height, rows in zip(HEIGHTS, (2, 64)):
+    for height, rows in zip(HEIGHTS, (2, 64), strict=True):
         one = cost.flops(rows, SHARE), cost.bytes_moved(rows, SHARE, WIDE, itemsize=2)
         flops, moved = (GRAFTS * each for each in one)
         work = f"{GRAFTS} grafts of {SHARE} entries, {rows} rows each, {WIDE} wide"

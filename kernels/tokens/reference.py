@@ -8,7 +8,7 @@ def tokens(x_TD: Tensor, p_PD: Tensor, index_T: Tensor, add: bool) -> Tensor:
     """p[index[t]], or x[t] + p[index[t]], where there is an index; else x[t]. Differentiable by autograd."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     rows = []
-    for x, index in zip(x_TD.to(wide), index_T.tolist()):
+    for x, index in zip(x_TD.to(wide), index_T.tolist(), strict=True):
         own = p_PD[index].to(wide) if index >= 0 else x
         rows.append(x + own if add and index >= 0 else own)
     return torch.stack(rows).to(x_TD.dtype)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from polygraft.cluster.service import Service, ServiceNotRunning, find_service
 from polygraft.launch.commands.common import Json, flags
-from polygraft.launch.output import Failure, print_json, screen
+from polygraft.launch.output import Failure, errors, print_json, screen
 from polygraft.launch.progress import stages
+from polygraft.launch.run_folder import RunFolder
 from polygraft.launch.start import AlreadyRunning, start
 from polygraft.launch.stop import stop
 
@@ -36,6 +38,9 @@ def up(
     quantise: Annotated[
         str | None, typer.Option(help="nf4: the backbone in 4 bits (QLoRA); loftq-RANK-ITERATIONS: by LoftQ.")
     ] = None,
+    cut_store: Annotated[
+        bool, typer.Option(help="Go on without what cannot be read at the end of the store's damaged file.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it.", min=1)] = 300.0,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +57,7 @@ def up(
     )
     try:
         with stages() as shown:
-            service = start(settings, on_stage=shown.enter, timeout_s=timeout)
+            service = start(settings, on_stage=shown.enter, timeout_s=timeout, cut_store=cut_store)
     except AlreadyRunning:
         try:
             service = find_service(settings.service_path)
@@ -60,6 +65,8 @@ def up(
             raise Failure("the service is coming up, but does not answer yet; polygraft doctor says more") from None
         if not as_json:
             screen.print("Polygraft is already running; polygraft down stops it.")
+    for note in RunFolder(settings.home).notes:
+        errors.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(_public(service))
     else:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from polygraft.cluster.store.base import Conflict, StoreUnavailable
+from polygraft.cluster.store.base import Conflict, StoreUnavailable, WriteRefused
 from polygraft.cluster.validation import shown
 
 _LOG = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _invalid(error.errors())
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        case WriteRefused():
+            return unavailable("the state store has no room to write; nothing was changed, try again later", 30)
         case StoreUnavailable():
             return unavailable("the state store is down; nothing was changed, try again")
         case Conflict():

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from polygraft.cluster.ids import new_file_id
 from polygraft.cluster.model import DataFile, FileId, TenantId
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Versioned, Write
+from polygraft.cluster.store.base import Versioned, Write, WriteRefused
 from polygraft.cluster.validation import shown
 from polygraft.grafts.text import jsonl
 from polygraft.kernels.common.atomic import move
@@ -111,7 +111,11 @@ def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
     )
     # The blob first: a record never names content that is not on disk, and a blob without a record is only waste.
     move(received.path, api.blob(record))
-    api.store.commit([Write(keys.file(record.id), record, 0)])
+    try:
+        api.store.commit([Write(keys.file(record.id), record, 0)])
+    except WriteRefused:  # of a full disk, which the blob would keep full
+        api.blob(record).unlink()
+        raise
     return _shown(record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -109,7 +110,8 @@ class _Form:
 
     def discard(self) -> None:
         if self._out is not None:
-            self._out.close()
+            with suppress(OSError):  # what it still had to write finds no room either
+                self._out.close()
             self._path.unlink(missing_ok=True)
 
     def _end(self) -> None:

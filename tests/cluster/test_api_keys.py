@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from polygraft.cluster.api_keys import create_key, list_keys, revoke_key, verify_key
+from hashlib import sha256
+
+import pytest
+
+from polygraft.cluster.api_keys import BadKey, admit_key, create_key, list_keys, revoke_key, verify_key
 from polygraft.cluster.model import ApiKeyId, TenantId
 from polygraft.cluster.store.memory import MemoryStore
 
@@ -39,3 +43,26 @@ def test_a_tenants_keys_are_listed_oldest_first() -> None:
     made = [create_key(store, tenant=tenant, name="n", at=at)[0] for tenant, at in ((T, 3.0), (U, 2.0), (T, 1.0))]
     assert list_keys(store, T) == [made[2], made[0]]
     assert list_keys(store) == [made[2], made[1], made[0]]
+
+
+def test_a_key_that_an_operator_made_opens_the_api_and_its_successor_replaces_it() -> None:
+    store = MemoryStore()
+    first, second = f"pg-{'a' * 40}", f"pg-{'b' * 40}"
+    own, text = create_key(store, tenant=T, name="laptop", at=0.0)
+    for _ in range(2):  # at each start
+        key = admit_key(store, first, tenant=T, name="given", at=1.0)
+    assert verify_key(store, first) == key
+    admit_key(store, second, tenant=T, name="given", at=2.0)
+    assert verify_key(store, first) is None and verify_key(store, second) is not None
+    assert verify_key(store, text) == own, "other keys are left alone"
+    revoke_key(store, ApiKeyId(f"key-{sha256(second.encode()).hexdigest()[:16]}"), at=3.0)
+    admit_key(store, second, tenant=T, name="given", at=4.0)
+    assert verify_key(store, second) is None, "what was revoked stays so"
+
+
+@pytest.mark.parametrize("text", ["", "pg-", "secret", "pg-short", f"sk-{'a' * 40}", f"pg-{'a' * 40}\nx"])
+def test_a_key_that_is_too_easy_or_none_is_not_admitted(text: str) -> None:
+    store = MemoryStore()
+    with pytest.raises(BadKey, match="pg-"):
+        admit_key(store, text, tenant=T, name="given", at=1.0)
+    assert list_keys(store) == []

@@ -14,6 +14,7 @@ from polygraft.cluster.events import (
     JobAdmitted,
     JobCancelled,
     JobCancelRequested,
+    JobDeviceClassChanged,
     JobEvent,
     JobFailed,
     JobHeld,
@@ -81,6 +82,13 @@ def test_a_job_that_is_being_stopped_says_why_to_the_end() -> None:
     assert stopping.stopping and stopping.reason is Reason.OWNER_LOST
     cancelled = evolve.job_after(stopping, CANCELLED)
     assert (cancelled.state, cancelled.reason, cancelled.stopping) == (JobState.CANCELLED, Reason.OWNER_LOST, False)
+
+
+def test_a_job_names_the_class_of_the_device_that_computes_it_now() -> None:
+    first = evolve.job_after(running("a"), replace(STARTED, device_class="one"))
+    moved = JobDeviceClassChanged(job=A, pack=P, before="one", after="other", at=4.0)
+    again = reduce(evolve.job_after, [replace(STARTED, device_class="other"), moved], first)
+    assert (first.device_class, again.device_class) == ("one", "other")
 
 
 def test_a_restarted_worker_takes_a_running_job_up() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from polygraft.cluster.model import Limits
 from polygraft.cluster.settings import BadSettings, load
+from tests.k8s.pod import SERVICE_LINKS
 
 
 def test_a_home_without_a_file_has_the_defaults(tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_a_home_given_by_flag_has_its_own_file(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prt: 1", "prt: unknown field (got 1); choices: backbone, data"),
+        ("prt: 1", "prt: unknown field (got 1); choices: api_key_file, backbone, data"),
         ("pack: {max_job: 1}", "pack.max_job: unknown field (got 1); choices: idle_s"),
         ("port: 99999", "port: Input should be less than or equal to 65535 (got 99999)"),
         ("store_url: mysql://x", "store_url: String should match"),
@@ -58,3 +59,12 @@ def test_a_bad_variable_names_the_field(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("POLYGRAFT_PACK", "{not json")
     with pytest.raises(BadSettings, match='"pack"'):
         load(home=tmp_path)
+
+
+def test_what_kubernetes_says_of_a_service_named_polygraft_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert load().port == 8000
+    monkeypatch.setenv("POLYGRAFT_PORT", "tcp")
+    with pytest.raises(BadSettings, match=r"port: .*'tcp'"):
+        load()

@@ -273,6 +273,20 @@ class StoreContract:
         assert store.get(keys.job(B.id)) is None and store.events(START) == []
         store.commit([Write(keys.job(B.id), B, 0)], fence=new.fence)
 
+    def test_a_writer_that_is_fenced_out_takes_no_lease(self, store: Store) -> None:
+        old = store.acquire("controller", "one", 30.0)
+        assert old is not None
+        assert store.acquire("pack/p", "one", 30.0, fence=old.fence) is not None
+        new = store.acquire("controller", "two", 30.0, steal=True)
+        worker = store.acquire("pack/p", "worker", 30.0, steal=True)
+        assert new is not None and worker is not None
+        with pytest.raises(Fenced) as caught:
+            store.acquire("pack/p", "one", 30.0, steal=True, fence=old.fence)
+        assert (caught.value.epoch, caught.value.current) == (old.epoch, new.epoch)
+        assert store.renew(worker), "the worker's lease is as it was"
+        with pytest.raises(Fenced):
+            store.acquire("pack/p", "one", 30.0, steal=True, fence=Fence("nobody's", 1))
+
     def test_a_fence_without_a_lease_is_refused(self, store: Store) -> None:
         with pytest.raises(Fenced):
             store.commit([Write(keys.job(A.id), A, 0)], fence=Fence("controller", 1))

@@ -31,9 +31,55 @@ from tests.tiny import tiny_llama
 DOCS = Path(__file__).parents[2] / "docs"
 # Published after the survey, or not in its tables.
 NEWER = frozenset(
-    "adamss bat bdlora beft boft c3a corda cpt deft delora direft eva fourierft frod glora gralora hira hra hydralora "
-    "loha lokr from lora-ga lora-xs meteora mica milora miss noreft o-lora oft olora orthogonal para peanut pissa "
-    "psoft pvera randlora road rslora shira supertuning tinylora unilora vblora waveft".split()
+    [
+        "adamss",
+        "bat",
+        "bdlora",
+        "beft",
+        "boft",
+        "c3a",
+        "corda",
+        "cpt",
+        "deft",
+        "delora",
+        "direft",
+        "eva",
+        "fourierft",
+        "frod",
+        "glora",
+        "gralora",
+        "hira",
+        "hra",
+        "hydralora",
+        "loha",
+        "lokr",
+        "from",
+        "lora-ga",
+        "lora-xs",
+        "meteora",
+        "mica",
+        "milora",
+        "miss",
+        "noreft",
+        "o-lora",
+        "oft",
+        "olora",
+        "orthogonal",
+        "para",
+        "peanut",
+        "pissa",
+        "psoft",
+        "pvera",
+        "randlora",
+        "road",
+        "rslora",
+        "shira",
+        "supertuning",
+        "tinylora",
+        "unilora",
+        "vblora",
+        "waveft",
+    ]
 )
 
 

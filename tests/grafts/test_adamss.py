@@ -77,7 +77,7 @@ def test_it_starts_from_the_directions_of_w_and_of_the_clusters_of_its_rows(tiny
         N, cluster, A, B = (values[f"0.{site}.{part}"] for part in ("N", "cluster", "A", "B"))
         layer, name = site.split(".", 1)
         W = next(backbone.weight(s) for s in backbone.linears if (s.layer, s.name) == (int(layer), name)).float()
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         assert relative(N, Vh[:12]) < 1e-5 and B.count_nonzero() == 0
         assert set(cluster.tolist()) == {0, 1, 2, 3}
         anyhow = cluster[torch.randperm(len(cluster), generator=torch.Generator().manual_seed(0))]

@@ -164,7 +164,7 @@ def test_two_bottlenecks_a_layer_read_the_sublayers_outputs(
 
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     graft, values = read(written(tmp_path, DOUBLE | {"scaling": scaling}, tensors), backbone)
-    hooks = {place: (module, module, hook) for place, module in zip(places, modules)}
+    hooks = {place: (module, module, hook) for place, module in zip(places, modules, strict=True)}
     assert relative(ours(backbone, graft, values), theirs(backbone.folder, tensors, hooks)) < 1e-5
 
 
@@ -174,7 +174,10 @@ def test_a_parallel_bottleneck_of_bert_reads_the_feed_forwards_input(
     tensors = bottlenecks(BERT[1:], 8)
     backbone = Backbone.load(tiny_folders["bert"], torch.float32)
     graft, values = read(written(tmp_path, PARALLEL, tensors), backbone)
-    hook: Hook = lambda y, x, p: y + 4.0 * up(x, p, F.relu)  # noqa: E731
+
+    def hook(y: Tensor, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        return y + 4.0 * up(x, p, F.relu)
+
     layer = "bert.encoder.layer.{}"
     expected = theirs(
         backbone.folder, tensors, {BERT[1]: (f"{layer}.output.dense", f"{layer}.intermediate.dense", hook)}
@@ -229,7 +232,7 @@ def prefixed(folder: Path, rows: Tensor, layers: list[int]) -> Tensor:
             hidden = mask.clone()
             hidden[..., :3] = float("-inf")
             model.get_submodule(f"model.layers.{layer}.self_attn").register_forward_pre_hook(
-                lambda _, args, kwargs: (args, kwargs | {"attention_mask": hidden}), with_kwargs=True
+                lambda _, args, kwargs, hidden=hidden: (args, kwargs | {"attention_mask": hidden}), with_kwargs=True
             )
     with torch.no_grad():
         found: Tensor = model(
@@ -309,8 +312,8 @@ def test_pickled_weights_are_refused_and_a_missing_tensor_is_named(tiny_folder: 
             if not key.endswith("layers.0.output_adapters.adapters.task.adapter_up.bias")
         },
     )
-    with pytest.raises(FormatError, match="layers.0.output_adapters.adapters.task.adapter_up.bias is missing"):
+    with pytest.raises(FormatError, match=r"layers.0.output_adapters.adapters.task.adapter_up.bias is missing"):
         read(tmp_path, backbone)
     (tmp_path / adapterhub.WEIGHTS).rename(tmp_path / "pytorch_adapter.bin")
-    with pytest.raises(FormatError, match="pytorch_adapter.bin can run code when loaded: convert it to safetensors"):
+    with pytest.raises(FormatError, match=r"pytorch_adapter.bin can run code when loaded: convert it to safetensors"):
         read(tmp_path, backbone)

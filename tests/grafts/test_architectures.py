@@ -150,7 +150,7 @@ def test_pefts_module_names_mean_sites(
 
 def test_a_site_that_is_not_there_is_an_error_that_lists_those_that_are(tiny_folders: Mapping[str, Path]) -> None:
     shape = Backbone.load(tiny_folders["gpt2"], torch.float32).shape
-    with pytest.raises(SpecError, match="'ffn.gate' matches no site of gpt2.*sites: attn.q, .*attn.o, ffn.up"):
+    with pytest.raises(SpecError, match=r"'ffn.gate' matches no site of gpt2.*sites: attn.q, .*attn.o, ffn.up"):
         BoundGraft(parse("lora(at=ffn.gate)"), shape)
 
 

@@ -179,7 +179,7 @@ def test_a_bias_without_a_place_and_a_norm_before_a_residual_sum_are_refused(
     ):
         backbone = Backbone.load(tiny_folders[arch], torch.float32)
         graft = BoundGraft(parse(text), backbone.shape)
+        values = random_tensors(graft, seed=0)
         with pytest.raises((FormatError, SpecError), match=error):
-            values = random_tensors(graft, seed=0)
             merged.export(tmp_path / arch, graft, values, backbone=backbone.folder)
     assert not list(tmp_path.iterdir())

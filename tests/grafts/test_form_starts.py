@@ -116,7 +116,7 @@ def test_deft_puts_back_what_it_takes_away(by: str, backbone: Backbone) -> None:
     values = started(text, backbone)
     for site in SITES:
         taken = change(text, site, backbone, {n: 0 * v if n.endswith("R") else v for n, v in values.items()})
-        assert 0 < taken.norm() and change(text, site, backbone, values).norm() < 1e-5 * taken.norm()
+        assert taken.norm() > 0 and change(text, site, backbone, values).norm() < 1e-5 * taken.norm()
 
 
 def test_delora_is_bounded_by_its_strength(backbone: Backbone) -> None:

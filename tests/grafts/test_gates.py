@@ -6,7 +6,7 @@ import pytest
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.sites import ModelShape, mergeable
 from polygraft.grafts.spec import KV, Branch, Norm, SpecError
 
 SHAPE = ModelShape("llama", layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=12, vocab=10)
@@ -43,7 +43,7 @@ def test_a_branch_says_which_gate_it_cannot_have(fields: dict[str, object], wron
 
 def test_a_gated_branch_is_no_lora_for_a_norm_and_is_not_merged() -> None:
     spec = parse("molora(r=2, at=attn.q)")
-    assert not spec.mergeable and parse("job-gated-experts(at=attn.q)").mergeable
+    assert not mergeable(spec) and mergeable(parse("job-gated-experts(at=attn.q)"))
     with pytest.raises(SpecError, match="norm rescales one lora"):
         BoundGraft(type(spec)("x", (*spec.slots, Norm(at="attn.q"))), SHAPE)
 

@@ -102,7 +102,7 @@ def test_what_is_said_of_it(fp64: Backbone) -> None:
 @pytest.mark.parametrize("arch", ["bert", "vit", "t5"])
 def test_where_rows_see_others_it_is_refused(arch: str, tiny_folders: Mapping[str, Path]) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    with pytest.raises(SpecError, match="lpt: .*would read the input"):
+    with pytest.raises(SpecError, match=r"lpt: .*would read the input"):
         BoundGraft(parse("lpt(3)@1"), backbone.shape)
     with pytest.raises(SpecError, match="by themselves"):
         backbone.run_from_layer(torch.zeros(3, backbone.shape.hidden), 1)

@@ -15,6 +15,7 @@ from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
+from polygraft.grafts.sites import mergeable
 from polygraft.grafts.spec import SpecError
 from polygraft.launch.demo.oracle.plain import MODULES, plain_llama
 from tests.grafts.oracle.row import Row, Values, random_tensors, relative
@@ -36,7 +37,7 @@ def fp64(tiny_folder: Path) -> Backbone:
 
 
 @pytest.mark.equality("merged", rows=EVERY)
-@pytest.mark.parametrize("name", [name for name, row in EVERY.items() if row.spec.mergeable])
+@pytest.mark.parametrize("name", [name for name, row in EVERY.items() if mergeable(row.spec)])
 def test_the_plain_model_with_merged_weights_is_the_graft(name: str, fp64: Backbone) -> None:
     row = EVERY[name]
     values, ids = row.values(fp64.shape, seed=9), torch.arange(5, 29)

@@ -202,14 +202,14 @@ def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chun
     cache = KVCache(backbone.shape, 16, dtype=backbone.dtype)
     tables = [tuple(range(1 + 4 * i, 5 + 4 * i)) for i in range(3)]
     prefixes = [resident.spec.prefix_length for resident in residents] + [0]
-    for resident, table in zip(residents, tables):
+    for resident, table in zip(residents, tables, strict=True):
         cache.write_prefix(table, resident)
     virtual = residents[0].spec.virtual_length
     own = torch.cat([torch.tensor(virtual_ids(virtual), dtype=torch.long), ids])
     logits, done = [], 0
     for chunk in (virtual + chunks[0], *chunks[1:]):
         sequences, positions, spans = [], [], []
-        for i, (table, prefix) in enumerate(zip(tables, prefixes)):
+        for i, (table, prefix) in enumerate(zip(tables, prefixes, strict=True)):
             layers = residents[i].spec.prefix_layers if i < len(residents) else None
             sequences.append(PagedSequence(i * chunk, chunk, prefix + done, table, prefix, layers))
             positions.append(torch.arange(chunk) + prefix + done)

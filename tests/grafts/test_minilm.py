@@ -52,7 +52,7 @@ def hidden(backbone: Backbone, residents: list[Resident]) -> list[Tensor]:
 
 def test_hidden_states_are_transformers_own(backbone: Backbone, folder: Path) -> None:
     theirs = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    for ids, found in zip(IDS, hidden(backbone, [])):
+    for ids, found in zip(IDS, hidden(backbone, []), strict=True):
         assert relative(found, theirs(ids[None]).last_hidden_state[0]) < 1e-5
 
 

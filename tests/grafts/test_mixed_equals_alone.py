@@ -136,12 +136,14 @@ def residents(backbone: Backbone, values: Mapping[str, Mapping[str, Tensor]]) ->
 
 def teacher_forced(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Logits of all prompts, computed in one batch: chunks of some beside single rows of others, joining by and by."""
-    streams = [decoder.open(None if name == BARE else i, ids) for i, (name, ids) in enumerate(zip(NAMES, prompts))]
+    streams = [
+        decoder.open(None if name == BARE else i, ids) for i, (name, ids) in enumerate(zip(NAMES, prompts, strict=True))
+    ]
     turn = 0
     while any(stream.done < len(stream.ids) for stream in streams):
         turn += 1
         decoder.step(streams[: 4 * turn], lambda s: 1 if len(s.ids) - s.done <= TAIL else CHUNK)
-    return {name: torch.cat(stream.logits) for name, stream in zip(NAMES, streams)}
+    return {name: torch.cat(stream.logits) for name, stream in zip(NAMES, streams, strict=True)}
 
 
 def test_teacher_forced_logits_are_those_of_the_graft_alone(
@@ -151,7 +153,9 @@ def test_teacher_forced_logits_are_those_of_the_graft_alone(
     alone: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> None:
     mixed = teacher_forced(Decoder.of(fp32, residents(fp32, values)), prompts)
-    errors = {name: relative(mixed[name], alone[name](torch.tensor(ids))) for name, ids in zip(NAMES, prompts)}
+    errors = {
+        name: relative(mixed[name], alone[name](torch.tensor(ids))) for name, ids in zip(NAMES, prompts, strict=True)
+    }
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -164,7 +168,7 @@ def test_bf16_is_as_near_to_fp32_in_company_as_alone(
     mixed = teacher_forced(Decoder.of(bf16, residents(bf16, values)), prompts)
     single = solo(bf16, values, torch.bfloat16)
     ratios = {}
-    for name, ids in zip(NAMES, prompts):
+    for name, ids in zip(NAMES, prompts, strict=True):
         exact = alone[name](torch.tensor(ids))
         ratios[name] = relative(mixed[name], exact) / relative(single[name](torch.tensor(ids)), exact)
     assert max(ratios.values()) < 1.5, ratios
@@ -178,14 +182,15 @@ def test_greedy_tokens_are_those_of_the_graft_alone(
 ) -> None:
     decoder, new = Decoder.of(fp32, residents(fp32, values), blocks=100), 8
     streams = [
-        decoder.open(None if name == BARE else i, ids, room=new) for i, (name, ids) in enumerate(zip(NAMES, prompts))
+        decoder.open(None if name == BARE else i, ids, room=new)
+        for i, (name, ids) in enumerate(zip(NAMES, prompts, strict=True))
     ]
-    while any(len(stream.ids) < len(ids) + new for stream, ids in zip(streams, prompts)):
+    while any(len(stream.ids) < len(ids) + new for stream, ids in zip(streams, prompts, strict=True)):
         decoder.step(streams, lambda _: CHUNK)
-        for stream, ids in zip(streams, prompts):
+        for stream, ids in zip(streams, prompts, strict=True):
             if stream.done == len(stream.ids) < len(ids) + new:
                 stream.ids.append(int(stream.logits[-1][-1].argmax()))
-    for name, stream, ids in zip(NAMES, streams, prompts):
+    for name, stream, ids in zip(NAMES, streams, prompts, strict=True):
         expected = alone[name](torch.tensor(stream.ids[:-1]))[len(ids) - 1 :].detach()
         chosen = expected.gather(1, torch.tensor(stream.ids[len(ids) :])[:, None])[:, 0]
         margin = expected.max(1).values - chosen  # 0 where the token is the same
@@ -224,6 +229,6 @@ def test_a_poisoned_neighbour_in_the_batch_reaches_nobody(
     while any(stream.done < len(stream.ids) for stream in streams):
         decoder.step(streams, lambda _: CHUNK)
     assert torch.cat(streams[1].logits).isnan().any()
-    for name, stream in zip(NAMES, streams):
+    for name, stream in zip(NAMES[:8], streams, strict=True):
         if stream is not streams[1]:
             assert relative(torch.cat(stream.logits), clean[name]) < 1e-5

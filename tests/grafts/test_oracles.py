@@ -35,11 +35,11 @@ def test_logits_and_gradients_are_the_oracles(name: str, backbone: Backbone) -> 
     prompts, slopes = batch(backbone)
     oracle = row.oracle(backbone.folder, values, backbone.dtype)
     expected = [oracle.logits(ids) for ids in prompts]
-    sum((logits * slope).sum() for logits, slope in zip(expected, slopes)).backward()
+    sum((logits * slope).sum() for logits, slope in zip(expected, slopes, strict=True)).backward()
 
     logits, gradients = ours(row, values, backbone, prompts, slopes)
 
-    for found, wanted in zip(logits, expected):
+    for found, wanted in zip(logits, expected, strict=True):
         assert relative(found, wanted) < TOLERANCE[backbone.dtype]
     wanted_gradients = oracle.gradients()
     assert gradients.keys() == wanted_gradients.keys() == values.keys()
@@ -74,7 +74,7 @@ def ours(
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     positions = torch.cat([torch.arange(n) + graft.prefix_length for n in LENGTHS])
     rows = Rows(torch.cat(prompts), positions, (Span(0, len(positions), 0),))
-    attention = WholeSequences(tuple(zip(starts, LENGTHS)), backbone.shape)
+    attention = WholeSequences(tuple(zip(starts, LENGTHS, strict=True)), backbone.shape)
     hidden = backbone.forward(rows, stacks, attention)
     with torch.no_grad():
         logits = backbone.logits(hidden)

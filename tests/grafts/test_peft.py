@@ -161,7 +161,7 @@ def test_what_peft_has_on_whole_modules_lies_beside_the_native_files(
     native_folder = tmp_path / native.save(tmp_path, graft, values, backbone="stock")
     assert (native_folder / peft.WEIGHTS).exists() is (native_folder / peft.CONFIG).exists() is expected
     if not expected:
-        with pytest.raises(FormatError, match="has no equal in PEFT|name (its|the backbone's) folder"):
+        with pytest.raises(FormatError, match=r"has no equal in PEFT|name (its|the backbone's) folder"):
             peft.export(tmp_path, graft, values)
 
 
@@ -179,7 +179,7 @@ def test_tensors_that_are_not_the_grafts_are_not_exported(backbone: Backbone, tm
 
 def test_pickled_weights_are_refused(adapter: Path, backbone: Backbone) -> None:
     (adapter / peft.WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(FormatError, match="adapter_model.bin can run code when loaded: convert it to safetensors"):
+    with pytest.raises(FormatError, match=r"adapter_model.bin can run code when loaded: convert it to safetensors"):
         peft.load(adapter, backbone.shape)
 
 

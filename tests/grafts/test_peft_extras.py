@@ -70,7 +70,7 @@ def test_what_was_trained_in_addition_to_the_method_comes_along_and_is_written_a
     expected = model(input_ids=IDS[None]).logits[0]
     graft, values = peft.load(tmp_path, backbone.shape, BackboneFiles(backbone.folder))
     assert relative(logits(backbone, graft, values), expected) < 1e-5
-    with pytest.raises(FormatError, match="modules_to_save, bias: .* name the backbone's folder"):
+    with pytest.raises(FormatError, match=r"modules_to_save, bias: .* name the backbone's folder"):
         peft.load(tmp_path, backbone.shape)
     if name in FUSED:
         with pytest.raises(FormatError, match="no target_modules of gpt2 mean just"):

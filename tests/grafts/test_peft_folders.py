@@ -51,16 +51,67 @@ FIELDS = {"unilora": {"save_indices": True}}  # which PEFT draws again otherwise
 PLAINER = ("bdlora", "olora", "pissa", "psoft")  # written as the LoRA that they are
 MORE_OF_ONE = ("road 2", "road 4", "eva", "mica", "orthogonal", "lora-fa", "lora-plus", "dylora", "lora-dropout")
 CUDA_ONLY = ("boft of three factors",)
-OURS_ALONE = set(  # PEFT has nothing like these
-    "bitfit|ssf|serial|serial with biases|parallel|parallel at projections with biases|scaled-parallel|pfeiffer"
-    "|adaptformer|adapterdrop|adapter-drop|averaged-adapters|compacter|compacter++|phm|sparse-adapter|propetl"
-    "|hypernet-adapter|fusion"
-    "|mam|unipelt|unipelt-al|apt|autopeft|krona|kadaptation|hiwi|said|peqa|peqa in groups|bitdelta|binary-adapter"
-    "|qalora|molora|molora top 2|hydralora|meteora|output-gated-loras|loreft|loreft of all tokens|reft of each end"
-    "|noreft|direft|dept"
-    "|smop|idpg|lpt|lpt through all layers|pafi|fishmask|moving-mask|moved-rows|moved-rows everywhere"
-    "|spt|lt-sft|diff-pruning|diff-pruning by groups|child-tuning|s-bitfit".split("|")
-)
+OURS_ALONE = {  # PEFT has nothing like these
+    "bitfit",
+    "ssf",
+    "serial",
+    "serial with biases",
+    "parallel",
+    "parallel at projections with biases",
+    "scaled-parallel",
+    "pfeiffer",
+    "adaptformer",
+    "adapterdrop",
+    "adapter-drop",
+    "averaged-adapters",
+    "compacter",
+    "compacter++",
+    "phm",
+    "sparse-adapter",
+    "propetl",
+    "hypernet-adapter",
+    "fusion",
+    "mam",
+    "unipelt",
+    "unipelt-al",
+    "apt",
+    "autopeft",
+    "krona",
+    "kadaptation",
+    "hiwi",
+    "said",
+    "peqa",
+    "peqa in groups",
+    "bitdelta",
+    "binary-adapter",
+    "qalora",
+    "molora",
+    "molora top 2",
+    "hydralora",
+    "meteora",
+    "output-gated-loras",
+    "loreft",
+    "loreft of all tokens",
+    "reft of each end",
+    "noreft",
+    "direft",
+    "dept",
+    "smop",
+    "idpg",
+    "lpt",
+    "lpt through all layers",
+    "pafi",
+    "fishmask",
+    "moving-mask",
+    "moved-rows",
+    "moved-rows everywhere",
+    "spt",
+    "lt-sft",
+    "diff-pruning",
+    "diff-pruning by groups",
+    "child-tuning",
+    "s-bitfit",
+}
 NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
     "qwen2": "llama-adapter",
     "gemma": "llama-adapter|trainable-tokens",

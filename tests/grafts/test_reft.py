@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_pieces_of_a_prompt_have_the_positions_of_the_whole(
     bounds = [0, *sorted(cut for cut in cuts if cut < length), length]
     found = [
         row - at + low  # the piece lies from row `at` on
-        for low, high in zip(bounds, bounds[1:])
+        for low, high in pairwise(bounds)
         for start, stop in Input(at, at + high - low, low, length - high).ends(first, last)
         for row in range(start, stop)
     ]

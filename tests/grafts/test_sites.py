@@ -89,7 +89,7 @@ def test_slots_that_mean_nothing_together_are_refused_by_site(text: str, word: s
 
 
 def test_a_norm_needs_a_linear_branch_of_its_own_graft() -> None:
-    with pytest.raises(SpecError, match="0.attn.q has no branch"):
+    with pytest.raises(SpecError, match=r"0.attn.q has no branch"):
         BoundGraft(GraftSpec("x", (Norm(at="attn.q"),)), SHAPE)
     with pytest.raises(SpecError, match="DoRA's norm"):
         BoundGraft(GraftSpec("x", (Branch(at="attn.q", rank=1, act="relu"), Norm(at="attn.q"))), SHAPE)
@@ -112,7 +112,7 @@ def test_the_shape_is_read_from_a_transformers_config() -> None:
 def test_an_example_may_be_as_long_as_positions_are_left_beside_the_graft() -> None:
     shape = ModelShape.from_config({**CONFIG, "max_position_embeddings": 512})
     shape.check_length(502, 10)
-    with pytest.raises(SpecError, match="max_length: 503 tokens and the 10 .* 512 positions; at most 502"):
+    with pytest.raises(SpecError, match=r"max_length: 503 tokens and the 10 .* 512 positions; at most 502"):
         shape.check_length(503, 10)
     SHAPE.check_length(1 << 20, 10)  # a config that names no limit
 

@@ -56,7 +56,7 @@ def test_a_graft_that_does_not_give_what_is_taken_is_refused(text: str, member: 
 )
 def test_text_that_names_no_grafts_is_refused(text: str, wrong: str) -> None:
     with pytest.raises(SpecError, match=wrong):
-        parse(text).sources  # noqa: B018
+        assert parse(text).sources
 
 
 def test_dropout_and_starts_do_not_hinder_going_on() -> None:

@@ -70,7 +70,7 @@ def test_a_file_with_an_index_outside_the_matrix_is_refused(index: float, fp32: 
     values["0.0.attn.q.i"] = torch.zeros_like(values["0.0.attn.q.i"])
     check(graft, values)
     values["0.0.attn.q.i"][3, 1] = index
-    with pytest.raises(FormatError, match="0.0.attn.q.i: .* no index below 64"):
+    with pytest.raises(FormatError, match=r"0.0.attn.q.i: .* no index below 64"):
         check(graft, values)
 
 

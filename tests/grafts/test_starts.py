@@ -197,7 +197,7 @@ def test_lora_ga_starts_from_the_singular_vectors_of_the_gradient(backbone: Back
         site: model.model.layers[site.layer].get_submodule(MODULES[site.name]).weight.requires_grad_() for site in SITES
     }
     total = sum(sum(w) for w in WEIGHTS)
-    for ids, factors in zip(SAMPLES, WEIGHTS):
+    for ids, factors in zip(SAMPLES, WEIGHTS, strict=True):
         losses = nn.functional.cross_entropy(
             model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
         )

@@ -133,7 +133,7 @@ def test_edited_tokens_are_edited_in_what_both_stacks_read(folder: Path) -> None
 
     def embed(ids: Tensor) -> Tensor:
         rows = theirs.get_input_embeddings()(ids)
-        for token, row in zip((42, 300), values["0.0.embed.p"]):
+        for token, row in zip((42, 300), values["0.0.embed.p"], strict=True):
             rows = torch.where((ids == token).unsqueeze(1), row, rows)
         return rows[None]
 
@@ -156,12 +156,12 @@ def test_names_mean_both_attentions_and_patterns_one(tiny_folders: Mapping[str, 
 
 def test_what_is_not_done_is_refused(tiny_folders: Mapping[str, Path]) -> None:
     backbone = Backbone.load(tiny_folders["t5"], torch.float32)
-    with pytest.raises(SpecError, match="t5 is an encoder and a decoder.*cannot decode"):
+    with pytest.raises(SpecError, match=r"t5 is an encoder and a decoder.*cannot decode"):
         KVCache(backbone.shape, 4, dtype=torch.float32)
+    rows, attention, _ = packed(backbone, [(None, None)], [IDS])
     with pytest.raises(SpecError, match="each with a source"):
-        rows, attention, _ = packed(backbone, [(None, None)], [IDS])
         backbone.forward(type(rows)(rows.ids, rows.positions, ()), backbone.stacks([]), attention)
-    with pytest.raises(SpecError, match="layers: 'cross.q' stands in none of them"):
+    with pytest.raises(SpecError, match=r"layers: 'cross.q' stands in none of them"):
         BoundGraft(parse("lora(at=cross.q)@0"), backbone.shape)
     with pytest.raises(SpecError, match="aside: rows without a place"):
         BoundGraft(parse("llama-adapter(6)"), backbone.shape)
@@ -185,7 +185,7 @@ def gradients(backbone: Backbone, jobs: tuple[int, ...]) -> list[list[Tensor]]:
     rows, attention, answers = packed(backbone, grafts, prompts)
     hidden = backbone.forward(rows, stacks, attention)
     slope = torch.zeros_like(hidden)
-    for places, ids in zip(answers, [ids for own in prompts for ids in own]):
+    for places, ids in zip(answers, [ids for own in prompts for ids in own], strict=True):
         generator = torch.Generator().manual_seed(len(ids))
         slope[places] = torch.randn(len(ids), hidden.shape[1], generator=generator).to(hidden.dtype)
     hidden.backward(slope)

@@ -91,7 +91,7 @@ def test_peft_loads_what_we_save(folder: Path, tmp_path: Path) -> None:
     plain = AutoModelForImageClassification.from_pretrained(folder)
     theirs = PeftModel.from_pretrained(plain, str(tmp_path / "peft")).eval()
     assert relative(theirs(pixel_values=PIXELS).logits, expected) < 1e-5
-    with pytest.raises(FormatError, match="k_proj.weight: is not in the backbone's files"):  # named as of old there
+    with pytest.raises(FormatError, match=r"k_proj.weight: is not in the backbone's files"):  # named as of old there
         merged.export(tmp_path / "merged", graft, values, backbone=folder)
 
 
@@ -127,7 +127,7 @@ def packed(
     backbone: Backbone, grafts: list[int | str], residents: list[Resident], images: tuple[int, ...]
 ) -> tuple[Rows, WholeSequences, Tensor]:
     ids, given, spans, sequences, starts = [], [], [], [], []
-    for graft, patches in zip(grafts, backbone.patches(PIXELS[list(images)])):
+    for graft, patches in zip(grafts, backbone.patches(PIXELS[list(images)]), strict=True):
         virtual = residents[graft].spec.virtual_length if isinstance(graft, int) else 0
         first = sum(map(len, ids))
         ids.append(torch.tensor([*virtual_ids(virtual), *[0] * len(patches)]))

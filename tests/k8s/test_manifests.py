@@ -16,7 +16,7 @@ import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jsonschema
 import kubernetes_validate
@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
-JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
+JSON: TypeAlias = Any  # what a manifest holds, as a schema says and no type
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"
@@ -176,6 +176,24 @@ def test_head_and_workers_share_image_environment_and_data() -> None:
         for field in ("image", "env", "volumeMounts"):
             assert worker["containers"][0][field] == head["containers"][0][field]
         assert worker["volumes"] == head["volumes"]
+
+
+def test_ray_pods_take_the_first_api_key_from_a_secret_and_nothing_from_services() -> None:
+    for group in RAY_GROUPS:
+        spec = group["template"]["spec"]
+        assert spec["enableServiceLinks"] is False, "a Service named polygraft gives a POLYGRAFT_PORT of its own"
+        (volume,) = (volume for volume in spec["volumes"] if "secret" in volume)
+        assert volume["secret"]["secretName"] == "polygraft-api-key" and "optional" not in volume["secret"]
+        (mount,) = (one for one in spec["containers"][0]["volumeMounts"] if one["name"] == volume["name"])
+        variables = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
+        assert variables["POLYGRAFT_API_KEY_FILE"] == f"{mount['mountPath']}/key"
+
+
+def test_every_secret_that_the_manifests_name_is_made_in_the_readme() -> None:
+    named = set(re.findall(r"secretName: (\S+)", (BASE / "ray-service.yaml").read_text()))
+    named |= {one["valueFrom"]["secretKeyRef"]["name"] for c in containers() for one in c["env"] if "valueFrom" in one}
+    made = re.findall(r"create secret generic (\S+)", (ROOT / "k8s" / "README.md").read_text())
+    assert set(made) == named
 
 
 def test_only_ray_pods_reach_the_store() -> None:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import pytest
+import torch
+from torch import Tensor
 
-from polygraft.kernels.branch import gpu, reference  # noqa: E402
-from polygraft.kernels.branch.activation import ACTIVATIONS  # noqa: E402
-from polygraft.kernels.common.segments import Segment  # noqa: E402
-from tests.kernels.cases import CASES, Case, Joined, branch_inputs  # noqa: E402
-from tests.kernels.compare import assert_close, assert_equal, run  # noqa: E402
-from tests.kernels.poison import poison_uninitialised  # noqa: E402
+from polygraft.kernels.branch import gpu, reference
+from polygraft.kernels.branch.activation import ACTIVATIONS
+from polygraft.kernels.common.segments import Segment
+from tests.kernels.cases import CASES, Case, Joined, branch_inputs
+from tests.kernels.compare import assert_close, assert_equal, run
+from tests.kernels.poison import poison_uninitialised
 
 TILED = Case(
     140, 110, (Segment(0, 70, 0, 66, 0.5), Segment(70, 71, 66, 83), Segment(71, 136, 83, 106, 4 / 3)), 70, 130

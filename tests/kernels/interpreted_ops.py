@@ -8,28 +8,30 @@ from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-from polygraft.kernels.affine import gpu as affine_gpu  # noqa: E402
-from polygraft.kernels.affine import reference as affine_reference  # noqa: E402
-from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
-from polygraft.kernels.kv import gpu as kv_gpu  # noqa: E402
-from polygraft.kernels.kv import op as kv_op  # noqa: E402
-from polygraft.kernels.kv import reference as kv_reference  # noqa: E402
-from polygraft.kernels.kv.layout import Continued  # noqa: E402
-from polygraft.kernels.kv.scores import Scores  # noqa: E402
-from polygraft.kernels.nf4 import gpu as nf4_gpu  # noqa: E402
-from polygraft.kernels.nf4 import reference as nf4_reference  # noqa: E402
-from polygraft.kernels.norm import gpu as norm_gpu  # noqa: E402
-from polygraft.kernels.norm import reference as norm_reference  # noqa: E402
-from polygraft.kernels.rotate import gpu as rotate_gpu  # noqa: E402
-from polygraft.kernels.rotate import reference as rotate_reference  # noqa: E402
-from polygraft.kernels.rotate.rotation import Rotation  # noqa: E402
-from polygraft.kernels.sparse import gpu as sparse_gpu  # noqa: E402
-from polygraft.kernels.sparse import reference as sparse_reference  # noqa: E402
-from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_rotate, test_sparse  # noqa: E402
-from tests.kernels.compare import Results, assert_close, assert_equal, relative, run  # noqa: E402
-from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
+from polygraft.kernels.affine import gpu as affine_gpu
+from polygraft.kernels.affine import reference as affine_reference
+from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.kv import gpu as kv_gpu
+from polygraft.kernels.kv import op as kv_op
+from polygraft.kernels.kv import reference as kv_reference
+from polygraft.kernels.kv.layout import Continued
+from polygraft.kernels.kv.paged import PagedLayer
+from polygraft.kernels.kv.scores import Scores
+from polygraft.kernels.kv.tiles import PagedTiles
+from polygraft.kernels.nf4 import gpu as nf4_gpu
+from polygraft.kernels.nf4 import reference as nf4_reference
+from polygraft.kernels.norm import gpu as norm_gpu
+from polygraft.kernels.norm import reference as norm_reference
+from polygraft.kernels.rotate import gpu as rotate_gpu
+from polygraft.kernels.rotate import reference as rotate_reference
+from polygraft.kernels.rotate.rotation import Rotation
+from polygraft.kernels.sparse import gpu as sparse_gpu
+from polygraft.kernels.sparse import reference as sparse_reference
+from tests.kernels import test_affine, test_kv, test_nf4, test_norm, test_rotate, test_sparse
+from tests.kernels.compare import Results, assert_close, assert_equal, relative, run
+from tests.kernels.interpreted import TOLERANCE, main
 
 HALF = torch.float16
 NAN = float("nan")
@@ -132,7 +134,8 @@ def paged_equals_reference(heads: test_kv.Heads, dtype: torch.dtype, scores: Sco
             row[:] = torch.randn(row.shape, generator=generator, dtype=torch.float64)
     rest = (sequences, heads.queries, heads.keys, scores)
     sums = torch.full((25, heads.queries), float("-inf"), dtype=torch.promote_types(dtype, torch.float32))
-    got = kv_gpu.attend_paged(q, cache, *rest, sums)
+    tiles = PagedTiles.of(sequences, [[s.unseen for s in sequences]], heads.queries // heads.keys)
+    got = kv_gpu.attend_paged(q, cache, tiles, PagedLayer(7, *rest[1:]), sums)
     want = kv_reference.attend_paged(q.double(), cache.double(), *rest)
     assert_close({"out": got}, {"out": want}, TOLERANCE[dtype])
     last, group = sequences[-1], heads.queries // heads.keys
@@ -205,7 +208,7 @@ def sparse_sorts_an_index_once() -> None:
     for items in ((Segment(0, 8, 0, 9),), (Segment(0, 3, 2, 5), Segment(4, 8, 0, 9))):
         run(sparse_gpu.sparse, inputs, index, Segments(items), upstream=upstream)
         orders.append([index.order(side) for side in (0, 1)])
-    assert all(a is b for a, b in zip(*orders))
+    assert all(a is b for a, b in zip(*orders, strict=True))
 
 
 CHECKS: dict[str, Callable[[], None]] = {

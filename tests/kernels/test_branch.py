@@ -46,7 +46,7 @@ def test_hidden_biases_equal_the_reference(case: Case, act: str) -> None:
     inputs, upstream = branch_inputs(case, torch.float64)
     inputs["a"] = torch.linspace(-1, 1, case.stack_rows, dtype=torch.float64).unsqueeze(1)
 
-    def biased(
+    def biased(  # noqa: PLR0913
         op: Callable[..., Tensor], x: Tensor, y: Tensor, A: Tensor, B: Tensor, a: Tensor, segments: Segments
     ) -> Tensor:
         return op(x, y, A, B, segments, act, a)

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.kernels.compiled.build import build
 from polygraft.kernels.compiled.calls import EXACTLY, Calls, function, structure
-from polygraft.kernels.dense.library import build, library
 from polygraft.kernels.residual_norm import op as residual_norm
 from polygraft.kernels.residual_norm.op import Norm
 from polygraft.kernels.swiglu import op as swiglu
+from tests.compiled import compiled
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 SOURCES = sorted(path for path in KERNELS.glob("*/*.cpp") if path.parent.name != "dense")
-pytestmark = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16 or no compiler on this machine")
+pytestmark = compiled
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)

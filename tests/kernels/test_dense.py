@@ -13,22 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.compiled.build import LIMIT, build
 from polygraft.kernels.dense import library, op, reference
 from polygraft.kernels.dense.op import ACTIVATIONS, FusedBranch, Weights, Work, supports
+from tests.compiled import HERE, compiled
 from tests.kernels.compare import relative
 
 WIDTHS = (48, 33)  # a panel and a half, and one column more than a panel
 ROUNDED = 1e-2  # rel-L2 of bf16 results and hidden values to float64
 
-HERE = library.library() is not None
-here = pytest.mark.skipif(not HERE, reason="no AVX-512 for bf16 or no compiler on this machine")
-
 
 @cache
 def built(limit: str) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(library.LIMIT, limit)
-        return library.load(library.build())
+        patch.setenv(LIMIT, limit)
+        return library.load(build(library.SOURCE))
 
 
 @pytest.fixture(autouse=True, params=["ALL", "AVX512_CORE_BF16"] if HERE else ["ALL"])
@@ -77,7 +76,7 @@ MIXED = (
 )
 
 
-@here
+@compiled
 @pytest.mark.parametrize("inner", [32, 64, 352, 1536])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 70, 129, 300])
 def test_products_equal_the_reference(rows: int, inner: int) -> None:
@@ -85,7 +84,7 @@ def test_products_equal_the_reference(rows: int, inner: int) -> None:
     assert relative(linear(x, Weights.packed(W)), reference.linear(x.double(), W)) < ROUNDED
 
 
-@here
+@compiled
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("inner", [32, 352])
 def test_branches_of_mixed_ranks_beside_products_equal_the_reference(inner: int, act: str) -> None:
@@ -95,7 +94,7 @@ def test_branches_of_mixed_ranks_beside_products_equal_the_reference(inner: int,
     assert relative(bare, found) > 0.1, "the branches must matter"
 
 
-@here
+@compiled
 @pytest.mark.parametrize("rows", [16, 70, 100, 400])
 def test_a_row_is_the_same_bits_alone_and_in_company(rows: int) -> None:
     inner = 352
@@ -109,7 +108,7 @@ def test_a_row_is_the_same_bits_alone_and_in_company(rows: int) -> None:
         assert torch.equal(together, linear(x[start : start + own].clone(), packed, alone))
 
 
-@here
+@compiled
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("poisoned", ["x", "A", "B"])
 def test_what_is_not_finite_stays_in_the_rows_of_its_graft(poisoned: str, value: float) -> None:
@@ -128,7 +127,7 @@ def test_what_is_not_finite_stays_in_the_rows_of_its_graft(poisoned: str, value:
     assert not found[10:].isfinite().all()
 
 
-@here
+@compiled
 def test_finite_columns_of_a_graft_that_is_not_finite_are_as_good() -> None:
     inner = 64
     items = (Segment(0, 3, 0, 4), Segment(3, 20, 4, 40))
@@ -139,7 +138,7 @@ def test_finite_columns_of_a_graft_that_is_not_finite_are_as_good() -> None:
     assert not found[~kept].isfinite().any() and relative(found[kept], wanted[kept]) < ROUNDED
 
 
-@here
+@compiled
 @settings(max_examples=30)
 @given(st.data())
 def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
@@ -156,7 +155,7 @@ def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
     assert relative(linear(x, Weights.packed(W), beside), reference.linear(x.double(), W, beside)) < ROUNDED
 
 
-@here
+@compiled
 @pytest.mark.parametrize("rows", [70, 300])
 def test_one_thread_and_two_give_the_same_bits(rows: int) -> None:
     x, packed, beside = normal(rows, 1536, seed=1), Weights.packed(weights(1536)), sides(1536, MIXED)
@@ -168,14 +167,14 @@ def test_one_thread_and_two_give_the_same_bits(rows: int) -> None:
         torch.set_num_threads(threads)
 
 
-@here
+@compiled
 def test_rows_may_be_columns_of_a_wider_tensor() -> None:
     wide = normal(20, 160, seed=1)
     packed = Weights.packed(weights(64))
     assert torch.equal(linear(wide[:, 32:96], packed), linear(wide[:, 32:96].contiguous(), packed))
 
 
-@here
+@compiled
 @pytest.mark.parametrize("beyond", [Segment(0, 21, 0, 4), Segment(0, 20, 0, 5)], ids=["rows", "ranks"])
 def test_segments_beyond_the_rows_or_the_ranks_are_refused(beyond: Segment) -> None:
     beside = [(side, Segments((beyond,))) for side, _ in sides(64, (Segment(0, 20, 0, 4),))]
@@ -185,7 +184,7 @@ def test_segments_beyond_the_rows_or_the_ranks_are_refused(beyond: Segment) -> N
         linear(normal(20, 64, seed=1), Weights.packed(weights(64)), beside)
 
 
-@here
+@compiled
 def test_packed_weights_come_back_as_they_were() -> None:
     W = weights(96)
     assert torch.equal(Weights.packed(W).dense(), torch.cat(W))
@@ -212,7 +211,7 @@ def gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> list[
     _, kept = op.linear(x, weights, beside, keep=True)
     dx, dh = op.transposed(dy, weights, beside, kept)
     columns, found = dy.split_with_sizes([len(w) for w in W], dim=1), [dx]
-    for (side, segments), up, slope in zip(beside, kept, dh):
+    for (side, segments), up, slope in zip(beside, kept, dh, strict=True):
         found.append(op.outer(slope, x, segments, len(side.A)))
         found.append(op.outer(up, columns[side.member], segments, len(side.B)))
     return found
@@ -235,7 +234,7 @@ def assert_gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -
         assert relative(found, wanted) < ROUNDED
 
 
-@here
+@compiled
 @pytest.mark.parametrize("inner", [32, 352])
 def test_plain_weights_and_packed_ones_give_the_same_bits(inner: int) -> None:
     x, W, beside = normal(90, inner, seed=1), weights(inner, EVEN), even_sides(inner, "relu")
@@ -243,7 +242,7 @@ def test_plain_weights_and_packed_ones_give_the_same_bits(inner: int) -> None:
     assert torch.equal(linear(x, plain, beside), linear(x, Weights.packed(W), beside))
 
 
-@here
+@compiled
 @pytest.mark.parametrize("act", op.MASK_DERIVATIVE)
 @pytest.mark.parametrize("inner", [32, 352])
 def test_gradients_equal_the_references(inner: int, act: str) -> None:
@@ -252,14 +251,14 @@ def test_gradients_equal_the_references(inner: int, act: str) -> None:
     assert_gradients(x, dy, W, beside)
 
 
-@here
+@compiled
 def test_a_relu_of_a_negative_factor_has_no_slope_where_it_is_zero() -> None:
     x, W, items = normal(40, 32, seed=1), weights(32, EVEN), (Segment(0, 40, 0, 16, -1.0),)
     beside, dy = even_sides(32, "relu", items), normal(40, sum(EVEN), seed=2)
     assert_gradients(x, dy, W, beside)
 
 
-@here
+@compiled
 def test_gradients_of_segments_that_share_ranks_are_added() -> None:
     items = (Segment(0, 20, 0, 8), Segment(20, 53, 8, 20, 0.5), Segment(53, 90, 0, 8, 2.0))
     x, W, beside = normal(90, 64, seed=1), weights(64, EVEN), even_sides(64, "identity", items)
@@ -267,7 +266,7 @@ def test_gradients_of_segments_that_share_ranks_are_added() -> None:
     assert_gradients(x, dy, W, beside)
 
 
-@here
+@compiled
 @pytest.mark.parametrize("start", [0, 5, 50])
 def test_a_segments_gradients_are_the_same_bits_alone_and_in_company(start: int) -> None:
     inner, own, ranks = 352, 37, 20
@@ -283,7 +282,7 @@ def test_a_segments_gradients_are_the_same_bits_alone_and_in_company(start: int)
         assert torch.equal(found[8:28], wanted)
 
 
-@here
+@compiled
 @pytest.mark.parametrize("poisoned", ["x", "dy", "A", "B"])
 def test_gradients_of_other_grafts_are_untouched_by_what_is_not_finite(poisoned: str) -> None:
     x, dy, W = normal(90, 64, seed=1), normal(90, sum(EVEN), seed=2), weights(64, EVEN)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.kernels.compiled import build
+from polygraft.kernels.compiled.build import Toolchain
 from polygraft.kernels.dense import device_class as module
-from polygraft.kernels.dense import library
 from polygraft.kernels.dense.device_class import device_class
-from polygraft.kernels.dense.library import Toolchain
-
-HERE = library.library() is not None
+from tests.compiled import compiled
 
 
 def test_a_process_is_of_one_class() -> None:
@@ -29,7 +28,7 @@ def test_other_threads_are_another_class() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not HERE, reason="no AVX-512 for bf16 or no compiler on this machine")
+@compiled
 def test_ops_of_torch_are_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
     here = device_class()
     monkeypatch.setattr(module, "library", lambda: None)
@@ -39,7 +38,7 @@ def test_ops_of_torch_are_another_class(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_digest_is_of_sources_headers_compiler_flags_and_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     (tmp_path / "op").mkdir()
     source, header = tmp_path / "op" / "op.cpp", tmp_path / "op" / "op.h"
     source.write_text("one")

@@ -43,7 +43,7 @@ def test_output_and_gradients_equal_the_reference(case: Case, dtype: torch.dtype
     gates, rows = experts(case)
     inputs, upstream = inputs_of(case, rows, dtype)
     kept = Segments(tuple(s for s in case.segments if s.rows and s.size))
-    scored = Segments(tuple(g for s, g in zip(case.segments, gates) if s.rows and s.size))
+    scored = Segments(tuple(g for s, g in zip(case.segments, gates, strict=True) if s.rows and s.size))
     got = run(gated, inputs, case.segments, gates, "silu", gate, upstream=upstream)
     want = run(reference.gated, inputs, kept, scored, "silu", gate, upstream=upstream)
     want = {name: want.get(name, torch.zeros_like(got[name])) for name in got}
@@ -83,7 +83,7 @@ def joined(
         (Segment(0, rows, 0, 12, 0.5), Segment(rows, 2 * rows, 12, 24, 4 / 3), Segment(2 * rows, 2 * rows + 3, 24, 30))
     )
     edges = (12, 24, 30) if gate == ATTENTION else (4, 8, 11)
-    lasts = zip((0, *edges), edges, segments)
+    lasts = zip((0, *edges[:-1]), edges, segments, strict=True)
     gates = Segments(tuple(Segment(s.start, s.stop, first, last) for first, last, s in lasts))
     others, slope = inputs_of(Case(2 * rows + 3, 30, (), own.d_in, own.d_out), edges[2], dtype, seed=1)
     batch, stack, scores = slice(rows, 2 * rows), slice(12, 24), slice(*edges[:2])

@@ -224,7 +224,7 @@ def wanted(
     return {"out": results["out"], **{f"d.{n}": results.get(f"d.{n}", torch.zeros_like(t)) for n, t in inputs.items()}}
 
 
-def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores) -> Tensor:
+def in_steps(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores) -> Tensor:  # noqa: PLR0913
     """What transformers' eager attention does with each sequence: products in the inputs' dtype, softmax in float32."""
     pieces, end = [], 0
     for s in layout.sequences:

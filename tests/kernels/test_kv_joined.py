@@ -30,7 +30,7 @@ def inputs(dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], Tensor
     return made, torch.randn(shapes["q"], generator=generator).to(dtype)
 
 
-def op(
+def op(  # noqa: PLR0913
     q: Tensor, k: Tensor, v: Tensor, x: Tensor, pk: Tensor, pv: Tensor, G: Tensor,
     sequences: tuple[Sequence, ...], segments: tuple[Segment, ...], gates: tuple[Segment, ...], gate: Gate,
     cap: float | None = None,
@@ -42,7 +42,7 @@ def op(
     return joined(q, out, sums, x, pk, pv, G, Segments(segments), Segments(gates), gate, KV_HEADS, scores)
 
 
-def obvious(
+def obvious(  # noqa: PLR0913
     q: Tensor, k: Tensor, v: Tensor, x: Tensor, pk: Tensor, pv: Tensor, G: Tensor, gate: Gate, cap: float | None
 ) -> Tensor:
     """Query by query, softmax over [w * pk; ones; k] of [w * pv; ones; v], scores s as cap tanh(s / cap)."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from polygraft.kernels.kv import reference
 from polygraft.kernels.kv.layout import Continued
-from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged, supports
+from polygraft.kernels.kv.paged import PagedLayer, Pages, attend_paged
 from polygraft.kernels.kv.scores import Scores
+from tests.compiled import compiled
 from tests.kernels.compare import relative
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, BLOCKS = 6, 2, 24, 4, 40
@@ -26,9 +27,7 @@ SEQUENCES = (
 ROWS = 24
 SCORES = (Scores(0.2), Scores(0.2, window=6), Scores(0.3, cap=2.0), Scores(0.25, window=20, cap=1.5))
 
-pytestmark = pytest.mark.skipif(
-    not supports(torch.zeros(1, 8), torch.zeros(1, 1, 2, 8), Scores(1.0)), reason="nothing is compiled on this machine"
-)
+pytestmark = compiled
 
 
 def normal(*shape: int, seed: int) -> Tensor:

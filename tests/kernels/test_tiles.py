@@ -63,7 +63,7 @@ def test_segments_that_write_the_same_rows_go_into_successive_launches_in_their_
 def test_blocks_lie_one_after_the_other_without_padding(segments: Segments) -> None:
     plan, items = BranchTiles.of(segments, CPU), present(segments)
     offsets = [sum(s.rows * s.size for s in items[:i]) for i in range(len(items) + 1)]
-    table = [[s.start, s.rows, s.first, s.size, offset] for s, offset in zip(items, offsets)]
+    table = [[s.start, s.rows, s.first, s.size, offset] for s, offset in zip(items, offsets[:-1], strict=True)]
     assert (plan.table.tolist(), plan.hidden) == (table, offsets[-1])
 
 

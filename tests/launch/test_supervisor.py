@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import redis
 
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.launch.children import supervise
-from polygraft.launch.leftovers import clear
+from polygraft.launch.leftovers import clear, remove_drafts
 from polygraft.launch.processes import Identity, session
 from polygraft.launch.run_folder import RunFolder, Supervision
 from polygraft.launch.supervisor import EmbeddedStore
@@ -75,6 +76,23 @@ def test_a_live_supervisor_is_left_alone(tmp_path: Path) -> None:
     assert clear(folder) == 0
     assert head.alive
     head.end()
+
+
+def test_what_killed_writers_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [
+        tmp_path / "grafts" / ".1f.draft-x" / "graft.safetensors",
+        tmp_path / "jobs" / "ftjob-1" / ".checkpoint-00000001.draft-x" / "state.json",
+        tmp_path / "files" / ".incoming" / "abc",
+    ]
+    kept = [tmp_path / "grafts" / "1f" / "graft.json", tmp_path / "files" / "file-1.jsonl"]
+    young = tmp_path / "files" / ".incoming" / "young"
+    for path in (*left, *kept, young):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    now = time.time() + 7200
+    os.utime(young, (now, now))
+    assert remove_drafts(tmp_path, now=now) == len(left)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted((*kept, young))
 
 
 def _get(client: redis.Redis, key: str) -> object:

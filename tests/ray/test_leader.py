@@ -12,19 +12,24 @@ import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
 
+from polygraft.cluster.actors.controller import POLL_S
 from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.actors.leader import start_leader
 from polygraft.cluster.advance import advance_job, advance_pack
-from polygraft.cluster.events import JobStarted, JobSubmitted, PackOpened
-from polygraft.cluster.model import GraftId, Job, JobId, Limits, Pack, PackId
+from polygraft.cluster.api_keys import verify_key
+from polygraft.cluster.events import ControllerStarted, JobStarted, JobSubmitted, PackOpened
+from polygraft.cluster.model import START, GraftId, Job, JobId, Limits, Pack, PackId
 from polygraft.cluster.publish import publish
 from polygraft.cluster.states import JobState, PackState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import OLDEST, Store, Write
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.launch.serve_app import build
 from tests.cluster.builders import make_job
+from tests.k8s.pod import SERVICE_LINKS, Pod
 from tests.ray.local import local_ray
+from tests.tiny import tiny_llama
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import the tests
 
@@ -43,7 +48,8 @@ class Pretender:
         advance_pack(store, PackOpened(pack=pack, at=time.time()), fence=lease.fence)
         position = OLDEST
         while True:
-            for position, entry in store.read(keys.commands(pack), position, wait_s=0.5):
+            for at, entry in store.read(keys.commands(pack), position, wait_s=0.5):
+                position = at
                 if entry["op"] == "close":
                     return
                 job = JobId(str(entry["job"]))
@@ -70,9 +76,15 @@ def opener(url: str) -> Callable[[Pack], ActorHandle[PackHost]]:
     return lambda pack: ray.remote(Pretender).options(num_cpus=0, resources={"device": 0.5}).remote(url, pack.id)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with local_ray({}):
+        yield
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(tmp_path / "store") as server, local_ray({}):
+    with EmbeddedServer(tmp_path / "store") as server:
         yield server
 
 
@@ -108,6 +120,41 @@ def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServe
     ray.get(leader.check.remote())
     ray.get(leader.stop.remote())
     assert store.acquire(keys.CONTROLLER, "test", 1.0) is not None
+
+
+def test_the_image_s_entry_point_runs_under_the_manifest_s_environment(
+    server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Serve calls on a cluster, in the environment of its pods, and beside a Service that is called polygraft."""
+    pod = Pod(tmp_path, server.url)
+    for name, value in (pod.environment | SERVICE_LINKS).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("POLYGRAFT_BACKBONE", str(tiny_llama(tmp_path / "tiny")))
+    store = connect(server.url)
+    other = store.acquire(keys.CONTROLLER, "the controller of a cluster that is being replaced", 600.0)
+    assert other is not None
+    build({})
+    found = verify_key(store, pod.key)
+    assert found is not None and found.tenant == "local"
+    time.sleep(2 * POLL_S)
+    assert store.renew(other) and not terms(store), "the new cluster's controller waits for the old one's to end"
+    store.release(other)
+    until(lambda: len(terms(store)) == 1)
+
+    build({})  # the same settings: the controller that is there goes on
+    pod.write_key(second := f"pg-{'b' * 32}")
+    monkeypatch.setenv("POLYGRAFT_PACK__MAX_JOBS", "3")
+    build({})  # others: it is replaced
+    until(lambda: len(terms(store)) == 2)
+    assert verify_key(store, pod.key) is None and verify_key(store, second) is not None
+    (name,) = (one["name"] for one in ray.util.list_named_actors(all_namespaces=True))
+    ray.get(ray.get_actor(name, namespace="polygraft").stop.remote())
+    ray.kill(ray.get_actor(name, namespace="polygraft"))
+
+
+def terms(store: Store) -> list[int]:
+    """The epochs of those who led."""
+    return [one.event.epoch for one in store.events(START) if isinstance(one.event, ControllerStarted)]
 
 
 def submit(store: Store, name: str) -> None:

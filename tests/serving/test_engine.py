@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,8 @@ def alone(folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def heard() -> Iterator[Heard]:
-    yield Heard()
+def heard() -> Heard:
+    return Heard()
 
 
 def steps_of(data: Path) -> list[dict[str, Any]]:

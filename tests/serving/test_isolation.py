@@ -156,7 +156,7 @@ PLACES = (
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_one_request_makes_raise_ends_that_request_alone(
+def test_what_one_request_makes_raise_ends_that_request_alone(  # noqa: PLR0913
     backbone: Backbone,
     data: Path,
     neighbours: dict[str, tuple[GenerationRequest, list[int]]],

@@ -28,10 +28,30 @@ from tests.tiny import TINY
 SAMPLES = tuple(Sample(tuple(range(3, 3 + n)), (0.0,) * 4 + (1.0,) * (n - 4)) for n in (8, 9))
 # One for each op and kind of form, and those whose start or hooks are apart.
 DAILY = tuple(
-    (
-        "dora ia3 pvera job-gated-experts fusion loha moved-rows hra boft road trainable-tokens dept smop "
-        "llama-adapter apt loreft adalora lora-dropout diff-pruning child-tuning eva lora-ga"
-    ).split()
+    [
+        "dora",
+        "ia3",
+        "pvera",
+        "job-gated-experts",
+        "fusion",
+        "loha",
+        "moved-rows",
+        "hra",
+        "boft",
+        "road",
+        "trainable-tokens",
+        "dept",
+        "smop",
+        "llama-adapter",
+        "apt",
+        "loreft",
+        "adalora",
+        "lora-dropout",
+        "diff-pruning",
+        "child-tuning",
+        "eva",
+        "lora-ga",
+    ]
 )
 
 

@@ -17,15 +17,18 @@ from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, StoreUnavailable
 from polygraft.cluster.store.memory import MemoryStore
+from polygraft.cluster.story import story
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
+from tests.kernels.compare import relative
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit, submit_one
 
@@ -72,6 +75,44 @@ def test_a_worker_that_dies_before_publication_resumes_to_the_same_weights(
             _work(stormy, backbone, tmp_path / "stormy")
     _work(stormy, backbone, tmp_path / "stormy")
     assert [(j.state, j.graft, j.model) for j in _jobs(stormy)] == [(j.state, j.graft, j.model) for j in _jobs(calm)]
+
+
+def test_a_pack_that_starts_again_on_another_class_of_device_says_so_and_goes_on(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the tolerance that two classes are equal to; within a class nothing is said."""
+    calm, moved = MemoryStore(), MemoryStore()
+    submit(calm, tmp_path / "calm", {"ftjob-0": "lora(r=4)"})
+    _work(calm, backbone, tmp_path / "calm")
+
+    submit(moved, tmp_path / "moved", {"ftjob-0": "lora(r=4)"})
+    moved.append(keys.commands(PACK), {"op": "close", "job": ""})
+    monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
+    for step in (2, 4):  # the second time from the checkpoint of the first, in the same class
+        checkpoint = tmp_path / "moved" / "jobs" / "ftjob-0" / f"checkpoint-{step:08d}"
+        with pytest.raises(Crash):
+            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)
+    here, threads = str(device_class()), torch.get_num_threads()
+    assert not [line for line in story(moved, "ftjob-0") if "goes on" in line]
+    torch.set_num_threads(threads + 1)
+    try:
+        _work(moved, backbone, tmp_path / "moved")
+        there = str(device_class())
+    finally:
+        torch.set_num_threads(threads)
+    (told,) = (line for line in story(moved, PACK) if "goes on" in line)
+    assert told.endswith(f"ftjob-0 goes on in {PACK} on {there}; its steps so far are of {here}")
+    assert [message for message in _messages(moved) if there in message and here in message]
+    assert [(job.state, job.device_class) for job in (*_jobs(calm), *_jobs(moved))] == [
+        (JobState.SUCCEEDED, here),
+        (JobState.SUCCEEDED, there),
+    ]
+    one, other = (
+        native.load(tmp_path / where / "grafts" / str(job.graft), shape=backbone.shape, backbone=backbone.fingerprint)
+        for where, store in (("calm", calm), ("moved", moved))
+        for job in _jobs(store)
+    )
+    assert all(relative(other.tensors[name], value) < 1e-5 for name, value in one.tensors.items())
 
 
 def test_crashes_between_checkpoints_and_manifest_lose_no_job(
@@ -300,6 +341,10 @@ def _raise_for(method: str, error: Exception, at: str, monkeypatch: pytest.Monke
         return real(graft, *given, **more)
 
     monkeypatch.setattr(runner_module, at, failing)
+
+
+def _messages(store: Store) -> list[str]:
+    return [str(entry["message"]) for _, entry in store.read(keys.log(JobId("ftjob-0")))]
 
 
 def _crash(*_args: object, **_options: object) -> None:

@@ -77,7 +77,7 @@ def test_every_configuration_is_a_union_that_parses_or_is_declared_invalid(confi
     off = all(config[sized.method] == len(sized.sizes) - 1 for sized in SPACE.methods)
     out = not any(config[parameter.name] for parameter in SPACE.parameters if parameter.name.startswith("layers_"))
     if off or out:
-        with pytest.raises(InvalidConfig, match="off|out"):
+        with pytest.raises(InvalidConfig, match=r"off|out"):
             SPACE.candidate(config)
     else:
         candidate = SPACE.candidate(config)

@@ -1,4 +1,9 @@
--- A lease with the next epoch, or 0 while another holder's runs. KEYS: lease hash. ARGV: holder, milliseconds, "1" to steal.
+-- A lease with the next epoch; 0 while another holder's runs; -1 - E where the writer's fence is out, E being the newest epoch.
+-- KEYS: lease hash, lease hash of the writer's fence. ARGV: holder, milliseconds, "1" to steal, fence epoch or "".
+if ARGV[4] ~= "" then
+  local current = redis.call("HGET", KEYS[2], "epoch") or "0"
+  if current ~= ARGV[4] then return -1 - current end
+end
 local held = redis.call("HMGET", KEYS[1], "holder", "until")
 local time = redis.call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

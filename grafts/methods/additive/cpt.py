@@ -62,7 +62,7 @@ def _own(slot: Tokens, place: SiteShape, ids: str, **_: object) -> Mapping[str, 
     return {"context": TensorDecl(shape, start, trained=False), _CHANGE: TensorDecl(shape)}
 
 
-def _operands(
+def _operands(  # noqa: PLR0913
     slot: Tokens, values: Values, lowering: Lowering, ids: str, types: str, epsilon: float, format_epsilon: float
 ) -> Values:
     """The change inside its ball; its gradient is that of the sum, and none in a label's row."""
@@ -72,7 +72,7 @@ def _operands(
     return {"p": values["context"] + inside + moves * (change - change.detach())}
 
 
-def _project(
+def _project(  # noqa: PLR0913
     values: Values,
     gradients: Values,
     step: int,

@@ -150,8 +150,8 @@ def _snip(tensor: TensorSpec, making: Making, density: float) -> Tensor:
         plain = GraftSpec("started", (replace(slot, form=None),))
         first = {f"0.{name.partition('.')[2]}": value for name, value in values.items()}
         slopes = making.graft_gradients(plain, first)
-        found = zip(values.items(), first)
-        return _best({name: (value * slopes[own]).abs() for (name, value), own in found}, density)
+        pairs = zip(values.items(), first, strict=True)
+        return _best({name: (value * slopes[own]).abs() for (name, value), own in pairs}, density)
 
     return making.once(("snip", tensor.slot), make)[tensor.name.replace("mask_", "")]
 

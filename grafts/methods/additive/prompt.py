@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
@@ -141,7 +142,7 @@ def _lstm(slot: Tokens, values: Mapping[str, Tensor], lowering: Lowering, hidden
 def _layers(widths: tuple[int, ...]) -> dict[str, TensorDecl]:
     """Weights and biases of linear layers between `widths`."""
     found: dict[str, TensorDecl] = {}
-    for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+    for i, (before, after) in enumerate(pairwise(widths), 1):
         found |= {f"W{i}": TensorDecl((after, before), "kaiming"), f"b{i}": TensorDecl((after,))}
     return found
 

@@ -111,7 +111,7 @@ def _qalora_own(slot: Delta, place: SiteShape, r: int, scale: float, group: int,
     return {"A": TensorDecl((r, _groups(place, group)), "kaiming"), "B": TensorDecl((r, place.d_out))}
 
 
-def _qalora_grid(
+def _qalora_grid(  # noqa: PLR0913
     slot: Delta, values: Values, lowering: Lowering, r: int, scale: float, group: int, bits: int
 ) -> IntegerGrid:
     A, B = values["A"], values["B"]
@@ -126,7 +126,7 @@ def _peqa(slot: Delta, values: Values, lowering: Lowering, **arguments: int) -> 
     return _change(_peqa_grid(slot, values, lowering, **arguments), lowering)
 
 
-def _qalora(slot: Delta, values: Values, lowering: Lowering, r: int, scale: float, group: int, bits: int) -> Values:
+def _qalora(slot: Delta, values: Values, lowering: Lowering, r: int, scale: float, group: int, bits: int) -> Values:  # noqa: PLR0913
     return _change(_qalora_grid(slot, values, lowering, r, scale, group, bits), lowering)
 
 

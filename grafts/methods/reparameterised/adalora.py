@@ -23,7 +23,7 @@ _SMOOTHING = 0.85  # both betas of PEFT's default
 _PENALTIES = ("norms", "squares")
 
 
-def adalora(
+def adalora(  # noqa: PLR0913
     r: int = 12,
     alpha: float = 16.0,
     target: int = 8,
@@ -94,7 +94,7 @@ def _penalty(values: Mapping[str, Tensor], orthogonal: float, penalty: str = "no
     return orthogonal * (gaps.square().sum() if penalty == "squares" else gaps.mean())
 
 
-def _after_step(
+def _after_step(  # noqa: PLR0913
     values: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     step: int,
@@ -131,7 +131,7 @@ def _keep(values: Mapping[str, Tensor], stems: list[str], budget: int) -> None:
     together = torch.cat(scores)
     if budget < len(together):
         limit = together.kthvalue(len(together) - budget).values
-        for stem, own in zip(stems, scores):
+        for stem, own in zip(stems, scores, strict=True):
             values[f"{stem}E"].masked_fill_(own <= limit, 0.0)
 
 

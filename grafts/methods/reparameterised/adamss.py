@@ -59,8 +59,8 @@ def _operands(
 
     B = values["B"].T  # [rank, out]
     own = values["cluster"] == torch.arange(subspaces, device=B.device).unsqueeze(1)  # [K, out]
-    apart = torch.where(own.unsqueeze(1), B, 0.0)
-    return {"A": (values["A"] @ values["N"]).flatten(0, 1), "B": apart.flatten(0, 1)}
+    masked = torch.where(own.unsqueeze(1), B, 0.0)
+    return {"A": (values["A"] @ values["N"]).flatten(0, 1), "B": masked.flatten(0, 1)}
 
 
 def _start(tensor: TensorSpec, making: Making, r: int, count: int) -> Tensor:

@@ -125,7 +125,7 @@ def _all_indices(tensor: TensorSpec, making: Making, d: int) -> Mapping[str, Ten
         total = sum(place.numel for place in places)
         order = torch.randperm(total, generator=making.generator(f"{tensor.slot}.unilora"))
         pieces = (order % d).float().split_with_sizes([place.numel for place in places])
-        return {place.name: piece.view(place.shape) for place, piece in zip(places, pieces)}
+        return {place.name: piece.view(place.shape) for place, piece in zip(places, pieces, strict=True)}
 
     return making.once(("unilora", tensor.slot), make)
 

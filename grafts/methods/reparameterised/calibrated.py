@@ -64,7 +64,7 @@ def lora_ga(r: int = 8, alpha: float = 16.0, at: str = "linear", gamma: float = 
 def _principal(tensor: TensorSpec, making: Making) -> Tensor:
     import torch
 
-    rank, width = tensor.shape
+    rank = tensor.shape[0]
     if tensor.part == "B":
         return torch.zeros(tensor.shape)
     weight_of(tensor, making)

@@ -86,7 +86,7 @@ def _lokr_own(slot: Delta, place: SiteShape, r: int, scale: float, factor: int, 
     return first | {"BA": TensorDecl((out_2, in_2), "kaiming")}
 
 
-def _lokr(
+def _lokr(  # noqa: PLR0913
     slot: Delta, values: Values, lowering: Lowering, r: int, scale: float, factor: int, both: int
 ) -> Mapping[str, Tensor]:
     from torch import kron

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from polygraft.grafts.methods.declare import Method, Start
 from polygraft.grafts.methods.exchange import Packed, Peft
 from polygraft.grafts.methods.reparameterised.lora import LORA_PATTERNS
-from polygraft.grafts.sites import apart, sublayers
+from polygraft.grafts.sites import meets_no_projection, sublayers
 from polygraft.grafts.spec import Branch, DeclRef, GraftSpec, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def shifted(r: int, scale: float, at: str, start: DeclRef) -> tuple[Slot, ...]:
 
 def on_projections(at: str) -> str:
     """`at`, when it names no sublayer or block, which have no W to start from."""
-    if sublayers(at) or apart(at):
+    if sublayers(at) or meets_no_projection(at):
         raise SpecError(f"at: {at!r} names more than projections; others have no weight matrix to start from")
     return at
 

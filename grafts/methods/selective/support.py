@@ -224,7 +224,7 @@ def _drop(values: Values, gradients: Values, p: float) -> None:
 
     own = [name for name in gradients if name.endswith(f".{_CHILD}")]
     dice = [values[name.removesuffix(_CHILD) + _DICE] for name in own]
-    for name, mine, (number, used) in zip(own, dice, torch.stack(dice).cpu().tolist()):
+    for name, mine, (number, used) in zip(own, dice, torch.stack(dice).cpu().tolist(), strict=True):
         seed, gradient = crc32(f"{int(number)}/{int(used)}".encode()), gradients[name]
         kept = torch.rand(gradient.shape, generator=torch.Generator().manual_seed(seed)) < p
         gradient.div_(p).masked_fill_(~kept.to(gradient.device), 0.0)

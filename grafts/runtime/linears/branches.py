@@ -22,7 +22,7 @@ def backward(
     """`FrozenLinear.backward` after `add_branches_`."""
     # Each member's columns of dy, however they came: a product's order of sums may depend on the layout, too.
     dx, columns = linear.transposed_product(dy_TO), linear.split(dy_TO)
-    found: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for (b, segments), hidden in zip(work, kept, strict=True):
-        found += branch_gradients(columns[b.member], x_TI, b.A, b.B, segments, b.act, hidden, dx)
-    return dx, found
+        gradients += branch_gradients(columns[b.member], x_TI, b.A, b.B, segments, b.act, hidden, dx)
+    return dx, gradients

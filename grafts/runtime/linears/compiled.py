@@ -61,16 +61,16 @@ class CompiledLinear(FrozenLinear):
         own = [pair for pair in work if pair[0].act in MASK_DERIVATIVE]
         masks = [values[0] for (b, _), values in zip(work, kept, strict=True) if b.act in MASK_DERIVATIVE]
         dx, dh = transposed(dy_TO, self._unpacked(), own, masks)
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         columns, slopes = self.split(dy_TO), iter(dh)
         for (b, segments), values in zip(work, kept, strict=True):
             dy = columns[b.member]
             if b.act in MASK_DERIVATIVE:
                 pairs = ((b.A, next(slopes), x_TI), (b.B, values[0], dy))
-                found += [_outer(weight, hidden, rows, segments) for weight, hidden, rows in pairs]
+                gradients += [_outer(weight, hidden, rows, segments) for weight, hidden, rows in pairs]
             else:
-                found += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
-        return dx, found
+                gradients += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
+        return dx, gradients
 
     def _first(self) -> Weights:
         weights = self._packed or self._plain

@@ -47,8 +47,8 @@ class Nf4:
         """The matrix that is computed with, in the dtype it was quantised from."""
         from bitsandbytes.functional import dequantize_4bit
 
-        found: Tensor = dequantize_4bit(self.codes, self.state)
-        return found.to(self.dtype)
+        weight: Tensor = dequantize_4bit(self.codes, self.state)
+        return weight.to(self.dtype)
 
     def absmax(self) -> Tensor:
         """The blocks' scales [weights / 64] in float32, as `dequantize_4bit` makes them from their 8 bits.
@@ -58,18 +58,18 @@ class Nf4:
         """
         from bitsandbytes.functional import dequantize_blockwise
 
-        found: Tensor = dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
-        return found.float()
+        scales: Tensor = dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
+        return scales.float()
 
 
 def quantised(weight: Tensor, how: Quantisation) -> Nf4:
     """Q_T of LoftQ's algorithm 1 (Li et al. 2023, arXiv 2310.08659): Q_t rounds W - L_t-1, with L_t the best
     approximation of rank r of W - Q_t, and L_0 = 0."""
-    found, wide = Nf4.of(weight), weight.detach().float()
+    nearest, wide = Nf4.of(weight), weight.detach().float()
     for _ in range(how.iterations - 1):
-        rounded = Nf4.of(wide - _largest(wide - found.dense().float(), how.rank))
-        found = replace(rounded, dtype=weight.dtype)
-    return found
+        rounded = Nf4.of(wide - _largest(wide - nearest.dense().float(), how.rank))
+        nearest = replace(rounded, dtype=weight.dtype)
+    return nearest
 
 
 def _largest(lost: Tensor, rank: int) -> Tensor:

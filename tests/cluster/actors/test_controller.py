@@ -260,9 +260,42 @@ def test_a_new_controller_goes_on_where_the_old_one_was(world: World) -> None:
     world.settle(new)
     assert new.snapshot.jobs == old.snapshot.jobs | {job.id: job for job in (world.job(A), world.job(B))}
     assert [state for _, state in world.packs()] == [PackState.OPEN]
+    world.submit("c")
     with pytest.raises(Fenced):
-        world.submit("c")
         old.round()
+
+
+def test_a_leader_that_was_replaced_shuts_no_worker_of_its_successor_out(world: World) -> None:
+    """It has not yet seen that it was replaced, and knows no process of the successor's pack."""
+    world.settle()
+    successor = Controller(world.store, Processes(), limits=world.limits, holder="two", clock=lambda: world.now)
+    world.submit("a")
+    world.settle(successor)
+    (pack,) = (one.value for one in world.store.scan(keys.PACKS))
+    worker = world.store.acquire(keys.pack_scope(pack.id), "worker", 30.0, steal=True)
+    assert worker is not None
+    with pytest.raises(Fenced):
+        world.controller.round()
+    assert world.store.renew(worker), "the worker's lease was not stolen"
+
+
+def test_a_controller_that_does_not_steal_leads_when_the_other_is_gone(world: World) -> None:
+    """As a new cluster's does while the old one is still up: it does nothing in the meantime."""
+    world.settle()
+    stop, lease = threading.Event(), world.controller._lease
+    assert lease is not None
+    beats = []
+
+    def beat() -> None:
+        beats.append(world.store.renew(lease))
+        if len(beats) == 2:
+            world.store.release(lease)
+        if len(beats) == 4:
+            stop.set()
+
+    later = world.start("two")
+    later.run(stop, beat, steal=False)
+    assert beats == [True, True, False, False], "the old one led until it gave up the lease"
 
 
 def test_packs_that_did_not_survive_a_restart_give_their_jobs_back(world: World) -> None:

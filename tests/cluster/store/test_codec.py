@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.cluster.events import Event, GraftPublished, JobStarted
+from polygraft.cluster.events import Event, GraftPublished, JobStarted, JobSubmitted
 from polygraft.cluster.model import Graft, GraftId, JobError, JobId, PackId, Record, Snapshot, TenantId
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store import keys
@@ -66,7 +66,7 @@ def test_a_snapshot_keeps_its_jobs_by_id() -> None:
     ("change", "message"),
     [
         ({"type": "Task"}, "job/ftjob-a: unknown type 'Task'; another version"),
-        ({"schema": 2}, "job/ftjob-a: Job of schema 2, not 1"),
+        ({"schema": 3}, "job/ftjob-a: Job of schema 3, not 2"),
         ({"colour": "red"}, "Job: expected the fields id, tenant.*found.*colour"),
         ({"state": "asleep"}, "Job.state: 'asleep' is not one of queued, running"),
         ({"step": 1.5}, "Job.step: expected int, found 1.5"),
@@ -114,8 +114,21 @@ def test_a_graft_written_before_its_context_length_was_kept_is_read_with_it(meth
 @pytest.mark.parametrize("schema", [0, 3, "1", None, [1]])
 def test_a_graft_of_a_schema_that_nobody_knows_is_refused(schema: object) -> None:
     text = json.dumps({**json.loads(OLD_GRAFT % '"lora"'), "schema": schema})
-    with pytest.raises(CodecError, match="Graft of schema .*, not 2; another version"):
+    with pytest.raises(CodecError, match=r"Graft of schema .*, not 2; another version"):
         decode_record(keys.graft(TenantId("ann"), "tutor", 3), text)
+
+
+def test_a_job_written_before_its_class_of_device_was_kept_is_read_without_one() -> None:
+    def older(text: str) -> str:
+        return text.replace('"schema":2', '"schema":1').replace(',"device_class":null', "")
+
+    assert decode_record(JOB_KEY, older(encode_record(JOB_KEY, JOB))) == JOB
+    snapshot = make_snapshot(jobs=(JOB,))
+    assert decode_record(keys.SNAPSHOT, older(encode_record(keys.SNAPSHOT, snapshot))) == snapshot
+    started = JobStarted(job=JobId("a"), pack=PackId("p"), parameters=1, steps_total=1, at=1.0)
+    for event in (JobSubmitted(record=JOB, at=1.0), started):
+        assert '"device_class"' in encode_event(event) and '"device_class"' not in older(encode_event(event))
+        assert decode_event(older(encode_event(event))) == event
 
 
 def test_a_value_of_a_subclass_is_written_plainly() -> None:

@@ -13,9 +13,8 @@ from polygraft.cluster.store.embedded import EmbeddedServer
 
 
 def test_a_folder_has_one_server_at_a_time(tmp_path: Path) -> None:
-    with EmbeddedServer(tmp_path):
-        with pytest.raises(StoreError, match="another server runs on this folder"):
-            EmbeddedServer(tmp_path).start()
+    with EmbeddedServer(tmp_path), pytest.raises(StoreError, match="another server runs on this folder"):
+        EmbeddedServer(tmp_path).start()
     with EmbeddedServer(tmp_path) as server:
         connect(server.url).ping()
 
@@ -25,7 +24,7 @@ def test_the_password_is_needed_kept_and_nobodys_to_read(tmp_path: Path) -> None
         password = tmp_path / "password"
         assert password.stat().st_mode & 0o777 == 0o600
         assert password.read_text() not in " ".join(psutil.Process(server.pid).cmdline())
-        with pytest.raises(StoreUnavailable, match="(?i)auth"):
+        with pytest.raises(StoreUnavailable, match=r"(?i)auth"):
             connect(f"redis://127.0.0.1:{server.port}/0").ping()
         first = server.url
     with EmbeddedServer(tmp_path, port=server.port) as again:
@@ -41,5 +40,5 @@ def test_a_stopped_server_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, valkey: EmbeddedServer) -> None:
-    with pytest.raises(StoreError, match="(?s)did not start.*in use"):
+    with pytest.raises(StoreError, match=r"(?s)did not start.*in use"):
         EmbeddedServer(tmp_path, port=valkey.port).start()

@@ -56,7 +56,7 @@ def _ln(model: PeftModel, name: str, value: Tensor) -> Place:
 def _beft(model: PeftModel, name: str, value: Tensor) -> Place:
     _, layer, site, _ = split(name)
     module = model.get_submodule(f"base_model.model.{module_of(layer, site)}")
-    return Place(getattr(module, "beft_bias")["default"], lambda t: t.view(-1))
+    return Place(module.beft_bias["default"], lambda t: t.view(-1))
 
 
 ROWS: Mapping[str, Row] = {

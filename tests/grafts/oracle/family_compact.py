@@ -19,8 +19,8 @@ def compacter() -> Hook:
     """h + up(gelu(down(h))) with W = sum_i A_i (x) (s_i t_i^T) (Karimi Mahabadi et al. 2021, section 3)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
-        down = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["down_s"], p["down_t"]))
-        up = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["up_s"], p["up_t"]))
+        down = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["down_s"], p["down_t"], strict=True))
+        up = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["up_s"], p["up_t"], strict=True))
         return y + F.linear(F.gelu(F.linear(y, down)), up)
 
     return after(equation)
@@ -30,8 +30,8 @@ def phm() -> Hook:
     """h + up(gelu(down(h))) with W = sum_i A_i (x) B_i (Karimi Mahabadi et al. 2021, section 3)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
-        down = sum(torch.kron(S, T) for S, T in zip(p["S"], p["down"]))
-        up = sum(torch.kron(S, T) for S, T in zip(p["S"], p["up"]))
+        down = sum(torch.kron(S, T) for S, T in zip(p["S"], p["down"], strict=True))
+        up = sum(torch.kron(S, T) for S, T in zip(p["S"], p["up"], strict=True))
         return y + F.linear(F.gelu(F.linear(y, down)), up)
 
     return after(equation)
@@ -83,7 +83,7 @@ def capaboost(scale: float) -> Hook:
     """h + s sum_i (B * M_i) (A * M'_i) x (Song et al. 2024)."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
-        for mask_A, mask_B in zip(p["mask_A"], p["mask_B"]):
+        for mask_A, mask_B in zip(p["mask_A"], p["mask_B"], strict=True):
             y = y + scale * (x @ (p["A"] * mask_A).T) @ (p["B"] * mask_B)
         return y
 
@@ -95,8 +95,8 @@ def peqa(bits: int, groups: int) -> Hook:
 
     def change(W: Tensor, p: Parts) -> Tensor:
         found = []
-        for row, scales in zip(W, p["s"]):
-            for values, s in zip(row.chunk(groups), scales):
+        for row, scales in zip(W, p["s"], strict=True):
+            for values, s in zip(row.chunk(groups), scales, strict=True):
                 low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
                 s0 = torch.tensor((high - low) / (2**bits - 1), dtype=W.dtype)
                 z0 = -torch.round(torch.tensor(low, dtype=W.dtype) / s0)
@@ -168,7 +168,7 @@ def said(d: int, seed: int, sites: Sequence[str]) -> Hook:
         orders = torch.rand(blocks, width, generator=generator).argsort(1)
         normals = torch.randn(blocks, width, generator=generator).double()
         made = []
-        for B, order, G in zip(signs, orders, normals):
+        for B, order, G in zip(signs, orders, normals, strict=True):
             P = H @ G.diag() @ torch.eye(width, dtype=torch.float64)[order] @ H @ B.diag()
             made.append(P / P.square().sum(1, keepdim=True).sqrt())
         P = torch.cat(made)[: W.numel(), :d].to(W.dtype)

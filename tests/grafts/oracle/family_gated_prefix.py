@@ -72,7 +72,7 @@ def model(
     return make
 
 
-def _forward(
+def _forward(  # noqa: PLR0913
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -91,7 +91,7 @@ def _forward(
         own = slice(max(0, seen - sliding_window) if sliding_window else 0, seen)
         parts = [(pk[t], pv[t]), (key[0, :, own].transpose(0, 1), value[0, :, own].transpose(0, 1))]
         heads = []
-        for keys, values in parts if apart else [tuple(map(torch.cat, zip(*parts)))]:
+        for keys, values in parts if apart else [tuple(map(torch.cat, zip(*parts, strict=True)))]:
             for head in range(query.shape[1]):
                 scores = scaling * keys[:, head // group] @ query[0, head, t]
                 scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2

@@ -21,7 +21,7 @@ def molora(experts: int, scale: float, top: int = 0) -> Hook:
             worst = weights.topk(top, dim=-1).values.min(-1, keepdim=True).values
             weights = torch.where(weights >= worst, weights, 0)
             weights = weights / weights.sum(-1, keepdim=True)
-        for i, (A, B) in enumerate(zip(p["A"].chunk(experts), p["B"].chunk(experts))):
+        for i, (A, B) in enumerate(zip(p["A"].chunk(experts), p["B"].chunk(experts), strict=True)):
             y = y + scale * weights[..., i : i + 1] * (x @ A.T @ B)
         return y
 
@@ -45,7 +45,7 @@ def job_gated(experts: int, scale: float) -> Hook:
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         weights = torch.softmax(p["T"] @ p["e"], dim=0)
-        for i, (A, B) in enumerate(zip(p["A"].chunk(experts), p["B"].chunk(experts))):
+        for i, (A, B) in enumerate(zip(p["A"].chunk(experts), p["B"].chunk(experts), strict=True)):
             y = y + scale * weights[i] * (x @ A.T @ B)
         return y
 

@@ -18,7 +18,7 @@ def output_gated(count: int) -> Hook:
     3.2), without normalisation and for each row."""
 
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
-        outputs = [x @ A.T @ B for A, B in zip(p["A"].chunk(count), p["B"].chunk(count))]
+        outputs = [x @ A.T @ B for A, B in zip(p["A"].chunk(count), p["B"].chunk(count), strict=True)]
         weights = torch.softmax(torch.cat(outputs, -1) @ p["e"].T, dim=-1)
         for i, output in enumerate(outputs):
             y = y + weights[..., i : i + 1] * output
@@ -37,7 +37,9 @@ def fusion(count: int) -> Hook:
     3.2)."""
 
     def equation(x: Tensor, h: Tensor, p: Parts) -> Tensor:
-        z = torch.stack([F.gelu(h @ A.T) @ B for A, B in zip(p["A"].chunk(count), p["B"].chunk(count))], dim=-2)
+        z = torch.stack(
+            [F.gelu(h @ A.T) @ B for A, B in zip(p["A"].chunk(count), p["B"].chunk(count), strict=True)], dim=-2
+        )
         weights = torch.softmax(((h @ p["Q"]).unsqueeze(-2) * (z @ p["K"])).sum(-1), dim=-1)
         return h + (weights.unsqueeze(-1) * (z @ p["V"])).sum(-2)
 

@@ -89,7 +89,7 @@ def _adaption_config() -> AdaptionPromptConfig:
     def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         return scores.to(torch.promote_types(scores.dtype, dtype)).softmax(dim)
 
-    setattr(layer, "F", SimpleNamespace(softmax=softmax))
+    layer.F = SimpleNamespace(softmax=softmax)  # type: ignore[attr-defined]
     return AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=6, adapter_layers=2)
 
 
@@ -155,7 +155,9 @@ def masked(ids: Tensor, x: Tensor, p: Values) -> Tensor:
     """gamma_i (zeta_i,1 q_i,1; ...; zeta_i,k q_i,k) for the pieces q of row i (Ma et al. 2022, section 3)."""
     P, rows, pieces = (p[f"0.0.embed.{part}"] for part in ("P", "rows", "pieces"))
     cut = [
-        torch.cat([rows[i, 0] * zeta * piece for zeta, piece in zip(pieces[i], row.chunk(pieces.shape[1]))])
+        torch.cat(
+            [rows[i, 0] * zeta * piece for zeta, piece in zip(pieces[i], row.chunk(pieces.shape[1]), strict=True)]
+        )
         for i, row in enumerate(P)
     ]
     return torch.cat([torch.stack(cut), x])
@@ -178,7 +180,7 @@ def _cartridge(model: PeftModel, name: str, value: Tensor) -> Place:
 
 def inverted(ids: Tensor, x: Tensor, p: Values) -> Tensor:
     """E(x) with the learned vector v* where a given token is (Gal et al. 2022, section 3)."""
-    for token, row in zip(EDITED, p["0.0.embed.p"]):
+    for token, row in zip(EDITED, p["0.0.embed.p"], strict=True):
         x = torch.where((ids == token).unsqueeze(1), row, x)
     return x
 

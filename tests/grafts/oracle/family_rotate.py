@@ -16,7 +16,7 @@ from tests.grafts.oracle.row import LINEAR, Row
 Find = Callable[[PeftModel, str, Tensor], Place]
 
 
-def _in(path: Callable[[str], str], view: Mapping[str, Callable[[Tensor], Tensor]] = {}) -> Find:  # noqa: B006
+def _in(path: Callable[[str], str], view: Mapping[str, Callable[[Tensor], Tensor]] = {}) -> Find:
     """Where PEFT keeps a part: `path(part)` inside the projection's module."""
 
     def place(model: PeftModel, name: str, value: Tensor) -> Place:

@@ -15,7 +15,7 @@ from tests.grafts.oracle.row import LINEAR, Row
 
 WIDTHS = {"attn.q": (64, 64), "attn.k": (32, 64), "attn.v": (32, 64), "attn.o": (64, 64)}
 WIDTHS |= {"ffn.gate": (96, 64), "ffn.up": (96, 64), "ffn.down": (64, 96)}  # (out, in) of the tiny model
-WIDTHS |= {name: (32, 64) for name in CROSS}
+WIDTHS |= dict.fromkeys(CROSS, (32, 64))
 
 
 def sparse_update(learnt: Callable[[Parts], Tensor] = lambda parts: parts["w"]) -> Hook:

@@ -25,7 +25,7 @@ def fourierft(scale: float, seed: int) -> Hook:
         chosen = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(seed))[: len(p["c"])]
         q, k = torch.arange(W.shape[0], dtype=W.dtype), torch.arange(W.shape[1], dtype=W.dtype)
         total = torch.zeros_like(W)
-        for c, entry in zip(p["c"], chosen.tolist()):
+        for c, entry in zip(p["c"], chosen.tolist(), strict=True):
             row, column = divmod(entry, W.shape[1])
             phase = 2 * pi * (q[:, None] * row / W.shape[0] + k * column / W.shape[1])
             total = total + c * phase.cos()

@@ -10,20 +10,20 @@ from typing import TypeVar
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from polygraft.grafts.runtime.fused import FusedBranches, RoutedBranches  # noqa: E402
-from polygraft.grafts.runtime.linears.nf4 import Nf4Linear  # noqa: E402
-from polygraft.grafts.runtime.projection import project  # noqa: E402
-from polygraft.grafts.runtime.stack import StackSlice, StackSlices  # noqa: E402
-from polygraft.kernels.branch import reference  # noqa: E402
-from polygraft.kernels.common.segments import Segment, Segments  # noqa: E402
-from polygraft.kernels.dense.op import FusedBranch  # noqa: E402
-from polygraft.kernels.nf4 import gpu  # noqa: E402
-from tests.kernels.compare import assert_close  # noqa: E402
-from tests.kernels.interpreted import TOLERANCE, main  # noqa: E402
+from polygraft.grafts.runtime.fused import FusedBranches, RoutedBranches
+from polygraft.grafts.runtime.linears.nf4 import Nf4Linear
+from polygraft.grafts.runtime.projection import project
+from polygraft.grafts.runtime.stack import StackSlice, StackSlices
+from polygraft.kernels.branch import reference
+from polygraft.kernels.common.segments import Segment, Segments
+from polygraft.kernels.dense.op import FusedBranch
+from polygraft.kernels.nf4 import gpu
+from tests.kernels.compare import assert_close
+from tests.kernels.interpreted import TOLERANCE, main
 
 T = TypeVar("T")
 D_IN, WIDTHS, ROWS, RANK = 128, (40, 24, 24), 21, 5

@@ -17,10 +17,9 @@ from polygraft.grafts.runtime.projection import project
 from polygraft.grafts.runtime.route import Span, work_list
 from polygraft.grafts.runtime.stack import StackSlice, StackSlices
 from polygraft.kernels.dense import op
-from polygraft.kernels.dense.library import library
+from tests.compiled import compiled
 from tests.kernels.compare import relative
 
-here = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16 or no compiler on this machine")
 INNER, WIDTHS = 576, (192, 64)
 SPANS = (Span(0, 23, 0), Span(23, 70, 1), Span(70, 100, 0, 0.5))
 SLICES = StackSlices((StackSlice(0, 0, 8, 2.0), StackSlice(1, 8, 28, 0.7)))
@@ -59,7 +58,7 @@ def trained(linear: FrozenLinear, fused: FusedBranches, x: Tensor, dy: Tensor) -
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@here
+@compiled
 @pytest.mark.parametrize("act", op.ACTIVATIONS)
 def test_training_through_it_is_training_through_torchs(act: str) -> None:
     W, fused, x, dy = weights(), branches(act), normal(100, INNER), normal(100, sum(WIDTHS))
@@ -68,7 +67,7 @@ def test_training_through_it_is_training_through_torchs(act: str) -> None:
     assert max(map(relative, ours, theirs)) < 1e-2
 
 
-@here
+@compiled
 @pytest.mark.parametrize("act", op.ACTIVATIONS)
 def test_prepacked_and_plain_weights_train_the_same_bits(act: str) -> None:
     W, fused, x, dy = weights(), branches(act), normal(100, INNER), normal(100, sum(WIDTHS))
@@ -76,7 +75,7 @@ def test_prepacked_and_plain_weights_train_the_same_bits(act: str) -> None:
     assert all(map(torch.equal, first, second))
 
 
-@here
+@compiled
 @pytest.mark.parametrize("act", op.MASK_DERIVATIVE)
 def test_what_is_served_and_evaluated_is_what_is_trained(act: str) -> None:
     W, fused, x, dy = weights(), branches(act), normal(100, INNER), normal(100, sum(WIDTHS))
@@ -86,8 +85,8 @@ def test_what_is_served_and_evaluated_is_what_is_trained(act: str) -> None:
     assert torch.equal(served, trained(linear, fused, x, dy)[0])
 
 
-@here
-@pytest.mark.parametrize("shape", ((576, 960), (576, 3072), (1536, 576), (64, 96)), ids=str)
+@compiled
+@pytest.mark.parametrize("shape", [(576, 960), (576, 3072), (1536, 576), (64, 96)], ids=str)
 def test_a_row_ignores_how_many_rows_are_beside_it(shape: tuple[int, int]) -> None:
     d_in, d_out = shape
     linear = CompiledLinear([normal(d_out, d_in)], [None], prepack=False)
@@ -99,7 +98,7 @@ def test_a_row_ignores_how_many_rows_are_beside_it(shape: tuple[int, int]) -> No
         assert torch.equal(linear.transposed_product(dy[own]), backward[own])
 
 
-@here
+@compiled
 @pytest.mark.parametrize("prepack", [True, False], ids=["packed", "plain"])
 def test_weights_come_back_as_they_were(prepack: bool) -> None:
     W = weights()
@@ -110,7 +109,7 @@ def chosen(W: Sequence[Tensor]) -> type[FrozenLinear]:
     return type(frozen_linear(W, [None] * len(W), prepack=True, block=None))
 
 
-@here
+@compiled
 def test_it_is_chosen_for_what_it_can_multiply() -> None:
     assert chosen(weights()) is CompiledLinear
     assert chosen([w.float() for w in weights()]) is PlainLinear

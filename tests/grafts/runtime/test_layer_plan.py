@@ -17,11 +17,10 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import KVCache, PagedAttention, PagedSequence
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident, Stacks
-from polygraft.kernels.swiglu import op as swiglu
+from tests.compiled import compiled
 from tests.grafts.oracle.row import relative
 
-HERE = swiglu.ready(*(torch.zeros(1, 1) for _ in range(3))) is not None
-pytestmark = pytest.mark.skipif(not HERE, reason="nothing is compiled on this machine")
+pytestmark = compiled
 
 COVERED = (
     "lora(r=4)",

@@ -28,7 +28,7 @@ def test_a_folder_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
 
 def test_weights_in_pickle_files_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BackboneError, match="only pytorch_model.bin, which can run code when loaded"):
+    with pytest.raises(BackboneError, match=r"only pytorch_model.bin, which can run code when loaded"):
         materialise(str(folder), tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_the_fingerprint_is_kept_and_a_broken_note_of_it_is_made_anew(
 @pytest.mark.parametrize("header", [b"\xff" * 8, b"\x04" + b"\0" * 7 + b"null", b"\x02" + b"\0" * 7 + b"[]"])
 def test_a_file_that_is_no_safetensors_is_named(header: bytes, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(header)
-    with pytest.raises(BackboneError, match="model.safetensors is not a safetensors file"):
+    with pytest.raises(BackboneError, match=r"model.safetensors is not a safetensors file"):
         fingerprint(folder)
 
 

@@ -31,7 +31,7 @@ def test_a_row_of_a_frozen_linear_ignores_how_many_rows_are_beside_it(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("size", ((37, 576, 16), (37, 16, 960), (16, 37, 576), (100, 1536, 64), (2, 96, 3)), ids=str)
+@pytest.mark.parametrize("size", [(37, 576, 16), (37, 16, 960), (16, 37, 576), (100, 1536, 64), (2, 96, 3)], ids=str)
 def test_a_segments_product_is_the_same_whatever_the_other_segments(
     size: tuple[int, int, int], dtype: torch.dtype
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_hostile_template_ends_in_an_error_soon(name: str) -> None:
 
 def test_a_template_stops_at_its_deadline() -> None:
     template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ChatError, match="runs longer than 0.05 s"):
+    with pytest.raises(ChatError, match=r"runs longer than 0.05 s"):
         render(template, Budget(steps=10**12, seconds=0.05))
 
 

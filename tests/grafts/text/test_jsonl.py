@@ -51,7 +51,7 @@ def test_a_file_is_read_like_its_bytes_with_mark_carriage_returns_and_no_last_br
 def test_examples_before_the_wrong_line_are_given_out_first() -> None:
     examples = read(GOOD + b"{")
     assert next(examples).line == 1
-    with pytest.raises(DataError, match="^line 2: not JSON: "):
+    with pytest.raises(DataError, match=r"^line 2: not JSON: "):
         next(examples)
 
 

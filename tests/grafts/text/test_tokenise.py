@@ -128,12 +128,12 @@ def test_truncation_cuts_the_end_and_needs_a_weighted_token_left(tiny: Tokeniser
 
 def test_a_template_that_refuses_an_example_is_named_with_its_line(tiny_folder: Path, tmp_path: Path) -> None:
     tokeniser = with_template(tiny_folder, tmp_path, ALTERNATING)
-    with pytest.raises(DataError, match="^line 3: the chat template refuses the messages: user first"):
+    with pytest.raises(DataError, match=r"^line 3: the chat template refuses the messages: user first"):
         tokeniser.encode_example(Example((SYSTEM, ANSWER), line=3), 100)
 
 
 def test_a_template_that_rewrites_answers_cannot_be_trained_on(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="^line 4: the chat template rewrites the assistant's text"):
+    with pytest.raises(DataError, match=r"^line 4: the chat template rewrites the assistant's text"):
         with_template(tiny_folder, tmp_path, REWRITING).encode_example(Example((USER, ANSWER), line=4), 100)
 
 
@@ -169,8 +169,8 @@ def test_stop_tokens_are_all_that_any_file_names(tiny_folder: Path, tmp_path: Pa
 
 
 def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokeniserError, match="tokenizer.json is missing"):
+    with pytest.raises(TokeniserError, match=r"tokenizer.json is missing"):
         Tokeniser.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokeniserError, match="tokenizer.json is not a tokenizer"):
+    with pytest.raises(TokeniserError, match=r"tokenizer.json is not a tokenizer"):
         Tokeniser.load(tmp_path)

@@ -65,7 +65,7 @@ def plant(place: str, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", ["detokenising", "stop strings", "the engine"])
-async def test_a_request_that_fails_gets_a_500_of_its_own_and_its_neighbours_their_answers(
+async def test_a_request_that_fails_gets_a_500_of_its_own_and_its_neighbours_their_answers(  # noqa: PLR0913
     service: Service,
     ann: httpx.AsyncClient,
     bob: httpx.AsyncClient,
