@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 def hra(r: int = 8, at: str = "linear", start: str = "pairs") -> tuple[Slot, ...]:
     """W' = W H_1 ... H_r with trained Householder reflections H_k = 1 - 2 u_k u_k^T / |u_k|^2 (Yuan et al. 2024, arXiv
-    2405.17484).
+    2405.17484, eq. 1).
 
     The u come in equal `pairs` at the start, whose reflections cancel: r is even. With `start` random each is drawn
     alone, and training starts from a turned W, as PEFT's does where r is odd.
 
-    Deviations: Without the regulariser that keeps the u orthogonal to one another (the paper's lambda).
+    Deviations: Without the regulariser that keeps the u orthogonal to one another (eq. 6).
 
     Choose when: orthogonal finetuning is wanted at LoRA's cost: its product is one of rank r.
     """
