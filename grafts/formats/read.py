@@ -15,7 +15,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 
 def read(folder: Path, backbone: Backbone) -> tuple[BoundGraft, Mapping[str, Tensor]]:
     """Our own folder, PEFT's or AdapterHub's; raises FormatError for another, or a graft that does not fit."""
-    if (folder / native.DESCRIPTION).is_file():
+    if (folder / native.DESCRIPTION).exists():
         stored = native.load(folder, shape=backbone.shape, backbone=backbone.fingerprint)
         return stored.graft, stored.tensors
     config = peft.config_of(folder)

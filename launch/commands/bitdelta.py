@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,11 +11,7 @@ from polygraft.cluster.model import TenantId
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import flags
 from polygraft.launch.commands.grafts import adopted, grafts, load_backbone, usage_errors
-from polygraft.launch.output import Failure, Status
 from polygraft.launch.progress import counted
-
-if TYPE_CHECKING:
-    from polygraft.grafts.runtime.backbone import Backbone
 
 _SHOWN = 5
 
@@ -45,6 +40,7 @@ def bitdelta(
     from polygraft.grafts.formats.bitdelta import bitdelta_of, left_out
     from polygraft.grafts.runtime.pretrained import materialise
     from polygraft.grafts.spec import SpecError
+    from polygraft.launch.examples import encoded
 
     store, settings = flags(context).store(), flags(context).settings()
     with usage_errors():
@@ -58,7 +54,7 @@ def bitdelta(
             more = f" and {len(rest) - _SHOWN} others" if len(rest) > _SHOWN else ""
             typer.echo(f"not in the graft, though it was tuned: {', '.join(rest[:_SHOWN])}{more}", err=True)
         if examples is not None:
-            samples = _samples(examples, loaded, max_length)
+            samples = [one.ids for one in encoded(examples, loaded.folder, max_length)]
             with counted() as report:
                 found = distil(
                     graft,
@@ -74,14 +70,3 @@ def bitdelta(
         made = adopted(store, settings, TenantId(tenant), name, graft, values, loaded, promote)
     store.close()
     typer.echo(made.model)
-
-
-def _samples(examples: Path, loaded: Backbone, max_length: int) -> Sequence[Sequence[int]]:
-    from polygraft.grafts.text.jsonl import DataError, read
-    from polygraft.grafts.text.tokenise import Tokeniser
-
-    tokeniser = Tokeniser.load(loaded.folder)
-    try:
-        return [tokeniser.encode_example(example, max_length).ids for example in read(examples)]
-    except (DataError, OSError) as error:
-        raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None

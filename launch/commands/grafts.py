@@ -180,7 +180,7 @@ def load_backbone(backbone: str, quantise: str | None = None) -> Backbone:
 def usage_errors() -> Iterator[None]:
     """What is wrong with a folder or a name, as the command's answer."""
     from polygraft.grafts.formats.check import FormatError
-    from polygraft.grafts.runtime.pretrained import BackboneError
+    from polygraft.grafts.runtime.checked import BackboneError
 
     try:
         yield
@@ -220,11 +220,11 @@ def methods(
         print_json([_json(method, entry(method, shape)) for method in known])
         return
     print_table(
-        ("method", "family", "#parameters", "#training", "merges", "#learning rate", "paper"),
+        ("method", "kind", "#parameters", "#training", "merges", "#learning rate", "paper"),
         (
             (
                 escape(_usage(method)),
-                line.family,
+                line.kind,
                 f"{line.parameters:,}",
                 f"{state_bytes(line.parameters, line.frozen) / 1e6:,.1f} MB",
                 "yes" if line.mergeable else "",

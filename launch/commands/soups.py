@@ -27,7 +27,9 @@ def soup_of(
     examples: Annotated[
         Path | None, typer.Option(help="A few chat examples as JSONL, on which each member's weight is found.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of an example.", min=2)] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens kept of an example; all that there is room for when not given.", min=2)
+    ] = None,
     steps: Annotated[int, typer.Option(help="At most so many losses to find weights by.", min=1)] = 40,
     backbone: Annotated[str | None, typer.Option(help="The service's backbone, where settings do not say.")] = None,
     tenant: Annotated[str, typer.Option(help="Whose grafts they are.")] = "local",
@@ -37,10 +39,9 @@ def soup_of(
     from polygraft.grafts.compose import lorahub, soup
     from polygraft.grafts.formats import native
     from polygraft.grafts.spec import SpecError
-    from polygraft.grafts.text.jsonl import DataError, read
-    from polygraft.grafts.text.tokenise import Tokeniser
+    from polygraft.launch.examples import encoded
+    from polygraft.trainers.evaluate import mean_loss
     from polygraft.trainers.job import Sample
-    from polygraft.trainers.runner import mean_loss
 
     store, settings = flags(context).store(), flags(context).settings()
     with usage_errors():
@@ -56,12 +57,8 @@ def soup_of(
         if examples is None:
             made = soup(bound.tensors, values)
         else:
-            tokeniser = Tokeniser.load(loaded.folder)
-            try:
-                encoded = [tokeniser.encode_example(example, max_length) for example in read(examples)]
-            except (DataError, OSError) as error:
-                raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
-            few = [Sample(one.ids, one.weights) for one in encoded]
+            limit = loaded.shape.length_limit(max_length, bound.context_length)
+            few = [Sample(one.ids, one.weights) for one in encoded(examples, loaded.folder, limit)]
             hub = lorahub(bound.tensors, values, lambda made: mean_loss(loaded, bound, made, few), steps=steps)
             typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
             made = dict(hub.tensors)

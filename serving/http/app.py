@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from polygraft.serving.http import chat, errors, files, jobs, models
+from polygraft.serving.http import chat, dry_runs, errors, files, jobs, models
 from polygraft.serving.http.auth import Authenticated
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import unavailable
@@ -28,7 +28,7 @@ def create_app(api: Api) -> FastAPI:
     app.state.api = api
     app.add_middleware(Authenticated, store=api.store)
     errors.install(app)
-    for part in (files, jobs, models, chat):
+    for part in (files, jobs, dry_runs, models, chat):
         app.include_router(part.router)
     app.add_api_route("/healthz", healthz)
     return app

@@ -28,7 +28,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.app import build
 from tests.ray.local import local_ray
