@@ -94,7 +94,8 @@ class PackWorker:
         self._named: Mapping[str, str | None] = manifest.jobs
         self._outside = {JobId(job): name for job, name in manifest.jobs.items()}
         self.runner.steps = manifest.step
-        self._blame, guilty = manifest.blame, None
+        self._blame = manifest.blame
+        guilty: str | None = None
         if killed_at := self._underway.left():
             self._blame, guilty = manifest.blame.after_death(killed_at)
             _LOG.warning("%s: a worker was killed with %s underway", self.pack, dict(killed_at))
@@ -108,8 +109,8 @@ class PackWorker:
         if guilty is not None:
             where = "joining its pack" if killed_at[guilty] == _ADMISSION else f"step {killed_at[guilty] + 1}"
             why = "its worker was killed again, with this job alone in it, as when memory is short"
-            error = JobError("killed_its_worker", f"{where}: {why}; shorten its examples (max_length)")
-            self._fail(JobId(guilty), error)
+            fault = JobError("killed_its_worker", f"{where}: {why}; shorten its examples (max_length)")
+            self._fail(JobId(guilty), fault)
         self._started = time.monotonic()
         self._trying = False
 
@@ -335,7 +336,7 @@ class PackWorker:
             self._saved = time.monotonic() + ROOM_S - CHECKPOINT_S
 
     def _save_all(self) -> None:
-        names: dict[str, str | None] = dict(self._outside)
+        names: dict[str, str | None] = {str(job): name for job, name in self._outside.items()}
         for job, running in list(self.runner.jobs.items()):
             self._underway.note({job: running.step})
             try:

@@ -63,7 +63,7 @@ class Architecture:
     A layer is `pre_norm` where it is x + attention of norm.1, then x + down(silu(gate) up) of norm.2, and turns the
     queries and keys of whole heads by one table of angles for all layers.
 
-    `unread` are modules that files of the family may hold or lack, since nothing here reads them.
+    `unread` are modules or tensors that files of the family may hold or lack, since nothing here reads them.
 
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats import peft_tokens
+from polygraft.grafts.formats import peft_tokens, peft_vocabulary
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_changes import SHIFT, Change, Trained, change_of
@@ -33,12 +33,18 @@ def read(
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
+    edit, rows, places = peft_vocabulary.read(layout, config, stored, own.shape, stock)
+    config = peft_vocabulary.of_layers(config, own.shape)
     more = extra_terms(config, own, stock)
     values, keys = _changes(config, stored, own, more, stock)
+    keys |= places
     if more and more[-1].name == peft_tokens.METHOD:
-        rows, places = peft_tokens.read(config, stored, stock)
-        values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
+        tokens, places = peft_tokens.read(config, stored, stock)
+        values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = tokens
         keys |= places
+    if edit is not None and rows is not None:
+        more.append(edit)
+        values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
     shifts, places = _shifts(layout, stored, own, stock)
     for term in _shift_terms(shifts, own.shape):
         more.append(term)

@@ -55,7 +55,7 @@ def groups(layout: Peft, config: Config, shape: ModelShape, *, stored: bool) -> 
         place = path(site, shape)
         if _means(config, key, place, patterns) and not _left_out(config, place, patterns):
             side = next((ours for ours, (field, _) in others if _means(config, field, place, patterns)), whole)
-            found.append((site, (side, tuple(_values(layout, config, place, patterns)))))
+            found.append((site, (side, tuple(values_at(layout, config, place, patterns)))))
     if not found or not stored:
         _all_mean_something(config, key, shape, patterns)
     if not found:
@@ -150,7 +150,7 @@ def _left_out(config: Config, place: str, patterns: Patterns) -> bool:
     return any(f".{place}".endswith(f".{name}") for name in names(config, "exclude_modules"))
 
 
-def _values(layout: Peft, config: Config, place: str, patterns: Patterns) -> Iterator[tuple[str, object]]:
+def values_at(layout: Peft, config: Config, place: str, patterns: Patterns) -> Iterator[tuple[str, object]]:
     """The fields that a pattern gives the module another value of."""
     for field, changed in layout.patterns.items():
         given = config.get(field) or {}

@@ -198,7 +198,7 @@ def _read(names: object, table: Architecture) -> list[str]:
     """Those that a forward of ours would read."""
     assert isinstance(names, (set, frozenset, list, tuple))
     parts = {f".{module}." for module in table.unread}
-    return sorted(str(name) for name in names if not any(part in f".{name}" for part in parts))
+    return sorted(str(name) for name in names if not any(part in f".{name}." for part in parts))
 
 
 def _names(names: list[str]) -> str:

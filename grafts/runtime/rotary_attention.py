@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from polygraft.grafts.runtime.attention import attended
@@ -14,12 +15,15 @@ class RotaryAttention(nn.Module):
     head's query and key, Qwen3 compute it; made of the module that one of them has."""
 
     layer_idx: int
+    scaling: float
+    head_dim: int
+    sliding_window: int | None
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         for name, module in inner.named_children():
             self.add_module(name, module)
-        self.config, self.scaling, self.head_dim = inner.config, inner.scaling, inner.head_dim
+        self.scaling, self.head_dim = inner.scaling, inner.head_dim  # type: ignore[assignment]
         # Mistral asks for its window with every call, the others say it of each layer.
         self.sliding_window = getattr(inner, "sliding_window", getattr(inner.config, "sliding_window", None))
 
@@ -32,12 +36,12 @@ class RotaryAttention(nn.Module):
         q, k = turned(q, k, (cos, sin), q.shape[1] // self.head_dim)
         kv_heads = k.shape[1] // self.head_dim
         out = attended(self.layer_idx, q, k, v, kv_heads, Scores(self.scaling, self.sliding_window))
-        return self.o_proj(out[None]), None
+        return self.get_submodule("o_proj")(out[None]), None
 
     def _normed(self, name: str, x_TE: Tensor) -> Tensor:
         """With the norm of that name over every head, where there is one."""
         norm = self._modules.get(name)
         if norm is None:
             return x_TE
-        y: Tensor = norm(x_TE.unflatten(1, (-1, self.head_dim)))
+        y: Tensor = norm(torch.unflatten(x_TE, 1, (-1, self.head_dim)))
         return y.flatten(1)

@@ -69,7 +69,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in LEFT_OUT:
             del self.filters[name]
         self.filters.update({name: self.guarded(name, function) for name, function in self.filters.items()})
-        self.tests.update({name: self.guarded(name, function) for name, function in self.tests.items()})
+        self.tests.update({name: self.guarded(name, test) for name, test in self.tests.items()})  # type: ignore[arg-type]
 
     @contextmanager
     def metered(self) -> Iterator[None]:

@@ -27,8 +27,8 @@ def replace_by_slope(logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor, ca
     """
     compiled = None if cap is not None or factors_N.dtype != torch.float32 else _compiled(logits_NV)
     if compiled is None:
-        parts = [x.split(_SLICE) for x in (logits_NV, targets_N, factors_N)]
-        losses = [_steps(*part, cap) for part in zip(*parts, strict=True)]
+        parts = zip(*(torch.split(x, _SLICE) for x in (logits_NV, targets_N, factors_N)), strict=True)
+        losses = [_steps(logits, targets, factors, cap) for logits, targets, factors in parts]
         return torch.cat(losses) if losses else factors_N.new_zeros(0)
     found = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
     compiled.ready(

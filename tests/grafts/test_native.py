@@ -88,7 +88,7 @@ def test_others_may_read_the_folder(tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_nothing(
     module: ModuleType, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **_more: object) -> None:
         if broken == "save_file":
             save_file({"x": torch.ones(1)}, tmp_path / "no such folder" / "x")  # raises safetensors' own error
         raise OSError(28, "No space left on device")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -163,3 +165,26 @@ def test_a_header_that_is_far_too_long_is_refused_unread(folder: Path, backbone:
     save_file({"x": torch.zeros(1)}, weights, metadata={"x": "y" * (17 << 20)})
     with pytest.raises(FormatError, match=r"a header of .* bytes; at most"):
         opened(folder, backbone)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 36), *(pytest.param(n, n + 91, marks=pytest.mark.nightly) for n in (36, 127, 218, 309))]
+)
+def test_a_mutated_folder_is_refused_or_loaded_soon_and_hurts_nobody(
+    first: int, last: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, which ends well: 400 by night."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.grafts.mutated_folders",
+        str(tiny_folder),
+        str(tmp_path),
+        str(first),
+        str(last),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
+    assert ended.returncode == 0 and len(found) == last - first, ended.stderr[-2000:]
+    assert [one for one in found if one[2] not in ("loaded", "refused") or one[3] > 2 or one[4] > 200] == []
+    assert {one[2] for one in found} == {"loaded", "refused"}

@@ -38,7 +38,7 @@ def deaths(work: Callable[[], None], room: int, *, kill: bool) -> int:
         pid = os.fork()
         if not pid:
             if not kill:
-                resource.setrlimit(resource.RLIMIT_AS, (address_space + room,) * 2)
+                resource.setrlimit(resource.RLIMIT_AS, (address_space + room, address_space + room))
             work()
             os._exit(0)
         status = _watched(pid, resident + room if kill else None)

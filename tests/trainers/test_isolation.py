@@ -267,7 +267,8 @@ def test_a_job_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
-    store, real, restored = MemoryStore(), checkpoint.load, []
+    store, real = MemoryStore(), checkpoint.load
+    restored: list[tuple[str, str]] = []
 
     class Killed(BaseException):
         pass

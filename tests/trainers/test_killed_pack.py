@@ -51,7 +51,8 @@ def ran(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.T
     """Three packs of the good jobs and the bad one: with memory enough, killed beyond a bound, refused more than it."""
     rooms = {"calm": (1 << 40, "kill"), "kill": (ROOM, "kill"), "refuse": (ROOM, "refuse")}
     with ExitStack() as stack:
-        packs, given = {}, [str(folder)]
+        packs: dict[str, Store] = {}
+        given = [str(folder)]
         for name, (room, kind) in rooms.items():
             data = tmp_path_factory.mktemp(name)
             server = stack.enter_context(EmbeddedServer(data / "store"))
