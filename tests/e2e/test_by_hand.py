@@ -248,13 +248,12 @@ def _code(channel: grpc.Channel, method: str) -> grpc.StatusCode:
 
 def _kill_the_head(polygraft: Shell) -> None:
     """SIGKILL the head; return when the supervisor has started another one that answers."""
-    head = polygraft.sessions[-1]
+    head, service = polygraft.sessions[-1], find_service(polygraft.home / "run" / "service.json")
     os.kill(head, signal.SIGKILL)
-    service = find_service(polygraft.home / "run" / "service.json")
     deadline = time.monotonic() + 120
     while True:
         assert time.monotonic() < deadline, "the head did not come back"
-        time.sleep(0.5)
+        time.sleep(0.2)
         with suppress(httpx.TransportError):  # refused, or cut off
             assert httpx.get(f"{service.url}/v1/models", timeout=30).status_code in (401, 503)
         if psutil.pid_exists(head) and list(session(head)):
