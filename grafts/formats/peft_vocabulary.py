@@ -54,7 +54,8 @@ def read(
     own = stock.wide(f"{embedding}.weight")
     tables = {module: _table(module, stored, saved, own) for module in (embedding, head)}
     apart = {module: any(_is(module, name) for name in saved) for module in tables}
-    if stock.tied and (both := [tables[m] for m in tables if tables[m] is not None and not apart[m]]):
+    both = [table for module, table in tables.items() if table is not None and not apart[module]]
+    if stock.tied and both:
         if any(not both[0].equal(one) for one in both):
             raise FormatError(f"{head}.weight: is tied to the embeddings, and the file has another for each")
         tables = {module: table if apart[module] else both[0] for module, table in tables.items()}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, redirect_stdout
+from contextlib import chdir, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -248,12 +248,14 @@ def _code(channel: grpc.Channel, method: str) -> grpc.StatusCode:
 
 def _kill_the_head(polygraft: Shell) -> None:
     """SIGKILL the head; return when the supervisor has started another one that answers."""
-    head = polygraft.sessions[-1]
+    head, service = polygraft.sessions[-1], find_service(polygraft.home / "run" / "service.json")
     os.kill(head, signal.SIGKILL)
     deadline = time.monotonic() + 120
     while True:
         assert time.monotonic() < deadline, "the head did not come back"
         time.sleep(0.2)
+        with suppress(httpx.TransportError):  # refused, or cut off
+            assert httpx.get(f"{service.url}/v1/models", timeout=30).status_code in (401, 503)
         if psutil.pid_exists(head) and list(session(head)):
             continue
         if polygraft.run("jobs")[0] == 0:

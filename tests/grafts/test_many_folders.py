@@ -19,7 +19,7 @@ from tests.grafts.oracle.row import random_tensors
 
 @pytest.mark.nightly
 def test_a_hundred_loras_are_imported_within_thirty_seconds(smollm2_folder: Path, tmp_path: Path) -> None:
-    """On SmolLM2's shape, all projections, rank 16, 20 MB each: from PEFT's files and saved as ours with PEFT's."""
+    """On SmolLM2's shape, all projections, rank 16: 20 MB each, read from PEFT's files and saved as ours and PEFT's."""
     backbone = Backbone.load(smollm2_folder, torch.bfloat16)
     graft = BoundGraft(parse("lora(r=16)"), backbone.shape)
     values = {name: value.float() for name, value in random_tensors(graft, seed=1).items()}
