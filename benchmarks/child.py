@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-import last_on_path  # noqa: F401
+import kernels_elsewhere  # noqa: F401
 from assignment import Task
 
 Reply = Mapping[str, object]

@@ -99,11 +99,11 @@ def _trained(
     for job in jobs(texts, backbone.shape, length=12, samples=steps, epochs=1, first=first):
         if only is None or job.id in only:
             pack.admit(job)
-    while any(not active.finished for active in pack.jobs.values()):
+    while any(not running.finished for running in pack.jobs.values()):
         done = pack.step()
         if done.failed:
             raise RuntimeError(str(done.failed))
-    slabs = {name: active.slab for name, active in pack.jobs.items()}
+    slabs = {name: running.slab for name, running in pack.jobs.items()}
     return {
         name: (slab.exp_avg if steps == 1 and "mezo" not in texts[name] else slab.master).cpu()
         for name, slab in slabs.items()
@@ -290,7 +290,7 @@ def _learnt(card: Card, folder: Path, dtype: torch.dtype) -> float:
     for job in jobs({"a": LORA, "b": "lora(r=4, dropout=0.1)"}, pack.backbone.shape, length=32, samples=4, epochs=8):
         pack.admit(job)
     losses: dict[str, list[float]] = {"a": [], "b": []}
-    while any(not active.finished for active in pack.jobs.values()):
+    while any(not running.finished for running in pack.jobs.values()):
         for stepped in pack.step().stepped:
             losses[stepped.job].append(stepped.loss)
     return max(sum(own[-4:]) / sum(own[:4]) for own in losses.values())

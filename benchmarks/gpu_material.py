@@ -100,8 +100,8 @@ def jobs(
     """A job of each text, of samples of `length` tokens that all predict the next one; `first` is the first's seed."""
     made = []
     for seed, (name, text) in enumerate(texts.items(), first):
-        recipe = TrainConfig(epochs=epochs, batch_size=1, learning_rate=1e-3, schedule="constant", seed=seed)
-        made.append(TrainJob(name, BoundGraft(parse(text), shape), recipe, samples_of(seed, samples, length)))
+        config = TrainConfig(epochs=epochs, batch_size=1, learning_rate=1e-3, schedule="constant", seed=seed)
+        made.append(TrainJob(name, BoundGraft(parse(text), shape), config, samples_of(seed, samples, length)))
     return made
 
 

@@ -11,7 +11,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import last_on_path  # noqa: F401
+import kernels_elsewhere  # noqa: F401
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
 
-import last_on_path  # noqa: F401
+import kernels_elsewhere  # noqa: F401
 import parity_files
 import parity_forward
 import parity_names

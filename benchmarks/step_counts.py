@@ -176,8 +176,8 @@ def training(backbone: Backbone, *, gpu: FakeGpu | None) -> Step:
     pack = PackRunner(backbone)
     samples = tuple(Sample(tuple(range(3, 4 + TOKENS)), (0.0,) + (1.0,) * TOKENS) for _ in range(8))
     for seed in range(GRAFTS):
-        recipe = TrainConfig(epochs=9, batch_size=1, learning_rate=1e-3, seed=seed)
-        pack.admit(TrainJob(str(seed), BoundGraft(parse(GRAFT), backbone.shape), recipe, samples))
+        config = TrainConfig(epochs=9, batch_size=1, learning_rate=1e-3, seed=seed)
+        pack.admit(TrainJob(str(seed), BoundGraft(parse(GRAFT), backbone.shape), config, samples))
     for _ in range(_WARM):
         pack.step()
     return _counted_step(backbone, pack.step, gpu)

@@ -16,9 +16,9 @@ from training_jobs import backbone_of, loss_of, pack
 from polygraft.grafts.runtime.backbone import best_dtype
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import module_path
-from polygraft.trainers import forward
-from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.job import permutation
+from polygraft.trainers.micro_batch import MicroBatch
+from polygraft.trainers.packed_forward import forward_backward
 
 EXACT = 1e-4  # float32: losses and gradients, relative
 ROUNDED = 2e-2  # bf16: losses, relative; eight bits of mantissa through thirty layers
@@ -60,7 +60,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     stacks = backbone.stacks([Resident(first.job.id, first.job.graft, first.slab.tensors)], trainable=True)
     number = first.job.batch(0)[0]
     sample = first.job.train[number]
-    forward.train(backbone, stacks, [MicroBatch(0, 0, (sample,), (number,), sample.weight)])
+    forward_backward(backbone, stacks, [MicroBatch(0, 0, (sample,), (number,), sample.weight)])
     names = {
         tensor.name: f"{module_path(tensor.site, backbone.shape)}.lora_{tensor.part}"
         for tensor in first.job.graft.tensors

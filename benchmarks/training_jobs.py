@@ -15,7 +15,8 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
-from polygraft.trainers.runner import PackRunner, RunningJob
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
 
 LEARNING_RATE = 1e-4
 _NEVER_OVER = 10_000  # epochs
@@ -31,7 +32,7 @@ def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRun
     runner = PackRunner(backbone, max_rows=PackSettings().max_rows)
     for number in jobs:
         stored = native.load(material.graft_folder(number), shape=backbone.shape, backbone=backbone.fingerprint)
-        recipe = TrainConfig(
+        config = TrainConfig(
             epochs=_NEVER_OVER,
             batch_size=1,
             learning_rate=LEARNING_RATE,
@@ -40,7 +41,7 @@ def pack(backbone: Backbone, material: Material, jobs: Sequence[int]) -> PackRun
             seed=number,
             micro_rows=PackSettings().micro_rows,
         )
-        job = TrainJob(str(number), stored.graft, recipe, tuple(map(_sample, material.samples[number])))
+        job = TrainJob(str(number), stored.graft, config, tuple(map(_sample, material.samples[number])))
         slab = Slab(job.graft)
         slab.fill(stored.tensors)
         runner.restore(RunningJob(job, slab))

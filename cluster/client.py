@@ -89,6 +89,37 @@ class JobEvent(_Answer):
     data: dict[str, JsonValue] | None = None
 
 
+class CountedFile(_Answer):
+    """A file of a job that was not made: counts over the examples that were read, all of them if `complete`."""
+
+    id: str
+    examples: int
+    complete: bool
+    tokens: int
+    trained_tokens: int
+    longest: int
+    cut: int
+    warning: str | None = None
+
+
+class RemoteDryRun(_Answer):
+    """What a job would be; `max_length` None cuts nothing."""
+
+    model: str
+    peft: str
+    parameters: int
+    learning_rate: float | None = None
+    max_length: int | None = None
+    steps: int | None = None
+    training_file: CountedFile
+    validation_file: CountedFile | None = None
+
+    @property
+    def files(self) -> Mapping[str, CountedFile]:
+        both = {"training_file": self.training_file, "validation_file": self.validation_file}
+        return {name: file for name, file in both.items() if file is not None}
+
+
 class RemoteModel(_Answer):
     """A model that may be asked: the backbone itself (`parent` None), or a graft on it."""
 
@@ -171,6 +202,13 @@ class Client:
         """Submit a job; with an idempotency key, submitting it again returns the first one."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         return self._ask(RemoteJob, "POST", "/fine_tuning/jobs", body=body, headers=headers)
+
+    def dry_run(self, body: Mapping[str, JsonValue]) -> RemoteDryRun:
+        """What `create_job` would make of the body; nothing is made."""
+        return self._ask(RemoteDryRun, "POST", "/fine_tuning/dry_runs", body=body)
+
+    def delete_file(self, file: str) -> None:
+        self._send(self._http.build_request("DELETE", f"/files/{_segment(file)}"))
 
     def job(self, job: str) -> RemoteJob:
         return self._ask(RemoteJob, "GET", f"/fine_tuning/jobs/{_segment(job)}")

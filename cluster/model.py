@@ -62,6 +62,7 @@ class JobSpec:
 
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
+    `max_length` None cuts no example that the backbone's positions and a pack's memory have room for.
     """
 
     backbone: str
@@ -78,7 +79,7 @@ class JobSpec:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    max_length: int = 256
+    max_length: int | None = None
     dropout: float | None = None
     seed: int = 0
     metadata: tuple[tuple[str, str], ...] = ()

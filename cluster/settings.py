@@ -29,11 +29,11 @@ from pydantic_settings import (
     SettingsError,
     YamlConfigSettingsSource,
 )
-from yaml import YAMLError, safe_load
 
 from polygraft.cluster.model import Limits
 from polygraft.cluster.validation import explain
 from polygraft.grafts.methods.compressed.quantisation import PATTERN
+from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 
 HOME = "~/.polygraft"
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
@@ -193,8 +193,8 @@ class _ConfigFile(YamlConfigSettingsSource):
 
     def _read_file(self, file_path: Path | Traversable) -> dict[str, object]:
         try:
-            content = safe_load(file_path.read_text(encoding="utf-8"))
-        except (YAMLError, OSError, UnicodeDecodeError) as error:
+            content = read_yaml(file_path)
+        except YamlError as error:
             raise SettingsError(f"{file_path}: {error}") from None
         if content is not None and not isinstance(content, dict):
             raise SettingsError(f"{file_path}: expected field: value lines, found {content!r}")

@@ -89,7 +89,7 @@ class Hyperparameters(LegacyHyperparameters):
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    max_length: int = Field(default=256, ge=2, le=1 << 20)
+    max_length: int | None = Field(default=None, ge=2, le=1 << 20)
     dropout: float | None = Field(default=None, ge=0, lt=1)
 
     @model_validator(mode="after")

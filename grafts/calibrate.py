@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.route import Rows, Span
+from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.sites import Site
 from polygraft.grafts.spec import SpecError
@@ -120,9 +119,10 @@ def hidden_states(backbone: Backbone, ids: Sequence[int], *, trainable: bool, st
     """Hidden states of the bare backbone, or under the one graft of `stacks`."""
     if backbone.shape.images or backbone.shape.encoder_layers:
         raise SpecError(f"peft: this method starts from a job's text, and {backbone.shape.arch} reads other things")
-    rows = Rows(torch.tensor(ids), torch.arange(len(ids)), () if stacks is None else (Span(0, len(ids), 0),))
-    attention = WholeSequences(((0, len(ids)),), backbone.shape)
-    return backbone.forward(rows, stacks or backbone.stacks((), trainable=trainable), attention)
+    builder = RowBuilder()
+    builder.add(ids, graft=None if stacks is None else 0)
+    stacks = stacks or backbone.stacks((), trainable=trainable)
+    return backbone.forward(builder.rows(), stacks, builder.attention(backbone.shape))
 
 
 @contextmanager

@@ -24,7 +24,8 @@ LLAMA_7B = ModelShape.from_config(
     }
 )
 
-# What an op's slots make of a graft, in the words of surveys; a graft of several kinds is a hybrid.
+# What an op's slots make of a graft, in the words of surveys; a graft of several kinds is a hybrid. The survey's family
+# of a method is its folder.
 _KINDS = {
     "affine": "scale and shift",
     "norm": "low rank",
@@ -53,7 +54,7 @@ class Entry:
     summary: str
     deviations: str
     choose: str
-    family: str
+    kind: str
     slots: tuple[str, ...]
     hooks: tuple[str, ...]
     parameters: int
@@ -75,7 +76,7 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         summary=words.summary,
         deviations=words.deviations,
         choose=words.choose,
-        family=_family(spec),
+        kind=_kind(spec),
         slots=tuple(dict.fromkeys(_slot(slot) for slot in spec.slots)),
         hooks=tuple(call.name for call in spec.hooks),
         parameters=graft.parameters,
@@ -138,7 +139,7 @@ def _slot(slot: Slot) -> str:
     return " ".join(said)
 
 
-def _family(spec: GraftSpec) -> str:
+def _kind(spec: GraftSpec) -> str:
     if any(isinstance(slot, Branch) and slot.gate == "softmax" for slot in spec.slots):
         return "mixture"
     kinds = {

@@ -18,6 +18,7 @@ from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.recorded import keys_and_values, states
 from polygraft.grafts.runtime.route import Rows
+from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.sites import KV_SITE, Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.sources import Source, check, continued
@@ -112,7 +113,9 @@ class Making:
             return states(self.backbone, self._rows(length), layer).cpu().clone()
 
     def _rows(self, length: int) -> Rows:
-        return Rows(torch.tensor(_repeated(self.prompt, length)), torch.arange(length), ())
+        builder = RowBuilder()
+        builder.add(_repeated(self.prompt, length))
+        return builder.rows()
 
     @property
     def prompt(self) -> Sequence[int]:

@@ -110,6 +110,12 @@ class ModelShape:
                 f"at most {max(0, self.positions - before)} are left for an example"
             )
 
+    def length_limit(self, asked: int | None, before: int) -> int | None:
+        """After how many tokens an example is cut: what was asked for, else where the positions end after the `before`
+        that a graft puts there; None: never. Raises SpecError where there is no room for that, or for two tokens."""
+        self.check_length(2 if asked is None else asked, before)
+        return asked if asked is not None or not self.positions else self.positions - before
+
     @property
     def causal(self) -> bool:
         """Whether a row sees the rows before it alone, as decoding and jobs need; `sees` says what it sees else."""

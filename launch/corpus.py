@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
+from polygraft.grafts.text.plain_yaml import read_yaml
 
 
 class CorpusError(RuntimeError):
@@ -116,7 +116,9 @@ def _folder() -> Path:
 
 def _pairs(path: Path, topic: str) -> Iterator[Pair]:
     """A list in the file is a dialogue in `conversations`; elsewhere it is a question and its alternative answers."""
-    for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+    content = read_yaml(path)
+    assert isinstance(content, dict)
+    for entry in content["conversations"]:
         if not isinstance(entry, list):  # one line of trivia is a string by a slip of the file's
             continue
         turns = [str(turn).strip() for turn in entry]

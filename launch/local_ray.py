@@ -17,6 +17,7 @@ _ENVIRONMENT = {
     # What wakes processes ten times a second takes the cores from a pack: its threads wait for each other.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three fail before a dead proxy, and with it the API, is replaced
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "polygraft.serving.http.proxy:middlewares",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.

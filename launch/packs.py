@@ -39,5 +39,6 @@ class OpenHost:
             quantise=settings.quantise,
             max_rows=settings.pack.max_rows,
             micro_rows=settings.pack.micro_rows,
+            max_bytes=settings.pack.memory_bytes or 0,
         )
         return cast("ActorHandle[PackHost]", start_host(plan))

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from polygraft.cluster.settings import Settings
-from polygraft.grafts.runtime.pretrained import EMBEDDED, BackboneError, check_hub_id, checked
+from polygraft.grafts.runtime.checked import BackboneError, check_kind
+from polygraft.grafts.runtime.pretrained import EMBEDDED, check_hub_id
 from polygraft.kernels.common.room import free_bytes
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.ram import available
@@ -37,7 +38,7 @@ def _backbone(settings: Settings) -> Iterator[str]:
     folder = backbone_folder(settings)
     try:
         if folder is not None:
-            checked(folder)
+            check_kind(folder)
         elif settings.backbone != EMBEDDED:
             check_hub_id(settings.backbone)
     except BackboneError as error:

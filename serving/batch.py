@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-import torch
-
 from polygraft.cluster.model import GraftId
 from polygraft.grafts.runtime.cache import PagedSequence
-from polygraft.grafts.runtime.route import Input, Rows, Span
+from polygraft.grafts.runtime.route import Rows
+from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.serving.residency import Composition
 from polygraft.serving.sequence import Sequence
@@ -48,27 +47,23 @@ class Batch:
         """
         place = composition.place
         order = sorted(chunks, key=lambda chunk: (chunk.sequence.request.graft or "", chunk.sequence.request.id))
-        ids: list[int] = []
-        positions: list[int] = []
-        spans: list[Span] = []
+        builder = RowBuilder()
         sequences: list[PagedSequence] = []
         sampled: list[Sequence] = []
         last: list[int] = []
-        inputs: list[Input] = []
         for chunk in order:
-            sequence, start = chunk.sequence, len(ids)
-            inputs += sequence.inputs(start, chunk.rows)
-            ids += sequence.tokens[sequence.computed : sequence.computed + chunk.rows]
-            positions += range(sequence.cached, sequence.cached + chunk.rows)
-            table, graft = tables[sequence.request.id], sequence.request.graft
+            sequence, graft = chunk.sequence, chunk.sequence.request.graft
+            own = builder.add(
+                sequence.tokens[sequence.computed : sequence.computed + chunk.rows],
+                graft=None if graft is None else place[graft],
+                position=sequence.cached,
+                prompt=sequence.prompt(chunk.rows),
+            )
             bound = None if graft is None else composition.stacks.residents[place[graft]].graft
             prefix = (0, None) if bound is None else (bound.prefix_length, bound.prefix_layers)
-            sequences.append(PagedSequence(start, chunk.rows, sequence.cached, table, *prefix))
+            table = tables[sequence.request.id]
+            sequences.append(PagedSequence(own.start, chunk.rows, sequence.cached, table, *prefix))
             if chunk.rows == sequence.left:
                 sampled.append(sequence)
-                last.append(len(ids) - 1)
-            if graft is not None:
-                first = spans.pop().start if spans and spans[-1].graft == place[graft] else start
-                spans.append(Span(first, len(ids), place[graft]))
-        rows = Rows(torch.tensor(ids), torch.tensor(positions), tuple(spans), inputs=tuple(inputs))
-        return Batch(tuple(order), rows, composition.stacks, tuple(sequences), tuple(sampled), tuple(last))
+                last.append(own[-1])
+        return Batch(tuple(order), builder.rows(), composition.stacks, tuple(sequences), tuple(sampled), tuple(last))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polygraft.cluster.model import GraftId, TenantId
@@ -98,12 +97,13 @@ class Sequence:
         """How many of these its next step must compute at least: all of a prompt that virtual tokens are made of."""
         return self.virtual + len(self.request.prompt_ids) if self.reads_prompt and not self.computed else 1
 
-    def inputs(self, start: int, rows: int) -> Iterator[Input]:
-        """Which of its next `rows` tokens are the prompt's, as rows from `start` on."""
+    def prompt(self, rows: int) -> Input | None:
+        """Which of its next `rows` tokens are the prompt's, counted from the first of them."""
         first, end = self.virtual, self.virtual + len(self.request.prompt_ids)
         low, high = max(first, self.computed), min(end, self.computed + rows)
-        if low < high:
-            yield Input(start + low - self.computed, start + high - self.computed, low - first, end - high)
+        if low >= high:
+            return None
+        return Input(low - self.computed, high - self.computed, low - first, end - high)
 
     @property
     def remaining(self) -> int:

@@ -24,7 +24,7 @@ from polygraft.kernels.common.atomic import move, sync, whole_file, whole_folder
 from polygraft.trainers import checkpoint
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.manifest import Manifest
-from polygraft.trainers.runner import RunningJob
+from polygraft.trainers.running import RunningJob
 
 # What Python reports of a writer's steps on files; fsync is reported by `_run_until`.
 STEPS = {"open", "os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir"}

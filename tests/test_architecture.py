@@ -22,7 +22,7 @@ LAUNCH = "polygraft.launch"  # the composition root: imports everyone, and nobod
 LINES = 400
 
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
-TORCH_FREE = r"polygraft\.grafts\.(spec|bound|grammar|methods|architectures|sites|sizes|text)\b"
+TORCH_FREE = r"polygraft\.grafts\.(spec|bound|cost|grammar|methods|architectures|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
 ATOMIC = r"polygraft\.kernels\.common\.(atomic|room)\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
@@ -44,7 +44,7 @@ LAYERS: dict[str, str] = {
     "grafts: text": r"grafts\.text\..+",
     "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
     "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused|description)",
-    "grafts: what follows from a declaration": r"grafts\.(grammar|sizes|bound|compose|sources|catalogue|s4|lowering)",
+    "grafts: what a declaration means": r"grafts\.(grammar|sizes|bound|cost|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
     "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",

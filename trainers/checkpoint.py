@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import RunningJob
+from polygraft.trainers.running import RunningJob
 
 SCHEMA = 1
 _KEPT = 2
@@ -27,24 +28,24 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the job, or cannot be read."""
 
 
-def save(folder: Path, active: RunningJob, named: str | None = None, *, device_class: str | None = None) -> str:
+def save(folder: Path, running: RunningJob, named: str | None = None, *, device_class: str | None = None) -> str:
     """Write `checkpoint-<step>` under the job's folder and return its name; the newest two are kept, and the one that
     the manifest on disk has `named`, which need not be among them after a crash. It says which class of device has
     computed its last step.
 
     Micro-batches collected since the last step are not in it: they are computed again, with the same result.
     """
-    name = f"checkpoint-{active.step:08d}"
+    name = f"checkpoint-{running.step:08d}"
     if (folder / name).exists():
         return name
-    parts = {part: getattr(active.slab, part) for part in _TENSORS}
-    frozen = {f"{_FROZEN}{name}": value for name, value in active.slab.frozen.items()}
-    spec = json.loads(active.job.graft.spec.to_json())
-    state = {"schema": SCHEMA, "job": active.job.id, "spec": spec, "device_class": device_class}
+    parts = {part: getattr(running.slab, part) for part in _TENSORS}
+    frozen = {f"{_FROZEN}{name}": value for name, value in running.slab.frozen.items()}
+    spec = json.loads(running.job.graft.spec.to_json())
+    state = {"schema": SCHEMA, "job": running.job.id, "spec": spec, "device_class": device_class}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         write_tensors({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
-        (draft / "state.json").write_text(json.dumps(state | {key: getattr(active, key) for key in _FIELDS}))
+        (draft / "state.json").write_text(json.dumps(state | {key: getattr(running, key) for key in _FIELDS}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
             shutil.rmtree(old, ignore_errors=True)
@@ -56,10 +57,9 @@ def newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)
 
 
-def class_of(folder: Path, name: str) -> str | None:
-    """The class of the device that has computed a checkpoint; None where it does not say. Raises CheckpointError."""
-    found = _state(folder, name).get("device_class")
-    return None if found is None else str(found)
+def before(folder: Path, name: str) -> str | None:
+    """Name of the newest of the job's checkpoints that are older than `name`, None when it has none."""
+    return max((path.name for path in folder.glob("checkpoint-*") if path.name < name), default=None)
 
 
 def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "cpu") -> RunningJob:
@@ -67,7 +67,7 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
     state = _state(folder, name)
     try:
         values = load_file(folder / name / "slab.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name}: {error}") from None
     if state["schema"] != SCHEMA or state["job"] != job.id or state["spec"] != json.loads(job.graft.spec.to_json()):
         raise CheckpointError(
@@ -78,7 +78,7 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
-    return RunningJob(job, slab, **{key: state[key] for key in _FIELDS})
+    return RunningJob(job, slab, device_class=state.get("device_class"), **{key: state[key] for key in _FIELDS})
 
 
 def _state(folder: Path, name: str) -> dict[str, Any]:

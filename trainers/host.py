@@ -24,13 +24,14 @@ from polygraft.grafts.runtime.process import chosen_device, device_environment, 
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.atomic import whole_file
 from polygraft.kernels.common.room import when_there_is_room
+from polygraft.trainers.folders import Folders
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
 SHARE = 0.5  # of a `device`; the other half serves
 REPORT_S = 5.0
-RESTARTS = 3
+RESTARTS = 6  # of a pack's worker: a job that kills it is found out by the third death (`trainers/blame.py`)
 _RUN_BYTES = 1 << 20
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,6 +49,7 @@ class PackPlan:
     quantise: Quantise | None = None
     max_rows: int = 768
     micro_rows: int = 128
+    max_bytes: int = 0  # of the jobs' state and one forward; 0 = as much as they take
 
 
 class PackHost:
@@ -98,7 +100,7 @@ def train_loop(config: dict[str, object]) -> None:
     dtype = DTYPES[plan.dtype] or best_dtype(device)
     with lean_imports():
         backbone = Backbone.load(folder, dtype, training=True, quantise=plan.quantise, device=device)
-    runner = PackRunner(backbone, max_rows=plan.max_rows)
+    runner = PackRunner(backbone, max_rows=plan.max_rows, max_bytes=plan.max_bytes or None)
     store = connect(plan.store_url, patient=True)  # what it cannot record, for want of room, it waits for
     worker = PackWorker(
         PackId(plan.pack),

@@ -1,4 +1,4 @@
-"""A training job as the pack sees it: its graft, its samples, its recipe; and the fixed order and split of its
+"""A training job as the pack sees it: its graft, its samples, how it learns; and the fixed order and split of its
 samples."""
 
 from __future__ import annotations
@@ -57,50 +57,66 @@ class TrainJob:
 
     id: str
     graft: BoundGraft
-    recipe: TrainConfig
+    config: TrainConfig
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
+    warnings: tuple[str, ...] = ()  # what its owner should know of its data
+
+    def check_tokens(self) -> None:
+        """Raise ValueError for an example with a token that the backbone's embedding and head do not have: on a GPU it
+        would end the process, and a negative one would be taken for a graft's virtual token."""
+        vocabulary = self.graft.shape.vocab
+        for name, samples in (("training", self.train), ("validation", self.held_out)):
+            for number, sample in enumerate(samples, 1):
+                outside = next((token for token in sample.ids if not 0 <= token < vocabulary), None)
+                if outside is not None:
+                    says = f"token {outside} of example {number} is not one of the backbone's {vocabulary}"
+                    raise ValueError(f"{name}_file: {says}")
 
     @property
     def steps_per_epoch(self) -> int:
-        return ceil(len(self.train) / self.recipe.batch_size)
+        return ceil(len(self.train) / self.config.batch_size)
 
     @property
     def steps_total(self) -> int:
-        return self.steps_per_epoch * self.recipe.epochs
+        return self.steps_per_epoch * self.config.epochs
 
     def batch(self, step: int) -> tuple[int, ...]:
         """Sample numbers of global batch `step`: every epoch is its own seeded permutation."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        size = self.recipe.batch_size
-        return permutation(len(self.train), seed=self.recipe.seed, epoch=epoch)[place * size : (place + 1) * size]
+        size = self.config.batch_size
+        return permutation(len(self.train), seed=self.config.seed, epoch=epoch)[place * size : (place + 1) * size]
 
     def micro_batches(self, step: int) -> tuple[tuple[int, ...], ...]:
         """Global batch `step` in pieces of at most `micro_rows` rows (one sample at least), in order."""
         batch, virtual = self.batch(step), self.graft.virtual_length
-        return tuple(_split(batch, [self.train[i].rows + virtual for i in batch], self.recipe.micro_rows))
+        return tuple(_split(batch, [self.train[i].rows + virtual for i in batch], self.config.micro_rows))
+
+    def key(self, step: int) -> int:
+        """32-bit signed hash of (seed, step): what the step's random numbers hang on."""
+        return int.from_bytes(sha256(f"{self.config.seed}/{step}".encode()).digest()[:4], "big", signed=True)
 
     def batch_weight(self, step: int) -> float:
         """The normaliser of global batch `step`: the sum of its loss weights."""
         return sum(self.train[i].weight for i in self.batch(step))
 
     def learning_rate(self, step: int, phase: range | None = None) -> float:
-        """Learning rate of optimiser step `step`: linear warm-up, then the recipe's schedule down to 0, over all steps
+        """Learning rate of optimiser step `step`: linear warm-up, then its schedule down to 0, over all steps
         or those of its phase."""
-        recipe, total = self.recipe, self.steps_total
+        config, total = self.config, self.steps_total
         if phase is not None:
             step, total = phase.index(step), len(phase)
-        warmup = int(recipe.warmup_ratio * total)
+        warmup = int(config.warmup_ratio * total)
         if step < warmup:
-            return recipe.learning_rate * (step + 1) / warmup
+            return config.learning_rate * (step + 1) / warmup
         share = (step - warmup) / max(1, total - warmup)
-        match recipe.schedule:
+        match config.schedule:
             case "constant":
-                return recipe.learning_rate
+                return config.learning_rate
             case "linear":
-                return recipe.learning_rate * (1 - share)
+                return config.learning_rate * (1 - share)
             case "cosine":
-                return recipe.learning_rate * 0.5 * (1 + cos(pi * share))
+                return config.learning_rate * 0.5 * (1 + cos(pi * share))
             case other:
                 raise ValueError(f"schedule: {other!r} is unknown; choices: constant, linear, cosine")
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from polygraft.kernels.common.atomic import write_text
+from polygraft.trainers.blame import Blame, Seen
 
 SCHEMA = 1
 
@@ -18,13 +19,14 @@ SCHEMA = 1
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """`cursor` is the last command taken in, `closing` whether one of them was close; `jobs` maps a job to its
-    checkpoint's name, None for one at its start.
+    checkpoint's name, None for one at its start; `blame` is for the workers that were killed.
     """
 
     step: int = 0
     cursor: str = "0-0"
     closing: bool = False
     jobs: Mapping[str, str | None] = field(default_factory=dict)
+    blame: Blame = field(default_factory=Blame)
 
     def save(self, folder: Path) -> None:
         write_text(folder / "manifest.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
@@ -38,4 +40,6 @@ class Manifest:
             return Manifest()
         if state.pop("schema") != SCHEMA:
             raise ValueError(f"{folder.name}/manifest.json is not of schema {SCHEMA}")
-        return Manifest(**state)
+        blame = state.pop("blame", {"deaths": 0, "seen": {}})
+        seen = {job: Seen(**one) for job, one in blame["seen"].items()}
+        return Manifest(**state, blame=Blame(blame["deaths"], seen))

@@ -18,15 +18,15 @@ def grad_norm(slab: Slab) -> float:
 
 
 def adamw(
-    slab: Slab, recipe: TrainConfig, *, step: int, learning_rate: float, norm: float, rates: Sequence[float] = ()
+    slab: Slab, config: TrainConfig, *, step: int, learning_rate: float, norm: float, rates: Sequence[float] = ()
 ) -> None:
     """Update the master weights with the collected gradient; `step` counts from 0 since the moments were.
 
     `rates` are factors on the learning rate, one a trained tensor; none: all 1.
     """
     grad = _collected(slab)
-    if recipe.max_grad_norm and norm > recipe.max_grad_norm:
-        grad.mul_(recipe.max_grad_norm / (norm + 1e-6))
+    if config.max_grad_norm and norm > config.max_grad_norm:
+        grad.mul_(config.max_grad_norm / (norm + 1e-6))
     for factor in sorted(set(rates)) if rates else (1.0,):
 
         def chosen(flat: Tensor, factor: float = factor) -> list[Tensor]:
@@ -40,20 +40,20 @@ def adamw(
             [],
             [torch.tensor(float(step + 1), device=grad.device) for _ in chosen(grad)],
             lr=learning_rate * factor,
-            beta1=recipe.betas[0],
-            beta2=recipe.betas[1],
-            weight_decay=recipe.weight_decay,
-            eps=recipe.eps,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            weight_decay=config.weight_decay,
+            eps=config.eps,
             amsgrad=False,
             maximize=False,
         )
 
 
-def sgd(slab: Slab, recipe: TrainConfig, *, learning_rate: float, rates: Sequence[float] = ()) -> None:
+def sgd(slab: Slab, config: TrainConfig, *, learning_rate: float, rates: Sequence[float] = ()) -> None:
     """master -= rate (gradient + weight_decay master), without momentum or clipping."""
     grads = slab.split(_collected(slab))
     for weight, grad, factor in zip(slab.split(slab.master), grads, rates or (1.0,) * len(grads), strict=True):
-        weight.add_(grad.add(weight, alpha=recipe.weight_decay), alpha=-learning_rate * factor)
+        weight.add_(grad.add(weight, alpha=config.weight_decay), alpha=-learning_rate * factor)
 
 
 def _collected(slab: Slab) -> Tensor:

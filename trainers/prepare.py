@@ -12,6 +12,7 @@ from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import learning_rate
 from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.grafts.text.jsonl import read
+from polygraft.grafts.text.lengths import Lengths
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 
@@ -20,9 +21,9 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
     """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
     shape = stock.shape
     graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
-    shape.check_length(job.spec.max_length, graft.context_length)
+    limit = shape.length_limit(job.spec.max_length, graft.context_length)
     asked = job.spec.learning_rate
-    recipe = TrainConfig(
+    config = TrainConfig(
         epochs=job.spec.epochs,
         batch_size=job.spec.batch_size,
         learning_rate=(learning_rate(graft.spec) if asked is None else asked) * job.spec.learning_rate_multiplier,
@@ -33,13 +34,16 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
         seed=job.spec.seed,
         micro_rows=micro_rows,
     )
-    held_out = job.spec.validation_file
+    train, warning = _samples(files, job.spec.training_file, tokeniser, limit)
+    held_out, other = _samples(files, job.spec.validation_file, tokeniser, limit)
+    told = (("training_file", warning), ("validation_file", other))
     return TrainJob(
         id=job.id,
         graft=graft,
-        recipe=recipe,
-        train=_samples(files, job.spec.training_file, tokeniser, job.spec.max_length),
-        held_out=() if held_out is None else _samples(files, held_out, tokeniser, job.spec.max_length),
+        config=config,
+        train=train,
+        held_out=held_out,
+        warnings=tuple(f"{name}: {text}" for name, text in told if text is not None),
     )
 
 
@@ -50,6 +54,13 @@ def with_dropout(spec: GraftSpec, rate: float | None) -> GraftSpec:
     return replace(spec, slots=tuple(replace(s, dropout=rate) if isinstance(s, Branch) else s for s in spec.slots))
 
 
-def _samples(files: Path, file: FileId, tokeniser: Tokeniser, max_length: int) -> tuple[Sample, ...]:
-    encoded = (tokeniser.encode_example(example, max_length) for example in read(files / f"{file}.jsonl"))
-    return tuple(Sample(tokens.ids, tokens.weights) for tokens in encoded)
+def _samples(
+    files: Path, file: FileId | None, tokeniser: Tokeniser, limit: int | None
+) -> tuple[tuple[Sample, ...], str | None]:
+    """The samples of the file, if there is one, and what the limit leaves out of them."""
+    samples, lengths = [], Lengths()
+    for example in () if file is None else read(files / f"{file}.jsonl"):
+        tokens = tokeniser.encode_example(example, limit)
+        samples.append(Sample(tokens.ids, tokens.weights))
+        lengths = lengths.plus(tokens)
+    return tuple(samples), lengths.warning(limit)

@@ -91,7 +91,8 @@ def admit_streams(  # noqa: PLR0913
     admitted: list[str] = []
     closed = False
     prompts = [stream for stream in places.streams if stream.left > 1]
-    for candidate in in_turn([*prompts, *waiting], ledger, places.count):
+    candidates: list[Running | Waiting] = [*prompts, *waiting]
+    for candidate in in_turn(candidates, ledger, places.count):
         if rows < 1:
             break
         if isinstance(candidate, Running):

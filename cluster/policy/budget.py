@@ -40,6 +40,12 @@ def job_bytes(limits: Limits) -> int | None:
     return limits.pack_bytes - limits.max_rows * limits.row_bytes if limits.pack_bytes else None
 
 
+def longest_sample(limits: Limits) -> int | None:
+    """Tokens of the longest sample whose activations a pack has put memory aside for; None where its memory has no
+    limit, or the bytes of a row are not known. The last token is only predicted and has no row."""
+    return limits.max_rows + 1 if limits.pack_bytes and limits.row_bytes else None
+
+
 def state_bytes(trained: int, frozen: int) -> int:
     """Memory of a graft in training that has so many elements of each kind."""
     return STATE_BYTES * trained + FROZEN_BYTES * frozen

@@ -45,6 +45,7 @@ ARCHITECTURES = (
         feeds={},
         transform=Transform("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         elsewhere=("cls.predictions.transform.dense", "pooler.dense"),
+        unread=("pooler", "cls.seq_relationship"),
         refusal=_refusal,
     ),
     Architecture(
@@ -61,6 +62,7 @@ ARCHITECTURES = (
         first_position=2,  # after the padding token's place, 1
         transform=Transform("lm_head.dense", "lm_head.layer_norm", "gelu"),
         elsewhere=("lm_head.dense", "pooler.dense"),
+        unread=("pooler",),
         refusal=_roberta,
     ),
 )

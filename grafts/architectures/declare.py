@@ -63,6 +63,8 @@ class Architecture:
     A layer is `pre_norm` where it is x + attention of norm.1, then x + down(silu(gate) up) of norm.2, and turns the
     queries and keys of whole heads by one table of angles for all layers.
 
+    `unread` are modules or tensors that files of the family may hold or lack, since nothing here reads them.
+
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.
     """
@@ -82,6 +84,7 @@ class Architecture:
     norm_offset: float = 0.0  # the norm's factor is this plus its weight
     feeds: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FEEDS)
     first_position: int = 0
+    unread: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()  # linear modules outside the layers, whose names PEFT could confuse with a site's
     order: tuple[str, ...] = ORDER  # of a layer's linear modules, as transformers lists them
     auto: str = "AutoModelForCausalLM"

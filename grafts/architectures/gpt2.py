@@ -35,6 +35,7 @@ ARCHITECTURES = (
             "positions": "n_positions",
         },
         ffn_ratio=4,
+        unread=("attn.masked_bias",),  # a constant of older files
         refusal=_refusal,
     ),
 )

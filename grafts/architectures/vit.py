@@ -24,5 +24,6 @@ ARCHITECTURES = (
         patches=True,
         head="classifier",
         elsewhere=("pooler.dense", "classifier"),
+        unread=("pooler",),
     ),
 )

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -26,7 +24,8 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check, sized
-from polygraft.grafts.formats.peft import CONFIG, config_of, file
+from polygraft.grafts.formats.files import tensors
+from polygraft.grafts.formats.peft import CONFIG, config_of
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, SpecError
@@ -82,7 +81,7 @@ def load(folder: Path, stock: BackboneFiles) -> tuple[BoundGraft, dict[str, Tens
     if not isinstance(config, Mapping) or not isinstance(name, str):
         raise FormatError(f"{folder.name}/{CONFIG}: holds no config and name of an adapter")
     try:
-        stored = load_file(file(folder, WEIGHTS))
+        stored = tensors(folder, WEIGHTS)
         match config.get("architecture"):
             case None:
                 spec, values = _bottlenecks(config, name, stored, shape)
@@ -91,7 +90,7 @@ def load(folder: Path, stock: BackboneFiles) -> tuple[BoundGraft, dict[str, Tens
             case other:
                 raise SpecError(f"architecture: {other!r} is not read; choices: null (bottlenecks), prefix_tuning")
         graft = BoundGraft(spec, shape)
-    except (SpecError, SafetensorError, OSError) as error:
+    except SpecError as error:
         raise FormatError(f"{folder.name}: {error}") from None
     values = {key: value.to(torch.float32).contiguous().clone() for key, value in values.items()}
     check(graft, values)

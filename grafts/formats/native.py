@@ -10,18 +10,16 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.files import json_object, tensors
 from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import GraftSpec, Slot, SpecError
-from polygraft.grafts.text.plain_json import load as load_json
 from polygraft.kernels.common.atomic import whole_folder
 
 SCHEMA = 1
@@ -90,15 +88,15 @@ def save(
 def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
     """Read a graft for a backbone; raises FormatError for a foreign backbone, a wrong tensor, a value that is not
     finite, or contents that are not those the id was made of."""
-    described = _described(folder)
+    described = json_object(folder, DESCRIPTION)
     if described.get("schema") != SCHEMA:
         raise FormatError(f"{folder.name}/{DESCRIPTION}: schema {described.get('schema')!r} is not {SCHEMA}")
     if described.get("backbone") != backbone:
         raise FormatError(f"{folder.name}: grown on backbone {described.get('backbone')!r}, not on {backbone!r}")
     try:
         graft = BoundGraft(GraftSpec.from_json(json.dumps(described.get("spec"))), shape)
-        values = load_file(folder / WEIGHTS)
-    except (SpecError, SafetensorError, OSError) as error:
+        values = tensors(folder, WEIGHTS)
+    except SpecError as error:
         raise FormatError(f"{folder.name}: {error}") from None
     check(graft, values)
     identity = graft_id(graft.spec, values, backbone)
@@ -115,14 +113,14 @@ def size(folder: Path) -> int:
 def described(folder: Path) -> GraftSpec:
     """What a graft's folder says that it is, without its tensors; raises FormatError."""
     try:
-        return GraftSpec.from_json(json.dumps(_described(folder).get("spec")))
+        return GraftSpec.from_json(json.dumps(json_object(folder, DESCRIPTION).get("spec")))
     except SpecError as error:
         raise FormatError(f"{folder.name}: {error}") from None
 
 
 def grown_on(folder: Path) -> tuple[ModelShape, str]:
     """The shape and the fingerprint of the backbone that a graft's folder names; raises FormatError."""
-    described = _described(folder)
+    described = json_object(folder, DESCRIPTION)
     try:
         return ModelShape(**described["shape"]), str(described["backbone"])  # type: ignore[arg-type]
     except (KeyError, TypeError):
@@ -133,13 +131,3 @@ def _said(slot: Slot) -> Mapping[str, object]:
     """The slot's op and the fields that are not at their defaults, so that a field added later changes no id."""
     said = asdict(slot)
     return {f.name: said[f.name] for f in fields(slot) if getattr(slot, f.name) != f.default or f.name == "op"}
-
-
-def _described(folder: Path) -> Mapping[str, object]:
-    try:
-        value = load_json((folder / DESCRIPTION).read_bytes())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{folder.name}/{DESCRIPTION}: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{folder.name}/{DESCRIPTION}: not an object")
-    return value

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
@@ -21,7 +19,9 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_extras
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.files import json_object, tensors
 from polygraft.grafts.formats.peft_config import own_graft
+from polygraft.grafts.formats.peft_keys import usual
 from polygraft.grafts.formats.peft_modules import path, pattern, targets
 from polygraft.grafts.formats.peft_tensors import Exchange
 from polygraft.grafts.formats.plain import plain
@@ -32,7 +32,6 @@ from polygraft.grafts.methods.exchange import Peft
 from polygraft.grafts.methods.registry import find, layouts
 from polygraft.grafts.sites import EMBED_SITE, LINEAR, NORMS, ModelShape, Site
 from polygraft.grafts.spec import KV, Layers, SpecError, Tokens
-from polygraft.grafts.text.plain_json import load as load_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -87,11 +86,12 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
+        _check_separable(layout, own)
         exchange = Exchange(layout, own, stock)
-        stored = load_file(file(folder, WEIGHTS))
-        more, changes, keys = peft_extras.read(config, stored, own, stock)
+        stored = usual(tensors(folder, WEIGHTS), shape)
+        more, changes, keys = peft_extras.read(layout, config, stored, own, stock)
         whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
-    except (FormatError, SpecError, SafetensorError, OSError) as error:
+    except (FormatError, SpecError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
         raise error if known else FormatError(f"{folder.name}: {error}") from None
     try:
@@ -102,16 +102,13 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
     return whole, values
 
 
-def file(folder: Path, name: str) -> Path:
-    """A file of a folder that somebody else made."""
-    place = folder / name
-    if not place.is_file():
-        pickled = sorted(found.name for pattern in ("*.bin", "*.pt", "*.pth") for found in folder.glob(pattern))
-        why = f"; {pickled[0]} can run code when loaded: convert it to safetensors" if pickled else ""
-        raise FormatError(f"{folder.name}: holds no {name}{why}")
-    if not place.resolve().is_relative_to(folder.resolve()):
-        raise FormatError(f"{folder.name}/{name}: is a link out of the folder")
-    return place
+def _check_separable(layout: Peft, graft: BoundGraft) -> None:
+    """Raise FormatError for a method that cannot be told apart into one for each projection of a fused module."""
+    table = architecture(graft.shape.arch)
+    for _, site in graft.sites:
+        if site.name in LINEAR and len(beside := table.beside(site.name)) > 1 and not layout.separable:
+            place, parts = path(site, graft.shape), " and ".join(beside)
+            raise FormatError(f"target_modules: {layout.kind} of {place}, {parts} here, is not one of each of them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +247,4 @@ def _sizes(method: str, shape: ModelShape) -> Mapping[str, object]:
 
 def config_of(folder: Path) -> Mapping[str, object]:
     """Its adapter_config.json, which other libraries call so, too."""
-    try:
-        config = load_json(file(folder, CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{folder.name}/{CONFIG}: {error}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{folder.name}/{CONFIG}: not an object")
-    return config
+    return json_object(folder, CONFIG)

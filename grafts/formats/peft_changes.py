@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.peft_keys import ROOT
 from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.sites import NORMS, Site
 from polygraft.grafts.spec import Layers, Slot
 
 Values = Mapping[str, Tensor]
-ROOT = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)

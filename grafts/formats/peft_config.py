@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.peft_extras import extra_terms
+from polygraft.grafts.formats.peft_extras import extra_terms, job_terms
 from polygraft.grafts.formats.peft_modules import groups
 from polygraft.grafts.grammar import Term, parse, terms, union
 from polygraft.grafts.methods.configs import arguments, flat, is_config, layout_of, of_text
@@ -32,7 +32,8 @@ def asked_for(text: str, shape: ModelShape, stock: BackboneFiles) -> GraftSpec:
     try:
         layout = layout_of(config, stored=False)
         own = own_graft(layout, _named(layout, config), shape, stored=False)
-        more = extra_terms(config, BoundGraft(own, shape), stock)
+        bound = BoundGraft(own, shape)
+        more = [*extra_terms(config, bound, stock), *job_terms(layout, bound, stock)]
     except FormatError as error:
         raise SpecError(str(error)) from None
     return union([*terms(own.method), *more]) if more else own
@@ -54,7 +55,7 @@ def own_graft(layout: Peft, config: Config, shape: ModelShape, *, stored: bool) 
         _term(
             layout, group.config, {side: "|".join(those) for side, those in group.sides.items()}, group.layers, stored
         )
-        for group in groups(layout, config, shape)
+        for group in groups(layout, config, shape, stored=stored)
     ]
     if len(found) > 1 and (layout.shared or layout.packed is not None):
         raise SpecError(f"target_modules: {layout.kind} shares tensors between modules; name the same in every layer")

@@ -4,16 +4,17 @@ those."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats import peft_tokens
+from polygraft.grafts.formats import peft_tokens, peft_vocabulary
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
 from polygraft.grafts.formats.peft_changes import SHIFT, Change, Trained, change_of
+from polygraft.grafts.formats.peft_keys import ROOT
 from polygraft.grafts.formats.peft_modules import candidates, path
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.configs import names
@@ -26,19 +27,69 @@ _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name th
 
 
 def read(
-    config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
+    layout: Peft, config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
-    """Terms to add to the method's `own` graft, their tensors, and the keys that they are read from.
+    """Terms to add to the method's `own` graft, their tensors, and the keys that they alone are read from.
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
+    edit, rows, places = peft_vocabulary.read(layout, config, stored, own.shape, stock)
+    config = peft_vocabulary.of_layers(config, own.shape)
     more = extra_terms(config, own, stock)
     values, keys = _changes(config, stored, own, more, stock)
+    keys |= places
     if more and more[-1].name == peft_tokens.METHOD:
-        rows, places = peft_tokens.read(config, stored, stock)
+        tokens, places = peft_tokens.read(config, stored, stock)
+        values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = tokens
+        keys |= places
+    if edit is not None and rows is not None:
+        more.append(edit)
         values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
-        return more, values, keys | places
-    return more, values, keys
+    shifts, places = _shifts(layout, stored, own, stock)
+    for term in _shift_terms(shifts, own.shape):
+        more.append(term)
+        index = len(own.spec.slots) + len(more) - 1
+        values |= {f"{index}.{site}.b": shifts[site] for site in resolve(union([term]).slots[0], own.shape)}
+    return more, values, keys | places
+
+
+def _shifts(
+    layout: Peft, stored: Values, own: BoundGraft, stock: BackboneFiles | None
+) -> tuple[dict[Site, Tensor], set[str]]:
+    """What PEFT's method adds to the outputs of its modules beside what our method is, where that is not 0."""
+    found: dict[Site, Tensor] = {}
+    keys: set[str] = set()
+    for index, site in own.sites if layout.shift is not None else ():
+        assert layout.shift is not None
+        place = path(site, own.shape)
+
+        def number(end: str, site: Site = site) -> Tensor | None:
+            if stock is None:
+                raise FormatError(_NO_STOCK)
+            return stock.weight(site) if end == "weight" else stock.bias(site)
+
+        try:
+            made = layout.shift(stored, ROOT + place, own.spec.slots[index], number)
+        except (KeyError, RuntimeError) as error:
+            raise FormatError(f"{place}: what changes its bias is missing or misshapen: {error}") from None
+        if made is not None:
+            b, read_from = made
+            keys |= read_from
+            width = own.shape.dims(site.name)[1]
+            b = b[own.shape.rows(site.name)] if len(b) > width else b
+            if bool(b.count_nonzero()):
+                found[site] = sized(f"{place}: a change of its bias", b, (width,)).float()
+    return found, keys
+
+
+def job_terms(layout: Peft, own: BoundGraft, stock: BackboneFiles) -> list[Term]:
+    """What a job's method trains of biases in PEFT, as BitFit at the sites that have one."""
+    sites = dict.fromkeys(site for _, site in own.sites) if layout.trains_biases else ()
+    return _shift_terms([site for site in sites if stock.biased(site)], own.shape)
+
+
+def _shift_terms(sites: Iterable[Site], shape: ModelShape) -> list[Term]:
+    return [SHIFT.at(at, layers) for _, at, layers in gathered([(site, None) for site in sites], shape)]
 
 
 def extra_terms(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> list[Term]:

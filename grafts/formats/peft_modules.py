@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import regex
-
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.formats.patterns import Patterns
 from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import Config, Peft
 from polygraft.grafts.sites import (
@@ -24,7 +23,6 @@ from polygraft.grafts.sites import (
 )
 from polygraft.grafts.spec import Layers, SpecError
 
-_SECONDS = 0.5
 _Fields = tuple[tuple[str, object], ...]
 
 
@@ -44,19 +42,24 @@ def path(site: Site, shape: ModelShape) -> str:
     return f"{table.backbone}.{table.embedding}".lstrip(".") if site.name == EMBED_SITE else model_path(site, shape)
 
 
-def groups(layout: Peft, config: Config, shape: ModelShape) -> tuple[Group, ...]:
+def groups(layout: Peft, config: Config, shape: ModelShape, *, stored: bool) -> tuple[Group, ...]:
     """The modules that the config means, those together that it gives the same values in the same layers.
 
-    Raises SpecError for a name or pattern that means none.
+    Raises SpecError where it means none. What a folder's (`stored`) names and the backbone has not is passed over, as
+    in PEFT: people name the modules of many models at once. A job's is refused.
     """
     (whole, (key, _)), *others = layout.sides.items()
+    patterns = Patterns()
     found: list[tuple[Site, tuple[str, _Fields]]] = []
     for site in candidates(shape):
         place = path(site, shape)
-        if _means(config, key, place) and not _left_out(config, place):
-            side = next((ours for ours, (field, _) in others if _means(config, field, place)), whole)
-            found.append((site, (side, tuple(_values(layout, config, place)))))
-    _all_mean_something(config, key, shape)
+        if _means(config, key, place, patterns) and not _left_out(config, place, patterns):
+            side = next((ours for ours, (field, _) in others if _means(config, field, place, patterns)), whole)
+            found.append((site, (side, tuple(values_at(layout, config, place, patterns)))))
+    if not found or not stored:
+        _all_mean_something(config, key, shape, patterns)
+    if not found:
+        raise SpecError(f"{key}: {repr(config.get(key))[:200]} means no module that is left; see exclude_modules")
     together: dict[tuple[_Fields, Layers], dict[str, tuple[str, ...]]] = {}
     for (side, values), those, layers in gathered(found, shape):
         together.setdefault((values, layers), dict.fromkeys(layout.sides, ()))[side] = those
@@ -117,72 +120,67 @@ def candidates(shape: ModelShape) -> Iterator[Site]:
         yield from (site for name in (*LINEAR, *NORMS) if shape.has(site := Site(layer, name)))
 
 
-def _means(config: Config, key: str, place: str) -> bool:
+def _means(config: Config, key: str, place: str, patterns: Patterns) -> bool:
     """As PEFT's `check_target_module_exists`."""
     value = config.get(key)
     if value == "all-linear":
         return not any(word in place.rpartition(".")[2] for word in ("norm", "ln_", "LayerNorm"))
     if isinstance(value, str):
-        return _fits(key, value, place)
-    if not any(f".{place}".endswith(f".{name}") for name in names(config, key)):
-        return False
+        return patterns.match(key, value, place) is not None
+    listed = names(config, key)
+    if place in listed or not any(f".{place}".endswith(f".{name}") for name in listed):
+        return place in listed
     chosen = config.get("layers_to_transform")
     if chosen is None or chosen == [] or key != "target_modules":
         return True
-    lists = names(config, "layers_pattern")
-    before = [rf"(?:^|.*?\.){name}" for name in lists] or [r".*?\.[^.]*"]
-    match = next((found for one in before if (found := _match("layers_pattern", rf"{one}\.(\d+)\..*", place))), None)
+    lists = [rf"(?:^|.*?\.){name}" for name in names(config, "layers_pattern")] or [r".*?\.[^.]*"]
+    matches = (patterns.match("layers_pattern", rf"{one}\.(\d+)\..*", place) for one in lists)
+    match = next((found for found in matches if found), None)
     layers = chosen if isinstance(chosen, list) else [chosen]
     return match is not None and int(match[1]) in layers
 
 
-def _left_out(config: Config, place: str) -> bool:
-    if any(_fits("modules_to_save", rf"(^|.*\.){name}($|\..*)", place) for name in names(config, "modules_to_save")):
+def _left_out(config: Config, place: str, patterns: Patterns) -> bool:
+    saved = (rf"(^|.*\.){name}($|\..*)" for name in names(config, "modules_to_save"))
+    if any(patterns.match("modules_to_save", one, place) for one in saved):
         return True
     value = config.get("exclude_modules")
     if isinstance(value, str):
-        return _fits("exclude_modules", value, place)
+        return patterns.match("exclude_modules", value, place) is not None
     return any(f".{place}".endswith(f".{name}") for name in names(config, "exclude_modules"))
 
 
-def _values(layout: Peft, config: Config, place: str) -> Iterator[tuple[str, object]]:
+def values_at(layout: Peft, config: Config, place: str, patterns: Patterns) -> Iterator[tuple[str, object]]:
     """The fields that a pattern gives the module another value of."""
     for field, changed in layout.patterns.items():
         given = config.get(field) or {}
         if not isinstance(given, Mapping):
-            raise SpecError(f"{field}: {given!r} is not an object of module names and values")
+            raise SpecError(f"{field}: {repr(given)[:200]} is not an object of module names and values")
         for name, value in given.items():
             if not isinstance(value, int | float):
-                raise SpecError(f"{field}: {value!r} is not a number")
-            if _fits(field, rf"(.*\.)?({name})", place):
+                raise SpecError(f"{field}: {repr(value)[:200]} is not a number")
+            if _plain(name) and not place.endswith(name.rpartition(".")[2]):
+                continue  # far sooner than by the pattern, where there is one for each module
+            if patterns.match(field, rf"(.*\.)?({name})", place):
                 yield changed, value
                 break
 
 
-def _fits(field: str, expression: str, place: str) -> bool:
-    return _match(field, expression, place) is not None
+def _plain(name: str) -> bool:
+    """Whether a pattern is letters, digits and points alone, and so ends as its last part does."""
+    return name.replace(".", "").replace("_", "").isalnum()
 
 
-def _match(field: str, expression: str, place: str) -> regex.Match[str] | None:
-    """Of the whole place; raises SpecError for an expression that is none, or that somebody made to take long."""
-    try:
-        return regex.fullmatch(expression, place, timeout=_SECONDS)
-    except regex.error as error:
-        raise SpecError(f"{field}: {expression!r} is not a regular expression: {error}") from None
-    except TimeoutError:
-        raise SpecError(f"{field}: {expression!r} takes more than {_SECONDS} s on {place!r}") from None
-
-
-def _all_mean_something(config: Config, key: str, shape: ModelShape) -> None:
+def _all_mean_something(config: Config, key: str, shape: ModelShape, patterns: Patterns) -> None:
     """Raise SpecError for a name of the list, or a pattern, that means nothing here, and for a layer that is not."""
     chosen = config.get("layers_to_transform")
     for layer in [] if chosen is None else chosen if isinstance(chosen, list) else [chosen]:
         if not isinstance(layer, int) or not 0 <= layer < shape.layers:
-            raise SpecError(f"layers: {layer} is not a layer of this backbone; it has 0-{shape.layers - 1}")
+            raise SpecError(f"layers: {repr(layer)[:200]} is not a layer of this backbone; it has 0-{shape.layers - 1}")
     value = config.get(key)
     asked: list[object] = [value] if isinstance(value, str) or not value else list(names(config, key))
     for one in asked:
         alone: Config = {key: one if isinstance(value, str) or not value else [one]}
-        if not any(_means(alone, key, path(site, shape)) for site in candidates(shape)):
+        if not any(_means(alone, key, path(site, shape), patterns) for site in candidates(shape)):
             known = ", ".join(architecture(shape.arch).modules)
-            raise SpecError(f"{key}: {one!r} matches no site of {shape.arch}; sites: {known}")
+            raise SpecError(f"{key}: {repr(one)[:200]} matches no site of {shape.arch}; sites: {known}")

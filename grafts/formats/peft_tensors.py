@@ -99,12 +99,12 @@ class Exchange:
         }
 
     def _passed_over(self, stored: Values) -> set[str]:
-        """Zeros, and the copies of shared tensors that PEFT writes for every module."""
+        """Zeros that are there, and the copies of shared tensors that PEFT writes for every module."""
         for key in self._blank.keys() & stored.keys():
             if bool(stored[key].count_nonzero()):
                 raise FormatError(f"{key}: is not zero, so this is another method")
         copies = {f"{self._module(site)}.{kept.key}" for site in self._sites for kept in self._layout.shared.values()}
-        return {*self._blank, *(copies & stored.keys())}
+        return (self._blank.keys() | copies) & stored.keys()
 
     def _own(self, stored: Tensor, tensor: TensorSpec, kept: Kept) -> Tensor:
         slot, place = self._slot(tensor), self._place(tensor)

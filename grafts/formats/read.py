@@ -17,7 +17,7 @@ def read(folder: Path, stock: BackboneFiles, fingerprint: str) -> tuple[BoundGra
 
     Raises FormatError for another, or a graft that does not fit.
     """
-    if (folder / native.DESCRIPTION).is_file():
+    if (folder / native.DESCRIPTION).exists():
         stored = native.load(folder, shape=stock.shape, backbone=fingerprint)
         return stored.graft, stored.tensors
     config = peft.config_of(folder)

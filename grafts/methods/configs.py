@@ -132,7 +132,9 @@ def _check(layout: Peft, config: Config, stored: bool) -> None:
     }
     if odd:
         said = ", ".join(sorted(read - {*_NOTES, *_PLACES, *layout.idle}))
-        raise SpecError(f"peft: {str(odd)[:200]} is not read for {layout.kind}; remove it. Fields: {said}")
+        raise SpecError(
+            f"peft: {str(odd)[:200]} is not read for {layout.kind}, and may change what it is. Fields: {said}"
+        )
     for key, value in layout.needs.items():
         if config.get(key, value) != value:
             raise SpecError(f"{key}: {config[key]!r} is not read for {layout.kind}; it takes {value!r}")

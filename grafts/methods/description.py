@@ -1,18 +1,23 @@
 """What a method's file says of it in words: the docstring of the function that builds its slots, in fixed parts.
 
-The first paragraph says what the method does, with the paper's equation or section; paragraphs after it what its
-arguments mean, where their names do not. `Deviations:` begins what differs from the paper, "none known" where the code
-was held against it and nothing did; `Choose when:` what speaks for it and against it. Torch-free.
+The first paragraph says what the method does, with the number of the paper's equation, or of the section, algorithm or
+theorem where it numbers no equation; paragraphs after it what its arguments mean, where their names do not.
+`Deviations:` begins what differs from the paper, "none known" where the code was held against it and nothing did;
+`Choose when:` what speaks for it and against it. Torch-free.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 
 from polygraft.grafts.methods.declare import Method
 
 _DEVIATIONS, _CHOOSE = "Deviations: ", "Choose when: "
+_NUMBERED = re.compile(
+    r"\b(?:eq\.|sections?|algorithm|proposition|theorem) \d+(?:\.\d+)*(?:(?: to | and |, |-)\d+(?:\.\d+)*)*"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,11 @@ class Description:
     arguments: str
     deviations: str
     choose: str
+
+    @property
+    def stated(self) -> tuple[str, ...]:
+        """Where the papers that the summary names state the method, as `eq. 3`; empty where no number is given."""
+        return tuple(_NUMBERED.findall(self.summary))
 
 
 def describe(method: Method) -> Description:

@@ -68,7 +68,12 @@ class Peft:
     modules, another some of them. `patterns` are the fields that give single modules another value of a field. With
     `layered` the config can choose layers by number, and `topmost` is the field for how many of the last ones. `own`
     and `shared` say where tensors are, by part, or `packed` does; parts that are in none of them are not kept, and zero
-    when they come back.
+    when they come back. Where PEFT's method changes biases, too, `shift(stored, module, slot, number)` is what it adds
+    to the outputs of a site's module and the keys that nothing else reads, or None; `number` gives the backbone's own
+    `weight` and `bias` (None where there is none). A job's `trains_biases` where there are some.
+
+    What PEFT keeps of a module that is fused here (GPT-2's c_attn) is one graft for each of its projections where the
+    method is `separable`: a row of dW depends on the tensors along the outputs by that row alone.
     """
 
     kind: str
@@ -88,6 +93,9 @@ class Peft:
     own: Mapping[str, Kept] = field(default_factory=dict)
     shared: Mapping[str, Kept] = field(default_factory=dict)
     packed: Packed | None = None
+    shift: Callable[..., tuple[Tensor, set[str]] | None] | None = None
+    trains_biases: bool = False
+    separable: bool = False
     blank: Callable[[SiteShape], Mapping[str, tuple[int, ...]]] = _none  # zeros that PEFT keeps, too: shapes by key
     conv1d: bool = False  # whether PEFT has it on weights that lie transposed (GPT-2's), too
     only_on: tuple[str, ...] | None = None  # the architectures that PEFT has it on

@@ -20,7 +20,7 @@ _REASONS: Mapping[tuple[str, ...], str] = {
     ("shadow",): "a second network whose hidden states ride beside the backbone's, and whole layers that read both",
     ("ipa",): "a second model that multiplies the output's probabilities",
     ("x-lora", "xlora"): "its gates read the last layer of a first pass of the bare backbone, a second pass for every "
-    "token; mole and meteora weigh trained LoRAs by what the layer itself reads",
+    "token; output-gated-loras and meteora weigh trained LoRAs by what the layer itself gives or reads",
     ("aprompt",): "trained queries are rows of attention that belong to no token",
     ("infoprompt", "ptp"): "its loss is of hidden states or of moved inputs, and a job's loss is of its tokens",
     ("autolora", "s3pet", "s3delta"): "two losses on two data sets in turn; `polygraft search` chooses sizes instead",
@@ -58,8 +58,7 @@ _RENAMED: Mapping[str, tuple[str, str]] = {
 _ELSEWHERE: Mapping[tuple[str, ...], str] = {
     ("s4",): "it is a union over groups of layers, sized by a budget; `polygraft methods --s4 PARAMETERS` prints it",
     ("lorahub", "adaptersoup", "adapter-soup"): "it trains nothing: `polygraft grafts soup NAME MEMBERS...` makes the "
-    "mean of trained grafts (AdapterSoup), with --examples FILE their weighted sum (LoRAHub); a request's field "
-    "`grafts` weighs them while they are served",
+    "mean of trained grafts (AdapterSoup), with --examples FILE their weighted sum (LoRAHub)",
 }
 # A name that two methods of the literature have, by the one that is here: which it is.
 NAMED_TWICE: Mapping[str, str] = {

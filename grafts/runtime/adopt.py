@@ -20,6 +20,7 @@ from polygraft.grafts.runtime.modules import FusedProjection, Layer, SiteLinear,
 from polygraft.grafts.runtime.norms import FrozenNorm
 from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.projection import project
+from polygraft.grafts.runtime.rotary_attention import RotaryAttention
 from polygraft.grafts.sites import BLOCK_SITE, NORMS, SUBLAYER, ModelShape, Site, module_path
 
 # Projections that read one input and are multiplied as one.
@@ -92,6 +93,8 @@ class Adoption:
         inner = self.base.get_submodule(self._path(site))
         if isinstance(getattr(inner, "act_fn", None), SiLUActivation) and "ffn.gate" in self.table.modules:
             inner = GatedFeedForward(inner.gate_proj, inner.up_proj, inner.down_proj)  # type: ignore[arg-type]
+        if self.table.pre_norm and site.name == "attn.out":
+            inner = RotaryAttention(inner)
         ends, first = site.name in self.table.inputs, inner
         self._put(self._path(site), Sublayer(site, inner, ends=ends, norm=None if ends else self._norm_before(site)))
         if ends:

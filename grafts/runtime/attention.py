@@ -95,14 +95,21 @@ def attention_forward(  # noqa: PLR0913
     **_: object,
 ) -> tuple[Tensor, None]:
     """The function in transformers' attention registry: flattens [1, heads, T, head_dim] and asks the current route."""
-    route = current()
     q, k, v = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     kv_heads = key.shape[1]
     if getattr(module, "crosses", False):
+        route = current()
         assert isinstance(route.attention, WholeSequences)
         return route.attention.cross(q, k, v, Scores(scaling)).view(1, len(q), query.shape[1], -1), None
     scores = Scores(scaling, sliding_window, None if position_bias is None else position_bias[0], softcap)
+    return attended(layer, q, k, v, kv_heads, scores).view(1, len(q), query.shape[1], -1), None
+
+
+def attended(layer: int, q: Tensor, k: Tensor, v: Tensor, kv_heads: int, scores: Scores) -> Tensor:
+    """Attention of the current route's rows, with all that its grafts do in it: q [T, heads * head_dim], k and v [T,
+    kv_heads * head_dim] in a layer."""
+    route = current()
     site = Site(layer, KV_SITE)
     gated = [(key, stack) for key, stack in route.stacks.of_kind(site, KVKey) if key.gate != "none"]
     if gated:
@@ -113,7 +120,7 @@ def attention_forward(  # noqa: PLR0913
     if stack is not None:
         pk, pv = stack.parts["k"], stack.parts["v"]
         out = aside(q, out, pk, pv, route.segments(stack.slices), kv_heads, scores)
-    return out.view(1, len(out), query.shape[1], -1), None
+    return out
 
 
 def _joined(  # noqa: PLR0913

@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.runtime import attention as attention_module
 from polygraft.grafts.runtime.adopt import Adoption, head_transform
 from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.checked import check_loading, model_class, read_config
 from polygraft.grafts.runtime.embedding import embed
 from polygraft.grafts.runtime.generated import check_inputs
 from polygraft.grafts.runtime.layer_plan import LayerPlan
@@ -32,7 +32,6 @@ from polygraft.grafts.spec import SpecError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 class Backbone:
@@ -105,16 +104,19 @@ class Backbone:
         For `training`, products are blockwise, so that a row's numbers are its own to the last bit, and bf16 weights
         lie plain, since one copy serves both directions; else they are prepacked for the small steps of serving. With
         `quantise` the projections of the layers are in NF4 (QLoRA, LoftQ), and the backbone is another one by its
-        fingerprint.
+        fingerprint. Raises BackboneError where the files do not hold exactly the config's tensors.
         """
-        config = json.loads((folder / "config.json").read_text())
+        config = read_config(folder)
         shape = ModelShape.from_config(config)
-        model = _class(shape, config).from_pretrained(
+        model, found = model_class(shape, config).from_pretrained(
             folder,
             dtype=dtype or best_dtype(device),
             attn_implementation=attention_module.register(),
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        check_loading(found, shape, folder)
         identity = fingerprint(folder, quantise)
         return Backbone(model.eval().to(device), shape, identity, folder, training=training, quantise=quantise)
 
@@ -214,18 +216,6 @@ class Backbone:
     def softcap_backward(self, slope: Tensor, logits: Tensor) -> Tensor:
         """The gradient of the head's product from that of these logits."""
         return slope if self.cap is None else slope * (1 - (logits.detach() / self.cap).square())
-
-
-def _class(shape: ModelShape, config: Mapping[str, object]) -> type[_BaseAutoModelClass]:
-    """The transformers class that loads the backbone with its head, or without one if its files hold none."""
-    import transformers
-
-    classes = config.get("architectures")
-    headless = not shape.causal and isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
-    auto_class: type[_BaseAutoModelClass] = getattr(
-        transformers, "AutoModel" if headless else architecture(shape.arch).auto
-    )
-    return auto_class
 
 
 def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:

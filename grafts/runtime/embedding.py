@@ -55,16 +55,28 @@ def _index(mode: str, stack: Stack, ids_T: Tensor, positions_T: Tensor, route: R
             if own.graft == span.graft:
                 rows = slice(span.start, span.stop)
                 spec = route.stacks.residents[own.graft].spec
-                index[rows] = _places(mode, own, spec, ids_T[rows], positions_T[rows])
+                if mode == "replace":
+                    index[rows] = _edited(own, spec, ids_T[rows], route)
+                else:
+                    index[rows] = _places(mode, own, spec, ids_T[rows], positions_T[rows])
     return index
 
 
 def _places(mode: str, own: StackSlice, spec: GraftSpec, ids: Tensor, positions: Tensor) -> Tensor:
     if mode == "before":
         return torch.where(ids < 0, own.first - 1 - ids, -1)
-    if mode == "add":
-        at = positions - spec.context_length  # of the prompt's own tokens
-        return torch.where((at >= 0) & (at < own.last - own.first), own.first + at, -1)
-    edited = next(slot.ids for slot in spec.slots if isinstance(slot, Tokens) and slot.mode == "replace")
-    equal = ids.unsqueeze(1) == torch.tensor(edited, device=ids.device)
-    return torch.where(equal.any(1), own.first + equal.int().argmax(1), -1)
+    at = positions - spec.context_length  # of the prompt's own tokens
+    return torch.where((at >= 0) & (at < own.last - own.first), own.first + at, -1)
+
+
+def _edited(own: StackSlice, spec: GraftSpec, ids: Tensor, route: RouteTable) -> Tensor:
+    """Where the ids' rows are edited; a graft may edit all of a vocabulary."""
+
+    def ordered() -> tuple[Tensor, Tensor]:
+        edited = next(slot.ids for slot in spec.slots if isinstance(slot, Tokens) and slot.mode == "replace")
+        found, order = torch.tensor(edited, device=ids.device).sort()
+        return found, order
+
+    found, order = route.stacks.derived((_edited, own.graft), ordered)
+    at = torch.searchsorted(found, ids.contiguous()).clamp_max(len(found) - 1)
+    return torch.where(found[at] == ids, own.first + order[at], -1)

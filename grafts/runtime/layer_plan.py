@@ -20,6 +20,7 @@ from polygraft.grafts.runtime.feedforward import GatedFeedForward
 from polygraft.grafts.runtime.keys import KVKey, OpKey, Phase
 from polygraft.grafts.runtime.layer_program import LayerProgram, PlannedLayer, PlannedLayers, program
 from polygraft.grafts.runtime.modules import Layer, SiteLinear, SiteNorm, Sublayer
+from polygraft.grafts.runtime.rotary_attention import RotaryAttention
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.sites import BLOCK_SITE, EMBED_SITE, FINAL_SITE, KV_SITE, ModelShape, Site, module_path
@@ -89,15 +90,14 @@ def _layer(
     if not isinstance(feed.inner, GatedFeedForward) or not all(isinstance(norm, SiteNorm) for norm in norms):
         return None
     attention = around.inner
-    # Mistral asks for its window with every call, the others say it of each layer.
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    assert isinstance(attention, RotaryAttention)
     heads = [getattr(attention, f"{part}_norm", None) for part in "qk"]
     return PlannedLayer(
         layer=layer,
         norms=norms,  # type: ignore[arg-type]  # as was just asked
         projections={site.name: one for site, one in projections.items() if site.layer == layer and one.member == 0},
         head_norms=_head_norms(*heads),
-        scores=Scores(attention.scaling, window),  # type: ignore[arg-type]
+        scores=Scores(attention.scaling, attention.sliding_window),
     )
 
 

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
+from polygraft.grafts.runtime.checked import BackboneError, checked
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder, write_text
 
 Quantise = str  # `methods/compressed/quantisation.py`
@@ -26,10 +27,6 @@ _SIDECAR = ".fingerprint.json"
 _HEADER_BYTES = 100 * 1024 * 1024  # the safetensors library's own limit
 # What a config says about its past rather than about the model.
 _HISTORY = {"_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"}
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be had; the message names it and says what to do."""
 
 
 def materialise(name_or_path: str, cache: Path) -> Path:
@@ -54,19 +51,6 @@ def check_hub_id(name: str) -> None:
         raise BackboneError(
             f"backbone: {name!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
         )
-
-
-def checked(folder: Path) -> Path:
-    """`folder`, if a backbone can be loaded from it. Weights in pickle files are never read."""
-    if not (folder / "config.json").is_file():
-        raise BackboneError(f"backbone: {folder} holds no config.json")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        why = f"only {pickled[0]}, which can run code when loaded; convert it to" if pickled else "no"
-        raise BackboneError(f"backbone: {folder} holds {why} safetensors")
-    if not (folder / "tokenizer.json").is_file():
-        raise BackboneError(f"backbone: {folder} holds no tokenizer.json")
-    return folder
 
 
 def fingerprint(folder: Path, quantise: Quantise | None = None) -> str:

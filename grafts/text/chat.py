@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 
 from jinja2 import Template
 from jinja2.utils import Namespace
 
-from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.sandbox import Budget, Sandbox
 
-TEMPLATE_CHARACTERS = 256 * 1024
+TEMPLATE_CHARACTERS = 64 * 1024
 
 
 class ChatError(ValueError):
@@ -34,11 +35,15 @@ class Chat:
         if len(template) > TEMPLATE_CHARACTERS:
             raise ChatError(f"the chat template has {len(template)} characters, more than {TEMPLATE_CHARACTERS}")
         self._special_tokens = dict(special_tokens)
+
+        def strftime_now(form: str) -> str:
+            return clock().strftime(form)
+
         self._sandbox = Sandbox(budget)
         self._sandbox.filters["tojson"] = self._sandbox.guarded("tojson", _tojson)
         self._sandbox.globals["raise_exception"] = _raise_exception
         self._sandbox.globals["namespace"] = _Namespace
-        self._sandbox.globals["strftime_now"] = lambda form: clock().strftime(form)
+        self._sandbox.globals["strftime_now"] = strftime_now
         self._template = self._compiled(template)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -59,6 +64,19 @@ class Chat:
                 )
             except Exception as error:  # a template can raise anything that Python can
                 raise ChatError(f"the chat template refuses the messages: {_reason(error)}") from error
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes before the assistant's text when that is to be generated; "" where nothing can be
+        told apart."""
+        ask = Message("user", "x")
+        for messages in ((ask,), (Message("system", "x"), ask)):
+            try:
+                asked, opened = (self.render(messages, add_generation_prompt=prompt) for prompt in (False, True))
+            except ChatError:
+                continue
+            return opened.removeprefix(asked) if opened.startswith(asked) else ""
+        return ""
 
     def _compiled(self, template: str) -> Template:
         with self._sandbox.metered():

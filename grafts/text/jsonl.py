@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal, cast, get_args
+from typing import BinaryIO
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[str, ...] = get_args(Role)
+from polygraft.grafts.text.message import Message, MessageError, read_training_message, shown
 
 _PREFERENCE = {"preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"} | {
     "chosen",
@@ -29,19 +28,6 @@ class DataError(ValueError):
         super().__init__(f"line {line}: {message}" if line else message)
         self.line = line
         self.message = message
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn. `weight` is the loss weight of an assistant's tokens (0 or 1) and means nothing for the other roles."""
-
-    role: Role
-    content: str
-    weight: int = 1
-
-    @property
-    def trained(self) -> bool:
-        return self.role == "assistant" and self.weight > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +69,13 @@ def read(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Example]:
 
 def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example:
     """The example on one line. Raises DataError naming the line, the field and the offending value."""
-    record = _object(raw, line)
+    record = {key: value for key, value in _object(raw, line).items() if value is not None}
     if _PREFERENCE & record.keys():
         raise DataError(line, "preference pairs are not supported yet; give one conversation under 'messages'")
     if "prompt" in record and "messages" not in record:
         raise DataError(line, "prompt-completion pairs are not supported; give the chat format under 'messages'")
-    _known(record, {"messages"}, line, "")
+    if unknown := sorted(record.keys() - {"messages"}):
+        raise DataError(line, f"{unknown[0][:60]}: unknown key; the known ones are messages")
     if "messages" not in record:
         raise DataError(line, "messages: required, but missing")
     entries = record["messages"]
@@ -102,12 +89,6 @@ def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example:
     if not any(message.trained for message in messages):
         raise DataError(line, "messages: every assistant message has weight 0; give at least one of them weight 1")
     return Example(messages, line)
-
-
-def shown(value: object) -> str:
-    """A value as JSON, short enough for an error message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes]]:
@@ -139,32 +120,10 @@ def _object(raw: bytes, line: int) -> dict[str, object]:
 
 
 def _message(entry: object, line: int, where: str) -> Message:
-    if not isinstance(entry, dict):
-        raise DataError(line, f"{where}: {shown(entry)} is not an object with 'role' and 'content'")
-    role = entry.get("role")
-    if role in ("tool", "function") or entry.keys() & {"tool_calls", "function_call"}:
-        raise DataError(line, f"{where}: tool calls and tool messages are not supported yet")
-    _known(entry, {"role", "content", "weight"}, line, f"{where}.")
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(line, f"{where}.role: {shown(role)} is not one of {', '.join(ROLES)}")
-    content = entry.get("content")
-    if not isinstance(content, str):
-        raise DataError(line, f"{where}.content: {shown(content)} is not a string")
-    if not content.strip():
-        raise DataError(line, f"{where}.content: {shown(content)} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise DataError(line, f"{where}.content: holds half of a surrogate pair, which is no character")
-    weight = entry.get("weight", 1)
-    if "weight" in entry and role != "assistant":
-        raise DataError(line, f"{where}.weight: {shown(weight)} on a {role} message; only the assistant's are trained")
-    if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
-        raise DataError(line, f"{where}.weight: {shown(weight)} is not 0 or 1")
-    return Message(cast(Role, role), content, weight)
-
-
-def _known(record: dict[str, object], allowed: set[str], line: int, where: str) -> None:
-    if unknown := sorted(record.keys() - allowed):
-        raise DataError(line, f"{where}{unknown[0][:60]}: unknown key; the known ones are {', '.join(sorted(allowed))}")
+    try:
+        return read_training_message(entry)
+    except MessageError as error:
+        raise DataError(line, f"{where}{'.' if error.path else ''}{error.path}: {error}") from None
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
+from polygraft.grafts.text.answers import answers
 from polygraft.grafts.text.chat import Chat, ChatError
-from polygraft.grafts.text.jsonl import DataError, Example, Message
-
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's private planes: characters nobody has given a meaning
+from polygraft.grafts.text.jsonl import DataError, Example
+from polygraft.grafts.text.message import Message, shown
+from polygraft.grafts.text.special_tokens import SpecialTokens
 
 
 class TokeniserError(ValueError):
@@ -24,27 +23,41 @@ class TokeniserError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A training example. `weights[t]` is the loss weight of predicting `ids[t]`, so `weights[0]` is 0."""
+    """A training example. `weights[t]` is the loss weight of predicting `ids[t]`, so `weights[0]` is 0. `cut` tokens at
+    its end were left out, `unlearned` of them with a weight."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    cut: int = field(default=0, compare=False)
+    unlearned: int = field(default=0, compare=False)
 
 
 class Tokeniser:
     """A tokenizer with its chat template and stop tokens. Build it with `Tokeniser.load`. Threads can share it."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat | None, eos_ids: tuple[int, ...], fingerprint: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: Chat | None,
+        eos_ids: tuple[int, ...],
+        fingerprint: str,
+        embedded: int | None = None,
+    ) -> None:
+        """`embedded` is how many tokens the backbone has embeddings for; None: nobody has said."""
         tokenizer.no_truncation()  # tokenizer.json may ask for either; lengths are ours to decide
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.content.strip()}
+        self._ends = added.union(eos_ids)  # what can end a turn, whether or not a file calls it special
+        self._embedded = embedded
         self.chat = chat
         self.eos_ids = eos_ids
         self.fingerprint = fingerprint
 
     @staticmethod
     def load(folder: Path) -> Tokeniser:
-        """From tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json and config.json.
+        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja,
+        generation_config.json and config.json.
 
         The stop tokens are all that any of the files calls end of sequence: chat models often name the end of a turn in
         only one of them. The fingerprint covers the tokenizer, the template, the special tokens and the stop tokens.
@@ -58,16 +71,21 @@ class Tokeniser:
             raise TokeniserError(f"{path} is missing; only fast tokenizers (tokenizer.json) are read") from None
         except Exception as error:  # the Rust library raises bare Exception for what it cannot parse
             raise TokeniserError(f"{path} is not a tokenizer: {str(error)[:200]}") from None
-        config = _json(folder / "tokenizer_config.json")
-        named = _special_tokens(config)
+        config, model = _json(folder / "tokenizer_config.json"), _json(folder / "config.json")
+        map_file, added_file = _json(folder / "special_tokens_map.json"), _json(folder / "added_tokens.json")
+        special = SpecialTokens.of(config, map_file, added_file)
+        special.add_to(tokenizer)
+        named = special.named
         template = _template(folder, config)
-        eos = {id for file in ("generation_config.json", "config.json") for id in _ids(_json(folder / file))}
+        eos = {id for file in (_json(folder / "generation_config.json"), model) for id in _ids(file)}
         if (token := named.get("eos_token")) and (id := tokenizer.token_to_id(token)) is not None:
             eos.add(id)
         parts = [sha256(raw).hexdigest(), template, sorted(named.items()), sorted(eos)]
         fingerprint = sha256(json.dumps(parts).encode()).hexdigest()
         chat = None if template is None else Chat(template, named)
-        return Tokeniser(tokenizer, chat, tuple(sorted(eos)), fingerprint)
+        vocab = model.get("vocab_size")
+        embedded = vocab if isinstance(vocab, int) else None
+        return Tokeniser(tokenizer, chat, tuple(sorted(eos)), fingerprint, embedded)
 
     @property
     def vocabulary(self) -> int:
@@ -75,25 +93,27 @@ class Tokeniser:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Plain text, with the tokens (such as BOS) the tokenizer itself puts around it."""
-        return tuple(self._tokenizer.encode_batch([text])[0].ids)
+        """Plain text, with the tokens (such as BOS) the tokenizer itself puts around it. Raises ChatError for a token
+        without an embedding."""
+        return tuple(self._known(self._tokenizer.encode_batch([text])[0]).ids)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
-        """What transformers' `apply_chat_template` gives. Raises ChatError."""
+        """What transformers' `apply_chat_template` gives. Raises ChatError, for a token without an embedding too."""
         return tuple(self._encode(self._chat.render(messages, add_generation_prompt=add_generation_prompt)).ids)
 
-    def encode_example(self, example: Example, max_length: int) -> Tokens:
-        """The whole conversation, cut after `max_length` tokens. Weighted: each trained assistant message's content and
-        the special token that ends its turn; everything else is 0.
+    def encode_example(self, example: Example, max_length: int | None) -> Tokens:
+        """The whole conversation, cut after `max_length` tokens, if any. Weighted: what the assistant writes of each
+        trained message (`answers`) and the token that ends its turn; everything else is 0.
 
-        Raises DataError naming the example's line if the template refuses it or no weighted token is left.
+        Raises DataError naming the example's line if the template refuses it, the backbone has no embedding for a
+        token, or no weighted token is left.
         """
         try:
-            text = self._chat.render(example.messages, add_generation_prompt=False)
-            contents = self._contents(example, text)
+            text = self._rendered(example.messages)
+            contents = answers(example.messages, text, self._rendered, self._chat.opening)
+            encoding = self._encode(text)
         except ChatError as error:
             raise DataError(example.line, str(error)) from error
-        encoding = self._encode(text)
         weights = [0.0] * len(encoding.ids)
         for message, content in zip(example.messages, contents, strict=True):
             if message.trained:
@@ -106,7 +126,9 @@ class Tokeniser:
                 f"none of the first {max_length} tokens (max_length) of {len(weights)} is trained, because the "
                 "assistant's text comes later; shorten the example or raise max_length",
             )
-        return Tokens(tuple(encoding.ids[:max_length]), tuple(weights[:max_length]))
+        left = [] if max_length is None else weights[max_length:]
+        unlearned = sum(weight > 0 for weight in left)
+        return Tokens(tuple(encoding.ids[:max_length]), tuple(weights[:max_length]), len(left), unlearned)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -118,40 +140,25 @@ class Tokeniser:
             raise ChatError("the backbone's tokenizer has no chat template; use a chat model, or plain completions")
         return self.chat
 
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        return self._chat.render(messages, add_generation_prompt=False)
+
     def _encode(self, text: str) -> Encoding:
         # A batch of one: `encode` keeps the interpreter to itself, for seconds where the text has megabytes.
-        return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        return self._known(self._tokenizer.encode_batch([text], add_special_tokens=False)[0])
 
-    def _contents(self, example: Example, text: str) -> list[range]:
-        """Where in `text` the characters of each message's content lie; empty for messages that are not trained.
-
-        The conversation is rendered a second time with a private character before and after the contents. Unlike
-        comparing renderings of growing prefixes, this holds for templates that treat the last turn, the first turn or a
-        missing system prompt in their own way. That the marks changed nothing else is checked.
-        """
-        letters = set().union(*(message.content for message in example.messages), text)
-        free = (chr(code) for code in _PRIVATE if chr(code) not in letters)
-        marks = [tuple(islice(free, 2)) if message.trained else () for message in example.messages]
-        marked = self._chat.render(
-            [_marked(m, *mark) if mark else m for m, mark in zip(example.messages, marks, strict=True)],
-            add_generation_prompt=False,
-        )
-        every = [character for mark in marks for character in mark]
-        if marked.translate({ord(character): None for character in every}) != text or any(
-            marked.count(character) != 1 for character in every
-        ):
-            raise ChatError("the chat template rewrites the assistant's text, so its tokens cannot be found")
-        at = {marked.index(character): character for character in every}
-        place = {character: index - before for before, (index, character) in enumerate(sorted(at.items()))}
-        found = []
-        for message, mark in zip(example.messages, marks, strict=True):
-            start, stop = (place[mark[0]], place[mark[1]]) if mark else (0, 0)
-            lead = message.content[: len(message.content) - len(message.content.lstrip())]
-            found.append(range(start - len(lead) if text[:start].endswith(lead) else start, stop))
-        return found
+    def _known(self, encoding: Encoding) -> Encoding:
+        """`encoding`, if the backbone has an embedding for each of its tokens; a tokenizer can have more than it."""
+        most = max(encoding.ids, default=0)
+        if self._embedded is not None and most >= self._embedded:
+            raise ChatError(
+                f"{shown(self._tokenizer.id_to_token(most))} is token {most}, for which the backbone has no embedding: "
+                f"its vocabulary has {self._embedded} (0 to {self._embedded - 1}); leave it out of the text"
+            )
+        return encoding
 
     def _turn(self, encoding: Encoding, text: str, content: range) -> range:
-        """The tokens that hold some of `content`, on to the special token after it if only white space lies between.
+        """The tokens that hold some of `content`, on to the added token after it if only white space lies between.
 
         A first token may begin before it: templates that write a space first make it one with the first word.
         """
@@ -161,16 +168,9 @@ class Tokeniser:
         for index in range(last, len(offsets)):
             if text[content.stop : offsets[index][0]].strip():
                 break
-            if encoding.ids[index] in self._special:
+            if encoding.ids[index] in self._ends:
                 return range(first, index + 1)
         return range(first, last)
-
-
-def _marked(message: Message, before: str, after: str) -> Message:
-    """Marks inside the white space at the ends, which templates like to trim."""
-    core = message.content.strip()
-    lead, _, trail = message.content.partition(core) if core else ("", "", message.content)
-    return Message(message.role, f"{lead}{before}{core}{after}{trail}", message.weight)
 
 
 def _json(path: Path) -> dict[str, object]:
@@ -184,13 +184,6 @@ def _json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise TokeniserError(f"{path} is not a JSON object")
     return value
-
-
-def _special_tokens(config: dict[str, object]) -> dict[str, str]:
-    """Named special tokens: strings, or in older files objects with `content`."""
-    found = {name: config.get(name) for name in _SPECIAL}
-    text = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: token for name, token in text.items() if isinstance(token, str)}
 
 
 def _template(folder: Path, config: dict[str, object]) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from polygraft.kernels.kv import whole
 from polygraft.kernels.kv.layout import Bucket, Layout
 from polygraft.kernels.kv.scores import Scores
 
@@ -21,13 +22,16 @@ def attend(  # noqa: PLR0913
     future where the layout is not causal; rows outside sequences are 0. `Scores` says what else a query does not see.
 
     q [T, heads * head_dim], k and v [T or rows of the sources, kv_heads * head_dim], prefix stacks pk and pv [P,
-    the same]. Scores and products in the inputs' dtype, softmax in float32 or wider. Differentiable in all five; prefix
+    the same]. Scores and products in the inputs' dtype (compiled, scores in float32: `whole`),
+    softmax in float32 or wider. Differentiable in all five; prefix
     gradients sum over the sequences that use them, bucket by bucket, in float32 or wider.
     """
     if q_TE.is_cuda and layout.causal and scores.bias is None:
         from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
         return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
+    if whole.supports((q_TE, k_TC, v_TC, pk_PC, pv_PC), layout, scores):
+        return whole.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, False)  # type: ignore[no-any-return,no-untyped-call]
 
 

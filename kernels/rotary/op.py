@@ -14,11 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from polygraft.kernels.compiled.calls import DTYPES, Call, Function, computes, function, structure
 from polygraft.kernels.residual_norm.op import Norm, apply
 
 _SOURCE = Path(__file__).with_name("rotary.cpp")
+_TURNED = structure(
+    "Turned",
+    pointers="q k cos sin q_to k_to",
+    integers="q_stride k_stride q_to_stride k_to_stride rows heads kv_heads head_dim turned dtype back threads",
+)
 _ROTARY = structure(
     "Rotary",
     pointers="q k v cos sin q_weight k_weight cache slots",
@@ -38,6 +44,65 @@ class HeadNorms:
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # q [T, heads * head_dim], k and v [T, kv_heads * head_dim]
+
+
+def turned(q_TE: Tensor, k_TC: Tensor, angles: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """Semantics: (turned(q[t]), turned(k[t])) as `rotary_write` has it; q [T, heads * head_dim], k [T, kv_heads *
+    head_dim], whose rows may be a stride apart, cos and sin [T, turned], all of one dtype. Differentiable in q and
+    k."""
+    if _all_compiled(q_TE, k_TC, *angles) is not None:
+        return _Turned.apply(q_TE, k_TC, *angles, heads)  # type: ignore[no-any-return,no-untyped-call]
+    head_dim = q_TE.shape[1] // heads
+    q, k = (_turned(torch.unflatten(x, 1, (-1, head_dim)), *angles).flatten(1) for x in (q_TE, k_TC))
+    return q, k
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads  # type: ignore[attr-defined]
+        return _turn(q, k, (cos, sin), heads, back=False)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        dq, dk = (x if x.stride(1) == 1 else x.contiguous() for x in (dq, dk))
+        return *_turn(dq, dk, (cos, sin), ctx.heads, back=True), None, None, None  # type: ignore[attr-defined]
+
+
+def _turn(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], heads: int, *, back: bool) -> tuple[Tensor, Tensor]:
+    compiled = _all_compiled(q, k, *angles)
+    assert compiled is not None
+    cos, sin = (x.contiguous() for x in angles)
+    q_to, k_to = q.new_empty(q.shape), k.new_empty(k.shape)
+    head_dim = q.shape[1] // heads
+    compiled.ready(
+        q=q,
+        k=k,
+        cos=cos,
+        sin=sin,
+        q_to=q_to,
+        k_to=k_to,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        q_to_stride=q_to.stride(0),
+        k_to_stride=k_to.stride(0),
+        rows=len(q),
+        heads=heads,
+        kv_heads=k.shape[1] // head_dim,
+        head_dim=head_dim,
+        turned=cos.shape[1],
+        dtype=DTYPES[q.dtype],
+        back=back,
+        threads=torch.get_num_threads(),
+    )()
+    return q_to, k_to
+
+
+def _all_compiled(*tensors: Tensor) -> Function | None:
+    alike = len({x.dtype for x in tensors}) == 1 and all(x.stride(-1) == 1 for x in tensors)
+    return function(_SOURCE, "turned", _TURNED) if alike and computes(*tensors) else None
 
 
 def rotary_write(
@@ -113,4 +178,5 @@ def _turned(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     width = cos_TD.shape[1]
     x, rest = x_THD[..., :width], x_THD[..., width:]
     half = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
-    return torch.cat((x * cos_TD.unsqueeze(1) + half * sin_TD.unsqueeze(1), rest), dim=-1)
+    y = x * cos_TD.unsqueeze(1) + half * sin_TD.unsqueeze(1)
+    return torch.cat((y, rest), dim=-1) if rest.shape[-1] else y

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.commands.common import flags
 from polygraft.launch.commands.grafts import OnBackbone, Promote, grafts, load_backbone, made, usage_errors
-from polygraft.launch.output import Failure, Status
 from polygraft.launch.progress import counted
-
-if TYPE_CHECKING:
-    from polygraft.grafts.runtime.backbone import Backbone
 
 _SHOWN = 5
 
@@ -46,6 +41,7 @@ def bitdelta(
     from polygraft.grafts.runtime.backbone import Backbone
     from polygraft.grafts.runtime.pretrained import materialise
     from polygraft.grafts.spec import SpecError
+    from polygraft.launch.examples import encoded
 
     with usage_errors(), flags(context).client() as client:
         loaded = load_backbone(flags(context), backbone)
@@ -58,7 +54,7 @@ def bitdelta(
             more = f" and {len(rest) - _SHOWN} others" if len(rest) > _SHOWN else ""
             typer.echo(f"not in the graft, though it was tuned: {', '.join(rest[:_SHOWN])}{more}", err=True)
         if examples is not None:
-            samples = _samples(examples, loaded, max_length)
+            samples = [one.ids for one in encoded(examples, loaded.folder, max_length)]
             with counted() as report:
                 found = distil(
                     graft,
@@ -72,14 +68,3 @@ def bitdelta(
             typer.echo(f"logits' squared distance {found.first:.4g} -> {found.last:.4g}", err=True)
             values = dict(found.tensors)
         typer.echo(made(client, name, graft, values, loaded.fingerprint, promote=promote).id)
-
-
-def _samples(examples: Path, loaded: Backbone, max_length: int) -> Sequence[Sequence[int]]:
-    from polygraft.grafts.text.jsonl import DataError, read
-    from polygraft.grafts.text.tokenise import Tokeniser
-
-    tokeniser = Tokeniser.load(loaded.folder)
-    try:
-        return [tokeniser.encode_example(example, max_length).ids for example in read(examples)]
-    except (DataError, OSError) as error:
-        raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None

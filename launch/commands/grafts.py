@@ -85,7 +85,7 @@ def import_graft(
         raise Failure(f"{folder} is no folder", Status.USAGE)
     found = [(folder, name or "")] if name else [(one, one.name) for one in sorted(folder.iterdir()) if one.is_dir()]
     refused = 0
-    with flags(context).client() as client:
+    with usage_errors(), flags(context).client() as client:
         if backbone is not None:
             _check_backbone(client, backbone)
         for one, its_name in found:
@@ -216,7 +216,7 @@ def load_backbone(found: Flags, backbone: str | None) -> Backbone:
 def usage_errors() -> Iterator[None]:
     """What is wrong with a folder or a name, as the command's answer."""
     from polygraft.grafts.formats.check import FormatError
-    from polygraft.grafts.runtime.pretrained import BackboneError
+    from polygraft.grafts.runtime.checked import BackboneError
 
     try:
         yield

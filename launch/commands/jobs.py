@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.client import Client, JobEvent, RemoteJob
+from polygraft.cluster.client import Client, JobEvent, RemoteDryRun, RemoteJob
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.commands.request import read_request
 from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
@@ -47,11 +47,16 @@ def submit(
     warmup_ratio: Annotated[float | None, typer.Option()] = None,
     weight_decay: Annotated[float | None, typer.Option()] = None,
     max_grad_norm: Annotated[float | None, typer.Option()] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens kept of an example.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens kept of an example; all that there is room for when not given.")
+    ] = None,
     dropout: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Let the bare name mean the new version.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job's end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the job would be and what it would cut; make nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a graft on a file of chat examples."""
@@ -73,6 +78,10 @@ def submit(
         "promote": promote or None,
     }
     request = read_request(file, {name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        with flags(context).client() as client:
+            _print_dry_run(request.dry_run(client), as_json=as_json)
+        return
     with flags(context).client() as client:
         job = client.create_job(request.body(client))
         if not detach:
@@ -190,6 +199,28 @@ def _print_event(event: JobEvent, *, as_json: bool) -> None:
     color = {"warn": "yellow", "error": "red"}.get(event.level, "dim")
     at = datetime.fromtimestamp(event.created_at).strftime("%H:%M:%S")
     screen.print(f"[dim]{at}[/] [{color}]{event.level:5}[/] {escape(event.message)}", highlight=False, soft_wrap=True)
+
+
+def _print_dry_run(found: RemoteDryRun, *, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    rows = {
+        "model": found.model,
+        "method": escape(found.peft),
+        "parameters": found.parameters,
+        "learning rate": found.learning_rate,
+        "max length": "no limit" if found.max_length is None else found.max_length,
+        "steps": found.steps,
+    }
+    for name, file in found.files.items():
+        part = "" if file.complete else "at least "
+        rows[name.replace("_", " ")] = (
+            f"{part}{file.examples} examples, {part}{file.tokens} tokens, {file.trained_tokens} of them trained; "
+            f"the longest has {file.longest}"
+        )
+        rows[f"{name.split('_')[0]} cut"] = file.warning or "nothing"
+    print_table((), ((f"[bold]{name}[/]", value) for name, value in rows.items() if value is not None), empty="")
 
 
 def _print_job(job: RemoteJob) -> None:

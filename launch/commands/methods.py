@@ -60,11 +60,11 @@ def methods(
         print_json([_json(method, entry(method, shape)) for method in known])
         return
     print_table(
-        ("method", "family", "#parameters", "#training", "merges", "#learning rate", "paper"),
+        ("method", "kind", "#parameters", "#training", "merges", "#learning rate", "paper"),
         (
             (
                 escape(_usage(method)),
-                line.family,
+                line.kind,
                 f"{line.parameters:,}",
                 f"{state_bytes(line.parameters, line.frozen) / 1e6:,.1f} MB",
                 "yes" if line.mergeable else "",

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from pydantic import JsonValue
 
-from polygraft.cluster.client import Client
+from polygraft.cluster.client import Client, RemoteDryRun
 from polygraft.cluster.spec import FineTuningRequest, Hyperparameters
+from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
 
 _TRAINING = tuple(Hyperparameters.model_fields)
@@ -41,6 +41,16 @@ class SubmitRequest:
         training = {name: self.fields[name] for name in _TRAINING if name in self.fields}
         return {**top, "method": {"type": "supervised", "supervised": {"hyperparameters": training}}}
 
+    def dry_run(self, client: Client) -> RemoteDryRun:
+        """What the job would be; files that were uploaded for the answer are deleted again."""
+        body = self.body(client)
+        try:
+            return client.dry_run(body)
+        finally:
+            for name in _FILES:
+                if body.get(name) != self.fields.get(name):
+                    client.delete_file(str(body[name]))
+
     def _upload(self, client: Client, name: str, value: str) -> str:
         path = self.folder / value
         if not path.exists() and value.startswith("file-"):
@@ -55,8 +65,8 @@ def read_request(file: Path, options: Mapping[str, JsonValue]) -> SubmitRequest:
     if file.suffix not in (".yaml", ".yml"):
         return SubmitRequest({"training_file": str(file.absolute()), **_absolute(options)}, Path())
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(file)
+    except YamlError as error:
         raise Failure(f"{file}: {error}", Status.USAGE) from None
     if not isinstance(content, dict):
         raise Failure(f"{file}: expected field: value lines, found {content!r}", Status.USAGE)

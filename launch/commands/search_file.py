@@ -7,13 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
 
 from polygraft.cluster.client import Client
 from polygraft.cluster.spec import read_request
 from polygraft.cluster.validation import explain
 from polygraft.grafts.sites import ModelShape
+from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.space import autopeft
@@ -73,9 +73,9 @@ class SearchFile(BaseModel):
 def read_search_file(file: Path) -> SearchFile:
     """Raises Failure that names the field and the choices."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
         wanted = SearchFile.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except YamlError as error:
         raise Failure(f"{file}: {error}", Status.USAGE) from None
     except ValidationError as error:
         raise Failure(f"{file}: {explain(error, SearchFile)[1]}", Status.USAGE) from None

@@ -11,7 +11,6 @@ import typer
 
 from polygraft.launch.commands.common import flags
 from polygraft.launch.commands.grafts import OnBackbone, Promote, folder_of, grafts, load_backbone, made, usage_errors
-from polygraft.launch.output import Failure, Status
 
 
 def register() -> None:
@@ -25,7 +24,9 @@ def soup_of(
     examples: Annotated[
         Path | None, typer.Option(help="A few chat examples as JSONL, on which each member's weight is found.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of an example.", min=2)] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens kept of an example; all that there is room for when not given.", min=2)
+    ] = None,
     steps: Annotated[int, typer.Option(help="At most so many losses to find weights by.", min=1)] = 40,
     backbone: OnBackbone = None,
     promote: Promote = False,
@@ -34,10 +35,9 @@ def soup_of(
     from polygraft.grafts.compose import lorahub, soup
     from polygraft.grafts.formats import native
     from polygraft.grafts.spec import SpecError
-    from polygraft.grafts.text.jsonl import DataError, read
-    from polygraft.grafts.text.tokenise import Tokeniser
+    from polygraft.launch.examples import encoded
+    from polygraft.trainers.evaluate import mean_loss
     from polygraft.trainers.job import Sample
-    from polygraft.trainers.runner import mean_loss
 
     with usage_errors(), ExitStack() as opened:
         folders = [opened.enter_context(folder_of(flags(context), member)) for member in members]
@@ -52,12 +52,8 @@ def soup_of(
             loaded = load_backbone(flags(context), backbone)
             if loaded.fingerprint != fingerprint:
                 raise SpecError(f"members: {members[0]!r} has grown on another backbone than {loaded.folder}")
-            tokeniser = Tokeniser.load(loaded.folder)
-            try:
-                encoded = [tokeniser.encode_example(example, max_length) for example in read(examples)]
-            except (DataError, OSError) as error:
-                raise Failure(f"--examples {examples}: {error}", Status.USAGE) from None
-            few = [Sample(one.ids, one.weights) for one in encoded]
+            limit = loaded.shape.length_limit(max_length, bound.context_length)
+            few = [Sample(one.ids, one.weights) for one in encoded(examples, loaded.folder, limit)]
             hub = lorahub(bound.tensors, values, lambda mixed: mean_loss(loaded, bound, mixed, few), steps=steps)
             typer.echo(f"weights {_shown(hub.weights)}, loss {hub.loss:.4f}", err=True)
             mean = dict(hub.tensors)

@@ -71,7 +71,7 @@ def _job(plan: DemoJob, shape: ModelShape, share: Share, tokeniser: Tokeniser) -
         encoded = (tokeniser.encode_example(example, plan.max_length) for example in read(jsonl))
         return tuple(Sample(tokens.ids, tokens.weights) for tokens in encoded)
 
-    recipe = TrainConfig(
+    config = TrainConfig(
         epochs=plan.n_epochs,
         batch_size=plan.batch_size,
         learning_rate=plan.learning_rate,
@@ -79,7 +79,7 @@ def _job(plan: DemoJob, shape: ModelShape, share: Share, tokeniser: Tokeniser) -
         seed=SEED,
     )
     graft = BoundGraft(parse(plan.peft), shape)
-    return TrainJob(plan.label, graft, recipe, samples(share.train_jsonl), samples(share.held_out_jsonl))
+    return TrainJob(plan.label, graft, config, samples(share.train_jsonl), samples(share.held_out_jsonl))
 
 
 def _trained_alone(
@@ -91,13 +91,13 @@ def _trained_alone(
 ) -> float:
     model = solo(plan.peft, folder, start)
     leaves = list({id(place.parameter): place.parameter for place in model.places.values()}.values())
-    optimiser = torch.optim.AdamW(leaves, lr=plan.learning_rate, weight_decay=job.recipe.weight_decay)
+    optimiser = torch.optim.AdamW(leaves, lr=plan.learning_rate, weight_decay=job.config.weight_decay)
     for step in range(job.steps_total):
         optimiser.param_groups[0]["lr"] = job.learning_rate(step)
         optimiser.zero_grad()
         for number in job.batch(step):
             torch.autograd.backward(_loss(model, job.train[number]) / job.batch_weight(step))
-        torch.nn.utils.clip_grad_norm_(leaves, job.recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(leaves, job.config.max_grad_norm)
         optimiser.step()
         on_step(plan.label, step + 1, job.steps_total)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
-from polygraft.serving.http import chat, documents, errors, files, grafts, jobs, models
+from polygraft.serving.http import chat, documents, dry_runs, errors, files, grafts, jobs, models
 from polygraft.serving.http.auth import Authenticated
 from polygraft.serving.http.bodies import BoundedBodies
 from polygraft.serving.http.context import Api
@@ -34,7 +34,7 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(BoundedBodies, limits=api.limits)
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     errors.install(app)
-    for part in (files, jobs, models, grafts, chat):
+    for part in (files, jobs, dry_runs, models, grafts, chat):
         app.include_router(part.router)
     app.add_api_route("/healthz", healthz, responses=_UNHEALTHY, openapi_extra={"security": []})
     documents.install(app)

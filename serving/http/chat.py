@@ -16,7 +16,6 @@ from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.validation import shown
 from polygraft.grafts.text.chat import ChatError
-from polygraft.grafts.text.jsonl import Message
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http import frames
 from polygraft.serving.http.body import read_body
@@ -32,7 +31,6 @@ from polygraft.serving.sequence import GenerationRequest
 router = APIRouter(prefix="/v1/chat/completions")
 EVENTS = "text/event-stream"
 R = TypeVar("R")
-_ROLES = {"developer": "system"}  # OpenAI's newer name
 
 
 @router.post(
@@ -91,8 +89,7 @@ def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> Gene
             f"model: {shown(body.model)} was trained on another backbone than {api.backbone}", param="model"
         )
     try:
-        messages = [Message(_ROLES.get(m.role, m.role), m.text) for m in body.messages]  # type: ignore[arg-type]
-        prompt = api.tokeniser.encode_chat(messages, add_generation_prompt=True)
+        prompt = api.tokeniser.encode_chat([one.message for one in body.messages], add_generation_prompt=True)
     except ChatError as error:
         raise bad_request(f"messages: {error}", param="messages") from None
     return GenerationRequest(

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from polygraft.grafts.text.message import ChatMessage
+
 _INT64 = 1 << 63
 T = TypeVar("T")
 
@@ -29,28 +31,6 @@ class ErrorAnswer(_Body):
 
 class Health(_Body):
     status: Literal["ok"] = "ok"
-
-
-class TextPart(_Body):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    """One message; the fields that are None here are what OpenAI's client echoes back from an answer."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    refusal: None = None
-    annotations: list[JsonValue] | None = Field(default=None, max_length=0)
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class StreamOptions(_Body):
@@ -275,6 +255,35 @@ class FineTuningJob(_Body):
     reason: str | None
     owner: str | None
     lease_until: int | None
+
+
+class DryRunFile(_Body):
+    """Counts over the examples that were read, all of them if `complete`; tokens before the cut, and those cut off."""
+
+    id: str
+    examples: int
+    complete: bool
+    tokens: int
+    trained_tokens: int
+    longest: int
+    cut: int
+    cut_tokens: int
+    cut_trained_tokens: int
+    warning: str | None
+
+
+class DryRun(_Body):
+    """What a job would be."""
+
+    object: Literal["fine_tuning.dry_run"] = "fine_tuning.dry_run"
+    model: str
+    peft: str
+    parameters: int
+    learning_rate: float | None
+    max_length: int | None
+    steps: int | None
+    training_file: DryRunFile
+    validation_file: DryRunFile | None
 
 
 class Renewal(_Body):

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
 from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
-from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, state_bytes
+from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, longest_sample, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.validation import shown
@@ -49,10 +49,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
     _check_memory(api.pack, spec.peft, sizes)
-    try:
-        api.shape.check_length(spec.max_length, graft.context_length)
-    except SpecError as error:
-        raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
+    spec = replace(spec, max_length=_length_limit(api, spec.max_length, graft))
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
@@ -101,6 +98,19 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
         owner=owner.name if owner else None,
         lease_until=now + owner.lease_s if owner else None,
     )
+
+
+def _length_limit(api: Api, asked: int | None, graft: BoundGraft) -> int | None:
+    """After how many tokens an example is cut: by default what the backbone and a pack's memory have room for."""
+    try:
+        limit = api.shape.length_limit(asked, graft.context_length)
+    except SpecError as error:
+        raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
+    longest = longest_sample(api.pack)
+    if asked is not None or longest is None:
+        return limit
+    room = max(2, longest - graft.virtual_length)
+    return room if limit is None else min(limit, room)
 
 
 def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:

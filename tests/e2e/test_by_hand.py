@@ -1,15 +1,21 @@
-"""The service as a person uses it from the shell, on a tiny backbone: up, submit, chat, down, and up again."""
+"""The service as a person uses it from the shell, on a tiny backbone: the tutorial's commands as they are written, what
+listens then, what is there after `down` and the next `up`, and after a head that was killed."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 import grpc
@@ -17,17 +23,31 @@ import httpx
 import psutil
 import pytest
 import redis
+from typer.testing import CliRunner
 
 from polygraft.cluster.service import find_service
+from polygraft.launch.commands.search_file import read_search_file
+from polygraft.launch.main import app
 from polygraft.launch.processes import session
 from polygraft.launch.run_folder import RunFolder
 from tests.tiny import tiny_llama
 
+TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+_BLOCK = re.compile(r"^```(console|python|yaml)\n(.+?)^```$", re.MULTILINE | re.DOTALL)
+_SAVED = re.compile(r"Save this as\s+`([\w.]+)`")
+_NUMBER = re.compile(r"\b(?=\w*\d)[\w.,:]*\w")  # an id or a time, too
+CHAT = 'polygraft chat tickets -m "My screen is black." --max-tokens 40 --temperature 0'
+SETTINGS = {
+    "POLYGRAFT_PORT": "0",
+    "POLYGRAFT_DTYPE": "fp32",
+    # A micro-batch a step: the tiny tokenizer makes many tokens of an example.
+    "POLYGRAFT_PACK__MICRO_ROWS": "600",
+    "POLYGRAFT_PACK__MAX_ROWS": "1200",
+}
 TRAINING = "".join(
     json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n"
     for question, answer in 8 * [("What is a graft?", "A shoot on a stock."), ("When do you do it?", "In late winter.")]
 )
-
 
 # One of each service that Ray's processes offer, such that an empty call changes nothing.
 METHODS = (
@@ -39,19 +59,45 @@ METHODS = (
     "/ray.serve.ASGIService/HandleRequest",
 )
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+FIXED = {44217, 44227}  # of two of Ray's metrics servers, unless another Ray on this machine has them
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """Runs `polygraft` in processes of its own, on one home folder."""
+    """Runs `polygraft` on one home folder, from the folder that holds it."""
 
     home: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, *arguments: str, expect: int = 0) -> str:
-        command = (sys.executable, "-m", "polygraft.launch", "--home", str(self.home), *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=self.home.parent)
-        assert done.returncode == expect, f"{arguments}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stderr if expect else done.stdout
+        status, said, errors = self.run(*arguments)
+        assert status == expect, f"{arguments}: exit status {status}\n{said}\n{errors}"
+        return errors if expect else said
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, output and errors. What starts or ends processes has one of its own; what only talks to the
+        service runs in this one, which has imported what takes seconds to import."""
+        given, environment = ("--home", str(self.home), *arguments), {**os.environ, **self.environment}
+        with chdir(self.home.parent):
+            if arguments[0] in ("up", "down", "search"):
+                command = (sys.executable, "-m", "polygraft.launch", *given)
+                ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+                return ended.returncode, ended.stdout, ended.stderr
+            done = CliRunner(env=environment).invoke(app, given)
+            return done.exit_code, done.stdout, f"{done.stderr}\n{done.exception!r}"
+
+    def line(self, line: str) -> str:
+        """What a line of the tutorial says: `polygraft` and its arguments, or `python` and a script beside the home."""
+        program, *arguments = shlex.split(line)
+        if program == "polygraft":
+            return self(*arguments)
+        assert program == "python"
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, chdir(self.home.parent):
+            patch.setenv("HOME", str(self.home.parent))
+            runpy.run_path(*arguments)
+        return said.getvalue()
 
     @property
     def sessions(self) -> list[int]:
@@ -61,51 +107,67 @@ class Shell:
         return [last.supervisor.pid, *(child.pid for child in last.children)]
 
 
-@pytest.fixture
-def polygraft(tmp_path: Path) -> Iterator[Shell]:
-    shell = Shell(tmp_path / "home")
-    yield shell
-    shell("down")
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the tutorial shows after each command, empty where it shows nothing, and what the command said."""
+
+    shown: Mapping[str, str]
+    said: Mapping[str, str]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_up_submit_chat_down_and_all_is_there_after_the_next_up(tmp_path: Path, polygraft: Shell) -> None:
-    tiny = tiny_llama(tmp_path / "tiny")
-    (tmp_path / "train.jsonl").write_text(TRAINING)
-    polygraft("up", "--port", "0", "--backbone", str(tiny), "--dtype", "fp32")
-    assert "already running" in polygraft("up", "--port", "0")
-    _a_second_home_is_refused_the_port(tmp_path, polygraft, tiny)
-    file = str(tmp_path / "train.jsonl")
-    options = ("--peft", "lora(r=4)", "--epochs", "4", "--lr", "5e-3", "--suffix", "mine")
-    job = json.loads(polygraft("submit", file, "--validation-file", file, *options, "--json"))
-    assert job["status"] == "succeeded" and job["loss_after"] < job["loss_before"]
-    answer = polygraft("chat", "mine", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0")
-    assert "published" in polygraft("story", "mine@1")
-    _every_socket_is_this_machine_s_and_asks_who_calls(polygraft)
-
-    leaders = polygraft.sessions
+@pytest.fixture(scope="module")
+def polygraft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """The tiny backbone lies where the service keeps smollm2, and what is compiled is not compiled again."""
+    folder = tmp_path_factory.mktemp("person")
+    cache = folder / "cache" / "polygraft"
+    tiny_llama(cache / "backbones" / "smollm2")
+    compiled = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "polygraft" / "kernels"
+    compiled.mkdir(parents=True, exist_ok=True)
+    (cache / "kernels").symlink_to(compiled)
+    polygraft = Shell(folder / ".polygraft", {**SETTINGS, "XDG_CACHE_HOME": str(cache.parent)})
+    yield polygraft
     polygraft("down")
-    assert [list(session(leader)) for leader in leaders] == [[]] * len(leaders)
-    polygraft("jobs", expect=3)
-
-    polygraft("up", "--port", "0", "--backbone", str(tiny), "--dtype", "fp32")
-    assert [one["id"] for one in json.loads(polygraft("jobs", "--json"))] == [job["id"]]
-    assert "mine@1" in polygraft("grafts", "list")
-    assert polygraft("chat", "mine@1", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0") == answer
-
-    _kill_the_head(polygraft)
-    assert polygraft("chat", "mine@1", "-m", "What is a graft?", "--max-tokens", "8", "--temperature", "0") == answer
 
 
-def _a_second_home_is_refused_the_port(tmp_path: Path, polygraft: Shell, tiny: Path) -> None:
-    second = Shell(tmp_path / "second")
-    port = find_service(polygraft.home / "run" / "service.json").url.rpartition(":")[2]
-    said = second("up", "--port", port, "--backbone", str(tiny), expect=1)
-    assert f"held by the service under {polygraft.home}" in said and RunFolder(second.home).supervision is None
+@pytest.fixture(scope="module")
+def told(polygraft: Shell) -> Told:
+    """The tutorial from its first command to the last before `polygraft down`, but for the search."""
+    text, folder = TUTORIAL.read_text(), polygraft.home.parent
+    shown: dict[str, str] = {}
+    said: dict[str, str] = {}
+    for block in _BLOCK.finditer(text):
+        kind, body = block.groups()
+        saved = _SAVED.findall(text[: block.start()].rpartition("```")[2])
+        if saved:
+            (folder / saved[0]).write_text(body)
+        elif kind == "python":
+            service = find_service(polygraft.home / "run" / "service.json")
+            (folder / "client.py").write_text(body.replace("http://127.0.0.1:8000", service.url))
+            said["client"] = polygraft.line("python client.py")
+        for command in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:] if kind == "console" else ():
+            line, _, output = command.partition("\n")
+            if line == "polygraft down":
+                return Told(shown, said)
+            if not line.startswith("polygraft search"):
+                shown[line], said[line] = output, polygraft.line(line)
+    raise AssertionError("the tutorial leaves the service up")
 
 
-def _every_socket_is_this_machine_s_and_asks_who_calls(polygraft: Shell) -> None:
+def test_the_tutorials_commands_say_what_it_shows(told: Told, polygraft: Shell) -> None:
+    """Line by line, but for what the model answers, and for numbers, ids and times."""
+    assert len(told.said) > 10
+    for line, shown in told.shown.items():
+        if not line.startswith("polygraft chat"):
+            said = [_NUMBER.sub("#", one).rstrip() for one in told.said[line].splitlines()]
+            assert [one for one in shown.splitlines() if _NUMBER.sub("#", one) not in said] == [], told.said[line]
+    models = ["smollm2", "tickets", "tickets-ia3", "tickets-union"]
+    assert re.findall(rf"^({'|'.join(reversed(models))}) ", told.said["client"], re.MULTILINE) == models
+    steps = [json.loads(line) for log in polygraft.home.glob("data/packs/*/steps.jsonl") for line in log.open()]
+    assert steps and all({"rows", "jobs", "methods"} <= step.keys() for step in steps)
+    assert read_search_file(polygraft.home.parent / "search.yaml").trials == 6
+
+
+def test_every_socket_is_this_machine_s_and_asks_who_calls(told: Told, polygraft: Shell) -> None:
     """With an engine and a pack at work. Whoever reaches one of Ray's ports and holds no token commands nothing. Serve
     cannot be told where a replica's own port shall listen."""
     sockets = {
@@ -120,7 +182,42 @@ def _every_socket_is_this_machine_s_and_asks_who_calls(polygraft: Shell) -> None
     found = {port: (name, *_without_a_token(port)) for (_, port), name in sockets.items()}
     assert {answer for *_, answer in found.values()} == {"refused"}, found
     assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "metrics", "store"}
-    assert sum(kind == "metrics" for _, kind, _ in found.values()) == 3, found
+    assert len({port for port, (_, kind, _) in found.items() if kind == "metrics"} - FIXED) == 1, found
+
+
+def test_a_second_home_is_refused_the_port(told: Told, polygraft: Shell) -> None:
+    second = Shell(polygraft.home.parent / "second", polygraft.environment)
+    port = find_service(polygraft.home / "run" / "service.json").url.rpartition(":")[2]
+    said = second("up", "--port", port, expect=1)
+    assert f"held by the service under {polygraft.home}" in said and RunFolder(second.home).supervision is None
+
+
+def test_nothing_runs_after_down_and_all_is_there_after_the_next_up(told: Told, polygraft: Shell) -> None:
+    assert "already running" in polygraft("up")
+    leaders = polygraft.sessions
+    polygraft("down")
+    assert [list(session(leader)) for leader in leaders] == [[]] * len(leaders)
+    polygraft("jobs", expect=3)
+
+    polygraft("up")
+    jobs = {job["fine_tuned_model"]: job for job in json.loads(polygraft("jobs", "--json"))}
+    assert jobs.keys() == {"tickets@1", "tickets-ia3@1", "tickets-union@1"}
+    assert {job["status"] for job in jobs.values()} == {"succeeded"}
+    assert jobs["tickets@1"]["loss_after"] < jobs["tickets@1"]["loss_before"]
+    assert jobs["tickets@1"]["id"] in told.said["polygraft story tickets@1"]
+    assert "tickets@1" in polygraft("grafts", "list")
+    assert polygraft.line(CHAT) == told.said[CHAT]
+
+    _kill_the_head(polygraft)
+    assert polygraft.line(CHAT) == told.said[CHAT]
+
+
+@pytest.mark.nightly
+def test_the_tutorials_search_publishes_its_trials_and_draws_the_front(told: Told, polygraft: Shell) -> None:
+    (line,) = re.findall(r"^\$ (polygraft search .+)$", TUTORIAL.read_text(), re.MULTILINE)
+    polygraft.line(line)
+    assert (polygraft.home.parent / "front.png").stat().st_size > 0
+    assert "tickets-search-3" in polygraft("grafts", "list")
 
 
 def _without_a_token(port: int) -> tuple[str, str]:
@@ -151,17 +248,15 @@ def _code(channel: grpc.Channel, method: str) -> grpc.StatusCode:
 
 def _kill_the_head(polygraft: Shell) -> None:
     """SIGKILL the head; return when the supervisor has started another one that answers."""
-    head = polygraft.sessions[-1]
+    head, service = polygraft.sessions[-1], find_service(polygraft.home / "run" / "service.json")
     os.kill(head, signal.SIGKILL)
     deadline = time.monotonic() + 120
     while True:
         assert time.monotonic() < deadline, "the head did not come back"
-        time.sleep(0.5)
+        time.sleep(0.2)
+        with suppress(httpx.TransportError):  # refused, or cut off
+            assert httpx.get(f"{service.url}/v1/models", timeout=30).status_code in (401, 503)
         if psutil.pid_exists(head) and list(session(head)):
             continue
-        doctor = subprocess.run(
-            (sys.executable, "-m", "polygraft.launch", "--home", str(polygraft.home), "jobs"),
-            capture_output=True,
-        )
-        if doctor.returncode == 0:
+        if polygraft.run("jobs")[0] == 0:
             return

@@ -4,54 +4,19 @@ source and a target."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig
 
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.embedding import virtual_ids
-from polygraft.grafts.runtime.route import Input, Rows, Span
+from polygraft.grafts.runtime.route import Input, Rows
+from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.spec import GraftSpec
 from polygraft.launch.demo.oracle.plain import image, source
 
 PROMPT = 5  # rows at the head of every sequence that are its prompt
-
-
-@dataclass
-class Batch:
-    """Rows as they come; `own` are the places of those that are not virtual, sequence by sequence, `inputs` the rows of
-    the prompts."""
-
-    ids: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    given: list[Tensor] = field(default_factory=list)
-    sequences: list[tuple[int, int]] = field(default_factory=list)
-    own: list[Tensor] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    inputs: list[Input] = field(default_factory=list)
-
-    def add(
-        self, ids: Tensor, graft: int | None, prefix: int = 0, virtual: int = 0, given: Tensor | None = None
-    ) -> None:
-        start, count = sum(map(len, self.ids)), virtual + len(ids)
-        self.sequences.append((start, count))
-        self.ids.append(torch.cat([torch.tensor(virtual_ids(virtual), dtype=torch.long), ids]))
-        self.positions.append(torch.arange(count) + prefix)
-        self.own.append(torch.arange(start + virtual, start + count))
-        self.inputs.append(Input(start + virtual, start + min(virtual + PROMPT, count)))
-        if given is not None:
-            self.given.append(F.pad(given, (0, 0, virtual, 0)))
-        if graft is not None:
-            self.spans.append(Span(start, start + count, graft))
-
-    def rows(self, before: Rows | None = None) -> Rows:
-        given = torch.cat(self.given) if self.given else None
-        ids, positions = torch.cat(self.ids), torch.cat(self.positions)
-        return Rows(ids, positions, tuple(self.spans), inputs_embeds=given, source=before, inputs=tuple(self.inputs))
 
 
 def packed(
@@ -62,23 +27,27 @@ def packed(
 ) -> tuple[Rows, WholeSequences, list[Tensor]]:
     """Each graft's prompts under it (its number and spec, None for the bare backbone), after sources where an encoder
     reads: rows, attention, and the rows of each sequence that have logits, an image's one."""
-    shape, read, batch = backbone.shape, Batch(), Batch()
+    shape, read = backbone.shape, RowBuilder()
+    batch = RowBuilder(read if shape.encoder_layers else None)
+    rows: list[range] = []
     sources = sources or [[source(prompt) for prompt in own] for own in prompts]
     for (graft, spec), own, before_own in zip(grafts, prompts, sources, strict=True):
-        before = (spec.prefix_length, spec.virtual_length) if spec is not None else (0, 0)
+        prefix, virtual = (spec.prefix_length, spec.virtual_length) if spec is not None else (0, 0)
         for prompt, first in zip(own, before_own, strict=True):
+            tokens: Sequence[int] | Tensor = prompt.tolist()
             if shape.images:
                 pixels = image(AutoConfig.from_pretrained(backbone.folder), prompt)
-                (patches,) = backbone.patches(pixels[None])
-                batch.add(torch.zeros(len(patches), dtype=torch.long), graft, *before, patches)
-            elif shape.encoder_layers:
-                read.add(first, graft, *before)
-                batch.add(prompt, graft, before[0])
-            else:
-                batch.add(prompt, graft, *before)
-    attention = WholeSequences(tuple(batch.sequences), shape, tuple(read.sequences))
-    answers = [own[:1] for own in batch.own] if shape.images else batch.own
-    return batch.rows(read.rows() if read.ids else None), attention, answers
+                (tokens,) = backbone.patches(pixels[None])
+            if shape.encoder_layers:
+                _add(read, first.tolist(), graft, prefix, virtual)
+            rows.append(_add(batch, tokens, graft, prefix, 0 if shape.encoder_layers else virtual))
+    answers = [torch.arange(own.start, own.stop) for own in rows]
+    return batch.rows(), batch.attention(shape), [own[:1] for own in answers] if shape.images else answers
+
+
+def _add(builder: RowBuilder, tokens: Sequence[int] | Tensor, graft: int | None, prefix: int, virtual: int) -> range:
+    prompt = Input(0, min(PROMPT, len(tokens)))
+    return builder.add(tokens, graft=graft, position=prefix, virtual=virtual, prompt=prompt)
 
 
 def assert_same_bits_in_company(

@@ -92,7 +92,7 @@ def test_it_starts_as_a_samples_rows_in_that_layer(fp64: Backbone) -> None:
 
 def test_what_is_said_of_it(fp64: Backbone) -> None:
     said = entry(find("late-prompt"))
-    assert (said.name, said.family, said.slots) == ("lpt", "prefix", ("kv form lpt",))
+    assert (said.name, said.kind, said.slots) == ("lpt", "prefix", ("kv form lpt",))
     assert said.prefix_cacheable and said.chunkable and not said.mergeable and not said.recompute_needs_prompt_len
     assert said.parameters == 20 * 4096
     assert DEEP.graft(fp64.shape).parameters == 6 * fp64.shape.hidden

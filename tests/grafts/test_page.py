@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -14,7 +15,7 @@ from polygraft.grafts.methods.refused import REFUSED
 from polygraft.grafts.methods.registry import methods
 from polygraft.grafts.spec import SpecError
 from tests.grafts.equalities import shown
-from tests.grafts.page import DOCS, NEWER, pages, rows_of
+from tests.grafts.page import DOCS, NEWER, UNREAD, pages, rows_of
 
 MEASURED = json.loads((DOCS / "methods.json").read_text())
 
@@ -47,6 +48,19 @@ def test_every_method_has_words_of_its_own() -> None:
     for name, one in words.items():
         assert min(len(one.summary), len(one.deviations), len(one.choose)) > 10, name
         assert len(one.summary) > 60, name
+
+
+def test_every_methods_page_says_where_its_paper_states_it() -> None:
+    """By the number of an equation, section, algorithm or theorem; only where the paper was not read that is said."""
+    told = {name for name, method in methods().items() if describe(method).stated}
+    without = {name for name, method in methods().items() if method.paper.startswith("PEFT")}
+    assert methods().keys() - told == UNREAD | without
+    for name in methods():
+        page = (DOCS / "methods" / f"{name}.md").read_text()
+        deviations = page.split("## Deviations from the paper\n\n")[1].split("\n")[0]
+        stated = re.search(r"^\| stated in \| (.+) \|$", page, re.MULTILINE)
+        assert len(deviations) > 10 and stated is not None, name
+        assert re.search(r"\d|not verified|no paper", stated[1]), name
 
 
 @pytest.mark.parametrize("name", REFUSED)

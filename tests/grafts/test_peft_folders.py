@@ -117,7 +117,7 @@ NOT_THERE = {  # where PEFT's module is another, or the folder could not hold it
     "gemma": "llama-adapter|trainable-tokens",
     "phi": "llama-adapter",
     "opt": "llama-adapter|trainable-tokens",
-    "gpt2": "ln-tuning|beft|bat|glora|glora of vectors|loha|lokr|lokr with a wished factor|peanut|llama-adapter"
+    "gpt2": "beft|bat|glora|glora of vectors|loha|lokr|lokr with a wished factor|peanut|llama-adapter"
     "|trainable-tokens|oft|oft exact|boft|hra|road|road 2|road 4|shira|supertuning|supra|c3a|c3a by PEFT",
     "bert": "prefix|prefix-mlp|prompt|p-tuning|p-tuning by lstm|spot|ipt|from|cartridge|dpt|residual-prompt|mpt"
     "|pruned-prompt|llama-adapter|trainable-tokens|cpt",

@@ -20,7 +20,7 @@ from polygraft.grafts.grammar import learning_rate, parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
 from tests.grafts.oracle.trained import trained
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, pack_of, run
 
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
 
@@ -192,7 +192,7 @@ def test_such_jobs_train_in_a_pack_as_alone(tiny_folders: Mapping[str, Path], tm
         job = a_job(f"job {seed}", "lora", seed=seed, steps=3)
         begun = [replace(s, ids=(3, 77, 5, *s.ids), weights=(0.0, 0.0, 0.0, *s.weights)) for s in job.train]
         jobs.append(replace(job, graft=BoundGraft(spec, files.shape), train=tuple(begun)))
-    pack = together(backbone, jobs)
+    pack = pack_of(backbone, jobs)
     before = {job.id: {n: v.clone() for n, v in pack.jobs[job.id].slab.views.items()} for job in jobs}
     running = dict(pack.jobs)
     assert_as_alone(run(pack), jobs, backbone)

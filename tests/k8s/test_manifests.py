@@ -23,7 +23,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from pydantic import BaseModel
+from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
+
+from polygraft.launch import local_ray
 
 JSON: TypeAlias = Any  # what a manifest holds, as a schema says and no type
 
@@ -187,6 +190,14 @@ def test_ray_pods_take_the_first_api_key_from_a_secret_and_nothing_from_services
         (mount,) = (one for one in spec["containers"][0]["volumeMounts"] if one["name"] == volume["name"])
         variables = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
         assert variables["POLYGRAFT_API_KEY_FILE"] == f"{mount['mountPath']}/key"
+
+
+def test_serve_s_proxies_are_told_what_to_answer_while_the_application_starts() -> None:
+    for group in RAY_GROUPS:
+        variables = {one["name"]: one.get("value") for one in group["template"]["spec"]["containers"][0]["env"]}
+        path = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
+        assert path == local_ray._ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
+        assert import_attr(path)()
 
 
 def test_every_secret_that_the_manifests_name_is_made_in_the_readme() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polygraft.kernels.kv import reference
+from polygraft.kernels.kv import reference, whole
 from polygraft.kernels.kv.layout import FLOOR, GRAIN, Layout, Sequence
 from polygraft.kernels.kv.op import attend
 from polygraft.kernels.kv.scores import Scores
@@ -106,11 +106,13 @@ def test_a_sequence_with_a_source_has_the_same_bits_alone(dtype: torch.dtype) ->
         assert torch.equal(together["d.k"][first : first + count], alone["d.k"][first : first + count])
 
 
-def crossing(sequences: tuple[Sequence, ...], dtype: torch.dtype) -> tuple[Layout, dict[str, Tensor], Tensor]:
+def crossing(
+    sequences: tuple[Sequence, ...], dtype: torch.dtype, heads: Heads = Heads()
+) -> tuple[Layout, dict[str, Tensor], Tensor]:
     """45 rows and 52 rows of keys."""
-    _, inputs, upstream = batch((Sequence(0, 43),), Heads(), dtype, causal=False)
-    _, other, _ = batch((Sequence(0, 50),), Heads(), dtype, seed=1)
-    layout = Layout(sequences, 45, 1, 4, 2, causal=False, key_rows=52)
+    _, inputs, upstream = batch((Sequence(0, 43),), heads, dtype, causal=False)
+    _, other, _ = batch((Sequence(0, 50),), heads, dtype, seed=1)
+    layout = Layout(sequences, 45, 1, heads.queries, heads.keys, causal=False, key_rows=52)
     return layout, {**inputs, "k": other["k"], "v": other["v"]}, upstream
 
 
@@ -123,14 +125,42 @@ def test_a_row_sees_the_last_rows_of_its_window_and_no_other() -> None:
     assert changed == [0, 1, 2, 3, 4, *range(9, 15)]
 
 
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES.keys())
+WHOLE_VECTORS = {"heads of whole vectors": Heads(9, 3, 64), "a key head each, 48 wide": Heads(2, 2, 48)}
+
+
+@pytest.mark.parametrize("heads", [*HEADS.values(), *WHOLE_VECTORS.values()], ids=[*HEADS, *WHOLE_VECTORS])
+@pytest.mark.parametrize("sequences", [*CASES.values(), (Sequence(0, 150, 0, 20),)], ids=[*CASES, "blocks of queries"])
 def test_bf16_is_as_good_as_the_obvious_steps(sequences: tuple[Sequence, ...], heads: Heads) -> None:
     layout, inputs, upstream = batch(sequences, heads, torch.bfloat16)
     got = run(attend, inputs, layout, SCALING, upstream=upstream)
     steps = wanted(in_steps, inputs, layout, upstream)
     truth = wanted(reference.attend, inputs, layout, upstream, torch.float64)
     assert_as_good_as_steps(got, steps, truth)
+
+
+@pytest.mark.parametrize("window", [None, *WINDOWS])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "whole"])
+@pytest.mark.parametrize("sequences", [*CASES.values(), (Sequence(0, 150, 0, 20),)], ids=[*CASES, "blocks of queries"])
+def test_the_compiled_op_equals_the_reference_as_far_as_bf16_goes(
+    sequences: tuple[Sequence, ...], causal: bool, window: int | None
+) -> None:
+    layout, inputs, upstream = batch(sequences, Heads(6, 2, 32), torch.bfloat16, causal=causal)
+    scores = Scores(0.3, window if causal else None)
+    if not whole.supports(list(inputs.values()), layout, scores):
+        pytest.skip("no compiler, or a CPU without AVX-512's products of bf16")
+    got = run(attend, inputs, layout, scores, upstream=upstream)
+    truth = wanted(reference.attend, inputs, layout, upstream, torch.float64, scores)
+    for name, value in truth.items():
+        assert (got[name].double() - value).norm() <= 6e-3 * value.norm(), name
+
+
+def test_the_compiled_op_reads_keys_of_another_batch() -> None:
+    layout, inputs, upstream = crossing(ELSEWHERE, torch.bfloat16, Heads(4, 2, 32))
+    if not whole.supports(list(inputs.values()), layout, SCALING):
+        pytest.skip("no compiler, or a CPU without AVX-512's products of bf16")
+    got = run(attend, inputs, layout, SCALING, upstream=upstream)
+    for name, value in wanted(reference.attend, inputs, layout, upstream, torch.float64).items():
+        assert (got[name].double() - value).norm() <= 6e-3 * value.norm(), name
 
 
 @settings(max_examples=25)

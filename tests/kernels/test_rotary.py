@@ -95,3 +95,27 @@ def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> N
     rotary_write(alone, (cos[4:5], sin[4:5]), caches[1], PLACES[4:5], HEADS)
     assert torch.equal(q[4:5], alone[0])
     assert torch.equal(caches[0][PLACES[4]], caches[1][PLACES[4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [6, 64])
+def test_turning_alone_has_transformers_bits_and_gradients(dtype: torch.dtype, head_dim: int) -> None:
+    q, k, _ = (x.requires_grad_() for x in projected(head_dim, dtype))
+    cos, sin = tables(angles(head_dim // 2), dtype)
+    upstream = [normal(*x.shape, seed=s, dtype=dtype) for s, x in ((5, q), (6, k))]
+    heads = [x.unflatten(1, (-1, head_dim)).transpose(0, 1)[None] for x in (q, k)]
+    theirs = [x[0].transpose(0, 1).flatten(1) for x in apply_rotary_pos_emb(*heads, cos[None], sin[None])]
+    wanted = torch.autograd.grad(theirs, (q, k), upstream)
+    ours = op.turned(q, k, (cos, sin), HEADS)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(ours, (q, k), upstream), wanted, strict=True))
+
+
+def test_turning_leaves_what_is_beyond_the_angles_and_passes_its_gradient_on() -> None:
+    q, k, _ = (x.detach().requires_grad_() for x in projected(64, torch.float32))
+    cos, sin = tables(angles(16), torch.float32)
+    ours = op.turned(q, k, (cos, sin), HEADS)
+    rest, before = (x.unflatten(1, (HEADS, 64))[..., 32:] for x in (ours[0], q))
+    assert torch.equal(rest, before)
+    (dq,) = torch.autograd.grad(rest.sum(), q)
+    assert torch.equal(dq.unflatten(1, (HEADS, 64))[..., 32:], torch.ones(ROWS, HEADS, 32))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from polygraft.grafts.text.jsonl import Message, read
+from polygraft.grafts.text.jsonl import read
+from polygraft.grafts.text.message import Message
 from polygraft.launch import corpus
 from polygraft.launch.corpus import Corpus, CorpusError, Pair, load
 

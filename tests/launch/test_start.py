@@ -109,8 +109,10 @@ def broken(folder: Path, **config: object) -> Path:
     ("make", "words"),
     [
         (lambda at: at.mkdir() or at, ("holds no config.json",)),
+        (lambda at: broken(at, model_type="mamba"), ("model_type", "'mamba'", "supported: bert")),
+        (lambda at: broken(at, quantization_config={"quant_method": "gptq"}), ("is quantised", "'gptq'", "nf4")),
     ],
-    ids=["no config"],
+    ids=["no config", "a model type", "a quantisation"],
 )
 def test_a_folder_that_cannot_be_the_backbone_is_refused_by_what_is_wrong_with_it(
     tmp_path: Path, make: Callable[[Path], Path], words: tuple[str, ...]

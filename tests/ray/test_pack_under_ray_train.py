@@ -51,8 +51,8 @@ def test_jobs_of_a_killed_worker_end_with_the_weights_of_an_uninterrupted_run(tm
         trained = prepare(
             found.value, files=files, tokeniser=tokeniser, stock=BackboneFiles(backbone.folder), micro_rows=128
         )
-        active = alone.admit(trained)
-        while not active.finished:
+        running = alone.admit(trained)
+        while not running.finished:
             alone.step()
-        identity = native.graft_id(trained.graft.spec, active.slab.tensors, backbone.fingerprint)
+        identity = native.graft_id(trained.graft.spec, running.slab.tensors, backbone.fingerprint)
         assert identity == found.value.graft

@@ -29,7 +29,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.app import build
 from tests.ray.local import local_ray
@@ -178,9 +178,7 @@ def check(url: str, key: str, answers: dict[str, str], data: Path, tmp_path: Pat
 
         assert runner.run(killed()) == [answers[model] for model in models]
 
-        before = len(read_steps(data))
         lose_the_ingress(url, key)
-        assert len(wait_quiet(data)) - before < 150  # 200 tokens were asked for: the engine was told, too
         assert runner.run(burst(talker, models)) == [answers[model] for model in models]
         runner.run(talker.close())
 

@@ -1,4 +1,5 @@
-"""One graft on an unmodified transformers Llama by forward hooks: slow, obvious, nothing shared with our runtime."""
+"""One graft on an unmodified transformers Llama by forward hooks: slow, obvious, nothing shared with our runtime, not
+even the builder of rows, which is under test with the rest."""
 
 from __future__ import annotations
 

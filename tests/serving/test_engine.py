@@ -96,6 +96,9 @@ def test_when_blocks_run_out_the_youngest_starts_again_and_says_the_same(
     steps = steps_of(tmp_path)
     once = sum(len(PROMPTS[name]) + 39 for name in ("p1", "p0", "p5"))
     assert sum(step["rows"] for step in steps) > once  # some rows were computed again
+    # And its tenant pays for its prompt once, and for each token that it got.
+    paid = engine._streams.tenants.ledger.counter(TenantId("t"))
+    assert paid == sum(len(PROMPTS[name]) + 2 * 40 for name in ("p1", "p0", "p5"))
 
 
 def test_a_preempted_stream_keeps_its_place_before_those_who_came_later(
@@ -111,14 +114,34 @@ def test_a_preempted_stream_keeps_its_place_before_those_who_came_later(
         engine.turn()
     preempted = engine._streams.waiting[0].request.id
     engine.submit(request("late", PROMPTS["p1"], 2))
+    engine.turn()
+    assert preempted == "p0" and [stream.request.id for stream in engine._streams.waiting] == ["p0", "late"]
+    before = len(steps_of(tmp_path))
     run(engine)
-    again = [step["requests"] for step in steps_of(tmp_path)]
-    assert preempted == "p0" and heard.tokens["p0"] == alone["p0"]
-    first_of_late = next(n for n, requests in enumerate(again) if "late" in requests)
-    came_back = next(
-        n for n, requests in enumerate(again) if "p0" in requests and n and "p0" not in again[n - 1] and n > 1
-    )
-    assert came_back <= first_of_late
+    entered = {id: n for n, step in reversed([*enumerate(steps_of(tmp_path)[before:])]) for id in step["requests"]}
+    assert entered["p0"] <= entered["late"] and heard.tokens["p0"] == alone["p0"]
+
+
+def test_a_stream_that_comes_back_is_not_the_youngest_again(
+    backbone: Backbone, tmp_path: Path, alone: dict[str, list[int]], heard: Heard
+) -> None:
+    """Else it would have to leave each time, whoever came after it."""
+    per_block = 2 * 16 * 2 * 32 * 4
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=52, kv_bytes=7 * per_block)
+    for name in ("p1", "p0"):
+        engine.submit(request(name, PROMPTS[name], 40))
+    for _ in range(10):
+        engine.turn()
+    engine.submit(request("bob", (5,), 36, tenant=TenantId("bob")))  # the last to enter
+    left, beside = set(), set()
+    while engine.turn():
+        running = engine._streams.running
+        assert [stream.entered for stream in running] == sorted(stream.entered or 0 for stream in running)
+        left |= {stream.request.id for stream in engine._streams.waiting}
+        if "bob" in {stream.request.id for stream in running}:
+            beside |= left & {stream.request.id for stream in running}
+    assert beside - {"bob"}  # one of the others left and came back while bob was there
+    assert heard.tokens["p1"] == alone["p1"] and heard.tokens["p0"] == alone["p0"]
 
 
 def test_an_end_token_ends_the_stream_and_is_told(

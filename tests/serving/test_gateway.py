@@ -109,8 +109,8 @@ async def test_a_request_whose_replica_dies_each_time_is_given_up(engines: list[
 class Silent(LocalLink):
     """Takes requests and says nothing of them."""
 
-    async def submit(self, request: GenerationRequest) -> bool:
-        return True
+    async def submit(self, request: GenerationRequest) -> None:
+        return None
 
 
 async def test_a_graft_is_in_use_while_an_answer_is_made_with_it(engines: list[Engine]) -> None:

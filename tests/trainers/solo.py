@@ -1,4 +1,4 @@
-"""A job trained by torch's own AdamW on an oracle: another model, another loop, the recipe's arithmetic written out."""
+"""A job trained by torch's own AdamW on an oracle: another model, another loop, its arithmetic written out."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def trained(
     """The trained tensors by our names; `rate` is a factor on a tensor's learning rate, `penalty` is added to the
     loss of every global batch, `gradient` may change what a backward left, `after_step` runs when the parameters have
     moved; at step `anew` another optimiser takes over, and another schedule."""
-    recipe = job.recipe
+    config = job.config
     groups = [
         {"params": [place.parameter], "factor": rate(name.rpartition(".")[2])} for name, place in oracle.places.items()
     ]
 
     def optimiser_of(steps: int) -> tuple[torch.optim.AdamW, TrainJob]:
         """And a job of as many steps, for its schedule."""
-        decay, betas = recipe.weight_decay, recipe.betas
-        alike = replace(job, train=job.train[:1], recipe=replace(recipe, batch_size=1, epochs=steps))
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=recipe.eps, weight_decay=decay), alike
+        decay, betas = config.weight_decay, config.betas
+        alike = replace(job, train=job.train[:1], config=replace(config, batch_size=1, epochs=steps))
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, weight_decay=decay), alike
 
     for step in range(job.steps_total):
         if step in (0, anew):
@@ -49,7 +49,7 @@ def trained(
             loss = loss + (losses * torch.tensor(sample.weights[1:])).sum() / job.batch_weight(step)
         loss.backward()  # type: ignore[no-untyped-call]
         gradient()
-        torch.nn.utils.clip_grad_norm_([place.parameter for place in oracle.places.values()], recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_([place.parameter for place in oracle.places.values()], config.max_grad_norm)
         for group in optimiser.param_groups:
             group["lr"] = alike.learning_rate(step - began) * group["factor"]
         optimiser.step()

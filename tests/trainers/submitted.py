@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polygraft.cluster.advance import advance_job, advance_pack
@@ -16,33 +16,56 @@ from polygraft.cluster.store.base import Store, Write
 PACK = PackId("pack-1")
 
 
-def submit(store: Store, data: Path, jobs: Mapping[str, str]) -> None:
+def submit(store: Store, data: Path, jobs: Mapping[str, str], *, seed: int = 0) -> None:
     """`jobs` maps a job's id to its graft's text; each trains a few pairs for a few epochs."""
     (data / "files").mkdir(parents=True)
     opening = PackOpening(pack=PACK, backbone="tiny", device=DeviceId("d"), epoch=1, reason=Reason.JOBS_WAIT, at=0.0)
     advance_pack(store, opening)
     for index, (job, peft) in enumerate(jobs.items()):
-        submit_one(store, data, job, peft, index)
+        submit_one(store, data, job, peft, index, seed=seed)
 
 
-def submit_one(store: Store, data: Path, job: str, peft: str, index: int) -> None:
+def submit_one(store: Store, data: Path, job: str, peft: str, index: int, *, seed: int = 0) -> None:
     """One job more for the pack."""
     pairs = [("What is a graft?", "A shoot."), ("Who feeds it?", "The stock."), ("When?", "In late winter.")]
     lines = [
         {"messages": [{"role": "user", "content": f"{q} {index}"}, {"role": "assistant", "content": a}]}
         for q, a in pairs
     ]
-    (data / "files" / f"file-{job}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = FileId(f"file-{job}")
+    _write(data, file, lines)
     spec = JobSpec(
         backbone="tiny",
-        training_file=FileId(f"file-{job}"),
-        validation_file=FileId(f"file-{job}"),
+        training_file=file,
+        validation_file=file,
         peft=peft,
         epochs=4,
         batch_size=1 + index,
         learning_rate=0.01,
-        seed=index,
+        seed=index + 100 * seed,
     )
+    _admit(store, job, spec)
+
+
+def submit_text(
+    store: Store, data: Path, job: str, peft: str, answers: Sequence[str], *, max_length: int, epochs: int
+) -> None:
+    """One job more, which trains on these answers and has no validation file."""
+    file = FileId(f"file-{job}")
+    asked = {"role": "user", "content": "What is a graft?"}
+    _write(data, file, [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers])
+    _admit(
+        store,
+        job,
+        JobSpec(backbone="tiny", training_file=file, peft=peft, epochs=epochs, batch_size=1, max_length=max_length),
+    )
+
+
+def _write(data: Path, file: FileId, lines: Sequence[object]) -> None:
+    (data / "files" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _admit(store: Store, job: str, spec: JobSpec) -> None:
     record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
     store.commit([Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=0.0)])
     advance_job(store, JobAdmitted(job=record.id, pack=PACK, at=1.0))

@@ -17,7 +17,7 @@ from tests.grafts.oracle.row import Row
 from tests.tiny import tiny_llama
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, ours
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, pack_of, run
 
 METHODS = {
     "lora": "lora(r=4)",
@@ -60,13 +60,13 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_dept_trains_its_prompt_and_its_pair_at_two_rates(fp64: Backbone) -> None:
     """Shi & Lipani 2024, section 2.2: alpha_1 for the prompt and alpha_2 for A and B; a LoRA beside has the first."""
     job = a_job("dept", "dept(2, rows=6, r=2, ratio=40)", seed=3, steps=12)
-    pack = together(fp64, [job])
+    pack = pack_of(fp64, [job])
     start = {name: value.clone() for name, value in pack.jobs["dept"].slab.tensors.items()}
     oracle = Row("dept(2, rows=6, r=2)", soft=dept).oracle(fp64.folder, start, torch.float64)
     expected = trained(oracle, job, rate=lambda part: 1.0 if part == "p" else 1 / 40)
@@ -79,7 +79,7 @@ def test_dept_trains_its_prompt_and_its_pair_at_two_rates(fp64: Backbone) -> Non
 def test_a_pruned_prompt_keeps_what_mattered_most_rows_first_then_pieces(tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), torch.float32, training=True)
     job = a_job("x", "pruned-prompt(6, keep=0.5, pieces=4, keep_pieces=0.25)", seed=0, steps=18)
-    pack = together(backbone, [job])
+    pack = pack_of(backbone, [job])
     values, mattered, seen = pack.jobs["x"].slab.tensors, {}, []
     while not pack.jobs["x"].finished:
         before = {name: value.clone() for name, value in values.items()}

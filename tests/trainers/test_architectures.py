@@ -16,10 +16,10 @@ from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import SpecError
-from polygraft.trainers import forward
-from polygraft.trainers.forward import MicroBatch
 from polygraft.trainers.job import Sample
 from polygraft.trainers.loss import losses_and_gradient
+from polygraft.trainers.micro_batch import MicroBatch
+from polygraft.trainers.packed_forward import forward_backward
 from polygraft.trainers.runner import PackRunner
 from tests.tiny import tiny_model
 
@@ -69,7 +69,7 @@ def test_a_pack_does_not_take_an_encoder(folder: Path) -> None:
 
 def gradients_of(backbone: Backbone, jobs: tuple[int, ...]) -> tuple[list[float], list[list[Tensor]]]:
     """Losses and trained tensors' gradients of one forward of `jobs`, each with samples of its own."""
-    residents, shares = [], []
+    residents, micro_batches = [], []
     for place, job in enumerate(jobs):
         generator = torch.Generator().manual_seed(job)
         graft = BoundGraft(parse(TEXTS[job]), backbone.shape)
@@ -79,9 +79,9 @@ def gradients_of(backbone: Backbone, jobs: tuple[int, ...]) -> tuple[list[float]
         lengths = torch.randint(4, 40, (2,), generator=generator).tolist()
         ids = [tuple(torch.randint(2, 512, (n,), generator=generator).tolist()) for n in lengths]
         samples = tuple(Sample(row, (0.0,) + (1.0,) * (len(row) - 1)) for row in ids)
-        shares.append(MicroBatch(place, graft.prefix_length, samples, (0, 1), float(sum(lengths))))
+        micro_batches.append(MicroBatch(place, graft.prefix_length, samples, (0, 1), float(sum(lengths))))
     stacks = backbone.stacks(residents, trainable=True)
-    losses = forward.train(backbone, stacks, shares)
+    losses = forward_backward(backbone, stacks, micro_batches)
     found = stacks.gradients()
     pulled = [stacks.gradient(place, found[place]) for place in range(len(jobs))]
     return losses, [[g.clone() for g in own if g is not None] for own in pulled]

@@ -9,7 +9,7 @@ import torch
 
 from polygraft.grafts.runtime.backbone import Backbone
 from tests.tiny import tiny_llama
-from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, pack_of, run
 
 GENERATED = {
     "lokr": "lokr(r=2)",
@@ -60,4 +60,4 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path), dtype, training=True)
     jobs = jobs_of(steps, {"lora": "lora(r=4)", **texts})
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)

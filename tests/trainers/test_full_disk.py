@@ -15,8 +15,9 @@ from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import worker as worker_module
+from polygraft.trainers.folders import Folders
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 from tests.small_disk import SmallDisk, small_disk
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit

@@ -14,11 +14,12 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.generated import _ROUTER
+from polygraft.grafts.runtime.rows import dropout_keys
 from polygraft.kernels.common.dropout import combine
 from polygraft.kernels.common.noise import normal
-from polygraft.trainers.forward import _dropout_keys
+from polygraft.trainers.evaluate import mean_loss
 from polygraft.trainers.job import Sample, TrainJob
-from polygraft.trainers.runner import PackRunner, _key, mean_loss
+from polygraft.trainers.runner import PackRunner
 from tests.grafts.oracle.family_instance import generated
 from tests.grafts.oracle.row import Row, Values, relative
 from tests.tiny import tiny_llama
@@ -55,7 +56,7 @@ def test_a_noisy_router_trains_as_the_papers_equation_with_the_same_noise(backbo
 
     def noisy(ids: Tensor, x: Tensor, p: Values) -> Tensor:
         step, number = next(samples)
-        key = combine(_dropout_keys(_key(job, step), number, 1)[0], _ROUTER)
+        key = combine(dropout_keys((job.key(step), number), 1)[0], _ROUTER)
         z = normal(int(key), 4, x.dtype)
         scores = p["0.0.embed.G"] @ x[: job.train[number].prompt].mean(0)
         shares = torch.softmax(scores * (1 + z), 0)

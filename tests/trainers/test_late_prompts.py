@@ -10,7 +10,7 @@ import torch
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.pretrained import Quantise
 from tests.tiny import tiny_llama, tiny_model
-from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, pack_of, run
 
 METHODS = {
     "lora": "lora(r=4)",
@@ -34,10 +34,10 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 ) -> None:
     backbone = Backbone.load(tiny_llama(tmp_path, layers=4), dtype, training=True, quantise=quantise)
     jobs = jobs_of(steps, texts, backbone.shape)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_steps_under_learned_positions_do_too(steps: int, tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_model(tmp_path, "gpt2"), torch.float32, training=True)
     jobs = jobs_of(steps, {"late": "lpt(5)@1", "early": "lpt(3)", "lora": "lora(r=4)"}, backbone.shape)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)

@@ -21,13 +21,13 @@ from polygraft.grafts.sites import Site
 from polygraft.launch.demo.oracle.naive import lora, naive
 from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
 from polygraft.launch.demo.oracle.plain import Oracle, Place
-from polygraft.trainers import runner
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainConfig, TrainJob
+from polygraft.trainers.lanes import gradient
 from tests.grafts.oracle import family_lora
 from tests.grafts.oracle.row import relative
 from tests.trainers.solo import trained
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, pack_of, run
 
 TARGETS = ["q_proj", "v_proj"]
 AT = "at=attn.[qv]"
@@ -54,14 +54,14 @@ FAMILY = {
 
 def ours(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
     """All tensors of the job after its last step, by name."""
-    pack = together(backbone, [job])
+    pack = pack_of(backbone, [job])
     while not pack.jobs[job.id].finished:
         assert not pack.step().failed
     return {name: value.clone() for name, value in pack.jobs[job.id].slab.tensors.items()}
 
 
 def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
-    return initialise(job.graft, backbone, seed=job.recipe.seed, samples=[sample.ids for sample in job.train])
+    return initialise(job.graft, backbone, seed=job.config.seed, samples=[sample.ids for sample in job.train])
 
 
 @pytest.mark.parametrize("texts", [FAMILY], ids=["all"])
@@ -69,7 +69,7 @@ def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
 def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 @pytest.mark.parametrize("ratio", [16.0, 4.0])
@@ -86,16 +86,16 @@ def test_lora_plus_is_pefts_lora_with_a_faster_b(ratio: float, fp64: Backbone) -
 def test_lora_fas_correction_is_the_gradient_nearest_to_the_full_one(fp64: Backbone) -> None:
     """Least squares: of all dB, the one whose s^2 A^T (A dB) is nearest to the full gradient's part in A's rows."""
     job = a_job("fa", f"lora-fa(r=4, alpha=8, {AT}, correct=1)", seed=1, steps=1)
-    active = together(fp64, [job]).jobs["fa"]
+    running = pack_of(fp64, [job]).jobs["fa"]
     site, generator = Site(0, "attn.q"), torch.Generator().manual_seed(0)
-    A = active.slab.frozen[f"0.{site}.A"]
+    A = running.slab.frozen[f"0.{site}.A"]
     full = torch.randn(A.shape[1], 64, generator=generator, dtype=torch.float64)  # dL/dW^T [in, out]
-    raw = {name: torch.zeros_like(value).view(-1) for name, value in active.slab.views.items()}
+    raw = {name: torch.zeros_like(value).view(-1) for name, value in running.slab.views.items()}
     raw[f"0.{site}.B"] = (2.0 * A @ full).view(-1)
-    active.slab.collect(list(raw.values()))
-    Hooks(job.graft, active.slab).before_step()
+    running.slab.collect(list(raw.values()))
+    Hooks(job.graft, running.slab).before_step()
     expected = torch.linalg.lstsq(2.0 * A.T, full).solution
-    assert relative(active.slab.gradients()[f"0.{site}.B"], expected) < 1e-9
+    assert relative(running.slab.gradients()[f"0.{site}.B"], expected) < 1e-9
 
 
 def test_adalora_is_trained_and_pruned_as_by_peft(fp64: Backbone) -> None:
@@ -205,15 +205,15 @@ def recorded(
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """The job's tensors before each optimiser step, and the gradients that the step takes."""
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    real = runner.adamw
+    real = gradient.adamw
 
-    def noting(slab: Slab, recipe: TrainConfig, **options: Any) -> None:
+    def noting(slab: Slab, config: TrainConfig, **options: Any) -> None:
         values, gradients = slab.tensors, slab.gradients()
         found.append(({n: v.clone() for n, v in values.items()}, {n: g.clone() for n, g in gradients.items()}))
-        real(slab, recipe, **options)
+        real(slab, config, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "adamw", noting)
+        patch.setattr(gradient, "adamw", noting)
         ours(job, backbone)
     return found
 

@@ -14,10 +14,11 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.spec import SpecError
 from polygraft.kernels.common.noise import normal
 from polygraft.launch.demo.oracle.naive import lora, naive
-from polygraft.trainers import forward
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import PackRunner, RunningJob, _key
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
+from polygraft.trainers.lanes import gradient
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, pack_of, run
 
 MIXED = {
     "mezo lora": "lora(r=4) + mezo",
@@ -39,7 +40,7 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 ) -> None:
     backbone = backbone_of(folder, dtype)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_the_steps_are_those_of_the_papers_loop(folder: Path) -> None:
@@ -53,7 +54,7 @@ def test_the_steps_are_those_of_the_papers_loop(folder: Path) -> None:
         pack.step()
     start = {name: value.clone() for name, value in theta.items()}
     for step in range(8):
-        flat = normal(_key(job, step), sum(value.numel() for value in theta.values()), torch.float64)
+        flat = normal(job.key(step), sum(value.numel() for value in theta.values()), torch.float64)
         z = dict(zip(theta, flat.split([value.numel() for value in theta.values()])))
 
         def moved(distance: float, z: dict[str, Tensor] = z) -> dict[str, Tensor]:
@@ -62,8 +63,8 @@ def test_the_steps_are_those_of_the_papers_loop(folder: Path) -> None:
         above, below = (loss(folder, job, step, moved(distance)) for distance in (0.01, -0.01))
         slope, rate = (above - below) / 0.02, job.learning_rate(step)
         for name, value in theta.items():
-            value -= rate * (slope * z[name].view_as(value) + job.recipe.weight_decay * value)
-    assert job.recipe.weight_decay > 0
+            value -= rate * (slope * z[name].view_as(value) + job.config.weight_decay * value)
+    assert job.config.weight_decay > 0
     for name, value in slab.tensors.items():
         assert (value - start[name]).norm() > 1e-4
         assert (value - theta[name]).norm() <= 1e-8 * (theta[name] - start[name]).norm(), name
@@ -81,9 +82,9 @@ def test_nothing_is_kept_for_a_backward_and_the_loss_falls(folder: Path, monkeyp
     def never(*_: object) -> list[float]:
         raise AssertionError("a forward with a backward")
 
-    monkeypatch.setattr(forward, "train", never)
+    monkeypatch.setattr(gradient, "forward_backward", never)
     job = a_job("job", "lora(r=4) + mezo", seed=0, steps=300)
-    job = replace(job, recipe=replace(job.recipe, learning_rate=3e-3, batch_size=9, epochs=300, micro_rows=400))
+    job = replace(job, config=replace(job.config, learning_rate=3e-3, batch_size=9, epochs=300, micro_rows=400))
     pack = PackRunner(backbone_of(folder, torch.float32))
     slab = pack.admit(job).slab
     before = pack.evaluate("job", job.train)
@@ -97,7 +98,7 @@ def test_nothing_is_kept_for_a_backward_and_the_loss_falls(folder: Path, monkeyp
 def test_a_step_is_resumed_where_it_was(folder: Path) -> None:
     backbone = backbone_of(folder, torch.float32)
     job = a_job("job", "lora(r=4) + mezo", seed=1, steps=8)
-    pack = together(backbone, [job])
+    pack = pack_of(backbone, [job])
     while pack.jobs["job"].step < 3:
         pack.step()
     left = pack.remove("job")

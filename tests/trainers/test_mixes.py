@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from polygraft.grafts.compose import combined, lorahub
-from polygraft.trainers.runner import mean_loss
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
+from polygraft.trainers.evaluate import mean_loss
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, pack_of, run
 
 MIXES = {
     "molora": "molora(r=2, experts=4, at=attn.[qv]|ffn.down)",
@@ -31,14 +31,14 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 ) -> None:
     backbone = backbone_of(folder, dtype)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_few_examples_choose_the_weights_of_loras_that_were_trained_apart(folder: Path) -> None:
     """LoRAHub: better on the few than no graft, each member, and their mean."""
     backbone = backbone_of(folder, torch.float32)
     jobs = [a_job(name, "lora(r=4, at=attn.[qv])", seed=seed, steps=30) for seed, name in enumerate(("one", "two"))]
-    pack = together(backbone, jobs)
+    pack = pack_of(backbone, jobs)
     slabs = {job.id: pack.jobs[job.id].slab for job in jobs}
     run(pack)
     members, few = [slabs[job.id].tensors for job in jobs], (*jobs[0].train[:2], *jobs[1].train[:2])

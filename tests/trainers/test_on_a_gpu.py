@@ -102,8 +102,8 @@ def test_a_step_of_several_jobs_stays_on_the_device(pack: PackRunner, gpu: FakeG
     done = pack.step()
     assert [stepped.job for stepped in done.stepped] == list(texts)
     assert gpu.reads - reads == 1 + len(texts) and gpu.launches > launches
-    for active in pack.jobs.values():
-        slab = active.slab
+    for running in pack.jobs.values():
+        slab = running.slab
         parts = {"master": slab.master, "moment": slab.exp_avg, "square": slab.exp_avg_sq}
         assert devices({**slab.tensors, **parts}) == {DEVICE}
 
@@ -118,17 +118,17 @@ def test_a_job_without_a_backward_steps_there(pack: PackRunner, gpu: FakeGpu) ->
 @pytest.mark.parametrize("name", methods())
 def test_every_method_is_started_and_trained_there(name: str, pack: PackRunner) -> None:
     row: Row = ALL[name]
-    active = pack.admit(job(name, row.spec), row.sources(pack.backbone.shape))
+    running = pack.admit(job(name, row.spec), row.sources(pack.backbone.shape))
     assert [stepped.job for stepped in pack.step().stepped] == [name]
-    assert devices(active.slab.tensors) == {DEVICE}
+    assert devices(running.slab.tensors) == {DEVICE}
 
 
 def test_a_checkpoint_passes_through_the_cpu(pack: PackRunner, tmp_path: Path) -> None:
-    active = pack.admit(job("kept", parse("vera(r=4)@0")))
+    running = pack.admit(job("kept", parse("vera(r=4)@0")))
     pack.step()
-    name = checkpoint.save(tmp_path, active)
+    name = checkpoint.save(tmp_path, running)
     assert devices(load_file(tmp_path / name / "slab.safetensors")) == {torch.device("cpu")}
-    again = checkpoint.load(tmp_path, name, active.job, pack.backbone.device)
+    again = checkpoint.load(tmp_path, name, running.job, pack.backbone.device)
     assert devices({**again.slab.tensors, "moment": again.slab.exp_avg}) == {DEVICE}
     pack.remove("kept")
     pack.restore(again)

@@ -16,7 +16,7 @@ from polygraft.grafts.sources import Source
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import PackRunner
 from tests.grafts.oracle.row import random_tensors
-from tests.trainers.test_packed_equals_alone import MAX_ROWS, a_job, backbone_of, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import MAX_ROWS, a_job, backbone_of, jobs_of, pack_of, run
 
 MEMBERS = {
     "lora": "lora(r=2, at=attn.[qv])",
@@ -70,7 +70,7 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 def test_the_others_stay_as_they_were_and_what_is_trained_moves(folder: Path) -> None:
     backbone = backbone_of(folder, torch.float32)
     pack = packed(backbone, jobs_of(6, METHODS))
-    slabs = {name: active.slab for name, active in pack.jobs.items()}
+    slabs = {name: running.slab for name, running in pack.jobs.items()}
     before = {name: {n: t.clone() for n, t in slab.tensors.items()} for name, slab in slabs.items()}
     run(pack)
     for name, slab in slabs.items():
@@ -123,4 +123,4 @@ def test_o_lora_keeps_away_from_what_the_others_span(folder: Path) -> None:
 
 def test_a_job_without_its_sources_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="of: graft 'lora' is not here"):
-        together(backbone_of(folder, torch.float32), jobs_of(1, {"meteora": METHODS["meteora"]}))
+        pack_of(backbone_of(folder, torch.float32), jobs_of(1, {"meteora": METHODS["meteora"]}))

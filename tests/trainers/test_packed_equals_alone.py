@@ -20,10 +20,13 @@ from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.sites import ModelShape
 from polygraft.kernels.dense import op as dense
-from polygraft.trainers import forward
-from polygraft.trainers.forward import MicroBatch
+from polygraft.trainers.failure import Failed
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
-from polygraft.trainers.runner import Failed, PackRunner, RunningJob
+from polygraft.trainers.lanes import gradient
+from polygraft.trainers.micro_batch import MicroBatch
+from polygraft.trainers.packed_forward import forward_backward
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
 from tests.tiny import TINY
 
 METHODS = {
@@ -68,7 +71,7 @@ def a_job(name: str, text: str, *, seed: int, steps: int, shape: ModelShape = TI
         muted = int(torch.randint(1, length, (1,), generator=generator))
         samples.append(Sample(tuple(ids), (0.0,) * muted + (1.0,) * (length - muted)))
     batch = 1 + seed % 4
-    recipe = TrainConfig(
+    config = TrainConfig(
         epochs=ceil(steps / ceil(len(samples) / batch)),
         batch_size=batch,
         learning_rate=3e-3 * (1 + seed % 3),
@@ -78,7 +81,7 @@ def a_job(name: str, text: str, *, seed: int, steps: int, shape: ModelShape = TI
         seed=seed,
         micro_rows=40,
     )
-    return TrainJob(name, BoundGraft(parse(text), shape), recipe, tuple(samples))
+    return TrainJob(name, BoundGraft(parse(text), shape), config, tuple(samples))
 
 
 def jobs_of(steps: int, texts: Mapping[str, str], shape: ModelShape = TINY) -> list[TrainJob]:
@@ -100,12 +103,12 @@ def run(
             assert failures is not None, failed
             failures.append(failed)
             pack.remove(failed.job)
-        for active in [active for active in pack.jobs.values() if active.finished]:
-            ended[active.job.id] = pack.remove(active.job.id).slab.master.clone()
+        for running in [running for running in pack.jobs.values() if running.finished]:
+            ended[running.job.id] = pack.remove(running.job.id).slab.master.clone()
     return ended
 
 
-def together(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
+def pack_of(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
     """A pack of these jobs, each with its loss before training known, as the worker asks for it."""
     pack = PackRunner(backbone, max_rows=MAX_ROWS)
     for job in jobs:
@@ -116,7 +119,7 @@ def together(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
 
 @cache
 def alone(backbone: Backbone, job: TrainJob) -> Tensor:
-    return run(together(backbone, [job]))[job.id]
+    return run(pack_of(backbone, [job]))[job.id]
 
 
 def assert_as_alone(ended: Mapping[str, Tensor], jobs: Sequence[TrainJob], backbone: Backbone) -> None:
@@ -139,18 +142,20 @@ def test_fp64_gradients_beside_three_other_methods_are_those_alone(name: str, fo
 def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Of every graft's tensors after one packed forward and backward, from random values."""
     jobs = {name: a_job(name, METHODS[name], seed=list(METHODS).index(name), steps=1) for name in names}
-    residents, shares = [], []
+    residents, micro_batches = [], []
     for graft, (name, job) in enumerate(jobs.items()):
-        generator = torch.Generator().manual_seed(job.recipe.seed)
+        generator = torch.Generator().manual_seed(job.config.seed)
         values = {
             t.name: 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64) + (t.part in "gm")
             for t in job.graft.tensors
         }
         residents.append(Resident(name, job.graft, values))
-        seed = job.recipe.seed
-        shares.append(MicroBatch(graft, job.graft.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed))
+        seed = job.config.seed
+        micro_batches.append(
+            MicroBatch(graft, job.graft.prefix_length, job.train[:4], (0, 1, 2, 3), 10.0 + seed, key=seed)
+        )
     stacks = backbone.stacks(residents, trainable=True)
-    forward.train(backbone, stacks, shares)
+    forward_backward(backbone, stacks, micro_batches)
     found: dict[str, dict[str, Tensor]] = {}
     for name, pieces in zip(jobs, stacks.views):
         parts = {piece.tensor.name: piece.gradient() for piece in pieces}
@@ -167,31 +172,31 @@ def test_a_hundred_steps_in_company_leave_the_bits_of_a_hundred_steps_alone(
 ) -> None:
     backbone = backbone_of(folder, dtype)
     jobs = jobs_of(100, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_so_do_steps_in_bf16_with_torchs_products(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "library", lambda: None)
     backbone, jobs = Backbone.load(folder, torch.bfloat16, training=True), jobs_of(SHORT, LIGHT)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_unions_and_input_scales_change_no_neighbour(fp32: Backbone) -> None:
     jobs = jobs_of(SHORT, {**METHODS, **AWKWARD})
-    assert_as_alone(run(together(fp32, jobs)), jobs, fp32)
+    assert_as_alone(run(pack_of(fp32, jobs)), jobs, fp32)
 
 
 @pytest.mark.parametrize("poison", ["nan weights", "infinite rate"])
 def test_a_job_whose_loss_is_not_finite_fails_alone(poison: str, fp32: Backbone) -> None:
     jobs = jobs_of(SHORT, METHODS)
     bad = a_job("bad", "lora(r=8) + bitfit + prefix(3)", seed=20, steps=200)
-    pack = together(fp32, jobs[:4])
+    pack = pack_of(fp32, jobs[:4])
     if poison == "nan weights":
         slab = Slab(bad.graft)
         slab.master.fill_(torch.nan)
         pack.restore(RunningJob(bad, slab))
     else:
-        pack.admit(replace(bad, recipe=TrainConfig(epochs=200, batch_size=2, learning_rate=1e30)))
+        pack.admit(replace(bad, config=TrainConfig(epochs=200, batch_size=2, learning_rate=1e30)))
     for job in jobs[4:]:
         pack.admit(job)
     failures: list[Failed] = []
@@ -210,7 +215,7 @@ def test_a_job_too_short_for_patience_fails_if_none_of_its_steps_was_finite(step
     slab.master.fill_(torch.nan)
     pack = PackRunner(fp32)
     short = TrainConfig(epochs=steps, batch_size=len(bad.train), learning_rate=1e-3)
-    pack.restore(RunningJob(replace(bad, recipe=short), slab))
+    pack.restore(RunningJob(replace(bad, config=short), slab))
     failures: list[Failed] = []
     assert not run(pack, failures=failures)
     assert [(failed.job, failed.code) for failed in failures] == [("bad", "non_finite_loss")]
@@ -220,7 +225,7 @@ def test_a_job_too_short_for_patience_fails_if_none_of_its_steps_was_finite(step
 def test_joining_late_and_leaving_early_change_nothing_for_the_others(fp32: Backbone) -> None:
     jobs = jobs_of(SHORT, METHODS)
     gone = a_job("gone", "parallel(8) + lora(r=8)", seed=30, steps=200)
-    pack = together(fp32, [jobs[0], gone, *jobs[1:4]])
+    pack = pack_of(fp32, [jobs[0], gone, *jobs[1:4]])
     late = {3: jobs[4], 9: jobs[5], 10: jobs[6], 25: jobs[7]}
 
     def between(pack: PackRunner) -> None:
@@ -237,18 +242,17 @@ def test_micro_batches_that_do_not_fit_together_run_apart(
     message: str, fp32: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, calls = jobs_of(SHORT, METHODS)[2:7], []
-    real = forward.train
 
-    def small(backbone: Backbone, stacks: object, shares: Sequence[MicroBatch]) -> list[float]:
-        calls.append(len(shares))
-        losses = real(backbone, stacks, shares)  # type: ignore[arg-type]
-        if len(shares) > 2:  # after the work, so that what it left behind could be counted twice
+    def small(backbone: Backbone, stacks: object, micro_batches: Sequence[MicroBatch]) -> list[float]:
+        calls.append(len(micro_batches))
+        losses = forward_backward(backbone, stacks, micro_batches)  # type: ignore[arg-type]
+        if len(micro_batches) > 2:  # after the work, so that what it left behind could be counted twice
             raise RuntimeError(message) if message else MemoryError
         return losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "train", small)
-        ended = run(together(fp32, jobs))
+        patch.setattr(gradient, "forward_backward", small)
+        ended = run(pack_of(fp32, jobs))
     assert max(calls) > 2
     assert_as_alone(ended, jobs, fp32)
 
@@ -258,17 +262,16 @@ def test_the_job_that_does_not_fit_alone_is_found_and_fails_alone(
 ) -> None:
     jobs = jobs_of(SHORT, METHODS)
     big = a_job("big", "lora(r=7)", seed=40, steps=200)
-    real = forward.train
 
-    def full(backbone: Backbone, stacks: object, shares: Sequence[MicroBatch]) -> list[float]:
-        if any(sample in big.train for share in shares for sample in share.samples):
+    def full(backbone: Backbone, stacks: object, micro_batches: Sequence[MicroBatch]) -> list[float]:
+        if any(sample in big.train for one in micro_batches for sample in one.samples):
             raise MemoryError
-        return real(backbone, stacks, shares)  # type: ignore[arg-type]
+        return forward_backward(backbone, stacks, micro_batches)  # type: ignore[arg-type]
 
     failures: list[Failed] = []
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "train", full)
-        ended = run(together(fp32, [*jobs[:3], big, *jobs[3:]]), failures=failures)
+        patch.setattr(gradient, "forward_backward", full)
+        ended = run(pack_of(fp32, [*jobs[:3], big, *jobs[3:]]), failures=failures)
     assert [(failed.job, failed.code) for failed in failures] == [("big", "out_of_memory")]
     assert_as_alone(ended, jobs, fp32)
 
@@ -277,6 +280,8 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(fp32: Backbone, monkeyp
     def wrong(*_: object) -> list[float]:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(forward, "train", wrong)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        together(fp32, jobs_of(1, METHODS)).step()
+    monkeypatch.setattr(gradient, "forward_backward", wrong)
+    done = pack_of(fp32, jobs_of(1, METHODS)).step()
+    assert done.jobs and [failed.job for failed in done.failed] == list(done.jobs)
+    for failed in done.failed:
+        assert failed.code == "step_failed" and "RuntimeError: shapes do not match" in failed.message

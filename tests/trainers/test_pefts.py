@@ -19,19 +19,18 @@ from polygraft.grafts.methods import declare
 from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.keys import NoisyKey
+from polygraft.grafts.runtime.rows import dropout_keys
 from polygraft.grafts.runtime.streams import stream
 from polygraft.grafts.sites import Site
 from polygraft.kernels.common.noise import normal_rows
 from polygraft.launch.demo.oracle.peft_oracle import Find, peft_oracle
 from polygraft.launch.demo.oracle.plain import MODULES, Oracle, Place, plain_llama
-from polygraft.trainers.forward import _dropout_keys
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import _key
 from tests.grafts.oracle.family_pefts import ROWS
 from tests.grafts.oracle.row import relative
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, ours, start_of
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, pack_of, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +51,7 @@ FAMILY = {
 def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def of(name: str, job: TrainJob, backbone: Backbone) -> tuple[Oracle, PeftModel]:
@@ -88,7 +87,7 @@ def test_pvera_trains_as_pefts_with_the_same_noise(fp64: Backbone) -> None:
     def logits(ids: Tensor) -> Tensor:
         nonlocal keys
         step, number = next(samples)
-        keys = _dropout_keys(_key(job, step), number, len(ids))
+        keys = dropout_keys((job.key(step), number), len(ids))
         return oracle.logits(ids)
 
     def noisy(layer: PveraLayer, site: Site) -> None:
@@ -124,7 +123,7 @@ def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: p
         real, shape = router.forward, fp64.shape.dims(site.name)
 
         def forward(task_ids: Tensor, input_ids: Tensor) -> Tensor:
-            u = uniform(_key(job, current), declare.SiteShape(site.layer, site.name, *shape), router.module_logits)
+            u = uniform(job.key(current), declare.SiteShape(site.layer, site.name, *shape), router.module_logits)
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "rand", lambda size, **_: u.view(size))
                 return real(task_ids, input_ids)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polygraft.grafts.runtime.backbone import Backbone
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, pack_of, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,12 +32,12 @@ def test_steps_in_company_leave_the_bits_of_as_many_alone(
 ) -> None:
     backbone = Backbone.load(folder, dtype, training=True)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_the_entries_chosen_at_the_start_stay_the_same(folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
-    pack = together(backbone, [a_job("shira", TEXTS["shira"], seed=1, steps=5)])
+    pack = pack_of(backbone, [a_job("shira", TEXTS["shira"], seed=1, steps=5)])
     slab = pack.jobs["shira"].slab
     before = {name: value.clone() for name, value in slab.frozen.items()}
     run(pack)

@@ -19,11 +19,10 @@ from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.grafts.spec import SpecError
 from polygraft.kernels.common.segments import Segments
 from polygraft.launch.demo.oracle.naive import naive, serial
-from polygraft.trainers.runner import _key
 from tests.grafts.oracle.row import random_tensors
 from tests.grafts.test_merge import unmerged
 from tests.trainers.test_lora_family import loss_gradients, recorded
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, backbone_of, jobs_of, pack_of, run
 
 METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "averaged-adapters(4, experts=3)", "plain": "serial(4)"}
 
@@ -33,7 +32,7 @@ METHODS = {"drop": "adapter-drop(4, upto=2)", "mix": "averaged-adapters(4, exper
 def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = backbone_of(folder, torch.float32)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_adapter_drop_trains_without_a_random_number_of_first_layers(
@@ -58,7 +57,7 @@ def test_what_adapter_drop_drops_is_not_computed(fp64: Backbone, monkeypatch: py
     """Rueckle et al. 2021, section 3: neither the adapters of the first n layers, nor a backward below the first that
     is left; without any, no backward at all."""
     job = a_job("drop", "adapter-drop(4, upto=2)", seed=2, steps=14)
-    pack = together(fp64, [job])
+    pack = pack_of(fp64, [job])
     passed: list[int] = []
     reached: list[FrozenLinear] = []
     add, back, seen = steps.branch, PlainLinear.backward, set()
@@ -76,9 +75,9 @@ def test_what_adapter_drop_drops_is_not_computed(fp64: Backbone, monkeypatch: py
     while not pack.jobs["drop"].finished:
         passed.clear()
         reached.clear()
-        active = pack.jobs["drop"]
-        without = _key(job, active.step) % 3
-        rows = sum(job.train[i].rows for i in job.micro_batches(active.step)[active.micro])
+        running = pack.jobs["drop"]
+        without = running.key % 3
+        rows = sum(job.train[i].rows for i in job.micro_batches(running.step)[running.micro])
         pack.step()
         assert passed == [rows] * 2 * (2 - without)
         assert len(reached) == 4 * (2 - without)  # of a layer: q, k and v as one; o; gate and up; down

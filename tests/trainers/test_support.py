@@ -19,12 +19,11 @@ from polygraft.grafts.sites import Site
 from polygraft.launch.demo.oracle.naive import Hook, Parts, naive
 from polygraft.launch.demo.oracle.plain import MODULES, Oracle, plain_llama, split
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.runner import _key
 from tests.grafts.oracle.family_sparse import sparse_update
 from tests.grafts.oracle.family_support import changed, hard_concrete, shifted
 from tests.trainers.solo import trained
 from tests.trainers.test_lora_family import assert_trained, loss_gradients, ours, recorded
-from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, jobs_of, pack_of, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +48,7 @@ SAMPLES = ((5, 6, 7, 8, 300, 21), (9, 10, 11), (400, 3, 3, 17, 90))
 def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
     jobs = jobs_of(steps, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_fishmask_takes_the_entries_of_the_largest_empirical_fisher_information(fp64: Backbone) -> None:
@@ -166,7 +165,7 @@ def test_a_penalty_closes_a_matrix_as_a_whole(fp64: Backbone) -> None:
 
     def groups(penalty: float) -> Tensor:
         text = f"diff-pruning(density=0.1, relax=0.9, penalty={penalty}, structured=1, {AT})"
-        pack = together(fp64, [a_job("groups", text, seed=2, steps=12)])
+        pack = pack_of(fp64, [a_job("groups", text, seed=2, steps=12)])
         values = pack.jobs["groups"].slab.tensors
         run(pack)
         return torch.cat([value for name, value in values.items() if name.endswith("diff_group")])
@@ -191,7 +190,7 @@ def test_diff_pruning_trains_gates_and_then_what_is_left(fp64: Backbone) -> None
     def draw(step: int) -> None:
         for name, gate in gates.items():
             _, layer, site, _ = split(name)
-            u[id(gate)] = uniform(_key(job, step), SiteShape(layer, site, *gate.shape[::-1]), gate.detach())
+            u[id(gate)] = uniform(job.key(step), SiteShape(layer, site, *gate.shape[::-1]), gate.detach())
 
     def penalty() -> Tensor:
         return 0.001 * sum((gate.sigmoid().sum() for gate in gates.values()), torch.zeros(())) * (not kept)
@@ -251,7 +250,7 @@ def test_s_bitfit_keeps_the_biases_that_the_loss_would_miss(fp64: Backbone) -> N
 
 def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
     """What the job starts from in a pack."""
-    slab = together(backbone, [job]).jobs[job.id].slab
+    slab = pack_of(backbone, [job]).jobs[job.id].slab
     return {name: value.clone() for name, value in slab.tensors.items()}
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
+from polygraft.trainers.folders import Folders
+from polygraft.trainers.joining import PEFT
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 from tests.kernels.compare import relative
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit, submit_one
@@ -196,7 +199,7 @@ def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbo
     assert "line 1" in told.message
 
 
-@pytest.mark.parametrize("at", ["initialise", "Hooks"])
+@pytest.mark.parametrize("at", ["runner.initialise", "running.Hooks"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_job_that_no_memory_is_left_for_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
@@ -229,11 +232,11 @@ def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
     told = _failed_alone(store)
-    assert told.param == worker_module.PEFT
+    assert told.param == PEFT
     assert "lora(r=9)" in told.message and "held-out loss of nan" in told.message
 
 
-@pytest.mark.parametrize("at", ["initialise", "Hooks"])
+@pytest.mark.parametrize("at", ["runner.initialise", "running.Hooks"])
 @pytest.mark.parametrize("error", [TypeError("size"), OverflowError("10**30"), RuntimeError("overflow")])
 def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_why(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
@@ -243,7 +246,7 @@ def test_a_job_that_cannot_start_for_any_reason_of_its_own_fails_alone_and_says_
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
     told = _failed_alone(store)
-    assert told.param == worker_module.PEFT
+    assert told.param == PEFT
     assert "'lora(r=9)'" in told.message and f"{type(error).__name__}: {error}" in told.message
 
 
@@ -251,17 +254,17 @@ def test_a_job_whose_examples_may_reach_beyond_the_last_position_fails_alone(
     backbone: Backbone, tmp_path: Path
 ) -> None:
     store = MemoryStore()
-    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "prefix(300)"})
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "prefix(511)"})
     _work(store, backbone, tmp_path)
     told = _failed_alone(store)
-    assert "max_length: 256 tokens and the 300" in told.message
+    assert "max_length: 2 tokens and the 511" in told.message
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("gone"), torch.AcceleratorError("CUDA error: unknown")])
 def test_the_loss_of_the_store_or_the_device_is_not_blamed_on_a_job(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    _raise_for("ia3", error, "initialise", monkeypatch)
+    _raise_for("ia3", error, "runner.initialise", monkeypatch)
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3"})
     with pytest.raises(type(error)):
@@ -289,7 +292,7 @@ def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp
     wrong = ("'ftjob-1' is 'ia3', not a LoRA", "'ftjob-9' does not exist", "'ftjob-2@1' cannot be read")
     for failed, said in zip((unlike, missing, damaged), wrong):
         assert failed.state is JobState.FAILED and failed.error is not None and said in failed.error.message
-        assert (failed.error.code, failed.error.param) == ("invalid_value", worker_module.PEFT)
+        assert (failed.error.code, failed.error.param) == ("invalid_value", PEFT)
     old, new = (
         native.load(tmp_path / "grafts" / str(job.graft), shape=backbone.shape, backbone=backbone.fingerprint)
         for job in (first, over)
@@ -332,15 +335,15 @@ def test_a_saved_graft_is_the_job_s_weights(backbone: Backbone, tmp_path: Path) 
 
 
 def _raise_for(method: str, error: Exception, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`error` in what the runner calls `at`, for jobs of the method."""
-    real = getattr(runner_module, at)
+    """`error` in what is called at this place of trainers, for jobs of the method."""
+    real = resolve_name(f"polygraft.trainers.{at}")
 
     def failing(graft: BoundGraft, *given: object, **more: object) -> object:
         if graft.spec.method == method:
             raise error
         return real(graft, *given, **more)
 
-    monkeypatch.setattr(runner_module, at, failing)
+    monkeypatch.setattr(f"polygraft.trainers.{at}", failing)
 
 
 def _messages(store: Store) -> list[str]:

@@ -28,6 +28,7 @@ PEFT = (
         method="ia3",
         biases=False,
         conv1d=True,
+        separable=True,
         idle={"init_ia3_weights": True},
         sides={"at": ("target_modules", ()), "feedforward": ("feedforward_modules", ("down_proj",))},
         layered=False,

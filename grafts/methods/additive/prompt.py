@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 _STARTS = ("text", "vocabulary", "normal")
+_MOST_TOKENS = 1 << 20
 _CELLS = range(4)  # of an LSTM of two layers and two directions
 _WIDE = DeclRef("normal", (("std", 1.0),))
 
@@ -88,16 +89,28 @@ def trainable_tokens(ids: str = "1|2") -> tuple[Slot, ...]:
     """New rows for given tokens in the table of embeddings, all others as they are: textual inversion (Gal et al. 2022,
     arXiv 2208.01618, section 3), in PEFT trainable tokens.
 
-    `ids`: numbers of tokens, joined by `|`.
+    `ids`: numbers of tokens, or ranges of them as 3-7, joined by `|`.
 
     Deviations: Only the input's rows are edited: where the head is tied to the embeddings, it keeps the old ones.
 
     Choose when: a few special tokens are to mean something, mostly beside another method.
     """
-    if not all(part.strip().isdecimal() for part in ids.split("|")):
-        raise SpecError(f"peft: ids: {ids!r} are not numbers of tokens joined by |")
-    found = tuple(int(part) for part in ids.split("|"))
+    found = _numbers(ids)
     return (Tokens(length=len(found), mode="replace", ids=found),)
+
+
+def _numbers(ids: str) -> tuple[int, ...]:
+    """The tokens that a text names."""
+    found: list[int] = []
+    for part in ids.split("|"):
+        first, joined, last = (one.strip() for one in part.partition("-"))
+        if not (first.isdecimal() and (last if joined else first).isdecimal() and len(first + last) < 20):
+            raise SpecError(f"peft: ids: {ids[:200]!r} are not numbers of tokens joined by |")
+        numbers = range(int(first), int(last or first) + 1)
+        if len(numbers) + len(found) > _MOST_TOKENS:
+            raise SpecError(f"peft: ids: {ids[:200]!r} are more than {_MOST_TOKENS} tokens")
+        found += numbers
+    return tuple(found)
 
 
 def _size(field: str, value: int) -> int:
@@ -237,7 +250,7 @@ PEFT = (
     Peft(
         kind="TRAINABLE_TOKENS",
         method="trainable-tokens",
-        fields=lambda ids, **_: {"token_indices": [int(token) for token in ids.split("|")]},
+        fields=lambda ids, **_: {"token_indices": [*_numbers(ids)]},
         arguments=_ids,
         reads=("token_indices", "target_modules"),
         idle={"init_weights": True},

@@ -27,9 +27,10 @@ def molora(r: int = 4, experts: int = 4, alpha: float = 8.0, at: str = "linear",
 
 def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "linear") -> tuple[Slot, ...]:
     """One A for all experts and a B each, weighed by the row: y += s sum_i w_i B_i A x, w = softmax(W_g x) (Tian et al.
-    2024, arXiv 2404.19245).
+    2024, arXiv 2404.19245, eq. 3 and 4).
 
-    Deviations: The number of experts is yours to give; the paper finds it by clustering the data.
+    Deviations: The number of experts is yours to give; the paper finds it by clustering the data. The router reads x
+    itself, by W_g [experts, in]; the paper writes it with r rows.
 
     Choose when: `molora` is too large: the A is shared, so that an expert costs half.
     """
@@ -40,7 +41,7 @@ def job_gated_experts(
     r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16
 ) -> tuple[Slot, ...]:
     """Several LoRAs whose weights are the job's own, the same at all rows and sites: w = softmax(W_T e) with a trained
-    vector e and one W_T (after MOELoRA: Liu et al. 2023, arXiv 2310.18339).
+    vector e and one W_T (after MOELoRA: Liu et al. 2023, arXiv 2310.18339, section 3.3).
 
     `r` is the ranks of all experts together, `task` the length of e.
 

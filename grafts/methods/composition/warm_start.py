@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 def go_on(*, of: str = "one") -> tuple[Slot, ...]:
     """A way to start, written beside what is trained: `lora(r=8) + from(of=support)` starts all tensors as those of a
-    trained graft with the same slots, or as the mean of several.
+    trained graft with the same slots, or as the mean of several. Its case for prompts is SPoT (Vu et al. 2022, arXiv
+    2110.07904, section 2).
 
     `of` names them, joined by `|`.
 
-    Deviations: It is no paper's method; SPoT (Vu et al. 2022, arXiv 2110.07904) is its case for prompts.
+    Deviations: For methods other than prompts it is no paper's; the names are given, and not found by similarity.
 
     Choose when: more data of a task have come, or a related task is at hand. The optimiser starts anew.
     """
@@ -38,7 +39,7 @@ def go_on_hooks(*, of: str = "one") -> tuple[DeclRef, ...]:
 
 def spot(length: int = 20, *, of: str = "one") -> tuple[Slot, ...]:
     """SPoT: a prompt that starts as one trained on another task, or as the mean of several (Vu et al. 2022, arXiv
-    2110.07904).
+    2110.07904, section 2).
 
     `of` names the prompts, of `length` rows each.
 

@@ -19,7 +19,7 @@ def unipelt(
 ) -> tuple[Slot, ...]:
     """A LoRA on queries and values, an adapter after the feed-forward and a prefix, each opened by a gate of its own at
     every row: W x + G_L B A x, h + G_A B act(A h), keys and values [G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G
-    input) (Mao et al. 2022, arXiv 2110.07577, section 3).
+    input) (Mao et al. 2022, arXiv 2110.07577, section 3.2).
 
     The prefix is made by a network of `hidden` neurons.
 
@@ -37,7 +37,7 @@ def unipelt_al(
     r: int = 8, size: int = 48, at: str = "attn.[qv]", adapter: str = "ffn.out", scale: float = 1.0
 ) -> tuple[Slot, ...]:
     """UniPELT without its prefix: a LoRA and an adapter, each with a gate at every row, W x + s G_L B A x and h + G_A B
-    act(A h) (Mao et al. 2022, arXiv 2110.07577, its variant of adapter and LoRA).
+    act(A h) (Mao et al. 2022, arXiv 2110.07577, section 3.2, its variant of adapter and LoRA).
 
     `scale` is LoRA's beside its gate, which replaces it in the paper.
 

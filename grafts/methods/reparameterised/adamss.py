@@ -21,8 +21,8 @@ _ROUNDS = 10  # of k-means, as in PEFT
 
 def adamss(r: int = 100, subspaces: int = 5, rank: int = 1, at: str = "attn.[qv]") -> tuple[Slot, ...]:
     """The rows of W fall into K clusters by their coordinates in its r largest right singular directions N, and each
-    cluster k takes a small update of its own in these directions, dW_k = B_k A_k N, with only A_k and B_k trained (as
-    PEFT 0.21 has it).
+    cluster k takes a small update of its own in these directions, dW_k = B_k A_k N, with only A_k and B_k trained
+    (Zheng et al. 2025, NeurIPS, AdaMSS, as PEFT 0.21 has it).
 
     `r` directions of W, or as many as it has; `subspaces` clusters of its rows, each with an update of `rank`.
 
@@ -97,7 +97,7 @@ def _clusters(rows: Tensor, count: int, seed: Generator) -> Tensor:
     return torch.cdist(rows, means).argmin(1)
 
 
-METHODS = (Method("adamss", "PEFT 0.21", 1e-3, adamss),)
+METHODS = (Method("adamss", "NeurIPS 2025, AdaMSS", 1e-3, adamss),)
 PARAMETRIZATIONS = (Parametrization("adamss", _operands, _own),)
 STARTS = (Start("row-clusters", _start),)
 PEFT = (

@@ -24,7 +24,7 @@ def vblora(
     r: int = 4, vectors: int = 256, length: int = 256, k: int = 2, at: str = "linear", dropout: float = 0.0
 ) -> tuple[Slot, ...]:
     """LoRA whose A and B are cut into pieces, each a mixture of the k vectors of one shared bank that it gives the
-    largest logits (Li et al. 2024, arXiv 2405.15179).
+    largest logits (Li et al. 2024, arXiv 2405.15179, eq. 3.1 to 3.3).
 
     `vectors` of `length` are in the bank, which all sites share.
 

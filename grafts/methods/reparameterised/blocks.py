@@ -29,7 +29,7 @@ Values = Mapping[str, "Tensor"]
 
 def miss(r: int = 64, mini: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
     """y += D^T sum_j x_j over the pieces x_j of x of width r, so that all pieces share one matrix D [r, out] (Kang &
-    Yin 2024, arXiv 2409.15371, there first called Bone).
+    Yin 2024, arXiv 2409.15371, eq. 4 to 7; first called Bone).
 
     `mini` is the period of D in the output, 0 for none.
 
@@ -54,7 +54,7 @@ def bat(r: int = 16, at: str = "linear") -> tuple[Slot, ...]:
 
 def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
     """W in k x k blocks with a LoRA of rank r / k each, so that the whole has up to k times LoRA's rank at its number
-    of parameters (Jung et al. 2025, arXiv 2505.20355).
+    of parameters (Jung et al. 2025, arXiv 2505.20355, eq. 5).
 
     Deviations: The paper's hybrid with a plain LoRA beside it is the union `gralora + lora`.
 

@@ -22,11 +22,11 @@ Values = Mapping[str, "Tensor"]
 
 def delora(r: int = 8, bound: float = 15.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
     """dW = (l / r) sum_i b_i a_i^T / (|b_i| |a_i|): only directions in A and B, and the strength l apart, which bounds
-    how far W can be moved (Bini et al. 2025, arXiv 2503.18225).
+    how far W can be moved (Bini et al. 2025, arXiv 2503.18225, eq. 8).
 
     `bound` is the start of l.
 
-    Deviations: Times the norms of W's columns, as in PEFT.
+    Deviations: Column by column times the norms of W's columns, as in PEFT; the paper has one norm of W.
 
     Choose when: LoRA diverges or forgets: high learning rates are safe here.
     """

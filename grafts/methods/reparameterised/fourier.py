@@ -44,10 +44,10 @@ def waveft(n: int = 2592, scale: float = 25.0, at: str = "attn.[qv]", seed: int 
 
 def c3a(block: int = 256, at: str = "linear") -> tuple[Slot, ...]:
     """dW of blocks of b x b that are circulant, each made of b numbers: a convolution of blocks of x (Chen et al. 2024,
-    arXiv 2407.19342).
+    arXiv 2407.19342, eq. 3 and 4).
 
-    Deviations: Row i, column j of a block is c[(j - i) mod b] over the width of the input, as in PEFT; the dense dW is
-    made, where the paper multiplies by FFT.
+    Deviations: dW is divided by the width of the input, as in PEFT, which the paper's is not; it is made dense, where
+    the paper multiplies by FFT.
 
     Choose when: full rank is wanted from few numbers: in x out / b of them.
     """

@@ -19,7 +19,7 @@ Values = Mapping[str, "Tensor"]
 
 def lokr(r: int = 8, alpha: float = 8.0, at: str = "linear", factor: int = -1, both: int = 0) -> tuple[Slot, ...]:
     """dW = (alpha / r) C (x) (B A), a Kronecker product of a small full matrix and one of low rank (Yeh et al. 2024,
-    arXiv 2309.14859).
+    arXiv 2309.14859, eq. 4 and 5).
 
     `factor` is the wished size of C, -1 for as square as possible; with `both`, C is made low-rank too.
 

@@ -47,6 +47,7 @@ PEFT = (
     Peft(
         kind="LOHA",
         method="loha",
+        separable=True,
         biases=False,
         names={"r": ("r", 8), "alpha": ("alpha", 8)},
         idle={"init_weights": True, "rank_dropout": None, "module_dropout": None},

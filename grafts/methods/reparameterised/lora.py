@@ -1,10 +1,17 @@
 """LoRA, and LoRA with a rank-stabilised scale."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from math import sqrt
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Kept, Peft
 from polygraft.grafts.spec import Branch, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def lora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
@@ -42,14 +49,26 @@ LORA_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 LORA_IDLE = {"init_lora_weights": True, "eva_config": None}
 LORA_HARMLESS = {"init_lora_weights": ("gaussian", "eva", "mica", "orthogonal")}
 LORA_KEPT = {"A": Kept("lora_A.weight"), "B": Kept("lora_B.weight", turned=(0, 1), rows=True)}
+
+
+def _shift(
+    stored: Mapping[str, Tensor], module: str, slot: Branch, number: Callable[[str], Tensor | None]
+) -> tuple[Tensor, set[str]] | None:
+    """With `lora_bias` B has a bias c: y += s (B A x + c)."""
+    key = f"{module}.lora_B.bias"
+    return (slot.scale * stored[key].double(), {key}) if key in stored else None
+
+
 PEFT = tuple(
     Peft(
         kind="LORA",
         method=method,
         conv1d=True,
+        separable=True,
+        shift=_shift,
         names=LORA_NAMES | {"alpha": ("lora_alpha", 8)},
         fixed={"use_dora": False, "use_rslora": method == "rslora"},
-        idle=LORA_IDLE,
+        idle=LORA_IDLE | {"lora_bias": False},
         harmless=LORA_HARMLESS,
         patterns=LORA_PATTERNS,
         own=LORA_KEPT,

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
     """W' = W R with R block-diagonal and orthogonal, by a Cayley transform of a skew-symmetric matrix (Qiu et al. 2023,
-    arXiv 2306.07280). With `neumann` terms the inverse in it is a truncated Neumann series (OFTv2: Qiu et al. 2025,
-    arXiv 2506.19847), exact with 0.
+    arXiv 2306.07280, eq. 2 and 3). With `neumann` terms the inverse in it is a truncated Neumann series
+    (OFTv2: Qiu et al. 2025, arXiv 2506.19847, section 3.3), exact with 0.
 
     Blocks are of size `b`.
 
-    Deviations: R multiplies the input, as in OFTv2 and PEFT, where the first paper turns neurons; without the
-    constraint of COFT.
+    Deviations: Without the constraint of COFT and the scale of every neuron, which the first paper has as variants.
+    Its R turns the neurons; here, in OFTv2 and in PEFT it turns what they read, which is the same with R transposed.
 
     Choose when: what the backbone knows must be kept: angles between neurons stay. Nothing is made dense.
     """
@@ -32,7 +32,7 @@ def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
 
 def boft(b: int = 4, m: int = 1, at: str = "linear") -> tuple[Slot, ...]:
     """W' = diag(s) W R with R a product of m orthogonal factors with blocks of size b in a butterfly's order, so that
-    every input meets every other (Liu et al. 2024, arXiv 2311.06243).
+    every input meets every other (Liu et al. 2024, arXiv 2311.06243, eq. 1 and 2).
 
     Deviations: The scale of every row of W is PEFT's.
 
@@ -100,6 +100,7 @@ PEFT = (
     Peft(
         kind="OFT",
         method="oft",
+        separable=True,
         names={"b": ("oft_block_size", 32)},
         fields=lambda neumann, **_: {"use_cayley_neumann": bool(neumann), "num_cayley_neumann_terms": neumann or 5},
         arguments=_neumann,
@@ -110,6 +111,7 @@ PEFT = (
     Peft(
         kind="BOFT",
         method="boft",
+        separable=True,
         names={"b": ("boft_block_size", 4), "m": ("boft_n_butterfly_factor", 1)},
         idle={"init_weights": True, "boft_dropout": None},
         own={"R": Kept("boft_R"), "g": Kept("boft_s", shape=(-1, 1), rows=True)},

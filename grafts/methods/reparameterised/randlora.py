@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def randlora(r: int = 32, alpha: float = 640.0, at: str = "linear") -> tuple[Slot, ...]:
     """dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i) of full rank, with random bases A and B_i frozen and shared by
-    all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987).
+    all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987, eq. 4).
 
     Deviations: Which column of B meets which row of A is as in PEFT, whose files must mean the same; its sparse bases
     are left out.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
@@ -125,36 +125,74 @@ PARAMETRIZATIONS = (
     Parametrization("peanut", _peanut, _peanut_own),
 )
 _STARTS: dict[str, object] = {"init_weights": True}
-PEFT = (
-    Peft(
-        kind="HIRA",
-        method="hira",
-        biases=False,
-        conv1d=True,
-        names={"r": ("r", 32)},
-        idle=_STARTS | {"hira_dropout": None, "rank_pattern": {}},  # PEFT 0.21 gives every module the rank r
-        own={"A": Kept("hira_A"), "B": Kept("hira_B", rows=True)},
-    ),
-    Peft(
+_CONSTANT = (lambda value, place: value[0], lambda stored, place: stored.expand(place.d_out, 1))
+
+
+def _glora_shift(
+    stored: Values, module: str, slot: Slot, number: Callable[[str], Tensor | None]
+) -> tuple[Tensor, set[str]] | None:
+    """b' - b = b * D + E + W C of the supports for biases, which PEFT has where there is a bias."""
+    parts = {f"{x}{part}": f"{module}.glora_{x}.{part}" for x in "CDE" for part in ("X", "Xd", "Xu")}
+    found = {name: stored[key].double() for name, key in parts.items() if key in stored}
+    if not found or (b := number("bias")) is None or (W := number("weight")) is None:
+        return None
+    change = b * found.get("DX", 0.0) + found.get("EX", 0.0)
+    if "CXd" in found or "CX" in found:
+        change = change + (W.double() @ (found["CX"] if "CX" in found else found["CXd"] @ found["CXu"])).squeeze(-1)
+    return change, {parts[name] for name in found}
+
+
+def _glora_folder(**said: Any) -> Peft:
+    own = {
+        "A": Kept("glora_A.X"),
+        "B": Kept("glora_B.X"),
+        "A_d": Kept("glora_A.Xd"),
+        "A_u": Kept("glora_A.Xu"),
+        "B_d": Kept("glora_B.Xd"),
+        "B_u": Kept("glora_B.Xu"),
+    }
+    return Peft(
         kind="GLORA",
         method="glora",
-        names={"r": ("r", 8), "kind": ("config_A_B", "lora")},
-        fixed={"config_C": "none", "config_D_E": "none"},
         idle=_STARTS,
         layered=False,
-        own={
-            "A": Kept("glora_A.X"),
-            "B": Kept("glora_B.X"),
-            "A_d": Kept("glora_A.Xd"),
-            "A_u": Kept("glora_A.Xu"),
-            "B_d": Kept("glora_B.Xd"),
-            "B_u": Kept("glora_B.Xu"),
-        },
         blank=lambda place: {
             "glora_C.zeros": (place.d_in, 1),
             "glora_D.zeros": (place.d_out,),
             "glora_E.zeros": (place.d_out,),
         },
+        **{"own": own, **said},
+    )
+
+
+PEFT = (
+    Peft(
+        kind="HIRA",
+        method="hira",
+        biases=False,
+        separable=True,
+        conv1d=True,
+        names={"r": ("r", 32)},
+        idle=_STARTS | {"hira_dropout": None, "rank_pattern": {}},  # PEFT 0.21 gives every module the rank r
+        own={"A": Kept("hira_A"), "B": Kept("hira_B", rows=True)},
+    ),
+    _glora_folder(
+        names={"r": ("r", 8), "kind": ("config_A_B", "lora")}, fixed={"config_C": "none", "config_D_E": "none"}
+    ),
+    _glora_folder(
+        names={"r": ("r", 8)},
+        arguments=lambda config: {"kind": "vector"},
+        fixed={"config_A_B": "constant"},
+        reads=("config_C", "config_D_E"),
+        shift=_glora_shift,
+        own={part: Kept(f"glora_{part}.X", coded=_CONSTANT) for part in "AB"},
+        only="folder",
+    ),
+    _glora_folder(
+        names={"r": ("r", 8), "kind": ("config_A_B", "lora")},
+        reads=("config_C", "config_D_E"),
+        shift=_glora_shift,
+        only="folder",
     ),
     Peft(
         kind="PEANUT",

@@ -21,8 +21,9 @@ _ON, _SEEN = "dip_on", "dip_seen"  # parts that no other method has, since the h
 
 def fishmask(density: float = 0.005, room: float = 4.0, at: str = "linear") -> tuple[Slot, ...]:
     """The entries of W with the largest empirical Fisher information on the job's first samples, in all matrices
-    together, and only they are trained (Sung et al. 2021, arXiv 2111.09839). Chosen once, it is Child-Tuning_D, too (Xu
-    et al. 2021, arXiv 2109.05687, section 2).
+    together, and only they are trained (Sung et al. 2021, arXiv 2111.09839).
+
+    Chosen once, it is Child-Tuning_D, too (Xu et al. 2021, arXiv 2109.05687, section 2).
 
     `density` is the share of all entries; a matrix has room for at most `room` times its own share of them.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Packed, Peft
-from polygraft.grafts.spec import Affine, Slot, SpecError
+from polygraft.grafts.spec import Affine, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,14 +69,32 @@ def _unpack(
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, bias, offset = stock.weight(tensor.site), stock.bias(tensor.site), stock.norm_offset
-        key = f"{module(tensor.site)}.ln_tuning_layers"
-        found[tensor.name] = g = (offset + stored[f"{key}.weight"]) / (offset + weight)
-        if bias is not None and not stored[f"{key}.bias"].float().isclose(g * bias, rtol=1e-4, atol=1e-6).all():
-            raise SpecError(f"{key}.bias: is not scaled as the norm's weight; here only their scale is trained")
+        weight, offset = stock.weight(tensor.site), stock.norm_offset
+        found[tensor.name] = (offset + stored[f"{module(tensor.site)}.ln_tuning_layers.weight"]) / (offset + weight)
     return found
 
 
+def _shift(
+    stored: Values, module: str, slot: Slot, number: Callable[[str], Tensor | None]
+) -> tuple[Tensor, set[str]] | None:
+    """What the norm's bias is beyond its scaled one; 0 where that is rounding."""
+    own, factor = number("bias"), number("weight")
+    if own is None or factor is None:
+        return None
+    weight, bias = (stored[f"{module}.ln_tuning_layers.{end}"].double() for end in ("weight", "bias"))
+    scaled = weight / factor * own
+    return (bias - scaled).where(~bias.isclose(scaled, rtol=1e-4, atol=1e-6), 0.0), set()
+
+
 PEFT = (
-    Peft(kind="LN_TUNING", method="ln-tuning", layered=False, biases=False, packed=Packed(_pack, _unpack, stock=True)),
+    Peft(
+        kind="LN_TUNING",
+        method="ln-tuning",
+        conv1d=True,
+        layered=False,
+        biases=False,
+        packed=Packed(_pack, _unpack, stock=True),
+        shift=_shift,
+        trains_biases=True,
+    ),
 )

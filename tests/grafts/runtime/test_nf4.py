@@ -31,7 +31,7 @@ from polygraft.kernels.nf4.op import dequantise
 from tests.grafts.oracle.row import LINEAR, Row, relative
 from tests.grafts.oracle.table import ALL, METHODS
 from tests.grafts.test_methods import batch, decoded, judged, ours
-from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, run, together
+from tests.trainers.test_packed_equals_alone import assert_as_alone, jobs_of, pack_of, run
 
 CHOSEN = [*METHODS, "pissa", "vera", "loha", "lpt"]
 PACKED = {
@@ -153,7 +153,7 @@ def test_packed_training_on_nf4_leaves_the_bits_of_training_alone(
 ) -> None:
     backbone = Backbone.load(tiny_folder, dtype, training=True, quantise="nf4")
     jobs = jobs_of(20, texts)
-    assert_as_alone(run(together(backbone, jobs)), jobs, backbone)
+    assert_as_alone(run(pack_of(backbone, jobs)), jobs, backbone)
 
 
 def test_a_graft_of_a_quantised_backbone_is_refused_on_the_plain_one(

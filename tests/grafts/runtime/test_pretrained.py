@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from polygraft.grafts.runtime import pretrained
-from polygraft.grafts.runtime.pretrained import BackboneError, fingerprint, materialise
+from polygraft.grafts.runtime.checked import BackboneError
+from polygraft.grafts.runtime.pretrained import fingerprint, materialise
 
 
 @pytest.fixture

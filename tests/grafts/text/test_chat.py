@@ -9,7 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from polygraft.grafts.text.chat import Chat, ChatError
-from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.sandbox import Budget
 
 MESSAGES = (Message("system", "Be <brief>."), Message("user", " Hi\n\n"), Message("assistant", "Grüße 👋"))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from polygraft.grafts.text.jsonl import DataError, Example, Limits, Message, read
+from polygraft.grafts.text.jsonl import DataError, Example, Limits, read
+from polygraft.grafts.text.message import Message
 
 GOOD = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
 HI = {"role": "user", "content": "Hi"}
@@ -74,7 +75,23 @@ def test_examples_before_the_wrong_line_are_given_out_first() -> None:
         (line(HI), "messages: none is from the assistant, so there is nothing to train on"),
         (line(HI, {**HELLO, "weight": 0}), "messages: every assistant message has weight 0"),
         (line(HI, 7), "messages[1]: 7 is not an object with 'role' and 'content'"),
-        (line({**HI, "name": "Ann"}, HELLO), "messages[0].name: unknown key; the known ones are content, role, weight"),
+        (
+            line({**HI, "mood": "glad"}, HELLO),
+            "messages[0].mood: unknown key; the known ones are annotations, audio, content, function_call, name, "
+            "refusal, role, tool_calls, weight",
+        ),
+        (line({**HI, "name": 7}, HELLO), "messages[0].name: 7 is not a string"),
+        (line(HI, {**HELLO, "refusal": "no"}), 'messages[1].refusal: "no" is not supported; leave it out'),
+        (
+            line({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}),
+            "messages[0].content[0].image_url: unknown key; the known ones are text, type",
+        ),
+        (
+            line({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "audio", "text": "b"}]}),
+            'messages[0].content[1].type: "audio" is not of a text part',
+        ),
+        (line({"role": "user", "content": [{"type": "text"}]}), "messages[0].content[0].text: null is not of a text"),
+        (line({"role": "user", "content": [7]}), "messages[0].content[0]: 7 is not of a text part"),
         (line({"role": "robot", "content": "a"}), 'messages[0].role: "robot" is not one of system, user, assistant'),
         (line({"content": "a"}), "messages[0].role: null is not one of system, user, assistant"),
         (line({"role": ["user"], "content": "a"}), 'messages[0].role: ["user"] is not one of system, user, assistant'),
@@ -87,7 +104,7 @@ def test_examples_before_the_wrong_line_are_given_out_first() -> None:
         (line({**HI, "weight": 1}, HELLO), "messages[0].weight: 1 on a user message; only the assistant's are trained"),
         (line(HI, {**HELLO, "weight": 0.5}), "messages[1].weight: 0.5 is not 0 or 1"),
         (line(HI, {**HELLO, "weight": True}), "messages[1].weight: true is not 0 or 1"),
-        (line(HI, {**HELLO, "weight": None}), "messages[1].weight: null is not 0 or 1"),
+        (line(HI, {**HELLO, "weight": 2}), "messages[1].weight: 2 is not 0 or 1"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_field_and_value(raw: bytes, message: str) -> None:

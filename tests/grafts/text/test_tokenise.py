@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from polygraft.grafts.text.chat import ChatError
-from polygraft.grafts.text.jsonl import DataError, Example, Message
+from polygraft.grafts.text.jsonl import DataError, Example
+from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser, TokeniserError, Tokens
 
 SYSTEM, USER = Message("system", "Be brief."), Message("user", "What is a graft?")
@@ -160,6 +162,26 @@ def test_a_template_in_the_config_is_read_like_one_in_a_file(
 def test_the_fingerprint_changes_with_the_template(tiny_folder: Path, tmp_path: Path, tiny: Tokeniser) -> None:
     assert Tokeniser.load(tiny_folder).fingerprint == tiny.fingerprint
     assert with_template(tiny_folder, tmp_path, LLAMA2).fingerprint != tiny.fingerprint
+
+
+def test_a_token_that_the_backbone_has_no_embedding_for_is_refused_with_its_line(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_tokens(["<NEW>"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    tokeniser = Tokeniser.load(copy)
+    assert tokeniser.vocabulary == 513
+    message = r'"<NEW>" is token 512, for which the backbone has no embedding: its vocabulary has 512 \(0 to 511\)'
+    poison = Message("user", "y <NEW> z")
+    with pytest.raises(DataError, match=f"^line 7: {message}"):
+        tokeniser.encode_example(Example((poison, ANSWER), line=7), 1_000)
+    with pytest.raises(ChatError, match=message):
+        tokeniser.encode_chat((poison,), add_generation_prompt=True)
+    with pytest.raises(ChatError, match=message):
+        tokeniser.encode_text(poison.content)
+    assert tokeniser.encode_example(Example((USER, ANSWER)), 1_000).ids
 
 
 def test_stop_tokens_are_all_that_any_file_names(tiny_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.schemas import ChatCompletionRequest

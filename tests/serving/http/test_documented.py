@@ -34,6 +34,13 @@ REFUSED: list[tuple[str, str, int, str, dict[str, Any]]] = [
     ("get", "/v1/fine_tuning/jobs", 400, "/v1/fine_tuning/jobs?after=none", {}),
     ("post", "/v1/fine_tuning/jobs", 404, "/v1/fine_tuning/jobs", {"json": {"model": "x", "training_file": "F"}}),
     ("post", "/v1/fine_tuning/jobs", 409, "/v1/fine_tuning/jobs", {"json": {}, "headers": {"Idempotency-Key": "k"}}),
+    (
+        "post",
+        "/v1/fine_tuning/dry_runs",
+        404,
+        "/v1/fine_tuning/dry_runs",
+        {"json": {"model": "x", "training_file": "F"}},
+    ),
     ("get", "/v1/fine_tuning/jobs/{job}", 404, "/v1/fine_tuning/jobs/none", {}),
     ("post", "/v1/fine_tuning/jobs/{job}/cancel", 400, "/v1/fine_tuning/jobs/K/cancel", {}),
     ("post", "/v1/fine_tuning/jobs/{job}/cancel", 404, "/v1/fine_tuning/jobs/none/cancel", {}),

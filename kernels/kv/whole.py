@@ -1,0 +1,155 @@
+"""Attention of whole sequences on a CPU in bf16, compiled: nothing is gathered, and what grows with the square of a
+length lives a block of queries at a time.
+
+Scores, softmax and sums are in float32, the softmax's weights and the slopes of the scores are rounded to bf16 before
+they are multiplied. A sequence's numbers are a function of itself and its prefix alone: neither the sequences beside it
+nor the number of threads has a part in their bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from polygraft.kernels.compiled.calls import Function, computes, function, structure
+from polygraft.kernels.kv.layout import Layout
+from polygraft.kernels.kv.scores import Scores
+
+_SOURCE = Path(__file__).with_name("whole.cpp")
+_RAGGED = structure("Ragged", integers="start length key_start key_length prefix_first prefix_length part")
+_WHOLE = structure(
+    "Whole",
+    pointers="q k v pk pv grad out dq dk dv dpk dpv sequences",
+    integers="count q_stride k_stride v_stride p_stride grad_stride out_stride dk_stride heads kv_heads head_dim "
+    "causal window",
+    numbers="scaling",
+    integers_="threads",
+)
+_LANES = 16  # a head is whole vectors
+
+
+def supports(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> bool:
+    """Whether `attend` is for these q, k, v and prefix stacks, here."""
+    return _compiled(tensors, layout, scores) is not None
+
+
+def attend(  # noqa: PLR0913
+    q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
+) -> Tensor:
+    """What `op.attend` says, without a bias or a cap of the scores. Rows may be a stride apart. Only where `supports`
+    says so. Differentiable in all five, which alone are kept."""
+    return _Whole.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, pk, pv)
+        ctx.layout, ctx.scores = layout, scores  # type: ignore[attr-defined]
+        out = q.new_zeros(q.shape) if _ragged(layout).gaps else q.new_empty(q.shape)
+        _call((q, k, v, pk, pv), layout, scores, out=out, out_stride=out.stride(0))
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+        q, k, v, pk, pv = tensors
+        layout, scores = ctx.layout, ctx.scores  # type: ignore[attr-defined]
+        grad = grad if grad.stride(1) == 1 and grad.stride(0) % 2 == 0 else grad.contiguous()
+        ragged, width = _ragged(layout), pk.shape[1]
+        dq, dk, dv = (x.new_zeros(x.shape) if ragged.gaps else x.new_empty(x.shape) for x in (q, k, v))
+        parts = [pk.new_empty(ragged.parts, width, dtype=torch.float32) for _ in range(2)]
+        _call(
+            tensors,
+            layout,
+            scores,
+            grad=grad,
+            grad_stride=grad.stride(0),
+            dq=dq,
+            out_stride=dq.stride(0),
+            dk=dk,
+            dv=dv,
+            dk_stride=dk.stride(0),
+            dpk=parts[0],
+            dpv=parts[1],
+        )
+        prefixes = (_summed(part, x, layout) for part, x in zip(parts, (pk, pv), strict=True))
+        return dq, dk, dv, *prefixes, None, None
+
+
+class _Ragged(NamedTuple):
+    """A layout's sequences as whole.cpp reads them, the rows of all their prefixes together, and whether rows of
+    queries or keys are in none of them."""
+
+    items: ctypes.Array[ctypes.Structure]
+    parts: int
+    gaps: bool
+
+
+def _ragged(layout: Layout) -> _Ragged:
+    return layout.derived(_Ragged, lambda: _listed(layout))
+
+
+def _listed(layout: Layout) -> _Ragged:
+    items, part = (_RAGGED * len(layout.sequences))(), 0
+    for item, s in zip(items, layout.sequences, strict=True):
+        item.start, item.length, item.prefix_first, item.prefix_length, item.part = (
+            *(s.start, s.length, s.prefix_first, s.prefix_length),
+            part,
+        )
+        item.key_start, item.key_length = s.keys
+        part += s.prefix_length
+    keys = layout.rows if layout.key_rows is None else layout.key_rows
+    covered = [sum(s.length for s in layout.sequences), sum(s.keys[1] for s in layout.sequences)]
+    return _Ragged(items, part, covered != [layout.rows, keys])
+
+
+def _summed(part: Tensor, prefix_PC: Tensor, layout: Layout) -> Tensor:
+    """The gradient of a prefix stack: that of every sequence which uses it, one after the other, in float32."""
+    total = prefix_PC.new_zeros(prefix_PC.shape, dtype=torch.float32)
+    first = 0
+    for s in layout.sequences:
+        if s.prefix_length:
+            total[s.prefix_first : s.prefix_first + s.prefix_length] += part[first : first + s.prefix_length]
+            first += s.prefix_length
+    return total.to(prefix_PC.dtype)
+
+
+def _call(tensors: Sequence[Tensor], layout: Layout, scores: Scores, **written: Tensor | int) -> None:
+    compiled = _compiled(tensors, layout, scores)
+    assert compiled is not None
+    (q, k, v, pk, _), items = tensors, _ragged(layout).items
+    compiled.ready(
+        **dict(zip(("q", "k", "v", "pk", "pv"), tensors, strict=True)),
+        **written,
+        sequences=ctypes.addressof(items),
+        count=len(items),
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        p_stride=pk.stride(0),
+        heads=layout.heads,
+        kv_heads=layout.kv_heads,
+        head_dim=q.shape[1] // layout.heads,
+        causal=layout.causal,
+        window=(scores.window or 0) if layout.causal else 0,
+        scaling=scores.scaling,
+        threads=torch.get_num_threads(),
+    )()
+
+
+def _compiled(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> Function | None:
+    q, *_, pk, pv = tensors
+    plain = all(x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 2 == 0 for x in tensors)
+    fits = plain and pk.stride(0) == pv.stride(0) and q.shape[1] // layout.heads % _LANES == 0
+    if not fits or scores.bias is not None or scores.cap is not None or not computes(*tensors):
+        return None
+    return function(_SOURCE, "whole", _WHOLE, _RAGGED)

@@ -1,0 +1,33 @@
+"""What of an error is a job's own fault, and how its tenant is told."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import AcceleratorError
+
+from polygraft.cluster.store.base import StoreError
+from polygraft.grafts.runtime.process import allocation_failed
+
+_LOG = logging.getLogger(__name__)
+SHARED = (StoreError, AcceleratorError)  # the store and the device are everybody's: their loss is no job's fault
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A job that cannot go on, by its own fault; the others do."""
+
+    job: str
+    code: str
+    message: str
+
+
+def failure(job: str, doing: str, error: Exception, code: str = "step_failed") -> Failed:
+    """What a job is told whose part of the pack's work, `doing`, raised. Raises `error` where it is no job's."""
+    if isinstance(error, SHARED):
+        raise error
+    if allocation_failed(error):
+        return Failed(job, "out_of_memory", f"{doing}: memory is too short for it")
+    _LOG.warning("job %s: %s", job, doing, exc_info=error)
+    return Failed(job, code, f"{doing}: {type(error).__name__}: {error}")

@@ -1,0 +1,27 @@
+"""Where a pack's worker reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Under the data folder."""
+
+    data: Path
+
+    @property
+    def files(self) -> Path:
+        return self.data / "files"
+
+    @property
+    def grafts(self) -> Path:
+        return self.data / "grafts"
+
+    def job(self, job: str) -> Path:
+        return self.data / "jobs" / job
+
+    def pack(self, pack: str) -> Path:
+        return self.data / "packs" / pack

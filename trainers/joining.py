@@ -1,0 +1,98 @@
+"""How a job comes into a pack: from its record and files to its place in the runner, or to the reason why not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from math import isfinite
+
+from polygraft.cluster.model import Job, JobError, TenantId
+from polygraft.cluster.publish import UnknownModel, resolve
+from polygraft.cluster.store.base import Store
+from polygraft.grafts.formats import native
+from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.runtime.process import allocation_failed
+from polygraft.grafts.sources import Source
+from polygraft.grafts.spec import SpecError
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers import checkpoint
+from polygraft.trainers.failure import SHARED
+from polygraft.trainers.folders import Folders
+from polygraft.trainers.job import TrainJob
+from polygraft.trainers.memory import TooLarge
+from polygraft.trainers.prepare import prepare
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
+
+_LOG = logging.getLogger(__name__)
+PEFT = "method.supervised.hyperparameters.peft"
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """`micro_rows` fixes the split of the jobs' global batches."""
+
+    runner: PackRunner
+    tokeniser: Tokeniser
+    store: Store
+    folders: Folders
+    stock: BackboneFiles
+    micro_rows: int
+
+    def join(self, record: Job, name: str | None) -> RunningJob | JobError:
+        """The job in the pack, from its checkpoint of this name or from its start, and its loss before training; or
+        what of its own keeps it out. Raises what is not its own: of store and device."""
+        peft = record.spec.peft
+        try:
+            trained = prepare(
+                record,
+                files=self.folders.files,
+                tokeniser=self.tokeniser,
+                stock=self.stock,
+                micro_rows=self.micro_rows,
+            )
+            running = self._joined(self.runner.memory.fitted(trained), name, record.tenant)
+            if running.loss_before is None and trained.held_out:
+                running.loss_before = self.runner.held_out_loss(record.id)
+                if running.loss_before is not None and not isfinite(running.loss_before):
+                    raise SpecError(f"{peft!r} has a held-out loss of {running.loss_before} before its first step")
+        except SHARED:
+            raise
+        except SpecError as error:
+            return JobError("invalid_value", f"{PEFT}: {error}", PEFT)
+        except TooLarge as error:
+            return JobError("out_of_memory", str(error), "training_file")
+        except (ValueError, OSError) as error:
+            return JobError("invalid_training_data", str(error), "training_file")
+        except Exception as error:  # whatever its graft or its samples lead to is the job's own
+            if allocation_failed(error):
+                return JobError("out_of_memory", f"{peft!r} does not fit together with the pack's other jobs")
+            _LOG.exception("job %s could not start", record.id)
+            return JobError("cannot_start", f"{PEFT}: {peft!r} cannot start: {type(error).__name__}: {error}", PEFT)
+        return running
+
+    def _joined(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:
+        if name is None:
+            return self.runner.admit(job, {source: self._source(tenant, source) for source in job.graft.spec.sources})
+        try:
+            saved = checkpoint.load(self.folders.job(job.id), name, job, self.runner.backbone.device)
+        except checkpoint.CheckpointError as error:
+            older = checkpoint.before(self.folders.job(job.id), name)
+            _LOG.warning("%s cannot be read, the job goes on from %s: %s", job.id, older or "its start", error)
+            return self._joined(job, older, tenant)
+        return self.runner.restore(saved)
+
+    def _source(self, tenant: TenantId, name: str) -> Source:
+        """A graft that a job is made over. Raises SpecError if the tenant has none of that name that can be read."""
+        backbone = self.runner.backbone
+        try:
+            graft = resolve(self.store, tenant, name, backbone="")
+        except UnknownModel as error:
+            raise SpecError(f"of: {error}") from None
+        assert graft is not None, "no graft has the empty name"
+        try:
+            stored = native.load(self.folders.grafts / graft.id, shape=backbone.shape, backbone=backbone.fingerprint)
+        except FormatError as error:
+            raise SpecError(f"of: {name!r} cannot be read: {error}") from None
+        return Source(stored.graft, stored.tensors)

@@ -1,0 +1,80 @@
+"""What a pack's jobs may take of memory, by estimate: whether a job can ever fit, in which pieces, and who fits into
+one forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from polygraft.cluster.policy.budget import state_bytes
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.cost import StepCost
+from polygraft.trainers.job import TrainJob
+from polygraft.trainers.micro_batch import MicroBatch
+
+
+class TooLarge(ValueError):
+    """An example of the job that no pack could compute; the message has the numbers."""
+
+
+class Room:
+    """What one forward can still take; made anew for every step. The first to ask always fits."""
+
+    def __init__(self, rows: int, bytes: int | None) -> None:
+        self._rows, self._bytes, self._empty = rows, bytes, True
+
+    def takes(self, rows: int, bytes: int) -> bool:
+        """Whether so much fits; from then on it is taken."""
+        fits = self._empty or (rows <= self._rows and (self._bytes is None or bytes <= self._bytes))
+        if fits:
+            self._empty, self._rows = False, self._rows - rows
+            self._bytes = None if self._bytes is None else self._bytes - bytes
+        return fits
+
+
+class Memory:
+    """`most` bytes for all jobs' state and one forward over a backbone whose numbers have `itemsize` bytes; None: as
+    much as it takes."""
+
+    def __init__(self, most: int | None, itemsize: int) -> None:
+        self._most, self._itemsize = most, itemsize
+        self._costs: dict[str, StepCost] = {}
+
+    def fitted(self, job: TrainJob) -> TrainJob:
+        """The job with micro-batches that fit beside its own state, in as few pieces as the memory and its own
+        `micro_rows` allow: a function of the job and of `most`, whoever shares the pack. Raises TooLarge."""
+        if self._most is None:
+            return job
+        cost, state = StepCost(job.graft, self._itemsize), _state(job.graft)
+        room = self._most - state
+        for name, samples in (("training", job.train), ("validation", job.held_out)):
+            number, longest = max(enumerate(samples, 1), key=lambda one: one[1].rows, default=(0, None))
+            if longest is None or (needs := cost.bytes([longest.rows])) <= room:
+                continue
+            raise TooLarge(
+                f"{name}_file: example {number} has {longest.rows + 1} tokens, of which a step takes about {needs:,} "
+                f"bytes, {cost.row_bytes:,} a token and more for attention; a pack has {max(0, room):,} for it: "
+                f"{self._most:,} less {state:,} of the job's own state; shorten it (max_length) or take a smaller peft"
+            )
+        longest_rows = max(sample.rows for sample in job.train)
+        micro_rows = cost.rows_within(room, job.config.micro_rows, longest_rows)
+        return replace(job, config=replace(job.config, micro_rows=micro_rows))
+
+    def join(self, job: TrainJob) -> None:
+        self._costs[job.id] = StepCost(job.graft, self._itemsize)
+
+    def leave(self, job: str) -> None:
+        self._costs.pop(job, None)
+
+    def room(self, rows: int) -> Room:
+        """Of a forward of at most so many rows beside the state of all that joined."""
+        if self._most is None:
+            return Room(rows, None)
+        return Room(rows, self._most - sum(_state(cost.graft) for cost in self._costs.values()))
+
+    def bytes(self, job: str, micro_batch: MicroBatch) -> int:
+        """What the job's micro-batch takes in a forward."""
+        return 0 if self._most is None else self._costs[job].bytes([sample.rows for sample in micro_batch.samples])
+
+
+def _state(graft: BoundGraft) -> int:
+    return state_bytes(graft.parameters, graft.frozen)

@@ -1,0 +1,111 @@
+"""One packed forward: the rows of several jobs' samples in one batch, and the losses and gradients that come back per
+job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polygraft.grafts.runtime.attention import WholeSequences
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.route import Input, Rows
+from polygraft.grafts.runtime.rows import RowBuilder
+from polygraft.grafts.runtime.stacks import Stacks
+from polygraft.trainers.loss import losses_and_gradient, token_losses
+from polygraft.trainers.micro_batch import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """`counted` [n] are the rows that something is learned from, with their `targets` [n] on the backbone's device and
+    their `weights` [n] on the CPU; `bounds` are each micro-batch's part of these."""
+
+    rows: Rows
+    attention: WholeSequences
+    counted: Tensor
+    targets: Tensor
+    weights: Tensor
+    bounds: tuple[tuple[int, int], ...]
+
+
+def forward_backward(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[MicroBatch]) -> list[float]:
+    """Forward and backward of all micro-batches; gradients stay in the stacks. Returns their losses, normalised.
+
+    A micro-batch's loss and gradient are functions of it alone (docs/architecture.md, row invariance).
+    """
+    packed = _packed(backbone, micro_batches)
+    for leaf in stacks.leaves():
+        leaf.grad = None
+    hidden = backbone.forward(packed.rows, stacks, packed.attention)
+    factors = packed.weights.clone()
+    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds):
+        factors[start:stop] /= micro_batch.normaliser
+    losses, gradient = losses_and_gradient(
+        backbone, hidden.detach()[packed.counted], packed.targets, factors.to(hidden.device)
+    )
+    into = torch.zeros_like(hidden)
+    into[packed.counted] = gradient
+    if hidden.requires_grad:
+        torch.autograd.backward(hidden, into)
+    return _sums(losses, factors, packed.bounds)
+
+
+@torch.inference_mode()
+def forward_losses(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[MicroBatch]) -> list[float]:
+    """Summed weighted loss of each micro-batch, not normalised, and without dropout where its key is None. There is no
+    backward, and nothing is kept for one."""
+    packed = _packed(backbone, micro_batches)
+    hidden = backbone.forward(packed.rows, stacks, packed.attention)
+    losses = token_losses(backbone, hidden[packed.counted], packed.targets)
+    return _sums(losses.to(packed.weights.dtype), packed.weights, packed.bounds)
+
+
+@torch.inference_mode()
+def bare_forward(backbone: Backbone) -> None:
+    """One row through the backbone and its head, without any job's graft: raises where the fault is no job's."""
+    builder = RowBuilder()
+    builder.add((0,))
+    backbone.logits(backbone.forward(builder.rows(), backbone.stacks(()), builder.attention(backbone.shape)))
+
+
+def _sums(losses: Tensor, factors: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
+    """Each micro-batch's weighted loss; here the host waits for the device."""
+    found = losses.cpu()
+    return [float((found[start:stop] * factors[start:stop]).sum()) for start, stop in bounds]
+
+
+def _packed(backbone: Backbone, micro_batches: Sequence[MicroBatch]) -> _Packed:
+    builder = RowBuilder()
+    counted: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    bounds: list[tuple[int, int]] = []
+    for micro_batch in micro_batches:
+        learned = len(counted)
+        for sample, number in zip(micro_batch.samples, micro_batch.numbers, strict=True):
+            own = builder.add(
+                sample.ids[:-1],
+                graft=micro_batch.graft,
+                position=micro_batch.prefix_length,
+                virtual=micro_batch.virtual_length,
+                prompt=Input(0, sample.prompt),
+                draw=None if micro_batch.key is None else (micro_batch.key, number),
+            )
+            told = [place for place, weight in enumerate(sample.weights[1:]) if weight]  # no guess of a virtual token
+            counted += [own[place] for place in told]
+            targets += [sample.ids[1 + place] for place in told]
+            weights += [sample.weights[1 + place] for place in told]
+        bounds.append((learned, len(counted)))
+    wide = torch.promote_types(backbone.dtype, torch.float32)
+    places, labels = (torch.tensor(x, dtype=torch.long).to(backbone.device) for x in (counted, targets))
+    return _Packed(
+        builder.rows(),
+        builder.attention(backbone.shape),
+        places,
+        labels,
+        torch.tensor(weights, dtype=wide),
+        tuple(bounds),
+    )

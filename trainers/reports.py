@@ -1,0 +1,49 @@
+"""What a pack's worker tells of its jobs while they train: metrics, progress and lines of their log."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from polygraft.cluster.advance import record_progress
+from polygraft.cluster.model import JobId
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Fence, Store
+from polygraft.trainers.running import RunningJob, Stepped
+
+METRICS_KEPT = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """Raises StoreError, Fenced among them where another worker has the pack."""
+
+    store: Store
+    fence: Fence
+
+    def metrics(self, stepped: Stepped) -> None:
+        entry = {
+            "step": stepped.step,
+            "loss": stepped.loss,
+            "lr": stepped.learning_rate,
+            "grad_norm": stepped.norm,
+            "tokens": stepped.tokens,
+            "skipped": stepped.skipped,
+            "at": time.time(),
+        }
+        self.store.append(keys.metrics(JobId(stepped.job)), entry, maxlen=METRICS_KEPT)
+
+    def progress(self, running: RunningJob, loss_after: float | None = None) -> None:
+        record_progress(
+            self.store,
+            JobId(running.job.id),
+            step=running.step,
+            trained_tokens=running.tokens,
+            loss_before=running.loss_before,
+            loss_after=loss_after,
+            fence=self.fence,
+        )
+
+    def note(self, job: JobId, message: str, *, level: str = "info", held_out_loss: float | None = None) -> None:
+        data = {} if held_out_loss is None else {"held_out_loss": held_out_loss}
+        self.store.append(keys.log(job), {"level": level, "message": message, "at": time.time(), "data": data})

@@ -1,0 +1,114 @@
+"""A job in a pack: how far it is, and what a step led to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from torch import Tensor
+
+from polygraft.grafts.runtime.slab import Slab
+from polygraft.grafts.runtime.stacks import Resident
+from polygraft.trainers.failure import Failed
+from polygraft.trainers.hooks import Hooks
+from polygraft.trainers.job import TrainJob
+from polygraft.trainers.micro_batch import MicroBatch
+
+PATIENCE = 5  # non-finite steps in a row that end a job; all of a shorter one
+
+
+@dataclass(slots=True)
+class RunningJob:
+    """A job in the pack and how far it is; everything but `slab` is rebuilt from (job, step) after a restart.
+
+    `micro` counts the micro-batches of global batch `step` that are already collected, with the `loss` so far, and for
+    a job without a backward the `difference` of the losses on both sides of its tensors; `chain` is the digest of all
+    sample numbers that went into completed steps, the identity of the work done; `device_class` is of the device that
+    computed them, where a checkpoint says so.
+    """
+
+    job: TrainJob
+    slab: Slab
+    step: int = 0
+    micro: int = 0
+    loss: float = 0.0
+    difference: float = 0.0
+    tokens: int = 0
+    skipped: int = 0
+    chain: str = ""
+    loss_before: float | None = None
+    device_class: str | None = None
+    served_rows: int = 0
+    hooks: Hooks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hooks = Hooks(self.job.graft, self.slab)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.job.steps_total
+
+    @property
+    def at(self) -> str:
+        """The step ahead, in words."""
+        return f"step {min(self.step + 1, self.job.steps_total)} of {self.job.steps_total}"
+
+    @property
+    def key(self) -> int:
+        """What the random numbers of the step ahead hang on."""
+        return self.job.key(self.step)
+
+    def resident(self, tensors: Mapping[str, Tensor]) -> Resident:
+        """The job's graft at `tensors`."""
+        return Resident(self.job.id, self.job.graft, tensors, lambda: self.key)
+
+    def micro_batch(self, graft: int) -> MicroBatch:
+        """The next one, through resident `graft`."""
+        job = self.job
+        numbers = job.micro_batches(self.step)[self.micro]
+        return MicroBatch(
+            graft=graft,
+            prefix_length=job.graft.prefix_length,
+            samples=tuple(job.train[i] for i in numbers),
+            numbers=numbers,
+            normaliser=job.batch_weight(self.step),
+            key=self.key if job.graft.draws else None,
+            virtual_length=job.graft.virtual_length,
+        )
+
+    def collect(self, micro_batch: MicroBatch, loss: float, *, rows: int) -> bool:
+        """Account for a micro-batch whose gradient is collected, which took so many `rows` of a forward; whether the
+        global batch is complete."""
+        self.loss += loss
+        self.micro += 1
+        self.served_rows += rows
+        self.tokens += micro_batch.tokens
+        return self.micro == len(self.job.micro_batches(self.step))
+
+    def advance(self, *, skipped: bool) -> None:
+        """To the next global batch."""
+        self.skipped = self.skipped + 1 if skipped else 0
+        self.chain = sha256(f"{self.chain}/{self.job.batch(self.step)}".encode()).hexdigest()[:16]
+        self.step, self.micro, self.loss, self.difference = self.step + 1, 0, 0.0, 0.0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self.skipped >= min(PATIENCE, self.job.steps_total)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A job completed optimiser step `step`: its loss over the global batch, gradient norm and learning rate."""
+
+    job: str
+    step: int
+    loss: float
+    norm: float
+    learning_rate: float
+    tokens: int
+    skipped: bool
+
+
+Outcome = Stepped | Failed
