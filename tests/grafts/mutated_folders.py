@@ -267,7 +267,7 @@ def main(backbone: Path, work: Path, first: int, last: int) -> None:
         changed = mutate(folder, random, canary)
         peak, begun, outcome = _peak(), time.process_time(), "loaded"
         try:
-            read(folder, BackboneFiles(loaded.folder), loaded.fingerprint)
+            read(folder, stock, loaded.fingerprint)
         except FormatError as error:
             outcome = "refused" if len(str(error)) < 2000 else "refused at length"
         except Exception as error:

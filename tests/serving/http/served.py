@@ -103,6 +103,7 @@ def main(folder: Path, data: Path, store_url: str) -> None:
     keys = {tenant: create_key(store, tenant=TenantId(tenant), name="test", at=0.0)[1] for tenant in TENANTS}
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen(4096)  # before anybody is told of it
         server = uvicorn.Server(uvicorn.Config(create_app(api), log_level="warning", backlog=4096))
         threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
         port = listening.getsockname()[1]
