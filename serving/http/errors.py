@@ -40,10 +40,15 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _encodable(message)
+        self.param = None if param is None else _encodable(param)
         self.code = code
         self.headers = dict(headers or {})
+
+
+def _encodable(text: str) -> str:
+    """The text with half surrogate pairs, which a message may repeat from a request, written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:

@@ -302,3 +302,10 @@ async def test_a_client_that_hangs_up_while_uploading_leaves_nothing(service: Se
     with suppress(Exception):  # what the server sees is not the point
         await service.transport.app(scope, receive, send)
     assert left_behind(service) == []
+
+
+@pytest.mark.parametrize("line", [b'{"\\ud800": 1}', b'{"messages": [{"role": "\\udfff", "content": "a"}]}'])
+async def test_half_a_character_in_a_line_is_named_in_the_refusal(ann: httpx.AsyncClient, line: bytes) -> None:
+    answer = await ann.post("/files", files={"file": ("a.jsonl", line)}, data={"purpose": "fine-tune"})
+    message = refusal(answer, 400)["message"]
+    assert "line 1" in message and "\\ud" in message
