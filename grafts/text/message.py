@@ -129,6 +129,8 @@ def _explained(error: ValidationError, entry: Mapping[str, object]) -> MessageEr
     unknown = [one for one in errors if one["type"] == "extra_forbidden"]
     in_parts = [one for one in errors if any(isinstance(step, int) for step in one["loc"])]
     first = (unknown or in_parts or errors)[0]
+    if not first["loc"]:  # of no field: a key that pydantic cannot read
+        return MessageError("", "a key holds half of a surrogate pair, which is no character")
     field, last = str(first["loc"][0]), first["loc"][-1]
     number = next((step for step in first["loc"] if isinstance(step, int)), None)
     path = field if number is None else f"{field}[{number}]" + ("" if isinstance(last, int) else f".{last[:60]}")

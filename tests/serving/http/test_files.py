@@ -304,8 +304,19 @@ async def test_a_client_that_hangs_up_while_uploading_leaves_nothing(service: Se
     assert left_behind(service) == []
 
 
-@pytest.mark.parametrize("line", [b'{"\\ud800": 1}', b'{"messages": [{"role": "\\udfff", "content": "a"}]}'])
-async def test_half_a_character_in_a_line_is_named_in_the_refusal(ann: httpx.AsyncClient, line: bytes) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"\\ud800": 1}',
+        b'{"messages": [{"role": "\\udfff", "content": "a"}]}',
+        b'{"messages": [{"role": "user", "content": "a", "\\ud800": 1}]}',
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "\\ud800": 1}]}]}',
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}]}',
+        b'{"messages": [{"role": "user", "content": "a", "name": "\\ud800"}]}',
+    ],
+)
+async def test_half_a_character_anywhere_in_a_line_is_a_refusal_that_names_it(
+    ann: httpx.AsyncClient, line: bytes
+) -> None:
     answer = await ann.post("/files", files={"file": ("a.jsonl", line)}, data={"purpose": "fine-tune"})
-    message = refusal(answer, 400)["message"]
-    assert "line 1" in message and "\\ud" in message
+    assert "line 1" in refusal(answer, 400)["message"]
