@@ -34,6 +34,15 @@ _WHOLE = structure(
 _LANES = 16  # a head is whole vectors
 
 
+BLOCK = 64  # queries whose scores exist at a time, as in whole.cpp
+
+
+def computes_heads(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether heads of this size are computed here, if their scores have neither a bias nor a cap."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return dtype == torch.bfloat16 and head_dim % _LANES == 0 and computes(like) and _function() is not None
+
+
 def supports(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> bool:
     """Whether `attend` is for q, k and v like these, here: never a matter of a prefix, which the sequences beside may
     have."""
@@ -147,4 +156,8 @@ def _compiled(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> Func
     fits = all(x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 2 == 0 for x in rows)
     if not fits or rows[0].shape[1] // layout.heads % _LANES or scores.bias is not None or scores.cap is not None:
         return None
-    return function(_SOURCE, "whole", _WHOLE, _RAGGED) if computes(*rows) else None
+    return _function() if computes(*rows) else None
+
+
+def _function() -> Function | None:
+    return function(_SOURCE, "whole", _WHOLE, _RAGGED)
