@@ -20,10 +20,12 @@ _SLACK = 1.25  # over what is counted
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of a graft in training on a backbone whose numbers have `itemsize` bytes."""
+    """Of a graft in training on a backbone whose numbers have `itemsize` bytes, and whose attention has the scores of
+    `block` queries at a time, or of all of them."""
 
     graft: BoundGraft
     itemsize: int
+    block: int | None = None
 
     @property
     def _slots(self) -> tuple[Slot, ...]:
@@ -62,7 +64,7 @@ class StepCost:
         rows = sum(lengths) + virtual * len(lengths)
         widths = 6 * shape.hidden + 4 * shape.ffn + 4 * shape.heads * shape.head_dim
         sequences = ((length + virtual, self.graft.prefix_length) for length in lengths)
-        scores = score_bytes(sequences, shape.heads, itemsize=self.itemsize)
+        scores = score_bytes(sequences, shape.heads, itemsize=self.itemsize, block=self.block)
         logits = min(rows, _HEAD_ROWS) * shape.vocab * (self.itemsize + self._wide)
         passing = max(self._wide * rows * widths + scores, logits)  # in one layer, or at the head
         return rows * self.row_bytes + int(_SLACK * passing) + self._graft_bytes

@@ -32,11 +32,11 @@ class Room:
 
 
 class Memory:
-    """`most` bytes for all jobs' state and one forward over a backbone whose numbers have `itemsize` bytes; None: as
-    much as it takes."""
+    """`most` bytes for all jobs' state and one forward over a backbone whose numbers have `itemsize` bytes, and whose
+    attention has the scores of `block` queries at a time; None: as much as it takes, and all of them."""
 
-    def __init__(self, most: int | None, itemsize: int) -> None:
-        self._most, self._itemsize = most, itemsize
+    def __init__(self, most: int | None, itemsize: int, block: int | None = None) -> None:
+        self._most, self._itemsize, self._block = most, itemsize, block
         self._costs: dict[str, StepCost] = {}
 
     def fitted(self, job: TrainJob) -> TrainJob:
@@ -44,7 +44,7 @@ class Memory:
         `micro_rows` allow: a function of the job and of `most`, whoever shares the pack. Raises TooLarge."""
         if self._most is None:
             return job
-        cost, state = StepCost(job.graft, self._itemsize), _state(job.graft)
+        cost, state = StepCost(job.graft, self._itemsize, self._block), _state(job.graft)
         room = self._most - state
         for name, samples in (("training", job.train), ("validation", job.held_out)):
             number, longest = max(enumerate(samples, 1), key=lambda one: one[1].rows, default=(0, None))
@@ -60,7 +60,7 @@ class Memory:
         return replace(job, config=replace(job.config, micro_rows=micro_rows))
 
     def join(self, job: TrainJob) -> None:
-        self._costs[job.id] = StepCost(job.graft, self._itemsize)
+        self._costs[job.id] = StepCost(job.graft, self._itemsize, self._block)
 
     def leave(self, job: str) -> None:
         self._costs.pop(job, None)

@@ -57,7 +57,7 @@ class PackRunner:
         if not backbone.shape.causal:
             raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
-        self.memory = Memory(max_bytes, backbone.dtype.itemsize)
+        self.memory = Memory(max_bytes, backbone.dtype.itemsize, backbone.score_block)
         self.underway: Callable[[Mapping[str, int]], None] = lambda _: None
         self.jobs: dict[str, RunningJob] = {}
         self.steps = 0

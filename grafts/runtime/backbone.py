@@ -29,6 +29,7 @@ from polygraft.grafts.runtime.route import Attention, Entry, RouteTable, Rows, k
 from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.spec import SpecError
+from polygraft.kernels.kv import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,6 +213,13 @@ class Backbone:
         product = self.head.output(F.pad(hidden_ND, (0, 0, 0, padded(count) - count)))[:count]
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         return product if self.cap is None else self.cap * torch.tanh(product / self.cap)
+
+    @property
+    def score_block(self) -> int | None:
+        """Queries whose scores attention of whole sequences has at a time; None: all of them."""
+        config = self.base.config
+        plain = self.shape.causal and getattr(config, "attn_logit_softcapping", None) is None
+        return whole.BLOCK if plain and whole.computes_heads(self.dtype, self.device, self.shape.head_dim) else None
 
     def softcap_backward(self, slope: Tensor, logits: Tensor) -> Tensor:
         """The gradient of the head's product from that of these logits."""

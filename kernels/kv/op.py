@@ -30,8 +30,8 @@ def attend(  # noqa: PLR0913
         from polygraft.kernels.kv import gpu  # Triton is loaded only where there is a GPU
 
         return gpu.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
-    if whole.supports((q_TE, k_TC, v_TC, pk_PC, pv_PC), layout, scores):
-        return whole.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
+    if whole.supports((q_TE, k_TC, v_TC), layout, scores):
+        return whole.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)[0]
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, False)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -44,6 +44,8 @@ def attend_with_sums(  # noqa: PLR0913
         from polygraft.kernels.kv import gpu
 
         return gpu.attend_with_sums(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
+    if whole.supports((q_TE, k_TC, v_TC), layout, scores):
+        return whole.attend(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)
     return _Attend.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores, True)  # type: ignore[no-any-return,no-untyped-call]
 
 

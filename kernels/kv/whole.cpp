@@ -18,12 +18,14 @@ struct Ragged {
   int64_t start, length, key_start, key_length, prefix_first, prefix_length, part;
 };
 
-// Rows of a tensor are its stride apart, in elements. Without `dq` only `out` is written; else the gradients are, those
-// of prefix rows in float32 [rows of all sequences' prefixes, kv_heads * head_dim], dense.
+// Rows of a tensor are its stride apart, in elements. Without `dq` only `out` is written, and `sums` [rows, heads], the
+// log of each softmax's sum, where it is asked for; else the gradients are, those of prefix rows in float32 [rows of all
+// sequences' prefixes, kv_heads * head_dim], dense, of those of `out` and, if there are any, of the sums.
 struct Whole {
   const bf16 *q, *k, *v, *pk, *pv, *grad;
   bf16 *out, *dq, *dk, *dv;
-  float *dpk, *dpv;
+  float *dpk, *dpv, *sums;
+  const float *grad_sums;
   const Ragged *sequences;
   int64_t count, q_stride, k_stride, v_stride, p_stride, grad_stride, out_stride, dk_stride, heads, kv_heads, head_dim;
   int64_t causal, window;
@@ -147,9 +149,10 @@ struct Head {
   int64_t to(int64_t t) const { return c.causal ? s.prefix_length + t + 1 : seen; }
   int64_t from(int64_t t) const { return c.window ? max(s.prefix_length + t + 1 - c.window, int64_t{0}) : 0; }
 
-  // softmax(scaling * q keys^T) of queries [t, t + rows) in float32, [rows, width] over positions from `low` on, zeros
-  // where a query does not see.
-  void weigh(int64_t t, int64_t rows, const bf16 *q, const uint32_t *keys, int64_t low, int64_t width, float *weights) const {
+  // softmax(scaling * q keys^T) of queries [t, t + rows) of a head in float32, [rows, width] over positions from `low`
+  // on, zeros where a query does not see.
+  void weigh(int64_t h, int64_t t, int64_t rows, const uint32_t *keys, int64_t low, int64_t width, float *weights) const {
+    const bf16 *q = c.q + (s.start + t) * c.q_stride + h * depth;
     product({(const uint32_t *)q, c.q_stride / 2, 1}, rows, keys + low, padded, depth / 2, width, weights, width, false);
     const __m512 scaling = _mm512_set1_ps(c.scaling);
     for (int64_t r = 0; r < rows; r++, weights += width) {
@@ -169,6 +172,7 @@ struct Head {
         _mm512_storeu_ps(weights + p, e);
       }
       const __m512 sum = _mm512_set1_ps(_mm512_reduce_add_ps(total));
+      if (c.sums) c.sums[(s.start + t + r) * c.heads + h] = _mm512_cvtss_f32(peak) + logf(_mm512_cvtss_f32(sum));
       for (int64_t p = 0; p < width; p += LANES)
         _mm512_storeu_ps(weights + p, rounded<bf16>(_mm512_div_ps(_mm512_loadu_ps(weights + p), sum)));
     }
@@ -212,15 +216,15 @@ struct Head {
     float *weights = weight_scratch.get(BLOCK * padded), *sums = block_scratch.get(BLOCK * depth);
     uint32_t *rounded_weights = weight_rows.get(BLOCK * padded / 2);
     blocks([&](int64_t h, int64_t t, int64_t rows, int64_t low, int64_t width) {
-      weigh(t, rows, c.q + (s.start + t) * c.q_stride + h * depth, keys, low, width, weights);
+      weigh(h, t, rows, keys, low, width, weights);
       round_rows(weights, rows, width, rounded_weights);
       product({rounded_weights, width / 2, 1}, rows, values + low / 2 * depth, depth, width / 2, depth, sums, depth, false);
       put(sums, rows, depth, c.out + (s.start + t) * c.out_stride + h * depth, c.out_stride);
     });
   }
 
-  // dS = P (dP - sum(P dP)) scaling, in place of dP.
-  void slopes(int64_t rows, int64_t width, const float *weights, float *dp) const {
+  // dS = P (dP - sum(P dP) + dsum) scaling, in place of dP.
+  void slopes(int64_t h, int64_t t, int64_t rows, int64_t width, const float *weights, float *dp) const {
     for (int64_t r = 0; r < rows; r++, weights += width, dp += width) {
       __m512 total = _mm512_setzero_ps();
       for (int64_t p = 0; p < width; p += LANES) {  // where a weight is 0 a slope may be anything: a key beyond the last
@@ -228,7 +232,8 @@ struct Head {
         const __mmask16 m = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         total = _mm512_mask3_fmadd_ps(w, _mm512_loadu_ps(dp + p), total, m);
       }
-      const __m512 inner = _mm512_set1_ps(_mm512_reduce_add_ps(total)), scaling = _mm512_set1_ps(c.scaling);
+      const float dsum = c.grad_sums ? c.grad_sums[(s.start + t + r) * c.heads + h] : 0;
+      const __m512 inner = _mm512_set1_ps(_mm512_reduce_add_ps(total) - dsum), scaling = _mm512_set1_ps(c.scaling);
       for (int64_t p = 0; p < width; p += LANES) {
         const __m512 w = _mm512_loadu_ps(weights + p);
         const __mmask16 m = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
@@ -255,10 +260,10 @@ struct Head {
       const bf16 *q = c.q + (s.start + t) * c.q_stride + h * depth;
       const bf16 *grad = c.grad + (s.start + t) * c.grad_stride + h * depth;
       const int64_t pairs = tiles(rows, 2);
-      weigh(t, rows, q, kc, low, width, weights);
+      weigh(h, t, rows, kc, low, width, weights);
       round_pairs(weights, rows, width, wp);
       product({(const uint32_t *)grad, c.grad_stride / 2, 1}, rows, vc + low, padded, depth / 2, width, dp, width, false);
-      slopes(rows, width, weights, dp);
+      slopes(h, t, rows, width, weights, dp);
       round_rows(dp, rows, width, sr);
       round_pairs(dp, rows, width, sp);
       pair_rows(rows, depth, [&](int64_t r) { return q + r * c.q_stride; }, qp);

@@ -25,7 +25,7 @@ _SOURCE = Path(__file__).with_name("whole.cpp")
 _RAGGED = structure("Ragged", integers="start length key_start key_length prefix_first prefix_length part")
 _WHOLE = structure(
     "Whole",
-    pointers="q k v pk pv grad out dq dk dv dpk dpv sequences",
+    pointers="q k v pk pv grad out dq dk dv dpk dpv sums grad_sums sequences",
     integers="count q_stride k_stride v_stride p_stride grad_stride out_stride dk_stride heads kv_heads head_dim "
     "causal window",
     numbers="scaling",
@@ -34,16 +34,26 @@ _WHOLE = structure(
 _LANES = 16  # a head is whole vectors
 
 
+BLOCK = 64  # queries whose scores exist at a time, as in whole.cpp
+
+
+def computes_heads(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether heads of this size are computed here, if their scores have neither a bias nor a cap."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return dtype == torch.bfloat16 and head_dim % _LANES == 0 and computes(like) and _function() is not None
+
+
 def supports(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> bool:
-    """Whether `attend` is for these q, k, v and prefix stacks, here."""
+    """Whether `attend` is for q, k and v like these, here: never a matter of a prefix, which the sequences beside may
+    have."""
     return _compiled(tensors, layout, scores) is not None
 
 
 def attend(  # noqa: PLR0913
     q_TE: Tensor, k_TC: Tensor, v_TC: Tensor, pk_PC: Tensor, pv_PC: Tensor, layout: Layout, scores: Scores
-) -> Tensor:
-    """What `op.attend` says, without a bias or a cap of the scores. Rows may be a stride apart. Only where `supports`
-    says so. Differentiable in all five, which alone are kept."""
+) -> tuple[Tensor, Tensor]:
+    """What `op.attend_with_sums` says, without a bias or a cap of the scores. Rows may be a stride apart. Only where
+    `supports` says so. Differentiable in all five, which alone are kept."""
     return _Whole.apply(q_TE, k_TC, v_TC, pk_PC, pv_PC, layout, scores)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -51,37 +61,32 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, layout: Layout, scores: Scores
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, pk, pv)
-        ctx.layout, ctx.scores = layout, scores  # type: ignore[attr-defined]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        tensors = (q, k, v, *(x.to(q.dtype).contiguous() for x in (pk, pv)))
+        ctx.save_for_backward(*tensors)
+        ctx.layout, ctx.scores, ctx.dtype = layout, scores, pk.dtype  # type: ignore[attr-defined]
         out = q.new_zeros(q.shape) if _ragged(layout).gaps else q.new_empty(q.shape)
-        _call((q, k, v, pk, pv), layout, scores, out=out, out_stride=out.stride(0))
-        return out
+        sums = q.new_full((len(q), layout.heads), float("-inf"), dtype=torch.float32)
+        _call(tensors, layout, scores, out=out, out_stride=out.stride(0), sums=sums)
+        return out, sums
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-        q, k, v, pk, pv = tensors
-        layout, scores = ctx.layout, ctx.scores  # type: ignore[attr-defined]
+        q, k, v, pk, _ = tensors
+        layout, scores, dtype = ctx.layout, ctx.scores, ctx.dtype  # type: ignore[attr-defined]
+        grad = q.new_zeros(q.shape) if grad is None else grad
         grad = grad if grad.stride(1) == 1 and grad.stride(0) % 2 == 0 else grad.contiguous()
         ragged, width = _ragged(layout), pk.shape[1]
         dq, dk, dv = (x.new_zeros(x.shape) if ragged.gaps else x.new_empty(x.shape) for x in (q, k, v))
         parts = [pk.new_empty(ragged.parts, width, dtype=torch.float32) for _ in range(2)]
-        _call(
-            tensors,
-            layout,
-            scores,
-            grad=grad,
-            grad_stride=grad.stride(0),
-            dq=dq,
-            out_stride=dq.stride(0),
-            dk=dk,
-            dv=dv,
-            dk_stride=dk.stride(0),
-            dpk=parts[0],
-            dpv=parts[1],
-        )
-        prefixes = (_summed(part, x, layout) for part, x in zip(parts, (pk, pv), strict=True))
+        written = {"grad": grad, "dq": dq, "dk": dk, "dv": dv, "dpk": parts[0], "dpv": parts[1]}
+        if grad_sums is not None:
+            written["grad_sums"] = grad_sums.contiguous()
+        strides = {"grad_stride": grad.stride(0), "out_stride": dq.stride(0), "dk_stride": dk.stride(0)}
+        _call(tensors, layout, scores, **written, **strides)
+        prefixes = (_summed(part, len(pk), layout).to(dtype) for part in parts)
         return dq, dk, dv, *prefixes, None, None
 
 
@@ -112,15 +117,15 @@ def _listed(layout: Layout) -> _Ragged:
     return _Ragged(items, part, covered != [layout.rows, keys])
 
 
-def _summed(part: Tensor, prefix_PC: Tensor, layout: Layout) -> Tensor:
-    """The gradient of a prefix stack: that of every sequence which uses it, one after the other, in float32."""
-    total = prefix_PC.new_zeros(prefix_PC.shape, dtype=torch.float32)
+def _summed(part: Tensor, rows: int, layout: Layout) -> Tensor:
+    """The gradient of a prefix stack of so many rows: that of every sequence which uses it, one after the other."""
+    total = part.new_zeros(rows, part.shape[1])
     first = 0
     for s in layout.sequences:
         if s.prefix_length:
             total[s.prefix_first : s.prefix_first + s.prefix_length] += part[first : first + s.prefix_length]
             first += s.prefix_length
-    return total.to(prefix_PC.dtype)
+    return total
 
 
 def _call(tensors: Sequence[Tensor], layout: Layout, scores: Scores, **written: Tensor | int) -> None:
@@ -147,9 +152,12 @@ def _call(tensors: Sequence[Tensor], layout: Layout, scores: Scores, **written: 
 
 
 def _compiled(tensors: Sequence[Tensor], layout: Layout, scores: Scores) -> Function | None:
-    q, *_, pk, pv = tensors
-    plain = all(x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 2 == 0 for x in tensors)
-    fits = plain and pk.stride(0) == pv.stride(0) and q.shape[1] // layout.heads % _LANES == 0
-    if not fits or scores.bias is not None or scores.cap is not None or not computes(*tensors):
+    rows = tensors[:3]
+    fits = all(x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 2 == 0 for x in rows)
+    if not fits or rows[0].shape[1] // layout.heads % _LANES or scores.bias is not None or scores.cap is not None:
         return None
+    return _function() if computes(*rows) else None
+
+
+def _function() -> Function | None:
     return function(_SOURCE, "whole", _WHOLE, _RAGGED)

@@ -41,7 +41,7 @@ def test_a_step_takes_no_more_than_is_expected_and_not_much_less(method: str, ba
     graft = BoundGraft(parse(ALL[method].text), backbone.shape)
     start = initialise(graft, backbone, seed=0, samples=[[3, 4, 5]], weights=[[0.0, 1.0, 1.0]])
     stacks = backbone.stacks([Resident("a", graft, start)], trainable=True)
-    cost = StepCost(graft, backbone.dtype.itemsize)
+    cost = StepCost(graft, backbone.dtype.itemsize, backbone.score_block)
     for lengths in LENGTHS:
         taken(backbone, stacks, graft, lengths)  # what is made once
         measured, expected = taken(backbone, stacks, graft, lengths), cost.bytes(lengths)

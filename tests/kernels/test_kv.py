@@ -12,8 +12,9 @@ from torch import Tensor
 
 from polygraft.kernels.kv import reference, whole
 from polygraft.kernels.kv.layout import FLOOR, GRAIN, Layout, Sequence
-from polygraft.kernels.kv.op import attend
+from polygraft.kernels.kv.op import attend, attend_with_sums
 from polygraft.kernels.kv.scores import Scores
+from tests.compiled import compiled
 from tests.kernels.compare import TOLERANCE, Results, assert_as_good_as_steps, assert_close, assert_equal, run
 
 
@@ -138,6 +139,7 @@ def test_bf16_is_as_good_as_the_obvious_steps(sequences: tuple[Sequence, ...], h
     assert_as_good_as_steps(got, steps, truth)
 
 
+@compiled
 @pytest.mark.parametrize("window", [None, *WINDOWS])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "whole"])
 @pytest.mark.parametrize("sequences", [*CASES.values(), (Sequence(0, 150, 0, 20),)], ids=[*CASES, "blocks of queries"])
@@ -146,18 +148,50 @@ def test_the_compiled_op_equals_the_reference_as_far_as_bf16_goes(
 ) -> None:
     layout, inputs, upstream = batch(sequences, Heads(6, 2, 32), torch.bfloat16, causal=causal)
     scores = Scores(0.3, window if causal else None)
-    if not whole.supports(list(inputs.values()), layout, scores):
-        pytest.skip("no compiler, or a CPU without AVX-512's products of bf16")
+    assert whole.supports(list(inputs.values()), layout, scores)
     got = run(attend, inputs, layout, scores, upstream=upstream)
     truth = wanted(reference.attend, inputs, layout, upstream, torch.float64, scores)
     for name, value in truth.items():
         assert (got[name].double() - value).norm() <= 6e-3 * value.norm(), name
 
 
+@compiled
+def test_the_compiled_sums_and_their_gradients_equal_autograds() -> None:
+    """Of a function of the sums alone, and of one of both, in float64."""
+    layout, inputs, _ = batch(CASES["with and without prefix"], Heads(4, 2, 32), torch.bfloat16)
+    assert whole.supports(list(inputs.values()), layout, SCALING)
+    found, wide = [], [x.double() for x in inputs.values()]
+    for values in ([x.clone() for x in inputs.values()], wide):
+        leaves = [x.requires_grad_() for x in values]
+        out, sums = attend_with_sums(*leaves, layout, SCALING)
+        seen = sums.isfinite()
+        total = (sums.double()[seen] * 3).sin().sum() + (out.double() * out.double().cos().detach()).sum()
+        found.append((sums.detach(), seen, torch.autograd.grad(total, leaves)))
+    (sums, seen, ours), (theirs, seen_64, wanted_) = found
+    assert torch.equal(seen, seen_64)
+    assert (sums[seen].double() - theirs[seen]).norm() <= 1e-5 * theirs[seen].norm()
+    for got, want in zip(ours, wanted_, strict=True):
+        assert (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_sequence_without_a_prefix_has_the_bits_that_it_has_beside_one_with_a_prefix(dtype: torch.dtype) -> None:
+    """Whatever dtype the prefix stack has: how a row is computed may not hang on its neighbours."""
+    layout, inputs, upstream = batch((Sequence(0, 7),), Heads(4, 2, 32), torch.bfloat16)
+    alone = run(attend, inputs, layout, SCALING, upstream=upstream)
+    layout, joined, gradient = batch((Sequence(0, 7), Sequence(7, 7, 2, 9)), Heads(4, 2, 32), torch.bfloat16, seed=1)
+    for name in "qkv":
+        joined[name][:7] = inputs[name][:7]
+    gradient[:7] = upstream[:7]
+    joined |= {name: joined[name].to(dtype) for name in ("pk", "pv")}
+    together = run(attend, joined, layout, SCALING, upstream=gradient)
+    assert_equal(cut(together, 0, 7, 0, 0), cut(alone, 0, 7, 0, 0))
+
+
+@compiled
 def test_the_compiled_op_reads_keys_of_another_batch() -> None:
     layout, inputs, upstream = crossing(ELSEWHERE, torch.bfloat16, Heads(4, 2, 32))
-    if not whole.supports(list(inputs.values()), layout, SCALING):
-        pytest.skip("no compiler, or a CPU without AVX-512's products of bf16")
+    assert whole.supports(list(inputs.values()), layout, SCALING)
     got = run(attend, inputs, layout, SCALING, upstream=upstream)
     for name, value in wanted(reference.attend, inputs, layout, upstream, torch.float64).items():
         assert (got[name].double() - value).norm() <= 6e-3 * value.norm(), name

@@ -123,7 +123,7 @@ def plant(place: str, culprit: Culprit, patch: pytest.MonkeyPatch) -> None:
         case "stacks":
             wrap(patch, Residency, "compose", lambda _, grafts: graft in grafts)
         case "collation":
-            wrap(patch, Sequence, "inputs", lambda sequence, *_: strikes(sequence))
+            wrap(patch, Sequence, "prompt", lambda sequence, *_: strikes(sequence))
         case "the forward":
             wrap(patch, Engine, "_forward", in_batch(culprit))
         case "the logits":

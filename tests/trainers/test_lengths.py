@@ -82,7 +82,6 @@ def test_a_cut_is_an_event_of_the_job(folder: Path, tmp_path: Path) -> None:
     worker = PackWorker(
         PACK, PackRunner(backbone), Tokeniser.load(folder), store, folders=Folders(tmp_path), micro_rows=128
     )
-    store.append(keys.commands(PACK), {"op": "cancel", "job": "ftjob-0"})
     store.append(keys.commands(PACK), {"op": "close"})
     worker.run(lambda: None)
     told = [entry for _, entry in store.read(keys.log(JobId("ftjob-0")))]
