@@ -26,8 +26,12 @@ setup: .venv/.ready  ## make .venv with the locked versions
 demo: setup  ## train, search and serve eight grafts on this machine; REPORT=path writes the report there
 	$(BIN)/polygraft demo $(if $(REPORT),--report $(REPORT))
 
+# Two at a time, a file of tests each; those that start Ray one after the other, with the machine for themselves.
 test: setup  ## run the tests (under 15 minutes on 2 cores)
-	$(BIN)/pytest
+	@status=0; \
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray --ignore tests/e2e || status=$$?; \
+	$(BIN)/pytest tests/ray tests/e2e || status=$$?; \
+	exit $$status
 
 coverage: setup  ## run the tests and say which lines none of them runs
 	mkdir -p reports

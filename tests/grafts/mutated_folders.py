@@ -105,13 +105,13 @@ def mutate(folder: Path, random: Random, canary: Path) -> str:
     for name in chosen:
         try:
             MUTATIONS[name](folder, random, canary)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError):
+        except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, SafetensorError):
             continue  # another change has left nothing to change in this way
     return " + ".join(chosen)
 
 
 def _config(folder: Path, random: Random, _: Path) -> None:
-    path = folder / peft.CONFIG
+    path = _any(folder, random, peft.CONFIG)  # which another change may have made a link to an endless file
     config = json.loads(path.read_text())
     for _ in range(random.randint(1, 3)):
         config[random.choice((*FIELDS, *config))] = random.choice(VALUES)
@@ -119,7 +119,7 @@ def _config(folder: Path, random: Random, _: Path) -> None:
 
 
 def _without(folder: Path, random: Random, _: Path) -> None:
-    path = folder / peft.CONFIG
+    path = _any(folder, random, peft.CONFIG)
     config = json.loads(path.read_text())
     del config[random.choice([*config])]
     path.write_text(json.dumps(config))
