@@ -79,7 +79,7 @@ def layout_of(config: Config, *, stored: bool) -> Peft:
     found = [layout for layout in fit if layout.kind == kind]
     if not found:
         kinds = ", ".join(dict.fromkeys(layout.kind for layout in fit))
-        raise SpecError(f"peft_type: {kind!r} is not supported here; choices: {kinds}")
+        raise SpecError(f"peft_type: {repr(kind)[:200]} is not supported here; choices: {kinds}")
     for layout in found:
         if all(_is(config.get(key), value) for key, value in layout.fixed.items()):
             return layout
