@@ -64,7 +64,7 @@ class _Whole(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         tensors = (q, k, v, *(x.to(q.dtype).contiguous() for x in (pk, pv)))
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*(x.contiguous() for x in tensors))  # a view would keep all that lies beside it
         ctx.layout, ctx.scores, ctx.dtype = layout, scores, pk.dtype  # type: ignore[attr-defined]
         out = q.new_zeros(q.shape) if _ragged(layout).gaps else q.new_empty(q.shape)
         sums = q.new_full((len(q), layout.heads), float("-inf"), dtype=torch.float32)
