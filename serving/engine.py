@@ -11,6 +11,7 @@ from threading import Condition, Thread
 import torch
 from torch import Tensor
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.cluster.store.base import JSON
@@ -63,7 +64,7 @@ class Engine:
     ) -> None:
         """`clock` orders arrivals and beats, `now` stamps the step log. Raises ValueError as `Streams` does."""
         self._backbone, self._settings, self._clock, self._now = backbone, settings, clock, now
-        residency = Residency(folder=data / "grafts", backbone=backbone, budget_bytes=graft_bytes)
+        residency = Residency(folder=Folders(data).grafts, backbone=backbone, budget_bytes=graft_bytes)
         self._loader = Loader(residency, wake=self._wake)
         self._streams = Streams(backbone, settings, residency, self._loader)
         self._log = StepLog(data / "replicas" / replica / "steps.jsonl")

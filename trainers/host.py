@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, report
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import PackId
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
@@ -24,7 +25,6 @@ from polygraft.grafts.runtime.process import chosen_device, device_environment, 
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.atomic import whole_file
 from polygraft.kernels.common.room import when_there_is_room
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
 

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from math import isfinite
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobError, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.store.base import Store
@@ -18,7 +19,6 @@ from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint
 from polygraft.trainers.failure import SHARED
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import TooLarge
 from polygraft.trainers.prepare import prepare

@@ -17,6 +17,7 @@ from math import isfinite
 
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.events import JobCancelled, JobDeviceClassChanged, JobFailed, JobStarted, PackOpened
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import GraftId, JobError, JobId, PackId
 from polygraft.cluster.publish import publish
 from polygraft.cluster.states import IllegalTransition
@@ -29,7 +30,6 @@ from polygraft.kernels.common.room import is_full
 from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import checkpoint, faults
 from polygraft.trainers.failure import Failed, failure
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.joining import Joining
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.reports import Reports

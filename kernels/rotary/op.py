@@ -76,26 +76,13 @@ def _turn(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], heads: int, *, ba
     assert compiled is not None
     cos, sin = (x.contiguous() for x in angles)
     q_to, k_to = q.new_empty(q.shape), k.new_empty(k.shape)
-    head_dim = q.shape[1] // heads
     compiled.ready(
-        q=q,
-        k=k,
-        cos=cos,
-        sin=sin,
+        **_rows_of(q, k, (cos, sin), heads),
         q_to=q_to,
         k_to=k_to,
-        q_stride=q.stride(0),
-        k_stride=k.stride(0),
         q_to_stride=q_to.stride(0),
         k_to_stride=k_to.stride(0),
-        rows=len(q),
-        heads=heads,
-        kv_heads=k.shape[1] // head_dim,
-        head_dim=head_dim,
-        turned=cos.shape[1],
-        dtype=DTYPES[q.dtype],
         back=back,
-        threads=torch.get_num_threads(),
     )()
     return q_to, k_to
 
@@ -142,30 +129,34 @@ def ready(
     assert sin.is_contiguous()
     assert cache.is_contiguous()
     assert slots_T.dtype == torch.int64
-    head_dim = q.shape[1] // heads
     return compiled.ready(
-        q=q,
-        k=k,
+        **_rows_of(q, k, angles, heads),
         v=v,
-        cos=cos,
-        sin=sin,
         q_weight=None if norms is None else norms.q,
         k_weight=None if norms is None else norms.k,
         cache=cache,
         slots=slots_T,
-        q_stride=q.stride(0),
-        k_stride=k.stride(0),
         v_stride=v.stride(0),
-        rows=len(q),
-        heads=heads,
-        kv_heads=k.shape[1] // head_dim,
-        head_dim=head_dim,
-        turned=cos.shape[1],
-        dtype=DTYPES[q.dtype],
         weight_dtype=DTYPES[(q, *weights)[-1].dtype],
         eps=0.0 if norms is None else norms.eps,
-        threads=torch.get_num_threads(),
     )
+
+
+def _rows_of(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], heads: int) -> dict[str, Tensor | int]:
+    """What both functions are told of queries, keys and angles."""
+    head_dim = q.shape[1] // heads
+    return {
+        **dict(zip(("q", "k", "cos", "sin"), (q, k, *angles), strict=True)),
+        "q_stride": q.stride(0),
+        "k_stride": k.stride(0),
+        "rows": len(q),
+        "heads": heads,
+        "kv_heads": k.shape[1] // head_dim,
+        "head_dim": head_dim,
+        "turned": angles[0].shape[1],
+        "dtype": DTYPES[q.dtype],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _compiled(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Function | None:

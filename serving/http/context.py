@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import Request
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
@@ -45,16 +46,12 @@ class Api:
     turns: Turns = field(default_factory=Turns)
 
     @property
-    def files(self) -> Path:
-        return self.data / "files"
-
-    @property
-    def grafts(self) -> Path:
-        return self.data / "grafts"
+    def folders(self) -> Folders:
+        return Folders(self.data)
 
     def blob(self, file: DataFile) -> Path:
         """Where the content of an uploaded file lies."""
-        return self.files / f"{file.id}.jsonl"
+        return self.folders.files / f"{file.id}.jsonl"
 
 
 def _api(request: Request) -> Api:

@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1/files")
 async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> FileObject:
     """Store a JSONL file of chat examples; a bad line is a 400 that names it, and nothing is kept."""
     received = await receive(
-        request, folder=api.files / ".incoming", limit_bytes=api.limits.upload_bytes, fields=("purpose",)
+        request, folder=api.folders.files / ".incoming", limit_bytes=api.limits.upload_bytes, fields=("purpose",)
     )
     try:
         return await api.turns.work(tenant, _keep, api, tenant, received)

@@ -60,7 +60,7 @@ def grafts(
 async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObject:
     """Give the service a graft made elsewhere, a tar archive of its folder: ours, PEFT's or AdapterHub's."""
     fields = ("name", "promote")
-    incoming = api.files / ".incoming"
+    incoming = api.folders.files / ".incoming"
     received = await receive(request, folder=incoming, limit_bytes=api.limits.graft_bytes, fields=fields)
     scratch: Path | None = None
     try:
@@ -122,7 +122,7 @@ def export(
 ) -> StreamingResponse:
     """A tar archive of the graft's files: all, or those of PEFT where PEFT has the method."""
     found = _find(api, tenant, graft)
-    folder = api.grafts / found.id
+    folder = api.folders.grafts / found.id
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not names:
         raise ApiError(404, f"the files of {shown(graft)} are gone; import it again", param="id", code="content_gone")
@@ -213,10 +213,10 @@ def _under_a_root(api: Api, path: str) -> Path:
 
 async def _adopted(api: Api, tenant: TenantId, folder: Path, name: str, promote: bool) -> GraftObject:
     try:
-        saved = await api.adoption.read(tenant, folder, api.grafts)
+        saved = await api.adoption.read(tenant, folder, api.folders.grafts)
         found = await api.turns.work(tenant, _published, api, tenant, name, saved, promote)
-        if not (api.grafts / saved.graft).is_dir():  # whoever deleted the last of its twins took it away
-            await api.adoption.read(tenant, folder, api.grafts)
+        if not (api.folders.grafts / saved.graft).is_dir():  # whoever deleted the last of its twins took it away
+            await api.adoption.read(tenant, folder, api.folders.grafts)
     except Refused as error:
         raise bad_request(f"graft: {error}", param="file", code="invalid_graft") from None
     except Busy as error:
@@ -260,7 +260,7 @@ def _remove(api: Api, graft: GraftId) -> None:
     It is first moved away, then looked for again: whoever publishes the same graft meanwhile either is seen, and gets
     it back, or sees that it is gone, and saves it again.
     """
-    folder, away = api.grafts / graft, api.grafts / f".deleted-{token_hex(8)}"
+    folder, away = api.folders.grafts / graft, api.folders.grafts / f".deleted-{token_hex(8)}"
     if _named(api, graft):
         return
     with suppress(FileNotFoundError):

@@ -74,7 +74,7 @@ def _over_others(api: Api, tenant: TenantId, peft: str, graft: BoundGraft) -> st
             raise SpecError(f"of: {name!r} has grown on another backbone")
         found[name] = source
         try:
-            bound[name] = BoundGraft(described(api.data / "grafts" / source.id), api.shape)
+            bound[name] = BoundGraft(described(api.folders.grafts / source.id), api.shape)
         except FormatError:
             raise SpecError(f"of: the files of {name!r} are missing or damaged") from None
     check(graft, bound)

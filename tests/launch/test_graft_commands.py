@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,25 +17,23 @@ from typer.testing import CliRunner, Result
 
 from polygraft.cluster.api_keys import create_key
 from polygraft.cluster.client import Client
-from polygraft.cluster.model import Graft, Limits, TenantId
+from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import resolve
-from polygraft.cluster.settings import LimitSettings, ServeSettings, Settings
+from polygraft.cluster.settings import ServeSettings, Settings
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
-from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.main import app
 from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.context import Api
 from polygraft.serving.residency import Residency
 from tests.grafts.oracle.row import random_tensors
+from tests.serving.http.apis import tiny_api
 from tests.tiny import tiny_llama
 
 
@@ -69,23 +67,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
     backbone, store, serve = Backbone.load(folder, torch.float32), MemoryStore(), ServeSettings()
     _, key = create_key(store, tenant=TenantId("local"), name="test", at=0.0)
     plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=60.0)
-    api = Api(
-        store=store,
-        gateway=Gateway({}, ingress="i", settings=serve),
-        tokeniser=Tokeniser.load(folder),
-        shape=backbone.shape,
-        backbone="tiny",
-        fingerprint=backbone.fingerprint,
-        stock=BackboneFiles(folder),
-        quantised=False,
-        data=data,
-        graft_roots=(),
-        adoption=Adoption(plan),
-        limits=LimitSettings(),
-        pack=Limits(),
-        max_context=512,
-        clock=lambda: 0.0,
-    )
+    api = tiny_api(store, Gateway({}, ingress="i", settings=serve), backbone, data, Adoption(plan))
+    api = replace(api, clock=lambda: 0.0)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(create_app(api), log_level="warning"))

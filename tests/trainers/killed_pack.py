@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
 from tests.trainers.submitted import PACK

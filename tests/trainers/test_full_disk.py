@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
@@ -15,7 +16,6 @@ from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import worker as worker_module
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
 from tests.small_disk import SmallDisk, small_disk

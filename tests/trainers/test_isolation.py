@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobError, JobId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
@@ -25,7 +26,6 @@ from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint
 from polygraft.trainers import worker as worker_module
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.job import Sample
 from polygraft.trainers.memory import Memory, TooLarge
 from polygraft.trainers.runner import PackRunner

@@ -13,6 +13,7 @@ import torch
 
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelRequested
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobError, JobId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
@@ -26,7 +27,6 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
-from polygraft.trainers.folders import Folders
 from polygraft.trainers.joining import PEFT
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner

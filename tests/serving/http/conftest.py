@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -20,16 +20,15 @@ from polygraft.cluster.store.base import Write
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
-from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
 from polygraft.serving.local import LocalLink
+from tests.serving.http.apis import tiny_api
 from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
 
@@ -58,7 +57,7 @@ class Service:
         bound = BoundGraft(parse(text), self.api.shape)
         values = random_tensors(bound, version)
         of = backbone or self.api.fingerprint
-        id = GraftId(native.save(self.api.data / "grafts", bound, values, backbone=of))
+        id = GraftId(native.save(self.api.folders.grafts, bound, values, backbone=of))
         return self.record(tenant, id, name, version, bound=bound, backbone=of)
 
     def record(
@@ -126,18 +125,9 @@ async def service(
     store = MemoryStore()
     now = [1_000.0]
     gateway = Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS, ready_s=1.0)
-    api = Api(
-        store=store,
-        gateway=gateway,
-        tokeniser=Tokeniser.load(folder),
-        shape=backbone.shape,
-        backbone="tiny",
-        fingerprint=backbone.fingerprint,
-        stock=BackboneFiles(folder),
-        quantised=False,
-        data=tmp_path,
+    api = replace(
+        tiny_api(store, gateway, backbone, tmp_path, adoption),
         graft_roots=(tmp_path / "root",),
-        adoption=adoption,
         limits=LIMITS,
         pack=Limits(pack_bytes=PACK_BYTES),
         max_context=SETTINGS.max_context,

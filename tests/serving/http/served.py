@@ -9,9 +9,8 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -24,15 +23,13 @@ from polygraft.cluster.api_keys import create_key
 from polygraft.cluster.model import DeviceId, Limits, Pack, PackId, ReplicaId, TenantId
 from polygraft.cluster.settings import LimitSettings, ServeSettings
 from polygraft.cluster.store.connect import connect
-from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.context import Api
 from polygraft.serving.local import LocalLink
+from tests.serving.http.apis import tiny_api
 
 SETTINGS = ServeSettings(max_streams=8, max_queued=64, max_context=160, kv_bytes=4 << 20, max_rows=64)
 TENANTS = ("ann", "bob")
@@ -81,23 +78,10 @@ def main(folder: Path, data: Path, store_url: str) -> None:
     engine = Engine(backbone, SETTINGS, replica=ReplicaId("r0"), data=data)
     engine.start()
     plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=30.0)
-    api = Api(
-        store=store,
-        gateway=Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS),
-        tokeniser=Tokeniser.load(folder),
-        shape=backbone.shape,
-        backbone="tiny",
-        fingerprint=backbone.fingerprint,
-        stock=BackboneFiles(folder),
-        quantised=False,
-        data=data,
-        graft_roots=(),
-        adoption=Adoption(plan),
-        limits=LimitSettings(upload_bytes=8 << 20, graft_bytes=8 << 20, body_s=5.0),
-        pack=Limits(),
-        max_context=SETTINGS.max_context,
-        clock=time.time,
-    )
+    gateway = Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS)
+    limits = LimitSettings(upload_bytes=8 << 20, graft_bytes=8 << 20, body_s=5.0)
+    api = tiny_api(store, gateway, backbone, data, Adoption(plan))
+    api = replace(api, limits=limits, max_context=SETTINGS.max_context)
     controller = Controller(store, NoDevices(), limits=Limits(), holder="c0")
     threading.Thread(target=controller.run, args=(threading.Event(),), daemon=True).start()
     keys = {tenant: create_key(store, tenant=TenantId(tenant), name="test", at=0.0)[1] for tenant in TENANTS}

@@ -270,7 +270,7 @@ async def test_a_graft_whose_files_are_gone_fails_its_own_request_only(
     service: Service, ann: httpx.AsyncClient
 ) -> None:
     graft = service.publish("ann", "ia3", "lost")
-    (service.api.data / "grafts" / graft.id / "graft.safetensors").unlink()
+    (service.api.folders.grafts / graft.id / "graft.safetensors").unlink()
     answers = await asyncio.gather(
         ann.post("/chat/completions", json=body("lost")), ann.post("/chat/completions", json=body())
     )

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 def left_behind(service: Service) -> list[str]:
-    return [str(path) for path in service.api.files.rglob("*") if path.is_file()]
+    return [str(path) for path in service.api.folders.files.rglob("*") if path.is_file()]
 
 
 async def test_a_file_is_stored_listed_read_back_and_deleted(service: Service, ann: httpx.AsyncClient) -> None:
@@ -174,7 +174,7 @@ async def test_what_lies_outside_the_file_is_limited_too(service: Service, ann: 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..\\..\\boot.ini", "/etc/passwd"])
 async def test_a_filename_never_becomes_a_path(service: Service, ann: httpx.AsyncClient, name: str) -> None:
     id = await upload(ann, name=name)
-    assert left_behind(service) == [str(service.api.files / f"{id}.jsonl")]
+    assert left_behind(service) == [str(service.api.folders.files / f"{id}.jsonl")]
     assert "/" not in (await ann.get(f"/files/{id}")).json()["filename"]
     for path in ("..%2f..%2fetc%2fpasswd", "../jobs", "%2e%2e"):
         assert (await ann.get(f"/files/{path}/content")).status_code == 404
@@ -194,7 +194,7 @@ async def test_another_tenants_file_does_not_exist(ann: httpx.AsyncClient, bob: 
 
 async def test_a_file_whose_content_is_gone_is_404(service: Service, ann: httpx.AsyncClient) -> None:
     id = await upload(ann)
-    (service.api.files / f"{id}.jsonl").unlink()
+    (service.api.folders.files / f"{id}.jsonl").unlink()
     assert "is gone" in refusal(await ann.get(f"/files/{id}/content"), 404)["message"]
     assert (await ann.delete(f"/files/{id}")).status_code == 200
 

@@ -108,13 +108,13 @@ async def test_a_graft_of_pefts_lives_through_its_versions(
     with tarfile.open(fileobj=io.BytesIO(theirs.content)) as archive:
         archive.extractall(tmp_path / "out", filter="data")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["peft_type"] == "LORA"
-    kept = service.api.grafts / made["graft"]
+    kept = service.api.folders.grafts / made["graft"]
     assert (await ann.delete("/grafts/poems@1")).json() == {"id": "poems@1", "object": "graft", "deleted": True}
     refusal(await ann.get("/grafts/poems@1"), 404)
     assert kept.is_dir()
     assert (await bob.delete("/grafts/mine@1")).status_code == 200
     assert not kept.exists() and (await bob.get("/grafts")).json()["data"] == []
-    assert not any((service.api.files / ".incoming").iterdir())
+    assert not any((service.api.folders.files / ".incoming").iterdir())
 
 
 async def test_what_is_no_graft_for_this_backbone_is_refused_and_leaves_nothing(
@@ -133,7 +133,7 @@ async def test_what_is_no_graft_for_this_backbone_is_refused_and_leaves_nothing(
         assert error["code"] == "invalid_graft" and said in error["message"], error
         assert str(tmp_path) not in error["message"]
     assert (await ann.get("/grafts")).json()["data"] == []
-    assert not service.api.grafts.exists() and not any((service.api.files / ".incoming").iterdir())
+    assert not service.api.folders.grafts.exists() and not any((service.api.folders.files / ".incoming").iterdir())
 
     # A graft that an operator has put under a root is read where it is.
     root = tmp_path / "root"
@@ -163,7 +163,7 @@ async def test_an_upload_that_is_wrong_says_which_field_is(
 ) -> None:
     answer = await ann.post("/grafts", files={"file": ("graft.tar", content)}, data=fields)
     assert refusal(answer, status)["param"] == param
-    assert not any(path.is_file() for path in service.api.files.rglob("*"))
+    assert not any(path.is_file() for path in service.api.folders.files.rglob("*"))
 
 
 async def test_a_version_that_is_needed_is_not_deleted(
@@ -183,7 +183,7 @@ async def test_a_version_that_is_needed_is_not_deleted(
     monkeypatch.undo()
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
     assert (await ann.delete("/grafts/poems@2")).status_code == 200  # the last one
-    assert not (service.api.grafts / second.id).exists()
+    assert not (service.api.folders.grafts / second.id).exists()
     refusal(await ann.post("/chat/completions", json={"model": "poems", "messages": ASK}), 404)
 
 
@@ -217,7 +217,7 @@ async def test_names_and_versions_are_not_taken_for_each_other(service: Service,
 
 async def test_a_graft_whose_files_are_gone_says_so(service: Service, ann: httpx.AsyncClient) -> None:
     graft = service.publish("ann", "ia3", "poems")
-    for path in (service.api.grafts / graft.id).iterdir():
+    for path in (service.api.folders.grafts / graft.id).iterdir():
         path.unlink()
     assert refusal(await ann.get("/grafts/poems/export"), 404)["code"] == "content_gone"
 
@@ -239,7 +239,7 @@ async def test_the_files_come_back_to_who_publishes_the_same_graft_while_they_ar
 
     monkeypatch.setattr(grafts, "move", meanwhile)
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
-    assert (service.api.grafts / graft.id / "graft.json").is_file() and not moved[0].exists()
+    assert (service.api.folders.grafts / graft.id / "graft.json").is_file() and not moved[0].exists()
 
 
 async def test_a_reader_that_takes_too_long_is_killed_and_the_next_folder_is_read(

@@ -171,7 +171,7 @@ async def test_names_whose_versions_make_no_job_are_400(service: Service, ann: h
 async def test_a_job_over_a_graft_whose_files_are_gone_or_damaged_is_400(
     service: Service, ann: httpx.AsyncClient
 ) -> None:
-    description = service.api.data / "grafts" / service.publish("ann", "lora(r=2)", "a").id / "graft.json"
+    description = service.api.folders.grafts / service.publish("ann", "lora(r=2)", "a").id / "graft.json"
     asked = body(await upload(ann), method=supervised(peft="meteora(of=a)"))
     description.write_text('{"spec": {"slots": []}}')
     answers = [await ann.post("/fine_tuning/jobs", json=asked)]

@@ -1,4 +1,4 @@
-"""Where a pack's worker reads and writes."""
+"""Where files, grafts, jobs and packs lie under the data folder; what writes there and what reads there ask here."""
 
 from __future__ import annotations
 

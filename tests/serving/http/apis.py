@@ -1,0 +1,36 @@
+"""The API over a tiny backbone, as every test of it begins; what a test is about it replaces."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from polygraft.cluster.model import Limits
+from polygraft.cluster.settings import LimitSettings
+from polygraft.cluster.store.base import Store
+from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.serving.adoption import Adoption
+from polygraft.serving.gateway import Gateway
+from polygraft.serving.http.context import Api
+
+
+def tiny_api(store: Store, gateway: Gateway, backbone: Backbone, data: Path, adoption: Adoption) -> Api:
+    return Api(
+        store=store,
+        gateway=gateway,
+        tokeniser=Tokeniser.load(backbone.folder),
+        shape=backbone.shape,
+        backbone="tiny",
+        fingerprint=backbone.fingerprint,
+        stock=BackboneFiles(backbone.folder),
+        quantised=False,
+        data=data,
+        graft_roots=(),
+        adoption=adoption,
+        limits=LimitSettings(),
+        pack=Limits(),
+        max_context=512,
+        clock=time.time,
+    )
