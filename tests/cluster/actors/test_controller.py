@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -23,13 +23,13 @@ from polygraft.cluster.events import (
     JobSubmitted,
     PackOpened,
 )
-from polygraft.cluster.model import START, DeviceId, Job, JobId, Limits, Pack, PackId, Snapshot
+from polygraft.cluster.model import START, Device, Job, JobId, Limits, Pack, PackId, Snapshot
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Fenced, Store, StoreUnavailable, Write
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.cluster.story import story
-from tests.cluster.builders import make_job
+from tests.cluster.builders import DEVICE_BYTES, make_device, make_job
 
 A, B = JobId("ftjob-a"), JobId("ftjob-b")
 
@@ -41,7 +41,7 @@ class Processes:
     opened: list[Pack] = field(default_factory=list)
     closed: list[PackId] = field(default_factory=list)
     over: list[PackEnd] = field(default_factory=list)
-    present: dict[DeviceId, int] = field(default_factory=lambda: {DeviceId("d"): 1})
+    present: list[Device] = field(default_factory=lambda: [make_device()])
     refuse: bool = False
 
     def open_pack(self, pack: Pack) -> None:
@@ -58,7 +58,7 @@ class Processes:
     def ended(self) -> Sequence[PackEnd]:
         return [end for end in self.over if end.pack not in self.closed]
 
-    def devices(self) -> Mapping[DeviceId, int]:
+    def devices(self) -> Collection[Device]:
         return self.present
 
 
@@ -135,7 +135,8 @@ def world() -> World:
 def test_a_job_goes_from_the_queue_into_a_pack(world: World) -> None:
     world.submit("a")
     world.settle()
-    assert [(one.backbone, one.device) for one in world.processes.opened] == [("b", "d")]
+    opened = [(one.backbone, one.devices, one.bytes) for one in world.processes.opened]
+    assert opened == [("b", ("d",), DEVICE_BYTES // 2)]
     assert (world.job(A).reason, world.job(A).pack) == (Reason.PACK_OPENING, None)
     world.work()
     world.settle()
@@ -147,16 +148,29 @@ def test_a_job_goes_from_the_queue_into_a_pack(world: World) -> None:
 
 
 def test_an_unchanged_reason_is_written_once(world: World) -> None:
-    world.processes.present = {}
+    world.processes.present = []
     world.submit("a")
     for _ in range(5):
         world.settle()
         world.now += 1
     held = [one.event for one in world.store.events(START) if isinstance(one.event, JobHeld)]
     assert [one.reason for one in held] == [Reason.NO_DEVICE]
-    world.processes.present = {DeviceId("d"): 1}
+    world.processes.present = [make_device()]
     world.settle()
     assert world.job(A).reason is Reason.PACK_OPENING
+
+
+def test_devices_are_told_as_they_come_change_and_go(world: World) -> None:
+    for present in ([make_device()], [make_device(speed=2e11), make_device("e")], [make_device("e")]):
+        world.processes.present = present
+        world.settle()
+        assert world.controller.snapshot.devices == {device.id: device for device in present}
+    assert [line.partition("  ")[2] for line in story(world.store, "d")] == [
+        "device d joined: 2 cores, 0.0 GiB",
+        "device d joined: 2 cores, 0.0 GiB",
+        "device d is gone",
+    ]
+    assert len(world.store.events(START)) == 1 + 4, "what stays as it is is told once"
 
 
 def test_a_running_job_is_cancelled_through_its_pack(world: World) -> None:
@@ -389,7 +403,7 @@ def test_a_story_says_why_a_job_waited_and_what_became_of_it(world: World) -> No
         "ftjob-a cancelled",
     ]
     about_pack = [line.partition("  ")[2] for line in story(world.store, pack)]
-    assert about_pack[:2] == [f"{pack} opens with b on device d: jobs wait", f"{pack} is open"]
+    assert about_pack[:2] == [f"{pack} opens with b on device d, 0.0 GiB: jobs wait", f"{pack} is open"]
     assert story(world.store, "ftjob-unknown") == []
 
 
