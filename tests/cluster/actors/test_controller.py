@@ -15,7 +15,10 @@ from polygraft.cluster.actors import controller as module
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.backbones import advance_backbone, put_backbone
 from polygraft.cluster.events import (
+    BackboneAsked,
+    BackboneRemoved,
     JobCancelled,
     JobCancelRequested,
     JobHeld,
@@ -23,13 +26,13 @@ from polygraft.cluster.events import (
     JobSubmitted,
     PackOpened,
 )
-from polygraft.cluster.model import START, Device, Job, JobId, Limits, Pack, PackId, Snapshot
+from polygraft.cluster.model import START, Backbone, Device, Job, JobId, Limits, Pack, PackId, Snapshot
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Fenced, Store, StoreUnavailable, Write
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.cluster.story import story
-from tests.cluster.builders import DEVICE_BYTES, make_device, make_job
+from tests.cluster.builders import DEVICE_BYTES, make_backbone, make_device, make_job
 
 A, B = JobId("ftjob-a"), JobId("ftjob-b")
 
@@ -43,6 +46,7 @@ class Processes:
     over: list[PackEnd] = field(default_factory=list)
     present: list[Device] = field(default_factory=lambda: [make_device()])
     refuse: bool = False
+    served: list[str] = field(default_factory=list)
 
     def open_pack(self, pack: Pack) -> None:
         if self.refuse:
@@ -58,6 +62,9 @@ class Processes:
     def ended(self) -> Sequence[PackEnd]:
         return [end for end in self.over if end.pack not in self.closed]
 
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        self.served = sorted(backbone.name for backbone in backbones)
+
     def devices(self) -> Collection[Device]:
         return self.present
 
@@ -72,6 +79,7 @@ class World:
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
+        put_backbone(self.store, make_backbone("b"), at=self.now)
         self.controller = self.start("one")
 
     def start(self, holder: str) -> Controller:
@@ -170,7 +178,7 @@ def test_devices_are_told_as_they_come_change_and_go(world: World) -> None:
         "device d joined: 2 cores, 0.0 GiB",
         "device d is gone",
     ]
-    assert len(world.store.events(START)) == 1 + 4, "what stays as it is is told once"
+    assert len(world.store.events(START)) == 2 + 4, "what stays as it is is told once"
 
 
 def test_a_running_job_is_cancelled_through_its_pack(world: World) -> None:
@@ -252,6 +260,42 @@ def test_a_pack_that_cannot_start_fails_and_is_tried_again_later(world: World) -
     world.now += 2.0
     world.settle()
     assert len(world.processes.opened) == 1
+
+
+def test_a_backbone_is_loaded_when_it_is_asked_and_unloaded_when_nobody_asks(world: World) -> None:
+    world.limits = Limits(unload_s=60.0)
+    world.controller = world.start("one")
+    world.settle()
+    assert world.processes.served == []
+    advance_backbone(world.store, BackboneAsked(backbone="b", at=world.now))
+    world.settle()
+    assert world.processes.served == ["b"] == sorted(world.controller.snapshot.backbones)
+    world.now += 61.0
+    world.settle()
+    assert world.processes.served == []
+    assert [line[21:] for line in story(world.store, "b")][1:] == [
+        "backbone b is asked",
+        "backbone b is to be loaded: asked for",
+        "backbone b is to be unloaded: idle",
+    ]
+
+
+def test_a_controller_that_waits_for_the_lease_holds_its_own_cluster_s_replicas(world: World) -> None:
+    put_backbone(world.store, make_backbone("b", asked_at=world.now), at=world.now)
+    world.settle()
+    other, stop = Processes(), threading.Event()
+    waiting = Controller(world.store, other, limits=world.limits, holder="two", clock=lambda: world.now)
+    waiting.run(stop, lambda: stop.set() if other.served else None, steal=False)
+    assert other.served == ["b"]
+
+
+def test_a_job_whose_backbone_was_removed_fails(world: World) -> None:
+    world.settle()
+    advance_backbone(world.store, BackboneRemoved(backbone="b", at=world.now))
+    world.submit("a")
+    world.settle()
+    error = world.job(A).error
+    assert error is not None and error.code == "its_backbone_was_removed" and "add it again" in error.message
 
 
 def test_an_idle_pack_is_told_to_close_and_forgotten_when_it_ended(world: World) -> None:
