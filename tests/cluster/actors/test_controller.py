@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 
 import pytest
@@ -14,125 +12,21 @@ from polygraft.cluster import evolve
 from polygraft.cluster.actors import controller as module
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.advance import advance_job, advance_pack
-from polygraft.cluster.backbones import advance_backbone, put_backbone
+from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import (
-    BackboneAsked,
-    BackboneRemoved,
     JobCancelled,
     JobCancelRequested,
     JobHeld,
-    JobStarted,
-    JobSubmitted,
     PackOpened,
 )
-from polygraft.cluster.model import START, Backbone, Device, Job, JobId, Limits, Pack, PackId, Snapshot
+from polygraft.cluster.model import START, Limits, Snapshot
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Fenced, Store, StoreUnavailable, Write
+from polygraft.cluster.store.base import Fenced, StoreUnavailable
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.cluster.story import story
-from tests.cluster.builders import DEVICE_BYTES, make_backbone, make_device, make_job
-
-A, B = JobId("ftjob-a"), JobId("ftjob-b")
-
-
-@dataclass
-class Processes:
-    """Effects whose processes end when the test says so."""
-
-    opened: list[Pack] = field(default_factory=list)
-    closed: list[PackId] = field(default_factory=list)
-    over: list[PackEnd] = field(default_factory=list)
-    present: list[Device] = field(default_factory=lambda: [make_device()])
-    refuse: bool = False
-    served: list[str] = field(default_factory=list)
-
-    def open_pack(self, pack: Pack) -> None:
-        if self.refuse:
-            raise RuntimeError("no such backbone")
-        self.opened.append(pack)
-
-    def close_pack(self, pack: PackId) -> None:
-        self.closed.append(pack)
-
-    def alive(self) -> Collection[PackId]:
-        return {pack.id for pack in self.opened} - set(self.closed)
-
-    def ended(self) -> Sequence[PackEnd]:
-        return [end for end in self.over if end.pack not in self.closed]
-
-    def serve(self, backbones: Collection[Backbone]) -> None:
-        self.served = sorted(backbone.name for backbone in backbones)
-
-    def devices(self) -> Collection[Device]:
-        return self.present
-
-
-@dataclass
-class World:
-    """A store, a controller over it and the pack's worker, all driven step by step at a time of the test's own."""
-
-    limits: Limits = field(default_factory=Limits)
-    now: float = 100.0
-    store: Store = field(default_factory=MemoryStore)
-    processes: Processes = field(default_factory=Processes)
-
-    def __post_init__(self) -> None:
-        put_backbone(self.store, make_backbone("b"), at=self.now)
-        self.controller = self.start("one")
-
-    def start(self, holder: str) -> Controller:
-        return Controller(self.store, self.processes, limits=self.limits, holder=holder, clock=lambda: self.now)
-
-    def submit(self, *names: str, **fields: object) -> None:
-        for name in names:
-            job = make_job(name, **fields)
-            self.store.commit([Write(keys.job(job.id), job, 0)], [JobSubmitted(record=job, at=self.now)])
-
-    def settle(self, controller: Controller | None = None) -> None:
-        """Rounds until nothing new is written."""
-        leader = controller or self.controller
-        if leader._lease is None:
-            assert leader._take_over(steal=True)
-        before = None
-        while before != leader.snapshot.version:
-            before = leader.snapshot.version
-            leader.round()
-            leader._catch_up()
-
-    def work(self) -> None:
-        """What a worker does with its commands, as far as the store shows it."""
-        for pack in (one.value for one in self.store.scan(keys.PACKS)):
-            if pack.state is PackState.OPENING:
-                advance_pack(self.store, PackOpened(pack=pack.id, at=self.now))
-            for _, entry in self.store.read(keys.commands(pack.id)):
-                job = self.job(JobId(str(entry.get("job")))) if "job" in entry else None
-                if job is None or job.final or job.pack != pack.id:
-                    continue
-                if entry["op"] == "admit" and job.state is JobState.QUEUED:
-                    advance_job(
-                        self.store, JobStarted(job=job.id, pack=pack.id, parameters=5, steps_total=9, at=self.now)
-                    )
-                if entry["op"] == "cancel":
-                    advance_job(self.store, JobCancelled(job=job.id, at=self.now))
-
-    def job(self, id: JobId) -> Job:
-        found = self.store.get(keys.job(id))
-        assert found is not None
-        return found.value
-
-    def packs(self) -> list[tuple[str, PackState]]:
-        return [(one.value.id, one.value.state) for one in self.store.scan(keys.PACKS)]
-
-    def running(self) -> PackId:
-        """Jobs a and b running in the one pack."""
-        self.submit("a", "b")
-        for _ in range(2):
-            self.settle()
-            self.work()
-        assert {self.job(A).state, self.job(B).state} == {JobState.RUNNING}
-        return self.processes.opened[-1].id
+from tests.cluster.actors.world import A, B, Processes, World
+from tests.cluster.builders import DEVICE_BYTES, make_device
 
 
 @pytest.fixture
@@ -260,42 +154,6 @@ def test_a_pack_that_cannot_start_fails_and_is_tried_again_later(world: World) -
     world.now += 2.0
     world.settle()
     assert len(world.processes.opened) == 1
-
-
-def test_a_backbone_is_loaded_when_it_is_asked_and_unloaded_when_nobody_asks(world: World) -> None:
-    world.limits = Limits(unload_s=60.0)
-    world.controller = world.start("one")
-    world.settle()
-    assert world.processes.served == []
-    advance_backbone(world.store, BackboneAsked(backbone="b", at=world.now))
-    world.settle()
-    assert world.processes.served == ["b"] == sorted(world.controller.snapshot.backbones)
-    world.now += 61.0
-    world.settle()
-    assert world.processes.served == []
-    assert [line[21:] for line in story(world.store, "b")][1:] == [
-        "backbone b is asked",
-        "backbone b is to be loaded: asked for",
-        "backbone b is to be unloaded: idle",
-    ]
-
-
-def test_a_controller_that_waits_for_the_lease_holds_its_own_cluster_s_replicas(world: World) -> None:
-    put_backbone(world.store, make_backbone("b", asked_at=world.now), at=world.now)
-    world.settle()
-    other, stop = Processes(), threading.Event()
-    waiting = Controller(world.store, other, limits=world.limits, holder="two", clock=lambda: world.now)
-    waiting.run(stop, lambda: stop.set() if other.served else None, steal=False)
-    assert other.served == ["b"]
-
-
-def test_a_job_whose_backbone_was_removed_fails(world: World) -> None:
-    world.settle()
-    advance_backbone(world.store, BackboneRemoved(backbone="b", at=world.now))
-    world.submit("a")
-    world.settle()
-    error = world.job(A).error
-    assert error is not None and error.code == "its_backbone_was_removed" and "add it again" in error.message
 
 
 def test_an_idle_pack_is_told_to_close_and_forgotten_when_it_ended(world: World) -> None:
