@@ -186,8 +186,8 @@ class Controller:
         for id_, device in sorted(devices.items()):
             if self.snapshot.devices.get(id_) != device:
                 self._store.commit([], [DeviceJoined(record=device, at=now)], fence=self._fence)
-        for lost in sorted(self.snapshot.devices.keys() - devices.keys()):
-            self._store.commit([], [DeviceLost(device=lost, at=now)], fence=self._fence)
+        for gone in sorted(self.snapshot.devices.keys() - devices.keys()):
+            self._store.commit([], [DeviceLost(device=gone, at=now)], fence=self._fence)
         over = [
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
             for end in self._effects.ended()
