@@ -132,7 +132,7 @@ class RemoteModel(_Answer):
 
 class RemoteGraft(_Answer):
     """A version of a graft. `current`: its name alone means it; `backbone` is None for a graft of another backbone than
-    the service has."""
+    those that the service has."""
 
     id: str
     name: str
@@ -145,6 +145,21 @@ class RemoteGraft(_Answer):
     parameters: int
     bytes: int
     created_at: int
+
+
+class RemoteBackbone(_Answer):
+    """A frozen model that jobs and requests may name; `default` is the service's own. `path` is told to its operator
+    alone; `state` is loaded, loading or unloaded."""
+
+    id: str
+    default: bool
+    path: str | None = None
+    dtype: str
+    quantise: str | None = None
+    fingerprint: str
+    context_length: int | None = None
+    state: str
+    added_at: int
 
 
 class ApiFailure(Exception):
@@ -231,6 +246,18 @@ class Client:
     def models(self) -> list[RemoteModel]:
         return list(self._pages(RemoteModel, "/models"))
 
+    def backbones(self) -> list[RemoteBackbone]:
+        return list(self._pages(RemoteBackbone, "/backbones"))
+
+    def add_backbone(self, name: str, path: str, *, dtype: str, quantise: str | None) -> RemoteBackbone:
+        """Add a model by its folder or name; it is read and checked before this returns."""
+        body = {"name": name, "path": path, "dtype": dtype, "quantise": quantise}
+        request = self._http.build_request("POST", "/backbones", json=body, timeout=_IMPORT_S)
+        return RemoteBackbone.model_validate_json(self._send(request).content)
+
+    def remove_backbone(self, name: str) -> None:
+        self._send(self._http.build_request("DELETE", f"/backbones/{_segment(name)}"))
+
     def grafts(self) -> Iterator[RemoteGraft]:
         """The tenant's grafts by name and version."""
         return self._pages(RemoteGraft, "/grafts")
@@ -239,9 +266,12 @@ class Client:
         """A version, or the one that a name means."""
         return self._ask(RemoteGraft, "GET", f"/grafts/{_segment(graft)}")
 
-    def import_graft(self, archive: Path, name: str, *, promote: bool = False) -> RemoteGraft:
-        """Send a tar archive of a graft's folder; it is read and checked before this returns."""
-        fields = {"name": name, "promote": "true" if promote else "false"}
+    def import_graft(
+        self, archive: Path, name: str, *, promote: bool = False, backbone: str | None = None
+    ) -> RemoteGraft:
+        """Send a tar archive of a graft's folder, for a backbone or the service's own; it is read and checked before
+        this returns."""
+        fields = {"name": name, "promote": "true" if promote else "false", "backbone": backbone or ""}
         with archive.open("rb") as content:
             files = {"file": (archive.name, content)}
             request = self._http.build_request("POST", "/grafts", files=files, data=fields, timeout=_IMPORT_S)

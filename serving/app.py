@@ -1,4 +1,4 @@
-"""The service as one Ray Serve application: an ingress over the replicas of a backbone."""
+"""The service as Ray Serve applications: the ingress, and the replicas of each backbone."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ from pathlib import Path
 
 from ray import serve
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.actors.applications import application_name
+from polygraft.cluster.model import Backbone, ReplicaId
 from polygraft.cluster.settings import Settings
-from polygraft.serving.ingress import IngressPlan, ingress_app
 from polygraft.serving.replica import ReplicaPlan, replica_app
 
 
-def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1) -> serve.Application:
-    """For `serve.run`. `settings.store_url` must be a running server's, `backbone_folder` visible on every node."""
-    plans = [
-        ReplicaPlan(
-            replica=ReplicaId(f"replica-{index}"),
-            backbone_folder=backbone_folder,
-            data=settings.data,
-            device=settings.device,
-            dtype=settings.dtype,
-            quantise=settings.quantise,
-            settings=settings.serve,
-        )
-        for index in range(replicas)
-    ]
-    engines = {plan.replica: replica_app(plan) for plan in plans}
-    return ingress_app(IngressPlan(settings=settings, backbone_folder=backbone_folder), engines)
+def engine_app(settings: Settings, backbone: Backbone) -> serve.Application:
+    """The replicas of a backbone, to run under its `application_name`; its folder is visible on every node."""
+    plan = ReplicaPlan(
+        replica=ReplicaId(f"{application_name(backbone.name)}-0"),
+        backbone_folder=Path(backbone.folder),
+        data=settings.data,
+        device=settings.device,
+        dtype=backbone.dtype,
+        quantise=backbone.quantise,
+        settings=settings.serve,
+    )
+    return replica_app(plan)

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from ray import serve
 
+from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
@@ -78,10 +79,10 @@ def _engine(plan: ReplicaPlan) -> Engine:
 
 
 def replica_app(plan: ReplicaPlan) -> serve.Application:
-    """One replica's deployment. Each has its own, so that whoever routes can name it and whoever scales picks it."""
+    """The deployment of a backbone's replica."""
     deployment = serve.deployment(
         Replica,
-        name=plan.replica,
+        name=ENGINE,
         num_replicas=1,
         max_ongoing_requests=10_000,  # every ingress holds one open; the engine bounds its own queue
         health_check_period_s=5,

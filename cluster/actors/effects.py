@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from polygraft.cluster.actors.applications import Applications
 from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.model import Backbone, Device, DeviceId, Pack, PackId
 
@@ -36,8 +37,9 @@ class RayEffects:
     Hosts belong to the process that made them: Ray ends them with it, so a new controller finds no pack alive.
     """
 
-    def __init__(self, open_host: OpenHost) -> None:
+    def __init__(self, open_host: OpenHost, applications: Applications) -> None:
         self._open_host = open_host
+        self._applications = applications
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
         self._devices: Sequence[Device] = ()
         self._listed_at = float("-inf")
@@ -60,7 +62,7 @@ class RayEffects:
         return [PackEnd(runs[run], _failure(run)) for run in over]
 
     def serve(self, backbones: Collection[Backbone]) -> None:
-        """Serve holds the replicas of the default backbone as long as it runs."""
+        self._applications.want(backbones)
 
     def devices(self) -> Sequence[Device]:
         if time.monotonic() - self._listed_at > DEVICES_S:

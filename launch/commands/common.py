@@ -13,7 +13,6 @@ from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings, load
 from polygraft.cluster.store.base import Store
 from polygraft.launch.output import Failure, Status
-from polygraft.launch.run_folder import RunFolder
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -34,16 +33,21 @@ class Flags:
         url = self.url or find_service(settings.service_path).url
         return Client(url.rstrip("/").removesuffix("/v1"), self.key or read_key(settings.api_key_path))
 
-    def backbone(self) -> tuple[str, str | None]:
-        """The folder of the running service's backbone and how it is quantised; where none is running, what the
-        settings say. Raises BadSettings."""
+    def backbone(self, name: str | None, fingerprint: str | None = None) -> tuple[str, str | None]:
+        """Where a backbone lies, and how it is quantised: one of the running service's by its name, else by its
+        fingerprint, else the service's own. Where none is running, or it has none of that name, the name is a folder
+        or hub id, and the settings say the rest. Raises BadSettings."""
         settings = self.settings()
         try:
-            folder = find_service(settings.service_path).backbone_folder
-            running = Settings.model_validate_json(RunFolder(settings.home).settings.read_text())
-        except (ServiceNotRunning, OSError):
-            return settings.backbone, settings.quantise
-        return folder, running.quantise
+            with self.client() as client:
+                found = [one for one in client.backbones() if one.path is not None]
+        except ServiceNotRunning:
+            found = []
+        grown_on = [one for one in found if one.fingerprint == fingerprint] or [one for one in found if one.default]
+        meant = next(iter(grown_on if name is None else [one for one in found if one.id == name]), None)
+        if meant is None or meant.path is None:
+            return name or settings.backbone, settings.quantise
+        return meant.path, meant.quantise
 
     def store(self) -> Store:
         """The store that the settings name, else that of the service under the home folder. Raises

@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from polygraft.cluster.model import Graft, TenantId
-from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.validation import shown
 from polygraft.grafts.text.chat import ChatError
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
@@ -23,6 +22,8 @@ from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import ApiError, as_api_error, bad_request, internal, unavailable
 from polygraft.serving.http.frames import DONE, Frames
+from polygraft.serving.http.known import KnownBackbone
+from polygraft.serving.http.named import model_named
 from polygraft.serving.http.schemas import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.messages import StepTokens
@@ -45,17 +46,17 @@ R = TypeVar("R")
 async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Answer a conversation. A client that hangs up ends its generation."""
     body = await read_body(request, ChatCompletionRequest)
-    wanted = await api.turns.work(tenant, _generation, api, tenant, body)
-    tokens = _tokens(api, wanted)
+    backbone, wanted = await api.turns.work(tenant, _generation, api, tenant, body)
+    tokens = _tokens(api, backbone, wanted)
     first = await _unless_gone(request, _first(tokens))  # so that a refusal still has its status
-    transcript = Transcript(api.tokeniser, wanted.prompt_ids, body.stops)
+    transcript = Transcript(backbone.tokeniser, wanted.prompt_ids, body.stops)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         shape = Frames(
             id=wanted.id,
             created=int(api.clock()),
             model=body.model,
-            fingerprint=_fingerprint(api),
+            fingerprint=_fingerprint(backbone),
             with_usage=with_usage,
         )
         return StreamingResponse(_stream(shape, transcript, first, tokens), media_type=EVENTS)
@@ -67,64 +68,59 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
         model=body.model,
         choices=(ChatChoice(index=0, message=AnswerMessage(content=text), finish_reason=transcript.finish_reason),),
         usage=transcript.usage,
-        system_fingerprint=_fingerprint(api),
+        system_fingerprint=_fingerprint(backbone),
     )
     return JSONResponse(answer.model_dump(mode="json"))
 
 
-def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> GenerationRequest:
-    """The request for the engine. Raises ApiError 400 naming the field, 404 for an unknown model."""
+def _generation(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> tuple[KnownBackbone, GenerationRequest]:
+    """The request for the engine of a backbone. Raises ApiError 400 naming the field, 404 for an unknown model."""
     if refused := body.unsupported():
         raise bad_request(f"{refused[0]}: {shown(refused[1])} is not supported; leave the field out", param=refused[0])
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("max_completion_tokens: differs from max_tokens; give one", param="max_completion_tokens")
     if "" in body.stops:
         raise bad_request("stop: '' would stop before the first character; leave it out", param="stop")
+    backbone, graft = model_named(api, tenant, body.model)
     try:
-        graft = resolve(api.store, tenant, body.model, api.backbone)
-    except UnknownModel as error:
-        raise ApiError(404, f"{error}", param="model", code="model_not_found") from None
-    if graft is not None and graft.backbone_fingerprint != api.fingerprint:
-        raise bad_request(
-            f"model: {shown(body.model)} was trained on another backbone than {api.backbone}", param="model"
-        )
-    try:
-        prompt = api.tokeniser.encode_chat([one.message for one in body.messages], add_generation_prompt=True)
+        prompt = backbone.tokeniser.encode_chat([one.message for one in body.messages], add_generation_prompt=True)
     except ChatError as error:
         raise bad_request(f"messages: {error}", param="messages") from None
-    return GenerationRequest(
+    api.backbones.asked(backbone)
+    return backbone, GenerationRequest(
         id=f"chatcmpl-{token_hex(12)}",
         tenant=tenant,
         graft=graft.id if graft else None,
         prompt_ids=prompt,
-        max_tokens=_max_tokens(api, body, len(prompt), graft),
+        max_tokens=_max_tokens(backbone.max_context, body, len(prompt), graft),
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=randbits(63) if body.seed is None else body.seed,
-        eos_ids=api.tokeniser.eos_ids,
+        eos_ids=backbone.tokeniser.eos_ids,
         prefix=graft.context_length if graft else 0,
     )
 
 
-def _max_tokens(api: Api, body: ChatCompletionRequest, prompt: int, graft: Graft | None) -> int:
+def _max_tokens(context: int, body: ChatCompletionRequest, prompt: int, graft: Graft | None) -> int:
     """How many tokens the answer may have: what was asked, or all the context has room for."""
     prefix = graft.context_length if graft else 0
-    room = api.max_context - prompt - prefix
+    room = context - prompt - prefix
     asked = body.max_completion_tokens or body.max_tokens
     if room < 1 or (asked or 1) > room:
         virtual = f" and {prefix} virtual tokens of the graft" if prefix else ""
         raise bad_request(
-            f"messages: {prompt} tokens{virtual} plus {asked or 1} to generate exceed the context of {api.max_context}",
+            f"messages: {prompt} tokens{virtual} plus {asked or 1} to generate exceed the context of {context}",
             param="messages" if room < 1 else "max_tokens" if body.max_tokens else "max_completion_tokens",
             code="context_length_exceeded",
         )
     return asked or room
 
 
-async def _tokens(api: Api, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
+async def _tokens(api: Api, backbone: KnownBackbone, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
     """The gateway's tokens, its refusals and failures as answers."""
     try:
-        async with aclosing(api.gateway.generate(wanted)) as stream:
+        gateway = await api.backbones.started(backbone)
+        async with aclosing(gateway.generate(wanted)) as stream:
             async for tokens in stream:
                 if (failure := _failure(tokens)) is not None:
                     raise failure
@@ -207,5 +203,5 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _fingerprint(api: Api) -> str:
-    return f"fp_{api.fingerprint[:12]}"
+def _fingerprint(backbone: KnownBackbone) -> str:
+    return f"fp_{backbone.fingerprint[:12]}"

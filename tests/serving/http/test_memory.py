@@ -49,7 +49,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
 
 @pytest.mark.parametrize("text", ["lt-sft", "diff-pruning", "child-tuning", "lora(r=4)", "shira(r=2)"])
 async def test_the_estimate_is_what_a_jobs_slab_takes(text: str, service: Service) -> None:
-    graft = BoundGraft(parse(text), service.api.shape)
+    graft = BoundGraft(parse(text), service.backbone.shape)
     slab = Slab(graft)
     slab.collect([torch.zeros(tensor.numel) for tensor in slab.trained])
     assert slab.grad is not None
