@@ -77,14 +77,21 @@ class Shared:
 
 @pytest.fixture
 async def shared(service: Service, other: runtime.Backbone, tmp_path: Path) -> AsyncIterator[Shared]:
-    own, store = service.backbone, service.api.store
+    store = service.api.store
     engine = Engine(other, SETTINGS, replica=ReplicaId("r1"), data=tmp_path / "other")
     engine.start()
     plan = ReaderPlan(backbone_folder=other.folder, quantise=None, memory_bytes=1 << 30, seconds=60.0)
 
     def opened(record: Backbone) -> KnownBackbone:
         if record.name == OWN:
-            return replace(own, record=record)
+            links = {ReplicaId("r0"): LocalLink(service.engine)}
+            return known(
+                record,
+                service.engine._backbone,
+                Gateway(links, ingress="i1", settings=SETTINGS),
+                Adoption(replace(plan, backbone_folder=service.engine._backbone.folder)),
+                max_context=SETTINGS.max_context,
+            )
         if record.folder != str(other.folder):
             raise FileNotFoundError(record.folder)
         gateway = Gateway({ReplicaId("r1"): LocalLink(engine)}, ingress="i0", settings=SETTINGS)
