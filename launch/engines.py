@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import cast
 
 import ray
+from ray.actor import ActorHandle
 from ray.serve import Application, RunTarget, run_many
 
 from polygraft.cluster.actors.applications import application_name
@@ -25,7 +27,7 @@ class DeployBackbone:
         return DeployBackbone(settings.model_dump_json())
 
     def __call__(self, backbone: Backbone) -> None:
-        deployer = ray.remote(_Deployer).options(num_cpus=0).remote()
+        deployer = cast("ActorHandle[_Deployer]", ray.remote(_Deployer).options(num_cpus=0).remote())
         try:
             ray.get(deployer.deploy.remote(self.settings, backbone))
         finally:

@@ -34,19 +34,24 @@ class Flags:
         return Client(url.rstrip("/").removesuffix("/v1"), self.key or read_key(settings.api_key_path))
 
     def backbone(self, name: str | None, fingerprint: str | None = None) -> tuple[str, str | None]:
-        """Where a backbone lies, and how it is quantised: one of the running service's by its name, else by its
-        fingerprint, else the service's own. Where none is running, or it has none of that name, the name is a folder
-        or hub id, and the settings say the rest. Raises BadSettings."""
+        """Where a backbone lies, and how it is quantised: one of the running service by its name, else by its
+        fingerprint, else the service's own. A name that it has not is a folder or hub id, quantised as its own; where
+        no service runs, the settings say the rest. Raises BadSettings."""
         settings = self.settings()
         try:
             with self.client() as client:
-                found = [one for one in client.backbones() if one.path is not None]
+                found = client.backbones()
         except ServiceNotRunning:
-            found = []
-        grown_on = [one for one in found if one.fingerprint == fingerprint] or [one for one in found if one.default]
-        meant = next(iter(grown_on if name is None else [one for one in found if one.id == name]), None)
-        if meant is None or meant.path is None:
             return name or settings.backbone, settings.quantise
+        own = next(one for one in found if one.default)
+        if name is not None:
+            meant = next((one for one in found if one.id == name), None)
+        else:
+            meant = next((one for one in found if one.fingerprint == fingerprint), own)
+        if meant is None:
+            return name or own.id, own.quantise
+        if meant.path is None:
+            raise Failure(f"where the backbone {meant.id} lies is told to the operator alone; name its folder")
         return meant.path, meant.quantise
 
     def store(self) -> Store:
