@@ -35,11 +35,12 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class OpenPack:
-    """Start a pack of the backbone on the device; jobs follow once it is open."""
+    """Start a pack of the backbone, which holds `bytes` of each of the devices; jobs follow once it is open."""
 
     pack: PackId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int
     reason: Reason = Reason.JOBS_WAIT
 
 

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polygraft.cluster.model import DeviceId, Graft, GraftId, Job, JobError, JobId, PackId, ReplicaId, TenantId
+from polygraft.cluster.model import (
+    Device,
+    DeviceId,
+    Graft,
+    GraftId,
+    Job,
+    JobError,
+    JobId,
+    PackId,
+    Replica,
+    ReplicaId,
+    TenantId,
+)
 from polygraft.cluster.states import Reason
 
 
@@ -151,7 +163,8 @@ class GraftDeleted:
 class PackOpening:
     pack: PackId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int  # of each of them
     epoch: int
     reason: Reason
     at: float
@@ -185,10 +198,12 @@ class PackFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaOpened:
-    replica: ReplicaId
-    backbone: str
-    device: DeviceId
+    record: Replica
     at: float
+
+    @property
+    def replica(self) -> ReplicaId:
+        return self.record.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,9 +214,14 @@ class ReplicaClosed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceJoined:
-    device: DeviceId
-    pack_shares: int
+    """The device is there; one that was there before is now as the record says."""
+
+    record: Device
     at: float
+
+    @property
+    def device(self) -> DeviceId:
+        return self.record.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

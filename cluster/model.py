@@ -16,7 +16,7 @@ from polygraft.cluster.states import JobState, PackState, Reason, is_final
 JobId = NewType("JobId", str)  # ftjob-<hex>
 PackId = NewType("PackId", str)  # pack-<hex>
 ReplicaId = NewType("ReplicaId", str)
-DeviceId = NewType("DeviceId", str)
+DeviceId = NewType("DeviceId", str)  # "<node>/<kind><index>"
 TenantId = NewType("TenantId", str)
 GraftId = NewType("GraftId", str)  # digest of tensors, slots and backbone fingerprint
 FileId = NewType("FileId", str)  # file-<hex>
@@ -28,6 +28,7 @@ START = EventId("0-0")  # before every event
 
 Optimizer = Literal["adamw"]
 Schedule = Literal["linear", "constant", "cosine"]
+DeviceKind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,11 +190,15 @@ class Alias:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """A backbone on one device that trains jobs together; `epoch` is that of the controller which opened it."""
+    """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it.
+
+    `bytes` are what it holds of each of its devices until it is over.
+    """
 
     id: PackId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int
     epoch: int
     opened_at: float
     state: PackState = PackState.OPENING
@@ -207,20 +212,33 @@ class Pack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """A backbone on one device that serves grafts."""
+    """A backbone on a set of devices that serves grafts, of each of which it holds `bytes`. `actor` is the name under
+    which Ray finds its process."""
 
     id: ReplicaId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int
+    actor: str
     opened_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Where a backbone can live. It has two half shares; `pack_shares` of them may hold packs, the others replicas."""
+    """Where a backbone can live: an accelerator, or a share of a node's cores and memory.
+
+    `index` counts the devices of a kind on their node, as the process that uses one is told it. `bytes` is the memory
+    that may be given out. `speed` is how many floating-point operations a second a large product reaches there, 0 where
+    nobody has measured it.
+    """
 
     id: DeviceId
-    pack_shares: int = 1
+    node: str
+    kind: DeviceKind
+    index: int
+    cores: int
+    bytes: int
+    speed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,10 +284,11 @@ class Snapshot:
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
     devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
 
-    def free_shares(self, device: DeviceId) -> int:
-        """Pack shares of the device that no unfinished pack holds."""
-        held = sum(pack.device == device and not pack.final for pack in self.packs.values())
-        return self.devices[device].pack_shares - held
+    def free_bytes(self, device: DeviceId) -> int:
+        """Memory of the device that no unfinished pack and no open replica holds."""
+        packs = sum(pack.bytes for pack in self.packs.values() if not pack.final and device in pack.devices)
+        replicas = sum(replica.bytes for replica in self.replicas.values() if device in replica.devices)
+        return self.devices[device].bytes - packs - replicas
 
 
 Record = ApiKey | DataFile | Job | Graft | Alias | Pack | Replica | Study | Snapshot

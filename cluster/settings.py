@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -111,6 +112,10 @@ class Settings(BaseSettings):
     api_key_file: Folder | None = Field(default=None, description="holds the first API key, as a mounted Secret does")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = a GPU where there is one")
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    devices: PositiveInt | None = Field(default=None, description="devices that a machine without a GPU is split into")
+    step_floor_s: NonNegativeFloat = Field(
+        default=0.0, description="each step of a pack or an engine takes at least this long: for tests of capacity"
+    )
     quantise: str | None = Field(default=None, pattern=PATTERN, description="nf4, or loftq-RANK-ITERATIONS")
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()

@@ -34,7 +34,7 @@ class Reason(StrEnum):
     PACK_FULL = "pack_has_all_its_jobs"  # hold: the pack's limit on jobs is reached
     PACK_MEMORY = "pack_memory_is_taken"  # hold: fits an empty pack, not with the present jobs
     PACK_BACKOFF = "last_pack_failed"  # hold: a new pack is tried after a pause
-    NO_DEVICE = "no_device_is_free"  # hold: no device has a share left for a pack
+    NO_DEVICE = "no_device_is_free"  # hold: no device has the memory left that a pack takes
     TOO_LARGE = "too_large_for_any_pack"  # refuse: does not fit an empty pack
     PACKS_FAILED = "its_packs_failed"  # refuse: too many packs failed while the job was in them
     REQUESTED = "requested"  # cancel: its tenant asked

@@ -162,14 +162,12 @@ class Controller:
 
     def _learn(self) -> None:
         """Write down what the world says: devices that came and went, packs whose process is over."""
-        devices, now = self._effects.devices(), self._clock()
-        for device, shares in sorted(devices.items()):
-            known = self.snapshot.devices.get(device)
-            if known is None or known.pack_shares != shares:
-                event = DeviceJoined(device=device, pack_shares=shares, at=now)
-                self._store.commit([], [event], fence=self._fence)
-        for device in sorted(self.snapshot.devices.keys() - devices.keys()):
-            self._store.commit([], [DeviceLost(device=device, at=now)], fence=self._fence)
+        devices, now = {device.id: device for device in self._effects.devices()}, self._clock()
+        for id_, device in sorted(devices.items()):
+            if self.snapshot.devices.get(id_) != device:
+                self._store.commit([], [DeviceJoined(record=device, at=now)], fence=self._fence)
+        for lost in sorted(self.snapshot.devices.keys() - devices.keys()):
+            self._store.commit([], [DeviceLost(device=lost, at=now)], fence=self._fence)
         over = [
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
             for end in self._effects.ended()
@@ -217,9 +215,15 @@ class Controller:
                 self._write(JobStopping(job=job, pack=pack, reason=reason, at=now), _command(pack, "cancel", job))
             case ClosePack(pack=pack, reason=reason):
                 self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, "close"))
-            case OpenPack(pack=pack, backbone=backbone, device=device, reason=reason):
+            case OpenPack(pack=pack, backbone=backbone, devices=held, bytes=bytes_, reason=reason):
                 opening = PackOpening(
-                    pack=pack, backbone=backbone, device=device, epoch=self._fence.epoch, reason=reason, at=now
+                    pack=pack,
+                    backbone=backbone,
+                    devices=held,
+                    bytes=bytes_,
+                    epoch=self._fence.epoch,
+                    reason=reason,
+                    at=now,
                 )
                 self._write(opening)
                 try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
 from polygraft.cluster.model import DeviceId, Job, Pack, PackId, Snapshot
 from polygraft.cluster.policy.admission import fair_order, stop_reason
@@ -13,6 +11,7 @@ from polygraft.cluster.policy.packing import (
     free_device,
     is_idle,
     new_pack_id,
+    pack_bytes,
     usable_pack,
     why_no_pack,
 )
@@ -49,7 +48,7 @@ class _Round:
         self._snapshot = snapshot
         self._budgets: dict[PackId, Budget] = {}
         self._full: dict[PackId, Reason] = {}
-        self._taken: Counter[DeviceId] = Counter()
+        self._taken: set[DeviceId] = set()
 
     def place(self, job: Job) -> Decision:
         limits, backbone = self._snapshot.limits, job.spec.backbone
@@ -86,6 +85,7 @@ class _Round:
         device = free_device(self._snapshot, self._taken)
         if device is None:
             return why_no_pack(self._snapshot.packs.values(), backbone)
-        self._taken[device] += 1
-        self.opened.append(OpenPack(new_pack_id(self._snapshot, len(self.opened)), backbone, device))
+        self._taken.add(device.id)
+        pack = new_pack_id(self._snapshot, len(self.opened))
+        self.opened.append(OpenPack(pack, backbone, (device.id,), pack_bytes(device)))
         return Reason.PACK_OPENING
