@@ -31,6 +31,7 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     plans: list[host.PackPlan] = []
     monkeypatch.setattr(host, "start_host", plans.append)
     store = MemoryStore()
+    monkeypatch.setattr(store, "close", lambda: None)
     monkeypatch.setattr(packs, "connect", lambda _: store)
     settings = settings.model_copy(update={"backbone": str(folder)})
     record = candidate(settings.backbone, tmp_path, settings.quantise).backbone(
