@@ -55,7 +55,7 @@ LAYERS: dict[str, str] = {
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
     "cluster: what is written to the store together": r"cluster\.(advance|backbones|publish|versions|api_keys|story)",
-    "cluster: the client of the HTTP API": r"cluster\.client",
+    "cluster: the client of the HTTP API": r"cluster\.(answers|client)",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
     "trainers: its shell": r"trainers\.(worker|host)",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.client import ApiFailure, Client, RemoteGraft
+from polygraft.cluster.answers import RemoteGraft
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.grafts.spec import SpecError
 from polygraft.launch import archive
 from polygraft.launch.cache import backbone_cache

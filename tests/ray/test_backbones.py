@@ -18,8 +18,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.api_keys import OPERATOR, create_key
-from polygraft.cluster.client import Client, RemoteJob
+from polygraft.cluster.client import Client
 from polygraft.cluster.model import JobId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
@@ -109,7 +110,14 @@ def apply(config: Mapping[str, object], change: Mapping[str, object]) -> None:
     deployments = [{"name": "ingress", **change}] if change else []
     client = _get_global_client()
     assert client is not None
-    client.deploy_apps(ServeDeploySchema(applications=[{**config, "deployments": deployments}]), _blocking=True)
+    client.deploy_apps(ServeDeploySchema(applications=[{**config, "deployments": deployments}]))
+    until(lambda: running("polygraft"))
+
+
+def running(application: str) -> bool:
+    found = serve.status().applications.get(application)
+    assert found is None or found.status not in ("DEPLOY_FAILED", "UNHEALTHY"), found
+    return found is not None and found.status == "RUNNING"
 
 
 def engines() -> dict[str, int]:
