@@ -14,6 +14,7 @@ import psutil
 import pytest
 import ray
 import torch
+from pydantic import JsonValue
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
@@ -110,7 +111,7 @@ def apply(config: Mapping[str, object], change: Mapping[str, object]) -> None:
     deployments = [{"name": "ingress", **change}] if change else []
     client = _get_global_client()
     assert client is not None
-    client.deploy_apps(ServeDeploySchema(applications=[{**config, "deployments": deployments}]))
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [{**config, "deployments": deployments}]}))
     until(lambda: running("polygraft"))
 
 
@@ -150,8 +151,8 @@ def submitted(client: Client, tmp_path: Path) -> RemoteJob:
     line = {"messages": [*ASK, {"role": "assistant", "content": "A shoot."}]}
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(line)}\n" * 4)
     file = client.upload(tmp_path / "train.jsonl")
-    hyperparameters = {"peft": "lora(r=4)", "n_epochs": 2, "batch_size": 2}
-    method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    hyperparameters: JsonValue = {"peft": "lora(r=4)", "n_epochs": 2, "batch_size": 2}
+    method: JsonValue = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
     return client.create_job({"model": "other", "training_file": file.id, "suffix": "mine", "method": method})
 
 

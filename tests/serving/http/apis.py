@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from polygraft.cluster.model import Backbone as Record
@@ -48,6 +49,11 @@ def record_of(name: str, backbone: Backbone) -> Record:
         added_at=1.0,
         asked_at=1.0,
     )
+
+
+def knowing(api: Api, backbone: KnownBackbone) -> Api:
+    """The same, but for what it knows of its one backbone."""
+    return replace(api, backbones=Backbones(api.store, lambda _: backbone, default=backbone.name))
 
 
 def tiny_api(

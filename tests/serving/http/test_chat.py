@@ -17,7 +17,7 @@ from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.generations import ChatCompletionRequest
-from polygraft.serving.http.known import Backbones
+from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import SETTINGS, Service, refusal
 from tests.serving.naive import Solo, random_tensors
 
@@ -290,8 +290,7 @@ async def test_full_queues_are_429_with_retry_after(service: Service, ann: httpx
 
 async def test_no_replica_is_503(service: Service, ann: httpx.AsyncClient) -> None:
     nowhere = replace(service.backbone, gateway=Gateway({}, ingress="i1", settings=SETTINGS, ready_s=0.05))
-    api = replace(service.api, backbones=Backbones(service.api.store, lambda _: nowhere, default="tiny"))
-    transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(knowing(service.api, nowhere)), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
         answer = await client.post("/chat/completions", json=body())
     assert refusal(answer, 503)["code"] == "unavailable" and answer.headers["retry-after"]

@@ -15,6 +15,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.serving.http.errors import ApiError
 from polygraft.serving.http.submission import new_job
+from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import Service, upload
 from tests.serving.http.test_jobs import body, supervised
 
@@ -36,7 +37,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
     service: Service, text: str, trained: int, kept: int
 ) -> None:
     file = await upload(service.as_("ann"))
-    api = replace(service.api, shape=LLAMA_7B, pack=Limits(pack_bytes=PACK))
+    api = replace(knowing(service.api, replace(service.backbone, shape=LLAMA_7B)), pack=Limits(pack_bytes=PACK))
     with pytest.raises(ApiError) as refusal:
         new_job(api, TenantId("ann"), body(file, method=supervised(peft=text)))
     said = str(refusal.value)
