@@ -59,7 +59,9 @@ def grafts(
     return page([_shown(api, one, (one.name, one.version) in meant) for one in mine], after=after, limit=limit)
 
 
-@router.post("", responses=answers(*READING), openapi_extra=form_body(name=_NAME, promote=_PROMOTE, backbone=_BACKBONE))
+@router.post(
+    "", responses=answers(404, *READING), openapi_extra=form_body(name=_NAME, promote=_PROMOTE, backbone=_BACKBONE)
+)
 async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObject:
     """Give the service a graft made elsewhere, a tar archive of its folder: ours, PEFT's or AdapterHub's."""
     fields = ("name", "promote", "backbone")
@@ -83,7 +85,7 @@ async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObjec
             await run_in_threadpool(shutil.rmtree, scratch, ignore_errors=True)
 
 
-@router.post("/import", responses=answers(*READING), openapi_extra=json_body(GraftImport))
+@router.post("/import", responses=answers(404, *READING), openapi_extra=json_body(GraftImport))
 async def import_graft(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObject:
     """Give the service a graft whose folder lies under one of its configured roots (`graft_roots`)."""
     body = await read_body(request, GraftImport)
