@@ -102,10 +102,6 @@ class Gateway:
         """Whether a replica is connected."""
         return bool(self._loads)
 
-    def busy(self) -> bool:
-        """Whether an answer is being generated."""
-        return bool(self._streams)
-
     def uses(self, graft: GraftId) -> bool:
         """Whether an answer is being generated with the graft. May be called from any thread."""
         return any(stream.request.graft == graft for stream in list(self._streams.values()))

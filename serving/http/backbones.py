@@ -85,7 +85,7 @@ def _in_use(api: Api, name: str) -> str | None:
     if name == api.backbones.own:
         return "is the service's own; start the service with another one first"
     known = api.backbones.named(name)
-    if known is not None and known.gateway.busy():
+    if known is not None and api.backbones.busy(known):
         return "is generating answers; wait"
     jobs = sum(found.value.spec.backbone == name and not found.value.final for found in api.store.scan(keys.JOBS))
     return f"has {jobs} unfinished jobs; cancel them or wait" if jobs else None

@@ -88,8 +88,10 @@ class Asker:
     async def tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The gateway's tokens, its refusals and failures as answers."""
         try:
-            gateway = await self.api.backbones.started(self.backbone)
-            async with aclosing(gateway.generate(wanted)) as stream:
+            async with (
+                self.api.backbones.answering(self.backbone) as gateway,
+                aclosing(gateway.generate(wanted)) as stream,
+            ):
                 async for tokens in stream:
                     if (failure := self._failure(tokens)) is not None:
                         raise failure

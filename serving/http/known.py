@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from threading import Lock
 
@@ -80,6 +81,7 @@ class Backbones:
         self._lock = Lock()
         self._said: dict[str, float] = {}
         self._started: dict[Gateway, KnownBackbone] = {}
+        self._answers: Counter[Gateway] = Counter()
         self._starting = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
 
@@ -138,6 +140,19 @@ class Backbones:
         await self._follow_once()
         self._following = asyncio.get_running_loop().create_task(self._follow())
 
+    @asynccontextmanager
+    async def answering(self, known: KnownBackbone) -> AsyncIterator[Gateway]:
+        """The backbone's gateway, for an answer that is being generated until the block ends."""
+        self._answers[known.gateway] += 1
+        try:
+            yield await self.started(known)
+        finally:
+            self._answers[known.gateway] -= 1
+
+    def busy(self, known: KnownBackbone) -> bool:
+        """Whether an answer is being generated with it, or waits for a replica."""
+        return self._answers[known.gateway] > 0
+
     async def started(self, known: KnownBackbone) -> Gateway:
         """The backbone's gateway, which follows its replicas from now on."""
         async with self._starting:
@@ -165,14 +180,15 @@ class Backbones:
         await run_in_threadpool(self.look)
         present = {known.gateway: known for known in self}
         for gateway, known in list(self._started.items()):
-            if gateway not in present and not gateway.busy():
+            if gateway not in present and not self.busy(known):
                 await self._end(known)
         for known in present.values():
-            if (await self.started(known)).busy():
+            await self.started(known)
+            if self.busy(known):
                 await run_in_threadpool(self.asked, known)
 
     async def _end(self, known: KnownBackbone) -> None:
-        del self._started[known.gateway]
+        del self._started[known.gateway], self._answers[known.gateway]
         await known.gateway.close()
         await known.adoption.close()
 

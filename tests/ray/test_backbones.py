@@ -49,7 +49,6 @@ def test_two_backbones_answer_and_train_as_alone_and_one_is_unloaded_and_loaded_
     own, other = tiny_llama(tmp_path / "own"), tiny_model(tmp_path / "other", "qwen3", seed=3)
     alone = {str(own): said_alone(own), "other": said_alone(other)}
     with EmbeddedServer(tmp_path / "store") as server, service(tmp_path, server.url, own) as (client, config):
-        until(lambda: state(client, str(own)) == "loaded")
         client.add_backbone("other", str(other), dtype="fp32", quantise=None)
         assert state(client, "other") == "unloaded"
         with ThreadPoolExecutor(4) as pool:

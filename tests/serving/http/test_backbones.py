@@ -242,12 +242,17 @@ async def test_only_the_operator_changes_what_all_share(shared: Shared) -> None:
     assert "the service's own" in refusal(await shared.operator.delete(f"/backbones/{OWN}"), 409)["message"]
 
 
-async def test_one_that_is_generating_is_not_removed(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_is_generating_stays_and_is_kept_loaded(shared: Shared) -> None:
     await shared.add()
     found = shared.backbones.named("other")
     assert found is not None
-    monkeypatch.setattr(found.gateway, "busy", lambda: True)
-    assert "generating" in refusal(await shared.operator.delete("/backbones/other"), 409)["message"]
+    async with shared.backbones.answering(found):
+        assert "generating" in refusal(await shared.operator.delete("/backbones/other"), 409)["message"]
+        shared.service.now[0] += 10_000.0
+        await shared.backbones._follow_once()
+    shared.backbones.look()
+    assert [one.record.asked_at for one in shared.backbones] == [1.0, 11_000.0]
+    assert (await shared.operator.delete("/backbones/other")).status_code == 200
 
 
 async def test_the_store_is_told_now_and_then_that_a_backbone_is_asked(
