@@ -8,10 +8,12 @@ from polygraft.cluster.model import (
     Alias,
     ApiKey,
     DataFile,
+    DeviceId,
     FileId,
     Graft,
     Job,
     JobId,
+    Occupancy,
     Pack,
     PackId,
     Record,
@@ -27,6 +29,7 @@ from polygraft.cluster.store.base import Key, Prefix, StreamKey
 JOBS: Prefix[Job] = Prefix("job/")
 PACKS: Prefix[Pack] = Prefix("pack/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
+DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
 STUDIES: Prefix[Study] = Prefix("study/")
@@ -38,6 +41,7 @@ CONTROLLER = "controller"  # lease scope of the one who decides
 TYPES: Mapping[str, type[Record]] = {
     "alias": Alias,
     "apikey": ApiKey,
+    "device": Occupancy,
     "file": DataFile,
     "graft": Graft,
     "job": Job,
@@ -58,6 +62,14 @@ def pack(pack: PackId) -> Key[Pack]:
 
 def replica(replica: ReplicaId) -> Key[Replica]:
     return Key(f"{REPLICAS}{replica}")
+
+
+def device(device: DeviceId) -> Key[Occupancy]:
+    return Key(f"{DEVICES}{device}")
+
+
+def devices_of(node: str) -> Prefix[Occupancy]:
+    return Prefix(f"{DEVICES}{node}/")
 
 
 def file(file: FileId) -> Key[DataFile]:
@@ -99,6 +111,11 @@ def record_type(key: str) -> type[Record]:
 def pack_scope(pack: PackId) -> str:
     """Lease scope of the pack's worker."""
     return f"pack/{pack}"
+
+
+def replica_scope(replica: ReplicaId) -> str:
+    """Lease scope of the replica's process."""
+    return f"replica/{replica}"
 
 
 def commands(pack: PackId) -> StreamKey:
