@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from polygraft.cluster.actors.discovery import Discovery, Scout
 from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.model import Device, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.model import Backbone, Device, Pack, PackId, Replica, ReplicaId
 
 LOG = logging.getLogger(__name__)
 ACTORS_S = 2.0  # how long a list of actors is used
@@ -59,6 +59,9 @@ class RayEffects:
         runs = {run: pack for pack, (_, run) in self._hosts.items()}
         over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
         return [PackEnd(runs[run], _failure(run)) for run in over]
+
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        """Serve holds the replicas of the default backbone as long as it runs."""
 
     def devices(self) -> Sequence[Device]:
         return self._discovery.devices()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.cluster.model import Device, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.model import Backbone, Device, Pack, PackId, Replica, ReplicaId
 
 DEVICE = "device"  # Ray's custom resource; a node declares one for every device it has
 
@@ -36,6 +36,10 @@ class Effects(Protocol):
 
     def ended(self) -> Sequence[PackEnd]:
         """Packs whose process is over and that are not closed yet."""
+        ...
+
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        """Have these held by replicas, and no others; asked again and again, and never waits for a replica."""
         ...
 
     def devices(self) -> Collection[Device]:

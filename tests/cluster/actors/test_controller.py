@@ -82,7 +82,7 @@ def test_devices_are_told_as_they_come_change_and_go(world: World) -> None:
         "device d joined: 2 cores, 0.0 GiB, 200 GFLOP/s",
         "device d is gone",
     ]
-    assert len(world.store.events(START)) == 1 + 4, "what stays as it is is told once"
+    assert len(world.store.events(START)) == 2 + 4, "what stays as it is is told once"
 
 
 def test_a_pack_holds_its_bytes_until_it_is_over(world: World) -> None:
