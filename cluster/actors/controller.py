@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from threading import Event
 from typing import assert_never
 
 from polygraft.cluster import evolve
+from polygraft.cluster.actors.following import Following
 from polygraft.cluster.actors.protocols import Effects
 from polygraft.cluster.advance import advance_job, advance_pack
-from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
+from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, Move, OpenPack, Refuse
 from polygraft.cluster.events import (
     ControllerStarted,
     DeviceJoined,
@@ -24,6 +25,7 @@ from polygraft.cluster.events import (
     JobEvent,
     JobFailed,
     JobHeld,
+    JobMoving,
     JobRequeued,
     JobStopping,
     PackClosed,
@@ -32,7 +34,7 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpening,
 )
-from polygraft.cluster.model import EventId, JobError, JobId, Limits, PackId, Snapshot
+from polygraft.cluster.model import EventId, JobError, JobId, Limits, Pace, PackId, Snapshot
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
@@ -40,6 +42,7 @@ from polygraft.cluster.store.base import Append, Conflict, Fence, Fenced, Lease,
 
 LOG = logging.getLogger(__name__)
 TTL_S = 15.0
+PACES_S = 3.0  # how long what packs measured of their jobs is used
 POLL_S = 0.5  # how long a pack's end may go unnoticed
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0)
 SNAPSHOT_EVENTS = 200
@@ -62,7 +65,9 @@ class Controller:
         holder: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.snapshot = Snapshot()
+        self._following = Following(Snapshot())
+        self._paces: Mapping[PackId, Pace] = {}
+        self._paced_at = float("-inf")
         self._store = store
         self._effects = effects
         self._limits = limits
@@ -101,16 +106,21 @@ class Controller:
             with suppress(StoreUnavailable):  # it runs out by itself
                 self._store.release(self._lease)
 
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._following.snapshot
+
     def round(self) -> None:
         """One round under the lease: first only learn what happened, then act on it."""
         self._renew()
         self._catch_up()
         self._learn()
         self._catch_up()
-        now = replace(self.snapshot, now=self._clock(), limits=self._limits)
-        for decision in decide(now):
+        self._read_paces()
+        now = replace(self.snapshot, now=self._clock(), limits=self._limits, paces=self._paces)
+        for decision in decide(now, self._following.standing):
             try:
-                self._carry_out(decision, now)
+                self._carry_out(decision)
             except (IllegalTransition, Conflict) as error:  # the record moved since; the next round sees it
                 LOG.info("not any more: %s: %s", decision, error)
 
@@ -123,7 +133,7 @@ class Controller:
         started = ControllerStarted(epoch=lease.epoch, at=self._clock())
         self._store.commit([], [started], fence=lease.fence)
         saved = self._store.get(keys.SNAPSHOT)
-        self.snapshot = saved.value if saved else Snapshot()
+        self._following = Following(saved.value if saved else Snapshot())
         self._lease = lease  # not before the snapshot is read: without it the log's tail would be taken for the whole
         self._catch_up()
         LOG.info("leading: epoch=%d version=%s", lease.epoch, self.snapshot.version)
@@ -144,11 +154,7 @@ class Controller:
     def _catch_up(self) -> None:
         while batch := self._store.events(self.snapshot.version):
             for stored in batch:
-                try:
-                    self.snapshot = evolve.apply(self.snapshot, stored.id, stored.event)
-                except IllegalTransition as error:
-                    LOG.error("event %s is ignored: %s", stored.id, error)
-                    self.snapshot = replace(self.snapshot, version=stored.id)
+                self._following.apply(stored)
             self._unsaved += len(batch)
         if self._unsaved >= SNAPSHOT_EVENTS:
             self._save()
@@ -160,14 +166,21 @@ class Controller:
         if len(self._saved) == SNAPSHOTS_KEPT:
             self._store.trim(self._saved[0])
 
+    def _read_paces(self) -> None:
+        """What packs measured of their jobs, now and then, where somebody waits or packs could be joined."""
+        needed = self._following.standing.queues or len(self._following.standing.loads) > 1
+        if needed and time.monotonic() - self._paced_at > PACES_S:
+            self._paced_at = time.monotonic()
+            self._paces = {found.value.id: found.value for found in self._store.scan(keys.PACES)}
+
     def _learn(self) -> None:
         """Write down what the world says: devices that came and went, packs whose process is over."""
         devices, now = {device.id: device for device in self._effects.devices()}, self._clock()
         for id_, device in sorted(devices.items()):
             if self.snapshot.devices.get(id_) != device:
                 self._store.commit([], [DeviceJoined(record=device, at=now)], fence=self._fence)
-        for lost in sorted(self.snapshot.devices.keys() - devices.keys()):
-            self._store.commit([], [DeviceLost(device=lost, at=now)], fence=self._fence)
+        for gone in sorted(self.snapshot.devices.keys() - devices.keys()):
+            self._store.commit([], [DeviceLost(device=gone, at=now)], fence=self._fence)
         over = [
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
             for end in self._effects.ended()
@@ -194,15 +207,15 @@ class Controller:
                 self._write(event)
             except IllegalTransition as illegal:  # it finished just before
                 LOG.info("%s", illegal)
+        self._store.commit([Write(keys.pace(pack), None, None)], fence=self._fence)
         self._effects.close_pack(pack)
 
-    def _carry_out(self, decision: Decision, seen: Snapshot) -> None:
+    def _carry_out(self, decision: Decision) -> None:
         """Write the decision as an event, with the command to the pack's worker in one commit; then start processes."""
         now = self._clock()
         match decision:
             case Hold(job=job, reason=reason):
-                if seen.jobs[job].reason is not reason:
-                    self._write(JobHeld(job=job, reason=reason, at=now))
+                self._write(JobHeld(job=job, reason=reason, at=now))
             case Admit(job=job, pack=pack):
                 self._write(JobAdmitted(job=job, pack=pack, at=now), _command(pack, "admit", job))
             case Refuse(job=job, reason=reason):
@@ -213,6 +226,9 @@ class Controller:
             case CancelJob(job=job, pack=pack, reason=reason):
                 assert pack is not None
                 self._write(JobStopping(job=job, pack=pack, reason=reason, at=now), _command(pack, "cancel", job))
+            case Move(job=job, source=source, target=target, reason=reason):
+                moving = JobMoving(job=job, pack=source, to=target, reason=reason, at=now)
+                self._write(moving, _command(source, "leave", job))
             case ClosePack(pack=pack, reason=reason):
                 self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, "close"))
             case OpenPack(pack=pack, backbone=backbone, devices=held, bytes=bytes_, reason=reason):

@@ -12,6 +12,7 @@ from polygraft.cluster.model import (
     Graft,
     Job,
     JobId,
+    Pace,
     Pack,
     PackId,
     Record,
@@ -26,6 +27,7 @@ from polygraft.cluster.store.base import Key, Prefix, StreamKey
 
 JOBS: Prefix[Job] = Prefix("job/")
 PACKS: Prefix[Pack] = Prefix("pack/")
+PACES: Prefix[Pace] = Prefix("pace/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
@@ -41,6 +43,7 @@ TYPES: Mapping[str, type[Record]] = {
     "file": DataFile,
     "graft": Graft,
     "job": Job,
+    "pace": Pace,
     "pack": Pack,
     "replica": Replica,
     "snapshot": Snapshot,
@@ -54,6 +57,10 @@ def job(job: JobId) -> Key[Job]:
 
 def pack(pack: PackId) -> Key[Pack]:
     return Key(f"{PACKS}{pack}")
+
+
+def pace(pack: PackId) -> Key[Pace]:
+    return Key(f"{PACES}{pack}")
 
 
 def replica(replica: ReplicaId) -> Key[Replica]:
@@ -102,7 +109,8 @@ def pack_scope(pack: PackId) -> str:
 
 
 def commands(pack: PackId) -> StreamKey:
-    """Entries {"op": "admit" | "cancel" | "close", "job": id}, read by the pack's worker at step boundaries."""
+    """Entries {"op": "admit" | "cancel" | "leave" | "close", "job": id}, which the pack's worker reads at step
+    boundaries."""
     return StreamKey(f"pack/{pack}/commands")
 
 

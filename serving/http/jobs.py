@@ -127,6 +127,8 @@ def shown_job(job: Job) -> FineTuningJob:
         reason=job.reason.value if job.reason else None,
         owner=job.owner,
         lease_until=_seconds(job.lease_until),
+        priority=spec.priority,
+        devices=spec.devices,
     )
 
 

@@ -255,6 +255,8 @@ class FineTuningJob(_Body):
     reason: str | None
     owner: str | None
     lease_until: int | None
+    priority: int
+    devices: int
 
 
 class DryRunFile(_Body):
