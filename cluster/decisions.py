@@ -64,6 +64,22 @@ class ClosePack:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadBackbone:
+    """Let replicas hold the backbone."""
+
+    backbone: str
+    reason: Reason = Reason.ASKED
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadBackbone:
+    """Let no replica hold the backbone."""
+
+    backbone: str
+    reason: Reason = Reason.IDLE
+
+
+@dataclass(frozen=True, slots=True)
 class CancelJob:
     """Stop the job: at once while it waits (`pack` None), else by a command to its pack."""
 
@@ -72,4 +88,4 @@ class CancelJob:
     reason: Reason
 
 
-Decision = Admit | Hold | Refuse | Move | OpenPack | ClosePack | CancelJob
+Decision = Admit | Hold | Refuse | Move | OpenPack | ClosePack | CancelJob | LoadBackbone | UnloadBackbone

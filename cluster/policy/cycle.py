@@ -11,6 +11,7 @@ from polygraft.cluster.policy.admission import Turn, in_turn, stop_reason, turn
 from polygraft.cluster.policy.budget import Budget
 from polygraft.cluster.policy.consolidation import closings, joining
 from polygraft.cluster.policy.devices import FreeDevices
+from polygraft.cluster.policy.loading import loading
 from polygraft.cluster.policy.packing import Rooms, kind_of_pack
 from polygraft.cluster.policy.standing import Kind, Standing
 from polygraft.cluster.states import PackState, Reason
@@ -21,7 +22,7 @@ _STILL_TRUE = frozenset({Reason.TURN, Reason.PACK_FULL, Reason.PACK_MEMORY})
 
 def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decision, ...]:
     """One round: 1 cancel, 2 order, 3 admit or open packs, 4 join packs, 5 close idle ones, 6 hold or refuse what is
-    left. A job is held again only for another reason.
+    left, 7 load and unload backbones. A job is held again only for another reason.
 
     `standing` is that of the snapshot's jobs, for whoever keeps it up to date.
     """
@@ -53,7 +54,7 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
         drained = [*round_.draining(rooms)]
         closes += drained or closings(rooms.open, round_.last_end, snapshot)
         moves += joining(rooms.open, snapshot)
-    return (*cancels, *round_.opened, *placed, *moves, *closes)
+    return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot))
 
 
 class _Round:
@@ -127,6 +128,8 @@ class _Round:
 
     def _placed_in(self, rooms: Rooms, job: Job) -> Decision:
         limits = self._snapshot.limits
+        if job.spec.backbone not in self._snapshot.backbones:
+            return Refuse(job.id, Reason.NO_BACKBONE)
         if job.attempts >= limits.max_attempts:
             return Refuse(job.id, Reason.PACKS_FAILED)
         if Budget(limits).refusal(job) is not None:

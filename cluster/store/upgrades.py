@@ -72,6 +72,13 @@ def _snapshot_2(body: Body) -> Body:
     }
 
 
+def _snapshot_3(body: Body) -> Body:
+    """Schema 4 has backbones, of which the service tells anew, and when they are unloaded."""
+    limits = body.get("limits")
+    never = {**limits, "unload_s": 0.0} if isinstance(limits, Mapping) else limits
+    return {**body, "limits": never, "backbones": []}
+
+
 def _job_2(body: Body) -> Body:
     """Schema 3 has a priority, may ask for several devices, and knows when it came into its pack and where it moves."""
     spec = body.get("spec")
@@ -84,7 +91,7 @@ def _job_submitted_2(body: Body) -> Body:
     return {**body, "record": _job_2(record) if isinstance(record, Mapping) else record}
 
 
-def _snapshot_3(body: Body) -> Body:
+def _snapshot_4(body: Body) -> Body:
     limits = body.get("limits")
     more = {"opening_s": 20.0, "moving_s": 5.0, "overtake_s": 60.0, "patience_s": 600.0, "tenant_jobs": 0}
     return {
@@ -131,4 +138,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 1): _snapshot_1,
     ("Snapshot", 2): _snapshot_2,
     ("Snapshot", 3): _snapshot_3,
+    ("Snapshot", 4): _snapshot_4,
 }

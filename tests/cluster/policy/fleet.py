@@ -10,6 +10,7 @@ from polygraft.cluster import evolve
 from polygraft.cluster.actors.following import Following
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, Move, OpenPack, Refuse
 from polygraft.cluster.events import (
+    BackboneAdded,
     DeviceJoined,
     Event,
     JobAdmitted,
@@ -33,7 +34,7 @@ from polygraft.cluster.model import EventId, GraftId, Job, JobError, JobId, Limi
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.store.base import StoredEvent
-from tests.cluster.builders import make_device
+from tests.cluster.builders import make_backbone, make_device
 
 TICK_S = 1.0
 
@@ -51,6 +52,8 @@ class Fleet:
     following: Following = field(default_factory=lambda: Following(Snapshot()))
 
     def __post_init__(self) -> None:
+        for backbone in "bc":
+            self.write(BackboneAdded(record=make_backbone(backbone), at=self.now))
         for index in range(self.devices):
             self.write(DeviceJoined(record=make_device(f"d{index}", index=index), at=self.now))
 
