@@ -32,6 +32,7 @@ from polygraft.trainers.leaving import Leaving
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.pace import Paces
 from polygraft.trainers.publishing import ROOM_S, NoRoom, Publishing
+from polygraft.trainers.ranks import RankLost
 from polygraft.trainers.reports import Reports
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
@@ -90,6 +91,8 @@ class PackWorker:
                 if self.runner.jobs:
                     self._step()
                 heartbeat()
+        except RankLost:  # what was underway may have killed the other one
+            raise
         except Exception:
             self._underway.clear()  # it ends by itself: there is nothing to find out about its jobs
             raise
