@@ -53,6 +53,7 @@ from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Append, Conflict, Fence, Fenced, Lease, Store, StoreUnavailable, Write
+from polygraft.cluster.store.lists import relist
 
 LOG = logging.getLogger(__name__)
 TTL_S = 15.0
@@ -60,7 +61,7 @@ PACES_S = 3.0  # how long what packs measured of their jobs is used
 POLL_S = 0.5  # how long a pack's end may go unnoticed
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0)
 SNAPSHOT_EVENTS = 200
-SNAPSHOTS_KEPT = 50  # the log keeps what happened since the oldest of them, for `story`
+EVENTS_KEPT = 10_000  # at least so many the log keeps before the last snapshot, for `story`
 REFUSALS = {
     Reason.TOO_LARGE: "the job's trainable parameters need more memory than a pack has; choose a smaller peft",
     Reason.NO_BACKBONE: "the job's backbone was removed from the service; add it again and submit the job anew",
@@ -90,7 +91,7 @@ class Controller:
         self._clock = clock
         self._lease: Lease | None = None
         self._renewed_at = 0.0
-        self._saved: deque[EventId] = deque(maxlen=SNAPSHOTS_KEPT)
+        self._saved: deque[tuple[EventId, int]] = deque()  # of each snapshot, and how many events came after it
         self._unsaved = 0
 
     def run(self, stop: Event, beat: Callable[[], None] = lambda: None, *, steal: bool = True) -> None:
@@ -151,6 +152,7 @@ class Controller:
         if lease is None:
             return False
         self._renewed_at = time.monotonic()
+        relist(self._store)
         started = ControllerStarted(epoch=lease.epoch, at=self._clock())
         self._store.commit([], [started], fence=lease.fence)
         saved = self._store.get(keys.SNAPSHOT)
@@ -177,15 +179,19 @@ class Controller:
             for stored in batch:
                 self._following.apply(stored)
             self._unsaved += len(batch)
-        if self._unsaved >= SNAPSHOT_EVENTS:
+        # A snapshot is as large as the fleet: one after as many events costs each of them the same.
+        if self._unsaved >= max(SNAPSHOT_EVENTS, self._following.unfinished):
             self._save()
 
     def _save(self) -> None:
         self._store.commit([Write(keys.SNAPSHOT, self.snapshot, None)], fence=self._fence)
+        self._saved = deque((version, later + self._unsaved) for version, later in self._saved)
+        self._saved.append((self.snapshot.version, 0))
         self._unsaved = 0
-        self._saved.append(self.snapshot.version)
-        if len(self._saved) == SNAPSHOTS_KEPT:
-            self._store.trim(self._saved[0])
+        while len(self._saved) > 1 and self._saved[1][1] >= EVENTS_KEPT:
+            self._saved.popleft()
+        if self._saved[0][1] >= EVENTS_KEPT:
+            self._store.trim(self._saved[0][0])
 
     def _read_paces(self) -> None:
         """What packs measured of their jobs, now and then, where somebody waits or packs could be joined."""

@@ -23,6 +23,11 @@ class Following:
         self.snapshot = snapshot
         self.standing = Standing.of(snapshot.jobs.values())
 
+    @property
+    def unfinished(self) -> int:
+        """Jobs that are not over."""
+        return len(self.snapshot.jobs) - len(self.standing.over)
+
     def apply(self, stored: StoredEvent) -> None:
         """One that cannot have happened only moves the version on."""
         before = self.snapshot

@@ -24,7 +24,7 @@ from polygraft.cluster.model import (
     StudyId,
     TenantId,
 )
-from polygraft.cluster.store.base import Key, Prefix, StreamKey
+from polygraft.cluster.store.base import Key, Listing, Prefix, StreamKey
 
 JOBS: Prefix[Job] = Prefix("job/")
 BACKBONES: Prefix[Backbone] = Prefix("backbone/")
@@ -61,6 +61,18 @@ def job(job: JobId) -> Key[Job]:
 
 def backbone(name: str) -> Key[Backbone]:
     return Key(f"{BACKBONES}{name}")
+
+
+def jobs_of(tenant: TenantId) -> Listing[Job]:
+    return Listing(f"jobs/{tenant}")
+
+
+def unfinished_jobs_of(tenant: TenantId) -> Listing[Job]:
+    return Listing(f"unfinished-jobs/{tenant}")
+
+
+def files_of(tenant: TenantId) -> Listing[DataFile]:
+    return Listing(f"files/{tenant}")
 
 
 def pack(pack: PackId) -> Key[Pack]:

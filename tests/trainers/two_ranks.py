@@ -91,7 +91,7 @@ def begin(backbone: Backbone, url: str, data: Path, kind: str, attempt: int) -> 
     pids.remove(first)
     if status:
         os.kill(pids[0], signal.SIGKILL)
-    return not status and not os.waitpid(pids[0], 0)[1]
+    return os.waitpid(pids[0], 0)[1] == status == 0
 
 
 if __name__ == "__main__":

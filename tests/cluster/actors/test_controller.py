@@ -240,7 +240,7 @@ def test_what_a_controller_knows_is_what_the_log_says(world: World, monkeypatch:
 
 def test_the_log_is_trimmed_behind_old_snapshots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SNAPSHOT_EVENTS", 2)
-    monkeypatch.setattr(module, "SNAPSHOTS_KEPT", 3)
+    monkeypatch.setattr(module, "EVENTS_KEPT", 6)
     world.controller = world.start("one")
     for n in range(20):
         world.submit(f"{n}", cancel_requested=True)
