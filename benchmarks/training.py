@@ -19,7 +19,7 @@ from record import Gate
 from servers import Servers
 
 TYPES = ("bfloat16", "float32")  # a PEFT arm is timed in the faster
-STEPS, QUICK_STEPS = 4, 1  # optimiser steps of each job in a round
+STEPS, QUICK_STEPS = 10, 1  # optimiser steps of each job: a round outlasts a passing disturbance
 
 ARMS = (
     Arm("ours", "one pack: the jobs share every forward and backward", ("auto",)),

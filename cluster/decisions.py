@@ -35,11 +35,12 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class OpenPack:
-    """Start a pack of the backbone on the device; jobs follow once it is open."""
+    """Start a pack of the backbone, which holds `bytes` of each of the devices; jobs follow once it is open."""
 
     pack: PackId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int
     reason: Reason = Reason.JOBS_WAIT
 
 
@@ -52,6 +53,22 @@ class ClosePack:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadBackbone:
+    """Let replicas hold the backbone."""
+
+    backbone: str
+    reason: Reason = Reason.ASKED
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadBackbone:
+    """Let no replica hold the backbone."""
+
+    backbone: str
+    reason: Reason = Reason.IDLE
+
+
+@dataclass(frozen=True, slots=True)
 class CancelJob:
     """Stop the job: at once while it waits (`pack` None), else by a command to its pack."""
 
@@ -60,4 +77,4 @@ class CancelJob:
     reason: Reason
 
 
-Decision = Admit | Hold | Refuse | OpenPack | ClosePack | CancelJob
+Decision = Admit | Hold | Refuse | OpenPack | ClosePack | CancelJob | LoadBackbone | UnloadBackbone

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polygraft.cluster.model import DeviceId, Graft, GraftId, Job, JobError, JobId, PackId, ReplicaId, TenantId
+from polygraft.cluster.model import (
+    Backbone,
+    Device,
+    DeviceId,
+    Graft,
+    GraftId,
+    Job,
+    JobError,
+    JobId,
+    PackId,
+    Replica,
+    ReplicaId,
+    TenantId,
+)
 from polygraft.cluster.states import Reason
 
 
@@ -148,10 +161,55 @@ class GraftDeleted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneAdded:
+    """The backbone may be named from now on; one of that name before is now as the record says."""
+
+    record: Backbone
+    at: float
+
+    @property
+    def backbone(self) -> str:
+        return self.record.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneAsked:
+    """Somebody has asked it for an answer, or still gets one; said of one backbone every now and then."""
+
+    backbone: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneLoading:
+    """Replicas are to hold it."""
+
+    backbone: str
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneUnloading:
+    """No replica is to hold it any more."""
+
+    backbone: str
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneRemoved:
+    backbone: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackOpening:
     pack: PackId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int  # of each of them
     epoch: int
     reason: Reason
     at: float
@@ -185,10 +243,12 @@ class PackFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaOpened:
-    replica: ReplicaId
-    backbone: str
-    device: DeviceId
+    record: Replica
     at: float
+
+    @property
+    def replica(self) -> ReplicaId:
+        return self.record.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,9 +259,14 @@ class ReplicaClosed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceJoined:
-    device: DeviceId
-    pack_shares: int
+    """The device is there; one that was there before is now as the record says."""
+
+    record: Device
     at: float
+
+    @property
+    def device(self) -> DeviceId:
+        return self.record.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +297,8 @@ JobEvent = (
     | JobFailed
     | JobCancelled
 )
+BackboneEvent = BackboneAdded | BackboneAsked | BackboneLoading | BackboneUnloading | BackboneRemoved
 PackEvent = PackOpening | PackOpened | PackClosing | PackClosed | PackFailed
 GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost
-Event = JobEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted
+Event = JobEvent | BackboneEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted

@@ -8,6 +8,11 @@ from types import MappingProxyType
 from typing import TypeVar, assert_never
 
 from polygraft.cluster.events import (
+    BackboneAdded,
+    BackboneAsked,
+    BackboneEvent,
+    BackboneLoading,
+    BackboneUnloading,
     DeviceJoined,
     DeviceLost,
     Event,
@@ -33,7 +38,7 @@ from polygraft.cluster.events import (
     ReplicaClosed,
     ReplicaOpened,
 )
-from polygraft.cluster.model import Device, EventId, Job, JobId, Pack, PackId, Replica, Snapshot
+from polygraft.cluster.model import Backbone, EventId, Job, JobId, Pack, PackId, Snapshot
 from polygraft.cluster.states import IllegalTransition, JobState, PackState, check_job, check_pack, is_final
 
 RECENT_JOBS = 200  # finished jobs a snapshot remembers
@@ -61,13 +66,17 @@ def apply(snapshot: Snapshot, version: EventId, event: Event) -> Snapshot:
                 return after
             packs = _with(snapshot.packs, found.id, pack_after(found, event))
             return replace(after, packs=_forget_packs(packs))
-        case ReplicaOpened(replica=id_, backbone=backbone, device=device):
-            replica = Replica(id=id_, backbone=backbone, device=device, opened_at=event.at)
-            return replace(after, replicas=_with(snapshot.replicas, id_, replica))
+        case _ if isinstance(event, BackboneEvent):
+            backbone = backbone_after(snapshot.backbones.get(event.backbone), event)
+            if backbone is None:
+                return replace(after, backbones=_without(snapshot.backbones, (event.backbone,)))
+            return replace(after, backbones=_with(snapshot.backbones, backbone.name, backbone))
+        case ReplicaOpened(record=replica):
+            return replace(after, replicas=_with(snapshot.replicas, replica.id, replica))
         case ReplicaClosed(replica=gone):
             return replace(after, replicas=_without(snapshot.replicas, (gone,)))
-        case DeviceJoined(device=joined, pack_shares=shares):
-            return replace(after, devices=_with(snapshot.devices, joined, Device(id=joined, pack_shares=shares)))
+        case DeviceJoined(record=device):
+            return replace(after, devices=_with(snapshot.devices, device.id, device))
         case DeviceLost(device=lost):
             return replace(after, devices=_without(snapshot.devices, (lost,)))
         case _ if isinstance(event, JobEvent):
@@ -138,6 +147,21 @@ def job_after(job: Job, event: JobEvent) -> Job:
             assert_never(event)
 
 
+def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone | None:
+    """The backbone after the event; None where there is none."""
+    match event:
+        case BackboneAdded(record=record):
+            return record
+        case BackboneAsked(at=at) if backbone is not None:
+            return replace(backbone, asked_at=max(backbone.asked_at, at))
+        case BackboneLoading() if backbone is not None:
+            return replace(backbone, loaded=True)
+        case BackboneUnloading() if backbone is not None:
+            return replace(backbone, loaded=False)
+        case _:
+            return None
+
+
 def pack_after(pack: Pack, event: PackEvent) -> Pack:
     """The pack after the event. Raises IllegalTransition."""
     match event:
@@ -161,7 +185,14 @@ def pack_after(pack: Pack, event: PackEvent) -> Pack:
 
 def opening(event: PackOpening) -> Pack:
     """The record of a pack that begins."""
-    return Pack(id=event.pack, backbone=event.backbone, device=event.device, epoch=event.epoch, opened_at=event.at)
+    return Pack(
+        id=event.pack,
+        backbone=event.backbone,
+        devices=event.devices,
+        bytes=event.bytes,
+        epoch=event.epoch,
+        opened_at=event.at,
+    )
 
 
 def _moved(job: Job, state: JobState, **changes: object) -> Job:

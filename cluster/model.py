@@ -16,7 +16,7 @@ from polygraft.cluster.states import JobState, PackState, Reason, is_final
 JobId = NewType("JobId", str)  # ftjob-<hex>
 PackId = NewType("PackId", str)  # pack-<hex>
 ReplicaId = NewType("ReplicaId", str)
-DeviceId = NewType("DeviceId", str)
+DeviceId = NewType("DeviceId", str)  # "<node>/<kind><index>"
 TenantId = NewType("TenantId", str)
 GraftId = NewType("GraftId", str)  # digest of tensors, slots and backbone fingerprint
 FileId = NewType("FileId", str)  # file-<hex>
@@ -28,6 +28,8 @@ START = EventId("0-0")  # before every event
 
 Optimizer = Literal["adamw"]
 Schedule = Literal["linear", "constant", "cosine"]
+DeviceKind = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,12 +190,40 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone:
+    """A frozen model that jobs name to be trained on, and requests to be answered by.
+
+    Its files lie in `folder` on every node; `dtype` and `quantise` say how packs and replicas load them, and
+    `fingerprint` which model that is. `context_length` is how many positions it has, None: no limit. `asked_at` is
+    about when it was last asked for an answer, 0: never. `loaded`: replicas are to hold it.
+    """
+
+    name: str
+    folder: str
+    dtype: Dtype
+    quantise: str | None
+    fingerprint: str
+    context_length: int | None
+    added_at: float
+    asked_at: float
+    loaded: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """A backbone on one device that trains jobs together; `epoch` is that of the controller which opened it."""
+    """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it.
+
+    `bytes` are what it holds of each of its devices until it is over.
+    """
 
     id: PackId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int
     epoch: int
     opened_at: float
     state: PackState = PackState.OPENING
@@ -207,20 +237,33 @@ class Pack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """A backbone on one device that serves grafts."""
+    """A backbone on a set of devices that serves grafts, of each of which it holds `bytes`. `actor` is the name under
+    which Ray finds its process."""
 
     id: ReplicaId
     backbone: str
-    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    bytes: int
+    actor: str
     opened_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Where a backbone can live. It has two half shares; `pack_shares` of them may hold packs, the others replicas."""
+    """Where a backbone can live: an accelerator, or a share of a node's cores and memory.
+
+    `index` counts the devices of a kind on their node, as the process that uses one is told it. `bytes` is the memory
+    that may be given out. `speed` is how many floating-point operations a second a large product reaches there, 0 where
+    nobody has measured it.
+    """
 
     id: DeviceId
-    pack_shares: int = 1
+    node: str
+    kind: DeviceKind
+    index: int
+    cores: int
+    bytes: int
+    speed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,10 +280,10 @@ class Study:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one pack may hold, and when packs and jobs are given up.
+    """What one pack may hold, and when packs, jobs and the replicas of a backbone are given up.
 
     `pack_bytes` covers the jobs' state and one forward of `max_rows` rows at `row_bytes` activation bytes a row; 0
-    bytes = no limit.
+    bytes = no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never.
     """
 
     max_jobs: int = 32
@@ -249,11 +292,13 @@ class Limits:
     row_bytes: int = 0
     idle_s: float = 60.0
     max_attempts: int = 3
+    unload_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, replicas, devices.
+    """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
+    devices.
 
     `now` and `limits` are not in the log; the caller of `decide` sets them.
     """
@@ -263,13 +308,15 @@ class Snapshot:
     limits: Limits = field(default_factory=Limits)
     jobs: Mapping[JobId, Job] = field(default_factory=lambda: MappingProxyType({}))
     packs: Mapping[PackId, Pack] = field(default_factory=lambda: MappingProxyType({}))
+    backbones: Mapping[str, Backbone] = field(default_factory=lambda: MappingProxyType({}))
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
     devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
 
-    def free_shares(self, device: DeviceId) -> int:
-        """Pack shares of the device that no unfinished pack holds."""
-        held = sum(pack.device == device and not pack.final for pack in self.packs.values())
-        return self.devices[device].pack_shares - held
+    def free_bytes(self, device: DeviceId) -> int:
+        """Memory of the device that no unfinished pack and no open replica holds."""
+        packs = sum(pack.bytes for pack in self.packs.values() if not pack.final and device in pack.devices)
+        replicas = sum(replica.bytes for replica in self.replicas.values() if device in replica.devices)
+        return self.devices[device].bytes - packs - replicas
 
 
-Record = ApiKey | DataFile | Job | Graft | Alias | Pack | Replica | Study | Snapshot
+Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Replica | Study | Snapshot

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import assert_never
 
 from polygraft.cluster.events import (
     AliasMoved,
+    BackboneAdded,
+    BackboneAsked,
+    BackboneLoading,
+    BackboneRemoved,
+    BackboneUnloading,
     ControllerStarted,
     DeviceJoined,
     DeviceLost,
@@ -35,7 +40,7 @@ from polygraft.cluster.events import (
     ReplicaClosed,
     ReplicaOpened,
 )
-from polygraft.cluster.model import START, EventId
+from polygraft.cluster.model import START, DeviceId, EventId
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store.base import Store, StoredEvent
 
@@ -43,7 +48,8 @@ _PAGE = 1000
 
 
 def story(store: Store, subject: str) -> list[str]:
-    """Lines about `subject`: the id of a job, pack, replica or device, a graft's id, "name@n", or an alias' name.
+    """Lines about `subject`: the id of a job, pack, replica or device, a backbone's name, a graft's id, "name@n", or
+    an alias' name.
 
     The log is trimmed behind the snapshots, so an old story may have lost its beginning; unknown ids have no lines.
     """
@@ -64,9 +70,17 @@ def names(event: Event) -> frozenset[str]:
             return frozenset({name, f"{name}@{version}"})
         case GraftDeleted(name=name, version=version, graft=graft_id):
             return frozenset({name, f"{name}@{version}", graft_id})
+        case PackOpening(pack=pack, devices=devices):
+            return frozenset({pack, *devices})
+        case ReplicaOpened(record=replica):
+            return frozenset({replica.id, *replica.devices})
+        case DeviceJoined(record=device):
+            return frozenset({device.id})
+        case BackboneAdded(record=backbone):
+            return frozenset({backbone.name})
         case _:
-            subjects = {field.name for field in fields(event)} & {"job", "pack", "replica", "device"}
-            return frozenset(str(getattr(event, name)) for name in subjects)
+            named = {field.name for field in fields(event)} & {"job", "pack", "replica", "device", "backbone"}
+            return frozenset(str(getattr(event, name)) for name in named)
 
 
 def tell(event: Event) -> str:
@@ -103,8 +117,19 @@ def tell(event: Event) -> str:
             return f"{name} now means {name}@{version}"
         case GraftDeleted(name=name, version=version, graft=graft_id):
             return f"{name}@{version} deleted: graft {graft_id}"
-        case PackOpening(pack=pack, backbone=backbone, device=device, reason=reason):
-            return f"{pack} opens with {backbone} on device {device}: {_words(reason)}"
+        case BackboneAdded(record=added):
+            how = f"{added.dtype}, {added.quantise}" if added.quantise else added.dtype
+            return f"backbone {added.name} added: {added.folder}, {how}, fingerprint {added.fingerprint[:12]}"
+        case BackboneAsked(backbone=backbone):
+            return f"backbone {backbone} is asked"
+        case BackboneLoading(backbone=backbone, reason=reason):
+            return f"backbone {backbone} is to be loaded: {_words(reason)}"
+        case BackboneUnloading(backbone=backbone, reason=reason):
+            return f"backbone {backbone} is to be unloaded: {_words(reason)}"
+        case BackboneRemoved(backbone=backbone):
+            return f"backbone {backbone} removed"
+        case PackOpening(pack=pack, backbone=backbone, devices=devices, bytes=bytes_, reason=reason):
+            return f"{pack} opens with {backbone} on {_place(devices, bytes_)}: {_words(reason)}"
         case PackOpened(pack=pack):
             return f"{pack} is open"
         case PackClosing(pack=pack, reason=reason):
@@ -113,14 +138,14 @@ def tell(event: Event) -> str:
             return f"{pack} closed"
         case PackFailed(pack=pack, error=text):
             return f"{pack} failed: {text}"
-        case ReplicaOpened(replica=replica, backbone=backbone, device=device):
-            return f"{replica} serves {backbone} on device {device}"
-        case ReplicaClosed(replica=replica):
-            return f"{replica} closed"
-        case DeviceJoined(device=device, pack_shares=shares):
-            return f"device {device} joined, room for {shares} packs"
-        case DeviceLost(device=device):
-            return f"device {device} is gone"
+        case ReplicaOpened(record=replica):
+            return f"{replica.id} serves {replica.backbone} on {_place(replica.devices, replica.bytes)}"
+        case ReplicaClosed(replica=closed):
+            return f"{closed} closed"
+        case DeviceJoined(record=device):
+            return f"device {device.id} joined: {device.cores} cores, {_gib(device.bytes)}"
+        case DeviceLost(device=lost):
+            return f"device {lost} is gone"
         case ControllerStarted(epoch=epoch):
             return f"controller of epoch {epoch} took over"
         case _:
@@ -132,6 +157,15 @@ def _log(store: Store) -> Iterator[StoredEvent]:
     while page := store.events(position, limit=_PAGE):
         yield from page
         position = page[-1].id
+
+
+def _place(devices: Sequence[DeviceId], bytes_: int) -> str:
+    where = f"device {devices[0]}" if len(devices) == 1 else f"devices {', '.join(devices)}"
+    return f"{where}, {_gib(bytes_)}" + (" each" if len(devices) > 1 else "")
+
+
+def _gib(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:.1f} GiB"
 
 
 def _words(reason: Reason) -> str:

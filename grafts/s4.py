@@ -14,32 +14,62 @@ from polygraft.grafts.spec import SpecError
 # The found model (for T5-base): adapters A, LoRA L, prefix P and biases B, from the lowest group up.
 FOUND = ("AL", "AP", "APB", "PBL")
 _TERMS = {"A": "serial({}, at=ffn.out)", "L": "lora(r={0}, alpha={0}, at=attn.[qv])", "P": "prefix({})", "B": "bitfit"}
-_SPINDLE = (1, 2, 2, 1)  # groups in the middle have more layers than those at the ends
+# How many layers the groups have, from the lowest up, in shares.
+GROUPINGS = {
+    "increasing": (1, 2, 3, 4),
+    "uniform": (1, 1, 1, 1),
+    "decreasing": (4, 3, 2, 1),
+    "spindle": (1, 2, 2, 1),
+    "bottleneck": (2, 1, 1, 2),
+}
+# What a layer of each group may spend, in shares.
+SPENDINGS = {"increasing": (1, 2, 3, 4), "uniform": (1, 1, 1, 1), "decreasing": (4, 3, 2, 1)}
 
 
-def s4(shape: ModelShape, budget: int, strategies: Sequence[str] = FOUND) -> str:
-    """The union of the largest sizes within `budget` trainable parameters.
+def s4(
+    shape: ModelShape,
+    budget: int,
+    strategies: Sequence[str] = FOUND,
+    *,
+    grouping: str = "spindle",
+    spending: str = "uniform",
+) -> str:
+    """The union of the largest sizes within `budget` trainable parameters; a group without a strategy ("") has nothing.
 
-    Layers are grouped as a spindle; every layer may spend the same, and in a layer every method of its group does
-    (the even assignments that the paper found best). Biases cost what they cost; all prefixes have one length, the
-    shortest that a group affords, and what it leaves goes to the group's other methods. Raises SpecError for a budget
-    that is too small for one of each, too few layers, or a letter that is no method.
+    Layers are grouped, and what a layer may spend rises or falls with its group (by default the assignments that the
+    paper found best: a spindle, and all layers the same); in a layer every method of its group spends the same. Biases
+    cost what they cost; all prefixes have one length, the shortest that a group affords, and what it leaves goes to the
+    group's other methods. Raises SpecError for a budget that is too small for one of each, too few layers, a letter
+    that is no method, or an unknown pattern.
     """
-    if len(strategies) != len(_SPINDLE) or not all(group and set(group) <= _TERMS.keys() for group in strategies):
+    if (
+        len(strategies) != _GROUPS
+        or not any(strategies)
+        or not all(set(group) <= _TERMS.keys() for group in strategies)
+    ):
         raise SpecError(f"strategies: {tuple(strategies)!r} are not four groups of {', '.join(_TERMS)}")
-    groups = _groups(shape.layers)
+    for field, name, known in (("grouping", grouping, GROUPINGS), ("spending", spending, SPENDINGS)):
+        if name not in known:
+            raise SpecError(f"{field}: {name!r} is unknown; choices: {', '.join(known)}")
+    tuned = [
+        (layers, group, share)
+        for layers, group, share in zip(
+            _groups(shape.layers, GROUPINGS[grouping]), strategies, SPENDINGS[spending], strict=True
+        )
+        if group
+    ]
+    shares = sum(len(layers) * share for layers, _, share in tuned)
     unit = {name: _cost(shape, name, 2) - _cost(shape, name, 1) for name in "ALP"}
     biases = _cost(shape, "B", 1)
-    allowed = budget // shape.layers
-    spare = {group: allowed - biases * ("B" in group) for group in strategies}
-    sized = {group: [name for name in "APL" if name in group] for group in strategies}
-    prefixed = [spare[group] // len(sized[group]) // unit["P"] for group in strategies if "P" in group]
+    spare = [budget * share // shares - biases * ("B" in group) for _, group, share in tuned]
+    sized = [[name for name in "APL" if name in group] for _, group, _ in tuned]
+    prefixed = [left // len(names) // unit["P"] for left, names in zip(spare, sized, strict=True) if "P" in names]
     length = min(prefixed, default=0)
     terms: list[str] = []
     places: dict[str, list[int]] = {}
-    for layers, group in zip(groups, strategies, strict=True):
-        rest = [name for name in sized[group] if name != "P"]
-        left = spare[group] - (unit["P"] * length if "P" in group else 0)
+    for (layers, group, _), own, names in zip(tuned, spare, sized, strict=True):
+        rest = [name for name in names if name != "P"]
+        left = own - (unit["P"] * length if "P" in group else 0)
         sizes = {name: left // len(rest) // unit[name] for name in rest} | ({"P": length} if "P" in group else {})
         if left < 0 or any(size < 1 for size in sizes.values()):
             raise SpecError(f"budget: {budget} is too small for {group!r} in {shape.layers} layers; give more")
@@ -50,10 +80,15 @@ def s4(shape: ModelShape, budget: int, strategies: Sequence[str] = FOUND) -> str
     return " + ".join(terms)
 
 
-def _groups(layers: int) -> list[range]:
-    if layers < len(_SPINDLE):
-        raise SpecError(f"layers: {layers} do not make {len(_SPINDLE)} groups")
-    ends = [max(i + 1, round(layers * part / sum(_SPINDLE))) for i, part in enumerate(accumulate(_SPINDLE))]
+_GROUPS = 4
+
+
+def _groups(layers: int, shares: Sequence[int]) -> list[range]:
+    if layers < _GROUPS:
+        raise SpecError(f"layers: {layers} do not make {_GROUPS} groups")
+    whole = sum(shares)
+    ends = [max(i + 1, round(layers * part / whole)) for i, part in enumerate(accumulate(shares))]
+    ends = [min(end, layers - (_GROUPS - 1 - i)) for i, end in enumerate(ends)]
     return [range(low, high) for low, high in pairwise([0, *ends])]
 
 

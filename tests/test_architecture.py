@@ -22,7 +22,7 @@ LAUNCH = "polygraft.launch"  # the composition root: imports everyone, and nobod
 LINES = 400
 
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
-TORCH_FREE = r"polygraft\.grafts\.(spec|bound|cost|grammar|methods|architectures|sites|sizes|text)\b"
+TORCH_FREE = r"polygraft\.grafts\.(spec|bound|cost|grammar|methods|architectures|s4|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
 ATOMIC = r"polygraft\.kernels\.common\.(atomic|room)\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
@@ -43,7 +43,7 @@ LAYERS: dict[str, str] = {
     "kernels: the other ops": r"kernels\..+",
     "grafts: text": r"grafts\.text\..+",
     "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
-    "grafts: what methods declare": r"grafts\.methods\.(declare|exchange|configs|registry|refused|description)",
+    "grafts: what methods declare": r"grafts\.methods\.(declare|ranges|exchange|configs|registry|refused|description)",
     "grafts: what a declaration means": r"grafts\.(grammar|sizes|bound|cost|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
@@ -54,7 +54,7 @@ LAYERS: dict[str, str] = {
     "cluster: policy": r"cluster\.policy\..+",
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
-    "cluster: what is written to the store together": r"cluster\.(advance|publish|versions|api_keys|story)",
+    "cluster: what is written to the store together": r"cluster\.(advance|backbones|publish|versions|api_keys|story)",
     "cluster: the client of the HTTP API": r"cluster\.client",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
@@ -63,7 +63,7 @@ LAYERS: dict[str, str] = {
     "serving: from an ingress to engines": r"serving\.(local|remote|gateway)",
     "serving: HTTP": r"serving\.http\..+",
     "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
-    "tuning: spaces and the study": r"tuning\.(space|study|samplers\..+)",
+    "tuning: spaces and the study": r"tuning\.(space|study|spaces\..+|samplers\..+)",
     "tuning: a search and its driver": r"tuning\..+",
     "launch: the demo's oracles": r"launch\.demo\.oracle\..+",
     "launch: processes and what commands share": r"launch\.(?!main$|__main__$)\w+",

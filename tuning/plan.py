@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.tuning.samplers.optuna import Model, OptunaSampler
-from polygraft.tuning.space import Space
+from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.study import Objective
 
 LOSS = Objective("loss")
@@ -36,7 +36,7 @@ class SearchPlan:
     """
 
     name: str
-    space: Space
+    space: AnySpace
     job: FineTuningRequest
     trials: int = 12
     concurrency: int = 4

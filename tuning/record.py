@@ -6,17 +6,21 @@ of one study the second to write is refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from polygraft.cluster.model import Study as Record
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Versioned, Write
+from polygraft.grafts.methods.registry import find
+from polygraft.grafts.spec import SpecError
 from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.spaces.autopeft import halved
 from polygraft.tuning.study import Study, Trial
 
 
@@ -30,7 +34,7 @@ class StudyRecord:
 
     plan: SearchPlan
     trials: tuple[Trial, ...] = ()
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
 
 
 def encode(record: StudyRecord) -> str:
@@ -40,7 +44,7 @@ def encode(record: StudyRecord) -> str:
 def decode(text: str) -> StudyRecord:
     """Inverse of `encode`. Raises BadRecord naming the first bad field."""
     try:
-        return _ADAPTER.validate_json(text)
+        return _ADAPTER.validate_json(_upgraded(text))
     except ValidationError as error:
         first = error.errors()[0]
         raise BadRecord(f"study: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -90,6 +94,28 @@ class _Keeper:
         value = replace(self._last.value, updated_at=self._clock(), body=body)
         version = self._store.commit([Write(self._last.key, value, self._last.version)]).version
         self._last = Versioned(self._last.key, value, version)
+
+
+def _upgraded(text: str) -> str:
+    """A record of schema 1, whose only spaces were methods with one size each, as one of schema 2."""
+    try:
+        record = json.loads(text)
+        if record.get("schema_version") != 1:
+            return text
+        space = record["plan"]["space"]
+        terms = [
+            {"name": old["method"], "method": old["method"], "searched": [_sizes(**old)], "off": True}
+            for old in space.pop("methods")
+        ]
+        low, high = space["learning_rate"]
+        space |= {"kind": "union", "terms": terms, "learning_rate": {"low": low, "high": high}}
+        return json.dumps(record | {"schema_version": 2})
+    except (AttributeError, KeyError, TypeError, ValueError, SpecError):
+        return text  # which is then refused with its first bad field
+
+
+def _sizes(method: str, largest: int) -> dict[str, JsonValue]:
+    return {"argument": find(method).positional(0), "values": list(halved(largest))}
 
 
 _ADAPTER: TypeAdapter[StudyRecord] = TypeAdapter(StudyRecord)

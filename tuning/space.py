@@ -1,65 +1,41 @@
-"""Spaces of grafts as data: sizes of methods, groups of layers, learning rates; and what a point of a space means.
+"""Spaces of grafts as data: methods with arguments to be tried, groups of layers, learning rates; and what a point of a
+space means.
 
-A space is flat: every parameter is there in every configuration, and a size's top value means that its method is off
-(AutoPEFT, Zhou et al. 2024, arXiv 2301.12132), so that one Gaussian process can model it. The names of a
-configuration's values are those of `parameters`.
+The arguments and their ranges are those that the methods declare (`grafts/methods/ranges.py`). A size's top value means
+that its method is off (AutoPEFT, Zhou et al. 2024, arXiv 2301.12132). The names of a configuration's values are those
+of `parameters`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Literal
 
 from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.grammar import learning_rate as rate_of
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.methods.ranges import Value
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
+from polygraft.tuning.spaces.parameters import (
+    Choice,
+    Config,
+    InvalidConfig,
+    LogUniform,
+    Parameter,
+    When,
+    Whole,
+    check,
+)
 
-Config = Mapping[str, int | float]
+Group = tuple[int, int]  # layers, first and last
 
 LEARNING_RATE = "learning_rate"
-MOST_BITS = 24  # deeper backbones are masked in groups of layers
 _RATE_SPAN = 10**0.5  # half a decade to each side of the methods' own rates
-
-
-class InvalidConfig(ValueError):
-    """A configuration that means no graft, or is not one of the space; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """A whole number between `low` and `high`, both included."""
-
-    name: str
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class LogUniform:
-    """A positive number between `low` and `high`, spread evenly over its logarithm."""
-
-    name: str
-    low: float
-    high: float
-
-
-Parameter = Whole | LogUniform
-
-
-@dataclass(frozen=True, slots=True)
-class Sized:
-    """A method whose first argument is searched: `largest` halved k times, k = 0, 1, ... until it is 1; then off."""
-
-    method: str
-    largest: int
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The size at every k; 0 is off."""
-        return (*(self.largest >> k for k in range(self.largest.bit_length())), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,104 +48,184 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
-    """Methods with sizes, in the groups of layers (first, last) that a mask leaves in; no groups: in all layers."""
+class Rates:
+    """Learning rates from `low` to `high`; `relative` ones are factors on the rate that the union's methods declare."""
 
-    shape: ModelShape
-    methods: tuple[Sized, ...]
-    groups: tuple[tuple[int, int], ...]
-    learning_rate: tuple[float, float]
+    low: float
+    high: float
+    relative: bool = False
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise SpecError("methods: a space without methods has no grafts; give at least one")
-        for sized in self.methods:
-            find(sized.method)
-            if sized.largest < 1:
-                raise SpecError(f"largest: {sized.largest} is not a size of {sized.method}; give at least 1")
-        low, high = self.learning_rate
-        if not 0 < low < high:
-            raise SpecError(f"learning_rate: {low} to {high} is not a range of positive numbers")
+        if not 0 < self.low < self.high:
+            raise SpecError(f"learning_rate: {self.low} to {self.high} is not a range of positive numbers")
+
+    @property
+    def parameter(self) -> LogUniform:
+        return LogUniform(LEARNING_RATE, self.low, self.high)
+
+    def of(self, value: float, peft: str) -> float:
+        """With two digits: what a person would write, and near copies of a configuration become equal to it."""
+        return float(f"{value * rate_of(parse(peft)) if self.relative else value:.1e}")
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """An argument of a method and the values to try, in this order; of unordered ones none is near another."""
+
+    argument: str
+    values: tuple[Value, ...]
+    ordered: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A member of the union: a method, arguments that are searched and others that are `fixed`, in the given layers or
+    those of the space's mask. It may be `off`, and is nothing where its condition `when` does not hold. `name` starts
+    the names of its parameters."""
+
+    name: str
+    method: str
+    searched: tuple[Searched, ...] = ()
+    fixed: tuple[tuple[str, str], ...] = ()
+    layers: Group | None = None
+    off: bool = False
+    when: When | None = None
+
+    @property
+    def parameters(self) -> Iterator[Parameter]:
+        if self._one is not None:
+            yield Whole(self.name, 0, len(self._one.values) - (not self.off), self.when)
+            return
+        when = self.when
+        if self.off:
+            yield Whole(f"{self.name}.on", 0, 1, when)
+            when = (f"{self.name}.on", (1,))
+        for one in self.searched:
+            name = f"{self.name}.{one.argument}"
+            yield Whole(name, 0, len(one.values) - 1, when) if one.ordered else Choice(name, len(one.values), when)
+
+    def text(self, config: Config) -> str | None:
+        """As a user would write it, without its layers; None when it is off."""
+        if self.when is not None and config.get(self.when[0]) not in self.when[1]:
+            return None
+        if self._one is not None:
+            index = int(config[self.name])
+            return None if index == len(self._one.values) else self.written({self._one.argument: index})
+        if self.off and not config[f"{self.name}.on"]:
+            return None
+        return self.written({one.argument: int(config[f"{self.name}.{one.argument}"]) for one in self.searched})
+
+    def written(self, chosen: Mapping[str, int]) -> str:
+        """With the values of these numbers."""
+        values = [(one.argument, f"{one.values[chosen[one.argument]]}") for one in self.searched]
+        arguments = [*values, *self.fixed]
+        first = next(iter(find(self.method).arguments), None)
+        said = [value if i == 0 and name == first else f"{name}={value}" for i, (name, value) in enumerate(arguments)]
+        return f"{self.method}({', '.join(said)})" if said else self.method
+
+    @property
+    def _one(self) -> Searched | None:
+        """The argument, where there is one alone and in order: its parameter is the term's."""
+        return self.searched[0] if len(self.searched) == 1 and self.searched[0].ordered else None
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Unions of terms, those without layers of their own in the groups of layers that a mask leaves in; no groups: in
+    all. `switches` are what conditions ask about. A graft has at most `most` trainable parameters."""
+
+    shape: ModelShape
+    terms: tuple[Term, ...]
+    learning_rate: Rates
+    groups: tuple[Group, ...] = ()
+    switches: tuple[Choice | Whole, ...] = ()
+    most: int | None = None
+    kind: Literal["union"] = "union"
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise SpecError("terms: a space without methods has no grafts; give at least one")
+        names = [parameter.name for parameter in self.parameters]
+        if len(names) > len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise SpecError(f"terms: two parameters are called {twice}; give the terms other names")
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (
-            *(Whole(sized.method, 0, len(sized.sizes) - 1) for sized in self.methods),
-            *(Whole(_mask_name(group), 0, 1) for group in self.groups),
-            LogUniform(LEARNING_RATE, *self.learning_rate),
+            *self.switches,
+            *(parameter for term in self.terms for parameter in term.parameters),
+            *(Whole(mask_name(group), 0, 1) for group in self.groups),
+            self.learning_rate.parameter,
         )
 
     def candidate(self, config: Config) -> Candidate:
-        """The graft at a point. Raises InvalidConfig when every method is off, every layer out, or it is no point."""
-        self._check(config)
-        sizes = [(sized.method, sized.sizes[int(config[sized.method])]) for sized in self.methods]
-        terms = [f"{method}({size})" for method, size in sizes if size]
-        if not terms:
+        """The graft at a point. Raises InvalidConfig when every method is off, every layer out, it has too many
+        parameters, or it is no point."""
+        check(self.parameters, config)
+        said = [(text, term.layers) for term in self.terms if (text := term.text(config)) is not None]
+        if not said:
             raise InvalidConfig("every method is off")
-        layers = [group for group in self.groups if config[_mask_name(group)]]
-        if self.groups and not layers:
+        mask = [group for group in self.groups if config[mask_name(group)]]
+        if self.groups and not mask:
             raise InvalidConfig("every layer is left out")
-        at = "" if len(layers) == len(self.groups) else f"@{_layer_text(layers)}"
-        peft = " + ".join(f"{term}{at}" for term in terms)
-        # Two digits: what a person would write, and near copies of a configuration become equal to it.
-        return Candidate(peft, float(f"{config[LEARNING_RATE]:.1e}"), BoundGraft(parse(peft), self.shape).parameters)
-
-    def _check(self, config: Config) -> None:
-        if config.keys() != {parameter.name for parameter in self.parameters}:
-            raise InvalidConfig(
-                f"expected {', '.join(p.name for p in self.parameters)}; found {', '.join(sorted(config))}"
-            )
-        for parameter in self.parameters:
-            value = config[parameter.name]
-            kind = "a number" if isinstance(parameter, LogUniform) else "a whole number"
-            fits = parameter.low <= value <= parameter.high  # False for NaN
-            if not fits or (isinstance(parameter, Whole) and value != int(value)):
-                raise InvalidConfig(
-                    f"{parameter.name}: {value} is not {kind} between {parameter.low} and {parameter.high}"
-                )
+        everywhere = len(mask) == len(self.groups)
+        places: dict[str, list[Group]] = {}
+        for text, layers in said:
+            places.setdefault(text, []).extend([layers] if layers else [] if everywhere else mask)
+        peft = " + ".join(f"{text}{_at(groups, self.shape)}" for text, groups in places.items())
+        return candidate(peft, config[LEARNING_RATE], self.learning_rate, self.shape, self.most)
 
 
-def autopeft(
-    shape: ModelShape,
-    *,
-    groups: int | None = None,
-    largest: int | None = None,
-    longest: int | None = None,
-    learning_rate: tuple[float, float] | None = None,
-) -> Space:
-    """AutoPEFT's space and a learning rate: serial x parallel x prefix sizes x one mask of layers that all three share.
-
-    As published: sizes are the hidden size halved again and again, down to 1 and off, and each layer has its bit.
-    `largest` and `longest` cap the adapters and the prefix instead; `groups` is the number of bits, at most one a layer
-    (default: one each, up to MOST_BITS).
-    """
-    bits = min(shape.layers, MOST_BITS) if groups is None else groups
-    if not 1 <= bits <= shape.layers:
-        raise SpecError(f"groups: {bits} is not between 1 and the backbone's {shape.layers} layers")
-    adapter = shape.hidden if largest is None else largest
-    prefix = shape.hidden if longest is None else longest
-    methods = (Sized("serial", adapter), Sized("parallel", adapter), Sized("prefix", prefix))
-    edges = [index * shape.layers // bits for index in range(bits + 1)]
-    ranges = tuple((first, after - 1) for first, after in pairwise(edges))
-    return Space(shape, methods, ranges, learning_rate or rates(sized.method for sized in methods))
+def candidate(peft: str, rate: float, rates: Rates, shape: ModelShape, most: int | None) -> Candidate:
+    """A union as a candidate. Raises InvalidConfig for one that means nothing on the backbone or is too large."""
+    try:
+        parameters = count(peft, shape)
+    except SpecError as error:
+        raise InvalidConfig(str(error)) from None
+    if most is not None and parameters > most:
+        raise InvalidConfig(f"parameters: {parameters} are more than {most}")
+    return Candidate(peft, rates.of(rate, peft), parameters)
 
 
-def rates(methods: Iterable[str]) -> tuple[float, float]:
+@lru_cache(maxsize=4096)
+def count(peft: str, shape: ModelShape) -> int:
+    """Trainable parameters of a union. Raises SpecError."""
+    return BoundGraft(parse(peft), shape).parameters
+
+
+def rates(methods: Iterable[str]) -> Rates:
     """Half a decade to each side of the rates that the registry gives for these methods."""
     own = [find(method).learning_rate for method in methods]
-    return min(own) / _RATE_SPAN, max(own) * _RATE_SPAN
+    return Rates(min(own) / _RATE_SPAN, max(own) * _RATE_SPAN)
 
 
-def _mask_name(group: tuple[int, int]) -> str:
+RELATIVE = Rates(1 / _RATE_SPAN, _RATE_SPAN, relative=True)
+
+
+def evenly(layers: int, groups: int) -> tuple[Group, ...]:
+    """Layers in groups of as even a size as can be. Raises SpecError for more groups than layers."""
+    if not 1 <= groups <= layers:
+        raise SpecError(f"groups: {groups} is not between 1 and the backbone's {layers} layers")
+    edges = [index * layers // groups for index in range(groups + 1)]
+    return tuple((first, after - 1) for first, after in pairwise(edges))
+
+
+def mask_name(group: Group) -> str:
     return f"layers_{group[0]}_{group[1]}"
 
 
-def _layer_text(groups: Sequence[tuple[int, int]]) -> str:
+def layer_text(groups: Sequence[Group]) -> str:
     """`0-9,20-29`: neighbours are joined."""
-    joined: list[tuple[int, int]] = []
+    joined: list[Group] = []
     for first, last in groups:
         if joined and joined[-1][1] + 1 == first:
             joined[-1] = (joined[-1][0], last)
         else:
             joined.append((first, last))
     return ",".join(f"{first}-{last}" if first < last else f"{first}" for first, last in joined)
+
+
+def _at(groups: Sequence[Group], shape: ModelShape) -> str:
+    text = layer_text(sorted(groups))
+    return "" if text in ("", layer_text([(0, shape.layers - 1)])) else f"@{text}"

@@ -12,7 +12,9 @@ from enum import StrEnum
 from math import isfinite
 from typing import Protocol
 
-from polygraft.tuning.space import Candidate, Config, InvalidConfig, Space
+from polygraft.tuning.space import Candidate
+from polygraft.tuning.spaces.kinds import AnySpace
+from polygraft.tuning.spaces.parameters import Config, InvalidConfig
 
 ATTEMPTS = 24  # proposals for one trial before the space counts as used up
 
@@ -97,7 +99,7 @@ class Study:
 
     def __init__(
         self,
-        space: Space,
+        space: AnySpace,
         objectives: Sequence[Objective],
         sampler: Sampler,
         *,

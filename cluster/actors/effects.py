@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import ray
@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.model import DeviceId, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, DeviceId, Pack, PackId
 
 LOG = logging.getLogger(__name__)
 DEVICE = "device"  # the custom resource; a node declares one for every device it has
@@ -39,7 +39,7 @@ class RayEffects:
     def __init__(self, open_host: OpenHost) -> None:
         self._open_host = open_host
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
-        self._devices: Mapping[DeviceId, int] = {}
+        self._devices: Sequence[Device] = ()
         self._listed_at = float("-inf")
 
     def open_pack(self, pack: Pack) -> None:
@@ -59,16 +59,32 @@ class RayEffects:
         over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
         return [PackEnd(runs[run], _failure(run)) for run in over]
 
-    def devices(self) -> Mapping[DeviceId, int]:
-        """A pack may hold half a device; the other half is a replica's."""
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        """Serve holds the replicas of the default backbone as long as it runs."""
+
+    def devices(self) -> Sequence[Device]:
         if time.monotonic() - self._listed_at > DEVICES_S:
-            self._devices = {
-                DeviceId(node["NodeID"]): int(node["Resources"].get(DEVICE, 0))
-                for node in ray.nodes()  # type: ignore[no-untyped-call]
-                if node["Alive"] and node["Resources"].get(DEVICE, 0) >= 1
-            }
+            nodes = ray.nodes()  # type: ignore[no-untyped-call]
+            self._devices = [
+                device for node in nodes if node["Alive"] for device in _of_node(str(node["NodeID"]), node["Resources"])
+            ]
             self._listed_at = time.monotonic()
         return self._devices
+
+
+def _of_node(node: str, resources: Mapping[str, float]) -> Iterator[Device]:
+    """Its devices, each with as much of its cores and memory as any other."""
+    count = int(resources.get(DEVICE, 0))
+    for index in range(count):
+        yield Device(
+            id=DeviceId(f"{node}/cpu{index}"),
+            node=node,
+            kind="cpu",
+            index=index,
+            cores=max(1, int(resources.get("CPU", 0)) // count),
+            bytes=int(resources.get("memory", 0)) // count,
+            speed=0.0,
+        )
 
 
 def _failure(run: ray.ObjectRef[None]) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.cluster.model import DeviceId, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, Pack, PackId
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Effects(Protocol):
         """Packs whose process is over and that are not closed yet."""
         ...
 
-    def devices(self) -> Mapping[DeviceId, int]:
-        """The devices there are, and how many packs each may hold."""
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        """Have these held by replicas, and no others; asked again and again, and never waits for a replica."""
+        ...
+
+    def devices(self) -> Collection[Device]:
+        """The devices there are now."""
         ...

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
 from polygraft.cluster.model import DeviceId, Job, Pack, PackId, Snapshot
 from polygraft.cluster.policy.admission import fair_order, stop_reason
 from polygraft.cluster.policy.budget import Budget
+from polygraft.cluster.policy.loading import loading
 from polygraft.cluster.policy.packing import (
     backing_off,
     free_device,
     is_idle,
     new_pack_id,
+    pack_bytes,
     usable_pack,
     why_no_pack,
 )
@@ -20,7 +20,8 @@ from polygraft.cluster.states import PackState, Reason
 
 
 def decide(snapshot: Snapshot) -> tuple[Decision, ...]:
-    """One round: 1 cancel, 2 order, 3 admit, 4 open packs, 5 close idle packs, 6 hold or refuse what is left."""
+    """One round: 1 cancel, 2 order, 3 admit, 4 open packs, 5 close idle packs, 6 hold or refuse what is left,
+    7 load and unload backbones."""
     jobs = snapshot.jobs.values()
     cancels = tuple(
         CancelJob(job.id, job.pack, reason)
@@ -38,7 +39,7 @@ def decide(snapshot: Snapshot) -> tuple[Decision, ...]:
         for pack in sorted(snapshot.packs.values(), key=lambda pack: pack.id)
         if pack.backbone not in wanted and is_idle(pack, snapshot.jobs, now=snapshot.now, idle_s=snapshot.limits.idle_s)
     )
-    return (*cancels, *round_.opened, *placed, *closes)
+    return (*cancels, *round_.opened, *placed, *closes, *loading(snapshot))
 
 
 class _Round:
@@ -49,10 +50,12 @@ class _Round:
         self._snapshot = snapshot
         self._budgets: dict[PackId, Budget] = {}
         self._full: dict[PackId, Reason] = {}
-        self._taken: Counter[DeviceId] = Counter()
+        self._taken: set[DeviceId] = set()
 
     def place(self, job: Job) -> Decision:
         limits, backbone = self._snapshot.limits, job.spec.backbone
+        if backbone not in self._snapshot.backbones:
+            return Refuse(job.id, Reason.NO_BACKBONE)
         if job.attempts >= limits.max_attempts:
             return Refuse(job.id, Reason.PACKS_FAILED)
         if Budget(limits).refusal(job) is not None:
@@ -86,6 +89,7 @@ class _Round:
         device = free_device(self._snapshot, self._taken)
         if device is None:
             return why_no_pack(self._snapshot.packs.values(), backbone)
-        self._taken[device] += 1
-        self.opened.append(OpenPack(new_pack_id(self._snapshot, len(self.opened)), backbone, device))
+        self._taken.add(device.id)
+        pack = new_pack_id(self._snapshot, len(self.opened))
+        self.opened.append(OpenPack(pack, backbone, (device.id,), pack_bytes(device)))
         return Reason.PACK_OPENING

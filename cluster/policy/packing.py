@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from polygraft.cluster.model import DeviceId, Job, JobId, Pack, PackId, Snapshot
+from polygraft.cluster.model import Device, DeviceId, Job, JobId, Pack, PackId, Snapshot
 from polygraft.cluster.states import PackState, Reason
 
 BACKOFF_S = 1.0  # before a new pack after a failed one; doubles with every failure in a row
@@ -17,10 +17,17 @@ def usable_pack(packs: Iterable[Pack], backbone: str) -> Pack | None:
     return min(usable, key=lambda pack: (pack.state is not PackState.OPEN, pack.id), default=None)
 
 
-def free_device(snapshot: Snapshot, taken: Mapping[DeviceId, int]) -> DeviceId | None:
-    """A device that has a free share besides the `taken` ones: most free shares first, then the smallest id."""
-    free = {device: snapshot.free_shares(device) - taken.get(device, 0) for device in snapshot.devices}
-    return min((one for one in free if free[one] > 0), key=lambda one: (-free[one], one), default=None)
+def pack_bytes(device: Device) -> int:
+    """What a pack takes of a device: half, since the other half is a replica's."""
+    return device.bytes // 2
+
+
+def free_device(snapshot: Snapshot, taken: Collection[DeviceId]) -> Device | None:
+    """A device without a pack and none of the `taken`, which has what a pack takes: most of it first, then by id."""
+    held = {device for pack in snapshot.packs.values() if not pack.final for device in pack.devices}
+    free = {one: snapshot.free_bytes(one.id) for one in snapshot.devices.values() if one.id not in held | {*taken}}
+    fitting = (one for one, bytes_ in free.items() if bytes_ >= pack_bytes(one) > 0)
+    return min(fitting, key=lambda one: (-free[one], one.id), default=None)
 
 
 def backing_off(snapshot: Snapshot, backbone: str) -> bool:

@@ -25,12 +25,17 @@ from polygraft.cluster.store.upgrades import UPGRADES
 
 SCHEMA = 1  # of every type that SCHEMAS does not name
 SCHEMAS: Mapping[str, int] = {
+    "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,
     "Job": 2,
     "JobStarted": 2,
     "JobSubmitted": 2,
-    "Snapshot": 2,
+    "Pack": 2,
+    "PackOpening": 2,
+    "Replica": 2,
+    "ReplicaOpened": 2,
+    "Snapshot": 4,
 }
 
 

@@ -33,10 +33,60 @@ def _job_submitted_1(body: Body) -> Body:
 
 
 def _snapshot_1(body: Body) -> Body:
-    jobs = body.get("jobs")
-    if not isinstance(jobs, list):
-        return body
-    return {**body, "jobs": [_job_1(job) if isinstance(job, Mapping) else job for job in jobs]}
+    return {**body, "jobs": _each(body.get("jobs"), _job_1)}
+
+
+def _on_devices_1(body: Body) -> Body:
+    """Schema 2 of what holds a device: a set of them, and the bytes of each, of which none were counted before."""
+    return {**_without(body, "device"), "devices": [body.get("device")], "bytes": 0}
+
+
+def _replica_1(body: Body) -> Body:
+    return {**_on_devices_1(body), "actor": ""}
+
+
+def _replica_opened_1(body: Body) -> Body:
+    """Schema 2 holds the record."""
+    record = {"id": body.get("replica"), "opened_at": body.get("at"), **_without(body, "replica", "at")}
+    return {"record": _replica_1(record), "at": body.get("at")}
+
+
+def _device_1(body: Body) -> Body:
+    """Schema 2 says what a device is. It was a node, of which nothing else was known: it has nothing to give, and is
+    found anew."""
+    nothing: Body = {"node": body.get("id"), "kind": "cpu", "index": 0, "cores": 0, "bytes": 0, "speed": 0.0}
+    return {"id": body.get("id"), **nothing}
+
+
+def _device_joined_1(body: Body) -> Body:
+    return {"record": _device_1({"id": body.get("device")}), "at": body.get("at")}
+
+
+def _snapshot_2(body: Body) -> Body:
+    packs, replicas, devices = body.get("packs"), body.get("replicas"), body.get("devices")
+    return {
+        **body,
+        "packs": _each(packs, _on_devices_1),
+        "replicas": _each(replicas, _replica_1),
+        "devices": _each(devices, _device_1),
+    }
+
+
+def _snapshot_3(body: Body) -> Body:
+    """Schema 4 has backbones, of which the service tells anew, and when they are unloaded."""
+    limits = body.get("limits")
+    never = {**limits, "unload_s": 0.0} if isinstance(limits, Mapping) else limits
+    return {**body, "limits": never, "backbones": []}
+
+
+def _each(records: JSON, upgrade: Callable[[Body], Body]) -> JSON:
+    if not isinstance(records, list):
+        return records
+    return [upgrade(one) if isinstance(one, Mapping) else one for one in records]
+
+
+def _without(body: Body, *names: str) -> Body:
+    return {name: value for name, value in body.items() if name not in names}
 
 
 @lru_cache(maxsize=1024)
@@ -50,10 +100,17 @@ def _context_length(method: str) -> int:
 
 # From (type, schema) to the body of schema + 1.
 UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
+    ("DeviceJoined", 1): _device_joined_1,
     ("Graft", 1): _graft_1,
     ("GraftPublished", 1): _graft_published_1,
     ("Job", 1): _job_1,
     ("JobStarted", 1): _job_1,
     ("JobSubmitted", 1): _job_submitted_1,
+    ("Pack", 1): _on_devices_1,
+    ("PackOpening", 1): _on_devices_1,
+    ("Replica", 1): _replica_1,
+    ("ReplicaOpened", 1): _replica_opened_1,
     ("Snapshot", 1): _snapshot_1,
+    ("Snapshot", 2): _snapshot_2,
+    ("Snapshot", 3): _snapshot_3,
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from polygraft.grafts.methods.ranges import Range, plain, range_of
 from polygraft.grafts.methods.refused import NAMED_TWICE
 from polygraft.grafts.spec import DeclRef, Slot, SpecError
 
@@ -38,6 +39,17 @@ class Method:
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
+        """By name, with their plain types."""
+        return {name: one.replace(annotation=plain(one.annotation)) for name, one in self._declared.items()}
+
+    @property
+    def searched(self) -> Mapping[str, Range]:
+        """The arguments that a search may try other values of, in their order."""
+        ranges = {name: range_of(one.annotation) for name, one in self._declared.items()}
+        return {name: one for name, one in ranges.items() if one is not None}
+
+    @property
+    def _declared(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.slots, eval_str=True).parameters
 
     def positional(self, index: int) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError
 
 from polygraft.cluster.client import Client
 from polygraft.cluster.spec import read_request
@@ -16,13 +16,12 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
 from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.space import autopeft
+from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
 
 
 class SearchFile(BaseModel):
-    """A search over AutoPEFT's space. `groups` is the number of bits of the layer mask, `largest` and `longest` cap
-    adapters and prefix; `hyperparameters` are those of every trial, as in `polygraft submit`, except peft and
-    learning_rate."""
+    """A search over a `space` (`tuning/spaces/request.py`); `hyperparameters` are those of every trial, as in
+    `polygraft submit`, except peft and learning_rate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
@@ -33,10 +32,7 @@ class SearchFile(BaseModel):
     startup: PositiveInt = 4
     sampler: Literal["tpe", "gp"] = "tpe"
     seed: int = 0
-    groups: PositiveInt | None = None
-    largest: PositiveInt | None = None
-    longest: PositiveInt | None = None
-    learning_rate: Annotated[tuple[float, float] | None, Field(description="lowest and highest")] = None
+    space: SpaceRequest = AutoPeftSpace()
     hyperparameters: dict[str, JsonValue] = {}
 
     def plan(
@@ -49,9 +45,7 @@ class SearchFile(BaseModel):
             known = (uploaded or {}).get(sha256(file.read_bytes()).hexdigest())
             return client.upload(file).id if known is None else known
 
-        space = autopeft(
-            shape, groups=self.groups, largest=self.largest, longest=self.longest, learning_rate=self.learning_rate
-        )
+        space = self.space.space(shape)
         job: dict[str, JsonValue] = {
             "model": backbone,
             "training_file": id_of(self.training_file),

@@ -18,13 +18,14 @@ from polygraft.launch.front import Point
 from polygraft.launch.search_progress import SearchProgress
 from polygraft.tuning.front import draw
 from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.space import autopeft
+from polygraft.tuning.space import Rates
+from polygraft.tuning.spaces.autopeft import autopeft
 from polygraft.tuning.study import Trial, pareto
 
 TRIALS, CONCURRENCY, STARTUP = 12, 4, 4
 _INFORMED = 6  # trials that must have been asked for after results were told
 _LARGEST_ADAPTER, _LONGEST_PREFIX, _LAYER_GROUPS = 32, 16, 6
-_LEARNING_RATES = (5e-4, 1e-2)
+_LEARNING_RATES = Rates(5e-4, 1e-2)
 _EXAMPLES = 32  # of the topic's training share: a low fidelity, the same for all trials
 _TRAINING: dict[str, JsonValue] = {"n_epochs": 1, "batch_size": 8, "max_length": 64}
 

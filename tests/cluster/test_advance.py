@@ -18,7 +18,9 @@ from tests.cluster.builders import make_job, make_pack, running
 
 A, P = JobId("ftjob-a"), PackId("pack-p")
 ADMITTED = JobAdmitted(job=A, pack=P, at=2.0)
-OPENING = PackOpening(pack=P, backbone="b", device=DeviceId("d"), epoch=1, reason=Reason.JOBS_WAIT, at=1.0)
+OPENING = PackOpening(
+    pack=P, backbone="b", devices=(DeviceId("d"),), bytes=500, epoch=1, reason=Reason.JOBS_WAIT, at=1.0
+)
 
 
 @pytest.fixture

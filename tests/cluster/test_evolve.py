@@ -34,7 +34,7 @@ from polygraft.cluster.events import (
 )
 from polygraft.cluster.model import DeviceId, EventId, GraftId, JobError, JobId, PackId, ReplicaId, Snapshot
 from polygraft.cluster.states import IllegalTransition, JobState, PackState, Reason
-from tests.cluster.builders import make_job, make_pack, make_snapshot, running
+from tests.cluster.builders import DEVICE_BYTES, make_device, make_job, make_pack, make_replica, make_snapshot, running
 
 A, P = JobId("ftjob-a"), PackId("pack-p")
 ADMITTED = JobAdmitted(job=A, pack=P, at=2.0)
@@ -45,7 +45,10 @@ SUCCEEDED = JobSucceeded(
 FAILED = JobFailed(job=A, error=JobError("code", "message"), at=4.0)
 CANCELLED = JobCancelled(job=A, at=4.0)
 REQUEUED = JobRequeued(job=A, reason=Reason.PACK_FAILED, blamed=True, at=4.0)
-OPENING = PackOpening(pack=P, backbone="b", device=DeviceId("d"), epoch=3, reason=Reason.JOBS_WAIT, at=1.0)
+D = DeviceId("d")
+OPENING = PackOpening(
+    pack=P, backbone="b", devices=(D,), bytes=DEVICE_BYTES // 2, epoch=3, reason=Reason.JOBS_WAIT, at=1.0
+)
 
 
 def test_a_job_runs_and_succeeds() -> None:
@@ -151,10 +154,10 @@ def test_a_worker_that_restarts_in_a_closing_pack_does_not_reopen_it() -> None:
 
 def test_the_snapshot_follows_the_log() -> None:
     events = [
-        DeviceJoined(device=DeviceId("d"), pack_shares=1, at=0.0),
+        DeviceJoined(record=make_device(), at=0.0),
         JobSubmitted(record=make_job(), at=1.0),
         OPENING,
-        ReplicaOpened(replica=ReplicaId("r"), backbone="b", device=DeviceId("d"), at=1.0),
+        ReplicaOpened(record=make_replica(), at=1.0),
         PackOpened(pack=P, at=2.0),
         ADMITTED,
         STARTED,
@@ -165,12 +168,15 @@ def test_the_snapshot_follows_the_log() -> None:
     assert (snapshot.version, snapshot.now) == ("7-0", 3.0)
     assert snapshot.jobs == {A: running("a", parameters=7, started_at=3.0)}
     assert snapshot.packs == {P: make_pack(epoch=3)}
-    assert snapshot.free_shares(DeviceId("d")) == 0
-    assert set(snapshot.replicas) == {"r"}
+    assert snapshot.devices == {D: make_device()} and snapshot.replicas == {ReplicaId("r"): make_replica()}
+    assert snapshot.free_bytes(D) == DEVICE_BYTES // 4
     snapshot = evolve.apply(snapshot, EventId("8-0"), PackFailed(pack=P, error="out of memory", at=9.0))
-    assert snapshot.free_shares(DeviceId("d")) == 1
+    assert snapshot.free_bytes(D) == 3 * DEVICE_BYTES // 4
     snapshot = evolve.apply(snapshot, EventId("9-0"), ReplicaClosed(replica=ReplicaId("r"), at=9.0))
-    snapshot = evolve.apply(snapshot, EventId("10-0"), DeviceLost(device=DeviceId("d"), at=9.0))
+    assert snapshot.free_bytes(D) == DEVICE_BYTES
+    snapshot = evolve.apply(snapshot, EventId("10-0"), DeviceJoined(record=make_device(bytes_=7), at=9.0))
+    assert snapshot.free_bytes(D) == 7
+    snapshot = evolve.apply(snapshot, EventId("11-0"), DeviceLost(device=D, at=9.0))
     assert not snapshot.replicas and not snapshot.devices
 
 

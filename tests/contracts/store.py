@@ -21,7 +21,6 @@ from polygraft.cluster.events import AliasMoved, DeviceJoined, Event, JobAdmitte
 from polygraft.cluster.model import (
     START,
     Alias,
-    DeviceId,
     JobError,
     JobId,
     PackId,
@@ -44,7 +43,7 @@ from polygraft.cluster.store.base import (
     Write,
 )
 from polygraft.cluster.store.codec import CodecError
-from tests.cluster.builders import make_job, make_pack
+from tests.cluster.builders import make_device, make_job, make_pack
 from tests.contracts.store_machine import machine
 
 A = make_job("a")
@@ -315,7 +314,7 @@ class StoreContract:
 
     def test_a_snapshot_and_the_tail_are_the_whole_log(self, store: Store) -> None:
         history: list[Event] = [
-            DeviceJoined(device=DeviceId("d"), pack_shares=1, at=0.0),
+            DeviceJoined(record=make_device(), at=0.0),
             JobSubmitted(record=A, at=1.0),
             JobSubmitted(record=B, at=2.0),
             JobAdmitted(job=A.id, pack=PackId("pack-1"), at=3.0),

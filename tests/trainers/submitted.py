@@ -19,7 +19,9 @@ PACK = PackId("pack-1")
 def submit(store: Store, data: Path, jobs: Mapping[str, str], *, seed: int = 0) -> None:
     """`jobs` maps a job's id to its graft's text; each trains a few pairs for a few epochs."""
     (data / "files").mkdir(parents=True)
-    opening = PackOpening(pack=PACK, backbone="tiny", device=DeviceId("d"), epoch=1, reason=Reason.JOBS_WAIT, at=0.0)
+    opening = PackOpening(
+        pack=PACK, backbone="tiny", devices=(DeviceId("d"),), bytes=1, epoch=1, reason=Reason.JOBS_WAIT, at=0.0
+    )
     advance_pack(store, opening)
     for index, (job, peft) in enumerate(jobs.items()):
         submit_one(store, data, job, peft, index, seed=seed)

@@ -7,13 +7,16 @@ from math import exp, log1p, log10
 from polygraft.cluster.spec import read_request
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.samplers.optuna import Model
-from polygraft.tuning.space import Config, Space, autopeft
+from polygraft.tuning.space import Space
+from polygraft.tuning.spaces.autopeft import autopeft
+from polygraft.tuning.spaces.kinds import AnySpace
+from polygraft.tuning.spaces.parameters import Config
 from polygraft.tuning.study import Result, Trial
 from tests.tuning.standin import SHAPE
 
 
 def plan_of(
-    trials: int = 12, *, space: Space | None = None, model: Model = "tpe", seed: int = 0, lease_s: float = 60.0
+    trials: int = 12, *, space: AnySpace | None = None, model: Model = "tpe", seed: int = 0, lease_s: float = 60.0
 ) -> SearchPlan:
     job = {
         "model": "tiny",
@@ -33,13 +36,14 @@ def plan_of(
     )
 
 
-def invented(space: Space, trial: Trial) -> Result:
+def invented(space: AnySpace, trial: Trial) -> Result:
     """Loss falls with every size and layer, differently, and rises with the distance from a rate of 2e-3."""
+    assert isinstance(space, Space)
     return Result(values=(_loss(space, trial.config), float(trial.candidate.parameters)))
 
 
 def _loss(space: Space, config: Config) -> float:
-    sizes = [sized.sizes[int(config[sized.method])] for sized in space.methods]
+    sizes = [float((*term.searched[0].values, 0)[int(config[term.name])]) for term in space.terms]
     layers = [config[parameter.name] for parameter in space.parameters if parameter.name.startswith("layers_")]
     covered = sum(weight * layer for weight, layer in zip((1, 2, 4), layers, strict=True)) / 7
     gain = sum(weight * log1p(size) for weight, size in zip((0.3, 0.8, 0.2), sizes, strict=True))

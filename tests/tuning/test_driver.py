@@ -9,7 +9,7 @@ import pytest
 from ray.tune.search import Searcher
 
 from polygraft.tuning.driver import StudySearcher
-from polygraft.tuning.space import Sized, Space
+from polygraft.tuning.space import Rates, Searched, Space, Term
 from polygraft.tuning.study import Failure, Result, Study, Trial, TrialState
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import SHAPE
@@ -97,7 +97,8 @@ def test_a_search_is_finished_when_all_is_told_or_the_space_is_used_up() -> None
     bridge.on_trial_complete("b", error=True)
     assert bridge.finished
 
-    space = Space(SHAPE, (Sized("lora", 1),), (), (1.0e-3, 1.01e-3))  # lora(1) at two digits of one rate
+    term = Term("lora", "lora", (Searched("r", (1,)),))
+    space = Space(SHAPE, (term,), Rates(1.0e-3, 1.01e-3))  # lora(1) at two digits of one rate
     bridge = bridge_of(Study(space, PLAN.objectives, replace(PLAN.sampler, parameters=space.parameters)))
     bridge.suggest("a")
     bridge.on_trial_complete("a", DONE)

@@ -73,7 +73,7 @@ def test_the_front_is_right_and_a_model_beats_chance() -> None:
 def test_the_first_trials_cover_the_range_of_every_parameter() -> None:
     study = study_of(plan_of())
     rates = sorted(study.ask().config["learning_rate"] for _ in range(4))
-    low, high = study.space.learning_rate
+    low, high = study.space.learning_rate.low, study.space.learning_rate.high
     quarters = [low * (high / low) ** (quarter / 4) for quarter in range(5)]
     assert all(first <= rate <= last for first, rate, last in zip(quarters, rates, quarters[1:], strict=False))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.record import BadRecord, decode, open_study
 from polygraft.tuning.study import Failure, Result, Study
 from tests.tuning.plans import plan_of
+from tests.tuning.standin import SHAPE
 
 STUDY, EVE = StudyId("study-1"), TenantId("eve")
 
@@ -67,7 +69,35 @@ def test_a_study_goes_on_only_with_its_own_plan_and_tenant() -> None:
         opened(store, plan_of(), tenant=TenantId("mallory"))
 
 
-@pytest.mark.parametrize("text", ['{"trials": []}', "no json", '{"plan": {}, "schema_version": 2}'])
+@pytest.mark.parametrize("text", ['{"trials": []}', "no json", '{"plan": {}, "schema_version": 3}'])
 def test_a_body_that_is_no_record_is_refused_by_name(text: str) -> None:
     with pytest.raises(BadRecord, match="study: "):
         decode(text)
+
+
+def test_a_study_of_the_first_schema_goes_on() -> None:
+    """Its spaces were methods with one size each, the largest halved again and again."""
+    old = {
+        "plan": {
+            "name": "find",
+            "space": {
+                "shape": asdict(SHAPE),
+                "methods": [{"method": "serial", "largest": 4}, {"method": "prefix", "largest": 2}],
+                "groups": [[0, 2], [3, 5]],
+                "learning_rate": [1e-4, 1e-2],
+            },
+            "job": {"model": "tiny", "training_file": "file-1", "validation_file": "file-2"},
+        },
+        "trials": [],
+        "schema_version": 1,
+    }
+    space = decode(json.dumps(old)).plan.space
+    assert [(one.name, one.high) for one in space.parameters] == [
+        ("serial", 3),
+        ("prefix", 2),
+        ("layers_0_2", 1),
+        ("layers_3_5", 1),
+        ("learning_rate", 1e-2),
+    ]
+    config = {"serial": 1, "prefix": 2, "layers_0_2": 1, "layers_3_5": 0, "learning_rate": 1e-3}
+    assert space.candidate(config).peft == "serial(2)@0-2"

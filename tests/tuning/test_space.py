@@ -13,18 +13,10 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
-from polygraft.tuning.space import (
-    Candidate,
-    Config,
-    InvalidConfig,
-    LogUniform,
-    Parameter,
-    Sized,
-    Space,
-    Whole,
-    autopeft,
-    rates,
-)
+from polygraft.tuning.space import Candidate, Rates, Searched, Space, Term, rates
+from polygraft.tuning.spaces.autopeft import autopeft
+from polygraft.tuning.spaces.feasible import checked
+from polygraft.tuning.spaces.parameters import Config, InvalidConfig, LogUniform, Parameter, Whole
 from tests.tuning.standin import SHAPE
 
 BERT_SIZED = ModelShape(arch="llama", layers=12, hidden=768, heads=12, kv_heads=12, head_dim=64, ffn=3072, vocab=30522)
@@ -49,7 +41,8 @@ def point(**given: float) -> Config:
 
 def test_autopeft_on_a_bert_sized_backbone_has_the_published_sizes_and_count() -> None:
     space = autopeft(BERT_SIZED)
-    assert space.methods[0].sizes == (768, 384, 192, 96, 48, 24, 12, 6, 3, 1, 0)
+    assert space.terms[0].searched[0].values == (768, 384, 192, 96, 48, 24, 12, 6, 3, 1)
+    assert space.parameters[0] == Whole("serial", 0, 10)  # 10: off
     wholes = [parameter for parameter in space.parameters if isinstance(parameter, Whole)]
     assert prod(whole.high - whole.low + 1 for whole in wholes) == 2**12 * 11**3
     assert [type(parameter) for parameter in space.parameters] == [Whole] * 15 + [LogUniform]
@@ -74,7 +67,7 @@ def test_the_learning_rate_has_two_digits_so_that_near_copies_are_equal() -> Non
 @given(configs_of(SPACE))
 @settings(max_examples=200)
 def test_every_configuration_is_a_union_that_parses_or_is_declared_invalid(config: Config) -> None:
-    off = all(config[sized.method] == len(sized.sizes) - 1 for sized in SPACE.methods)
+    off = all(config[term.name] == len(term.searched[0].values) for term in SPACE.terms)
     out = not any(config[parameter.name] for parameter in SPACE.parameters if parameter.name.startswith("layers_"))
     if off or out:
         with pytest.raises(InvalidConfig, match=r"off|out"):
@@ -90,14 +83,14 @@ def test_a_mask_covers_every_layer_exactly_once(layers: int, groups: int, larges
     shape = ModelShape(arch="llama", layers=layers, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512)
     space = autopeft(shape, groups=min(groups, layers), largest=largest)
     assert [layer for first, last in space.groups for layer in range(first, last + 1)] == list(range(layers))
-    assert space.methods[0].sizes[0] == largest and space.methods[0].sizes[-2:] == (1, 0)
+    sizes = space.terms[0].searched[0].values
+    assert (sizes[0], sizes[-1]) == (largest, 1)
 
 
 def test_any_method_with_a_size_makes_a_space() -> None:
-    space = Space(SHAPE, (Sized("lora", 64),), (), rates(["lora"]))
-    assert space.candidate({"lora": 3, "learning_rate": 3e-4}).peft == "lora(8)"
-    low, high = space.learning_rate
-    assert low < find("lora").learning_rate < high
+    space = Space(SHAPE, (Term("lora", "lora", (Searched("r", (4, 8)),)),), rates(["lora"]))
+    assert space.candidate({"lora": 1, "learning_rate": 3e-4}).peft == "lora(8)"
+    assert space.learning_rate.low < find("lora").learning_rate < space.learning_rate.high
 
 
 @pytest.mark.parametrize(
@@ -120,4 +113,6 @@ def test_a_space_that_has_no_grafts_is_refused() -> None:
     with pytest.raises(SpecError, match="largest: 0"):
         autopeft(SHAPE, largest=0)
     with pytest.raises(SpecError, match="unknown method 'lorra'"):
-        Space(SHAPE, (Sized("lorra", 8),), (), (1e-4, 1e-3))
+        checked(Space(SHAPE, (Term("lorra", "lorra"),), Rates(1e-4, 1e-3)))
+    with pytest.raises(SpecError, match=r"learning_rate: 0\.01 to 0\.001 is not a range"):
+        Rates(1e-2, 1e-3)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from polygraft.tuning.plan import LOSS, PARAMETERS
-from polygraft.tuning.space import Candidate, Config, autopeft
+from polygraft.tuning.space import Candidate
+from polygraft.tuning.spaces.autopeft import autopeft
+from polygraft.tuning.spaces.parameters import Config
 from polygraft.tuning.study import ATTEMPTS, Exhausted, Failure, Result, Study, Trial, TrialState, pareto
 from tests.tuning.standin import SHAPE
 

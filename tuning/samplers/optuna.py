@@ -13,13 +13,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from math import exp, log
+from math import log
 from typing import Literal
 
 import numpy as np
 import optuna
 
-from polygraft.tuning.space import Config, LogUniform, Parameter
+from polygraft.tuning.spaces.parameters import (
+    Choice,
+    Config,
+    LogUniform,
+    Parameter,
+    Uniform,
+    at_shares,
+    filled,
+    projected,
+)
 from polygraft.tuning.study import ATTEMPTS, Objective, Trial
 
 Model = Literal["tpe", "gp"]
@@ -46,7 +55,7 @@ class OptunaSampler:
                 directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
             )
             study.add_trials([self._known(trial) for trial in trials])
-            return study.ask(self._distributions()).params
+            return projected(self.parameters, study.ask(self._distributions()).params)
 
     def _spread(self, number: int, attempt: int) -> Config:
         """A point of a Latin hypercube of `startup` points, each block of that many trials and each attempt its own."""
@@ -54,10 +63,7 @@ class OptunaSampler:
         chance = np.random.default_rng([self.seed, attempt, block])
         strata = chance.permuted(np.tile(np.arange(self.startup), (len(self.parameters), 1)), axis=1)[:, index]
         shares = (strata + chance.random(len(self.parameters))) / self.startup
-        return {
-            parameter.name: _at(parameter, float(share))
-            for parameter, share in zip(self.parameters, shares, strict=True)
-        }
+        return at_shares(self.parameters, map(float, shares))
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         seed = int(np.random.SeedSequence([self.seed, number, attempt]).generate_state(1)[0])
@@ -72,7 +78,7 @@ class OptunaSampler:
         values = trial.values and [log(v) if o.log else v for o, v in zip(self.objectives, trial.values, strict=True)]
         return optuna.trial.create_trial(
             state=states.get(trial.state, optuna.trial.TrialState.FAIL),
-            params=dict(trial.config),
+            params=dict(filled(self.parameters, trial.config)),
             distributions=self._distributions(),
             values=values,
         )
@@ -82,16 +88,15 @@ class OptunaSampler:
 
 
 def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
-    if isinstance(parameter, LogUniform):
-        return optuna.distributions.FloatDistribution(parameter.low, parameter.high, log=True)
-    return optuna.distributions.IntDistribution(parameter.low, parameter.high)
-
-
-def _at(parameter: Parameter, share: float) -> float:
-    """The value below which this share, in [0, 1), of the parameter's range lies."""
-    if isinstance(parameter, LogUniform):
-        return min(parameter.high, exp(log(parameter.low) + share * (log(parameter.high) - log(parameter.low))))
-    return parameter.low + int(share * (parameter.high - parameter.low + 1))
+    match parameter:
+        case LogUniform(low=low, high=high):
+            return optuna.distributions.FloatDistribution(low, high, log=True)
+        case Uniform(low=low, high=high):
+            return optuna.distributions.FloatDistribution(low, high)
+        case Choice(count=count):
+            return optuna.distributions.CategoricalDistribution(range(count))
+        case _:
+            return optuna.distributions.IntDistribution(parameter.low, parameter.high)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, get_args
 
 from polygraft.grafts.methods.additive.prefix import prefix
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Rows, Scale, Sublayers, Width
 from polygraft.grafts.spec import Act, Affine, Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def serial(size: int = 64, act: str = "gelu", at: str = "attn.out|ffn.out", bias: int = 0) -> tuple[Slot, ...]:
+def serial(size: Width = 64, act: str = "gelu", at: Sublayers = "attn.out|ffn.out", bias: int = 0) -> tuple[Slot, ...]:
     """h + B act(A h) on the output h of attention and of the feed-forward, before each is added to the residual stream:
     two adapters a layer (Houlsby et al. 2019, arXiv 1902.00751, section 2.1 and figure 2).
 
@@ -29,7 +30,7 @@ def serial(size: int = 64, act: str = "gelu", at: str = "attn.out|ffn.out", bias
     return _with_bias(Branch(at=at, rank=size, act=act_of(act), tap="output", bias=_flag(bias)))
 
 
-def pfeiffer(size: int = 64, act: str = "relu", at: str = "block.out", bias: int = 1) -> tuple[Slot, ...]:
+def pfeiffer(size: Width = 64, act: str = "relu", at: str = "block.out", bias: int = 1) -> tuple[Slot, ...]:
     """h + B act(A h + a) + b on the residual stream at the end of each layer: one adapter a layer in place of Houlsby's
     two (Pfeiffer et al. 2021, arXiv 2005.00247, section 3, the configuration that its search found).
 
@@ -43,7 +44,7 @@ def pfeiffer(size: int = 64, act: str = "relu", at: str = "block.out", bias: int
 
 
 def parallel(
-    size: int = 64, scale: float = 4.0, act: str = "relu", at: str = "ffn.out", bias: int = 0
+    size: Width = 64, scale: Scale = 4.0, act: str = "relu", at: Sublayers = "ffn.out", bias: int = 0
 ) -> tuple[Slot, ...]:
     """y + s B relu(A x), an adapter that reads what the feed-forward reads and is added to what it gives (He et al.
     2022, arXiv 2110.04366, table 1 and section 4.5).
@@ -58,7 +59,7 @@ def parallel(
     return _with_bias(Branch(at=at, rank=size, scale=scale, act=act_of(act), bias=_flag(bias)))
 
 
-def adaptformer(size: int = 64, scale: float = 0.1) -> tuple[Slot, ...]:
+def adaptformer(size: Width = 64, scale: Scale = 0.1) -> tuple[Slot, ...]:
     """y + 0.1 (B relu(A x + a) + b) beside the feed-forward: a parallel adapter with a small fixed factor, made for
     vision transformers (Chen et al. 2022, arXiv 2205.13535, eq. 3).
 
@@ -70,7 +71,7 @@ def adaptformer(size: int = 64, scale: float = 0.1) -> tuple[Slot, ...]:
     return parallel(size, scale, bias=1)
 
 
-def scaled_parallel(size: int = 64, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+def scaled_parallel(size: Width = 64, act: str = "relu", at: Sublayers = "ffn.out") -> tuple[Slot, ...]:
     """A parallel adapter whose factor s is trained, from 1: y + s B relu(A x) (He et al. 2022, arXiv 2110.04366,
     section 4.5 discusses the factor; as AdapterHub's scaled_par_bn).
 
@@ -81,7 +82,7 @@ def scaled_parallel(size: int = 64, act: str = "relu", at: str = "ffn.out") -> t
     return (Branch(at=at, rank=size, act=act_of(act), form=DeclRef("scaled")),)
 
 
-def mam(length: int = 30, size: int = 512, scale: float = 4.0) -> tuple[Slot, ...]:
+def mam(length: Rows = 30, size: Width = 512, scale: Scale = 4.0) -> tuple[Slot, ...]:
     """Mix-and-match: a short prefix at attention and a large parallel adapter beside the feed-forward, the pair that He
     et al. 2022 (arXiv 2110.04366, section 4.6) arrive at.
 

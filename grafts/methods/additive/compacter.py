@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Sublayers, Width
 from polygraft.grafts.methods.reparameterised.kronecker import divided, kronecker_sum
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -17,7 +18,7 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def compacter(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+def compacter(size: Width = 24, n: int = 4, act: str = "gelu", at: Sublayers = "attn.out|ffn.out") -> tuple[Slot, ...]:
     """Serial adapters whose two matrices are sums of Kronecker products, sum_i S_i (x) (s_i t_i^T), with the small S
     [n, n, n] shared by all sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647, section 3).
 
@@ -31,7 +32,7 @@ def compacter(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out
     return _adapter("compacter", size, n, act, at)
 
 
-def phm(size: int = 24, n: int = 4, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+def phm(size: Width = 24, n: int = 4, act: str = "gelu", at: Sublayers = "attn.out|ffn.out") -> tuple[Slot, ...]:
     """Serial adapters whose two matrices are sum_i S_i (x) T_i with full T_i [d / n, k / n] and the small S [n, n, n]
     shared by all sites: the PHM layer that Compacter starts from (Karimi Mahabadi et al. 2021, arXiv 2106.04647,
     section 3).

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Rows
 from polygraft.grafts.spec import DeclRef, Slot, SpecError, Tokens
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _STAYS = 1e-10  # PEFT's radius of a label's ball
 
 
 def cpt(
-    length: int = 20, ids: str = "", types: str = "", epsilon: float = 0.1, format_epsilon: float = 0.1
+    length: Rows = 20, ids: str = "", types: str = "", epsilon: float = 0.1, format_epsilon: float = 0.1
 ) -> tuple[Slot, ...]:
     """Context-aware prompt tuning: virtual tokens that start as the embeddings E of a context's own tokens and may move
     within a ball around each, P = E + D with |D_i| <= epsilon_i sqrt(width / 2048); after every step D is projected

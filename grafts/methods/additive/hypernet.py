@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Sublayers, Width
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def hypernet_adapter(
-    size: int = 24, embedding: int = 64, code: int = 32, act: str = "gelu", at: str = "attn.out|ffn.out"
+    size: Width = 24, embedding: int = 64, code: int = 32, act: str = "gelu", at: Sublayers = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
     """Serial adapters whose matrices are a linear function of a code, the code being a small network's function of a
     trained embedding of the site; the networks are shared by all sites. It is HyperFormer's way to make adapters

@@ -4,10 +4,11 @@ training of those before the first that is learned."""
 from __future__ import annotations
 
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.ranges import Rows
 from polygraft.grafts.spec import Slot, SpecError, Tokens
 
 
-def smop(length: int = 5, k: int = 4, noise: float = 1.0) -> tuple[Slot, ...]:
+def smop(length: Rows = 5, k: int = 4, noise: float = 1.0) -> tuple[Slot, ...]:
     """A sparse mixture of prompts: p_c P_c, one of `k` short prompts, with p = softmax(L x), c = argmax p and x the
     mean of the embeddings of the request's own tokens (Choi et al. 2023, EMNLP).
 
@@ -22,7 +23,7 @@ def smop(length: int = 5, k: int = 4, noise: float = 1.0) -> tuple[Slot, ...]:
     return (Tokens(length=length, gate="highest", experts=k, noise=noise),)
 
 
-def idpg(length: int = 5, hidden: int = 256) -> tuple[Slot, ...]:
+def idpg(length: Rows = 5, hidden: int = 256) -> tuple[Slot, ...]:
     """A prompt made of the input: W2 relu(W1 x + b1) + b2 before the first layer, with x the mean of the input's
     embeddings (Wu et al. 2022, arXiv 2204.04497, the variant S-IDPG-DNN). It starts at W2 = 0 and b2 a sample's text.
 

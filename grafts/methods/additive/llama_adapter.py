@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Rows
 from polygraft.grafts.spec import KV, DeclRef, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def llama_adapter(length: int = 10) -> tuple[Slot, ...]:
+def llama_adapter(length: Rows = 10) -> tuple[Slot, ...]:
     """Every row also attends to a trained prompt P, in a softmax of its own times a gate that starts at 0: h += g
     softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, section 3.2).
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Rows
 from polygraft.grafts.spec import KV, DeclRef, Slot
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def lpt(length: int = 20) -> tuple[Slot, ...]:
+def lpt(length: Rows = 20) -> tuple[Slot, ...]:
     """Late prompt tuning: a trained prompt P enters in front of the rows before the first of its layers and runs on
     with them through the frozen ones, [P; H] (Liu et al. 2022, arXiv 2210.11292, section 3). P starts as what that
     layer reads of a sample.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Density, Dropout, Projections, Rank, Sublayers, Width
 from polygraft.grafts.spec import Branch, DeclRef, GraftSpec, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ _CRITERIA = {"magnitude": "largest", "snip": "snip", "random": "bernoulli"}
 
 
 def sparse_adapter(
-    size: int = 256, density: float = 0.2, by: str = "magnitude", act: str = "gelu", at: str = "attn.out|ffn.out"
+    size: Width = 256,
+    density: Density = 0.2,
+    by: str = "magnitude",
+    act: str = "gelu",
+    at: Sublayers = "attn.out|ffn.out",
 ) -> tuple[Slot, ...]:
     """A serial adapter that is pruned before it is trained, so that a wide one costs as much as a narrow dense one (He
     et al. 2022, arXiv 2210.04284).
@@ -42,7 +47,9 @@ def sparse_adapter(
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
-def propetl(size: int = 64, density: float = 0.5, act: str = "gelu", at: str = "attn.out|ffn.out") -> tuple[Slot, ...]:
+def propetl(
+    size: Width = 64, density: Density = 0.5, act: str = "gelu", at: Sublayers = "attn.out|ffn.out"
+) -> tuple[Slot, ...]:
     """One adapter for all sites, of which every site keeps the elements with its own largest scores: a prototype under
     binary masks, a score having the gradient of its mask (Zeng et al. 2023, arXiv 2305.17682).
 
@@ -57,7 +64,12 @@ def propetl(size: int = 64, density: float = 0.5, act: str = "gelu", at: str = "
 
 
 def capaboost(
-    r: int = 8, alpha: float = 16.0, d: int = 2, density: float = 0.5, at: str = "linear", dropout: float = 0.0
+    r: Rank = 8,
+    alpha: Alpha = 16.0,
+    d: int = 2,
+    density: Density = 0.5,
+    at: Projections = "linear",
+    dropout: Dropout = 0.0,
 ) -> tuple[Slot, ...]:
     """d LoRAs that share A and B under d fixed random masks, whose sum has up to d times the rank: dW = s sum_i (B *
     M_i) (A * M'_i) (Song et al. 2024, arXiv 2407.01320).

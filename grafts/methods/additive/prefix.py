@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Packed, Peft
+from polygraft.grafts.methods.ranges import Rows
 from polygraft.grafts.spec import KV, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, "Tensor"]
 
 
-def prefix(length: int = 10) -> tuple[Slot, ...]:
+def prefix(length: Rows = 10) -> tuple[Slot, ...]:
     """Trained keys and values before every layer's own: K <- [P_k; K], V <- [P_v; V] (Li & Liang 2021, arXiv
     2101.00190, section 4.2; trained without a network it is p-tuning v2, Liu et al. 2022, arXiv 2110.07602). They start
     as the keys and values of real text.
@@ -36,7 +37,7 @@ def prefix(length: int = 10) -> tuple[Slot, ...]:
     return (KV(length=length),)
 
 
-def prefix_mlp(length: int = 10, hidden: int = 512) -> tuple[Slot, ...]:
+def prefix_mlp(length: Rows = 10, hidden: int = 512) -> tuple[Slot, ...]:
     """Prefix rows made by one network of two layers from one small embedding, [k_l; v_l] = W2_l tanh(W1 E + b1) + b2_l,
     while they are trained (Li & Liang 2021, arXiv 2101.00190, section 4.3).
 
@@ -55,7 +56,7 @@ def network(hidden: int) -> DeclRef:
     return DeclRef("prefix-mlp", (("hidden", hidden),))
 
 
-def cartridge(length: int = 64, frozen: int = 1) -> tuple[Slot, ...]:
+def cartridge(length: Rows = 64, frozen: int = 1) -> tuple[Slot, ...]:
     """A prefix that starts as the keys and values of a long text and is trained on, its first rows staying as they
     start, so that what attends to nothing else goes on to attend to them (Eyuboglu et al. 2025, arXiv 2506.06266,
     section 3).

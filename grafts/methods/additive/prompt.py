@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Rank, Rows
 from polygraft.grafts.sites import EMBED_SITE
 from polygraft.grafts.spec import DeclRef, Slot, SpecError, Tokens
 
@@ -23,7 +24,7 @@ _CELLS = range(4)  # of an LSTM of two layers and two directions
 _WIDE = DeclRef("normal", (("std", 1.0),))
 
 
-def prompt(length: int = 20, start: str = "text") -> tuple[Slot, ...]:
+def prompt(length: Rows = 20, start: str = "text") -> tuple[Slot, ...]:
     """Trained rows P before the embeddings of a sequence, [P; E(x)] (Lester et al. 2021, arXiv 2104.08691, section 2).
 
     `start`: the embeddings of the first sample's tokens, of random tokens, or random numbers. On an image backbone it
@@ -42,7 +43,7 @@ def prompt(length: int = 20, start: str = "text") -> tuple[Slot, ...]:
     return (Tokens(length=length, start=made),)
 
 
-def p_tuning(length: int = 20, hidden: int = 128, encoder: str = "mlp") -> tuple[Slot, ...]:
+def p_tuning(length: Rows = 20, hidden: int = 128, encoder: str = "mlp") -> tuple[Slot, ...]:
     """Virtual tokens that an encoder makes of a trained embedding while they are trained: a network of three layers, or
     an LSTM of two with one of two behind it (Liu et al. 2021, arXiv 2103.10385, section 3).
 
@@ -56,7 +57,7 @@ def p_tuning(length: int = 20, hidden: int = 128, encoder: str = "mlp") -> tuple
     return (Tokens(length=length, form=DeclRef(f"p-tuning-{encoder}", (("hidden", _size("hidden", hidden)),))),)
 
 
-def dept(length: int = 10, rows: int = 64, r: int = 8, ratio: float = 60.0) -> tuple[Slot, ...]:
+def dept(length: Rows = 10, rows: int = 64, r: Rank = 8, ratio: float = 60.0) -> tuple[Slot, ...]:
     """DePT: [P; E(x) + A B], a prompt P shorter by what A B of rank r is added to the embeddings of the first `rows`
     tokens, and two learning rates (Shi & Lipani 2024, arXiv 2309.05173, section 2.2).
 

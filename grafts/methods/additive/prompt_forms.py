@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Rank, Rows, Width
 from polygraft.grafts.spec import DeclRef, Slot, SpecError, Tokens
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ Values = Mapping[str, "Tensor"]
 _EPS = 1e-5  # torch's own for a LayerNorm
 
 
-def dpt(length: int = 100, r: int = 10) -> tuple[Slot, ...]:
+def dpt(length: Rows = 100, r: Rank = 10) -> tuple[Slot, ...]:
     """A prompt as a product of two small matrices, P = A B with A [length, r] and B [r, hidden] (Xiao et al. 2023,
     arXiv 2310.10094, section 3).
 
@@ -27,7 +28,7 @@ def dpt(length: int = 100, r: int = 10) -> tuple[Slot, ...]:
     return (Tokens(length=length, form=DeclRef("low-rank-rows", (("r", r), ("std", 1.0)))),)
 
 
-def residual_prompt(length: int = 10, size: int = 64) -> tuple[Slot, ...]:
+def residual_prompt(length: Rows = 10, size: Width = 64) -> tuple[Slot, ...]:
     """P + LayerNorm(W_up relu(W_down P)): a prompt and what a small network shared by its rows makes of each
     (Razdaibiedina et al. 2023, arXiv 2305.03937, section 3).
 
@@ -40,7 +41,7 @@ def residual_prompt(length: int = 10, size: int = 64) -> tuple[Slot, ...]:
     return (Tokens(length=length, form=DeclRef("residual-prompt", (("size", size),))),)
 
 
-def mpt(length: int = 100) -> tuple[Slot, ...]:
+def mpt(length: Rows = 100) -> tuple[Slot, ...]:
     """A prompt times a matrix of rank one, P * (u v^T) (Wang et al. 2023, arXiv 2303.02861, section 3), as PEFT's
     multitask prompt tuning holds it for one task.
 
@@ -53,7 +54,7 @@ def mpt(length: int = 100) -> tuple[Slot, ...]:
     return (Tokens(length=length, form=DeclRef("rank-one-prompt")),)
 
 
-def pruned_prompt(length: int = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
+def pruned_prompt(length: Rows = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
     """A prompt of which rows and then pieces of rows are masked on the way, those whose masks' gradients were smallest,
     and which trains on with what is left (after XPrompt: Ma et al. 2022, arXiv 2210.04457, section 3).
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Ends, Rank
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def loreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+def loreft(r: Rank = 4, first: Ends = 7, last: Ends = 7, at: str = "block.out") -> tuple[Slot, ...]:
     """h + R^T (W h + b - R h) on the residual stream after each layer, R with orthonormal rows: an edit within a
     subspace of rank r, of the prompt's first and last tokens alone (Wu et al. 2024, arXiv 2404.03592, eq. 2 and section
     4).
@@ -30,7 +31,7 @@ def loreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> 
     return (_edit(r, first, last, at, DeclRef("reft", (("orthonormal", 1),))),)
 
 
-def noreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+def noreft(r: Rank = 4, first: Ends = 7, last: Ends = 7, at: str = "block.out") -> tuple[Slot, ...]:
     """LoReFT with any R in place of an orthonormal one, h + R^T (W h + b - R h) (in the authors' library; LoReFT is Wu
     et al. 2024, arXiv 2404.03592, eq. 2).
 
@@ -43,7 +44,7 @@ def noreft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> 
     return (_edit(r, first, last, at, DeclRef("reft", (("orthonormal", 0),))),)
 
 
-def direft(r: int = 4, first: int = 7, last: int = 7, at: str = "block.out") -> tuple[Slot, ...]:
+def direft(r: Rank = 4, first: Ends = 7, last: Ends = 7, at: str = "block.out") -> tuple[Slot, ...]:
     """h + W2^T (W1 h + b) on the residual stream of the prompt's first and last tokens: LoReFT without the difference
     and the orthogonality (Wu et al. 2024, arXiv 2404.03592, eq. 3).
 

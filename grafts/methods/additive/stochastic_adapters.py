@@ -8,6 +8,7 @@ from zlib import crc32
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Experts, Sublayers, Width
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ Values = Mapping[str, "Tensor"]
 
 
 def adapter_drop(
-    size: int = 64, upto: int = 11, drop: int = 0, act: str = "gelu", at: str = "attn.out|ffn.out"
+    size: Width = 64, upto: int = 11, drop: int = 0, act: str = "gelu", at: Sublayers = "attn.out|ffn.out"
 ) -> tuple[Slot, ...]:
     """AdapterDrop: every step draws n from 0 to `upto` and goes without the serial adapters of the first n layers, so
     that the graft may be served without those of any so many (Rueckle et al. 2021, arXiv 2010.11918, section 3).
@@ -38,7 +39,9 @@ def adapter_drop(
     return (Branch(at=at, rank=size, act=act_of(act), tap="output", form=form),)
 
 
-def averaged_adapters(size: int = 16, experts: int = 4, act: str = "relu", at: str = "ffn.out") -> tuple[Slot, ...]:
+def averaged_adapters(
+    size: Width = 16, experts: Experts = 4, act: str = "relu", at: str = "ffn.out"
+) -> tuple[Slot, ...]:
     """Serial adapters with several matrices down and several up, of which every training step and site uses a random
     one each, drawn apart; served are their means (after AdaMix: Wang et al. 2022, arXiv 2205.12410, section 3).
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Experts, Projections, Rank
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def molora(r: int = 4, experts: int = 4, alpha: float = 8.0, at: str = "linear", top: int = 0) -> tuple[Slot, ...]:
+def molora(
+    r: Rank = 4, experts: Experts = 4, alpha: Alpha = 8.0, at: Projections = "linear", top: int = 0
+) -> tuple[Slot, ...]:
     """A mixture of LoRAs at every projection, y += s sum_i w_i B_i A_i x with w = softmax(W_g x) of every row (Zadouri
     et al. 2023, arXiv 2309.05444); with `top` over the highest scores alone (MoLA, Gao et al. 2024, arXiv 2402.08562).
 
@@ -25,7 +28,7 @@ def molora(r: int = 4, experts: int = 4, alpha: float = 8.0, at: str = "linear",
     return (_mixture(r, experts, alpha, at, top),)
 
 
-def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "linear") -> tuple[Slot, ...]:
+def hydralora(r: Rank = 8, experts: Experts = 3, alpha: Alpha = 16.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """One A for all experts and a B each, weighed by the row: y += s sum_i w_i B_i A x, w = softmax(W_g x) (Tian et al.
     2024, arXiv 2404.19245, eq. 3 and 4).
 
@@ -38,7 +41,7 @@ def hydralora(r: int = 8, experts: int = 3, alpha: float = 16.0, at: str = "line
 
 
 def job_gated_experts(
-    r: int = 16, experts: int = 8, alpha: float = 16.0, at: str = "linear", task: int = 16
+    r: Rank = 16, experts: Experts = 8, alpha: Alpha = 16.0, at: Projections = "linear", task: int = 16
 ) -> tuple[Slot, ...]:
     """Several LoRAs whose weights are the job's own, the same at all rows and sites: w = softmax(W_T e) with a trained
     vector e and one W_T (after MOELoRA: Liu et al. 2023, arXiv 2310.18339, section 3.3).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Projections, Rank, Sublayers, Width
 from polygraft.grafts.sites import Site
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError, source_names
 
@@ -23,7 +24,7 @@ Values = Mapping[str, "Tensor"]
 Parts = Mapping[str, TensorDecl]
 
 
-def meteora(r: int = 8, at: str = "linear", top: int = 2, *, of: str = "one|two") -> tuple[Slot, ...]:
+def meteora(r: Rank = 8, at: Projections = "linear", top: int = 2, *, of: str = "one|two") -> tuple[Slot, ...]:
     """Trained LoRAs stay as they are and a gate weighs them row by row: y += sum_i w_i s_i B_i A_i x with w a softmax
     over the `top` highest of G x at every site (Xu et al. 2024, arXiv 2405.13053, section 3).
 
@@ -38,7 +39,7 @@ def meteora(r: int = 8, at: str = "linear", top: int = 2, *, of: str = "one|two"
     return (Branch(at=at, rank=count * r, gate="softmax", experts=count, top=top, form=form),)
 
 
-def output_gated_loras(r: int = 8, at: str = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
+def output_gated_loras(r: Rank = 8, at: Projections = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
     """Trained LoRAs stay as they are and a gate that reads what they give weighs them: y += sum_i w_i E_i x with w =
     softmax(e [E_1 x; ...; E_N x]) and E_i = s_i B_i A_i, row by row (after MoLE: Wu et al. 2024, arXiv 2404.13628,
     section 3).
@@ -56,7 +57,7 @@ def output_gated_loras(r: int = 8, at: str = "linear", *, of: str = "one|two") -
 
 
 def o_lora(
-    r: int = 8, alpha: float = 16.0, at: str = "linear", old: int = 8, penalty: float = 0.5, *, of: str = "one"
+    r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", old: int = 8, penalty: float = 0.5, *, of: str = "one"
 ) -> tuple[Slot, ...]:
     """One LoRA more beside trained ones, kept orthogonal to them by a penalty lambda sum |A_i A^T|^2 (Wang et al. 2023,
     arXiv 2310.14152, section 3).
@@ -80,7 +81,7 @@ def _penalties(
     return (DeclRef("o-lora", (("weight", penalty),)),)
 
 
-def fusion(size: int = 64, act: str = "gelu", at: str = "ffn.out", *, of: str = "one|two") -> tuple[Slot, ...]:
+def fusion(size: Width = 64, act: str = "gelu", at: Sublayers = "ffn.out", *, of: str = "one|two") -> tuple[Slot, ...]:
     """AdapterFusion: every row attends to the outputs z_i of trained adapters, h + sum_i softmax_i((h Q) (z_i K)^T) z_i
     V (Pfeiffer et al. 2021, arXiv 2005.00247, section 3.2).
 

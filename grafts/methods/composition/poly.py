@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Projections, Rank
 from polygraft.grafts.methods.selective.support import uniform
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _EPS, _SPREAD = 1e-12, 1e-3  # PEFT's own
 
 
-def poly(r: int = 8, skills: int = 4, splits: int = 1, at: str = "linear") -> tuple[Slot, ...]:
+def poly(r: Rank = 8, skills: int = 4, splits: int = 1, at: Projections = "linear") -> tuple[Slot, ...]:
     """Polytropon: y += (1 / r) B A x of a mixture of skills, A = sum_s w_s A_s and B = sum_s w_s B_s with w =
     sigmoid(z) / sum sigmoid(z) (Ponti et al. 2023, arXiv 2202.13914); with splits the inputs and outputs are cut into
     as many blocks, each with weights of its own (MHR: Caccia et al. 2023, arXiv 2211.03831).

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Rows
 from polygraft.grafts.spec import DeclRef, GraftSpec, Slot, SpecError, Tokens, source_names
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def go_on_hooks(*, of: str = "one") -> tuple[DeclRef, ...]:
     return (DeclRef("from", (("of", of),)),)
 
 
-def spot(length: int = 20, *, of: str = "one") -> tuple[Slot, ...]:
+def spot(length: Rows = 20, *, of: str = "one") -> tuple[Slot, ...]:
     """SPoT: a prompt that starts as one trained on another task, or as the mean of several (Vu et al. 2022, arXiv
     2110.07904, section 2).
 
@@ -54,7 +55,7 @@ def _spot(length: int = 20, *, of: str = "one") -> tuple[DeclRef, ...]:
     return go_on_hooks(of=of)
 
 
-def ipt(length: int = 20, d: int = 1, *, of: str = "one|two") -> tuple[Slot, ...]:
+def ipt(length: Rows = 20, d: int = 1, *, of: str = "one|two") -> tuple[Slot, ...]:
     """Intrinsic prompt tuning: a prompt that moves only inside the subspace which prompts of other tasks span, P = m +
     sum_i z_i D_i, z alone being trained (Qin et al. 2021, arXiv 2110.07867, section 3).
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.adapters import act_of
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Scale, Sublayers, Width
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ Values = Mapping[str, "Tensor"]
 HALF = 0.6744897501960817  # P(|x| < HALF) = 1/2 for a standard normal x
 
 
-def binary_adapter(size: int = 32, scale: float = 1.0, act: str = "gelu", at: str = "ffn.out") -> tuple[Slot, ...]:
+def binary_adapter(
+    size: Width = 32, scale: Scale = 1.0, act: str = "gelu", at: Sublayers = "ffn.out"
+) -> tuple[Slot, ...]:
     """Bi-Adapter: a parallel adapter whose weights are computed with as mean +- 0.674 deviations, the two medians of a
     normal distribution's halves; rounding passes gradients on (Jie et al. 2023, arXiv 2307.16867, section 3).
 

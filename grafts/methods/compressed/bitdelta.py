@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from polygraft.grafts.methods.composition.warm_start import go_on_hooks
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Projections
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 WORD = 24  # signs a number
 
 
-def bitdelta(at: str = "linear", *, of: str = "") -> tuple[Slot, ...]:
+def bitdelta(at: Projections = "linear", *, of: str = "") -> tuple[Slot, ...]:
     """BitDelta: dW = a sign(W_tuned - W), one bit an element of W and a scale a for every matrix, the mean size of the
     difference at first (Liu et al. 2024, arXiv 2402.10193, section 3.1).
 

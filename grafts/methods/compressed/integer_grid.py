@@ -20,6 +20,7 @@ from polygraft.grafts.methods.declare import (
     Start,
     TensorDecl,
 )
+from polygraft.grafts.methods.ranges import Alpha, Projections, Rank
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Values = Mapping[str, "Tensor"]
 _SMALLEST = 1e-12  # step of a grid, where all values are the same
 
 
-def peqa(bits: int = 4, group: int = 0, at: str = "linear") -> tuple[Slot, ...]:
+def peqa(bits: int = 4, group: int = 0, at: Projections = "linear") -> tuple[Slot, ...]:
     """PEQA: W' = s (clamp(round(W / s0) + z0, 0, 2^bits - 1) - z0), the integers and zero points frozen and the scale s
     of each row, or of each `group` inputs of a row, trained from s0 (Kim et al. 2023, arXiv 2305.14152, eq. 1-2).
 
@@ -46,7 +47,9 @@ def peqa(bits: int = 4, group: int = 0, at: str = "linear") -> tuple[Slot, ...]:
     return (Delta(at=at, form=DeclRef("peqa", (("bits", _checked("peqa", bits)), ("group", group)))),)
 
 
-def qalora(r: int = 8, alpha: float = 16.0, group: int = 32, bits: int = 4, at: str = "linear") -> tuple[Slot, ...]:
+def qalora(
+    r: Rank = 8, alpha: Alpha = 16.0, group: int = 32, bits: int = 4, at: Projections = "linear"
+) -> tuple[Slot, ...]:
     """QA-LoRA: y = x W~ + s (L pool(x)) A B with W~ = a round((W - b) / a) + b quantised by groups of L = `group`
     inputs, a = (max - min) / (2^bits - 1) and b = min, and pool the mean of each group; since all inputs of a group
     share the change, it merges into the offsets, b' = b + s A B (Xu et al. 2023, arXiv 2309.14717, eq. 1 and algorithm

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.compressed.quantisation import Quantisation
 from polygraft.grafts.methods.declare import Method, Start
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections, strength, weight_of
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def loftq(
-    r: int = 8, alpha: float = 8.0, at: str = "linear", dropout: float = 0.0, iterations: int = 1, bits: int = 4
+    r: Rank = 8,
+    alpha: Alpha = 8.0,
+    at: Projections = "linear",
+    dropout: Dropout = 0.0,
+    iterations: int = 1,
+    bits: int = 4,
 ) -> tuple[Slot, ...]:
     """LoftQ: y += s B A x beside a quantised W, where s B A starts as the best rank-r approximation of W - Q_T, and Q_T
     is what T = `iterations` alternations between quantising and approximating leave (Li et al. 2023, arXiv 2310.08659,

@@ -1,11 +1,12 @@
 """QLoRA: LoRA beside a backbone in NF4."""
 
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.lora import lora
 from polygraft.grafts.spec import Slot
 
 
-def qlora(r: int = 64, alpha: float = 16.0, at: str = "linear", dropout: float = 0.1) -> tuple[Slot, ...]:
+def qlora(r: Rank = 64, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.1) -> tuple[Slot, ...]:
     """LoRA beside a backbone in NF4 with double quantisation, the products in the compute type (Dettmers et al. 2023,
     arXiv 2305.14314, eq. 5): the same graft as `lora`, with the paper's sizes, and refused where the backbone is not
     quantised.

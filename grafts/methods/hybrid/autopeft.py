@@ -4,15 +4,16 @@ from polygraft.grafts.methods.additive.adapters import parallel
 from polygraft.grafts.methods.additive.adapters import serial as serial_adapter
 from polygraft.grafts.methods.additive.prefix import prefix as prefix_rows
 from polygraft.grafts.methods.declare import Method
+from polygraft.grafts.methods.ranges import Rows, Width
 from polygraft.grafts.spec import Slot, SpecError
 
 
-def autopeft(serial: int = 48, beside: int = 48, prefix: int = 8) -> tuple[Slot, ...]:
+def autopeft(serial: Width = 48, beside: Width = 48, prefix: Rows = 8) -> tuple[Slot, ...]:
     """A serial and a parallel adapter of the feed-forward and a prefix, each of a size of its own or off, in the layers
     after `@`: a point of AutoPEFT's space (Zhou et al. 2024, arXiv 2301.12132, section 3.1).
 
-    Sizes of the serial adapter, the parallel one (`beside`) and the prefix; 0 leaves one out. `tuning/space.py` is the
-    space of all, which `polygraft search` searches.
+    Sizes of the serial adapter, the parallel one (`beside`) and the prefix; 0 leaves one out.
+    `tuning/spaces/autopeft.py` is the space of all, which `polygraft search` searches.
 
     Deviations: The paper makes the prefix by a network of 800 neurons; here its rows are free.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.additive.prefix import network
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Projections, Rank, Rows, Scale, Sublayers, Width
 from polygraft.grafts.spec import KV, Branch, DeclRef, Slot
 
 if TYPE_CHECKING:
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def unipelt(
-    r: int = 8, size: int = 48, length: int = 10, hidden: int = 512, at: str = "attn.[qv]", adapter: str = "ffn.out"
+    r: Rank = 8,
+    size: Width = 48,
+    length: Rows = 10,
+    hidden: int = 512,
+    at: Projections = "attn.[qv]",
+    adapter: Sublayers = "ffn.out",
 ) -> tuple[Slot, ...]:
     """A LoRA on queries and values, an adapter after the feed-forward and a prefix, each opened by a gate of its own at
     every row: W x + G_L B A x, h + G_A B act(A h), keys and values [G_P P_k; K], [G_P P_v; V], with G = sigmoid(W_G
@@ -34,7 +40,7 @@ def unipelt(
 
 
 def unipelt_al(
-    r: int = 8, size: int = 48, at: str = "attn.[qv]", adapter: str = "ffn.out", scale: float = 1.0
+    r: Rank = 8, size: Width = 48, at: Projections = "attn.[qv]", adapter: Sublayers = "ffn.out", scale: Scale = 1.0
 ) -> tuple[Slot, ...]:
     """UniPELT without its prefix: a LoRA and an adapter, each with a gate at every row, W x + s G_L B A x and h + G_A B
     act(A h) (Mao et al. 2022, arXiv 2110.07577, section 3.2, its variant of adapter and LoRA).
@@ -51,7 +57,7 @@ def unipelt_al(
     )
 
 
-def apt(length: int = 16) -> tuple[Slot, ...]:
+def apt(length: Rows = 16) -> tuple[Slot, ...]:
     """Adaptive prefix tuning: a gate for every prefix row and a factor for every layer, l a * [P_k; P_v] with a =
     sigmoid(W x), x what attention reads (Zhang et al. 2023, arXiv 2305.15212, section 3).
 

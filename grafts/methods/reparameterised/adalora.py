@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ _PENALTIES = ("norms", "squares")
 
 
 def adalora(  # noqa: PLR0913
-    r: int = 12,
-    alpha: float = 16.0,
+    r: Rank = 12,
+    alpha: Alpha = 16.0,
     target: int = 8,
-    at: str = "linear",
-    dropout: float = 0.0,
+    at: Projections = "linear",
+    dropout: Dropout = 0.0,
     warmup: float = 0.1,
     final: float = 0.3,
     every: int = 10,

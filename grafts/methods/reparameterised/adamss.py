@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Peft
+from polygraft.grafts.methods.ranges import Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _ROUNDS = 10  # of k-means, as in PEFT
 
 
-def adamss(r: int = 100, subspaces: int = 5, rank: int = 1, at: str = "attn.[qv]") -> tuple[Slot, ...]:
+def adamss(r: Rank = 100, subspaces: int = 5, rank: int = 1, at: Projections = "attn.[qv]") -> tuple[Slot, ...]:
     """The rows of W fall into K clusters by their coordinates in its r largest right singular directions N, and each
     cluster k takes a small update of its own in these directions, dW_k = B_k A_k N, with only A_k and B_k trained
     (Zheng et al. 2025, NeurIPS, AdaMSS, as PEFT 0.21 has it).

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Packed, Peft
+from polygraft.grafts.methods.ranges import Count, Dropout, Piece, Projections, Rank
 from polygraft.grafts.methods.reparameterised.kronecker import divided
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -21,7 +22,12 @@ Values = Mapping[str, "Tensor"]
 
 
 def vblora(
-    r: int = 4, vectors: int = 256, length: int = 256, k: int = 2, at: str = "linear", dropout: float = 0.0
+    r: Rank = 4,
+    vectors: Count = 256,
+    length: Piece = 256,
+    k: int = 2,
+    at: Projections = "linear",
+    dropout: Dropout = 0.0,
 ) -> tuple[Slot, ...]:
     """LoRA whose A and B are cut into pieces, each a mixture of the k vectors of one shared bank that it gives the
     largest logits (Li et al. 2024, arXiv 2405.15179, eq. 3.1 to 3.3).
@@ -40,7 +46,7 @@ def vblora(
     return (Branch(at=at, rank=r, dropout=dropout, form=form),)
 
 
-def unilora(r: int = 4, d: int = 256, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def unilora(r: Rank = 4, d: Count = 256, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA whose every element of A and B is one of the d elements of one trained vector, over the root of how often
     that is used: a fixed isometric projection of d numbers into LoRA's space (Li et al. 2025, arXiv 2506.00799).
 

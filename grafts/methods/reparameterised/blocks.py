@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.kronecker import divided
 from polygraft.grafts.methods.reparameterised.lora import LORA_HARMLESS, LORA_IDLE, LORA_PATTERNS
 from polygraft.grafts.spec import Branch, DeclRef, Delta, Slot, SpecError
@@ -27,7 +28,7 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def miss(r: int = 64, mini: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def miss(r: Rank = 64, mini: int = 0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """y += D^T sum_j x_j over the pieces x_j of x of width r, so that all pieces share one matrix D [r, out] (Kang &
     Yin 2024, arXiv 2409.15371, eq. 4 to 7; first called Bone).
 
@@ -40,7 +41,7 @@ def miss(r: int = 64, mini: int = 0, at: str = "linear", dropout: float = 0.0) -
     return (Branch(at=at, rank=r, dropout=dropout, form=DeclRef("miss", (("mini", mini),))),)
 
 
-def bat(r: int = 16, at: str = "linear") -> tuple[Slot, ...]:
+def bat(r: Rank = 16, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = W_b D_b + D_b over blocks of r x r, an update that reads W itself (Kang & Yin 2024, arXiv 2409.15371, the
     variant Bat).
 
@@ -52,7 +53,9 @@ def bat(r: int = 16, at: str = "linear") -> tuple[Slot, ...]:
     return (Delta(at=at, form=DeclRef("bat", (("r", r),))),)
 
 
-def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def gralora(
+    r: Rank = 32, alpha: Alpha = 64.0, k: int = 2, at: Projections = "linear", dropout: Dropout = 0.0
+) -> tuple[Slot, ...]:
     """W in k x k blocks with a LoRA of rank r / k each, so that the whole has up to k times LoRA's rank at its number
     of parameters (Jung et al. 2025, arXiv 2505.20355, eq. 5).
 
@@ -67,8 +70,8 @@ def gralora(r: int = 32, alpha: float = 64.0, k: int = 2, at: str = "linear", dr
 
 
 def bdlora(
-    r: int = 8,
-    alpha: float = 16.0,
+    r: Rank = 8,
+    alpha: Alpha = 16.0,
     blocks: int = 2,
     at: str = "attn.[qkv]|ffn.gate|ffn.up",
     rows: str = "attn.o|ffn.down",

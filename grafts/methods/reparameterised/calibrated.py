@@ -7,6 +7,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method, Start
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections, shifted, strength, weight_of
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def eva(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def eva(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA whose A starts as the r principal directions of what the projection reads on the job's first samples, B at 0
     (Paischer et al. 2024, arXiv 2410.07170, section 3).
 
@@ -31,7 +32,7 @@ def eva(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, start=start),)
 
 
-def corda(r: int = 8, alpha: float = 8.0, at: str = "linear", mode: str = "ipm") -> tuple[Slot, ...]:
+def corda(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear", mode: str = "ipm") -> tuple[Slot, ...]:
     """LoRA that starts from a decomposition of W under the covariance C of its inputs, W C = U S V^T; A0, B0 are r
     triplets of U S (V^T C^-1): the first ones (`ipm`, adapt to the samples) or the last (`kpm`, keep what they hold)
     (Yang et al. 2024, arXiv 2406.05223, section 3).
@@ -46,7 +47,7 @@ def corda(r: int = 8, alpha: float = 8.0, at: str = "linear", mode: str = "ipm")
     return shifted(r, alpha / max(r, 1), at, DeclRef("corda", (("mode", mode),)))
 
 
-def lora_ga(r: int = 8, alpha: float = 16.0, at: str = "linear", gamma: float = 16.0) -> tuple[Slot, ...]:
+def lora_ga(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", gamma: float = 16.0) -> tuple[Slot, ...]:
     """LoRA that starts along the first gradient: dL/dW = U S V^T, A0 takes the first r right vectors, B0 the next r
     left ones, both times d_out^(1/4) / gamma^(1/2), with the scale alpha / sqrt(r) (Wang et al. 2024, arXiv 2407.05000,
     algorithm 1).

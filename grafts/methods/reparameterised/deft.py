@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Projections, Rank, Scale
 from polygraft.grafts.methods.reparameterised.spectral import on_projections
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -20,7 +21,7 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def deft(r: int = 8, scale: float = 1.0, by: str = "relu", at: str = "linear") -> tuple[Slot, ...]:
+def deft(r: Rank = 8, scale: Scale = 1.0, by: str = "relu", at: Projections = "linear") -> tuple[Slot, ...]:
     """Some directions of W's output are taken away and others put there: W' = (I - Q K^T) W + s Q R with Q = P and K =
     relu(P), or both the orthonormal columns of P with by=qr (DEFT, NeurIPS 2025, as in PEFT).
 
@@ -31,7 +32,7 @@ def deft(r: int = 8, scale: float = 1.0, by: str = "relu", at: str = "linear") -
     return _branch("deft", r, by, at, ("by", by), ("scale", scale))
 
 
-def para(r: int = 8, by: str = "qr", at: str = "linear") -> tuple[Slot, ...]:
+def para(r: Rank = 8, by: str = "qr", at: Projections = "linear") -> tuple[Slot, ...]:
     """W' = (I - Q Q^T) W: the outputs lose r trained directions and gain none (arXiv 2406.05641, as PEFT's DEFT with
     para).
 

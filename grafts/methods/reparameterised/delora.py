@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
@@ -20,7 +21,7 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def delora(r: int = 8, bound: float = 15.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def delora(r: Rank = 8, bound: float = 15.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """dW = (l / r) sum_i b_i a_i^T / (|b_i| |a_i|): only directions in A and B, and the strength l apart, which bounds
     how far W can be moved (Bini et al. 2025, arXiv 2503.18225, eq. 8).
 

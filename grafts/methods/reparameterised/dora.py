@@ -4,6 +4,7 @@ from math import sqrt
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.lora import (
     LORA_HARMLESS,
     LORA_IDLE,
@@ -15,7 +16,7 @@ from polygraft.grafts.methods.reparameterised.lora import (
 from polygraft.grafts.spec import Norm, Slot, SpecError
 
 
-def dora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def dora(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """W' = m (W + B A) / ||W + B A||_row: LoRA for the direction of each row of W and a trained vector m for its
     length, the norm outside the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11).
 

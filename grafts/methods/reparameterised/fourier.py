@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Count, Piece, Projections
 from polygraft.grafts.methods.reparameterised.kronecker import divided
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
@@ -18,7 +19,9 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def fourierft(n: int = 1000, scale: float = 150.0, at: str = "attn.[qv]", seed: int = 777) -> tuple[Slot, ...]:
+def fourierft(
+    n: Count = 1000, scale: float = 150.0, at: Projections = "attn.[qv]", seed: int = 777
+) -> tuple[Slot, ...]:
     """dW = s Re(F^-1(E)), the inverse Fourier transform of a matrix with n trained entries (Gao et al. 2024, arXiv
     2405.03003, eq. 2 to 4).
 
@@ -31,7 +34,7 @@ def fourierft(n: int = 1000, scale: float = 150.0, at: str = "attn.[qv]", seed: 
     return (Delta(at=at, form=DeclRef("fourierft", (("n", n), ("scale", scale), ("seed", seed)))),)
 
 
-def waveft(n: int = 2592, scale: float = 25.0, at: str = "attn.[qv]", seed: int = 777) -> tuple[Slot, ...]:
+def waveft(n: Count = 2592, scale: float = 25.0, at: Projections = "attn.[qv]", seed: int = 777) -> tuple[Slot, ...]:
     """dW with n trained coefficients of its Haar wavelets, at entries that a seed chooses (Bilican et al. 2025, arXiv
     2505.12532, section 3).
 
@@ -42,7 +45,7 @@ def waveft(n: int = 2592, scale: float = 25.0, at: str = "attn.[qv]", seed: int 
     return (Delta(at=at, form=DeclRef("waveft", (("n", n), ("scale", scale), ("seed", seed)))),)
 
 
-def c3a(block: int = 256, at: str = "linear") -> tuple[Slot, ...]:
+def c3a(block: Piece = 256, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW of blocks of b x b that are circulant, each made of b numbers: a convolution of blocks of x (Chen et al. 2024,
     arXiv 2407.19342, eq. 3 and 4).
 

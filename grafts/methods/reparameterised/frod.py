@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Packed, Peft
+from polygraft.grafts.methods.ranges import Density, Projections
 from polygraft.grafts.methods.reparameterised.spectral import on_projections
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
@@ -29,7 +30,7 @@ Values = Mapping[str, "Tensor"]
 _SHORT = 1e-12  # a column of no length
 
 
-def frod(rate: float = 0.01, ridge: float = 1e-3, at: str = "attn.[qv]") -> tuple[Slot, ...]:
+def frod(rate: Density = 0.01, ridge: float = 1e-3, at: Projections = "attn.[qv]") -> tuple[Slot, ...]:
     """W is written anew as U (diag(l) + S) V^T, with a basis V shared by the same projection of all layers, and l and a
     sparse S are trained, so that the change has full rank (doi 10.1609/aaai.v40i31.39813, as PEFT 0.21 has it).
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Projections, Rank
 from polygraft.grafts.spec import DeclRef, Rotate, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def hra(r: int = 8, at: str = "linear", start: str = "pairs") -> tuple[Slot, ...]:
+def hra(r: Rank = 8, at: Projections = "linear", start: str = "pairs") -> tuple[Slot, ...]:
     """W' = W H_1 ... H_r with trained Householder reflections H_k = 1 - 2 u_k u_k^T / |u_k|^2 (Yuan et al. 2024, arXiv
     2405.17484, eq. 1).
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections, weight_of
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def moslora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def moslora(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA with a trained mixer between its factors, y += s B M A x with M [r, r] random at the start, so that all
     ranks of A and B meet (Wu et al. 2024, arXiv 2406.11909).
 
@@ -27,7 +28,7 @@ def moslora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float 
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=DeclRef("moslora")),)
 
 
-def lora_xs(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def lora_xs(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """y += s B M A x with B = U_r S_r and A = V_r^T of W's truncated SVD, frozen, and only M [r, r] trained (Balazy et
     al. 2024, arXiv 2405.17604, section 3).
 

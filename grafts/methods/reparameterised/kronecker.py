@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Alpha, Projections, Rank, Scale
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def lokr(r: int = 8, alpha: float = 8.0, at: str = "linear", factor: int = -1, both: int = 0) -> tuple[Slot, ...]:
+def lokr(
+    r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear", factor: int = -1, both: int = 0
+) -> tuple[Slot, ...]:
     """dW = (alpha / r) C (x) (B A), a Kronecker product of a small full matrix and one of low rank (Yeh et al. 2024,
     arXiv 2309.14859, eq. 4 and 5).
 
@@ -33,7 +36,7 @@ def lokr(r: int = 8, alpha: float = 8.0, at: str = "linear", factor: int = -1, b
     return (Delta(at=at, form=DeclRef("lokr", arguments)),)
 
 
-def krona(scale: float = 1.0, at: str = "linear", factor: int = -1) -> tuple[Slot, ...]:
+def krona(scale: Scale = 1.0, at: Projections = "linear", factor: int = -1) -> tuple[Slot, ...]:
     """dW = s A (x) B with two full factors (Edalati et al. 2022, arXiv 2212.10650).
 
     `factor` is the wished size of A, -1 for as square as possible.
@@ -45,7 +48,7 @@ def krona(scale: float = 1.0, at: str = "linear", factor: int = -1) -> tuple[Slo
     return (Delta(at=at, form=DeclRef("krona", (("scale", scale), ("factor", factor)))),)
 
 
-def kadaptation(n: int = 4, at: str = "linear") -> tuple[Slot, ...]:
+def kadaptation(n: int = 4, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = sum_i S_i (x) (s_i t_i^T), with the slow weights S_i shared by all sites (He et al. 2022, arXiv 2203.16329).
 
     `n` slow weights of n x n numbers.

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Alpha, Projections, Rank
 from polygraft.grafts.spec import DeclRef, Delta, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def loha(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+def loha(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = s (B1 A1) * (B2 A2), the elementwise product of two matrices of rank r, whose rank reaches r^2 (Hyeon-Woo et
     al. 2022, arXiv 2108.06098, proposition 1).
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.spec import Branch, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def lora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def lora(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """y += (alpha / r) B A x beside a projection, with A [r, in] random and B [out, r] zero at the start (Hu et al.
     2021, arXiv 2106.09685, eq. 3).
 
@@ -27,7 +28,7 @@ def lora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout),)
 
 
-def rslora(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def rslora(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA with the rank-stabilised scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
 
     Deviations: None known.

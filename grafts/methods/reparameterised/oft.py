@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Block, Projections
 from polygraft.grafts.spec import Affine, DeclRef, Rotate, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
+def oft(b: Block = 32, neumann: int = 5, at: Projections = "linear") -> tuple[Slot, ...]:
     """W' = W R with R block-diagonal and orthogonal, by a Cayley transform of a skew-symmetric matrix (Qiu et al. 2023,
     arXiv 2306.07280, eq. 2 and 3). With `neumann` terms the inverse in it is a truncated Neumann series
     (OFTv2: Qiu et al. 2025, arXiv 2506.19847, section 3.3), exact with 0.
@@ -30,7 +31,7 @@ def oft(b: int = 32, neumann: int = 5, at: str = "linear") -> tuple[Slot, ...]:
     return (Rotate(at=at, kind="blocks", size=b, form=DeclRef("oft", (("neumann", neumann),))),)
 
 
-def boft(b: int = 4, m: int = 1, at: str = "linear") -> tuple[Slot, ...]:
+def boft(b: Block = 4, m: int = 1, at: Projections = "linear") -> tuple[Slot, ...]:
     """W' = diag(s) W R with R a product of m orthogonal factors with blocks of size b in a butterfly's order, so that
     every input meets every other (Liu et al. 2024, arXiv 2311.06243, eq. 1 and 2).
 

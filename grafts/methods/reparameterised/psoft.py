@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Packed, Peft
+from polygraft.grafts.methods.ranges import Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, "Tensor"]
 
 
-def psoft(r: int = 32, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def psoft(r: Rank = 32, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """The r largest singular directions of W are turned among themselves, y += U S (R - I) V^T x with R = diag(b) (I +
     Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, as in PEFT).
 

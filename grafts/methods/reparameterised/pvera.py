@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Projections, WideRank
 from polygraft.grafts.methods.reparameterised.vera import frozen_pair
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def pvera(r: int = 256, d: float = 0.1, at: str = "attn.[qv]") -> tuple[Slot, ...]:
+def pvera(r: WideRank = 256, d: float = 0.1, at: Projections = "attn.[qv]") -> tuple[Slot, ...]:
     """VeRA with a distribution in its middle: y += diag(b) B h with h ~ N(m, diag(exp(v))) and [m; v] = diag(d) A x, A
     and B frozen and shared by all layers (arXiv 2512.07703, as PEFT 0.21 has it).
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Projections, Rank
 from polygraft.grafts.spec import DeclRef, Delta, Slot
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def randlora(r: int = 32, alpha: float = 640.0, at: str = "linear") -> tuple[Slot, ...]:
+def randlora(r: Rank = 32, alpha: float = 640.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i) of full rank, with random bases A and B_i frozen and shared by
     all sites, and only the diagonals trained (Albert et al. 2025, arXiv 2502.00987, eq. 4).
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def dylora(
-    r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, served: int = 0
+    r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, served: int = 0
 ) -> tuple[Slot, ...]:
     """LoRA that is trained at all ranks at once: every step draws b from 1 to r and computes with the first b ranks and
     the scale alpha / b, so that the graft may be served at any of them (Valipour et al. 2022, arXiv 2210.07558).
@@ -31,7 +32,7 @@ def dylora(
     return (Branch(at=at, rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
 
-def lora_dropout(r: int = 8, alpha: float = 16.0, at: str = "linear", p: float = 0.5) -> tuple[Slot, ...]:
+def lora_dropout(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", p: float = 0.5) -> tuple[Slot, ...]:
     """LoRA of which every step drops columns of A and rows of B [out, r], each with probability p (Lin et al. 2024,
     arXiv 2404.09610).
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Projections
 from polygraft.grafts.spec import DeclRef, Rotate, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _VARIANTS = {1: 0.5, 2: 1, 4: 2}  # angles an output
 
 
-def road(variant: int = 1, group: int = 64, at: str = "linear") -> tuple[Slot, ...]:
+def road(variant: int = 1, group: int = 64, at: Projections = "linear") -> tuple[Slot, ...]:
     """Pairs of a projection's outputs are turned and scaled, y1' = a cos(t) y1 - a sin(t) y2, y2' = a sin(t) y1 + a
     cos(t) y2 (Liao & Monz 2024, arXiv 2409.00119, eq. 4).
 

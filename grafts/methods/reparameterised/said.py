@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Count, Projections
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def said(d: int = 1000, at: str = "linear", seed: int = 0) -> tuple[Slot, ...]:
+def said(d: Count = 1000, at: Projections = "linear", seed: int = 0) -> tuple[Slot, ...]:
     """Intrinsic dimension, structure-aware: all of the sites' dW are one random projection of one trained vector z [d],
     each with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, section 3).
 

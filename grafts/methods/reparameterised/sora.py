@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ _GATE = "keep"  # a part's name that no other method has, since the hook knows i
 
 
 def sora(
-    r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, threshold: float = 1e-4
+    r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, threshold: float = 1e-4
 ) -> tuple[Slot, ...]:
     """y += s B diag(g) A x with a gate g that a proximal step drives to exact zeros, so that ranks fall away (Ding et
     al. 2023, arXiv 2311.11696, section 3).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method, Start
 from polygraft.grafts.methods.exchange import Packed, Peft
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.lora import LORA_PATTERNS
 from polygraft.grafts.sites import meets_no_projection, sublayers
 from polygraft.grafts.spec import Branch, DeclRef, GraftSpec, Slot, SpecError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, "Tensor"]
 
 
-def pissa(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+def pissa(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """LoRA that starts as the r largest singular triplets of W, so that the principal part of W is what learns (Meng et
     al. 2024, arXiv 2404.02948, eq. 2 to 4).
 
@@ -35,7 +36,7 @@ def pissa(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...
     return shifted(r, alpha / max(r, 1), at, DeclRef("singular", (("end", "major"),)))
 
 
-def milora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+def milora(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """LoRA that starts as the r smallest singular triplets of W, so that what W knows most firmly is left alone (Wang
     et al. 2024, arXiv 2406.09044, section 3).
 
@@ -46,7 +47,7 @@ def milora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ..
     return shifted(r, alpha / max(r, 1), at, DeclRef("singular", (("end", "minor"),)))
 
 
-def olora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...]:
+def olora(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """LoRA that starts as the first r columns of Q and rows of R of W = Q R (Buyukakyuz 2024, arXiv 2406.01775, section
     3).
 
@@ -57,7 +58,7 @@ def olora(r: int = 8, alpha: float = 8.0, at: str = "linear") -> tuple[Slot, ...
     return shifted(r, alpha / max(r, 1), at, DeclRef("qr"))
 
 
-def mica(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def mica(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA whose B is the r minor left singular vectors of W, frozen, and whose A starts at 0 and is trained alone
     (arXiv 2604.01694, as PEFT has it).
 
@@ -69,7 +70,9 @@ def mica(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0
     return (Branch(at=on_projections(at), rank=r, scale=alpha / max(r, 1), dropout=dropout, form=form),)
 
 
-def orthogonal(r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def orthogonal(
+    r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0
+) -> tuple[Slot, ...]:
     """LoRA whose A and B start random in complementary subspaces of the ranks, so that B A = 0 with neither 0 (as
     PEFT's init_lora_weights="orthogonal").
 

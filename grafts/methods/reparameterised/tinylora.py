@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Config, Kept, Peft
+from polygraft.grafts.methods.ranges import Count, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.spectral import on_projections
 from polygraft.grafts.spec import Branch, DeclRef, Slot, SpecError
 
@@ -18,7 +19,9 @@ Parts = Mapping[str, TensorDecl]
 Values = Mapping[str, "Tensor"]
 
 
-def tinylora(r: int = 2, u: int = 64, tied: int = 0, at: str = "linear", dropout: float = 0.0) -> tuple[Slot, ...]:
+def tinylora(
+    r: Rank = 2, u: Count = 64, tied: int = 0, at: Projections = "linear", dropout: Dropout = 0.0
+) -> tuple[Slot, ...]:
     """y += B (sum_i v_i P_i) A x, with A and B the r largest singular directions of W and P_i random, all frozen; only
     v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118, as PEFT has it).
 

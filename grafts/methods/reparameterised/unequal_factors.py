@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Dropout, Projections, Rank
 from polygraft.grafts.methods.reparameterised.lora import lora
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def lora_fa(
-    r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, correct: int = 0
+    r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, correct: int = 0
 ) -> tuple[Slot, ...]:
     """LoRA with A random and frozen and B alone trained (Zhang et al. 2023, arXiv 2308.03303, section 3).
 
@@ -36,7 +37,7 @@ def _correcting(r: int = 8, alpha: float = 16.0, correct: int = 0, **_: object) 
 
 
 def lora_plus(
-    r: int = 8, alpha: float = 16.0, at: str = "linear", dropout: float = 0.0, ratio: float = 16.0
+    r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, ratio: float = 16.0
 ) -> tuple[Slot, ...]:
     """LoRA whose B learns `ratio` times as fast as A (Hayou et al. 2024, arXiv 2402.12354).
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Dropout, Projections, WideRank
 from polygraft.grafts.spec import Branch, DeclRef, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def vera(r: int = 256, d: float = 0.1, at: str = "attn.[qv]", dropout: float = 0.0) -> tuple[Slot, ...]:
+def vera(r: WideRank = 256, d: float = 0.1, at: Projections = "attn.[qv]", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """y += diag(b) B diag(d) A x with A and B random, frozen and shared by all layers; only the vectors d and b are
     trained (Kopiczko et al. 2024, arXiv 2310.11454, eq. 2).
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, TensorDecl
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Projections, Rank, Scale
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ Values = Mapping[str, "Tensor"]
 _DEEPEST = 64
 
 
-def hira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
+def hira(r: Rank = 32, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = W * (B A), elementwise, so that a factor of low rank gives a change of high rank (Huang et al. 2025, ICLR,
     OpenReview TwJrTz9cRS, section 3).
 
@@ -28,7 +29,7 @@ def hira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
     return (Delta(at=at, form=DeclRef("hira", (("r", r),))),)
 
 
-def glora(r: int = 8, kind: str = "lora", at: str = "linear") -> tuple[Slot, ...]:
+def glora(r: Rank = 8, kind: str = "lora", at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = W * (A_d A_u) + B_d B_u, or the two as vectors over the rows with kind=vector: GLoRA's supports for weights
     (Chavan et al. 2023, arXiv 2306.07967).
 
@@ -41,7 +42,7 @@ def glora(r: int = 8, kind: str = "lora", at: str = "linear") -> tuple[Slot, ...
     return (Delta(at=at, form=DeclRef("glora", (("r", r), ("kind", kind)))),)
 
 
-def hiwi(r: int = 16, scale: float = 1.0, at: str = "ffn.*") -> tuple[Slot, ...]:
+def hiwi(r: Rank = 16, scale: Scale = 1.0, at: Projections = "ffn.*") -> tuple[Slot, ...]:
     """An adapter on the rows of W in place of on hidden states, dW = s relu(W A) B, so that its numbers can be thrown
     away after training (Liao et al. 2023, arXiv 2305.16742, section 3.2).
 
@@ -52,7 +53,7 @@ def hiwi(r: int = 16, scale: float = 1.0, at: str = "ffn.*") -> tuple[Slot, ...]
     return (Delta(at=at, form=DeclRef("hiwi", (("r", r), ("scale", scale)))),)
 
 
-def peanut(r: int = 32, depth: int = 0, scale: float = 1.0, at: str = "linear") -> tuple[Slot, ...]:
+def peanut(r: Rank = 32, depth: int = 0, scale: Scale = 1.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """A network on the columns of W makes its change, dW^T = s N(W^T) B with `depth` residual layers in N (arXiv
     2410.01870, as PEFT 0.21 has it).
 

@@ -2,10 +2,11 @@
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Projections
 from polygraft.grafts.spec import Affine, Slot
 
 
-def bitfit(at: str = "linear") -> tuple[Slot, ...]:
+def bitfit(at: Projections = "linear") -> tuple[Slot, ...]:
     """Only biases are trained, y + b; where a projection has none, a zero one is added (Ben Zaken et al. 2022, arXiv
     2106.10199).
 

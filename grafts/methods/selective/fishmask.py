@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Density, Projections
 from polygraft.grafts.sizes import sparse_parts
 from polygraft.grafts.spec import DeclRef, Slot, Sparse, SpecError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _ON, _SEEN = "dip_on", "dip_seen"  # parts that no other method has, since the hook knows its tensors by them
 
 
-def fishmask(density: float = 0.005, room: float = 4.0, at: str = "linear") -> tuple[Slot, ...]:
+def fishmask(density: Density = 0.005, room: float = 4.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """The entries of W with the largest empirical Fisher information on the job's first samples, in all matrices
     together, and only they are trained (Sung et al. 2021, arXiv 2111.09839).
 
@@ -40,7 +41,9 @@ def fishmask(density: float = 0.005, room: float = 4.0, at: str = "linear") -> t
     return (Sparse(at=at, density=min(1.0, density * room), pick=DeclRef("fisher_entries"), form=form),)
 
 
-def moving_mask(density: float = 0.005, pool: float = 4.0, every: int = 10, at: str = "linear") -> tuple[Slot, ...]:
+def moving_mask(
+    density: Density = 0.005, pool: float = 4.0, every: int = 10, at: Projections = "linear"
+) -> tuple[Slot, ...]:
     """A share of W's entries learns at a time, chosen anew every few steps by the squared gradients since the last
     choice, inside a fixed pool of candidates with the largest Fisher information (after Fish-Dip: Das et al. 2023,
     arXiv 2311.03748, section 3).
@@ -62,7 +65,7 @@ def _hooks(every: int = 10, **_: object) -> tuple[DeclRef, ...]:
     return (DeclRef("moving-mask", (("every", every),)),)
 
 
-def moved_rows(density: float = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
+def moved_rows(density: Density = 0.1, at: str = "ffn.gate|ffn.up") -> tuple[Slot, ...]:
     """Whole rows of the feed-forward's first projections learn, those that one gradient step on the job's first samples
     would move most in the L1 norm (after FAR: Vucetic et al. 2022, arXiv 2205.01541, section 3).
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, TensorDecl
+from polygraft.grafts.methods.ranges import Density, Projections
 from polygraft.grafts.spec import Affine, DeclRef, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 _STAYS, _RISE = "bias_stays", "bias_rise"  # parts that no other method has, since the hook knows its tensors by them
 
 
-def s_bitfit(density: float = 0.5, prime: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
+def s_bitfit(density: Density = 0.5, prime: float = 0.3, at: Projections = "linear") -> tuple[Slot, ...]:
     """Biases are trained for a while, those without which the loss would hardly rise are pruned, and what is left is
     trained from the start: structured pruning of BitFit (Lawton et al. 2023, arXiv 2305.16597, section 3).
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Method, SiteShape
 from polygraft.grafts.methods.exchange import Kept, Peft
+from polygraft.grafts.methods.ranges import Density, Projections, Rank
 from polygraft.grafts.spec import Branch, DeclRef, Slot, Sparse, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def shira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
+def shira(r: Rank = 32, at: Projections = "linear") -> tuple[Slot, ...]:
     """y += S x with random entries of W trained, r (in + out) of them, as many as a LoRA of rank r has (Bhardwaj et al.
     2024, arXiv 2406.13175, section 3.1, SHiRA-Rand).
 
@@ -24,7 +25,7 @@ def shira(r: int = 32, at: str = "linear") -> tuple[Slot, ...]:
     return (Sparse(at=at, rank=r),)
 
 
-def pafi(density: float = 0.005, at: str = "linear") -> tuple[Slot, ...]:
+def pafi(density: Density = 0.005, at: Projections = "linear") -> tuple[Slot, ...]:
     """The entries of the smallest |W| are trained, the same share of every matrix: a mask without data, the same for
     all tasks (Liao et al. 2023, arXiv 2305.16742, section 3.1).
 
@@ -36,7 +37,7 @@ def pafi(density: float = 0.005, at: str = "linear") -> tuple[Slot, ...]:
 
 
 def supertuning(
-    sparsity: float = 0.99, end: str = "top", r: int = 0, alpha: float = 0.0, at: str = "linear"
+    sparsity: float = 0.99, end: str = "top", r: int = 0, alpha: float = 0.0, at: Projections = "linear"
 ) -> tuple[Slot, ...]:
     """The entries of the largest |W| are trained (`end` top) or of the smallest (bottom), with a LoRA of rank r beside
     them if there is one, "Supra" (arXiv 2607.09287, as PEFT 0.21 has it).

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.methods.declare import Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Alpha, Density, Projections, Rank
 from polygraft.grafts.sizes import sparse_parts
 from polygraft.grafts.spec import Branch, DeclRef, Slot, Sparse, SpecError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from polygraft.grafts.sizes import TensorSpec
 
 
-def spt(r: int = 8, alpha: float = 16.0, density: float = 0.01, at: str = "linear") -> tuple[Slot, ...]:
+def spt(r: Rank = 8, alpha: Alpha = 16.0, density: Density = 0.01, at: Projections = "linear") -> tuple[Slot, ...]:
     """Sensitivity-aware tuning: the entries of W whose first gradient step lowers the loss most are found in all
     matrices together; a matrix with as many of them as a LoRA has parameters gets a LoRA, the others train just those
     entries (He et al. 2023, arXiv 2303.08566, section 3). The survey's other SPT, selective prompt tuning, is not here.

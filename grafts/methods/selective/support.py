@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from polygraft.grafts.methods.declare import Hook, Lowering, Method, Parametrization, SiteShape, Start, TensorDecl
+from polygraft.grafts.methods.ranges import Density, Projections
 from polygraft.grafts.spec import DeclRef, Delta, Slot, SpecError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _CHILD, _DICE = "child", "child_dice"
 _LOW, _HIGH = -1.5, 1.5  # what the concrete distribution is stretched to
 
 
-def lt_sft(density: float = 0.05, prime: float = 0.5, at: str = "linear") -> tuple[Slot, ...]:
+def lt_sft(density: Density = 0.05, prime: float = 0.5, at: Projections = "linear") -> tuple[Slot, ...]:
     """LT-SFT: after a share `prime` of the steps the share `density` of all entries that changed most stays, all are
     rewound to W, and only those that stay are trained (Ansell et al. 2022, arXiv 2110.07560, section 3.1).
 
@@ -45,7 +46,11 @@ def lt_sft(density: float = 0.05, prime: float = 0.5, at: str = "linear") -> tup
 
 
 def diff_pruning(
-    density: float = 0.005, relax: float = 0.7, penalty: float = 1.25e-7, at: str = "linear", structured: int = 0
+    density: Density = 0.005,
+    relax: float = 0.7,
+    penalty: float = 1.25e-7,
+    at: Projections = "linear",
+    structured: int = 0,
 ) -> tuple[Slot, ...]:
     """Diff pruning: dW = z * w with gates z from the hard concrete distribution and a penalty on how many are open;
     after a share `relax` of the steps dW keeps its share `density` of largest entries, which learn on without gates
@@ -64,7 +69,7 @@ def diff_pruning(
     return (Delta(at=at, form=DeclRef("diff-groups" if structured else "diff")),)
 
 
-def child_tuning(p: float = 0.3, at: str = "linear") -> tuple[Slot, ...]:
+def child_tuning(p: Density = 0.3, at: Projections = "linear") -> tuple[Slot, ...]:
     """Child-Tuning_F: every step a random share `p` of the gradient of W is kept, divided by p (Xu et al. 2021, arXiv
     2109.05687, section 2). With p=1 it is full fine-tuning of the projections, as PEFT's modules_to_save.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 
 import pytest
@@ -14,117 +12,21 @@ from polygraft.cluster import evolve
 from polygraft.cluster.actors import controller as module
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import (
     JobCancelled,
     JobCancelRequested,
     JobHeld,
-    JobStarted,
-    JobSubmitted,
     PackOpened,
 )
-from polygraft.cluster.model import START, DeviceId, Job, JobId, Limits, Pack, PackId, Snapshot
+from polygraft.cluster.model import START, Limits, Snapshot
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Fenced, Store, StoreUnavailable, Write
+from polygraft.cluster.store.base import Fenced, StoreUnavailable
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.cluster.story import story
-from tests.cluster.builders import make_job
-
-A, B = JobId("ftjob-a"), JobId("ftjob-b")
-
-
-@dataclass
-class Processes:
-    """Effects whose processes end when the test says so."""
-
-    opened: list[Pack] = field(default_factory=list)
-    closed: list[PackId] = field(default_factory=list)
-    over: list[PackEnd] = field(default_factory=list)
-    present: dict[DeviceId, int] = field(default_factory=lambda: {DeviceId("d"): 1})
-    refuse: bool = False
-
-    def open_pack(self, pack: Pack) -> None:
-        if self.refuse:
-            raise RuntimeError("no such backbone")
-        self.opened.append(pack)
-
-    def close_pack(self, pack: PackId) -> None:
-        self.closed.append(pack)
-
-    def alive(self) -> Collection[PackId]:
-        return {pack.id for pack in self.opened} - set(self.closed)
-
-    def ended(self) -> Sequence[PackEnd]:
-        return [end for end in self.over if end.pack not in self.closed]
-
-    def devices(self) -> Mapping[DeviceId, int]:
-        return self.present
-
-
-@dataclass
-class World:
-    """A store, a controller over it and the pack's worker, all driven step by step at a time of the test's own."""
-
-    limits: Limits = field(default_factory=Limits)
-    now: float = 100.0
-    store: Store = field(default_factory=MemoryStore)
-    processes: Processes = field(default_factory=Processes)
-
-    def __post_init__(self) -> None:
-        self.controller = self.start("one")
-
-    def start(self, holder: str) -> Controller:
-        return Controller(self.store, self.processes, limits=self.limits, holder=holder, clock=lambda: self.now)
-
-    def submit(self, *names: str, **fields: object) -> None:
-        for name in names:
-            job = make_job(name, **fields)
-            self.store.commit([Write(keys.job(job.id), job, 0)], [JobSubmitted(record=job, at=self.now)])
-
-    def settle(self, controller: Controller | None = None) -> None:
-        """Rounds until nothing new is written."""
-        leader = controller or self.controller
-        if leader._lease is None:
-            assert leader._take_over(steal=True)
-        before = None
-        while before != leader.snapshot.version:
-            before = leader.snapshot.version
-            leader.round()
-            leader._catch_up()
-
-    def work(self) -> None:
-        """What a worker does with its commands, as far as the store shows it."""
-        for pack in (one.value for one in self.store.scan(keys.PACKS)):
-            if pack.state is PackState.OPENING:
-                advance_pack(self.store, PackOpened(pack=pack.id, at=self.now))
-            for _, entry in self.store.read(keys.commands(pack.id)):
-                job = self.job(JobId(str(entry.get("job")))) if "job" in entry else None
-                if job is None or job.final or job.pack != pack.id:
-                    continue
-                if entry["op"] == "admit" and job.state is JobState.QUEUED:
-                    advance_job(
-                        self.store, JobStarted(job=job.id, pack=pack.id, parameters=5, steps_total=9, at=self.now)
-                    )
-                if entry["op"] == "cancel":
-                    advance_job(self.store, JobCancelled(job=job.id, at=self.now))
-
-    def job(self, id: JobId) -> Job:
-        found = self.store.get(keys.job(id))
-        assert found is not None
-        return found.value
-
-    def packs(self) -> list[tuple[str, PackState]]:
-        return [(one.value.id, one.value.state) for one in self.store.scan(keys.PACKS)]
-
-    def running(self) -> PackId:
-        """Jobs a and b running in the one pack."""
-        self.submit("a", "b")
-        for _ in range(2):
-            self.settle()
-            self.work()
-        assert {self.job(A).state, self.job(B).state} == {JobState.RUNNING}
-        return self.processes.opened[-1].id
+from tests.cluster.actors.world import A, B, Processes, World
+from tests.cluster.builders import DEVICE_BYTES, make_device
 
 
 @pytest.fixture
@@ -135,7 +37,8 @@ def world() -> World:
 def test_a_job_goes_from_the_queue_into_a_pack(world: World) -> None:
     world.submit("a")
     world.settle()
-    assert [(one.backbone, one.device) for one in world.processes.opened] == [("b", "d")]
+    opened = [(one.backbone, one.devices, one.bytes) for one in world.processes.opened]
+    assert opened == [("b", ("d",), DEVICE_BYTES // 2)]
     assert (world.job(A).reason, world.job(A).pack) == (Reason.PACK_OPENING, None)
     world.work()
     world.settle()
@@ -147,16 +50,29 @@ def test_a_job_goes_from_the_queue_into_a_pack(world: World) -> None:
 
 
 def test_an_unchanged_reason_is_written_once(world: World) -> None:
-    world.processes.present = {}
+    world.processes.present = []
     world.submit("a")
     for _ in range(5):
         world.settle()
         world.now += 1
     held = [one.event for one in world.store.events(START) if isinstance(one.event, JobHeld)]
     assert [one.reason for one in held] == [Reason.NO_DEVICE]
-    world.processes.present = {DeviceId("d"): 1}
+    world.processes.present = [make_device()]
     world.settle()
     assert world.job(A).reason is Reason.PACK_OPENING
+
+
+def test_devices_are_told_as_they_come_change_and_go(world: World) -> None:
+    for present in ([make_device()], [make_device(speed=2e11), make_device("e")], [make_device("e")]):
+        world.processes.present = present
+        world.settle()
+        assert world.controller.snapshot.devices == {device.id: device for device in present}
+    assert [line.partition("  ")[2] for line in story(world.store, "d")] == [
+        "device d joined: 2 cores, 0.0 GiB",
+        "device d joined: 2 cores, 0.0 GiB",
+        "device d is gone",
+    ]
+    assert len(world.store.events(START)) == 2 + 4, "what stays as it is is told once"
 
 
 def test_a_running_job_is_cancelled_through_its_pack(world: World) -> None:
@@ -389,7 +305,7 @@ def test_a_story_says_why_a_job_waited_and_what_became_of_it(world: World) -> No
         "ftjob-a cancelled",
     ]
     about_pack = [line.partition("  ")[2] for line in story(world.store, pack)]
-    assert about_pack[:2] == [f"{pack} opens with b on device d: jobs wait", f"{pack} is open"]
+    assert about_pack[:2] == [f"{pack} opens with b on device d, 0.0 GiB: jobs wait", f"{pack} is open"]
     assert story(world.store, "ftjob-unknown") == []
 
 

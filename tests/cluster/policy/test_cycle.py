@@ -14,9 +14,10 @@ from polygraft.cluster.model import DeviceId, JobId, Limits, PackId, Snapshot
 from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import JobState, PackState, Reason
-from tests.cluster.builders import make_job, make_pack, make_snapshot, running
+from tests.cluster.builders import DEVICE_BYTES, make_job, make_pack, make_replica, make_snapshot, running
 
-A, B, P, D = JobId("ftjob-a"), JobId("ftjob-b"), PackId("pack-p"), DeviceId("d")
+A, B, P, D, D1 = JobId("ftjob-a"), JobId("ftjob-b"), PackId("pack-p"), DeviceId("d"), DeviceId("d1")
+HALF = DEVICE_BYTES // 2
 NEW = PackId("pack-100002")  # the first pack opened at version 16-2
 OPENING = make_pack(state=PackState.OPENING)
 CLOSING = make_pack(state=PackState.CLOSING)
@@ -29,7 +30,7 @@ def test_nothing_to_do_is_no_decision() -> None:
 def test_a_pack_is_opened_for_the_first_jobs() -> None:
     snapshot = make_snapshot(jobs=(make_job("a"), make_job("b")))
     assert decide(snapshot) == (
-        OpenPack(NEW, "b", D),
+        OpenPack(NEW, "b", (D,), HALF),
         Hold(A, Reason.PACK_OPENING),
         Hold(B, Reason.PACK_OPENING),
     )
@@ -42,13 +43,13 @@ def test_jobs_go_into_the_open_pack_of_their_backbone() -> None:
 
 def test_another_backbone_gets_a_pack_on_another_device() -> None:
     snapshot = make_snapshot(jobs=(make_job("a", backbone="other"),), packs=(make_pack(),), devices=2)
-    assert decide(snapshot) == (OpenPack(NEW, "other", DeviceId("d1")), Hold(A, Reason.PACK_OPENING))
+    assert decide(snapshot) == (OpenPack(NEW, "other", (D1,), HALF), Hold(A, Reason.PACK_OPENING))
 
 
 def test_two_packs_of_one_round_have_different_ids_and_devices() -> None:
     snapshot = make_snapshot(jobs=(make_job("a"), make_job("b", backbone="other")), devices=2)
     opened = [decision for decision in decide(snapshot) if isinstance(decision, OpenPack)]
-    assert len({one.pack for one in opened}) == len({one.device for one in opened}) == 2
+    assert len({one.pack for one in opened}) == len({one.devices for one in opened}) == 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,14 @@ def test_a_job_waits_for_a_reason(pack: object, reason: Reason) -> None:
 
 def test_a_closed_pack_leaves_its_device_to_the_next() -> None:
     snapshot = make_snapshot(jobs=(make_job("a"),), packs=(make_pack(state=PackState.CLOSED),))
-    assert decide(snapshot) == (OpenPack(NEW, "b", D), Hold(A, Reason.PACK_OPENING))
+    assert decide(snapshot) == (OpenPack(NEW, "b", (D,), HALF), Hold(A, Reason.PACK_OPENING))
+
+
+def test_a_pack_goes_where_replicas_have_left_it_room() -> None:
+    snapshot = make_snapshot(jobs=(make_job("a"),), replicas=(make_replica(bytes=HALF + 1),), devices=2)
+    assert decide(snapshot)[0] == OpenPack(NEW, "b", (D1,), HALF)
+    full = replace(snapshot, devices={D: snapshot.devices[D]})
+    assert decide(full) == (Hold(A, Reason.NO_DEVICE),)
 
 
 def test_tenants_take_turns() -> None:
@@ -162,7 +170,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             f"{n}",
             backbone=draw(backbones),
             state=draw(st.sampled_from(PackState)),
-            device=DeviceId(draw(st.sampled_from(["d", "d1", "d2"]))),
+            devices=tuple(draw(st.sets(st.sampled_from([D, D1, DeviceId("d2")]), min_size=1))),
+            bytes=draw(st.integers(0, DEVICE_BYTES)),
             closed_at=draw(st.floats(0, 20)),
         )
         for n in range(draw(st.integers(0, 4)))
@@ -190,7 +199,19 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     limits = Limits(
         max_jobs=draw(st.integers(1, 6)), pack_bytes=draw(st.sampled_from([0, 100 * STATE_BYTES])), row_bytes=0
     )
-    return make_snapshot(jobs=tuple(jobs), packs=tuple(packs), devices=draw(st.integers(0, 3)), limits=limits)
+    replicas = [
+        make_replica(
+            f"r{n}", devices=(draw(st.sampled_from([D, D1, DeviceId("d2")])),), bytes=draw(st.integers(0, DEVICE_BYTES))
+        )
+        for n in range(draw(st.integers(0, 2)))
+    ]
+    return make_snapshot(
+        jobs=tuple(jobs),
+        packs=tuple(packs),
+        replicas=tuple(replicas),
+        devices=draw(st.integers(0, 3)),
+        limits=limits,
+    )
 
 
 @settings(max_examples=150)
@@ -223,8 +244,10 @@ def test_no_budget_is_exceeded_by_an_admission(snapshot: Snapshot) -> None:
 def test_no_device_gets_more_packs_than_it_has_room_for(snapshot: Snapshot) -> None:
     opened = [d for d in decide(snapshot) if isinstance(d, OpenPack)]
     for device in snapshot.devices:
-        here = sum(one.device == device for one in opened)
-        assert here == 0 or here <= snapshot.free_shares(device)
+        here = [one for one in opened if device in one.devices]
+        assert not here or sum(one.bytes for one in here) <= snapshot.free_bytes(device)
+        held = any(device in pack.devices and not pack.final for pack in snapshot.packs.values())
+        assert len(here) <= (0 if held else 1)
     assert len({one.pack for one in opened}) == len(opened) == len({one.backbone for one in opened})
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import get_args
 
@@ -13,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.cluster.events import Event, GraftPublished, JobStarted, JobSubmitted
+from polygraft.cluster.events import (
+    DeviceJoined,
+    Event,
+    GraftPublished,
+    JobStarted,
+    JobSubmitted,
+    PackOpening,
+    ReplicaOpened,
+)
 from polygraft.cluster.model import Graft, GraftId, JobError, JobId, PackId, Record, Snapshot, TenantId
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store import keys
@@ -27,7 +36,7 @@ from polygraft.cluster.store.codec import (
     encode_event,
     encode_record,
 )
-from tests.cluster.builders import make_job, make_pack, make_snapshot, running
+from tests.cluster.builders import make_backbone, make_device, make_job, make_pack, make_replica, make_snapshot, running
 
 JOB = make_job("a")
 JOB_KEY = keys.job(JOB.id)
@@ -57,7 +66,8 @@ def test_every_record_comes_back_as_it_was(record: Record) -> None:
 
 
 def test_a_snapshot_keeps_its_jobs_by_id() -> None:
-    snapshot = make_snapshot(jobs=(JOB, running("b")), packs=(make_pack(),), devices=2)
+    one = make_backbone("b", quantise="nf4", context_length=8192, loaded=True)
+    snapshot = make_snapshot(jobs=(JOB, running("b")), packs=(make_pack(),), backbones=(one,), devices=2)
     found = decode_record(keys.SNAPSHOT, encode_record(keys.SNAPSHOT, snapshot))
     assert isinstance(found, Snapshot) and found == snapshot and list(found.jobs) == ["ftjob-a", "ftjob-b"]
 
@@ -120,15 +130,41 @@ def test_a_graft_of_a_schema_that_nobody_knows_is_refused(schema: object) -> Non
 
 def test_a_job_written_before_its_class_of_device_was_kept_is_read_without_one() -> None:
     def older(text: str) -> str:
-        return text.replace('"schema":2', '"schema":1').replace(',"device_class":null', "")
+        return re.sub('"schema":[234]', '"schema":1', text).replace(',"device_class":null', "")
 
     assert decode_record(JOB_KEY, older(encode_record(JOB_KEY, JOB))) == JOB
-    snapshot = make_snapshot(jobs=(JOB,))
+    snapshot = make_snapshot(jobs=(JOB,), backbones=(), devices=0)
     assert decode_record(keys.SNAPSHOT, older(encode_record(keys.SNAPSHOT, snapshot))) == snapshot
     started = JobStarted(job=JobId("a"), pack=PackId("p"), parameters=1, steps_total=1, at=1.0)
     for event in (JobSubmitted(record=JOB, at=1.0), started):
         assert '"device_class"' in encode_event(event) and '"device_class"' not in older(encode_event(event))
         assert decode_event(older(encode_event(event))) == event
+
+
+def test_a_store_of_the_time_when_devices_had_shares_is_read() -> None:
+    """What held a device held one of it and no bytes that anybody counted; the device itself is found anew."""
+    held = '"backbone":"b","device":"d","epoch":1'
+    pack = f'"id":"pack-p",{held},"opened_at":1.0,"state":"open","closed_at":null,"error":null}}'
+    replica = '"id":"r","backbone":"b","device":"d","opened_at":1.0}'
+    limits = '{"max_jobs":32,"pack_bytes":0,"max_rows":768,"row_bytes":0,"idle_s":60.0,"max_attempts":3}'
+    text = (
+        f'{{"type":"Snapshot","schema":2,"version":"16-2","now":10.0,"limits":{limits},"jobs":[],"packs":[{{{pack}],'
+        f'"replicas":[{{{replica}],"devices":[{{"id":"d","pack_shares":1}}]}}'
+    )
+    gone = make_device(node="d", bytes_=0, cores=0, speed=0.0)
+    old, replica_then = make_pack(bytes=0), make_replica(bytes=0)
+    expected = make_snapshot(packs=(old,), replicas=(replica_then,))
+    assert decode_record(keys.SNAPSHOT, text) == replace(expected, devices={gone.id: gone})
+    assert decode_record(keys.pack(old.id), '{"type":"Pack","schema":1,' + pack) == old
+    assert decode_record(keys.replica(replica_then.id), '{"type":"Replica","schema":1,' + replica) == replica_then
+    opening = f'{{"type":"PackOpening","schema":1,"pack":"pack-p",{held},"reason":"jobs_wait","at":1.0}}'
+    assert decode_event(opening) == PackOpening(
+        pack=old.id, backbone="b", devices=old.devices, bytes=0, epoch=1, reason=Reason.JOBS_WAIT, at=1.0
+    )
+    opened = '{"type":"ReplicaOpened","schema":1,"replica":"r","backbone":"b","device":"d","at":1.0}'
+    assert decode_event(opened) == ReplicaOpened(record=replica_then, at=1.0)
+    joined = '{"type":"DeviceJoined","schema":1,"device":"d","pack_shares":1,"at":1.0}'
+    assert decode_event(joined) == DeviceJoined(record=gone, at=1.0)
 
 
 def test_a_value_of_a_subclass_is_written_plainly() -> None:

@@ -20,7 +20,7 @@ import uvicorn
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.api_keys import create_key
-from polygraft.cluster.model import DeviceId, Limits, Pack, PackId, ReplicaId, TenantId
+from polygraft.cluster.model import Device, Limits, Pack, PackId, ReplicaId, TenantId
 from polygraft.cluster.settings import LimitSettings, ServeSettings
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone
@@ -65,8 +65,10 @@ class NoDevices:
     def ended(self) -> Sequence[PackEnd]:
         return ()
 
-    def devices(self) -> Mapping[DeviceId, int]:
-        return {}
+    def serve(self, backbones: Collection[object]) -> None: ...
+
+    def devices(self) -> Collection[Device]:
+        return ()
 
 
 def main(folder: Path, data: Path, store_url: str) -> None:
