@@ -12,6 +12,7 @@ from typing import Protocol
 
 from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.policy.routing import Refusal, RefusalReason
+from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.inflight import InFlight, Lost
 from polygraft.serving.messages import Draining, QueueFull, StepMessage, StepTokens
@@ -65,6 +66,14 @@ class Link(Protocol):
         ...
 
 
+class Fleet(Protocol):
+    """Where a gateway learns of its replicas."""
+
+    async def keep(self, gateway: Gateway) -> None:
+        """Call its `follow` whenever the replicas change, for ever; its `demand` is what they are wanted for."""
+        ...
+
+
 class Gateway:
     """Generations over a changing set of replicas. `start` and `close` bracket its use, all on one event loop.
 
@@ -74,10 +83,18 @@ class Gateway:
     """
 
     def __init__(
-        self, links: Mapping[ReplicaId, Link], *, ingress: str, settings: ServeSettings, ready_s: float = 60.0
+        self,
+        links: Mapping[ReplicaId, Link],
+        *,
+        ingress: str,
+        settings: ServeSettings,
+        ready_s: float = 60.0,
+        fleet: Fleet | None = None,
     ) -> None:
-        """`ready_s`: how long a request waits for a replica where there is none."""
+        """`links` are the replicas until `fleet` says otherwise; `ready_s` is how long a request waits for one where
+        there is none."""
         self._links = dict(links)
+        self._fleet = fleet
         self._ingress = ingress
         self._ready_s = ready_s
         self._roster = Roster(settings)
@@ -94,6 +111,8 @@ class Gateway:
         self._context = copy_context()
         for replica in self._links:
             self._connect(replica)
+        if self._fleet is not None:
+            self._spawn(self._fleet.keep(self))
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -110,6 +129,12 @@ class Gateway:
         for replica in links.keys() - self._links.keys():
             self._links[replica] = links[replica]
             self._connect(replica)
+
+    @property
+    def demand(self) -> Demand:
+        """The requests that replicas have, and those that wait for a replica to be there."""
+        having = sum(bool(stream.live) for stream in self._streams.values())
+        return Demand(having, len(self._streams) - having)
 
     def ready(self) -> bool:
         """Whether a replica is connected."""

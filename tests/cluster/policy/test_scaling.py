@@ -83,7 +83,8 @@ story = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3), st.booleans())
 def test_whatever_is_asked_for(rules: Scaling, replicas: int, story: list[tuple[int, int, bool]]) -> None:
     """Within the bounds; enough for all at once where there are as many; none go before the calm and the idle time;
     a restart only keeps replicas longer."""
-    backbone, history = Backbone(rules, min(replicas, rules.most)), []
+    backbone = Backbone(rules, min(replicas, rules.most))
+    history: list[tuple[float, int]] = []
     looked_since = busy_at = 0.0
     for streams, waiting, restart in story:
         if restart:
