@@ -132,7 +132,6 @@ def test_a_replica_that_was_faster_keeps_a_pack_from_what_it_took(world: World) 
     """The pack was decided on without knowing of it; nothing is promised twice, and the next round sees it."""
     world.processes.present = [make_device("n/cpu0")]
     world.settle()
-    seen = world.controller.snapshot
     open_replica(
         world.store,
         ReplicaId("r"),
