@@ -53,6 +53,22 @@ class ClosePack:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadBackbone:
+    """Let replicas hold the backbone."""
+
+    backbone: str
+    reason: Reason = Reason.ASKED
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadBackbone:
+    """Let no replica hold the backbone."""
+
+    backbone: str
+    reason: Reason = Reason.IDLE
+
+
+@dataclass(frozen=True, slots=True)
 class CancelJob:
     """Stop the job: at once while it waits (`pack` None), else by a command to its pack."""
 
@@ -61,4 +77,4 @@ class CancelJob:
     reason: Reason
 
 
-Decision = Admit | Hold | Refuse | OpenPack | ClosePack | CancelJob
+Decision = Admit | Hold | Refuse | OpenPack | ClosePack | CancelJob | LoadBackbone | UnloadBackbone

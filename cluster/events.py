@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polygraft.cluster.model import (
+    Backbone,
     Device,
     DeviceId,
     Graft,
@@ -160,6 +161,50 @@ class GraftDeleted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneAdded:
+    """The backbone may be named from now on; one of that name before is now as the record says."""
+
+    record: Backbone
+    at: float
+
+    @property
+    def backbone(self) -> str:
+        return self.record.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneAsked:
+    """Somebody has asked it for an answer, or still gets one; said of one backbone every now and then."""
+
+    backbone: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneLoading:
+    """Replicas are to hold it."""
+
+    backbone: str
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneUnloading:
+    """No replica is to hold it any more."""
+
+    backbone: str
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneRemoved:
+    backbone: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackOpening:
     pack: PackId
     backbone: str
@@ -252,7 +297,8 @@ JobEvent = (
     | JobFailed
     | JobCancelled
 )
+BackboneEvent = BackboneAdded | BackboneAsked | BackboneLoading | BackboneUnloading | BackboneRemoved
 PackEvent = PackOpening | PackOpened | PackClosing | PackClosed | PackFailed
 GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost
-Event = JobEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted
+Event = JobEvent | BackboneEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted

@@ -8,6 +8,11 @@ from types import MappingProxyType
 from typing import TypeVar, assert_never
 
 from polygraft.cluster.events import (
+    BackboneAdded,
+    BackboneAsked,
+    BackboneEvent,
+    BackboneLoading,
+    BackboneUnloading,
     DeviceJoined,
     DeviceLost,
     Event,
@@ -33,7 +38,7 @@ from polygraft.cluster.events import (
     ReplicaClosed,
     ReplicaOpened,
 )
-from polygraft.cluster.model import EventId, Job, JobId, Pack, PackId, Snapshot
+from polygraft.cluster.model import Backbone, EventId, Job, JobId, Pack, PackId, Snapshot
 from polygraft.cluster.states import IllegalTransition, JobState, PackState, check_job, check_pack, is_final
 
 RECENT_JOBS = 200  # finished jobs a snapshot remembers
@@ -61,6 +66,11 @@ def apply(snapshot: Snapshot, version: EventId, event: Event) -> Snapshot:
                 return after
             packs = _with(snapshot.packs, found.id, pack_after(found, event))
             return replace(after, packs=_forget_packs(packs))
+        case _ if isinstance(event, BackboneEvent):
+            backbone = backbone_after(snapshot.backbones.get(event.backbone), event)
+            if backbone is None:
+                return replace(after, backbones=_without(snapshot.backbones, (event.backbone,)))
+            return replace(after, backbones=_with(snapshot.backbones, backbone.name, backbone))
         case ReplicaOpened(record=replica):
             return replace(after, replicas=_with(snapshot.replicas, replica.id, replica))
         case ReplicaClosed(replica=gone):
@@ -135,6 +145,21 @@ def job_after(job: Job, event: JobEvent) -> Job:
             return _moved(job, JobState.CANCELLED, finished_at=at)
         case _:
             assert_never(event)
+
+
+def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone | None:
+    """The backbone after the event; None where there is none."""
+    match event:
+        case BackboneAdded(record=record):
+            return record
+        case BackboneAsked(at=at) if backbone is not None:
+            return replace(backbone, asked_at=max(backbone.asked_at, at))
+        case BackboneLoading() if backbone is not None:
+            return replace(backbone, loaded=True)
+        case BackboneUnloading() if backbone is not None:
+            return replace(backbone, loaded=False)
+        case _:
+            return None
 
 
 def pack_after(pack: Pack, event: PackEvent) -> Pack:

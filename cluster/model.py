@@ -29,6 +29,7 @@ START = EventId("0-0")  # before every event
 Optimizer = Literal["adamw"]
 Schedule = Literal["linear", "constant", "cosine"]
 DeviceKind = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,30 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone:
+    """A frozen model that jobs name to be trained on, and requests to be answered by.
+
+    Its files lie in `folder` on every node; `dtype` and `quantise` say how packs and replicas load them, and
+    `fingerprint` which model that is. `context_length` is how many positions it has, None: no limit. `asked_at` is
+    about when it was last asked for an answer, 0: never. `loaded`: replicas are to hold it.
+    """
+
+    name: str
+    folder: str
+    dtype: Dtype
+    quantise: str | None
+    fingerprint: str
+    context_length: int | None
+    added_at: float
+    asked_at: float
+    loaded: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
     """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it.
 
@@ -255,10 +280,10 @@ class Study:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one pack may hold, and when packs and jobs are given up.
+    """What one pack may hold, and when packs, jobs and the replicas of a backbone are given up.
 
     `pack_bytes` covers the jobs' state and one forward of `max_rows` rows at `row_bytes` activation bytes a row; 0
-    bytes = no limit.
+    bytes = no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never.
     """
 
     max_jobs: int = 32
@@ -267,11 +292,13 @@ class Limits:
     row_bytes: int = 0
     idle_s: float = 60.0
     max_attempts: int = 3
+    unload_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, replicas, devices.
+    """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
+    devices.
 
     `now` and `limits` are not in the log; the caller of `decide` sets them.
     """
@@ -281,6 +308,7 @@ class Snapshot:
     limits: Limits = field(default_factory=Limits)
     jobs: Mapping[JobId, Job] = field(default_factory=lambda: MappingProxyType({}))
     packs: Mapping[PackId, Pack] = field(default_factory=lambda: MappingProxyType({}))
+    backbones: Mapping[str, Backbone] = field(default_factory=lambda: MappingProxyType({}))
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
     devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -291,4 +319,4 @@ class Snapshot:
         return self.devices[device].bytes - packs - replicas
 
 
-Record = ApiKey | DataFile | Job | Graft | Alias | Pack | Replica | Study | Snapshot
+Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Replica | Study | Snapshot

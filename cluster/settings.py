@@ -31,7 +31,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from polygraft.cluster.model import Limits
+from polygraft.cluster.model import Dtype, Limits
 from polygraft.cluster.validation import explain
 from polygraft.grafts.methods.compressed.quantisation import PATTERN
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
@@ -111,10 +111,13 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
     api_key_file: Folder | None = Field(default=None, description="holds the first API key, as a mounted Secret does")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = a GPU where there is one")
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Dtype = "auto"
     devices: PositiveInt | None = Field(default=None, description="devices that a machine without a GPU is split into")
     step_floor_s: NonNegativeFloat = Field(
         default=0.0, description="each step of a pack or an engine takes at least this long: for tests of capacity"
+    )
+    unload_s: NonNegativeFloat = Field(
+        default=1800.0, description="a backbone that nobody has asked for so long is unloaded until it is; 0 = never"
     )
     quantise: str | None = Field(default=None, pattern=PATTERN, description="nf4, or loftq-RANK-ITERATIONS")
     pack: PackSettings = PackSettings()
@@ -139,7 +142,7 @@ class Settings(BaseSettings):
 
     @property
     def pack_limits(self) -> Limits:
-        """What policy needs to know of `pack`."""
+        """What policy needs to know."""
         pack = self.pack
         return Limits(
             max_jobs=pack.max_jobs,
@@ -148,6 +151,7 @@ class Settings(BaseSettings):
             row_bytes=pack.row_bytes,
             idle_s=pack.idle_s,
             max_attempts=pack.max_attempts,
+            unload_s=self.unload_s,
         )
 
     def model_post_init(self, _context: object) -> None:

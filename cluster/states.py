@@ -35,11 +35,13 @@ class Reason(StrEnum):
     PACK_MEMORY = "pack_memory_is_taken"  # hold: fits an empty pack, not with the present jobs
     PACK_BACKOFF = "last_pack_failed"  # hold: a new pack is tried after a pause
     NO_DEVICE = "no_device_is_free"  # hold: no device has the memory left that a pack takes
+    NO_BACKBONE = "its_backbone_was_removed"  # refuse: nobody can say any more what it is to be trained on
     TOO_LARGE = "too_large_for_any_pack"  # refuse: does not fit an empty pack
     PACKS_FAILED = "its_packs_failed"  # refuse: too many packs failed while the job was in them
     REQUESTED = "requested"  # cancel: its tenant asked
     OWNER_LOST = "owner_lease_expired"  # cancel: the search that owns it is gone
-    IDLE = "idle"  # close: no jobs for a while
+    IDLE = "idle"  # close, unload: no jobs, or nobody who asks, for a while
+    ASKED = "asked_for"  # load: somebody asks the backbone
     PACK_FAILED = "pack_failed"  # requeue: the pack's process ended with an error
     PACK_LOST = "pack_lost"  # requeue: the pack did not survive a restart of the service
     PACK_CLOSED = "pack_closed"  # requeue: the pack ended before the job did

@@ -9,6 +9,11 @@ from typing import assert_never
 
 from polygraft.cluster.events import (
     AliasMoved,
+    BackboneAdded,
+    BackboneAsked,
+    BackboneLoading,
+    BackboneRemoved,
+    BackboneUnloading,
     ControllerStarted,
     DeviceJoined,
     DeviceLost,
@@ -43,7 +48,8 @@ _PAGE = 1000
 
 
 def story(store: Store, subject: str) -> list[str]:
-    """Lines about `subject`: the id of a job, pack, replica or device, a graft's id, "name@n", or an alias' name.
+    """Lines about `subject`: the id of a job, pack, replica or device, a backbone's name, a graft's id, "name@n", or
+    an alias' name.
 
     The log is trimmed behind the snapshots, so an old story may have lost its beginning; unknown ids have no lines.
     """
@@ -70,8 +76,10 @@ def names(event: Event) -> frozenset[str]:
             return frozenset({replica.id, *replica.devices})
         case DeviceJoined(record=device):
             return frozenset({device.id})
+        case BackboneAdded(record=backbone):
+            return frozenset({backbone.name})
         case _:
-            named = {field.name for field in fields(event)} & {"job", "pack", "replica", "device"}
+            named = {field.name for field in fields(event)} & {"job", "pack", "replica", "device", "backbone"}
             return frozenset(str(getattr(event, name)) for name in named)
 
 
@@ -109,6 +117,17 @@ def tell(event: Event) -> str:
             return f"{name} now means {name}@{version}"
         case GraftDeleted(name=name, version=version, graft=graft_id):
             return f"{name}@{version} deleted: graft {graft_id}"
+        case BackboneAdded(record=added):
+            how = f"{added.dtype}, {added.quantise}" if added.quantise else added.dtype
+            return f"backbone {added.name} added: {added.folder}, {how}, fingerprint {added.fingerprint[:12]}"
+        case BackboneAsked(backbone=backbone):
+            return f"backbone {backbone} is asked"
+        case BackboneLoading(backbone=backbone, reason=reason):
+            return f"backbone {backbone} is to be loaded: {_words(reason)}"
+        case BackboneUnloading(backbone=backbone, reason=reason):
+            return f"backbone {backbone} is to be unloaded: {_words(reason)}"
+        case BackboneRemoved(backbone=backbone):
+            return f"backbone {backbone} removed"
         case PackOpening(pack=pack, backbone=backbone, devices=devices, bytes=bytes_, reason=reason):
             return f"{pack} opens with {backbone} on {_place(devices, bytes_)}: {_words(reason)}"
         case PackOpened(pack=pack):

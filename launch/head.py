@@ -71,13 +71,11 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
         deployer = cast(ActorHandle[_Deployer], ray.remote(_Deployer).options(num_cpus=0).remote())
-        prepared: ray.ObjectRef[Path] = deployer.prepare.remote(settings.backbone, backbone_cache())
+        prepared: ray.ObjectRef[Path] = deployer.prepare.remote(settings, backbone_cache())
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
         folder.enter("starting the controller")
-        leader = start_leader(
-            settings.store_url, settings.pack_limits, OpenHost.of(settings, backbone), name="controller"
-        )
+        leader = start_leader(settings.store_url, settings.pack_limits, OpenHost.of(settings), name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
         ray.get(deployer.deploy.remote(settings, backbone))
         ray.kill(deployer)
@@ -119,11 +117,11 @@ def reason_of(error: BaseException) -> str:
 class _Deployer:
     """Does what needs torch in a process of its own, which takes torch away when it ends."""
 
-    def prepare(self, backbone: str, cache: Path) -> Path:
-        """The backbone's folder, made where it is not there yet."""
-        from polygraft.grafts.runtime.pretrained import materialise
+    def prepare(self, settings: Settings, cache: Path) -> Path:
+        """The default backbone's folder, made where it is not there yet."""
+        from polygraft.launch.default_backbone import put_default
 
-        return materialise(backbone, cache)
+        return Path(put_default(settings, cache).folder)
 
     def deploy(self, settings: Settings, backbone_folder: Path) -> None:
         """Run the Serve application; returns when its replicas are up."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 from ray.actor import ActorHandle
@@ -11,6 +11,8 @@ from ray.actor import ActorHandle
 from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.model import Pack
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.connect import connect
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,24 +21,28 @@ class OpenHost:
     opens."""
 
     settings: str  # JSON, since a settings model read again would take in that process's environment
-    backbone_folder: str
 
     @staticmethod
-    def of(settings: Settings, backbone_folder: Path) -> OpenHost:
-        return OpenHost(settings.model_dump_json(), str(backbone_folder))
+    def of(settings: Settings) -> OpenHost:
+        return OpenHost(settings.model_dump_json())
 
     def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
+        """Raises LookupError where the pack's backbone was removed meanwhile."""
         from polygraft.trainers.host import PackPlan, start_host
 
         settings = Settings.model_validate_json(self.settings)
+        with closing(connect(settings.store_url)) as store:
+            found = store.get(keys.backbone(pack.backbone))
+        if found is None:
+            raise LookupError(f"the backbone {pack.backbone} was removed")
         plan = PackPlan(
             pack=pack.id,
-            backbone_folder=self.backbone_folder,
+            backbone_folder=found.value.folder,
             store_url=settings.store_url,
             data=str(settings.data),
             device=settings.device,
-            dtype=settings.dtype,
-            quantise=settings.quantise,
+            dtype=found.value.dtype,
+            quantise=found.value.quantise,
             max_rows=settings.pack.max_rows,
             micro_rows=settings.pack.micro_rows,
             max_bytes=settings.pack.memory_bytes or 0,

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from polygraft.cluster.actors.leader import Leader
 from polygraft.cluster.settings import BadSettings, Settings, load
 from polygraft.cluster.store.connect import connect
-from polygraft.grafts.runtime.pretrained import materialise
+from polygraft.launch.default_backbone import put_default
 from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.packs import OpenHost
 
@@ -46,9 +46,9 @@ def build(args: Mapping[str, object]) -> serve.Application:
     if settings.store_url == "embedded":
         raise BadSettings("store_url: embedded is for one machine; set POLYGRAFT_STORE_URL to redis://host:port/0")
     _admit_key(settings)
-    folder = materialise(settings.backbone, settings.data / "backbones")  # on the volume that every node mounts
-    _lead(settings, folder)
-    return application(settings, folder)
+    backbone = put_default(settings, settings.data / "backbones")  # on the volume that every node mounts
+    _lead(settings)
+    return application(settings, Path(backbone.folder))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -59,9 +59,9 @@ def _admit_key(settings: Settings) -> None:
         admit_given_key(store, settings.api_key_file)
 
 
-def _lead(settings: Settings, folder: Path) -> None:
+def _lead(settings: Settings) -> None:
     """This cluster's one controller, told these settings."""
-    host = OpenHost.of(settings, folder)
+    host = OpenHost.of(settings)
     name = f"{_CONTROLLER}-{sha256(f'{host}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
         if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:

@@ -14,8 +14,21 @@ from typing import assert_never
 from polygraft.cluster import evolve
 from polygraft.cluster.actors.protocols import Effects
 from polygraft.cluster.advance import advance_job, advance_pack
-from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
+from polygraft.cluster.backbones import advance_backbone, backbones
+from polygraft.cluster.decisions import (
+    Admit,
+    CancelJob,
+    ClosePack,
+    Decision,
+    Hold,
+    LoadBackbone,
+    OpenPack,
+    Refuse,
+    UnloadBackbone,
+)
 from polygraft.cluster.events import (
+    BackboneLoading,
+    BackboneUnloading,
     ControllerStarted,
     DeviceJoined,
     DeviceLost,
@@ -46,6 +59,7 @@ SNAPSHOT_EVENTS = 200
 SNAPSHOTS_KEPT = 50  # the log keeps what happened since the oldest of them, for `story`
 REFUSALS = {
     Reason.TOO_LARGE: "the job's trainable parameters need more memory than a pack has; choose a smaller peft",
+    Reason.NO_BACKBONE: "the job's backbone was removed from the service; add it again and submit the job anew",
     Reason.PACKS_FAILED: "the packs it trained in failed too often; the service's log says why",
 }
 
@@ -84,6 +98,7 @@ class Controller:
             beat()
             try:
                 if self._lease is None and not self._take_over(steal=steal):
+                    self._serve()  # its own cluster's replicas, whoever leads
                     stop.wait(POLL_S)
                     continue
                 steal = False
@@ -113,6 +128,11 @@ class Controller:
                 self._carry_out(decision, now)
             except (IllegalTransition, Conflict) as error:  # the record moved since; the next round sees it
                 LOG.info("not any more: %s: %s", decision, error)
+        self._serve()
+
+    def _serve(self) -> None:
+        """Bring this cluster's replicas to what the store says."""
+        self._effects.serve([backbone for backbone in backbones(self._store) if backbone.loaded])
 
     def _take_over(self, *, steal: bool) -> bool:
         """Become the leader: state from the last snapshot and the log's tail. False while another one leads."""
@@ -166,8 +186,8 @@ class Controller:
         for id_, device in sorted(devices.items()):
             if self.snapshot.devices.get(id_) != device:
                 self._store.commit([], [DeviceJoined(record=device, at=now)], fence=self._fence)
-        for lost in sorted(self.snapshot.devices.keys() - devices.keys()):
-            self._store.commit([], [DeviceLost(device=lost, at=now)], fence=self._fence)
+        for gone in sorted(self.snapshot.devices.keys() - devices.keys()):
+            self._store.commit([], [DeviceLost(device=gone, at=now)], fence=self._fence)
         over = [
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
             for end in self._effects.ended()
@@ -215,6 +235,14 @@ class Controller:
                 self._write(JobStopping(job=job, pack=pack, reason=reason, at=now), _command(pack, "cancel", job))
             case ClosePack(pack=pack, reason=reason):
                 self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, "close"))
+            case LoadBackbone(backbone=backbone, reason=reason):
+                advance_backbone(
+                    self._store, BackboneLoading(backbone=backbone, reason=reason, at=now), fence=self._fence
+                )
+            case UnloadBackbone(backbone=backbone, reason=reason):
+                advance_backbone(
+                    self._store, BackboneUnloading(backbone=backbone, reason=reason, at=now), fence=self._fence
+                )
             case OpenPack(pack=pack, backbone=backbone, devices=held, bytes=bytes_, reason=reason):
                 opening = PackOpening(
                     pack=pack,

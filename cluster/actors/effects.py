@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.model import Device, DeviceId, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, DeviceId, Pack, PackId
 
 LOG = logging.getLogger(__name__)
 DEVICE = "device"  # the custom resource; a node declares one for every device it has
@@ -58,6 +58,9 @@ class RayEffects:
         runs = {run: pack for pack, (_, run) in self._hosts.items()}
         over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
         return [PackEnd(runs[run], _failure(run)) for run in over]
+
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        """Serve holds the replicas of the default backbone as long as it runs."""
 
     def devices(self) -> Sequence[Device]:
         if time.monotonic() - self._listed_at > DEVICES_S:

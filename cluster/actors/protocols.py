@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.cluster.model import Device, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, Pack, PackId
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,10 @@ class Effects(Protocol):
 
     def ended(self) -> Sequence[PackEnd]:
         """Packs whose process is over and that are not closed yet."""
+        ...
+
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        """Have these held by replicas, and no others; asked again and again, and never waits for a replica."""
         ...
 
     def devices(self) -> Collection[Device]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from polygraft.cluster.model import TenantId
@@ -74,30 +74,26 @@ def admit_streams(  # noqa: PLR0913
 
     Decoding streams get a row each. Then prompts that are being computed and new streams come in turn; new ones are
     admitted while `may_enter` says so, or while a tenant with a greater share makes room. The first that does not fit
-    stops the queue, as does one of a tenant that just had to give up blocks.
+    stops the queue, as does one of a tenant that just had to give up blocks. Long prompts of others at most double the
+    step of the tenant that is first in turn (`_Rows`).
     """
-    places = _Places(list(running), ledger, free_blocks)
+    places, step = _Places(list(running), ledger, free_blocks), _Rows(rows)
     places.make_room_to_grow()
-    chunks: dict[str, int] = {}
-
-    def compute(stream: Running | Waiting) -> None:
-        nonlocal rows
-        chunks[stream.id] = max(stream.min_chunk, min(stream.left, rows))
-        rows -= chunks[stream.id]
-
     for stream in places.streams:
-        if stream.left == 1 and rows > 0:
-            compute(stream)
+        if stream.left == 1 and step.left > 0:
+            step.give(stream, 1)
     admitted: list[str] = []
     closed = False
     prompts = [stream for stream in places.streams if stream.left > 1]
     candidates: list[Running | Waiting] = [*prompts, *waiting]
     for candidate in in_turn(candidates, ledger, places.count):
-        if rows < 1:
+        if step.left < 1:
             break
         if isinstance(candidate, Running):
             if candidate.id not in places.evicted:
-                compute(candidate)
+                step.give_prompt(candidate)
+            continue
+        if step.holds_back(candidate):
             continue
         needed = blocks_for(candidate.slots, block_size)
         closed = (
@@ -105,12 +101,57 @@ def admit_streams(  # noqa: PLR0913
         )
         if closed:
             continue
-        for evicted in places.evicted:
-            rows += chunks.pop(evicted, 0)
+        step.take_back(places.evicted)
         places.enter(candidate, needed)
         admitted.append(candidate.id)
-        compute(candidate)
-    return StepPlan(tuple(places.evicted), tuple(admitted), tuple(chunks.items()))
+        step.give_prompt(candidate)
+    return StepPlan(tuple(places.evicted), tuple(admitted), tuple(step.chunks.items()))
+
+
+class _Rows:
+    """The rows of a step while it is being chosen: `chunks` so far, and how many are `left`.
+
+    A prompt is long when it is not the tenant's that is first in turn, and has more rows than the step has without long
+    ones. All long ones together get as many rows as that: whoever is first in turn waits for at most twice the step,
+    and a long prompt that others always come before still has half of every step.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.left = rows
+        self.chunks: dict[str, int] = {}
+        self._first: TenantId | None = None
+        self._long: set[str] = set()
+
+    def give(self, stream: Running | Waiting, most: int) -> None:
+        self.chunks[stream.id] = max(stream.min_chunk, min(stream.left, most))
+        self.left -= self.chunks[stream.id]
+
+    def give_prompt(self, stream: Running | Waiting) -> None:
+        """What is left, or what long ones may have; a row at least."""
+        most = self.left
+        if self._is_long(stream):
+            most = min(most, self._for_long())
+            self._long.add(stream.id)
+        if self._first is None:
+            self._first = stream.tenant
+        self.give(stream, most)
+
+    def holds_back(self, stream: Waiting) -> bool:
+        """Whether it must have more rows at once than long ones may: it comes when its tenant is first in turn."""
+        return self._is_long(stream) and stream.min_chunk > max(1, self._for_long())
+
+    def take_back(self, streams: Collection[str]) -> None:
+        for id in streams:
+            self.left += self.chunks.pop(id, 0)
+
+    def _is_long(self, stream: Running | Waiting) -> bool:
+        return self._first not in (None, stream.tenant) and stream.left > self._without_long()
+
+    def _for_long(self) -> int:
+        return 2 * self._without_long() - sum(self.chunks.values())
+
+    def _without_long(self) -> int:
+        return sum(rows for id, rows in self.chunks.items() if id not in self._long)
 
 
 class _Places:

@@ -6,6 +6,7 @@ from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, H
 from polygraft.cluster.model import DeviceId, Job, Pack, PackId, Snapshot
 from polygraft.cluster.policy.admission import fair_order, stop_reason
 from polygraft.cluster.policy.budget import Budget
+from polygraft.cluster.policy.loading import loading
 from polygraft.cluster.policy.packing import (
     backing_off,
     free_device,
@@ -19,7 +20,8 @@ from polygraft.cluster.states import PackState, Reason
 
 
 def decide(snapshot: Snapshot) -> tuple[Decision, ...]:
-    """One round: 1 cancel, 2 order, 3 admit, 4 open packs, 5 close idle packs, 6 hold or refuse what is left."""
+    """One round: 1 cancel, 2 order, 3 admit, 4 open packs, 5 close idle packs, 6 hold or refuse what is left,
+    7 load and unload backbones."""
     jobs = snapshot.jobs.values()
     cancels = tuple(
         CancelJob(job.id, job.pack, reason)
@@ -37,7 +39,7 @@ def decide(snapshot: Snapshot) -> tuple[Decision, ...]:
         for pack in sorted(snapshot.packs.values(), key=lambda pack: pack.id)
         if pack.backbone not in wanted and is_idle(pack, snapshot.jobs, now=snapshot.now, idle_s=snapshot.limits.idle_s)
     )
-    return (*cancels, *round_.opened, *placed, *closes)
+    return (*cancels, *round_.opened, *placed, *closes, *loading(snapshot))
 
 
 class _Round:
@@ -52,6 +54,8 @@ class _Round:
 
     def place(self, job: Job) -> Decision:
         limits, backbone = self._snapshot.limits, job.spec.backbone
+        if backbone not in self._snapshot.backbones:
+            return Refuse(job.id, Reason.NO_BACKBONE)
         if job.attempts >= limits.max_attempts:
             return Refuse(job.id, Reason.PACKS_FAILED)
         if Budget(limits).refusal(job) is not None:

@@ -35,7 +35,7 @@ SCHEMAS: Mapping[str, int] = {
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 3,
+    "Snapshot": 4,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from polygraft.cluster.model import (
     Alias,
     ApiKey,
+    Backbone,
     DataFile,
     FileId,
     Graft,
@@ -25,10 +26,12 @@ from polygraft.cluster.model import (
 from polygraft.cluster.store.base import Key, Prefix, StreamKey
 
 JOBS: Prefix[Job] = Prefix("job/")
+BACKBONES: Prefix[Backbone] = Prefix("backbone/")
 PACKS: Prefix[Pack] = Prefix("pack/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
+ALIASES: Prefix[Alias] = Prefix("alias/")
 STUDIES: Prefix[Study] = Prefix("study/")
 API_KEYS: Prefix[ApiKey] = Prefix("apikey/")
 SNAPSHOT: Key[Snapshot] = Key("snapshot/fleet")
@@ -38,6 +41,7 @@ CONTROLLER = "controller"  # lease scope of the one who decides
 TYPES: Mapping[str, type[Record]] = {
     "alias": Alias,
     "apikey": ApiKey,
+    "backbone": Backbone,
     "file": DataFile,
     "graft": Graft,
     "job": Job,
@@ -50,6 +54,10 @@ TYPES: Mapping[str, type[Record]] = {
 
 def job(job: JobId) -> Key[Job]:
     return Key(f"{JOBS}{job}")
+
+
+def backbone(name: str) -> Key[Backbone]:
+    return Key(f"{BACKBONES}{name}")
 
 
 def pack(pack: PackId) -> Key[Pack]:
@@ -85,7 +93,7 @@ def alias(tenant: TenantId, name: str) -> Key[Alias]:
 
 
 def aliases(tenant: TenantId) -> Prefix[Alias]:
-    return Prefix(f"alias/{tenant}/")
+    return Prefix(f"{ALIASES}{tenant}/")
 
 
 def record_type(key: str) -> type[Record]:

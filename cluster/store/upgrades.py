@@ -72,6 +72,13 @@ def _snapshot_2(body: Body) -> Body:
     }
 
 
+def _snapshot_3(body: Body) -> Body:
+    """Schema 4 has backbones, of which the service tells anew, and when they are unloaded."""
+    limits = body.get("limits")
+    never = {**limits, "unload_s": 0.0} if isinstance(limits, Mapping) else limits
+    return {**body, "limits": never, "backbones": []}
+
+
 def _each(records: JSON, upgrade: Callable[[Body], Body]) -> JSON:
     if not isinstance(records, list):
         return records
@@ -105,4 +112,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("ReplicaOpened", 1): _replica_opened_1,
     ("Snapshot", 1): _snapshot_1,
     ("Snapshot", 2): _snapshot_2,
+    ("Snapshot", 3): _snapshot_3,
 }

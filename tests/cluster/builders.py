@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polygraft.cluster.model import (
+    Backbone,
     Device,
     DeviceId,
     EventId,
@@ -44,6 +45,12 @@ def make_pack(name: str = "p", *, backbone: str = "b", state: PackState = PackSt
     return Pack(id=PackId(f"pack-{name}"), backbone=backbone, state=state, **fields)
 
 
+def make_backbone(name: str = "b", **fields: Any) -> Backbone:
+    """One that nobody has asked yet."""
+    fields = {"folder": f"/models/{name}", "fingerprint": f"of-{name}", "added_at": 1.0, "asked_at": 0.0, **fields}
+    return Backbone(name=name, **{"dtype": "auto", "quantise": None, "context_length": None, **fields})
+
+
 def make_device(name: str = "d", *, bytes_: int = DEVICE_BYTES, **fields: Any) -> Device:
     fields = {"node": "n", "kind": "cpu", "index": 0, "cores": 2, "speed": 1e11, **fields}
     return Device(id=DeviceId(name), bytes=bytes_, **fields)
@@ -54,16 +61,19 @@ def make_replica(name: str = "r", **fields: Any) -> Replica:
     return Replica(id=ReplicaId(name), backbone="b", **fields)
 
 
-def make_snapshot(
+def make_snapshot(  # noqa: PLR0913
     *,
     jobs: tuple[Job, ...] = (),
     packs: tuple[Pack, ...] = (),
+    backbones: tuple[Backbone, ...] | None = None,
     replicas: tuple[Replica, ...] = (),
     devices: int = 1,
     limits: Limits | None = None,
     now: float = 10.0,
 ) -> Snapshot:
-    """At version 16-2; devices are called d, d1, d2, ..."""
+    """At version 16-2; devices are called d, d1, d2, ... Where none are given, there are the backbones of all jobs."""
+    if backbones is None:
+        backbones = tuple(make_backbone(name) for name in sorted({job.spec.backbone for job in jobs}))
     names = [f"d{index or ''}" for index in range(devices)]
     return Snapshot(
         version=EventId("16-2"),
@@ -71,6 +81,7 @@ def make_snapshot(
         limits=limits or Limits(),
         jobs={job.id: job for job in jobs},
         packs={pack.id: pack for pack in packs},
+        backbones={backbone.name: backbone for backbone in backbones},
         replicas={replica.id: replica for replica in replicas},
         devices={DeviceId(name): make_device(name) for name in names},
     )

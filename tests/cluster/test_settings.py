@@ -16,7 +16,7 @@ def test_a_home_without_a_file_has_the_defaults(tmp_path: Path) -> None:
     assert (settings.port, settings.backbone, settings.store_url) == (8000, "smollm2", "embedded")
     assert settings.data == tmp_path / "data"
     assert settings.pack.memory_bytes is None
-    assert settings.pack_limits == Limits(max_rows=settings.pack.max_rows)
+    assert settings.pack_limits == Limits(max_rows=settings.pack.max_rows, unload_s=settings.unload_s)
 
 
 def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

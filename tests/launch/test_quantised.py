@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import BadSettings, load
+from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.pretrained import fingerprint
-from polygraft.launch.packs import OpenHost
+from polygraft.launch import packs
 from polygraft.serving import replica
+from polygraft.serving.candidate import candidate
 from polygraft.serving.ingress import Ingress, IngressPlan
 from polygraft.trainers import host
+from tests.cluster.builders import make_pack
 from tests.tiny import tiny_llama
 
 
@@ -28,8 +31,15 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     settings = load(home=tmp_path, data=tmp_path, store_url="memory://", quantise="nf4", dtype="fp32")
     plans: list[host.PackPlan] = []
     monkeypatch.setattr(host, "start_host", plans.append)
-    OpenHost.of(settings, folder)(SimpleNamespace(id="pack-1"))  # type: ignore[arg-type]
-    assert (plans[0].quantise, plans[0].device) == ("nf4", "auto")
+    store = MemoryStore()
+    monkeypatch.setattr(packs, "connect", lambda _: store)
+    settings = settings.model_copy(update={"backbone": str(folder)})
+    record = candidate(settings.backbone, tmp_path, settings.quantise).backbone(
+        settings.backbone, dtype=settings.dtype, quantise=settings.quantise, at=1.0, asked=True
+    )
+    put_backbone(store, record, at=1.0)
+    packs.OpenHost.of(settings)(make_pack(backbone=settings.backbone))
+    assert (plans[0].quantise, plans[0].dtype, plans[0].backbone_folder) == ("nf4", "fp32", str(folder))
     plan = replica.ReplicaPlan(
         replica=ReplicaId("replica-0"),
         backbone_folder=folder,
@@ -41,7 +51,7 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     )
     served = replica._engine(plan)._backbone
     answering = Ingress(IngressPlan(settings=settings, backbone_folder=folder), {})._api
-    assert served.fingerprint == answering.fingerprint == fingerprint(folder, "nf4")
+    assert served.fingerprint == answering.fingerprint == record.fingerprint == fingerprint(folder, "nf4")
 
 
 @pytest.mark.parametrize("asked", ["int3", "loftq", "loftq-0-5", "loftq-16-0", "loftq-16-5x"])

@@ -17,6 +17,7 @@ from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.actors.leader import start_leader
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.api_keys import verify_key
+from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.events import ControllerStarted, JobStarted, JobSubmitted, PackOpened
 from polygraft.cluster.model import START, GraftId, Job, JobId, Limits, Pack, PackId
 from polygraft.cluster.publish import publish
@@ -26,7 +27,7 @@ from polygraft.cluster.store.base import OLDEST, Store, Write
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.launch.serve_app import build
-from tests.cluster.builders import make_job
+from tests.cluster.builders import make_backbone, make_job
 from tests.k8s.pod import SERVICE_LINKS, Pod
 from tests.ray.local import local_ray
 from tests.tiny import tiny_llama
@@ -91,6 +92,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServer) -> None:
     store = connect(server.url)
     limits = Limits(idle_s=1.0, max_attempts=1)
+    put_backbone(store, make_backbone("b"), at=time.time())
     leader = start_leader(server.url, limits, opener(server.url), name="controller")
 
     submit(store, "quick")

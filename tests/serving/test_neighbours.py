@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from itertools import count
 from pathlib import Path
@@ -43,8 +44,9 @@ class Crowded:
         self._numbers = count()
         self._first: dict[str, tuple[int, float]] = {}
         self._light: str | None = None
-        self.steps, self.seconds = [], []
-        self.longest_step = 0.0
+        self.steps: list[int] = []
+        self.seconds: list[float] = []
+        self.longest_step = self._last_step = 0.0
 
     def _hear(self, step: tuple[StepTokens, ...], _: Load) -> None:
         for said in step:
@@ -67,13 +69,15 @@ class Crowded:
         """Warm up, then let the light tenant ask that often, a few steps apart."""
         for _ in range(20):
             self._turn()
+        drawn = random.Random(times)
         for number in range(times):
             for _ in range(number % 4):
                 self._turn()
             self._light = f"light{number}"
             ids = tuple(3 + (number * 11 + at) % 480 for at in range(12))
             assert self.engine.submit(request(self._light, ids, 3, tenant=LIGHT)) is None
-            started = time.perf_counter()
+            came = drawn.random()  # where in the step that has just ended it came, and waited for it to end
+            started = time.perf_counter() - (1 - came) * self._last_step
             steps = 0
             while self._light is not None:
                 self._turn()
@@ -85,7 +89,8 @@ class Crowded:
         self._refill()
         started = time.perf_counter()
         self.engine.turn()
-        self.longest_step = max(self.longest_step, time.perf_counter() - started)
+        self._last_step = time.perf_counter() - started
+        self.longest_step = max(self.longest_step, self._last_step)
 
 
 def test_a_light_tenant_is_computed_in_the_next_step_whatever_others_send(backbone: Backbone, tmp_path: Path) -> None:
@@ -114,7 +119,6 @@ def test_a_light_tenants_p99_of_time_to_first_token_is_within_twice_that_alone_a
     p99 = [sorted(one.seconds)[int(0.99 * len(one.seconds))] for one in (alone, beside)]
     step = beside.longest_step
     print(f"p99 alone {p99[0] * 1e3:.2f} ms, beside the others {p99[1] * 1e3:.2f} ms, longest step {step * 1e3:.2f} ms")
-    # A request comes while a step goes on: it waits for that one, too.
     assert p99[1] <= 2 * p99[0] + step
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
-from polygraft.serving.gateway import Gateway, Unavailable
-from polygraft.serving.messages import FinishReason, Load, StepMessage, StepTokens
+from polygraft.serving.gateway import Busy, Gateway, Unavailable
+from polygraft.serving.messages import FinishReason, Load, QueueFull, StepMessage, StepTokens
 from polygraft.serving.sequence import GenerationRequest
 from tests.serving.engines import request
 
@@ -188,3 +188,67 @@ async def test_a_request_that_replicas_die_of_is_given_up_alone_and_those_beside
     assert [one for name, one in zip(names, found, strict=True) if name != "killer"] == [[0, 1, 2, 3]] * 3
     assert isinstance(found[2], Unavailable)
     assert len(replica.deaths) == 3
+
+
+async def test_a_client_that_hangs_up_while_its_request_is_on_the_way_ends_it_at_the_replica() -> None:
+    class Slow(Scripted):
+        async def submit(self, request: GenerationRequest) -> None:
+            self.submitted.put_nowait(request)
+            await asyncio.sleep(30)
+
+    replica = Slow()
+    async with gateway_over(r=replica) as gateway:
+        work = asyncio.create_task(everything(gateway))
+        await replica.submitted.get()
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        while not replica.cancelled:
+            await asyncio.sleep(0)
+        assert replica.cancelled == ["a"] and not gateway._streams
+
+
+async def test_that_a_replica_is_gone_when_it_should_end_a_request_is_nobodys_failure() -> None:
+    class Gone(Scripted):
+        async def cancel(self, request: str) -> None:
+            self.cancelled.append(request)
+            raise ConnectionError("gone")
+
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    replica = Gone()
+    async with gateway_over(r=replica) as gateway:
+        async with aclosing(gateway.generate(WANTED)) as stream:
+            replica.say(token(0, 10))
+            assert (await anext(stream)).token == 10
+        tasks = [task for task in gateway._tasks if task not in gateway._pumps.values()]
+        assert await asyncio.gather(*tasks) == [None] and replica.cancelled == ["a"]
+    assert not failures
+
+
+async def test_a_stream_is_given_up_after_eight_attempts_however_far_it_came() -> None:
+    replica, wanted = Scripted(), replace(WANTED, max_tokens=20)
+    async with gateway_over(r=replica) as gateway:
+        work = asyncio.create_task(everything(gateway, wanted))
+        for attempt in range(8):
+            assert (await replica.submitted.get()).attempt == attempt
+            replica.say(token(attempt, attempt, attempt=attempt))
+            replica.said.put_nowait(None)
+        with pytest.raises(Unavailable, match="8 times"):
+            await work
+        assert replica.submitted.empty()
+
+
+async def test_a_full_queue_is_told_with_the_shortest_of_the_waits() -> None:
+    class Full(Scripted):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self._seconds = seconds
+
+        async def submit(self, request: GenerationRequest) -> QueueFull:  # type: ignore[override]
+            return QueueFull(self._seconds)
+
+    async with gateway_over(r=Full(9.0), q=Full(4.0)) as gateway:
+        with pytest.raises(Busy, match="wait already") as found:
+            await everything(gateway)
+        assert found.value.retry_after_s == 4.0 and not gateway._streams

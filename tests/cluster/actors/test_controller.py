@@ -72,7 +72,7 @@ def test_devices_are_told_as_they_come_change_and_go(world: World) -> None:
         "device d joined: 2 cores, 0.0 GiB",
         "device d is gone",
     ]
-    assert len(world.store.events(START)) == 1 + 4, "what stays as it is is told once"
+    assert len(world.store.events(START)) == 2 + 4, "what stays as it is is told once"
 
 
 def test_a_running_job_is_cancelled_through_its_pack(world: World) -> None:

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.events import (
     JobCancelled,
     JobStarted,
     JobSubmitted,
     PackOpened,
 )
-from polygraft.cluster.model import Device, Job, JobId, Limits, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, Job, JobId, Limits, Pack, PackId
 from polygraft.cluster.states import JobState, PackState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
 from polygraft.cluster.store.memory import MemoryStore
-from tests.cluster.builders import make_device, make_job
+from tests.cluster.builders import make_backbone, make_device, make_job
 
 A, B = JobId("ftjob-a"), JobId("ftjob-b")
 
@@ -33,6 +34,7 @@ class Processes:
     over: list[PackEnd] = field(default_factory=list)
     present: list[Device] = field(default_factory=lambda: [make_device()])
     refuse: bool = False
+    served: list[str] = field(default_factory=list)
 
     def open_pack(self, pack: Pack) -> None:
         if self.refuse:
@@ -48,6 +50,9 @@ class Processes:
     def ended(self) -> Sequence[PackEnd]:
         return [end for end in self.over if end.pack not in self.closed]
 
+    def serve(self, backbones: Collection[Backbone]) -> None:
+        self.served = sorted(backbone.name for backbone in backbones)
+
     def devices(self) -> Collection[Device]:
         return self.present
 
@@ -62,6 +67,7 @@ class World:
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
+        put_backbone(self.store, make_backbone("b"), at=self.now)
         self.controller = self.start("one")
 
     def start(self, holder: str) -> Controller:

@@ -36,7 +36,7 @@ from polygraft.cluster.store.codec import (
     encode_event,
     encode_record,
 )
-from tests.cluster.builders import make_device, make_job, make_pack, make_replica, make_snapshot, running
+from tests.cluster.builders import make_backbone, make_device, make_job, make_pack, make_replica, make_snapshot, running
 
 JOB = make_job("a")
 JOB_KEY = keys.job(JOB.id)
@@ -66,7 +66,8 @@ def test_every_record_comes_back_as_it_was(record: Record) -> None:
 
 
 def test_a_snapshot_keeps_its_jobs_by_id() -> None:
-    snapshot = make_snapshot(jobs=(JOB, running("b")), packs=(make_pack(),), devices=2)
+    one = make_backbone("b", quantise="nf4", context_length=8192, loaded=True)
+    snapshot = make_snapshot(jobs=(JOB, running("b")), packs=(make_pack(),), backbones=(one,), devices=2)
     found = decode_record(keys.SNAPSHOT, encode_record(keys.SNAPSHOT, snapshot))
     assert isinstance(found, Snapshot) and found == snapshot and list(found.jobs) == ["ftjob-a", "ftjob-b"]
 
@@ -129,10 +130,10 @@ def test_a_graft_of_a_schema_that_nobody_knows_is_refused(schema: object) -> Non
 
 def test_a_job_written_before_its_class_of_device_was_kept_is_read_without_one() -> None:
     def older(text: str) -> str:
-        return re.sub('"schema":[23]', '"schema":1', text).replace(',"device_class":null', "")
+        return re.sub('"schema":[234]', '"schema":1', text).replace(',"device_class":null', "")
 
     assert decode_record(JOB_KEY, older(encode_record(JOB_KEY, JOB))) == JOB
-    snapshot = make_snapshot(jobs=(JOB,), devices=0)
+    snapshot = make_snapshot(jobs=(JOB,), backbones=(), devices=0)
     assert decode_record(keys.SNAPSHOT, older(encode_record(keys.SNAPSHOT, snapshot))) == snapshot
     started = JobStarted(job=JobId("a"), pack=PackId("p"), parameters=1, steps_total=1, at=1.0)
     for event in (JobSubmitted(record=JOB, at=1.0), started):

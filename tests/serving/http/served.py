@@ -65,6 +65,8 @@ class NoDevices:
     def ended(self) -> Sequence[PackEnd]:
         return ()
 
+    def serve(self, backbones: Collection[object]) -> None: ...
+
     def devices(self) -> Collection[Device]:
         return ()
 

@@ -1,0 +1,23 @@
+"""The backbone that the settings name, which a service has from its first moment on."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+from polygraft.cluster.backbones import put_backbone
+from polygraft.cluster.model import Backbone
+from polygraft.cluster.settings import Settings
+from polygraft.cluster.store.connect import connect
+from polygraft.serving.candidate import candidate
+
+
+def put_default(settings: Settings, cache: Path) -> Backbone:
+    """Have its files made where they are not there yet, and its record written; it counts as asked, so that it is
+    loaded at once. Raises BackboneError."""
+    found = candidate(settings.backbone, cache, settings.quantise)
+    now = time.time()
+    record = found.backbone(settings.backbone, dtype=settings.dtype, quantise=settings.quantise, at=now, asked=True)
+    with closing(connect(settings.store_url)) as store:
+        return put_backbone(store, record, at=now)

@@ -1,0 +1,39 @@
+"""Which backbones replicas hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from polygraft.cluster.decisions import LoadBackbone, UnloadBackbone
+from polygraft.cluster.model import Limits, Snapshot
+from polygraft.cluster.policy.cycle import decide
+from polygraft.cluster.policy.loading import is_wanted, loading
+from tests.cluster.builders import make_backbone, make_snapshot
+
+
+def fleet(unload_s: float) -> Snapshot:
+    return make_snapshot(
+        backbones=(
+            make_backbone("asked", asked_at=95.0),
+            make_backbone("busy", asked_at=95.0, loaded=True),
+            make_backbone("idle", asked_at=30.0, loaded=True),
+            make_backbone("never"),
+            make_backbone("past", asked_at=30.0),
+        ),
+        limits=Limits(unload_s=unload_s),
+        now=100.0,
+    )
+
+
+def test_what_was_asked_lately_is_loaded_and_what_was_not_is_unloaded() -> None:
+    assert loading(fleet(60.0)) == (LoadBackbone("asked"), UnloadBackbone("idle"))
+    assert decide(fleet(60.0)) == loading(fleet(60.0))
+
+
+def test_without_a_time_nothing_that_was_ever_asked_is_unloaded() -> None:
+    assert loading(fleet(0.0)) == (LoadBackbone("asked"), LoadBackbone("past"))
+
+
+@pytest.mark.parametrize(("asked_at", "wanted"), [(0.0, False), (40.0, False), (40.1, True), (100.0, True)])
+def test_it_is_wanted_for_so_long_after_it_was_asked(asked_at: float, wanted: bool) -> None:
+    assert is_wanted(make_backbone("b", asked_at=asked_at), now=100.0, unload_s=60.0) is wanted
