@@ -14,6 +14,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
 from polygraft.cluster.settings import BadSettings, Settings, load
 from polygraft.cluster.store.connect import connect
@@ -21,6 +22,7 @@ from polygraft.launch.default_backbone import put_default
 from polygraft.launch.engines import DeployBackbone
 from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.packs import OpenHost
+from polygraft.launch.scout import NodeScout
 from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
@@ -56,9 +58,9 @@ def _admit_key(settings: Settings) -> None:
 
 def _lead(settings: Settings) -> None:
     """This cluster's one controller, told these settings."""
-    host = OpenHost.of(settings)
-    deploy = DeployBackbone.of(settings)
-    name = f"{_CONTROLLER}-{sha256(f'{host}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
+    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
+    means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
+    name = f"{_CONTROLLER}-{sha256(f'{means}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
         if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:
             _end(ray.get_actor(other["name"], namespace=_NAMESPACE))
@@ -71,7 +73,7 @@ def _lead(settings: Settings) -> None:
         max_restarts=-1,
         max_concurrency=4,
     )
-    options.remote(settings.store_url, settings.pack_limits, host, deploy, holder=f"{name}-{token_hex(4)}")
+    options.remote(settings.store_url, settings.pack_limits, means, holder=f"{name}-{token_hex(4)}")
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

@@ -13,7 +13,7 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 
 from polygraft.cluster.actors.controller import POLL_S
-from polygraft.cluster.actors.effects import PackHost
+from polygraft.cluster.actors.effects import Means, PackHost
 from polygraft.cluster.actors.leader import start_leader
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.api_keys import verify_key
@@ -97,7 +97,7 @@ def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServe
     store = connect(server.url)
     limits = Limits(idle_s=1.0, max_attempts=1)
     put_backbone(store, make_backbone("b"), at=time.time())
-    leader = start_leader(server.url, limits, opener(server.url), nobody, name="controller")
+    leader = start_leader(server.url, limits, Means(opener(server.url), nobody), name="controller")
 
     submit(store, "quick")
     until(lambda: job_of(store, "quick").state is JobState.SUCCEEDED)
