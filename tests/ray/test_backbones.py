@@ -40,7 +40,7 @@ from tests.tiny import tiny_llama, tiny_model
 
 ASK = [{"role": "user", "content": "What is a graft?"}]
 TOKENS = 24
-UNLOAD_S = 6.0
+UNLOAD_S = 12.0
 
 
 @pytest.mark.slow
