@@ -204,7 +204,7 @@ class Backbone:
 
     Its files lie in `folder` on every node; `dtype` and `quantise` say how packs and replicas load them, and
     `fingerprint` which model that is. `context_length` is how many positions it has, None: no limit. `asked_at` is
-    about when it was last asked for an answer, 0: never. `loaded`: replicas are to hold it.
+    about when it was last asked for an answer, 0: not since it was unloaded. `loaded`: replicas are to hold it.
     """
 
     name: str

@@ -53,7 +53,9 @@ def record_of(name: str, backbone: Backbone) -> Record:
 
 def knowing(api: Api, backbone: KnownBackbone) -> Api:
     """The same, but for what it knows of its one backbone."""
-    return replace(api, backbones=Backbones(api.store, lambda _: backbone, default=backbone.name))
+    backbones = Backbones(api.store, lambda _: backbone, default=backbone.name)
+    backbones._started.update(api.backbones._started)  # its gateway, where it is the same, is not started twice
+    return replace(api, backbones=backbones)
 
 
 def tiny_api(
