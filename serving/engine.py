@@ -148,7 +148,7 @@ class Engine:
                 busy = True
                 self._blame(error)
         self.load = self._streams.load
-        self._outbox.flush(self.load)
+        self._outbox.flush(self.load, self.beat)
         return busy
 
     def step(self) -> bool:
@@ -159,6 +159,7 @@ class Engine:
         logits = self._forward(batch)
         tokens = self._sample(batch, logits)
         self._collect(batch, tokens)
+        self._streams.stepped(len(batch.rows), self._clock() - self.beat)
         return True
 
     def _schedule(self) -> Batch | None:
@@ -323,7 +324,7 @@ class Engine:
         self._take_in()
         for sequence in self._present():
             self._end(sequence, "cancelled")
-        self._outbox.flush(self._streams.load)
+        self._outbox.flush(self._streams.load, self._clock())
         self._log.close()
 
     def _idle(self) -> None:

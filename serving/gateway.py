@@ -102,6 +102,11 @@ class Gateway:
         """Whether a replica is connected."""
         return bool(self._loads)
 
+    @property
+    def loads(self) -> Mapping[ReplicaId, Load]:
+        """What each replica that is connected said of itself last. May be read from any thread."""
+        return dict(self._loads)
+
     def uses(self, graft: GraftId) -> bool:
         """Whether an answer is being generated with the graft. May be called from any thread."""
         return any(stream.request.graft == graft for stream in list(self._streams.values()))
