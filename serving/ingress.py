@@ -25,8 +25,8 @@ from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
-from polygraft.serving.http.fleet import Fleet
 from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.remote import ServeLink
 
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
@@ -71,7 +71,7 @@ class Ingress:
             max_context=settings.serve.max_context,
             clock=time.time,
             meters=Meters(name),
-            fleet=Fleet(store, time.time),
+            overview=Overview(store, time.time),
             metrics_tenants=frozenset(map(TenantId, settings.metrics_tenants)),
         )
 

@@ -1,4 +1,4 @@
-"""Tokens of the running step, gathered by ingress until the step is over."""
+"""Tokens of the running step, gathered by ingress until the step is over, and the load for who has none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threading import Lock
 from polygraft.serving.messages import Load, StepTokens
 
 _LOG = logging.getLogger(__name__)
-_NEWS_S = 1.0  # how old a load may get that an ingress without tokens was told
+_TELL_S = 0.25  # an ingress without tokens hears of a changed load after this long
 Listener = Callable[[tuple[StepTokens, ...], Load], None]
 
 
@@ -21,7 +21,7 @@ class Outbox:
         self._lock = Lock()
         self._listeners: dict[str, Listener] = {}
         self._held: dict[str, list[StepTokens]] = defaultdict(list)
-        self._told: dict[str, tuple[Load, float]] = {}  # what each heard last of the load, and when
+        self._told: dict[str, tuple[Load, float]] = {}
 
     def listen(self, ingress: str, listener: Listener) -> None:
         """From now on `listener` is called, on the engine's thread, with what there is for `ingress`."""
@@ -44,20 +44,19 @@ class Outbox:
         self._held[ingress].append(tokens)
 
     def flush(self, load: Load, now: float) -> None:
-        """One call for every ingress that has something, or has not heard of the load for a second. One that raises
-        hurts no other; its gateway sees the gap."""
+        """One call for every ingress that has something, or that the load is news to. One that raises hurts no other;
+        its gateway sees the gap."""
         with self._lock:
             listeners = dict(self._listeners)
+        self._told = {ingress: told for ingress, told in self._told.items() if ingress in listeners}
         for ingress, listener in listeners.items():
             tokens = tuple(self._held.get(ingress, ()))
-            told = self._told.get(ingress)
-            if not tokens and told is not None and (told[0] == load or now - told[1] < _NEWS_S):
+            before, at = self._told.get(ingress, (None, now - _TELL_S))
+            if not tokens and (load == before or now - at < _TELL_S):
                 continue
             self._told[ingress] = load, now
             try:
                 listener(tokens, load)
             except Exception:
                 _LOG.exception("ingress %r did not get its tokens", ingress)
-        for ingress in self._told.keys() - listeners.keys():
-            del self._told[ingress]
         self._held.clear()

@@ -19,8 +19,8 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
-from polygraft.serving.http.fleet import Fleet
 from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.http.turns import Turns
 
 
@@ -28,7 +28,7 @@ from polygraft.serving.http.turns import Turns
 class Api:
     """`backbone` is the bare backbone's model id, `fingerprint` its weights', `stock` its files, and packs load it
     `quantised` or not; `limits` are those of a request, `pack` those of a pack; `metrics_tenants` may
-    read `meters` and what `fleet` sees; `clock` gives seconds since the epoch."""
+    read `meters` and what `overview` sees; `clock` gives seconds since the epoch."""
 
     store: Store
     gateway: Gateway
@@ -46,7 +46,7 @@ class Api:
     max_context: int
     clock: Callable[[], float]
     meters: Meters
-    fleet: Fleet
+    overview: Overview
     metrics_tenants: frozenset[TenantId]
     turns: Turns = field(default_factory=Turns)
 

@@ -22,8 +22,8 @@ from polygraft.cluster.states import JobState, PackState, Reason, is_final
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import answers
 from polygraft.serving.http.errors import ApiError
-from polygraft.serving.http.fleet import Fleet
 from polygraft.serving.http.meters import PREFIX
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.messages import Load, Tally
 
 router = APIRouter()
@@ -51,7 +51,7 @@ async def metrics(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
 
 def _all(api: Api, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
     others = CollectorRegistry()
-    others.register(_Found([*_replicas(api), *_control_plane(api.fleet, api.fleet.look(), api.meters.ingress)]))
+    others.register(_Found([*_replicas(api), *_control_plane(api.overview, api.overview.look(), api.meters.ingress)]))
     own = encode(api.meters.registry)
     return own.removesuffix(_EOF) + encode(others)
 
@@ -115,7 +115,7 @@ def _replicas(api: Api) -> Iterator[Metric]:
     yield queued
 
 
-def _control_plane(fleet: Fleet, snapshot: Snapshot, ingress: str) -> Iterator[Metric]:
+def _control_plane(overview: Overview, snapshot: Snapshot, ingress: str) -> Iterator[Metric]:
     jobs, packs = snapshot.jobs.values(), snapshot.packs.values()
     yield _gauges("jobs", "Jobs that are not over.", "state", Counter(job.state for job in jobs), _JOB_STATES)
     waiting = Counter(job.reason for job in jobs if job.waiting and job.reason is not None)
@@ -132,8 +132,8 @@ def _control_plane(fleet: Fleet, snapshot: Snapshot, ingress: str) -> Iterator[M
     yield _gauges("device_free_bytes", "Memory of devices that nobody holds.", "kind", free, kinds)
     replicas = Counter(replica.backbone for replica in snapshot.replicas.values())
     yield _gauges("replicas", "Replicas that are open.", "model_name", replicas, replicas)
-    yield _counted("jobs_finished", "Jobs that ended since this ingress began.", "state", fleet.finished, ingress)
-    yield _counted("device_seconds", "Time of devices held, by what for.", "use", fleet.device_seconds, ingress)
+    yield _counted("jobs_finished", "Jobs that ended since this ingress began.", "state", overview.finished, ingress)
+    yield _counted("device_seconds", "Time of devices held, by what for.", "use", overview.device_seconds, ingress)
 
 
 def _gauges(name: str, about: str, label: str, values: Mapping[W, float], words: Iterable[W]) -> Metric:

@@ -14,8 +14,8 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.context import Api
-from polygraft.serving.http.fleet import Fleet
 from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 
 
 def tiny_api(store: Store, gateway: Gateway, backbone: Backbone, data: Path, adoption: Adoption) -> Api:
@@ -36,6 +36,6 @@ def tiny_api(store: Store, gateway: Gateway, backbone: Backbone, data: Path, ado
         max_context=512,
         clock=time.time,
         meters=Meters("i0"),
-        fleet=Fleet(store, time.time),
+        overview=Overview(store, time.time),
         metrics_tenants=frozenset({TenantId("ann")}),
     )

@@ -17,8 +17,8 @@ from polygraft.cluster.events import DeviceJoined, JobCancelled, PackOpening, Re
 from polygraft.cluster.model import Device, DeviceId, PackId, Replica, ReplicaId
 from polygraft.cluster.states import Reason
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.fleet import Fleet
 from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from tests.serving.http.conftest import Service, refusal, upload
 
 pytestmark = pytest.mark.anyio
@@ -126,8 +126,8 @@ async def test_waits_are_told_apart_and_reach_an_ingress_without_requests(
 
 async def test_the_control_plane_is_counted_by_state_and_reason(service: Service, ann: httpx.AsyncClient) -> None:
     store, now = service.api.store, [2_000.0]
-    fleet = Fleet(store, lambda: now[0])
-    transport = httpx.ASGITransport(create_app(replace(service.api, fleet=fleet)), raise_app_exceptions=False)
+    overview = Overview(store, lambda: now[0])
+    transport = httpx.ASGITransport(create_app(replace(service.api, overview=overview)), raise_app_exceptions=False)
     cpu = Device(id=DeviceId("n/cpu0"), node="n", kind="cpu", index=0, cores=2, bytes=1_000, speed=0.0)
     gpu = replace(cpu, id=DeviceId("n/cuda0"), kind="cuda", bytes=9_000)
     replica = Replica(id=ReplicaId("r0"), backbone="tiny", devices=(gpu.id,), bytes=4_000, actor="a", opened_at=2_000.0)

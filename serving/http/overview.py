@@ -20,7 +20,7 @@ Use = Literal["pack", "replica"]
 _FINISHED = {JobSucceeded: JobState.SUCCEEDED, JobFailed: JobState.FAILED, JobCancelled: JobState.CANCELLED}
 
 
-class Fleet:
+class Overview:
     """Brought up to date whenever somebody asks, from any thread. It counts from when it was made, as long as somebody
     asks once a minute."""
 
