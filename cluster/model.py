@@ -64,7 +64,7 @@ class JobSpec:
 
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
-    `max_length` None cuts no example that the backbone's positions and a pack's memory have room for.
+    `max_length` None cuts no example that the backbone's positions and the pack's memory have room for.
     """
 
     backbone: str
@@ -102,7 +102,7 @@ class Job:
     """One fine-tune.
 
     A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
-    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed under it.
+    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed with it as a suspect.
     `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the submission on
     where the ingress knows the backbone's shape. `device_class` is that of the device which computes its steps, within
     which they are the same to the last bit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from threading import Event
@@ -60,7 +60,7 @@ SNAPSHOTS_KEPT = 50  # the log keeps what happened since the oldest of them, for
 REFUSALS = {
     Reason.TOO_LARGE: "the job's trainable parameters need more memory than a pack has; choose a smaller peft",
     Reason.NO_BACKBONE: "the job's backbone was removed from the service; add it again and submit the job anew",
-    Reason.PACKS_FAILED: "the packs it trained in failed too often; the service's log says why",
+    Reason.PACKS_FAILED: "packs failed too often while it was suspected of it; the service's log says why",
 }
 
 
@@ -189,22 +189,22 @@ class Controller:
         for gone in sorted(self.snapshot.devices.keys() - devices.keys()):
             self._store.commit([], [DeviceLost(device=gone, at=now)], fence=self._fence)
         over = [
-            (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
+            (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED, end.suspects)
             for end in self._effects.ended()
         ]
-        known_alive = {*self._effects.alive(), *(pack for pack, _, _ in over)}
+        known_alive = {*self._effects.alive(), *(pack for pack, *_ in over)}
         lost = (pack for pack in self.snapshot.packs.values() if not pack.final and pack.id not in known_alive)
-        over += [(pack.id, "its process did not survive", Reason.PACK_LOST) for pack in lost]
-        for pack, error, reason in over:
-            self._end_pack(pack, error, reason)
+        over += [(pack.id, "its process did not survive", Reason.PACK_LOST, ()) for pack in lost]
+        for pack, error, reason, suspects in over:
+            self._end_pack(pack, error, reason, suspects)
 
-    def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
-        """Shut the pack's worker out, requeue its jobs, then say that it is over: a crash halfway repeats it all."""
+    def _end_pack(self, pack: PackId, error: str | None, reason: Reason, suspects: Collection[JobId] = ()) -> None:
+        """Shut the pack's worker out, requeue its jobs, then say that it is over: a crash halfway repeats it all. It
+        counts against the suspects alone."""
         self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True, fence=self._fence)
         now = self._clock()
-        blamed = reason is Reason.PACK_FAILED
         events: list[JobEvent | PackEvent] = [
-            JobRequeued(job=job.id, reason=reason, blamed=blamed, at=now)
+            JobRequeued(job=job.id, reason=reason, blamed=job.id in suspects, at=now)
             for job in sorted(self.snapshot.jobs.values(), key=lambda job: job.id)
             if job.pack == pack and job.active
         ]

@@ -145,7 +145,7 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
 
 
 def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Job:
-    record = new_job(api, tenant, body)
+    record = new_job(api, tenant, body).job
     limit = api.limits.jobs_per_tenant
     if sum(not job.final for job in _jobs_of(api, tenant)) >= limit:
         raise ApiError(
