@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polygraft.cluster.model import Backbone as Record
-from polygraft.cluster.model import Limits
+from polygraft.cluster.model import Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
@@ -19,6 +19,8 @@ from polygraft.serving.candidate import candidate
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.known import Backbones, KnownBackbone
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 
 OWN = "tiny"
 
@@ -78,4 +80,7 @@ def tiny_api(
         limits=LimitSettings(),
         pack=Limits(),
         clock=time.time,
+        meters=Meters("i0"),
+        overview=Overview(store, time.time),
+        metrics_tenants=frozenset({TenantId("ann")}),
     )
