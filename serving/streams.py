@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from polygraft.cluster.model import GraftId
 from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
@@ -17,7 +18,7 @@ from polygraft.grafts.runtime.cache import KVCache
 from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
-from polygraft.serving.messages import Load
+from polygraft.serving.messages import Load, Tally
 from polygraft.serving.residency import Residency
 from polygraft.serving.sequence import Sequence
 from polygraft.serving.tenants import Tenants
@@ -30,8 +31,8 @@ class ContextExceeded(Exception):
 
 
 class Streams:
-    """`waiting` is oldest first, `running` first admitted first; a running stream holds blocks and pins its graft. The
-    engine's thread owns it."""
+    """`waiting` is oldest first, behind those that another replica had, `running` first admitted first; a running
+    stream holds blocks and pins its graft. The engine's thread owns it."""
 
     def __init__(self, backbone: Backbone, settings: ServeSettings, residency: Residency, loader: Loader) -> None:
         """Raises ValueError when the key-value cache is smaller than one context."""
@@ -48,15 +49,32 @@ class Streams:
         self.residency = residency
         self._settings = settings
         self._loader = loader
+        self.expected: dict[GraftId, None] = {}  # by streams of another replica that are to come
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.tenants = Tenants(settings)
         self._ready: list[Sequence] = []  # of `waiting`, in turn: whose graft is in memory
+        self._deferred = 0  # of `waiting`: whose graft is not
+        self._tally = Tally()
 
     @property
     def load(self) -> Load:
-        blocks = self.blocks
-        return Load(len(self.running), len(self.waiting), blocks.total, blocks.free_blocks, self.residency.held)
+        blocks, residency, loader = self.blocks, self.residency, self._loader
+        return Load(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            blocks=blocks.total,
+            free_blocks=blocks.free_blocks,
+            resident=residency.held,
+            resident_bytes=residency.used_bytes,
+            deferred=min(self._deferred, len(self.waiting)),
+            tally=replace(self._tally, loads=loader.loads, load_s=loader.load_s, evictions=residency.evictions),
+        )
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A step of so many rows is over."""
+        done = self._tally
+        self._tally = replace(done, steps=done.steps + 1, rows=done.rows + rows, step_s=done.step_s + seconds)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_age)
@@ -74,7 +92,7 @@ class Streams:
         self.tenants.mark_overdue(self.waiting, now)
         order = list(in_turn(self.waiting, self.tenants.ledger, Counter(one.tenant for one in self.running)))
         missing = dict.fromkeys(one.request.graft for one in order if one.request.graft and not self._graft(one))
-        self._loader.keep(list(missing))
+        self._loader.keep([*missing, *(self.expected.keys() - missing)])
         self._ready = []
         held_up = False
         wanted: set[GraftId] = set()
@@ -93,6 +111,8 @@ class Streams:
             # one after the other, and that one out for ever.
             if graft is None or (self._graft(sequence) is not None and not held_up):
                 self._ready.append(sequence)
+        self._deferred = len(order) - len(self._ready) - len(failed)
+        self._load_expected(wanted)
         return failed
 
     def choose(self, now: float) -> tuple[list[Chunk], list[Failed]]:
@@ -120,6 +140,19 @@ class Streams:
             return False
         self.residency.admit(resident, wanted)
         return True
+
+    def _load_expected(self, wanted: set[GraftId]) -> None:
+        """Bring in what is expected, where there is room beside what is wanted now; whoever comes for one that cannot
+        be read is told why then."""
+        for graft in list(self.expected):
+            try:
+                reading = self.residency.get(graft) is None and self._loader.ask(graft) is None
+                if not reading:
+                    self._make_room(graft, wanted)
+            except Exception:
+                reading = False
+            if not reading:
+                del self.expected[graft]
 
     def _attach(self, sequence: Sequence) -> None:
         if (graft := self._graft(sequence)) is not None:
@@ -158,6 +191,10 @@ class Streams:
         """Blocks for all its tokens, its graft's prefix in the first of them."""
         graft = sequence.request.graft
         self._unqueue(sequence)
+        if sequence.entered is None:
+            done = self._tally
+            queued = done.queued_s + now - sequence.arrival
+            self._tally = replace(done, entered=done.entered + 1, queued_s=queued)
         self.tenants.entered(sequence, now)
         insort(self.running, sequence, key=_turn)
         if graft is not None:
@@ -171,6 +208,7 @@ class Streams:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its original arrival; what it has said is kept and computed again as context."""
         self._release(sequence)
+        self._tally = replace(self._tally, preemptions=self._tally.preemptions + 1)
         sequence.computed = 0
         self.add(sequence)
 
@@ -221,8 +259,8 @@ def _each(sequences: Iterable[Sequence], act: Callable[[Sequence], object], fail
     return done
 
 
-def _age(sequence: Sequence) -> tuple[float, str]:
-    return sequence.arrival, sequence.request.id
+def _age(sequence: Sequence) -> tuple[bool, float, str]:
+    return not sequence.request.resumed, sequence.arrival, sequence.request.id
 
 
 def _turn(sequence: Sequence) -> int:
