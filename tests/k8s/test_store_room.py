@@ -33,6 +33,13 @@ store = redis.Redis(port=int(os.environ["PORT"]), password=os.environ["REDISCLI_
 answer = store.execute_command(*sys.argv[1:])
 print(*([word for pair in answer.items() for word in pair] if isinstance(answer, dict) else [answer]), sep="\\n")
 """
+# What df says of a folder, which it does not of one in another mount namespace.
+DF = f"""#!{sys.executable}
+import os, sys
+found = os.statvfs(sys.argv[-1])
+print("Filesystem 1024-blocks Used Available Capacity Mounted on")
+print("none", 0, 0, found.f_bavail * found.f_frsize // 1024, "0%", sys.argv[-1])
+"""
 
 
 @contextmanager
@@ -73,8 +80,9 @@ def watched(disk: SmallDisk, store: redis.Redis, tools: Path) -> Iterator[None]:
     given = {one["name"]: one.get("value", PASSWORD) for one in ROOM["env"]}
     assert ROOM["command"] == ["sh", "/etc/valkey/room.sh"] and given["DATA"] == "/data"
     assert 0 < int(given["LITTLE_KIB"]) < int(given["ENOUGH_KIB"])
-    (tools / "valkey-cli").write_text(CLI)
-    (tools / "valkey-cli").chmod(0o755)
+    for name, text in {"valkey-cli": CLI, "df": DF}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
     (tools / "room.sh").write_text(FILES["room.sh"])
     port = str(store.get_connection_kwargs()["port"])
     small = {"DATA": str(disk.folder), "LITTLE_KIB": "4096", "ENOUGH_KIB": "6144", "LOOK_S": "0.1", "PORT": port}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from polygraft.cluster.model import Job, TenantId
-from polygraft.cluster.policy.admission import fair_order, stop_reason
+from collections import Counter
+
+from polygraft.cluster.model import Job, Limits, TenantId
+from polygraft.cluster.policy.admission import in_turn, stop_reason
+from polygraft.cluster.policy.standing import Standing
 from polygraft.cluster.states import JobState, Reason
 from tests.cluster.builders import make_job
 
@@ -17,7 +20,10 @@ def of(tenant: str, *names: str, at: float, running: bool = False) -> list[Job]:
 
 
 def ordered(*jobs: list[Job]) -> list[str]:
-    return [job.id.removeprefix("ftjob-") for job in fair_order([job for some in jobs for job in some])]
+    standing = Standing.of(job for some in jobs for job in some)
+    (queues,) = standing.queues.values()
+    turns = in_turn(queues, standing.active, Counter(), set(), Limits(), now=100.0)
+    return [job.id.removeprefix("ftjob-") for job in turns]
 
 
 def test_the_tenant_with_fewer_jobs_in_packs_is_first_however_old_the_other_ones_are() -> None:
