@@ -9,10 +9,12 @@ from polygraft.cluster.model import (
     ApiKey,
     Backbone,
     DataFile,
+    DeviceId,
     FileId,
     Graft,
     Job,
     JobId,
+    Occupancy,
     Pack,
     PackId,
     Record,
@@ -29,6 +31,7 @@ JOBS: Prefix[Job] = Prefix("job/")
 BACKBONES: Prefix[Backbone] = Prefix("backbone/")
 PACKS: Prefix[Pack] = Prefix("pack/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
+DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
 ALIASES: Prefix[Alias] = Prefix("alias/")
@@ -42,6 +45,7 @@ TYPES: Mapping[str, type[Record]] = {
     "alias": Alias,
     "apikey": ApiKey,
     "backbone": Backbone,
+    "device": Occupancy,
     "file": DataFile,
     "graft": Graft,
     "job": Job,
@@ -66,6 +70,14 @@ def pack(pack: PackId) -> Key[Pack]:
 
 def replica(replica: ReplicaId) -> Key[Replica]:
     return Key(f"{REPLICAS}{replica}")
+
+
+def device(device: DeviceId) -> Key[Occupancy]:
+    return Key(f"{DEVICES}{device}")
+
+
+def devices_of(node: str) -> Prefix[Occupancy]:
+    return Prefix(f"{DEVICES}{node}/")
 
 
 def file(file: FileId) -> Key[DataFile]:
@@ -107,6 +119,11 @@ def record_type(key: str) -> type[Record]:
 def pack_scope(pack: PackId) -> str:
     """Lease scope of the pack's worker."""
     return f"pack/{pack}"
+
+
+def replica_scope(replica: ReplicaId) -> str:
+    """Lease scope of the replica's process."""
+    return f"replica/{replica}"
 
 
 def commands(pack: PackId) -> StreamKey:
