@@ -32,7 +32,7 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.app import build
-from tests.ray.local import local_ray
+from tests.ray.local import free_port, local_ray
 from tests.serving.naive import Solo, random_tensors
 from tests.tiny import tiny_llama
 
@@ -40,13 +40,6 @@ METHODS = ("lora(r=4)", "ia3", "prefix(5)", "serial(4)")
 ASK = "What is a graft?"
 TOKENS = 24
 SLOW_BODIES = 1_050
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def published(store: Store, data: Path, folder: Path, shape: ModelShape) -> dict[str, str]:
