@@ -11,6 +11,7 @@ from threading import enumerate as threads
 import pytest
 
 from polygraft.cluster.actors.scaler import Scaler
+from polygraft.cluster.model import Device, DeviceId, Holding, Occupancy, Replica, ReplicaId
 from polygraft.cluster.store.base import JSON
 
 RULES = {"holds": 4, "least": 1, "most": 3, "calm_s": 1.0, "idle_s": None}
@@ -24,6 +25,10 @@ class Context:
 def scaler(rules: dict[str, float | None] = RULES) -> Scaler:
     """Over a store in which nobody says anything."""
     return Scaler(store_url="memory://", backbone="tiny", share=0.5, scaling=rules)
+
+
+def device(name: str) -> Device:
+    return Device(id=DeviceId(name), node="n", kind="cpu", index=0, cores=1, bytes=1000, speed=1.0)
 
 
 def entry(ingress: str, streams: int, waiting: int = 0) -> dict[str, JSON]:
@@ -65,6 +70,21 @@ def test_a_policy_that_raises_keeps_the_replicas(caplog: pytest.LogCaptureFixtur
     policy.hear([entry("a", 1)], time.monotonic())
     assert [policy(Context(2)) for _ in range(3)] == [(2, {})] * 3
     assert caplog.text.count("keeps its 2 replicas") == 1
+
+
+def test_without_a_most_there_are_as_many_as_find_room_on_the_devices() -> None:
+    policy, now = scaler({**RULES, "most": None}), time.monotonic()
+    full = Occupancy(device=device("full"), holders=(Holding("pack", 600),))
+    own = Replica(id=ReplicaId("r"), backbone="tiny", devices=(), bytes=500, actor="r", opened_at=0.0)
+    other = Replica(id=ReplicaId("x"), backbone="another", devices=(), bytes=500, actor="x", opened_at=0.0)
+    half = Occupancy(device=device("half"), holders=(Holding("r", 500),))
+    policy.hear([entry("a", 100)], now)
+    policy.see([own, other], [full])
+    assert policy.target(1, now) == 1  # its own, and no room beside the pack
+    policy.see([own, other], [full, half, Occupancy(device=device("free"))])
+    assert policy.target(1, now) == 4
+    policy.see([], [])
+    assert policy.target(4, now) == 1  # nothing is known of any device: it has what it must have
 
 
 @pytest.mark.parametrize("wrong", [{}, {"ingress": "a"}, {"ingress": "a", "streams": "many", "waiting": 0}])
