@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from polygraft.cluster.model import Replica, ReplicaId
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import OLDEST, EntryId, Store, StoreError
+from polygraft.cluster.store.base import JSON, OLDEST, EntryId, Store, StoreError
 from polygraft.serving.gateway import Gateway, Link
 
 _LOG = logging.getLogger(__name__)
@@ -64,14 +65,14 @@ class StoreFleet:
             wanted = gateway.demand
             if wanted != said or (wanted.total and now() - at >= _REPEAT_S):
                 try:
-                    await self._in_thread(lambda wanted=wanted: self._say(wanted))
+                    await self._in_thread(partial(self._say, wanted))
                     said, at = wanted, now()
                 except StoreError as error:
                     _LOG.warning("nobody hears what is wanted of %s: %s", self._backbone, error)
             await asyncio.sleep(_TELL_S)
 
     def _say(self, demand: Demand) -> None:
-        entry = {"ingress": self._ingress, "streams": demand.streams, "waiting": demand.waiting}
+        entry: dict[str, JSON] = {"ingress": self._ingress, "streams": demand.streams, "waiting": demand.waiting}
         self._store.append(keys.demand(self._backbone), entry, maxlen=_KEPT)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

@@ -65,9 +65,10 @@ class ActorLink:
     async def _actor(self) -> ActorHandle[Host]:
         if self._found is None:
             try:
-                self._found = await asyncio.to_thread(ray.get_actor, self._name, namespace=NAMESPACE)
+                found = await asyncio.to_thread(ray.get_actor, self._name, namespace=NAMESPACE)
             except Exception as error:
                 raise ConnectionError(_reason(error)) from error
+            self._found = cast(ActorHandle[Host], found)
         return self._found
 
 

@@ -102,7 +102,7 @@ def replica_app(plan: ReplicaPlan, *, kind: DeviceKind, scaler: str = SCALER) ->
         "calm_s": settings.calm_s,
         "idle_s": settings.idle_s,
     }
-    policy = AutoscalingPolicy(
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function=scaler,
         policy_kwargs={
             "store_url": plan.store_url,

@@ -26,7 +26,7 @@ from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 APPLICATION = "backbone-tiny"
-SERVE = ServeSettings(max_streams=4, max_context=1000, kv_bytes=4 << 20, max_rows=64, max_replicas=3)
+SERVE = ServeSettings(max_streams=4, max_context=1000, kv_bytes=8 << 20, max_rows=64, max_replicas=3)
 
 
 def config(args: dict[str, str], most: int) -> dict[str, object]:

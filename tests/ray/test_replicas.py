@@ -36,7 +36,7 @@ from tests.tiny import tiny_llama
 cloudpickle.register_pickle_by_value(raising)  # Ray's workers cannot import the tests
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 SERVE = ServeSettings(
-    max_streams=4, max_context=1000, kv_bytes=4 << 20, max_rows=64, max_replicas=3, calm_s=2.0, drain_s=20.0
+    max_streams=4, max_context=1200, kv_bytes=8 << 20, max_rows=64, max_replicas=3, calm_s=2.0, drain_s=20.0
 )
 ZERO = SERVE.model_copy(update={"idle_s": 2.0})
 FLOOR_S = 0.05
@@ -118,7 +118,7 @@ def wanted(id: str, tokens: int) -> GenerationRequest:
 
 
 def test_replicas_come_and_go_with_the_streams_and_cut_none(place: Place) -> None:
-    requests = [wanted(f"long{n}", 600 + n) for n in range(3)] + [wanted(f"short{n}", 300 + n) for n in range(7)]
+    requests = [wanted(f"long{n}", 1100 + n) for n in range(3)] + [wanted(f"short{n}", 150 + n) for n in range(7)]
 
     async def undisturbed() -> list[list[int]]:
         loaded = Loaded.load(place.folder, torch.float32)

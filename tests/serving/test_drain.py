@@ -227,12 +227,28 @@ async def test_a_replica_that_dies_while_it_drains_is_no_failure_either(backbone
         assert replicas.gateway._streams == {}
 
 
-async def test_without_patience_a_request_that_meets_no_replica_is_refused_at_once() -> None:
-    gateway = Gateway({}, ingress="i", settings=SETTINGS, ready_s=0.0)
-    await gateway.start()
-    with pytest.raises(Unavailable, match="no replica"):
-        await anext(gateway.generate(request("a", (5,), 3)))
-    await gateway.close()
+async def test_without_patience_a_request_that_meets_no_replica_is_refused_at_once(
+    backbone: Backbone, data: Path
+) -> None:
+    """None that takes it, that is: the last one goes on with what it has."""
+    long = request("long", (5, 6, 7), 60)
+    (undisturbed,) = await alone(backbone, data, [long])
+    async with fleet(backbone, data, SETTINGS, step_floor_s=0.01, ready_s=0.0) as replicas:
+        with pytest.raises(Unavailable, match="no replica"):
+            await said(replicas.gateway, replace(long, id="early"))
+        here = replicas.add()
+        spoken: list[int] = []
+        while not replicas.gateway.ready():
+            await asyncio.sleep(0.005)
+        work = asyncio.create_task(said(replicas.gateway, long, spoken))
+        await all_have(3, [spoken])
+        drained = asyncio.create_task(replicas.drain(here))
+        while here not in replicas.gateway._roster.draining:
+            await asyncio.sleep(0.005)
+        with pytest.raises(Unavailable, match="no replica"):
+            await said(replicas.gateway, replace(long, id="late"))
+        assert await work == undisturbed
+        await drained
 
 
 async def times(gateway: Gateway, wanted: GenerationRequest, into: list[float]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from threading import enumerate as threads
 
 import pytest
+from ray import cloudpickle
+from ray.serve.config import AutoscalingPolicy
 
 from polygraft.cluster.actors.scaler import Scaler
 from polygraft.cluster.model import Device, DeviceId, Holding, Occupancy, Replica, ReplicaId
@@ -92,6 +94,14 @@ def test_an_entry_that_is_no_demand_is_left_out(wrong: dict[str, JSON]) -> None:
     policy, now = scaler(), time.monotonic()
     policy.hear([wrong, entry("b", 5)], now)
     assert policy.target(1, now) == 2
+
+
+def test_serve_can_carry_it_to_its_controller() -> None:
+    """By value, as it does, without whatever else its module has imported."""
+    kwargs = {"store_url": "memory://", "backbone": "tiny", "share": 0.5, "scaling": RULES}
+    carried = AutoscalingPolicy(policy_function="polygraft.cluster.actors.scaler:Scaler", policy_kwargs=kwargs)
+    policy = cloudpickle.loads(carried.get_serialized_policy_def())(**carried.policy_kwargs)
+    assert policy(Context(2)) == (2, {})
 
 
 def test_a_policy_that_serve_has_dropped_leaves_no_thread() -> None:
