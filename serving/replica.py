@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.actors.place import Place, asking, place
 from polygraft.cluster.leasing import close_replica, open_replica
 from polygraft.cluster.model import DeviceKind, ReplicaId
@@ -27,7 +28,6 @@ from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.process import device_environment
 from polygraft.serving.host import NAMESPACE, Host, ReplicaPlan
 
-ENGINE = "engine"  # the deployment's name
 SHARE = 0.5  # of a `device`; the other half trains
 SCALER = "polygraft.cluster.actors.scaler:Scaler"
 MOST = 1000  # replicas, where only the devices say how many there may be

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.client import Client, JobEvent, RemoteDryRun, RemoteJob
+from polygraft.cluster.answers import JobEvent, RemoteDryRun, RemoteJob
+from polygraft.cluster.client import Client
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.commands.request import read_request
 from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
@@ -53,6 +54,10 @@ def submit(
     dropout: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Let the bare name mean the new version.")] = False,
+    priority: Annotated[
+        int | None, typer.Option(help="Of two of your jobs that wait, the higher goes first; -10 to 10.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices that share each of its steps.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job's end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the job would be and what it would cut; make nothing.")
@@ -76,6 +81,8 @@ def submit(
         "dropout": dropout,
         "seed": seed,
         "promote": promote or None,
+        "priority": priority,
+        "devices": devices,
     }
     request = read_request(file, {name: value for name, value in given.items() if value is not None})
     if dry_run:

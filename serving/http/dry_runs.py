@@ -12,10 +12,12 @@ from polygraft.cluster.model import FileId, Job, TenantId
 from polygraft.cluster.spec import FineTuningRequest
 from polygraft.grafts.text import jsonl
 from polygraft.grafts.text.lengths import Lengths
+from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.files import find_file
+from polygraft.serving.http.named import backbone_named
 from polygraft.serving.http.schemas import DryRun, DryRunFile
 from polygraft.serving.http.submission import new_job
 
@@ -31,9 +33,14 @@ async def dry_run(request: Request, api: ApiDep, tenant: TenantDep) -> DryRun:
 
 def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
     job = new_job(api, tenant, body)
+    tokeniser = backbone_named(api, job.spec.backbone).tokeniser
     until = time.monotonic() + _READ_S
     given = {"training_file": job.spec.training_file, "validation_file": job.spec.validation_file}
-    files = {param: _counted(api, tenant, job, file, param, until) for param, file in given.items() if file is not None}
+    files = {
+        param: _counted(api, tenant, job, tokeniser, file, param, until)
+        for param, file in given.items()
+        if file is not None
+    }
     training = files["training_file"]
     return DryRun(
         model=job.spec.backbone,
@@ -47,11 +54,13 @@ def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
     )
 
 
-def _counted(api: Api, tenant: TenantId, job: Job, file: FileId, param: str, until: float) -> DryRunFile:
+def _counted(  # noqa: PLR0913
+    api: Api, tenant: TenantId, job: Job, tokeniser: Tokeniser, file: FileId, param: str, until: float
+) -> DryRunFile:
     record = find_file(api, tenant, file, param=param).value
     lengths = Lengths()
     for example in jsonl.read(api.blob(record), jsonl.Limits(line_bytes=api.limits.line_bytes)):
-        lengths = lengths.plus(api.tokeniser.encode_example(example, job.spec.max_length))
+        lengths = lengths.plus(tokeniser.encode_example(example, job.spec.max_length))
         if time.monotonic() > until:
             break
     return DryRunFile(

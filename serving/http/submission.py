@@ -13,6 +13,7 @@ from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
 from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, longest_sample, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
+from polygraft.cluster.states import Reason
 from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
@@ -25,6 +26,8 @@ from polygraft.grafts.text import jsonl
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import bad_request, not_found
 from polygraft.serving.http.files import find_file
+from polygraft.serving.http.known import KnownBackbone
+from polygraft.serving.http.named import backbone_named
 
 _PEFT = "method.supervised.hyperparameters.peft"
 _MAX_LENGTH = "method.supervised.hyperparameters.max_length"
@@ -37,44 +40,43 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
         request = read_request(body)
     except BadRequest as error:
         raise bad_request(str(error), param=error.param, code="invalid_value") from None
-    if request.model != api.backbone:
-        raise not_found("model", request.model, param="model")
+    backbone = backbone_named(api, request.model)
+    if request.suffix in api.backbones.names:
+        raise bad_request(f"suffix: {request.suffix!r} is the name of a backbone; choose another", param="suffix")
     spec = request.to_spec()
     try:
-        asked = request.graft if request.graft is not None else asked_for(spec.peft, api.shape, api.stock)
-        check_backbone(asked, quantised=api.quantised)
-        graft = BoundGraft(asked, api.shape)
+        asked = request.graft if request.graft is not None else asked_for(spec.peft, backbone.shape, backbone.stock)
+        check_backbone(asked, quantised=backbone.quantised)
+        graft = BoundGraft(asked, backbone.shape)
         sizes = graft.parameters, graft.frozen
-        spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
+        spec = replace(spec, peft=_over_others(api, tenant, backbone, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
     _check_memory(api.pack, spec.peft, sizes)
-    spec = replace(spec, max_length=_length_limit(api, spec.max_length, graft))
+    spec = replace(spec, max_length=_length_limit(api.pack, backbone, spec.max_length, graft))
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
     for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
         if file is not None:
-            _check_examples(api, api.blob(find_file(api, tenant, file, param=param).value), spec, param)
+            _check_examples(api, backbone, api.blob(find_file(api, tenant, file, param=param).value), spec, param)
     return _job(api, tenant, request, spec, sizes)
 
 
-def _over_others(api: Api, tenant: TenantId, peft: str, graft: BoundGraft) -> str:
+def _over_others(api: Api, tenant: TenantId, backbone: KnownBackbone, peft: str, graft: BoundGraft) -> str:
     """`peft` with the versions of the grafts that it is made over, which must give what it takes of them."""
     found: dict[str, Graft] = {}
     bound: dict[str, BoundGraft] = {}
     for name in graft.spec.sources:
         try:
-            source = resolve(api.store, tenant, name, api.backbone)
+            source = resolve(api.store, tenant, name)
         except UnknownModel:
-            source = None
-        if source is None:
-            raise not_found("model", name, param=_PEFT)
-        if source.backbone_fingerprint != api.fingerprint:
-            raise SpecError(f"of: {name!r} has grown on another backbone")
+            raise not_found("model", name, param=_PEFT) from None
+        if source.backbone_fingerprint != backbone.fingerprint:
+            raise SpecError(f"of: {name!r} has grown on another backbone than {backbone.name}")
         found[name] = source
         try:
-            bound[name] = BoundGraft(described(api.folders.grafts / source.id), api.shape)
+            bound[name] = BoundGraft(described(api.folders.grafts / source.id), backbone.shape)
         except FormatError:
             raise SpecError(f"of: the files of {name!r} are missing or damaged") from None
     check(graft, bound)
@@ -97,16 +99,17 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
         frozen=kept,
         owner=owner.name if owner else None,
         lease_until=now + owner.lease_s if owner else None,
+        reason=Reason.TURN,
     )
 
 
-def _length_limit(api: Api, asked: int | None, graft: BoundGraft) -> int | None:
+def _length_limit(pack: Limits, backbone: KnownBackbone, asked: int | None, graft: BoundGraft) -> int | None:
     """After how many tokens an example is cut: by default what the backbone and a pack's memory have room for."""
     try:
-        limit = api.shape.length_limit(asked, graft.context_length)
+        limit = backbone.shape.length_limit(asked, graft.context_length)
     except SpecError as error:
         raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
-    longest = longest_sample(api.pack)
+    longest = longest_sample(pack)
     if asked is not None or longest is None:
         return limit
     room = max(2, longest - graft.virtual_length)
@@ -127,12 +130,12 @@ def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
         )
 
 
-def _check_examples(api: Api, path: Path, spec: JobSpec, param: str) -> None:
+def _check_examples(api: Api, backbone: KnownBackbone, path: Path, spec: JobSpec, param: str) -> None:
     """Raise ApiError 400 for an example of which max_length leaves nothing to learn, naming its line."""
     until = time.monotonic() + _CHECK_S
     try:
         for example in jsonl.read(path, jsonl.Limits(line_bytes=api.limits.line_bytes)):
-            api.tokeniser.encode_example(example, spec.max_length)
+            backbone.tokeniser.encode_example(example, spec.max_length)
             if time.monotonic() > until:
                 return
     except FileNotFoundError:

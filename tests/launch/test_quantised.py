@@ -12,9 +12,8 @@ from polygraft.cluster.settings import BadSettings, load
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.launch import packs
-from polygraft.serving import replica
+from polygraft.serving import ingress, replica
 from polygraft.serving.candidate import candidate
-from polygraft.serving.ingress import Ingress, IngressPlan
 from polygraft.trainers import host
 from tests.cluster.builders import make_pack
 from tests.tiny import tiny_llama
@@ -32,6 +31,7 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     plans: list[host.PackPlan] = []
     monkeypatch.setattr(host, "start_host", plans.append)
     store = MemoryStore()
+    monkeypatch.setattr(store, "close", lambda: None)
     monkeypatch.setattr(packs, "connect", lambda _: store)
     settings = settings.model_copy(update={"backbone": str(folder)})
     record = candidate(settings.backbone, tmp_path, settings.quantise).backbone(
@@ -50,7 +50,11 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
         settings=settings.serve,
     )
     served = replica._engine(plan)._backbone
-    answering = Ingress(IngressPlan(settings=settings, backbone_folder=folder), {})._api
+    monkeypatch.setattr(ingress, "connect", lambda _: store)
+    answering = ingress.Ingress(ingress.IngressPlan(settings=settings, cache=tmp_path))._api.backbones.named(
+        str(folder)
+    )
+    assert answering is not None and answering.quantised
     assert served.fingerprint == answering.fingerprint == record.fingerprint == fingerprint(folder, "nf4")
 
 

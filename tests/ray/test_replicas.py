@@ -13,6 +13,7 @@ import pytest
 import torch
 from ray import cloudpickle, serve
 
+from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.model import Backbone, Replica
 from polygraft.cluster.settings import ServeSettings, Settings
 from polygraft.cluster.store import keys
@@ -25,7 +26,6 @@ from polygraft.serving.app import engine_app
 from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.remote import ActorLink
-from polygraft.serving.replica import ENGINE
 from polygraft.serving.sequence import GenerationRequest
 from tests.ray import raising
 from tests.ray.local import local_ray, write_devices
