@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
+import ray
 from ray import serve
 
 from polygraft.cluster.model import Backbone, DeviceKind
 from polygraft.cluster.settings import Settings
-from polygraft.cluster.store import keys
-from polygraft.cluster.store.connect import connect
 from polygraft.serving.host import ReplicaPlan
 from polygraft.serving.replica import SCALER, replica_app
 
@@ -29,7 +26,7 @@ def engine_app(settings: Settings, backbone: Backbone, *, scaler: str = SCALER) 
 
 
 def _kind(settings: Settings) -> DeviceKind:
-    """Of the devices that are asked for: GPUs where there are any."""
-    with closing(connect(settings.store_url)) as store:
-        there = {one.value.device.kind for one in store.scan(keys.DEVICES)}
-    return "cuda" if settings.device == "cuda" or (settings.device == "auto" and "cuda" in there) else "cpu"
+    """Of the devices that are asked for: GPUs where Ray has any."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"  # type: ignore[no-untyped-call]

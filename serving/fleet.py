@@ -48,8 +48,9 @@ class StoreFleet:
                 self._links = {id: self._links.get(id) or self._connect(replica) for id, replica in open_.items()}
                 gateway.follow(self._links)
                 await self._in_thread(self._wait)
-            except StoreError as error:
-                _LOG.warning("replicas of %s are those there were: %s", self._backbone, error)
+            except Exception as error:  # whatever it is, the next look may succeed
+                known = isinstance(error, StoreError)
+                _LOG.warning("replicas of %s are those there were: %s", self._backbone, error, exc_info=not known)
                 await asyncio.sleep(_LOOK_S)
 
     def _wait(self) -> None:
