@@ -210,6 +210,22 @@ async def test_a_stream_is_not_queued_behind_others_while_its_replica_can_go_on(
         assert len(replicas.links[there].taken[2].generated) > 40
 
 
+async def test_a_request_that_waits_goes_to_a_replica_that_comes(backbone: Backbone, data: Path) -> None:
+    settings = ServeSettings(max_streams=1, max_context=256, kv_bytes=1 << 20, max_rows=64)
+    async with fleet(backbone, data, settings, step_floor_s=0.01) as replicas:
+        here = replicas.add()
+        spoken: list[int] = []
+        long = asyncio.create_task(said(replicas.gateway, request("long", (5, 6), 200), spoken))
+        await all_have(1, [spoken])
+        work = [asyncio.create_task(said(replicas.gateway, request(f"w{n}", (7, n), 5))) for n in range(3)]
+        while len(replicas.links[here].taken) < 4:
+            await asyncio.sleep(0.005)
+        there = replicas.add()
+        await asyncio.gather(*work)
+        assert not long.done() and {one.id for one in replicas.links[there].taken} == {"w0", "w1", "w2"}
+        await long
+
+
 async def test_a_replica_that_dies_while_it_drains_is_no_failure_either(backbone: Backbone, data: Path) -> None:
     long = request("long", (5, 6, 7), 60)
     (undisturbed,) = await alone(backbone, data, [long])
