@@ -40,11 +40,11 @@ from tests.tiny import tiny_llama, tiny_model
 
 ASK = [{"role": "user", "content": "What is a graft?"}]
 TOKENS = 24
-UNLOAD_S = 6.0
+UNLOAD_S = 12.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_two_backbones_answer_and_train_as_alone_and_one_is_unloaded_and_loaded_again(tmp_path: Path) -> None:
     own, other = tiny_llama(tmp_path / "own"), tiny_model(tmp_path / "other", "qwen3", seed=3)
     alone = {str(own): said_alone(own), "other": said_alone(other)}
@@ -62,13 +62,14 @@ def test_two_backbones_answer_and_train_as_alone_and_one_is_unloaded_and_loaded_
         assert {model: says(client, model) for model in alone} == alone
 
         job = submitted(client, tmp_path)
-        until(lambda: says(client, str(own)) == alone[str(own)] and state(client, "other") == "unloaded")
-        until(lambda: set(engines()) == replicas.keys() - {"backbone-other"})
+        kept = {name: process for name, process in replicas.items() if name != "backbone-other"}
+        until(lambda: says(client, str(own)) == alone[str(own)] and engines() == kept)
+        assert state(client, "other") == "unloaded"
         assert client.wait(job.id).status == "succeeded"
         assert says(client, "other") == alone["other"], "it waits for the replica"
         assert trained_alone(other, server.url, tmp_path, job) == client.job(job.id).graft
         client.remove_backbone("other")
-        until(lambda: set(engines()) == replicas.keys() - {"backbone-other"})
+        until(lambda: "backbone-other" not in engines())
 
 
 @contextmanager
