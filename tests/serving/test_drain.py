@@ -20,7 +20,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.gateway import Gateway, Unavailable
 from polygraft.serving.sequence import GenerationRequest
 from tests.grafts.oracle.row import Row
-from tests.serving.engines import request
+from tests.serving.engines import engine_on, request
 from tests.serving.replicas import Fleet, fleet, said
 from tests.tiny import tiny_llama
 
@@ -167,6 +167,24 @@ async def test_a_drain_ends_within_a_second_of_its_last_stream(backbone: Backbon
         began = time.monotonic()
         await replicas.drain(here)
         assert time.monotonic() - began < 1.0  # it had none
+
+
+def test_a_graft_that_is_expected_is_loaded_before_a_stream_asks_for_it(backbone: Backbone, tmp_path: Path) -> None:
+    row = Row("lora(r=4)")
+    values = {name: value.float() for name, value in row.values(backbone.shape, 1).items()}
+    saved = native.save(tmp_path / "grafts", row.graft(backbone.shape), values, backbone=backbone.fingerprint)
+    small = engine_on(backbone, tmp_path, graft_bytes=1)
+    engine = engine_on(backbone, tmp_path)
+    for one, held in ((engine, (saved,)), (small, ())):
+        one.expect(GraftId(saved))
+        one.expect(GraftId("nobody's"))
+        for _ in range(500):
+            one.turn()
+            if not one.expects(GraftId(saved)) and not one.expects(GraftId("nobody's")):
+                break
+            time.sleep(0.01)
+        assert one.load.resident == held and not one.expects(GraftId("nobody's"))
+        one.stop()
 
 
 async def test_where_nobody_else_is_a_replica_goes_on_until_its_patience_ends(backbone: Backbone, data: Path) -> None:
