@@ -313,7 +313,13 @@ class Gateway:
         before = stream.request.attempt
         stream.advance()
         request = stream.request
-        if await self._offer(stream, target) is not None:
+        try:
+            refused = await self._offer(stream, target) is not None
+        except RuntimeError as error:  # the replica's own code raised over it
+            _LOG.warning("request %s does not move to %s: %s", request.id, target, error)
+            stream.live.pop(request.attempt, None)
+            refused = True
+        if refused:
             if not stream.live and not stream.over:  # the old replica has gone meanwhile
                 stream.arrived.put_nowait(Lost(planned=True))
             return False
