@@ -123,7 +123,7 @@ class JobLeaseRenewed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequeued:
-    """The job's pack ended without it. `blamed`: the pack failed while the job was in it."""
+    """The job's pack ended without it. `blamed`: the pack failed, and the job is suspected of it."""
 
     job: JobId
     reason: Reason
@@ -212,9 +212,10 @@ class BackboneLoading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneUnloading:
-    """No replica is to hold it any more."""
+    """No replica is to hold it any more; it was last asked at `asked_at`."""
 
     backbone: str
+    asked_at: float
     reason: Reason
     at: float
 

@@ -169,7 +169,7 @@ def job_after(job: Job, event: JobEvent) -> Job:
 
 
 def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone | None:
-    """The backbone after the event; None where there is none."""
+    """The backbone after the event; None where there is none. Raises IllegalTransition."""
     match event:
         case BackboneAdded(record=record):
             return record
@@ -178,7 +178,9 @@ def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone 
         case BackboneLoading() if backbone is not None:
             return replace(backbone, loaded=True)
         case BackboneUnloading() if backbone is not None:
-            return replace(backbone, loaded=False)
+            if backbone.asked_at > event.asked_at:
+                raise IllegalTransition(backbone.name, f"asked at {backbone.asked_at:.3f}", "unloading")
+            return replace(backbone, loaded=False, asked_at=0.0)
         case _:
             return None
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 from ray import serve
 
-from polygraft.cluster.model import Backbone
+from polygraft.cluster.model import Backbone, TenantId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.formats.backbone_files import BackboneFiles
@@ -25,6 +25,8 @@ from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.known import Backbones, KnownBackbone
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.remote import ActorLink
 
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
@@ -55,6 +57,9 @@ class Ingress:
             limits=settings.limits,
             pack=settings.pack_limits,
             clock=time.time,
+            meters=Meters(self._name),
+            overview=Overview(store, time.time),
+            metrics_tenants=frozenset(map(TenantId, settings.metrics_tenants)),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -102,6 +102,11 @@ def _snapshot_4(body: Body) -> Body:
     }
 
 
+def _backbone_unloading_1(body: Body) -> Body:
+    """Schema 2 says when it was last asked: before."""
+    return {**body, "asked_at": body.get("at")}
+
+
 def _each(records: JSON, upgrade: Callable[[Body], Body]) -> JSON:
     if not isinstance(records, list):
         return records
@@ -123,6 +128,7 @@ def _context_length(method: str) -> int:
 
 # From (type, schema) to the body of schema + 1.
 UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
+    ("BackboneUnloading", 1): _backbone_unloading_1,
     ("DeviceJoined", 1): _device_joined_1,
     ("Graft", 1): _graft_1,
     ("GraftPublished", 1): _graft_published_1,

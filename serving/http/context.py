@@ -16,13 +16,16 @@ from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
 from polygraft.serving.candidate import Candidate
 from polygraft.serving.http.known import Backbones
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.http.turns import Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
     """`limits` are those of a request, `pack` those of a pack; `candidate` says what a path would be as a backbone,
-    quantised as it says, and raises BackboneError; `clock` gives seconds since the epoch."""
+    quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what `overview` sees;
+    `clock` gives seconds since the epoch."""
 
     store: Store
     backbones: Backbones
@@ -32,6 +35,9 @@ class Api:
     limits: LimitSettings
     pack: Limits
     clock: Callable[[], float]
+    meters: Meters
+    overview: Overview
+    metrics_tenants: frozenset[TenantId]
     turns: Turns = field(default_factory=Turns)
 
     @property

@@ -19,6 +19,7 @@ from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import ApiError, bad_request, internal, unavailable
 from polygraft.serving.http.generations import FinishReason, Generation
 from polygraft.serving.http.known import KnownBackbone
+from polygraft.serving.http.meters import Finish
 from polygraft.serving.http.named import model_named
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.messages import StepTokens
@@ -31,17 +32,18 @@ Said = tuple[str, FinishReason | None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
     """Who asks for generations and what of: the `field` of its request holds the prompts, and the backbone answers them
-    with the `graft` (None: bare)."""
+    with the `graft` (None: bare). It `asked` at that time of the meters."""
 
     api: Api
     tenant: TenantId
     body: Generation
     field: str
     backbone: KnownBackbone
+    asked: float
     graft: Graft | None
 
     @staticmethod
-    def of(api: Api, tenant: TenantId, body: Generation, field: str) -> Asker:
+    def of(api: Api, tenant: TenantId, body: Generation, field: str, asked: float) -> Asker:
         """Raises ApiError 400 naming the field, 404 for an unknown model."""
         if refused := body.unsupported():
             message = f"{refused[0]}: {shown(refused[1])} is not supported; leave the field out"
@@ -50,7 +52,7 @@ class Asker:
             raise bad_request("stop: '' would stop before the first character; leave it out", param="stop")
         backbone, graft = model_named(api, tenant, body.model)
         api.backbones.asked(backbone)
-        return Asker(api=api, tenant=tenant, body=body, field=field, backbone=backbone, graft=graft)
+        return Asker(api=api, tenant=tenant, body=body, field=field, backbone=backbone, asked=asked, graft=graft)
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +87,28 @@ class Asker:
     def transcript(self, request: GenerationRequest) -> Transcript:
         return Transcript(self.backbone.tokeniser, request.prompt_ids, self.body.stops, request.min_tokens)
 
-    async def tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
+    async def said(self, wanted: GenerationRequest, transcript: Transcript) -> AsyncGenerator[Said, None]:
+        """What each token made certain of the text, maybe nothing, and at the end why it ends. Raises ApiError."""
+        meter = self.api.meters.begin(
+            self.backbone.name, self.asked, prompt_tokens=len(wanted.prompt_ids), max_tokens=wanted.max_tokens
+        )
+        tokens = self._tokens(wanted)
+        reason: Finish = "abort"
+        try:
+            async with aclosing(tokens):
+                while transcript.finish_reason is None:
+                    step = await anext(tokens)
+                    meter.token()
+                    piece = transcript.feed(step)
+                    reason = transcript.finish_reason or reason
+                    yield piece, transcript.finish_reason
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            meter.over(reason)
+
+    async def _tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The gateway's tokens, its refusals and failures as answers."""
         try:
             async with (
@@ -135,14 +158,6 @@ class Asker:
 
     def _too_long(self, message: str) -> ApiError:
         return bad_request(f"{self.field}: {message}", param=self.field, code="context_length_exceeded")
-
-
-async def said(transcript: Transcript, tokens: AsyncGenerator[StepTokens, None]) -> AsyncGenerator[Said, None]:
-    """What a token made certain of the text, maybe nothing, and at the end why it ends."""
-    async with aclosing(tokens):
-        while transcript.finish_reason is None:
-            piece = transcript.feed(await anext(tokens))
-            yield piece, transcript.finish_reason
 
 
 async def first(stream: AsyncGenerator[R, None]) -> R:

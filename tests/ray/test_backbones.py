@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -123,9 +123,10 @@ def running(application: str) -> bool:
 
 def engines() -> dict[str, int]:
     """The processes that hold a backbone, by their applications."""
-    found = {}
+    found, line = {}, ""
     for process in psutil.Process().children(recursive=True):
-        line = " ".join(process.cmdline())
+        with suppress(psutil.Error):  # it ends just now
+            line = " ".join(process.cmdline())
         if "ServeReplica:backbone-" in line:
             found[line.partition("ServeReplica:")[2].partition(":")[0]] = process.pid
     return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polygraft.cluster.model import Backbone as Record
-from polygraft.cluster.model import Limits
+from polygraft.cluster.model import Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
@@ -19,6 +19,8 @@ from polygraft.serving.candidate import candidate
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.known import Backbones, KnownBackbone
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 
 OWN = "tiny"
 
@@ -53,7 +55,9 @@ def record_of(name: str, backbone: Backbone) -> Record:
 
 def knowing(api: Api, backbone: KnownBackbone) -> Api:
     """The same, but for what it knows of its one backbone."""
-    return replace(api, backbones=Backbones(api.store, lambda _: backbone, default=backbone.name))
+    backbones = Backbones(api.store, lambda _: backbone, default=backbone.name)
+    backbones._started.update(api.backbones._started)  # its gateway, where it is the same, is not started twice
+    return replace(api, backbones=backbones)
 
 
 def tiny_api(
@@ -76,4 +80,7 @@ def tiny_api(
         limits=LimitSettings(),
         pack=Limits(),
         clock=time.time,
+        meters=Meters("i0"),
+        overview=Overview(store, time.time),
+        metrics_tenants=frozenset({TenantId("ann")}),
     )
