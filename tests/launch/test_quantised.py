@@ -12,7 +12,8 @@ from polygraft.cluster.settings import BadSettings, load
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.launch import packs
-from polygraft.serving import ingress, replica
+from polygraft.serving import host as serving_host
+from polygraft.serving import ingress
 from polygraft.serving.candidate import candidate
 from polygraft.trainers import host
 from tests.cluster.builders import make_pack
@@ -40,16 +41,15 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     put_backbone(store, record, at=1.0)
     packs.OpenHost.of(settings)(make_pack(backbone=settings.backbone))
     assert (plans[0].quantise, plans[0].dtype, plans[0].backbone_folder) == ("nf4", "fp32", str(folder))
-    plan = replica.ReplicaPlan(
-        replica=ReplicaId("replica-0"),
-        backbone_folder=folder,
+    plan = serving_host.ReplicaPlan(
+        backbone=record,
+        store_url=settings.store_url,
         data=tmp_path,
         device=settings.device,
-        dtype=settings.dtype,
-        quantise=settings.quantise,
         settings=settings.serve,
+        step_floor_s=0.0,
     )
-    served = replica._engine(plan)._backbone
+    served = serving_host._engine(plan, ReplicaId("replica-0"))._backbone
     monkeypatch.setattr(ingress, "connect", lambda _: store)
     answering = ingress.Ingress(ingress.IngressPlan(settings=settings, cache=tmp_path))._api.backbones.named(
         str(folder)
