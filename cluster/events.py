@@ -243,6 +243,15 @@ class PackOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackPlaced:
+    """Ray gave the pack's processes other devices than they were meant for, and they hold these in their place."""
+
+    pack: PackId
+    devices: tuple[DeviceId, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackClosing:
     pack: PackId
     reason: Reason
@@ -321,7 +330,7 @@ JobEvent = (
     | JobCancelled
 )
 BackboneEvent = BackboneAdded | BackboneAsked | BackboneLoading | BackboneUnloading | BackboneRemoved
-PackEvent = PackOpening | PackOpened | PackClosing | PackClosed | PackFailed
+PackEvent = PackOpening | PackPlaced | PackOpened | PackClosing | PackClosed | PackFailed
 GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost
 Event = JobEvent | BackboneEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted

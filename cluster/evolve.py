@@ -37,6 +37,7 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpened,
     PackOpening,
+    PackPlaced,
     ReplicaClosed,
     ReplicaOpened,
 )
@@ -63,7 +64,7 @@ def apply(snapshot: Snapshot, version: EventId, event: Event) -> Snapshot:
         case PackOpening():
             pack = opening(event)
             return replace(after, packs=_with(snapshot.packs, pack.id, pack))
-        case PackOpened() | PackClosing() | PackClosed() | PackFailed():
+        case PackPlaced() | PackOpened() | PackClosing() | PackClosed() | PackFailed():
             found = snapshot.packs.get(event.pack)
             if found is None:
                 return after
@@ -187,6 +188,10 @@ def pack_after(pack: Pack, event: PackEvent) -> Pack:
     match event:
         case PackOpening():
             return opening(event)
+        case PackPlaced(devices=devices):
+            if pack.final:
+                raise IllegalTransition(pack.id, pack.state, "placed")
+            return replace(pack, devices=devices)
         case PackOpened():
             state, closed_at, error = PackState.OPEN, None, None
             if pack.state is PackState.CLOSING:

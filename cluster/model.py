@@ -284,6 +284,31 @@ class Device:
     speed: float
 
 
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a pack or a replica has of a device's memory, in bytes."""
+
+    holder: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupancy:
+    """A device that is there, and who holds how much of its memory. Whoever computes on it is among them, and together
+    they never hold more than there is, unless it has shrunk."""
+
+    device: Device
+    holders: tuple[Holding, ...] = ()
+
+    @property
+    def free(self) -> int:
+        """Bytes that nobody holds."""
+        return self.device.bytes - sum(holding.bytes for holding in self.holders)
+
+    def held_by(self, holder: str) -> bool:
+        return any(holding.holder == holder for holding in self.holders)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """The truth about a search: `body` is JSON that only `tuning` reads."""
@@ -347,4 +372,4 @@ class Snapshot:
         return self.devices[device].bytes - packs - replicas
 
 
-Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Study | Snapshot
+Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Occupancy | Study | Snapshot

@@ -39,6 +39,7 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpened,
     PackOpening,
+    PackPlaced,
     ReplicaClosed,
     ReplicaOpened,
 )
@@ -74,7 +75,7 @@ def names(event: Event) -> frozenset[str]:
             return frozenset({name, f"{name}@{version}", graft_id})
         case JobMoving(job=job_id, pack=pack, to=to):
             return frozenset({job_id, pack, to})
-        case PackOpening(pack=pack, devices=devices):
+        case PackOpening(pack=pack, devices=devices) | PackPlaced(pack=pack, devices=devices):
             return frozenset({pack, *devices})
         case ReplicaOpened(record=replica):
             return frozenset({replica.id, *replica.devices})
@@ -138,6 +139,8 @@ def tell(event: Event) -> str:
             return f"backbone {backbone} removed"
         case PackOpening(pack=pack, backbone=backbone, devices=devices, bytes=bytes_, reason=reason):
             return f"{pack} opens with {backbone} on {_place(devices, bytes_)}: {_words(reason)}"
+        case PackPlaced(pack=pack, devices=devices):
+            return f"{pack} is on {', '.join(devices)} by Ray's choice"
         case PackOpened(pack=pack):
             return f"{pack} is open"
         case PackClosing(pack=pack, reason=reason):
@@ -151,7 +154,8 @@ def tell(event: Event) -> str:
         case ReplicaClosed(replica=closed):
             return f"{closed} closed"
         case DeviceJoined(record=device):
-            return f"device {device.id} joined: {device.cores} cores, {_gib(device.bytes)}"
+            speed = f", {device.speed / 1e9:,.0f} GFLOP/s" if device.speed else ""
+            return f"device {device.id} joined: {device.cores} cores, {_gib(device.bytes)}{speed}"
         case DeviceLost(device=lost):
             return f"device {lost} is gone"
         case ControllerStarted(epoch=epoch):

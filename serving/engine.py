@@ -191,8 +191,7 @@ class Engine:
 
     def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
         """A token for each sequence of `batch.sampled`; None where its row is not finite."""
-        requests = [(sequence.request, sequence.generated) for sequence in batch.sampled]
-        return sample(logits, [Draw(r.temperature, r.top_p, r.seed, 0, index) for r, index in requests])
+        return sample(logits, [_next_draw(sequence) for sequence in batch.sampled])
 
     def _collect(self, batch: Batch, tokens: list[int | None]) -> None:
         """Note what is computed, hand out the tokens, and end what is over."""
@@ -339,6 +338,13 @@ class Engine:
         with self._changed:
             self._awake = True
             self._changed.notify()
+
+
+def _next_draw(sequence: Sequence) -> Draw:
+    """How its next token is chosen."""
+    asked, index = sequence.request, sequence.generated
+    barred = asked.eos_ids if index < asked.min_tokens else ()
+    return Draw(asked.temperature, asked.top_p, asked.seed, 0, index, asked.top_k, asked.min_p, barred)
 
 
 def _told(error: Exception) -> tuple[str, ErrorCode | None]:

@@ -18,8 +18,9 @@ class GenerationRequest:
 
     `generated` are tokens an earlier attempt already gave the client: they are context, not prompt, and the next token
     has index len(generated), so that a stream taken over by another replica draws what the first would have drawn.
-    `attempt` counts from 0; messages of an older attempt are stale. `prefix` are the virtual tokens of the graft, as
-    far as the ingress knows; the engine asks the graft itself.
+    `eos_ids` end it, unless it is to `ignore_eos`; none of them is among its first `min_tokens`. `attempt` counts from
+    0; messages of an older attempt are stale. `prefix` are the virtual tokens of the graft, as far as the ingress
+    knows; the engine asks the graft itself.
     """
 
     id: str
@@ -29,8 +30,12 @@ class GenerationRequest:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     eos_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
     generated: tuple[int, ...] = ()
     attempt: int = 0
     ingress: str = ""
@@ -117,6 +122,6 @@ class Sequence:
 
     def finish_reason(self, token: int) -> FinishReason | None:
         """Why the sequence ends with `token` as its next one; None while it goes on."""
-        if token in self.request.eos_ids:
+        if token in self.request.eos_ids and not self.request.ignore_eos:
             return "stop"
         return "length" if self.remaining <= 1 else None

@@ -14,7 +14,7 @@ from typing import assert_never
 from polygraft.cluster import evolve
 from polygraft.cluster.actors.following import Following
 from polygraft.cluster.actors.protocols import Effects
-from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.advance import advance_job, advance_pack, swap
 from polygraft.cluster.backbones import advance_backbone, backbones
 from polygraft.cluster.decisions import (
     Admit,
@@ -48,7 +48,8 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpening,
 )
-from polygraft.cluster.model import EventId, JobError, JobId, Limits, Pace, PackId, Snapshot
+from polygraft.cluster.leasing import LeaseRefused, close_replica, end_pack, open_pack
+from polygraft.cluster.model import Device, EventId, JobError, JobId, Limits, Occupancy, Pace, PackId, Snapshot
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
@@ -138,7 +139,7 @@ class Controller:
         for decision in decide(now, self._following.standing):
             try:
                 self._carry_out(decision)
-            except (IllegalTransition, Conflict) as error:  # the record moved since; the next round sees it
+            except (IllegalTransition, Conflict, LeaseRefused) as error:  # the next round sees what moved since
                 LOG.info("not any more: %s: %s", decision, error)
         self._serve()
 
@@ -205,9 +206,13 @@ class Controller:
         devices, now = {device.id: device for device in self._effects.devices()}, self._clock()
         for id_, device in sorted(devices.items()):
             if self.snapshot.devices.get(id_) != device:
-                self._store.commit([], [DeviceJoined(record=device, at=now)], fence=self._fence)
-        for gone in sorted(self.snapshot.devices.keys() - devices.keys()):
-            self._store.commit([], [DeviceLost(device=gone, at=now)], fence=self._fence)
+                self._join(device, now)
+        for id_ in sorted(self.snapshot.devices.keys() - devices.keys()):
+            gone = Write(keys.device(id_), None, None)
+            self._store.commit([gone], [DeviceLost(device=id_, at=now)], fence=self._fence)
+        for replica in self._effects.gone(tuple(self.snapshot.replicas.values())):
+            self._store.acquire(keys.replica_scope(replica), self._holder, TTL_S, steal=True, fence=self._fence)
+            close_replica(self._store, replica, at=now, fence=self._fence)
         over = [
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
             for end in self._effects.ended()
@@ -218,8 +223,18 @@ class Controller:
         for pack, error, reason in over:
             self._end_pack(pack, error, reason)
 
+    def _join(self, device: Device, now: float) -> None:
+        """The device as it is now; who holds what of it stays."""
+
+        def change(found: Occupancy | None) -> Occupancy:
+            return Occupancy(device=device, holders=found.holders if found else ())
+
+        joined = DeviceJoined(record=device, at=now)
+        swap(self._store, keys.device(device.id), change, events=(joined,), fence=self._fence)
+
     def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
-        """Shut the pack's worker out, requeue its jobs, then say that it is over: a crash halfway repeats it all."""
+        """Shut the pack's worker out, requeue its jobs, then say that it is over and holds nothing: a crash halfway
+        repeats it all."""
         self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True, fence=self._fence)
         now = self._clock()
         blamed = reason is Reason.PACK_FAILED
@@ -288,8 +303,13 @@ class Controller:
             LOG.info("%s", decision)
 
     def _write(self, event: JobEvent | PackEvent, *commands: Append) -> None:
-        """The event, the record it changes and the commands, all or nothing. Raises IllegalTransition."""
-        if isinstance(event, PackEvent):
+        """The event, the record it changes, what a pack takes and gives back of its devices, and the commands, all or
+        nothing. Raises IllegalTransition, LeaseRefused."""
+        if isinstance(event, PackOpening):
+            open_pack(self._store, event, fence=self._fence)
+        elif isinstance(event, PackClosed | PackFailed):
+            end_pack(self._store, event, fence=self._fence)
+        elif isinstance(event, PackEvent):
             advance_pack(self._store, event, fence=self._fence, appends=commands)
         else:
             advance_job(self._store, event, fence=self._fence, appends=commands)

@@ -9,10 +9,12 @@ from polygraft.cluster.model import (
     ApiKey,
     Backbone,
     DataFile,
+    DeviceId,
     FileId,
     Graft,
     Job,
     JobId,
+    Occupancy,
     Pace,
     Pack,
     PackId,
@@ -31,6 +33,7 @@ BACKBONES: Prefix[Backbone] = Prefix("backbone/")
 PACKS: Prefix[Pack] = Prefix("pack/")
 PACES: Prefix[Pace] = Prefix("pace/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
+DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
 ALIASES: Prefix[Alias] = Prefix("alias/")
@@ -44,6 +47,7 @@ TYPES: Mapping[str, type[Record]] = {
     "alias": Alias,
     "apikey": ApiKey,
     "backbone": Backbone,
+    "device": Occupancy,
     "file": DataFile,
     "graft": Graft,
     "job": Job,
@@ -87,6 +91,14 @@ def replica(replica: ReplicaId) -> Key[Replica]:
     return Key(f"{REPLICAS}{replica}")
 
 
+def device(device: DeviceId) -> Key[Occupancy]:
+    return Key(f"{DEVICES}{device}")
+
+
+def devices_of(node: str) -> Prefix[Occupancy]:
+    return Prefix(f"{DEVICES}{node}/")
+
+
 def file(file: FileId) -> Key[DataFile]:
     return Key(f"{FILES}{file}")
 
@@ -126,6 +138,11 @@ def record_type(key: str) -> type[Record]:
 def pack_scope(pack: PackId) -> str:
     """Lease scope of the pack's worker."""
     return f"pack/{pack}"
+
+
+def replica_scope(replica: ReplicaId) -> str:
+    """Lease scope of the replica's process."""
+    return f"replica/{replica}"
 
 
 def commands(pack: PackId) -> StreamKey:

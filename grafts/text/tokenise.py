@@ -92,10 +92,10 @@ class Tokeniser:
         """How many ids there are, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        """Plain text, with the tokens (such as BOS) the tokenizer itself puts around it. Raises ChatError for a token
-        without an embedding."""
-        return tuple(self._known(self._tokenizer.encode_batch([text])[0]).ids)
+    def encode_text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Plain text, with the `special` tokens (such as BOS) the tokenizer itself puts around it. Raises ChatError for
+        a token without an embedding."""
+        return tuple(self._known(self._tokenizer.encode_batch([text], add_special_tokens=special)[0]).ids)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
         """What transformers' `apply_chat_template` gives. Raises ChatError, for a token without an embedding too."""
@@ -130,9 +130,13 @@ class Tokeniser:
         unlearned = sum(weight > 0 for weight in left)
         return Tokens(tuple(encoding.ids[:max_length]), tuple(weights[:max_length]), len(left), unlearned)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of `ids`, without `special` tokens unless they are asked for."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def token(self, id: int) -> str | None:
+        """The token as the vocabulary writes it; None where there is none of that id."""
+        return self._tokenizer.id_to_token(id)
 
     @property
     def _chat(self) -> Chat:

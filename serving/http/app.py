@@ -8,8 +8,20 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
-from polygraft.serving.http import chat, documents, dry_runs, errors, files, grafts, jobs, models
-from polygraft.serving.http.auth import Authenticated
+from polygraft.serving.http import (
+    adapters,
+    chat,
+    completions,
+    documents,
+    dry_runs,
+    errors,
+    files,
+    grafts,
+    jobs,
+    models,
+    tokens,
+)
+from polygraft.serving.http.auth import OPEN_PATHS, Authenticated
 from polygraft.serving.http.bodies import BoundedBodies
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.documents import Document, answers
@@ -34,14 +46,15 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(BoundedBodies, limits=api.limits)
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     errors.install(app)
-    for part in (files, jobs, dry_runs, models, grafts, chat):
+    for part in (files, jobs, dry_runs, models, grafts, adapters, chat, completions, tokens):
         app.include_router(part.router)
-    app.add_api_route("/healthz", healthz, responses=_UNHEALTHY, openapi_extra={"security": []})
+    for path in OPEN_PATHS:
+        app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})
     documents.install(app)
     return app
 
 
-async def healthz(request: Request) -> Health:
+async def health(request: Request) -> Health:
     """200 while the store answers and a replica is connected, else 503 naming what is missing."""
     api: Api = request.app.state.api
     await run_in_threadpool(api.store.ping)

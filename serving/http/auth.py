@@ -11,7 +11,7 @@ from polygraft.cluster.model import TenantId
 from polygraft.cluster.store.base import Store
 from polygraft.serving.http.errors import ApiError, answer, as_api_error
 
-OPEN_PATHS = frozenset({"/healthz"})
+OPEN_PATHS = ("/healthz", "/health")  # Kubernetes' habit and vLLM's
 
 
 class Authenticated:

@@ -64,13 +64,13 @@ async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObjec
     received = await receive(request, folder=incoming, limit_bytes=api.limits.graft_bytes, fields=fields)
     scratch: Path | None = None
     try:
-        name = _name(api, received.fields.get("name", ""))
+        name = checked_name(api, received.fields.get("name", ""))
         promote = received.fields.get("promote", "").lower()
         if promote not in _BOOLEANS:
             raise bad_request(f"promote: {shown(promote)} is not true or false", param="promote")
         scratch = Path(await run_in_threadpool(tempfile.mkdtemp, dir=incoming))
         await api.turns.work(tenant, _unpack, api, received.path, scratch / name)
-        return await _adopted(api, tenant, scratch / name, name, _BOOLEANS[promote])
+        return await adopted(api, tenant, scratch / name, name, _BOOLEANS[promote])
     finally:
         await run_in_threadpool(received.path.unlink, missing_ok=True)
         if scratch is not None:
@@ -81,9 +81,9 @@ async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObjec
 async def import_graft(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObject:
     """Give the service a graft whose folder lies under one of its configured roots (`graft_roots`)."""
     body = await read_body(request, GraftImport)
-    name = _name(api, body.name)
-    folder = await api.turns.work(tenant, _under_a_root, api, body.path)
-    return await _adopted(api, tenant, folder, name, body.promote)
+    name = checked_name(api, body.name)
+    folder = await api.turns.work(tenant, under_a_root, api, body.path)
+    return await adopted(api, tenant, folder, name, body.promote)
 
 
 @router.get("/{graft}", responses=answers(404))
@@ -179,7 +179,8 @@ def _version(api: Api, tenant: TenantId, graft: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def _name(api: Api, name: str) -> str:
+def checked_name(api: Api, name: str) -> str:
+    """The name, which a graft can have. Raises ApiError 400."""
     try:
         if name == api.backbone:
             raise BadName(f"name: {name!r} is that of the backbone; choose another")
@@ -197,7 +198,7 @@ def _unpack(api: Api, archive: Path, folder: Path) -> None:
         raise bad_request(f"file: {error}", param="file", code="invalid_file") from None
 
 
-def _under_a_root(api: Api, path: str) -> Path:
+def under_a_root(api: Api, path: str) -> Path:
     """The folder, which no link leads out of the roots. Raises ApiError 400."""
     if not api.graft_roots:
         raise bad_request("path: this service has no graft_roots to import from; upload the folder", param="path")
@@ -211,7 +212,8 @@ def _under_a_root(api: Api, path: str) -> Path:
     return folder
 
 
-async def _adopted(api: Api, tenant: TenantId, folder: Path, name: str, promote: bool) -> GraftObject:
+async def adopted(api: Api, tenant: TenantId, folder: Path, name: str, promote: bool) -> GraftObject:
+    """The graft that the folder holds, under the next version of the name. Raises ApiError."""
     try:
         saved = await api.adoption.read(tenant, folder, api.folders.grafts)
         found = await api.turns.work(tenant, _published, api, tenant, name, saved, promote)

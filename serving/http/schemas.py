@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from polygraft.grafts.text.message import ChatMessage
-
-_INT64 = 1 << 63
 T = TypeVar("T")
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-class ErrorObject(_Body):
+class ErrorObject(Body):
     """OpenAI's error object; `param` names the field of the request that it is about."""
 
     message: str
@@ -25,141 +22,15 @@ class ErrorObject(_Body):
     code: str | None
 
 
-class ErrorAnswer(_Body):
+class ErrorAnswer(Body):
     error: ErrorObject
 
 
-class Health(_Body):
+class Health(Body):
     status: Literal["ok"] = "ok"
 
 
-class StreamOptions(_Body):
-    include_usage: bool = False
-    include_obfuscation: bool | None = None  # padding against traffic analysis; none is ever added
-
-
-def _with_neutral(schema: dict[str, Any], model: type[ChatCompletionRequest]) -> None:
-    """The values that the fields of NEUTRAL take, in the model's schema."""
-    for name, neutral in model.NEUTRAL.items():
-        schema["properties"][name] |= {"enum": [*neutral, None]}
-
-
-class ChatCompletionRequest(_Body):
-    """Everything the stock client can send. Fields in NEUTRAL are accepted only where they change nothing."""
-
-    model_config = ConfigDict(json_schema_extra=_with_neutral)
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    # Labels that answers do not depend on.
-    metadata: dict[str, str] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: JsonValue = None
-    prompt_cache_retention: JsonValue = None
-    safety_identifier: str | None = None
-    user: str | None = None
-    # Not supported here.
-    audio: JsonValue = None
-    frequency_penalty: JsonValue = None
-    function_call: JsonValue = None
-    functions: JsonValue = None
-    grafts: JsonValue = None
-    logit_bias: JsonValue = None
-    logprobs: JsonValue = None
-    modalities: JsonValue = None
-    moderation: JsonValue = None
-    n: JsonValue = None
-    parallel_tool_calls: JsonValue = None
-    prediction: JsonValue = None
-    presence_penalty: JsonValue = None
-    reasoning_effort: JsonValue = None
-    response_format: JsonValue = None
-    service_tier: JsonValue = None
-    store: JsonValue = None
-    tool_choice: JsonValue = None
-    tools: JsonValue = None
-    top_logprobs: JsonValue = None
-    verbosity: JsonValue = None
-    web_search_options: JsonValue = None
-
-    NEUTRAL: ClassVar[dict[str, tuple[JsonValue, ...]]] = {
-        "audio": (),
-        "frequency_penalty": (0,),
-        "function_call": ("none",),
-        "functions": ([],),
-        "grafts": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
-        "modalities": (["text"],),
-        "moderation": (),
-        "n": (1,),
-        "parallel_tool_calls": (True, False),
-        "prediction": (),
-        "presence_penalty": (0,),
-        "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "top_logprobs": (0,),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-    }
-
-    def unsupported(self) -> tuple[str, JsonValue] | None:
-        """The first field, with its value, that asks for something this service does not do."""
-        for name, neutral in self.NEUTRAL.items():
-            value: JsonValue = getattr(self, name)
-            if value is not None and not any(
-                value is allowed or (value == allowed and type(value) is not bool) for allowed in neutral
-            ):
-                return name, value
-        return None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-class Usage(_Body):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class AnswerMessage(_Body):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(_Body):
-    index: int
-    message: AnswerMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatCompletion(_Body):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: tuple[ChatChoice, ...]
-    usage: Usage
-    system_fingerprint: str
-    service_tier: None = None
-
-
-class FileObject(_Body):
+class FileObject(Body):
     id: str
     object: Literal["file"] = "file"
     bytes: int
@@ -171,13 +42,13 @@ class FileObject(_Body):
     expires_at: None = None
 
 
-class Deleted(_Body):
+class Deleted(Body):
     id: str
     object: str
     deleted: Literal[True] = True
 
 
-class ModelObject(_Body):
+class ModelObject(Body):
     """As vLLM reports LoRA modules: `root` is the weights that answer, `parent` the backbone they were trained on."""
 
     id: str
@@ -188,7 +59,7 @@ class ModelObject(_Body):
     parent: str | None = None
 
 
-class GraftObject(_Body):
+class GraftObject(Body):
     """A version of a graft. `current` says that its name alone means it; `backbone` is null for a graft of another
     backbone than the service has now; `graft` is the digest that its files are kept under."""
 
@@ -208,7 +79,7 @@ class GraftObject(_Body):
     job: str | None
 
 
-class GraftImport(_Body):
+class GraftImport(Body):
     """Body of POST /v1/grafts/import; `path` is a folder that the service can see."""
 
     path: str = Field(min_length=1, max_length=4096)
@@ -216,13 +87,28 @@ class GraftImport(_Body):
     promote: bool = False
 
 
-class JobErrorObject(_Body):
+class LoadAdapter(Body):
+    """vLLM's body of POST /v1/load_lora_adapter; `lora_path` is a folder that the service can see."""
+
+    lora_name: str
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = Field(default=False, description="let a name that there is mean this one from now on")
+
+
+class UnloadAdapter(Body):
+    """vLLM's body of POST /v1/unload_lora_adapter; its number means nothing here."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class JobErrorObject(Body):
     code: str
     message: str
     param: str | None = None
 
 
-class FineTuningJob(_Body):
+class FineTuningJob(Body):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
@@ -259,7 +145,7 @@ class FineTuningJob(_Body):
     devices: int
 
 
-class DryRunFile(_Body):
+class DryRunFile(Body):
     """Counts over the examples that were read, all of them if `complete`; tokens before the cut, and those cut off."""
 
     id: str
@@ -274,7 +160,7 @@ class DryRunFile(_Body):
     warning: str | None
 
 
-class DryRun(_Body):
+class DryRun(Body):
     """What a job would be."""
 
     object: Literal["fine_tuning.dry_run"] = "fine_tuning.dry_run"
@@ -288,13 +174,13 @@ class DryRun(_Body):
     validation_file: DryRunFile | None
 
 
-class Renewal(_Body):
+class Renewal(Body):
     """Body of POST /v1/fine_tuning/jobs/{id}/renew."""
 
     lease_s: float = Field(ge=1, le=86400, allow_inf_nan=False)
 
 
-class FineTuningJobEvent(_Body):
+class FineTuningJobEvent(Body):
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
@@ -304,7 +190,7 @@ class FineTuningJobEvent(_Body):
     data: dict[str, JsonValue]
 
 
-class Page(_Body, Generic[T]):
+class Page(Body, Generic[T]):
     """A list answer; `last_id` is the `after` of the next page."""
 
     object: Literal["list"] = "list"

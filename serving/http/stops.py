@@ -11,15 +11,17 @@ class Stops:
         self._held = ""
         self.hit = False
 
-    def push(self, piece: str) -> str:
-        """The text that can be shown after `piece`; ends before the first stop string, and sets `hit` there."""
+    def push(self, piece: str, *, early: bool = False) -> str:
+        """The text that can be shown after `piece`; ends before the first stop string, and sets `hit` there. A stop
+        string that ends in an `early` piece is text like any other."""
         if self.hit:
             return ""
-        text = self._held + piece
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.hit, self._held = True, ""
-            return text[: min(found)[0]]
+        held, text = len(self._held), self._held + piece
+        if not early:  # the held tail may have a stop string that ended too early
+            found = [at for stop in self._stops if (at := text.find(stop, max(0, held - len(stop) + 1))) >= 0]
+            if found:
+                self.hit, self._held = True, ""
+                return text[: min(found)]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

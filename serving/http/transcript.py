@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from polygraft.grafts.text.detokenise import Detokeniser
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.serving.http.schemas import Usage
+from polygraft.serving.http.generations import FinishReason, Usage
 from polygraft.serving.http.stops import Stops
 from polygraft.serving.messages import StepTokens
 
 
 class Transcript:
-    """Feed it the tokens of a request that does not fail, in order, until `finish_reason` is set."""
+    """Feed it the tokens of a request that does not fail, in order, until `finish_reason` is set. Stop strings count
+    once it has `min_tokens`."""
 
-    def __init__(self, tokeniser: Tokeniser, prompt_ids: tuple[int, ...], stops: tuple[str, ...]) -> None:
+    def __init__(
+        self, tokeniser: Tokeniser, prompt_ids: tuple[int, ...], stops: tuple[str, ...], min_tokens: int = 0
+    ) -> None:
         self._detokeniser = Detokeniser(tokeniser, prompt_ids)
         self._stops = Stops(stops)
         self._prompt_tokens = len(prompt_ids)
+        self._min_tokens = min_tokens
         self._tokens = 0
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: FinishReason | None = None
 
     def feed(self, tokens: StepTokens) -> str:
         """The text that became certain."""
@@ -29,7 +31,7 @@ class Transcript:
                 return self._end("stop", "")
             case "length":
                 return self._end("length", self._text(tokens))
-        piece = self._stops.push(self._text(tokens))
+        piece = self._push(self._text(tokens))
         if self._stops.hit:
             self.finish_reason = "stop"
         return piece
@@ -43,7 +45,10 @@ class Transcript:
     def _text(self, tokens: StepTokens) -> str:
         return "" if tokens.token is None else self._detokeniser.feed((tokens.token,))
 
-    def _end(self, reason: Literal["stop", "length"], piece: str) -> str:
-        last = self._stops.push(piece + self._detokeniser.finish())
+    def _push(self, piece: str) -> str:
+        return self._stops.push(piece, early=self._tokens <= self._min_tokens)
+
+    def _end(self, reason: FinishReason, piece: str) -> str:
+        last = self._push(piece + self._detokeniser.finish())
         self.finish_reason = "stop" if self._stops.hit else reason
         return last + self._stops.flush()

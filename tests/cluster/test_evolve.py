@@ -31,6 +31,7 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpened,
     PackOpening,
+    PackPlaced,
     ReplicaClosed,
     ReplicaOpened,
 )
@@ -180,6 +181,13 @@ def test_a_pack_opens_and_closes() -> None:
 def test_a_worker_that_restarts_in_a_closing_pack_does_not_reopen_it() -> None:
     pack = evolve.pack_after(make_pack(state=PackState.CLOSING), PackOpened(pack=P, at=2.0))
     assert pack.state is PackState.CLOSING
+
+
+def test_a_pack_is_where_ray_placed_it_until_it_is_over() -> None:
+    placed = PackPlaced(pack=P, devices=(DeviceId("e"),), at=2.0)
+    assert evolve.pack_after(make_pack(), placed) == make_pack(devices=(DeviceId("e"),))
+    with pytest.raises(IllegalTransition):
+        evolve.pack_after(make_pack(state=PackState.CLOSED), placed)
 
 
 def test_the_snapshot_follows_the_log() -> None:

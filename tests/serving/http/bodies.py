@@ -1,4 +1,4 @@
-"""Generated bodies for files, jobs and chat: near a good one, far from any, and large."""
+"""Generated bodies for files, jobs, chats and texts: near a good one, far from any, and large."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from polygraft.grafts.methods.registry import methods
-from polygraft.serving.http.schemas import ChatCompletionRequest
+from polygraft.serving.http.generations import ChatCompletionRequest, CompletionRequest
 
 LARGE = 3 << 20
-CHAT_PATH, JOBS_PATH, FILES_PATH = "/chat/completions", "/fine_tuning/jobs", "/files"
+CHAT_PATH, TEXT_PATH, JOBS_PATH, FILES_PATH = "/chat/completions", "/completions", "/fine_tuning/jobs", "/files"
 JSON, FORM = "application/json", "multipart/form-data; boundary=b"
 ROLES = ("system", "user", "assistant", "developer", "tool", "", "\udc00")
 ODD_TEXTS = ("", "tiny", "a" * 5_000, "\x00", "<|im_end|>", "{{ 7 * 7 }}", "../../etc/passwd", "poems@1", "\ud800")
@@ -22,6 +22,7 @@ ODD_NUMBERS = (0, 1, 2, -1, 1e308, 10**400, 0.5, True, False, None)
 ARGUMENTS = ("", "r=4", "r=0", "r=-1", "r=1e9", "r=99999999999", "at=attn.*", "at=", "r=4, r=4", "alpha=1e39", "'", "4")
 KINDS = ("LORA", "IA3", "OFT", "BOFT", "LOHA", "VERA", "PREFIX_TUNING", "XLORA", "?")
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+TEXT = {"model": "tiny", "prompt": "Hi", "max_tokens": 1}
 EXAMPLE = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
 
@@ -80,6 +81,15 @@ def chats() -> SearchStrategy[dict[str, Any]]:
     return near(CHAT, fields | dict.fromkeys(("temperature", "top_p", "seed"), numbers))
 
 
+def completions() -> SearchStrategy[dict[str, Any]]:
+    fields = dict.fromkeys(CompletionRequest.model_fields, values)
+    ids = st.lists(numbers | st.integers(0, 600), max_size=5)
+    prompts = texts | st.lists(texts, max_size=5) | ids | st.lists(ids, max_size=3)
+    fields |= {"prompt": prompts, "model": texts, "max_tokens": st.integers(0, 5) | numbers, "stream": st.booleans()}
+    fields |= dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "min_tokens", "seed"), numbers)
+    return near(TEXT, fields | {"ignore_eos": st.booleans(), "odd": values})
+
+
 def jobs(file: str) -> SearchStrategy[dict[str, Any]]:
     top = ("validation_file", "suffix", "seed", "metadata", "owner", "promote", "method", "model", "odd")
     inner = ("n_epochs", "batch_size", "learning_rate", "max_length", "dropout", "warmup_ratio", "max_grad_norm")
@@ -107,9 +117,10 @@ def cases(file: str) -> SearchStrategy[Generated]:
     example = st.fixed_dictionaries({"messages": messages}, optional={"odd": values})
     line = st.just(encoded(EXAMPLE)) | st.binary(max_size=60) | (example | values).map(encoded)
     upload = st.builds(form, st.lists(line, max_size=6).map(b"\n".join), st.just("fine-tune") | texts)
-    anywhere = st.sampled_from([CHAT_PATH, JOBS_PATH, FILES_PATH])
+    anywhere = st.sampled_from([CHAT_PATH, TEXT_PATH, JOBS_PATH, FILES_PATH])
     return st.one_of(
         chats().map(lambda body: Generated(CHAT_PATH, encoded(body), JSON)),
+        completions().map(lambda body: Generated(TEXT_PATH, encoded(body), JSON)),
         jobs(file).map(lambda body: Generated(JOBS_PATH, encoded(body), JSON)),
         upload.map(lambda content: Generated(FILES_PATH, content, FORM)),
         st.builds(Generated, anywhere, st.binary(max_size=200), st.sampled_from([JSON, FORM])),
@@ -118,13 +129,22 @@ def cases(file: str) -> SearchStrategy[Generated]:
 
 
 def large_cases() -> list[Generated]:
-    """Bodies of megabytes, each sent to all three."""
+    """Bodies of megabytes, each sent to all of them."""
 
     def chat(**fields: Any) -> bytes:
         return encoded({**CHAT, **fields})
 
     user = {"role": "user", "content": "a"}
+
+    def text(prompt: Any) -> bytes:
+        return encoded({**TEXT, "prompt": prompt})
+
     contents = [
+        text([{}] * (LARGE // 4)),
+        text([[1]] * (LARGE // 5)),
+        text([1.5] * (LARGE // 5)),
+        text([5] * (LARGE // 3)),
+        text(["a"] * (LARGE // 5)),
         b"[" * LARGE,
         b"[" + b"1," * (LARGE // 2) + b"1]",
         b"[" + b"[]," * (LARGE // 3) + b"1]",
@@ -139,5 +159,5 @@ def large_cases() -> list[Generated]:
         chat(metadata={str(n): "x" for n in range(LARGE // 20)}),
         chat(**{str(n): 0 for n in range(LARGE // 12)}),
     ]
-    json_cases = [Generated(to, content, JSON) for content in contents for to in (CHAT_PATH, JOBS_PATH)]
+    json_cases = [Generated(to, content, JSON) for content in contents for to in (CHAT_PATH, TEXT_PATH, JOBS_PATH)]
     return json_cases + [Generated(FILES_PATH, form(content), FORM) for content in contents]

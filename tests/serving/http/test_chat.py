@@ -16,7 +16,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.schemas import ChatCompletionRequest
+from polygraft.serving.http.generations import ChatCompletionRequest
 from tests.serving.http.conftest import SETTINGS, Service, refusal
 from tests.serving.naive import Solo, random_tensors
 

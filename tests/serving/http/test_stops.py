@@ -32,3 +32,14 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     stops = Stops(("END",))
     assert [stops.push(piece) for piece in ("one E", "at")] == ["one ", "Eat"]
     assert not stops.hit and stops.flush() == ""
+
+
+@given(
+    early=st.lists(LETTERS, max_size=4), late=st.lists(LETTERS, max_size=4), stop=st.text("ab", min_size=1, max_size=4)
+)
+def test_a_stop_string_that_ends_early_is_text(early: list[str], late: list[str], stop: str) -> None:
+    text, free = "".join([*early, *late]), len("".join(early))
+    end = next((at for at in range(len(text)) if text.startswith(stop, at) and at + len(stop) > free), len(text))
+    held = Stops((stop,))
+    shown = "".join([*(held.push(piece, early=True) for piece in early), *(held.push(piece) for piece in late)])
+    assert shown + held.flush() == text[:end] and held.hit == (end < len(text))
