@@ -138,7 +138,7 @@ class Fleet:
 
     def end_some(self, chance: random.Random, jobs: int) -> None:
         active = [job for jobs_ in self.following.standing.active.values() for job in jobs_]
-        for job in chance.sample(active, jobs):
+        for job in chance.sample(active, min(jobs, len(active))):
             self.tell(ended(job, self.now))
 
 
