@@ -1,5 +1,5 @@
-"""Does it pay to choose who shares a pack? Sixteen jobs, short and long, of low and high rank, in two packs: mixed, apart
-by length, and apart by rank, each job as many optimiser steps.
+"""Does it pay to choose who shares a pack? Sixteen jobs, short and long, of low and high rank, in two packs: mixed,
+apart by length, and apart by rank, each job as many optimiser steps.
 
 grouping.py [--rounds N] [--json PATH]
 
