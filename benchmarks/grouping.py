@@ -1,4 +1,4 @@
-"""Does it pay to choose who shares a pack? Sixteen jobs, short and long, of low and high rank, in two packs: mixed,
+"""Does it pay to choose who shares a pack? Eight jobs, short and long, of low and high rank, in two packs: mixed,
 apart by length, and apart by rank, each job as many optimiser steps.
 
 grouping.py [--rounds N] [--json PATH]
@@ -29,7 +29,7 @@ from polygraft.launch.cache import backbone_cache
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.runner import PackRunner
 
-LENGTHS, RANKS, ALIKE = (16, 120), (4, 64), 4
+LENGTHS, RANKS, ALIKE = (16, 120), (4, 64), 2
 BATCH, MAX_ROWS = 2, 768
 
 
@@ -72,8 +72,8 @@ def seconds(backbone: Backbone, members: Sequence[TrainJob], steps: int) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="grouping.py", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(machine.cores())

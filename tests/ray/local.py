@@ -1,4 +1,4 @@
-"""A Ray of the test's own, with one device, that leaves nothing behind."""
+"""A Ray of the test's own, with a device or more, that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAIN = {  # a worker starts in seconds instead of half a minute
 
 
 @contextmanager
-def local_ray(environment: Mapping[str, str]) -> Iterator[None]:
+def local_ray(environment: Mapping[str, str], *, devices: int = 1) -> Iterator[None]:
     """Processes that Ray starts get `environment`; Ray's own folder is short, since socket paths are."""
     home = tempfile.mkdtemp(prefix="pg-")
     with pytest.MonkeyPatch.context() as patch:
@@ -28,7 +28,7 @@ def local_ray(environment: Mapping[str, str]) -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=2,
-            resources={"device": 1},
+            resources={"device": devices},
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=100 * 2**20,

@@ -45,6 +45,8 @@ def test_a_job_of_a_half_empty_pack_leaves_it_and_is_admitted_to_the_other_and_t
     world.settle()
     assert world.job(A).pack == second and world.job(A).moving_to is None
     assert commands(world, second)[-1] == ("admit", A)
+    world.now += world.limits.idle_s
+    world.settle()
     assert commands(world, first)[-1] == ("close", None)
     world.work()
     world.processes.over.append(PackEnd(first, None))
