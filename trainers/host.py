@@ -29,7 +29,7 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.atomic import whole_file
 from polygraft.kernels.common.room import when_there_is_room
 from polygraft.trainers.leading import Beat, Close, LeadingRunner, follow
-from polygraft.trainers.ranks import Alone, ProcessGroup
+from polygraft.trainers.ranks import Alone, ProcessGroup, Ranks
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
 
@@ -75,27 +75,29 @@ class PackHost:
         storage = Path(self._plan.data) / "train"
         when_there_is_room(lambda: _probe(storage), told=lambda error: _LOG.warning("%s: %s", storage, error))
         plan, on_gpus = self._plan, self._plan.kind == "cuda"
-        scaling = ScalingConfig(
+        scaling = ScalingConfig(  # type: ignore[call-arg]  # checkers see Train v1's
             num_workers=len(plan.nodes),
             use_gpu=on_gpus,
             resources_per_worker={"CPU": 0, "GPU" if on_gpus else DEVICE: SHARE},
             label_selector=[{NODE: node} for node in plan.nodes],
         )
-        run = RunConfig(  # type: ignore[call-arg]  # checkers see Train v1's
+        run = RunConfig(  # type: ignore[call-arg]
             name=plan.pack,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=RESTARTS),
             worker_runtime_env={"env_vars": {**device_environment(), "OMP_NUM_THREADS": str(plan.cores)}},
         )
-        given = {"train_loop_config": asdict(plan), "scaling_config": scaling, "run_config": run}
+        told = asdict(plan)
         if len(plan.nodes) == 1:
             # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
-            DataParallelTrainer(train_loop, **given).fit()
-        else:
-            from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
+            DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run).fit()
+            return
+        from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
-            group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=SILENT_S)
-            TorchTrainer(train_loop, torch_config=group, **given).fit()
+        group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=SILENT_S)
+        TorchTrainer(
+            train_loop, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run
+        ).fit()
 
     def ping(self) -> str:
         return self._plan.pack
@@ -122,14 +124,13 @@ def train_loop(config: dict[str, object]) -> None:
     try:
         device = lease_for_pack(store, PackId(plan.pack), rank=rank, node=here.node, index=here.index, at=time.time())
         torch.set_num_threads(device.cores)
-        ranks = ProcessGroup() if len(plan.nodes) > 1 else Alone()
+        ranks: Ranks = ProcessGroup() if len(plan.nodes) > 1 else Alone()
         backbone = _backbone(plan)
-        limits = {"max_rows": plan.max_rows, "max_bytes": plan.max_bytes or None, "ranks": ranks}
+        kind = LeadingRunner if ranks.size > 1 and rank == 0 else PackRunner
+        runner = kind(backbone, max_rows=plan.max_rows, max_bytes=plan.max_bytes or None, ranks=ranks)
         if rank:
-            runner = PackRunner(backbone, **limits)
             follow(runner, lambda: _report(runner))
         else:
-            runner = (LeadingRunner if ranks.size > 1 else PackRunner)(backbone, **limits)
             _lead(plan, runner, store)
     finally:
         store.close()
