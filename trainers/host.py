@@ -119,10 +119,19 @@ def train_loop(config: dict[str, object]) -> None:
     """What Ray Train runs on each worker, which leases its device first. Rank 0 rebuilds the pack from its manifest and
     steps until it is told to close; the others do as it says."""
     plan = PackPlan(**config)  # type: ignore[arg-type]
-    rank, here = get_context().get_world_rank(), place()
+    context, here = get_context(), place()
+    rank = context.get_world_rank()
+    seats = [seat for seat, node in enumerate(plan.nodes) if node == here.node]  # Train numbers ranks as it likes
     store = connect(plan.store_url, patient=True)  # what it cannot record, for want of room, it waits for
     try:
-        device = lease_for_pack(store, PackId(plan.pack), rank=rank, node=here.node, index=here.index, at=time.time())
+        device = lease_for_pack(
+            store,
+            PackId(plan.pack),
+            rank=seats[context.get_local_rank()],
+            node=here.node,
+            index=here.index,
+            at=time.time(),
+        )
         torch.set_num_threads(device.cores)
         ranks: Ranks = ProcessGroup() if len(plan.nodes) > 1 else Alone()
         backbone = _backbone(plan)
