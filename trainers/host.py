@@ -16,10 +16,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context, repo
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from polygraft.cluster.actors.place import place
-from polygraft.cluster.actors.protocols import DEVICE
+from polygraft.cluster.actors.protocols import DEVICE, PackDied
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.leasing import lease_for_pack
-from polygraft.cluster.model import DeviceKind, PackId
+from polygraft.cluster.model import DeviceKind, JobId, PackId
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
@@ -29,8 +29,10 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.atomic import whole_file
 from polygraft.kernels.common.room import when_there_is_room
 from polygraft.trainers.leading import Beat, Close, LeadingRunner, follow
+from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.ranks import Alone, ProcessGroup, Ranks
 from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.underway import Underway
 from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
@@ -74,6 +76,13 @@ class PackHost:
     def run(self) -> None:
         storage = Path(self._plan.data) / "train"
         when_there_is_room(lambda: _probe(storage), told=lambda error: _LOG.warning("%s: %s", storage, error))
+        try:
+            self._trainer(storage).fit()
+        except Exception as error:
+            suspects = suspected(Folders(Path(self._plan.data)).pack(PackId(self._plan.pack)))
+            raise PackDied(f"{type(error).__name__}: {error}", suspects) from None
+
+    def _trainer(self, storage: Path) -> DataParallelTrainer:
         plan, on_gpus = self._plan, self._plan.kind == "cuda"
         scaling = ScalingConfig(  # type: ignore[call-arg]  # checkers see Train v1's
             num_workers=len(plan.nodes),
@@ -90,14 +99,16 @@ class PackHost:
         told = asdict(plan)
         if len(plan.nodes) == 1:
             # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
-            DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run).fit()
-            return
+            return DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run)
         from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
         group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=SILENT_S)
-        TorchTrainer(
-            train_loop, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run
-        ).fit()
+        return cast(
+            "DataParallelTrainer",
+            TorchTrainer(
+                train_loop, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run
+            ),
+        )
 
     def ping(self) -> str:
         return self._plan.pack
@@ -107,6 +118,16 @@ def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     """The pack's host actor; it asks for no CPU, since its worker is what computes."""
     options = ray.remote(PackHost).options(num_cpus=0, max_concurrency=2)
     return cast("ActorHandle[PackHost]", options.remote(plan))
+
+
+def suspected(folder: Path) -> frozenset[JobId]:
+    """The jobs that the pack in `folder` may have died of: those of its last worker's death, too."""
+    blame, guilty = Manifest.load(folder).blame, None
+    underway = Underway(folder)
+    if killed_at := underway.left():
+        blame, guilty = blame.after_death(killed_at)
+    underway.close()
+    return frozenset(JobId(job) for job in (*blame.suspects(), guilty) if job is not None)
 
 
 def _probe(folder: Path) -> None:

@@ -73,8 +73,8 @@ def test_the_rest_of_two_packs_is_drawn_into_one_and_keeps_its_bits(tmp_path: Pa
     assert len(packs) == 2 and moved and {event.reason for event in moved} == {Reason.JOINED}
     torch.set_num_threads(1)
     loaded = Backbone.load(folder, torch.float32)
-    for job in ended:
-        assert job.graft == alone(loaded, job, data)
+    for one in ended:
+        assert one.graft == alone(loaded, one, data)
 
 
 def alone(backbone: Backbone, job: Job, data: Path) -> str:
