@@ -66,7 +66,7 @@ def test_a_job_of_a_half_empty_pack_leaves_it_and_is_admitted_to_the_other_and_t
 
 def test_a_pack_that_dies_before_its_job_has_left_gives_it_back_as_ever() -> None:
     world, first, second = halved()
-    world.processes.over.append(PackEnd(first, "killed"))
+    world.processes.over.append(PackEnd(first, "killed", frozenset({A})))
     world.settle()
     assert (world.job(A).pack, world.job(A).moving_to) == (second, None)
     assert world.job(A).attempts == 1
