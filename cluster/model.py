@@ -353,13 +353,15 @@ class Snapshot:
     """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
     devices.
 
-    `now`, `limits` and `paces`, those that packs measured lately, are not in the log; the caller of `decide` sets them.
+    `over` are its finished jobs in the order of their ends. `now`, `limits` and `paces`, those that packs measured
+    lately, are not in the log; the caller of `decide` sets them.
     """
 
     version: EventId = START
     now: float = 0.0
     limits: Limits = field(default_factory=Limits)
     jobs: Mapping[JobId, Job] = field(default_factory=lambda: MappingProxyType({}))
+    over: tuple[JobId, ...] = ()
     packs: Mapping[PackId, Pack] = field(default_factory=lambda: MappingProxyType({}))
     backbones: Mapping[str, Backbone] = field(default_factory=lambda: MappingProxyType({}))
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))

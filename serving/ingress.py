@@ -11,10 +11,8 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
-from polygraft.cluster.actors.applications import ENGINE, application_name
-from polygraft.cluster.model import Backbone, ReplicaId, TenantId
+from polygraft.cluster.model import Backbone, TenantId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.formats.backbone_files import BackboneFiles
@@ -22,13 +20,14 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.candidate import examined
+from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.known import Backbones, KnownBackbone
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
-from polygraft.serving.remote import ServeLink
+from polygraft.serving.remote import ActorLink
 
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
 
@@ -77,14 +76,14 @@ class Ingress:
             memory_bytes=_READER_COPIES * settings.limits.graft_bytes,
             seconds=settings.limits.graft_s,
         )
-        name = application_name(record.name)
-        links = {ReplicaId(f"{name}-0"): ServeLink(DeploymentHandle(ENGINE, name))}
+        waits_s = settings.serve.wait_s
+        fleet = StoreFleet(self._api.store, record.name, ingress=self._name, connect=ActorLink)
         return KnownBackbone(
             record=record,
             tokeniser=Tokeniser.load(folder),
             shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
             stock=BackboneFiles(folder),
-            gateway=Gateway(links, ingress=self._name, settings=settings.serve),
+            gateway=Gateway({}, ingress=self._name, settings=settings.serve, ready_s=waits_s, fleet=fleet),
             adoption=Adoption(plan),
             max_context=min(settings.serve.max_context, record.context_length or settings.serve.max_context),
         )

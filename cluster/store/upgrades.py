@@ -92,11 +92,14 @@ def _job_submitted_2(body: Body) -> Body:
 
 
 def _snapshot_4(body: Body) -> Body:
-    limits = body.get("limits")
+    limits, jobs = body.get("limits"), body.get("jobs")
+    found = [job for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
+    ended = [job for job in found if job.get("finished_at") is not None]
     more = {"opening_s": 20.0, "moving_s": 5.0, "overtake_s": 60.0, "patience_s": 600.0, "tenant_jobs": 0}
     return {
         **body,
-        "jobs": _each(body.get("jobs"), _job_2),
+        "jobs": _each(jobs, _job_2),
+        "over": [str(job["id"]) for job in sorted(ended, key=lambda job: (job["finished_at"], job["id"]))],
         "limits": {**limits, **more} if isinstance(limits, Mapping) else limits,
         "paces": [],
     }

@@ -68,6 +68,13 @@ async def test_the_learning_rate_defaults_to_the_methods_smallest(
     assert made["method"]["supervised"]["hyperparameters"]["learning_rate"] == rate
 
 
+async def test_a_job_says_how_urgent_it_is_on_how_many_devices_it_trains_and_that_it_waits(
+    ann: httpx.AsyncClient,
+) -> None:
+    made = (await ann.post("/fine_tuning/jobs", json=body(await upload(ann), priority=3, devices=2))).json()
+    assert (made["priority"], made["devices"], made["reason"]) == (3, 2, "waits_its_turn")
+
+
 async def test_openais_multiplier_scales_the_default_rate(ann: httpx.AsyncClient) -> None:
     asked = body(await upload(ann), hyperparameters={"learning_rate_multiplier": 2.0, "n_epochs": 1})
     made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
