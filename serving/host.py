@@ -16,7 +16,7 @@ from polygraft.cluster.model import Backbone, GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 if TYPE_CHECKING:
     from polygraft.serving.engine import Engine

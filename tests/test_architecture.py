@@ -204,10 +204,11 @@ def test_every_imported_library_is_declared() -> None:
     assert not wrong, report(wrong)
 
 
-@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster"])
+@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster", "serving"])
 def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
     names = sorted({module(path) for path in sources(folder)})
     patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
+    patterns["serving"] = r"polygraft\.serving\.(app|fleet|gateway|host|messages|remote|replica|request)$"
     names = [name for name in names if matches(name, (patterns[folder],))]
     # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
     code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"
