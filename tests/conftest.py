@@ -70,7 +70,7 @@ def _no_ray_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     import ray
 
     def refuse(*_args: object, **_options: object) -> None:
-        raise RuntimeError("a unit test must not start Ray; tests that need it lie in tests/ray, tests/e2e or tests/nodes")
+        raise RuntimeError(f"a unit test must not start Ray; tests that need it lie in tests/{{{','.join(_LAST)}}}")
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray._private.worker, "init", refuse)
