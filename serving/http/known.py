@@ -120,8 +120,8 @@ class Backbones:
             self._known = {name: known for name, known in found if known is not None}
 
     def wanted(self, known: KnownBackbone) -> bool:
-        """Whether replicas hold it, or will; where the last one goes after `idle_s` seconds, whether it was asked within
-        them."""
+        """Whether replicas hold it, or will; where the last of them goes after `idle_s` seconds, whether it was asked
+        since."""
         record, now = known.record, self._clock()
         if self._idle_s is not None:
             return is_wanted(record, now=now, unload_s=min(self._idle_s, self._unload_s or self._idle_s))
