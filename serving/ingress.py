@@ -50,7 +50,13 @@ class Ingress:
         store = connect(settings.store_url)
         self._api = Api(
             store=store,
-            backbones=Backbones(store, self._known, default=settings.backbone, unload_s=settings.unload_s),
+            backbones=Backbones(
+                store,
+                self._known,
+                default=settings.backbone,
+                unload_s=settings.unload_s,
+                idle_s=settings.serve.idle_s,
+            ),
             data=settings.data,
             graft_roots=settings.graft_roots,
             candidate=lambda source, quantise: examined(source, plan.cache, quantise),

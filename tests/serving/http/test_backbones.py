@@ -266,6 +266,7 @@ async def test_the_store_is_told_now_and_then_that_a_backbone_is_asked(
 
     for _ in range(3):
         await shared.says("other")
+        shared.backbones.look()
     shared.service.now[0] += 61.0
     await shared.says("other")
     assert asked() == [1_000.0, 1_061.0]
