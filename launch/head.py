@@ -18,8 +18,10 @@ from secrets import token_hex
 from typing import cast
 
 from polygraft.cluster.actors.protocols import DEVICE
+from polygraft.cluster.model import Backbone
 from polygraft.cluster.service import Service, announce
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store.connect import connect
 from polygraft.kernels.common.room import when_there_is_room
 from polygraft.launch.cache import backbone_cache, speed_cache
@@ -28,6 +30,7 @@ from polygraft.launch.local_ray import environment, start_ray
 from polygraft.launch.machine import Machine
 from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
+from polygraft.launch.scout import NodeScout
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 2.0
@@ -64,7 +67,6 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.leader import start_leader
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
-    from polygraft.launch.scout import NodeScout
 
     namespace = f"polygraft-{token_hex(4)}"
     machine = Machine.here(settings)
@@ -75,16 +77,18 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
         deployer = cast(ActorHandle[_Deployer], ray.remote(_Deployer).options(num_cpus=0).remote())
-        prepared: ray.ObjectRef[Path] = deployer.prepare.remote(settings, backbone_cache())
+        scout = NodeScout(speed_cache(), gpus=machine.gpus > 0)
+        prepared: ray.ObjectRef[Backbone] = deployer.prepare.remote(settings, backbone_cache(), scout)
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
-        backbone = ray.get(prepared)
+        default = ray.get(prepared)
+        backbone = Path(default.folder)
         folder.enter("starting the controller")
         leader = start_leader(
             settings.store_url,
-            settings.pack_limits,
+            fitted(settings, default).pack_limits,
             OpenHost.of(settings),
             name="controller",
-            scout=NodeScout(speed_cache(), gpus=machine.gpus > 0),
+            scout=scout,
         )
         folder.enter("starting the HTTP service and loading the backbone")
         ray.get(deployer.deploy.remote(settings, backbone))
@@ -127,11 +131,12 @@ def reason_of(error: BaseException) -> str:
 class _Deployer:
     """Does what needs torch in a process of its own, which takes torch away when it ends."""
 
-    def prepare(self, settings: Settings, cache: Path) -> Path:
-        """The default backbone's folder, made where it is not there yet."""
+    def prepare(self, settings: Settings, cache: Path, scout: NodeScout) -> Backbone:
+        """The default backbone, its folder made where it is not there yet."""
         from polygraft.launch.default_backbone import put_default
+        from polygraft.launch.measured import measured_devices
 
-        return Path(put_default(settings, cache).folder)
+        return put_default(settings, cache, measured_devices(scout))
 
     def deploy(self, settings: Settings, backbone_folder: Path) -> None:
         """Run the Serve application; returns when its replicas are up."""

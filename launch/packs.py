@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.model import Pack
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
 
@@ -24,7 +25,7 @@ class OpenHost:
 
     @staticmethod
     def of(settings: Settings) -> OpenHost:
-        return OpenHost(settings.model_dump_json())
+        return OpenHost(settings.told)
 
     def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
         """Raises LookupError where the pack's backbone was removed meanwhile."""
@@ -35,6 +36,7 @@ class OpenHost:
             found = store.get(keys.backbone(pack.backbone))
         if found is None:
             raise LookupError(f"the backbone {pack.backbone} was removed")
+        settings = fitted(settings, found.value)
         plan = PackPlan(
             pack=pack.id,
             backbone_folder=found.value.folder,

@@ -16,10 +16,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.leader import Leader
+from polygraft.cluster.model import Backbone
 from polygraft.cluster.settings import BadSettings, Settings, load
+from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store.connect import connect
 from polygraft.launch.default_backbone import put_default
 from polygraft.launch.first_key import admit_given_key
+from polygraft.launch.measured import measured_devices
 from polygraft.launch.packs import OpenHost
 from polygraft.launch.scout import NodeScout
 
@@ -47,8 +50,10 @@ def build(args: Mapping[str, object]) -> serve.Application:
     if settings.store_url == "embedded":
         raise BadSettings("store_url: embedded is for one machine; set POLYGRAFT_STORE_URL to redis://host:port/0")
     _admit_key(settings)
-    backbone = put_default(settings, settings.data / "backbones")  # on the volume that every node mounts
-    _lead(settings)
+    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
+    # on the volume that every node mounts
+    backbone = put_default(settings, settings.data / "backbones", measured_devices(scout))
+    _lead(settings, backbone, scout)
     return application(settings, Path(backbone.folder))
 
 
@@ -60,10 +65,10 @@ def _admit_key(settings: Settings) -> None:
         admit_given_key(store, settings.api_key_file)
 
 
-def _lead(settings: Settings) -> None:
+def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
     """This cluster's one controller, told these settings."""
-    host = OpenHost.of(settings)
-    name = f"{_CONTROLLER}-{sha256(f'{host}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
+    host, limits = OpenHost.of(settings), fitted(settings, backbone).pack_limits
+    name = f"{_CONTROLLER}-{sha256(f'{host}{limits}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
         if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:
             _end(ray.get_actor(other["name"], namespace=_NAMESPACE))
@@ -76,8 +81,7 @@ def _lead(settings: Settings) -> None:
         max_restarts=-1,
         max_concurrency=4,
     )
-    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
-    options.remote(settings.store_url, settings.pack_limits, host, holder=f"{name}-{token_hex(4)}", scout=scout)
+    options.remote(settings.store_url, limits, host, holder=f"{name}-{token_hex(4)}", scout=scout)
 
 
 def _end(leader: ActorHandle[Leader]) -> None:
