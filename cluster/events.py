@@ -92,6 +92,27 @@ class JobStopping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobMoving:
+    """The pack's command stream has the job's `leave`; pack `to` keeps a place for it."""
+
+    job: JobId
+    pack: PackId
+    to: PackId
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLeft:
+    """The pack has let the job go after optimiser step `step`, whose checkpoint has all that decides its future."""
+
+    job: JobId
+    pack: PackId
+    step: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobLeaseRenewed:
     """The job's owner is alive and vouches for it until `until`."""
 
@@ -300,6 +321,8 @@ JobEvent = (
     | JobDeviceClassChanged
     | JobCancelRequested
     | JobStopping
+    | JobMoving
+    | JobLeft
     | JobLeaseRenewed
     | JobRequeued
     | JobSucceeded

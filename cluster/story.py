@@ -27,6 +27,8 @@ from polygraft.cluster.events import (
     JobFailed,
     JobHeld,
     JobLeaseRenewed,
+    JobLeft,
+    JobMoving,
     JobRequeued,
     JobStarted,
     JobStopping,
@@ -71,6 +73,8 @@ def names(event: Event) -> frozenset[str]:
             return frozenset({name, f"{name}@{version}"})
         case GraftDeleted(name=name, version=version, graft=graft_id):
             return frozenset({name, f"{name}@{version}", graft_id})
+        case JobMoving(job=job_id, pack=pack, to=to):
+            return frozenset({job_id, pack, to})
         case PackOpening(pack=pack, devices=devices) | PackPlaced(pack=pack, devices=devices):
             return frozenset({pack, *devices})
         case ReplicaOpened(record=replica):
@@ -101,6 +105,10 @@ def tell(event: Event) -> str:
             return f"{job_id} is asked to cancel"
         case JobStopping(job=job_id, pack=pack, reason=reason):
             return f"{job_id} is being stopped in {pack}: {_words(reason)}"
+        case JobMoving(job=job_id, pack=pack, to=to, reason=reason):
+            return f"{job_id} is to move from {pack} to {to}: {_words(reason)}"
+        case JobLeft(job=job_id, pack=pack, step=step):
+            return f"{job_id} left {pack} after step {step}"
         case JobLeaseRenewed(job=job_id, until=until):
             return f"{job_id} is wanted by its owner until {_clock(until)}"
         case JobRequeued(job=job_id, reason=reason, blamed=blamed):

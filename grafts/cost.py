@@ -1,7 +1,8 @@
-"""What a step of a job takes of memory beside its state: an estimate from shapes alone, before anything is computed.
-Torch-free.
+"""What a step of a job takes of memory beside its state, and what decoding with its graft moves: estimates from shapes
+alone, before anything is computed. Torch-free.
 
-It is never less than what was measured of any method (`tests/grafts/test_cost.py`), and at most a few times as much.
+A step's memory is never less than what was measured of any method (`tests/grafts/test_cost.py`), and at most a few
+times as much.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.spec import Branch, Delta, Slot
+from polygraft.grafts.spec import KV, Affine, Branch, Delta, Norm, Rotate, Slot, Sparse, Tokens
+from polygraft.kernels.affine import cost as affine
+from polygraft.kernels.branch import cost as branch
+from polygraft.kernels.delta import cost as delta
 from polygraft.kernels.kv.cost import score_bytes
+from polygraft.kernels.rotate import cost as rotate
+from polygraft.kernels.sparse import cost as sparse
 
 _HEAD_ROWS = 128  # whose logits exist at a time (`trainers/loss.py`)
 _SLACK = 1.25  # over what is counted
@@ -75,3 +81,38 @@ class StepCost:
         while rows > 1 and self.bytes([min(longest, rows)] * -(-rows // max(1, min(longest, rows)))) > room:
             rows //= 2
         return rows
+
+
+def decode_bytes(graft: BoundGraft, itemsize: int) -> int:
+    """What a graft moves for every decoded token beside what the backbone does, alone in its batch: its operands, and
+    what its ops read and write of the token's rows; of virtual tokens their keys and values in every layer.
+
+    As it is served without merging (`BoundGraft.plain`); DoRA's norm is an affine then.
+    """
+    served, shape = graft.plain, graft.shape
+    rows = 2 * itemsize * shape.kv_width  # a token's keys and values in a layer
+    moved = shape.layers * served.virtual_length * rows
+    for index, site in served.sites:
+        slot, (d_in, d_out) = served.spec.slots[index], shape.dims(site.name)
+        match slot:
+            case Branch(rank=rank, gate=gate, experts=experts):
+                moved += branch.bytes_moved([(1, rank)], d_in, d_out, itemsize=itemsize)
+                moved += itemsize * experts * d_in * (gate != "none")
+            case Affine(side=side):
+                moved += affine.bytes_moved(1, d_in if side == "in" else d_out, 1, itemsize=itemsize)
+            case Norm():
+                moved += affine.bytes_moved(1, d_out, 1, itemsize=itemsize)
+            case Sparse(rows=whole):
+                entries = slot.count(d_in, d_out) * (d_in if whole else 1)
+                moved += sparse.bytes_moved(1, entries, d_out, itemsize=itemsize)
+            case Rotate(kind=kind, size=size, stages=stages, side=side):
+                block = {"blocks": size, "lowrank": 2 * size, "pairs": 2}[kind]
+                width = d_in if side == "in" else d_out
+                moved += rotate.bytes_moved(1, width, 1, block=block, itemsize=itemsize, stages=stages)
+            case Delta():
+                moved += delta.bytes_moved(1, d_in, d_out, itemsize=itemsize)
+            case KV(length=length):
+                moved += length * rows
+            case Tokens():
+                pass  # counted above
+    return moved

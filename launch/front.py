@@ -24,9 +24,9 @@ class Point:
 
     @staticmethod
     def of(trial: Trial) -> Point:
-        assert trial.values is not None, f"trial {trial.number} has no values"
-        loss, parameters = trial.values
-        return Point(trial.number, loss, int(parameters), trial.candidate.peft, trial.candidate.learning_rate)
+        loss, what = trial.loss, trial.candidate
+        assert loss is not None, f"trial {trial.number} has no values"
+        return Point(trial.number, loss, what.parameters, what.peft, what.learning_rate)
 
     def to_json(self) -> dict[str, JsonValue]:
         return asdict(self)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import StudyId, TenantId
@@ -17,6 +18,9 @@ from polygraft.launch.local_ray import environment
 from polygraft.launch.output import Failure
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.study import Trial
+
+if TYPE_CHECKING:  # imports Ray
+    from polygraft.tuning.driver import StudyResult
 
 
 def shape_of(service: Service) -> ModelShape:
@@ -35,8 +39,8 @@ def run(  # noqa: PLR0913
     on_begin: Callable[[StudyId], None] = lambda _: None,
     on_trial: Callable[[Trial], None],
     on_progress: Callable[[Trial, float], None],
-) -> tuple[Trial, ...]:
-    """All trials of the study, once they have ended; Tune's files go to `folder`.
+) -> StudyResult:
+    """The study, once its trials have ended; Tune's files go to `folder`.
 
     Raises Failure when it is interrupted, and whatever else `tuning.driver.search` raises.
     """
@@ -58,7 +62,7 @@ def run(  # noqa: PLR0913
             study=study,
             on_trial=on_trial,
             on_progress=on_progress,
-        ).trials
+        )
     except Interrupted as error:
         raise Failure(str(error)) from None
     finally:

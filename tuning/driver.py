@@ -25,7 +25,7 @@ from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.store.base import Store
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.record import open_study
-from polygraft.tuning.study import Exhausted, Failure, Result, Study, Trial, TrialState, pareto
+from polygraft.tuning.study import Exhausted, Failure, Result, Study, Trial, TrialState
 from polygraft.tuning.trial import Access, JobTrial
 
 OnTrial = Callable[[Trial], None]
@@ -44,14 +44,13 @@ class RayCluster:
 
 @dataclass(frozen=True, slots=True)
 class StudyResult:
-    """All trials in the order they were asked in, and those of the front from the smallest graft up."""
+    """All trials in the order they were asked in, and those of the front from the smallest graft up; why the search
+    ended before all were run, if it did."""
 
     id: StudyId
     trials: tuple[Trial, ...]
-
-    @property
-    def front(self) -> tuple[Trial, ...]:
-        return pareto(self.trials)
+    front: tuple[Trial, ...]
+    ended: str | None = None
 
 
 class Interrupted(Exception):
@@ -78,24 +77,24 @@ def search(  # noqa: PLR0913
     plan, and what the store raises.
     """
     name = study or new_study_id()
-    bridge = StudySearcher(
-        open_study(store, name, plan, tenant=tenant, clock=clock), plan.trials, on_trial, on_progress
-    )
+    bridge = StudySearcher(open_study(store, name, plan, tenant=tenant, clock=clock), plan, on_trial, on_progress)
     if bridge.left:
         with _environment(), _connected(cluster):
             trainable = tune.with_parameters(JobTrial, access=access, plan=plan, study=name)
             _fit(trainable, bridge, plan, folder / name)
-    return StudyResult(name, bridge.study.trials)
+    return StudyResult(name, bridge.study.trials, bridge.study.front, bridge.ended)
 
 
 class StudySearcher(Searcher):
     """Answers Tune's questions from the study, and tells the study what Tune saw."""
 
-    def __init__(self, study: Study, limit: int, on_trial: OnTrial, on_progress: OnProgress) -> None:
+    def __init__(self, study: Study, plan: SearchPlan, on_trial: OnTrial, on_progress: OnProgress) -> None:
         super().__init__()
         self.study = study
         self.error: Exception | None = None
-        self._limit = limit
+        self.ended: str | None = None  # why nothing more is asked
+        self._plan = plan
+        self._limit = plan.trials
         self._on_trial = on_trial
         self._on_progress = on_progress
         self._again = deque(trial for trial in study.trials if trial.state is TrialState.RUNNING)
@@ -118,7 +117,8 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
         try:
             trial = self._next()
-        except Exhausted:
+        except Exhausted as error:
+            self.ended = str(error)
             self._limit = len(self.study.trials)
             trial = None
         except Exception as error:
@@ -140,7 +140,8 @@ class StudySearcher(Searcher):
         if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
             raise self.error
         try:
-            trial = self.study.tell(number, _outcome(self.study.trials[number], None if error else result))
+            outcome = _outcome(self._plan, self.study.trials[number], None if error else result)
+            trial = self.study.tell(number, outcome)
         except Exception as failed:
             self.error = failed
             raise
@@ -162,7 +163,7 @@ class StudySearcher(Searcher):
         return self.study.ask() if len(self.study.trials) < self._limit else None
 
 
-def _outcome(trial: Trial, result: Mapping[str, object] | None) -> Result | Failure:
+def _outcome(plan: SearchPlan, trial: Trial, result: Mapping[str, object] | None) -> Result | Failure:
     """What the last report of a trial says; no report: its actor died."""
 
     def text(field: str) -> str | None:
@@ -176,9 +177,9 @@ def _outcome(trial: Trial, result: Mapping[str, object] | None) -> Result | Fail
         return Failure(reason="the trial's process ended before its job", job=text("job"))
     if reason := text("failure"):
         return Failure(reason=reason, job=text("job"))
-    parameters = number("parameters") if text("parameters") else float(trial.candidate.parameters)
     before = number("loss_before") if text("loss_before") else None
-    return Result(values=(number("loss"), parameters), job=text("job"), model=text("model"), loss_before=before)
+    values = plan.values(trial.candidate.peft, number("loss"))
+    return Result(values=values, loss=number("loss"), job=text("job"), model=text("model"), loss_before=before)
 
 
 def _fit(trainable: type[tune.Trainable], bridge: StudySearcher, plan: SearchPlan, folder: Path) -> None:

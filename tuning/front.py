@@ -21,12 +21,19 @@ _ROWS = 10  # grafts that are spelled out next to the plot
 Points = Sequence[tuple[float, float]]  # (loss, parameters)
 
 
-def draw(trials: Sequence[Trial], path: Path, *, title: str = "Which graft for which budget") -> None:
-    """Write a PNG; the trials' values are (loss, parameters). Raises ValueError when no trial is complete."""
+def draw(
+    trials: Sequence[Trial],
+    path: Path,
+    *,
+    front: Sequence[Trial] | None = None,
+    title: str = "Which graft for which budget",
+) -> None:
+    """Write a PNG of loss over parameters; `front` is that of the trials' values when not given. Raises ValueError when
+    no trial is complete."""
     done = [_point(trial) for trial in trials if trial.state is TrialState.COMPLETE]
     if not done:
         raise ValueError(f"trials: none of {len(trials)} is complete, so there is nothing to draw")
-    front = pareto(trials)
+    front = pareto(trials) if front is None else front
     figure = Figure(figsize=(12, 6.4), dpi=150, facecolor="white")
     axes = figure.add_axes((0.072, 0.112, 0.535, 0.716))
     _plot(axes, done, [_point(trial) for trial in front])
@@ -166,9 +173,8 @@ def _summary(trials: Sequence[Trial], front: Sequence[Trial]) -> str:
 
 
 def _point(trial: Trial) -> tuple[float, float]:
-    assert trial.values is not None
-    loss, size = trial.values
-    return loss, size
+    assert trial.loss is not None
+    return trial.loss, float(trial.candidate.parameters)
 
 
 def _before(trials: Sequence[Trial]) -> float | None:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
-from polygraft.tuning.samplers.optuna import Model, OptunaSampler
+from polygraft.tuning.objectives import Limit, Objective, check, known, objective
+from polygraft.tuning.samplers.choose import SamplerName, sampler
 from polygraft.tuning.spaces.kinds import AnySpace
-from polygraft.tuning.study import Objective
-
-LOSS = Objective("loss")
-PARAMETERS = Objective("parameters", log=True)
+from polygraft.tuning.study import Sampler
 
 _NAME = re.compile(r"[a-z0-9-]{1,35}", re.ASCII)
 
@@ -28,7 +26,7 @@ class BadPlan(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchPlan:
-    """A search for grafts of low held-out loss and few trainable parameters.
+    """A search for grafts that are low in the `minimise`d objectives, within the limits.
 
     `job` is a request without a graft, learning rate, owner and suffix, and with a validation file: every trial fills
     these in. `startup` trials are spread evenly before the model proposes. At most `concurrency` run at once, in one
@@ -41,7 +39,9 @@ class SearchPlan:
     trials: int = 12
     concurrency: int = 4
     startup: int = 4
-    model: Model = "tpe"
+    model: SamplerName = "tpe"
+    minimise: tuple[str, ...] = ("loss", "parameters")
+    limits: tuple[Limit, ...] = ()
     seed: int = 0
     lease_s: float = 60.0
 
@@ -61,19 +61,36 @@ class SearchPlan:
             if getattr(self.job, field) is not None:
                 raise BadPlan(f"job.{field}: leave it out; trials set their own, and hyperparameters go into method")
 
-    @property
-    def objectives(self) -> tuple[Objective, ...]:
-        return LOSS, PARAMETERS
+        try:
+            check(self.minimise, self.limits)
+            _ = self.sampler
+        except ValueError as error:
+            raise BadPlan(str(error)) from None
 
     @property
-    def sampler(self) -> OptunaSampler:
-        return OptunaSampler(
-            parameters=self.space.parameters,
-            objectives=self.objectives,
-            model=self.model,
+    def objectives(self) -> tuple[Objective, ...]:
+        return tuple(map(objective, self.minimise))
+
+    @property
+    def sampler(self) -> Sampler:
+        return sampler(
+            self.model,
+            self.space,
+            self.objectives,
+            limits=self.limits,
+            trials=self.trials,
             startup=self.startup,
             seed=self.seed,
         )
+
+    @property
+    def hope(self) -> int:
+        """How many results may miss the measured limits before the search ends."""
+        return max(self.startup, -(-self.trials // 2))
+
+    def values(self, peft: str, loss: float) -> tuple[float, ...]:
+        """A value of every objective, for a trial's graft and what was measured of it."""
+        return tuple(known(one.name, peft, self.space.shape) if one.known else loss for one in self.objectives)
 
     def request(self, *, study: str, number: int, peft: str, learning_rate: float) -> dict[str, JsonValue]:
         """The body of a trial's job, always the same for the same trial. Raises BadPlan if the API would refuse it."""

@@ -70,7 +70,13 @@ def open_study(
     if record.plan != plan:
         raise BadRecord(f"study: {study} was begun with another plan; go on with that one, or begin a new study")
     return Study(
-        plan.space, plan.objectives, plan.sampler, trials=record.trials, keep=_Keeper(store, found, plan, clock)
+        plan.space,
+        plan.objectives,
+        plan.sampler,
+        limits=plan.limits,
+        hope=plan.hope,
+        trials=record.trials,
+        keep=_Keeper(store, found, plan, clock),
     )
 
 

@@ -1,7 +1,7 @@
 """A study: which configuration to try next, given what came of the others. It decides and runs nothing (ask and tell).
 
 All objectives are minimised. A trial that failed, or came back with a number that is not finite, is told as failed and
-never stays pending, where it would bias every later proposal.
+never stays pending, where it would bias every later proposal; one that was stopped early is told as stopped.
 """
 
 from __future__ import annotations
@@ -10,39 +10,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
-from typing import Protocol
+from typing import Literal, Protocol
 
+from polygraft.tuning.objectives import OBJECTIVES, Limit, Objective, known
 from polygraft.tuning.space import Candidate
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.parameters import Config, InvalidConfig
 
-ATTEMPTS = 24  # proposals for one trial before the space counts as used up
+ATTEMPTS = 96  # proposals for one trial before the space counts as used up
+MODEL_ATTEMPTS = 12  # of them a model's own; the rest are left to chance
 
 
 class TrialState(StrEnum):
     RUNNING = "running"  # asked, not told yet
     COMPLETE = "complete"
+    STOPPED = "stopped"  # by the search, before its job was done
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """Something to minimise. `log`: the sampler is to look at its logarithm, as for counts that span decades."""
-
-    name: str
-    log: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a trial came to: one value an objective, in their order; which job it was, what the job published, where it
-    began.
+    """What a trial came to: one value an objective, in their order, and the held-out loss whatever they are (None in
+    records where the first value is it); which job it was, what the job published, where it began.
     """
 
     values: tuple[float, ...]
+    loss: float | None = None
     job: str | None = None
     model: str | None = None
     loss_before: float | None = None
+    kind: Literal["result"] = "result"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +48,38 @@ class Failure:
 
     reason: str
     job: str | None = None
+    kind: Literal["failure"] = "failure"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """Why a trial was not trained to its end, after how many of its job's steps, and its mean training loss since the
+    decision before."""
+
+    reason: str
+    step: int
+    steps_total: int
+    loss: float
+    job: str | None = None
+    kind: Literal["stopped"] = "stopped"
+
+
+Outcome = Result | Failure | Stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One configuration that was asked for; `told` is how many results the sampler knew then. `outcome` is None while
-    it runs.
+    """One configuration that was asked for; `told` is how many results the sampler knew then, and `seen` which trials
+    had been told; it was the sampler's proposal number `attempt`. `outcome` is None while it runs.
     """
 
     number: int
     config: Config
     candidate: Candidate
     told: int
-    outcome: Result | Failure | None = None
+    seen: tuple[int, ...] = ()
+    attempt: int = 0
+    outcome: Outcome | None = None
 
     @property
     def state(self) -> TrialState:
@@ -72,12 +88,21 @@ class Trial:
                 return TrialState.RUNNING
             case Result():
                 return TrialState.COMPLETE
+            case Stopped():
+                return TrialState.STOPPED
             case Failure():
                 return TrialState.FAILED
 
     @property
     def values(self) -> tuple[float, ...] | None:
         return self.outcome.values if isinstance(self.outcome, Result) else None
+
+    @property
+    def loss(self) -> float | None:
+        """Held out, after training."""
+        if not isinstance(self.outcome, Result):
+            return None
+        return self.outcome.values[0] if self.outcome.loss is None else self.outcome.loss
 
 
 class Sampler(Protocol):
@@ -92,23 +117,31 @@ class Exhausted(Exception):
     """The sampler found no valid configuration that was not tried before."""
 
 
+class Unmet(Exhausted):
+    """Nothing meets a limit; the message names the nearest miss."""
+
+
 class Study:
     """The trials of one search. `keep` sees every new version of them before anyone else does; if it raises, nothing
-    has changed.
+    has changed. With measured limits, `hope` results of which none meets them end it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         space: AnySpace,
         objectives: Sequence[Objective],
         sampler: Sampler,
         *,
+        limits: Sequence[Limit] = (),
+        hope: int | None = None,
         trials: Sequence[Trial] = (),
         keep: Callable[[tuple[Trial, ...]], None] = lambda trials: None,
     ) -> None:
         self.space = space
         self.objectives = tuple(objectives)
+        self.limits = tuple(limits)
         self._sampler = sampler
+        self._hope = hope
         self._trials = tuple(trials)
         self._keep = keep
 
@@ -117,22 +150,34 @@ class Study:
         """All trials; the one with number n is at index n."""
         return self._trials
 
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        """Those within the limits that no other one of them beats."""
+        return pareto([trial for trial in self._trials if excess(trial, self.objectives, self.limits) == 0])
+
     def ask(self) -> Trial:
-        """A new trial, running from now on. Raises Exhausted."""
+        """A new trial, running from now on. Raises Exhausted; Unmet where a limit is what leaves nothing."""
+        self._check_hope()
         tried = {trial.candidate for trial in self._trials}
+        misses: list[tuple[float, str]] = []
         for attempt in range(ATTEMPTS):
             config = self._sampler.propose(self._trials, attempt)
             try:
                 candidate = self.space.candidate(config)
             except InvalidConfig:
                 continue
-            if candidate not in tried:
-                return self._ask(config, candidate)
+            miss = self._known_miss(candidate)
+            if miss is not None:
+                misses.append(miss)
+            elif candidate not in tried:
+                return self._ask(config, candidate, attempt)
+        if len(misses) > ATTEMPTS // 2:
+            raise Unmet(f"limits: of {ATTEMPTS} proposals {len(misses)} miss one; the nearest: {min(misses)[1]}")
         raise Exhausted(
             f"{ATTEMPTS} proposals in a row were invalid or tried before, after {len(tried)} trials; widen the space"
         )
 
-    def tell(self, number: int, outcome: Result | Failure) -> Trial:
+    def tell(self, number: int, outcome: Outcome) -> Trial:
         """The trial with its outcome. Raises ValueError for one that is not running, or a wrong number of values."""
         if not 0 <= number < len(self._trials) or self._trials[number].state is not TrialState.RUNNING:
             raise ValueError(f"number: trial {number} is not running; it was never asked, or was told before")
@@ -142,11 +187,37 @@ class Study:
         self._change((*self._trials[:number], trial, *self._trials[number + 1 :]))
         return trial
 
-    def _ask(self, config: Config, candidate: Candidate) -> Trial:
+    def _ask(self, config: Config, candidate: Candidate, attempt: int) -> Trial:
         told = sum(trial.state is TrialState.COMPLETE for trial in self._trials)
-        trial = Trial(number=len(self._trials), config=dict(config), candidate=candidate, told=told)
+        seen = tuple(trial.number for trial in self._trials if trial.outcome is not None)
+        number = len(self._trials)
+        trial = Trial(number=number, config=dict(config), candidate=candidate, told=told, seen=seen, attempt=attempt)
         self._change((*self._trials, trial))
         return trial
+
+    def _known_miss(self, candidate: Candidate) -> tuple[float, str] | None:
+        """By what share a candidate is above a known limit, and how a person is told."""
+        for limit in self.limits:
+            if OBJECTIVES[limit.name].known:
+                value = known(limit.name, candidate.peft, self.space.shape)
+                if value > limit.most:
+                    return value / limit.most - 1, f"{candidate.peft} with {value:g} {limit.name}, not {limit.most:g}"
+        return None
+
+    def _check_hope(self) -> None:
+        """Raises Unmet when enough results are there and none meets the measured limits."""
+        done = [trial for trial in self._trials if trial.values is not None]
+        if self._hope is None or not self.limits or len(done) < self._hope:
+            return
+        nearest = min(done, key=lambda trial: (excess(trial, self.objectives, self.limits), trial.number))
+        if excess(nearest, self.objectives, self.limits) > 0:
+            named = zip(self.objectives, nearest.values or (), strict=True)
+            values = ", ".join(f"{value:g} {one.name}" for one, value in named)
+            limits = ", ".join(f"{limit.most:g} {limit.name}" for limit in self.limits)
+            raise Unmet(
+                f"limits: none of {len(done)} results is within {limits}; the nearest miss is trial {nearest.number}, "
+                f"{nearest.candidate.peft}, with {values}"
+            )
 
     def _checked(self, result: Result) -> Result | Failure:
         if len(result.values) != len(self.objectives):
@@ -161,14 +232,28 @@ class Study:
         self._trials = trials
 
 
+def excess(trial: Trial, objectives: Sequence[Objective], limits: Sequence[Limit]) -> float:
+    """By how much, each in shares of its limit, a trial's values are above the limits; 0 without values."""
+    values = dict(zip((objective.name for objective in objectives), trial.values or (), strict=False))
+    over = ((values[limit.name] - limit.most, limit.most) for limit in limits if limit.name in values)
+    return sum(max(0.0, miss) / max(abs(most), 1e-9) for miss, most in over)
+
+
+def as_seen(trials: Sequence[Trial], number: int) -> tuple[Trial, ...]:
+    """What the sampler was given when it proposed trial `number`: of the trials before it, the outcomes that had been
+    told. `sampler.propose(as_seen(trials, number), trials[number].attempt)` proposes the same again."""
+    seen = frozenset(trials[number].seen)
+    return tuple(trial if trial.number in seen else replace(trial, outcome=None) for trial in trials[:number])
+
+
 def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     """The complete trials that no other one beats in one objective without losing in another; the last objective
     ascends.
     """
     done = [(trial, trial.values) for trial in trials if trial.values is not None]
-    front = [(trial, values) for trial, values in done if not any(_dominates(other, values) for _, other in done)]
+    front = [(trial, values) for trial, values in done if not any(dominates(other, values) for _, other in done)]
     return tuple(trial for trial, _ in sorted(front, key=lambda pair: (*reversed(pair[1]), pair[0].number)))
 
 
-def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     return tuple(one) != tuple(other) and all(a <= b for a, b in zip(one, other, strict=True))

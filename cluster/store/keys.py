@@ -15,6 +15,7 @@ from polygraft.cluster.model import (
     Job,
     JobId,
     Occupancy,
+    Pace,
     Pack,
     PackId,
     Record,
@@ -25,11 +26,12 @@ from polygraft.cluster.model import (
     StudyId,
     TenantId,
 )
-from polygraft.cluster.store.base import Key, Prefix, StreamKey
+from polygraft.cluster.store.base import Key, Listing, Prefix, StreamKey
 
 JOBS: Prefix[Job] = Prefix("job/")
 BACKBONES: Prefix[Backbone] = Prefix("backbone/")
 PACKS: Prefix[Pack] = Prefix("pack/")
+PACES: Prefix[Pace] = Prefix("pace/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
 DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
@@ -49,6 +51,7 @@ TYPES: Mapping[str, type[Record]] = {
     "file": DataFile,
     "graft": Graft,
     "job": Job,
+    "pace": Pace,
     "pack": Pack,
     "replica": Replica,
     "snapshot": Snapshot,
@@ -64,8 +67,24 @@ def backbone(name: str) -> Key[Backbone]:
     return Key(f"{BACKBONES}{name}")
 
 
+def jobs_of(tenant: TenantId) -> Listing[Job]:
+    return Listing(f"jobs/{tenant}")
+
+
+def unfinished_jobs_of(tenant: TenantId) -> Listing[Job]:
+    return Listing(f"unfinished-jobs/{tenant}")
+
+
+def files_of(tenant: TenantId) -> Listing[DataFile]:
+    return Listing(f"files/{tenant}")
+
+
 def pack(pack: PackId) -> Key[Pack]:
     return Key(f"{PACKS}{pack}")
+
+
+def pace(pack: PackId) -> Key[Pace]:
+    return Key(f"{PACES}{pack}")
 
 
 def replica(replica: ReplicaId) -> Key[Replica]:
@@ -127,7 +146,8 @@ def replica_scope(replica: ReplicaId) -> str:
 
 
 def commands(pack: PackId) -> StreamKey:
-    """Entries {"op": "admit" | "cancel" | "close", "job": id}, read by the pack's worker at step boundaries."""
+    """Entries {"op": "admit" | "cancel" | "leave" | "close", "job": id}, which the pack's worker reads at step
+    boundaries."""
     return StreamKey(f"pack/{pack}/commands")
 
 

@@ -18,7 +18,7 @@ from polygraft.launch.output import Failure, Status, errors, print_json, screen
 
 if TYPE_CHECKING:  # imported when the command runs: Optuna and Ray take seconds
     from polygraft.launch.commands.search_file import SearchFile
-    from polygraft.tuning.study import Trial
+    from polygraft.tuning.driver import StudyResult
 
 
 def register(app: typer.Typer) -> None:
@@ -38,15 +38,16 @@ def search(
     from polygraft.launch.commands.search_file import read_search_file
     from polygraft.launch.front import Point, print_front
     from polygraft.tuning.front import draw
-    from polygraft.tuning.study import pareto
 
     wanted = read_search_file(file)
-    trials = _run(flags(context), wanted, study)
-    front = [Point.of(trial) for trial in pareto(trials)]
+    found = _run(flags(context), wanted, study)
+    trials, front = found.trials, [Point.of(trial) for trial in found.front]
     if not front:
-        raise Failure("no trial has finished; polygraft jobs says why")
+        raise Failure(found.ended or "no trial has finished; polygraft jobs says why")
+    if found.ended:
+        errors.print(found.ended, highlight=False)
     if chart is not None:
-        draw(trials, chart, title=f"{wanted.name}: {len(trials)} trials")
+        draw(trials, chart, front=found.front, title=f"{wanted.name}: {len(trials)} trials")
     if as_json:
         print_json({"trials": len(trials), "front": [point.to_json() for point in front]})
     else:
@@ -55,7 +56,7 @@ def search(
             screen.print(f"Drawn to {chart}", highlight=False)
 
 
-def _run(given: Flags, wanted: SearchFile, study: str | None) -> tuple[Trial, ...]:
+def _run(given: Flags, wanted: SearchFile, study: str | None) -> StudyResult:
     from polygraft.cluster.spec import BadRequest
     from polygraft.grafts.spec import SpecError
     from polygraft.launch import searching

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError
 
@@ -15,7 +14,9 @@ from polygraft.cluster.validation import explain
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
+from polygraft.tuning.objectives import Limit
 from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
 
 
@@ -30,7 +31,9 @@ class SearchFile(BaseModel):
     trials: PositiveInt = 12
     concurrency: PositiveInt = 4
     startup: PositiveInt = 4
-    sampler: Literal["tpe", "gp"] = "tpe"
+    sampler: SamplerName = "tpe"
+    objectives: tuple[str, ...] = ("loss", "parameters")
+    limits: dict[str, float] = {}
     seed: int = 0
     space: SpaceRequest = AutoPeftSpace()
     hyperparameters: dict[str, JsonValue] = {}
@@ -45,7 +48,11 @@ class SearchFile(BaseModel):
             known = (uploaded or {}).get(sha256(file.read_bytes()).hexdigest())
             return client.upload(file).id if known is None else known
 
-        space = self.space.space(shape)
+        limits = tuple(Limit(name, most) for name, most in self.limits.items())
+        asked = self.space
+        if "parameters" in self.limits and asked.most is None:  # kept by construction, or refused at once
+            asked = asked.model_copy(update={"most": int(self.limits["parameters"])})
+        space = asked.space(shape)
         job: dict[str, JsonValue] = {
             "model": backbone,
             "training_file": id_of(self.training_file),
@@ -60,6 +67,8 @@ class SearchFile(BaseModel):
             concurrency=self.concurrency,
             startup=self.startup,
             model=self.sampler,
+            minimise=self.objectives,
+            limits=limits,
             seed=self.seed,
         )
 

@@ -104,4 +104,4 @@ def search(
         folder=folder,
         on_trial=progress.on_trial,
         on_progress=progress.on_progress,
-    )
+    ).trials

@@ -6,7 +6,7 @@ from math import exp, log1p, log10
 
 from polygraft.cluster.spec import read_request
 from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.samplers.optuna import Model
+from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.space import Space
 from polygraft.tuning.spaces.autopeft import autopeft
 from polygraft.tuning.spaces.kinds import AnySpace
@@ -16,7 +16,7 @@ from tests.tuning.standin import SHAPE
 
 
 def plan_of(
-    trials: int = 12, *, space: AnySpace | None = None, model: Model = "tpe", seed: int = 0, lease_s: float = 60.0
+    trials: int = 12, *, space: AnySpace | None = None, model: SamplerName = "tpe", seed: int = 0, lease_s: float = 60.0
 ) -> SearchPlan:
     job = {
         "model": "tiny",

@@ -20,7 +20,9 @@ DONE = {"done": True, "loss": 2.0, "parameters": 100, "job": "ftjob-1", "model":
 
 def bridge_of(study: Study | None = None, limit: int = 12, seen: list[Trial] | None = None) -> StudySearcher:
     study = study or Study(PLAN.space, PLAN.objectives, PLAN.sampler)
-    return StudySearcher(study, limit, (seen if seen is not None else []).append, lambda trial, share: None)
+    return StudySearcher(
+        study, replace(PLAN, trials=limit), (seen if seen is not None else []).append, lambda trial, share: None
+    )
 
 
 def test_what_tune_saw_is_told_to_the_study() -> None:
@@ -31,7 +33,7 @@ def test_what_tune_saw_is_told_to_the_study() -> None:
     assert config == {"number": 0, "peft": trial.candidate.peft, "learning_rate": trial.candidate.learning_rate}
     bridge.on_trial_complete("a", DONE)
     assert bridge.study.trials[0].outcome == Result(
-        values=(2.0, 100.0), job="ftjob-1", model="find-0@1", loss_before=3.0
+        values=(2.0, float(trial.candidate.parameters)), loss=2.0, job="ftjob-1", model="find-0@1", loss_before=3.0
     )
     assert [trial.state for trial in seen] == [TrialState.RUNNING, TrialState.COMPLETE]
 
@@ -99,7 +101,7 @@ def test_a_search_is_finished_when_all_is_told_or_the_space_is_used_up() -> None
 
     term = Term("lora", "lora", (Searched("r", (1,)),))
     space = Space(SHAPE, (term,), Rates(1.0e-3, 1.01e-3))  # lora(1) at two digits of one rate
-    bridge = bridge_of(Study(space, PLAN.objectives, replace(PLAN.sampler, parameters=space.parameters)))
+    bridge = bridge_of(Study(space, PLAN.objectives, replace(PLAN, space=space).sampler))
     bridge.suggest("a")
     bridge.on_trial_complete("a", DONE)
     assert bridge.suggest("b") == Searcher.FINISHED and bridge.finished

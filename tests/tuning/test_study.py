@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from polygraft.tuning.plan import LOSS, PARAMETERS
+from polygraft.tuning.objectives import LOSS, PARAMETERS
 from polygraft.tuning.space import Candidate
 from polygraft.tuning.spaces.autopeft import autopeft
 from polygraft.tuning.spaces.parameters import Config

@@ -1,10 +1,11 @@
 """Optuna's samplers as functions of the trials: each proposal builds Optuna's study anew, so there is no other state.
 
 The first trials are a Latin hypercube, which covers every parameter's range evenly. Then a model proposes, given the
-results and the trials still running, so that several at once do not flock together: TPE (arXiv 2304.11127) at no cost
-to speak of, or Optuna's Gaussian process with qLogEHVI (arXiv 2310.20708), which imports torch and takes seconds a
-proposal. On an invented AutoPEFT-like problem of ten parameters TPE found the larger hypervolume in 12 trials, the
-Gaussian process in 30.
+results and the trials still running, so that several at once do not flock together: TPE (Watanabe 2023, arXiv
+2304.11127), the one for conditional spaces, at no cost to speak of; Optuna's Gaussian process with qLogEHVI (Ament et
+al. 2023, arXiv 2310.20708), which imports torch and takes seconds a proposal; or NSGA-II (Deb et al. 2002). On an
+invented AutoPEFT-like problem of ten parameters TPE found the larger hypervolume in 12 trials, the Gaussian process
+in 30.
 """
 
 from __future__ import annotations
@@ -19,28 +20,34 @@ from typing import Literal
 import numpy as np
 import optuna
 
+from polygraft.tuning.objectives import Limit, Objective
+from polygraft.tuning.samplers.spread import Spread
 from polygraft.tuning.spaces.parameters import (
     Choice,
     Config,
     LogUniform,
     Parameter,
     Uniform,
-    at_shares,
     filled,
+    is_there,
     projected,
 )
-from polygraft.tuning.study import ATTEMPTS, Objective, Trial
+from polygraft.tuning.study import MODEL_ATTEMPTS, Stopped, Trial
 
-Model = Literal["tpe", "gp"]
+Model = Literal["tpe", "gp", "nsga2"]
 RESULTS = 2  # fewer than these say nothing about what to change
+POPULATION = 16  # of a generation of NSGA-II
+_GENERATION = "NSGAIISampler:generation"  # where Optuna's sampler keeps it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptunaSampler:
-    """Proposes with `model` from trial number `startup` on, as soon as there are RESULTS results."""
+    """Proposes with `model` from trial number `startup` on, as soon as there are RESULTS results. Limits on measured
+    objectives are its constraints."""
 
     parameters: tuple[Parameter, ...]
     objectives: tuple[Objective, ...]
+    limits: tuple[Limit, ...] = ()
     model: Model = "tpe"
     startup: int = 4
     seed: int = 0
@@ -48,43 +55,84 @@ class OptunaSampler:
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
         results = sum(trial.values is not None for trial in trials)
         # A model may insist on a point that was tried; the last attempts leave the choice to chance.
-        if len(trials) < self.startup or results < RESULTS or attempt >= ATTEMPTS // 2:
-            return self._spread(len(trials), attempt)
+        if len(trials) < self.startup or results < RESULTS or attempt >= MODEL_ATTEMPTS:
+            return Spread(self.parameters, self.startup, self.seed).propose(trials, attempt)
         with _quiet(), _one_thread() if self.model == "gp" else nullcontext():
             study = optuna.create_study(
                 directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
             )
             study.add_trials([self._known(trial) for trial in trials])
-            return projected(self.parameters, study.ask(self._distributions()).params)
+            if self._defined_by_run:
+                return _suggested(study.ask(), self.parameters)
+            return projected(self.parameters, study.ask(self._distributions(self.parameters)).params)
 
-    def _spread(self, number: int, attempt: int) -> Config:
-        """A point of a Latin hypercube of `startup` points, each block of that many trials and each attempt its own."""
-        block, index = divmod(number, self.startup)
-        chance = np.random.default_rng([self.seed, attempt, block])
-        strata = chance.permuted(np.tile(np.arange(self.startup), (len(self.parameters), 1)), axis=1)[:, index]
-        shares = (strata + chance.random(len(self.parameters))) / self.startup
-        return at_shares(self.parameters, map(float, shares))
+    @property
+    def _defined_by_run(self) -> bool:
+        """Whether the model sees of a trial only the parameters that are there; the others want all of them."""
+        return self.model == "tpe" and any(parameter.when for parameter in self.parameters)
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         seed = int(np.random.SeedSequence([self.seed, number, attempt]).generate_state(1)[0])
-        if self.model == "tpe":
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=RESULTS, multivariate=True, constant_liar=True
-            )
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=RESULTS)
+        match self.model:
+            case "tpe":
+                return optuna.samplers.TPESampler(
+                    seed=seed,
+                    n_startup_trials=RESULTS,
+                    multivariate=True,
+                    group=self._defined_by_run,
+                    constant_liar=True,
+                )
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=RESULTS)
+            case "nsga2":
+                return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
 
     def _known(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        states = {"running": optuna.trial.TrialState.RUNNING, "complete": optuna.trial.TrialState.COMPLETE}
+        states = {
+            "running": optuna.trial.TrialState.RUNNING,
+            "complete": optuna.trial.TrialState.COMPLETE,
+            # TPE ranks trials that were stopped by how far they came, where there is one objective.
+            "stopped": optuna.trial.TrialState.PRUNED if len(self.objectives) == 1 else optuna.trial.TrialState.FAIL,
+        }
         values = trial.values and [log(v) if o.log else v for o, v in zip(self.objectives, trial.values, strict=True)]
+        params = trial.config if self._defined_by_run else filled(self.parameters, trial.config)
+        stopped = trial.outcome if isinstance(trial.outcome, Stopped) else None
         return optuna.trial.create_trial(
             state=states.get(trial.state, optuna.trial.TrialState.FAIL),
-            params=dict(filled(self.parameters, trial.config)),
-            distributions=self._distributions(),
+            params=dict(params),
+            distributions=self._distributions([p for p in self.parameters if p.name in params]),
             values=values,
+            intermediate_values={stopped.step: stopped.loss} if stopped else None,
+            constraints=self._constraints(trial),
+            system_attrs={_GENERATION: trial.number // POPULATION} if self.model == "nsga2" else None,
         )
 
-    def _distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {parameter.name: _distribution(parameter) for parameter in self.parameters}
+    def _constraints(self, trial: Trial) -> dict[str, float] | None:
+        """How far above its limit each limited objective is; of every trial with values, or of none."""
+        if trial.values is None:
+            return None
+        values = {objective.name: value for objective, value in zip(self.objectives, trial.values, strict=True)}
+        return {limit.name: values[limit.name] - limit.most for limit in self.limits if limit.name in values} or None
+
+    def _distributions(self, parameters: Sequence[Parameter]) -> dict[str, optuna.distributions.BaseDistribution]:
+        return {parameter.name: _distribution(parameter) for parameter in parameters}
+
+
+def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
+    """One parameter after the other, those that are there given the ones before."""
+    config: dict[str, int | float] = {}
+    for parameter in parameters:
+        if is_there(parameter, config):
+            match parameter:
+                case LogUniform(name=name, low=low, high=high):
+                    config[name] = trial.suggest_float(name, low, high, log=True)
+                case Uniform(name=name, low=low, high=high):
+                    config[name] = trial.suggest_float(name, low, high)
+                case Choice(name=name, count=count):
+                    config[name] = trial.suggest_categorical(name, range(count))
+                case _:
+                    config[parameter.name] = trial.suggest_int(parameter.name, parameter.low, parameter.high)
+    return config
 
 
 def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:

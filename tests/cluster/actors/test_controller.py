@@ -132,7 +132,6 @@ def test_a_replica_that_was_faster_keeps_a_pack_from_what_it_took(world: World) 
     """The pack was decided on without knowing of it; nothing is promised twice, and the next round sees it."""
     world.processes.present = [make_device("n/cpu0")]
     world.settle()
-    seen = world.controller.snapshot
     open_replica(
         world.store,
         ReplicaId("r"),
@@ -145,7 +144,7 @@ def test_a_replica_that_was_faster_keeps_a_pack_from_what_it_took(world: World) 
     )
     opening = OpenPack(PackId("pack-p"), "b", (DeviceId("n/cpu0"),), DEVICE_BYTES // 2)
     with pytest.raises(LeaseRefused, match="n/cpu0 has 0 bytes free"):
-        world.controller._carry_out(opening, seen)
+        world.controller._carry_out(opening)
     assert world.packs() == [] and world.processes.opened == []
 
 
@@ -314,7 +313,7 @@ def test_what_a_controller_knows_is_what_the_log_says(world: World, monkeypatch:
 
 def test_the_log_is_trimmed_behind_old_snapshots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SNAPSHOT_EVENTS", 2)
-    monkeypatch.setattr(module, "SNAPSHOTS_KEPT", 3)
+    monkeypatch.setattr(module, "EVENTS_KEPT", 6)
     world.controller = world.start("one")
     for n in range(20):
         world.submit(f"{n}", cancel_requested=True)

@@ -1,0 +1,52 @@
+"""Samplers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from polygraft.tuning.objectives import Limit, Objective
+from polygraft.tuning.samplers.evolution import Evolution
+from polygraft.tuning.samplers.optuna import OptunaSampler
+from polygraft.tuning.samplers.spread import Spread
+from polygraft.tuning.samplers.staged import S4_STAGES, Staged
+from polygraft.tuning.spaces.kinds import AnySpace
+from polygraft.tuning.spaces.s4 import S4Space
+from polygraft.tuning.study import Sampler
+
+SamplerName = Literal["random", "lhs", "tpe", "gp", "nsga2", "evolution", "staged"]
+
+
+def sampler(  # noqa: PLR0913
+    name: SamplerName,
+    space: AnySpace,
+    objectives: Sequence[Objective],
+    *,
+    limits: Sequence[Limit] = (),
+    trials: int,
+    startup: int,
+    seed: int,
+) -> Sampler:
+    """The sampler of a search of so many `trials`, of which `startup` are spread evenly before a model proposes; the
+    staged search has as many a stage as there are for each. Raises ValueError for it on a space that is not S4's."""
+    parameters = space.parameters
+    match name:
+        case "random":
+            return Spread(parameters, 1, seed)
+        case "lhs":
+            return Spread(parameters, trials, seed)
+        case "evolution":
+            return Evolution(parameters, seed=seed, population=max(startup, 2))
+        case "staged":
+            if not isinstance(space, S4Space):
+                raise ValueError("sampler: staged decides S4's design part by part; give the space s4")
+            return Staged(parameters, per_stage=max(1, trials // len(S4_STAGES)), seed=seed)
+        case "tpe" | "gp" | "nsga2":
+            return OptunaSampler(
+                parameters=parameters,
+                objectives=tuple(objectives),
+                limits=tuple(limit for limit in limits if limit.name in {one.name for one in objectives}),
+                model=name,
+                startup=startup,
+                seed=seed,
+            )
