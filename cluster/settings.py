@@ -70,9 +70,9 @@ class PackSettings(BaseModel):
 
 
 class ServeSettings(BaseModel):
-    """What one engine replica takes on at a time. `max_streams`, `max_context`, `kv_bytes`, `graft_bytes` and `max_rows`
-    follow from the device and the model where they are not given (`cluster/sizing.py`); the values here are those of an
-    engine that is made without a service."""
+    """What one engine replica takes on at a time. `max_streams`, `max_context`, `kv_bytes`, `graft_bytes` and
+    `max_rows` follow from the device and the model where they are not given (`cluster/sizing.py`); the values here are
+    those of an engine that is made without a service."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_streams: PositiveInt = 32

@@ -128,7 +128,8 @@ def tell(event: Event) -> str:
             return f"{name}@{version} deleted: graft {graft_id}"
         case BackboneAdded(record=added):
             how = f"{added.dtype}, {added.quantise}" if added.quantise else added.dtype
-            return f"backbone {added.name} added: {added.folder}, {how}, fingerprint {added.fingerprint[:12]}{_sizes(added)}"
+            added_as = f"{added.folder}, {how}, fingerprint {added.fingerprint[:12]}"
+            return f"backbone {added.name} added: {added_as}{_sizes(added)}"
         case BackboneAsked(backbone=backbone):
             return f"backbone {backbone} is asked"
         case BackboneLoading(backbone=backbone, reason=reason):

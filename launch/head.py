@@ -91,7 +91,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
             scout=scout,
         )
         folder.enter("starting the HTTP service and loading the backbone")
-        ray.get(deployer.deploy.remote(settings, backbone))
+        ray.get(deployer.deploy.remote(fitted(settings, default), backbone))
         ray.kill(deployer)
         ray.get(leader.check.remote())
         service = Service(

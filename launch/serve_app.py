@@ -54,7 +54,7 @@ def build(args: Mapping[str, object]) -> serve.Application:
     # on the volume that every node mounts
     backbone = put_default(settings, settings.data / "backbones", measured_devices(scout))
     _lead(settings, backbone, scout)
-    return application(settings, Path(backbone.folder))
+    return application(fitted(settings, backbone), Path(backbone.folder))
 
 
 def _admit_key(settings: Settings) -> None:

@@ -77,7 +77,7 @@ def _engine(plan: ReplicaPlan) -> Engine:
     device = chosen_device(plan.device)
     with lean_imports():
         backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise, device=device)
-    return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
+    return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data, graft_bytes=plan.settings.graft_bytes)
 
 
 def replica_app(plan: ReplicaPlan) -> serve.Application:

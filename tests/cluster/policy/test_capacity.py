@@ -139,18 +139,16 @@ def sized(tmp_path: Path, name: str = "135M", gib: int = 12, **given: object) ->
 
 def test_what_was_not_given_follows_from_the_smallest_device(tmp_path: Path) -> None:
     before, after = sized(tmp_path)
-    own = serve_capacity(model("135M"), Holding(kind="cpu", bytes=6 * GIB, speed=1e11))
+    half = Holding(kind="cpu", bytes=6 * GIB, speed=1e11)
+    own, pack = serve_capacity(model("135M"), half), pack_capacity(model("135M"), half)
     assert (after.serve.kv_bytes, after.serve.max_context) == (own.kv_bytes, 8192)
     assert after.serve.max_queued == before.serve.max_queued
-    assert (
-        after.pack.memory_bytes
-        == pack_capacity(model("135M"), Holding(kind="cpu", bytes=6 * GIB, speed=1e11)).memory_bytes
-    )
+    assert (after.pack.memory_bytes, after.pack.max_jobs) == (pack.memory_bytes, pack.max_jobs)
 
 
 def test_what_was_given_stays_and_the_context_fits_a_cache_that_was_given(tmp_path: Path) -> None:
     serve, pack = ServeSettings(kv_bytes=8 << 20, max_streams=3), PackSettings(micro_rows=700)
-    before, after = sized(tmp_path, serve=serve, pack=pack)
+    _, after = sized(tmp_path, serve=serve, pack=pack)
     assert (after.serve.kv_bytes, after.serve.max_streams, after.pack.micro_rows) == (8 << 20, 3, 700)
     assert after.serve.max_context == longest_context(model("135M"), 8 << 20) < 8192
     assert after.pack.max_rows >= 700
