@@ -87,9 +87,15 @@ class Fleet:
     def __init__(self) -> None:
         self.following, self.now, self._events = Following(Snapshot()), 1000.0, count(1)
         self.limits = Limits(max_jobs=IN_A_PACK)
-        times = {"added_at": 0.0, "asked_at": 0.0}
         backbone = Backbone(
-            name="b", folder="", dtype="auto", quantise=None, fingerprint="", context_length=None, **times
+            name="b",
+            folder="",
+            dtype="auto",
+            quantise=None,
+            fingerprint="",
+            context_length=None,
+            added_at=0.0,
+            asked_at=0.0,
         )
         self.tell(BackboneAdded(record=backbone, at=self.now))
         for index in range(DEVICES):

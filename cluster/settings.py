@@ -137,6 +137,9 @@ class Settings(BaseSettings):
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()
     limits: LimitSettings = LimitSettings()
+    metrics_tenants: tuple[str, ...] = Field(
+        default=("local",), description="whose keys may read /metrics, which is of all tenants together"
+    )
     graft_roots: tuple[Folder, ...] = Field(default=(), description="where tenants may import grafts from, by path")
 
     @property
