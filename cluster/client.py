@@ -20,13 +20,12 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.view import ClusterView
 
 FINAL = ("succeeded", "failed", "cancelled")
-_PAGE = 100
-_RETRIES = 3
+_PAGE, _RETRIES, _RETRIABLE = 100, 3, (429, 503)
 _IMPORT_S = 300.0  # a large graft has its turn after others, and takes a minute to read
-_RETRIABLE = (429, 503)
-M = TypeVar("M", bound="_Answer")
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Answer(BaseModel):
@@ -231,6 +230,9 @@ class Client:
     def models(self) -> list[RemoteModel]:
         return list(self._pages(RemoteModel, "/models"))
 
+    def cluster(self) -> ClusterView:
+        return self._ask(ClusterView, "GET", "/cluster")
+
     def grafts(self) -> Iterator[RemoteGraft]:
         """The tenant's grafts by name and version."""
         return self._pages(RemoteGraft, "/grafts")
@@ -299,10 +301,9 @@ class Client:
                     yield from _texts(answer.status_code, json.loads(line.removeprefix("data: ")))
 
     def _upload(self, filename: str, content: bytes | BinaryIO, purpose: str) -> RemoteFile:
-        answer = self._send(
-            self._http.build_request("POST", "/files", files={"file": (filename, content)}, data={"purpose": purpose})
-        )
-        return RemoteFile.model_validate_json(answer.content)
+        files = {"file": (filename, content)}
+        request = self._http.build_request("POST", "/files", files=files, data={"purpose": purpose})
+        return RemoteFile.model_validate_json(self._send(request).content)
 
     def _ask(
         self,

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 from secrets import token_hex
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.model import Backbone
@@ -30,7 +30,9 @@ from polygraft.launch.local_ray import environment, start_ray
 from polygraft.launch.machine import Machine
 from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
-from polygraft.launch.scout import NodeScout
+
+if TYPE_CHECKING:  # it imports Ray, which reads its environment then
+    from polygraft.launch.scout import NodeScout
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 2.0
@@ -67,6 +69,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.leader import start_leader
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
+    from polygraft.launch.scout import NodeScout
 
     namespace = f"polygraft-{token_hex(4)}"
     machine = Machine.here(settings)

@@ -52,7 +52,7 @@ LAYERS: dict[str, str] = {
     "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation|folders)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
     "cluster: policy": r"cluster\.policy\..+",
-    "cluster: sizes by the policy's rules": r"cluster\.sizing",
+    "cluster: sizes by the policy's rules": r"cluster\.(sizing|view)",
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
     "cluster: what is written to the store together": (

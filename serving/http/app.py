@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from polygraft.serving.http import (
     adapters,
     chat,
+    cluster,
     completions,
     documents,
     dry_runs,
@@ -49,7 +50,7 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     app.add_middleware(Answered, meters=api.meters)  # around both
     errors.install(app)
-    for part in (files, jobs, dry_runs, models, grafts, adapters, chat, completions, tokens, metrics):
+    for part in (files, jobs, dry_runs, models, grafts, adapters, chat, completions, tokens, metrics, cluster):
         app.include_router(part.router)
     for path in OPEN_PATHS:
         app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})
