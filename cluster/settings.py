@@ -55,7 +55,7 @@ class PackSettings(BaseModel):
     )
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
-    max_attempts: PositiveInt = Field(default=3, description="a job fails after this many packs failed under it")
+    max_attempts: PositiveInt = Field(default=3, description="a job fails once suspected of so many packs' ends")
     opening_s: PositiveFloat = Field(default=20.0, description="who would wait longer for a place gets another pack")
     overtake_s: PositiveFloat = Field(default=60.0, description="how long a job that does not fit may be overtaken")
     patience_s: PositiveFloat = Field(
