@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage methods docs lint types verify nightly bench gpu clean
+.PHONY: help setup demo test coverage mutants methods docs lint types verify nightly bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
@@ -56,8 +56,12 @@ verify: lint types docs test  ## all that CI enforces
 methods: setup  ## measure every method against its oracle and write docs/methods.md
 	$(BIN)/python -m tests.grafts.page
 
-nightly: setup  ## every test, the long ones too, then the demo with each job retrained alone
+mutants: setup  ## plant faults one at a time and count those no test notices; goes on where it was; ONLY=patterns SEED=n
+	$(BIN)/python -m tests.mutation $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
+nightly: setup  ## every test, the long ones too, faults planted in the code, the demo with each job retrained alone
 	$(BIN)/pytest -m 'nightly or not nightly'
+	$(MAKE) mutants SEED=$$(date +%Y%m%d)
 	$(BIN)/polygraft demo --verify
 
 bench: setup  ## time training, serving and the branch op against their arms; QUICK=1 for one short round

@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # it imports Ray, which reads its environment then
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 2.0
-_RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable)\b.*: ")  # the last line of a traceback
+_LOADING_S = 0.2
+_RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable|DoesNotFit)\b.*: ")  # the last line of a traceback
 
 
 def main() -> int:
@@ -66,10 +67,14 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from ray import serve
     from ray.actor import ActorHandle
 
+    from polygraft.cluster.actors.applications import application_name
+    from polygraft.cluster.actors.effects import Means
     from polygraft.cluster.actors.leader import start_leader
+    from polygraft.launch.engines import DeployBackbone
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
+    from polygraft.serving.ingress import IngressPlan, ingress_app
 
     namespace = f"polygraft-{token_hex(4)}"
     machine = Machine.here(settings)
@@ -79,28 +84,25 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
-        deployer = cast(ActorHandle[_Deployer], ray.remote(_Deployer).options(num_cpus=0).remote())
+        preparer = cast(ActorHandle[_Preparer], ray.remote(_Preparer).options(num_cpus=0).remote())
         scout = NodeScout(speed_cache(), gpus=machine.gpus > 0)
-        prepared: ray.ObjectRef[Backbone] = deployer.prepare.remote(settings, backbone_cache(), scout)
+        prepared: ray.ObjectRef[Backbone] = preparer.prepare.remote(settings, backbone_cache(), scout)
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
-        default = ray.get(prepared)
-        backbone = Path(default.folder)
+        backbone = ray.get(prepared)
+        ray.kill(preparer)
         folder.enter("starting the controller")
-        leader = start_leader(
-            settings.store_url,
-            fitted(settings, default).pack_limits,
-            OpenHost.of(settings),
-            name="controller",
-            scout=scout,
-        )
+        means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
+        limits = fitted(settings, backbone).pack_limits
+        leader = start_leader(settings.store_url, limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        ray.get(deployer.deploy.remote(fitted(settings, default), backbone))
-        ray.kill(deployer)
+        serve.run(ingress_app(IngressPlan(settings=settings, cache=backbone_cache())), name="polygraft")
+        if not _loaded(application_name(settings.backbone), stop, supervisor):
+            return
         ray.get(leader.check.remote())
         service = Service(
             url=f"http://{_reachable(settings.host)}:{settings.port}",
             backbone=settings.backbone,
-            backbone_folder=str(backbone),
+            backbone_folder=backbone.folder,
             store_url=settings.store_url,
             ray_address=address,
             ray_namespace=namespace,
@@ -131,7 +133,23 @@ def reason_of(error: BaseException) -> str:
     return quoted[-1] if quoted else f"{type(error).__name__}: {lines[0] if lines else 'without words'}"
 
 
-class _Deployer:
+def _loaded(application: str, stop: threading.Event, supervisor: Identity) -> bool:
+    """Wait until the controller has had the application deployed and its replicas are up; False where the head is to
+    end before. Raises RuntimeError with Serve's words where they cannot be."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while supervisor.alive() and not stop.wait(_LOADING_S):
+        found = serve.status().applications.get(application)
+        if found is None or found.status is ApplicationStatus.DEPLOYING:
+            continue
+        if found.status is ApplicationStatus.RUNNING:
+            return True
+        raise RuntimeError("\n".join([found.message, *(each.message for each in found.deployments.values())]))
+    return False
+
+
+class _Preparer:
     """Does what needs torch in a process of its own, which takes torch away when it ends."""
 
     def prepare(self, settings: Settings, cache: Path, scout: NodeScout) -> Backbone:
@@ -140,14 +158,6 @@ class _Deployer:
         from polygraft.launch.measured import measured_devices
 
         return put_default(settings, cache, measured_devices(scout))
-
-    def deploy(self, settings: Settings, backbone_folder: Path) -> None:
-        """Run the Serve application; returns when its replicas are up."""
-        from ray import serve
-
-        from polygraft.launch.serve_app import application
-
-        serve.run(application(settings, backbone_folder), name="polygraft", route_prefix="/")
 
 
 def _reachable(host: str) -> str:

@@ -20,7 +20,9 @@ async def cluster(api: ApiDep, tenant: TenantDep) -> ClusterView:
     if tenant not in api.metrics_tenants:
         message = "the cluster is shown of all tenants together; ask with the key of one in the setting metrics_tenants"
         raise ApiError(403, message, code="not_allowed")
-    loads = {str(replica): _load(load) for replica, load in api.gateway.loads.items()}
+    loads = {
+        str(replica): _load(load) for backbone in api.backbones for replica, load in backbone.gateway.loads.items()
+    }
     snapshot = await run_in_threadpool(api.overview.look)
     return view(snapshot, loads, at=api.clock())
 

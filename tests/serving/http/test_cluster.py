@@ -29,6 +29,7 @@ async def test_the_cluster_is_shown_to_those_who_may_read_the_metrics(
     assert [device.id for device in shown.devices] == ["d"]
     assert [(one.job, one.tenant, one.reason) for one in shown.waiting] == [("ftjob-x", "bob", None)]
     (replica,) = shown.replicas
-    load = service.api.gateway.loads[ReplicaId("r0")]
+    (backbone,) = service.api.backbones
+    load = backbone.gateway.loads[ReplicaId("r0")]
     assert replica.load is not None and (replica.load.running, replica.load.blocks) == (load.running, load.blocks)
     refusal(await bob.get("/cluster"), 403)
