@@ -9,12 +9,12 @@ from polygraft.cluster.actors.discovery import Discovery
 from polygraft.cluster.model import Device
 from polygraft.launch.scout import NodeScout
 
-_WAIT_S = 60.0
+_WAIT_S = 30.0
 _LOOK_S = 0.1
 
 
 def measured_devices(scout: NodeScout) -> Sequence[Device]:
-    """Of the nodes that are there now; where one cannot be measured in a minute, as it is known."""
+    """Of the nodes that are there now; where one cannot be measured in half a minute, as it is known."""
     discovery, end = Discovery(scout, list_s=_LOOK_S), time.monotonic() + _WAIT_S
     while time.monotonic() < end:
         devices = discovery.devices()
