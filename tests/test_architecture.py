@@ -24,7 +24,7 @@ LINES = 400
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
 TORCH_FREE = r"polygraft\.grafts\.(spec|bound|cost|grammar|methods|architectures|s4|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
-ATOMIC = r"polygraft\.kernels\.common\.(atomic|room)\b"
+ATOMIC = r"polygraft\.kernels\.common\.(atomic|processor|room)\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
@@ -52,6 +52,7 @@ LAYERS: dict[str, str] = {
     "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation|folders)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
     "cluster: policy": r"cluster\.policy\..+",
+    "cluster: sizes by the policy's rules": r"cluster\.(sizing|view)",
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
     "cluster: what is written to the store together": (
