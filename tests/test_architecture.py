@@ -63,7 +63,7 @@ LAYERS: dict[str, str] = {
     "serving: from an ingress to engines": r"serving\.(local|remote|gateway)",
     "serving: HTTP": r"serving\.http\..+",
     "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
-    "tuning: spaces and the study": r"tuning\.(space|study|objectives|spaces\..+|samplers\..+)",
+    "tuning: spaces and the study": r"tuning\.(space|study|objectives|spaces\..+|samplers\..+|pruners\..+)",
     "tuning: a search and its driver": r"tuning\..+",
     "launch: the demo's oracles": r"launch\.demo\.oracle\..+",
     "launch: processes and what commands share": r"launch\.(?!main$|__main__$)\w+",

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.tuning.objectives import Limit, Objective, check, known, objective
+from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName, sampler
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.study import Sampler
@@ -42,6 +43,7 @@ class SearchPlan:
     model: SamplerName = "tpe"
     minimise: tuple[str, ...] = ("loss", "parameters")
     limits: tuple[Limit, ...] = ()
+    pruner: PrunerName = "none"
     seed: int = 0
     lease_s: float = 60.0
 
@@ -87,6 +89,10 @@ class SearchPlan:
     def hope(self) -> int:
         """How many results may miss the measured limits before the search ends."""
         return max(self.startup, -(-self.trials // 2))
+
+    def known(self, peft: str) -> tuple[float, ...]:
+        """The objectives that follow from a trial's graft, in their order."""
+        return tuple(known(one.name, peft, self.space.shape) for one in self.objectives if one.known)
 
     def values(self, peft: str, loss: float) -> tuple[float, ...]:
         """A value of every objective, for a trial's graft and what was measured of it."""

@@ -88,6 +88,7 @@ class JobTrial(tune.Trainable):
         )
         self._idempotency = f"{self._study}/{number}"
         self._job: RemoteJob | None = None
+        self._told_step = 0
         self._heard_at = time.monotonic()  # when the service last answered
         self._renewed_at = self._heard_at
 
@@ -128,7 +129,24 @@ class JobTrial(tune.Trainable):
         job = self._job
         if job is None:
             return {"progress": 0.0, "job": None}
-        return {"progress": 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1)), "job": job.id}
+        share = 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1))
+        facts: dict[str, JsonValue] = {"progress": share, "job": job.id}
+        if self._plan.pruner != "none" and job.steps_total:
+            facts |= {"losses": self._new_losses(job.id), "steps_total": job.steps_total}
+        return facts
+
+    def _new_losses(self, job: str) -> list[JsonValue]:
+        """[step, training loss] of the steps since the last report; none when the service does not answer now."""
+        found: dict[int, float] = {}
+        with suppress(ApiFailure, ServiceNotRunning):
+            for event in self._client.events(job):  # newest first
+                step, loss = event.data.get("step"), event.data.get("loss")
+                if event.type == "metrics" and isinstance(step, int) and isinstance(loss, float):
+                    if step <= self._told_step:
+                        break
+                    found[step] = loss
+        self._told_step = max(found, default=self._told_step)
+        return [[step, loss] for step, loss in sorted(found.items())]
 
 
 def _outcome(job: RemoteJob) -> dict[str, JsonValue]:

@@ -16,6 +16,7 @@ from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
 from polygraft.tuning.objectives import Limit
 from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
 
@@ -32,6 +33,7 @@ class SearchFile(BaseModel):
     concurrency: PositiveInt = 4
     startup: PositiveInt = 4
     sampler: SamplerName = "tpe"
+    pruner: PrunerName = "none"
     objectives: tuple[str, ...] = ("loss", "parameters")
     limits: dict[str, float] = {}
     seed: int = 0
@@ -68,6 +70,7 @@ class SearchFile(BaseModel):
             startup=self.startup,
             model=self.sampler,
             minimise=self.objectives,
+            pruner=self.pruner,
             limits=limits,
             seed=self.seed,
         )
