@@ -25,8 +25,16 @@ def advance_job(store: Store, event: JobEvent, *, fence: Fence | None = None, ap
     return swap(store, keys.job(event.job), change, events=(event,), appends=appends, fence=fence)
 
 
-def advance_pack(store: Store, event: PackEvent, *, fence: Fence | None = None, appends: Sequence[Append] = ()) -> Pack:
-    """The pack after the event, both written. Raises as `advance_job` does."""
+def advance_pack(
+    store: Store,
+    event: PackEvent,
+    *,
+    fence: Fence | None = None,
+    appends: Sequence[Append] = (),
+    beside: Callable[[], Sequence[Write]] = tuple,
+) -> Pack:
+    """The pack after the event, both written, and what `beside` says with them. Raises as `advance_job` does, and what
+    `beside` raises."""
 
     def change(found: Pack | None) -> Pack:
         if not isinstance(event, PackOpening):
@@ -35,7 +43,7 @@ def advance_pack(store: Store, event: PackEvent, *, fence: Fence | None = None, 
             raise IllegalTransition(event.pack, found.state, "opening")
         return opening(event)
 
-    return swap(store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence)
+    return swap(store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, beside=beside)
 
 
 def record_progress(  # noqa: PLR0913
@@ -64,7 +72,7 @@ def record_progress(  # noqa: PLR0913
     swap(store, keys.job(job), change, fence=fence)
 
 
-def swap(
+def swap(  # noqa: PLR0913
     store: Store,
     key: Key[R],
     change: Callable[[R | None], R],
@@ -72,13 +80,16 @@ def swap(
     events: Sequence[Event] = (),
     appends: Sequence[Append] = (),
     fence: Fence | None = None,
+    beside: Callable[[], Sequence[Write]] = tuple,
 ) -> R:
-    """Write `change(record)`, computed again whenever another writer was faster. Raises Conflict after TRIES."""
+    """Write `change(record)` and what `beside` says, both computed again whenever another writer was faster. Raises
+    Conflict after TRIES."""
     for attempt in range(TRIES):
         found = store.get(key)
         value = change(found.value if found else None)
         try:
-            store.commit([Write(key, value, found.version if found else 0)], events, appends=appends, fence=fence)
+            writes = [Write(key, value, found.version if found else 0), *beside()]
+            store.commit(writes, events, appends=appends, fence=fence)
             return value
         except Conflict:
             if attempt == TRIES - 1:

@@ -34,6 +34,17 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Let a running job go on in another pack: it leaves `source` between two of its steps and is admitted to `target`,
+    which keeps a place for it from now on."""
+
+    job: JobId
+    source: PackId
+    target: PackId
+    reason: Reason = Reason.JOINED
+
+
+@dataclass(frozen=True, slots=True)
 class OpenPack:
     """Start a pack of the backbone, which holds `bytes` of each of the devices; jobs follow once it is open."""
 
@@ -77,4 +88,4 @@ class CancelJob:
     reason: Reason
 
 
-Decision = Admit | Hold | Refuse | OpenPack | ClosePack | CancelJob | LoadBackbone | UnloadBackbone
+Decision = Admit | Hold | Refuse | Move | OpenPack | ClosePack | CancelJob | LoadBackbone | UnloadBackbone

@@ -92,6 +92,27 @@ class JobStopping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobMoving:
+    """The pack's command stream has the job's `leave`; pack `to` keeps a place for it."""
+
+    job: JobId
+    pack: PackId
+    to: PackId
+    reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLeft:
+    """The pack has let the job go after optimiser step `step`, whose checkpoint has all that decides its future."""
+
+    job: JobId
+    pack: PackId
+    step: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobLeaseRenewed:
     """The job's owner is alive and vouches for it until `until`."""
 
@@ -222,6 +243,15 @@ class PackOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackPlaced:
+    """Ray gave the pack's processes other devices than they were meant for, and they hold these in their place."""
+
+    pack: PackId
+    devices: tuple[DeviceId, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackClosing:
     pack: PackId
     reason: Reason
@@ -291,6 +321,8 @@ JobEvent = (
     | JobDeviceClassChanged
     | JobCancelRequested
     | JobStopping
+    | JobMoving
+    | JobLeft
     | JobLeaseRenewed
     | JobRequeued
     | JobSucceeded
@@ -298,7 +330,7 @@ JobEvent = (
     | JobCancelled
 )
 BackboneEvent = BackboneAdded | BackboneAsked | BackboneLoading | BackboneUnloading | BackboneRemoved
-PackEvent = PackOpening | PackOpened | PackClosing | PackClosed | PackFailed
+PackEvent = PackOpening | PackPlaced | PackOpened | PackClosing | PackClosed | PackFailed
 GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost
 Event = JobEvent | BackboneEvent | PackEvent | FleetEvent | GraftEvent | ControllerStarted

@@ -64,7 +64,8 @@ class JobSpec:
 
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
-    `max_length` None cuts no example that the backbone's positions and a pack's memory have room for.
+    `max_length` None cuts no example that the backbone's positions and a pack's memory have room for. `priority` orders
+    a tenant's own jobs; the job trains in a pack over as many `devices`.
     """
 
     backbone: str
@@ -86,6 +87,8 @@ class JobSpec:
     seed: int = 0
     metadata: tuple[tuple[str, str], ...] = ()
     promote: bool = False
+    priority: int = 0
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,9 @@ class Job:
 
     A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
     why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed under it.
+    `admitted_at` is when it came into its pack, or the last one; `blocked_at` since when it is its turn and no pack has
+    room for it. A running job that is `moving_to` another pack leaves its own at its next step boundary; a waiting one
+    has left it.
     `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the submission on
     where the ingress knows the backbone's shape. `device_class` is that of the device which computes its steps, within
     which they are the same to the last bit.
@@ -122,8 +128,11 @@ class Job:
     cancel_requested: bool = False
     stopping: bool = False
     pack: PackId | None = None
+    moving_to: PackId | None = None
     reason: Reason | None = None
     attempts: int = 0
+    admitted_at: float | None = None
+    blocked_at: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
     steps_total: int | None = None
@@ -236,6 +245,15 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What the pack `id` measured of its jobs at `at`: in how many seconds each is expected to end."""
+
+    id: PackId
+    at: float
+    left_s: Mapping[JobId, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
     """A backbone on a set of devices that serves grafts, of each of which it holds `bytes`. `actor` is the name under
     which Ray finds its process."""
@@ -266,6 +284,31 @@ class Device:
     speed: float
 
 
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a pack or a replica has of a device's memory, in bytes."""
+
+    holder: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupancy:
+    """A device that is there, and who holds how much of its memory. Whoever computes on it is among them, and together
+    they never hold more than there is, unless it has shrunk."""
+
+    device: Device
+    holders: tuple[Holding, ...] = ()
+
+    @property
+    def free(self) -> int:
+        """Bytes that nobody holds."""
+        return self.device.bytes - sum(holding.bytes for holding in self.holders)
+
+    def held_by(self, holder: str) -> bool:
+        return any(holding.holder == holder for holding in self.holders)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """The truth about a search: `body` is JSON that only `tuning` reads."""
@@ -283,7 +326,11 @@ class Limits:
     """What one pack may hold, and when packs, jobs and the replicas of a backbone are given up.
 
     `pack_bytes` covers the jobs' state and one forward of `max_rows` rows at `row_bytes` activation bytes a row; 0
-    bytes = no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never.
+    bytes = no limit. A pack takes about `opening_s` to open: a job that no open pack has room for gets a new one where
+    it would wait longer for a place. A move costs a job about `moving_s`: a pack that ends sooner is not joined. A job
+    that does not fit may be overtaken for `overtake_s` by others that do. A tenant with jobs in packs that got no other
+    in for `patience_s` goes first, and so do jobs for which there is no pack. It has at most `tenant_jobs` of them; 0 =
+    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never.
     """
 
     max_jobs: int = 32
@@ -292,6 +339,11 @@ class Limits:
     row_bytes: int = 0
     idle_s: float = 60.0
     max_attempts: int = 3
+    opening_s: float = 20.0
+    moving_s: float = 5.0
+    overtake_s: float = 60.0
+    patience_s: float = 600.0
+    tenant_jobs: int = 0
     unload_s: float = 0.0
 
 
@@ -300,7 +352,7 @@ class Snapshot:
     """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
     devices.
 
-    `now` and `limits` are not in the log; the caller of `decide` sets them.
+    `now`, `limits` and `paces`, those that packs measured lately, are not in the log; the caller of `decide` sets them.
     """
 
     version: EventId = START
@@ -311,6 +363,7 @@ class Snapshot:
     backbones: Mapping[str, Backbone] = field(default_factory=lambda: MappingProxyType({}))
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
     devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
+    paces: Mapping[PackId, Pace] = field(default_factory=lambda: MappingProxyType({}))
 
     def free_bytes(self, device: DeviceId) -> int:
         """Memory of the device that no unfinished pack and no open replica holds."""
@@ -319,4 +372,4 @@ class Snapshot:
         return self.devices[device].bytes - packs - replicas
 
 
-Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Replica | Study | Snapshot
+Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Occupancy | Study | Snapshot

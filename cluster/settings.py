@@ -55,6 +55,11 @@ class PackSettings(BaseModel):
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
     max_attempts: PositiveInt = Field(default=3, description="a job fails after this many packs failed under it")
+    opening_s: PositiveFloat = Field(default=20.0, description="who would wait longer for a place gets another pack")
+    overtake_s: PositiveFloat = Field(default=60.0, description="how long a job that does not fit may be overtaken")
+    patience_s: PositiveFloat = Field(
+        default=600.0, description="a tenant none of whose jobs came into a pack for this long goes before the others"
+    )
 
     @model_validator(mode="after")
     def _a_micro_batch_fits_a_forward(self) -> Self:
@@ -94,6 +99,9 @@ class LimitSettings(BaseModel):
     graft_bytes: PositiveInt = Field(default=512 << 20, description="a graft made elsewhere, packed and unpacked")
     graft_s: PositiveFloat = Field(default=60.0, description="how long reading such a graft may take")
     jobs_per_tenant: PositiveInt = Field(default=1000, description="unfinished jobs of one tenant")
+    jobs_in_packs_per_tenant: NonNegativeInt = Field(
+        default=0, description="of those, how many may train at a time; 0 = no limit"
+    )
     bodies_per_tenant: PositiveInt = Field(default=32, description="requests of one tenant whose bodies have not ended")
     body_s: PositiveFloat = Field(default=30.0, description="a body may take so long, and a second more each 10 kB")
 
@@ -151,6 +159,10 @@ class Settings(BaseSettings):
             row_bytes=pack.row_bytes,
             idle_s=pack.idle_s,
             max_attempts=pack.max_attempts,
+            opening_s=pack.opening_s,
+            overtake_s=pack.overtake_s,
+            patience_s=pack.patience_s,
+            tenant_jobs=self.limits.jobs_in_packs_per_tenant,
             unload_s=self.unload_s,
         )
 

@@ -124,7 +124,7 @@ class Owner(_Body):
 
 
 class FineTuningRequest(_Body):
-    """Body of POST /v1/fine_tuning/jobs. `owner` and `promote` are ours; the rest is OpenAI's."""
+    """Body of POST /v1/fine_tuning/jobs. `owner` and what follows it are ours, the rest is OpenAI's."""
 
     model: str = Field(min_length=1, max_length=200)
     training_file: str = Field(min_length=1, max_length=100)
@@ -137,6 +137,10 @@ class FineTuningRequest(_Body):
     integrations: None = None
     owner: Owner | None = None
     promote: bool = False
+    priority: int = Field(default=0, ge=-10, le=10, description="of two of your jobs that wait, the higher goes first")
+    devices: int = Field(
+        default=1, ge=1, le=64, description="the job's micro-batches are computed on so many at a time"
+    )
 
     @field_validator("metadata")
     @classmethod
@@ -191,6 +195,8 @@ class FineTuningRequest(_Body):
             seed=self.seed or 0,
             metadata=tuple((self.metadata or {}).items()),
             promote=self.promote,
+            priority=self.priority,
+            devices=self.devices,
         )
 
 

@@ -28,11 +28,13 @@ class Reason(StrEnum):
     """Why a decision was taken, or why a job waits or went back to the queue."""
 
     FITS = "fits_the_pack"  # admit: the pack's budget has room
+    TURN = "waits_its_turn"  # hold: others that wait for packs of its kind come first
     JOBS_WAIT = "jobs_wait"  # open: jobs wait and no pack of their backbone takes them
     PACK_OPENING = "pack_is_opening"  # hold: the pack starts; loading the backbone takes a while
     PACK_CLOSING = "pack_is_closing"  # hold: the pack takes no more jobs; a new one follows it
     PACK_FULL = "pack_has_all_its_jobs"  # hold: the pack's limit on jobs is reached
     PACK_MEMORY = "pack_memory_is_taken"  # hold: fits an empty pack, not with the present jobs
+    TENANT_LIMIT = "tenant_has_all_its_jobs"  # hold: as many jobs of its tenant are in packs as may be
     PACK_BACKOFF = "last_pack_failed"  # hold: a new pack is tried after a pause
     NO_DEVICE = "no_device_is_free"  # hold: no device has the memory left that a pack takes
     NO_BACKBONE = "its_backbone_was_removed"  # refuse: nobody can say any more what it is to be trained on
@@ -42,6 +44,9 @@ class Reason(StrEnum):
     OWNER_LOST = "owner_lease_expired"  # cancel: the search that owns it is gone
     IDLE = "idle"  # close, unload: no jobs, or nobody who asks, for a while
     ASKED = "asked_for"  # load: somebody asks the backbone
+    YIELDED = "others_wait_for_its_device"  # close: jobs for which there is no pack at all waited for very long
+    JOINED = "joined"  # move, close: the jobs of a half-empty pack ride in another of its kind
+    MOVING = "moving"  # hold: it left its pack for another one, which has kept a place
     PACK_FAILED = "pack_failed"  # requeue: the pack's process ended with an error
     PACK_LOST = "pack_lost"  # requeue: the pack did not survive a restart of the service
     PACK_CLOSED = "pack_closed"  # requeue: the pack ended before the job did
@@ -68,7 +73,7 @@ JOB_TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.RUNNING: frozenset(
         {
             JobState.RUNNING,  # the worker restarted and took it up from its checkpoint
-            JobState.QUEUED,  # its pack ended without it; resumes from its checkpoint in another
+            JobState.QUEUED,  # its pack ended without it, or it left for another; resumes there from its checkpoint
             JobState.SUCCEEDED,  # published
             JobState.FAILED,  # non-finite losses, unreadable data, or its packs failed too often
             JobState.CANCELLED,  # the worker dropped it after a cancel command

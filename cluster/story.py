@@ -27,6 +27,8 @@ from polygraft.cluster.events import (
     JobFailed,
     JobHeld,
     JobLeaseRenewed,
+    JobLeft,
+    JobMoving,
     JobRequeued,
     JobStarted,
     JobStopping,
@@ -37,6 +39,7 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpened,
     PackOpening,
+    PackPlaced,
     ReplicaClosed,
     ReplicaOpened,
 )
@@ -70,7 +73,9 @@ def names(event: Event) -> frozenset[str]:
             return frozenset({name, f"{name}@{version}"})
         case GraftDeleted(name=name, version=version, graft=graft_id):
             return frozenset({name, f"{name}@{version}", graft_id})
-        case PackOpening(pack=pack, devices=devices):
+        case JobMoving(job=job_id, pack=pack, to=to):
+            return frozenset({job_id, pack, to})
+        case PackOpening(pack=pack, devices=devices) | PackPlaced(pack=pack, devices=devices):
             return frozenset({pack, *devices})
         case ReplicaOpened(record=replica):
             return frozenset({replica.id, *replica.devices})
@@ -100,6 +105,10 @@ def tell(event: Event) -> str:
             return f"{job_id} is asked to cancel"
         case JobStopping(job=job_id, pack=pack, reason=reason):
             return f"{job_id} is being stopped in {pack}: {_words(reason)}"
+        case JobMoving(job=job_id, pack=pack, to=to, reason=reason):
+            return f"{job_id} is to move from {pack} to {to}: {_words(reason)}"
+        case JobLeft(job=job_id, pack=pack, step=step):
+            return f"{job_id} left {pack} after step {step}"
         case JobLeaseRenewed(job=job_id, until=until):
             return f"{job_id} is wanted by its owner until {_clock(until)}"
         case JobRequeued(job=job_id, reason=reason, blamed=blamed):
@@ -130,6 +139,8 @@ def tell(event: Event) -> str:
             return f"backbone {backbone} removed"
         case PackOpening(pack=pack, backbone=backbone, devices=devices, bytes=bytes_, reason=reason):
             return f"{pack} opens with {backbone} on {_place(devices, bytes_)}: {_words(reason)}"
+        case PackPlaced(pack=pack, devices=devices):
+            return f"{pack} is on {', '.join(devices)} by Ray's choice"
         case PackOpened(pack=pack):
             return f"{pack} is open"
         case PackClosing(pack=pack, reason=reason):
@@ -143,7 +154,8 @@ def tell(event: Event) -> str:
         case ReplicaClosed(replica=closed):
             return f"{closed} closed"
         case DeviceJoined(record=device):
-            return f"device {device.id} joined: {device.cores} cores, {_gib(device.bytes)}"
+            speed = f", {device.speed / 1e9:,.0f} GFLOP/s" if device.speed else ""
+            return f"device {device.id} joined: {device.cores} cores, {_gib(device.bytes)}{speed}"
         case DeviceLost(device=lost):
             return f"device {lost} is gone"
         case ControllerStarted(epoch=epoch):

@@ -8,4 +8,13 @@ from pathlib import Path
 
 
 def backbone_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "polygraft" / "backbones"
+    return _cache() / "backbones"
+
+
+def speed_cache() -> Path:
+    """Where it is kept how fast this machine is."""
+    return _cache() / "speeds"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "polygraft"

@@ -17,13 +17,15 @@ from pathlib import Path
 from secrets import token_hex
 from typing import cast
 
+from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.service import Service, announce
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.connect import connect
 from polygraft.kernels.common.room import when_there_is_room
-from polygraft.launch.cache import backbone_cache
+from polygraft.launch.cache import backbone_cache, speed_cache
 from polygraft.launch.first_key import admit_given_key, make_local_key
-from polygraft.launch.local_ray import DEVICE, environment, start_ray
+from polygraft.launch.local_ray import environment, start_ray
+from polygraft.launch.machine import Machine
 from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
 
@@ -62,9 +64,11 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.leader import start_leader
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
+    from polygraft.launch.scout import NodeScout
 
     namespace = f"polygraft-{token_hex(4)}"
-    address = start_ray(scratch, namespace)
+    machine = Machine.here(settings)
+    address = start_ray(scratch, namespace, machine, machine.devices(settings.devices))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # only now, since Ray sets handlers of its own
         signal.signal(number, lambda *_: stop.set())
@@ -75,7 +79,13 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
         folder.enter("starting the controller")
-        leader = start_leader(settings.store_url, settings.pack_limits, OpenHost.of(settings), name="controller")
+        leader = start_leader(
+            settings.store_url,
+            settings.pack_limits,
+            OpenHost.of(settings),
+            name="controller",
+            scout=NodeScout(speed_cache(), gpus=machine.gpus > 0),
+        )
         folder.enter("starting the HTTP service and loading the backbone")
         ray.get(deployer.deploy.remote(settings, backbone))
         ray.kill(deployer)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-DEVICE = "device"
+from polygraft.cluster.actors.protocols import DEVICE
+from polygraft.launch.machine import Machine
+
 _OBJECT_STORE_BYTES = 150 << 20  # grafts and backbones do not pass through it
 
 # Read by Ray when it starts, and by every process it starts.
@@ -43,14 +45,18 @@ def access(token: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
-def start_ray(scratch: Path, namespace: str) -> str:
-    """Start Ray in this process and return its address; it ends with this process."""
+def start_ray(scratch: Path, namespace: str, machine: Machine, devices: int) -> str:
+    """Start Ray in this process, on a machine that is so many devices, and return its address; it ends with this
+    process."""
     import ray
 
     ray.init(
         address="local",
         namespace=namespace,
-        resources={DEVICE: 1},
+        num_cpus=machine.cores,
+        num_gpus=machine.gpus,
+        resources={DEVICE: devices},
+        _memory=machine.bytes,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _temp_dir=str(scratch),

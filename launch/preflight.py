@@ -12,12 +12,13 @@ from polygraft.grafts.runtime.checked import BackboneError, check_kind
 from polygraft.grafts.runtime.pretrained import EMBEDDED, check_hub_id
 from polygraft.kernels.common.room import free_bytes
 from polygraft.launch.cache import backbone_cache
+from polygraft.launch.machine import PROCESSES_BYTES, Machine
 from polygraft.launch.ram import available
 
 HOME_BYTES = 8 << 20  # the store refuses to write with less (cluster/store/watch.py)
 SCRATCH_BYTES = 64 << 20  # Ray's logs and sockets
 CACHE_BYTES = 512 << 20  # the embedded backbone while it is converted
-_PROCESSES_BYTES = 1 << 30  # Ray, controller and ingress
+_LEAST_BYTES = 256 << 20  # of a device beside the backbone's weights
 _WIDEST = 2  # float32 in memory of bf16 on disk
 
 
@@ -25,6 +26,7 @@ def obstacles(settings: Settings) -> Iterator[str]:
     """Each with the setting it is about, what was found, and what to do."""
     yield from _backbone(settings)
     yield from _disk(settings)
+    yield from _devices(settings)
     yield from _memory(settings)
 
 
@@ -55,14 +57,27 @@ def _disk(settings: Settings) -> Iterator[str]:
             yield f"disk: {free / 2**20:.1f} MiB are free under {there}, at least {least >> 20} are needed; make room"
 
 
+def _devices(settings: Settings) -> Iterator[str]:
+    if settings.devices is not None:
+        held = _held(settings) or 0  # by a pack, and by a replica
+        if (reason := Machine.here(settings).refusal(settings.devices, 2 * held + _LEAST_BYTES)) is not None:
+            yield reason
+
+
+def _held(settings: Settings) -> int | None:
+    """About what the weights take in memory; None while they are not on this machine."""
+    if (folder := backbone_folder(settings)) is None:
+        return None
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return weights // (4 if settings.quantise else 1) * (_WIDEST if settings.dtype == "fp32" else 1)
+
+
 def _memory(settings: Settings) -> Iterator[str]:
     """On a CPU, where the weights lie in the memory of this machine."""
-    folder = backbone_folder(settings)
-    if folder is None or settings.device == "cuda" or Path("/dev/nvidiactl").exists():
+    held = _held(settings)
+    if held is None or settings.device == "cuda" or Path("/dev/nvidiactl").exists():
         return
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    held = weights // (4 if settings.quantise else 1) * (_WIDEST if settings.dtype == "fp32" else 1)
-    needed = held + settings.serve.kv_bytes + _PROCESSES_BYTES
+    needed = held + settings.serve.kv_bytes + PROCESSES_BYTES
     if (free := available()) < needed:
         yield (
             f"memory: serving {settings.backbone} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are "

@@ -41,4 +41,5 @@ def limited(settings: Settings) -> Settings:
     """The settings with pack.memory_bytes decided."""
     if settings.pack.memory_bytes is not None:
         return settings
-    return settings.model_copy(update={"pack": settings.pack.model_copy(update={"memory_bytes": ram() // _SHARE})})
+    share = ram() // _SHARE // (settings.devices or 1)
+    return settings.model_copy(update={"pack": settings.pack.model_copy(update={"memory_bytes": share})})

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from polygraft.launch.output import errors
-from polygraft.tuning.study import Failure, Result, Trial, TrialState
+from polygraft.tuning.study import Failure, Result, Stopped, Trial, TrialState
 
 
 class SearchProgress:
@@ -52,5 +52,7 @@ def _told(trial: Trial) -> str:
             return f"loss {values[0]:.4f}  {int(values[1]):>9,} parameters  {graft}"
         case Failure(reason=reason):
             return f"failed: {reason}  ({graft})"
+        case Stopped(reason=reason, step=step, steps_total=steps_total):
+            return f"stopped at step {step} of {steps_total}: {reason}  ({graft})"
         case None:
             return f"was cut short  ({graft})"

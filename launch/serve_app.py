@@ -21,6 +21,7 @@ from polygraft.cluster.store.connect import connect
 from polygraft.launch.default_backbone import put_default
 from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.packs import OpenHost
+from polygraft.launch.scout import NodeScout
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
@@ -75,7 +76,8 @@ def _lead(settings: Settings) -> None:
         max_restarts=-1,
         max_concurrency=4,
     )
-    options.remote(settings.store_url, settings.pack_limits, host, holder=f"{name}-{token_hex(4)}")
+    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
+    options.remote(settings.store_url, settings.pack_limits, host, holder=f"{name}-{token_hex(4)}", scout=scout)
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polygraft.cluster.folders import Folders
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.cluster.store.base import JSON
 from polygraft.grafts.runtime.backbone import Backbone
@@ -59,10 +59,13 @@ class Engine:
         replica: ReplicaId,
         data: Path,
         graft_bytes: int = 1 << 30,
+        step_floor_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`clock` orders arrivals and beats, `now` stamps the step log. Raises ValueError as `Streams` does."""
+        """`clock` orders arrivals and beats, `now` stamps the step log; a step of the thread takes at least
+        `step_floor_s` seconds. Raises ValueError as `Streams` does."""
+        self._step_floor_s = step_floor_s
         self._backbone, self._settings, self._clock, self._now = backbone, settings, clock, now
         residency = Residency(folder=Folders(data).grafts, backbone=backbone, budget_bytes=graft_bytes)
         self._loader = Loader(residency, wake=self._wake)
@@ -79,6 +82,7 @@ class Engine:
         self._submitted: list[Sequence] = []
         self._cancelled: set[str] = set()
         self._left: set[str] = set()
+        self._expected: dict[GraftId, None] = {}
         self._stopping = False
         # Replaced whole, so that any thread may read them.
         self.load = self._streams.load
@@ -119,23 +123,41 @@ class Engine:
             self._wake()
 
     def submit(self, request: GenerationRequest) -> QueueFull | None:
-        """Queue the request, unless the queue is full for its tenant. A newer attempt ends an older one of its id."""
+        """Queue the request, unless the queue is full for its tenant. A newer attempt ends an older one of its id, and
+        is not refused: it has been accepted once."""
         with self._changed:
             if self._stopping:
                 return QueueFull(_STOPPING_S)
             now = self._clock()
             present = (*self._present(), *self._submitted)
-            if (full := self._streams.tenants.refusal(request.tenant, present, now)) is not None:
+            full = None if request.resumed else self._streams.tenants.refusal(request.tenant, present, now)
+            if full is not None:
                 return full
             self._submitted.append(Sequence(request=request, arrival=now))
         self._wake()
         return None
+
+    def idle(self) -> bool:
+        """Whether it has no request, by the end of its last step."""
+        with self._changed:
+            return not self._submitted and not self.load.running and not self.load.waiting
 
     def cancel(self, request: str) -> None:
         """End the request wherever it is; one that is unknown or over is left alone."""
         with self._changed:
             self._cancelled.add(request)
         self._wake()
+
+    def expect(self, graft: GraftId) -> None:
+        """Bring the graft in, where there is room for it: a stream that another replica has is to come here."""
+        with self._changed:
+            self._expected[graft] = None
+        self._wake()
+
+    def expects(self, graft: GraftId) -> bool:
+        """Whether it is still being read."""
+        with self._changed:
+            return graft in self._expected or graft in self._streams.expected
 
     def turn(self) -> bool:
         """A step, and handing out what came of it; False when there was nothing to do. The thread's whole life."""
@@ -148,7 +170,7 @@ class Engine:
                 busy = True
                 self._blame(error)
         self.load = self._streams.load
-        self._outbox.flush(self.load)
+        self._outbox.flush(self.load, self._clock())
         return busy
 
     def step(self) -> bool:
@@ -224,6 +246,8 @@ class Engine:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, set()
             left, self._left = self._left, set()
+            self._streams.expected |= self._expected
+            self._expected.clear()
         newer = {sequence.request.id: sequence for sequence in submitted}
         for sequence in self._present():
             if sequence.request.id in newer or sequence.request.ingress in left:
@@ -320,10 +344,13 @@ class Engine:
         while not self._stopping and self._failures < _GIVE_UP:
             if not self.turn():
                 self._idle()
+            elif self._step_floor_s:
+                time.sleep(max(0.0, self._step_floor_s - (self._clock() - self.beat)))
         self._take_in()
         for sequence in self._present():
             self._end(sequence, "cancelled")
-        self._outbox.flush(self._streams.load)
+        self.load = self._streams.load
+        self._outbox.flush(self.load, self._clock())
         self._log.close()
 
     def _idle(self) -> None:

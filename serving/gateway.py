@@ -1,26 +1,30 @@
-"""The ingress's side of generation: picks a replica, follows its messages, carries a stream over when it dies."""
+"""The ingress's side of generation: picks a replica, follows its messages, carries a stream over when it goes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 from polygraft.cluster.model import GraftId, ReplicaId
-from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
+from polygraft.cluster.policy.routing import Refusal, RefusalReason
+from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.settings import ServeSettings
-from polygraft.serving.blocks import BLOCK_SIZE
-from polygraft.serving.messages import Load, QueueFull, StepMessage, StepTokens
+from polygraft.serving.inflight import InFlight, Lost
+from polygraft.serving.messages import Draining, QueueFull, StepMessage, StepTokens
+from polygraft.serving.roster import Roster
 from polygraft.serving.sequence import GenerationRequest
 
 _LOG = logging.getLogger(__name__)
-_ATTEMPTS = 8
-_TOGETHER = 2  # attempts, after which whose replicas died is submitted apart from others that this happened to
+_ATTEMPTS = 8  # replicas that may die under a request
+_TOGETHER = 2  # deaths, after which a request is submitted apart from others that this happened to
+_ANSWER_S = 30.0  # a replica that says neither yes nor no to a request for so long is taken for dead
+_HAND_ON_S = 10.0  # how long a stream that moves, or its graft, may keep the next one waiting
+_AHEAD = 4  # streams whose grafts are being loaded before they move
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -43,46 +47,61 @@ class Unavailable(Exception):
 class Link(Protocol):
     """One replica as its ingress sees it. Every method raises `ConnectionError` when the replica is gone."""
 
-    async def submit(self, request: GenerationRequest) -> QueueFull | None:
-        """Queue the request, unless the replica's queue is full for its tenant. `messages` of its ingress must be
-        open."""
+    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
+        """Queue the request, unless the replica's queue is full for its tenant, or it goes. `messages` of its ingress
+        must be open."""
         ...
 
     async def cancel(self, request: str) -> None:
         """End the request wherever it is; no effect on one that is unknown or over."""
         ...
 
+    async def warm(self, graft: GraftId) -> None:
+        """Return when the replica has the graft in memory, or cannot take it in now."""
+        ...
+
     def messages(self, ingress: str) -> AsyncIterator[StepMessage]:
-        """What the replica has for requests of `ingress`, from now on; the first message comes at once."""
+        """What the replica has for requests of `ingress`, from now on; the first message comes at once, and the last
+        when the replica has drained."""
         ...
 
 
-@dataclass(slots=True)
-class _Stream:
-    """A request in flight: the attempt that counts, the tokens handed out, and what arrived (None: replica lost)."""
+class Fleet(Protocol):
+    """Where a gateway learns of its replicas."""
 
-    request: GenerationRequest
-    replica: ReplicaId
-    tokens: list[int] = field(default_factory=list)
-    arrived: asyncio.Queue[StepTokens | None] = field(default_factory=asyncio.Queue)
+    async def keep(self, gateway: Gateway) -> None:
+        """Call its `follow` whenever the replicas change, for ever; its `demand` is what they are wanted for."""
+        ...
 
 
 class Gateway:
-    """Generations over a set of replicas. `start` and `close` bracket its use, all on one event loop."""
+    """Generations over a changing set of replicas. `start` and `close` bracket its use, all on one event loop.
+
+    A replica that says that it drains gets no new request, and its streams are handed to others: one after the other,
+    each when somebody starts it at once, until its next token is there, so that a stream stands still for its own
+    recomputing alone. Until its turn comes the old replica goes on with it.
+    """
 
     def __init__(
-        self, links: Mapping[ReplicaId, Link], *, ingress: str, settings: ServeSettings, ready_s: float = 60.0
+        self,
+        links: Mapping[ReplicaId, Link],
+        *,
+        ingress: str,
+        settings: ServeSettings,
+        ready_s: float = 60.0,
+        fleet: Fleet | None = None,
     ) -> None:
+        """`links` are the replicas until `fleet` says otherwise; `ready_s` is how long a request waits for one where
+        there is none."""
         self._links = dict(links)
+        self._fleet = fleet
         self._ingress = ingress
-        self._settings = settings
         self._ready_s = ready_s
-        self._streams: dict[str, _Stream] = {}
-        self._loads: dict[ReplicaId, Load] = {}
-        self._sent: Counter[ReplicaId] = Counter()  # submitted since the replica's last message
-        self._changed = asyncio.Event()
+        self._roster = Roster(settings)
+        self._streams: dict[str, InFlight] = {}
         self._apart = asyncio.Lock()  # held by the request that is tried apart
         self._pumps: dict[ReplicaId, asyncio.Task[None]] = {}
+        self._movers: dict[ReplicaId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = Context()
 
@@ -92,15 +111,34 @@ class Gateway:
         self._context = copy_context()
         for replica in self._links:
             self._connect(replica)
+        if self._fleet is not None:
+            self._spawn(self._fleet.keep(self))
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def follow(self, links: Mapping[ReplicaId, Link]) -> None:
+        """These are the replicas now. One that is not among them any more is gone as planned; one that was there
+        before keeps its link."""
+        for replica in self._links.keys() - links.keys():
+            del self._links[replica]
+            self._pumps.pop(replica).cancel()
+            self._lose(replica, planned=True)
+        for replica in links.keys() - self._links.keys():
+            self._links[replica] = links[replica]
+            self._connect(replica)
+
+    @property
+    def demand(self) -> Demand:
+        """The requests that replicas have, and those that wait for a replica to be there."""
+        having = sum(bool(stream.live) for stream in self._streams.values())
+        return Demand(having, len(self._streams) - having)
+
     def ready(self) -> bool:
         """Whether a replica is connected."""
-        return bool(self._loads)
+        return bool(self._roster.loads)
 
     def uses(self, graft: GraftId) -> bool:
         """Whether an answer is being generated with the graft. May be called from any thread."""
@@ -111,122 +149,168 @@ class Gateway:
 
         Raises Busy and TooLong before the first token, Unavailable at any time.
         """
-        stream = await self._submit(_Stream(replace(request, ingress=self._ingress), ReplicaId("")))
-        finished = False
+        stream = InFlight(replace(request, ingress=self._ingress))
+        self._streams[request.id] = stream
         try:
+            await self._submit(stream)
+            finished = False
             while not finished:
-                tokens = await stream.arrived.get()
-                while tokens is None:
-                    tokens = await self._resume(stream)
-                # An older attempt's words and repetitions are dropped: (request, choice, index) is published once.
-                if tokens.attempt != stream.request.attempt or tokens.index < len(stream.tokens):
-                    continue
-                if tokens.index > len(stream.tokens):  # a message was lost, and with it the tokens before this one
-                    stream.arrived.put_nowait(None)
-                    continue
-                if tokens.token is not None:
-                    stream.tokens.append(tokens.token)
-                finished = tokens.finish_reason is not None
-                yield tokens
+                said = await stream.arrived.get()
+                while isinstance(said, Lost):
+                    said = await self._resume(stream, said)
+                finished = said.finish_reason is not None
+                yield said
         finally:
             self._streams.pop(request.id, None)
-            if not finished:
-                self._spawn(self._cancel(stream))
+            if not stream.over:
+                stream.heard.set()
+                for replica in set(stream.live.values()):
+                    self._cancel(replica, request.id)
 
-    async def _submit(self, stream: _Stream) -> _Stream:
-        """Queue the stream's request at the first replica that takes it."""
+    async def _submit(self, stream: InFlight) -> None:
+        """Queue the stream's newest attempt at the first replica that takes it."""
         full: dict[ReplicaId, float] = {}
         request = stream.request
+        until = asyncio.get_running_loop().time() + self._ready_s
+        while True:
+            replica = self._roster.choose(request, full)
+            if isinstance(replica, Refusal):
+                await self._wait_or_raise(request, replica.reason, full, until)
+                continue
+            match await self._offer(stream, replica):
+                case None:
+                    return
+                case QueueFull(seconds):
+                    full[replica] = seconds
+
+    async def _offer(self, stream: InFlight, replica: ReplicaId) -> QueueFull | Draining | None:
+        """Ask `replica` to take the newest attempt. None: it has it, or whoever withdrew the attempt meanwhile goes on.
+        Draining: the replica goes or is gone, which the roster knows from now on."""
+        request = stream.request
+        stream.live[request.attempt] = replica  # before the call: its first token may overtake the answer
+        self._roster.send(replica)
+        answer: QueueFull | Draining | None = Draining()
+        broken: Exception | None = None
         try:
-            async with asyncio.timeout(self._ready_s):
-                while True:
-                    replica = self._choose(request, full)
-                    if isinstance(replica, Refusal):
-                        await self._wait_or_raise(replica.reason, full)
-                        continue
-                    stream.replica, stream.arrived = replica, asyncio.Queue()
-                    self._streams[request.id] = stream  # before the call: its first token may overtake the answer
-                    self._sent[replica] += 1
-                    try:
-                        refused = await self._links[replica].submit(request)
-                        if refused is None:
-                            return stream
-                        full[replica] = refused.retry_after_s
-                        self._sent[replica] -= 1
-                    except ConnectionError as error:
-                        _LOG.warning("replica %s took no request: %s", replica, error)
-                        self._lose(replica)
-                        self._connect(replica)
-        except TimeoutError:
-            self._forget(stream)
-            raise Unavailable(f"no replica came up within {self._ready_s:.0f} s") from None
-        except BaseException:
-            self._forget(stream)
-            raise
+            async with asyncio.timeout(_ANSWER_S):
+                answer = await self._links[replica].submit(request)
+        except (ConnectionError, TimeoutError) as error:
+            broken = error
+        if answer is None:
+            return None
+        ours = stream.live.get(request.attempt) == replica
+        if ours:
+            del stream.live[request.attempt]
+        self._roster.take_back(replica)
+        if broken is not None:
+            _LOG.warning("replica %s took no request: %s", replica, broken)
+            self._lose(replica, planned=replica in self._roster.draining)
+            self._connect(replica)
+        elif isinstance(answer, Draining):
+            self._roster.draining.add(replica)
+        return answer if ours else None
 
-    def _forget(self, stream: _Stream) -> None:
-        """Give up a submission; if it was under way (a client that hung up), the replica may have got it."""
-        if self._streams.pop(stream.request.id, None) is not None:
-            self._spawn(self._cancel(stream))
+    async def _wait_or_raise(
+        self, request: GenerationRequest, reason: RefusalReason, full: dict[ReplicaId, float], until: float
+    ) -> None:
+        match reason:
+            case RefusalReason.NO_REPLICA:
+                try:
+                    async with asyncio.timeout_at(until):
+                        await self._roster.change()
+                except TimeoutError:
+                    raise Unavailable(f"no replica came up within {self._ready_s:.0f} s") from None
+            case RefusalReason.TOO_LONG:
+                raise TooLong("the prompt does not fit the key-value cache of any replica")
+            case RefusalReason.ALL_FULL if not request.resumed:
+                raise Busy(min(full.values()))
+            case RefusalReason.ALL_FULL:  # those that have it only refuse it while they stop
+                await asyncio.sleep(min(full.values()))
+                full.clear()
 
-    async def _resume(self, stream: _Stream) -> StepTokens | None:
+    async def _resume(self, stream: InFlight, lost: Lost) -> StepTokens | Lost:
         """Submit what is left of a stream whose replica is gone, as its next attempt; returns what came of that first.
 
         Replicas that die may die of one of their requests. So those that several died under are submitted one at a
-        time, each until its replica has said something of it or died again: then it is given up, and it alone.
+        time, each until its replica has said something of it or died again: then it is given up, and it alone. One
+        whose replica went because it was told to has lost nothing.
         """
-        request = stream.request
-        if request.attempt + 1 >= _ATTEMPTS:
+        stream.deaths += not lost.planned
+        if stream.deaths >= _ATTEMPTS:
             raise Unavailable(f"the replica died {_ATTEMPTS} times during this request")
-        stream.request = replace(request, attempt=request.attempt + 1, generated=tuple(stream.tokens))
-        _LOG.warning(
-            "request %s continues at token %d as attempt %d", request.id, len(stream.tokens), stream.request.attempt
-        )
-        if stream.request.attempt < _TOGETHER:
+        stream.advance()
+        request = stream.request
+        _LOG.warning("request %s continues at token %d as attempt %d", request.id, len(stream.tokens), request.attempt)
+        if stream.deaths < _TOGETHER:
             await self._submit(stream)
             return await stream.arrived.get()
         async with self._apart:
             await self._submit(stream)
             with suppress(TimeoutError):  # it may only be waiting for its turn
                 async with asyncio.timeout(self._ready_s):
-                    if (first := await stream.arrived.get()) is None:
+                    first = await stream.arrived.get()
+                    if first == Lost(planned=False):
                         raise Unavailable(
-                            f"{stream.request.attempt + 1} replicas died during this request, the last "
+                            f"{stream.deaths + 1} replicas died during this request, the last "
                             "while it was tried apart from others"
                         )
                     return first
         return await stream.arrived.get()
 
-    def _choose(self, request: GenerationRequest, tried: Collection[ReplicaId]) -> ReplicaId | Refusal:
-        view = RouteView(
-            replicas=tuple(self._view(replica, load) for replica, load in sorted(self._loads.items())),
-            max_streams=self._settings.max_streams,
-            block_size=BLOCK_SIZE,
-        )
-        slots = request.prefix + len(request.prompt_ids) + len(request.generated)
-        return route(view, RouteRequest(graft=request.graft, slots=slots, tried=tried))
+    async def _hand_on(self, replica: ReplicaId) -> None:
+        """Move the streams of a replica that drains: first those that it has said nothing of, to any queue, then the
+        others, one by one, to where their grafts are in memory before they leave."""
+        warm: dict[tuple[ReplicaId, GraftId], asyncio.Task[None]] = {}
+        while moving := [stream for stream in self._streams.values() if stream.only_at(replica)]:
+            moving.sort(key=lambda stream: len(stream.tokens) > 0)
+            for place, stream in enumerate(moving):
+                if (target := self._elsewhere(stream)) is None:
+                    continue
+                if stream.tokens:
+                    grafts = [one.request.graft for one in moving[place:][:_AHEAD]]
+                    for key in [(target, graft) for graft in grafts if graft is not None]:
+                        warm[key] = warm.get(key) or self._spawn(self._warm(*key))
+                    if grafts[0] is not None and not (loading := warm[target, grafts[0]]).done():
+                        await asyncio.wait({loading})
+                        break
+                if await self._move(stream, replica, target):
+                    break
+            else:
+                await self._roster.change()
 
-    def _view(self, replica: ReplicaId, load: Load) -> ReplicaView:
-        """The load its last message told, and what was sent since: those start as far as there are places."""
-        starting = min(self._sent[replica], max(0, self._settings.max_streams - load.running - load.waiting))
-        return ReplicaView(
-            id=replica,
-            running=load.running + starting,
-            waiting=load.waiting + self._sent[replica] - starting,
-            blocks=load.blocks,
-            free_blocks=load.free_blocks,
-            resident=load.resident,
-        )
+    async def _warm(self, replica: ReplicaId, graft: GraftId) -> None:
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(_HAND_ON_S):
+                await self._links[replica].warm(graft)
 
-    async def _wait_or_raise(self, reason: RefusalReason, full: Mapping[ReplicaId, float]) -> None:
-        match reason:
-            case RefusalReason.NO_REPLICA:
-                self._changed.clear()
-                await self._changed.wait()
-            case RefusalReason.TOO_LONG:
-                raise TooLong("the prompt does not fit the key-value cache of any replica")
-            case RefusalReason.ALL_FULL:
-                raise Busy(min(full.values()))
+    def _elsewhere(self, stream: InFlight) -> ReplicaId | None:
+        if stream.tokens:
+            return self._roster.starting(stream.next())
+        found = self._roster.choose(stream.next())
+        return None if isinstance(found, Refusal) else found
+
+    async def _move(self, stream: InFlight, source: ReplicaId, target: ReplicaId) -> bool:
+        """Hand one stream on; False where `target` does not take it, and `source` goes on with it."""
+        before = stream.request.attempt
+        stream.advance()
+        request = stream.request
+        if await self._offer(stream, target) is not None:
+            if not stream.live and not stream.over:  # the old replica has gone meanwhile
+                stream.arrived.put_nowait(Lost(planned=True))
+            return False
+        if stream.over or request.id not in self._streams:
+            self._cancel(target, request.id)
+            return True
+        if request.attempt not in stream.live:  # the new one has gone
+            return False
+        if stream.live.pop(before, None) is not None:
+            self._cancel(source, request.id)
+        _LOG.info("request %s moves from %s to %s at token %d", request.id, source, target, len(request.generated))
+        if request.generated:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_HAND_ON_S):
+                    await stream.heard.wait()
+        return True
 
     async def _pump(self, replica: ReplicaId) -> None:
         """Follow one replica's messages for ever, reconnecting when they end."""
@@ -235,28 +319,34 @@ class Gateway:
             try:
                 async for message in self._links[replica].messages(self._ingress):
                     failures = 0
-                    self._loads[replica] = message.load
-                    self._sent[replica] = 0
-                    self._changed.set()
-                    for tokens in message.tokens:
-                        stream = self._streams.get(tokens.request)
-                        if stream is not None and stream.replica == replica:
-                            stream.arrived.put_nowait(tokens)
+                    self._hear(replica, message)
             except ConnectionError as error:
                 _LOG.warning("replica %s: %s", replica, error)
-            self._lose(replica)
+            self._lose(replica, planned=replica in self._roster.draining)
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
             failures += 1
 
-    def _lose(self, replica: ReplicaId) -> None:
-        self._loads.pop(replica, None)
-        for stream in self._streams.values():
-            if stream.replica == replica:
-                stream.arrived.put_nowait(None)
+    def _hear(self, replica: ReplicaId, message: StepMessage) -> None:
+        self._roster.hear(replica, message)
+        for said in message.tokens:
+            if (stream := self._streams.get(said.request)) is not None:
+                stream.accept(replica, said)
+        if message.draining and replica not in self._movers:
+            self._movers[replica] = self._spawn(self._hand_on(replica))
+            self._movers[replica].add_done_callback(lambda _: self._movers.pop(replica, None))
 
-    async def _cancel(self, stream: _Stream) -> None:
-        with suppress(ConnectionError):  # the replica is gone, and the request with it
-            await self._links[stream.replica].cancel(stream.request.id)
+    def _lose(self, replica: ReplicaId, *, planned: bool) -> None:
+        self._roster.forget(replica)
+        for stream in self._streams.values():
+            stream.lose(replica, planned=planned)
+
+    def _cancel(self, replica: ReplicaId, request: str) -> None:
+        async def cancel(link: Link) -> None:
+            with suppress(ConnectionError):  # the replica is gone, and the request with it
+                await link.cancel(request)
+
+        if (link := self._links.get(replica)) is not None:
+            self._spawn(cancel(link))
 
     def _connect(self, replica: ReplicaId) -> None:
         """Follow the replica's messages, from a new connection."""

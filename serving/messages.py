@@ -38,6 +38,11 @@ class QueueFull:
 
 
 @dataclass(frozen=True, slots=True)
+class Draining:
+    """A replica takes no request any more: it hands on what it has, and ends."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How busy a replica is, and which grafts it holds in memory."""
 
@@ -50,7 +55,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """Tokens in the order they were computed; none in a stream's first message, which says that it is open."""
+    """Tokens in the order they were computed; none in a stream's first message, which says that it is open.
+    `draining`: the replica goes on with what it has only until that is taken from it."""
 
     tokens: tuple[StepTokens, ...]
     load: Load
+    draining: bool = False

@@ -1,4 +1,4 @@
-"""Tokens of the running step, gathered by ingress until the step is over."""
+"""Tokens of the running step, gathered by ingress until the step is over, and the load for who has none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from threading import Lock
 from polygraft.serving.messages import Load, StepTokens
 
 _LOG = logging.getLogger(__name__)
+_TELL_S = 0.25  # an ingress without tokens hears of a changed load after this long
 Listener = Callable[[tuple[StepTokens, ...], Load], None]
 
 
@@ -20,6 +21,7 @@ class Outbox:
         self._lock = Lock()
         self._listeners: dict[str, Listener] = {}
         self._held: dict[str, list[StepTokens]] = defaultdict(list)
+        self._told: dict[str, tuple[Load, float]] = {}
 
     def listen(self, ingress: str, listener: Listener) -> None:
         """From now on `listener` is called, on the engine's thread, with what there is for `ingress`."""
@@ -41,14 +43,20 @@ class Outbox:
     def put(self, ingress: str, tokens: StepTokens) -> None:
         self._held[ingress].append(tokens)
 
-    def flush(self, load: Load) -> None:
-        """One call for every ingress that has something. One that raises hurts no other; its gateway sees the gap."""
-        for ingress, tokens in self._held.items():
-            with self._lock:
-                listener = self._listeners.get(ingress)
-            if listener is not None:
-                try:
-                    listener(tuple(tokens), load)
-                except Exception:
-                    _LOG.exception("ingress %r did not get its tokens", ingress)
+    def flush(self, load: Load, now: float) -> None:
+        """One call for every ingress that has something, or that the load is news to. One that raises hurts no other;
+        its gateway sees the gap."""
+        with self._lock:
+            listeners = dict(self._listeners)
+        self._told = {ingress: told for ingress, told in self._told.items() if ingress in listeners}
+        for ingress, listener in listeners.items():
+            tokens = tuple(self._held.get(ingress, ()))
+            before, at = self._told.get(ingress, (None, now - _TELL_S))
+            if not tokens and (load == before or now - at < _TELL_S):
+                continue
+            self._told[ingress] = load, now
+            try:
+                listener(tokens, load)
+            except Exception:
+                _LOG.exception("ingress %r did not get its tokens", ingress)
         self._held.clear()

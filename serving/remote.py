@@ -8,7 +8,8 @@ from typing import cast
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from polygraft.serving.messages import QueueFull, StepMessage
+from polygraft.cluster.model import GraftId
+from polygraft.serving.messages import Draining, QueueFull, StepMessage
 from polygraft.serving.sequence import GenerationRequest
 
 
@@ -19,9 +20,9 @@ class ServeLink:
     def __init__(self, handle: DeploymentHandle[object]) -> None:
         self._handle = handle
 
-    async def submit(self, request: GenerationRequest) -> QueueFull | None:
+    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
         try:
-            return cast(QueueFull | None, await self._handle.submit.remote(request))
+            return cast(QueueFull | Draining | None, await self._handle.submit.remote(request))
         except Exception as error:
             if isinstance(error, RayTaskError) and not isinstance(error, (ConnectionError, RayActorError)):
                 raise RuntimeError(_reason(error)) from error
@@ -30,6 +31,12 @@ class ServeLink:
     async def cancel(self, request: str) -> None:
         try:
             await self._handle.cancel.remote(request)
+        except Exception as error:
+            raise ConnectionError(_reason(error)) from error
+
+    async def warm(self, graft: GraftId) -> None:
+        try:
+            await self._handle.warm.remote(graft)
         except Exception as error:
             raise ConnectionError(_reason(error)) from error
 

@@ -13,14 +13,14 @@ from typing import cast
 import torch
 from ray import serve
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.pretrained import Quantise
 from polygraft.grafts.runtime.process import chosen_device, device_environment, in_own_thread, lean_imports
 from polygraft.serving.engine import Engine
 from polygraft.serving.local import LocalLink
-from polygraft.serving.messages import QueueFull, StepMessage
+from polygraft.serving.messages import Draining, QueueFull, StepMessage
 from polygraft.serving.sequence import GenerationRequest
 
 SHARE = 0.5  # of a `device`; the other half trains
@@ -50,11 +50,14 @@ class Replica:
         self._engine.start()
         self._link = LocalLink(self._engine)
 
-    async def submit(self, request: GenerationRequest) -> QueueFull | None:
+    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
         return await self._link.submit(request)
 
     async def cancel(self, request: str) -> None:
         await self._link.cancel(request)
+
+    async def warm(self, graft: GraftId) -> None:
+        await self._link.warm(graft)
 
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         async for message in self._link.messages(ingress):

@@ -49,6 +49,11 @@ class GenerationRequest:
                 f"max_tokens: {self.max_tokens} leaves nothing to generate after {len(self.generated)} tokens"
             )
 
+    @property
+    def resumed(self) -> bool:
+        """Whether another replica had it: it was accepted once, and is not refused, nor kept waiting, for its queue."""
+        return self.attempt > 0
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:

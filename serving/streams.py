@@ -30,8 +30,8 @@ class ContextExceeded(Exception):
 
 
 class Streams:
-    """`waiting` is oldest first, `running` first admitted first; a running stream holds blocks and pins its graft. The
-    engine's thread owns it."""
+    """`waiting` is oldest first, behind those that another replica had, `running` first admitted first; a running
+    stream holds blocks and pins its graft. The engine's thread owns it."""
 
     def __init__(self, backbone: Backbone, settings: ServeSettings, residency: Residency, loader: Loader) -> None:
         """Raises ValueError when the key-value cache is smaller than one context."""
@@ -48,6 +48,7 @@ class Streams:
         self.residency = residency
         self._settings = settings
         self._loader = loader
+        self.expected: dict[GraftId, None] = {}  # by streams of another replica that are to come
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.tenants = Tenants(settings)
@@ -74,7 +75,7 @@ class Streams:
         self.tenants.mark_overdue(self.waiting, now)
         order = list(in_turn(self.waiting, self.tenants.ledger, Counter(one.tenant for one in self.running)))
         missing = dict.fromkeys(one.request.graft for one in order if one.request.graft and not self._graft(one))
-        self._loader.keep(list(missing))
+        self._loader.keep([*missing, *(self.expected.keys() - missing)])
         self._ready = []
         held_up = False
         wanted: set[GraftId] = set()
@@ -93,6 +94,7 @@ class Streams:
             # one after the other, and that one out for ever.
             if graft is None or (self._graft(sequence) is not None and not held_up):
                 self._ready.append(sequence)
+        self._load_expected(wanted)
         return failed
 
     def choose(self, now: float) -> tuple[list[Chunk], list[Failed]]:
@@ -120,6 +122,19 @@ class Streams:
             return False
         self.residency.admit(resident, wanted)
         return True
+
+    def _load_expected(self, wanted: set[GraftId]) -> None:
+        """Bring in what is expected, where there is room beside what is wanted now; whoever comes for one that cannot
+        be read is told why then."""
+        for graft in list(self.expected):
+            try:
+                reading = self.residency.get(graft) is None and self._loader.ask(graft) is None
+                if not reading:
+                    self._make_room(graft, wanted)
+            except Exception:
+                reading = False
+            if not reading:
+                del self.expected[graft]
 
     def _attach(self, sequence: Sequence) -> None:
         if (graft := self._graft(sequence)) is not None:
@@ -221,8 +236,8 @@ def _each(sequences: Iterable[Sequence], act: Callable[[Sequence], object], fail
     return done
 
 
-def _age(sequence: Sequence) -> tuple[float, str]:
-    return sequence.arrival, sequence.request.id
+def _age(sequence: Sequence) -> tuple[bool, float, str]:
+    return not sequence.request.resumed, sequence.arrival, sequence.request.id
 
 
 def _turn(sequence: Sequence) -> int:

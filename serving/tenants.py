@@ -60,14 +60,15 @@ class Tenants:
         self.ledger = self.ledger.charged({tenant: count * ANSWER_TOKEN for tenant, count in tokens.items()})
 
     def mark_overdue(self, waiting: Items[Sequence], now: float) -> None:
-        """Say of each of `waiting`, oldest first, whether it has been the first of its tenant's for too long."""
+        """Say of each of `waiting`, in order, whether it has been the first of its tenant's for too long; one that
+        another replica had has waited before."""
         heads: dict[TenantId, tuple[Sequence, float]] = {}
         for sequence in waiting:
-            sequence.overdue = False
+            sequence.overdue = sequence.request.resumed
             if sequence.tenant not in heads:
                 before = self._heads.get(sequence.tenant)
                 first = before if before is not None and before[0] is sequence else (sequence, now)
-                sequence.overdue = now - first[1] >= self._settings.patience_s
+                sequence.overdue |= now - first[1] >= self._settings.patience_s
                 heads[sequence.tenant] = first
         self._heads = heads
 

@@ -54,7 +54,9 @@ LAYERS: dict[str, str] = {
     "cluster: policy": r"cluster\.policy\..+",
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
-    "cluster: what is written to the store together": r"cluster\.(advance|backbones|publish|versions|api_keys|story)",
+    "cluster: what is written to the store together": (
+        r"cluster\.(advance|backbones|leasing|publish|versions|api_keys|story)"
+    ),
     "cluster: the client of the HTTP API": r"cluster\.client",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",

@@ -43,6 +43,10 @@ class Blame:
         past = [job for job, seen in self.seen.items() if job in steps and steps[job] > seen.step]
         return self if not past else replace(self, seen={k: v for k, v in self.seen.items() if k not in past})
 
+    def taking(self, job: str, seen: Seen | None) -> Blame:
+        """After the job came from another pack, in which this was seen of it."""
+        return self if seen is None else replace(self, seen={**self.seen, job: seen})
+
     def without(self, job: str) -> Blame:
         """After the job ended."""
         return replace(self, seen={one: seen for one, seen in self.seen.items() if one != job})

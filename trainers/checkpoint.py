@@ -52,6 +52,11 @@ def save(folder: Path, running: RunningJob, named: str | None = None, *, device_
     return name
 
 
+def step_of(name: str | None) -> int:
+    """After which step the checkpoint of this name was written; 0 for none."""
+    return int(name.rpartition("-")[2]) if name else 0
+
+
 def newest(folder: Path) -> str | None:
     """Name of the job's latest checkpoint, None when it has none."""
     return max((path.name for path in folder.glob("checkpoint-*")), default=None)

@@ -9,9 +9,11 @@ from torch import AcceleratorError
 
 from polygraft.cluster.store.base import StoreError
 from polygraft.grafts.runtime.process import allocation_failed
+from polygraft.trainers.ranks import RankLost
 
 _LOG = logging.getLogger(__name__)
-SHARED = (StoreError, AcceleratorError)  # the store and the device are everybody's: their loss is no job's fault
+# The store, the device and the other ranks are everybody's: their loss is no job's fault.
+SHARED = (StoreError, AcceleratorError, RankLost)
 
 
 @dataclass(frozen=True, slots=True)

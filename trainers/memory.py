@@ -21,12 +21,13 @@ class Room:
 
     def __init__(self, rows: int, bytes: int | None) -> None:
         self._rows, self._bytes, self._empty = rows, bytes, True
+        self.taken = 0  # rows
 
     def takes(self, rows: int, bytes: int) -> bool:
         """Whether so much fits; from then on it is taken."""
         fits = self._empty or (rows <= self._rows and (self._bytes is None or bytes <= self._bytes))
         if fits:
-            self._empty, self._rows = False, self._rows - rows
+            self._empty, self._rows, self.taken = False, self._rows - rows, self.taken + rows
             self._bytes = None if self._bytes is None else self._bytes - bytes
         return fits
 

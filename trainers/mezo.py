@@ -31,7 +31,7 @@ class Perturbation:
 
     def collect(self, key: int, difference: float) -> None:
         """Leave (L(theta + eps z) - L(theta - eps z)) / (2 eps) z as the slab's gradient."""
-        self._slab.collect(self._slab.split(self._direction(key).mul_(difference / (2 * self.eps))))
+        self._slab.collect(self._direction(key).mul_(difference / (2 * self.eps)))
 
     def _direction(self, key: int) -> Tensor:
         master = self._slab.master

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polygraft.cluster.advance import record_progress
-from polygraft.cluster.model import JobId
+from polygraft.cluster.model import JobId, Pace, PackId
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Fence, Store
+from polygraft.cluster.store.base import Fence, Store, Write
 from polygraft.trainers.running import RunningJob, Stepped
 
 METRICS_KEPT = 100_000
@@ -43,6 +44,11 @@ class Reports:
             loss_after=loss_after,
             fence=self.fence,
         )
+
+    def pace(self, pack: PackId, left_s: Mapping[str, float]) -> None:
+        """In how many seconds the pack's jobs are expected to end."""
+        pace = Pace(id=pack, at=time.time(), left_s={JobId(job): left for job, left in left_s.items()})
+        self.store.commit([Write(keys.pace(pack), pace, None)], fence=self.fence)
 
     def note(self, job: JobId, message: str, *, level: str = "info", held_out_loss: float | None = None) -> None:
         data = {} if held_out_loss is None else {"held_out_loss": held_out_loss}

@@ -14,6 +14,7 @@ from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
+from polygraft.trainers.contribution import Contribution, Part, Rider, everyones, failed_anywhere
 from polygraft.trainers.evaluate import mean_loss
 from polygraft.trainers.failure import SHARED, Failed, failure
 from polygraft.trainers.job import Sample, TrainJob
@@ -23,6 +24,7 @@ from polygraft.trainers.lanes.protocol import Collect, Lane
 from polygraft.trainers.memory import Memory
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.packed_forward import bare_forward
+from polygraft.trainers.ranks import Alone, Ranks
 from polygraft.trainers.running import Outcome, RunningJob, Stepped
 
 
@@ -51,16 +53,20 @@ class PackRunner:
         *,
         max_rows: int = 768,
         max_bytes: int | None = None,
+        ranks: Ranks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """A forward has at most `max_rows` rows, and takes at most `max_bytes` together with the jobs' state."""
+        """A forward has at most `max_rows` rows, and takes at most `max_bytes` together with the jobs' state, on each
+        of the `ranks`."""
         if not backbone.shape.causal:
             raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.memory = Memory(max_bytes, backbone.dtype.itemsize, backbone.score_block)
         self.underway: Callable[[Mapping[str, int]], None] = lambda _: None
+        self.ranks: Ranks = ranks or Alone()
         self.jobs: dict[str, RunningJob] = {}
         self.steps = 0
+        self._elsewhere: Mapping[str, int] = {}
         self._fallen: dict[str, Exception] = {}
         self._gradient, self._perturbation = GradientLane(backbone), PerturbationLane(backbone)
         self._lanes: tuple[Lane, ...] = (self._gradient, self._perturbation)
@@ -120,8 +126,9 @@ class PackRunner:
         return self.evaluate(job, samples) if samples else None
 
     def step(self) -> PackStep:
-        """One packed forward and backward over a micro-batch of as many jobs as fit, then the optimiser steps that
-        are due. What raises is pinned on its job, which fails; the others' bits are those of a step without it."""
+        """One packed forward and backward on each rank over micro-batches of as many jobs as fit, then the optimiser
+        steps that are due. What raises is pinned on its job, which fails; the others' bits are those of a step without
+        it."""
         begin = self._clock()
         outcomes: list[Outcome] = [
             failure(job, f"{self.jobs[job].at}, its tensors", error) for job, error in self._fallen.items()
@@ -130,59 +137,96 @@ class PackRunner:
         riders, unreadable = self._riders()
         outcomes += unreadable
         for lane in self._lanes:
-            outcomes += self._run(lane, {job: own for job, own in riders.items() if job in lane.jobs})
+            outcomes += self._run(lane, [rider for rider in riders if rider.job in lane.jobs])
+        copies = {job: lane.copies for lane in self._lanes for job in lane.jobs}
+        failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
         self.steps += 1
         return PackStep(
             number=self.steps,
-            rows=sum(lane.copies * riders[job].rows for lane in self._lanes for job in riders if job in lane.jobs),
-            jobs=tuple(riders),
+            rows=sum(copies[rider.job] * rider.micro_batch.rows for rider in riders),
+            jobs=tuple(dict.fromkeys(rider.job for rider in riders)),
             stepped=tuple(outcome for outcome in outcomes if isinstance(outcome, Stepped)),
-            failed=tuple(outcome for outcome in outcomes if isinstance(outcome, Failed)),
+            failed=tuple(failed_anywhere(self.ranks, failed)),
             seconds=self._clock() - begin,
         )
 
-    def _riders(self) -> tuple[dict[str, MicroBatch], list[Failed]]:
-        """The next micro-batches of unfinished jobs, least served first, while they fit; the first always rides. In the
-        order in which the jobs joined; and the jobs that have none to give."""
-        waiting: list[tuple[RunningJob, int, MicroBatch]] = []
+    def _riders(self) -> tuple[list[Rider], list[Failed]]:
+        """The next micro-batches of unfinished jobs, least served first, while they fit, of each job one on a rank; the
+        first always rides. In the order in which the jobs joined; and the jobs that have none to give."""
+        waiting: list[tuple[RunningJob, int, list[MicroBatch]]] = []
         failed: list[Failed] = []
         for lane in self._lanes:
             for place, running in enumerate(lane.jobs.values()):
                 if running.finished:
                     continue
                 try:
-                    waiting.append((running, lane.copies, running.micro_batch(place * lane.copies)))
+                    near = range(min(self.ranks.size, running.micro_batches_left))
+                    next_ones = [running.micro_batch(place * lane.copies, one) for one in near]
+                    waiting.append((running, lane.copies, next_ones))
                 except Exception as error:
                     failed.append(failure(running.job.id, f"{running.at}, its next micro-batch", error))
-        room = self.memory.room(self.max_rows)
-        chosen: dict[str, MicroBatch] = {}
-        for running, copies, micro_batch in sorted(waiting, key=lambda w: (w[0].served_rows, w[0].job.id)):
+        rooms = [self.memory.room(self.max_rows) for _ in range(self.ranks.size)]
+        chosen: dict[str, list[Rider]] = {}
+        for running, copies, next_ones in sorted(waiting, key=lambda w: (w[0].served_rows, w[0].job.id)):
             job = running.job.id
-            if room.takes(copies * micro_batch.rows, copies * self.memory.bytes(job, micro_batch)):
-                chosen[job] = micro_batch
-        return {job: chosen[job] for job in self.jobs if job in chosen}, failed
+            ranks = list(range(self.ranks.size))
+            for ahead, micro_batch in enumerate(next_ones):
+                needed = copies * micro_batch.rows, copies * self.memory.bytes(job, micro_batch)
+                order = sorted(ranks, key=lambda rank: (rooms[rank].taken, rank))
+                found = next((rank for rank in order if rooms[rank].takes(*needed)), None)
+                if found is None:
+                    break
+                ranks.remove(found)
+                chosen.setdefault(job, []).append(Rider(job, ahead, found, micro_batch))
+        return [rider for job in self.jobs for rider in chosen.get(job, ())], failed
 
-    def _run(self, lane: Lane, micro_batches: Mapping[str, MicroBatch]) -> Iterator[Outcome]:
-        """What a forward of a lane led to. After an error, for lack of memory or another, whole micro-batches leave the
-        forward, down to the job that fails alone."""
+    def _run(self, lane: Lane, riders: Sequence[Rider]) -> Iterator[Outcome]:
+        """What a forward of a lane led to, on all ranks: those of a job add what its micro-batches gave in their
+        order."""
+        mine = {rider.job: rider.micro_batch for rider in riders if rider.rank == self.ranks.rank}
+        self._elsewhere = {rider.job: self.jobs[rider.job].step for rider in riders if rider.rank != self.ranks.rank}
+        parts = self._parts(lane, mine)
+        if self.ranks.size > 1:
+            like = {job: running.slab.master for job, running in lane.jobs.items()}
+            everybodys = everyones(self.ranks, riders, dict(parts), like)
+        else:
+            by_job = {rider.job: rider for rider in riders}
+            everybodys = ((by_job[job], part) for job, part in parts)
+        lost: set[str] = set()
+        for rider, part in everybodys:
+            if rider.job in lost:
+                continue
+            outcome = part if isinstance(part, Failed) else self._collected(lane, rider, part)
+            if isinstance(outcome, Failed):
+                lost.add(rider.job)
+            if outcome is not None:
+                yield outcome
+
+    def _parts(self, lane: Lane, micro_batches: Mapping[str, MicroBatch]) -> Iterator[tuple[str, Part]]:
+        """What each micro-batch gives, one after the other, since no gradient is kept beside the next one's. After an
+        error, for lack of memory or another, whole micro-batches leave the forward, down to the job that fails
+        alone."""
         if not micro_batches:
             return
         collects = self._forward(lane, micro_batches)
         if isinstance(collects, Failed):
-            yield collects
+            yield collects.job, collects
         elif collects is None:
             names = list(micro_batches)
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-                yield from self._run(lane, {name: micro_batches[name] for name in half})
+                yield from self._parts(lane, {name: micro_batches[name] for name in half})
         else:
-            for (job, micro_batch), collect in zip(micro_batches.items(), collects, strict=True):
-                if (outcome := self._collected(lane, self.jobs[job], micro_batch, collect)) is not None:
-                    yield outcome
+            for job, collect in zip(micro_batches, collects, strict=True):
+                try:
+                    part: Part = collect()
+                except Exception as error:
+                    part = failure(job, f"{self.jobs[job].at}, gradient and optimiser", error)
+                yield job, part
 
     def _forward(self, lane: Lane, micro_batches: Mapping[str, MicroBatch]) -> Sequence[Collect] | Failed | None:
         """None where it raised with several jobs in it. One that raises with a single job is tried again beside no
         other's tensors. Raises what the bare backbone raises, too."""
-        self.underway({job: self.jobs[job].step for job in micro_batches})
+        self.underway({**self._elsewhere, **{job: self.jobs[job].step for job in micro_batches}})
         try:
             return lane.forward(lane.stacks, micro_batches)
         except SHARED:
@@ -199,11 +243,11 @@ class PackRunner:
             doing = f"{self.jobs[job].at}, forward and backward of {micro_batch.rows} rows"
             return failure(job, doing, error)
 
-    def _collected(self, lane: Lane, running: RunningJob, micro_batch: MicroBatch, collect: Collect) -> Outcome | None:
+    def _collected(self, lane: Lane, rider: Rider, part: Contribution) -> Outcome | None:
         """What a job's part of a forward led to, which is nobody else's."""
+        running, micro_batch = self.jobs[rider.job], rider.micro_batch
         try:
-            loss = collect()
-            if running.collect(micro_batch, loss, rows=lane.copies * micro_batch.rows):
+            if running.collect(micro_batch, part, rows=lane.copies * micro_batch.rows):
                 return lane.step(running, micro_batch)
         except Exception as error:
             return failure(running.job.id, f"{running.at}, gradient and optimiser", error)

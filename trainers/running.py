@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
+from polygraft.trainers.contribution import Contribution
 from polygraft.trainers.failure import Failed
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
@@ -63,10 +64,15 @@ class RunningJob:
         """The job's graft at `tensors`."""
         return Resident(self.job.id, self.job.graft, tensors, lambda: self.key)
 
-    def micro_batch(self, graft: int) -> MicroBatch:
-        """The next one, through resident `graft`."""
+    @property
+    def micro_batches_left(self) -> int:
+        """Of the global batch, without those that are collected."""
+        return len(self.job.micro_batches(self.step)) - self.micro
+
+    def micro_batch(self, graft: int, ahead: int = 0) -> MicroBatch:
+        """The next one, or one that is so many `ahead` of it in the same global batch, through resident `graft`."""
         job = self.job
-        numbers = job.micro_batches(self.step)[self.micro]
+        numbers = job.micro_batches(self.step)[self.micro + ahead]
         return MicroBatch(
             graft=graft,
             prefix_length=job.graft.prefix_length,
@@ -77,10 +83,13 @@ class RunningJob:
             virtual_length=job.graft.virtual_length,
         )
 
-    def collect(self, micro_batch: MicroBatch, loss: float, *, rows: int) -> bool:
-        """Account for a micro-batch whose gradient is collected, which took so many `rows` of a forward; whether the
-        global batch is complete."""
-        self.loss += loss
+    def collect(self, micro_batch: MicroBatch, part: Contribution, *, rows: int) -> bool:
+        """Take in what a micro-batch gave, which took so many `rows` of a forward; whether the global batch is
+        complete."""
+        self.loss += part.loss
+        self.difference += part.difference
+        if part.gradient is not None:
+            self.slab.collect(part.gradient)
         self.micro += 1
         self.served_rows += rows
         self.tokens += micro_batch.tokens

@@ -13,25 +13,26 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from math import isfinite
 
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.events import JobCancelled, JobDeviceClassChanged, JobFailed, JobStarted, PackOpened
 from polygraft.cluster.folders import Folders
-from polygraft.cluster.model import GraftId, JobError, JobId, PackId
-from polygraft.cluster.publish import publish
+from polygraft.cluster.model import JobError, JobId, PackId
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import EntryId, Store
-from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.room import is_full
 from polygraft.kernels.dense.device_class import device_class
-from polygraft.trainers import checkpoint, faults
+from polygraft.trainers import checkpoint, handover
 from polygraft.trainers.failure import Failed, failure
 from polygraft.trainers.joining import Joining
+from polygraft.trainers.leaving import Leaving
 from polygraft.trainers.manifest import Manifest
+from polygraft.trainers.pace import Paces
+from polygraft.trainers.publishing import ROOM_S, NoRoom, Publishing
+from polygraft.trainers.ranks import RankLost
 from polygraft.trainers.reports import Reports
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
@@ -43,16 +44,24 @@ CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
 APART_S = 60.0  # how long the suspects of a kill are kept out while others go on
-ROOM_S = 5.0  # until a write is tried again that found no room on the disk
 _ADMISSION = -1  # what is underway before a job's first step
 
 
 class PackWorker:
     """One incarnation of a pack's worker; a newer one fences it out of the store."""
 
-    def __init__(
-        self, pack: PackId, runner: PackRunner, tokeniser: Tokeniser, store: Store, *, folders: Folders, micro_rows: int
+    def __init__(  # noqa: PLR0913
+        self,
+        pack: PackId,
+        runner: PackRunner,
+        tokeniser: Tokeniser,
+        store: Store,
+        *,
+        folders: Folders,
+        micro_rows: int,
+        step_floor_s: float = 0.0,
     ) -> None:
+        """A step takes `step_floor_s` seconds at least."""
         self.pack, self.runner, self.store, self.folders = pack, runner, store, folders
         self._joining = Joining(runner, tokeniser, store, folders, BackboneFiles(runner.backbone.folder), micro_rows)
         lease = store.acquire(keys.pack_scope(pack), f"worker of {pack}", 60.0, steal=True)
@@ -63,11 +72,12 @@ class PackWorker:
         self._underway = Underway(folders.pack(pack))
         runner.underway = self._underway.note
         self.device_class = str(device_class(runner.backbone.device))
+        self._leaving = Leaving(pack, store, lease.fence, folders, self.device_class)
+        self._paces = Paces()
+        self._step_floor_s = step_floor_s
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
-        self._publish_at = float("-inf")  # not before: the last time there was no room
-        self._waiting: set[JobId] = set()  # jobs that are told that they wait for room
-        self._losses: dict[JobId, float | None] = {}  # what finished jobs lose on held-out data
+        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
@@ -76,10 +86,13 @@ class PackWorker:
         try:
             while self.runner.jobs or self._outside or not self._closing:
                 self._obey(wait_s=0.0 if self._training or self._outside else IDLE_S)
+                self._let_leave()
                 self._seat()
                 if self.runner.jobs:
                     self._step()
                 heartbeat()
+        except RankLost:  # what was underway may have killed the other one
+            raise
         except Exception:
             self._underway.clear()  # it ends by itself: there is nothing to find out about its jobs
             raise
@@ -113,6 +126,18 @@ class PackWorker:
             self._fail(JobId(guilty), fault)
         self._started = time.monotonic()
         self._trying = False
+        for job in list(self._outside):
+            self._take_up(job)
+
+    def _take_up(self, job: JobId) -> None:
+        """What became of a job of the manifest while nobody worked: it may have left, or been told to."""
+        found = self.store.get(keys.job(job))
+        if found is None or found.value.final:
+            self._drop(job)  # which a crash may have prevented
+        elif found.value.pack != self.pack:
+            self._let_go(job)
+        elif found.value.moving_to is not None:
+            self._leaving.jobs.add(job)
 
     @property
     def _training(self) -> bool:
@@ -126,7 +151,10 @@ class PackWorker:
             match entry["op"]:
                 case "admit":
                     if job not in self.runner.jobs:
-                        self._outside.setdefault(job, checkpoint.newest(self.folders.job(job)))
+                        self._outside[job] = checkpoint.newest(self.folders.job(job))
+                        self._blame = self._blame.taking(job, handover.read(self.folders.job(job)))
+                case "leave":
+                    self._leaving.jobs.add(job)
                 case "cancel":
                     self._cancel(job)
                 case "close":
@@ -134,6 +162,22 @@ class PackWorker:
             self._cursor = entry_id
         if entries:
             self._save()
+
+    def _let_leave(self) -> None:
+        """Those that go on in another pack, between two of their steps."""
+        for job in self._leaving.due(self.runner.jobs, self._outside):
+            running = self.runner.jobs.get(job)
+            if running is not None:
+                self._reports.progress(running)
+            named = self._named.get(job) if running is not None else self._outside[job]
+            try:
+                left = self._leaving.leave(job, running, named, self._blame.seen.get(job))
+            except Exception as error:
+                self._lose(failure(job, "its checkpoint", error, "checkpoint_not_saved"))
+                continue
+            if left:
+                self._let_go(job)
+                self._save()
 
     def _seat(self) -> None:
         """Let in who is outside. The suspects of a kill come after all others, or after a while, one at a time and
@@ -163,8 +207,8 @@ class PackWorker:
         """Take a job in, from its checkpoint if it has one, or fail it with the line or field to blame."""
         name = self._outside.pop(job)
         found = self.store.get(keys.job(job))
-        if found is None or found.value.final:
-            self._drop(job)  # which a crash may have prevented
+        if found is None or found.value.final or found.value.pack != self.pack:
+            self._drop(job)
             return
         self._underway.note({job: _ADMISSION})
         running = self._joining.join(found.value, name)
@@ -187,6 +231,7 @@ class PackWorker:
         except IllegalTransition:  # cancelled or failed while its data was read
             self._drop(job)
             return
+        self._paces.began(job)
         for warning in trained.warnings:
             self._reports.note(job, warning, level="warn")
         self._reports.note(
@@ -218,11 +263,8 @@ class PackWorker:
         for job, running in list(self.runner.jobs.items()):
             if not running.finished or job not in self.runner.jobs:
                 continue
-            if time.monotonic() >= self._publish_at:
-                self._underway.note({job: running.step})
-                self._publish(JobId(job), running)
-            else:
-                self._wait_for_room(JobId(job))
+            self._underway.note({job: running.step})
+            self._publish(JobId(job), running)
         self._underway.clear()
         self._blame = self._blame.at({job: running.step for job, running in self.runner.jobs.items()})
         now = time.monotonic()
@@ -230,6 +272,7 @@ class PackWorker:
             self._progressed = now
             for running in self.runner.jobs.values():
                 self._reports.progress(running)
+            self._reports.pace(self.pack, self._paces.left_s(self.runner.jobs))
         if now - self._saved > CHECKPOINT_S:
             self._save()
 
@@ -240,79 +283,43 @@ class PackWorker:
         self._log.write(done, {job: running.job.graft.spec.method for job, running in before.items()})
         for stepped in done.stepped:
             self._reports.metrics(stepped)
+            self._paces.stepped(stepped.job)
         for failed in done.failed:
             self._lose(failed)
+        if done.seconds < self._step_floor_s:
+            time.sleep(self._step_floor_s - done.seconds)
 
     def _publish(self, job: JobId, running: RunningJob) -> None:
-        """Evaluate, write the graft, publish it once, and leave the pack; where there is no room for the graft, the job
-        stays, and all of it is tried again later."""
-        if job not in self._losses:
-            try:
-                after = self.runner.held_out_loss(job)
-            except Exception as error:
-                self._lose(failure(job, f"{running.at}, evaluation", error))
-                return
-            if after is not None and not isfinite(after):
-                self._fail(job, JobError("non_finite_loss", f"{running.at}, evaluation: the held-out loss is {after}"))
-                return
-            self._losses[job] = after
-        after = self._losses[job]
-        backbone = self.runner.backbone
-        faults.point("before_publish")
+        """A job without a step left leaves the pack as a graft; where there is no room for that, it stays."""
         try:
-            identity = native.save(
-                self.folders.grafts,
-                running.job.graft,
-                running.slab.tensors,
-                backbone=backbone.fingerprint,
-                stock=BackboneFiles(backbone.folder),
-            )
-            saved_bytes = native.size(self.folders.grafts / identity)
-        except Exception as error:
-            if is_full(error):
-                _LOG.warning("%s has no room for the graft of %s: %s", self.folders.grafts, job, error)
-                self._publish_at = time.monotonic() + ROOM_S
-                self._wait_for_room(job)
-            else:
-                self._lose(failure(job, "its graft cannot be saved", error, "graft_not_saved"))
+            error = self._publishing.publish(job, running)
+        except NoRoom:
             return
-        self._reports.progress(running, after)
-        try:
-            graft = publish(
-                self.store,
-                job,
-                graft=GraftId(identity),
-                method=running.job.graft.spec.method,
-                backbone_fingerprint=backbone.fingerprint,
-                parameters=running.job.graft.parameters,
-                context_length=running.job.graft.context_length,
-                bytes=saved_bytes,
-                at=time.time(),
-                fence=self.fence,
-            )
         except IllegalTransition:  # cancelled at the last moment
             self._drop(job)
             return
-        self._reports.note(job, f"published {graft.model}", held_out_loss=after)
-        self._drop(job)
-        self._save()
-
-    def _wait_for_room(self, job: JobId) -> None:
-        if job not in self._waiting:
-            self._waiting.add(job)
-            self._reports.note(
-                job, "no room for the graft on the service's disk; it is kept until there is", level="warn"
-            )
+        if error is not None:
+            self._fail(job, error)
+        else:
+            self._drop(job)
+            self._save()
 
     def _drop(self, job: str) -> None:
         """Leave the pack; what a job saved for its restart is of no more use once the store knows its end."""
-        self._losses.pop(JobId(job), None)
-        self._waiting.discard(JobId(job))
+        self._let_go(job)
+        found = self.store.get(keys.job(JobId(job)))
+        if found is None or found.value.final:
+            shutil.rmtree(self.folders.job(job), ignore_errors=True)
+
+    def _let_go(self, job: str) -> None:
+        """Leave the pack, as it is."""
+        self._publishing.forget(JobId(job))
         if job in self.runner.jobs:
             self.runner.remove(job)
         self._outside.pop(JobId(job), None)
         self._blame = self._blame.without(job)
-        shutil.rmtree(self.folders.job(job), ignore_errors=True)
+        self._leaving.jobs.discard(JobId(job))
+        self._paces.ended(job)
 
     def _fail(self, job: JobId, error: JobError) -> None:
         with suppress(IllegalTransition):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from threading import Event
 from typing import assert_never
 
 from polygraft.cluster import evolve
+from polygraft.cluster.actors.following import Following
 from polygraft.cluster.actors.protocols import Effects
-from polygraft.cluster.advance import advance_job, advance_pack
+from polygraft.cluster.advance import advance_job, advance_pack, swap
 from polygraft.cluster.backbones import advance_backbone, backbones
 from polygraft.cluster.decisions import (
     Admit,
@@ -22,6 +23,7 @@ from polygraft.cluster.decisions import (
     Decision,
     Hold,
     LoadBackbone,
+    Move,
     OpenPack,
     Refuse,
     UnloadBackbone,
@@ -37,6 +39,7 @@ from polygraft.cluster.events import (
     JobEvent,
     JobFailed,
     JobHeld,
+    JobMoving,
     JobRequeued,
     JobStopping,
     PackClosed,
@@ -45,18 +48,21 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpening,
 )
-from polygraft.cluster.model import EventId, JobError, JobId, Limits, PackId, Snapshot
+from polygraft.cluster.leasing import LeaseRefused, close_replica, end_pack, open_pack
+from polygraft.cluster.model import Device, EventId, JobError, JobId, Limits, Occupancy, Pace, PackId, Snapshot
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Append, Conflict, Fence, Fenced, Lease, Store, StoreUnavailable, Write
+from polygraft.cluster.store.lists import relist
 
 LOG = logging.getLogger(__name__)
 TTL_S = 15.0
+PACES_S = 3.0  # how long what packs measured of their jobs is used
 POLL_S = 0.5  # how long a pack's end may go unnoticed
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0)
 SNAPSHOT_EVENTS = 200
-SNAPSHOTS_KEPT = 50  # the log keeps what happened since the oldest of them, for `story`
+EVENTS_KEPT = 10_000  # at least so many the log keeps before the last snapshot, for `story`
 REFUSALS = {
     Reason.TOO_LARGE: "the job's trainable parameters need more memory than a pack has; choose a smaller peft",
     Reason.NO_BACKBONE: "the job's backbone was removed from the service; add it again and submit the job anew",
@@ -76,7 +82,9 @@ class Controller:
         holder: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.snapshot = Snapshot()
+        self._following = Following(Snapshot())
+        self._paces: Mapping[PackId, Pace] = {}
+        self._paced_at = float("-inf")
         self._store = store
         self._effects = effects
         self._limits = limits
@@ -84,7 +92,7 @@ class Controller:
         self._clock = clock
         self._lease: Lease | None = None
         self._renewed_at = 0.0
-        self._saved: deque[EventId] = deque(maxlen=SNAPSHOTS_KEPT)
+        self._saved: deque[tuple[EventId, int]] = deque()  # of each snapshot, and how many events came after it
         self._unsaved = 0
 
     def run(self, stop: Event, beat: Callable[[], None] = lambda: None, *, steal: bool = True) -> None:
@@ -116,17 +124,22 @@ class Controller:
             with suppress(StoreUnavailable):  # it runs out by itself
                 self._store.release(self._lease)
 
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._following.snapshot
+
     def round(self) -> None:
         """One round under the lease: first only learn what happened, then act on it."""
         self._renew()
         self._catch_up()
         self._learn()
         self._catch_up()
-        now = replace(self.snapshot, now=self._clock(), limits=self._limits)
-        for decision in decide(now):
+        self._read_paces()
+        now = replace(self.snapshot, now=self._clock(), limits=self._limits, paces=self._paces)
+        for decision in decide(now, self._following.standing):
             try:
-                self._carry_out(decision, now)
-            except (IllegalTransition, Conflict) as error:  # the record moved since; the next round sees it
+                self._carry_out(decision)
+            except (IllegalTransition, Conflict, LeaseRefused) as error:  # the next round sees what moved since
                 LOG.info("not any more: %s: %s", decision, error)
         self._serve()
 
@@ -140,10 +153,11 @@ class Controller:
         if lease is None:
             return False
         self._renewed_at = time.monotonic()
+        relist(self._store)
         started = ControllerStarted(epoch=lease.epoch, at=self._clock())
         self._store.commit([], [started], fence=lease.fence)
         saved = self._store.get(keys.SNAPSHOT)
-        self.snapshot = saved.value if saved else Snapshot()
+        self._following = Following(saved.value if saved else Snapshot())
         self._lease = lease  # not before the snapshot is read: without it the log's tail would be taken for the whole
         self._catch_up()
         LOG.info("leading: epoch=%d version=%s", lease.epoch, self.snapshot.version)
@@ -164,30 +178,41 @@ class Controller:
     def _catch_up(self) -> None:
         while batch := self._store.events(self.snapshot.version):
             for stored in batch:
-                try:
-                    self.snapshot = evolve.apply(self.snapshot, stored.id, stored.event)
-                except IllegalTransition as error:
-                    LOG.error("event %s is ignored: %s", stored.id, error)
-                    self.snapshot = replace(self.snapshot, version=stored.id)
+                self._following.apply(stored)
             self._unsaved += len(batch)
-        if self._unsaved >= SNAPSHOT_EVENTS:
+        # A snapshot is as large as the fleet: one after as many events costs each of them the same.
+        if self._unsaved >= max(SNAPSHOT_EVENTS, self._following.unfinished):
             self._save()
 
     def _save(self) -> None:
         self._store.commit([Write(keys.SNAPSHOT, self.snapshot, None)], fence=self._fence)
+        self._saved = deque((version, later + self._unsaved) for version, later in self._saved)
+        self._saved.append((self.snapshot.version, 0))
         self._unsaved = 0
-        self._saved.append(self.snapshot.version)
-        if len(self._saved) == SNAPSHOTS_KEPT:
-            self._store.trim(self._saved[0])
+        while len(self._saved) > 1 and self._saved[1][1] >= EVENTS_KEPT:
+            self._saved.popleft()
+        if self._saved[0][1] >= EVENTS_KEPT:
+            self._store.trim(self._saved[0][0])
+
+    def _read_paces(self) -> None:
+        """What packs measured of their jobs, now and then, where somebody waits or packs could be joined."""
+        needed = self._following.standing.queues or len(self._following.standing.loads) > 1
+        if needed and time.monotonic() - self._paced_at > PACES_S:
+            self._paced_at = time.monotonic()
+            self._paces = {found.value.id: found.value for found in self._store.scan(keys.PACES)}
 
     def _learn(self) -> None:
         """Write down what the world says: devices that came and went, packs whose process is over."""
         devices, now = {device.id: device for device in self._effects.devices()}, self._clock()
         for id_, device in sorted(devices.items()):
             if self.snapshot.devices.get(id_) != device:
-                self._store.commit([], [DeviceJoined(record=device, at=now)], fence=self._fence)
-        for gone in sorted(self.snapshot.devices.keys() - devices.keys()):
-            self._store.commit([], [DeviceLost(device=gone, at=now)], fence=self._fence)
+                self._join(device, now)
+        for id_ in sorted(self.snapshot.devices.keys() - devices.keys()):
+            gone = Write(keys.device(id_), None, None)
+            self._store.commit([gone], [DeviceLost(device=id_, at=now)], fence=self._fence)
+        for replica in self._effects.gone(tuple(self.snapshot.replicas.values())):
+            self._store.acquire(keys.replica_scope(replica), self._holder, TTL_S, steal=True, fence=self._fence)
+            close_replica(self._store, replica, at=now, fence=self._fence)
         over = [
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
             for end in self._effects.ended()
@@ -198,8 +223,18 @@ class Controller:
         for pack, error, reason in over:
             self._end_pack(pack, error, reason)
 
+    def _join(self, device: Device, now: float) -> None:
+        """The device as it is now; who holds what of it stays."""
+
+        def change(found: Occupancy | None) -> Occupancy:
+            return Occupancy(device=device, holders=found.holders if found else ())
+
+        joined = DeviceJoined(record=device, at=now)
+        swap(self._store, keys.device(device.id), change, events=(joined,), fence=self._fence)
+
     def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
-        """Shut the pack's worker out, requeue its jobs, then say that it is over: a crash halfway repeats it all."""
+        """Shut the pack's worker out, requeue its jobs, then say that it is over and holds nothing: a crash halfway
+        repeats it all."""
         self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True, fence=self._fence)
         now = self._clock()
         blamed = reason is Reason.PACK_FAILED
@@ -214,15 +249,15 @@ class Controller:
                 self._write(event)
             except IllegalTransition as illegal:  # it finished just before
                 LOG.info("%s", illegal)
+        self._store.commit([Write(keys.pace(pack), None, None)], fence=self._fence)
         self._effects.close_pack(pack)
 
-    def _carry_out(self, decision: Decision, seen: Snapshot) -> None:
+    def _carry_out(self, decision: Decision) -> None:
         """Write the decision as an event, with the command to the pack's worker in one commit; then start processes."""
         now = self._clock()
         match decision:
             case Hold(job=job, reason=reason):
-                if seen.jobs[job].reason is not reason:
-                    self._write(JobHeld(job=job, reason=reason, at=now))
+                self._write(JobHeld(job=job, reason=reason, at=now))
             case Admit(job=job, pack=pack):
                 self._write(JobAdmitted(job=job, pack=pack, at=now), _command(pack, "admit", job))
             case Refuse(job=job, reason=reason):
@@ -233,6 +268,9 @@ class Controller:
             case CancelJob(job=job, pack=pack, reason=reason):
                 assert pack is not None
                 self._write(JobStopping(job=job, pack=pack, reason=reason, at=now), _command(pack, "cancel", job))
+            case Move(job=job, source=source, target=target, reason=reason):
+                moving = JobMoving(job=job, pack=source, to=target, reason=reason, at=now)
+                self._write(moving, _command(source, "leave", job))
             case ClosePack(pack=pack, reason=reason):
                 self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, "close"))
             case LoadBackbone(backbone=backbone, reason=reason):
@@ -265,8 +303,13 @@ class Controller:
             LOG.info("%s", decision)
 
     def _write(self, event: JobEvent | PackEvent, *commands: Append) -> None:
-        """The event, the record it changes and the commands, all or nothing. Raises IllegalTransition."""
-        if isinstance(event, PackEvent):
+        """The event, the record it changes, what a pack takes and gives back of its devices, and the commands, all or
+        nothing. Raises IllegalTransition, LeaseRefused."""
+        if isinstance(event, PackOpening):
+            open_pack(self._store, event, fence=self._fence)
+        elif isinstance(event, PackClosed | PackFailed):
+            end_pack(self._store, event, fence=self._fence)
+        elif isinstance(event, PackEvent):
             advance_pack(self._store, event, fence=self._fence, appends=commands)
         else:
             advance_job(self._store, event, fence=self._fence, appends=commands)

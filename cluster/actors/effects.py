@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from polygraft.cluster.actors.discovery import Discovery, Scout
 from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.model import Backbone, Device, DeviceId, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, Pack, PackId, Replica, ReplicaId
 
 LOG = logging.getLogger(__name__)
-DEVICE = "device"  # the custom resource; a node declares one for every device it has
-DEVICES_S = 2.0  # how long a list of nodes is used
+ACTORS_S = 2.0  # how long a list of actors is used
 
 
 class PackHost(Protocol):
@@ -36,10 +36,11 @@ class RayEffects:
     Hosts belong to the process that made them: Ray ends them with it, so a new controller finds no pack alive.
     """
 
-    def __init__(self, open_host: OpenHost) -> None:
+    def __init__(self, open_host: OpenHost, scout: Scout | None = None) -> None:
         self._open_host = open_host
+        self._discovery = Discovery(scout)
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
-        self._devices: Sequence[Device] = ()
+        self._actors: Collection[str] = ()
         self._listed_at = float("-inf")
 
     def open_pack(self, pack: Pack) -> None:
@@ -63,28 +64,16 @@ class RayEffects:
         """Serve holds the replicas of the default backbone as long as it runs."""
 
     def devices(self) -> Sequence[Device]:
-        if time.monotonic() - self._listed_at > DEVICES_S:
-            nodes = ray.nodes()  # type: ignore[no-untyped-call]
-            self._devices = [
-                device for node in nodes if node["Alive"] for device in _of_node(str(node["NodeID"]), node["Resources"])
-            ]
-            self._listed_at = time.monotonic()
-        return self._devices
+        return self._discovery.devices()
 
-
-def _of_node(node: str, resources: Mapping[str, float]) -> Iterator[Device]:
-    """Its devices, each with as much of its cores and memory as any other."""
-    count = int(resources.get(DEVICE, 0))
-    for index in range(count):
-        yield Device(
-            id=DeviceId(f"{node}/cpu{index}"),
-            node=node,
-            kind="cpu",
-            index=index,
-            cores=max(1, int(resources.get("CPU", 0)) // count),
-            bytes=int(resources.get("memory", 0)) // count,
-            speed=0.0,
-        )
+    def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
+        """A replica is listed before it opens, so one that a list made since has not is dead."""
+        missing = [replica for replica in replicas if replica.actor not in self._actors]
+        if not missing or time.monotonic() - self._listed_at < ACTORS_S:
+            return ()
+        self._listed_at = time.monotonic()
+        self._actors = {one["name"] for one in ray.util.list_named_actors(all_namespaces=True)}
+        return [replica.id for replica in missing if replica.actor not in self._actors]
 
 
 def _failure(run: ray.ObjectRef[None]) -> str | None:

@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from polygraft.cluster.actors.controller import Controller
+from polygraft.cluster.actors.discovery import Scout
 from polygraft.cluster.actors.effects import OpenHost, RayEffects
 from polygraft.cluster.model import Limits
 from polygraft.cluster.store.connect import connect
@@ -21,10 +22,13 @@ LOG = logging.getLogger(__name__)
 SILENT_S = 30.0
 
 
-def start_leader(store_url: str, limits: Limits, open_host: OpenHost, *, name: str) -> ActorHandle[Leader]:
-    """A named actor that leads from its first moment on. `open_host` must be something that Ray can carry to it."""
+def start_leader(
+    store_url: str, limits: Limits, open_host: OpenHost, *, name: str, scout: Scout | None = None
+) -> ActorHandle[Leader]:
+    """A named actor that leads from its first moment on. `open_host` and `scout` must be something that Ray can carry
+    to it."""
     options = ray.remote(Leader).options(name=name, num_cpus=0, max_restarts=-1, max_concurrency=4)
-    return cast(ActorHandle[Leader], options.remote(store_url, limits, open_host))
+    return cast(ActorHandle[Leader], options.remote(store_url, limits, open_host, scout=scout))
 
 
 class Leader:
@@ -34,13 +38,21 @@ class Leader:
     actor, when Ray starts it again, goes on at once under its name, and another cluster's does not interfere.
     """
 
-    def __init__(self, store_url: str, limits: Limits, open_host: OpenHost, holder: str | None = None) -> None:
+    def __init__(
+        self,
+        store_url: str,
+        limits: Limits,
+        open_host: OpenHost,
+        holder: str | None = None,
+        *,
+        scout: Scout | None = None,
+    ) -> None:
         self._stop = Event()
         self._beat_at = time.monotonic()
         self._steal = holder is None
         self._controller = Controller(
             connect(store_url),
-            RayEffects(open_host),
+            RayEffects(open_host, scout),
             limits=limits,
             holder=holder or f"controller-{os.getpid()}-{token_hex(4)}",
         )

@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.cluster.model import Backbone, Device, Pack, PackId
+from polygraft.cluster.model import Backbone, Device, Pack, PackId, Replica, ReplicaId
+
+DEVICE = "device"  # Ray's custom resource; a node declares one for every device it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +44,8 @@ class Effects(Protocol):
 
     def devices(self) -> Collection[Device]:
         """The devices there are now."""
+        ...
+
+    def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
+        """Those of the open replicas whose process is not there any more."""
         ...

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
-from polygraft.cluster.model import Job, TenantId
+from polygraft.cluster.model import Job, JobId, Limits, TenantId
 from polygraft.cluster.states import Reason
 
+PRIORITY_S = 600.0  # how much longer a job seems to wait for each of its priority
 
-def fair_order(jobs: Iterable[Job]) -> list[Job]:
-    """Waiting jobs: the tenant with fewest jobs in packs first, counting those placed so far; then age, then id."""
-    active: Counter[TenantId] = Counter()
-    queues: dict[TenantId, deque[Job]] = defaultdict(deque)
-    for job in sorted(jobs, key=lambda job: (job.created_at, job.id)):
-        if job.active:
-            active[job.tenant] += 1
-        elif job.waiting:
-            queues[job.tenant].append(job)
-    heap = [(active[tenant], queue[0].created_at, queue[0].id, tenant) for tenant, queue in queues.items()]
+Turn = tuple[float, float, JobId]
+Rank = tuple[int, float, Turn]
+
+
+def turn(job: Job) -> Turn:
+    """The order among a tenant's own jobs: who waits longest, by the clock and by priority, which is worth a time, so
+    that none of them waits for ever."""
+    return job.created_at - PRIORITY_S * job.spec.priority, job.created_at, job.id
+
+
+def in_turn(
+    queues: Mapping[TenantId, Sequence[Job]],
+    active: Mapping[TenantId, Mapping[JobId, Job]],
+    placed: Counter[TenantId],
+    left_out: Collection[TenantId],
+    limits: Limits,
+    now: float,
+) -> Iterator[Job]:
+    """Waiting jobs: the tenant with fewest jobs in packs first, counting those `placed` so far, which a turn adds to;
+    then age, then id. Whoever joins `left_out` while it runs has no more turns.
+
+    Before all others come a job that was overtaken for `overtake_s`, and one of a tenant that has jobs in packs and got
+    no other in for `patience_s`: else tenants that come new with one job each could keep it out for ever.
+    """
+
+    def rank(tenant: TenantId, job: Job) -> Rank:
+        here = active.get(tenant, {})
+        if job.blocked_at is not None and now - job.blocked_at >= limits.overtake_s:
+            return 0, job.blocked_at, turn(job)
+        if here and not placed[tenant]:
+            since = max(job.created_at, *(one.admitted_at or 0.0 for one in here.values()))
+            if now - since >= limits.patience_s:
+                return 0, since, turn(job)
+        return 1, float(len(here) + placed[tenant]), turn(job)
+
+    heap = [(rank(tenant, queue[0]), tenant, 0) for tenant, queue in queues.items()]
     heapify(heap)
-    ordered: list[Job] = []
     while heap:
-        turns, _, _, tenant = heappop(heap)
+        _, tenant, at = heappop(heap)
+        if tenant in left_out:
+            continue
         queue = queues[tenant]
-        ordered.append(queue.popleft())
-        if queue:
-            heappush(heap, (turns + 1, queue[0].created_at, queue[0].id, tenant))
-    return ordered
+        yield queue[at]
+        placed[tenant] += 1
+        if at + 1 < len(queue):
+            heappush(heap, (rank(tenant, queue[at + 1]), tenant, at + 1))
 
 
 def stop_reason(job: Job, now: float) -> Reason | None:

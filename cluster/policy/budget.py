@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from polygraft.cluster.model import Job, Limits
 from polygraft.cluster.states import Reason
 
@@ -12,27 +10,33 @@ FROZEN_BYTES = 4  # an element that is not trained
 
 
 class Budget:
-    """Jobs and bytes left in a pack. The pack pays a full forward's activations once, each job its own state."""
+    """Jobs and bytes left in a pack that has so many `jobs`, whose state takes so many `bytes`. The pack pays a full
+    forward's activations once, each job its own state."""
 
-    def __init__(self, limits: Limits, present: Iterable[Job] = ()) -> None:
+    def __init__(self, limits: Limits, *, jobs: int = 0, bytes: int = 0) -> None:
         self._limited = limits.pack_bytes > 0
-        self.jobs = limits.max_jobs
-        self.bytes = job_bytes(limits) or 0
-        for job in present:
-            self.take(job)
+        self.jobs = limits.max_jobs - jobs
+        self.bytes = (job_bytes(limits) or 0) - bytes
 
     def refusal(self, job: Job) -> Reason | None:
         """Why the job does not fit; None if it does."""
         if self.jobs < 1:
             return Reason.PACK_FULL
-        if self._limited and self.bytes < _bytes(job):
-            return Reason.PACK_MEMORY
-        return None
+        return None if self.holds(job, self.jobs, self.bytes) else Reason.PACK_MEMORY
+
+    def holds(self, job: Job, jobs: int, bytes: int) -> bool:
+        """Whether the job would fit, were so many jobs and bytes left."""
+        return jobs > 0 and (not self._limited or bytes >= bytes_of(job))
 
     def take(self, job: Job) -> None:
         """Count the job, whether or not it fits."""
         self.jobs -= 1
-        self.bytes -= _bytes(job)
+        self.bytes -= bytes_of(job)
+
+    def give(self, bytes: int) -> None:
+        """Count a job with so many bytes of state no more."""
+        self.jobs += 1
+        self.bytes += bytes
 
 
 def job_bytes(limits: Limits) -> int | None:
@@ -51,6 +55,6 @@ def state_bytes(trained: int, frozen: int) -> int:
     return STATE_BYTES * trained + FROZEN_BYTES * frozen
 
 
-def _bytes(job: Job) -> int:
-    """0 while the job's size is not known."""
+def bytes_of(job: Job) -> int:
+    """Of the job's state; 0 while its size is not known."""
     return state_bytes(job.parameters or 0, job.frozen)

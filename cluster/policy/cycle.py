@@ -1,95 +1,144 @@
-"""What to do now: `decide` answers every job that waits. Pure: equal snapshots, equal decisions."""
+"""What to do now: `decide` gives every job that waits a place or a reason. Pure: equal snapshots, equal decisions."""
 
 from __future__ import annotations
 
-from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, OpenPack, Refuse
-from polygraft.cluster.model import DeviceId, Job, Pack, PackId, Snapshot
-from polygraft.cluster.policy.admission import fair_order, stop_reason
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+
+from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, Move, OpenPack, Refuse
+from polygraft.cluster.model import Job, JobId, Pack, PackId, Snapshot, TenantId
+from polygraft.cluster.policy.admission import Turn, in_turn, stop_reason, turn
 from polygraft.cluster.policy.budget import Budget
+from polygraft.cluster.policy.consolidation import closings, joining
+from polygraft.cluster.policy.devices import FreeDevices
 from polygraft.cluster.policy.loading import loading
-from polygraft.cluster.policy.packing import (
-    backing_off,
-    free_device,
-    is_idle,
-    new_pack_id,
-    pack_bytes,
-    usable_pack,
-    why_no_pack,
-)
+from polygraft.cluster.policy.packing import Rooms, kind_of_pack
+from polygraft.cluster.policy.standing import Kind, Standing
 from polygraft.cluster.states import PackState, Reason
 
+# Of a job that a round does not come to: it stays with what it was told when one did.
+_STILL_TRUE = frozenset({Reason.TURN, Reason.PACK_FULL, Reason.PACK_MEMORY})
 
-def decide(snapshot: Snapshot) -> tuple[Decision, ...]:
-    """One round: 1 cancel, 2 order, 3 admit, 4 open packs, 5 close idle packs, 6 hold or refuse what is left,
-    7 load and unload backbones."""
-    jobs = snapshot.jobs.values()
+
+def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decision, ...]:
+    """One round: 1 cancel, 2 order, 3 admit or open packs, 4 join packs, 5 close idle ones, 6 hold or refuse what is
+    left, 7 load and unload backbones. A job is held again only for another reason.
+
+    `standing` is that of the snapshot's jobs, for whoever keeps it up to date.
+    """
+    if standing is None:
+        standing = Standing.of(snapshot.jobs.values())
     cancels = tuple(
         CancelJob(job.id, job.pack, reason)
-        for job in sorted(jobs, key=lambda job: job.id)
+        for job in sorted(standing.at_risk.values(), key=lambda job: job.id)
         if (reason := stop_reason(job, snapshot.now)) is not None
     )
-    stopped = {cancel.job for cancel in cancels}
-
-    round_ = _Round(snapshot)
-    placed = tuple(round_.place(job) for job in fair_order(jobs) if job.id not in stopped)
-
-    wanted = {job.spec.backbone for job in jobs if job.waiting and job.id not in stopped}
-    closes = tuple(
-        ClosePack(pack.id, Reason.IDLE)
-        for pack in sorted(snapshot.packs.values(), key=lambda pack: pack.id)
-        if pack.backbone not in wanted and is_idle(pack, snapshot.jobs, now=snapshot.now, idle_s=snapshot.limits.idle_s)
-    )
-    return (*cancels, *round_.opened, *placed, *closes, *loading(snapshot))
+    round_ = _Round(snapshot, standing, {cancel.job for cancel in cancels})
+    packs: dict[Kind, list[Pack]] = defaultdict(list)
+    for pack in snapshot.packs.values():
+        if not pack.final:
+            packs[kind_of_pack(pack)].append(pack)
+    placed: list[Decision] = []
+    moves: list[Move] = []
+    closes: list[ClosePack] = []
+    stranded = [kind for kind in standing.queues if kind not in packs and round_.is_overdue(kind)]
+    for kind in sorted(standing.queues, key=lambda kind: (kind not in stranded, round_.oldest(kind))):
+        rooms = Rooms(kind, packs.get(kind, ()), snapshot, standing, round_.devices)
+        closes += round_.draining(rooms)
+        opened = len(round_.opened)
+        placed += round_.place(kind, rooms)
+        if kind in stranded and len(round_.opened) == opened and not rooms.backs_off:
+            round_.make_room(kind)
+    for kind in sorted(packs.keys() - standing.queues.keys()):
+        rooms = Rooms(kind, packs[kind], snapshot, standing, round_.devices)
+        drained = [*round_.draining(rooms)]
+        closes += drained or closings(rooms.open, round_.last_end, snapshot)
+        moves += joining(rooms.open, snapshot)
+    return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot))
 
 
 class _Round:
-    """The packs as they fill during one round."""
+    """What the kinds of packs share during one round."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, standing: Standing, stopped: Collection[JobId]) -> None:
         self.opened: list[OpenPack] = []
-        self._snapshot = snapshot
-        self._budgets: dict[PackId, Budget] = {}
-        self._full: dict[PackId, Reason] = {}
-        self._taken: set[DeviceId] = set()
+        self.devices = FreeDevices(snapshot)
+        self.last_end: dict[PackId, float] = defaultdict(float)
+        for job in standing.over.values():
+            if job.pack is not None:
+                self.last_end[job.pack] = max(self.last_end[job.pack], job.finished_at or 0.0)
+        self._snapshot, self._standing, self._stopped = snapshot, standing, stopped
+        self._placed: Counter[TenantId] = Counter()
+        self._given = Counter(job.tenant for job in standing.arriving.values())
+        self._at_limit: set[TenantId] = set()
+        self._draining: set[PackId] = set()
 
-    def place(self, job: Job) -> Decision:
-        limits, backbone = self._snapshot.limits, job.spec.backbone
-        if backbone not in self._snapshot.backbones:
+    def oldest(self, kind: Kind) -> Turn:
+        """Of the jobs that wait for packs of the kind."""
+        return min(turn(queue[0]) for queue in self._standing.queues[kind].values())
+
+    def is_overdue(self, kind: Kind) -> bool:
+        created_at = min(queue[0].created_at for queue in self._standing.queues[kind].values())
+        return self._snapshot.now - created_at >= self._snapshot.limits.patience_s
+
+    def make_room(self, kind: Kind) -> None:
+        """For a kind without a pack, whose jobs waited for very long: what is free is kept for it, and of the packs
+        that hold devices the emptiest take no more jobs, so that they end. New jobs of other kinds could keep them up
+        for ever."""
+        missing = max(1, kind.devices - self.devices.count)
+        self.devices.keep()
+        held = (pack for pack in self._snapshot.packs.values() if pack.state is PackState.OPEN)
+        for pack in sorted(held, key=lambda pack: (len(self._standing.load(pack.id).jobs), pack.id)):
+            if missing > 0 and pack.id not in self._draining:
+                self._draining.add(pack.id)
+                missing -= len(pack.devices)
+
+    def draining(self, rooms: Rooms) -> Iterator[ClosePack]:
+        """Shut the packs that are to end; those that have no job any more close."""
+        for room in rooms.open:
+            if room.pack.id in self._draining:
+                room.kept = True
+                if not room.load.jobs:
+                    yield ClosePack(room.pack.id, Reason.YIELDED)
+
+    def place(self, kind: Kind, rooms: Rooms) -> Iterator[Decision]:
+        """What becomes of the jobs that wait for packs of one kind."""
+        queues = self._standing.queues[kind]
+        answered = set(self._stopped)
+        for job in sorted(self._standing.arriving.values(), key=turn):
+            kept = None if job.id in answered or job.moving_to is None else rooms.admit(job, job.moving_to)
+            if kept is not None:
+                answered.add(job.id)
+                yield kept
+        limits = self._snapshot.limits
+        active, now = self._standing.active, self._snapshot.now
+        for job in in_turn(queues, active, self._placed, self._at_limit, limits, now):
+            if job.id in answered:
+                continue
+            answered.add(job.id)
+            decision = self._placed_in(rooms, job)
+            if not isinstance(decision, Hold) or decision.reason is not job.reason:
+                yield decision
+            if rooms.exhausted:
+                break
+        for queue in queues.values():
+            for job in queue:
+                if job.reason not in _STILL_TRUE and job.id not in answered:
+                    yield Hold(job.id, Reason.TURN)
+
+    def _placed_in(self, rooms: Rooms, job: Job) -> Decision:
+        limits = self._snapshot.limits
+        if job.spec.backbone not in self._snapshot.backbones:
             return Refuse(job.id, Reason.NO_BACKBONE)
         if job.attempts >= limits.max_attempts:
             return Refuse(job.id, Reason.PACKS_FAILED)
         if Budget(limits).refusal(job) is not None:
             return Refuse(job.id, Reason.TOO_LARGE)
-        pack = usable_pack(self._snapshot.packs.values(), backbone)
-        if pack is None:
-            return Hold(job.id, self._open(backbone))
-        if pack.state is PackState.OPENING:
-            return Hold(job.id, Reason.PACK_OPENING)
-        return self._admit(job, pack)
-
-    def _admit(self, job: Job, pack: Pack) -> Decision:
-        """The first job that does not fit stops the queue, or small jobs could overtake a large one for ever."""
-        if pack.id not in self._budgets:
-            present = (one for one in self._snapshot.jobs.values() if one.pack == pack.id and one.active)
-            self._budgets[pack.id] = Budget(self._snapshot.limits, present)
-        budget = self._budgets[pack.id]
-        reason = self._full.get(pack.id) or budget.refusal(job)
-        if reason is not None:
-            self._full[pack.id] = reason
-            return Hold(job.id, reason)
-        budget.take(job)
-        return Admit(job.id, pack.id)
-
-    def _open(self, backbone: str) -> Reason:
-        """Open a pack if there is room; why the job waits either way."""
-        if any(one.backbone == backbone for one in self.opened):
-            return Reason.PACK_OPENING
-        if backing_off(self._snapshot, backbone):
-            return Reason.PACK_BACKOFF
-        device = free_device(self._snapshot, self._taken)
-        if device is None:
-            return why_no_pack(self._snapshot.packs.values(), backbone)
-        self._taken.add(device.id)
-        pack = new_pack_id(self._snapshot, len(self.opened))
-        self.opened.append(OpenPack(pack, backbone, (device.id,), pack_bytes(device)))
-        return Reason.PACK_OPENING
+        others = len(self._standing.active.get(job.tenant, ())) + self._given[job.tenant] - (job.moving_to is not None)
+        if limits.tenant_jobs and others >= limits.tenant_jobs:
+            self._at_limit.add(job.tenant)
+            return Hold(job.id, Reason.TENANT_LIMIT)
+        decision = rooms.place(job, self.opened)
+        if isinstance(decision, Admit) or decision == Hold(job.id, Reason.PACK_OPENING):
+            self._given[job.tenant] += 1
+        return decision

@@ -1,39 +1,128 @@
-"""Which pack a backbone's jobs go to, where a new one may start, and which packs are no longer needed."""
+"""Which pack a job goes to, by Punica's rule (Chen et al. 2023, arXiv 2310.18547, section 5.1) for training: the
+fullest that has room, so that light ones drain; when a new one is opened; and whom a job may not overtake."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from bisect import insort
+from collections.abc import Iterable
+from math import inf
 
-from polygraft.cluster.model import Device, DeviceId, Job, JobId, Pack, PackId, Snapshot
+from polygraft.cluster.decisions import Admit, Decision, Hold, OpenPack
+from polygraft.cluster.model import Job, Pack, PackId, Snapshot
+from polygraft.cluster.policy.devices import FreeDevices
+from polygraft.cluster.policy.room import Room, paces
+from polygraft.cluster.policy.standing import Kind, Load, Standing
 from polygraft.cluster.states import PackState, Reason
 
 BACKOFF_S = 1.0  # before a new pack after a failed one; doubles with every failure in a row
 BACKOFF_MAX_S = 300.0
+LOOK = 64  # jobs that do not fit, after which a round looks at no more of their kind
 
 
-def usable_pack(packs: Iterable[Pack], backbone: str) -> Pack | None:
-    """The backbone's open pack, else its opening one; the smallest id among several."""
-    usable = [one for one in packs if one.backbone == backbone and one.state in (PackState.OPEN, PackState.OPENING)]
-    return min(usable, key=lambda pack: (pack.state is not PackState.OPEN, pack.id), default=None)
+class Rooms:
+    """The packs of one kind in a round: open ones, and those that are opening, which will be empty."""
+
+    def __init__(
+        self, kind: Kind, packs: Iterable[Pack], snapshot: Snapshot, standing: Standing, devices: FreeDevices
+    ) -> None:
+        self._kind, self._snapshot, self._limits, self._devices = kind, snapshot, snapshot.limits, devices
+        states: dict[PackState, list[Room]] = {state: [] for state in PackState}
+        for pack in packs:
+            states[pack.state].append(Room(pack, snapshot.limits, standing.load(pack.id), paces(snapshot, pack.id)))
+        self.open = sorted(states[PackState.OPEN], key=lambda room: room.order)
+        self._opening = sorted(states[PackState.OPENING], key=lambda room: room.pack.id)
+        self._closing = bool(states[PackState.CLOSING])
+        self.backs_off = backing_off(snapshot, kind)
+        self._blocked = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is of no use to look at further jobs in this round."""
+        places = any(room.budget.jobs > 0 and not room.kept for room in (*self.open, *self._opening))
+        return self._blocked >= LOOK or (self._blocked > 0 and not places and not self._may_open)
+
+    def admit(self, job: Job, pack: PackId) -> Admit | None:
+        """The job to the open pack that has kept a place for it; None if it is not open any more."""
+        kept = any(room.pack.id == pack for room in self.open)
+        return Admit(job.id, pack) if kept else None
+
+    def place(self, job: Job, opened: list[OpenPack]) -> Decision:
+        """What becomes of a job that could be in an empty pack; one that is opened for it joins `opened`."""
+        fullest = next((room for room in self.open if room.takes(job)), None)
+        if fullest is not None:
+            self.open.remove(fullest)
+            fullest.take(job)
+            insort(self.open, fullest, key=lambda room: room.order)
+            return Admit(job.id, fullest.pack.id)
+        ready = next((room for room in self._opening if room.takes(job)), None)
+        if ready is None and self._may_open and self._wait_s(job) > self._limits.opening_s:
+            ready = self._new(opened)
+        if ready is not None:
+            ready.take(job)
+            return Hold(job.id, Reason.PACK_OPENING)
+        self._blocked += 1
+        return Hold(job.id, self._keep_back(job))
+
+    def _keep_back(self, job: Job) -> Reason:
+        """Why the job waits. One that was overtaken long enough gets the pack that has room for it first to itself."""
+        if not (self.open or self._opening):
+            return self._why_none()
+        overdue = job.blocked_at is not None and self._snapshot.now - job.blocked_at >= self._limits.overtake_s
+        soonest = self._soonest(job)
+        if soonest is None:
+            return Reason.PACK_FULL
+        if overdue or self._may_open:  # it counts on what ends there
+            soonest.promise(job)
+            soonest.kept = overdue
+        full = all(room.budget.jobs < 1 for room in (*self.open, *self._opening))
+        return Reason.PACK_FULL if full else Reason.PACK_MEMORY
+
+    def _soonest(self, job: Job) -> Room | None:
+        """The pack in which the job would fit first; where no pace is known, the emptiest."""
+
+        def rank(room: Room) -> tuple[float, int, int, PackId]:
+            return room.wait_s(job), room.count, -room.budget.bytes, room.pack.id
+
+        return min((room for room in self.open if not room.kept), key=rank, default=None)
+
+    @property
+    def _may_open(self) -> bool:
+        return not self.backs_off and self._devices.has(self._kind.devices)
+
+    def _why_none(self) -> Reason:
+        if self.backs_off:
+            return Reason.PACK_BACKOFF
+        return Reason.PACK_CLOSING if self._closing else Reason.NO_DEVICE
+
+    def _new(self, opened: list[OpenPack]) -> Room:
+        found = self._devices.take(self._kind.devices)
+        assert found is not None, "asked before"
+        order = OpenPack(new_pack_id(self._snapshot, len(opened)), self._kind.backbone, found.devices, found.bytes)
+        opened.append(order)
+        pack = Pack(
+            id=order.pack,
+            backbone=order.backbone,
+            devices=order.devices,
+            bytes=order.bytes,
+            epoch=0,
+            opened_at=self._snapshot.now,
+        )
+        room = Room(pack, self._limits, Load(), {})
+        self._opening.append(room)
+        return room
+
+    def _wait_s(self, job: Job) -> float:
+        return min((room.wait_s(job) for room in self.open if not room.kept), default=inf)
 
 
-def pack_bytes(device: Device) -> int:
-    """What a pack takes of a device: half, since the other half is a replica's."""
-    return device.bytes // 2
+def kind_of_pack(pack: Pack) -> Kind:
+    return Kind(pack.backbone, len(pack.devices))
 
 
-def free_device(snapshot: Snapshot, taken: Collection[DeviceId]) -> Device | None:
-    """A device without a pack and none of the `taken`, which has what a pack takes: most of it first, then by id."""
-    held = {device for pack in snapshot.packs.values() if not pack.final for device in pack.devices}
-    free = {one: snapshot.free_bytes(one.id) for one in snapshot.devices.values() if one.id not in held | {*taken}}
-    fitting = (one for one, bytes_ in free.items() if bytes_ >= pack_bytes(one) > 0)
-    return min(fitting, key=lambda one: (-free[one], one.id), default=None)
-
-
-def backing_off(snapshot: Snapshot, backbone: str) -> bool:
-    """Whether the backbone's last packs failed so lately that a new one has to wait."""
+def backing_off(snapshot: Snapshot, kind: Kind) -> bool:
+    """Whether the last packs of the kind failed so lately that a new one has to wait."""
     past = sorted(
-        (pack for pack in snapshot.packs.values() if pack.backbone == backbone and pack.final),
+        (pack for pack in snapshot.packs.values() if pack.final and kind_of_pack(pack) == kind),
         key=lambda pack: (pack.opened_at, pack.id),
         reverse=True,
     )
@@ -44,20 +133,6 @@ def backing_off(snapshot: Snapshot, backbone: str) -> bool:
         return False
     wait_s = min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (failures - 1))
     return snapshot.now < (past[0].closed_at or 0.0) + wait_s
-
-
-def why_no_pack(packs: Iterable[Pack], backbone: str) -> Reason:
-    """Why the backbone's jobs wait when no device is free."""
-    closing = any(pack.backbone == backbone and pack.state is PackState.CLOSING for pack in packs)
-    return Reason.PACK_CLOSING if closing else Reason.NO_DEVICE
-
-
-def is_idle(pack: Pack, jobs: Mapping[JobId, Job], *, now: float, idle_s: float) -> bool:
-    """Whether an open pack has had no job for `idle_s` seconds."""
-    own = [job for job in jobs.values() if job.pack == pack.id]
-    if pack.state is not PackState.OPEN or any(not job.final for job in own):
-        return False
-    return now - max([pack.opened_at, *(job.finished_at or 0.0 for job in own)]) >= idle_s
 
 
 def new_pack_id(snapshot: Snapshot, index: int) -> PackId:

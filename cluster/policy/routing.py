@@ -44,11 +44,13 @@ class RouteView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
-    """`slots` are the cache slots of prompt and graft's prefix; `tried` are replicas that turned the request down."""
+    """`slots` are the cache slots of prompt and graft's prefix; `tried` are replicas that turned the request down. One
+    that is `resumed` was under way at another replica, and goes before all that wait."""
 
     graft: GraftId | None
     slots: int
     tried: Collection[ReplicaId] = ()
+    resumed: bool = False
 
 
 def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
@@ -57,23 +59,32 @@ def route(view: RouteView, request: RouteRequest) -> ReplicaId | Refusal:
     Ties go to the one that holds the graft, then to the fullest cache. Where none can start it, it goes to the
     shortest queue; whether that has a place for its tenant, the replica says.
     """
-    candidates = [replica for replica in view.replicas if replica.id not in request.tried]
+    candidates = _candidates(view, request)
     if not candidates:
         return Refusal(RefusalReason.ALL_FULL if request.tried else RefusalReason.NO_REPLICA)
-    size = view.block_size
-    possible = [replica for replica in candidates if ever_fits(request.slots, blocks=replica.blocks, block_size=size)]
+    possible = [one for one in candidates if ever_fits(request.slots, blocks=one.blocks, block_size=view.block_size)]
     if not possible:
         return Refusal(RefusalReason.TOO_LONG)
-
-    needed = blocks_for(request.slots, size)
-    fitting = [replica for replica in possible if starts(view, replica, needed)]
-    if fitting:
-        return max(fitting, key=lambda one: (one.running, request.graft in one.resident, -one.free_blocks, one.id)).id
+    if (found := starting(view, request)) is not None:
+        return found
     return min(possible, key=lambda one: (one.waiting, request.graft not in one.resident, one.id)).id
 
 
-def starts(view: RouteView, replica: ReplicaView, needed: int) -> bool:
+def starting(view: RouteView, request: RouteRequest) -> ReplicaId | None:
+    """The one that `route` takes where it can start the request at once; None where none can."""
+    needed = blocks_for(request.slots, view.block_size)
+    fitting = [one for one in _candidates(view, request) if starts(view, one, needed, before_others=request.resumed)]
+    if not fitting:
+        return None
+    return max(fitting, key=lambda one: (one.running, request.graft in one.resident, -one.free_blocks, one.id)).id
+
+
+def starts(view: RouteView, replica: ReplicaView, needed: int, *, before_others: bool = False) -> bool:
     """Whether its engine's next step admits the request: nobody waits before it, and it may enter."""
-    return not replica.waiting and may_enter(
+    return (before_others or not replica.waiting) and may_enter(
         needed, running=replica.running, free_blocks=replica.free_blocks, max_streams=view.max_streams
     )
+
+
+def _candidates(view: RouteView, request: RouteRequest) -> list[ReplicaView]:
+    return [replica for replica in view.replicas if replica.id not in request.tried]

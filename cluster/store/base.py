@@ -42,6 +42,12 @@ class Prefix(str, Generic[R_co]):
     __slots__ = ()
 
 
+class Listing(str, Generic[R_co]):
+    """Records of one kind in the order of their time; built in store/keys.py."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Versioned(Generic[R_co]):
     key: Key[R_co]
@@ -161,6 +167,15 @@ class Store(Protocol):
 
     def scan(self, prefix: Prefix[R], *, after: Key[R] | None = None, limit: int | None = None) -> list[Versioned[R]]:
         """Records whose keys start with `prefix`, in the order of their keys, those greater than `after`."""
+        ...
+
+    def newest(self, listing: Listing[R], *, before: R | None = None, limit: int | None = None) -> list[Versioned[R]]:
+        """The records of the list, the newest first, those older than `before`; it takes as long as there are that
+        many, whatever else the store holds."""
+        ...
+
+    def count(self, listing: Listing[R]) -> int:
+        """How many records the list has."""
         ...
 
     def commit(

@@ -1,7 +1,7 @@
 """Records and events as JSON text: {"type", "schema", fields...}, decoded strictly. Never pickle.
 
 The encoding follows the dataclasses' annotations; a mapping of records becomes the list of its values, since each
-knows its id. A change of a record's fields raises its schema number here; `upgrades.py` has
+knows its id, any other one an object. A change of a record's fields raises its schema number here; `upgrades.py` has
 the way from the old one.
 """
 
@@ -28,14 +28,14 @@ SCHEMAS: Mapping[str, int] = {
     "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,
-    "Job": 2,
+    "Job": 3,
     "JobStarted": 2,
-    "JobSubmitted": 2,
+    "JobSubmitted": 3,
     "Pack": 2,
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 4,
+    "Snapshot": 5,
 }
 
 
@@ -155,7 +155,7 @@ def _form(kind: Hashable) -> _Form:
     if origin is tuple:
         return _sequence(arguments)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _by_id(arguments[1])
+        return _by_id(arguments[1]) if is_dataclass(arguments[1]) else _by_name(arguments[1])
     if isinstance(kind, type):
         if is_dataclass(kind):
             return _object(kind)
@@ -233,6 +233,17 @@ def _by_id(member: object) -> _Form:
         return MappingProxyType({item.id: item for item in found})  # type: ignore[attr-defined]
 
     return _Form(lambda value: [inner.encode(item) for item in cast(Mapping[object, object], value).values()], back)
+
+
+def _by_name(member: object) -> _Form:
+    inner = _form(member)
+
+    def back(value: JSON, at: str) -> object:
+        if not isinstance(value, dict):
+            raise CodecError(f"{at}: expected an object, found {value!r}")
+        return MappingProxyType({name: inner.decode(item, f"{at}.{name}") for name, item in value.items()})
+
+    return _Form(lambda value: {str(k): inner.encode(v) for k, v in cast(Mapping[object, object], value).items()}, back)
 
 
 def _object(kind: type) -> _Form:

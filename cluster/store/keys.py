@@ -9,10 +9,13 @@ from polygraft.cluster.model import (
     ApiKey,
     Backbone,
     DataFile,
+    DeviceId,
     FileId,
     Graft,
     Job,
     JobId,
+    Occupancy,
+    Pace,
     Pack,
     PackId,
     Record,
@@ -23,12 +26,14 @@ from polygraft.cluster.model import (
     StudyId,
     TenantId,
 )
-from polygraft.cluster.store.base import Key, Prefix, StreamKey
+from polygraft.cluster.store.base import Key, Listing, Prefix, StreamKey
 
 JOBS: Prefix[Job] = Prefix("job/")
 BACKBONES: Prefix[Backbone] = Prefix("backbone/")
 PACKS: Prefix[Pack] = Prefix("pack/")
+PACES: Prefix[Pace] = Prefix("pace/")
 REPLICAS: Prefix[Replica] = Prefix("replica/")
+DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
 ALIASES: Prefix[Alias] = Prefix("alias/")
@@ -42,9 +47,11 @@ TYPES: Mapping[str, type[Record]] = {
     "alias": Alias,
     "apikey": ApiKey,
     "backbone": Backbone,
+    "device": Occupancy,
     "file": DataFile,
     "graft": Graft,
     "job": Job,
+    "pace": Pace,
     "pack": Pack,
     "replica": Replica,
     "snapshot": Snapshot,
@@ -60,12 +67,36 @@ def backbone(name: str) -> Key[Backbone]:
     return Key(f"{BACKBONES}{name}")
 
 
+def jobs_of(tenant: TenantId) -> Listing[Job]:
+    return Listing(f"jobs/{tenant}")
+
+
+def unfinished_jobs_of(tenant: TenantId) -> Listing[Job]:
+    return Listing(f"unfinished-jobs/{tenant}")
+
+
+def files_of(tenant: TenantId) -> Listing[DataFile]:
+    return Listing(f"files/{tenant}")
+
+
 def pack(pack: PackId) -> Key[Pack]:
     return Key(f"{PACKS}{pack}")
 
 
+def pace(pack: PackId) -> Key[Pace]:
+    return Key(f"{PACES}{pack}")
+
+
 def replica(replica: ReplicaId) -> Key[Replica]:
     return Key(f"{REPLICAS}{replica}")
+
+
+def device(device: DeviceId) -> Key[Occupancy]:
+    return Key(f"{DEVICES}{device}")
+
+
+def devices_of(node: str) -> Prefix[Occupancy]:
+    return Prefix(f"{DEVICES}{node}/")
 
 
 def file(file: FileId) -> Key[DataFile]:
@@ -109,8 +140,14 @@ def pack_scope(pack: PackId) -> str:
     return f"pack/{pack}"
 
 
+def replica_scope(replica: ReplicaId) -> str:
+    """Lease scope of the replica's process."""
+    return f"replica/{replica}"
+
+
 def commands(pack: PackId) -> StreamKey:
-    """Entries {"op": "admit" | "cancel" | "close", "job": id}, read by the pack's worker at step boundaries."""
+    """Entries {"op": "admit" | "cancel" | "leave" | "close", "job": id}, which the pack's worker reads at step
+    boundaries."""
     return StreamKey(f"pack/{pack}/commands")
 
 

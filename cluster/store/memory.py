@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Condition
@@ -24,6 +24,7 @@ from polygraft.cluster.store.base import (
     IdempotencyConflict,
     Key,
     Lease,
+    Listing,
     Prefix,
     R,
     StoredEvent,
@@ -41,6 +42,7 @@ from polygraft.cluster.store.codec import (
     encode_event,
     encode_record,
 )
+from polygraft.cluster.store.lists import key_at, lists_of, place_of
 
 
 class MemoryStore:
@@ -51,6 +53,8 @@ class MemoryStore:
         self._changed = Condition()
         self._version = 0
         self._records: dict[str, tuple[str, int]] = {}
+        self._lists: dict[str, list[str]] = {}  # their places, in order
+        self._listed: dict[str, tuple[str, tuple[str, ...]]] = {}  # each record's place, and in which lists
         self._log = _Stream()
         self._streams: dict[str, _Stream] = {}
         self._leases: dict[str, _Held] = {}
@@ -69,6 +73,20 @@ class MemoryStore:
             names = sorted(key for key in self._records if key.startswith(prefix) and key > (after or ""))[:limit]
             found = [(cast("Key[R]", Key(name)), *self._records[name]) for name in names]
         return [Versioned(key, decode_record(key, text), version) for key, text, version in found]
+
+    def newest(self, listing: Listing[R], *, before: R | None = None, limit: int | None = None) -> list[Versioned[R]]:
+        with self._changed:
+            self._check_open()
+            places = self._lists.get(listing, [])
+            older = places if before is None else places[: bisect_left(places, place_of(before))]
+            names = [key_at(place) for place in older[::-1][:limit]]
+            found = [(cast("Key[R]", name), *self._records[name]) for name in names]
+        return [Versioned(key, decode_record(key, text), version) for key, text, version in found]
+
+    def count(self, listing: Listing[R]) -> int:
+        with self._changed:
+            self._check_open()
+            return len(self._lists.get(listing, ()))
 
     def commit(
         self,
@@ -90,6 +108,7 @@ class MemoryStore:
                     self._records.pop(write.key, None)
                 else:
                     self._records[write.key] = (text, self._version)
+                self._list(write.key, write.value)
             ids = [EventId(self._log.add(line, self._clock(), None)) for line in log]
             for append, entry in zip(appends, entries, strict=True):
                 self._stream(append.stream).add(entry, self._clock(), append.maxlen)
@@ -190,6 +209,15 @@ class MemoryStore:
             found = self._records.get(write.key, ("", 0))[1]
             if write.expected is not None and write.expected != found:
                 raise Conflict(write.key, write.expected, found)
+
+    def _list(self, key: Key[Record], value: Record | None) -> None:
+        place, lists = self._listed.pop(key, ("", ()))
+        for name in lists:
+            self._lists[name].remove(place)
+        if value is not None and (lists := lists_of(value)):
+            self._listed[key] = place_of(value), lists
+            for name in lists:
+                insort(self._lists.setdefault(name, []), place_of(value))
 
     def _extend(self, lease: Lease, ttl_s: float) -> bool:
         held = self._leases.get(lease.scope, _Held())

@@ -24,6 +24,7 @@ from polygraft.cluster.store.base import (
     IdempotencyConflict,
     Key,
     Lease,
+    Listing,
     Prefix,
     R,
     StoredEvent,
@@ -40,6 +41,7 @@ from polygraft.cluster.store.codec import (
     encode_event,
     encode_record,
 )
+from polygraft.cluster.store.lists import key_at, lists_of, place_of
 from polygraft.cluster.store.wire import Argument, Wire
 
 _BLOCK_S = 2.0  # one blocking read; well below the wire's timeout
@@ -71,6 +73,17 @@ class RedisStore:
                 break
             low = f"({found[-1]}"
         return records
+
+    def newest(self, listing: Listing[R], *, before: R | None = None, limit: int | None = None) -> list[Versioned[R]]:
+        high = "+" if before is None else f"({place_of(before)}"
+        bound = () if limit is None else ("LIMIT", 0, limit)
+        places = self._wire.call("ZREVRANGEBYLEX", self._list(listing), high, "-", *bound)
+        found = [cast("Key[R]", key_at(place.decode())) for place in cast(list[bytes], places)]
+        rows = self._wire.calls([("HMGET", self._record(key), "version", "text") for key in found])
+        return [one for key, row in zip(found, rows, strict=True) if (one := _versioned(key, row))]
+
+    def count(self, listing: Listing[R]) -> int:
+        return cast(int, self._wire.call("ZCARD", self._list(listing)))
 
     def commit(
         self,
@@ -159,9 +172,10 @@ class RedisStore:
         names += [self._submission(used), *(self._record(write.key) for write in writes)]
         names += [self._stream(append.stream) for append in appends]
         arguments: list[Argument] = [epoch, digest, IDEMPOTENCY_S, len(writes), len(events), len(appends)]
+        arguments.append(self._list(""))
         for write in writes:
             text = "" if write.value is None else encode_record(write.key, write.value)
-            arguments += [write.key, "" if write.expected is None else write.expected, text]
+            arguments += [write.key, "" if write.expected is None else write.expected, text, _listed(write.value)]
         arguments += [encode_event(event) for event in events]
         for append in appends:
             arguments += ["" if append.maxlen is None else append.maxlen, encode_entry(append.entry)]
@@ -193,6 +207,9 @@ class RedisStore:
     def _key(self, name: str) -> str:
         return f"{self._prefix}{name}"
 
+    def _list(self, listing: str) -> str:
+        return f"{self._prefix}list:{listing}"
+
     def _record(self, key: str) -> str:
         return f"{self._prefix}record:{key}"
 
@@ -211,6 +228,12 @@ def _versioned(key: Key[R], row: object) -> Versioned[R] | None:
     if version is None or text is None:
         return None
     return Versioned(key, decode_record(key, text), int(version))
+
+
+def _listed(value: Record | None) -> str:
+    """The record's place, a line feed before it and between it and each of its lists."""
+    lists = lists_of(value)
+    return "\n".join((place_of(value), *lists)) if value is not None and lists else ""
 
 
 def _text(value: object) -> str:

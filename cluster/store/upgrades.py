@@ -79,6 +79,29 @@ def _snapshot_3(body: Body) -> Body:
     return {**body, "limits": never, "backbones": []}
 
 
+def _job_2(body: Body) -> Body:
+    """Schema 3 has a priority, may ask for several devices, and knows when it came into its pack and where it moves."""
+    spec = body.get("spec")
+    asked = {**spec, "priority": 0, "devices": 1} if isinstance(spec, Mapping) else spec
+    return {**body, "spec": asked, "moving_to": None, "admitted_at": None, "blocked_at": None}
+
+
+def _job_submitted_2(body: Body) -> Body:
+    record = body.get("record")
+    return {**body, "record": _job_2(record) if isinstance(record, Mapping) else record}
+
+
+def _snapshot_4(body: Body) -> Body:
+    limits = body.get("limits")
+    more = {"opening_s": 20.0, "moving_s": 5.0, "overtake_s": 60.0, "patience_s": 600.0, "tenant_jobs": 0}
+    return {
+        **body,
+        "jobs": _each(body.get("jobs"), _job_2),
+        "limits": {**limits, **more} if isinstance(limits, Mapping) else limits,
+        "paces": [],
+    }
+
+
 def _each(records: JSON, upgrade: Callable[[Body], Body]) -> JSON:
     if not isinstance(records, list):
         return records
@@ -104,8 +127,10 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Graft", 1): _graft_1,
     ("GraftPublished", 1): _graft_published_1,
     ("Job", 1): _job_1,
+    ("Job", 2): _job_2,
     ("JobStarted", 1): _job_1,
     ("JobSubmitted", 1): _job_submitted_1,
+    ("JobSubmitted", 2): _job_submitted_2,
     ("Pack", 1): _on_devices_1,
     ("PackOpening", 1): _on_devices_1,
     ("Replica", 1): _replica_1,
@@ -113,4 +138,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 1): _snapshot_1,
     ("Snapshot", 2): _snapshot_2,
     ("Snapshot", 3): _snapshot_3,
+    ("Snapshot", 4): _snapshot_4,
 }

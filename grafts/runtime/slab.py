@@ -40,11 +40,14 @@ class Slab:
         views = self._by_name(flat)
         return {name: views[name] if name in views else self.frozen[name] for name in self._names}
 
-    def collect(self, parts: Sequence[Tensor | None]) -> None:
-        """Add the gradient that a backward left for this job, trained tensor by tensor."""
+    def joined(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """The gradient that a backward left for this job, trained tensor by tensor, as one flat tensor."""
         whole = [p if p is not None else self.master.new_zeros(n) for p, n in zip(parts, self._sizes, strict=True)]
         # Joined before it is widened: two passes in place of hundreds.
-        gradient = torch.cat(whole).to(self.master.dtype)
+        return torch.cat(whole).to(self.master.dtype)
+
+    def collect(self, gradient: Tensor) -> None:
+        """Add a flat gradient to the step's; it may be changed later."""
         self.grad = gradient if self.grad is None else self.grad.add_(gradient)
 
     def gradients(self) -> dict[str, Tensor]:

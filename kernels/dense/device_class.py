@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from polygraft.kernels.common.processor import processor
 from polygraft.kernels.compiled.build import FOLDER, Unavailable, toolchain
 from polygraft.kernels.dense.library import library
 
@@ -36,7 +35,7 @@ def device_class(device: torch.device | str = "cpu") -> DeviceClass:
     """The class of this process on a device: of its machine, its environment and the threads that torch uses in it."""
     if torch.device(device).type == "cuda":
         return DeviceClass(torch.cuda.get_device_name(device), "", torch.__version__, torch.get_num_threads())
-    return DeviceClass(_processor(), _compiled(), torch.__version__, torch.get_num_threads())
+    return DeviceClass(processor(), _compiled(), torch.__version__, torch.get_num_threads())
 
 
 def _compiled() -> str:
@@ -44,13 +43,3 @@ def _compiled() -> str:
         return toolchain().digest(sorted(FOLDER.glob("*/*.cpp"))) if library() else ""
     except Unavailable:
         return ""
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    named = [fields[name] for name in ("vendor_id", "cpu family", "model") if name in fields]
-    return " ".join(named) or platform.machine()

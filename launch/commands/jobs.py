@@ -53,6 +53,10 @@ def submit(
     dropout: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Let the bare name mean the new version.")] = False,
+    priority: Annotated[
+        int | None, typer.Option(help="Of two of your jobs that wait, the higher goes first; -10 to 10.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices that share each of its steps.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job's end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the job would be and what it would cut; make nothing.")
@@ -76,6 +80,8 @@ def submit(
         "dropout": dropout,
         "seed": seed,
         "promote": promote or None,
+        "priority": priority,
+        "devices": devices,
     }
     request = read_request(file, {name: value for name, value in given.items() if value is not None})
     if dry_run:

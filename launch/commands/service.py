@@ -34,6 +34,9 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for a free one.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Split this machine's cores and memory; one a GPU where there are GPUs.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     quantise: Annotated[
         str | None, typer.Option(help="nf4: the backbone in 4 bits (QLoRA); loftq-RANK-ITERATIONS: by LoftQ.")
@@ -52,6 +55,7 @@ def up(
         host=host,
         port=port,
         device=device,
+        devices=devices,
         dtype=dtype,
         quantise=quantise,
     )

@@ -49,13 +49,9 @@ def files(
     order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
 ) -> Page[FileObject]:
     """The tenant's files by age."""
-    mine = [
-        found.value
-        for found in api.store.scan(keys.FILES)
-        if found.value.tenant == tenant and purpose in (None, found.value.purpose)
-    ]
-    mine.sort(key=lambda file: (file.created_at, file.id), reverse=order == "desc")
-    return page([_shown(file) for file in mine], after=after, limit=limit)
+    found = (one.value for one in api.store.newest(keys.files_of(tenant)))
+    mine = [file for file in found if purpose in (None, file.purpose)]
+    return page([_shown(file) for file in mine[:: 1 if order == "desc" else -1]], after=after, limit=limit)
 
 
 @router.get("/{file}", responses=answers(404))
@@ -80,8 +76,8 @@ def content(file: str, api: ApiDep, tenant: TurnDep) -> FileResponse:
 def delete(file: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     """Refused (409) while an unfinished job needs the file."""
     found = find_file(api, tenant, file, param="id")
-    for job in api.store.scan(keys.JOBS):
-        if not job.value.final and file in (job.value.spec.training_file, job.value.spec.validation_file):
+    for job in api.store.newest(keys.unfinished_jobs_of(tenant)):
+        if file in (job.value.spec.training_file, job.value.spec.validation_file):
             raise ApiError(
                 409, f"file {file} is in use by job {job.value.id}; cancel it or wait", param="id", code="file_in_use"
             )

@@ -248,10 +248,9 @@ def _published(api: Api, tenant: TenantId, name: str, saved: Saved, promote: boo
 
 def _made_over(api: Api, tenant: TenantId, model: str) -> str | None:
     """An unfinished job of the tenant that needs the graft's tensors."""
-    for one in api.store.scan(keys.JOBS):
+    for one in api.store.newest(keys.unfinished_jobs_of(tenant)):
         job = one.value
-        unfinished = job.tenant == tenant and not job.final and not configs.is_config(job.spec.peft)
-        if unfinished and model in parse(job.spec.peft).sources:
+        if not configs.is_config(job.spec.peft) and model in parse(job.spec.peft).sources:
             return job.id
     return None
 

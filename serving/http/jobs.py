@@ -22,7 +22,7 @@ from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.events import events_of
-from polygraft.serving.http.pages import page
+from polygraft.serving.http.pages import first_of, not_in_list, page
 from polygraft.serving.http.schemas import FineTuningJob, FineTuningJobEvent, JobErrorObject, Page, Renewal
 from polygraft.serving.http.submission import new_job
 
@@ -44,8 +44,11 @@ async def create(
 @router.get("", responses=answers(400))
 def jobs(api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
     """The tenant's jobs, newest first."""
-    mine = sorted(_jobs_of(api, tenant), key=lambda job: (job.created_at, job.id), reverse=True)
-    return page([shown_job(job) for job in mine], after=after, limit=limit)
+    last = None if after is None else api.store.get(keys.job(JobId(after)))
+    if after is not None and (last is None or last.value.tenant != tenant):
+        raise not_in_list(after)
+    found = api.store.newest(keys.jobs_of(tenant), before=last.value if last else None, limit=limit + 1)
+    return first_of([shown_job(one.value) for one in found], limit)
 
 
 @router.get("/{job}", responses=answers(404))
@@ -127,6 +130,8 @@ def shown_job(job: Job) -> FineTuningJob:
         reason=job.reason.value if job.reason else None,
         owner=job.owner,
         lease_until=_seconds(job.lease_until),
+        priority=spec.priority,
+        devices=spec.devices,
     )
 
 
@@ -147,7 +152,7 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
 def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Job:
     record = new_job(api, tenant, body)
     limit = api.limits.jobs_per_tenant
-    if sum(not job.final for job in _jobs_of(api, tenant)) >= limit:
+    if api.store.count(keys.unfinished_jobs_of(tenant)) >= limit:
         raise ApiError(
             429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs"
         )
@@ -177,10 +182,6 @@ def _renew(api: Api, tenant: TenantId, job: str, lease_s: float) -> FineTuningJo
         return shown_job(advance_job(api.store, JobLeaseRenewed(job=found.id, until=now + lease_s, at=now)))
     except IllegalTransition:
         return shown_job(_find(api, tenant, job))
-
-
-def _jobs_of(api: Api, tenant: TenantId) -> list[Job]:
-    return [found.value for found in api.store.scan(keys.JOBS) if found.value.tenant == tenant]
 
 
 def _find(api: Api, tenant: TenantId, job: str) -> Job:

@@ -141,6 +141,8 @@ class FineTuningJob(Body):
     reason: str | None
     owner: str | None
     lease_until: int | None
+    priority: int
+    devices: int
 
 
 class DryRunFile(Body):

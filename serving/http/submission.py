@@ -13,6 +13,7 @@ from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
 from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, longest_sample, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
+from polygraft.cluster.states import Reason
 from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.check import FormatError
@@ -97,6 +98,7 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
         frozen=kept,
         owner=owner.name if owner else None,
         lease_until=now + owner.lease_s if owner else None,
+        reason=Reason.TURN,
     )
 
 

@@ -32,7 +32,7 @@ def store() -> Store:
 
 def test_the_record_the_event_and_the_command_are_written(store: Store) -> None:
     job = advance_job(store, ADMITTED, appends=[Append(keys.commands(P), {"op": "admit", "job": A})])
-    assert job == store.get(keys.job(A)).value == make_job(pack=P)  # type: ignore[union-attr]
+    assert job == store.get(keys.job(A)).value == make_job(pack=P, admitted_at=2.0)  # type: ignore[union-attr]
     assert [one.event for one in store.events(START)] == [ADMITTED]
     assert [entry for _, entry in store.read(keys.commands(P))] == [{"op": "admit", "job": A}]
 
@@ -46,7 +46,7 @@ def test_an_event_that_cannot_be_leaves_nothing_behind(store: Store) -> None:
 def test_another_writer_in_between_is_not_overwritten(store: Store) -> None:
     racing = RacingStore(store)
     job = advance_job(racing, ADMITTED)  # type: ignore[arg-type]
-    assert job == make_job(pack=P, step=77)
+    assert job == make_job(pack=P, admitted_at=2.0, step=77)
 
 
 def test_an_absent_record_is_an_illegal_transition() -> None:

@@ -19,6 +19,8 @@ from polygraft.cluster.events import (
     JobFailed,
     JobHeld,
     JobLeaseRenewed,
+    JobLeft,
+    JobMoving,
     JobRequeued,
     JobStarted,
     JobStopping,
@@ -29,6 +31,7 @@ from polygraft.cluster.events import (
     PackFailed,
     PackOpened,
     PackOpening,
+    PackPlaced,
     ReplicaClosed,
     ReplicaOpened,
 )
@@ -36,7 +39,7 @@ from polygraft.cluster.model import DeviceId, EventId, GraftId, JobError, JobId,
 from polygraft.cluster.states import IllegalTransition, JobState, PackState, Reason
 from tests.cluster.builders import DEVICE_BYTES, make_device, make_job, make_pack, make_replica, make_snapshot, running
 
-A, P = JobId("ftjob-a"), PackId("pack-p")
+A, P, Q = JobId("ftjob-a"), PackId("pack-p"), PackId("pack-q")
 ADMITTED = JobAdmitted(job=A, pack=P, at=2.0)
 STARTED = JobStarted(job=A, pack=P, parameters=7, steps_total=10, at=3.0)
 SUCCEEDED = JobSucceeded(
@@ -46,6 +49,7 @@ FAILED = JobFailed(job=A, error=JobError("code", "message"), at=4.0)
 CANCELLED = JobCancelled(job=A, at=4.0)
 REQUEUED = JobRequeued(job=A, reason=Reason.PACK_FAILED, blamed=True, at=4.0)
 D = DeviceId("d")
+MOVING = JobMoving(job=A, pack=P, to=PackId("pack-q"), reason=Reason.JOINED, at=3.0)
 OPENING = PackOpening(
     pack=P, backbone="b", devices=(D,), bytes=DEVICE_BYTES // 2, epoch=3, reason=Reason.JOBS_WAIT, at=1.0
 )
@@ -56,6 +60,7 @@ def test_a_job_runs_and_succeeds() -> None:
     assert job == make_job(
         state=JobState.SUCCEEDED,
         pack=P,
+        admitted_at=2.0,
         started_at=3.0,
         finished_at=4.0,
         parameters=7,
@@ -73,7 +78,7 @@ def test_a_job_whose_pack_failed_waits_again_and_keeps_its_first_start() -> None
     again = [ADMITTED, replace(STARTED, at=9.0)]
     job = evolve.job_after(running("a"), REQUEUED)
     assert job.waiting and (job.attempts, job.reason, job.started_at) == (1, Reason.PACK_FAILED, 2.0)
-    assert reduce(evolve.job_after, again, job) == replace(running("a", parameters=7), attempts=1)
+    assert reduce(evolve.job_after, again, job) == replace(running("a", parameters=7), attempts=1, admitted_at=2.0)
 
 
 def test_a_job_of_a_lost_pack_is_not_blamed() -> None:
@@ -94,6 +99,27 @@ def test_a_job_names_the_class_of_the_device_that_computes_it_now() -> None:
     assert (first.device_class, again.device_class) == ("one", "other")
 
 
+def test_a_job_moves_from_one_pack_to_another() -> None:
+    moving = JobMoving(job=A, pack=P, to=Q, reason=Reason.JOINED, at=3.0)
+    left = reduce(evolve.job_after, [moving, JobLeft(job=A, pack=P, step=4, at=4.0)], running("a"))
+    assert left.waiting and (left.moving_to, left.reason) == (Q, Reason.MOVING)
+    there = reduce(evolve.job_after, [JobAdmitted(job=A, pack=Q, at=5.0), replace(STARTED, pack=Q, at=6.0)], left)
+    assert there == running("a", "q", parameters=7, admitted_at=5.0)
+
+
+def test_a_job_that_does_not_fit_knows_since_when_until_it_is_admitted() -> None:
+    held = [JobHeld(job=A, reason=Reason.PACK_OPENING, at=2.0), JobHeld(job=A, reason=Reason.PACK_FULL, at=3.0)]
+    blocked = reduce(evolve.job_after, [*held, JobHeld(job=A, reason=Reason.PACK_MEMORY, at=4.0)], make_job())
+    assert blocked.blocked_at == 3.0
+    assert evolve.job_after(blocked, ADMITTED).blocked_at is None
+
+
+def test_a_pack_that_fails_under_a_job_that_was_to_leave_gives_it_back_to_the_queue() -> None:
+    moving = evolve.job_after(running("a"), JobMoving(job=A, pack=P, to=Q, reason=Reason.JOINED, at=3.0))
+    back = evolve.job_after(moving, REQUEUED)
+    assert back.waiting and back.moving_to is None
+
+
 def test_a_restarted_worker_takes_a_running_job_up() -> None:
     assert evolve.job_after(running("a"), STARTED) == running("a", parameters=7)
 
@@ -109,6 +135,11 @@ def test_a_restarted_worker_takes_a_running_job_up() -> None:
         (make_job(pack=PackId("pack-q")), STARTED),  # admitted elsewhere
         (running("a"), JobHeld(job=A, reason=Reason.PACK_FULL, at=1.0)),
         (running("a", "q"), JobStopping(job=A, pack=P, reason=Reason.REQUESTED, at=1.0)),
+        (running("a", "q"), MOVING),  # in another pack
+        (running("a", stopping=True), MOVING),
+        (running("a", moving_to=PackId("pack-r")), MOVING),
+        (make_job(pack=P), MOVING),  # its worker has not started it
+        (running("a"), JobLeft(job=A, pack=P, step=1, at=1.0)),  # nobody asked it to
     ],
 )
 def test_what_cannot_have_happened_is_refused(job: object, event: JobEvent) -> None:
@@ -152,6 +183,13 @@ def test_a_worker_that_restarts_in_a_closing_pack_does_not_reopen_it() -> None:
     assert pack.state is PackState.CLOSING
 
 
+def test_a_pack_is_where_ray_placed_it_until_it_is_over() -> None:
+    placed = PackPlaced(pack=P, devices=(DeviceId("e"),), at=2.0)
+    assert evolve.pack_after(make_pack(), placed) == make_pack(devices=(DeviceId("e"),))
+    with pytest.raises(IllegalTransition):
+        evolve.pack_after(make_pack(state=PackState.CLOSED), placed)
+
+
 def test_the_snapshot_follows_the_log() -> None:
     events = [
         DeviceJoined(record=make_device(), at=0.0),
@@ -166,7 +204,7 @@ def test_the_snapshot_follows_the_log() -> None:
     for n, event in enumerate(events):
         snapshot = evolve.apply(snapshot, EventId(f"{n + 1}-0"), event)
     assert (snapshot.version, snapshot.now) == ("7-0", 3.0)
-    assert snapshot.jobs == {A: running("a", parameters=7, started_at=3.0)}
+    assert snapshot.jobs == {A: running("a", parameters=7, admitted_at=2.0, started_at=3.0)}
     assert snapshot.packs == {P: make_pack(epoch=3)}
     assert snapshot.devices == {D: make_device()} and snapshot.replicas == {ReplicaId("r"): make_replica()}
     assert snapshot.free_bytes(D) == DEVICE_BYTES // 4

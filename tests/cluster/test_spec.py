@@ -102,10 +102,14 @@ def test_all_of_openais_fields_are_ours_too() -> None:
 @pytest.mark.parametrize(
     ("bad", "param", "message"),
     [
-        (body(colour="red"), "colour", "colour: unknown field (got 'red'); choices: hyperparameters, integrations"),
+        (
+            body(colour="red"),
+            "colour",
+            "unknown field (got 'red'); choices: devices, hyperparameters, integrations",
+        ),
         (body({"lr": 1}), f"{HYPER}.lr", "unknown field (got 1); choices: batch_size, dropout, learning_rate,"),
         (body({"a-b": 1}), f"{HYPER}.a-b", "unknown field (got 1); choices: batch_size, dropout"),
-        (body(**{"int": 1}), "int", "int: unknown field (got 1); choices: hyperparameters, integrations"),
+        (body(**{"int": 1}), "int", "int: unknown field (got 1); choices: devices, hyperparameters, integrations"),
         (body({"peft": "lora(r=0)"}), f"{HYPER}.peft", "rank: 0"),
         (body({"peft": "magic"}), f"{HYPER}.peft", "unknown method 'magic'; choices: adalora, adamss"),
         (body({"peft": {"peft_type": "X"}}), f"{HYPER}.peft", "peft_type: 'X'"),

@@ -29,6 +29,7 @@ from polygraft.cluster.model import (
     StudyId,
     TenantId,
 )
+from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import (
     Append,
@@ -139,6 +140,31 @@ class StoreContract:
             alias = Alias(tenant=TenantId(tenant), name="n", version=1, latest=1)
             store.commit([Write(keys.alias(alias.tenant, "n"), alias, 0)])
         assert [one.value.tenant for one in store.scan(keys.aliases(TenantId("t")))] == ["t"]
+
+    def test_a_tenants_records_are_listed_newest_first_page_by_page(self, store: Store) -> None:
+        jobs = [make_job(name, created_at=at) for name, at in (("b", 2.0), ("a", 2.0), ("c", 10.5), ("d", 9.0))]
+        other = make_job("z", tenant="t2", created_at=99.0)
+        for job in (*jobs, other):
+            store.commit([Write(keys.job(job.id), job, 0)])
+        mine, unfinished = keys.jobs_of(A.tenant), keys.unfinished_jobs_of(A.tenant)
+        first = store.newest(mine, limit=2)
+        rest = store.newest(mine, before=first[-1].value)
+        assert [one.value.id[-1] for one in first + rest] == ["c", "d", "b", "a"]
+        assert first[0] == store.get(keys.job(jobs[2].id))
+        assert (store.count(mine), store.count(unfinished), store.count(keys.jobs_of(TenantId("nobody")))) == (4, 4, 0)
+
+    def test_a_record_leaves_a_list_with_what_put_it_there_or_when_it_is_deleted(self, store: Store) -> None:
+        for job in (A, B):
+            store.submit(None, "", [Write(keys.job(job.id), job, 0)])
+        mine, unfinished = keys.jobs_of(A.tenant), keys.unfinished_jobs_of(A.tenant)
+        swap(store, keys.job(A.id), lambda found: replace(A, state=JobState.CANCELLED))
+        assert [one.value.id for one in store.newest(unfinished)] == [B.id]
+        assert (store.count(mine), store.count(unfinished)) == (2, 1)
+        store.commit([Write(keys.job(B.id), None, None)])
+        assert [one.value.id for one in store.newest(mine)] == [A.id] and store.count(unfinished) == 0
+        with pytest.raises(Conflict):
+            store.commit([Write(keys.job(B.id), B, 7)])
+        assert store.count(unfinished) == 0
 
     def test_a_record_of_another_kind_is_refused(self, store: Store) -> None:
         with pytest.raises(CodecError, match="expected a Pack, found a Job"):

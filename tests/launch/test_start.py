@@ -126,6 +126,11 @@ def test_a_name_that_is_no_backbone_is_refused(tmp_path: Path) -> None:
     assert "'no such/folder/here'" in refused(load(home=tmp_path, port=0, backbone="no such/folder/here"))
 
 
+def test_more_devices_than_the_machine_has_are_refused(tmp_path: Path, tiny: Path) -> None:
+    reason = refused(load(home=tmp_path, port=0, backbone=str(tiny), device="cpu", devices=5000))
+    assert reason.startswith("devices: 5000 are asked for, and this machine has ") and "at most" in reason
+
+
 def test_a_full_disk_and_too_little_memory_are_said_with_their_numbers(tmp_path: Path, tiny: Path) -> None:
     with small_disk(tmp_path / "disk", mib=9) as disk:
         disk.fill(leaving=1 << 20)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.gateway import Busy, Gateway, Unavailable
 from polygraft.serving.messages import FinishReason, Load, QueueFull, StepMessage, StepTokens
@@ -40,6 +40,9 @@ class Scripted:
     async def cancel(self, request: str) -> None:
         self.cancelled.append(request)
 
+    async def warm(self, graft: GraftId) -> None:
+        return None
+
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         self.connections += 1
         yield StepMessage((), FREE)
@@ -61,7 +64,7 @@ def token(index: int, value: int, *, attempt: int = 0, id: str = "a", end: Finis
 async def gateway_over(**links: Scripted) -> AsyncIterator[Gateway]:
     gateway = Gateway({ReplicaId(name): link for name, link in links.items()}, ingress="i", settings=SETTINGS)
     await gateway.start()
-    while len(gateway._loads) < len(links):
+    while len(gateway._roster.loads) < len(links):
         await asyncio.sleep(0)
     try:
         yield gateway
@@ -121,7 +124,7 @@ async def test_losing_a_replica_moves_its_own_streams_only() -> None:
         kept = asyncio.create_task(everything(gateway))
         await first.submitted.get()
         first.say(token(0, 10), load=replace(FREE, free_blocks=0))  # full: the next request goes elsewhere
-        while gateway._loads[ReplicaId("r1")].free_blocks:
+        while gateway._roster.loads[ReplicaId("r1")].free_blocks:
             await asyncio.sleep(0)
         lost = asyncio.create_task(everything(gateway, replace(WANTED, id="b")))
         await second.submitted.get()

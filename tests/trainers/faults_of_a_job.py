@@ -39,7 +39,7 @@ class OwnFault(Exception):
 
 
 def in_its_micro_batch(patch: Patch, token: int, after: int) -> None:
-    _raise(patch, RunningJob, "micro_batch", lambda running, _: _is(running.job.graft), after)
+    _raise(patch, RunningJob, "micro_batch", lambda running, *_: _is(running.job.graft), after)
 
 
 def in_its_rows(patch: Patch, token: int, after: int) -> None:

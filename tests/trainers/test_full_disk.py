@@ -15,6 +15,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers import publishing as publishing_module
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
@@ -40,7 +41,8 @@ def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
-    monkeypatch.setattr(worker_module, "ROOM_S", 0.01)
+    for module in (worker_module, publishing_module):
+        monkeypatch.setattr(module, "ROOM_S", 0.01)
     with small_disk(tmp_path / "disk", mib=8) as disk:
         yield disk
 

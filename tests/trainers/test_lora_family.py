@@ -92,7 +92,7 @@ def test_lora_fas_correction_is_the_gradient_nearest_to_the_full_one(fp64: Backb
     full = torch.randn(A.shape[1], 64, generator=generator, dtype=torch.float64)  # dL/dW^T [in, out]
     raw = {name: torch.zeros_like(value).view(-1) for name, value in running.slab.views.items()}
     raw[f"0.{site}.B"] = (2.0 * A @ full).view(-1)
-    running.slab.collect(list(raw.values()))
+    running.slab.collect(running.slab.joined(list(raw.values())))
     Hooks(job.graft, running.slab).before_step()
     expected = torch.linalg.lstsq(2.0 * A.T, full).solution
     assert relative(running.slab.gradients()[f"0.{site}.B"], expected) < 1e-9

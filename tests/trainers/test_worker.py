@@ -25,6 +25,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.dense.device_class import device_class
+from polygraft.trainers import publishing as publishing_module
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.joining import PEFT
@@ -72,7 +73,7 @@ def test_a_worker_that_dies_before_publication_resumes_to_the_same_weights(
     submit(stormy, tmp_path / "stormy", {f"ftjob-{i}": peft for i, peft in enumerate(METHODS)})
     monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
     with monkeypatch.context() as patch:
-        target = worker_module.native if at == "save" else worker_module
+        target = native if at == "save" else publishing_module
         patch.setattr(target, at, _crash)
         with pytest.raises(Crash):
             _work(stormy, backbone, tmp_path / "stormy")
@@ -183,7 +184,7 @@ def test_a_worker_that_dies_while_it_fails_a_job_takes_it_up_from_its_checkpoint
             patch.setattr(worker_module, "advance_job", _crash)
             raise OSError("no space left")
 
-        patch.setattr(worker_module.native, "save", full)
+        patch.setattr(native, "save", full)
         with pytest.raises(Crash):
             _work(store, backbone, tmp_path)
     _work(store, backbone, tmp_path)

@@ -7,6 +7,7 @@ from functools import partial
 
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers.contribution import Contribution
 from polygraft.trainers.lanes.protocol import Collect
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.optim import adamw
@@ -39,10 +40,8 @@ class GradientLane:
         losses = forward_backward(self._backbone, stacks, [*micro_batches.values()])
         gradients = stacks.gradients()
 
-        def collect(job: str, graft: int, loss: float) -> float:
-            """The gradient lies in the job's slab only until its step, which may come before the next job's."""
-            self.jobs[job].slab.collect(stacks.gradient(graft, gradients[graft]))
-            return loss
+        def collect(job: str, graft: int, loss: float) -> Contribution:
+            return Contribution(loss, gradient=self.jobs[job].slab.joined(stacks.gradient(graft, gradients[graft])))
 
         parts = zip(micro_batches.items(), losses, strict=True)
         return [partial(collect, job, micro_batch.graft, loss) for (job, micro_batch), loss in parts]

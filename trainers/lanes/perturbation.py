@@ -8,6 +8,7 @@ from functools import partial
 
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers.contribution import Contribution
 from polygraft.trainers.lanes.protocol import Collect
 from polygraft.trainers.mezo import Perturbation
 from polygraft.trainers.micro_batch import MicroBatch
@@ -46,13 +47,12 @@ class PerturbationLane:
         twice = [replace(one, graft=one.graft + copy) for one in micro_batches.values() for copy in range(self.copies)]
         losses = forward_losses(self._backbone, stacks, twice)
 
-        def collect(job: str, normaliser: float, one: float, other: float) -> float:
+        def collect(normaliser: float, one: float, other: float) -> Contribution:
             above, below = one / normaliser, other / normaliser
-            self.jobs[job].difference += above - below
-            return (above + below) / 2
+            return Contribution((above + below) / 2, difference=above - below)
 
-        parts = zip(micro_batches.items(), losses[::2], losses[1::2], strict=True)
-        return [partial(collect, job, own.normaliser, one, other) for (job, own), one, other in parts]
+        parts = zip(micro_batches.values(), losses[::2], losses[1::2], strict=True)
+        return [partial(collect, own.normaliser, one, other) for own, one, other in parts]
 
     def step(self, running: RunningJob, micro_batch: MicroBatch) -> Outcome:
         perturbation = self._perturbations[running.job.id]

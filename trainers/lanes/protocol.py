@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers.contribution import Contribution
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.running import Outcome, RunningJob
 
-Collect = Callable[[], float]
+Collect = Callable[[], Contribution]
 
 
 class Lane(Protocol):
@@ -36,7 +37,7 @@ class Lane(Protocol):
 
     def forward(self, stacks: Stacks, micro_batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
         """One forward over micro-batches by job, whose residents are in `stacks`. What it gives collects for a job, in
-        their order, what its step needs of the forward, and returns the micro-batch's normalised loss.
+        their order, what its step needs of the forward.
 
         Nothing is collected before, so what raises here can be tried again with others or alone.
         """

@@ -13,13 +13,23 @@ from polygraft.cluster.actors import controller as module
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.advance import advance_job
+from polygraft.cluster.decisions import OpenPack
 from polygraft.cluster.events import (
     JobCancelled,
     JobCancelRequested,
     JobHeld,
     PackOpened,
 )
-from polygraft.cluster.model import START, Limits, Snapshot
+from polygraft.cluster.leasing import LeaseRefused, open_replica
+from polygraft.cluster.model import (
+    START,
+    DeviceId,
+    Holding,
+    Limits,
+    PackId,
+    ReplicaId,
+    Snapshot,
+)
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Fenced, StoreUnavailable
@@ -68,11 +78,74 @@ def test_devices_are_told_as_they_come_change_and_go(world: World) -> None:
         world.settle()
         assert world.controller.snapshot.devices == {device.id: device for device in present}
     assert [line.partition("  ")[2] for line in story(world.store, "d")] == [
-        "device d joined: 2 cores, 0.0 GiB",
-        "device d joined: 2 cores, 0.0 GiB",
+        "device d joined: 2 cores, 0.0 GiB, 100 GFLOP/s",
+        "device d joined: 2 cores, 0.0 GiB, 200 GFLOP/s",
         "device d is gone",
     ]
     assert len(world.store.events(START)) == 2 + 4, "what stays as it is is told once"
+
+
+def test_a_pack_holds_its_bytes_until_it_is_over(world: World) -> None:
+    world.processes.refuse = True
+    world.submit("a")
+    world.settle()
+    assert world.held() == [], "of a pack that could not start nothing is held"
+    world.processes.refuse = False
+    world.now += 2.0
+    world.settle()
+    pack = world.processes.opened[0].id
+    assert world.held() == [Holding(pack, DEVICE_BYTES // 2)]
+    world.processes.present = [make_device(speed=3e11)]
+    world.settle()
+    assert world.held() == [Holding(pack, DEVICE_BYTES // 2)], "whoever holds it stays when a device changes"
+    world.processes.over.append(PackEnd(pack, "killed"))
+    world.settle()
+    assert world.held() == []
+
+
+def test_what_a_dead_replica_held_is_free_again(world: World) -> None:
+    world.processes.present = [make_device("n/cpu0")]
+    world.settle()
+    for name in "rs":
+        open_replica(
+            world.store,
+            ReplicaId(name),
+            backbone="b",
+            bytes_of=lambda device: device.bytes // 2,
+            actor=f"actor of {name}",
+            node="n",
+            index=None,
+            at=world.now,
+        )
+    world.submit("a")
+    world.settle()
+    assert world.job(A).reason is Reason.NO_DEVICE
+    lease = world.store.acquire(keys.replica_scope(ReplicaId("r")), "its process", 30.0)
+    assert lease is not None
+    world.processes.dead.append("actor of r")
+    world.settle()
+    assert set(world.controller.snapshot.replicas) == {"s"} and world.job(A).reason is Reason.PACK_OPENING
+    assert not world.store.renew(lease), "what is left of its process can no longer write"
+
+
+def test_a_replica_that_was_faster_keeps_a_pack_from_what_it_took(world: World) -> None:
+    """The pack was decided on without knowing of it; nothing is promised twice, and the next round sees it."""
+    world.processes.present = [make_device("n/cpu0")]
+    world.settle()
+    open_replica(
+        world.store,
+        ReplicaId("r"),
+        backbone="b",
+        bytes_of=lambda device: device.bytes,
+        actor="r",
+        node="n",
+        index=None,
+        at=world.now,
+    )
+    opening = OpenPack(PackId("pack-p"), "b", (DeviceId("n/cpu0"),), DEVICE_BYTES // 2)
+    with pytest.raises(LeaseRefused, match="n/cpu0 has 0 bytes free"):
+        world.controller._carry_out(opening)
+    assert world.packs() == [] and world.processes.opened == []
 
 
 def test_a_running_job_is_cancelled_through_its_pack(world: World) -> None:
@@ -240,7 +313,7 @@ def test_what_a_controller_knows_is_what_the_log_says(world: World, monkeypatch:
 
 def test_the_log_is_trimmed_behind_old_snapshots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SNAPSHOT_EVENTS", 2)
-    monkeypatch.setattr(module, "SNAPSHOTS_KEPT", 3)
+    monkeypatch.setattr(module, "EVENTS_KEPT", 6)
     world.controller = world.start("one")
     for n in range(20):
         world.submit(f"{n}", cancel_requested=True)

@@ -15,7 +15,18 @@ from polygraft.cluster.events import (
     JobSubmitted,
     PackOpened,
 )
-from polygraft.cluster.model import Backbone, Device, Job, JobId, Limits, Pack, PackId
+from polygraft.cluster.model import (
+    Backbone,
+    Device,
+    Holding,
+    Job,
+    JobId,
+    Limits,
+    Pack,
+    PackId,
+    Replica,
+    ReplicaId,
+)
 from polygraft.cluster.states import JobState, PackState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
@@ -33,6 +44,7 @@ class Processes:
     closed: list[PackId] = field(default_factory=list)
     over: list[PackEnd] = field(default_factory=list)
     present: list[Device] = field(default_factory=lambda: [make_device()])
+    dead: list[str] = field(default_factory=list)
     refuse: bool = False
     served: list[str] = field(default_factory=list)
 
@@ -55,6 +67,9 @@ class Processes:
 
     def devices(self) -> Collection[Device]:
         return self.present
+
+    def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
+        return [replica.id for replica in replicas if replica.actor in self.dead]
 
 
 @dataclass
@@ -109,6 +124,9 @@ class World:
         found = self.store.get(keys.job(id))
         assert found is not None
         return found.value
+
+    def held(self) -> list[Holding]:
+        return [holding for one in self.store.scan(keys.DEVICES) for holding in one.value.holders]
 
     def packs(self) -> list[tuple[str, PackState]]:
         return [(one.value.id, one.value.state) for one in self.store.scan(keys.PACKS)]

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from polygraft.cluster.model import START
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, StoreUnavailable, StreamKey, Write
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.cluster.store.lists import relist
 from polygraft.cluster.store.redis import RedisStore
 from tests.cluster.builders import make_job
 from tests.contracts.store import StoreContract, event, versions
@@ -90,3 +92,20 @@ def wait_until_dead(server: EmbeddedServer) -> None:
     while server.alive and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not server.alive
+
+
+def test_records_that_an_older_version_wrote_are_put_into_their_lists_once(valkey: EmbeddedServer) -> None:
+    store = RedisStore(valkey.url, prefix="older:")
+    job = make_job()
+    store.commit([Write(keys.job(job.id), job, 0)])
+    listing = keys.jobs_of(job.tenant)
+    with redis.Redis.from_url(valkey.url) as server:
+        server.delete(f"older:list:{listing}")
+        server.hdel(f"older:record:{keys.job(job.id)}", "listed")
+    assert store.newest(listing) == []
+    relist(store)
+    assert [one.value for one in store.newest(listing)] == [job]
+    version = store.newest(listing)[0].version
+    relist(store)
+    assert store.newest(listing)[0].version == version
+    store.close()

@@ -20,7 +20,7 @@ import uvicorn
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.api_keys import create_key
-from polygraft.cluster.model import Device, Limits, Pack, PackId, ReplicaId, TenantId
+from polygraft.cluster.model import Device, Limits, Pack, PackId, Replica, ReplicaId, TenantId
 from polygraft.cluster.settings import LimitSettings, ServeSettings
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone
@@ -68,6 +68,9 @@ class NoDevices:
     def serve(self, backbones: Collection[object]) -> None: ...
 
     def devices(self) -> Collection[Device]:
+        return ()
+
+    def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         return ()
 
 

@@ -51,7 +51,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
 async def test_the_estimate_is_what_a_jobs_slab_takes(text: str, service: Service) -> None:
     graft = BoundGraft(parse(text), service.api.shape)
     slab = Slab(graft)
-    slab.collect([torch.zeros(tensor.numel) for tensor in slab.trained])
+    slab.collect(slab.joined([torch.zeros(tensor.numel) for tensor in slab.trained]))
     assert slab.grad is not None
     held = (slab.master, slab.exp_avg, slab.exp_avg_sq, slab.grad, *slab.frozen.values())
     assert sum(tensor.nbytes for tensor in held) == state_bytes(graft.parameters, graft.frozen)

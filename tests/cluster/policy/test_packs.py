@@ -1,0 +1,194 @@
+"""Several packs of one backbone: which one a job goes to, when another is opened, which are joined."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from polygraft.cluster.decisions import Admit, ClosePack, Hold, Move, OpenPack
+from polygraft.cluster.model import DeviceId, Job, JobId, JobSpec, Limits, Pace, Pack, PackId, Snapshot
+from polygraft.cluster.policy.budget import STATE_BYTES
+from polygraft.cluster.policy.cycle import decide
+from polygraft.cluster.policy.packing import LOOK
+from polygraft.cluster.states import PackState, Reason
+from tests.cluster.builders import DEVICE_BYTES, make_device, make_job, make_pack, make_snapshot, running
+
+P, Q, R = PackId("pack-p"), PackId("pack-q"), PackId("pack-r")
+A, B, C = JobId("ftjob-a"), JobId("ftjob-b"), JobId("ftjob-c")
+NEW = PackId("pack-100002")
+HALF = DEVICE_BYTES // 2
+
+
+def packs(*names: str) -> tuple[Pack, ...]:
+    """Open ones, on devices d, d1, ..."""
+    return tuple(make_pack(n, devices=(DeviceId(f"d{i or ''}"),)) for i, n in enumerate(names))
+
+
+def inside(pack: str, count: int, **fields: object) -> tuple[Job, ...]:
+    return tuple(running(f"{pack}{n}", pack, **fields) for n in range(count))
+
+
+def paced(snapshot: Snapshot, pack: PackId, **left_s: float) -> Snapshot:
+    pace = Pace(id=pack, at=snapshot.now, left_s={JobId(f"ftjob-{job}"): left for job, left in left_s.items()})
+    return replace(snapshot, paces={**snapshot.paces, pack: pace})
+
+
+def asked(priority: int = 0, devices: int = 1) -> JobSpec:
+    return replace(make_job().spec, priority=priority, devices=devices)
+
+
+def test_a_job_goes_to_the_fullest_pack_that_has_room() -> None:
+    jobs = (*inside("p", 1), *inside("q", 2), *inside("r", 3), make_job("a"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q", "r"), devices=3, limits=Limits(max_jobs=3))
+    assert decide(snapshot) == (Admit(A, Q),)
+
+
+def test_of_two_packs_with_as_many_jobs_the_one_with_less_memory_left_is_fuller() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES)
+    jobs = (*inside("p", 1, parameters=50), *inside("q", 1, parameters=60), make_job("a", parameters=40))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=limits)
+    assert decide(snapshot) == (Admit(A, Q),)
+
+
+def test_what_a_round_admits_makes_a_pack_fuller_for_the_next_job() -> None:
+    jobs = (*inside("p", 1), *(make_job(name) for name in "abc"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
+    assert decide(snapshot) == (Admit(A, P), Admit(B, P), Admit(C, Q))
+
+
+def test_jobs_that_the_opening_packs_cannot_take_get_another_pack_each_round_as_many_as_there_are_devices() -> None:
+    snapshot = make_snapshot(jobs=tuple(make_job(name) for name in "abcde"), devices=2, limits=Limits(max_jobs=2))
+    assert decide(snapshot) == (
+        OpenPack(NEW, "b", (DeviceId("d"),), HALF),
+        OpenPack(PackId("pack-100003"), "b", (DeviceId("d1"),), HALF),
+        *(Hold(JobId(f"ftjob-{name}"), Reason.PACK_OPENING) for name in "abcd"),
+        Hold(JobId("ftjob-e"), Reason.PACK_FULL),
+    )
+
+
+def test_a_pack_is_opened_only_for_a_job_that_would_wait_longer_than_it_takes_to_open() -> None:
+    limits = Limits(max_jobs=2, opening_s=20.0)
+    full = make_snapshot(jobs=(*inside("p", 2), make_job("a")), packs=packs("p"), devices=2, limits=limits)
+    assert decide(paced(full, P, p0=300.0, p1=19.0)) == (Hold(A, Reason.PACK_FULL),)
+    opened = OpenPack(NEW, "b", (DeviceId("d1"),), HALF)
+    assert decide(paced(full, P, p0=300.0, p1=21.0)) == (opened, Hold(A, Reason.PACK_OPENING))
+    assert decide(full) == (opened, Hold(A, Reason.PACK_OPENING)), "nobody knows how long it would wait"
+    assert decide(replace(paced(full, P, p1=19.0), now=full.now + 61.0))[0] == opened, "it was measured too long ago"
+
+
+def test_two_jobs_do_not_wait_for_the_same_place() -> None:
+    jobs = (*inside("p", 2), make_job("a"), make_job("b"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=Limits(max_jobs=2))
+    assert decide(paced(snapshot, P, p0=300.0, p1=5.0)) == (
+        OpenPack(NEW, "b", (DeviceId("d1"),), HALF),
+        Hold(A, Reason.PACK_FULL),
+        Hold(B, Reason.PACK_OPENING),
+    )
+    assert decide(paced(snapshot, P, p0=6.0, p1=5.0)) == (Hold(A, Reason.PACK_FULL), Hold(B, Reason.PACK_FULL))
+
+
+def test_a_job_waits_for_the_memory_it_needs_not_for_the_first_place() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES)
+    jobs = (*inside("p", 3, parameters=30), make_job("a", parameters=70))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=limits)
+    assert decide(paced(snapshot, P, p0=1.0, p1=2.0, p2=3.0)) == (Hold(A, Reason.PACK_MEMORY),)
+    assert isinstance(decide(paced(snapshot, P, p0=1.0, p1=25.0, p2=90.0))[0], OpenPack)
+
+
+def test_a_job_that_was_overtaken_long_enough_gets_one_pack_to_itself_and_the_others_go_on() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES, overtake_s=60.0)
+    large = make_job("a", parameters=90, blocked_at=40.0, reason=Reason.PACK_MEMORY)
+    jobs = (*inside("p", 1, parameters=80), *inside("q", 1, parameters=30), large, make_job("b", parameters=10))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=limits, now=100.0)
+    assert decide(snapshot) == (Admit(B, P),), "q is kept: it is the emptier one"
+    assert decide(replace(snapshot, now=99.0)) == (Admit(B, P),), "the fullest"
+    fitting = replace(snapshot, jobs={id_: job for id_, job in snapshot.jobs.items() if id_ != "ftjob-q0"})
+    assert decide(fitting) == (Admit(A, Q), Admit(B, Q))
+
+
+def test_a_round_looks_only_so_far_past_jobs_that_do_not_fit() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES, max_jobs=1000)
+    large = tuple(make_job(f"{n:03}", created_at=float(n), parameters=90) for n in range(LOOK + 5))
+    jobs = (*inside("p", 1, parameters=20), *large, make_job("z", created_at=999.0, parameters=1))
+    decisions = decide(make_snapshot(jobs=jobs, packs=packs("p"), limits=limits))
+    reasons = [decision.reason for decision in decisions if isinstance(decision, Hold)]
+    assert reasons == [Reason.PACK_MEMORY] * LOOK + [Reason.TURN] * 6
+
+
+def test_a_tenants_own_jobs_go_by_priority_which_is_worth_a_time_of_waiting() -> None:
+    jobs = (
+        make_job("a", created_at=0.0),
+        make_job("b", created_at=500.0, spec=asked(priority=1)),
+        make_job("c", created_at=700.0, spec=asked(priority=1)),
+        make_job("d", tenant="other", created_at=800.0),
+    )
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), now=1000.0)
+    assert [one.job for one in decide(snapshot) if isinstance(one, Admit)] == [B, "ftjob-d", A, C]
+
+
+def test_a_tenant_has_at_most_so_many_jobs_in_packs() -> None:
+    waiting = (make_job("a", tenant="x"), make_job("b", tenant="y"), make_job("c", tenant="x"))
+    jobs = (*inside("p", 2, tenant="x"), *waiting)
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), limits=Limits(tenant_jobs=2))
+    assert decide(snapshot) == (Admit(B, P), Hold(A, Reason.TENANT_LIMIT), Hold(C, Reason.TURN))
+
+
+def test_a_tenant_that_got_nothing_in_for_long_goes_before_new_ones() -> None:
+    jobs = (
+        running("r", "p", tenant="x", admitted_at=100.0),
+        make_job("a", tenant="x", created_at=50.0),
+        make_job("b", tenant="new", created_at=690.0),
+    )
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), limits=Limits(max_jobs=2, patience_s=600.0), now=699.0)
+    assert Admit(B, P) in decide(snapshot)
+    assert Admit(A, P) in decide(replace(snapshot, now=700.0))
+
+
+def test_a_job_over_two_devices_has_a_pack_over_two_of_one_node() -> None:
+    devices = {DeviceId(name): make_device(name, node=node) for name, node in (("d", "m"), ("d1", "n"), ("d2", "n"))}
+    snapshot = replace(make_snapshot(jobs=(make_job("a", spec=asked(devices=2)), make_job("b"))), devices=devices)
+    assert decide(snapshot)[:2] == (
+        OpenPack(NEW, "b", (DeviceId("d1"), DeviceId("d2")), HALF),
+        OpenPack(PackId("pack-100003"), "b", (DeviceId("d"),), HALF),
+    )
+    wide = make_pack("p", devices=(DeviceId("d1"), DeviceId("d2")))
+    ready = replace(snapshot, packs={P: wide, Q: make_pack("q")})
+    assert decide(ready) == (Admit(A, P), Admit(B, Q))
+
+
+def test_half_empty_packs_are_joined_when_nobody_waits() -> None:
+    jobs = (*inside("p", 2), *inside("q", 1), *inside("r", 3))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q", "r"), devices=3, limits=Limits(max_jobs=4))
+    assert decide(snapshot) == (Move(JobId("ftjob-q0"), Q, R),)
+    moving = replace(snapshot, jobs={**snapshot.jobs, JobId("ftjob-q0"): replace(inside("q", 1)[0], moving_to=R)})
+    assert decide(moving) == (), "one join at a time, and r has no place left"
+
+
+def test_all_jobs_of_a_pack_move_or_none() -> None:
+    jobs = (*inside("p", 3, parameters=30), *inside("q", 2, parameters=20))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=Limits(pack_bytes=130 * STATE_BYTES))
+    assert decide(snapshot) == (Move(JobId("ftjob-q0"), Q, P), Move(JobId("ftjob-q1"), Q, P))
+    assert decide(replace(snapshot, limits=Limits(pack_bytes=129 * STATE_BYTES))) == ()
+
+
+def test_no_pack_is_joined_whose_jobs_end_soon_or_whose_bits_would_change() -> None:
+    jobs = (*inside("p", 3), *inside("q", 1, device_class="other"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2)
+    assert decide(snapshot) == ()
+    alike = replace(snapshot, jobs={job.id: replace(job, device_class="one") for job in jobs})
+    assert decide(alike) == (Move(JobId("ftjob-q0"), Q, P),)
+    assert decide(paced(alike, Q, q0=4.0)) == ()
+
+
+def test_a_job_that_has_left_is_admitted_where_its_place_was_kept() -> None:
+    left = make_job("a", moving_to=P, reason=Reason.MOVING, created_at=9.0)
+    jobs = (*inside("p", 1), make_job("b"), left)
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=2))
+    assert decide(snapshot) == (Admit(A, P), Admit(B, Q))
+    gone = replace(snapshot, packs={**snapshot.packs, P: make_pack("p", state=PackState.CLOSING)})
+    assert decide(gone) == (Admit(B, Q), Admit(A, Q)), "by age, where anybody is admitted"
+
+
+def test_an_empty_pack_is_closed_at_once_beside_another_with_room() -> None:
+    snapshot = make_snapshot(jobs=inside("p", 2), packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
+    assert decide(snapshot) == (ClosePack(Q, Reason.JOINED),)
+    assert decide(replace(snapshot, limits=Limits(max_jobs=2))) == (), "it is the only one with room"

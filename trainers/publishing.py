@@ -1,0 +1,105 @@
+"""How a job that has no step left becomes a graft: judged, written, published once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import NoReturn
+
+from polygraft.cluster.folders import Folders
+from polygraft.cluster.model import GraftId, JobError, JobId
+from polygraft.cluster.publish import publish
+from polygraft.cluster.store.base import Fence, Store
+from polygraft.grafts.formats import native
+from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.kernels.common.room import is_full
+from polygraft.trainers import faults
+from polygraft.trainers.failure import failure
+from polygraft.trainers.reports import Reports
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
+
+_LOG = logging.getLogger(__name__)
+ROOM_S = 5.0  # until a write is tried again that found no room on the disk
+
+
+class NoRoom(Exception):
+    """The disk has no room for the graft; the job stays, and all of it is tried again later."""
+
+
+@dataclass(slots=True)
+class Publishing:
+    """For the jobs of one pack. What a job that waits for room loses on held-out data is computed once."""
+
+    runner: PackRunner
+    store: Store
+    fence: Fence
+    folders: Folders
+    reports: Reports
+    _losses: dict[JobId, float | None] = field(default_factory=dict)
+    _told: set[JobId] = field(default_factory=set)  # that they wait for room
+    _not_before: float = float("-inf")
+
+    def publish(self, job: JobId, running: RunningJob) -> JobError | None:
+        """The job under its name, or what of its own prevents it. Raises NoRoom, IllegalTransition where it ended
+        otherwise meanwhile, and what is no job's."""
+        if time.monotonic() < self._not_before:
+            self._wait(job)
+        doing = f"{running.at}, evaluation"
+        try:
+            if job not in self._losses:
+                after = self.runner.held_out_loss(job)
+                if after is not None and not isfinite(after):
+                    return JobError("non_finite_loss", f"{doing}: the held-out loss is {after}")
+                self._losses[job] = after
+            doing = "its graft cannot be saved"
+            faults.point("before_publish")
+            identity, saved_bytes = self._write(running)
+        except Exception as error:
+            if is_full(error):
+                _LOG.warning("%s has no room for the graft of %s: %s", self.folders.grafts, job, error)
+                self._not_before = time.monotonic() + ROOM_S
+                self._wait(job)
+            failed = failure(job, doing, error, "step_failed" if job not in self._losses else "graft_not_saved")
+            return JobError(failed.code, failed.message)
+        after = self._losses[job]
+        self.reports.progress(running, after)
+        graft = publish(
+            self.store,
+            job,
+            graft=identity,
+            method=running.job.graft.spec.method,
+            backbone_fingerprint=self.runner.backbone.fingerprint,
+            parameters=running.job.graft.parameters,
+            context_length=running.job.graft.context_length,
+            bytes=saved_bytes,
+            at=time.time(),
+            fence=self.fence,
+        )
+        self.reports.note(job, f"published {graft.model}", held_out_loss=after)
+        return None
+
+    def forget(self, job: JobId) -> None:
+        """After the job left the pack."""
+        self._losses.pop(job, None)
+        self._told.discard(job)
+
+    def _write(self, running: RunningJob) -> tuple[GraftId, int]:
+        backbone = self.runner.backbone
+        identity = native.save(
+            self.folders.grafts,
+            running.job.graft,
+            running.slab.tensors,
+            backbone=backbone.fingerprint,
+            stock=BackboneFiles(backbone.folder),
+        )
+        return GraftId(identity), native.size(self.folders.grafts / identity)
+
+    def _wait(self, job: JobId) -> NoReturn:
+        if job not in self._told:
+            self._told.add(job)
+            message = "no room for the graft on the service's disk; it is kept until there is"
+            self.reports.note(job, message, level="warn")
+        raise NoRoom
