@@ -65,6 +65,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
+    from polygraft.launch.search_driver import keeper_of, look
 
     namespace = f"polygraft-{token_hex(4)}"
     machine = Machine.here(settings)
@@ -104,13 +105,15 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         when_there_is_room(lambda: announce(settings.service_path, service), told=_LOG.warning)
         folder.enter("ready")
         _LOG.info("ready at %s", service.url)
-        reservations = Reservations(DEVICE)
+        reservations, keeper = Reservations(DEVICE), keeper_of(settings, service.url)
         while not stop.wait(_LOOK_S):
             reservations.release(time.monotonic())
+            look(keeper)
             if not supervisor.alive():
                 _LOG.error("the supervisor is gone; ending")
                 break
         folder.enter("stopping")
+        keeper.stop()
         serve.shutdown()
         ray.get(leader.stop.remote(), timeout=10)
     finally:

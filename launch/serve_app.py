@@ -22,6 +22,8 @@ from polygraft.launch.default_backbone import put_default
 from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.packs import OpenHost
 from polygraft.launch.scout import NodeScout
+from polygraft.launch.search_desk import SearchDesk
+from polygraft.launch.search_driver import SearchKeeper
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
@@ -33,7 +35,7 @@ def application(settings: Settings, backbone_folder: Path) -> serve.Application:
     """What `serve.run` takes; `settings.store_url` is that of a running server."""
     from polygraft.serving.app import build as build_app
 
-    return build_app(settings, backbone_folder=backbone_folder)
+    return build_app(settings, backbone_folder=backbone_folder, desk=SearchDesk())
 
 
 def build(args: Mapping[str, object]) -> serve.Application:
@@ -49,6 +51,7 @@ def build(args: Mapping[str, object]) -> serve.Application:
     _admit_key(settings)
     backbone = put_default(settings, settings.data / "backbones")  # on the volume that every node mounts
     _lead(settings)
+    _keep_searches(settings)
     return application(settings, Path(backbone.folder))
 
 
@@ -78,6 +81,19 @@ def _lead(settings: Settings) -> None:
     )
     scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
     options.remote(settings.store_url, settings.pack_limits, host, holder=f"{name}-{token_hex(4)}", scout=scout)
+
+
+def _keep_searches(settings: Settings) -> None:
+    """The cluster's one keeper of searches."""
+    options = ray.remote(SearchKeeper).options(
+        name="searches",
+        namespace=_NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+    )
+    options.remote(settings.model_dump_json(), f"http://127.0.0.1:{settings.port}")
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

@@ -8,11 +8,12 @@ from ray import serve
 
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import Settings
+from polygraft.serving.http.context import NO_DESK, Desk
 from polygraft.serving.ingress import IngressPlan, ingress_app
 from polygraft.serving.replica import ReplicaPlan, replica_app
 
 
-def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1) -> serve.Application:
+def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1, desk: Desk = NO_DESK) -> serve.Application:
     """For `serve.run`. `settings.store_url` must be a running server's, `backbone_folder` visible on every node."""
     plans = [
         ReplicaPlan(
@@ -27,4 +28,4 @@ def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1) -> se
         for index in range(replicas)
     ]
     engines = {plan.replica: replica_app(plan) for plan in plans}
-    return ingress_app(IngressPlan(settings=settings, backbone_folder=backbone_folder), engines)
+    return ingress_app(IngressPlan(settings=settings, backbone_folder=backbone_folder, desk=desk), engines)

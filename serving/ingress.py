@@ -24,7 +24,7 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.context import Api
+from polygraft.serving.http.context import NO_DESK, Api, Desk
 from polygraft.serving.remote import ServeLink
 
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
@@ -36,6 +36,7 @@ class IngressPlan:
 
     settings: Settings
     backbone_folder: Path
+    desk: Desk = NO_DESK
 
 
 class Ingress:
@@ -67,6 +68,7 @@ class Ingress:
             pack=settings.pack_limits,
             max_context=settings.serve.max_context,
             clock=time.time,
+            desk=plan.desk,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

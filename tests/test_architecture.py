@@ -57,7 +57,7 @@ LAYERS: dict[str, str] = {
     "cluster: what is written to the store together": (
         r"cluster\.(advance|backbones|leasing|publish|versions|api_keys|story)"
     ),
-    "cluster: the client of the HTTP API": r"cluster\.client",
+    "cluster: the client of the HTTP API": r"cluster\.(client|searches)",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
     "trainers: its shell": r"trainers\.(worker|host)",
@@ -65,7 +65,7 @@ LAYERS: dict[str, str] = {
     "serving: from an ingress to engines": r"serving\.(local|remote|gateway)",
     "serving: HTTP": r"serving\.http\..+",
     "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
-    "tuning: spaces and the study": r"tuning\.(space|study|objectives|spaces\..+|samplers\..+|pruners\..+)",
+    "tuning: spaces and the study": r"tuning\.(space|study|objectives|finals|spaces\..+|samplers\..+|pruners\..+)",
     "tuning: a search and its driver": r"tuning\..+",
     "launch: the demo's oracles": r"launch\.demo\.oracle\..+",
     "launch: processes and what commands share": r"launch\.(?!main$|__main__$)\w+",

@@ -204,7 +204,7 @@ class StudyScheduler(FIFOScheduler):
     """Stops a trial when the study's pruner says so; what is started next is the searcher's."""
 
     def __init__(self, bridge: StudySearcher) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bridge = bridge
 
     def on_trial_result(self, tune_controller: object, trial: tune.experiment.Trial, result: dict[str, object]) -> str:

@@ -19,6 +19,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Versioned, Write
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.spec import SpecError
+from polygraft.tuning.finals import Final
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.spaces.autopeft import halved
 from polygraft.tuning.study import Study, Trial
@@ -30,10 +31,12 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRecord:
-    """What the body of a study's record says."""
+    """What the body of a study's record says; `finals` and the trial that was `chosen` come after the last trial."""
 
     plan: SearchPlan
     trials: tuple[Trial, ...] = ()
+    finals: tuple[Final, ...] = ()
+    chosen: int | None = None
     schema_version: Literal[2] = 2
 
 

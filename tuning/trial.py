@@ -17,6 +17,7 @@ from ray import tune
 
 from polygraft.cluster.client import ApiFailure, Client, RemoteJob
 from polygraft.cluster.service import ServiceNotRunning
+from polygraft.tuning.owned import submitted
 from polygraft.tuning.plan import SearchPlan
 
 REPORT_S = 2.0  # a step of the trial; Tune can stop it in between
@@ -86,7 +87,7 @@ class JobTrial(tune.Trainable):
             peft=str(config["peft"]),
             learning_rate=float(str(config["learning_rate"])),
         )
-        self._idempotency = f"{self._study}/{number}"
+        self._name = str(number)
         self._job: RemoteJob | None = None
         self._told_step = 0
         self._heard_at = time.monotonic()  # when the service last answered
@@ -105,14 +106,7 @@ class JobTrial(tune.Trainable):
         self._heard_at = time.monotonic()
 
     def _submit(self) -> RemoteJob:
-        """The trial's job: the one an earlier driver submitted, unless it was cancelled when nobody spoke for it."""
-        job = self._client.create_job(self._body, idempotency_key=self._idempotency)
-        while job.status == "cancelled":
-            self._idempotency = f"{self._study}/after/{job.id}"
-            job = self._client.create_job(self._body, idempotency_key=self._idempotency)
-        if not job.final:
-            job = self._client.renew(job.id, self._plan.lease_s)
-        return job
+        return submitted(self._client, self._body, study=self._study, name=self._name, lease_s=self._plan.lease_s)
 
     def _leave(self) -> None:
         """Cancel the job if it is not over; where that fails, its lease runs out."""
@@ -140,7 +134,8 @@ class JobTrial(tune.Trainable):
         found: dict[int, float] = {}
         with suppress(ApiFailure, ServiceNotRunning):
             for event in self._client.events(job):  # newest first
-                step, loss = event.data.get("step"), event.data.get("loss")
+                data = event.data or {}
+                step, loss = data.get("step"), data.get("loss")
                 if event.type == "metrics" and isinstance(step, int) and isinstance(loss, float):
                     if step <= self._told_step:
                         break

@@ -19,6 +19,7 @@ from polygraft.serving.http import (
     grafts,
     jobs,
     models,
+    searches,
     tokens,
 )
 from polygraft.serving.http.auth import OPEN_PATHS, Authenticated
@@ -46,7 +47,7 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(BoundedBodies, limits=api.limits)
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     errors.install(app)
-    for part in (files, jobs, dry_runs, models, grafts, adapters, chat, completions, tokens):
+    for part in (files, jobs, dry_runs, searches, models, grafts, adapters, chat, completions, tokens):
         app.include_router(part.router)
     for path in OPEN_PATHS:
         app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})

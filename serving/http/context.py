@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends
+from pydantic import JsonValue
 from starlette.requests import Request
 
 from polygraft.cluster.folders import Folders
@@ -20,6 +21,35 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.turns import Turns
+
+
+class Desk(Protocol):
+    """What is known of searches (`tuning/desk.py`, which this package does not import)."""
+
+    def begin(
+        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+    ) -> tuple[str, str, tuple[str, str]]:
+        """Name, body of the study's record, and the ids of the files. Raises ValueError that begins with the field."""
+        ...
+
+    def told(self, record: str) -> dict[str, JsonValue]:
+        """`objectives`, `trials_total`, `trials`, and the numbers of the `front`."""
+        ...
+
+
+class NoDesk:
+    """Where nobody keeps searches."""
+
+    def begin(
+        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+    ) -> tuple[str, str, tuple[str, str]]:
+        raise ValueError("search: this service runs none")
+
+    def told(self, record: str) -> dict[str, JsonValue]:
+        return {"objectives": [], "trials_total": 0, "trials": [], "front": []}
+
+
+NO_DESK = NoDesk()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +73,7 @@ class Api:
     pack: Limits
     max_context: int
     clock: Callable[[], float]
+    desk: Desk = NO_DESK
     turns: Turns = field(default_factory=Turns)
 
     @property

@@ -2,9 +2,9 @@
 
 ALTO stops a trial when its loss trails the best by thresholds that are set by hand. Here the trials that were trained
 to their end say how far a gap at this look is made good: their gaps to the best one at the end are regressed on those
-now (ordinary least squares), and a trial is stopped when the lower bound of the prediction interval of its own gap at the
-end is above 0: when even a lucky end would leave it behind. The interval is wide when few trials ended, and when gaps
-now say little about those at the end. The best is the best of those that are no larger in what else is minimised.
+now (ordinary least squares), and a trial is stopped when the lower bound of the prediction interval of its own gap at
+the end is above 0: when even a lucky end would leave it behind. The interval is wide when few trials ended, and when
+gaps now say little about those at the end. The best is the best of those that are no larger in what else is minimised.
 """
 
 from __future__ import annotations

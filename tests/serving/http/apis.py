@@ -14,6 +14,7 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.context import Api
+from polygraft.tuning.desk import Desk
 
 
 def tiny_api(store: Store, gateway: Gateway, backbone: Backbone, data: Path, adoption: Adoption) -> Api:
@@ -33,4 +34,5 @@ def tiny_api(store: Store, gateway: Gateway, backbone: Backbone, data: Path, ado
         pack=Limits(),
         max_context=512,
         clock=time.time,
+        desk=Desk(),
     )
