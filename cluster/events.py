@@ -123,7 +123,7 @@ class JobLeaseRenewed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequeued:
-    """The job's pack ended without it. `blamed`: the pack failed while the job was in it."""
+    """The job's pack ended without it. `blamed`: the pack failed, and the job is suspected of it."""
 
     job: JobId
     reason: Reason

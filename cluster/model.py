@@ -64,8 +64,8 @@ class JobSpec:
 
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
-    `max_length` None cuts no example that the backbone's positions and a pack's memory have room for. `priority` orders
-    a tenant's own jobs; the job trains in a pack over as many `devices`.
+    `max_length` None cuts no example that the backbone's positions and the pack's memory have room for. `priority`
+    orders a tenant's own jobs; the job trains in a pack over as many `devices`.
     """
 
     backbone: str
@@ -105,7 +105,8 @@ class Job:
     """One fine-tune.
 
     A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
-    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed under it.
+    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed with it as a
+    suspect.
     `admitted_at` is when it came into its pack, or the last one; `blocked_at` since when it is its turn and no pack has
     room for it. A running job that is `moving_to` another pack leaves its own at its next step boundary; a waiting one
     has left it.

@@ -54,7 +54,7 @@ class PackSettings(BaseModel):
     )
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
-    max_attempts: PositiveInt = Field(default=3, description="a job fails after this many packs failed under it")
+    max_attempts: PositiveInt = Field(default=3, description="a job fails once suspected of so many packs' ends")
     opening_s: PositiveFloat = Field(default=20.0, description="who would wait longer for a place gets another pack")
     overtake_s: PositiveFloat = Field(default=60.0, description="how long a job that does not fit may be overtaken")
     patience_s: PositiveFloat = Field(
@@ -131,6 +131,9 @@ class Settings(BaseSettings):
     pack: PackSettings = PackSettings()
     serve: ServeSettings = ServeSettings()
     limits: LimitSettings = LimitSettings()
+    metrics_tenants: tuple[str, ...] = Field(
+        default=("local",), description="whose keys may read /metrics, which is of all tenants together"
+    )
     graft_roots: tuple[Folder, ...] = Field(default=(), description="where tenants may import grafts from, by path")
 
     @property

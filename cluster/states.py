@@ -46,7 +46,7 @@ class Reason(StrEnum):
     NO_DEVICE = "no_device_is_free"  # hold: no device has the memory left that a pack takes
     NO_BACKBONE = "its_backbone_was_removed"  # refuse: nobody can say any more what it is to be trained on
     TOO_LARGE = "too_large_for_any_pack"  # refuse: does not fit an empty pack
-    PACKS_FAILED = "its_packs_failed"  # refuse: too many packs failed while the job was in them
+    PACKS_FAILED = "its_packs_failed"  # refuse: too many packs failed with the job as a suspect
     REQUESTED = "requested"  # cancel: its tenant asked
     OWNER_LOST = "owner_lease_expired"  # cancel: the search that owns it is gone
     IDLE = "idle"  # close, unload: no jobs, or nobody who asks, for a while

@@ -7,6 +7,7 @@ times as much.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,10 @@ class StepCost:
         logits = min(rows, _HEAD_ROWS) * shape.vocab * (self.itemsize + self._wide)
         passing = max(self._wide * rows * widths + scores, logits)  # in one layer, or at the head
         return rows * self.row_bytes + int(_SLACK * passing) + self._graft_bytes
+
+    def longest(self, room: int, most: int) -> int:
+        """Tokens of the longest sequence, at most `most`, whose forward and backward fit into `room`."""
+        return bisect_right(range(1, most + 1), room, key=lambda length: self.bytes([length]))
 
     def rows_within(self, room: int, most: int, longest: int) -> int:
         """`most` rows, halved until samples of at most `longest` tokens that have so many rows fit into `room`."""

@@ -181,6 +181,7 @@ class Engine:
         logits = self._forward(batch)
         tokens = self._sample(batch, logits)
         self._collect(batch, tokens)
+        self._streams.stepped(len(batch.rows), self._clock() - self.beat)
         return True
 
     def _schedule(self) -> Batch | None:

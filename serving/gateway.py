@@ -15,7 +15,7 @@ from polygraft.cluster.policy.routing import Refusal, RefusalReason
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.inflight import InFlight, Lost
-from polygraft.serving.messages import Draining, QueueFull, StepMessage, StepTokens
+from polygraft.serving.messages import Draining, Load, QueueFull, StepMessage, StepTokens
 from polygraft.serving.roster import Roster
 from polygraft.serving.sequence import GenerationRequest
 
@@ -139,6 +139,11 @@ class Gateway:
     def ready(self) -> bool:
         """Whether a replica is connected."""
         return bool(self._roster.loads)
+
+    @property
+    def loads(self) -> Mapping[ReplicaId, Load]:
+        """What each replica that is connected said of itself last. May be read from any thread."""
+        return dict(self._roster.loads)
 
     def uses(self, graft: GraftId) -> bool:
         """Whether an answer is being generated with the graft. May be called from any thread."""

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import ReplicaId, TenantId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.formats.backbone_files import BackboneFiles
@@ -25,6 +25,8 @@ from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import NO_DESK, Api, Desk
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.remote import ServeLink
 
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
@@ -45,9 +47,10 @@ class Ingress:
     def __init__(self, plan: IngressPlan, replicas: Mapping[ReplicaId, DeploymentHandle[object]]) -> None:
         settings, folder = plan.settings, plan.backbone_folder
         links = {replica: ServeLink(handle) for replica, handle in replicas.items()}
+        name, store = f"ingress-{uuid4().hex[:12]}", connect(settings.store_url)
         self._api = Api(
-            store=connect(settings.store_url),
-            gateway=Gateway(links, ingress=f"ingress-{uuid4().hex[:12]}", settings=settings.serve),
+            store=store,
+            gateway=Gateway(links, ingress=name, settings=settings.serve),
             tokeniser=Tokeniser.load(folder),
             shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
             backbone=settings.backbone,
@@ -69,6 +72,9 @@ class Ingress:
             max_context=settings.serve.max_context,
             clock=time.time,
             desk=plan.desk,
+            meters=Meters(name),
+            overview=Overview(store, time.time),
+            metrics_tenants=frozenset(map(TenantId, settings.metrics_tenants)),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +24,15 @@ class Loader:
         self._wake = wake
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="graft-loader")
         self._reading: dict[GraftId, Future[Resident]] = {}
+        # Grafts that were read, or tried, and the seconds that it took; only the thread writes them.
+        self.loads = 0
+        self.load_s = 0.0
 
     def ask(self, graft: GraftId) -> Resident | None:
         """The graft once it is read, until then None; the first to ask starts it. Raises what reading it raised."""
         if graft not in self._reading:
             if len(self._reading) < _AT_ONCE:
-                self._reading[graft] = self._pool.submit(in_own_thread, partial(self._residency.fetch, graft))
+                self._reading[graft] = self._pool.submit(in_own_thread, partial(self._read, graft))
                 self._reading[graft].add_done_callback(lambda _: self._wake())
             return None
         future = self._reading[graft]
@@ -38,6 +42,14 @@ class Loader:
         """Forget all but the first of these: nobody waits for the others any more, or those before them go first."""
         for graft in self._reading.keys() - set(grafts[:_AT_ONCE]):
             self._reading.pop(graft).cancel()
+
+    def _read(self, graft: GraftId) -> Resident:
+        began = time.perf_counter()
+        try:
+            return self._residency.fetch(graft)
+        finally:
+            self.loads += 1
+            self.load_s += time.perf_counter() - began
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

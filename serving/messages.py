@@ -38,19 +38,39 @@ class QueueFull:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """What an engine has done since it began. Requests that `entered` the batch waited `queued_s` seconds together,
+    `preemptions` had to leave it again, and `loads` grafts were read in `load_s` seconds."""
+
+    steps: int = 0
+    rows: int = 0
+    step_s: float = 0.0
+    entered: int = 0
+    queued_s: float = 0.0
+    preemptions: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Draining:
     """A replica takes no request any more: it hands on what it has, and ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a replica is, and which grafts it holds in memory."""
+    """How busy a replica is, and which grafts it holds in memory. `deferred` of those that wait do so for their
+    graft."""
 
     running: int = 0
     waiting: int = 0
     blocks: int = 0
     free_blocks: int = 0
     resident: tuple[GraftId, ...] = ()
+    resident_bytes: int = 0
+    deferred: int = 0
+    tally: Tally = Tally()
 
 
 @dataclass(frozen=True, slots=True)

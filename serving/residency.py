@@ -40,6 +40,7 @@ class Residency:
         self._held: OrderedDict[GraftId, Resident] = OrderedDict()
         self._sizes: dict[GraftId, int] = {}
         self._pins: dict[GraftId, int] = {}
+        self.evictions = 0  # grafts that went for others
         self._compositions: OrderedDict[tuple[GraftId, ...], Composition] = OrderedDict()
 
     @property
@@ -92,6 +93,7 @@ class Residency:
             if self.used_bytes <= room:
                 break
             self._drop(graft)
+            self.evictions += 1
         assert self.used_bytes <= room, "admitted a graft that does not fit"
         self._held[GraftId(resident.id)] = resident
         self._sizes[GraftId(resident.id)] = _size(resident)

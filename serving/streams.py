@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from polygraft.cluster.model import GraftId
 from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
@@ -17,7 +18,7 @@ from polygraft.grafts.runtime.cache import KVCache
 from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
-from polygraft.serving.messages import Load
+from polygraft.serving.messages import Load, Tally
 from polygraft.serving.residency import Residency
 from polygraft.serving.sequence import Sequence
 from polygraft.serving.tenants import Tenants
@@ -53,11 +54,27 @@ class Streams:
         self.running: list[Sequence] = []
         self.tenants = Tenants(settings)
         self._ready: list[Sequence] = []  # of `waiting`, in turn: whose graft is in memory
+        self._deferred = 0  # of `waiting`: whose graft is not
+        self._tally = Tally()
 
     @property
     def load(self) -> Load:
-        blocks = self.blocks
-        return Load(len(self.running), len(self.waiting), blocks.total, blocks.free_blocks, self.residency.held)
+        blocks, residency, loader = self.blocks, self.residency, self._loader
+        return Load(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            blocks=blocks.total,
+            free_blocks=blocks.free_blocks,
+            resident=residency.held,
+            resident_bytes=residency.used_bytes,
+            deferred=min(self._deferred, len(self.waiting)),
+            tally=replace(self._tally, loads=loader.loads, load_s=loader.load_s, evictions=residency.evictions),
+        )
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A step of so many rows is over."""
+        done = self._tally
+        self._tally = replace(done, steps=done.steps + 1, rows=done.rows + rows, step_s=done.step_s + seconds)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_age)
@@ -94,6 +111,7 @@ class Streams:
             # one after the other, and that one out for ever.
             if graft is None or (self._graft(sequence) is not None and not held_up):
                 self._ready.append(sequence)
+        self._deferred = len(order) - len(self._ready) - len(failed)
         self._load_expected(wanted)
         return failed
 
@@ -173,6 +191,10 @@ class Streams:
         """Blocks for all its tokens, its graft's prefix in the first of them."""
         graft = sequence.request.graft
         self._unqueue(sequence)
+        if sequence.entered is None:
+            done = self._tally
+            queued = done.queued_s + now - sequence.arrival
+            self._tally = replace(done, entered=done.entered + 1, queued_s=queued)
         self.tenants.entered(sequence, now)
         insort(self.running, sequence, key=_turn)
         if graft is not None:
@@ -186,6 +208,7 @@ class Streams:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its original arrival; what it has said is kept and computed again as context."""
         self._release(sequence)
+        self._tally = replace(self._tally, preemptions=self._tally.preemptions + 1)
         sequence.computed = 0
         self.add(sequence)
 

@@ -16,8 +16,9 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, report
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from polygraft.cluster.actors.protocols import PackDied
 from polygraft.cluster.folders import Folders
-from polygraft.cluster.model import PackId
+from polygraft.cluster.model import JobId, PackId
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.grafts.runtime.pretrained import Quantise
@@ -25,7 +26,9 @@ from polygraft.grafts.runtime.process import chosen_device, device_environment, 
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.atomic import whole_file
 from polygraft.kernels.common.room import when_there_is_room
+from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.underway import Underway
 from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
@@ -63,7 +66,7 @@ class PackHost:
         storage = Path(self._plan.data) / "train"
         when_there_is_room(lambda: _probe(storage), told=lambda error: _LOG.warning("%s: %s", storage, error))
         # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
-        DataParallelTrainer(
+        trainer = DataParallelTrainer(
             train_loop,
             train_loop_config=asdict(self._plan),
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, "device": SHARE}),
@@ -73,7 +76,12 @@ class PackHost:
                 failure_config=FailureConfig(max_failures=RESTARTS),
                 worker_runtime_env={"env_vars": device_environment()},
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            suspects = suspected(Folders(Path(self._plan.data)).pack(PackId(self._plan.pack)))
+            raise PackDied(f"{type(error).__name__}: {error}", suspects) from None
 
     def ping(self) -> str:
         return self._plan.pack
@@ -83,6 +91,16 @@ def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     """The pack's host actor; it asks for no CPU, since its worker is what computes."""
     options = ray.remote(PackHost).options(num_cpus=0, max_concurrency=2)
     return cast("ActorHandle[PackHost]", options.remote(plan))
+
+
+def suspected(folder: Path) -> frozenset[JobId]:
+    """The jobs that the pack in `folder` may have died of: those of its last worker's death, too."""
+    blame, guilty = Manifest.load(folder).blame, None
+    underway = Underway(folder)
+    if killed_at := underway.left():
+        blame, guilty = blame.after_death(killed_at)
+    underway.close()
+    return frozenset(JobId(job) for job in (*blame.suspects(), guilty) if job is not None)
 
 
 def _probe(folder: Path) -> None:

@@ -21,7 +21,7 @@ from polygraft.trainers import checkpoint
 from polygraft.trainers.failure import SHARED
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import TooLarge
-from polygraft.trainers.prepare import prepare
+from polygraft.trainers.prepare import FileGone, prepare
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
 
@@ -51,6 +51,7 @@ class Joining:
                 tokeniser=self.tokeniser,
                 stock=self.stock,
                 micro_rows=self.micro_rows,
+                longest=self.runner.memory.longest,
             )
             running = self._joined(self.runner.memory.fitted(trained), name, record.tenant)
             if running.loss_before is None and trained.held_out:
@@ -63,6 +64,8 @@ class Joining:
             return JobError("invalid_value", f"{PEFT}: {error}", PEFT)
         except TooLarge as error:
             return JobError("out_of_memory", str(error), "training_file")
+        except FileGone as error:
+            return JobError("invalid_training_data", str(error), error.param)
         except (ValueError, OSError) as error:
             return JobError("invalid_training_data", str(error), "training_file")
         except Exception as error:  # whatever its graft or its samples lead to is the job's own

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from polygraft.cluster.policy.budget import state_bytes
+from polygraft.cluster.policy.budget import ExampleRoom, state_bytes
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
 from polygraft.trainers.job import TrainJob
@@ -40,28 +40,26 @@ class Memory:
         self._most, self._itemsize, self._block = most, itemsize, block
         self._costs: dict[str, StepCost] = {}
 
+    def longest(self, graft: BoundGraft) -> int | None:
+        """Tokens of the longest example of a job that fits beside its own state; None: as many as it takes."""
+        return None if self._most is None else self._room_for(graft, self._most).longest
+
     def fitted(self, job: TrainJob) -> TrainJob:
         """The job with micro-batches that fit beside its own state, in as few pieces as the memory and its own
         `micro_rows` allow: a function of the job and of `most`, whoever shares the pack. Raises TooLarge."""
         if self._most is None:
             return job
-        cost, state = StepCost(job.graft, self._itemsize, self._block), _state(job.graft)
-        room = self._most - state
+        room = self._room_for(job.graft, self._most)
         for name, samples in (("training", job.train), ("validation", job.held_out)):
             number, longest = max(enumerate(samples, 1), key=lambda one: one[1].rows, default=(0, None))
-            if longest is None or (needs := cost.bytes([longest.rows])) <= room:
-                continue
-            raise TooLarge(
-                f"{name}_file: example {number} has {longest.rows + 1} tokens, of which a step takes about {needs:,} "
-                f"bytes, {cost.row_bytes:,} a token and more for attention; a pack has {max(0, room):,} for it: "
-                f"{self._most:,} less {state:,} of the job's own state; shorten it (max_length) or take a smaller peft"
-            )
+            if longest is not None and (why := room.refusal(longest.rows + 1)) is not None:
+                raise TooLarge(f"{name}_file: example {number} {why}")
         longest_rows = max(sample.rows for sample in job.train)
-        micro_rows = cost.rows_within(room, job.config.micro_rows, longest_rows)
+        micro_rows = room.cost.rows_within(room.bytes, job.config.micro_rows, longest_rows)
         return replace(job, config=replace(job.config, micro_rows=micro_rows))
 
     def join(self, job: TrainJob) -> None:
-        self._costs[job.id] = StepCost(job.graft, self._itemsize, self._block)
+        self._costs[job.id] = self._cost(job.graft)
 
     def leave(self, job: str) -> None:
         self._costs.pop(job, None)
@@ -75,6 +73,12 @@ class Memory:
     def bytes(self, job: str, micro_batch: MicroBatch) -> int:
         """What the job's micro-batch takes in a forward."""
         return 0 if self._most is None else self._costs[job].bytes([sample.rows for sample in micro_batch.samples])
+
+    def _cost(self, graft: BoundGraft) -> StepCost:
+        return StepCost(graft, self._itemsize, self._block)
+
+    def _room_for(self, graft: BoundGraft, most: int) -> ExampleRoom:
+        return ExampleRoom(self._cost(graft), most)
 
 
 def _state(graft: BoundGraft) -> int:

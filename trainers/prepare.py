@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,30 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 
 
-def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles, micro_rows: int) -> TrainJob:
-    """Raises SpecError or DataError (both ValueError) that name the field or the line, OSError for a missing file."""
+class FileGone(ValueError):
+    """A file of the job whose content is not there; `param` is the field that names it."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def prepare(
+    job: Job,
+    *,
+    files: Path,
+    tokeniser: Tokeniser,
+    stock: BackboneFiles,
+    micro_rows: int,
+    longest: Callable[[BoundGraft], int | None] = lambda graft: None,
+) -> TrainJob:
+    """Examples of a job that does not say `max_length` are cut to what the positions and `longest` (tokens, by its
+    graft) have room for. Raises SpecError, DataError or FileGone (all ValueError) that name the field or the line."""
     shape = stock.shape
     graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
     limit = shape.length_limit(job.spec.max_length, graft.context_length)
+    if job.spec.max_length is None and (room := longest(graft) or 0) > 1:  # with less the memory itself says why
+        limit = min(limit or room, room)
     asked = job.spec.learning_rate
     config = TrainConfig(
         epochs=job.spec.epochs,
@@ -34,9 +54,11 @@ def prepare(job: Job, *, files: Path, tokeniser: Tokeniser, stock: BackboneFiles
         seed=job.spec.seed,
         micro_rows=micro_rows,
     )
-    train, warning = _samples(files, job.spec.training_file, tokeniser, limit)
-    held_out, other = _samples(files, job.spec.validation_file, tokeniser, limit)
-    told = (("training_file", warning), ("validation_file", other))
+    given = {"training_file": job.spec.training_file, "validation_file": job.spec.validation_file}
+    (train, warning), (held_out, other) = (
+        _samples(name, files, file, tokeniser, limit) for name, file in given.items()
+    )
+    told = zip(given, (warning, other), strict=True)
     return TrainJob(
         id=job.id,
         graft=graft,
@@ -55,12 +77,15 @@ def with_dropout(spec: GraftSpec, rate: float | None) -> GraftSpec:
 
 
 def _samples(
-    files: Path, file: FileId | None, tokeniser: Tokeniser, limit: int | None
+    name: str, files: Path, file: FileId | None, tokeniser: Tokeniser, limit: int | None
 ) -> tuple[tuple[Sample, ...], str | None]:
     """The samples of the file, if there is one, and what the limit leaves out of them."""
     samples, lengths = [], Lengths()
-    for example in () if file is None else read(files / f"{file}.jsonl"):
-        tokens = tokeniser.encode_example(example, limit)
-        samples.append(Sample(tokens.ids, tokens.weights))
-        lengths = lengths.plus(tokens)
+    try:
+        for example in () if file is None else read(files / f"{file}.jsonl"):
+            tokens = tokeniser.encode_example(example, limit)
+            samples.append(Sample(tokens.ids, tokens.weights))
+            lengths = lengths.plus(tokens)
+    except FileNotFoundError:  # it was deleted just before there was a job that needs it
+        raise FileGone(name, f"{name}: the content of {file} is gone; upload it again") from None
     return tuple(samples), lengths.warning(limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from threading import Event
@@ -66,7 +66,7 @@ EVENTS_KEPT = 10_000  # at least so many the log keeps before the last snapshot,
 REFUSALS = {
     Reason.TOO_LARGE: "the job's trainable parameters need more memory than a pack has; choose a smaller peft",
     Reason.NO_BACKBONE: "the job's backbone was removed from the service; add it again and submit the job anew",
-    Reason.PACKS_FAILED: "the packs it trained in failed too often; the service's log says why",
+    Reason.PACKS_FAILED: "packs failed too often while it was suspected of it; the service's log says why",
 }
 
 
@@ -214,14 +214,14 @@ class Controller:
             self._store.acquire(keys.replica_scope(replica), self._holder, TTL_S, steal=True, fence=self._fence)
             close_replica(self._store, replica, at=now, fence=self._fence)
         over = [
-            (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED)
+            (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED, end.suspects)
             for end in self._effects.ended()
         ]
-        known_alive = {*self._effects.alive(), *(pack for pack, _, _ in over)}
+        known_alive = {*self._effects.alive(), *(pack for pack, *_ in over)}
         lost = (pack for pack in self.snapshot.packs.values() if not pack.final and pack.id not in known_alive)
-        over += [(pack.id, "its process did not survive", Reason.PACK_LOST) for pack in lost]
-        for pack, error, reason in over:
-            self._end_pack(pack, error, reason)
+        over += [(pack.id, "its process did not survive", Reason.PACK_LOST, ()) for pack in lost]
+        for pack, error, reason, suspects in over:
+            self._end_pack(pack, error, reason, suspects)
 
     def _join(self, device: Device, now: float) -> None:
         """The device as it is now; who holds what of it stays."""
@@ -232,14 +232,13 @@ class Controller:
         joined = DeviceJoined(record=device, at=now)
         swap(self._store, keys.device(device.id), change, events=(joined,), fence=self._fence)
 
-    def _end_pack(self, pack: PackId, error: str | None, reason: Reason) -> None:
+    def _end_pack(self, pack: PackId, error: str | None, reason: Reason, suspects: Collection[JobId] = ()) -> None:
         """Shut the pack's worker out, requeue its jobs, then say that it is over and holds nothing: a crash halfway
-        repeats it all."""
+        repeats it all. It counts against the suspects alone."""
         self._store.acquire(keys.pack_scope(pack), self._holder, TTL_S, steal=True, fence=self._fence)
         now = self._clock()
-        blamed = reason is Reason.PACK_FAILED
         events: list[JobEvent | PackEvent] = [
-            JobRequeued(job=job.id, reason=reason, blamed=blamed, at=now)
+            JobRequeued(job=job.id, reason=reason, blamed=job.id in suspects, at=now)
             for job in sorted(self.snapshot.jobs.values(), key=lambda job: job.id)
             if job.pack == pack and job.active
         ]

@@ -12,8 +12,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from polygraft.cluster.actors.discovery import Discovery, Scout
-from polygraft.cluster.actors.protocols import PackEnd
-from polygraft.cluster.model import Backbone, Device, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.actors.protocols import PackDied, PackEnd
+from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
 
 LOG = logging.getLogger(__name__)
 ACTORS_S = 2.0  # how long a list of actors is used
@@ -58,7 +58,7 @@ class RayEffects:
     def ended(self) -> Sequence[PackEnd]:
         runs = {run: pack for pack, (_, run) in self._hosts.items()}
         over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
-        return [PackEnd(runs[run], _failure(run)) for run in over]
+        return [PackEnd(runs[run], *_failure(run)) for run in over]
 
     def serve(self, backbones: Collection[Backbone]) -> None:
         """Serve holds the replicas of the default backbone as long as it runs."""
@@ -76,12 +76,14 @@ class RayEffects:
         return [replica.id for replica in missing if replica.actor not in self._actors]
 
 
-def _failure(run: ray.ObjectRef[None]) -> str | None:
-    """What ended a host's `run`; None if it returned."""
+def _failure(run: ray.ObjectRef[None]) -> tuple[str | None, Collection[JobId]]:
+    """What ended a host's `run`, None if it returned, and the jobs that are suspected of it."""
     try:
         ray.get(run)
-        return None
+        return None, ()
     except RayTaskError as error:
-        return f"{type(error.cause).__name__}: {error.cause}"
+        if isinstance(error.cause, PackDied):
+            return str(error.cause), error.cause.suspects
+        return f"{type(error.cause).__name__}: {error.cause}", ()
     except RayActorError as error:
-        return str(error).partition("\n")[0]
+        return str(error).partition("\n")[0], ()

@@ -6,17 +6,30 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.cluster.model import Backbone, Device, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
 
 DEVICE = "device"  # Ray's custom resource; a node declares one for every device it has
 
 
+class PackDied(Exception):
+    """A pack's worker ended too often; `suspects` are the jobs that it may have ended of."""
+
+    def __init__(self, why: str, suspects: Collection[JobId]) -> None:
+        super().__init__(why, suspects)  # both, or it does not travel between processes
+        self.why, self.suspects = why, frozenset(suspects)
+
+    def __str__(self) -> str:
+        return self.why
+
+
 @dataclass(frozen=True, slots=True)
 class PackEnd:
-    """A pack's process is over; `error` says how it failed, None that it ended as it should."""
+    """A pack's process is over; `error` says how it failed, None that it ended as it should; `suspects` are the jobs
+    that it may have failed of."""
 
     pack: PackId
     error: str | None
+    suspects: Collection[JobId] = ()
 
 
 class Effects(Protocol):

@@ -81,7 +81,7 @@ def admit_streams(  # noqa: PLR0913
     places.make_room_to_grow()
     for stream in places.streams:
         if stream.left == 1 and step.left > 0:
-            step.give(stream, 1)
+            step.give(stream, step.left)
     admitted: list[str] = []
     closed = False
     prompts = [stream for stream in places.streams if stream.left > 1]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from polygraft.cluster.model import Job, Limits
 from polygraft.cluster.states import Reason
+from polygraft.grafts.cost import StepCost
 
 STATE_BYTES = 16  # a trainable parameter: fp32 master weight, gradient, two moments
 FROZEN_BYTES = 4  # an element that is not trained
+_LONGEST = 1 << 20  # tokens of an example where the positions have no end
 
 
 class Budget:
@@ -44,10 +48,37 @@ def job_bytes(limits: Limits) -> int | None:
     return limits.pack_bytes - limits.max_rows * limits.row_bytes if limits.pack_bytes else None
 
 
-def longest_sample(limits: Limits) -> int | None:
-    """Tokens of the longest sample whose activations a pack has put memory aside for; None where its memory has no
-    limit, or the bytes of a row are not known. The last token is only predicted and has no row."""
-    return limits.max_rows + 1 if limits.pack_bytes and limits.row_bytes else None
+@dataclass(frozen=True, slots=True)
+class ExampleRoom:
+    """What a pack of `most` bytes that holds one job alone has for a forward and backward over one of its examples."""
+
+    cost: StepCost
+    most: int
+
+    @property
+    def state(self) -> int:
+        return state_bytes(self.cost.graft.parameters, self.cost.graft.frozen)
+
+    @property
+    def bytes(self) -> int:
+        return max(0, self.most - self.state)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example that fits, below 2 where none does. The last one is only predicted and has no
+        row."""
+        return 1 + self.cost.longest(self.bytes, self.cost.graft.shape.positions or _LONGEST)
+
+    def refusal(self, tokens: int) -> str | None:
+        """Why an example of so many tokens does not fit, with the numbers; None where it does."""
+        needs = self.cost.bytes([tokens - 1])
+        if needs <= self.bytes:
+            return None
+        return (
+            f"has {tokens} tokens, of which a step takes about {needs:,} bytes, {self.cost.row_bytes:,} a token and "
+            f"more for attention; a pack has {self.bytes:,} for it: {self.most:,} less {self.state:,} of the job's own "
+            "state; shorten it (max_length) or take a smaller peft"
+        )
 
 
 def state_bytes(trained: int, frozen: int) -> int:

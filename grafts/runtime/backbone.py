@@ -30,6 +30,7 @@ from polygraft.grafts.runtime.stacks import Resident, Stacks, weight
 from polygraft.grafts.sites import ModelShape, Site
 from polygraft.grafts.spec import SpecError
 from polygraft.kernels.kv import whole
+from polygraft.kernels.kv.cost import SCORE_BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,7 +220,7 @@ class Backbone:
         """Queries whose scores attention of whole sequences has at a time; None: all of them."""
         config = self.base.config
         plain = self.shape.causal and getattr(config, "attn_logit_softcapping", None) is None
-        return whole.BLOCK if plain and whole.computes_heads(self.dtype, self.device, self.shape.head_dim) else None
+        return SCORE_BLOCK if plain and whole.computes_heads(self.dtype, self.device, self.shape.head_dim) else None
 
     def softcap_backward(self, slope: Tensor, logits: Tensor) -> Tensor:
         """The gradient of the head's product from that of these logits."""

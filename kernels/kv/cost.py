@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+SCORE_BLOCK = 64  # queries whose scores exist at a time where attention of whole sequences is compiled (whole.cpp)
+
 
 def flops(lengths_and_prefixes: Iterable[tuple[int, int]], heads: int, head_dim: int) -> int:
     """Two matmuls over the causal half and the whole prefix, forward."""

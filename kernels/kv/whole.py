@@ -34,9 +34,6 @@ _WHOLE = structure(
 _LANES = 16  # a head is whole vectors
 
 
-BLOCK = 64  # queries whose scores exist at a time, as in whole.cpp
-
-
 def computes_heads(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     """Whether heads of this size are computed here, if their scores have neither a bias nor a cap."""
     like = torch.empty(0, dtype=dtype, device=device)

@@ -18,10 +18,12 @@ from polygraft.serving.http import (
     files,
     grafts,
     jobs,
+    metrics,
     models,
     searches,
     tokens,
 )
+from polygraft.serving.http.answered import Answered
 from polygraft.serving.http.auth import OPEN_PATHS, Authenticated
 from polygraft.serving.http.bodies import BoundedBodies
 from polygraft.serving.http.context import Api
@@ -46,8 +48,9 @@ def create_app(api: Api) -> FastAPI:
     app.state.api = api
     app.add_middleware(BoundedBodies, limits=api.limits)
     app.add_middleware(Authenticated, store=api.store)  # around the one before
+    app.add_middleware(Answered, meters=api.meters)  # around both
     errors.install(app)
-    for part in (files, jobs, dry_runs, searches, models, grafts, adapters, chat, completions, tokens):
+    for part in (files, jobs, dry_runs, searches, models, grafts, adapters, chat, completions, tokens, metrics):
         app.include_router(part.router)
     for path in OPEN_PATHS:
         app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})

@@ -17,7 +17,7 @@ from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
 from polygraft.serving.http.frames import DONE, EVENTS, Frames
-from polygraft.serving.http.generate import Asker, Said, fingerprint, first, said, unless_gone
+from polygraft.serving.http.generate import Asker, Said, fingerprint, first, unless_gone
 from polygraft.serving.http.generations import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.sequence import GenerationRequest
@@ -36,10 +36,11 @@ router = APIRouter(prefix="/v1/chat/completions")
 )
 async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Answer a conversation. A client that hangs up ends its generation."""
+    asked = api.meters.now()
     body = await read_body(request, ChatCompletionRequest)
-    asker, wanted = await api.turns.work(tenant, _asked, api, tenant, body)
+    asker, wanted = await api.turns.work(tenant, _asked, api, tenant, body, asked)
     transcript = asker.transcript(wanted)
-    answer = said(transcript, asker.tokens(wanted))
+    answer = asker.said(wanted, transcript)
     begun = await unless_gone(request, first(answer))  # so that a refusal still has its status
     if body.stream:
         shape = Frames(
@@ -64,9 +65,9 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
     return JSONResponse(completion.model_dump(mode="json"))
 
 
-def _asked(api: Api, tenant: TenantId, body: ChatCompletionRequest) -> tuple[Asker, GenerationRequest]:
+def _asked(api: Api, tenant: TenantId, body: ChatCompletionRequest, asked: float) -> tuple[Asker, GenerationRequest]:
     """The request for the engine. Raises ApiError 400 naming the field, 404 for an unknown model."""
-    asker = Asker.of(api, tenant, body, "messages")
+    asker = Asker.of(api, tenant, body, "messages", asked)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("max_completion_tokens: differs from max_tokens; give one", param="max_completion_tokens")
     try:

@@ -19,7 +19,7 @@ from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
 from polygraft.serving.http.frames import DONE, EVENTS, Frames
-from polygraft.serving.http.generate import Asker, Said, fingerprint, first, said, unless_gone
+from polygraft.serving.http.generate import Asker, Said, fingerprint, first, unless_gone
 from polygraft.serving.http.generations import Completion, CompletionChoice, CompletionRequest, Usage
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.sequence import GenerationRequest
@@ -37,8 +37,7 @@ class _Texts:
     transcripts: tuple[Transcript, ...]
 
     def said(self) -> AsyncGenerator[Piece, None]:
-        each = zip(self.transcripts, self.wanted, strict=True)
-        return _together([said(transcript, self.asker.tokens(wanted)) for transcript, wanted in each])
+        return _together(list(map(self.asker.said, self.wanted, self.transcripts)))
 
     @property
     def usage(self) -> Usage:
@@ -59,9 +58,10 @@ class _Texts:
 )
 async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Go on with a text, or with several. A client that hangs up ends its generations."""
+    asked = api.meters.now()
     body = await read_body(request, CompletionRequest)
     id = f"cmpl-{token_hex(12)}"
-    texts = await api.turns.work(tenant, _asked, api, tenant, body, id)
+    texts = await api.turns.work(tenant, _asked, api, tenant, body, id, asked)
     answer = texts.said()
     begun = await unless_gone(request, first(answer))  # so that a refusal still has its status
     created = int(api.clock())
@@ -87,9 +87,9 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
     return JSONResponse(completion.model_dump(mode="json"))
 
 
-def _asked(api: Api, tenant: TenantId, body: CompletionRequest, id: str) -> _Texts:
+def _asked(api: Api, tenant: TenantId, body: CompletionRequest, id: str, asked: float) -> _Texts:
     """The requests for the engine. Raises ApiError 400 naming the field, 404 for an unknown model."""
-    asker = Asker.of(api, tenant, body, "prompt")
+    asker = Asker.of(api, tenant, body, "prompt", asked)
     prompts = [_ids(api, prompt, body.add_special_tokens is not False) for prompt in body.prompts]
     several = len(prompts) > 1
     most = ("max_tokens", body.max_tokens)

@@ -20,6 +20,8 @@ from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.serving.http.turns import Turns
 
 
@@ -55,8 +57,8 @@ NO_DESK = NoDesk()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
     """`backbone` is the bare backbone's model id, `fingerprint` its weights', `stock` its files, and packs load it
-    `quantised` or not; `limits` are those of a request, `pack` those of a pack; `clock` gives seconds since the
-    epoch."""
+    `quantised` or not; `limits` are those of a request, `pack` those of a pack; `metrics_tenants` may
+    read `meters` and what `overview` sees; `clock` gives seconds since the epoch."""
 
     store: Store
     gateway: Gateway
@@ -74,6 +76,9 @@ class Api:
     max_context: int
     clock: Callable[[], float]
     desk: Desk = NO_DESK
+    meters: Meters
+    overview: Overview
+    metrics_tenants: frozenset[TenantId]
     turns: Turns = field(default_factory=Turns)
 
     @property

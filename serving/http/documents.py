@@ -16,6 +16,7 @@ _REF = "#/components/schemas/{model}"
 _MEANINGS = {
     400: "The request cannot be carried out as it is; the message names the field and the value.",
     401: "The API key is missing, unknown or revoked.",
+    403: "The key's tenant may not ask this.",
     404: "What is named does not exist, or is another tenant's.",
     408: "The body did not arrive in time.",
     409: "In the way: something is in use, or a key was used for another request.",

@@ -8,16 +8,15 @@ from math import ceil
 from fastapi import APIRouter, Request
 from pydantic import JsonValue
 
-from polygraft.cluster.model import FileId, Job, TenantId
+from polygraft.cluster.model import DataFile, FileId, TenantId
 from polygraft.cluster.spec import FineTuningRequest
-from polygraft.grafts.text import jsonl
 from polygraft.grafts.text.lengths import Lengths
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.files import find_file
 from polygraft.serving.http.schemas import DryRun, DryRunFile
-from polygraft.serving.http.submission import new_job
+from polygraft.serving.http.submission import encoded, new_job
 
 router = APIRouter(prefix="/v1/fine_tuning/dry_runs")
 _READ_S = 20.0  # how long a request may count examples; what was not read is said
@@ -30,32 +29,34 @@ async def dry_run(request: Request, api: ApiDep, tenant: TenantDep) -> DryRun:
 
 
 def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
-    job = new_job(api, tenant, body)
+    made = new_job(api, tenant, body)
+    job, limit = made.job, made.max_length
     until = time.monotonic() + _READ_S
-    given = {"training_file": job.spec.training_file, "validation_file": job.spec.validation_file}
-    files = {param: _counted(api, tenant, job, file, param, until) for param, file in given.items() if file is not None}
-    training = files["training_file"]
+
+    def counted(param: str, file: FileId) -> DryRunFile:
+        return _counted(api, find_file(api, tenant, file, param=param).value, limit, param, until)
+
+    training, held_out = counted("training_file", job.spec.training_file), job.spec.validation_file
     return DryRun(
         model=job.spec.backbone,
         peft=job.spec.peft,
         parameters=job.parameters or 0,
         learning_rate=job.spec.learning_rate,
-        max_length=job.spec.max_length,
+        max_length=limit,
         steps=ceil(training.examples / job.spec.batch_size) * job.spec.epochs if training.complete else None,
         training_file=training,
-        validation_file=files.get("validation_file"),
+        validation_file=None if held_out is None else counted("validation_file", held_out),
     )
 
 
-def _counted(api: Api, tenant: TenantId, job: Job, file: FileId, param: str, until: float) -> DryRunFile:
-    record = find_file(api, tenant, file, param=param).value
+def _counted(api: Api, record: DataFile, limit: int | None, param: str, until: float) -> DryRunFile:
     lengths = Lengths()
-    for example in jsonl.read(api.blob(record), jsonl.Limits(line_bytes=api.limits.line_bytes)):
-        lengths = lengths.plus(api.tokeniser.encode_example(example, job.spec.max_length))
+    for _, tokens in encoded(api, api.blob(record), limit, param):
+        lengths = lengths.plus(tokens)
         if time.monotonic() > until:
             break
     return DryRunFile(
-        id=file,
+        id=record.id,
         examples=lengths.examples,
         complete=lengths.examples == record.examples,
         tokens=lengths.tokens,
@@ -64,5 +65,5 @@ def _counted(api: Api, tenant: TenantId, job: Job, file: FileId, param: str, unt
         cut=lengths.cut,
         cut_tokens=lengths.cut_tokens,
         cut_trained_tokens=lengths.cut_trained,
-        warning=lengths.warning(job.spec.max_length),
+        warning=lengths.warning(limit),
     )

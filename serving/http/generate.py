@@ -19,6 +19,7 @@ from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import ApiError, bad_request, internal, unavailable
 from polygraft.serving.http.generations import FinishReason, Generation
+from polygraft.serving.http.meters import Finish
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.messages import StepTokens
 from polygraft.serving.sequence import GenerationRequest
@@ -30,23 +31,26 @@ Said = tuple[str, FinishReason | None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
     """Who asks for generations and what of: the `field` of its request holds the prompts, and `graft` answers them
-    (None: the bare backbone)."""
+    (None: the bare backbone). It `asked` at that time of the meters."""
 
     api: Api
     tenant: TenantId
     body: Generation
     field: str
+    asked: float
     graft: Graft | None
 
     @staticmethod
-    def of(api: Api, tenant: TenantId, body: Generation, field: str) -> Asker:
+    def of(api: Api, tenant: TenantId, body: Generation, field: str, asked: float) -> Asker:
         """Raises ApiError 400 naming the field, 404 for an unknown model."""
         if refused := body.unsupported():
             message = f"{refused[0]}: {shown(refused[1])} is not supported; leave the field out"
             raise bad_request(message, param=refused[0])
         if "" in body.stops:
             raise bad_request("stop: '' would stop before the first character; leave it out", param="stop")
-        return Asker(api=api, tenant=tenant, body=body, field=field, graft=graft_of(api, tenant, body.model))
+        return Asker(
+            api=api, tenant=tenant, body=body, field=field, asked=asked, graft=graft_of(api, tenant, body.model)
+        )
 
     def request(self, id: str, prompt: tuple[int, ...], most: tuple[str, int | None]) -> GenerationRequest:
         """For the engine; `most` is the field that bounds the answer, and what it holds. Raises ApiError 400."""
@@ -76,7 +80,28 @@ class Asker:
     def transcript(self, request: GenerationRequest) -> Transcript:
         return Transcript(self.api.tokeniser, request.prompt_ids, self.body.stops, request.min_tokens)
 
-    async def tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
+    async def said(self, wanted: GenerationRequest, transcript: Transcript) -> AsyncGenerator[Said, None]:
+        """What each token made certain of the text, maybe nothing, and at the end why it ends. Raises ApiError."""
+        meter = self.api.meters.begin(
+            self.api.backbone, self.asked, prompt_tokens=len(wanted.prompt_ids), max_tokens=wanted.max_tokens
+        )
+        tokens = self._tokens(wanted)
+        reason: Finish = "abort"
+        try:
+            async with aclosing(tokens):
+                while transcript.finish_reason is None:
+                    step = await anext(tokens)
+                    meter.token()
+                    piece = transcript.feed(step)
+                    reason = transcript.finish_reason or reason
+                    yield piece, transcript.finish_reason
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            meter.over(reason)
+
+    async def _tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The gateway's tokens, its refusals and failures as answers."""
         try:
             async with aclosing(self.api.gateway.generate(wanted)) as stream:
@@ -134,14 +159,6 @@ def graft_of(api: Api, tenant: TenantId, model: str) -> Graft | None:
     if graft is not None and graft.backbone_fingerprint != api.fingerprint:
         raise bad_request(f"model: {shown(model)} was trained on another backbone than {api.backbone}", param="model")
     return graft
-
-
-async def said(transcript: Transcript, tokens: AsyncGenerator[StepTokens, None]) -> AsyncGenerator[Said, None]:
-    """What a token made certain of the text, maybe nothing, and at the end why it ends."""
-    async with aclosing(tokens):
-        while transcript.finish_reason is None:
-            piece = transcript.feed(await anext(tokens))
-            yield piece, transcript.finish_reason
 
 
 async def first(stream: AsyncGenerator[R, None]) -> R:

@@ -150,7 +150,7 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
 
 
 def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Job:
-    record = new_job(api, tenant, body)
+    record = new_job(api, tenant, body).job
     limit = api.limits.jobs_per_tenant
     if api.store.count(keys.unfinished_jobs_of(tenant)) >= limit:
         raise ApiError(

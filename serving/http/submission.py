@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
 from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
-from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, job_bytes, longest_sample, state_bytes
+from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, ExampleRoom, job_bytes, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.states import Reason
 from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.cost import StepCost
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.native import described
 from polygraft.grafts.formats.peft_config import asked_for
@@ -23,16 +25,28 @@ from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinne
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text import jsonl
+from polygraft.grafts.text.tokenise import Tokens
+from polygraft.kernels.kv.cost import SCORE_BLOCK
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import bad_request, not_found
 from polygraft.serving.http.files import find_file
 
 _PEFT = "method.supervised.hyperparameters.peft"
 _MAX_LENGTH = "method.supervised.hyperparameters.max_length"
+_ITEMSIZE = 2  # bytes of a number in bf16, the narrowest that a pack computes in; SCORE_BLOCK is the least, too
 _CHECK_S = 5.0  # how long a request may wait for its examples; the pack's worker checks all of them again
 
 
-def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job, and after how many tokens its examples are cut (None: never) where its pack has all the room there may be.
+    A pack that has less, since it computes in float32, cuts the examples of a job that does not say there."""
+
+    job: Job
+    max_length: int | None
+
+
+def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
     """The job that `body` asks for. Raises ApiError 400 naming the field, 404 for a model or file that is not there."""
     try:
         request = read_request(body)
@@ -50,14 +64,16 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Job:
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
     _check_memory(api.pack, spec.peft, sizes)
-    spec = replace(spec, max_length=_length_limit(api, spec.max_length, graft))
+    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), api.pack.pack_bytes) if api.pack.pack_bytes else None
+    limit = _length_limit(api, spec.max_length, graft, room)
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
     for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
         if file is not None:
-            _check_examples(api, api.blob(find_file(api, tenant, file, param=param).value), spec, param)
-    return _job(api, tenant, request, spec, sizes)
+            path = api.blob(find_file(api, tenant, file, param=param).value)
+            _check_examples(api, path, limit, room, param)
+    return Submission(_job(api, tenant, request, spec, sizes), limit)
 
 
 def _over_others(api: Api, tenant: TenantId, peft: str, graft: BoundGraft) -> str:
@@ -102,17 +118,16 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
     )
 
 
-def _length_limit(api: Api, asked: int | None, graft: BoundGraft) -> int | None:
-    """After how many tokens an example is cut: by default what the backbone and a pack's memory have room for."""
+def _length_limit(api: Api, asked: int | None, graft: BoundGraft, room: ExampleRoom | None) -> int | None:
+    """After how many tokens an example is cut: by default what the backbone and a pack's memory have room for. Where
+    that is no example at all, `_check_examples` says why."""
     try:
         limit = api.shape.length_limit(asked, graft.context_length)
     except SpecError as error:
         raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
-    longest = longest_sample(api.pack)
-    if asked is not None or longest is None:
+    if asked is not None or room is None or (longest := room.longest) < 2:
         return limit
-    room = max(2, longest - graft.virtual_length)
-    return room if limit is None else min(limit, room)
+    return min(limit or longest, longest)
 
 
 def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
@@ -129,16 +144,24 @@ def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
         )
 
 
-def _check_examples(api: Api, path: Path, spec: JobSpec, param: str) -> None:
-    """Raise ApiError 400 for an example of which max_length leaves nothing to learn, naming its line."""
+def _check_examples(api: Api, path: Path, limit: int | None, room: ExampleRoom | None, param: str) -> None:
+    """Raise ApiError 400 for an example of which the limit leaves nothing to learn, or that no pack has room for,
+    naming its line."""
     until = time.monotonic() + _CHECK_S
+    for line, tokens in encoded(api, path, limit, param):
+        if room is not None and (why := room.refusal(len(tokens.ids))) is not None:
+            raise bad_request(f"{param}: line {line} {why}", param=param, code="invalid_file")
+        if time.monotonic() > until:
+            return
+
+
+def encoded(api: Api, path: Path, limit: int | None, param: str) -> Iterator[tuple[int, Tokens]]:
+    """The tokens of each example with its line. Raises ApiError 400 for one that cannot be used, and for content that
+    is not there, or not any more."""
     try:
         for example in jsonl.read(path, jsonl.Limits(line_bytes=api.limits.line_bytes)):
-            api.tokeniser.encode_example(example, spec.max_length)
-            if time.monotonic() > until:
-                return
+            yield example.line, api.tokeniser.encode_example(example, limit)
     except FileNotFoundError:
-        file = spec.training_file if param == "training_file" else spec.validation_file
-        raise bad_request(f"{param}: the content of {shown(file)} is gone; upload it again", param=param) from None
+        raise bad_request(f"{param}: the content of {shown(path.stem)} is gone; upload it again", param=param) from None
     except jsonl.DataError as error:
         raise bad_request(f"{param}: {error}", param=param, code="invalid_file") from None

@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from polygraft.cluster.actors.controller import POLL_S
 from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.actors.leader import start_leader
+from polygraft.cluster.actors.protocols import PackDied
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.api_keys import verify_key
 from polygraft.cluster.backbones import put_backbone
@@ -57,7 +58,7 @@ class Pretender:
                 started = JobStarted(job=job, pack=pack, parameters=1, steps_total=1, at=time.time())
                 advance_job(store, started, fence=lease.fence)
                 if job == "ftjob-deadly":
-                    raise MemoryError("no memory for ftjob-deadly")
+                    raise PackDied("no memory for ftjob-deadly", [job])
                 if job != "ftjob-endless":
                     publish(
                         store,
@@ -104,7 +105,7 @@ def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServe
     error = job_of(store, "deadly").error
     assert error is not None and error.code == "its_packs_failed"
     failed = [pack for pack in packs(store) if pack.state is PackState.FAILED]
-    assert [pack.error for pack in failed] == ["MemoryError: no memory for ftjob-deadly"]
+    assert [pack.error for pack in failed] == ["no memory for ftjob-deadly"]
 
     submit(store, "endless")
     until(lambda: job_of(store, "endless").state is JobState.RUNNING)

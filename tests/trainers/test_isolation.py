@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from polygraft.cluster.folders import Folders
-from polygraft.cluster.model import Job, JobError, JobId
+from polygraft.cluster.model import FileId, Job, JobError, JobId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Store
+from polygraft.cluster.store.base import Store, Write
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
@@ -115,6 +115,23 @@ def test_a_job_with_a_token_that_the_backbone_does_not_have_fails_alone(
     work(store, Backbone.load(folder, torch.float32, training=True), tmp_path)
     told = failed_alone(jobs_of(store), undisturbed(0))
     assert "512" in told.message and told.code == "invalid_training_data"
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_a_job_whose_file_was_deleted_before_its_pack_read_it_fails_alone_and_says_which(
+    param: str, backbone: Backbone, undisturbed: Callable[[int], Mapping[JobId, Job]], tmp_path: Path
+) -> None:
+    """The file is deleted after it was checked and before the job's record is there, which would keep it."""
+    store = MemoryStore()
+    submit(store, tmp_path, in_order(BAD[0]))
+    found = store.get(keys.job(FAILS))
+    assert found is not None
+    spec = replace(found.value.spec, **{param: FileId("file-gone")})
+    store.commit([Write(keys.job(FAILS), replace(found.value, spec=spec), found.version)])
+    work(store, backbone, tmp_path)
+    told = failed_alone(jobs_of(store), undisturbed(0))
+    assert (told.code, told.param) == ("invalid_training_data", param)
+    assert told.message == f"{param}: the content of file-gone is gone; upload it again"
 
 
 @pytest.mark.parametrize("token", [512, -1])

@@ -20,6 +20,8 @@ from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.trainers.blame import Blame
+from polygraft.trainers.host import suspected
+from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.underway import Underway
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit, submit_text
@@ -123,6 +125,20 @@ def test_what_was_underway_is_known_to_the_next_worker_and_only_until_it_is_over
     assert Underway(tmp_path).left() == {"ftjob-b": 7}
     first.clear()
     assert Underway(tmp_path).left() == {}
+
+
+def test_a_pack_that_died_too_often_suspects_those_of_several_deaths_and_of_its_last(tmp_path: Path) -> None:
+    assert suspected(tmp_path / "new") == frozenset()
+    blame = Blame().after_death({"a": 3, "b": 5})[0]
+    Manifest(blame=blame).save(tmp_path)
+    assert suspected(tmp_path) == frozenset()
+    underway = Underway(tmp_path)
+    underway.note({"b": 5, "c": 1})
+    assert suspected(tmp_path) == {"b"}
+    Manifest(blame=blame.after_death({"a": 3, "b": 5})[0]).save(tmp_path)
+    assert suspected(tmp_path) == {"a", "b"}
+    underway.note({"b": 5})
+    assert suspected(tmp_path) == {"b"}, "it was alone"
 
 
 def test_a_torn_note_blames_nobody(tmp_path: Path) -> None:

@@ -10,13 +10,18 @@ import pytest
 import torch
 
 from polygraft.cluster.model import FileId, Job, JobId, JobSpec, TenantId
+from polygraft.cluster.policy.budget import state_bytes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.memory import MemoryStore
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.cost import StepCost
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.job import TrainJob
+from polygraft.trainers.memory import Memory, TooLarge
 from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import Folders, PackWorker
@@ -66,6 +71,24 @@ def test_a_cut_that_was_asked_for_is_counted_for_each_file(folder: Path, tmp_pat
         f"left out, {left} of the {sum(trained)} trained ones among them"
     )
     assert job.warnings == (f"training_file: {expected}", f"validation_file: {expected}")
+
+
+def test_a_job_that_does_not_say_is_cut_to_what_a_packs_memory_has_room_for(folder: Path, tmp_path: Path) -> None:
+    prepared(folder, tmp_path, SPEC, words=300)
+    job = Job(id=JobId("ftjob-1"), tenant=TenantId("t"), spec=SPEC, created_at=0.0)
+    stock, tokeniser = BackboneFiles(folder), Tokeniser.load(folder)
+    graft = BoundGraft(parse("ia3"), stock.shape)
+    memory = Memory(state_bytes(graft.parameters, graft.frozen) + StepCost(graft, 4).bytes([90]), 4)
+
+    def told(spec: JobSpec) -> TrainJob:
+        record = replace(job, spec=spec)
+        return prepare(record, files=tmp_path, tokeniser=tokeniser, stock=stock, micro_rows=128, longest=memory.longest)
+
+    cut = told(SPEC)
+    assert 90 <= cut.train[0].rows < 300 and memory.fitted(cut).train == cut.train
+    assert cut.warnings[0].startswith(f"training_file: {CUT} {cut.train[0].rows + 1} tokens")
+    with pytest.raises(TooLarge, match="example 1 has"):
+        memory.fitted(told(replace(SPEC, max_length=300)))
 
 
 def test_a_graft_that_leaves_no_room_is_refused(folder: Path, tmp_path: Path) -> None:

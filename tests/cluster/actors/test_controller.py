@@ -183,7 +183,7 @@ def test_jobs_of_a_failed_pack_go_on_in_another(world: World) -> None:
     world.settle()
     assert world.packs() == [(pack, PackState.FAILED)]
     assert world.processes.closed == [pack]
-    assert (world.job(A).attempts, world.job(A).pack, world.job(A).reason) == (1, None, Reason.PACK_BACKOFF)
+    assert (world.job(A).attempts, world.job(A).pack, world.job(A).reason) == (0, None, Reason.PACK_BACKOFF)
     with pytest.raises(Fenced):  # whatever is left of the old worker can no longer write
         world.store.commit([], [PackOpened(pack=pack, at=0.0)], fence=lease.fence)
     world.now += 2.0
@@ -193,20 +193,20 @@ def test_jobs_of_a_failed_pack_go_on_in_another(world: World) -> None:
     assert world.job(A).state is JobState.RUNNING and world.job(A).pack != pack
 
 
-def test_a_job_under_which_packs_keep_failing_fails(world: World) -> None:
+def test_a_job_that_is_suspected_of_failing_packs_fails_and_those_beside_it_go_on(world: World) -> None:
     world.limits = Limits(max_attempts=2)
     world.controller = world.start("one")
-    for _ in range(2):
-        world.now += 500.0
-        if world.store.get(keys.job(A)) is None:
-            world.submit("a")
+    world.submit("a", "b")
+    for _ in range(4):
         for _ in range(2):
             world.settle()
             world.work()
-        world.processes.over.append(PackEnd(world.processes.opened[-1].id, "killed"))
+        world.processes.over.append(PackEnd(world.processes.opened[-1].id, "killed", [A]))
         world.settle()
+        world.now += 500.0
     job = world.job(A)
     assert job.state is JobState.FAILED and job.error is not None and job.error.code == Reason.PACKS_FAILED
+    assert world.job(B).attempts == 0 and not world.job(B).final
 
 
 def test_a_pack_that_ends_by_itself_gives_its_jobs_back_unblamed(world: World) -> None:

@@ -71,6 +71,17 @@ def test_the_youngest_leave_when_blocks_run_out() -> None:
     assert found == StepPlan(("d", "c"), (), (("a", 1), ("b", 1)))
 
 
+def test_while_rows_last_decoding_streams_get_one_each_and_the_others_wait() -> None:
+    assert plan((), tuple(decoding(name) for name in "abc"), rows=2).chunks == (("a", 1), ("b", 1))
+    assert plan((Waiting("w", 1, 1),), (decoding("a"),), rows=9).chunks == (("a", 1), ("w", 1))
+
+
+def test_nobody_leaves_while_the_blocks_are_just_enough() -> None:
+    streams = tuple(decoding(name, missing=1) for name in "abc")
+    assert plan((), streams, free=3).evicted == ()
+    assert plan((), streams, free=2).evicted == ("c",)
+
+
 @dataclass
 class Stream:
     name: str

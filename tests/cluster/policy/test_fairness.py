@@ -272,6 +272,52 @@ def test_a_long_prompt_that_must_be_whole_waits_until_its_tenant_is_first_in_tur
     assert chosen((wanting("b", BOB), small), (), Ledger(served={ANN: 50.0})).chunks == (("b", 4), ("a", 4))
 
 
+def test_one_that_waits_for_its_turn_to_be_whole_holds_up_nobody() -> None:
+    whole = Waiting("a", 40, 40, 40, ANN, 40.0)
+    ledger = Ledger(served={ANN: 50.0, EVE: 60.0})
+    assert chosen((wanting("b", BOB), whole, wanting("e", EVE)), (), ledger).chunks == (("b", 4), ("e", 4))
+
+
+def test_what_a_long_prompt_must_have_at_once_it_gets_where_that_is_there() -> None:
+    """Six decoding streams and four rows of bob's: ten rows for long ones, and a row each when these are gone."""
+    decode, ledger = of(EVE, *(f"e{n}" for n in range(6))), Ledger(served={ANN: 50.0, EVE: 900.0})
+
+    def rows_of(*long: Waiting) -> list[tuple[str, int]]:
+        limits = {"max_streams": 16, "free_blocks": 999}
+        return list(chosen((wanting("b", BOB), *long), decode, ledger, **limits).chunks)[7:]
+
+    def ann(name: str, left: int, min_chunk: int = 1) -> Waiting:
+        return Waiting(name, left, left, min_chunk, ANN, 0.0)
+
+    assert rows_of(ann("a", 40, 10)) == [("a", 10)]
+    assert rows_of(ann("a", 40, 11)) == []
+    assert rows_of(ann("a0", 40), ann("a1", 40)) == [("a0", 10), ("a1", 1)]
+    assert rows_of(ann("a0", 40), ann("a1", 40, 2)) == [("a0", 10)]
+    # No longer than what is there without it, it is not long, and what is long has as much again.
+    assert rows_of(ann("a0", 10), ann("a1", 40)) == [("a0", 10), ("a1", 20)]
+    assert rows_of(ann("a0", 11), ann("a1", 40)) == [("a0", 10), ("a1", 1)]
+
+
+def test_who_makes_room_gives_its_rows_to_the_one_that_comes() -> None:
+    ledger = Ledger(served={ANN: 50.0})
+    ann = of(ANN, "a0", "a1", "a2", "a3")
+    assert chosen((wanting("b", BOB),), ann, ledger, rows=5).chunks[-1] == ("b", 2)
+    grow = tuple(Running(f"a{n}", 1, 4, 1, 1, ANN) for n in range(3))  # the last one leaves to let the others grow
+    assert chosen((wanting("b", BOB),), grow, ledger, free_blocks=2, rows=4) == StepPlan(
+        ("a2",), ("b",), (("a0", 1), ("a1", 1), ("b", 2))
+    )
+    two = chosen((wanting("b", BOB), wanting("e", EVE)), ann, ledger, rows=8)
+    assert two == StepPlan(("a3", "a2"), ("b", "e"), (("a0", 1), ("a1", 1), ("b", 4), ("e", 2)))
+
+
+def test_prompts_that_go_on_cost_their_tenants_nothing_more() -> None:
+    ledger = Ledger(served={BOB: 0.5})
+    prompts = (*of(BOB, "b", left=4), *of(ANN, "a0", "a1", left=4))
+    assert [id for id, _ in chosen((), prompts, ledger).chunks] == ["a0", "a1", "b"]
+    again = (Waiting("b", 4, 4, tenant=BOB), Waiting("a0", 4, 4, tenant=ANN), Waiting("a1", 4, 4, tenant=ANN))
+    assert chosen(again, (), ledger).admitted == ("a0", "a1", "b")
+
+
 def padded(rows: int) -> int:
     """Rows that a forward computes, which is what its time grows with."""
     return max(16, -(-rows // 8) * 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from polygraft.cluster.model import Limits
+from polygraft.cluster.model import Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
 from polygraft.grafts.formats.backbone_files import BackboneFiles
@@ -14,6 +14,8 @@ from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.context import Api
+from polygraft.serving.http.meters import Meters
+from polygraft.serving.http.overview import Overview
 from polygraft.tuning.desk import Desk
 
 
@@ -35,4 +37,7 @@ def tiny_api(store: Store, gateway: Gateway, backbone: Backbone, data: Path, ado
         max_context=512,
         clock=time.time,
         desk=Desk(),
+        meters=Meters("i0"),
+        overview=Overview(store, time.time),
+        metrics_tenants=frozenset({TenantId("ann")}),
     )

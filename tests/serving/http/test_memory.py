@@ -43,7 +43,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
     assert refusal.value.status == 400
     assert f"'{text}' needs {16 * trained + 4 * kept:,} bytes in training, a pack has {PACK:,}" in said
     assert f"{trained:,} trained numbers" in said and f"{kept:,} others" in said
-    fewer = new_job(api, TenantId("ann"), body(file, method=supervised(peft=f"{text}(at=attn.q)@0-1")))
+    fewer = new_job(api, TenantId("ann"), body(file, method=supervised(peft=f"{text}(at=attn.q)@0-1"))).job
     assert fewer.parameters == trained * 2 * 4096**2 // WEIGHTS
 
 
