@@ -87,7 +87,7 @@ class Service(Client):
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
-                raise ApiFailure("the service is gone", status=0)
+                raise ApiFailure(0, "the service is gone")
         self.looked[job] = self.looked.get(job, 0) + 1
         return self._shown(job, over=self.looked[job] > 1)
 
