@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
+from polygraft.cluster.told import Told
 from polygraft.grafts.sites import ModelShape
 
 
@@ -17,7 +18,7 @@ class SearchDesk:
 
         return Desk().begin(body, backbone=backbone, shape=shape, quantised=quantised)
 
-    def told(self, record: str) -> dict[str, JsonValue]:
+    def told(self, record: str) -> Told:
         from polygraft.tuning.desk import Desk
 
         return Desk().told(record)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from polygraft.cluster.spec import BadRequest
+from polygraft.cluster.told import Told
 from polygraft.cluster.validation import explain
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
@@ -36,21 +37,21 @@ class Desk:
             raise ValueError(str(error)) from None
         return plan.name, encode(StudyRecord(plan=plan)), (asked.training_file, asked.validation_file)
 
-    def told(self, record: str) -> dict[str, JsonValue]:
-        """How far a study is, and what each of its trials came to, those of its front by number."""
+    def told(self, record: str) -> Told:
+        """How far a study is, and what each of its trials came to. Raises BadRecord."""
         study = decode(record)
         plan = study.plan
         within = [trial for trial in study.trials if excess(trial, plan.objectives, plan.limits) == 0]
-        return {
-            "objectives": list(plan.minimise),
-            "trials_total": plan.trials,
-            "trials": [shown(trial) for trial in study.trials],
-            "front": [trial.number for trial in pareto(within)],
-            "finals": [asdict(member) for member in members(study.trials, study.finals)],
-            "chosen": study.chosen,
-            "shape": asdict(plan.space.shape),
-            "job": plan.job.model_dump(mode="json", exclude_unset=True),
-        }
+        return Told(
+            objectives=plan.minimise,
+            trials_total=plan.trials,
+            trials=tuple(map(shown, study.trials)),
+            front=tuple(trial.number for trial in pareto(within)),
+            finals=tuple(asdict(member) for member in members(study.trials, study.finals)),
+            chosen=study.chosen,
+            job=plan.job.model_dump(mode="json", exclude_unset=True),
+            shape=asdict(plan.space.shape),
+        )
 
 
 def shown(trial: Trial) -> dict[str, JsonValue]:

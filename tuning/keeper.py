@@ -18,7 +18,7 @@ from polygraft.cluster.events import JobCancelRequested
 from polygraft.cluster.model import Search, StudyId
 from polygraft.cluster.states import IllegalTransition, SearchState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Conflict, Store, Versioned, Write
+from polygraft.cluster.store.base import JSON, Conflict, Store, Versioned, Write
 
 STARTS = 20  # drivers of one search; who needs more has a fault of its own
 PAUSE_S = 5.0  # between a driver's death and the next one
@@ -105,7 +105,8 @@ class Keeper:
     def _finish(self, found: Versioned[Search], state: SearchState, note: str | None) -> None:
         search = replace(found.value, state=state, note=note, finished_at=self._clock())
         self._store.commit([Write(found.key, search, found.version)])
-        entry = {"message": f"{state.value}" + (f": {note}" if note else ""), "at": self._clock(), "trial": None}
+        message = state.value + (f": {note}" if note else "")
+        entry: dict[str, JSON] = {"message": message, "at": self._clock(), "trial": None}
         self._store.append(keys.search_log(search.id), entry)
         self._drivers.pop(search.id, None)
         self._revoke(search)

@@ -16,7 +16,7 @@ from polygraft.cluster import searches as remote
 from polygraft.cluster.client import Client
 from polygraft.cluster.searches import RemoteSearch
 from polygraft.launch.commands.common import Json, flags
-from polygraft.launch.output import Failure, Status, ago, errors, print_json, print_table, screen
+from polygraft.launch.output import Failure, JsonOut, Status, ago, errors, print_json, print_table, screen
 
 if TYPE_CHECKING:  # imported when the command runs: Optuna takes seconds
     from polygraft.tuning.study import Trial
@@ -172,9 +172,10 @@ def _tell(client: Client, search: RemoteSearch, files: Files, *, as_json: bool) 
     files.write(search, trials)
     points = [Point.of(trial) for trial in front]
     if as_json:
-        found = {"id": search.id, "trials": len(trials), "front": [point.to_json() for point in points]}
-        finals: list[JsonValue] = [member.model_dump(mode="json") for member in search.finals]
-        print_json({**found, "finals": finals, "chosen": search.chosen})
+        facts: dict[str, JsonOut] = {"id": search.id, "trials": len(trials), "chosen": search.chosen}
+        facts["front"] = [point.to_json() for point in points]
+        facts["finals"] = [member.model_dump(mode="json") for member in search.finals]
+        print_json(facts)
         return
     print_front(points)
     if search.chosen is not None:

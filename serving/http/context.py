@@ -15,6 +15,7 @@ from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
+from polygraft.cluster.told import Told
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
@@ -34,9 +35,7 @@ class Desk(Protocol):
         """Name, body of the study's record, and the ids of the files. Raises ValueError that begins with the field."""
         ...
 
-    def told(self, record: str) -> dict[str, JsonValue]:
-        """`objectives`, `trials_total`, `trials`, and the numbers of the `front`."""
-        ...
+    def told(self, record: str) -> Told: ...
 
 
 class NoDesk:
@@ -47,8 +46,8 @@ class NoDesk:
     ) -> tuple[str, str, tuple[str, str]]:
         raise ValueError("search: this service runs none")
 
-    def told(self, record: str) -> dict[str, JsonValue]:
-        return {"objectives": [], "trials_total": 0, "trials": [], "front": []}
+    def told(self, record: str) -> Told:
+        return Told()
 
 
 NO_DESK = NoDesk()

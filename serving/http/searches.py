@@ -19,6 +19,7 @@ from polygraft.cluster.model import FileId, Record, Search, Study, StudyId, Tena
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, IdempotencyConflict, Key, Versioned, Write
+from polygraft.cluster.told import JsonObject, Told
 from polygraft.cluster.validation import shown
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
@@ -85,7 +86,7 @@ def cancel(search: str, api: ApiDep, tenant: TurnDep) -> SearchObject:
 def trials(search: str, api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Size = 20) -> Page[TrialObject]:
     """Every trial that was asked for, in order."""
     found = _find(api, tenant, search).value
-    return page([_trial(found, one) for one in _told(api, found)["trials"]], after=after, limit=limit)
+    return page([_trial(found, one) for one in _told(api, found).trials], after=after, limit=limit)
 
 
 @router.get("/{search}/front", responses=answers(404))
@@ -93,7 +94,7 @@ def front(search: str, api: ApiDep, tenant: TurnDep) -> Page[TrialObject]:
     """The trials within the limits that no other one of them beats, from the best in the last objective on."""
     found = _find(api, tenant, search).value
     told = _told(api, found)
-    return Page(data=tuple(_trial(found, told["trials"][number]) for number in told["front"]))
+    return Page(data=tuple(_trial(found, told.trials[number]) for number in told.front))
 
 
 @router.get("/{search}/events", responses=answers(400, 404))
@@ -200,23 +201,17 @@ def _find(api: Api, tenant: TenantId, search: str) -> Versioned[Search]:
     return found
 
 
-def _told(api: Api, search: Search) -> dict[str, JsonValue]:
+def _told(api: Api, search: Search) -> Told:
     found = api.store.get(keys.study(search.id))
-    return {"trials": [], "front": []} if found is None else api.desk.told(found.value.body)
+    return Told() if found is None else api.desk.told(found.value.body)
 
 
-def _trial(search: Search, body: JsonValue) -> TrialObject:
-    assert isinstance(body, dict)
-    seen = body["seen"]
-    assert isinstance(seen, list)
-    return TrialObject(id=f"{search.id}/{body['number']}", **{**body, "seen": tuple(seen)})  # type: ignore[arg-type]
+def _trial(search: Search, body: JsonObject) -> TrialObject:
+    return TrialObject.model_validate_json(json.dumps({"id": f"{search.id}/{body['number']}", **body}))
 
 
 def _shown(api: Api, search: Search) -> SearchObject:
     told = _told(api, search)
-    trials = told["trials"]
-    assert isinstance(trials, list)
-    states = [one["state"] for one in trials if isinstance(one, dict)]
     return SearchObject(
         id=search.id,
         name=search.name,
@@ -224,12 +219,12 @@ def _shown(api: Api, search: Search) -> SearchObject:
         finished_at=None if search.finished_at is None else int(search.finished_at),
         status="cancelling" if search.cancel_requested and search.state is SearchState.RUNNING else search.state.value,
         note=search.note,
-        objectives=tuple(told.get("objectives", ())),  # type: ignore[arg-type]
-        trials_total=told.get("trials_total", 0),  # type: ignore[arg-type]
-        trials={state: states.count(state) for state in sorted({str(state) for state in states})},
-        front=tuple(told["front"]),  # type: ignore[arg-type]
-        finals=tuple(told.get("finals", ())),  # type: ignore[arg-type]
-        chosen=told.get("chosen"),  # type: ignore[arg-type]
-        job=told.get("job", {}),  # type: ignore[arg-type]
-        shape=told.get("shape", {}),  # type: ignore[arg-type]
+        objectives=told.objectives,
+        trials_total=told.trials_total,
+        trials=dict(told.states),
+        front=told.front,
+        finals=told.finals,
+        chosen=told.chosen,
+        job=told.job,
+        shape=told.shape,
     )

@@ -57,6 +57,7 @@ def test_no_trial_is_lost_or_run_twice_though_the_driver_is_killed_three_times(
         study = Study(id=STUDY, tenant=EVE, name="find", created_at=1.0, updated_at=1.0, body=record)
         store.commit([Write(keys.search(STUDY), search, 0), Write(keys.study(STUDY), study, 0)])
         ray.init(address=address, log_to_driver=False)
+        found, told = store.get(keys.search(STUDY)), store.get(keys.study(STUDY))
         try:
             keeper, killed, until = keeper_of(settings, service.url), 0, time.monotonic() + PATIENCE_S
             while time.monotonic() < until:
@@ -73,6 +74,7 @@ def test_no_trial_is_lost_or_run_twice_though_the_driver_is_killed_three_times(
         finally:
             ray.shutdown()
         store.close()
+    assert found is not None and told is not None
     assert (found.value.state, found.value.starts) == (SearchState.SUCCEEDED, KILLS + 1), found.value.note
     after = decode(told.value.body)
     assert [trial.number for trial in after.trials] == list(range(TRIALS))

@@ -67,7 +67,7 @@ class Service(Client):
     """Jobs that are over at the second look, with losses by graft and seed; a first run may be cut off."""
 
     def __init__(self, fails_after: int | None = None) -> None:
-        self.jobs: dict[str, tuple[str, dict[str, object]]] = {}
+        self.made: dict[str, tuple[str, dict[str, object]]] = {}
         self.keys: dict[str, str] = {}
         self.looked: dict[str, int] = {}
         self.promoted: list[str] = []
@@ -76,8 +76,8 @@ class Service(Client):
     def create_job(self, body: object, *, idempotency_key: str | None = None) -> RemoteJob:
         assert isinstance(body, dict) and idempotency_key is not None
         if idempotency_key not in self.keys:
-            id = f"ftjob-{len(self.jobs)}"
-            self.keys[idempotency_key], self.jobs[id] = id, (idempotency_key, body)
+            id = f"ftjob-{len(self.made)}"
+            self.keys[idempotency_key], self.made[id] = id, (idempotency_key, body)
         return self._shown(self.keys[idempotency_key], over=False)
 
     def renew(self, job: str, lease_s: float) -> RemoteJob:
@@ -96,7 +96,7 @@ class Service(Client):
         return None  # type: ignore[return-value]
 
     def _shown(self, id: str, *, over: bool) -> RemoteJob:
-        _, body = self.jobs[id]
+        _, body = self.made[id]
         seed = int(str(body["seed"]))
         return RemoteJob(
             id=id,
@@ -124,7 +124,7 @@ def test_every_member_is_trained_on_every_seed_and_one_is_chosen_and_promoted() 
     assert {(final.trial, final.seed) for final in record.finals} == {(t.number, s) for t in front for s in (1, 2)}
     assert record.chosen is not None
     assert service.promoted == ["find@1"]
-    bodies = [body for _, body in service.jobs.values()]
+    bodies = [body for _, body in service.made.values()]
     assert {body["validation_file"] for body in bodies} == {"file-9"}
     assert {body["suffix"] for body in bodies} == {"find"}
     found = store.get(keys.study(STUDY))
@@ -141,7 +141,7 @@ def test_a_driver_that_died_among_finals_is_followed_by_one_that_trains_none_twi
     record = retrain(store, STUDY, front, service, clock=lambda: 0.0, pause=lambda _: None)
     pairs = [(final.trial, final.seed) for final in record.finals]
     assert sorted(pairs) == sorted((trial.number, seed) for trial in front for seed in (1, 2))
-    assert len(service.jobs) == len(pairs) and service.promoted == []
+    assert len(service.made) == len(pairs) and service.promoted == []
 
 
 @pytest.mark.parametrize(("fields", "wrong"), [({"seeds": -1}, "seeds: -1"), ({"promote": True}, "promote: ")])

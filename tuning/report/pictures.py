@@ -84,11 +84,9 @@ def layers(report: Report, shape: ModelShape) -> Figure:
     figure, axes = _figure()
     for number in report.front:
         counts = by_layer(report.trials[number].candidate.peft, shape)
-        chosen = number == report.chosen
-        color = {"color": _FRONT} if chosen else {}
-        axes.step(
-            range(shape.layers), counts, where="mid", linewidth=2.4 if chosen else 1.3, label=f"trial {number}", **color
-        )
+        (line,) = axes.step(range(shape.layers), counts, where="mid", linewidth=1.3, label=f"trial {number}")
+        if number == report.chosen:
+            line.set(color=_FRONT, linewidth=2.4)
     axes.set_xlabel("layer", color=_INK)
     axes.set_ylabel("trainable parameters", color=_INK)
     axes.legend(frameon=False, labelcolor=_SOFT, fontsize=8)

@@ -12,7 +12,7 @@ import pytest
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Write
+from polygraft.cluster.store.base import JSON, Write
 from polygraft.tuning.desk import read
 from polygraft.tuning.record import decode, open_study
 from polygraft.tuning.study import Failure, Result, Study
@@ -147,7 +147,7 @@ async def test_events_come_as_a_page_and_as_a_stream_that_ends_with_the_search(
 ) -> None:
     search = await begun(ann)
     for number in range(2):
-        entry = {"message": f"trial {number} running", "at": 5.0, "trial": number}
+        entry: dict[str, JSON] = {"message": f"trial {number} running", "at": 5.0, "trial": number}
         service.api.store.append(keys.search_log(StudyId(search)), entry)
     end(service, search)
     page = (await ann.get(f"/searches/{search}/events")).json()["data"]
