@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from polygraft.cluster.client import Answer, Client, segment
+from polygraft.cluster.answers import Answer
+from polygraft.cluster.client import Client, segment
 
 _PATH = "/searches"
 

@@ -83,12 +83,6 @@ def open_study(
     )
 
 
-def begun(store: Store, study: StudyId) -> SearchPlan | None:
-    """The plan that a study was begun with, None where there is no such study. Raises BadRecord."""
-    found = store.get(keys.study(study))
-    return None if found is None else decode(found.value.body).plan
-
-
 class _Keeper:
     """Writes the trials, each time over the version it wrote before."""
 

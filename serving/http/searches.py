@@ -163,8 +163,15 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
 
 
 def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Search:
+    wanted = body.get("model") if isinstance(body, dict) else None
+    model = wanted if isinstance(wanted, str) else api.backbones.own
+    backbone = api.backbones.named(model)
+    if backbone is None:
+        raise not_found("model", model, param="model")
     try:
-        name, record, files = api.desk.begin(body, backbone=api.backbone, shape=api.shape, quantised=api.quantised)
+        name, record, files = api.desk.begin(
+            body, backbone=backbone.name, shape=backbone.shape, quantised=backbone.quantised
+        )
     except ValueError as error:
         raise bad_request(str(error), param=str(error).partition(":")[0], code="invalid_value") from None
     for file, field in zip(files, ("training_file", "validation_file"), strict=True):

@@ -1,0 +1,205 @@
+"""`make mutants`: plants faults in the code that keeps promises, one at a time, and counts those that a test notices.
+
+What keeps a promise to a tenant is tried whole, of everything else a sample that a seed draws. What was found is kept
+under build/mutants, so that a run that is broken off goes on where it was: a fault that was noticed is tried again only
+when its file changes, one that was not whenever a file of tests does. Decision 15 says why this is not mutmut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tests.mutation.child import preload
+from tests.mutation.covering import FOLDERS, KEPT, ROOT, Covered, covered, digest, test_files
+from tests.mutation.faults import Fault, faults_in
+from tests.mutation.trial import Outcome, try_out
+
+EXCUSES = ROOT / "tests" / "mutation" / "equivalents.txt"
+LEAST_NOTICED, MOST_EXCUSED = 0.90, 0.03
+SAMPLE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Sources, and the files of their tests, as patterns."""
+
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+WHOLE = (
+    Part(("cluster/policy/*.py",), ("tests/cluster/policy/test_*.py",)),
+    Part(
+        (
+            "serving/engine.py",
+            "serving/gateway.py",
+            "serving/residency.py",
+            "serving/streams.py",
+            "serving/suspects.py",
+            "serving/tenants.py",
+        ),
+        ("tests/serving/test_*.py",),
+    ),
+    Part(("trainers/runner.py",), ("tests/trainers/test_*.py",)),
+)
+REST = Part(tuple(f"{folder}/*.py" for folder in FOLDERS), ("tests/**/test_*.py",))
+# Triton's programs do not run on a CPU, and what only measures promises nothing.
+LEFT_OUT = ("*/__init__.py", "kernels/*/gpu.py", "kernels/*/programs.py", "kernels/*/tuned.py", "*/bench.py")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="these files, whole, as cluster/policy/*.py")
+    parser.add_argument("--seed", type=int, default=0, help="draws the sample of the rest")
+    parser.add_argument("--sample", type=int, default=SAMPLE, help="how many faults of the rest")
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so long; the next run goes on")
+    asked = parser.parse_args(given)
+    until = time.monotonic() + asked.seconds if asked.seconds else float("inf")
+    preload()
+    kept = Kept(KEPT / "found.jsonl")
+    waiting = 0
+    chosen: list[Fault] = []
+    for faults, tests in plan(asked.only, asked.seed, asked.sample):
+        chosen.extend(faults)
+        state = tests_digest(tests)
+        untried = [fault for fault in faults if kept.outcome(fault, state) is None]
+        if not untried:
+            continue
+        covering: list[Covered] = []
+        for test_file in test_files(tests):
+            if time.monotonic() > until:
+                break
+            covering.append(covered(test_file))
+        for fault in untried:
+            if time.monotonic() > until:
+                waiting += 1
+                continue
+            source = (ROOT / fault.path).read_text()
+            if fault not in faults_in(source, fault.path):
+                waiting += 1  # the file has changed since
+                continue
+            outcome = try_out(fault, source, covering)
+            kept.add(fault, state, outcome)
+            if not outcome.noticed:
+                print(f"{outcome}: {fault.path}:{fault.line}\n  - {fault.before}\n  + {fault.after}", flush=True)
+    return report(chosen, kept, waiting)
+
+
+def plan(only: Sequence[str] | None, seed: int, sample: int) -> Iterator[tuple[list[Fault], tuple[str, ...]]]:
+    """Faults to try, and the files of tests to ask."""
+    whole: set[str] = set()
+    for part in WHOLE:
+        paths = [path for path in sources(part) if only is None or any(fnmatch(path, one) for one in only)]
+        whole.update(sources(part))
+        yield [fault for path in paths for fault in faults_of(path)], part.tests
+    rest = [path for path in sources(REST) if path not in whole]
+    if only is not None:
+        named = [path for path in rest if any(fnmatch(path, one) for one in only)]
+        yield [fault for path in named for fault in faults_of(path)], REST.tests
+        return
+    faults = [fault for path in rest for fault in faults_of(path)]
+    yield random.Random(seed).sample(faults, min(sample, len(faults))), REST.tests
+
+
+def sources(part: Part) -> list[str]:
+    every = (
+        path.relative_to(ROOT).as_posix() for folder in ROOT.iterdir() if folder.is_dir() for path in _python(folder)
+    )
+    return sorted(
+        path
+        for path in every
+        if any(fnmatch(path, one) for one in part.sources) and not any(fnmatch(path, one) for one in LEFT_OUT)
+    )
+
+
+def _python(folder: Path) -> Iterator[Path]:
+    return iter(()) if folder.name.startswith(".") or folder.name == "build" else folder.rglob("*.py")
+
+
+def faults_of(path: str) -> list[Fault]:
+    return list(faults_in((ROOT / path).read_text(), path))
+
+
+def tests_digest(patterns: Sequence[str]) -> str:
+    """Changes when a file of tests does."""
+    return "".join(digest(path)[:2] for path in test_files(patterns))
+
+
+class Kept:
+    """What came of each fault, a line of JSON each, the last one counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, tuple[str, str, Outcome]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                one = json.loads(line)
+                self._found[one["fault"]] = one["source"], one["tests"], Outcome(one["outcome"])
+
+    def outcome(self, fault: Fault, tests: str) -> Outcome | None:
+        """None where it has to be tried, again or for the first time."""
+        source, asked, outcome = self._found.get(fault.id, ("", "", Outcome.UNTESTED))
+        if source != digest(ROOT / fault.path) or (not outcome.noticed and asked != tests):
+            return None
+        return outcome
+
+    def last(self, fault: Fault) -> Outcome | None:
+        source, _, outcome = self._found.get(fault.id, ("", "", Outcome.UNTESTED))
+        return outcome if source == digest(ROOT / fault.path) else None
+
+    def add(self, fault: Fault, tests: str, outcome: Outcome) -> None:
+        self._found[fault.id] = digest(ROOT / fault.path), tests, outcome
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"fault": fault.id, "source": digest(ROOT / fault.path), "tests": tests, "outcome": outcome}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def excused() -> dict[tuple[str, str, str], str]:
+    """Why, by path, line before and line after: `path | before | after | why` a line."""
+    lines = [line for line in EXCUSES.read_text().splitlines() if line and not line.startswith("#")]
+    found = {}
+    for line in lines:
+        parts = [part.strip() for part in line.split(" | ")]
+        if len(parts) != 4 or not all(parts):
+            raise ValueError(f"{EXCUSES.name}: {line}: give path | before | after | why")
+        found[parts[0], parts[1], parts[2]] = parts[3]
+    return found
+
+
+def report(faults: Sequence[Fault], kept: Kept, waiting: int) -> int:
+    """Print each file's share and the faults that nothing noticed; 0 where enough was noticed, 1 where not, 3 where
+    some wait for the next run."""
+    allowed, excuses = excused(), 0
+    tried: Counter[str] = Counter()
+    noticed: Counter[str] = Counter()
+    for fault in faults:
+        outcome = kept.last(fault)
+        if outcome is None:
+            continue
+        tried[fault.path] += 1
+        excuse = not outcome.noticed and (fault.path, fault.before, fault.after) in allowed
+        excuses += excuse
+        noticed[fault.path] += outcome.noticed or excuse
+        if not outcome.noticed and not excuse:
+            print(f"{outcome}: {fault.path}:{fault.line}\n  - {fault.before}\n  + {fault.after}")
+    for path in sorted(tried):
+        print(f"{noticed[path]:5d} of {tried[path]:5d}  {noticed[path] / tried[path]:4.0%}  {path}")
+    total, found = tried.total(), noticed.total()
+    print(f"{found} of {total} noticed or excused, {excuses} of them excused; {waiting} not tried yet")
+    if waiting:
+        return 3
+    return 0 if found >= LEAST_NOTICED * total and excuses <= MOST_EXCUSED * total else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

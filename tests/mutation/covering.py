@@ -1,0 +1,121 @@
+"""Which tests run which lines: each file of tests is run once under coverage, and what came out is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import process_time
+
+import coverage
+import pytest
+
+from tests.mutation.child import in_a_child
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "mutants"
+FOLDERS = ("cluster", "grafts", "kernels", "launch", "serving", "trainers", "tuning")
+_ON_IMPORT = ""  # what runs while no test does
+_LIMIT_S = 1200.0  # for one file of tests
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """What a file of tests runs: its digest and that of each source at that time, the tests by line of a source, and
+    the seconds of processor time of each test that passes."""
+
+    digest: str
+    sources: Mapping[str, str] = field(default_factory=dict)
+    lines: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def holds(self, test_file: Path) -> bool:
+        """Whether neither the file nor what it runs was changed since."""
+        return self.digest == digest(test_file) and all(
+            (ROOT / path).exists() and digest(ROOT / path) == kept for path, kept in self.sources.items()
+        )
+
+    def tests(self, path: str, line: int) -> set[str]:
+        """Those that run a line; all that run its file, for a line that runs when it is imported."""
+        lines = self.lines.get(path, {})
+        found = lines.get(str(line)) or [test for tests in lines.values() for test in tests]
+        return {test for test in found if test in self.seconds}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def test_files(patterns: Iterable[str]) -> list[Path]:
+    """Files of tests that start no Ray, in order of name."""
+    found = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    left_out = {ROOT / "tests" / "ray", ROOT / "tests" / "e2e", ROOT / "tests" / "mutation"}
+    return sorted(path for path in found if not left_out & set(path.parents))
+
+
+def covered(test_file: Path) -> Covered:
+    """What the file runs, from what was kept where that still holds."""
+    kept = KEPT / "tests" / f"{test_file.relative_to(ROOT).as_posix().replace('/', '.')}.json"
+    if kept.exists():
+        found = Covered(**json.loads(kept.read_text()))
+        if found.holds(test_file):
+            return found
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    in_a_child(lambda: _measure(test_file, kept), cpu_s=_LIMIT_S, wall_s=2 * _LIMIT_S)
+    return Covered(**json.loads(kept.read_text())) if kept.exists() else Covered(digest(test_file))
+
+
+class _Watch:
+    """Tells coverage which test runs, and notes how long each takes and whether it passes."""
+
+    def __init__(self, measured: coverage.Coverage) -> None:
+        self._measured = measured
+        self._begun = 0.0
+        self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> object:
+        self._measured.switch_context(item.nodeid)
+        begun = process_time()
+        done = yield
+        self.seconds[item.nodeid] = process_time() - begun
+        self._measured.switch_context(_ON_IMPORT)
+        return done
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.passed:
+            self.failed.add(report.nodeid)
+
+
+def _measure(test_file: Path, kept: Path) -> int:
+    include = [f"{ROOT}/{folder}/*" for folder in FOLDERS]
+    measured = coverage.Coverage(data_file=None, config_file=False, include=include)
+    watch = _Watch(measured)
+    measured.start()
+    pytest.main(["-q", "-p", "no:cacheprovider", str(test_file)], plugins=[watch])
+    measured.stop()
+    data = measured.get_data()
+    paths = {Path(name).resolve().relative_to(ROOT).as_posix(): name for name in data.measured_files()}
+    lines = {
+        path: {
+            str(line): tuple(sorted(set(tests) - {_ON_IMPORT}))
+            for line, tests in data.contexts_by_lineno(name).items()
+            if set(tests) - {_ON_IMPORT}
+        }
+        for path, name in paths.items()
+    }
+    ran = {path: found for path, found in lines.items() if found}
+    kept.write_text(
+        json.dumps(
+            {
+                "digest": digest(test_file),
+                "sources": {path: digest(ROOT / path) for path in ran},
+                "lines": ran,
+                "seconds": {test: took for test, took in watch.seconds.items() if test not in watch.failed},
+            }
+        )
+    )
+    return 0

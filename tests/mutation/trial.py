@@ -1,0 +1,95 @@
+"""One fault, and whether a test notices it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+import pytest
+
+from tests.mutation.child import TIMED_OUT, in_a_child
+from tests.mutation.covering import ROOT, Covered
+from tests.mutation.faults import Fault
+
+_MOST_S = 30.0  # processor time of the tests that are asked about a fault, while none is in; the quickest are
+
+
+class Outcome(StrEnum):
+    KILLED = "killed"
+    TIMEOUT = "timeout"  # noticed, too: the tests went on without end
+    SURVIVED = "survived"
+    UNTESTED = "untested"  # no test runs the line
+
+    @property
+    def noticed(self) -> bool:
+        return self in (Outcome.KILLED, Outcome.TIMEOUT)
+
+
+def try_out(fault: Fault, source: str, covering: Iterable[Covered]) -> Outcome:
+    """Run the tests that cover it until one fails."""
+    tests, seconds = _chosen(fault, covering)
+    if not tests:
+        return Outcome.UNTESTED
+    text = fault.planted(source)
+    base = tempfile.mkdtemp(prefix="mutant-")
+    try:
+        code = in_a_child(lambda: _run(fault.path, text, tests, base), cpu_s=5 * seconds + 20, wall_s=10 * seconds + 90)
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    if code == TIMED_OUT:
+        return Outcome.TIMEOUT
+    return Outcome.SURVIVED if code == pytest.ExitCode.OK else Outcome.KILLED
+
+
+def _chosen(fault: Fault, covering: Iterable[Covered]) -> tuple[list[str], float]:
+    """The quickest tests that cover the fault, file by file, and how long they take without it."""
+    cost = {test: one.seconds[test] for one in covering for test in one.tests(fault.path, fault.line)}
+    chosen: list[str] = []
+    seconds = 0.0
+    for test in sorted(cost, key=lambda test: (cost[test], test)):
+        if chosen and seconds + cost[test] > _MOST_S:
+            break
+        chosen.append(test)
+        seconds += cost[test]
+    return sorted(chosen, key=lambda test: test.split("::")[0]), seconds
+
+
+def _run(path: str, text: str, tests: Sequence[str], base: str) -> int:
+    for name in [name for name in sys.modules if name.startswith(("polygraft.", "tests.")) and "mutation" not in name]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Planted(ROOT / path, text))
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={base}/tests", *tests]))
+
+
+class _Planted(MetaPathFinder):
+    """Gives the module of one file another text."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path, self._text = path, text
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if path is None or fullname.rpartition(".")[2] != self._path.stem:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve() != self._path:
+            return None
+        spec.loader = _Loader(fullname, spec.origin, self._text)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, fullname: str, path: str, text: str) -> None:
+        super().__init__(fullname, path)
+        self._text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self._text, self.path, "exec", dont_inherit=True)
