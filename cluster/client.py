@@ -135,7 +135,7 @@ class Client:
         self._send(self._http.build_request("DELETE", f"/backbones/{segment(name)}"))
 
     def cluster(self) -> ClusterView:
-        return self._ask(ClusterView, "GET", "/cluster")
+        return self.ask(ClusterView, "GET", "/cluster")
 
     def grafts(self) -> Iterator[RemoteGraft]:
         """The tenant's grafts by name and version."""

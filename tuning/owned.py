@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from polygraft.cluster.client import Client, RemoteJob
+from polygraft.cluster.answers import RemoteJob
+from polygraft.cluster.client import Client
 
 
 def submitted(client: Client, body: Mapping[str, JsonValue], *, study: str, name: str, lease_s: float) -> RemoteJob:

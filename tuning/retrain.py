@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from polygraft.cluster.client import Client, RemoteJob
+from polygraft.cluster.answers import RemoteJob
+from polygraft.cluster.client import Client
 from polygraft.cluster.model import StudyId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
