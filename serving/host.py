@@ -99,4 +99,11 @@ def _engine(plan: ReplicaPlan, replica: ReplicaId) -> Engine:
         backbone = Loaded.load(
             Path(record.folder), dtypes[record.dtype], quantise=record.quantise, device=chosen_device(plan.device)
         )
-    return Engine(backbone, plan.settings, replica=replica, data=plan.data, step_floor_s=plan.step_floor_s)
+    return Engine(
+        backbone,
+        plan.settings,
+        replica=replica,
+        data=plan.data,
+        graft_bytes=plan.settings.graft_bytes,
+        step_floor_s=plan.step_floor_s,
+    )
