@@ -118,12 +118,12 @@ class Fleet:
         for number in range(jobs):
             self.tell(JobSubmitted(record=a_job(number % TENANTS, self.now + number * 1e-4), at=self.now))
 
-    def round(self) -> float:
-        """How long policy took."""
+    def round(self) -> tuple[float, float]:
+        """How long policy took, and of that on the processor."""
         seen = replace(self.following.snapshot, now=self.now, limits=self.limits)
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.thread_time()
         decisions = decide(seen, self.following.standing)
-        took = time.perf_counter() - begin
+        took = time.perf_counter() - begin, time.thread_time() - begin_cpu
         for decision in decisions:
             match decision:
                 case OpenPack(pack=pack, backbone=name, devices=devices, bytes=bytes_, reason=reason):
@@ -144,7 +144,7 @@ class Fleet:
 
     def end_some(self, chance: random.Random, jobs: int) -> None:
         active = [job for jobs_ in self.following.standing.active.values() for job in jobs_]
-        for job in chance.sample(active, jobs):
+        for job in chance.sample(active, min(jobs, len(active))):
             self.tell(ended(job, self.now))
 
 
@@ -173,8 +173,10 @@ def deciding(rounds: int) -> Iterator[Claim]:
         took.append(fleet.round())
     queued = sum(len(queue) for queues in fleet.following.standing.queues.values() for queue in queues.values())
     assert queued == QUEUED, queued
-    yield claim("decide_p99_ms", 1e3 * quantiles(took, n=100)[98], "ms", 10.0, "<")
-    yield claim("decide_median_ms", 1e3 * median(took), "ms")
+    wall, cpu = zip(*took, strict=True)
+    yield claim("decide_p99_ms", 1e3 * quantiles(wall, n=100)[98], "ms", 10.0, "<")
+    yield claim("decide_p99_cpu_ms", 1e3 * quantiles(cpu, n=100)[98], "ms")
+    yield claim("decide_median_ms", 1e3 * median(wall), "ms")
     yield claim("events_followed_per_s", events / followed, "1/s", 500.0, ">=")
 
 

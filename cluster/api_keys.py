@@ -11,6 +11,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
 
 PREFIX = "pg-"
+OPERATOR = TenantId("local")  # whose keys may also change what all tenants share
 SHORTEST = 32  # characters of a key that someone else made
 
 

@@ -1,7 +1,7 @@
 """The HTTP API as the command line, the demo and searches use it: a thin, blocking client without torch and Ray.
 
-Bodies of requests are OpenAI's (see `cluster/spec.py` for what a job may ask for); answers are read leniently, so
-that a newer server may say more. A failed call raises `ApiFailure` with OpenAI's error object.
+Bodies of requests are OpenAI's (see `cluster/spec.py` for what a job may ask for); answers are those of
+`cluster/answers.py`. A failed call raises `ApiFailure` with OpenAI's error object.
 """
 
 from __future__ import annotations
@@ -16,135 +16,26 @@ from typing import BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
+from polygraft.cluster.answers import (
+    Answer,
+    JobEvent,
+    RemoteBackbone,
+    RemoteDryRun,
+    RemoteFile,
+    RemoteGraft,
+    RemoteJob,
+    RemoteModel,
+)
 from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings
 
-FINAL = ("succeeded", "failed", "cancelled")
 _PAGE = 100
 _RETRIES = 3
 _IMPORT_S = 300.0  # a large graft has its turn after others, and takes a minute to read
 _RETRIABLE = (429, 503)
-M = TypeVar("M", bound="_Answer")
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-
-class JobFault(_Answer):
-    code: str
-    message: str
-    param: str | None = None
-
-
-class RemoteFile(_Answer):
-    id: str
-    filename: str
-    bytes: int
-    created_at: int
-
-
-class RemoteJob(_Answer):
-    """A fine-tuning job as its tenant sees it; times in whole seconds since 1970, losses on held-out examples."""
-
-    id: str
-    status: str
-    model: str
-    fine_tuned_model: str | None = None
-    created_at: int
-    started_at: int | None = None
-    finished_at: int | None = None
-    trained_tokens: int | None = None
-    method: dict[str, JsonValue] = {}
-    error: JobFault | None = None
-    graft: str | None = None
-    pack: str | None = None
-    parameters: int | None = None
-    step: int = 0
-    steps_total: int | None = None
-    loss_before: float | None = None
-    loss_after: float | None = None
-
-    @property
-    def final(self) -> bool:
-        return self.status in FINAL
-
-    @property
-    def peft(self) -> str:
-        """The graft asked for: the union's text, or a PEFT config as JSON."""
-        inner = self.method.get("supervised")
-        parameters = inner.get("hyperparameters") if isinstance(inner, dict) else None
-        value = parameters.get("peft") if isinstance(parameters, dict) else None
-        return value if isinstance(value, str) else json.dumps(value)
-
-
-class JobEvent(_Answer):
-    id: str
-    created_at: int
-    level: str
-    message: str
-    type: str
-    data: dict[str, JsonValue] | None = None
-
-
-class CountedFile(_Answer):
-    """A file of a job that was not made: counts over the examples that were read, all of them if `complete`."""
-
-    id: str
-    examples: int
-    complete: bool
-    tokens: int
-    trained_tokens: int
-    longest: int
-    cut: int
-    warning: str | None = None
-
-
-class RemoteDryRun(_Answer):
-    """What a job would be; `max_length` None cuts nothing."""
-
-    model: str
-    peft: str
-    parameters: int
-    learning_rate: float | None = None
-    max_length: int | None = None
-    steps: int | None = None
-    training_file: CountedFile
-    validation_file: CountedFile | None = None
-
-    @property
-    def files(self) -> Mapping[str, CountedFile]:
-        both = {"training_file": self.training_file, "validation_file": self.validation_file}
-        return {name: file for name, file in both.items() if file is not None}
-
-
-class RemoteModel(_Answer):
-    """A model that may be asked: the backbone itself (`parent` None), or a graft on it."""
-
-    id: str
-    created: int
-    owned_by: str
-    root: str | None = None
-    parent: str | None = None
-
-
-class RemoteGraft(_Answer):
-    """A version of a graft. `current`: its name alone means it; `backbone` is None for a graft of another backbone than
-    the service has."""
-
-    id: str
-    name: str
-    version: int
-    current: bool
-    graft: str
-    method: str
-    backbone: str | None
-    backbone_fingerprint: str
-    parameters: int
-    bytes: int
-    created_at: int
+M = TypeVar("M", bound=Answer)
 
 
 class ApiFailure(Exception):
@@ -231,6 +122,18 @@ class Client:
     def models(self) -> list[RemoteModel]:
         return list(self._pages(RemoteModel, "/models"))
 
+    def backbones(self) -> list[RemoteBackbone]:
+        return list(self._pages(RemoteBackbone, "/backbones"))
+
+    def add_backbone(self, name: str, path: str, *, dtype: str, quantise: str | None) -> RemoteBackbone:
+        """Add a model by its folder or name; it is read and checked before this returns."""
+        body = {"name": name, "path": path, "dtype": dtype, "quantise": quantise}
+        request = self._http.build_request("POST", "/backbones", json=body, timeout=_IMPORT_S)
+        return RemoteBackbone.model_validate_json(self._send(request).content)
+
+    def remove_backbone(self, name: str) -> None:
+        self._send(self._http.build_request("DELETE", f"/backbones/{_segment(name)}"))
+
     def grafts(self) -> Iterator[RemoteGraft]:
         """The tenant's grafts by name and version."""
         return self._pages(RemoteGraft, "/grafts")
@@ -239,9 +142,12 @@ class Client:
         """A version, or the one that a name means."""
         return self._ask(RemoteGraft, "GET", f"/grafts/{_segment(graft)}")
 
-    def import_graft(self, archive: Path, name: str, *, promote: bool = False) -> RemoteGraft:
-        """Send a tar archive of a graft's folder; it is read and checked before this returns."""
-        fields = {"name": name, "promote": "true" if promote else "false"}
+    def import_graft(
+        self, archive: Path, name: str, *, promote: bool = False, backbone: str | None = None
+    ) -> RemoteGraft:
+        """Send a tar archive of a graft's folder, for a backbone or the service's own; it is read and checked before
+        this returns."""
+        fields = {"name": name, "promote": "true" if promote else "false", "backbone": backbone or ""}
         with archive.open("rb") as content:
             files = {"file": (archive.name, content)}
             request = self._http.build_request("POST", "/grafts", files=files, data=fields, timeout=_IMPORT_S)

@@ -73,9 +73,10 @@ class LoadBackbone:
 
 @dataclass(frozen=True, slots=True)
 class UnloadBackbone:
-    """Let no replica hold the backbone."""
+    """Let no replica hold the backbone, if it was not asked again after `asked_at`."""
 
     backbone: str
+    asked_at: float
     reason: Reason = Reason.IDLE
 
 

@@ -212,9 +212,10 @@ class BackboneLoading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneUnloading:
-    """No replica is to hold it any more."""
+    """No replica is to hold it any more; it was last asked at `asked_at`."""
 
     backbone: str
+    asked_at: float
     reason: Reason
     at: float
 

@@ -89,7 +89,7 @@ def apply(snapshot: Snapshot, version: EventId, event: Event) -> Snapshot:
                 return after
             changed = job_after(job_found, event)
             jobs = _with(snapshot.jobs, job_found.id, changed)
-            return replace(after, jobs=_forget_jobs(jobs) if changed.final else jobs)
+            return _with_one_over(after, jobs, changed.id) if changed.final else replace(after, jobs=jobs)
         case _:
             return after
 
@@ -169,7 +169,7 @@ def job_after(job: Job, event: JobEvent) -> Job:
 
 
 def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone | None:
-    """The backbone after the event; None where there is none."""
+    """The backbone after the event; None where there is none. Raises IllegalTransition."""
     match event:
         case BackboneAdded(record=record):
             return record
@@ -178,7 +178,9 @@ def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone 
         case BackboneLoading() if backbone is not None:
             return replace(backbone, loaded=True)
         case BackboneUnloading() if backbone is not None:
-            return replace(backbone, loaded=False)
+            if backbone.asked_at > event.asked_at:
+                raise IllegalTransition(backbone.name, f"asked at {backbone.asked_at:.3f}", "unloading")
+            return replace(backbone, loaded=False, asked_at=0.0)
         case _:
             return None
 
@@ -233,24 +235,28 @@ def _require(job: Job, holds: bool, what: str) -> None:
 
 
 def _with(mapping: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:
-    # Their own copies are twenty times as fast as one made through the protocol; a log is followed event by event.
-    copied = mapping.copy() if isinstance(mapping, MappingProxyType | dict) else dict(mapping)
+    copied = _copied(mapping)
     copied[key] = value
     return MappingProxyType(copied)
 
 
 def _without(mapping: Mapping[K, V], keys: Iterable[K]) -> Mapping[K, V]:
-    gone = set(keys)
-    return MappingProxyType({key: value for key, value in mapping.items() if key not in gone})
+    copied = _copied(mapping)
+    for key in keys:
+        copied.pop(key, None)
+    return MappingProxyType(copied)
 
 
-def _forget_jobs(jobs: Mapping[JobId, Job]) -> Mapping[JobId, Job]:
-    """Without the oldest finished jobs beyond RECENT_JOBS."""
-    finished = [job for job in jobs.values() if job.final]
-    if len(finished) <= RECENT_JOBS:
-        return jobs
-    finished.sort(key=lambda job: (job.finished_at or 0.0, job.id))
-    return _without(jobs, (job.id for job in finished[:-RECENT_JOBS]))
+def _copied(mapping: Mapping[K, V]) -> dict[K, V]:
+    """By its own method, which is twenty times as fast as the protocol: a log is followed event by event."""
+    return mapping.copy() if isinstance(mapping, MappingProxyType | dict) else dict(mapping)
+
+
+def _with_one_over(after: Snapshot, jobs: Mapping[JobId, Job], ended: JobId) -> Snapshot:
+    """Without the jobs that ended before the last RECENT_JOBS."""
+    over = (*after.over, ended)
+    forgotten = over[:-RECENT_JOBS]
+    return replace(after, jobs=_without(jobs, forgotten) if forgotten else jobs, over=over[-RECENT_JOBS:])
 
 
 def _forget_packs(packs: Mapping[PackId, Pack]) -> Mapping[PackId, Pack]:

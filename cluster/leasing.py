@@ -21,7 +21,9 @@ from polygraft.cluster.events import (
 )
 from polygraft.cluster.model import Device, DeviceId, Holding, Occupancy, Pack, PackId, Replica, ReplicaId
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Conflict, Fence, Store, Versioned, Write
+from polygraft.cluster.store.base import Append, Conflict, Fence, Store, Versioned, Write
+
+_CHANGES = 64  # that an ingress finds when it comes
 
 
 class LeaseRefused(Exception):
@@ -97,7 +99,7 @@ def open_replica(  # noqa: PLR0913
             _taken(chosen, replica, bytes_),
         ]
         try:
-            store.commit(writes, [ReplicaOpened(record=record, at=at)], fence=fence)
+            store.commit(writes, [ReplicaOpened(record=record, at=at)], appends=[_change(record)], fence=fence)
         except Conflict:
             continue
         return record, device
@@ -113,11 +115,16 @@ def close_replica(store: Store, replica: ReplicaId, *, at: float, fence: Fence |
             return
         writes = [Write(found.key, None, found.version), *_giving(store, replica, found.value.devices)]
         try:
-            store.commit(writes, [ReplicaClosed(replica=replica, at=at)], fence=fence)
+            store.commit(writes, [ReplicaClosed(replica=replica, at=at)], appends=[_change(found.value)], fence=fence)
             return
         except Conflict:
             if attempt == TRIES - 1:
                 raise
+
+
+def _change(replica: Replica) -> Append:
+    """What ingresses wait for."""
+    return Append(keys.replica_changes(replica.backbone), {"replica": replica.id}, maxlen=_CHANGES)
 
 
 def _chosen(here: Collection[Versioned[Occupancy]], node: str, index: int | None) -> Versioned[Occupancy]:

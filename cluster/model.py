@@ -205,7 +205,7 @@ class Backbone:
 
     Its files lie in `folder` on every node; `dtype` and `quantise` say how packs and replicas load them, and
     `fingerprint` which model that is. `context_length` is how many positions it has, None: no limit. `asked_at` is
-    about when it was last asked for an answer, 0: never. `loaded`: replicas are to hold it.
+    about when it was last asked for an answer, 0: not since it was unloaded. `loaded`: replicas are to hold it.
     """
 
     name: str
@@ -353,13 +353,15 @@ class Snapshot:
     """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
     devices.
 
-    `now`, `limits` and `paces`, those that packs measured lately, are not in the log; the caller of `decide` sets them.
+    `over` are its finished jobs in the order of their ends. `now`, `limits` and `paces`, those that packs measured
+    lately, are not in the log; the caller of `decide` sets them.
     """
 
     version: EventId = START
     now: float = 0.0
     limits: Limits = field(default_factory=Limits)
     jobs: Mapping[JobId, Job] = field(default_factory=lambda: MappingProxyType({}))
+    over: tuple[JobId, ...] = ()
     packs: Mapping[PackId, Pack] = field(default_factory=lambda: MappingProxyType({}))
     backbones: Mapping[str, Backbone] = field(default_factory=lambda: MappingProxyType({}))
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))

@@ -122,10 +122,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def resolve(store: Store, tenant: TenantId, model: str, backbone: str) -> Graft | None:
-    """The graft that a name or name@n means for the tenant now; None for the bare backbone. Raises UnknownModel."""
-    if model == backbone:
-        return None
+def resolve(store: Store, tenant: TenantId, model: str) -> Graft:
+    """The graft that a name or name@n means for the tenant now. Raises UnknownModel."""
     match = _MODEL.fullmatch(model)
     if match is None:
         raise UnknownModel(model)

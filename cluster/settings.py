@@ -88,6 +88,27 @@ class ServeSettings(BaseModel):
     patience_s: PositiveFloat = Field(
         default=10.0, description="a tenant's first request that has waited this long goes before everybody's"
     )
+    min_replicas: PositiveInt = Field(default=1, description="of a backbone that is asked for")
+    max_replicas: PositiveInt | None = Field(
+        default=None,
+        description="of a backbone; Ray is asked for the nodes. Not given: as many as there is room for on devices",
+    )
+    calm_s: PositiveFloat = Field(default=30.0, description="replicas go when fewer have been enough for so long")
+    idle_s: PositiveFloat | None = Field(
+        default=None, description="the last replica goes when nobody has asked for so long; not given: it stays"
+    )
+    drain_s: PositiveFloat = Field(default=30.0, description="how long a replica that goes may hand its streams on")
+    wait_s: NonNegativeFloat = Field(
+        default=60.0, description="how long a request waits for a replica where there is none; then it is answered 503"
+    )
+
+    @model_validator(mode="after")
+    def _the_least_is_not_more_than_the_most(self) -> Self:
+        if self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}; lower it"
+            )
+        return self
 
 
 class LimitSettings(BaseModel):

@@ -36,7 +36,7 @@ class Reason(StrEnum):
     PACK_MEMORY = "pack_memory_is_taken"  # hold: fits an empty pack, not with the present jobs
     TENANT_LIMIT = "tenant_has_all_its_jobs"  # hold: as many jobs of its tenant are in packs as may be
     PACK_BACKOFF = "last_pack_failed"  # hold: a new pack is tried after a pause
-    NO_DEVICE = "no_device_is_free"  # hold: no device has the memory left that a pack takes
+    NO_DEVICE = "no_device_is_free"  # hold, unload: no device has the memory left that a pack takes
     NO_BACKBONE = "its_backbone_was_removed"  # refuse: nobody can say any more what it is to be trained on
     TOO_LARGE = "too_large_for_any_pack"  # refuse: does not fit an empty pack
     PACKS_FAILED = "its_packs_failed"  # refuse: too many packs failed with the job as a suspect

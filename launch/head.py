@@ -31,6 +31,7 @@ from polygraft.launch.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 2.0
+_LOADING_S = 0.2
 _RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable)\b.*: ")  # the last line of a traceback
 
 
@@ -61,10 +62,14 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from ray import serve
     from ray.actor import ActorHandle
 
+    from polygraft.cluster.actors.applications import application_name
+    from polygraft.cluster.actors.effects import Means
     from polygraft.cluster.actors.leader import start_leader
+    from polygraft.launch.engines import DeployBackbone
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
+    from polygraft.serving.ingress import IngressPlan, ingress_app
 
     namespace = f"polygraft-{token_hex(4)}"
     machine = Machine.here(settings)
@@ -74,21 +79,20 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
-        deployer = cast(ActorHandle[_Deployer], ray.remote(_Deployer).options(num_cpus=0).remote())
-        prepared: ray.ObjectRef[Path] = deployer.prepare.remote(settings, backbone_cache())
+        preparer = cast(ActorHandle[_Preparer], ray.remote(_Preparer).options(num_cpus=0).remote())
+        prepared: ray.ObjectRef[Path] = preparer.prepare.remote(settings, backbone_cache())
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
+        ray.kill(preparer)
         folder.enter("starting the controller")
-        leader = start_leader(
-            settings.store_url,
-            settings.pack_limits,
-            OpenHost.of(settings),
-            name="controller",
-            scout=NodeScout(speed_cache(), gpus=machine.gpus > 0),
+        means = Means(
+            OpenHost.of(settings), DeployBackbone.of(settings), NodeScout(speed_cache(), gpus=machine.gpus > 0)
         )
+        leader = start_leader(settings.store_url, settings.pack_limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        ray.get(deployer.deploy.remote(settings, backbone))
-        ray.kill(deployer)
+        serve.run(ingress_app(IngressPlan(settings=settings, cache=backbone_cache())), name="polygraft")
+        if not _loaded(application_name(settings.backbone), stop, supervisor):
+            return
         ray.get(leader.check.remote())
         service = Service(
             url=f"http://{_reachable(settings.host)}:{settings.port}",
@@ -124,7 +128,23 @@ def reason_of(error: BaseException) -> str:
     return quoted[-1] if quoted else f"{type(error).__name__}: {lines[0] if lines else 'without words'}"
 
 
-class _Deployer:
+def _loaded(application: str, stop: threading.Event, supervisor: Identity) -> bool:
+    """Wait until the controller has had the application deployed and its replicas are up; False where the head is to
+    end before. Raises RuntimeError with Serve's words where they cannot be."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while supervisor.alive() and not stop.wait(_LOADING_S):
+        found = serve.status().applications.get(application)
+        if found is None or found.status is ApplicationStatus.DEPLOYING:
+            continue
+        if found.status is ApplicationStatus.RUNNING:
+            return True
+        raise RuntimeError("\n".join([found.message, *(each.message for each in found.deployments.values())]))
+    return False
+
+
+class _Preparer:
     """Does what needs torch in a process of its own, which takes torch away when it ends."""
 
     def prepare(self, settings: Settings, cache: Path) -> Path:
@@ -132,14 +152,6 @@ class _Deployer:
         from polygraft.launch.default_backbone import put_default
 
         return Path(put_default(settings, cache).folder)
-
-    def deploy(self, settings: Settings, backbone_folder: Path) -> None:
-        """Run the Serve application; returns when its replicas are up."""
-        from ray import serve
-
-        from polygraft.launch.serve_app import application
-
-        serve.run(application(settings, backbone_folder), name="polygraft", route_prefix="/")
 
 
 def _reachable(host: str) -> str:

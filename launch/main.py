@@ -16,6 +16,7 @@ from polygraft.cluster.service import ServiceNotRunning
 from polygraft.cluster.settings import BadSettings
 from polygraft.cluster.store.base import StoreUnavailable, WriteRefused
 from polygraft.launch.commands import (
+    backbones,
     bitdelta,
     chat,
     demo,
@@ -79,6 +80,7 @@ def root(
 service.register(app)
 jobs.register(app)
 chat.register(app)
+backbones.register(app)
 grafts.register(app)
 methods.register(app)
 soups.register()

@@ -27,16 +27,23 @@ class OpenHost:
         return OpenHost(settings.model_dump_json())
 
     def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
-        """Raises LookupError where the pack's backbone was removed meanwhile."""
+        """Raises LookupError where the pack's backbone was removed meanwhile, or one of its devices is gone."""
         from polygraft.trainers.host import PackPlan, start_host
 
         settings = Settings.model_validate_json(self.settings)
         with closing(connect(settings.store_url)) as store:
             found = store.get(keys.backbone(pack.backbone))
+            places = [store.get(keys.device(device)) for device in pack.devices]
         if found is None:
             raise LookupError(f"the backbone {pack.backbone} was removed")
+        devices = [one.value.device for one in places if one is not None]
+        if len(devices) < len(pack.devices):
+            raise LookupError(f"a device of {', '.join(pack.devices)} is gone")
         plan = PackPlan(
             pack=pack.id,
+            nodes=tuple(device.node for device in devices),
+            kind=devices[0].kind,
+            cores=min(device.cores for device in devices),
             backbone_folder=found.value.folder,
             store_url=settings.store_url,
             data=str(settings.data),
@@ -46,5 +53,6 @@ class OpenHost:
             max_rows=settings.pack.max_rows,
             micro_rows=settings.pack.micro_rows,
             max_bytes=settings.pack.memory_bytes or 0,
+            step_floor_s=settings.step_floor_s,
         )
         return cast("ActorHandle[PackHost]", start_host(plan))

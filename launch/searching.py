@@ -23,9 +23,9 @@ if TYPE_CHECKING:  # imports Ray
     from polygraft.tuning.driver import StudyResult
 
 
-def shape_of(service: Service) -> ModelShape:
-    """The numbers of the service's backbone that a space depends on."""
-    return ModelShape.from_config(json.loads((Path(service.backbone_folder) / "config.json").read_text()))
+def shape_of(backbone_folder: str) -> ModelShape:
+    """The numbers of a backbone that a space depends on."""
+    return ModelShape.from_config(json.loads((Path(backbone_folder) / "config.json").read_text()))
 
 
 def run(  # noqa: PLR0913

@@ -1,5 +1,5 @@
-"""The service as a Ray Serve application: for the head of one machine, and for the serveConfigV2 of a KubeRay
-RayService."""
+"""The service on a cluster: what the serveConfigV2 of a KubeRay RayService names is the ingress; the controller, which
+building it starts, has the backbones deployed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from hashlib import sha256
-from pathlib import Path
 from secrets import token_hex
 
 import ray
@@ -15,25 +14,21 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
 from polygraft.cluster.settings import BadSettings, Settings, load
 from polygraft.cluster.store.connect import connect
 from polygraft.launch.default_backbone import put_default
+from polygraft.launch.engines import DeployBackbone
 from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.packs import OpenHost
 from polygraft.launch.scout import NodeScout
+from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
 _NAMESPACE = "polygraft"
 _STOP_S = 10.0
-
-
-def application(settings: Settings, backbone_folder: Path) -> serve.Application:
-    """What `serve.run` takes; `settings.store_url` is that of a running server."""
-    from polygraft.serving.app import build as build_app
-
-    return build_app(settings, backbone_folder=backbone_folder)
 
 
 def build(args: Mapping[str, object]) -> serve.Application:
@@ -47,9 +42,10 @@ def build(args: Mapping[str, object]) -> serve.Application:
     if settings.store_url == "embedded":
         raise BadSettings("store_url: embedded is for one machine; set POLYGRAFT_STORE_URL to redis://host:port/0")
     _admit_key(settings)
-    backbone = put_default(settings, settings.data / "backbones")  # on the volume that every node mounts
+    cache = settings.data / "backbones"  # on the volume that every node mounts
+    put_default(settings, cache)
     _lead(settings)
-    return application(settings, Path(backbone.folder))
+    return ingress_app(IngressPlan(settings=settings, cache=cache))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -62,8 +58,9 @@ def _admit_key(settings: Settings) -> None:
 
 def _lead(settings: Settings) -> None:
     """This cluster's one controller, told these settings."""
-    host = OpenHost.of(settings)
-    name = f"{_CONTROLLER}-{sha256(f'{host}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
+    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
+    means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
+    name = f"{_CONTROLLER}-{sha256(f'{means}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
         if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:
             _end(ray.get_actor(other["name"], namespace=_NAMESPACE))
@@ -76,8 +73,7 @@ def _lead(settings: Settings) -> None:
         max_restarts=-1,
         max_concurrency=4,
     )
-    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
-    options.remote(settings.store_url, settings.pack_limits, host, holder=f"{name}-{token_hex(4)}", scout=scout)
+    options.remote(settings.store_url, settings.pack_limits, means, holder=f"{name}-{token_hex(4)}")
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

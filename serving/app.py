@@ -1,30 +1,32 @@
-"""The service as one Ray Serve application: an ingress over the replicas of a backbone."""
+"""The replicas of a backbone as a Ray Serve application."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import ray
 from ray import serve
 
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import Backbone, DeviceKind
 from polygraft.cluster.settings import Settings
-from polygraft.serving.ingress import IngressPlan, ingress_app
-from polygraft.serving.replica import ReplicaPlan, replica_app
+from polygraft.serving.host import ReplicaPlan
+from polygraft.serving.replica import SCALER, replica_app
 
 
-def build(settings: Settings, *, backbone_folder: Path, replicas: int = 1) -> serve.Application:
-    """For `serve.run`. `settings.store_url` must be a running server's, `backbone_folder` visible on every node."""
-    plans = [
-        ReplicaPlan(
-            replica=ReplicaId(f"replica-{index}"),
-            backbone_folder=backbone_folder,
-            data=settings.data,
-            device=settings.device,
-            dtype=settings.dtype,
-            quantise=settings.quantise,
-            settings=settings.serve,
-        )
-        for index in range(replicas)
-    ]
-    engines = {plan.replica: replica_app(plan) for plan in plans}
-    return ingress_app(IngressPlan(settings=settings, backbone_folder=backbone_folder), engines)
+def engine_app(settings: Settings, backbone: Backbone, *, scaler: str = SCALER) -> serve.Application:
+    """To run under the backbone's `application_name`. `settings.store_url` is a running server's, and the backbone's
+    folder visible on every node; `scaler` is the policy class that says how many replicas there are."""
+    plan = ReplicaPlan(
+        backbone=backbone,
+        store_url=settings.store_url,
+        data=settings.data,
+        device=settings.device,
+        settings=settings.serve,
+        step_floor_s=settings.step_floor_s,
+    )
+    return replica_app(plan, kind=_kind(settings), scaler=scaler)
+
+
+def _kind(settings: Settings) -> DeviceKind:
+    """Of the devices that are asked for: GPUs where Ray has any."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """What would become of a folder, name or hub id as a backbone: checked, and its fingerprint taken.
 
-The ingress runs it as a process, since it needs torch and memory that the ingress has not: `python -m
+The ingress has it done in a process (`examined`), since it needs torch and memory that the ingress has not: `python -m
 polygraft.serving.candidate SOURCE CACHE [QUANTISE]` writes one line of JSON, a `Candidate` or why there is none.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,19 @@ def candidate(source: str, cache: Path, quantise: Quantise | None) -> Candidate:
     return Candidate(
         folder=str(folder), fingerprint=fingerprint(folder, quantise), context_length=shape.positions or None
     )
+
+
+def examined(source: str, cache: Path, quantise: Quantise | None) -> Candidate:
+    """`candidate` in a process of its own. Raises BackboneError."""
+    told = [source, str(cache), *([quantise] if quantise else [])]
+    process = [sys.executable, "-m", "polygraft.serving.candidate", *told]
+    said = subprocess.run(process, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False).stdout
+    if not said:
+        raise BackboneError(f"backbone: {source!r} could not be read; the service's log says why")
+    answer = json.loads(said)
+    if "refused" in answer:
+        raise BackboneError(answer["refused"])
+    return Candidate(**answer)
 
 
 def main(source: str, cache: Path, quantise: str | None) -> None:

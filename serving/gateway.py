@@ -79,7 +79,8 @@ class Gateway:
 
     A replica that says that it drains gets no new request, and its streams are handed to others: one after the other,
     each when somebody starts it at once, until its next token is there, so that a stream stands still for its own
-    recomputing alone. Until its turn comes the old replica goes on with it.
+    recomputing alone. Until its turn comes the old replica goes on with it. A request that waits at one replica goes to
+    another as soon as that starts it at once.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Gateway:
         self._pumps: dict[ReplicaId, asyncio.Task[None]] = {}
         self._movers: dict[ReplicaId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._balancing: asyncio.Task[None] | None = None
         self._context = Context()
 
     async def start(self) -> None:
@@ -111,6 +113,7 @@ class Gateway:
         self._context = copy_context()
         for replica in self._links:
             self._connect(replica)
+        self._balancing = self._spawn(self._balance())
         if self._fleet is not None:
             self._spawn(self._fleet.keep(self))
 
@@ -283,6 +286,22 @@ class Gateway:
             else:
                 await self._roster.change()
 
+    async def _balance(self) -> None:
+        """Move requests that wait at one replica to another that starts them at once, as a new one does, for ever:
+        those that came last first, a request a change, by when it is known again who waits where."""
+        while True:
+            await self._roster.change()
+            for stream in reversed(list(self._streams.values())):
+                if stream.tokens or len(stream.live) != 1 or stream.over:
+                    continue
+                (source,) = stream.live.values()
+                if not self._roster.waiting(source) or source in self._roster.draining:
+                    continue
+                target = self._roster.starting(stream.next())
+                if target is not None and target != source:
+                    await self._move(stream, source, target)
+                    break
+
     async def _warm(self, replica: ReplicaId, graft: GraftId) -> None:
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(_HAND_ON_S):
@@ -299,7 +318,13 @@ class Gateway:
         before = stream.request.attempt
         stream.advance()
         request = stream.request
-        if await self._offer(stream, target) is not None:
+        try:
+            refused = await self._offer(stream, target) is not None
+        except RuntimeError as error:  # the replica's own code raised over it
+            _LOG.warning("request %s does not move to %s: %s", request.id, target, error)
+            stream.live.pop(request.attempt, None)
+            refused = True
+        if refused:
             if not stream.live and not stream.over:  # the old replica has gone meanwhile
                 stream.arrived.put_nowait(Lost(planned=True))
             return False

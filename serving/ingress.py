@@ -1,10 +1,9 @@
-"""The HTTP API as a Ray Serve deployment: store, tokenizer and gateway, but no model and no torch."""
+"""The HTTP API as a Ray Serve deployment: store, tokenizers and gateways, but no model and no torch."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,65 +11,53 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
-from polygraft.cluster.model import ReplicaId, TenantId
+from polygraft.cluster.model import Backbone, TenantId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.formats.backbone_files import BackboneFiles
-from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption, ReaderPlan
+from polygraft.serving.candidate import examined
+from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
+from polygraft.serving.http.known import Backbones, KnownBackbone
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
-from polygraft.serving.remote import ServeLink
+from polygraft.serving.remote import ActorLink
 
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressPlan:
-    """What an ingress is told."""
+    """What an ingress is told; `cache` is where backbones lie that the service has fetched or converted."""
 
     settings: Settings
-    backbone_folder: Path
+    cache: Path
 
 
 class Ingress:
     """Answers HTTP; Serve builds the application after the constructor and runs its lifespan."""
 
-    def __init__(self, plan: IngressPlan, replicas: Mapping[ReplicaId, DeploymentHandle[object]]) -> None:
-        settings, folder = plan.settings, plan.backbone_folder
-        links = {replica: ServeLink(handle) for replica, handle in replicas.items()}
-        name, store = f"ingress-{uuid4().hex[:12]}", connect(settings.store_url)
+    def __init__(self, plan: IngressPlan) -> None:
+        settings = plan.settings
+        self._settings = settings
+        self._name = f"ingress-{uuid4().hex[:12]}"
+        store = connect(settings.store_url)
         self._api = Api(
             store=store,
-            gateway=Gateway(links, ingress=name, settings=settings.serve),
-            tokeniser=Tokeniser.load(folder),
-            shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
-            backbone=settings.backbone,
-            fingerprint=fingerprint(folder, settings.quantise),
-            stock=BackboneFiles(folder),
-            quantised=settings.quantise is not None,
+            backbones=Backbones(store, self._known, default=settings.backbone, unload_s=settings.unload_s),
             data=settings.data,
             graft_roots=settings.graft_roots,
-            adoption=Adoption(
-                ReaderPlan(
-                    backbone_folder=folder,
-                    quantise=settings.quantise,
-                    memory_bytes=_READER_COPIES * settings.limits.graft_bytes,
-                    seconds=settings.limits.graft_s,
-                )
-            ),
+            candidate=lambda source, quantise: examined(source, plan.cache, quantise),
             limits=settings.limits,
             pack=settings.pack_limits,
-            max_context=settings.serve.max_context,
             clock=time.time,
-            meters=Meters(name),
+            meters=Meters(self._name),
             overview=Overview(store, time.time),
             metrics_tenants=frozenset(map(TenantId, settings.metrics_tenants)),
         )
@@ -81,8 +68,28 @@ class Ingress:
     async def check_health(self) -> None:
         """Answering is healthy: clients are told of a missing replica or store by 503; a restart would not help."""
 
+    def _known(self, record: Backbone) -> KnownBackbone:
+        settings, folder = self._settings, Path(record.folder)
+        plan = ReaderPlan(
+            backbone_folder=folder,
+            quantise=record.quantise,
+            memory_bytes=_READER_COPIES * settings.limits.graft_bytes,
+            seconds=settings.limits.graft_s,
+        )
+        waits_s = settings.serve.wait_s
+        fleet = StoreFleet(self._api.store, record.name, ingress=self._name, connect=ActorLink)
+        return KnownBackbone(
+            record=record,
+            tokeniser=Tokeniser.load(folder),
+            shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
+            stock=BackboneFiles(folder),
+            gateway=Gateway({}, ingress=self._name, settings=settings.serve, ready_s=waits_s, fleet=fleet),
+            adoption=Adoption(plan),
+            max_context=min(settings.serve.max_context, record.context_length or settings.serve.max_context),
+        )
 
-def ingress_app(plan: IngressPlan, replicas: Mapping[ReplicaId, serve.Application]) -> serve.Application:
+
+def ingress_app(plan: IngressPlan) -> serve.Application:
     """The deployment that HTTP requests reach."""
     deployment = serve.deployment(
         serve.ingress()(Ingress),
@@ -94,4 +101,4 @@ def ingress_app(plan: IngressPlan, replicas: Mapping[ReplicaId, serve.Applicatio
         # Few heaps, so that what large bodies took can be handed back (http/bodies.py).
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "2"}}},
     )
-    return cast(serve.Deployment, deployment).bind(plan, dict(replicas))
+    return cast(serve.Deployment, deployment).bind(plan)

@@ -1,56 +1,75 @@
-"""A replica behind a Ray Serve handle."""
+"""A replica behind the name of its actor."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import cast
 
+import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from polygraft.cluster.model import GraftId
+from polygraft.cluster.model import GraftId, Replica
+from polygraft.serving.host import NAMESPACE, Host
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
 from polygraft.serving.sequence import GenerationRequest
 
 
-class ServeLink:
-    """The `Link` of an ingress deployment. Whatever Ray raises means that the replica is out of reach; what the
-    replica's own code raised over a request is that request's failure alone."""
+class ActorLink:
+    """The `Link` of an ingress deployment. The name is that of one process: a call to a replica that is gone fails at
+    once, and is never sent elsewhere. Whatever Ray raises means that the replica is out of reach; what its own code
+    raised over a request is that request's failure alone."""
 
-    def __init__(self, handle: DeploymentHandle[object]) -> None:
-        self._handle = handle
+    def __init__(self, replica: Replica) -> None:
+        self._name = replica.actor
+        self._found: ActorHandle[Host] | None = None
 
     async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
+        actor = await self._actor()
         try:
-            return cast(QueueFull | Draining | None, await self._handle.submit.remote(request))
+            return cast(QueueFull | Draining | None, await actor.submit.remote(request))
         except Exception as error:
             if isinstance(error, RayTaskError) and not isinstance(error, (ConnectionError, RayActorError)):
                 raise RuntimeError(_reason(error)) from error
             raise ConnectionError(_reason(error)) from error
 
     async def cancel(self, request: str) -> None:
+        actor = await self._actor()
         try:
-            await self._handle.cancel.remote(request)
+            await actor.cancel.remote(request)
         except Exception as error:
             raise ConnectionError(_reason(error)) from error
 
     async def warm(self, graft: GraftId) -> None:
+        actor = await self._actor()
         try:
-            await self._handle.warm.remote(graft)
+            await actor.warm.remote(graft)
         except Exception as error:
             raise ConnectionError(_reason(error)) from error
 
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         """One long-lived streaming call; leaving the loop cancels it at the replica."""
-        call = self._handle.options(stream=True).messages.remote(ingress)
-        stream = cast(DeploymentResponseGenerator[StepMessage], call)
+        actor = await self._actor()
+        stream = cast(ray.ObjectRefGenerator, actor.messages.options(num_returns="streaming").remote(ingress))
         try:
             async for message in stream:
-                yield message
+                yield cast(StepMessage, await message)
         except Exception as error:
             raise ConnectionError(_reason(error)) from error
         finally:
-            stream.cancel()  # type: ignore[no-untyped-call]
+            with suppress(Exception):  # it has ended, or Ray has
+                ray.cancel(stream)
+
+    async def _actor(self) -> ActorHandle[Host]:
+        if self._found is None:
+            try:
+                found = await asyncio.to_thread(ray.get_actor, self._name, namespace=NAMESPACE)
+            except Exception as error:
+                raise ConnectionError(_reason(error)) from error
+            self._found = cast(ActorHandle[Host], found)
+        return self._found
 
 
 def _reason(error: Exception) -> str:

@@ -1,104 +1,132 @@
-"""The engine as a Ray Serve deployment: one process, one backbone, one engine thread."""
+"""A replica as Ray Serve's: it starts the engine's process, watches it, and has it hand on its streams when Serve lets
+it go. Which of them it lets go is Serve's choice; that none of their streams is cut makes it ours no matter.
+
+No request goes through Serve's replica. So Serve counts none, and calls `__del__` as soon as it has chosen: that is how
+a replica learns that it is to drain.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+import time
+from contextlib import suppress
 from typing import cast
 
-import torch
+import ray
 from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from polygraft.cluster.model import GraftId, ReplicaId
-from polygraft.cluster.settings import ServeSettings
-from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.grafts.runtime.pretrained import Quantise
-from polygraft.grafts.runtime.process import chosen_device, device_environment, in_own_thread, lean_imports
-from polygraft.serving.engine import Engine
-from polygraft.serving.local import LocalLink
-from polygraft.serving.messages import Draining, QueueFull, StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.cluster.actors.applications import ENGINE
+from polygraft.cluster.actors.place import Place, asking, place
+from polygraft.cluster.leasing import close_replica, open_replica
+from polygraft.cluster.model import DeviceKind, ReplicaId
+from polygraft.cluster.store.base import StoreError
+from polygraft.cluster.store.connect import connect
+from polygraft.grafts.runtime.process import device_environment
+from polygraft.serving.host import NAMESPACE, Host, ReplicaPlan
 
 SHARE = 0.5  # of a `device`; the other half trains
-STALL_S = 60.0  # a step takes well below a second; an engine this late hangs
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaPlan:
-    """What a replica is told."""
-
-    replica: ReplicaId
-    backbone_folder: Path
-    data: Path
-    device: str
-    dtype: str
-    quantise: Quantise | None
-    settings: ServeSettings
+SCALER = "polygraft.cluster.actors.scaler:Scaler"
+MOST = 1000  # replicas, where only the devices say how many there may be
+_END_S = 5.0  # for what comes after a drain
 
 
 class Replica:
-    """Serve's event loop only passes messages; all computing is in the engine's thread."""
+    """Serve's event loop only watches and waits."""
 
     def __init__(self, plan: ReplicaPlan) -> None:
-        torch.set_num_threads(_cores())
-        self._engine = in_own_thread(partial(_engine, plan))
-        self._engine.start()
-        self._link = LocalLink(self._engine)
-
-    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
-        return await self._link.submit(request)
-
-    async def cancel(self, request: str) -> None:
-        await self._link.cancel(request)
-
-    async def warm(self, graft: GraftId) -> None:
-        await self._link.warm(graft)
-
-    async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
-        async for message in self._link.messages(ingress):
-            yield message
+        """Raises LeaseRefused where the device has no room, and what making the engine raises: Serve tries again."""
+        context = serve.get_replica_context()
+        self._plan = plan
+        self._id = ReplicaId(f"{context.app_name}-{context.replica_id.unique_id}")
+        self._store = connect(plan.store_url)
+        here = place()
+        self._host = _start(self._id, here)
+        try:
+            _, device = open_replica(
+                self._store,
+                self._id,
+                backbone=plan.backbone.name,
+                bytes_of=lambda device: int(device.bytes * SHARE),
+                actor=self._id,
+                node=here.node,
+                index=here.index,
+                at=time.time(),
+            )
+            ray.get(self._host.load.remote(plan, self._id, device.cores))
+        except BaseException:
+            self._close()
+            raise
 
     async def check_health(self) -> None:
-        """Raises when the engine's thread is dead or stuck, so that Serve starts the replica anew."""
-        if not self._engine.healthy(STALL_S):
-            raise RuntimeError("the engine has stopped, or hangs in a step")
+        """Raises when the engine's thread is dead or stuck, so that Serve starts another replica."""
+        await self._host.check.remote()
 
     async def __del__(self) -> None:
-        if engine := getattr(self, "_engine", None):
-            await asyncio.to_thread(engine.stop)
+        if host := getattr(self, "_host", None):
+            with suppress(RayError):
+                await host.drain.remote(self._plan.settings.drain_s)
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with suppress(StoreError):  # the controller sees that its actor is gone
+            close_replica(self._store, self._id, at=time.time())
+        ray.kill(self._host)
+        self._store.close()
 
 
-def _engine(plan: ReplicaPlan) -> Engine:
-    device = chosen_device(plan.device)
-    with lean_imports():
-        backbone = Backbone.load(plan.backbone_folder, DTYPES[plan.dtype], quantise=plan.quantise, device=device)
-    return Engine(backbone, plan.settings, replica=plan.replica, data=plan.data)
+def _start(replica: ReplicaId, here: Place) -> ActorHandle[Host]:
+    """In the place that this process has asked Ray for. It ends with this process."""
+    gpu = {} if here.index is None else {"CUDA_VISIBLE_DEVICES": str(here.index)}
+    options = ray.remote(Host).options(
+        name=replica,
+        namespace=NAMESPACE,
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here.node, soft=False),
+        runtime_env={"env_vars": {**device_environment(), **gpu}},
+    )
+    return cast(ActorHandle[Host], options.remote())
 
 
-def replica_app(plan: ReplicaPlan) -> serve.Application:
-    """One replica's deployment. Each has its own, so that whoever routes can name it and whoever scales picks it."""
-    deployment = serve.deployment(
-        Replica,
-        name=plan.replica,
-        num_replicas=1,
-        max_ongoing_requests=10_000,  # every ingress holds one open; the engine bounds its own queue
-        health_check_period_s=5,
-        health_check_timeout_s=30,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
-        ray_actor_options={
-            "num_cpus": 0,
-            "resources": {"device": SHARE},
-            "runtime_env": {"env_vars": device_environment()},
+def replica_app(plan: ReplicaPlan, *, kind: DeviceKind, scaler: str = SCALER) -> serve.Application:
+    """The deployment of a backbone's replicas on devices of a kind, whose number `scaler` says."""
+    settings = plan.settings
+    most = settings.max_replicas or MOST
+    scaling = {
+        "holds": settings.max_streams,
+        "least": settings.min_replicas,
+        "most": settings.max_replicas,
+        "calm_s": settings.calm_s,
+        "idle_s": settings.idle_s,
+    }
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function=scaler,
+        policy_kwargs={
+            "store_url": plan.store_url,
+            "backbone": plan.backbone.name,
+            "share": SHARE,
+            "scaling": scaling,
         },
     )
+    deployment = serve.deployment(
+        Replica,
+        name=ENGINE,
+        # `initial_replicas` stays unset: it would be taken again whenever the config changes. The policy knows delays.
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=0 if settings.idle_s is not None else settings.min_replicas,
+            max_replicas=most,
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            downscale_to_zero_delay_s=0,
+            policy=policy,
+        ),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=settings.drain_s + _END_S,
+        ray_actor_options=asking(kind, SHARE),
+    )
     return cast(serve.Deployment, deployment).bind(plan)
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1

@@ -52,6 +52,11 @@ class Roster:
         self._changed.clear()
         await self._changed.wait()
 
+    def waiting(self, replica: ReplicaId) -> bool:
+        """Whether requests wait there, by its last message."""
+        load = self.loads.get(replica)
+        return load is not None and load.waiting > 0
+
     def choose(self, request: GenerationRequest, tried: Collection[ReplicaId] = ()) -> ReplicaId | Refusal:
         """Who takes the request, but for those `tried` (cluster/policy/routing.py)."""
         return route(self._view(), _route_request(request, tried))

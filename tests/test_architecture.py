@@ -57,12 +57,12 @@ LAYERS: dict[str, str] = {
     "cluster: what is written to the store together": (
         r"cluster\.(advance|backbones|leasing|publish|versions|api_keys|story)"
     ),
-    "cluster: the client of the HTTP API": r"cluster\.client",
+    "cluster: the client of the HTTP API": r"cluster\.(answers|client)",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
     "trainers: its shell": r"trainers\.(worker|host)",
-    "serving: the engine, without Ray": r"serving\.(?!local$|remote$|gateway$|http\.|ingress$|replica$|app$).+",
-    "serving: from an ingress to engines": r"serving\.(local|remote|gateway)",
+    "serving: the engine, without Ray": r"serving\.(?!(local|remote|gateway|fleet|host|ingress|replica|app)$|http\.).+",
+    "serving: from an ingress to engines": r"serving\.(local|remote|gateway|fleet|host)",
     "serving: HTTP": r"serving\.http\..+",
     "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
     "tuning: spaces and the study": r"tuning\.(space|study|objectives|spaces\..+|samplers\..+)",

@@ -90,10 +90,9 @@ class Joining:
         """A graft that a job is made over. Raises SpecError if the tenant has none of that name that can be read."""
         backbone = self.runner.backbone
         try:
-            graft = resolve(self.store, tenant, name, backbone="")
+            graft = resolve(self.store, tenant, name)
         except UnknownModel as error:
             raise SpecError(f"of: {error}") from None
-        assert graft is not None, "no graft has the empty name"
         try:
             stored = native.load(self.folders.grafts / graft.id, shape=backbone.shape, backbone=backbone.fingerprint)
         except FormatError as error:

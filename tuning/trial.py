@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 from ray import tune
 
-from polygraft.cluster.client import ApiFailure, Client, RemoteJob
+from polygraft.cluster.answers import RemoteJob
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.plan import SearchPlan
 

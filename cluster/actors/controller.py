@@ -276,10 +276,9 @@ class Controller:
                 advance_backbone(
                     self._store, BackboneLoading(backbone=backbone, reason=reason, at=now), fence=self._fence
                 )
-            case UnloadBackbone(backbone=backbone, reason=reason):
-                advance_backbone(
-                    self._store, BackboneUnloading(backbone=backbone, reason=reason, at=now), fence=self._fence
-                )
+            case UnloadBackbone(backbone=backbone, asked_at=asked_at, reason=reason):
+                unloading = BackboneUnloading(backbone=backbone, asked_at=asked_at, reason=reason, at=now)
+                advance_backbone(self._store, unloading, fence=self._fence)
             case OpenPack(pack=pack, backbone=backbone, devices=held, bytes=bytes_, reason=reason):
                 opening = PackOpening(
                     pack=pack,

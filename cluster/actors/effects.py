@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from polygraft.cluster.actors.applications import Applications, Deploy
 from polygraft.cluster.actors.discovery import Discovery, Scout
 from polygraft.cluster.actors.protocols import PackDied, PackEnd
 from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
@@ -30,15 +32,25 @@ class PackHost(Protocol):
 OpenHost = Callable[[Pack], ActorHandle[PackHost]]
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """By what decisions are carried out; Ray must be able to carry it to the controller's process."""
+
+    open_host: OpenHost
+    deploy: Deploy
+    scout: Scout | None = None
+
+
 class RayEffects:
-    """Packs in the host actors that `open_host` makes.
+    """Packs in the host actors that `open_host` makes, replicas in the applications that `deploy` makes.
 
     Hosts belong to the process that made them: Ray ends them with it, so a new controller finds no pack alive.
     """
 
-    def __init__(self, open_host: OpenHost, scout: Scout | None = None) -> None:
-        self._open_host = open_host
-        self._discovery = Discovery(scout)
+    def __init__(self, means: Means) -> None:
+        self._open_host = means.open_host
+        self._applications = Applications(means.deploy)
+        self._discovery = Discovery(means.scout)
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
         self._actors: Collection[str] = ()
         self._listed_at = float("-inf")
@@ -61,7 +73,7 @@ class RayEffects:
         return [PackEnd(runs[run], *_failure(run)) for run in over]
 
     def serve(self, backbones: Collection[Backbone]) -> None:
-        """Serve holds the replicas of the default backbone as long as it runs."""
+        self._applications.want(backbones)
 
     def devices(self) -> Sequence[Device]:
         return self._discovery.devices()

@@ -39,9 +39,8 @@ class Following:
             return
         if isinstance(stored.event, JobEvent):
             self._change(before, stored.event.job)
-            if len(self.standing.over) > evolve.RECENT_JOBS:
-                for forgotten in self.standing.over.keys() - self.snapshot.jobs.keys():
-                    self._change(before, forgotten)
+            if before.over and before.over[0] not in self.snapshot.jobs:
+                self._change(before, before.over[0])
 
     def _change(self, before: Snapshot, job: JobId) -> None:
         self.standing.change(before.jobs.get(job), self.snapshot.jobs.get(job))

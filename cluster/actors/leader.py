@@ -13,8 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from polygraft.cluster.actors.controller import Controller
-from polygraft.cluster.actors.discovery import Scout
-from polygraft.cluster.actors.effects import OpenHost, RayEffects
+from polygraft.cluster.actors.effects import Means, RayEffects
 from polygraft.cluster.model import Limits
 from polygraft.cluster.store.connect import connect
 
@@ -22,13 +21,10 @@ LOG = logging.getLogger(__name__)
 SILENT_S = 30.0
 
 
-def start_leader(
-    store_url: str, limits: Limits, open_host: OpenHost, *, name: str, scout: Scout | None = None
-) -> ActorHandle[Leader]:
-    """A named actor that leads from its first moment on. `open_host` and `scout` must be something that Ray can carry
-    to it."""
+def start_leader(store_url: str, limits: Limits, means: Means, *, name: str) -> ActorHandle[Leader]:
+    """A named actor that leads from its first moment on. Ray must be able to carry `means` to it."""
     options = ray.remote(Leader).options(name=name, num_cpus=0, max_restarts=-1, max_concurrency=4)
-    return cast(ActorHandle[Leader], options.remote(store_url, limits, open_host, scout=scout))
+    return cast(ActorHandle[Leader], options.remote(store_url, limits, means))
 
 
 class Leader:
@@ -38,21 +34,13 @@ class Leader:
     actor, when Ray starts it again, goes on at once under its name, and another cluster's does not interfere.
     """
 
-    def __init__(
-        self,
-        store_url: str,
-        limits: Limits,
-        open_host: OpenHost,
-        holder: str | None = None,
-        *,
-        scout: Scout | None = None,
-    ) -> None:
+    def __init__(self, store_url: str, limits: Limits, means: Means, holder: str | None = None) -> None:
         self._stop = Event()
         self._beat_at = time.monotonic()
         self._steal = holder is None
         self._controller = Controller(
             connect(store_url),
-            RayEffects(open_host, scout),
+            RayEffects(means),
             limits=limits,
             holder=holder or f"controller-{os.getpid()}-{token_hex(4)}",
         )

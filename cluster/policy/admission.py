@@ -23,25 +23,25 @@ def turn(job: Job) -> Turn:
 
 def in_turn(
     queues: Mapping[TenantId, Sequence[Job]],
-    active: Mapping[TenantId, Mapping[JobId, Job]],
+    entered: Mapping[TenantId, Sequence[tuple[float, JobId]]],
     placed: Counter[TenantId],
     left_out: Collection[TenantId],
     limits: Limits,
     now: float,
 ) -> Iterator[Job]:
     """Waiting jobs: the tenant with fewest jobs in packs first, counting those `placed` so far, which a turn adds to;
-    then age, then id. Whoever joins `left_out` while it runs has no more turns.
+    then age, then id. `entered` says when those came in. Whoever joins `left_out` while it runs has no more turns.
 
     Before all others come a job that was overtaken for `overtake_s`, and one of a tenant that has jobs in packs and got
     no other in for `patience_s`: else tenants that come new with one job each could keep it out for ever.
     """
 
     def rank(tenant: TenantId, job: Job) -> Rank:
-        here = active.get(tenant, {})
+        here = entered.get(tenant, ())
         if job.blocked_at is not None and now - job.blocked_at >= limits.overtake_s:
             return 0, job.blocked_at, turn(job)
         if here and not placed[tenant]:
-            since = max(job.created_at, *(one.admitted_at or 0.0 for one in here.values()))
+            since = max(job.created_at, here[-1][0])
             if now - since >= limits.patience_s:
                 return 0, since, turn(job)
         return 1, float(len(here) + placed[tenant]), turn(job)

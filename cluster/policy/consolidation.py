@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from polygraft.cluster.decisions import ClosePack, Move
-from polygraft.cluster.model import Job, PackId, Snapshot
+from polygraft.cluster.model import Job, Pack, PackId, Snapshot
 from polygraft.cluster.policy.budget import bytes_of
-from polygraft.cluster.policy.room import Room
+from polygraft.cluster.policy.room import Room, paces
+from polygraft.cluster.policy.standing import Standing
 from polygraft.cluster.states import JobState, Reason
 
 
-def joining(rooms: Sequence[Room], snapshot: Snapshot) -> list[Move]:
+def joining(packs: Sequence[Pack], standing: Standing, snapshot: Snapshot) -> list[Move]:
     """Moves that empty the emptiest of a kind's open packs into the others, the fullest first.
 
     It is half-empty at most, and all of its jobs go or none. A job goes only where its steps are computed by the same
     class of device, so that its bits stay what they would have been. One join at a time: none begins while a job of the
     kind is on its way.
     """
-    packed = [room for room in rooms if room.load.jobs]
-    if len(packed) < 2 or any(job.moving_to is not None for room in packed for job in room.load.jobs.values()):
-        return []
-    source = min(packed, key=lambda room: (room.count, room.pack.id))
     limits = snapshot.limits
-    if 2 * source.count > limits.max_jobs or source.lasts_s() <= limits.moving_s:
+    counts = sorted((count, pack.id) for pack in packs if (count := standing.count(pack.id)))
+    if len(counts) < 2 or 2 * counts[0][0] > limits.max_jobs:
         return []
-    others = sorted((room for room in packed if room is not source), key=lambda room: room.order)
+    rooms = {
+        pack.id: Room(pack, limits, standing.load(pack.id), paces(snapshot, pack.id))
+        for pack in packs
+        if standing.count(pack.id)
+    }
+    if any(job.moving_to is not None for room in rooms.values() for job in room.load.jobs.values()):
+        return []
+    source = rooms.pop(counts[0][1])
+    if source.lasts_s() <= limits.moving_s:
+        return []
+    others = sorted(rooms.values(), key=lambda room: room.order)
     moves = []
     for job in sorted(source.load.jobs.values(), key=lambda job: (-bytes_of(job), job.id)):
         target = next((room for room in others if room.takes(job) and _alike(room, job)), None)
@@ -36,17 +44,19 @@ def joining(rooms: Sequence[Room], snapshot: Snapshot) -> list[Move]:
     return moves
 
 
-def closings(rooms: Sequence[Room], last_end: Mapping[PackId, float], snapshot: Snapshot) -> Iterator[ClosePack]:
+def closings(
+    packs: Sequence[Pack], standing: Standing, last_end: Mapping[PackId, float], snapshot: Snapshot
+) -> Iterator[ClosePack]:
     """Open packs of a kind that nobody waits for and that have no job, nor one on its way: at once where another one
     has jobs and room for more, else when they have been idle for long. `last_end` is when a pack's last job ended."""
-    spare = any(room.load.jobs and room.budget.jobs > 0 for room in rooms)
-    for room in sorted(rooms, key=lambda room: room.pack.id):
-        if room.load.jobs:
+    limits = snapshot.limits
+    spare = any(0 < standing.count(pack.id) < limits.max_jobs for pack in packs)
+    for pack in sorted(packs, key=lambda pack: pack.id):
+        if standing.count(pack.id):
             continue
-        pack = room.pack
         if spare:
             yield ClosePack(pack.id, Reason.JOINED)
-        elif snapshot.now - max(pack.opened_at, last_end.get(pack.id, 0.0)) >= snapshot.limits.idle_s:
+        elif snapshot.now - max(pack.opened_at, last_end.get(pack.id, 0.0)) >= limits.idle_s:
             yield ClosePack(pack.id, Reason.IDLE)
 
 

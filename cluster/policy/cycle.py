@@ -13,11 +13,8 @@ from polygraft.cluster.policy.consolidation import closings, joining
 from polygraft.cluster.policy.devices import FreeDevices
 from polygraft.cluster.policy.loading import loading
 from polygraft.cluster.policy.packing import Rooms, kind_of_pack
-from polygraft.cluster.policy.standing import Kind, Standing
+from polygraft.cluster.policy.standing import Kind, Standing, kind_of
 from polygraft.cluster.states import PackState, Reason
-
-# Of a job that a round does not come to: it stays with what it was told when one did.
-_STILL_TRUE = frozenset({Reason.TURN, Reason.PACK_FULL, Reason.PACK_MEMORY})
 
 
 def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decision, ...]:
@@ -44,16 +41,17 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
     stranded = [kind for kind in standing.queues if kind not in packs and round_.is_overdue(kind)]
     for kind in sorted(standing.queues, key=lambda kind: (kind not in stranded, round_.oldest(kind))):
         rooms = Rooms(kind, packs.get(kind, ()), snapshot, standing, round_.devices)
-        closes += round_.draining(rooms)
+        rooms.shut(round_.draining)
         opened = len(round_.opened)
         placed += round_.place(kind, rooms)
         if kind in stranded and len(round_.opened) == opened and not rooms.backs_off:
             round_.make_room(kind)
     for kind in sorted(packs.keys() - standing.queues.keys()):
-        rooms = Rooms(kind, packs[kind], snapshot, standing, round_.devices)
-        drained = [*round_.draining(rooms)]
-        closes += drained or closings(rooms.open, round_.last_end, snapshot)
-        moves += joining(rooms.open, snapshot)
+        alike = [pack for pack in packs[kind] if pack.state is PackState.OPEN and pack.id not in round_.draining]
+        closes += closings(alike, standing, round_.last_end, snapshot)
+        moves += joining(alike, standing, snapshot)
+    yielded = sorted(pack for pack in round_.draining if not standing.count(pack))
+    closes += (ClosePack(pack, Reason.YIELDED) for pack in yielded)
     return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot))
 
 
@@ -71,7 +69,7 @@ class _Round:
         self._placed: Counter[TenantId] = Counter()
         self._given = Counter(job.tenant for job in standing.arriving.values())
         self._at_limit: set[TenantId] = set()
-        self._draining: set[PackId] = set()
+        self.draining: set[PackId] = set()
 
     def oldest(self, kind: Kind) -> Turn:
         """Of the jobs that wait for packs of the kind."""
@@ -88,31 +86,22 @@ class _Round:
         missing = max(1, kind.devices - self.devices.count)
         self.devices.keep()
         held = (pack for pack in self._snapshot.packs.values() if pack.state is PackState.OPEN)
-        for pack in sorted(held, key=lambda pack: (len(self._standing.load(pack.id).jobs), pack.id)):
-            if missing > 0 and pack.id not in self._draining:
-                self._draining.add(pack.id)
+        for pack in sorted(held, key=lambda pack: (self._standing.count(pack.id), pack.id)):
+            if missing > 0 and pack.id not in self.draining:
+                self.draining.add(pack.id)
                 missing -= len(pack.devices)
-
-    def draining(self, rooms: Rooms) -> Iterator[ClosePack]:
-        """Shut the packs that are to end; those that have no job any more close."""
-        for room in rooms.open:
-            if room.pack.id in self._draining:
-                room.kept = True
-                if not room.load.jobs:
-                    yield ClosePack(room.pack.id, Reason.YIELDED)
 
     def place(self, kind: Kind, rooms: Rooms) -> Iterator[Decision]:
         """What becomes of the jobs that wait for packs of one kind."""
         queues = self._standing.queues[kind]
         answered = set(self._stopped)
         for job in sorted(self._standing.arriving.values(), key=turn):
-            kept = None if job.id in answered or job.moving_to is None else rooms.admit(job, job.moving_to)
-            if kept is not None:
+            if job.id not in answered and job.moving_to is not None and rooms.has(job.moving_to):
                 answered.add(job.id)
-                yield kept
+                yield Admit(job.id, job.moving_to)
         limits = self._snapshot.limits
-        active, now = self._standing.active, self._snapshot.now
-        for job in in_turn(queues, active, self._placed, self._at_limit, limits, now):
+        entered, now = self._standing.entered, self._snapshot.now
+        for job in in_turn(queues, entered, self._placed, self._at_limit, limits, now):
             if job.id in answered:
                 continue
             answered.add(job.id)
@@ -121,10 +110,9 @@ class _Round:
                 yield decision
             if rooms.exhausted:
                 break
-        for queue in queues.values():
-            for job in queue:
-                if job.reason not in _STILL_TRUE and job.id not in answered:
-                    yield Hold(job.id, Reason.TURN)
+        for job in sorted(self._standing.restless.values(), key=turn):
+            if job.id not in answered and kind_of(job) == kind:
+                yield Hold(job.id, Reason.TURN)
 
     def _placed_in(self, rooms: Rooms, job: Job) -> Decision:
         limits = self._snapshot.limits

@@ -20,17 +20,8 @@ class FreeDevices:
     """Devices without a pack that have what a pack takes, as a round gives them out."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        left = {device: one.bytes for device, one in snapshot.devices.items()}
-        packs = [pack for pack in snapshot.packs.values() if not pack.final]
-        held = {device for pack in packs for device in pack.devices}
-        holders = [(pack.devices, pack.bytes) for pack in packs]
-        holders += [(replica.devices, replica.bytes) for replica in snapshot.replicas.values()]
-        for devices, bytes_ in holders:
-            for device in devices:
-                if device in left:
-                    left[device] -= bytes_
-        free = (one for one in snapshot.devices.values() if one.id not in held and left[one.id] >= pack_bytes(one))
-        self._free = sorted(free, key=lambda one: (-left[one.id], one.id))
+        self._snapshot = snapshot
+        self._found: list[Device] | None = None
 
     @property
     def count(self) -> int:
@@ -38,7 +29,7 @@ class FreeDevices:
 
     def keep(self) -> None:
         """Give out no more in this round: what is free is not enough for who comes first."""
-        self._free = []
+        self._found = []
 
     def take(self, count: int) -> DeviceSet | None:
         """`count` devices of one make: those with most memory left first, then by id, and if it can be on one node.
@@ -47,12 +38,19 @@ class FreeDevices:
         if chosen is None:
             return None
         taken = {device.id for device in chosen}
-        self._free = [device for device in self._free if device.id not in taken]
+        self._found = [device for device in self._free if device.id not in taken]
         return DeviceSet(tuple(device.id for device in chosen), min(map(pack_bytes, chosen)))
 
     def has(self, count: int) -> bool:
         """Whether `take` would find so many."""
         return self._alike(count) is not None
+
+    @property
+    def _free(self) -> list[Device]:
+        """Looked for when somebody first asks: most rounds nobody does."""
+        if self._found is None:
+            self._found = _free_devices(self._snapshot)
+        return self._found
 
     def _alike(self, count: int) -> list[Device] | None:
         if len(self._free) < count:
@@ -70,6 +68,17 @@ class FreeDevices:
             if len(whole) >= count:
                 return whole[:count]
         return None
+
+
+def _free_devices(snapshot: Snapshot) -> list[Device]:
+    packs = [pack for pack in snapshot.packs.values() if not pack.final]
+    held = {device for pack in packs for device in pack.devices}
+    left = {id_: device.bytes for id_, device in snapshot.devices.items() if id_ not in held}
+    for replica in snapshot.replicas.values():
+        for device in left.keys() & set(replica.devices):
+            left[device] -= replica.bytes
+    free = (snapshot.devices[id_] for id_, bytes_ in left.items() if bytes_ >= pack_bytes(snapshot.devices[id_]))
+    return sorted(free, key=lambda one: (-left[one.id], one.id))
 
 
 def pack_bytes(device: Device) -> int:

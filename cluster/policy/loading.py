@@ -1,9 +1,12 @@
-"""Which backbones replicas hold: those that are asked for answers."""
+"""Which backbones replicas hold: those that are asked for answers, unless jobs need the memory."""
 
 from __future__ import annotations
 
 from polygraft.cluster.decisions import LoadBackbone, UnloadBackbone
 from polygraft.cluster.model import Backbone, Snapshot
+from polygraft.cluster.states import Reason
+
+RESTS_S = 150.0  # a backbone that is asked is said to be at least every minute
 
 
 def is_wanted(backbone: Backbone, *, now: float, unload_s: float) -> bool:
@@ -12,10 +15,15 @@ def is_wanted(backbone: Backbone, *, now: float, unload_s: float) -> bool:
 
 
 def loading(snapshot: Snapshot) -> tuple[LoadBackbone | UnloadBackbone, ...]:
-    """What brings the backbones to what is wanted, by name."""
-    found: list[LoadBackbone | UnloadBackbone] = []
-    for name, backbone in sorted(snapshot.backbones.items()):
-        wanted = is_wanted(backbone, now=snapshot.now, unload_s=snapshot.limits.unload_s)
-        if wanted != backbone.loaded:
-            found.append(LoadBackbone(name) if wanted else UnloadBackbone(name))
-    return tuple(found)
+    """What brings the backbones to what is wanted, by name. Where a job waits for a device, the one that was asked
+    longest ago makes room, if nobody asks it now."""
+    now, unload_s = snapshot.now, snapshot.limits.unload_s
+    present = [backbone for _, backbone in sorted(snapshot.backbones.items())]
+    wanted = {one.name: is_wanted(one, now=now, unload_s=unload_s) for one in present}
+    loads = [LoadBackbone(one.name) for one in present if wanted[one.name] and not one.loaded]
+    unloads = [UnloadBackbone(one.name, one.asked_at) for one in present if one.loaded and not wanted[one.name]]
+    if not unloads and any(job.waiting and job.reason is Reason.NO_DEVICE for job in snapshot.jobs.values()):
+        resting = [one for one in present if one.loaded and now - one.asked_at >= RESTS_S]
+        first = sorted(resting, key=lambda one: (one.asked_at, one.name))[:1]
+        unloads = [UnloadBackbone(one.name, one.asked_at, Reason.NO_DEVICE) for one in first]
+    return (*loads, *unloads)

@@ -4,7 +4,7 @@ fullest that has room, so that light ones drain; when a new one is opened; and w
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import inf
 
 from polygraft.cluster.decisions import Admit, Decision, Hold, OpenPack
@@ -25,26 +25,42 @@ class Rooms:
     def __init__(
         self, kind: Kind, packs: Iterable[Pack], snapshot: Snapshot, standing: Standing, devices: FreeDevices
     ) -> None:
-        self._kind, self._snapshot, self._limits, self._devices = kind, snapshot, snapshot.limits, devices
-        states: dict[PackState, list[Room]] = {state: [] for state in PackState}
+        self._kind, self._snapshot, self._standing, self._devices = kind, snapshot, standing, devices
+        self._limits = snapshot.limits
+        self.open: list[Room] = []
+        self._full: list[Room | Pack] = []  # a room is made of such a pack when somebody asks when it has a place
+        self._opening: list[Room] = []
+        self._closing = False
         for pack in packs:
-            states[pack.state].append(Room(pack, snapshot.limits, standing.load(pack.id), paces(snapshot, pack.id)))
-        self.open = sorted(states[PackState.OPEN], key=lambda room: room.order)
-        self._opening = sorted(states[PackState.OPENING], key=lambda room: room.pack.id)
-        self._closing = bool(states[PackState.CLOSING])
+            if pack.state is PackState.OPEN and standing.count(pack.id) >= self._limits.max_jobs:
+                self._full.append(pack)
+            elif pack.state is PackState.OPEN:
+                self.open.append(self._room(pack))
+            elif pack.state is PackState.OPENING:
+                self._opening.append(self._room(pack))
+            else:
+                self._closing = True
+        self.open.sort(key=lambda room: room.order)
+        self._opening.sort(key=lambda room: room.pack.id)
         self.backs_off = backing_off(snapshot, kind)
         self._blocked = 0
 
     @property
     def exhausted(self) -> bool:
         """Whether it is of no use to look at further jobs in this round."""
-        places = any(room.budget.jobs > 0 and not room.kept for room in (*self.open, *self._opening))
-        return self._blocked >= LOOK or (self._blocked > 0 and not places and not self._may_open)
+        if self._blocked == 0 or self._blocked >= LOOK:
+            return self._blocked > 0
+        places = any(not room.kept for room in self.open) or any(room.budget.jobs > 0 for room in self._opening)
+        return not places and not self._may_open
 
-    def admit(self, job: Job, pack: PackId) -> Admit | None:
-        """The job to the open pack that has kept a place for it; None if it is not open any more."""
-        kept = any(room.pack.id == pack for room in self.open)
-        return Admit(job.id, pack) if kept else None
+    def shut(self, packs: Collection[PackId]) -> None:
+        """No job goes into these packs."""
+        self.open = [room for room in self.open if room.pack.id not in packs]
+        self._full = [one for one in self._full if _pack_of(one).id not in packs]
+
+    def has(self, pack: PackId) -> bool:
+        """Whether it is open and takes jobs."""
+        return any(room.pack.id == pack for room in self.open) or any(_pack_of(one).id == pack for one in self._full)
 
     def place(self, job: Job, opened: list[OpenPack]) -> Decision:
         """What becomes of a job that could be in an empty pack; one that is opened for it joins `opened`."""
@@ -52,7 +68,10 @@ class Rooms:
         if fullest is not None:
             self.open.remove(fullest)
             fullest.take(job)
-            insort(self.open, fullest, key=lambda room: room.order)
+            if fullest.budget.jobs > 0:
+                insort(self.open, fullest, key=lambda room: room.order)
+            else:
+                self._full.append(fullest)
             return Admit(job.id, fullest.pack.id)
         ready = next((room for room in self._opening if room.takes(job)), None)
         if ready is None and self._may_open and self._wait_s(job) > self._limits.opening_s:
@@ -65,17 +84,14 @@ class Rooms:
 
     def _keep_back(self, job: Job) -> Reason:
         """Why the job waits. One that was overtaken long enough gets the pack that has room for it first to itself."""
-        if not (self.open or self._opening):
+        if not (self.open or self._full or self._opening):
             return self._why_none()
         overdue = job.blocked_at is not None and self._snapshot.now - job.blocked_at >= self._limits.overtake_s
-        soonest = self._soonest(job)
-        if soonest is None:
-            return Reason.PACK_FULL
-        if overdue or self._may_open:  # it counts on what ends there
+        memory = self.open or any(room.budget.jobs > 0 for room in self._opening)
+        if (overdue or self._may_open) and (soonest := self._soonest(job)) is not None:  # it counts on what ends there
             soonest.promise(job)
             soonest.kept = overdue
-        full = all(room.budget.jobs < 1 for room in (*self.open, *self._opening))
-        return Reason.PACK_FULL if full else Reason.PACK_MEMORY
+        return Reason.PACK_MEMORY if memory else Reason.PACK_FULL
 
     def _soonest(self, job: Job) -> Room | None:
         """The pack in which the job would fit first; where no pace is known, the emptiest."""
@@ -83,7 +99,16 @@ class Rooms:
         def rank(room: Room) -> tuple[float, int, int, PackId]:
             return room.wait_s(job), room.count, -room.budget.bytes, room.pack.id
 
-        return min((room for room in self.open if not room.kept), key=rank, default=None)
+        return min((room for room in self._everyone() if not room.kept), key=rank, default=None)
+
+    def _everyone(self) -> list[Room]:
+        """All open packs, those without a place, too."""
+        full = [one if isinstance(one, Room) else self._room(one) for one in self._full]
+        self._full = [*full]
+        return [*self.open, *full]
+
+    def _room(self, pack: Pack) -> Room:
+        return Room(pack, self._limits, self._standing.load(pack.id), paces(self._snapshot, pack.id))
 
     @property
     def _may_open(self) -> bool:
@@ -112,7 +137,11 @@ class Rooms:
         return room
 
     def _wait_s(self, job: Job) -> float:
-        return min((room.wait_s(job) for room in self.open if not room.kept), default=inf)
+        return min((room.wait_s(job) for room in self._everyone() if not room.kept), default=inf)
+
+
+def _pack_of(one: Room | Pack) -> Pack:
+    return one.pack if isinstance(one, Room) else one
 
 
 def kind_of_pack(pack: Pack) -> Kind:

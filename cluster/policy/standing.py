@@ -15,6 +15,10 @@ from typing import NamedTuple
 from polygraft.cluster.model import Job, JobId, PackId, TenantId
 from polygraft.cluster.policy.admission import turn
 from polygraft.cluster.policy.budget import bytes_of
+from polygraft.cluster.states import Reason
+
+# Of a job that a round does not come to: it stays with what it was told when one did.
+STILL_TRUE = frozenset({Reason.TURN, Reason.PACK_FULL, Reason.PACK_MEMORY})
 
 
 class Kind(NamedTuple):
@@ -35,13 +39,16 @@ class Load:
 @dataclass(slots=True)
 class Standing:
     """`queues` has the waiting jobs of every tenant in their turn; `arriving` those among them that left a pack for
-    another. `active` are a tenant's jobs in packs, `at_risk` the unfinished ones that were asked to stop or have an
-    owner, `over` those that the snapshot still remembers."""
+    another, `restless` those whose reason may not be true any more. `active` are a tenant's jobs in packs, `entered`
+    when they came in, the last one last; `at_risk` the unfinished ones that were asked to stop or have an owner, `over`
+    those that the snapshot still remembers."""
 
     queues: dict[Kind, dict[TenantId, list[Job]]] = field(default_factory=dict)
     arriving: dict[JobId, Job] = field(default_factory=dict)
+    restless: dict[JobId, Job] = field(default_factory=dict)
     loads: dict[PackId, Load] = field(default_factory=dict)
     active: dict[TenantId, dict[JobId, Job]] = field(default_factory=lambda: defaultdict(dict))
+    entered: dict[TenantId, list[tuple[float, JobId]]] = field(default_factory=dict)
     at_risk: dict[JobId, Job] = field(default_factory=dict)
     over: dict[JobId, Job] = field(default_factory=dict)
 
@@ -62,6 +69,11 @@ class Standing:
     def load(self, pack: PackId) -> Load:
         return self.loads.get(pack) or Load()
 
+    def count(self, pack: PackId) -> int:
+        """How many jobs the pack has, or is to have."""
+        load = self.loads.get(pack)
+        return 0 if load is None else len(load.jobs)
+
     def _add(self, job: Job) -> None:
         if job.final:
             self.over[job.id] = job
@@ -72,15 +84,18 @@ class Standing:
             insort(self.queues.setdefault(kind_of(job), {}).setdefault(job.tenant, []), job, key=turn)
             if job.moving_to is not None:
                 self.arriving[job.id] = job
+            if job.reason not in STILL_TRUE:
+                self.restless[job.id] = job
         else:
             self.active[job.tenant][job.id] = job
+            insort(self.entered.setdefault(job.tenant, []), _entry(job))
         for pack in _places(job):
             load = self.loads.setdefault(pack, Load())
             load.jobs[job.id] = job
             load.bytes += bytes_of(job)
 
     def _remove(self, job: Job) -> None:
-        for named in (self.over, self.at_risk, self.arriving):
+        for named in (self.over, self.at_risk, self.arriving, self.restless):
             named.pop(job.id, None)
         if job.final:
             return
@@ -94,8 +109,10 @@ class Standing:
                 del self.queues[kind_of(job)]
         else:
             del self.active[job.tenant][job.id]
-            if not self.active[job.tenant]:
-                del self.active[job.tenant]
+            entered = self.entered[job.tenant]
+            del entered[bisect_left(entered, _entry(job))]
+            if not entered:
+                del self.active[job.tenant], self.entered[job.tenant]
         for pack in _places(job):
             load = self.loads[pack]
             del load.jobs[job.id]
@@ -106,6 +123,10 @@ class Standing:
 
 def kind_of(job: Job) -> Kind:
     return Kind(job.spec.backbone, job.spec.devices)
+
+
+def _entry(job: Job) -> tuple[float, JobId]:
+    return job.admitted_at or 0.0, job.id
 
 
 def _places(job: Job) -> frozenset[PackId]:

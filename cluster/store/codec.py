@@ -25,6 +25,7 @@ from polygraft.cluster.store.upgrades import UPGRADES
 
 SCHEMA = 1  # of every type that SCHEMAS does not name
 SCHEMAS: Mapping[str, int] = {
+    "BackboneUnloading": 2,
     "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,

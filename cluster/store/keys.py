@@ -159,3 +159,14 @@ def metrics(job: JobId) -> StreamKey:
 def log(job: JobId) -> StreamKey:
     """Entries {"level", "message", "at", "data"}, shown as the events of OpenAI's API."""
     return StreamKey(f"job/{job}/log")
+
+
+def demand(backbone: str) -> StreamKey:
+    """Entries {"ingress", "streams", "waiting"}, what an ingress wants of the backbone's replicas, again every second
+    while it wants something."""
+    return StreamKey(f"backbone/{backbone}/demand")
+
+
+def replica_changes(backbone: str) -> StreamKey:
+    """Entries {"replica"}, one for each that was opened or closed."""
+    return StreamKey(f"backbone/{backbone}/replicas")

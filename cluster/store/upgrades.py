@@ -92,14 +92,22 @@ def _job_submitted_2(body: Body) -> Body:
 
 
 def _snapshot_4(body: Body) -> Body:
-    limits = body.get("limits")
+    limits, jobs = body.get("limits"), body.get("jobs")
+    found = [job for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
+    ended = [job for job in found if job.get("finished_at") is not None]
     more = {"opening_s": 20.0, "moving_s": 5.0, "overtake_s": 60.0, "patience_s": 600.0, "tenant_jobs": 0}
     return {
         **body,
-        "jobs": _each(body.get("jobs"), _job_2),
+        "jobs": _each(jobs, _job_2),
+        "over": [str(job["id"]) for job in sorted(ended, key=lambda job: (job["finished_at"], job["id"]))],
         "limits": {**limits, **more} if isinstance(limits, Mapping) else limits,
         "paces": [],
     }
+
+
+def _backbone_unloading_1(body: Body) -> Body:
+    """Schema 2 says when it was last asked: before."""
+    return {**body, "asked_at": body.get("at")}
 
 
 def _each(records: JSON, upgrade: Callable[[Body], Body]) -> JSON:
@@ -123,6 +131,7 @@ def _context_length(method: str) -> int:
 
 # From (type, schema) to the body of schema + 1.
 UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
+    ("BackboneUnloading", 1): _backbone_unloading_1,
     ("DeviceJoined", 1): _device_joined_1,
     ("Graft", 1): _graft_1,
     ("GraftPublished", 1): _graft_published_1,

@@ -13,7 +13,6 @@ from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings, load
 from polygraft.cluster.store.base import Store
 from polygraft.launch.output import Failure, Status
-from polygraft.launch.run_folder import RunFolder
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -34,16 +33,26 @@ class Flags:
         url = self.url or find_service(settings.service_path).url
         return Client(url.rstrip("/").removesuffix("/v1"), self.key or read_key(settings.api_key_path))
 
-    def backbone(self) -> tuple[str, str | None]:
-        """The folder of the running service's backbone and how it is quantised; where none is running, what the
-        settings say. Raises BadSettings."""
+    def backbone(self, name: str | None, fingerprint: str | None = None) -> tuple[str, str | None]:
+        """Where a backbone lies, and how it is quantised: one of the running service by its name, else by its
+        fingerprint, else the service's own. A name that it has not is a folder or hub id, quantised as its own; where
+        no service runs, the settings say the rest. Raises BadSettings."""
         settings = self.settings()
         try:
-            folder = find_service(settings.service_path).backbone_folder
-            running = Settings.model_validate_json(RunFolder(settings.home).settings.read_text())
-        except (ServiceNotRunning, OSError):
-            return settings.backbone, settings.quantise
-        return folder, running.quantise
+            with self.client() as client:
+                found = client.backbones()
+        except ServiceNotRunning:
+            return name or settings.backbone, settings.quantise
+        own = next(one for one in found if one.default)
+        if name is not None:
+            meant = next((one for one in found if one.id == name), None)
+        else:
+            meant = next((one for one in found if one.fingerprint == fingerprint), own)
+        if meant is None:
+            return name or own.id, own.quantise
+        if meant.path is None:
+            raise Failure(f"where the backbone {meant.id} lies is told to the operator alone; name its folder")
+        return meant.path, meant.quantise
 
     def store(self) -> Store:
         """The store that the settings name, else that of the service under the home folder. Raises

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.client import ApiFailure, Client, RemoteGraft
+from polygraft.cluster.answers import RemoteGraft
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.grafts.spec import SpecError
 from polygraft.launch import archive
 from polygraft.launch.cache import backbone_cache
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 grafts = typer.Typer(no_args_is_help=True, help="The grafts that may be asked.")
 Name = Annotated[str, typer.Argument(help="The name to serve it under.")]
 Promote = Annotated[bool, typer.Option(help="Let the name mean this version, if it has others.")]
-OnBackbone = Annotated[str | None, typer.Option(help="A folder or hub id; the service's where not given.")]
+OnBackbone = Annotated[
+    str | None, typer.Option(help="One of the service's, a folder or a hub id; the graft's own where not given.")
+]
 
 
 class Form(StrEnum):
@@ -75,10 +78,12 @@ def import_graft(
     folder: Annotated[Path, typer.Argument(help="A graft made elsewhere: PEFT's folder, AdapterHub's or ours.")],
     name: Annotated[str | None, typer.Argument(help="The name to serve it under.", show_default=False)] = None,
     each: Annotated[bool, typer.Option(help="Import each folder in FOLDER, under its own name.")] = False,
-    backbone: Annotated[str | None, typer.Option(help="Refuse unless this is the service's backbone.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="The one that it is for; the service's own where not given.")
+    ] = None,
     promote: Promote = False,
 ) -> None:
-    """Give the service a graft made elsewhere, for its backbone."""
+    """Give the service a graft made elsewhere, for one of its backbones."""
     if each == (name is not None):
         raise Failure("give a NAME, or --each for a folder of folders", Status.USAGE)
     if not folder.is_dir():
@@ -86,11 +91,10 @@ def import_graft(
     found = [(folder, name or "")] if name else [(one, one.name) for one in sorted(folder.iterdir()) if one.is_dir()]
     refused = 0
     with usage_errors(), flags(context).client() as client:
-        if backbone is not None:
-            _check_backbone(client, backbone)
+        stock = None if backbone is None else _named(client, backbone)
         for one, its_name in found:
             try:
-                typer.echo(sent(client, one, its_name, promote=promote).id)
+                typer.echo(sent(client, one, its_name, promote=promote, backbone=stock).id)
             except ApiFailure as error:
                 if not each:
                     raise
@@ -123,7 +127,7 @@ def export_graft(
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors(), folder_of(flags(context), graft) as source:
-        loaded = load_backbone(flags(context), backbone)
+        loaded = load_backbone(flags(context), backbone, _grown_on(source))
         stock = BackboneFiles(loaded.folder)
         bound, values = read(source, stock, loaded.fingerprint)
         if rank is not None or energy is not None:
@@ -169,12 +173,12 @@ def delete_graft(
         client.delete_graft(graft)
 
 
-def sent(client: Client, folder: Path, name: str, *, promote: bool) -> RemoteGraft:
-    """The graft of the folder, as a version of the name at the service."""
+def sent(client: Client, folder: Path, name: str, *, promote: bool, backbone: str | None) -> RemoteGraft:
+    """The graft of the folder, as a version of the name at the service, on one of its backbones or its own."""
     with TemporaryDirectory() as scratch:
         packed = Path(scratch) / "graft.tar"
         archive.pack(folder, packed)
-        return client.import_graft(packed, name, promote=promote)
+        return client.import_graft(packed, name, promote=promote, backbone=backbone)
 
 
 def made(
@@ -183,9 +187,10 @@ def made(
     """A graft that was made here, as a version of the name at the service."""
     from polygraft.grafts.formats import native
 
+    stock = next((one.id for one in client.backbones() if one.fingerprint == fingerprint), None)
     with TemporaryDirectory() as scratch:
         identity = native.save(Path(scratch), graft, values, backbone=fingerprint)
-        return sent(client, Path(scratch) / identity, name, promote=promote)
+        return sent(client, Path(scratch) / identity, name, promote=promote, backbone=stock)
 
 
 @contextmanager
@@ -201,15 +206,27 @@ def folder_of(found: Flags, graft: str) -> Iterator[Path]:
         yield folder
 
 
-def load_backbone(found: Flags, backbone: str | None) -> Backbone:
-    """The one that is named, else that of the running service, as it is quantised, else that of the settings."""
+def load_backbone(found: Flags, backbone: str | None, fingerprint: str | None = None) -> Backbone:
+    """The one that is named, at the service or as a folder or hub id; for None the service's of that fingerprint, else
+    its own, else that of the settings."""
     import torch
 
     from polygraft.grafts.runtime.backbone import Backbone
     from polygraft.grafts.runtime.pretrained import materialise
 
-    name, quantise = found.backbone()
-    return Backbone.load(materialise(backbone or name, backbone_cache()), torch.float32, quantise=quantise)
+    name, quantise = found.backbone(backbone, fingerprint)
+    return Backbone.load(materialise(name, backbone_cache()), torch.float32, quantise=quantise)
+
+
+def _grown_on(folder: Path) -> str | None:
+    """The fingerprint of the backbone that a graft in our own format says it has grown on."""
+    from polygraft.grafts.formats import native
+    from polygraft.grafts.formats.check import FormatError
+
+    try:
+        return native.grown_on(folder)[1]
+    except FormatError:
+        return None
 
 
 @contextmanager
@@ -224,8 +241,10 @@ def usage_errors() -> Iterator[None]:
         raise Failure(str(error), Status.USAGE) from None
 
 
-def _check_backbone(client: Client, backbone: str) -> None:
-    """Raise Failure unless the service has this backbone."""
-    id = next(model.id for model in client.models() if model.parent is None)
-    if backbone != id and Path(backbone).expanduser().absolute() != Path(id).expanduser().absolute():
-        raise Failure(f"--backbone {backbone}: the service's backbone is {id}", Status.USAGE)
+def _named(client: Client, backbone: str) -> str:
+    """The name of the service's backbone that is meant by its name or folder. Raises Failure."""
+    folder, found = str(Path(backbone).expanduser().absolute()), client.backbones()
+    for one in found:
+        if backbone == one.id or folder == one.path:
+            return one.id
+    raise Failure(f"--backbone {backbone}: the service has {', '.join(one.id for one in found)}", Status.USAGE)

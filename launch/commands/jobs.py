@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from polygraft.cluster.client import Client, JobEvent, RemoteDryRun, RemoteJob
+from polygraft.cluster.answers import JobEvent, RemoteDryRun, RemoteJob
+from polygraft.cluster.client import Client
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.commands.request import read_request
 from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from polygraft.cluster.client import Client, RemoteDryRun
+from polygraft.cluster.answers import RemoteDryRun
+from polygraft.cluster.client import Client
 from polygraft.cluster.spec import FineTuningRequest, Hyperparameters
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status

@@ -69,13 +69,17 @@ def _run(given: Flags, wanted: SearchFile, study: str | None) -> StudyResult:
     service = find_service(settings.service_path)
     key = given.key or read_key(settings.api_key_path)
     try:
+        name = wanted.model or service.backbone
         with closing(given.store()) as store:
             owner, uploaded = verify_key(store, key), files_of(store, id)
+            backbone = store.get(keys.backbone(name))
         if owner is None:
             raise Failure("the API key is unknown or was revoked; polygraft keys create makes one")
-        shape = searching.shape_of(service)
+        if backbone is None:
+            raise Failure(f"model: {name!r} is no backbone here; polygraft backbones list shows them", Status.USAGE)
+        shape = searching.shape_of(backbone.value.folder)
         with given.client() as client:
-            plan = wanted.plan(client, backbone=service.backbone, shape=shape, uploaded=uploaded)
+            plan = wanted.plan(client, backbone=name, shape=shape, uploaded=uploaded)
         with SearchProgress(plan.trials) as progress:
             return searching.run(
                 service,

@@ -21,13 +21,14 @@ from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
 
 
 class SearchFile(BaseModel):
-    """A search over a `space` (`tuning/spaces/request.py`); `hyperparameters` are those of every trial, as in
-    `polygraft submit`, except peft and learning_rate."""
+    """A search over a `space` (`tuning/spaces/request.py`) on the backbone `model`, the service's own where it is not
+    given; `hyperparameters` are those of every trial, as in `polygraft submit`, except peft and learning_rate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
     training_file: Path
     validation_file: Path
+    model: str | None = None
     trials: PositiveInt = 12
     concurrency: PositiveInt = 4
     startup: PositiveInt = 4

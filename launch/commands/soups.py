@@ -49,7 +49,7 @@ def soup_of(
         if examples is None:
             mean = soup(bound.tensors, values)
         else:
-            loaded = load_backbone(flags(context), backbone)
+            loaded = load_backbone(flags(context), backbone, fingerprint)
             if loaded.fingerprint != fingerprint:
                 raise SpecError(f"members: {members[0]!r} has grown on another backbone than {loaded.folder}")
             limit = loaded.shape.length_limit(max_length, bound.context_length)

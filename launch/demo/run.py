@@ -12,8 +12,8 @@ from pathlib import Path
 
 from openai import OpenAIError
 
+from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.api_keys import create_key
-from polygraft.cluster.client import RemoteJob
 from polygraft.cluster.model import TenantId
 from polygraft.cluster.service import Service
 from polygraft.cluster.settings import PackSettings, Settings, load

@@ -89,7 +89,7 @@ def search(
             }
         )
     space = autopeft(
-        searching.shape_of(service),
+        searching.shape_of(service.backbone_folder),
         groups=_LAYER_GROUPS,
         largest=_LARGEST_ADAPTER,
         longest=_LONGEST_PREFIX,

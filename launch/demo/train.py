@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from polygraft.cluster.client import Client, RemoteJob
+from polygraft.cluster.answers import RemoteJob
+from polygraft.cluster.client import Client
 from polygraft.launch.corpus import Share
 from polygraft.launch.demo.plan import DemoJob
 from polygraft.launch.output import Failure

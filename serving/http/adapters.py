@@ -15,6 +15,7 @@ from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, Document, answers, json_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
+from polygraft.serving.http.named import backbone_named
 from polygraft.serving.http.schemas import LoadAdapter, UnloadAdapter
 
 router = APIRouter(prefix="/v1")
@@ -28,8 +29,8 @@ _DONE: dict[int | str, Document] = {200: {"content": {"text/plain": {"schema": {
     openapi_extra=json_body(LoadAdapter),
 )
 async def load(request: Request, api: ApiDep, tenant: TenantDep) -> PlainTextResponse:
-    """Serve the adapter in a folder under a name. Loading a name again, in place, makes its next version, and requests
-    that began with the one before end with it."""
+    """Serve the adapter in a folder, on the service's own backbone, under a name. Loading a name again, in place, makes
+    its next version, and requests that began with the one before end with it."""
     body = await read_body(request, LoadAdapter)
     try:
         name = grafts.checked_name(api, body.lora_name)
@@ -40,7 +41,8 @@ async def load(request: Request, api: ApiDep, tenant: TenantDep) -> PlainTextRes
     if present and not body.load_inplace:
         message = f"lora_name: {shown(name)} is there already; set load_inplace to let it mean another graft"
         raise bad_request(message, param="lora_name", code="already_loaded")
-    await grafts.adopted(api, tenant, folder, name, body.load_inplace)
+    backbone = await api.turns.work(tenant, backbone_named, api, None)
+    await grafts.adopted(api, tenant, backbone, folder, name, body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from polygraft.serving.http import (
     adapters,
+    backbones,
     chat,
     completions,
     documents,
@@ -34,14 +35,13 @@ _UNHEALTHY: dict[int | str, Document] = {status: answers()[status] for status in
 
 
 def create_app(api: Api) -> FastAPI:
-    """The application; its lifespan starts and closes the gateway."""
+    """The application; its lifespan follows the backbones that there are."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await api.gateway.start()
+        await api.backbones.start()
         yield
-        await api.gateway.close()
-        await api.adoption.close()
+        await api.backbones.close()
 
     app = FastAPI(title="Polygraft", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.api = api
@@ -49,7 +49,7 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     app.add_middleware(Answered, meters=api.meters)  # around both
     errors.install(app)
-    for part in (files, jobs, dry_runs, models, grafts, adapters, chat, completions, tokens, metrics):
+    for part in (files, jobs, dry_runs, models, backbones, grafts, adapters, chat, completions, tokens, metrics):
         app.include_router(part.router)
     for path in OPEN_PATHS:
         app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})
@@ -58,9 +58,11 @@ def create_app(api: Api) -> FastAPI:
 
 
 async def health(request: Request) -> Health:
-    """200 while the store answers and a replica is connected, else 503 naming what is missing."""
+    """200 while the store answers and a replica of the default backbone is connected, unless nobody asks that one;
+    else 503 naming what is missing."""
     api: Api = request.app.state.api
     await run_in_threadpool(api.store.ping)
-    if not api.gateway.ready():
+    default = api.backbones.default
+    if default is None or (api.backbones.wanted(default) and not default.gateway.ready()):
         raise unavailable("no serving replica is connected yet")
     return Health()

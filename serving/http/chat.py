@@ -17,7 +17,7 @@ from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
 from polygraft.serving.http.frames import DONE, EVENTS, Frames
-from polygraft.serving.http.generate import Asker, Said, fingerprint, first, unless_gone
+from polygraft.serving.http.generate import Asker, Said, first, unless_gone
 from polygraft.serving.http.generations import AnswerMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.sequence import GenerationRequest
@@ -48,7 +48,7 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
             id=wanted.id,
             created=int(api.clock()),
             model=body.model,
-            fingerprint=fingerprint(api),
+            fingerprint=asker.fingerprint,
             with_usage=body.with_usage,
         )
         return StreamingResponse(_stream(shape, transcript, begun, answer), media_type=EVENTS)
@@ -60,7 +60,7 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
         model=body.model,
         choices=(ChatChoice(index=0, message=AnswerMessage(content=text), finish_reason=transcript.finish_reason),),
         usage=transcript.usage,
-        system_fingerprint=fingerprint(api),
+        system_fingerprint=asker.fingerprint,
     )
     return JSONResponse(completion.model_dump(mode="json"))
 
@@ -71,7 +71,9 @@ def _asked(api: Api, tenant: TenantId, body: ChatCompletionRequest, asked: float
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("max_completion_tokens: differs from max_tokens; give one", param="max_completion_tokens")
     try:
-        prompt = api.tokeniser.encode_chat([one.message for one in body.messages], add_generation_prompt=True)
+        prompt = asker.backbone.tokeniser.encode_chat(
+            [one.message for one in body.messages], add_generation_prompt=True
+        )
     except ChatError as error:
         raise bad_request(f"messages: {error}", param="messages") from None
     most = ("max_tokens" if body.max_tokens else "max_completion_tokens", body.max_completion_tokens or body.max_tokens)

@@ -13,13 +13,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from polygraft.cluster.model import TenantId
 from polygraft.grafts.text.chat import ChatError
+from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http import frames
 from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
 from polygraft.serving.http.frames import DONE, EVENTS, Frames
-from polygraft.serving.http.generate import Asker, Said, fingerprint, first, unless_gone
+from polygraft.serving.http.generate import Asker, Said, first, unless_gone
 from polygraft.serving.http.generations import Completion, CompletionChoice, CompletionRequest, Usage
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.sequence import GenerationRequest
@@ -71,7 +72,7 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
             id=id,
             created=created,
             model=body.model,
-            fingerprint=fingerprint(api),
+            fingerprint=texts.asker.fingerprint,
             with_usage=body.with_usage,
         )
         return StreamingResponse(_stream(shape, texts, begun, answer), media_type=EVENTS)
@@ -82,7 +83,7 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
         model=body.model,
         choices=choices,
         usage=texts.usage,
-        system_fingerprint=fingerprint(api),
+        system_fingerprint=texts.asker.fingerprint,
     )
     return JSONResponse(completion.model_dump(mode="json"))
 
@@ -90,18 +91,18 @@ async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response
 def _asked(api: Api, tenant: TenantId, body: CompletionRequest, id: str, asked: float) -> _Texts:
     """The requests for the engine. Raises ApiError 400 naming the field, 404 for an unknown model."""
     asker = Asker.of(api, tenant, body, "prompt", asked)
-    prompts = [_ids(api, prompt, body.add_special_tokens is not False) for prompt in body.prompts]
+    prompts = [_ids(asker.backbone.tokeniser, prompt, body.add_special_tokens is not False) for prompt in body.prompts]
     several = len(prompts) > 1
     most = ("max_tokens", body.max_tokens)
     wanted = tuple(asker.request(f"{id}-{at}" if several else id, ids, most) for at, ids in enumerate(prompts))
     return _Texts(asker, wanted, tuple(map(asker.transcript, wanted)))
 
 
-def _ids(api: Api, prompt: str | list[int], special: bool) -> tuple[int, ...]:
+def _ids(tokeniser: Tokeniser, prompt: str | list[int], special: bool) -> tuple[int, ...]:
     if not isinstance(prompt, str):
         return tuple(prompt)
     try:
-        ids = api.tokeniser.encode_text(prompt, special=special)
+        ids = tokeniser.encode_text(prompt, special=special)
     except ChatError as error:
         raise bad_request(f"prompt: {error}", param="prompt") from None
     if not ids:

@@ -1,4 +1,4 @@
-"""What the routes stand on: the store, the gateway, what is known of the backbone, and who is calling."""
+"""What the routes stand on: the store, what is known of the backbones, and who is calling."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
-from polygraft.grafts.formats.backbone_files import BackboneFiles
-from polygraft.grafts.sites import ModelShape
-from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.serving.adoption import Adoption
-from polygraft.serving.gateway import Gateway
+from polygraft.serving.candidate import Candidate
+from polygraft.serving.http.known import Backbones
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
 from polygraft.serving.http.turns import Turns
@@ -26,24 +23,17 @@ from polygraft.serving.http.turns import Turns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """`backbone` is the bare backbone's model id, `fingerprint` its weights', `stock` its files, and packs load it
-    `quantised` or not; `limits` are those of a request, `pack` those of a pack; `metrics_tenants` may
-    read `meters` and what `overview` sees; `clock` gives seconds since the epoch."""
+    """`limits` are those of a request, `pack` those of a pack; `candidate` says what a path would be as a backbone,
+    quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what `overview` sees;
+    `clock` gives seconds since the epoch."""
 
     store: Store
-    gateway: Gateway
-    tokeniser: Tokeniser
-    shape: ModelShape
-    backbone: str
-    fingerprint: str
-    stock: BackboneFiles
-    quantised: bool
+    backbones: Backbones
     data: Path
     graft_roots: tuple[Path, ...]
-    adoption: Adoption
+    candidate: Callable[[str, str | None], Candidate]
     limits: LimitSettings
     pack: Limits
-    max_context: int
     clock: Callable[[], float]
     meters: Meters
     overview: Overview

@@ -11,10 +11,12 @@ from pydantic import JsonValue
 from polygraft.cluster.model import DataFile, FileId, TenantId
 from polygraft.cluster.spec import FineTuningRequest
 from polygraft.grafts.text.lengths import Lengths
+from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.files import find_file
+from polygraft.serving.http.named import backbone_named
 from polygraft.serving.http.schemas import DryRun, DryRunFile
 from polygraft.serving.http.submission import encoded, new_job
 
@@ -31,10 +33,11 @@ async def dry_run(request: Request, api: ApiDep, tenant: TenantDep) -> DryRun:
 def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
     made = new_job(api, tenant, body)
     job, limit = made.job, made.max_length
+    tokeniser = backbone_named(api, job.spec.backbone).tokeniser
     until = time.monotonic() + _READ_S
 
     def counted(param: str, file: FileId) -> DryRunFile:
-        return _counted(api, find_file(api, tenant, file, param=param).value, limit, param, until)
+        return _counted(api, find_file(api, tenant, file, param=param).value, tokeniser, limit, param, until)
 
     training, held_out = counted("training_file", job.spec.training_file), job.spec.validation_file
     return DryRun(
@@ -49,9 +52,11 @@ def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
     )
 
 
-def _counted(api: Api, record: DataFile, limit: int | None, param: str, until: float) -> DryRunFile:
+def _counted(
+    api: Api, record: DataFile, tokeniser: Tokeniser, limit: int | None, param: str, until: float
+) -> DryRunFile:
     lengths = Lengths()
-    for _, tokens in encoded(api, api.blob(record), limit, param):
+    for _, tokens in encoded(api, tokeniser, api.blob(record), limit, param):
         lengths = lengths.plus(tokens)
         if time.monotonic() > until:
             break

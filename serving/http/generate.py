@@ -13,13 +13,14 @@ from typing import TypeVar
 from fastapi import Request
 
 from polygraft.cluster.model import Graft, TenantId
-from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.validation import shown
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import ApiError, bad_request, internal, unavailable
 from polygraft.serving.http.generations import FinishReason, Generation
+from polygraft.serving.http.known import KnownBackbone
 from polygraft.serving.http.meters import Finish
+from polygraft.serving.http.named import model_named
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.messages import StepTokens
 from polygraft.serving.sequence import GenerationRequest
@@ -30,13 +31,14 @@ Said = tuple[str, FinishReason | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
-    """Who asks for generations and what of: the `field` of its request holds the prompts, and `graft` answers them
-    (None: the bare backbone). It `asked` at that time of the meters."""
+    """Who asks for generations and what of: the `field` of its request holds the prompts, and the backbone answers them
+    with the `graft` (None: bare). It `asked` at that time of the meters."""
 
     api: Api
     tenant: TenantId
     body: Generation
     field: str
+    backbone: KnownBackbone
     asked: float
     graft: Graft | None
 
@@ -48,9 +50,14 @@ class Asker:
             raise bad_request(message, param=refused[0])
         if "" in body.stops:
             raise bad_request("stop: '' would stop before the first character; leave it out", param="stop")
-        return Asker(
-            api=api, tenant=tenant, body=body, field=field, asked=asked, graft=graft_of(api, tenant, body.model)
-        )
+        backbone, graft = model_named(api, tenant, body.model)
+        api.backbones.asked(backbone)
+        return Asker(api=api, tenant=tenant, body=body, field=field, backbone=backbone, asked=asked, graft=graft)
+
+    @property
+    def fingerprint(self) -> str:
+        """What an answer says of the model that gave it."""
+        return f"fp_{self.backbone.fingerprint[:12]}"
 
     def request(self, id: str, prompt: tuple[int, ...], most: tuple[str, int | None]) -> GenerationRequest:
         """For the engine; `most` is the field that bounds the answer, and what it holds. Raises ApiError 400."""
@@ -71,19 +78,19 @@ class Asker:
             top_k=max(0, body.top_k or 0),
             min_p=body.min_p or 0.0,
             seed=randbits(63) if body.seed is None else body.seed,
-            eos_ids=self.api.tokeniser.eos_ids,
+            eos_ids=self.backbone.tokeniser.eos_ids,
             ignore_eos=bool(body.ignore_eos),
             min_tokens=body.min_tokens or 0,
             prefix=self.graft.context_length if self.graft else 0,
         )
 
     def transcript(self, request: GenerationRequest) -> Transcript:
-        return Transcript(self.api.tokeniser, request.prompt_ids, self.body.stops, request.min_tokens)
+        return Transcript(self.backbone.tokeniser, request.prompt_ids, self.body.stops, request.min_tokens)
 
     async def said(self, wanted: GenerationRequest, transcript: Transcript) -> AsyncGenerator[Said, None]:
         """What each token made certain of the text, maybe nothing, and at the end why it ends. Raises ApiError."""
         meter = self.api.meters.begin(
-            self.api.backbone, self.asked, prompt_tokens=len(wanted.prompt_ids), max_tokens=wanted.max_tokens
+            self.backbone.name, self.asked, prompt_tokens=len(wanted.prompt_ids), max_tokens=wanted.max_tokens
         )
         tokens = self._tokens(wanted)
         reason: Finish = "abort"
@@ -104,7 +111,10 @@ class Asker:
     async def _tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The gateway's tokens, its refusals and failures as answers."""
         try:
-            async with aclosing(self.api.gateway.generate(wanted)) as stream:
+            async with (
+                self.api.backbones.answering(self.backbone) as gateway,
+                aclosing(gateway.generate(wanted)) as stream,
+            ):
                 async for tokens in stream:
                     if (failure := self._failure(tokens)) is not None:
                         raise failure
@@ -121,12 +131,12 @@ class Asker:
     def _limit(self, prompt: int, field: str, asked: int | None) -> int:
         """How many tokens the answer may have: what was asked, or all the context has room for."""
         prefix = self.graft.context_length if self.graft else 0
-        room = self.api.max_context - prompt - prefix
+        room = self.backbone.max_context - prompt - prefix
         if room < 1 or (asked or 1) > room:
             virtual = f" and {prefix} virtual tokens of the graft" if prefix else ""
             raise bad_request(
                 f"{self.field}: {prompt} tokens{virtual} plus {asked or 1} to generate exceed the context of "
-                f"{self.api.max_context}",
+                f"{self.backbone.max_context}",
                 param=self.field if room < 1 else field,
                 code="context_length_exceeded",
             )
@@ -148,17 +158,6 @@ class Asker:
 
     def _too_long(self, message: str) -> ApiError:
         return bad_request(f"{self.field}: {message}", param=self.field, code="context_length_exceeded")
-
-
-def graft_of(api: Api, tenant: TenantId, model: str) -> Graft | None:
-    """The graft that the model's name means; None for the bare backbone. Raises ApiError."""
-    try:
-        graft = resolve(api.store, tenant, model, api.backbone)
-    except UnknownModel as error:
-        raise ApiError(404, f"{error}", param="model", code="model_not_found") from None
-    if graft is not None and graft.backbone_fingerprint != api.fingerprint:
-        raise bad_request(f"model: {shown(model)} was trained on another backbone than {api.backbone}", param="model")
-    return graft
 
 
 async def first(stream: AsyncGenerator[R, None]) -> R:
@@ -183,7 +182,3 @@ async def unless_gone(request: Request, work: Coroutine[None, None, R]) -> R:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def fingerprint(api: Api) -> str:
-    return f"fp_{api.fingerprint[:12]}"

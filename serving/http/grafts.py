@@ -28,6 +28,8 @@ from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers, form_body, json_body
 from polygraft.serving.http.errors import ApiError, artefacts_full, bad_request, not_found
+from polygraft.serving.http.known import KnownBackbone
+from polygraft.serving.http.named import backbone_named
 from polygraft.serving.http.pages import page
 from polygraft.serving.http.schemas import Deleted, GraftImport, GraftObject, Page
 from polygraft.serving.http.upload import receive
@@ -38,6 +40,7 @@ NATIVE = ("graft.json", "graft.safetensors")
 _VERSION = re.compile(r"([a-z0-9-]{1,64})@([1-9][0-9]{0,8})", re.ASCII)
 _NAME = {"type": "string", "pattern": "^[a-z0-9-]{1,64}$"}
 _PROMOTE = {"type": "string", "enum": ["true", "false"], "default": "false"}
+_BACKBONE = {"type": "string", "default": "", "description": "the one it is for; empty: the service's own"}
 _BOOLEANS = {"": False, "false": False, "true": True}
 
 
@@ -56,34 +59,40 @@ def grafts(
     return page([_shown(api, one, (one.name, one.version) in meant) for one in mine], after=after, limit=limit)
 
 
-@router.post("", responses=answers(*READING), openapi_extra=form_body(name=_NAME, promote=_PROMOTE))
+@router.post(
+    "", responses=answers(404, *READING), openapi_extra=form_body(name=_NAME, promote=_PROMOTE, backbone=_BACKBONE)
+)
 async def upload(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObject:
     """Give the service a graft made elsewhere, a tar archive of its folder: ours, PEFT's or AdapterHub's."""
-    fields = ("name", "promote")
+    fields = ("name", "promote", "backbone")
     incoming = api.folders.files / ".incoming"
     received = await receive(request, folder=incoming, limit_bytes=api.limits.graft_bytes, fields=fields)
     scratch: Path | None = None
     try:
         name = checked_name(api, received.fields.get("name", ""))
+        backbone = await api.turns.work(
+            tenant, backbone_named, api, received.fields.get("backbone") or None, param="backbone"
+        )
         promote = received.fields.get("promote", "").lower()
         if promote not in _BOOLEANS:
             raise bad_request(f"promote: {shown(promote)} is not true or false", param="promote")
         scratch = Path(await run_in_threadpool(tempfile.mkdtemp, dir=incoming))
         await api.turns.work(tenant, _unpack, api, received.path, scratch / name)
-        return await adopted(api, tenant, scratch / name, name, _BOOLEANS[promote])
+        return await adopted(api, tenant, backbone, scratch / name, name, _BOOLEANS[promote])
     finally:
         await run_in_threadpool(received.path.unlink, missing_ok=True)
         if scratch is not None:
             await run_in_threadpool(shutil.rmtree, scratch, ignore_errors=True)
 
 
-@router.post("/import", responses=answers(*READING), openapi_extra=json_body(GraftImport))
+@router.post("/import", responses=answers(404, *READING), openapi_extra=json_body(GraftImport))
 async def import_graft(request: Request, api: ApiDep, tenant: TenantDep) -> GraftObject:
     """Give the service a graft whose folder lies under one of its configured roots (`graft_roots`)."""
     body = await read_body(request, GraftImport)
     name = checked_name(api, body.name)
+    backbone = await api.turns.work(tenant, backbone_named, api, body.backbone, param="backbone")
     folder = await api.turns.work(tenant, under_a_root, api, body.path)
-    return await adopted(api, tenant, folder, name, body.promote)
+    return await adopted(api, tenant, backbone, folder, name, body.promote)
 
 
 @router.get("/{graft}", responses=answers(404))
@@ -98,7 +107,7 @@ def delete(graft: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     generated with it, or an unfinished job is made over it. The number is not given out again."""
     name, version = _version(api, tenant, graft)
     found = _find(api, tenant, graft)
-    if api.gateway.uses(found.id):
+    if any(backbone.gateway.uses(found.id) for backbone in api.backbones):
         raise ApiError(409, f"{graft} is generating answers; wait", param="id", code="graft_in_use")
     if (job := _made_over(api, tenant, graft)) is not None:
         raise ApiError(409, f"job {job} is made over {graft}; cancel it or wait", param="id", code="graft_in_use")
@@ -162,12 +171,9 @@ def roll_back(graft: str, api: ApiDep, tenant: TurnDep) -> GraftObject:
 def _find(api: Api, tenant: TenantId, graft: str) -> Graft:
     """The tenant's graft of that name or version. Raises ApiError 404."""
     try:
-        found = resolve(api.store, tenant, graft, api.backbone)
+        return resolve(api.store, tenant, graft)
     except UnknownModel:
-        found = None
-    if found is None:
-        raise not_found("graft", graft)
-    return found
+        raise not_found("graft", graft) from None
 
 
 def _version(api: Api, tenant: TenantId, graft: str) -> tuple[str, int]:
@@ -182,8 +188,8 @@ def _version(api: Api, tenant: TenantId, graft: str) -> tuple[str, int]:
 def checked_name(api: Api, name: str) -> str:
     """The name, which a graft can have. Raises ApiError 400."""
     try:
-        if name == api.backbone:
-            raise BadName(f"name: {name!r} is that of the backbone; choose another")
+        if name in api.backbones.names:
+            raise BadName(f"name: {name!r} is that of a backbone; choose another")
         return check_name(name)
     except BadName as error:
         raise bad_request(str(error), param="name", code="invalid_value") from None
@@ -212,13 +218,15 @@ def under_a_root(api: Api, path: str) -> Path:
     return folder
 
 
-async def adopted(api: Api, tenant: TenantId, folder: Path, name: str, promote: bool) -> GraftObject:
-    """The graft that the folder holds, under the next version of the name. Raises ApiError."""
+async def adopted(
+    api: Api, tenant: TenantId, backbone: KnownBackbone, folder: Path, name: str, promote: bool
+) -> GraftObject:
+    """The graft of that backbone which the folder holds, under the next version of the name. Raises ApiError."""
     try:
-        saved = await api.adoption.read(tenant, folder, api.folders.grafts)
+        saved = await backbone.adoption.read(tenant, folder, api.folders.grafts)
         found = await api.turns.work(tenant, _published, api, tenant, name, saved, promote)
         if not (api.folders.grafts / saved.graft).is_dir():  # whoever deleted the last of its twins took it away
-            await api.adoption.read(tenant, folder, api.folders.grafts)
+            await backbone.adoption.read(tenant, folder, api.folders.grafts)
     except Refused as error:
         raise bad_request(f"graft: {error}", param="file", code="invalid_graft") from None
     except Busy as error:
@@ -282,6 +290,7 @@ def _shown_now(api: Api, graft: Graft) -> GraftObject:
 
 
 def _shown(api: Api, graft: Graft, current: bool) -> GraftObject:
+    stock = api.backbones.of(graft)
     return GraftObject(
         id=graft.model,
         name=graft.name,
@@ -289,7 +298,7 @@ def _shown(api: Api, graft: Graft, current: bool) -> GraftObject:
         current=current,
         graft=graft.id,
         method=graft.method,
-        backbone=api.backbone if graft.backbone_fingerprint == api.fingerprint else None,
+        backbone=stock.name if stock is not None else None,
         backbone_fingerprint=graft.backbone_fingerprint,
         parameters=graft.parameters,
         bytes=graft.bytes,

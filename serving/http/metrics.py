@@ -68,18 +68,22 @@ class _Found(Collector):
 
 def _replicas(api: Api) -> Iterator[Metric]:
     """What replicas said last; one that is not connected says nothing."""
-    loads = sorted(api.gateway.loads.items())
+    loads = [
+        (backbone.name, replica, load)
+        for backbone in api.backbones
+        for replica, load in sorted(backbone.gateway.loads.items())
+    ]
 
     def gauge(name: str, about: str, value: Callable[[Load], float]) -> Metric:
         found = GaugeMetricFamily(PREFIX + name, about, labels=_REPLICA)
-        for replica, load in loads:
-            found.add_metric([api.backbone, replica], value(load))
+        for backbone, replica, load in loads:
+            found.add_metric([backbone, replica], value(load))
         return found
 
     def counter(name: str, about: str, value: Callable[[Tally], float]) -> Metric:
         found = CounterMetricFamily(PREFIX + name, about, labels=_REPLICA)
-        for replica, load in loads:
-            found.add_metric([api.backbone, replica], value(load.tally))
+        for backbone, replica, load in loads:
+            found.add_metric([backbone, replica], value(load.tally))
         return found
 
     yield gauge("num_requests_running", "Requests in the batch.", lambda load: load.running)
@@ -89,9 +93,9 @@ def _replicas(api: Api) -> Iterator[Metric]:
         "Requests in the queue: for their graft to be read or to fit (deferred), for a place in the batch (capacity).",
         labels=(*_REPLICA, "reason"),
     )
-    for replica, load in loads:
-        waits.add_metric([api.backbone, replica, "deferred"], load.deferred)
-        waits.add_metric([api.backbone, replica, "capacity"], load.waiting - load.deferred)
+    for backbone, replica, load in loads:
+        waits.add_metric([backbone, replica, "deferred"], load.deferred)
+        waits.add_metric([backbone, replica, "capacity"], load.waiting - load.deferred)
     yield waits
     yield gauge(
         "kv_cache_usage_perc", "Share of the key-value cache in use.", lambda load: 1 - load.free_blocks / load.blocks
@@ -110,8 +114,8 @@ def _replicas(api: Api) -> Iterator[Metric]:
         "From a request's arrival to its first place in a batch.",
         labels=_REPLICA,
     )
-    for replica, load in loads:
-        queued.add_metric([api.backbone, replica], load.tally.entered, load.tally.queued_s)
+    for backbone, replica, load in loads:
+        queued.add_metric([backbone, replica], load.tally.entered, load.tally.queued_s)
     yield queued
 
 

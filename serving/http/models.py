@@ -1,4 +1,4 @@
-"""`/v1/models`: the bare backbone, every version of the tenant's grafts, and the names that stand for one of them."""
+"""`/v1/models`: the bare backbones, every version of the tenant's grafts, and the names that stand for one of them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ def model(model: str, api: ApiDep, tenant: TurnDep) -> ModelObject:
 
 
 def _models(api: Api, tenant: TenantId) -> tuple[ModelObject, ...]:
-    """The backbone first, then names in order, each followed by its versions."""
+    """The default backbone first, then the others; then names in order, each followed by its versions."""
     grafts = {(found.value.name, found.value.version): found.value for found in api.store.scan(keys.grafts(tenant))}
     aliases = {found.value.name: found.value.version for found in api.store.scan(keys.aliases(tenant))}
-    listed = [ModelObject(id=api.backbone, created=0, owned_by=OURS, root=api.backbone)]
+    listed = [
+        ModelObject(id=one.name, created=int(one.record.added_at), owned_by=OURS, root=one.name)
+        for one in api.backbones
+    ]
     for (name, version), graft in sorted(grafts.items()):
+        stock = api.backbones.of(graft)
+        parent = graft.backbone_fingerprint if stock is None else stock.name
         for id in [name, graft.model] if aliases.get(name) == version else [graft.model]:
             created = int(graft.created_at)
-            listed.append(ModelObject(id=id, created=created, owned_by=tenant, root=graft.model, parent=api.backbone))
+            listed.append(ModelObject(id=id, created=created, owned_by=tenant, root=graft.model, parent=parent))
     return tuple(listed)

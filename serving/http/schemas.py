@@ -6,6 +6,8 @@ from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from polygraft.grafts.methods.compressed.quantisation import PATTERN
+
 T = TypeVar("T")
 
 
@@ -61,7 +63,7 @@ class ModelObject(Body):
 
 class GraftObject(Body):
     """A version of a graft. `current` says that its name alone means it; `backbone` is null for a graft of another
-    backbone than the service has now; `graft` is the digest that its files are kept under."""
+    backbone than those that the service has now; `graft` is the digest that its files are kept under."""
 
     id: str
     object: Literal["graft"] = "graft"
@@ -85,6 +87,33 @@ class GraftImport(Body):
     path: str = Field(min_length=1, max_length=4096)
     name: str
     promote: bool = False
+    backbone: str | None = Field(default=None, description="the one it is for; the service's own where not given")
+
+
+class BackboneObject(Body):
+    """A frozen model that jobs and requests may name. Where its files lie (`path`) is for the operator alone.
+    `context_length` null: no limit. `state`: whether replicas hold it, or will because somebody asked it."""
+
+    id: str
+    object: Literal["backbone"] = "backbone"
+    default: bool
+    path: str | None
+    dtype: str
+    quantise: str | None
+    fingerprint: str
+    context_length: int | None
+    state: Literal["loaded", "loading", "unloaded"]
+    added_at: int
+
+
+class NewBackbone(Body):
+    """Body of POST /v1/backbones; `path` is a folder that every node of the service can see, or the name of a model
+    that the service can fetch."""
+
+    name: str = Field(min_length=1, max_length=64)
+    path: str = Field(min_length=1, max_length=4096)
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    quantise: str | None = Field(default=None, pattern=PATTERN)
 
 
 class LoadAdapter(Body):

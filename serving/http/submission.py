@@ -25,11 +25,13 @@ from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinne
 from polygraft.grafts.sources import check
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text import jsonl
-from polygraft.grafts.text.tokenise import Tokens
+from polygraft.grafts.text.tokenise import Tokeniser, Tokens
 from polygraft.kernels.kv.cost import SCORE_BLOCK
 from polygraft.serving.http.context import Api
 from polygraft.serving.http.errors import bad_request, not_found
 from polygraft.serving.http.files import find_file
+from polygraft.serving.http.known import KnownBackbone
+from polygraft.serving.http.named import backbone_named
 
 _PEFT = "method.supervised.hyperparameters.peft"
 _MAX_LENGTH = "method.supervised.hyperparameters.max_length"
@@ -52,46 +54,45 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         request = read_request(body)
     except BadRequest as error:
         raise bad_request(str(error), param=error.param, code="invalid_value") from None
-    if request.model != api.backbone:
-        raise not_found("model", request.model, param="model")
+    backbone = backbone_named(api, request.model)
+    if request.suffix in api.backbones.names:
+        raise bad_request(f"suffix: {request.suffix!r} is the name of a backbone; choose another", param="suffix")
     spec = request.to_spec()
     try:
-        asked = request.graft if request.graft is not None else asked_for(spec.peft, api.shape, api.stock)
-        check_backbone(asked, quantised=api.quantised)
-        graft = BoundGraft(asked, api.shape)
+        asked = request.graft if request.graft is not None else asked_for(spec.peft, backbone.shape, backbone.stock)
+        check_backbone(asked, quantised=backbone.quantised)
+        graft = BoundGraft(asked, backbone.shape)
         sizes = graft.parameters, graft.frozen
-        spec = replace(spec, peft=_over_others(api, tenant, spec.peft, graft))
+        spec = replace(spec, peft=_over_others(api, tenant, backbone, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
     _check_memory(api.pack, spec.peft, sizes)
     room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), api.pack.pack_bytes) if api.pack.pack_bytes else None
-    limit = _length_limit(api, spec.max_length, graft, room)
+    limit = _length_limit(backbone, spec.max_length, graft, room)
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
     for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
         if file is not None:
             path = api.blob(find_file(api, tenant, file, param=param).value)
-            _check_examples(api, path, limit, room, param)
+            _check_examples(api, backbone.tokeniser, path, limit, room, param)
     return Submission(_job(api, tenant, request, spec, sizes), limit)
 
 
-def _over_others(api: Api, tenant: TenantId, peft: str, graft: BoundGraft) -> str:
+def _over_others(api: Api, tenant: TenantId, backbone: KnownBackbone, peft: str, graft: BoundGraft) -> str:
     """`peft` with the versions of the grafts that it is made over, which must give what it takes of them."""
     found: dict[str, Graft] = {}
     bound: dict[str, BoundGraft] = {}
     for name in graft.spec.sources:
         try:
-            source = resolve(api.store, tenant, name, api.backbone)
+            source = resolve(api.store, tenant, name)
         except UnknownModel:
-            source = None
-        if source is None:
-            raise not_found("model", name, param=_PEFT)
-        if source.backbone_fingerprint != api.fingerprint:
-            raise SpecError(f"of: {name!r} has grown on another backbone")
+            raise not_found("model", name, param=_PEFT) from None
+        if source.backbone_fingerprint != backbone.fingerprint:
+            raise SpecError(f"of: {name!r} has grown on another backbone than {backbone.name}")
         found[name] = source
         try:
-            bound[name] = BoundGraft(described(api.folders.grafts / source.id), api.shape)
+            bound[name] = BoundGraft(described(api.folders.grafts / source.id), backbone.shape)
         except FormatError:
             raise SpecError(f"of: the files of {name!r} are missing or damaged") from None
     check(graft, bound)
@@ -118,11 +119,13 @@ def _job(api: Api, tenant: TenantId, request: FineTuningRequest, spec: JobSpec, 
     )
 
 
-def _length_limit(api: Api, asked: int | None, graft: BoundGraft, room: ExampleRoom | None) -> int | None:
+def _length_limit(
+    backbone: KnownBackbone, asked: int | None, graft: BoundGraft, room: ExampleRoom | None
+) -> int | None:
     """After how many tokens an example is cut: by default what the backbone and a pack's memory have room for. Where
     that is no example at all, `_check_examples` says why."""
     try:
-        limit = api.shape.length_limit(asked, graft.context_length)
+        limit = backbone.shape.length_limit(asked, graft.context_length)
     except SpecError as error:
         raise bad_request(str(error), param=_MAX_LENGTH, code="invalid_value") from None
     if asked is not None or room is None or (longest := room.longest) < 2:
@@ -144,23 +147,25 @@ def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int]) -> None:
         )
 
 
-def _check_examples(api: Api, path: Path, limit: int | None, room: ExampleRoom | None, param: str) -> None:
+def _check_examples(
+    api: Api, tokeniser: Tokeniser, path: Path, limit: int | None, room: ExampleRoom | None, param: str
+) -> None:
     """Raise ApiError 400 for an example of which the limit leaves nothing to learn, or that no pack has room for,
     naming its line."""
     until = time.monotonic() + _CHECK_S
-    for line, tokens in encoded(api, path, limit, param):
+    for line, tokens in encoded(api, tokeniser, path, limit, param):
         if room is not None and (why := room.refusal(len(tokens.ids))) is not None:
             raise bad_request(f"{param}: line {line} {why}", param=param, code="invalid_file")
         if time.monotonic() > until:
             return
 
 
-def encoded(api: Api, path: Path, limit: int | None, param: str) -> Iterator[tuple[int, Tokens]]:
+def encoded(api: Api, tokeniser: Tokeniser, path: Path, limit: int | None, param: str) -> Iterator[tuple[int, Tokens]]:
     """The tokens of each example with its line. Raises ApiError 400 for one that cannot be used, and for content that
     is not there, or not any more."""
     try:
         for example in jsonl.read(path, jsonl.Limits(line_bytes=api.limits.line_bytes)):
-            yield example.line, api.tokeniser.encode_example(example, limit)
+            yield example.line, tokeniser.encode_example(example, limit)
     except FileNotFoundError:
         raise bad_request(f"{param}: the content of {shown(path.stem)} is gone; upload it again", param=param) from None
     except jsonl.DataError as error:

@@ -8,20 +8,20 @@ from pydantic import Field, model_validator
 from polygraft.cluster.model import TenantId
 from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.message import ChatMessage
-from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import bad_request
-from polygraft.serving.http.generate import graft_of
 from polygraft.serving.http.generations import TokenIds
+from polygraft.serving.http.known import KnownBackbone
+from polygraft.serving.http.named import backbone_named, model_named
 from polygraft.serving.http.schemas import Body
 
 router = APIRouter()
 
 
 class TokenizeRequest(Body):
-    """A `prompt`, or the `messages` of a conversation; without a model the backbone's."""
+    """A `prompt`, or the `messages` of a conversation; without a model the service's own backbone's."""
 
     model: str | None = None
     prompt: str | None = None
@@ -70,7 +70,8 @@ async def detokenize(request: Request, api: ApiDep, tenant: TenantDep) -> Detoke
 
 
 def _tokenized(api: Api, tenant: TenantId, body: TokenizeRequest) -> TokenizeAnswer:
-    tokeniser = _known(api, tenant, body.model)
+    backbone = _known(api, tenant, body.model)
+    tokeniser = backbone.tokeniser
     try:
         if body.messages is not None:
             messages = [one.message for one in body.messages]
@@ -82,11 +83,11 @@ def _tokenized(api: Api, tenant: TenantId, body: TokenizeRequest) -> TokenizeAns
         field = "prompt" if body.messages is None else "messages"
         raise bad_request(f"{field}: {error}", param=field) from None
     written = tuple(tokeniser.token(id) or "" for id in ids) if body.return_token_strs else None
-    return TokenizeAnswer(count=len(ids), max_model_len=api.max_context, tokens=ids, token_strs=written)
+    return TokenizeAnswer(count=len(ids), max_model_len=backbone.max_context, tokens=ids, token_strs=written)
 
 
 def _detokenized(api: Api, tenant: TenantId, body: DetokenizeRequest) -> DetokenizeAnswer:
-    tokeniser = _known(api, tenant, body.model)
+    tokeniser = _known(api, tenant, body.model).tokeniser
     wrong = next((at for at, id in enumerate(body.tokens) if tokeniser.token(id) is None), None)
     if wrong is not None:
         message = f"tokens.{wrong}: the tokenizer has no token {body.tokens[wrong]}"
@@ -94,8 +95,6 @@ def _detokenized(api: Api, tenant: TenantId, body: DetokenizeRequest) -> Detoken
     return DetokenizeAnswer(prompt=tokeniser.decode(body.tokens, special=True))
 
 
-def _known(api: Api, tenant: TenantId, model: str | None) -> Tokeniser:
-    """The tokenizer of a model that the tenant can ask. Raises ApiError."""
-    if model is not None:
-        graft_of(api, tenant, model)
-    return api.tokeniser
+def _known(api: Api, tenant: TenantId, model: str | None) -> KnownBackbone:
+    """That of a model that the tenant can ask; for None the service's own. Raises ApiError."""
+    return backbone_named(api, None) if model is None else model_named(api, tenant, model)[0]

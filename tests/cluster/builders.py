@@ -75,11 +75,13 @@ def make_snapshot(  # noqa: PLR0913
     if backbones is None:
         backbones = tuple(make_backbone(name) for name in sorted({job.spec.backbone for job in jobs}))
     names = [f"d{index or ''}" for index in range(devices)]
+    over = sorted((job for job in jobs if job.final), key=lambda job: (job.finished_at or 0.0, job.id))
     return Snapshot(
         version=EventId("16-2"),
         now=now,
         limits=limits or Limits(),
         jobs={job.id: job for job in jobs},
+        over=tuple(job.id for job in over),
         packs={pack.id: pack for pack in packs},
         backbones={backbone.name: backbone for backbone in backbones},
         replicas={replica.id: replica for replica in replicas},

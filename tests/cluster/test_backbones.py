@@ -16,7 +16,7 @@ from polygraft.cluster.backbones import (
     check_backbone_name,
     put_backbone,
 )
-from polygraft.cluster.events import BackboneAsked, BackboneLoading, BackboneRemoved
+from polygraft.cluster.events import BackboneAsked, BackboneLoading, BackboneRemoved, BackboneUnloading
 from polygraft.cluster.model import START, Alias, Snapshot, TenantId
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
@@ -75,6 +75,17 @@ def test_a_service_that_begins_has_its_own_backbone_whatever_was_under_its_name(
     assert moved == replace(B, folder="/elsewhere", asked_at=8.0, loaded=True)
     changed = replace(B, fingerprint="new", added_at=9.0, asked_at=9.0)
     assert put_backbone(store, changed, at=9.0) == changed and backbones(store) == [changed]
+
+
+def test_one_that_was_asked_meanwhile_is_not_unloaded() -> None:
+    store = MemoryStore()
+    put_backbone(store, replace(B, asked_at=2.0), at=2.0)
+    advance_backbone(store, BackboneLoading(backbone="b", reason=Reason.ASKED, at=2.0))
+    advance_backbone(store, BackboneAsked(backbone="b", at=9.0))
+    with pytest.raises(IllegalTransition, match="asked at 9"):
+        advance_backbone(store, BackboneUnloading(backbone="b", asked_at=2.0, reason=Reason.IDLE, at=9.1))
+    advance_backbone(store, BackboneUnloading(backbone="b", asked_at=9.0, reason=Reason.IDLE, at=99.0))
+    assert backbones(store) == [replace(B, asked_at=0.0)]
 
 
 def test_what_is_not_there_cannot_be_asked() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from polygraft.cluster.client import ApiFailure, Client, RemoteJob
+from polygraft.cluster.answers import RemoteJob
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.service import Service, ServiceNotRunning, announce, find_service, read_key
 
 JOB = {

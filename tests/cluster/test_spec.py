@@ -46,6 +46,8 @@ def test_every_field_arrives() -> None:
             seed=7,
             metadata={"k": "v"},
             promote=True,
+            priority=-3,
+            devices=2,
             integrations=None,
         )
     )
@@ -67,6 +69,8 @@ def test_every_field_arrives() -> None:
         seed=7,
         metadata=(("k", "v"),),
         promote=True,
+        priority=-3,
+        devices=2,
     )
 
 
@@ -128,6 +132,8 @@ def test_all_of_openais_fields_are_ours_too() -> None:
         (body(suffix="a" * 41), "suffix", "match pattern"),
         (body(suffix="b"), "suffix", "'b' is the name of the base model"),
         (body(seed=-1), "seed", "(got -1)"),
+        (body(priority=11), "priority", "(got 11)"),
+        (body(devices=0), "devices", "(got 0)"),
         (body(metadata={str(n): "x" for n in range(17)}), "metadata", "17 pairs; at most 16"),
         (body(metadata={"k": "x" * 513}), "metadata", "'k': keys have at most 64 characters, values 512"),
         (body(integrations=[{"type": "wandb"}]), "integrations", "Input should be None"),

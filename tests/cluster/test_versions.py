@@ -36,7 +36,7 @@ def adopted(store: MemoryStore, graft: str = "g", *, promote: bool = False, tena
 
 
 def meant(store: MemoryStore) -> str:
-    graft = resolve(store, T, "tutor", "b")
+    graft = resolve(store, T, "tutor")
     assert graft is not None
     return graft.model
 
@@ -70,7 +70,7 @@ def test_the_version_that_a_name_means_goes_last_and_its_number_is_not_given_aga
     assert versions(store, T, "tutor") == []
     for model in ("tutor", "tutor@1", "tutor@2"):
         with pytest.raises(UnknownModel, match=f"'{model}' does not exist"):
-            resolve(store, T, model, "b")
+            resolve(store, T, model)
     with pytest.raises(NoVersionBefore):
         roll_back(store, T, "tutor", at=3.0)
     assert adopted(store).model == "tutor@3" and meant(store) == "tutor@3"

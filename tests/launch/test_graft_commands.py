@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import uvicorn
@@ -19,7 +20,7 @@ from polygraft.cluster.api_keys import create_key
 from polygraft.cluster.client import Client
 from polygraft.cluster.model import Graft, TenantId
 from polygraft.cluster.publish import resolve
-from polygraft.cluster.settings import ServeSettings, Settings
+from polygraft.cluster.settings import ServeSettings
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
@@ -46,9 +47,7 @@ class Running:
     backbone: Backbone
 
     def meant(self, model: str) -> Graft:
-        found = resolve(self.store, TenantId("local"), model, "tiny")
-        assert found is not None
-        return found
+        return resolve(self.store, TenantId("local"), model)
 
     def folder(self, model: str) -> Path:
         return self.data / "grafts" / self.meant(model).id
@@ -88,7 +87,7 @@ def running(service: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch) ->
     found, client = service
     monkeypatch.setattr(client, "close", lambda: None)  # until the last test
     monkeypatch.setattr(Flags, "client", lambda _: client)
-    monkeypatch.setattr(Flags, "backbone", lambda _: (str(found.backbone.folder), None))
+    monkeypatch.setattr(Flags, "backbone", lambda *_: (str(found.backbone.folder), None))
     return found
 
 
@@ -115,7 +114,7 @@ def test_a_graft_made_elsewhere_is_imported_and_served_by_its_name(running: Runn
     done = run(*home, "grafts", "import", tmp_path / "theirs", "oft", "--backbone", "tiny", "--promote")
     assert done.stdout == "oft@2\n" and running.meant("oft").version == 2
     done = run(*home, "grafts", "import", tmp_path / "theirs", "oft", "--backbone", tmp_path)
-    assert done.exit_code == 2 and "the service's backbone is tiny" in done.stderr.replace("\n", " ")
+    assert done.exit_code == 2 and "the service has tiny" in done.stderr.replace("\n", " ")
     done = run(*home, "grafts", "import", tmp_path / "theirs", "Oft")
     assert done.exit_code == 1 and "name: 'Oft'" in done.stderr
     assert run(*home, "grafts", "import", tmp_path / "none", "oft").exit_code == 2
@@ -224,15 +223,21 @@ def test_a_graft_is_exported_as_a_model_or_in_the_format_asked_for(running: Runn
     assert export("x", graft="nobody").exit_code == 4
 
 
-def test_commands_take_the_backbone_that_the_running_service_has(tmp_path: Path) -> None:
-    """Not that of the settings of whoever calls them: the service may have been started with flags."""
-    from polygraft.cluster.service import Service, announce
-    from polygraft.launch.run_folder import RunFolder
-
+def test_commands_take_the_backbones_that_the_running_service_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the settings of whoever calls them: the service may have been started with flags."""
     flags = Flags(home=tmp_path)
     (tmp_path / "config.yaml").write_text("backbone: another\n")
-    assert flags.backbone() == ("another", None)
-    service = dict.fromkeys(("url", "backbone", "store_url", "ray_address", "ray_namespace", "ray_token"), "")
-    announce(flags.settings().service_path, Service(**service, backbone_folder="/models/big", pid=1, started=0.0))  # type: ignore[arg-type]
-    RunFolder(tmp_path).settings.write_text(Settings(home=tmp_path, quantise="nf4").model_dump_json())
-    assert flags.backbone() == ("/models/big", "nf4")
+    assert flags.backbone(None) == ("another", None)
+    common = {"object": "backbone", "dtype": "auto", "context_length": 8, "state": "loaded", "added_at": 1}
+    big = {**common, "id": "big", "default": True, "path": "/models/big", "quantise": "nf4", "fingerprint": "f1"}
+    small = {**common, "id": "small", "default": False, "path": "/models/small", "quantise": None, "fingerprint": "f2"}
+    answer = httpx.Response(200, json={"data": [big, small], "has_more": False})
+    client = Client("http://service", "pg-key", transport=httpx.MockTransport(lambda _: answer))
+    monkeypatch.setattr(Flags, "client", lambda _: client)
+    monkeypatch.setattr(client, "close", lambda: None)
+    assert flags.backbone(None) == flags.backbone("big") == ("/models/big", "nf4")
+    assert flags.backbone("small") == flags.backbone(None, "f2") == ("/models/small", None)
+    assert flags.backbone(None, "nobody's") == ("/models/big", "nf4")
+    assert flags.backbone("/models/mine") == ("/models/mine", "nf4"), "as the service's own"

@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 
 from polygraft.cluster.backbones import put_backbone
-from polygraft.cluster.model import ReplicaId
+from polygraft.cluster.model import Occupancy, ReplicaId
 from polygraft.cluster.settings import BadSettings, load
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Write
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.launch import packs
-from polygraft.serving import replica
+from polygraft.serving import host as serving_host
+from polygraft.serving import ingress
 from polygraft.serving.candidate import candidate
-from polygraft.serving.ingress import Ingress, IngressPlan
 from polygraft.trainers import host
-from tests.cluster.builders import make_pack
+from tests.cluster.builders import make_device, make_pack
 from tests.tiny import tiny_llama
 
 
@@ -32,25 +34,32 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     plans: list[host.PackPlan] = []
     monkeypatch.setattr(host, "start_host", plans.append)
     store = MemoryStore()
+    monkeypatch.setattr(store, "close", lambda: None)
     monkeypatch.setattr(packs, "connect", lambda _: store)
     settings = settings.model_copy(update={"backbone": str(folder)})
     record = candidate(settings.backbone, tmp_path, settings.quantise).backbone(
         settings.backbone, dtype=settings.dtype, quantise=settings.quantise, at=1.0, asked=True
     )
     put_backbone(store, record, at=1.0)
+    device = make_device()
+    store.commit([Write(keys.device(device.id), Occupancy(device=device), 0)])
     packs.OpenHost.of(settings)(make_pack(backbone=settings.backbone))
+    assert (plans[0].nodes, plans[0].kind, plans[0].cores) == ((device.node,), device.kind, device.cores)
     assert (plans[0].quantise, plans[0].dtype, plans[0].backbone_folder) == ("nf4", "fp32", str(folder))
-    plan = replica.ReplicaPlan(
-        replica=ReplicaId("replica-0"),
-        backbone_folder=folder,
+    plan = serving_host.ReplicaPlan(
+        backbone=record,
+        store_url=settings.store_url,
         data=tmp_path,
         device=settings.device,
-        dtype=settings.dtype,
-        quantise=settings.quantise,
         settings=settings.serve,
+        step_floor_s=0.0,
     )
-    served = replica._engine(plan)._backbone
-    answering = Ingress(IngressPlan(settings=settings, backbone_folder=folder), {})._api
+    served = serving_host._engine(plan, ReplicaId("replica-0"))._backbone
+    monkeypatch.setattr(ingress, "connect", lambda _: store)
+    answering = ingress.Ingress(ingress.IngressPlan(settings=settings, cache=tmp_path))._api.backbones.named(
+        str(folder)
+    )
+    assert answering is not None and answering.quantised
     assert served.fingerprint == answering.fingerprint == record.fingerprint == fingerprint(folder, "nf4")
 
 

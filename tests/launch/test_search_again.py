@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from polygraft.cluster.client import Client, RemoteFile
+from polygraft.cluster.answers import RemoteFile
+from polygraft.cluster.client import Client
 from polygraft.cluster.model import DataFile, FileId, StudyId, TenantId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write

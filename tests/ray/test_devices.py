@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError
 
 from polygraft.cluster.actors.discovery import GpuFacts, NodeFacts
-from polygraft.cluster.actors.effects import RayEffects
+from polygraft.cluster.actors.effects import Means, RayEffects
 from polygraft.cluster.actors.place import asking, place
 from polygraft.cluster.leasing import close_replica, open_replica
 from polygraft.cluster.model import Device, DeviceKind, Occupancy, ReplicaId
@@ -88,7 +88,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def devices(cluster: Cluster) -> Mapping[str, Device]:
     """As they are discovered."""
-    effects = RayEffects(lambda _: pytest.fail("no pack opens here"), four_gpus)
+    effects = RayEffects(Means(pytest.fail, pytest.fail, four_gpus))
     until(lambda: len(effects.devices()) == 6 and all(device.speed for device in effects.devices()))
     return {device.id: device for device in effects.devices()}
 

@@ -13,14 +13,14 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 
 from polygraft.cluster.actors.controller import POLL_S
-from polygraft.cluster.actors.effects import PackHost
+from polygraft.cluster.actors.effects import Means, PackHost
 from polygraft.cluster.actors.leader import start_leader
 from polygraft.cluster.actors.protocols import PackDied
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.api_keys import verify_key
 from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.events import ControllerStarted, JobStarted, JobSubmitted, PackOpened
-from polygraft.cluster.model import START, GraftId, Job, JobId, Limits, Pack, PackId
+from polygraft.cluster.model import START, Backbone, GraftId, Job, JobId, Limits, Pack, PackId
 from polygraft.cluster.publish import publish
 from polygraft.cluster.states import JobState, PackState
 from polygraft.cluster.store import keys
@@ -78,6 +78,10 @@ def opener(url: str) -> Callable[[Pack], ActorHandle[PackHost]]:
     return lambda pack: ray.remote(Pretender).options(num_cpus=0, resources={"device": 0.5}).remote(url, pack.id)
 
 
+def nobody(backbone: Backbone) -> None:
+    raise AssertionError(f"{backbone.name} was deployed, and there is no Serve")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
     with local_ray({}):
@@ -94,7 +98,7 @@ def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServe
     store = connect(server.url)
     limits = Limits(idle_s=1.0, max_attempts=1)
     put_backbone(store, make_backbone("b"), at=time.time())
-    leader = start_leader(server.url, limits, opener(server.url), name="controller")
+    leader = start_leader(server.url, limits, Means(opener(server.url), nobody), name="controller")
 
     submit(store, "quick")
     until(lambda: job_of(store, "quick").state is JobState.SUCCEEDED)

@@ -18,6 +18,7 @@ import pytest
 from ray import serve
 
 from polygraft.cluster.api_keys import create_key
+from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.model import Alias, Graft, GraftId, TenantId
 from polygraft.cluster.settings import ServeSettings, Settings
 from polygraft.cluster.store import keys
@@ -31,8 +32,10 @@ from polygraft.grafts.runtime.pretrained import fingerprint
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.serving.app import build
-from tests.ray.local import local_ray
+from polygraft.launch.engines import DeployBackbone
+from polygraft.serving.candidate import candidate
+from polygraft.serving.ingress import IngressPlan, ingress_app
+from tests.ray.local import free_port, local_ray, write_devices
 from tests.serving.naive import Solo, random_tensors
 from tests.tiny import tiny_llama
 
@@ -40,13 +43,6 @@ METHODS = ("lora(r=4)", "ia3", "prefix(5)", "serial(4)")
 ASK = "What is a graft?"
 TOKENS = 24
 SLOW_BODIES = 1_050
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def published(store: Store, data: Path, folder: Path, shape: ModelShape) -> dict[str, str]:
@@ -97,12 +93,12 @@ async def burst(client: openai.AsyncOpenAI, models: list[str]) -> list[str]:
     return await asyncio.gather(*(streamed(client, model) for model in models))
 
 
-def deployment_pid(name: str) -> int:
-    """The process of a deployment."""
+def pid_of(words: str) -> int:
+    """The process with these words in its command line."""
     for process in psutil.Process().children(recursive=True):
-        if f"ServeReplica:polygraft:{name}" in " ".join(process.cmdline()):
+        if words in " ".join(process.cmdline()):
             return process.pid
-    raise AssertionError(f"no {name} is alive")
+    raise AssertionError(f"no {words} is alive")
 
 
 @pytest.mark.slow
@@ -125,9 +121,16 @@ def test_the_stock_client_is_served_mixed_streams_over_http(tmp_path: Path) -> N
         )
         port = free_port()
         with local_ray({}):
+            write_devices(store, 1)
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(settings, backbone_folder=folder), name="polygraft")
             url = f"http://127.0.0.1:{port}"
+            record = candidate(str(folder), tmp_path, None).backbone(
+                "tiny", dtype="fp32", quantise=None, at=time.time(), asked=True
+            )
+            put_backbone(store, record, at=record.added_at)
+            serve.run(ingress_app(IngressPlan(settings=settings, cache=tmp_path)), name="polygraft")
+            DeployBackbone.of(settings)(record)
+            until_healthy(url)
             try:
                 check(url, key, answers, data, tmp_path)
                 nobody_waits_for_bodies_that_never_end(port, other, key)
@@ -173,7 +176,7 @@ def check(url: str, key: str, answers: dict[str, str], data: Path, tmp_path: Pat
             before = len(read_steps(data))
             while len(read_steps(data)) < before + 5:
                 await asyncio.sleep(0.01)
-            os.kill(deployment_pid("replica-0"), signal.SIGKILL)
+            os.kill(pid_of("ray::Host"), signal.SIGKILL)
             return await work
 
         assert runner.run(killed()) == [answers[model] for model in models]
@@ -203,19 +206,23 @@ def lose_the_ingress(url: str, key: str) -> None:
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30) as answer:
         pieces = answer.iter_bytes()
         said = next(pieces)
-        os.kill(deployment_pid("ingress"), signal.SIGKILL)
+        os.kill(pid_of("ServeReplica:polygraft:ingress"), signal.SIGKILL)
         with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012  (whatever comes before the end is read)
             for piece in pieces:
                 said += piece
     assert answer.status_code == 200 and b"[DONE]" not in said and b'"finish_reason":"' not in said
-    for _ in range(300):
+    until_healthy(url)
+
+
+def until_healthy(url: str) -> None:
+    for _ in range(600):
         try:
             if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
         time.sleep(0.1)
-    raise AssertionError("no ingress took the dead one's place")
+    raise AssertionError("no ingress and replica came up")
 
 
 def hang_up(url: str, key: str) -> None:
@@ -227,8 +234,9 @@ def hang_up(url: str, key: str) -> None:
 
 
 def read_steps(data: Path) -> list[dict[str, object]]:
-    text = (data / "replicas/replica-0/steps.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """Of all replicas that there were."""
+    logs = sorted((data / "replicas").glob("backbone-tiny-*/steps.jsonl"))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
 
 
 def wait_quiet(data: Path) -> list[dict[str, object]]:

@@ -34,11 +34,13 @@ class Recording(LocalLink):
 class Fleet:
     """`add` and `drain` change the replicas that `gateway` sees."""
 
-    def __init__(self, backbone: Backbone, data: Path, settings: ServeSettings, *, step_floor_s: float = 0.0) -> None:
+    def __init__(
+        self, backbone: Backbone, data: Path, settings: ServeSettings, *, step_floor_s: float, ready_s: float
+    ) -> None:
         self._backbone, self._data, self._settings, self._floor_s = backbone, data, settings, step_floor_s
         self.links: dict[ReplicaId, Recording] = {}
         self.gone: list[Recording] = []
-        self.gateway = Gateway({}, ingress="i", settings=settings)
+        self.gateway = Gateway({}, ingress="i", settings=settings, ready_s=ready_s)
 
     def add(self) -> ReplicaId:
         id = ReplicaId(f"r{len(self.links) + len(self.gone)}")
@@ -69,9 +71,9 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    backbone: Backbone, data: Path, settings: ServeSettings, *, step_floor_s: float = 0.0
+    backbone: Backbone, data: Path, settings: ServeSettings, *, step_floor_s: float = 0.0, ready_s: float = 60.0
 ) -> AsyncIterator[Fleet]:
-    made = Fleet(backbone, data, settings, step_floor_s=step_floor_s)
+    made = Fleet(backbone, data, settings, step_floor_s=step_floor_s, ready_s=ready_s)
     await made.gateway.start()
     try:
         yield made

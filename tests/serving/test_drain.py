@@ -20,7 +20,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.gateway import Gateway, Unavailable
 from polygraft.serving.sequence import GenerationRequest
 from tests.grafts.oracle.row import Row
-from tests.serving.engines import request
+from tests.serving.engines import engine_on, request
 from tests.serving.replicas import Fleet, fleet, said
 from tests.tiny import tiny_llama
 
@@ -169,6 +169,24 @@ async def test_a_drain_ends_within_a_second_of_its_last_stream(backbone: Backbon
         assert time.monotonic() - began < 1.0  # it had none
 
 
+def test_a_graft_that_is_expected_is_loaded_before_a_stream_asks_for_it(backbone: Backbone, tmp_path: Path) -> None:
+    row = Row("lora(r=4)")
+    values = {name: value.float() for name, value in row.values(backbone.shape, 1).items()}
+    saved = native.save(tmp_path / "grafts", row.graft(backbone.shape), values, backbone=backbone.fingerprint)
+    small = engine_on(backbone, tmp_path, graft_bytes=1)
+    engine = engine_on(backbone, tmp_path)
+    for one, held in ((engine, (saved,)), (small, ())):
+        one.expect(GraftId(saved))
+        one.expect(GraftId("nobody's"))
+        for _ in range(500):
+            one.turn()
+            if not one.expects(GraftId(saved)) and not one.expects(GraftId("nobody's")):
+                break
+            time.sleep(0.01)
+        assert one.load.resident == held and not one.expects(GraftId("nobody's"))
+        one.stop()
+
+
 async def test_where_nobody_else_is_a_replica_goes_on_until_its_patience_ends(backbone: Backbone, data: Path) -> None:
     """Then the streams wait for the next one; a short one has ended meanwhile."""
     short, long = request("short", (5, 6), 20), request("long", (8, 9), 120)
@@ -210,6 +228,22 @@ async def test_a_stream_is_not_queued_behind_others_while_its_replica_can_go_on(
         assert len(replicas.links[there].taken[2].generated) > 40
 
 
+async def test_a_request_that_waits_goes_to_a_replica_that_comes(backbone: Backbone, data: Path) -> None:
+    settings = ServeSettings(max_streams=1, max_context=256, kv_bytes=1 << 20, max_rows=64)
+    async with fleet(backbone, data, settings, step_floor_s=0.01) as replicas:
+        here = replicas.add()
+        spoken: list[int] = []
+        long = asyncio.create_task(said(replicas.gateway, request("long", (5, 6), 200), spoken))
+        await all_have(1, [spoken])
+        work = [asyncio.create_task(said(replicas.gateway, request(f"w{n}", (7, n), 5))) for n in range(3)]
+        while len(replicas.links[here].taken) < 4:
+            await asyncio.sleep(0.005)
+        there = replicas.add()
+        await asyncio.gather(*work)
+        assert not long.done() and {one.id for one in replicas.links[there].taken} == {"w0", "w1", "w2"}
+        await long
+
+
 async def test_a_replica_that_dies_while_it_drains_is_no_failure_either(backbone: Backbone, data: Path) -> None:
     long = request("long", (5, 6, 7), 60)
     (undisturbed,) = await alone(backbone, data, [long])
@@ -227,12 +261,28 @@ async def test_a_replica_that_dies_while_it_drains_is_no_failure_either(backbone
         assert replicas.gateway._streams == {}
 
 
-async def test_without_patience_a_request_that_meets_no_replica_is_refused_at_once() -> None:
-    gateway = Gateway({}, ingress="i", settings=SETTINGS, ready_s=0.0)
-    await gateway.start()
-    with pytest.raises(Unavailable, match="no replica"):
-        await anext(gateway.generate(request("a", (5,), 3)))
-    await gateway.close()
+async def test_without_patience_a_request_that_meets_no_replica_is_refused_at_once(
+    backbone: Backbone, data: Path
+) -> None:
+    """None that takes it, that is: the last one goes on with what it has."""
+    long = request("long", (5, 6, 7), 60)
+    (undisturbed,) = await alone(backbone, data, [long])
+    async with fleet(backbone, data, SETTINGS, step_floor_s=0.01, ready_s=0.0) as replicas:
+        with pytest.raises(Unavailable, match="no replica"):
+            await said(replicas.gateway, replace(long, id="early"))
+        here = replicas.add()
+        spoken: list[int] = []
+        while not replicas.gateway.ready():
+            await asyncio.sleep(0.005)
+        work = asyncio.create_task(said(replicas.gateway, long, spoken))
+        await all_have(3, [spoken])
+        drained = asyncio.create_task(replicas.drain(here))
+        while here not in replicas.gateway._roster.draining:
+            await asyncio.sleep(0.005)
+        with pytest.raises(Unavailable, match="no replica"):
+            await said(replicas.gateway, replace(long, id="late"))
+        assert await work == undisturbed
+        await drained
 
 
 async def times(gateway: Gateway, wanted: GenerationRequest, into: list[float]) -> None:

@@ -224,7 +224,7 @@ async def test_that_a_replica_is_gone_when_it_should_end_a_request_is_nobodys_fa
         async with aclosing(gateway.generate(WANTED)) as stream:
             replica.say(token(0, 10))
             assert (await anext(stream)).token == 10
-        tasks = [task for task in gateway._tasks if task not in gateway._pumps.values()]
+        tasks = gateway._tasks - {*gateway._pumps.values(), gateway._balancing}
         assert await asyncio.gather(*tasks) == [None] and replica.cancelled == ["a"]
     assert not failures
 

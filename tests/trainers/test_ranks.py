@@ -19,7 +19,7 @@ from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Store
+from polygraft.cluster.store.base import JSON, Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.cluster.store.memory import MemoryStore
@@ -43,7 +43,7 @@ KINDS = ("calm", "kill", "raise")
 class Ran:
     began_again: int
     jobs: Mapping[str, Job]
-    losses: Mapping[str, list[object]]
+    losses: Mapping[str, list[JSON]]
     steps: list[dict[str, Any]]
 
 

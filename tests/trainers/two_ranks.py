@@ -54,7 +54,11 @@ def lead(backbone: Backbone, url: str, data: Path) -> None:
     runner = LeadingRunner(backbone, max_rows=512, ranks=ranks)
     tokeniser = Tokeniser.load(backbone.folder)
     worker = PackWorker(PACK, runner, tokeniser, connect(url), folders=Folders(data), micro_rows=MICRO_ROWS)
-    worker.run(lambda: ranks.tell(Beat()) and None)
+
+    def heartbeat() -> None:
+        ranks.tell(Beat())
+
+    worker.run(heartbeat)
     ranks.tell(Close())
 
 
@@ -67,7 +71,7 @@ def second(backbone: Backbone, data: Path, kind: str) -> None:
                 raise RuntimeError("only here")
             return real(lane, stacks, batches)
 
-        GradientLane.forward = forward  # type: ignore[method-assign]
+        GradientLane.forward = forward  # type: ignore[assignment,method-assign]
     Dying.marker = data / "died"
     runner = (Dying if kind == "kill" else PackRunner)(backbone, max_rows=512, ranks=ProcessGroup())
     follow(runner, lambda: None)

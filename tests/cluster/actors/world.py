@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
@@ -88,7 +89,7 @@ class World:
     def start(self, holder: str) -> Controller:
         return Controller(self.store, self.processes, limits=self.limits, holder=holder, clock=lambda: self.now)
 
-    def submit(self, *names: str, **fields: object) -> None:
+    def submit(self, *names: str, **fields: Any) -> None:
         for name in names:
             job = make_job(name, **fields)
             self.store.commit([Write(keys.job(job.id), job, 0)], [JobSubmitted(record=job, at=self.now)])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from polygraft.cluster.model import GraftId, ReplicaId
-from polygraft.cluster.policy.routing import Refusal, RefusalReason, ReplicaView, RouteRequest, RouteView, route
+from polygraft.cluster.policy.routing import (
+    Refusal,
+    RefusalReason,
+    ReplicaView,
+    RouteRequest,
+    RouteView,
+    route,
+    starting,
+)
 
 G = GraftId("g")
 
@@ -74,3 +82,11 @@ def test_a_refusal_says_why(
 
 def test_a_replica_that_turned_it_down_is_not_asked_again() -> None:
     assert chosen(replica("a", 1), replica("b", 3), tried=("b",)) == "a"
+
+
+def test_a_stream_that_comes_from_another_replica_goes_before_all_that_wait() -> None:
+    busy, full = replica("a", 2, waiting=3), replica("b", 4)
+    new, resumed = (RouteRequest(graft=G, slots=16, resumed=resumed) for resumed in (False, True))
+    assert starting(view(busy, full), new) is None and route(view(busy, full), new) == "b"
+    assert starting(view(busy, full), resumed) == "a" == route(view(busy, full), resumed)
+    assert starting(view(full), resumed) is None and starting(view(), resumed) is None

@@ -27,6 +27,7 @@ from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import Api
+from polygraft.serving.http.known import KnownBackbone
 from polygraft.serving.local import LocalLink
 from tests.serving.http.apis import tiny_api
 from tests.serving.naive import random_tensors
@@ -52,11 +53,18 @@ class Service:
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"} if tenant else {}
         return httpx.AsyncClient(transport=self.transport, base_url="http://test/v1", headers=headers)
 
+    @property
+    def backbone(self) -> KnownBackbone:
+        """The one that requests name as "tiny"."""
+        default = self.api.backbones.default
+        assert default is not None
+        return default
+
     def publish(self, tenant: str, text: str, name: str, version: int = 1, *, backbone: str | None = None) -> Graft:
         """A graft with random tensors, as a finished job would leave it."""
-        bound = BoundGraft(parse(text), self.api.shape)
+        bound = BoundGraft(parse(text), self.backbone.shape)
         values = random_tensors(bound, version)
-        of = backbone or self.api.fingerprint
+        of = backbone or self.backbone.fingerprint
         id = GraftId(native.save(self.api.folders.grafts, bound, values, backbone=of))
         return self.record(tenant, id, name, version, bound=bound, backbone=of)
 
@@ -126,17 +134,17 @@ async def service(
     now = [1_000.0]
     gateway = Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS, ready_s=1.0)
     api = replace(
-        tiny_api(store, gateway, backbone, tmp_path, adoption),
+        tiny_api(store, gateway, backbone, tmp_path, adoption, max_context=SETTINGS.max_context),
         graft_roots=(tmp_path / "root",),
         limits=LIMITS,
         pack=Limits(pack_bytes=PACK_BYTES),
-        max_context=SETTINGS.max_context,
         clock=lambda: now[0],
     )
     texts = {tenant: create_key(store, tenant=TenantId(tenant), name="test", at=0.0)[1] for tenant in ("ann", "bob")}
     transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
-    await gateway.start()
-    yield Service(api, engine, transport, texts, now)
+    service = Service(api, engine, transport, texts, now)
+    await api.backbones.started(service.backbone)
+    yield service
     await gateway.close()
 
 

@@ -85,8 +85,8 @@ def main(folder: Path, data: Path, store_url: str) -> None:
     plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=30.0)
     gateway = Gateway({ReplicaId("r0"): LocalLink(engine)}, ingress="i0", settings=SETTINGS)
     limits = LimitSettings(upload_bytes=8 << 20, graft_bytes=8 << 20, body_s=5.0)
-    api = tiny_api(store, gateway, backbone, data, Adoption(plan))
-    api = replace(api, limits=limits, max_context=SETTINGS.max_context)
+    api = tiny_api(store, gateway, backbone, data, Adoption(plan), max_context=SETTINGS.max_context)
+    api = replace(api, limits=limits)
     controller = Controller(store, NoDevices(), limits=Limits(), holder="c0")
     threading.Thread(target=controller.run, args=(threading.Event(),), daemon=True).start()
     keys = {tenant: create_key(store, tenant=TenantId(tenant), name="test", at=0.0)[1] for tenant in TENANTS}

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.anyio
 def adapter(service: Service, seed: int) -> tuple[str, list[str]]:
     """A folder under a root of the service, and what the model says with it."""
     root = service.api.data / "root"
-    bound = BoundGraft(parse("lora(r=2)"), service.api.shape)
+    bound = BoundGraft(parse("lora(r=2)"), service.backbone.shape)
     values = random_tensors(bound, seed)
-    id = native.save(root, bound, values, backbone=service.api.fingerprint)
-    tokeniser = service.api.tokeniser
+    id = native.save(root, bound, values, backbone=service.backbone.fingerprint)
+    tokeniser = service.backbone.tokeniser
     prompt = tokeniser.encode_text("Once")
-    said = Solo(service.engine._backbone.folder, service.api.shape, bound, values).greedy(prompt, 6)
+    said = Solo(service.engine._backbone.folder, service.backbone.shape, bound, values).greedy(prompt, 6)
     return str(root / id), [tokeniser.decode([*prompt, *said]).removeprefix(tokeniser.decode(prompt))]
 
 

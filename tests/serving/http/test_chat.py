@@ -17,6 +17,7 @@ from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.generations import ChatCompletionRequest
+from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import SETTINGS, Service, refusal
 from tests.serving.naive import Solo, random_tensors
 
@@ -41,7 +42,7 @@ def frames(answer: httpx.Response) -> list[dict[str, Any]]:
 
 async def test_an_answer_has_openais_shape(service: Service, ann: httpx.AsyncClient) -> None:
     answer = (await ann.post("/chat/completions", json=body())).json()
-    prompt = service.api.tokeniser.encode_chat([Message("user", "What is a graft?")], add_generation_prompt=True)
+    prompt = service.backbone.tokeniser.encode_chat([Message("user", "What is a graft?")], add_generation_prompt=True)
     assert answer["object"] == "chat.completion" and answer["model"] == "tiny" and answer["created"] == 1000
     assert answer["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
     (choice,) = answer["choices"]
@@ -51,7 +52,7 @@ async def test_an_answer_has_openais_shape(service: Service, ann: httpx.AsyncCli
 
 async def test_a_graft_answers_as_the_graft_alone(service: Service, ann: httpx.AsyncClient) -> None:
     graft = service.publish("ann", "prefix(4) + lora(r=4)", "poems")
-    tokeniser, shape = service.api.tokeniser, service.api.shape
+    tokeniser, shape = service.backbone.tokeniser, service.backbone.shape
     from polygraft.grafts.grammar import parse
 
     bound = BoundGraft(parse(graft.method), shape)
@@ -288,8 +289,8 @@ async def test_full_queues_are_429_with_retry_after(service: Service, ann: httpx
 
 
 async def test_no_replica_is_503(service: Service, ann: httpx.AsyncClient) -> None:
-    api = replace(service.api, gateway=Gateway({}, ingress="i1", settings=SETTINGS, ready_s=0.05))
-    transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
+    nowhere = replace(service.backbone, gateway=Gateway({}, ingress="i1", settings=SETTINGS, ready_s=0.05))
+    transport = httpx.ASGITransport(create_app(knowing(service.api, nowhere)), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
         answer = await client.post("/chat/completions", json=body())
     assert refusal(answer, 503)["code"] == "unavailable" and answer.headers["retry-after"]

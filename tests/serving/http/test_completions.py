@@ -39,7 +39,7 @@ async def chunks(client: httpx.AsyncClient, asked: dict[str, Any]) -> list[dict[
 
 async def test_a_text_is_gone_on_with_as_the_model_alone_does(service: Service, ann: httpx.AsyncClient) -> None:
     answer = (await ann.post("/completions", json=body())).json()
-    tokeniser, shape = service.api.tokeniser, service.api.shape
+    tokeniser, shape = service.backbone.tokeniser, service.backbone.shape
     prompt = tokeniser.encode_text(TEXT)
     said = Solo(service.engine._backbone.folder, shape, None, {}).greedy(prompt, 12)
     expected = tokeniser.decode([*prompt, *said]).removeprefix(tokeniser.decode(prompt))
@@ -50,8 +50,8 @@ async def test_a_text_is_gone_on_with_as_the_model_alone_does(service: Service, 
 
 
 async def test_a_prompt_may_be_its_token_ids(service: Service, ann: httpx.AsyncClient) -> None:
-    ids = list(service.api.tokeniser.encode_text(TEXT))
-    bare = list(service.api.tokeniser.encode_text(TEXT, special=False))
+    ids = list(service.backbone.tokeniser.encode_text(TEXT))
+    bare = list(service.backbone.tokeniser.encode_text(TEXT, special=False))
     assert await texts(ann, body(ids)) == await texts(ann, body())
     assert await texts(ann, body(bare)) == await texts(ann, body(add_special_tokens=False))
 
@@ -62,7 +62,7 @@ async def test_each_of_several_prompts_is_answered_as_it_is_alone(service: Servi
     for fields in ({"model": "poems"}, {"temperature": 1.2, "seed": 5}):
         together = await texts(ann, body(prompts, **fields))
         assert together == [(await texts(ann, body(prompt, **fields)))[0] for prompt in prompts]
-    ids = [list(service.api.tokeniser.encode_text(prompt)) for prompt in prompts]
+    ids = [list(service.backbone.tokeniser.encode_text(prompt)) for prompt in prompts]
     assert await texts(ann, body(ids)) == await texts(ann, body(prompts))
 
 
@@ -174,10 +174,10 @@ async def test_one_prompt_that_fails_fails_its_request_and_leaves_nothing_behind
     assert (error["code"], error["param"]) == ("unknown_token", "prompt")
     assert len(await texts(ann, body())) == 1
     for _ in range(500):
-        if not service.api.gateway._streams and not service.engine.load.running:
+        if not service.backbone.gateway._streams and not service.engine.load.running:
             break
         await ann.get("/models")
-    assert not service.api.gateway._streams and not service.engine.load.running
+    assert not service.backbone.gateway._streams and not service.engine.load.running
 
 
 async def test_more_prompts_than_there_are_places_are_429(ann: httpx.AsyncClient) -> None:

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from polygraft.cluster.advance import advance_job
+from polygraft.cluster.api_keys import OPERATOR, create_key
 from polygraft.cluster.events import JobCancelled
 from polygraft.cluster.model import JobId
 from polygraft.cluster.store import keys
@@ -28,7 +29,7 @@ FORMS = ("/v1/files", "/v1/grafts")
 READING = (400, 408, 413, 429)
 CHAT = {"model": "nobody", "messages": [{"role": "user", "content": "Hi"}]}
 # What is asked of a service with a file F in use, a job J that waits, a job K that is cancelled, and poems@1 and @2 of
-# which the name means the second.
+# which the name means the second; of backbones by the operator, unless he is missed, and B is the folder of one.
 REFUSED: list[tuple[str, str, int, str, dict[str, Any]]] = [
     ("get", "/v1/files", 400, "/v1/files?limit=0", {}),
     ("get", "/v1/files/{file}", 404, "/v1/files/none", {}),
@@ -58,6 +59,19 @@ REFUSED: list[tuple[str, str, int, str, dict[str, Any]]] = [
     ("post", "/detokenize", 404, "/detokenize", {"json": {"model": "nobody", "tokens": [5]}}),
     ("post", "/v1/unload_lora_adapter", 404, "/v1/unload_lora_adapter", {"json": {"lora_name": "none"}}),
     ("post", "/v1/unload_lora_adapter", 409, "/v1/unload_lora_adapter", {"json": {"lora_name": "trained"}}),
+    ("post", "/v1/backbones", 403, "/v1/backbones", {"json": {"name": "again", "path": "B"}}),
+    ("post", "/v1/backbones", 409, "/v1/backbones", {"json": {"name": "again", "path": "B"}}),
+    ("delete", "/v1/backbones/{backbone}", 403, "/v1/backbones/tiny", {}),
+    ("delete", "/v1/backbones/{backbone}", 404, "/v1/backbones/none", {}),
+    ("delete", "/v1/backbones/{backbone}", 409, "/v1/backbones/tiny", {}),
+    ("post", "/v1/grafts", 404, "/v1/grafts", {"files": {"file": b""}, "data": {"name": "a", "backbone": "none"}}),
+    (
+        "post",
+        "/v1/grafts/import",
+        404,
+        "/v1/grafts/import",
+        {"json": {"name": "a", "path": "/", "backbone": "none"}},
+    ),
     ("get", "/v1/grafts", 400, "/v1/grafts?limit=0", {}),
     ("get", "/v1/grafts/{graft}", 404, "/v1/grafts/none", {}),
     ("delete", "/v1/grafts/{graft}", 400, "/v1/grafts/poems", {}),
@@ -100,11 +114,16 @@ async def test_every_documented_refusal_is_answered_and_no_other(service: Servic
     first = (await ann.post("/fine_tuning/jobs", json=body, headers=keyed)).json()["id"]
     other = (await ann.post("/fine_tuning/jobs", json=body)).json()["id"]
     advance_job(service.api.store, JobCancelled(job=other, at=1.0))
-    named = {"F": file, "J": first, "K": other}
+    named = {"F": file, "J": first, "K": other, "B": service.backbone.record.folder}
+    service.keys["local"] = create_key(service.api.store, tenant=OPERATOR, name="test", at=0.0)[1]
+    operator = service.as_("local")
     seen: Documented = set()
     for method, template, status, path, sent in REFUSED:
         url = "/".join(named.get(part, part) for part in path.split("/"))
-        answer = await ann.request(method, f"http://test{url}", **sent)
+        if "json" in sent:
+            sent = {**sent, "json": {field: named.get(str(value), value) for field, value in sent["json"].items()}}
+        asker = operator if "backbones" in path and status != 403 else ann
+        answer = await asker.request(method, f"http://test{url}", **sent)
         assert answer.status_code == status, (url, answer.text)
         ErrorAnswer.model_validate(answer.json())
         seen.add((method, template, status))
@@ -191,6 +210,7 @@ async def test_answers_are_as_the_document_says(service: Service, ann: httpx.Asy
     for method, template, path, body in (
         ("get", "/v1/grafts", "/grafts", None),
         ("get", "/v1/models", "/models", None),
+        ("get", "/v1/backbones", "/backbones", None),
         ("get", "/v1/files/{file}", f"/files/{file}", None),
         ("post", "/v1/fine_tuning/jobs", "/fine_tuning/jobs", {"model": "tiny", "training_file": file}),
         ("get", "/v1/fine_tuning/jobs", "/fine_tuning/jobs", None),

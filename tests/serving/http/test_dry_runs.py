@@ -95,7 +95,7 @@ async def with_packs_of(service: Service, bytes: int) -> AsyncIterator[httpx.Asy
 
 def needed(service: Service, peft: str, rows: int) -> int:
     """Bytes of a pack that holds a job alone in bf16 and computes one example of so many rows."""
-    graft = BoundGraft(parse(peft), service.api.shape)
+    graft = BoundGraft(parse(peft), service.backbone.shape)
     return state_bytes(graft.parameters, graft.frozen) + StepCost(graft, 2, SCORE_BLOCK).bytes([rows])
 
 
@@ -115,7 +115,7 @@ async def test_an_example_that_no_pack_has_memory_for_is_refused_with_its_line_a
     service: Service, held_out: bool
 ) -> None:
     peft = "lora(r=2)"
-    graft = BoundGraft(parse(peft), service.api.shape)
+    graft = BoundGraft(parse(peft), service.backbone.shape)
 
     def step(rows: int) -> int:
         return needed(service, peft, rows) - 16 * graft.parameters

@@ -68,7 +68,7 @@ async def says(client: httpx.AsyncClient, model: str) -> str:
 async def test_a_graft_of_pefts_lives_through_its_versions(
     service: Service, folder: Path, tmp_path: Path, ann: httpx.AsyncClient, bob: httpx.AsyncClient
 ) -> None:
-    tokeniser = service.api.tokeniser
+    tokeniser = service.backbone.tokeniser
     said = [tokeniser.decode(lora(folder, tmp_path / f"theirs{seed}", seed)) for seed in (1, 2, 3)]
     content = [archived(tmp_path / f"theirs{seed}", zipped=seed == 1) for seed in (1, 2, 3)]
 
@@ -120,7 +120,7 @@ async def test_a_graft_of_pefts_lives_through_its_versions(
 async def test_what_is_no_graft_for_this_backbone_is_refused_and_leaves_nothing(
     service: Service, tmp_path: Path, ann: httpx.AsyncClient
 ) -> None:
-    bound = BoundGraft(parse("ia3"), service.api.shape)
+    bound = BoundGraft(parse("ia3"), service.backbone.shape)
     id = native.save(tmp_path / "foreign", bound, random_tensors(bound, 0), backbone="another")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled/adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
@@ -137,7 +137,7 @@ async def test_what_is_no_graft_for_this_backbone_is_refused_and_leaves_nothing(
 
     # A graft that an operator has put under a root is read where it is.
     root = tmp_path / "root"
-    own = native.save(root, bound, random_tensors(bound, 0), backbone=service.api.fingerprint)
+    own = native.save(root, bound, random_tensors(bound, 0), backbone=service.backbone.fingerprint)
     (root / "out").symlink_to(tmp_path / "odd")
     asked = {"path": str(root / own), "name": "poems"}
     assert (await ann.post("/grafts/import", json=asked)).json()["id"] == "poems@1"
@@ -178,7 +178,7 @@ async def test_a_version_that_is_needed_is_not_deleted(
     assert job.status_code == 200, job.text
     assert job.json()["id"] in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
     advance_job(service.api.store, JobCancelled(job=job.json()["id"], at=1.0))
-    monkeypatch.setattr(service.api.gateway, "uses", lambda graft: graft == first.id)
+    monkeypatch.setattr(service.backbone.gateway, "uses", lambda graft: graft == first.id)
     refusal(await ann.delete("/grafts/poems@1"), 409)
     monkeypatch.undo()
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
@@ -228,14 +228,14 @@ async def test_the_files_come_back_to_who_publishes_the_same_graft_while_they_ar
     """The twin's record is written between the look for others and the removal."""
     from polygraft.serving.http import grafts
 
-    graft, bound = service.publish("ann", "ia3", "poems"), BoundGraft(parse("ia3"), service.api.shape)
+    graft, bound = service.publish("ann", "ia3", "poems"), BoundGraft(parse("ia3"), service.backbone.shape)
     move, moved = grafts.move, []
 
     def meanwhile(source: Path, target: Path) -> None:
         move(source, target)
         if not moved:
             moved.append(target)
-            service.record("bob", GraftId(graft.id), "twin", bound=bound, backbone=service.api.fingerprint)
+            service.record("bob", GraftId(graft.id), "twin", bound=bound, backbone=service.backbone.fingerprint)
 
     monkeypatch.setattr(grafts, "move", meanwhile)
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
@@ -245,14 +245,14 @@ async def test_the_files_come_back_to_who_publishes_the_same_graft_while_they_ar
 async def test_a_reader_that_takes_too_long_is_killed_and_the_next_folder_is_read(
     folder: Path, service: Service, tmp_path: Path
 ) -> None:
-    bound = BoundGraft(parse("ia3"), service.api.shape)
-    own = tmp_path / native.save(tmp_path, bound, random_tensors(bound, 0), backbone=service.api.fingerprint)
+    bound = BoundGraft(parse("ia3"), service.backbone.shape)
+    own = tmp_path / native.save(tmp_path, bound, random_tensors(bound, 0), backbone=service.backbone.fingerprint)
     plan = ReaderPlan(backbone_folder=folder, quantise=None, memory_bytes=1 << 30, seconds=0.05)
     hurried, tenant = Adoption(plan), TenantId("ann")
     for _ in range(2):
         with pytest.raises(Refused, match="more than 0 s"):
             await hurried.read(tenant, own, tmp_path / "saved")
     await hurried.close()
-    reading = [asyncio.ensure_future(service.api.adoption.read(tenant, own, tmp_path / "saved")) for _ in range(3)]
+    reading = [asyncio.ensure_future(service.backbone.adoption.read(tenant, own, tmp_path / "saved")) for _ in range(3)]
     done = await asyncio.gather(*reading, return_exceptions=True)
     assert [type(one) for one in done] == [Saved, Saved, Busy] and done[0].graft == own.name  # type: ignore[union-attr]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from polygraft.cluster.advance import advance_job
+from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.events import JobAdmitted, JobCancelled, JobStarted, JobSubmitted
 from polygraft.cluster.model import START, JobId, PackId
 from polygraft.cluster.states import JobState
@@ -44,7 +46,7 @@ async def test_a_job_is_written_with_its_event_and_shown_in_openais_shape(
     hyper = made["method"]["supervised"]["hyperparameters"]
     assert (hyper["peft"], hyper["learning_rate"], hyper["schedule"]) == ("lora(r=4, at=attn.*)", 0.01, "cosine")
     assert made["hyperparameters"] == {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 1.0}
-    assert made["parameters"] == BoundGraft(parse("lora(r=4, at=attn.*)"), service.api.shape).parameters
+    assert made["parameters"] == BoundGraft(parse("lora(r=4, at=attn.*)"), service.backbone.shape).parameters
     assert made["fine_tuned_model"] is made["error"] is made["finished_at"] is made["graft"] is None
 
     record = service.api.store.get(keys.job(JobId(made["id"])))
@@ -66,6 +68,13 @@ async def test_the_learning_rate_defaults_to_the_methods_smallest(
     assert made["method"]["supervised"]["hyperparameters"]["learning_rate"] == rate
 
 
+async def test_a_job_says_how_urgent_it_is_on_how_many_devices_it_trains_and_that_it_waits(
+    ann: httpx.AsyncClient,
+) -> None:
+    made = (await ann.post("/fine_tuning/jobs", json=body(await upload(ann), priority=3, devices=2))).json()
+    assert (made["priority"], made["devices"], made["reason"]) == (3, 2, "waits_its_turn")
+
+
 async def test_openais_multiplier_scales_the_default_rate(ann: httpx.AsyncClient) -> None:
     asked = body(await upload(ann), hyperparameters={"learning_rate_multiplier": 2.0, "n_epochs": 1})
     made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
@@ -85,7 +94,8 @@ async def test_qlora_is_for_a_quantised_backbone(service: Service, ann: httpx.As
     asked = body(await upload(ann), method=supervised(peft="qlora(r=2)"))
     refused = await ann.post("/fine_tuning/jobs", json=asked)
     assert refused.status_code == 400 and "polygraft up --quantise nf4" in refused.json()["error"]["message"]
-    object.__setattr__(service.api, "quantised", True)
+    put_backbone(service.api.store, replace(service.backbone.record, quantise="nf4"), at=1.0)
+    service.api.backbones.look()
     assert (await ann.post("/fine_tuning/jobs", json=asked)).status_code == 200
 
 
@@ -143,7 +153,7 @@ async def test_a_job_over_other_grafts_keeps_the_versions_that_their_names_meant
     made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
     assert made["method"]["supervised"]["hyperparameters"]["peft"] == "meteora(r=4, of=a@3|b@1) + prefix(length=3)"
     record = service.api.store.get(keys.job(JobId(made["id"])))
-    meteora = BoundGraft(parse("meteora(r=4, of=a|b)"), service.api.shape)
+    meteora = BoundGraft(parse("meteora(r=4, of=a|b)"), service.backbone.shape)
     assert record is not None and record.value.frozen == meteora.frozen > 0
     service.publish("ann", "lora(r=2)", "far", backbone="another")
     service.publish("bob", "lora(r=2)", "bobs")

@@ -15,6 +15,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.serving.http.errors import ApiError
 from polygraft.serving.http.submission import new_job
+from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import Service, upload
 from tests.serving.http.test_jobs import body, supervised
 
@@ -36,7 +37,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
     service: Service, text: str, trained: int, kept: int
 ) -> None:
     file = await upload(service.as_("ann"))
-    api = replace(service.api, shape=LLAMA_7B, pack=Limits(pack_bytes=PACK))
+    api = replace(knowing(service.api, replace(service.backbone, shape=LLAMA_7B)), pack=Limits(pack_bytes=PACK))
     with pytest.raises(ApiError) as refusal:
         new_job(api, TenantId("ann"), body(file, method=supervised(peft=text)))
     said = str(refusal.value)
@@ -49,7 +50,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
 
 @pytest.mark.parametrize("text", ["lt-sft", "diff-pruning", "child-tuning", "lora(r=4)", "shira(r=2)"])
 async def test_the_estimate_is_what_a_jobs_slab_takes(text: str, service: Service) -> None:
-    graft = BoundGraft(parse(text), service.api.shape)
+    graft = BoundGraft(parse(text), service.backbone.shape)
     slab = Slab(graft)
     slab.collect(slab.joined([torch.zeros(tensor.numel) for tensor in slab.trained]))
     assert slab.grad is not None

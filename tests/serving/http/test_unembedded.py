@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from polygraft.cluster.store import keys
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http.app import create_app
+from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +27,7 @@ async def client(service: Service, folder: Path, tmp_path: Path) -> AsyncIterato
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     tokenizer.add_tokens(["<NEW>"])
     tokenizer.save(str(copy / "tokenizer.json"))
-    api = replace(service.api, tokeniser=Tokeniser.load(copy))
+    api = knowing(service.api, replace(service.backbone, tokeniser=Tokeniser.load(copy)))
     headers = {"Authorization": f"Bearer {service.keys['ann']}"}
     transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=headers) as client:

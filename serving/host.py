@@ -1,0 +1,102 @@
+"""The process that holds a replica's engine: an actor of its own, which ingresses find by its name.
+
+Nothing heavy is imported before the actor is made, since who makes it only watches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polygraft.cluster.model import Backbone, GraftId, ReplicaId
+from polygraft.cluster.settings import ServeSettings
+from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
+from polygraft.serving.messages import Draining, QueueFull, StepMessage
+from polygraft.serving.sequence import GenerationRequest
+
+if TYPE_CHECKING:
+    from polygraft.serving.engine import Engine
+    from polygraft.serving.local import LocalLink
+
+NAMESPACE = "polygraft-replicas"  # of Ray's, in which replicas have their ids for names
+STALL_S = 60.0  # a step takes well below a second; an engine this late hangs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """What a replica is told."""
+
+    backbone: Backbone
+    store_url: str
+    data: Path
+    device: str
+    settings: ServeSettings
+    step_floor_s: float
+
+
+class Host:
+    """Its event loop only passes messages; all computing is in the engine's thread. Calls wait until it has one."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._link: asyncio.Future[LocalLink] | None = None
+
+    async def load(self, plan: ReplicaPlan, replica: ReplicaId, cores: int) -> None:
+        """Make the engine, on so many cores. Once."""
+        import torch
+
+        from polygraft.serving.local import LocalLink
+
+        torch.set_num_threads(cores)
+        self._engine = await asyncio.to_thread(in_own_thread, partial(_engine, plan, replica))
+        self._engine.start()
+        self._loaded.set_result(LocalLink(self._engine))
+
+    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
+        return await (await self._loaded).submit(request)
+
+    async def cancel(self, request: str) -> None:
+        await (await self._loaded).cancel(request)
+
+    async def warm(self, graft: GraftId) -> None:
+        await (await self._loaded).warm(graft)
+
+    async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
+        async for message in (await self._loaded).messages(ingress):
+            yield message
+
+    async def check(self) -> None:
+        """Raises when the engine's thread is dead or stuck."""
+        if self._engine is not None and not self._engine.healthy(STALL_S):
+            raise RuntimeError("the engine has stopped, or hangs in a step")
+
+    async def drain(self, patience_s: float) -> None:
+        """Return when every stream is handed on, or `patience_s` seconds have passed; the engine is over then."""
+        if self._engine is not None:
+            await (await self._loaded).drain(patience_s)
+            await asyncio.to_thread(self._engine.stop)
+
+    @property
+    def _loaded(self) -> asyncio.Future[LocalLink]:
+        if self._link is None:
+            self._link = asyncio.get_running_loop().create_future()
+        return self._link
+
+
+def _engine(plan: ReplicaPlan, replica: ReplicaId) -> Engine:
+    import torch
+
+    from polygraft.grafts.runtime.backbone import Backbone as Loaded
+    from polygraft.serving.engine import Engine
+
+    dtypes = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+    record = plan.backbone
+    with lean_imports():
+        backbone = Loaded.load(
+            Path(record.folder), dtypes[record.dtype], quantise=record.quantise, device=chosen_device(plan.device)
+        )
+    return Engine(backbone, plan.settings, replica=replica, data=plan.data, step_floor_s=plan.step_floor_s)
