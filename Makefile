@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage mutants methods docs lint types verify nightly bench gpu clean
+.PHONY: help setup demo test test-cluster coverage mutants methods docs lint types verify nightly bench gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.ready  ## make .venv with the locked versions
 
@@ -29,9 +29,12 @@ demo: setup  ## train, search and serve eight grafts on this machine; REPORT=pat
 # Two at a time, a file of tests each; those that start Ray one after the other, with the machine for themselves.
 test: setup  ## run the tests (about 9 minutes on 2 cores)
 	@status=0; \
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray --ignore tests/e2e || status=$$?; \
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray --ignore tests/e2e --ignore tests/nodes || status=$$?; \
 	$(BIN)/pytest tests/ray tests/e2e || status=$$?; \
 	exit $$status
+
+test-cluster: setup  ## kill what a service over three nodes consists of, one after the other (about 5 minutes)
+	$(BIN)/pytest -s tests/nodes
 
 coverage: setup  ## run the tests and say which lines none of them runs
 	mkdir -p reports
@@ -51,7 +54,7 @@ types: setup  ## check types, strictly
 docs: setup  ## build the documentation into build/docs; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-verify: lint types docs test  ## all that CI enforces
+verify: lint types docs test test-cluster  ## all that CI enforces
 
 methods: setup  ## measure every method against its oracle and write docs/methods.md
 	$(BIN)/python -m tests.grafts.page

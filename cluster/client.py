@@ -16,10 +16,9 @@ from typing import BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 
 from polygraft.cluster.answers import (
-    Answer,
     JobEvent,
     RemoteBackbone,
     RemoteDryRun,
@@ -30,12 +29,13 @@ from polygraft.cluster.answers import (
 )
 from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.view import ClusterView
 
 _PAGE = 100
 _RETRIES = 3
 _IMPORT_S = 300.0  # a large graft has its turn after others, and takes a minute to read
 _RETRIABLE = (429, 503)
-M = TypeVar("M", bound=Answer)
+M = TypeVar("M", bound=BaseModel)
 
 
 class ApiFailure(Exception):
@@ -134,6 +134,9 @@ class Client:
     def remove_backbone(self, name: str) -> None:
         self._send(self._http.build_request("DELETE", f"/backbones/{_segment(name)}"))
 
+    def cluster(self) -> ClusterView:
+        return self._ask(ClusterView, "GET", "/cluster")
+
     def grafts(self) -> Iterator[RemoteGraft]:
         """The tenant's grafts by name and version."""
         return self._pages(RemoteGraft, "/grafts")
@@ -205,10 +208,9 @@ class Client:
                     yield from _texts(answer.status_code, json.loads(line.removeprefix("data: ")))
 
     def _upload(self, filename: str, content: bytes | BinaryIO, purpose: str) -> RemoteFile:
-        answer = self._send(
-            self._http.build_request("POST", "/files", files={"file": (filename, content)}, data={"purpose": purpose})
-        )
-        return RemoteFile.model_validate_json(answer.content)
+        files = {"file": (filename, content)}
+        request = self._http.build_request("POST", "/files", files=files, data={"purpose": purpose})
+        return RemoteFile.model_validate_json(self._send(request).content)
 
     def _ask(
         self,

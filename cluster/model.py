@@ -199,6 +199,16 @@ class Alias:
     latest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size of a backbone's packs or replicas, by the name of its setting: what follows from the devices, and what is
+    used, since a setting was given."""
+
+    name: str
+    derived: int
+    used: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone:
     """A frozen model that jobs name to be trained on, and requests to be answered by.
@@ -206,6 +216,7 @@ class Backbone:
     Its files lie in `folder` on every node; `dtype` and `quantise` say how packs and replicas load them, and
     `fingerprint` which model that is. `context_length` is how many positions it has, None: no limit. `asked_at` is
     about when it was last asked for an answer, 0: not since it was unloaded. `loaded`: replicas are to hold it.
+    `sizes` are those of its packs and replicas.
     """
 
     name: str
@@ -217,6 +228,7 @@ class Backbone:
     added_at: float
     asked_at: float
     loaded: bool = False
+    sizes: tuple[Size, ...] = ()
 
     @property
     def id(self) -> str:

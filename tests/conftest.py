@@ -34,7 +34,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None)  # same exam
 settings.load_profile("fixed")
 
 _TESTS = Path(__file__).parent
-_LAST = ("ray", "e2e")  # folders whose tests may start Ray, in the order they run in after the unit tests
+_LAST = ("ray", "e2e", "nodes")  # folders whose tests may start Ray, in the order they run in after the unit tests
 
 
 @pytest.hookimpl(tryfirst=True)  # the marks must be there before -m selects by them
@@ -70,7 +70,7 @@ def _no_ray_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     import ray
 
     def refuse(*_args: object, **_options: object) -> None:
-        raise RuntimeError("a unit test must not start Ray; tests that need it lie in tests/ray or tests/e2e")
+        raise RuntimeError(f"a unit test must not start Ray; tests that need it lie in tests/{{{','.join(_LAST)}}}")
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray._private.worker, "init", refuse)

@@ -24,7 +24,7 @@ LINES = 400
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
 TORCH_FREE = r"polygraft\.grafts\.(spec|bound|cost|grammar|methods|architectures|s4|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
-ATOMIC = r"polygraft\.kernels\.common\.(atomic|room)\b"
+ATOMIC = r"polygraft\.kernels\.common\.(atomic|processor|room)\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
@@ -52,6 +52,7 @@ LAYERS: dict[str, str] = {
     "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation|folders)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
     "cluster: policy": r"cluster\.policy\..+",
+    "cluster: sizes by the policy's rules": r"cluster\.(sizing|view)",
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
     "cluster: what is written to the store together": (
@@ -204,10 +205,11 @@ def test_every_imported_library_is_declared() -> None:
     assert not wrong, report(wrong)
 
 
-@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster"])
+@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster", "serving"])
 def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
     names = sorted({module(path) for path in sources(folder)})
     patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
+    patterns["serving"] = r"polygraft\.serving\.(app|fleet|gateway|host|messages|remote|replica|request)$"
     names = [name for name in names if matches(name, (patterns[folder],))]
     # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
     code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"

@@ -11,7 +11,7 @@ from fastapi import Depends
 from starlette.requests import Request
 
 from polygraft.cluster.folders import Folders
-from polygraft.cluster.model import DataFile, Limits, TenantId
+from polygraft.cluster.model import Backbone, DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
 from polygraft.serving.candidate import Candidate
@@ -25,7 +25,7 @@ from polygraft.serving.http.turns import Turns
 class Api:
     """`limits` are those of a request, `pack` those of a pack; `candidate` says what a path would be as a backbone,
     quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what `overview` sees;
-    `clock` gives seconds since the epoch."""
+    `clock` gives seconds since the epoch; `sized` is a backbone's record with its sizes, and raises DoesNotFit."""
 
     store: Store
     backbones: Backbones
@@ -38,6 +38,7 @@ class Api:
     meters: Meters
     overview: Overview
     metrics_tenants: frozenset[TenantId]
+    sized: Callable[[Backbone], Backbone] = lambda record: record
     turns: Turns = field(default_factory=Turns)
 
     @property

@@ -26,7 +26,7 @@ def ordered(*jobs: list[Job], now: float = 100.0, without: str = "") -> list[str
     standing = Standing.of(job for some in jobs for job in some)
     (queues,) = standing.queues.values()
     limits = Limits(overtake_s=60.0, patience_s=600.0)
-    turns = in_turn(queues, standing.active, Counter(), {TenantId(without)}, limits, now=now)
+    turns = in_turn(queues, standing.entered, Counter(), {TenantId(without)}, limits, now=now)
     return [job.id.removeprefix("ftjob-") for job in turns]
 
 

@@ -128,8 +128,9 @@ async def test_every_documented_refusal_is_answered_and_no_other(service: Servic
         ErrorAnswer.model_validate(answer.json())
         seen.add((method, template, status))
     async with service.as_("bob") as bob:  # who is no reader of metrics
-        assert (await bob.get("http://test/metrics")).status_code == 403
-        seen.add(("get", "/metrics", 403))
+        for path in ("/metrics", "/v1/cluster"):
+            assert (await bob.get(f"http://test{path}")).status_code == 403
+            seen.add(("get", path, 403))
     wanted = refusals(await document(service, ann))
     bodied = {path: path.replace("{job}", first) for _, path, status in wanted if status == 413}
     for path, url in bodied.items():
