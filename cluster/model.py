@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
-from polygraft.cluster.states import JobState, PackState, Reason, is_final
+from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
 
 JobId = NewType("JobId", str)  # ftjob-<hex>
 PackId = NewType("PackId", str)  # pack-<hex>
@@ -335,6 +335,23 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """A search that the service runs: whose study has its id. `note` says why it ended before all trials, or failed;
+    `starts` counts its drivers.
+    """
+
+    id: StudyId
+    tenant: TenantId
+    name: str
+    created_at: float
+    state: SearchState = SearchState.RUNNING
+    cancel_requested: bool = False
+    finished_at: float | None = None
+    note: str | None = None
+    starts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one pack may hold, and when packs, jobs and the replicas of a backbone are given up.
 
@@ -387,4 +404,6 @@ class Snapshot:
         return self.devices[device].bytes - packs - replicas
 
 
-Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Occupancy | Study | Snapshot
+Record = (
+    ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Occupancy | Search | Study | Snapshot
+)

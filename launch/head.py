@@ -74,6 +74,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
+    from polygraft.launch.search_desk import SearchDesk
+    from polygraft.launch.search_driver import keeper_of, look
     from polygraft.serving.ingress import IngressPlan, ingress_app
 
     namespace = f"polygraft-{token_hex(4)}"
@@ -95,7 +97,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         limits = fitted(settings, backbone).pack_limits
         leader = start_leader(settings.store_url, limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        serve.run(ingress_app(IngressPlan(settings=settings, cache=backbone_cache())), name="polygraft")
+        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk())
+        serve.run(ingress_app(plan), name="polygraft")
         if not _loaded(application_name(settings.backbone), stop, supervisor):
             return
         ray.get(leader.check.remote())
@@ -113,13 +116,15 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         when_there_is_room(lambda: announce(settings.service_path, service), told=_LOG.warning)
         folder.enter("ready")
         _LOG.info("ready at %s", service.url)
-        reservations = Reservations(DEVICE)
+        reservations, keeper = Reservations(DEVICE), keeper_of(settings, service.url)
         while not stop.wait(_LOOK_S):
             reservations.release(time.monotonic())
+            look(keeper)
             if not supervisor.alive():
                 _LOG.error("the supervisor is gone; ending")
                 break
         folder.enter("stopping")
+        keeper.stop()
         serve.shutdown()
         ray.get(leader.stop.remote(), timeout=10)
     finally:

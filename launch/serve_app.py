@@ -26,6 +26,8 @@ from polygraft.launch.first_key import admit_given_key
 from polygraft.launch.measured import measured_devices
 from polygraft.launch.packs import OpenHost
 from polygraft.launch.scout import NodeScout
+from polygraft.launch.search_desk import SearchDesk
+from polygraft.launch.search_driver import SearchKeeper
 from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ def build(args: Mapping[str, object]) -> serve.Application:
     scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
     backbone = put_default(settings, cache, measured_devices(scout))
     _lead(settings, backbone, scout)
-    return ingress_app(IngressPlan(settings=settings, cache=cache))
+    _keep_searches(settings)
+    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk()))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -78,6 +81,19 @@ def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
         max_concurrency=4,
     )
     options.remote(settings.store_url, limits, means, holder=f"{name}-{token_hex(4)}")
+
+
+def _keep_searches(settings: Settings) -> None:
+    """The cluster's one keeper of searches."""
+    options = ray.remote(SearchKeeper).options(
+        name="searches",
+        namespace=_NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+    )
+    options.remote(settings.model_dump_json(), f"http://127.0.0.1:{settings.port}")
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

@@ -25,7 +25,7 @@ from polygraft.serving.candidate import examined
 from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.context import Api
+from polygraft.serving.http.context import NO_DESK, Api, Desk
 from polygraft.serving.http.known import Backbones, KnownBackbone
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
@@ -40,6 +40,7 @@ class IngressPlan:
 
     settings: Settings
     cache: Path
+    desk: Desk = NO_DESK
 
 
 class Ingress:
@@ -66,6 +67,7 @@ class Ingress:
             pack=self._default().pack_limits,
             sized=self._sized,
             clock=time.time,
+            desk=plan.desk,
             meters=Meters(self._name),
             overview=Overview(store, time.time),
             metrics_tenants=frozenset(map(TenantId, settings.metrics_tenants)),

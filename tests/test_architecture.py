@@ -49,7 +49,7 @@ LAYERS: dict[str, str] = {
     "grafts: the runtime": r"grafts\.runtime\..+",
     "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",
     "grafts: files": r"grafts\.formats\..+",
-    "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation|folders)",
+    "cluster: values": r"cluster\.(states|model|ids|told|events|decisions|validation|folders)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
     "cluster: policy": r"cluster\.policy\..+",
     "cluster: sizes by the policy's rules": r"cluster\.(sizing|view)",
@@ -58,7 +58,7 @@ LAYERS: dict[str, str] = {
     "cluster: what is written to the store together": (
         r"cluster\.(advance|backbones|leasing|publish|versions|api_keys|story)"
     ),
-    "cluster: the client of the HTTP API": r"cluster\.(answers|client)",
+    "cluster: the client of the HTTP API": r"cluster\.(answers|client|searches)",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
     "trainers: its shell": r"trainers\.(worker|host)",
@@ -66,7 +66,7 @@ LAYERS: dict[str, str] = {
     "serving: from an ingress to engines": r"serving\.(local|remote|gateway|fleet|host)",
     "serving: HTTP": r"serving\.http\..+",
     "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
-    "tuning: spaces and the study": r"tuning\.(space|study|objectives|spaces\..+|samplers\..+)",
+    "tuning: spaces and the study": r"tuning\.(space|study|objectives|finals|spaces\..+|samplers\..+|pruners\..+)",
     "tuning: a search and its driver": r"tuning\..+",
     "launch: the demo's oracles": r"launch\.demo\.oracle\..+",
     "launch: processes and what commands share": r"launch\.(?!main$|__main__$)\w+",

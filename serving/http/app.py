@@ -22,6 +22,7 @@ from polygraft.serving.http import (
     jobs,
     metrics,
     models,
+    searches,
     tokens,
 )
 from polygraft.serving.http.answered import Answered
@@ -50,7 +51,7 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     app.add_middleware(Answered, meters=api.meters)  # around both
     errors.install(app)
-    documented = (files, jobs, dry_runs, models, backbones, grafts, adapters, chat, completions, tokens)
+    documented = (files, jobs, dry_runs, searches, models, backbones, grafts, adapters, chat, completions, tokens)
     for part in (*documented, metrics, cluster):
         app.include_router(part.router)
     for path in OPEN_PATHS:
