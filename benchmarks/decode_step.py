@@ -23,7 +23,7 @@ from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.kernels.compiled.calls import Calls
 from polygraft.serving.engine import Engine
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 WARM, TIMED, TAKEN_APART = 8, 30, 10  # steps; 25 tokens of prompt and these are the contexts of the benchmark's middle
 LONGEST = 64

@@ -25,7 +25,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.sites import ModelShape
 from polygraft.serving.engine import Engine
 from polygraft.serving.messages import Load, StepTokens
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 
 LORA = "lora(r=16, alpha=32, at=linear)"

@@ -35,7 +35,7 @@ class Server:
             "OMP_NUM_THREADS": str(task.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            **(device_environment() if task.ours else {}),
+            **(device_environment(os.cpu_count() or 1) if task.ours else {}),
         }
         with self._log.open("wb") as log:
             python, path = task.python or sys.executable, Path(__file__).with_name(script)

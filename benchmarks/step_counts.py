@@ -40,7 +40,7 @@ from polygraft.grafts.grammar import parse
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
 from polygraft.serving.engine import Engine
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.runner import PackRunner
 

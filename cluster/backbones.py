@@ -65,7 +65,8 @@ def put_backbone(store: Store, record: Backbone, *, at: float) -> Backbone:
     loaded stay as they are where it is the same model."""
     found = store.get(keys.backbone(record.name))
     if found is not None and _same(found.value, record):
-        record = replace(found.value, folder=record.folder, asked_at=max(found.value.asked_at, record.asked_at))
+        asked_at = max(found.value.asked_at, record.asked_at)
+        record = replace(found.value, folder=record.folder, asked_at=asked_at, sizes=record.sizes)
     store.commit([Write(keys.backbone(record.name), record, None)], [BackboneAdded(record=record, at=at)])
     return record
 

@@ -16,10 +16,9 @@ from typing import BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 
 from polygraft.cluster.answers import (
-    Answer,
     JobEvent,
     RemoteBackbone,
     RemoteDryRun,
@@ -30,12 +29,13 @@ from polygraft.cluster.answers import (
 )
 from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.view import ClusterView
 
 _PAGE = 100
 _RETRIES = 3
 _IMPORT_S = 300.0  # a large graft has its turn after others, and takes a minute to read
 _RETRIABLE = (429, 503)
-M = TypeVar("M", bound=Answer)
+M = TypeVar("M", bound=BaseModel)
 
 
 class ApiFailure(Exception):
@@ -92,38 +92,38 @@ class Client:
     def create_job(self, body: Mapping[str, JsonValue], *, idempotency_key: str | None = None) -> RemoteJob:
         """Submit a job; with an idempotency key, submitting it again returns the first one."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
-        return self._ask(RemoteJob, "POST", "/fine_tuning/jobs", body=body, headers=headers)
+        return self.ask(RemoteJob, "POST", "/fine_tuning/jobs", body=body, headers=headers)
 
     def dry_run(self, body: Mapping[str, JsonValue]) -> RemoteDryRun:
         """What `create_job` would make of the body; nothing is made."""
-        return self._ask(RemoteDryRun, "POST", "/fine_tuning/dry_runs", body=body)
+        return self.ask(RemoteDryRun, "POST", "/fine_tuning/dry_runs", body=body)
 
     def delete_file(self, file: str) -> None:
-        self._send(self._http.build_request("DELETE", f"/files/{_segment(file)}"))
+        self._send(self._http.build_request("DELETE", f"/files/{segment(file)}"))
 
     def job(self, job: str) -> RemoteJob:
-        return self._ask(RemoteJob, "GET", f"/fine_tuning/jobs/{_segment(job)}")
+        return self.ask(RemoteJob, "GET", f"/fine_tuning/jobs/{segment(job)}")
 
     def jobs(self, limit: int | None = None) -> Iterator[RemoteJob]:
         """The tenant's jobs, newest first."""
-        return self._pages(RemoteJob, "/fine_tuning/jobs", limit=limit)
+        return self.pages(RemoteJob, "/fine_tuning/jobs", limit=limit)
 
     def cancel(self, job: str) -> RemoteJob:
-        return self._ask(RemoteJob, "POST", f"/fine_tuning/jobs/{_segment(job)}/cancel")
+        return self.ask(RemoteJob, "POST", f"/fine_tuning/jobs/{segment(job)}/cancel")
 
     def renew(self, job: str, lease_s: float) -> RemoteJob:
         """Say for the job's owner that it is still wanted, for `lease_s` seconds more."""
-        return self._ask(RemoteJob, "POST", f"/fine_tuning/jobs/{_segment(job)}/renew", body={"lease_s": lease_s})
+        return self.ask(RemoteJob, "POST", f"/fine_tuning/jobs/{segment(job)}/renew", body={"lease_s": lease_s})
 
     def events(self, job: str, *, limit: int | None = None) -> Iterator[JobEvent]:
         """The job's events and metrics, newest first."""
-        return self._pages(JobEvent, f"/fine_tuning/jobs/{_segment(job)}/events", limit=limit)
+        return self.pages(JobEvent, f"/fine_tuning/jobs/{segment(job)}/events", limit=limit)
 
     def models(self) -> list[RemoteModel]:
-        return list(self._pages(RemoteModel, "/models"))
+        return list(self.pages(RemoteModel, "/models"))
 
     def backbones(self) -> list[RemoteBackbone]:
-        return list(self._pages(RemoteBackbone, "/backbones"))
+        return list(self.pages(RemoteBackbone, "/backbones"))
 
     def add_backbone(self, name: str, path: str, *, dtype: str, quantise: str | None) -> RemoteBackbone:
         """Add a model by its folder or name; it is read and checked before this returns."""
@@ -132,15 +132,18 @@ class Client:
         return RemoteBackbone.model_validate_json(self._send(request).content)
 
     def remove_backbone(self, name: str) -> None:
-        self._send(self._http.build_request("DELETE", f"/backbones/{_segment(name)}"))
+        self._send(self._http.build_request("DELETE", f"/backbones/{segment(name)}"))
+
+    def cluster(self) -> ClusterView:
+        return self.ask(ClusterView, "GET", "/cluster")
 
     def grafts(self) -> Iterator[RemoteGraft]:
         """The tenant's grafts by name and version."""
-        return self._pages(RemoteGraft, "/grafts")
+        return self.pages(RemoteGraft, "/grafts")
 
     def graft(self, graft: str) -> RemoteGraft:
         """A version, or the one that a name means."""
-        return self._ask(RemoteGraft, "GET", f"/grafts/{_segment(graft)}")
+        return self.ask(RemoteGraft, "GET", f"/grafts/{segment(graft)}")
 
     def import_graft(
         self, archive: Path, name: str, *, promote: bool = False, backbone: str | None = None
@@ -155,7 +158,7 @@ class Client:
 
     def export_graft(self, graft: str, target: Path) -> None:
         """Write a tar archive of the graft's files."""
-        path = f"/grafts/{_segment(graft)}/export"
+        path = f"/grafts/{segment(graft)}/export"
         with _reached(self.url), self._http.stream("GET", path) as answer, target.open("xb") as out:
             if answer.is_error:
                 answer.read()
@@ -164,13 +167,13 @@ class Client:
                 out.write(piece)
 
     def promote_graft(self, graft: str) -> RemoteGraft:
-        return self._ask(RemoteGraft, "POST", f"/grafts/{_segment(graft)}/promote")
+        return self.ask(RemoteGraft, "POST", f"/grafts/{segment(graft)}/promote")
 
     def roll_back_graft(self, name: str) -> RemoteGraft:
-        return self._ask(RemoteGraft, "POST", f"/grafts/{_segment(name)}/rollback")
+        return self.ask(RemoteGraft, "POST", f"/grafts/{segment(name)}/rollback")
 
     def delete_graft(self, graft: str) -> None:
-        self._send(self._http.build_request("DELETE", f"/grafts/{_segment(graft)}"))
+        self._send(self._http.build_request("DELETE", f"/grafts/{segment(graft)}"))
 
     def wait(
         self, job: str, on_progress: Callable[[RemoteJob], None] | None = None, *, period_s: float = 0.5
@@ -205,12 +208,11 @@ class Client:
                     yield from _texts(answer.status_code, json.loads(line.removeprefix("data: ")))
 
     def _upload(self, filename: str, content: bytes | BinaryIO, purpose: str) -> RemoteFile:
-        answer = self._send(
-            self._http.build_request("POST", "/files", files={"file": (filename, content)}, data={"purpose": purpose})
-        )
-        return RemoteFile.model_validate_json(answer.content)
+        files = {"file": (filename, content)}
+        request = self._http.build_request("POST", "/files", files=files, data={"purpose": purpose})
+        return RemoteFile.model_validate_json(self._send(request).content)
 
-    def _ask(
+    def ask(
         self,
         kind: type[M],
         method: str,
@@ -222,7 +224,7 @@ class Client:
         request = self._http.build_request(method, path, json=body, headers=dict(headers or {}))
         return kind.model_validate_json(self._send(request).content)
 
-    def _pages(self, kind: type[M], path: str, *, limit: int | None = None) -> Iterator[M]:
+    def pages(self, kind: type[M], path: str, *, limit: int | None = None) -> Iterator[M]:
         """Items of a list answer, page after page."""
         after: str | None = None
         left = limit
@@ -301,5 +303,5 @@ def _retry_after_s(answer: httpx.Response, attempt: int) -> float:
     return min(float(told), 10.0) if told.isdecimal() else 0.5 * 2.0**attempt
 
 
-def _segment(text: str) -> str:
+def segment(text: str) -> str:
     return quote(text, safe="@")

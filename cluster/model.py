@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
-from polygraft.cluster.states import JobState, PackState, Reason, is_final
+from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
 
 JobId = NewType("JobId", str)  # ftjob-<hex>
 PackId = NewType("PackId", str)  # pack-<hex>
@@ -199,6 +199,16 @@ class Alias:
     latest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size of a backbone's packs or replicas, by the name of its setting: what follows from the devices, and what is
+    used, since a setting was given."""
+
+    name: str
+    derived: int
+    used: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone:
     """A frozen model that jobs name to be trained on, and requests to be answered by.
@@ -206,6 +216,7 @@ class Backbone:
     Its files lie in `folder` on every node; `dtype` and `quantise` say how packs and replicas load them, and
     `fingerprint` which model that is. `context_length` is how many positions it has, None: no limit. `asked_at` is
     about when it was last asked for an answer, 0: not since it was unloaded. `loaded`: replicas are to hold it.
+    `sizes` are those of its packs and replicas.
     """
 
     name: str
@@ -217,6 +228,7 @@ class Backbone:
     added_at: float
     asked_at: float
     loaded: bool = False
+    sizes: tuple[Size, ...] = ()
 
     @property
     def id(self) -> str:
@@ -323,6 +335,23 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """A search that the service runs: whose study has its id. `note` says why it ended before all trials, or failed;
+    `starts` counts its drivers.
+    """
+
+    id: StudyId
+    tenant: TenantId
+    name: str
+    created_at: float
+    state: SearchState = SearchState.RUNNING
+    cancel_requested: bool = False
+    finished_at: float | None = None
+    note: str | None = None
+    starts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one pack may hold, and when packs, jobs and the replicas of a backbone are given up.
 
@@ -375,4 +404,6 @@ class Snapshot:
         return self.devices[device].bytes - packs - replicas
 
 
-Record = ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Occupancy | Study | Snapshot
+Record = (
+    ApiKey | DataFile | Job | Graft | Alias | Backbone | Pack | Pace | Replica | Occupancy | Search | Study | Snapshot
+)

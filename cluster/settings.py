@@ -42,7 +42,8 @@ Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute(
 
 
 class PackSettings(BaseModel):
-    """One packed forward has at most `max_rows` rows; a job's micro-batch, fixed at admission, at most `micro_rows`."""
+    """One packed forward has at most `max_rows` rows; a job's micro-batch, fixed at admission, at most `micro_rows`.
+    These, `max_jobs` and `memory_bytes` follow from the device and the model where they are not given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_rows: PositiveInt = 768
@@ -50,7 +51,7 @@ class PackSettings(BaseModel):
     max_jobs: PositiveInt = 32
     memory_bytes: NonNegativeInt | None = Field(
         default=None,
-        description="for jobs and activations; 0 = no limit. Not given: half the machine's under `up`, else no limit",
+        description="for jobs and activations; 0 = no limit",
     )
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
@@ -69,12 +70,17 @@ class PackSettings(BaseModel):
 
 
 class ServeSettings(BaseModel):
-    """What one engine replica takes on at a time."""
+    """What one engine replica takes on at a time. `max_streams`, `max_context`, `kv_bytes`, `graft_bytes` and
+    `max_rows` follow from the device and the model where they are not given (`cluster/sizing.py`); the values here are
+    those of an engine that is made without a service."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_streams: PositiveInt = 32
     max_context: PositiveInt = Field(default=512, description="tokens of prompt and answer, a graft's prefix included")
     kv_bytes: PositiveInt = Field(default=256 << 20, description="the key-value cache")
+    graft_bytes: PositiveInt = Field(
+        default=1 << 30, description="grafts in memory; their stacks may take as much again"
+    )
     max_rows: PositiveInt = Field(default=256, description="rows of one step: one a decoding stream, the rest prefill")
     max_queued: NonNegativeInt = Field(
         default=256, description="requests of one tenant that may wait; more are answered 429"
@@ -189,6 +195,11 @@ class Settings(BaseSettings):
             tenant_jobs=self.limits.jobs_in_packs_per_tenant,
             unload_s=self.unload_s,
         )
+
+    @property
+    def told(self) -> str:
+        """What was given, as JSON, from which `model_validate_json` makes these settings again."""
+        return self.model_dump_json(exclude_unset=True, indent=2)
 
     def model_post_init(self, _context: object) -> None:
         if "data" not in self.model_fields_set:

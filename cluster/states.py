@@ -16,6 +16,13 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class SearchState(StrEnum):
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class PackState(StrEnum):
     OPENING = "opening"
     OPEN = "open"

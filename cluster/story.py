@@ -43,7 +43,7 @@ from polygraft.cluster.events import (
     ReplicaClosed,
     ReplicaOpened,
 )
-from polygraft.cluster.model import START, DeviceId, EventId
+from polygraft.cluster.model import START, Backbone, DeviceId, EventId
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store.base import Store, StoredEvent
 
@@ -128,7 +128,8 @@ def tell(event: Event) -> str:
             return f"{name}@{version} deleted: graft {graft_id}"
         case BackboneAdded(record=added):
             how = f"{added.dtype}, {added.quantise}" if added.quantise else added.dtype
-            return f"backbone {added.name} added: {added.folder}, {how}, fingerprint {added.fingerprint[:12]}"
+            added_as = f"{added.folder}, {how}, fingerprint {added.fingerprint[:12]}"
+            return f"backbone {added.name} added: {added_as}{_sizes(added)}"
         case BackboneAsked(backbone=backbone):
             return f"backbone {backbone} is asked"
         case BackboneLoading(backbone=backbone, reason=reason):
@@ -169,6 +170,12 @@ def _log(store: Store) -> Iterator[StoredEvent]:
     while page := store.events(position, limit=_PAGE):
         yield from page
         position = page[-1].id
+
+
+def _sizes(backbone: Backbone) -> str:
+    """What follows from the devices, and what was given instead."""
+    told = [f"{one.name} {one.used:,}" + (f" ({one.derived:,})" * (one.used != one.derived)) for one in backbone.sizes]
+    return f"; {', '.join(told)}" if told else ""
 
 
 def _place(devices: Sequence[DeviceId], bytes_: int) -> str:

@@ -47,10 +47,23 @@ def _location(parts: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 
 def _choices(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    members: list[type[BaseModel]] = []
     for part in path:
-        if isinstance(part, str):  # the items of a list have the choices that the list has
-            model = next(_models(model.model_fields[part].annotation), model)
+        if not isinstance(part, str):  # the items of a list have the choices that the list has
+            continue
+        if part in model.model_fields:
+            members = list(_models(model.model_fields[part].annotation))
+            model = next(iter(members), model)
+        else:  # the tag of a union's member
+            model = next((one for one in members if part in _tags(one)), model)
     return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def _tags(model: type[BaseModel]) -> frozenset[str]:
+    """What tells a union's member from the others: the literals of its fields."""
+    return frozenset(
+        value for one in model.model_fields.values() for value in get_args(one.annotation) if isinstance(value, str)
+    )
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:

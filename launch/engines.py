@@ -24,7 +24,7 @@ class DeployBackbone:
 
     @staticmethod
     def of(settings: Settings) -> DeployBackbone:
-        return DeployBackbone(settings.model_dump_json())
+        return DeployBackbone(settings.told)
 
     def __call__(self, backbone: Backbone) -> None:
         deployer = cast("ActorHandle[_Deployer]", ray.remote(_Deployer).options(num_cpus=0).remote())
@@ -40,7 +40,7 @@ class _Deployer:
 
         application = engine_app(Settings.model_validate_json(settings), backbone)
         # Serve starts replicas anew where the version differs, which it draws by lot unless it is told.
-        told = (settings, backbone.folder, backbone.dtype, backbone.quantise, backbone.fingerprint)
+        told = (settings, backbone.folder, backbone.dtype, backbone.quantise, backbone.fingerprint, backbone.sizes)
         version = sha256(repr(told).encode()).hexdigest()[:16]
         versioned = Application(application._bound_deployment.options(version=version, _internal=True))
         target = RunTarget(versioned, name=application_name(backbone.name), route_prefix=None)

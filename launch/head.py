@@ -15,11 +15,13 @@ import threading
 import time
 from pathlib import Path
 from secrets import token_hex
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from polygraft.cluster.actors.protocols import DEVICE
+from polygraft.cluster.model import Backbone
 from polygraft.cluster.service import Service, announce
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store.connect import connect
 from polygraft.kernels.common.room import when_there_is_room
 from polygraft.launch.cache import backbone_cache, speed_cache
@@ -29,10 +31,13 @@ from polygraft.launch.machine import Machine
 from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
 
+if TYPE_CHECKING:  # it imports Ray, which reads its environment then
+    from polygraft.launch.scout import NodeScout
+
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 2.0
 _LOADING_S = 0.2
-_RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable)\b.*: ")  # the last line of a traceback
+_RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable|DoesNotFit)\b.*: ")  # the last line of a traceback
 
 
 def main() -> int:
@@ -69,6 +74,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
+    from polygraft.launch.search_desk import SearchDesk
+    from polygraft.launch.search_driver import keeper_of, look
     from polygraft.serving.ingress import IngressPlan, ingress_app
 
     namespace = f"polygraft-{token_hex(4)}"
@@ -80,24 +87,25 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     try:
         folder.enter(f"preparing the backbone {settings.backbone}")
         preparer = cast(ActorHandle[_Preparer], ray.remote(_Preparer).options(num_cpus=0).remote())
-        prepared: ray.ObjectRef[Path] = preparer.prepare.remote(settings, backbone_cache())
+        scout = NodeScout(speed_cache(), gpus=machine.gpus > 0)
+        prepared: ray.ObjectRef[Backbone] = preparer.prepare.remote(settings, backbone_cache(), scout)
         serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
         ray.kill(preparer)
         folder.enter("starting the controller")
-        means = Means(
-            OpenHost.of(settings), DeployBackbone.of(settings), NodeScout(speed_cache(), gpus=machine.gpus > 0)
-        )
-        leader = start_leader(settings.store_url, settings.pack_limits, means, name="controller")
+        means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
+        limits = fitted(settings, backbone).pack_limits
+        leader = start_leader(settings.store_url, limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        serve.run(ingress_app(IngressPlan(settings=settings, cache=backbone_cache())), name="polygraft")
+        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk())
+        serve.run(ingress_app(plan), name="polygraft")
         if not _loaded(application_name(settings.backbone), stop, supervisor):
             return
         ray.get(leader.check.remote())
         service = Service(
             url=f"http://{_reachable(settings.host)}:{settings.port}",
             backbone=settings.backbone,
-            backbone_folder=str(backbone),
+            backbone_folder=backbone.folder,
             store_url=settings.store_url,
             ray_address=address,
             ray_namespace=namespace,
@@ -108,13 +116,15 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         when_there_is_room(lambda: announce(settings.service_path, service), told=_LOG.warning)
         folder.enter("ready")
         _LOG.info("ready at %s", service.url)
-        reservations = Reservations(DEVICE)
+        reservations, keeper = Reservations(DEVICE), keeper_of(settings, service.url)
         while not stop.wait(_LOOK_S):
             reservations.release(time.monotonic())
+            look(keeper)
             if not supervisor.alive():
                 _LOG.error("the supervisor is gone; ending")
                 break
         folder.enter("stopping")
+        keeper.stop()
         serve.shutdown()
         ray.get(leader.stop.remote(), timeout=10)
     finally:
@@ -147,11 +157,12 @@ def _loaded(application: str, stop: threading.Event, supervisor: Identity) -> bo
 class _Preparer:
     """Does what needs torch in a process of its own, which takes torch away when it ends."""
 
-    def prepare(self, settings: Settings, cache: Path) -> Path:
-        """The default backbone's folder, made where it is not there yet."""
+    def prepare(self, settings: Settings, cache: Path, scout: NodeScout) -> Backbone:
+        """The default backbone, its folder made where it is not there yet."""
         from polygraft.launch.default_backbone import put_default
+        from polygraft.launch.measured import measured_devices
 
-        return Path(put_default(settings, cache).folder)
+        return put_default(settings, cache, measured_devices(scout))
 
 
 def _reachable(host: str) -> str:

@@ -29,6 +29,7 @@ from polygraft.launch.commands import (
     service,
     soups,
     story,
+    top,
 )
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.output import Failure, Status, print_error
@@ -87,6 +88,7 @@ soups.register()
 bitdelta.register()
 search.register(app)
 story.register(app)
+top.register(app)
 keys.register(app)
 demo.register(app)
 doctor.register(app)

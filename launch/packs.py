@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from polygraft.cluster.actors.effects import PackHost
 from polygraft.cluster.model import Pack
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
 
@@ -24,7 +25,7 @@ class OpenHost:
 
     @staticmethod
     def of(settings: Settings) -> OpenHost:
-        return OpenHost(settings.model_dump_json())
+        return OpenHost(settings.told)
 
     def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
         """Raises LookupError where the pack's backbone was removed meanwhile, or one of its devices is gone."""
@@ -39,6 +40,7 @@ class OpenHost:
         devices = [one.value.device for one in places if one is not None]
         if len(devices) < len(pack.devices):
             raise LookupError(f"a device of {', '.join(pack.devices)} is gone")
+        settings = fitted(settings, found.value)
         plan = PackPlan(
             pack=pack.id,
             nodes=tuple(device.node for device in devices),

@@ -1,4 +1,4 @@
-"""How much memory this machine has, and what a pack may take of it where nobody said."""
+"""How much memory this machine has."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from pathlib import Path
 
 import psutil
 
-from polygraft.cluster.settings import Settings
-
-_SHARE = 2  # one part for the jobs' state; the other for backbones, activations, stacks, Ray and the system
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -35,11 +32,3 @@ def _file_pages(stat: Path) -> int:
     """What counts as used, but is given back when it is asked for."""
     lines = (line.split() for line in stat.read_text().splitlines())
     return sum(int(number) for name, number in lines if name in ("inactive_file", "active_file"))
-
-
-def limited(settings: Settings) -> Settings:
-    """The settings with pack.memory_bytes decided."""
-    if settings.pack.memory_bytes is not None:
-        return settings
-    share = ram() // _SHARE // (settings.devices or 1)
-    return settings.model_copy(update={"pack": settings.pack.model_copy(update={"memory_bytes": share})})

@@ -48,8 +48,8 @@ class SearchProgress:
 def _told(trial: Trial) -> str:
     graft = f"{trial.candidate.peft}, learning rate {trial.candidate.learning_rate:g}"
     match trial.outcome:
-        case Result(values=values):
-            return f"loss {values[0]:.4f}  {int(values[1]):>9,} parameters  {graft}"
+        case Result():
+            return f"loss {trial.loss:.4f}  {trial.candidate.parameters:>9,} parameters  {graft}"
         case Failure(reason=reason):
             return f"failed: {reason}  ({graft})"
         case Stopped(reason=reason, step=step, steps_total=steps_total):

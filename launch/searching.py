@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polygraft.cluster.ids import new_study_id
-from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.model import TenantId
 from polygraft.cluster.service import Service
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.sites import ModelShape
@@ -35,8 +34,6 @@ def run(  # noqa: PLR0913
     key: str,
     tenant: TenantId,
     folder: Path,
-    study: StudyId | None = None,
-    on_begin: Callable[[StudyId], None] = lambda _: None,
     on_trial: Callable[[Trial], None],
     on_progress: Callable[[Trial, float], None],
 ) -> StudyResult:
@@ -48,8 +45,6 @@ def run(  # noqa: PLR0913
     from polygraft.tuning.driver import Interrupted, RayCluster, search
     from polygraft.tuning.trial import Access
 
-    study = study or new_study_id()
-    on_begin(study)
     store = connect(service.store_url)
     try:
         return search(
@@ -59,7 +54,6 @@ def run(  # noqa: PLR0913
             tenant=tenant,
             folder=folder,
             cluster=RayCluster(address=service.ray_address, token=Path(service.ray_token)),
-            study=study,
             on_trial=on_trial,
             on_progress=on_progress,
         )

@@ -16,13 +16,18 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
+from polygraft.cluster.model import Backbone
 from polygraft.cluster.settings import BadSettings, Settings, load
+from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store.connect import connect
 from polygraft.launch.default_backbone import put_default
 from polygraft.launch.engines import DeployBackbone
 from polygraft.launch.first_key import admit_given_key
+from polygraft.launch.measured import measured_devices
 from polygraft.launch.packs import OpenHost
 from polygraft.launch.scout import NodeScout
+from polygraft.launch.search_desk import SearchDesk
+from polygraft.launch.search_driver import SearchKeeper
 from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
@@ -43,9 +48,11 @@ def build(args: Mapping[str, object]) -> serve.Application:
         raise BadSettings("store_url: embedded is for one machine; set POLYGRAFT_STORE_URL to redis://host:port/0")
     _admit_key(settings)
     cache = settings.data / "backbones"  # on the volume that every node mounts
-    put_default(settings, cache)
-    _lead(settings)
-    return ingress_app(IngressPlan(settings=settings, cache=cache))
+    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
+    backbone = put_default(settings, cache, measured_devices(scout))
+    _lead(settings, backbone, scout)
+    _keep_searches(settings)
+    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk()))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -56,11 +63,11 @@ def _admit_key(settings: Settings) -> None:
         admit_given_key(store, settings.api_key_file)
 
 
-def _lead(settings: Settings) -> None:
+def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
     """This cluster's one controller, told these settings."""
-    scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
+    limits = fitted(settings, backbone).pack_limits
     means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
-    name = f"{_CONTROLLER}-{sha256(f'{means}{settings.pack_limits}'.encode()).hexdigest()[:12]}"
+    name = f"{_CONTROLLER}-{sha256(f'{means}{limits}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
         if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:
             _end(ray.get_actor(other["name"], namespace=_NAMESPACE))
@@ -73,7 +80,20 @@ def _lead(settings: Settings) -> None:
         max_restarts=-1,
         max_concurrency=4,
     )
-    options.remote(settings.store_url, settings.pack_limits, means, holder=f"{name}-{token_hex(4)}")
+    options.remote(settings.store_url, limits, means, holder=f"{name}-{token_hex(4)}")
+
+
+def _keep_searches(settings: Settings) -> None:
+    """The cluster's one keeper of searches."""
+    options = ray.remote(SearchKeeper).options(
+        name="searches",
+        namespace=_NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+    )
+    options.remote(settings.model_dump_json(), f"http://127.0.0.1:{settings.port}")
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

@@ -81,7 +81,7 @@ def running(settings: Settings) -> bool:
 def _start(
     settings: Settings, folder: RunFolder, claim: TextIO, on_stage: Callable[[str], None], deadline: float
 ) -> Service:
-    write_private(folder.settings, settings.model_dump_json(indent=2))
+    write_private(folder.settings, settings.told)
     for name in _LOGS:
         if folder.log(name).exists():
             move(folder.log(name), folder.log(f"{name}.old"))

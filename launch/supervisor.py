@@ -31,7 +31,6 @@ from polygraft.launch.children import Child, GaveUp, supervise
 from polygraft.launch.leftovers import clear, remove_drafts
 from polygraft.launch.processes import Identity
 from polygraft.launch.program import Program
-from polygraft.launch.ram import limited
 from polygraft.launch.run_folder import RunFolder, Supervision
 
 _LOG = logging.getLogger(__name__)
@@ -88,12 +87,11 @@ def _supervise(settings: Settings, folder: RunFolder) -> int:
 def _children(settings: Settings, folder: RunFolder, scratch: Path) -> list[Child]:
     """The store, unless it is someone else's, and the head, which finds it through the settings it is given."""
     children: list[Child] = []
-    settings = limited(settings)
     if settings.store_url == "embedded":
         server = EmbeddedServer(settings.store_folder, port=free_port())
         children.append(EmbeddedStore(server, folder.note))
         settings = settings.model_copy(update={"store_url": server.url})
-    write_private(folder.settings, settings.model_dump_json(indent=2))
+    write_private(folder.settings, settings.told)
     write_private(folder.ray_token, token_hex(32))
 
     def not_up() -> None:

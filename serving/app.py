@@ -7,6 +7,7 @@ from ray import serve
 
 from polygraft.cluster.model import Backbone, DeviceKind
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.sizing import fitted
 from polygraft.serving.host import ReplicaPlan
 from polygraft.serving.replica import SCALER, replica_app
 
@@ -14,6 +15,7 @@ from polygraft.serving.replica import SCALER, replica_app
 def engine_app(settings: Settings, backbone: Backbone, *, scaler: str = SCALER) -> serve.Application:
     """To run under the backbone's `application_name`. `settings.store_url` is a running server's, and the backbone's
     folder visible on every node; `scaler` is the policy class that says how many replicas there are."""
+    settings = fitted(settings, backbone)
     plan = ReplicaPlan(
         backbone=backbone,
         store_url=settings.store_url,

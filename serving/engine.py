@@ -22,9 +22,10 @@ from polygraft.serving.batch import Batch, Chunk
 from polygraft.serving.loading import Loader
 from polygraft.serving.messages import ErrorCode, FinishReason, QueueFull, StepTokens
 from polygraft.serving.outbox import Listener, Outbox
+from polygraft.serving.request import GenerationRequest
 from polygraft.serving.residency import GraftUnusable, Residency
 from polygraft.serving.sampling import Draw, sample
-from polygraft.serving.sequence import GenerationRequest, Sequence
+from polygraft.serving.sequence import Sequence
 from polygraft.serving.steps import StepLog
 from polygraft.serving.streams import ContextExceeded, Streams
 from polygraft.serving.suspects import Suspects

@@ -16,8 +16,8 @@ from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.inflight import InFlight, Lost
 from polygraft.serving.messages import Draining, Load, QueueFull, StepMessage, StepTokens
+from polygraft.serving.request import GenerationRequest
 from polygraft.serving.roster import Roster
-from polygraft.serving.sequence import GenerationRequest
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 8  # replicas that may die under a request

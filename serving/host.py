@@ -16,7 +16,7 @@ from polygraft.cluster.model import Backbone, GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 if TYPE_CHECKING:
     from polygraft.serving.engine import Engine
@@ -99,4 +99,11 @@ def _engine(plan: ReplicaPlan, replica: ReplicaId) -> Engine:
         backbone = Loaded.load(
             Path(record.folder), dtypes[record.dtype], quantise=record.quantise, device=chosen_device(plan.device)
         )
-    return Engine(backbone, plan.settings, replica=replica, data=plan.data, step_floor_s=plan.step_floor_s)
+    return Engine(
+        backbone,
+        plan.settings,
+        replica=replica,
+        data=plan.data,
+        graft_bytes=plan.settings.graft_bytes,
+        step_floor_s=plan.step_floor_s,
+    )

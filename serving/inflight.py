@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from polygraft.cluster.model import ReplicaId
 from polygraft.serving.messages import StepTokens
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 from uuid import uuid4
@@ -14,6 +14,8 @@ from ray import serve
 
 from polygraft.cluster.model import Backbone, TenantId
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.sizing import fitted, sizes
+from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.sites import ModelShape
@@ -23,7 +25,7 @@ from polygraft.serving.candidate import examined
 from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.context import Api
+from polygraft.serving.http.context import NO_DESK, Api, Desk
 from polygraft.serving.http.known import Backbones, KnownBackbone
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
@@ -38,6 +40,7 @@ class IngressPlan:
 
     settings: Settings
     cache: Path
+    desk: Desk = NO_DESK
 
 
 class Ingress:
@@ -47,16 +50,24 @@ class Ingress:
         settings = plan.settings
         self._settings = settings
         self._name = f"ingress-{uuid4().hex[:12]}"
-        store = connect(settings.store_url)
+        self._store = store = connect(settings.store_url)
         self._api = Api(
             store=store,
-            backbones=Backbones(store, self._known, default=settings.backbone, unload_s=settings.unload_s),
+            backbones=Backbones(
+                store,
+                self._known,
+                default=settings.backbone,
+                unload_s=settings.unload_s,
+                idle_s=settings.serve.idle_s,
+            ),
             data=settings.data,
             graft_roots=settings.graft_roots,
             candidate=lambda source, quantise: examined(source, plan.cache, quantise),
             limits=settings.limits,
-            pack=settings.pack_limits,
+            pack=self._default().pack_limits,
+            sized=self._sized,
             clock=time.time,
+            desk=plan.desk,
             meters=Meters(self._name),
             overview=Overview(store, time.time),
             metrics_tenants=frozenset(map(TenantId, settings.metrics_tenants)),
@@ -68,8 +79,18 @@ class Ingress:
     async def check_health(self) -> None:
         """Answering is healthy: clients are told of a missing replica or store by 503; a restart would not help."""
 
+    def _sized(self, record: Backbone) -> Backbone:
+        """With the sizes for the devices that there are. Raises DoesNotFit."""
+        devices = [found.value.device for found in self._store.scan(keys.DEVICES)]
+        return replace(record, sizes=sizes(self._settings, record, devices))
+
+    def _default(self) -> Settings:
+        """The settings for the service's own backbone."""
+        found = self._store.get(keys.backbone(self._settings.backbone))
+        return fitted(self._settings, found.value) if found else self._settings
+
     def _known(self, record: Backbone) -> KnownBackbone:
-        settings, folder = self._settings, Path(record.folder)
+        settings, folder = fitted(self._settings, record), Path(record.folder)
         plan = ReaderPlan(
             backbone_folder=folder,
             quantise=record.quantise,

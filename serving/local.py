@@ -9,7 +9,7 @@ from polygraft.cluster.model import GraftId
 from polygraft.serving.engine import Engine
 from polygraft.serving.mailbox import Mailbox
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 _LOOK_S = 0.02  # how long the end of a drain may go unnoticed
 _LEAVE_S = 1.0  # how long readers have for their last message

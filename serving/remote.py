@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from polygraft.cluster.model import GraftId, Replica
 from polygraft.serving.host import NAMESPACE, Host
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 
 class ActorLink:

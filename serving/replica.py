@@ -23,6 +23,7 @@ from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.actors.place import Place, asking, place
 from polygraft.cluster.leasing import close_replica, open_replica
 from polygraft.cluster.model import DeviceKind, ReplicaId
+from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import StoreError
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.process import device_environment
@@ -44,7 +45,7 @@ class Replica:
         self._id = ReplicaId(f"{context.app_name}-{context.replica_id.unique_id}")
         self._store = connect(plan.store_url)
         here = place()
-        self._host = _start(self._id, here)
+        self._host = _start(self._id, here, self._cores(here.node))
         try:
             _, device = open_replica(
                 self._store,
@@ -71,6 +72,10 @@ class Replica:
                 await host.drain.remote(self._plan.settings.drain_s)
             await asyncio.to_thread(self._close)
 
+    def _cores(self, node: str) -> int:
+        """Of a device of the node; which one it will be is not known yet."""
+        return min((one.value.device.cores for one in self._store.scan(keys.devices_of(node))), default=1)
+
     def _close(self) -> None:
         with suppress(StoreError):  # the controller sees that its actor is gone
             close_replica(self._store, self._id, at=time.time())
@@ -78,7 +83,7 @@ class Replica:
         self._store.close()
 
 
-def _start(replica: ReplicaId, here: Place) -> ActorHandle[Host]:
+def _start(replica: ReplicaId, here: Place, cores: int) -> ActorHandle[Host]:
     """In the place that this process has asked Ray for. It ends with this process."""
     gpu = {} if here.index is None else {"CUDA_VISIBLE_DEVICES": str(here.index)}
     options = ray.remote(Host).options(
@@ -86,7 +91,7 @@ def _start(replica: ReplicaId, here: Place) -> ActorHandle[Host]:
         namespace=NAMESPACE,
         num_cpus=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(here.node, soft=False),
-        runtime_env={"env_vars": {**device_environment(), **gpu}},
+        runtime_env={"env_vars": {**device_environment(cores), **gpu}},
     )
     return cast(ActorHandle[Host], options.remote())
 

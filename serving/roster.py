@@ -11,7 +11,7 @@ from polygraft.cluster.policy.routing import Refusal, ReplicaView, RouteRequest,
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.blocks import BLOCK_SIZE
 from polygraft.serving.messages import Load, StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 
 class Roster:

@@ -24,7 +24,7 @@ LINES = 400
 # What a folder may import from the others, as patterns of module names. What is not listed is forbidden.
 TORCH_FREE = r"polygraft\.grafts\.(spec|bound|cost|grammar|methods|architectures|s4|sites|sizes|text)\b"
 COST = r"polygraft\.kernels\.\w+\.cost\b"
-ATOMIC = r"polygraft\.kernels\.common\.(atomic|room)\b"
+ATOMIC = r"polygraft\.kernels\.common\.(atomic|processor|room)\b"
 WHOLE = {folder: rf"polygraft\.{folder}\b" for folder in FOLDERS}
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
@@ -49,15 +49,16 @@ LAYERS: dict[str, str] = {
     "grafts: the runtime": r"grafts\.runtime\..+",
     "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",
     "grafts: files": r"grafts\.formats\..+",
-    "cluster: values": r"cluster\.(states|model|ids|events|decisions|validation|folders)",
+    "cluster: values": r"cluster\.(states|model|ids|told|events|decisions|validation|folders)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
     "cluster: policy": r"cluster\.policy\..+",
+    "cluster: sizes by the policy's rules": r"cluster\.(sizing|view)",
     "cluster: how events change the snapshot": r"cluster\.evolve",
     "cluster: the store": r"cluster\.store\..+",
     "cluster: what is written to the store together": (
         r"cluster\.(advance|backbones|leasing|publish|versions|api_keys|story)"
     ),
-    "cluster: the client of the HTTP API": r"cluster\.(answers|client)",
+    "cluster: the client of the HTTP API": r"cluster\.(answers|client|searches)",
     "cluster: Ray's actors": r"cluster\.actors\..+",
     "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
     "trainers: its shell": r"trainers\.(worker|host)",
@@ -65,7 +66,7 @@ LAYERS: dict[str, str] = {
     "serving: from an ingress to engines": r"serving\.(local|remote|gateway|fleet|host)",
     "serving: HTTP": r"serving\.http\..+",
     "serving: Ray Serve's shells": r"serving\.(ingress|replica|app)",
-    "tuning: spaces and the study": r"tuning\.(space|study|objectives|spaces\..+|samplers\..+)",
+    "tuning: spaces and the study": r"tuning\.(space|study|objectives|finals|spaces\..+|samplers\..+|pruners\..+)",
     "tuning: a search and its driver": r"tuning\..+",
     "launch: the demo's oracles": r"launch\.demo\.oracle\..+",
     "launch: processes and what commands share": r"launch\.(?!main$|__main__$)\w+",
@@ -204,10 +205,11 @@ def test_every_imported_library_is_declared() -> None:
     assert not wrong, report(wrong)
 
 
-@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster"])
+@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster", "serving"])
 def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
     names = sorted({module(path) for path in sources(folder)})
     patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
+    patterns["serving"] = r"polygraft\.serving\.(app|fleet|gateway|host|messages|remote|replica|request)$"
     names = [name for name in names if matches(name, (patterns[folder],))]
     # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
     code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"

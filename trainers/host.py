@@ -94,7 +94,7 @@ class PackHost:
             name=plan.pack,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=RESTARTS),
-            worker_runtime_env={"env_vars": {**device_environment(), "OMP_NUM_THREADS": str(plan.cores)}},
+            worker_runtime_env={"env_vars": device_environment(plan.cores)},
         )
         told = asdict(plan)
         if len(plan.nodes) == 1:

@@ -12,20 +12,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 from ray import tune
 from ray.tune.error import TuneError
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.store.base import Store
 from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.pruners.choose import pruner
+from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.record import open_study
-from polygraft.tuning.study import Exhausted, Failure, Result, Study, Trial, TrialState
+from polygraft.tuning.study import Exhausted, Failure, Outcome, Result, Stopped, Study, Trial, TrialState
 from polygraft.tuning.trial import Access, JobTrial
 
 OnTrial = Callable[[Trial], None]
@@ -99,6 +102,10 @@ class StudySearcher(Searcher):
         self._on_progress = on_progress
         self._again = deque(trial for trial in study.trials if trial.state is TrialState.RUNNING)
         self._numbers: dict[str, int] = {}
+        self._stopped: dict[int, Stopped] = {}
+        judge = pruner(plan.pruner)
+        known = {trial.candidate.peft: plan.known(trial.candidate.peft) for trial in study.trials}
+        self._watch = None if judge is None else Watch(judge, study.trials, known)
 
     @property
     def left(self) -> int:
@@ -133,6 +140,16 @@ class StudySearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
         self._on_progress(self.study.trials[self._numbers[trial_id]], float(str(result.get("progress", 0.0))))
 
+    def goes_on(self, trial_id: str, result: Mapping[str, object]) -> bool:
+        """Whether a trial that reported its losses is to be trained on."""
+        number = self._numbers[trial_id]
+        stopped = self._judged(number, result)
+        if stopped is None:
+            return True
+        job = result.get("job")
+        self._stopped[number] = replace(stopped, job=None if job is None else str(job))
+        return False
+
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
         if self.study.trials[number].state is not TrialState.RUNNING:
@@ -140,12 +157,32 @@ class StudySearcher(Searcher):
         if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
             raise self.error
         try:
-            outcome = _outcome(self._plan, self.study.trials[number], None if error else result)
-            trial = self.study.tell(number, outcome)
+            trial = self.study.tell(number, self._outcome(number, None if error else result))
         except Exception as failed:
             self.error = failed
             raise
+        if self._watch is not None:
+            self._watch.ended(trial)
         self._on_trial(trial)
+
+    def _judged(self, number: int, result: Mapping[str, object]) -> Stopped | None:
+        """What the pruner says to the losses of a report, pairs of step and loss."""
+        losses, total = result.get("losses"), result.get("steps_total")
+        if self._watch is None or not isinstance(losses, list) or not isinstance(total, int):
+            return None
+        trial = self.study.trials[number]
+        by_step = {int(step): float(loss) for step, loss in losses}
+        return self._watch.judge(trial, self._plan.known(trial.candidate.peft), by_step, total)
+
+    def _outcome(self, number: int, result: Mapping[str, object] | None) -> Outcome:
+        if number in self._stopped and result is not None:
+            return self._stopped[number]
+        if self._watch is not None and result is not None:
+            self._judged(number, result)  # of the last report only the losses count
+        outcome = _outcome(self._plan, self.study.trials[number], result)
+        if isinstance(outcome, Result) and self._watch is not None:
+            return replace(outcome, curve=self._watch.curve(number))
+        return outcome
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the record in the store is the state."""
@@ -161,6 +198,18 @@ class StudySearcher(Searcher):
         if self._again:
             return self._again.popleft()
         return self.study.ask() if len(self.study.trials) < self._limit else None
+
+
+class StudyScheduler(FIFOScheduler):
+    """Stops a trial when the study's pruner says so; what is started next is the searcher's."""
+
+    def __init__(self, bridge: StudySearcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._bridge = bridge
+
+    def on_trial_result(self, tune_controller: object, trial: tune.experiment.Trial, result: dict[str, object]) -> str:
+        goes_on = self._bridge.goes_on(trial.trial_id, result)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
 
 def _outcome(plan: SearchPlan, trial: Trial, result: Mapping[str, object] | None) -> Result | Failure:
@@ -187,6 +236,7 @@ def _fit(trainable: type[tune.Trainable], bridge: StudySearcher, plan: SearchPla
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=bridge,
+            scheduler=StudyScheduler(bridge),
             num_samples=bridge.left,
             max_concurrent_trials=plan.concurrency,
             reuse_actors=True,

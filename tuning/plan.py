@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
+from polygraft.tuning.finals import Rule
 from polygraft.tuning.objectives import Limit, Objective, check, known, objective
+from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName, sampler
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.study import Sampler
@@ -31,6 +33,10 @@ class SearchPlan:
     `job` is a request without a graft, learning rate, owner and suffix, and with a validation file: every trial fills
     these in. `startup` trials are spread evenly before the model proposes. At most `concurrency` run at once, in one
     pack if it has room. A trial that nobody has spoken for in `lease_s` seconds is cancelled by the service.
+
+    Of the front, members are trained again on `seeds` other seeds and judged on `test_file` (the validation file when
+    not given); one is chosen by a rule (`tuning/finals.py`), and is what the search's name means if it is to be
+    `promote`d.
     """
 
     name: str
@@ -42,6 +48,11 @@ class SearchPlan:
     model: SamplerName = "tpe"
     minimise: tuple[str, ...] = ("loss", "parameters")
     limits: tuple[Limit, ...] = ()
+    pruner: PrunerName = "none"
+    seeds: int = 0
+    choose: Rule = "knee"
+    promote: bool = False
+    test_file: str | None = None
     seed: int = 0
     lease_s: float = 60.0
 
@@ -53,6 +64,10 @@ class SearchPlan:
         for field, value in (("trials", self.trials), ("concurrency", self.concurrency), ("startup", self.startup)):
             if value < 1:
                 raise BadPlan(f"{field}: {value} is not a number of trials; give at least 1")
+        if self.seeds < 0:
+            raise BadPlan(f"seeds: {self.seeds} is not a number of seeds; give 0 for none")
+        if self.promote and not self.seeds:
+            raise BadPlan("promote: what is chosen are grafts that are trained again; give seeds of at least 1")
         if self.lease_s < 5:
             raise BadPlan(f"lease_s: {self.lease_s} is too short for a service that is busy; give at least 5")
         if self.job.validation_file is None:
@@ -88,6 +103,10 @@ class SearchPlan:
         """How many results may miss the measured limits before the search ends."""
         return max(self.startup, -(-self.trials // 2))
 
+    def known(self, peft: str) -> tuple[float, ...]:
+        """The objectives that follow from a trial's graft, in their order."""
+        return tuple(known(one.name, peft, self.space.shape) for one in self.objectives if one.known)
+
     def values(self, peft: str, loss: float) -> tuple[float, ...]:
         """A value of every objective, for a trial's graft and what was measured of it."""
         return tuple(known(one.name, peft, self.space.shape) if one.known else loss for one in self.objectives)
@@ -103,8 +122,23 @@ class SearchPlan:
         body["suffix"] = f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/{number}", "lease_s": self.lease_s}
         body["metadata"] = {**(self.job.metadata or {}), "study": study, "trial": str(number)}
-        try:
-            read_request(body)
-        except BadRequest as error:
-            raise BadPlan(f"job.{error.param or ''}: {error}") from None
-        return body
+        return _read(body)
+
+    def final_request(
+        self, *, study: str, number: int, peft: str, learning_rate: float, seed: int
+    ) -> dict[str, JsonValue]:
+        """The body of a job that trains a trial's graft again on another seed. Raises BadPlan as `request` does."""
+        body = self.request(study=study, number=number, peft=peft, learning_rate=learning_rate)
+        body["seed"] = seed
+        body["validation_file"] = self.test_file or self.job.validation_file
+        body["suffix"] = self.name if self.promote else f"{self.name}-{number}"
+        body["owner"] = {"name": f"{study}/final-{number}-{seed}", "lease_s": self.lease_s}
+        return _read(body)
+
+
+def _read(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        read_request(body)
+    except BadRequest as error:
+        raise BadPlan(f"job.{error.param or ''}: {error}") from None
+    return body

@@ -19,6 +19,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Versioned, Write
 from polygraft.grafts.methods.registry import find
 from polygraft.grafts.spec import SpecError
+from polygraft.tuning.finals import Final
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.spaces.autopeft import halved
 from polygraft.tuning.study import Study, Trial
@@ -30,10 +31,12 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRecord:
-    """What the body of a study's record says."""
+    """What the body of a study's record says; `finals` and the trial that was `chosen` come after the last trial."""
 
     plan: SearchPlan
     trials: tuple[Trial, ...] = ()
+    finals: tuple[Final, ...] = ()
+    chosen: int | None = None
     schema_version: Literal[2] = 2
 
 
@@ -78,12 +81,6 @@ def open_study(
         trials=record.trials,
         keep=_Keeper(store, found, plan, clock),
     )
-
-
-def begun(store: Store, study: StudyId) -> SearchPlan | None:
-    """The plan that a study was begun with, None where there is no such study. Raises BadRecord."""
-    found = store.get(keys.study(study))
-    return None if found is None else decode(found.value.body).plan
 
 
 class _Keeper:

@@ -31,7 +31,8 @@ class TrialState(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What a trial came to: one value an objective, in their order, and the held-out loss whatever they are (None in
-    records where the first value is it); which job it was, what the job published, where it began.
+    records where the first value is it); which job it was, what the job published, where it began, and its curve
+    (`tuning/pruners/curves.py`) if it was watched.
     """
 
     values: tuple[float, ...]
@@ -39,6 +40,7 @@ class Result:
     job: str | None = None
     model: str | None = None
     loss_before: float | None = None
+    curve: tuple[float, ...] = ()
     kind: Literal["result"] = "result"
 
 
@@ -53,13 +55,14 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped:
-    """Why a trial was not trained to its end, after how many of its job's steps, and its mean training loss since the
-    decision before."""
+    """Why a trial was not trained to its end, after how many of its job's steps, its mean training loss since the
+    decision before, and its curve."""
 
     reason: str
     step: int
     steps_total: int
     loss: float
+    curve: tuple[float, ...] = ()
     job: str | None = None
     kind: Literal["stopped"] = "stopped"
 

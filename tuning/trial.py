@@ -18,6 +18,7 @@ from ray import tune
 from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.service import ServiceNotRunning
+from polygraft.tuning.owned import submitted
 from polygraft.tuning.plan import SearchPlan
 
 REPORT_S = 2.0  # a step of the trial; Tune can stop it in between
@@ -87,8 +88,9 @@ class JobTrial(tune.Trainable):
             peft=str(config["peft"]),
             learning_rate=float(str(config["learning_rate"])),
         )
-        self._idempotency = f"{self._study}/{number}"
+        self._name = str(number)
         self._job: RemoteJob | None = None
+        self._told_step = 0
         self._heard_at = time.monotonic()  # when the service last answered
         self._renewed_at = self._heard_at
 
@@ -105,14 +107,7 @@ class JobTrial(tune.Trainable):
         self._heard_at = time.monotonic()
 
     def _submit(self) -> RemoteJob:
-        """The trial's job: the one an earlier driver submitted, unless it was cancelled when nobody spoke for it."""
-        job = self._client.create_job(self._body, idempotency_key=self._idempotency)
-        while job.status == "cancelled":
-            self._idempotency = f"{self._study}/after/{job.id}"
-            job = self._client.create_job(self._body, idempotency_key=self._idempotency)
-        if not job.final:
-            job = self._client.renew(job.id, self._plan.lease_s)
-        return job
+        return submitted(self._client, self._body, study=self._study, name=self._name, lease_s=self._plan.lease_s)
 
     def _leave(self) -> None:
         """Cancel the job if it is not over; where that fails, its lease runs out."""
@@ -129,7 +124,25 @@ class JobTrial(tune.Trainable):
         job = self._job
         if job is None:
             return {"progress": 0.0, "job": None}
-        return {"progress": 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1)), "job": job.id}
+        share = 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1))
+        facts: dict[str, JsonValue] = {"progress": share, "job": job.id}
+        if self._plan.pruner != "none" and job.steps_total:
+            facts |= {"losses": self._new_losses(job.id), "steps_total": job.steps_total}
+        return facts
+
+    def _new_losses(self, job: str) -> list[JsonValue]:
+        """[step, training loss] of the steps since the last report; none when the service does not answer now."""
+        found: dict[int, float] = {}
+        with suppress(ApiFailure, ServiceNotRunning):
+            for event in self._client.events(job):  # newest first
+                data = event.data or {}
+                step, loss = data.get("step"), data.get("loss")
+                if event.type == "metrics" and isinstance(step, int) and isinstance(loss, float):
+                    if step <= self._told_step:
+                        break
+                    found[step] = loss
+        self._told_step = max(found, default=self._told_step)
+        return [[step, loss] for step, loss in sorted(found.items())]
 
 
 def _outcome(job: RemoteJob) -> dict[str, JsonValue]:

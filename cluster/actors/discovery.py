@@ -76,15 +76,15 @@ def _measured(scout: Scout, cores: int) -> NodeFacts:
 class Discovery:
     """The devices of the nodes that are alive. `scout`, where there is one, is sent to each node once."""
 
-    def __init__(self, scout: Scout | None = None) -> None:
-        self._scout = scout
+    def __init__(self, scout: Scout | None = None, *, list_s: float = LIST_S) -> None:
+        self._scout, self._list_s = scout, list_s
         self._sent: dict[str, ray.ObjectRef[NodeFacts]] = {}
         self._facts: dict[str, NodeFacts] = {}
         self._devices: Sequence[Device] = ()
         self._listed_at = float("-inf")
 
     def devices(self) -> Sequence[Device]:
-        if time.monotonic() - self._listed_at > LIST_S:
+        if time.monotonic() - self._listed_at > self._list_s:
             self._listed_at = time.monotonic()
             self._devices = list(self._look())
         return self._devices

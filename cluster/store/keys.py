@@ -21,6 +21,7 @@ from polygraft.cluster.model import (
     Record,
     Replica,
     ReplicaId,
+    Search,
     Snapshot,
     Study,
     StudyId,
@@ -37,6 +38,7 @@ DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
 ALIASES: Prefix[Alias] = Prefix("alias/")
+SEARCHES: Prefix[Search] = Prefix("search/")
 STUDIES: Prefix[Study] = Prefix("study/")
 API_KEYS: Prefix[ApiKey] = Prefix("apikey/")
 SNAPSHOT: Key[Snapshot] = Key("snapshot/fleet")
@@ -55,6 +57,7 @@ TYPES: Mapping[str, type[Record]] = {
     "pack": Pack,
     "replica": Replica,
     "snapshot": Snapshot,
+    "search": Search,
     "study": Study,
 }
 
@@ -103,6 +106,10 @@ def file(file: FileId) -> Key[DataFile]:
     return Key(f"{FILES}{file}")
 
 
+def search(search: StudyId) -> Key[Search]:
+    return Key(f"{SEARCHES}{search}")
+
+
 def study(study: StudyId) -> Key[Study]:
     return Key(f"{STUDIES}{study}")
 
@@ -149,6 +156,11 @@ def commands(pack: PackId) -> StreamKey:
     """Entries {"op": "admit" | "cancel" | "leave" | "close", "job": id}, which the pack's worker reads at step
     boundaries."""
     return StreamKey(f"pack/{pack}/commands")
+
+
+def search_log(search: StudyId) -> StreamKey:
+    """Entries {"message", "at", "trial"}, one whenever a trial is asked for or told and when the search ends."""
+    return StreamKey(f"search/{search}/log")
 
 
 def metrics(job: JobId) -> StreamKey:

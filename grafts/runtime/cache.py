@@ -28,7 +28,8 @@ BUCKET_BLOCKS = (
 
 class KVCache:
     """Keys and values of all layers, [layers, blocks, block_size, 2, kv_width]; block 0 is never given out and stays
-    zero."""
+    zero. A block is cleared when it is given out: until then it takes no memory on a CPU, which maps pages when they
+    are written."""
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class KVCache:
         if not shape.causal:
             raise SpecError(f"backbone: {shape.sees}; it cannot decode")
         self.shape, self.blocks, self.block_size = shape, blocks, block_size
-        self.data = torch.zeros(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype, device=device)
+        self.data = torch.empty(shape.layers, blocks, block_size, 2, shape.kv_width, dtype=dtype, device=device)
+        self.clear([0])
 
     @staticmethod
     def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:

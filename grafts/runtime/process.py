@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +16,14 @@ T = TypeVar("T")
 _UNUSED = ("accelerate", "scipy", "triton")  # what transformers and torch import only because it is installed
 
 
-def device_environment() -> dict[str, str]:
-    """Environment of a process that owns a device share.
+def device_environment(cores: int) -> dict[str, str]:
+    """Environment of a process that computes on a device with so many cores.
 
-    All cores, whatever Ray gives an actor, and threads that spin only briefly before they sleep, since they share the
-    cores with other processes. Memory that a step frees stays at hand for the next one: handing pages back between
+    A thread a core, whatever Ray gives an actor, and threads that spin only briefly before they sleep, since they share
+    the cores with other processes. Memory that a step frees stays at hand for the next one: handing pages back between
     steps made packed training 8% slower (docs/log.md). So `give_back` says when it goes.
     """
-    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "20000", **_allocator()}
+    return {"OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "20000", **_allocator()}
 
 
 def _allocator() -> dict[str, str]:

@@ -15,3 +15,12 @@ def processor() -> str:
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     named = [fields[name] for name in ("vendor_id", "cpu family", "model") if name in fields]
     return " ".join(named) or platform.machine()
+
+
+def multiplies_bf16() -> bool:
+    """Whether it has instructions for products of bfloat16, as `best_dtype` of the runtime asks torch."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split("\n\n")[0].split()
+    except OSError:
+        return False
+    return "avx512_bf16" in words or "amx_tile" in words

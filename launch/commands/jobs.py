@@ -124,12 +124,25 @@ def jobs(
     if as_json:
         print_json(iter(listed))
         return
+    several = len({one.model for one in listed}) > 1  # backbones
     print_table(
-        ("job", "status", "method", "#steps", "#parameters", "#loss before", "#after", "model", "#age"),
+        (
+            "job",
+            "status",
+            *(["backbone"] if several else []),
+            "method",
+            "#steps",
+            "#parameters",
+            "#loss before",
+            "#after",
+            "model",
+            "#age",
+        ),
         (
             (
                 one.id,
                 _colored(one.status),
+                *([escape(one.model)] if several else []),
                 escape(one.peft),
                 _steps(one),
                 count(one.parameters),

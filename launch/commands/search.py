@@ -1,107 +1,208 @@
-"""search: find good grafts for some data, many trials in one pack."""
+"""search, searches: find good grafts for some data; the service goes on with a search when the terminal is gone."""
 
 from __future__ import annotations
 
-from contextlib import closing
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import JsonValue
+from rich.markup import escape
 
-from polygraft.cluster.api_keys import verify_key
-from polygraft.cluster.model import FileId, StudyId
-from polygraft.cluster.service import find_service, read_key
-from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Store
-from polygraft.launch.commands.common import Flags, Json, flags
-from polygraft.launch.output import Failure, Status, errors, print_json, screen
+from polygraft.cluster import searches as remote
+from polygraft.cluster.client import Client
+from polygraft.cluster.searches import RemoteSearch
+from polygraft.launch.commands.common import Json, flags
+from polygraft.launch.output import Failure, JsonOut, Status, ago, errors, print_json, print_table, screen
 
-if TYPE_CHECKING:  # imported when the command runs: Optuna and Ray take seconds
-    from polygraft.launch.commands.search_file import SearchFile
-    from polygraft.tuning.driver import StudyResult
+if TYPE_CHECKING:  # imported when the command runs: Optuna takes seconds
+    from polygraft.tuning.study import Trial
+
+_FOLLOW_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a person wants to have what came of a search."""
+
+    chart: Path | None = None
+    report: Path | None = None
+    table: Path | None = None
+
+    @property
+    def all(self) -> list[Path]:
+        return [path for path in (self.chart, self.report, self.table) if path is not None]
+
+    def write(self, search: RemoteSearch, trials: list[Trial]) -> None:
+        """The chart and the page need a trial that has ended."""
+        if not self.all:
+            return
+        from polygraft.grafts.sites import ModelShape
+        from polygraft.tuning.finals import Member
+        from polygraft.tuning.front import draw
+        from polygraft.tuning.report.page import page
+        from polygraft.tuning.report.summary import Report, as_csv
+
+        told = Report(
+            name=search.name,
+            id=search.id,
+            status=search.status,
+            objectives=search.objectives,
+            trials=tuple(trials),
+            front=search.front,
+            finals=tuple(Member(**member.model_dump()) for member in search.finals),
+            chosen=search.chosen,
+            note=search.note,
+            job=search.job,
+        )
+        if self.chart is not None:
+            front = [trials[number] for number in search.front]
+            draw(trials, self.chart, front=front, title=f"{search.name}: {len(trials)} trials")
+        if self.report is not None:
+            self.report.write_text(page(told, ModelShape(**search.shape)))  # type: ignore[arg-type]
+        if self.table is not None:
+            self.table.write_text(as_csv(told))
 
 
 def register(app: typer.Typer) -> None:
     app.command()(search)
+    app.command()(searches)
 
 
 def search(
     context: typer.Context,
     file: Annotated[
-        Path, typer.Argument(help="YAML with name, training_file, validation_file, trials, hyperparameters, ...")
+        Path, typer.Argument(help="YAML with name, training_file, validation_file, space, ...; or examples as JSONL.")
     ],
-    study: Annotated[str | None, typer.Option(help="Go on with this study instead of beginning one.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="With JSONL: 20m, 2h or 40 trials; space, sampler and fidelity follow from it.")
+    ] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with pictures to this HTML file.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the search's end.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Search serial x parallel x prefix sizes x layers x learning rate for low loss and few parameters."""
-    from polygraft.launch.commands.search_file import read_search_file
-    from polygraft.launch.front import Point, print_front
-    from polygraft.tuning.front import draw
-
-    wanted = read_search_file(file)
-    found = _run(flags(context), wanted, study)
-    trials, front = found.trials, [Point.of(trial) for trial in found.front]
-    if not front:
-        raise Failure(found.ended or "no trial has finished; polygraft jobs says why")
-    if found.ended:
-        errors.print(found.ended, highlight=False)
-    if chart is not None:
-        draw(trials, chart, front=found.front, title=f"{wanted.name}: {len(trials)} trials")
-    if as_json:
-        print_json({"trials": len(trials), "front": [point.to_json() for point in front]})
-    else:
-        print_front(front)
-        if chart is not None:
-            screen.print(f"Drawn to {chart}", highlight=False)
+    """Search for grafts of low loss and few parameters; its trials are jobs, as many as fit in one pack."""
+    with flags(context).client() as client:
+        begun = remote.create(client, _asked(client, file, budget), idempotency_key=token_hex(16))
+        errors.print(f"{begun.id}; polygraft searches {begun.id} shows it", highlight=False)
+        if detach:
+            if as_json:
+                print_json({"id": begun.id})
+            return
+        _tell(client, _followed(client, begun), Files(chart, report), as_json=as_json)
 
 
-def _run(given: Flags, wanted: SearchFile, study: str | None) -> StudyResult:
-    from polygraft.cluster.spec import BadRequest
-    from polygraft.grafts.spec import SpecError
-    from polygraft.launch import searching
+def searches(
+    context: typer.Context,
+    search: Annotated[str | None, typer.Argument(help="One search; all when not given.", show_default=False)] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End it, and the jobs of its trials.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it is over.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with pictures to this HTML file.")] = None,
+    table: Annotated[Path | None, typer.Option("--csv", help="Write all trials to this CSV file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List searches; of one its front, or its end."""
+    with flags(context).client() as client:
+        if search is None:
+            _list(list(remote.listed(client)), as_json=as_json)
+        elif cancel:
+            found = remote.cancel(client, search)
+            screen.print(f"{found.id} is {found.status}", highlight=False)
+        else:
+            found = remote.show(client, search)
+            _tell(client, _followed(client, found) if follow else found, Files(chart, report, table), as_json=as_json)
+
+
+def _asked(client: Client, file: Path, budget: str | None) -> dict[str, JsonValue]:
+    from polygraft.launch.commands.search_file import read_search_file, within
+
+    if not file.is_file():
+        raise Failure(f"{file} does not exist", Status.USAGE)
+    if file.suffix != ".jsonl":
+        if budget is not None:
+            raise Failure("--budget: it decides what a YAML file says; give examples as JSONL", Status.USAGE)
+        return read_search_file(file).body(client)
+    if budget is None:
+        raise Failure("--budget: give one, such as 20m, for a search of nothing but examples", Status.USAGE)
+    body, plan = within(file, budget, client)
+    for line in plan.why:
+        errors.print(f"  {line}", highlight=False)
+    return body
+
+
+def _followed(client: Client, search: RemoteSearch) -> RemoteSearch:
+    """The search once it is over, its trials told as they are asked for and end."""
     from polygraft.launch.search_progress import SearchProgress
-    from polygraft.tuning.plan import BadPlan
-    from polygraft.tuning.record import BadRecord
+    from polygraft.tuning.study import TrialState
 
-    id = StudyId(study) if study else None
-    settings = given.settings()
-    service = find_service(settings.service_path)
-    key = given.key or read_key(settings.api_key_path)
-    try:
-        name = wanted.model or service.backbone
-        with closing(given.store()) as store:
-            owner, uploaded = verify_key(store, key), files_of(store, id)
-            backbone = store.get(keys.backbone(name))
-        if owner is None:
-            raise Failure("the API key is unknown or was revoked; polygraft keys create makes one")
-        if backbone is None:
-            raise Failure(f"model: {name!r} is no backbone here; polygraft backbones list shows them", Status.USAGE)
-        shape = searching.shape_of(backbone.value.folder)
-        with given.client() as client:
-            plan = wanted.plan(client, backbone=name, shape=shape, uploaded=uploaded)
-        with SearchProgress(plan.trials) as progress:
-            return searching.run(
-                service,
-                plan,
-                key=key,
-                tenant=owner.tenant,
-                folder=settings.data / "searches",
-                study=id,
-                on_begin=lambda id: errors.print(f"{id}; go on with it by --study if it is stopped", highlight=False),
-                on_trial=progress.on_trial,
-                on_progress=progress.on_progress,
+    told: dict[int, TrialState] = {}
+    with SearchProgress(search.trials_total) as progress:
+        while True:
+            search = remote.show(client, search.id)
+            for trial in _trials(client, search):
+                if told.get(trial.number) is not trial.state:
+                    told[trial.number] = trial.state
+                    progress.on_trial(trial)
+            if search.final:
+                return search
+            time.sleep(_FOLLOW_S)
+
+
+def _trials(client: Client, search: RemoteSearch) -> list[Trial]:
+    from polygraft.tuning.desk import read
+
+    return [read(one.model_dump(exclude={"id", "object"})) for one in remote.trials(client, search.id)]
+
+
+def _tell(client: Client, search: RemoteSearch, files: Files, *, as_json: bool) -> None:
+    """The front of a search, and why it ended if it did so early."""
+    from polygraft.launch.front import Point, print_front
+
+    trials = _trials(client, search)
+    front = [trials[number] for number in search.front]
+    if search.note:
+        errors.print(escape(search.note), highlight=False)
+    if search.final and not front:
+        raise Failure(f"{search.id} is {search.status} and no trial is on its front; polygraft jobs says more")
+    files.write(search, trials)
+    points = [Point.of(trial) for trial in front]
+    if as_json:
+        facts: dict[str, JsonOut] = {"id": search.id, "trials": len(trials), "chosen": search.chosen}
+        facts["front"] = [point.to_json() for point in points]
+        facts["finals"] = [member.model_dump(mode="json") for member in search.finals]
+        print_json(facts)
+        return
+    print_front(points)
+    if search.chosen is not None:
+        again = next(member for member in search.finals if member.trial == search.chosen)
+        interval = f" ± {again.half_width:.4f}" if again.seeds > 1 else ""
+        chosen = f"chosen: trial {again.trial}, loss {again.loss:.4f}{interval} over {again.seeds} other seeds"
+        screen.print(chosen, highlight=False)
+    for path in files.all:
+        screen.print(f"Written: {path}", highlight=False)
+
+
+def _list(found: list[RemoteSearch], *, as_json: bool) -> None:
+    if as_json:
+        print_json([one.model_dump(mode="json") for one in found])
+        return
+    print_table(
+        ("search", "name", "status", "#trials", "#front", "begun"),
+        (
+            (
+                one.id,
+                escape(one.name),
+                one.status,
+                f"{sum(one.trials.values()) - one.trials.get('running', 0)} of {one.trials_total}",
+                f"{len(one.front)}",
+                ago(one.created_at),
             )
-    except (BadPlan, BadRequest, BadRecord, SpecError) as error:
-        raise Failure(str(error), Status.USAGE) from None
-
-
-def files_of(store: Store, study: StudyId | None) -> dict[str, str]:
-    """The files that a study was begun with, by the digests of their contents: uploaded again they would have other
-    ids, and the plan would be another one."""
-    from polygraft.tuning.record import begun
-
-    plan = begun(store, study) if study else None
-    named = () if plan is None else (plan.job.training_file, plan.job.validation_file)
-    found = (store.get(keys.file(FileId(file))) for file in named if file is not None)
-    return {one.value.digest: one.value.id for one in found if one is not None}
+            for one in found
+        ),
+        empty="no search was begun",
+    )

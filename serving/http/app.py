@@ -12,6 +12,7 @@ from polygraft.serving.http import (
     adapters,
     backbones,
     chat,
+    cluster,
     completions,
     documents,
     dry_runs,
@@ -21,6 +22,7 @@ from polygraft.serving.http import (
     jobs,
     metrics,
     models,
+    searches,
     tokens,
 )
 from polygraft.serving.http.answered import Answered
@@ -49,7 +51,8 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     app.add_middleware(Answered, meters=api.meters)  # around both
     errors.install(app)
-    for part in (files, jobs, dry_runs, models, backbones, grafts, adapters, chat, completions, tokens, metrics):
+    documented = (files, jobs, dry_runs, searches, models, backbones, grafts, adapters, chat, completions, tokens)
+    for part in (*documented, metrics, cluster):
         app.include_router(part.router)
     for path in OPEN_PATHS:
         app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})

@@ -15,6 +15,7 @@ from polygraft.cluster.backbones import (
 )
 from polygraft.cluster.events import BackboneRemoved
 from polygraft.cluster.model import Backbone, TenantId
+from polygraft.cluster.policy.capacity import DoesNotFit
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.validation import shown
@@ -73,6 +74,10 @@ def _added(api: Api, tenant: TenantId, body: NewBackbone) -> BackboneObject:
             f"path: {str(error).removeprefix('backbone: ')}", param="path", code="invalid_backbone"
         ) from None
     record = found.backbone(name, dtype=body.dtype, quantise=body.quantise, at=api.clock(), asked=False)
+    try:
+        record = api.sized(record)
+    except DoesNotFit as error:
+        raise bad_request(f"path: {error}", param="path", code="no_device_fits") from None
     try:
         record = add_backbone(api.store, record)
     except Taken as error:

@@ -23,7 +23,7 @@ from polygraft.serving.http.frames import DONE, EVENTS, Frames
 from polygraft.serving.http.generate import Asker, Said, first, unless_gone
 from polygraft.serving.http.generations import Completion, CompletionChoice, CompletionRequest, Usage
 from polygraft.serving.http.transcript import Transcript
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 router = APIRouter(prefix="/v1/completions")
 Piece = tuple[int, Said]  # of the text that goes on from the prompt of that index

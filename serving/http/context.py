@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends
+from pydantic import JsonValue
 from starlette.requests import Request
 
 from polygraft.cluster.folders import Folders
-from polygraft.cluster.model import DataFile, Limits, TenantId
+from polygraft.cluster.model import Backbone, DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
+from polygraft.cluster.told import Told
+from polygraft.grafts.sites import ModelShape
 from polygraft.serving.candidate import Candidate
 from polygraft.serving.http.known import Backbones
 from polygraft.serving.http.meters import Meters
@@ -21,11 +24,38 @@ from polygraft.serving.http.overview import Overview
 from polygraft.serving.http.turns import Turns
 
 
+class Desk(Protocol):
+    """What is known of searches (`tuning/desk.py`, which this package does not import)."""
+
+    def begin(
+        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+    ) -> tuple[str, str, tuple[str, str]]:
+        """Name, body of the study's record, and the ids of the files. Raises ValueError that begins with the field."""
+        ...
+
+    def told(self, record: str) -> Told: ...
+
+
+class NoDesk:
+    """Where nobody keeps searches."""
+
+    def begin(
+        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+    ) -> tuple[str, str, tuple[str, str]]:
+        raise ValueError("search: this service runs none")
+
+    def told(self, record: str) -> Told:
+        return Told()
+
+
+NO_DESK = NoDesk()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
     """`limits` are those of a request, `pack` those of a pack; `candidate` says what a path would be as a backbone,
     quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what `overview` sees;
-    `clock` gives seconds since the epoch."""
+    `clock` gives seconds since the epoch; `sized` is a backbone's record with its sizes, and raises DoesNotFit."""
 
     store: Store
     backbones: Backbones
@@ -35,9 +65,11 @@ class Api:
     limits: LimitSettings
     pack: Limits
     clock: Callable[[], float]
+    desk: Desk = NO_DESK
     meters: Meters
     overview: Overview
     metrics_tenants: frozenset[TenantId]
+    sized: Callable[[Backbone], Backbone] = lambda record: record
     turns: Turns = field(default_factory=Turns)
 
     @property

@@ -23,7 +23,7 @@ from polygraft.serving.http.meters import Finish
 from polygraft.serving.http.named import model_named
 from polygraft.serving.http.transcript import Transcript
 from polygraft.serving.messages import StepTokens
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 R = TypeVar("R")
 Said = tuple[str, FinishReason | None]

@@ -70,12 +70,13 @@ class Backbones:
         *,
         default: str,
         unload_s: float = 0.0,
+        idle_s: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._opened = opened
         self.own = default
-        self._unload_s = unload_s
+        self._unload_s, self._idle_s = unload_s, idle_s
         self._clock = clock
         self._known: Mapping[str, KnownBackbone] = {}
         self._lock = Lock()
@@ -119,9 +120,12 @@ class Backbones:
             self._known = {name: known for name, known in found if known is not None}
 
     def wanted(self, known: KnownBackbone) -> bool:
-        """Whether replicas hold it, or will."""
-        record = known.record
-        return record.loaded or is_wanted(record, now=self._clock(), unload_s=self._unload_s)
+        """Whether replicas hold it, or will; where the last of them goes after `idle_s` seconds, whether it was asked
+        since."""
+        record, now = known.record, self._clock()
+        if self._idle_s is not None:
+            return is_wanted(record, now=now, unload_s=min(self._idle_s, self._unload_s or self._idle_s))
+        return record.loaded or is_wanted(record, now=now, unload_s=self._unload_s)
 
     def asked(self, known: KnownBackbone) -> None:
         """Tell the store that it is asked, so that it is loaded and stays so; where that was said a moment ago, or the
@@ -129,6 +133,8 @@ class Backbones:
         now = self._clock()
         since = max(known.record.asked_at, self._said.get(known.name, 0.0))
         often = min(_SAID_S, self._unload_s * _SAID_SHARE) if self._unload_s else _SAID_S
+        if not known.record.asked_at:  # it is not loaded, whatever was said before
+            often = _LOOK_S
         if now - since < often:
             return
         self._said[known.name] = now

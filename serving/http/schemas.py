@@ -219,6 +219,53 @@ class FineTuningJobEvent(Body):
     data: dict[str, JsonValue]
 
 
+class SearchObject(Body):
+    """`trials` counts those asked for by state, `front` has the numbers of its members, `finals` what those came to
+    that were trained again, with half the width of their confidence intervals, `job` what every trial trains, on a
+    backbone of this `shape`; `note` says why the search ended before all trials were run, or failed."""
+
+    id: str
+    object: Literal["search"] = "search"
+    name: str
+    created_at: int
+    finished_at: int | None
+    status: Literal["running", "cancelling", "succeeded", "failed", "cancelled"]
+    note: str | None
+    objectives: tuple[str, ...]
+    trials_total: int
+    trials: dict[str, int]
+    front: tuple[int, ...]
+    finals: tuple[dict[str, JsonValue], ...]
+    chosen: int | None
+    job: dict[str, JsonValue]
+    shape: dict[str, JsonValue]
+
+
+class TrialObject(Body):
+    """`candidate` is the graft and learning rate that `config`, a point of the space, means; `seen` are the trials that
+    were told when the sampler proposed it; `outcome` has values, or why there are none."""
+
+    id: str
+    object: Literal["search.trial"] = "search.trial"
+    number: int
+    state: Literal["running", "complete", "stopped", "failed"]
+    loss: float | None
+    config: dict[str, float]
+    candidate: dict[str, JsonValue]
+    told: int
+    seen: tuple[int, ...]
+    attempt: int
+    outcome: dict[str, JsonValue] | None
+
+
+class SearchEvent(Body):
+    id: str
+    object: Literal["search.event"] = "search.event"
+    created_at: int
+    message: str
+    trial: int | None
+
+
 class Page(Body, Generic[T]):
     """A list answer; `last_id` is the `after` of the next page."""
 

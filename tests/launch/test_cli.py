@@ -90,6 +90,37 @@ def test_jobs_as_a_table_and_as_json(served: Callable[[Answer], None]) -> None:
     assert json.loads(run("jobs", "--json").stdout)[0]["loss_after"] == 2.25
 
 
+def test_jobs_of_several_backbones_are_told_apart(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(200, json={"data": [JOB, {**JOB, "model": "qwen"}], "has_more": False}))
+    table = run("jobs").stdout
+    assert "backbone" in table and "smollm2" in table and "qwen" in table
+
+
+def test_backbones_are_added_listed_and_removed_as_asked(served: Callable[[Answer], None], tmp_path: Path) -> None:
+    added = {"object": "backbone", "default": False, "path": str(tmp_path), "dtype": "bf16", "quantise": "nf4"}
+    added |= {"id": "qwen", "fingerprint": "f" * 64, "context_length": 4096, "state": "unloaded", "added_at": 1}
+    sent: list[tuple[str, str, object]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else None
+        sent.append((request.method, request.url.path, body))
+        return httpx.Response(200, json=added if request.method == "POST" else {"data": [added], "has_more": False})
+
+    served(answer)
+    done = run("backbones", "add", "qwen", str(tmp_path), "--dtype", "bf16", "--quantise", "nf4")
+    assert done.exit_code == 0 and "--model qwen" in done.stdout
+    table = run("backbones", "list").stdout
+    assert "unloaded" in table and "4096" in table and "ffffffffffff" in table
+    assert json.loads(run("backbones", "list", "--json").stdout)[0]["fingerprint"] == "f" * 64
+    assert run("backbones", "remove", "qwen").exit_code == 0
+    assert sent[0] == (
+        "POST",
+        "/v1/backbones",
+        {"name": "qwen", "path": str(tmp_path), "dtype": "bf16", "quantise": "nf4"},
+    )
+    assert sent[-1] == ("DELETE", "/v1/backbones/qwen", None)
+
+
 def test_a_job_that_is_not_there_is_exit_status_4(served: Callable[[Answer], None]) -> None:
     served(
         lambda _: httpx.Response(404, json={"error": {"message": "job 'x' does not exist", "type": "not_found_error"}})

@@ -26,7 +26,7 @@ from polygraft.serving.app import engine_app
 from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.remote import ActorLink
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 from tests.ray import raising
 from tests.ray.local import local_ray, write_devices
 from tests.serving.engines import request

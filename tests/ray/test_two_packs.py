@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 
+from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import start_leader
 from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.events import JobMoving, JobSubmitted
@@ -26,6 +27,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.launch.engines import DeployBackbone
 from polygraft.launch.packs import OpenHost
 from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
@@ -59,7 +61,8 @@ def test_the_rest_of_two_packs_is_drawn_into_one_and_keeps_its_bits(tmp_path: Pa
         backbone = make_backbone("tiny", folder=str(folder), dtype="fp32", asked_at=0.0)
         put_backbone(store, backbone, at=time.time())
         with local_ray({}, devices=2):
-            leader = start_leader(server.url, settings.pack_limits, OpenHost.of(settings), name="controller")
+            means = Means(OpenHost.of(settings), DeployBackbone.of(settings))  # nobody asks for answers
+            leader = start_leader(server.url, settings.pack_limits, means, name="controller")
             for job, (peft, epochs) in JOBS.items():
                 submit(store, data, JobId(job), peft, epochs)
             until(lambda: all(job.final for job in jobs(store)), 220)

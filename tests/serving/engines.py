@@ -12,7 +12,7 @@ from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.engine import Engine
 from polygraft.serving.messages import Load, StepTokens
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 
 @dataclass

@@ -13,7 +13,7 @@ from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import Draining, QueueFull
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 
 
 class Recording(LocalLink):

@@ -18,7 +18,7 @@ from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.gateway import Gateway, Unavailable
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 from tests.grafts.oracle.row import Row
 from tests.serving.engines import engine_on, request
 from tests.serving.replicas import Fleet, fleet, said

@@ -18,7 +18,7 @@ from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Busy, Gateway, TooLong, Unavailable
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 from tests.serving.engines import request
 from tests.tiny import tiny_llama
 

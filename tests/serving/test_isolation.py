@@ -23,8 +23,9 @@ from polygraft.serving import streams as streams_module
 from polygraft.serving.batch import Batch
 from polygraft.serving.blocks import Blocks
 from polygraft.serving.engine import Engine
+from polygraft.serving.request import GenerationRequest
 from polygraft.serving.residency import Residency
-from polygraft.serving.sequence import GenerationRequest, Sequence
+from polygraft.serving.sequence import Sequence
 from polygraft.serving.steps import StepLog
 from tests.serving.engines import Heard, engine_on, request, run
 from tests.serving.naive import random_tensors

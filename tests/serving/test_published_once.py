@@ -13,7 +13,7 @@ from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.serving.gateway import Busy, Gateway, Unavailable
 from polygraft.serving.messages import FinishReason, Load, QueueFull, StepMessage, StepTokens
-from polygraft.serving.sequence import GenerationRequest
+from polygraft.serving.request import GenerationRequest
 from tests.serving.engines import request
 
 pytestmark = pytest.mark.anyio

@@ -49,6 +49,7 @@ class StandIn:
         self.jobs: dict[str, PlayedJob] = {}
         self.widest = 0
         self.down = False
+        self.any_key = False  # whether it takes keys that others made
         self.url = ""
 
     def of_trial(self, number: int) -> PlayedJob:
@@ -91,6 +92,22 @@ class StandIn:
             "loss_after": loss_of(size) if done else None,
             "fine_tuned_model": f"{job.request.suffix}@1" if done else None,
         }
+
+    def metrics(self, name: str) -> list[JsonValue]:
+        """The training losses of the steps so far, newest first."""
+        shown = self.show(name)
+        level, done = loss_of(int(str(shown["parameters"]))), int(str(shown["step"]))
+        return [
+            {
+                "id": f"{name}-{step}",
+                "created_at": 0,
+                "level": "info",
+                "message": "",
+                "type": "metrics",
+                "data": {"step": step, "loss": level + 1 / step},
+            }
+            for step in range(done, 0, -1)
+        ]
 
     def renew(self, name: str, lease_s: float) -> dict[str, JsonValue]:
         with self._lock:
@@ -139,7 +156,7 @@ def _app(service: StandIn) -> FastAPI:
     app = FastAPI()
 
     def check(authorization: str) -> None:
-        if authorization != f"Bearer {KEY}":
+        if authorization != f"Bearer {KEY}" and not service.any_key:
             raise HTTPException(401, {"error": {"message": "wrong key"}})
 
     @app.post("/v1/fine_tuning/jobs")
@@ -153,6 +170,11 @@ def _app(service: StandIn) -> FastAPI:
     def show(job: str, authorization: str = Header()) -> dict[str, JsonValue]:
         check(authorization)
         return service.show(job)
+
+    @app.get("/v1/fine_tuning/jobs/{job}/events")
+    def events(job: str, authorization: str = Header()) -> dict[str, JsonValue]:
+        check(authorization)
+        return {"data": [*service.metrics(job)], "has_more": False}
 
     @app.post("/v1/fine_tuning/jobs/{job}/renew")
     def renew(job: str, body: dict[str, float], authorization: str = Header()) -> dict[str, JsonValue]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from ray.tune.search import Searcher
 
-from polygraft.tuning.driver import StudySearcher
+from polygraft.tuning.driver import StudyScheduler, StudySearcher
 from polygraft.tuning.space import Rates, Searched, Space, Term
-from polygraft.tuning.study import Failure, Result, Study, Trial, TrialState
+from polygraft.tuning.study import Failure, Result, Stopped, Study, Trial, TrialState
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import SHAPE
 
@@ -109,3 +110,41 @@ def test_a_search_is_finished_when_all_is_told_or_the_space_is_used_up() -> None
 
 def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:
     assert pickle.loads(pickle.dumps(bridge_of())).__dict__ == {}
+
+
+def watched_bridge(seen: list[Trial]) -> StudySearcher:
+    plan = replace(PLAN, pruner="halving", minimise=("loss",))
+    study = Study(plan.space, plan.objectives, plan.sampler)
+    return StudySearcher(study, plan, seen.append, lambda trial, share: None)
+
+
+def report(loss: float, *, until: int, done: bool = False) -> dict[str, object]:
+    losses = [[step, loss] for step in range(1, until + 1)]
+    return {"losses": losses, "steps_total": 9, "job": "ftjob-7", "done": done, "progress": until / 9}
+
+
+def test_a_trial_behind_the_others_is_stopped_and_told_as_stopped() -> None:
+    seen: list[Trial] = []
+    bridge = watched_bridge(seen)
+    for name in "abcd":
+        bridge.suggest(name)
+    scheduler = StudyScheduler(bridge)
+    decisions = [
+        scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), report(loss, until=1))  # type: ignore[arg-type]
+        for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0), ("d", 0.5))
+    ]
+    assert decisions == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
+    bridge.on_trial_complete("c", {**report(3.0, until=1), "done": True})
+    outcome = bridge.study.trials[2].outcome
+    assert isinstance(outcome, Stopped)
+    assert (outcome.step, outcome.steps_total, outcome.loss, outcome.job) == (1, 9, 3.0, "ftjob-7")
+    assert bridge.study.trials[2].state is TrialState.STOPPED and seen[-1] == bridge.study.trials[2]
+
+
+def test_a_trial_that_ends_keeps_its_curve_in_the_record() -> None:
+    bridge = watched_bridge([])
+    bridge.suggest("a")
+    assert bridge.goes_on("a", report(2.0, until=3))
+    bridge.on_trial_complete("a", {**DONE, **report(1.0, until=9, done=True)})
+    outcome = bridge.study.trials[0].outcome
+    assert isinstance(outcome, Result) and len(outcome.curve) == 3

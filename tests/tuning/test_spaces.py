@@ -176,7 +176,7 @@ def test_positions_are_taken_by_score_until_the_budget_is_spent() -> None:
         {"kind": "s4", "most": 20_000},
         {"kind": "noah", "sizes": [2, 4], "depths": 2},
         {"kind": "nls", "ranks": [4, 2]},
-        {"kind": "lora-ranks", "largest": 4},
+        {"kind": "lora_ranks", "largest": 4},
         {"kind": "positions", "most": 3_000, "groups": 2},
         {"kind": "which", "family": "selective"},
         {"kind": "union", "terms": [{"method": "lora", "search": {"r": [2, 4], "at": []}, "fixed": {"alpha": 4}}]},

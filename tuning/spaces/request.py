@@ -91,7 +91,7 @@ class NlsSpace(_Asked):
 class LoraRanksSpace(_Asked):
     """LoRA's rank at every kind of projection."""
 
-    kind: Literal["lora-ranks"]
+    kind: Literal["lora_ranks"]
     largest: PositiveInt = 32
     groups: PositiveInt = 1
 

@@ -47,7 +47,7 @@ def test_transformers_is_loaded_without_what_it_can_do_without_and_others_may_lo
 
 def _told(program: str) -> list[int]:
     done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | device_environment(), capture_output=True, check=True
+        [sys.executable, "-c", program], env=os.environ | device_environment(2), capture_output=True, check=True
     )
     found: list[int] = json.loads(done.stdout)
     return found

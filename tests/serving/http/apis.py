@@ -21,6 +21,7 @@ from polygraft.serving.http.context import Api
 from polygraft.serving.http.known import Backbones, KnownBackbone
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
+from polygraft.tuning.desk import Desk
 
 OWN = "tiny"
 
@@ -80,6 +81,7 @@ def tiny_api(
         limits=LimitSettings(),
         pack=Limits(),
         clock=time.time,
+        desk=Desk(),
         meters=Meters("i0"),
         overview=Overview(store, time.time),
         metrics_tenants=frozenset({TenantId("ann")}),

@@ -15,6 +15,7 @@ from polygraft.cluster.api_keys import create_key
 from polygraft.cluster.backbones import add_backbone, advance_backbone
 from polygraft.cluster.events import BackboneAsked, BackboneRemoved
 from polygraft.cluster.model import START, Backbone, GraftId, Limits, ReplicaId, TenantId
+from polygraft.cluster.policy.capacity import DoesNotFit
 from polygraft.cluster.store.base import WriteRefused
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
@@ -230,6 +231,18 @@ async def test_what_cannot_be_added_is_refused_by_its_field(
     assert error["param"] == param and said in error["message"]
 
 
+async def test_one_that_no_device_has_room_for_is_refused_with_the_bytes(shared: Shared) -> None:
+    def refuse(record: Backbone) -> Backbone:
+        raise DoesNotFit(f"a replica needs at least 40,924,505,702 bytes for {record.name}")
+
+    shared.service.api = replace(shared.service.api, sized=refuse)
+    shared.service.transport = httpx.ASGITransport(create_app(shared.service.api), raise_app_exceptions=False)
+    async with shared.service.as_("local") as operator:
+        answer = await operator.post("/backbones", json={**OTHER, "path": str(shared.other.folder)})
+    error = refusal(answer, 400)
+    assert error["code"] == "no_device_fits" and "40,924,505,702 bytes for other" in error["message"]
+
+
 async def test_a_model_that_is_there_keeps_its_one_name(shared: Shared) -> None:
     await shared.add()
     assert "is the model of the backbone other" in refusal(await shared.add(name="again"), 409)["message"]
@@ -266,6 +279,7 @@ async def test_the_store_is_told_now_and_then_that_a_backbone_is_asked(
 
     for _ in range(3):
         await shared.says("other")
+        shared.backbones.look()
     shared.service.now[0] += 61.0
     await shared.says("other")
     assert asked() == [1_000.0, 1_061.0]

@@ -15,7 +15,8 @@ import pytest
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.api_keys import OPERATOR, create_key
 from polygraft.cluster.events import JobCancelled
-from polygraft.cluster.model import JobId
+from polygraft.cluster.model import JobId, StudyId
+from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Conflict, Write
 from polygraft.serving.http.auth import OPEN_PATHS
@@ -28,6 +29,7 @@ Documented = set[tuple[str, str, int]]
 FORMS = ("/v1/files", "/v1/grafts")
 READING = (400, 408, 413, 429)
 CHAT = {"model": "nobody", "messages": [{"role": "user", "content": "Hi"}]}
+SEARCH = {"name": "s", "training_file": "F", "validation_file": "F", "trials": 2}
 # What is asked of a service with a file F in use, a job J that waits, a job K that is cancelled, and poems@1 and @2 of
 # which the name means the second; of backbones by the operator, unless he is missed, and B is the folder of one.
 REFUSED: list[tuple[str, str, int, str, dict[str, Any]]] = [
@@ -52,6 +54,17 @@ REFUSED: list[tuple[str, str, int, str, dict[str, Any]]] = [
     ("post", "/v1/fine_tuning/jobs/{job}/renew", 404, "/v1/fine_tuning/jobs/none/renew", {"json": {"lease_s": 9}}),
     ("get", "/v1/fine_tuning/jobs/{job}/events", 400, "/v1/fine_tuning/jobs/J/events?limit=0", {}),
     ("get", "/v1/fine_tuning/jobs/{job}/events", 404, "/v1/fine_tuning/jobs/none/events", {}),
+    ("get", "/v1/searches", 400, "/v1/searches?limit=0", {}),
+    ("post", "/v1/searches", 404, "/v1/searches", {"json": {**SEARCH, "training_file": "none"}}),
+    ("post", "/v1/searches", 409, "/v1/searches", {"json": {}, "headers": {"Idempotency-Key": "k"}}),
+    ("get", "/v1/searches/{search}", 404, "/v1/searches/none", {}),
+    ("post", "/v1/searches/{search}/cancel", 400, "/v1/searches/S/cancel", {}),
+    ("post", "/v1/searches/{search}/cancel", 404, "/v1/searches/none/cancel", {}),
+    ("get", "/v1/searches/{search}/trials", 400, "/v1/searches/S/trials?limit=0", {}),
+    ("get", "/v1/searches/{search}/trials", 404, "/v1/searches/none/trials", {}),
+    ("get", "/v1/searches/{search}/front", 404, "/v1/searches/none/front", {}),
+    ("get", "/v1/searches/{search}/events", 400, "/v1/searches/S/events?limit=0", {}),
+    ("get", "/v1/searches/{search}/events", 404, "/v1/searches/none/events", {}),
     ("get", "/v1/models/{model}", 404, "/v1/models/none", {}),
     ("post", "/v1/chat/completions", 404, "/v1/chat/completions", {"json": CHAT}),
     ("post", "/v1/completions", 404, "/v1/completions", {"json": {"model": "nobody", "prompt": "Hi"}}),
@@ -114,7 +127,13 @@ async def test_every_documented_refusal_is_answered_and_no_other(service: Servic
     first = (await ann.post("/fine_tuning/jobs", json=body, headers=keyed)).json()["id"]
     other = (await ann.post("/fine_tuning/jobs", json=body)).json()["id"]
     advance_job(service.api.store, JobCancelled(job=other, at=1.0))
-    named = {"F": file, "J": first, "K": other, "B": service.backbone.record.folder}
+    asked = {**SEARCH, "training_file": file, "validation_file": file}
+    search = (await ann.post("/searches", json=asked, headers=keyed)).json()["id"]
+    begun = service.api.store.get(keys.search(StudyId(search)))
+    assert begun is not None
+    over = replace(begun.value, state=SearchState.SUCCEEDED)
+    service.api.store.commit([Write(begun.key, over, begun.version)])
+    named = {"F": file, "J": first, "K": other, "B": service.backbone.record.folder, "S": search}
     service.keys["local"] = create_key(service.api.store, tenant=OPERATOR, name="test", at=0.0)[1]
     operator = service.as_("local")
     seen: Documented = set()
@@ -128,8 +147,9 @@ async def test_every_documented_refusal_is_answered_and_no_other(service: Servic
         ErrorAnswer.model_validate(answer.json())
         seen.add((method, template, status))
     async with service.as_("bob") as bob:  # who is no reader of metrics
-        assert (await bob.get("http://test/metrics")).status_code == 403
-        seen.add(("get", "/metrics", 403))
+        for path in ("/metrics", "/v1/cluster"):
+            assert (await bob.get(f"http://test{path}")).status_code == 403
+            seen.add(("get", path, 403))
     wanted = refusals(await document(service, ann))
     bodied = {path: path.replace("{job}", first) for _, path, status in wanted if status == 413}
     for path, url in bodied.items():

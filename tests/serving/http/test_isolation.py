@@ -46,10 +46,10 @@ def plant(place: str, patch: pytest.MonkeyPatch) -> None:
         case "stop strings":
             push = Stops.push
 
-            def pushed(self: Stops, piece: str) -> str:
+            def pushed(self: Stops, piece: str, *, early: bool) -> str:
                 if self._stops == ("culprit",):
                     raise ValueError("a broken stop string")
-                return push(self, piece)
+                return push(self, piece, early=early)
 
             patch.setattr(Stops, "push", pushed)
         case "the engine":

@@ -1,0 +1,31 @@
+"""What a study's record says, for those who answer about it and cannot read it: only `tuning` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+
+JsonObject = dict[str, JsonValue]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """`trials` in their order and the numbers of those on the `front`; `finals` what those came to that were trained
+    again, and the `chosen` one; `job` what every trial trains, on a backbone of this `shape`."""
+
+    objectives: tuple[str, ...] = ()
+    trials_total: int = 0
+    trials: tuple[JsonObject, ...] = ()
+    front: tuple[int, ...] = ()
+    finals: tuple[JsonObject, ...] = ()
+    chosen: int | None = None
+    job: JsonObject = field(default_factory=dict)
+    shape: JsonObject = field(default_factory=dict)
+
+    @property
+    def states(self) -> Mapping[str, int]:
+        """How many trials are in each state."""
+        states = [str(trial["state"]) for trial in self.trials]
+        return {state: states.count(state) for state in sorted(set(states))}

@@ -1,0 +1,237 @@
+"""`/v1/searches`: begin, list, look at and cancel searches. What a search is, its `Desk` knows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from hashlib import sha256
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from pydantic import JsonValue
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from polygraft.cluster.ids import new_study_id
+from polygraft.cluster.model import FileId, Record, Search, Study, StudyId, TenantId
+from polygraft.cluster.states import SearchState
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, IdempotencyConflict, Key, Versioned, Write
+from polygraft.cluster.told import JsonObject, Told
+from polygraft.cluster.validation import shown
+from polygraft.serving.http.body import read_json
+from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
+from polygraft.serving.http.documents import READING, answers
+from polygraft.serving.http.errors import ApiError, bad_request, not_found
+from polygraft.serving.http.frames import EVENTS
+from polygraft.serving.http.pages import page
+from polygraft.serving.http.schemas import Page, SearchEvent, SearchObject, TrialObject
+
+router = APIRouter(prefix="/v1/searches")
+Size = Annotated[int, Query(ge=1, le=100)]
+RUNNING = 8  # searches of a tenant at once
+_POLL_S = 1.0
+_SHAPE: dict[str, JsonValue] = {"type": "object"}
+
+
+@router.post(
+    "",
+    responses=answers(404, 409, *READING),
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _SHAPE}}}},
+)
+async def create(
+    request: Request,
+    api: ApiDep,
+    tenant: TenantDep,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> SearchObject:
+    """Begin a search; on disk when this answers. The same Idempotency-Key and body again give the first one."""
+    return await api.turns.work(tenant, _create, api, tenant, await read_json(request), idempotency_key)
+
+
+@router.get("", responses=answers(400))
+def searches(api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Size = 20) -> Page[SearchObject]:
+    """The tenant's searches, newest first."""
+    mine = (found.value for found in api.store.scan(keys.SEARCHES) if found.value.tenant == tenant)
+    ordered = sorted(mine, key=lambda search: (search.created_at, search.id), reverse=True)
+    return page([_shown(api, search) for search in ordered], after=after, limit=limit)
+
+
+@router.get("/{search}", responses=answers(404))
+def search(search: str, api: ApiDep, tenant: TurnDep) -> SearchObject:
+    return _shown(api, _find(api, tenant, search).value)
+
+
+@router.post("/{search}/cancel", responses=answers(400, 404))
+def cancel(search: str, api: ApiDep, tenant: TurnDep) -> SearchObject:
+    """Ask for the search's end, and that of its trials' jobs. Asking again changes nothing."""
+    while True:
+        found = _find(api, tenant, search)
+        if found.value.cancel_requested:
+            return _shown(api, found.value)
+        if found.value.state is not SearchState.RUNNING:
+            message = f"search {search} is {found.value.state} already; there is nothing to cancel"
+            raise bad_request(message, code="search_finished")
+        asked = replace(found.value, cancel_requested=True)
+        try:
+            api.store.commit([Write(found.key, asked, found.version)])
+        except Conflict:
+            continue
+        return _shown(api, asked)
+
+
+@router.get("/{search}/trials", responses=answers(400, 404))
+def trials(search: str, api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Size = 20) -> Page[TrialObject]:
+    """Every trial that was asked for, in order."""
+    found = _find(api, tenant, search).value
+    return page([_trial(found, one) for one in _told(api, found).trials], after=after, limit=limit)
+
+
+@router.get("/{search}/front", responses=answers(404))
+def front(search: str, api: ApiDep, tenant: TurnDep) -> Page[TrialObject]:
+    """The trials within the limits that no other one of them beats, from the best in the last objective on."""
+    found = _find(api, tenant, search).value
+    told = _told(api, found)
+    return Page(data=tuple(_trial(found, told.trials[number]) for number in told.front))
+
+
+@router.get("/{search}/events", responses=answers(400, 404))
+async def events(
+    search: str,
+    api: ApiDep,
+    tenant: TenantDep,
+    after: str | None = None,
+    limit: Size = 20,
+    stream: bool = False,
+) -> Page[SearchEvent]:
+    """What happened, oldest first; as server-sent events until the search is over with `stream`."""
+    found = await api.turns.work(tenant, _find, api, tenant, search)
+    if stream:
+        return StreamingResponse(_stream(api, found.value.id), media_type=EVENTS)  # type: ignore[return-value]
+    entries = await api.turns.work(tenant, _events, api, found.value.id, OLDEST)
+    return page(entries, after=after, limit=limit)
+
+
+async def _stream(api: Api, search: StudyId) -> AsyncIterator[str]:
+    after = OLDEST
+    while True:
+        final = await run_in_threadpool(_is_over, api, search)  # looked at before the entries, which end with it
+        for event in await run_in_threadpool(_events, api, search, after):
+            after = EntryId(event.id)
+            yield f"data: {event.model_dump_json()}\n\n"
+        if final:
+            yield "data: [DONE]\n\n"
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _is_over(api: Api, search: StudyId) -> bool:
+    found = api.store.get(keys.search(search))
+    return found is None or found.value.state is not SearchState.RUNNING
+
+
+def _events(api: Api, search: StudyId, after: EntryId) -> list[SearchEvent]:
+    found: list[SearchEvent] = []
+    while batch := api.store.read(keys.search_log(search), after):
+        for id, entry in batch:
+            trial, at = entry.get("trial"), entry.get("at")
+            found.append(
+                SearchEvent(
+                    id=id,
+                    created_at=int(at) if isinstance(at, int | float) else 0,
+                    message=str(entry.get("message")),
+                    trial=trial if isinstance(trial, int) else None,
+                )
+            )
+        after = batch[-1][0]
+    return found
+
+
+def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | None) -> SearchObject:
+    key = None if idempotency_key is None else f"{tenant}/searches/{idempotency_key}"
+    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    try:
+        first = None if key is None else api.store.submitted(key, digest)
+        made = _new(api, tenant, body, key, digest) if first is None else _first(api, first)
+    except IdempotencyConflict:
+        message = f"Idempotency-Key: {shown(idempotency_key)} was used for a different request; use a new one"
+        raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
+    api.store.durable()
+    return _shown(api, made)
+
+
+def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Search:
+    wanted = body.get("model") if isinstance(body, dict) else None
+    model = wanted if isinstance(wanted, str) else api.backbones.own
+    backbone = api.backbones.named(model)
+    if backbone is None:
+        raise not_found("model", model, param="model")
+    try:
+        name, record, files = api.desk.begin(
+            body, backbone=backbone.name, shape=backbone.shape, quantised=backbone.quantised
+        )
+    except ValueError as error:
+        raise bad_request(str(error), param=str(error).partition(":")[0], code="invalid_value") from None
+    for file, field in zip(files, ("training_file", "validation_file"), strict=True):
+        found = api.store.get(keys.file(FileId(file)))
+        if found is None or found.value.tenant != tenant:
+            raise not_found("file", file, param=field)
+    running = [
+        one
+        for one in api.store.scan(keys.SEARCHES)
+        if one.value.tenant == tenant and one.value.state is SearchState.RUNNING
+    ]
+    if len(running) >= RUNNING:
+        message = f"{RUNNING} of your searches are running, which is the limit; wait for one, or cancel it"
+        raise ApiError(429, message, code="too_many_searches")
+    now, id = api.clock(), new_study_id()
+    made = Search(id=id, tenant=tenant, name=name, created_at=now)
+    study = Study(id=id, tenant=tenant, name=name, created_at=now, updated_at=now, body=record)
+    submitted = api.store.submit(key, digest, [Write(keys.search(id), made, 0), Write(keys.study(id), study, 0)], [])
+    return made if submitted.created else _first(api, submitted.key)
+
+
+def _first(api: Api, key: Key[Record]) -> Search:
+    """The search that an Idempotency-Key has made before."""
+    found = api.store.get(key)
+    if found is None or not isinstance(found.value, Search):
+        raise not_found("search", key, param=None)
+    return found.value
+
+
+def _find(api: Api, tenant: TenantId, search: str) -> Versioned[Search]:
+    found = api.store.get(keys.search(StudyId(search)))
+    if found is None or found.value.tenant != tenant:
+        raise not_found("search", search)
+    return found
+
+
+def _told(api: Api, search: Search) -> Told:
+    found = api.store.get(keys.study(search.id))
+    return Told() if found is None else api.desk.told(found.value.body)
+
+
+def _trial(search: Search, body: JsonObject) -> TrialObject:
+    return TrialObject.model_validate_json(json.dumps({"id": f"{search.id}/{body['number']}", **body}))
+
+
+def _shown(api: Api, search: Search) -> SearchObject:
+    told = _told(api, search)
+    return SearchObject(
+        id=search.id,
+        name=search.name,
+        created_at=int(search.created_at),
+        finished_at=None if search.finished_at is None else int(search.finished_at),
+        status="cancelling" if search.cancel_requested and search.state is SearchState.RUNNING else search.state.value,
+        note=search.note,
+        objectives=told.objectives,
+        trials_total=told.trials_total,
+        trials=dict(told.states),
+        front=told.front,
+        finals=told.finals,
+        chosen=told.chosen,
+        job=told.job,
+        shape=told.shape,
+    )

@@ -1,0 +1,167 @@
+"""`/v1/searches`: begun once, seen by their tenant alone, told from the study's record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.states import SearchState
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import JSON, Write
+from polygraft.tuning.desk import read
+from polygraft.tuning.record import decode, open_study
+from polygraft.tuning.study import Failure, Result, Study
+from tests.serving.http.conftest import Service, upload
+
+pytestmark = pytest.mark.anyio
+SPACE = {"kind": "autopeft", "groups": 2, "largest": 4, "longest": 4}
+
+
+async def asked(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    """The body of a search over two files."""
+    files = [await upload(client), await upload(client)]
+    body = {"name": "find", "training_file": files[0], "validation_file": files[1], "space": SPACE, "trials": 4}
+    return {**body, **fields}
+
+
+async def begun(client: httpx.AsyncClient, **fields: Any) -> str:
+    answer = await client.post("/searches", json=await asked(client, **fields))
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def study_of(service: Service, search: str) -> Study:
+    found = service.api.store.get(keys.study(StudyId(search)))
+    assert found is not None
+    plan = decode(found.value.body).plan
+    return open_study(service.api.store, StudyId(search), plan, tenant=TenantId("ann"), clock=lambda: 2.0)
+
+
+def end(service: Service, search: str) -> None:
+    found = service.api.store.get(keys.search(StudyId(search)))
+    assert found is not None
+    over = replace(found.value, state=SearchState.SUCCEEDED, finished_at=9.0)
+    service.api.store.commit([Write(found.key, over, found.version)])
+
+
+async def test_a_search_is_begun_with_its_plan_in_the_studys_record(service: Service, ann: httpx.AsyncClient) -> None:
+    search = await begun(ann, sampler="lhs", pruner="halving", limits={"parameters": 5000})
+    plan = study_of(service, search)
+    assert plan.trials == () and plan.space.most == 5000
+    shown = (await ann.get(f"/searches/{search}")).json()
+    assert (shown["status"], shown["trials_total"], shown["trials"], shown["front"]) == ("running", 4, {}, [])
+    assert shown["objectives"] == ["loss", "parameters"]
+
+
+async def test_what_came_of_trials_is_told_as_the_record_has_it(service: Service, ann: httpx.AsyncClient) -> None:
+    search = await begun(ann)
+    study = study_of(service, search)
+    for _ in range(3):
+        study.ask()
+    study.tell(0, Result(values=(2.0, 50.0), loss=2.0, job="ftjob-1"))
+    study.tell(1, Failure(reason="loss is nan"))
+    study.tell(2, Result(values=(1.0, 90.0), loss=1.0))
+    study.ask()
+    trials = (await ann.get(f"/searches/{search}/trials")).json()["data"]
+    assert [(trial["number"], trial["state"], trial["loss"]) for trial in trials] == [
+        (0, "complete", 2.0),
+        (1, "failed", None),
+        (2, "complete", 1.0),
+        (3, "running", None),
+    ]
+    assert trials[3]["seen"] == [0, 1, 2]
+    again = [read({name: value for name, value in trial.items() if name not in ("id", "object")}) for trial in trials]
+    assert [replace(trial, config=dict(trial.config)) for trial in again] == list(study.trials)
+    front = (await ann.get(f"/searches/{search}/front")).json()["data"]
+    assert [trial["number"] for trial in front] == [0, 2]
+    shown = (await ann.get(f"/searches/{search}")).json()
+    assert shown["trials"] == {"complete": 2, "failed": 1, "running": 1} and shown["front"] == [0, 2]
+    second = (await ann.get(f"/searches/{search}/trials", params={"limit": 2, "after": trials[1]["id"]})).json()
+    assert [trial["number"] for trial in second["data"]] == [2, 3] and not second["has_more"]
+
+
+async def test_the_same_request_again_is_the_first_search(service: Service, ann: httpx.AsyncClient) -> None:
+    body, header = await asked(ann), {"Idempotency-Key": "one"}
+    first = (await ann.post("/searches", json=body, headers=header)).json()
+    assert (await ann.post("/searches", json=body, headers=header)).json() == first
+    other = await ann.post("/searches", json={**body, "trials": 5}, headers=header)
+    assert other.status_code == 409 and other.json()["error"]["code"] == "idempotency_conflict"
+    assert [one["id"] for one in (await ann.get("/searches")).json()["data"]] == [first["id"]]
+
+
+async def test_another_tenant_sees_nothing_of_it(
+    service: Service, ann: httpx.AsyncClient, bob: httpx.AsyncClient
+) -> None:
+    search = await begun(ann)
+    assert (await bob.get("/searches")).json()["data"] == []
+    for path in ("", "/trials", "/front", "/events"):
+        assert (await bob.get(f"/searches/{search}{path}")).status_code == 404
+    assert (await bob.post(f"/searches/{search}/cancel")).status_code == 404
+    stolen = await bob.post("/searches", json=await asked(ann))
+    assert stolen.status_code == 404 and stolen.json()["error"]["param"] == "training_file"
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"objectives": ["los"]}, "objectives: 'los' is unknown; choices: loss, parameters, bytes, decode_bytes"),
+        ({"limits": {"parameters": 1}}, "most: no graft of the space has at most 1 trainable parameters; the smallest"),
+        ({"space": {"kind": "which", "only": ["qlora"]}}, "space: qlora trains beside a quantised backbone"),
+        ({"space": {"kind": "which", "only": ["lorra"]}}, "unknown method 'lorra'"),
+        ({"space": {"kind": "nsa"}}, "nsa"),
+        ({"space": {"kind": "autopeft", "widest": 3}}, "unknown field"),
+        ({"sampler": "staged"}, "sampler: staged"),
+        ({"trials": 0}, "trials"),
+        ({"hyperparameters": {"peft": "lora"}}, "peft"),
+        ({"trails": 3}, "trails: unknown field"),
+    ],
+    ids=str,
+)
+async def test_a_search_that_cannot_be_run_is_refused_with_the_reason(
+    service: Service, ann: httpx.AsyncClient, fields: dict[str, Any], wrong: str
+) -> None:
+    answer = await ann.post("/searches", json=await asked(ann, **fields))
+    assert answer.status_code == 400 and wrong in answer.json()["error"]["message"], answer.text
+    assert service.api.store.scan(keys.SEARCHES) == []
+
+
+async def test_a_search_is_cancelled_once_and_not_after_its_end(service: Service, ann: httpx.AsyncClient) -> None:
+    search = await begun(ann)
+    for _ in range(2):
+        assert (await ann.post(f"/searches/{search}/cancel")).json()["status"] == "cancelling"
+    found = service.api.store.get(keys.search(StudyId(search)))
+    assert found is not None and found.value.cancel_requested
+    done = await begun(ann)
+    end(service, done)
+    answer = await ann.post(f"/searches/{done}/cancel")
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "search_finished"
+
+
+async def test_events_come_as_a_page_and_as_a_stream_that_ends_with_the_search(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    search = await begun(ann)
+    for number in range(2):
+        entry: dict[str, JSON] = {"message": f"trial {number} running", "at": 5.0, "trial": number}
+        service.api.store.append(keys.search_log(StudyId(search)), entry)
+    end(service, search)
+    page = (await ann.get(f"/searches/{search}/events")).json()["data"]
+    assert [(event["message"], event["trial"]) for event in page] == [("trial 0 running", 0), ("trial 1 running", 1)]
+    after = (await ann.get(f"/searches/{search}/events", params={"after": page[0]["id"]})).json()["data"]
+    assert after == page[1:]
+    text = (await ann.get(f"/searches/{search}/events", params={"stream": True})).text
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert [json.loads(line) for line in lines[:-1]] == page and lines[-1] == "[DONE]"
+
+
+async def test_a_tenant_has_only_so_many_searches_at_once(service: Service, ann: httpx.AsyncClient) -> None:
+    body = await asked(ann)
+    for _ in range(8):
+        assert (await ann.post("/searches", json=body)).status_code == 200
+    answer = await ann.post("/searches", json=body)
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_searches"

@@ -1,0 +1,77 @@
+"""A search as users ask for it, in a file or over HTTP."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, PositiveInt
+
+from polygraft.cluster.spec import read_request
+from polygraft.grafts.sites import ModelShape
+from polygraft.tuning.finals import Rule
+from polygraft.tuning.objectives import Limit
+from polygraft.tuning.plan import BadPlan, SearchPlan
+from polygraft.tuning.pruners.choose import PrunerName
+from polygraft.tuning.samplers.choose import SamplerName
+from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
+
+
+class SearchOptions(BaseModel):
+    """A search over a `space` (`tuning/spaces/request.py`); `hyperparameters` are those of every trial, as in a job,
+    except peft and learning_rate. Members of the front are trained again on `seeds` other seeds, and one is chosen by
+    the rule `choose`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    name: str
+    trials: PositiveInt = 12
+    concurrency: PositiveInt = 4
+    startup: PositiveInt = 4
+    sampler: SamplerName = "tpe"
+    pruner: PrunerName = "none"
+    objectives: tuple[str, ...] = ("loss", "parameters")
+    limits: dict[str, float] = {}
+    seed: int = 0
+    seeds: NonNegativeInt = 0
+    choose: Rule = "knee"
+    promote: bool = False
+    space: SpaceRequest = AutoPeftSpace()
+    hyperparameters: dict[str, JsonValue] = {}
+
+
+class SearchRequest(SearchOptions):
+    """Body of POST /v1/searches; the files are ids, the model the service's own when not given."""
+
+    training_file: str
+    validation_file: str
+    test_file: str | None = None
+    model: str | None = None
+
+    def plan(self, *, backbone: str, shape: ModelShape, quantised: bool = False) -> SearchPlan:
+        """Raises BadPlan, BadRequest and SpecError."""
+        for name in ("peft", "learning_rate"):
+            if name in self.hyperparameters:
+                raise BadPlan(f"hyperparameters.{name}: leave it out; it is what trials differ in")
+        asked = self.space
+        if "parameters" in self.limits and asked.most is None:  # kept by construction, or refused at once
+            asked = asked.model_copy(update={"most": int(self.limits["parameters"])})
+        job: dict[str, JsonValue] = {
+            "model": self.model or backbone,
+            "training_file": self.training_file,
+            "validation_file": self.validation_file,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
+        }
+        return SearchPlan(
+            name=self.name,
+            space=asked.space(shape, quantised=quantised),
+            job=read_request(job),
+            trials=self.trials,
+            concurrency=self.concurrency,
+            startup=self.startup,
+            model=self.sampler,
+            minimise=self.objectives,
+            limits=tuple(Limit(name, most) for name, most in self.limits.items()),
+            pruner=self.pruner,
+            seed=self.seed,
+            seeds=self.seeds,
+            choose=self.choose,
+            promote=self.promote,
+            test_file=self.test_file,
+        )
