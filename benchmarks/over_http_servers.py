@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -75,7 +74,7 @@ class Ours:
         return _pss(self._pid)
 
     def cpu(self) -> Mapping[str, float]:
-        found = Counter(front_cpu=0.0, engine_cpu=0.0)  # type: ignore[call-overload]
+        found = {"front_cpu": 0.0, "engine_cpu": 0.0}
         for process in _tree(self._pid):
             with suppress(psutil.Error):
                 title, times = " ".join(process.cmdline()), process.cpu_times()
