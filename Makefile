@@ -72,7 +72,6 @@ bench: setup  ## time training, serving and the branch op against their arms; QU
 	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick) --json reports/training.json
 	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick) --json reports/serving.json
 	$(BIN)/python benchmarks/kernels.py $(if $(QUICK),--quick) --json reports/kernels.json
-	$(BIN)/python benchmarks/over_http.py $(if $(QUICK),--quick) --json reports/over_http.json
 
 gpu: setup  ## all that only a GPU can show, in under 8 minutes; OUT=path for what it finds, DRY=1 without a GPU
 	$(BIN)/python benchmarks/gpu.py $(or $(OUT),reports/gpu) $(if $(DRY),--dry)

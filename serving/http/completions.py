@@ -38,8 +38,7 @@ class _Texts:
     transcripts: tuple[Transcript, ...]
 
     def said(self) -> AsyncGenerator[Piece, None]:
-        each = list(map(self.asker.said, self.wanted, self.transcripts))
-        return _alone(each[0]) if len(each) == 1 else _together(each)
+        return _together(list(map(self.asker.said, self.wanted, self.transcripts)))
 
     @property
     def usage(self) -> Usage:
@@ -109,13 +108,6 @@ def _ids(tokeniser: Tokeniser, prompt: str | list[int], special: bool) -> tuple[
     if not ids:
         raise bad_request("prompt: '' has no token to go on from", param="prompt")
     return ids
-
-
-async def _alone(text: AsyncGenerator[Said, None]) -> AsyncGenerator[Piece, None]:
-    """The one text there is, without a task of its own."""
-    async with aclosing(text):
-        async for one in text:
-            yield 0, one
 
 
 async def _together(texts: Sequence[AsyncGenerator[Said, None]]) -> AsyncGenerator[Piece, None]:
