@@ -62,10 +62,10 @@ methods: setup  ## measure every method against its oracle and write docs/method
 mutants: setup  ## plant faults one at a time and count those no test notices; goes on where it was; ONLY=patterns SEED=n
 	$(BIN)/python -m tests.mutation $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
-nightly: setup  ## every test, the long ones too, faults planted in the code, the demo with each job retrained alone
+nightly: setup  ## every test, the long ones too, the demo with each job retrained alone, faults planted in the code
 	$(BIN)/pytest -m 'nightly or not nightly'
-	$(MAKE) mutants SEED=$$(date +%Y%m%d)
 	$(BIN)/polygraft demo --verify
+	$(MAKE) mutants SEED=$$(date +%Y%m%d)
 
 bench: setup  ## time training, serving and the branch op against their arms; QUICK=1 for one short round
 	mkdir -p reports

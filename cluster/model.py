@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
 
 JobId = NewType("JobId", str)  # ftjob-<hex>
@@ -197,16 +198,6 @@ class Alias:
     name: str
     version: int
     latest: int
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A size of a backbone's packs or replicas, by the name of its setting: what follows from the devices, and what is
-    used, since a setting was given."""
-
-    name: str
-    derived: int
-    used: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

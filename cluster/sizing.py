@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from polygraft.cluster.model import Backbone, Device, Size
+from polygraft.cluster.model import Backbone, Device
 from polygraft.cluster.policy.capacity import (
     DoesNotFit,
     Holding,
@@ -20,6 +20,7 @@ from polygraft.cluster.policy.capacity import (
     serve_capacity,
 )
 from polygraft.cluster.settings import Settings
+from polygraft.cluster.size import Size
 from polygraft.grafts.sites import ModelShape
 from polygraft.kernels.common.processor import multiplies_bf16
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,8 +37,15 @@ class Change:
 
     def is_of(self, slot: Slot) -> bool:
         """Whether the slot is the method's, wherever it stands."""
-        (own,) = union([Term(self.method, {})]).slots
+        own = _slot_of(self.method)
         return replace(slot, at=own.at, layers=None) == own
+
+
+@cache
+def _slot_of(method: str) -> Slot:
+    """A method's one slot as its defaults have it; asked for once a site of every folder."""
+    (own,) = union([Term(method, {})]).slots
+    return own
 
 
 def _scale_and_shift(own: Values, kept: Values) -> Values:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from polygraft.cluster.model import PackId, Size
+from polygraft.cluster.model import PackId
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason
 from polygraft.cluster.view import LoadView, view
 from tests.cluster.builders import (

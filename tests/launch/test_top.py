@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from polygraft.cluster.model import Size
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import Reason
 from polygraft.cluster.view import LoadView, view
 from polygraft.launch.commands.top import shown

@@ -165,13 +165,13 @@ class Kept:
 
 
 def excused() -> dict[tuple[str, str, str], str]:
-    """Why, by path, line before and line after: `path | before | after | why` a line."""
+    """Why, by path, line before and line after: `path :: before :: after :: why` a line."""
     lines = [line for line in EXCUSES.read_text().splitlines() if line and not line.startswith("#")]
     found = {}
     for line in lines:
-        parts = [part.strip() for part in line.split(" | ")]
+        parts = [part.strip() for part in line.split(" :: ")]
         if len(parts) != 4 or not all(parts):
-            raise ValueError(f"{EXCUSES.name}: {line}: give path | before | after | why")
+            raise ValueError(f"{EXCUSES.name}: {line}: give path :: before :: after :: why")
         found[parts[0], parts[1], parts[2]] = parts[3]
     return found
 

@@ -1,0 +1,194 @@
+"""The servers of the benchmark over HTTP, ours and vLLM's, and vLLM's client that drives both."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import psutil
+from harness import ArmFailed
+from material import GRAFTS, Material
+
+MODEL = "smollm2"
+_READY_S, _RUN_S, _TAIL = 600.0, 1200.0, 400
+_CONTEXT, _PROMPTS = 512, 16
+_FORMS = {"chat": ("openai-chat", "/v1/chat/completions"), "text": ("openai", "/v1/completions")}
+
+
+def module(graft: int) -> str:
+    """What a graft of the material is called as a model."""
+    return f"graft-{graft}"
+
+
+class Server(Protocol):
+    """A process that serves the material's backbone and grafts."""
+
+    url: str
+    key: str
+
+    def wait(self) -> None:
+        """Return when it answers. Raises ArmFailed."""
+        ...
+
+    def pss(self) -> int: ...
+
+    def cpu(self) -> Mapping[str, float]:
+        """CPU seconds so far, of what stands in front of the engine and of the engine; nothing where that is one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    """`polygraft up` with a home of its own; the grafts are loaded as vLLM is told of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._material, self._home = Material.read(str(folder)), folder / "home"
+        roots = json.dumps([str(folder / "grafts")])
+        self._environment = os.environ | {"POLYGRAFT_HOME": str(self._home), "POLYGRAFT_GRAFT_ROOTS": roots}
+        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # the service sets its own
+            self._environment.pop(name, None)
+        self._polygraft("up", "--port", "0")
+        service = json.loads((self._home / "run" / "service.json").read_text())
+        self.url, self._pid = service["url"], service["pid"]
+        self.key = (self._home / "api_key").read_text().strip()
+        try:
+            for graft in range(GRAFTS):
+                self._load(graft)
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self) -> None: ...
+
+    def pss(self) -> int:
+        return _pss(self._pid)
+
+    def cpu(self) -> Mapping[str, float]:
+        found = {"front_cpu": 0.0, "engine_cpu": 0.0}
+        for process in _tree(self._pid):
+            with suppress(psutil.Error):
+                title, times = " ".join(process.cmdline()), process.cpu_times()
+                if any(name in title for name in ("ray::ProxyActor", "ray::ServeController", ":ingress")):
+                    found["front_cpu"] += times.user + times.system
+                elif "ray::ServeReplica" in title:
+                    found["engine_cpu"] += times.user + times.system
+        return found
+
+    def close(self) -> None:
+        self._polygraft("down")
+
+    def _load(self, graft: int) -> None:
+        body = {"lora_name": module(graft), "lora_path": str(self._material.graft_folder(graft))}
+        headers = {"Authorization": f"Bearer {self.key}"}
+        answer = httpx.post(f"{self.url}/v1/load_lora_adapter", json=body, headers=headers, timeout=120)
+        if answer.status_code != 200:
+            raise ArmFailed(answer.text[:_TAIL])
+
+    def _polygraft(self, *command: str) -> None:
+        words = [sys.executable, "-m", "polygraft.launch", *command]
+        done = subprocess.run(words, env=self._environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ArmFailed(f"polygraft {command[0]}: {(done.stderr or done.stdout)[-_TAIL:]}")
+
+
+class Vllm:
+    """`vllm serve` in its own environment, which a server with LoRA is started apart for: it slows the bare model."""
+
+    key = "none"
+
+    def __init__(self, folder: Path, python: Path, *, lora: bool) -> None:
+        material = Material.read(str(folder))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        options = ["--host", "127.0.0.1", "--port", f"{port}", "--served-model-name", MODEL, "--dtype", "bfloat16"]
+        options += ["--max-model-len", f"{_CONTEXT}", "--max-num-seqs", f"{_PROMPTS}", "--no-enable-prefix-caching"]
+        if lora:
+            options += ["--enable-lora", "--max-loras", f"{GRAFTS}", "--max-lora-rank", "16", "--lora-modules"]
+            options += [f"{module(graft)}={material.graft_folder(graft)}" for graft in range(GRAFTS)]
+        self._log = folder / f"vllm-{port}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(python.with_name("vllm")), "serve", material.backbone, *options],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            )
+
+    def wait(self) -> None:
+        until = time.monotonic() + _READY_S
+        while time.monotonic() < until and self._process.poll() is None:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(1)
+        raise ArmFailed(self._log.read_text(errors="replace")[-_TAIL:])
+
+    def pss(self) -> int:
+        return _pss(self._process.pid)
+
+    def cpu(self) -> Mapping[str, float]:
+        return {}
+
+    def close(self) -> None:
+        children = _tree(self._process.pid)
+        self._process.terminate()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        for process in alive:
+            with suppress(psutil.Error):
+                process.kill()
+        self._process.wait()
+
+
+class Client:
+    """`vllm bench serve`, unchanged."""
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        self._vllm, self._folder = python.with_name("vllm"), folder
+        self._tokenizer = Material.read(str(folder)).backbone
+
+    def run(self, server: Server, form: str, *, lora: bool, options: Mapping[str, int]) -> Mapping[str, float]:
+        """What it writes down of a run. Raises ArmFailed."""
+        backend, endpoint = _FORMS[form]
+        result = self._folder / f"result-{time.monotonic_ns()}.json"
+        words = [str(self._vllm), "bench", "serve", "--backend", backend, "--endpoint", endpoint]
+        words += ["--base-url", server.url, "--model", MODEL, "--tokenizer", self._tokenizer]
+        words += ["--dataset-name", "random", "--temperature", "0", "--disable-tqdm", "--metric-percentiles", "99"]
+        words += ["--save-result", "--result-dir", str(result.parent), "--result-filename", result.name]
+        words += [word for name, value in options.items() for word in (f"--{name}", f"{value}")]
+        if lora:
+            words += ["--lora-assignment", "round-robin", "--lora-modules", *map(module, range(GRAFTS))]
+        environment = os.environ | {"OPENAI_API_KEY": server.key, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_RUN_S)
+        if done.returncode != 0 or not result.exists():
+            raise ArmFailed((done.stderr or done.stdout)[-_TAIL:])
+        found: Mapping[str, float] = json.loads(result.read_text())
+        return found
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _pss(pid: int) -> int:
+    total = 0
+    for process in _tree(pid):
+        with suppress(psutil.Error):
+            memory = process.memory_full_info()
+            total += int(getattr(memory, "pss", memory.uss))
+    return total
