@@ -200,6 +200,7 @@ def decoded(backbone: Backbone, residents: Sequence[Resident], ids: Tensor, chun
     """Logits of `ids` under the first resident, in chunks, while the second and the bare backbone take the same."""
     stacks: Stacks = backbone.stacks(residents)
     cache = KVCache(backbone.shape, 16, dtype=backbone.dtype)
+    cache.clear(range(16))
     tables = [tuple(range(1 + 4 * i, 5 + 4 * i)) for i in range(3)]
     prefixes = [resident.spec.prefix_length for resident in residents] + [0]
     for resident, table in zip(residents, tables, strict=False):  # the last table is the bare backbone's

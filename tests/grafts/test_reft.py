@@ -57,6 +57,7 @@ def test_a_prompt_in_chunks_is_edited_as_in_one(tiny_folder: Path, text: str) ->
         return backbone.forward(rows, stacks, attention)
 
     cache = KVCache(backbone.shape, 8, dtype=torch.float32)
+    cache.clear(range(8))
     with torch.inference_mode():
         whole = hidden(0, count, prompt, WholeSequences(((0, count),), backbone.shape))
         other = hidden(0, count, prompt + 1, WholeSequences(((0, count),), backbone.shape))

@@ -3,7 +3,8 @@ test_ranks.py, so that the processes that it forks carry nothing of pytest.
 
 two_ranks.py FOLDER {URL DATA KIND}...: packs of a backbone in FOLDER, each over the store at URL, whose files lie under
 DATA. Rank 1 takes part in them to the end (KIND calm), is killed in its fourth step (kill), or raises in every forward
-with the job `RAISES` (raise). Prints how often the processes began again, a line a pack.
+with the job `RAISES` (raise); a pack alone has one process and no ranks. Prints how often the processes began again, a
+line a pack.
 """
 
 from __future__ import annotations
@@ -77,8 +78,21 @@ def second(backbone: Backbone, data: Path, kind: str) -> None:
     follow(runner, lambda: None)
 
 
+def alone(backbone: Backbone, url: str, data: Path) -> bool:
+    """Whether the only process came to its end."""
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1] == 0
+    runner = PackRunner(backbone, max_rows=512)
+    tokeniser = Tokeniser.load(backbone.folder)
+    worker = PackWorker(PACK, runner, tokeniser, connect(url), folders=Folders(data), micro_rows=MICRO_ROWS)
+    worker.run(lambda: None)
+    os._exit(0)
+
+
 def begin(backbone: Backbone, url: str, data: Path, kind: str, attempt: int) -> bool:
     """Both ranks until one is over; whether both came to the end."""
+    if kind == "alone":
+        return alone(backbone, url, data)
     pids = []
     for rank in range(2):
         pid = os.fork()

@@ -22,6 +22,7 @@ def test_a_layer_without_prefix_rows_does_not_see_the_virtual_tokens(tiny_folder
     resident = Resident("g", graft, {t.name: torch.randn(t.shape) for t in graft.tensors})
     stacks, ids, p = backbone.stacks((resident,)), torch.arange(40, 60), graft.prefix_length
     cache = KVCache(backbone.shape, 8, dtype=torch.float32)
+    cache.clear(range(8))
     cache.write_prefix((1, 2), resident)
     with torch.inference_mode():
         rows = Rows(ids, torch.arange(20) + p, (Span(0, 20, 0),))
@@ -42,6 +43,7 @@ def test_decoding_goes_on_far_beyond_a_sliding_window(tiny_folders: Mapping[str,
     stacks, ids = backbone.stacks((resident,)), torch.arange(40, 240)
     p, table = graft.prefix_length, tuple(range(1, 14))
     cache = KVCache(backbone.shape, 14, dtype=torch.float32)
+    cache.clear(range(14))
     cache.write_prefix(table, resident)
     with torch.inference_mode():
         rows = Rows(ids, torch.arange(200) + p, (Span(0, 200, 0),))

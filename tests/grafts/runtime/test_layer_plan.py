@@ -46,6 +46,7 @@ class Decoding:
     def __init__(self, backbone: Backbone, residents: Sequence[Resident]) -> None:
         self.backbone, self.stacks = backbone, backbone.stacks(residents)
         self.cache = KVCache(backbone.shape, 60, block_size=8, dtype=backbone.dtype)
+        self.cache.clear(range(60))
         self.prefixes = [(r.graft.prefix_length, r.graft.prefix_layers) for r in residents] + [(0, None)]
         self.tables = [tuple(range(1 + 7 * i, 8 + 7 * i)) for i in range(len(self.prefixes))]
         for table, own in zip(self.tables, residents, strict=False):

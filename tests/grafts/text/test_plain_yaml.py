@@ -53,10 +53,10 @@ def test_a_job_a_search_and_the_settings_take_an_exponent_without_a_dot(tmp_path
     assert read_request(job, {}).fields["learning_rate"] == 0.0001
     search.write_text(
         "name: s\ntraining_file: t.jsonl\nvalidation_file: t.jsonl\n"
-        "learning_rate: [1e-4, 1e-2]\nhyperparameters: {weight_decay: 1e-2}\n"
+        "space: {kind: autopeft, learning_rate: [1e-4, 1e-2]}\nhyperparameters: {weight_decay: 1e-2}\n"
     )
     wanted = read_search_file(search)
-    assert (wanted.learning_rate, wanted.hyperparameters) == ((0.0001, 0.01), {"weight_decay": 0.01})
+    assert (wanted.space.learning_rate, wanted.hyperparameters) == ((0.0001, 0.01), {"weight_decay": 0.01})
     (tmp_path / "config.yaml").write_text("pack: {idle_s: 1e2}\n")
     assert load_settings(home=tmp_path).pack.idle_s == 100.0
 

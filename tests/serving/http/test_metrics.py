@@ -87,7 +87,10 @@ async def test_a_client_that_leaves_is_an_abort(service: Service, ann: httpx.Asy
         await asyncio.sleep(0.005)
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
-    assert of((await scraped(ann))["request_success_total"], finished_reason="abort") == 1
+    async with asyncio.timeout(10.0):  # who left is noticed a moment later
+        while "request_success_total" not in (found := await scraped(ann)):
+            await asyncio.sleep(0.005)
+    assert of(found["request_success_total"], finished_reason="abort") == 1
 
 
 async def test_replicas_say_what_they_hold_and_have_done(service: Service, ann: httpx.AsyncClient) -> None:
