@@ -150,8 +150,6 @@ def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mappi
             url = f"http://127.0.0.1:{port}"
             with Client(url, key) as client, openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as stock:
                 fleet = Fleet(client, stock, store, server, home, cluster)
-                for count in devices:
-                    fleet.add_node(count)
                 args = {
                     "home": str(home / "home"),
                     "data": str(home / "data"),
@@ -161,6 +159,8 @@ def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mappi
                     **settings,
                 }
                 _apply({"name": "polygraft", "import_path": "polygraft.launch.serve_app:build", "args": args})
+                for count in devices:  # only now: the ingresses are on the head, which nobody kills
+                    fleet.add_node(count)
                 yield fleet
         finally:
             _end_controllers()
