@@ -4,6 +4,7 @@ measuring takes a process that imports torch."""
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -43,13 +44,15 @@ def _gpus(folder: Path) -> tuple[GpuFacts, ...]:
 
 
 def _speed(folder: Path, name: str, device: str, threads: int) -> float:
-    """The kept speed of this class of device, else measured and kept."""
+    """The kept speed of this class of device, else measured; kept where nothing else slowed it down."""
     file = folder / f"{sha256(name.encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent or not ours: measured afresh
         return float(json.loads(file.read_text())["flops_per_s"])
     from polygraft.grafts.runtime.speed import product_speed
 
+    quiet = os.getloadavg()[0] <= (os.cpu_count() or 1)
     speed = product_speed(device, threads)
-    with suppress(OSError):  # a folder that cannot be written only costs the next reader time
-        write_text(file, json.dumps({"device": name, "flops_per_s": speed}))
+    if quiet:
+        with suppress(OSError):  # a folder that cannot be written only costs the next reader time
+            write_text(file, json.dumps({"device": name, "flops_per_s": speed}))
     return speed

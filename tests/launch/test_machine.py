@@ -50,6 +50,7 @@ def test_a_device_is_measured_once_and_with_its_own_threads(tmp_path: Path, monk
         return measured(device, threads)
 
     monkeypatch.setattr(speed, "product_speed", counted)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     scout = NodeScout(tmp_path, gpus=False)
     first = scout(1)
     assert first.cpu_speed > 1e8, "a slow machine multiplies ten thousand times as fast as that"
@@ -59,3 +60,14 @@ def test_a_device_is_measured_once_and_with_its_own_threads(tmp_path: Path, monk
     for file in tmp_path.iterdir():
         file.write_text("not ours")
     assert isinstance(scout(1), NodeFacts) and len(asked) == 3
+
+
+def test_a_speed_that_was_measured_beside_other_work_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter((1e9, 2e9, 3e9))
+    loads = iter((100.0, 0.0))
+    monkeypatch.setattr(speed, "product_speed", lambda device, threads: next(speeds))
+    monkeypatch.setattr("os.getloadavg", lambda: (next(loads), 0.0, 0.0))
+    scout = NodeScout(tmp_path, gpus=False)
+    assert [scout(1).cpu_speed for _ in range(3)] == [1e9, 2e9, 2e9]
