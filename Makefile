@@ -27,7 +27,7 @@ demo: setup  ## train, search and serve eight grafts on this machine; REPORT=pat
 	$(BIN)/polygraft demo $(if $(REPORT),--report $(REPORT))
 
 # Two at a time, a file of tests each; those that start Ray one after the other, with the machine for themselves.
-test: setup  ## run the tests (about 9 minutes on 2 cores)
+test: setup  ## run the tests (about 13 minutes on 2 cores)
 	@status=0; \
 	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray --ignore tests/e2e --ignore tests/nodes || status=$$?; \
 	$(BIN)/pytest tests/ray tests/e2e || status=$$?; \
