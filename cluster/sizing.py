@@ -13,18 +13,18 @@ from pydantic import BaseModel
 from polygraft.cluster.model import Backbone, Device
 from polygraft.cluster.policy.capacity import (
     DoesNotFit,
-    Holding,
     ModelSize,
+    Portion,
     longest_context,
     pack_capacity,
     serve_capacity,
 )
+from polygraft.cluster.policy.devices import share_bytes
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.size import Size
 from polygraft.grafts.sites import ModelShape
 from polygraft.kernels.common.processor import multiplies_bf16
 
-SHARE = 0.5  # of a device, for a pack or for a replica
 _SERVE = ("kv_bytes", "graft_bytes", "max_streams", "max_rows", "max_context")
 _PACK = ("memory_bytes", "max_rows", "micro_rows", "max_jobs")
 
@@ -41,7 +41,7 @@ def sizes(settings: Settings, backbone: Backbone, devices: Collection[Device]) -
         itemsize=2 if backbone.dtype == "bf16" or by_itself else 4,
         quantised=backbone.quantise is not None,
     )
-    held = Holding(kind=least.kind, bytes=int(least.bytes * SHARE), speed=least.speed)
+    held = Portion(kind=least.kind, bytes=share_bytes(least), speed=least.speed)
     try:
         serve, pack = asdict(serve_capacity(model, held)), asdict(pack_capacity(model, held))
     except DoesNotFit as error:

@@ -77,7 +77,7 @@ class RemoteDriver:
     def __init__(self, settings: Settings, url: str, search: Search, key: str) -> None:
         options = ray.remote(SearchDriver).options(num_cpus=0, max_restarts=0)
         self._actor = cast("ActorHandle[SearchDriver]", options.remote())
-        self._call: ray.ObjectRef[Ended] = self._actor.run.remote(settings.model_dump_json(), search.id, url, key)
+        self._call: ray.ObjectRef[Ended] = self._actor.run.remote(settings.told, search.id, url, key)
 
     def ended(self) -> Ended | None:
         try:

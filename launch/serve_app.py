@@ -93,7 +93,7 @@ def _keep_searches(settings: Settings) -> None:
         num_cpus=0,
         max_restarts=-1,
     )
-    options.remote(settings.model_dump_json(), f"http://127.0.0.1:{settings.port}")
+    options.remote(settings.told, f"http://127.0.0.1:{settings.port}")
 
 
 def _end(leader: ActorHandle[Leader]) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP API as a Ray Serve deployment: store, tokenizers and gateways, but no model and no torch."""
+"""The HTTP API as a Ray Serve deployment: store, tokenizers and gateways, but no model."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.actors.place import Place, asking, place
 from polygraft.cluster.leasing import close_replica, open_replica
 from polygraft.cluster.model import DeviceKind, ReplicaId
+from polygraft.cluster.policy.devices import SHARE, share_bytes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import StoreError
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.process import device_environment
 from polygraft.serving.host import NAMESPACE, Host, ReplicaPlan
 
-SHARE = 0.5  # of a `device`; the other half trains
 SCALER = "polygraft.cluster.actors.scaler:Scaler"
 MOST = 1000  # replicas, where only the devices say how many there may be
 _END_S = 5.0  # for what comes after a drain
@@ -51,7 +51,7 @@ class Replica:
                 self._store,
                 self._id,
                 backbone=plan.backbone.name,
-                bytes_of=lambda device: int(device.bytes * SHARE),
+                bytes_of=share_bytes,
                 actor=self._id,
                 node=here.node,
                 index=here.index,

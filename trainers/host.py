@@ -20,6 +20,7 @@ from polygraft.cluster.actors.protocols import DEVICE, PackDied
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.leasing import lease_for_pack
 from polygraft.cluster.model import DeviceKind, JobId, PackId
+from polygraft.cluster.policy.devices import SHARE
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
@@ -36,7 +37,6 @@ from polygraft.trainers.underway import Underway
 from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
-SHARE = 0.5  # of a `device`; the other half serves
 REPORT_S = 5.0
 SILENT_S = 600  # after which a worker that another one waits for is lost
 NODE = "ray.io/node-id"  # Ray's label of a node

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -57,14 +58,11 @@ class Keeper:
         self._not_before: dict[StudyId, float] = {}
 
     def tick(self) -> None:
-        """Look at every search once. Raises what the store raises, except that a search which another writer changed
-        meanwhile is left for the next time."""
-        for found in self._store.scan(keys.SEARCHES):
-            if found.value.state is SearchState.RUNNING:
-                try:
-                    self._look(found)
-                except Conflict:
-                    continue
+        """Look at every running search once. Raises what the store raises, except that a search which another writer
+        changed meanwhile is left for the next time."""
+        for found in self._store.newest(keys.RUNNING_SEARCHES):
+            with suppress(Conflict):
+                self._look(found)
 
     def stop(self) -> None:
         """Kill the drivers; their searches go on wherever they are kept next."""

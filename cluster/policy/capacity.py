@@ -100,7 +100,7 @@ class ModelSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
+class Portion:
     """What a process has of a device: bytes, and the speed of a product there (0: nobody has measured it)."""
 
     kind: DeviceKind
@@ -131,7 +131,7 @@ class PackCapacity:
     given_out: int
 
 
-def serve_capacity(model: ModelSize, held: Holding) -> ServeCapacity:
+def serve_capacity(model: ModelSize, held: Portion) -> ServeCapacity:
     """Grafts get a thirty-second, their stacks as much again; a step as many rows as it computes in a quarter of a
     second, and may take a sixteenth; the key-value cache gets the rest. Raises DoesNotFit."""
     shape, room = model.shape, int(held.bytes * GIVEN)
@@ -175,7 +175,7 @@ def longest_context(model: ModelSize, kv_bytes: int) -> int:
     return max(BLOCK, min(model.shape.positions or _UNLIMITED, held))
 
 
-def pack_capacity(model: ModelSize, held: Holding) -> PackCapacity:
+def pack_capacity(model: ModelSize, held: Portion) -> PackCapacity:
     """Half of what the weights leave is for a forward, half for the jobs' state; a forward has as many rows as it
     computes in a second and a half with its backward. Raises DoesNotFit."""
     room = int(held.bytes * GIVEN)
@@ -208,12 +208,12 @@ def streams_at_once(capacity: ServeCapacity, model: ModelSize, tokens: int) -> i
     return min(capacity.max_streams, free // (blocks_for(tokens, BLOCK) + 1))
 
 
-def _by_speed(held: Holding, flops: int, seconds: float) -> int:
+def _by_speed(held: Portion, flops: int, seconds: float) -> int:
     """Rows that are computed in so many seconds; where the speed is not known, as many as a slow CPU takes."""
     return int((held.speed or 1e11) * seconds / max(1, flops))
 
 
-def _within(rows: int, held: Holding) -> int:
+def _within(rows: int, held: Portion) -> int:
     return max(_LEAST_ROWS, min(_power(rows), _MOST_ROWS[held.kind]))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from polygraft.cluster.model import Device, DeviceId, Snapshot
 
+SHARE = 0.5  # of a device, for a pack or for a replica
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceSet:
@@ -39,7 +41,7 @@ class FreeDevices:
             return None
         taken = {device.id for device in chosen}
         self._found = [device for device in self._free if device.id not in taken]
-        return DeviceSet(tuple(device.id for device in chosen), min(map(pack_bytes, chosen)))
+        return DeviceSet(tuple(device.id for device in chosen), min(map(share_bytes, chosen)))
 
     def has(self, count: int) -> bool:
         """Whether `take` would find so many."""
@@ -77,10 +79,10 @@ def _free_devices(snapshot: Snapshot) -> list[Device]:
     for replica in snapshot.replicas.values():
         for device in left.keys() & set(replica.devices):
             left[device] -= replica.bytes
-    free = (snapshot.devices[id_] for id_, bytes_ in left.items() if bytes_ >= pack_bytes(snapshot.devices[id_]))
+    free = (snapshot.devices[id_] for id_, bytes_ in left.items() if bytes_ >= share_bytes(snapshot.devices[id_]))
     return sorted(free, key=lambda one: (-left[one.id], one.id))
 
 
-def pack_bytes(device: Device) -> int:
-    """What a pack takes of a device: half, since the other half is a replica's."""
-    return device.bytes // 2
+def share_bytes(device: Device) -> int:
+    """What a pack or a replica takes of a device."""
+    return int(device.bytes * SHARE)

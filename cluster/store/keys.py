@@ -38,7 +38,7 @@ DEVICES: Prefix[Occupancy] = Prefix("device/")
 FILES: Prefix[DataFile] = Prefix("file/")
 GRAFTS: Prefix[Graft] = Prefix("graft/")
 ALIASES: Prefix[Alias] = Prefix("alias/")
-SEARCHES: Prefix[Search] = Prefix("search/")
+RUNNING_SEARCHES: Listing[Search] = Listing("running-searches")  # of all tenants
 STUDIES: Prefix[Study] = Prefix("study/")
 API_KEYS: Prefix[ApiKey] = Prefix("apikey/")
 SNAPSHOT: Key[Snapshot] = Key("snapshot/fleet")
@@ -78,6 +78,14 @@ def unfinished_jobs_of(tenant: TenantId) -> Listing[Job]:
     return Listing(f"unfinished-jobs/{tenant}")
 
 
+def searches_of(tenant: TenantId) -> Listing[Search]:
+    return Listing(f"searches/{tenant}")
+
+
+def running_searches_of(tenant: TenantId) -> Listing[Search]:
+    return Listing(f"running-searches/{tenant}")
+
+
 def files_of(tenant: TenantId) -> Listing[DataFile]:
     return Listing(f"files/{tenant}")
 
@@ -107,7 +115,7 @@ def file(file: FileId) -> Key[DataFile]:
 
 
 def search(search: StudyId) -> Key[Search]:
-    return Key(f"{SEARCHES}{search}")
+    return Key(f"search/{search}")
 
 
 def study(study: StudyId) -> Key[Study]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from polygraft.cluster.model import DataFile, Job, Record
+from polygraft.cluster.model import DataFile, Job, Record, Search
+from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Conflict, Key, Listing, Store, StreamKey, Write
 
@@ -17,6 +18,9 @@ def lists_of(value: Record | None) -> tuple[Listing[Record], ...]:
     match value:
         case Job(tenant=tenant):
             return (keys.jobs_of(tenant), *(() if value.final else (keys.unfinished_jobs_of(tenant),)))
+        case Search(tenant=tenant, state=state):
+            running = (keys.running_searches_of(tenant), keys.RUNNING_SEARCHES)
+            return (keys.searches_of(tenant), *(running if state is SearchState.RUNNING else ()))
         case DataFile(tenant=tenant):
             return (keys.files_of(tenant),)
         case _:
@@ -28,6 +32,8 @@ def place_of(value: Record) -> str:
     match value:
         case Job(id=job):
             key: Key[Record] = keys.job(job)
+        case Search(id=search):
+            key = keys.search(search)
         case DataFile(id=file):
             key = keys.file(file)
         case _:

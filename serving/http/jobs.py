@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import JsonValue
 
 from polygraft.cluster.advance import advance_job
-from polygraft.cluster.events import JobCancelRequested, JobLeaseRenewed, JobSubmitted
-from polygraft.cluster.model import Job, JobId, Record, TenantId
+from polygraft.cluster.events import Event, JobCancelRequested, JobLeaseRenewed, JobSubmitted
+from polygraft.cluster.model import Job, JobId, TenantId
 from polygraft.cluster.spec import FineTuningRequest
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import IdempotencyConflict, Key, Write
-from polygraft.cluster.validation import shown
+from polygraft.cluster.store.base import Write
 from polygraft.serving.http.body import read_body, read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.events import events_of
+from polygraft.serving.http.once import once
 from polygraft.serving.http.pages import first_of, not_in_list, page
 from polygraft.serving.http.schemas import FineTuningJob, FineTuningJobEvent, JobErrorObject, Page, Renewal
 from polygraft.serving.http.submission import new_job
@@ -136,41 +135,16 @@ def shown_job(job: Job) -> FineTuningJob:
 
 
 def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | None) -> FineTuningJob:
-    key = None if idempotency_key is None else f"{tenant}/fine_tuning/{idempotency_key}"
-    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    try:
-        # Before all checks: what they look at may have changed since the first time.
-        first = None if key is None else api.store.submitted(key, digest)
-        job = _new(api, tenant, body, key, digest) if first is None else _first(api, first)
-    except IdempotencyConflict:
-        message = f"Idempotency-Key: {shown(idempotency_key)} was used for a different request; use a new one"
-        raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
-    api.store.durable()
-    return shown_job(job)
+    def new() -> tuple[list[Write], list[Event]]:
+        record = new_job(api, tenant, body).job
+        limit = api.limits.jobs_per_tenant
+        if api.store.count(keys.unfinished_jobs_of(tenant)) >= limit:
+            raise ApiError(
+                429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs"
+            )
+        return [Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=record.created_at)]
 
-
-def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Job:
-    record = new_job(api, tenant, body).job
-    limit = api.limits.jobs_per_tenant
-    if api.store.count(keys.unfinished_jobs_of(tenant)) >= limit:
-        raise ApiError(
-            429, f"{limit} of your jobs are unfinished, which is the limit; wait for some", code="too_many_jobs"
-        )
-    submitted = api.store.submit(
-        key,
-        digest,
-        [Write(keys.job(record.id), record, 0)],
-        [JobSubmitted(record=record, at=record.created_at)],
-    )
-    return record if submitted.created else _first(api, submitted.key)
-
-
-def _first(api: Api, key: Key[Record]) -> Job:
-    """The job that an Idempotency-Key has made before."""
-    found = api.store.get(key)
-    if found is None or not isinstance(found.value, Job):
-        raise not_found("job", key, param=None)
-    return found.value
+    return shown_job(once(api.store, Job, f"{tenant}/fine_tuning", body, idempotency_key, new))
 
 
 def _renew(api: Api, tenant: TenantId, job: str, lease_s: float) -> FineTuningJob:

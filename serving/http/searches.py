@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from hashlib import sha256
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
@@ -14,19 +14,20 @@ from pydantic import JsonValue
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
+from polygraft.cluster.events import Event
 from polygraft.cluster.ids import new_study_id
-from polygraft.cluster.model import FileId, Record, Search, Study, StudyId, TenantId
+from polygraft.cluster.model import FileId, Search, Study, StudyId, TenantId
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, IdempotencyConflict, Key, Versioned, Write
+from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, Versioned, Write
 from polygraft.cluster.told import JsonObject, Told
-from polygraft.cluster.validation import shown
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.frames import EVENTS
-from polygraft.serving.http.pages import page
+from polygraft.serving.http.once import once
+from polygraft.serving.http.pages import first_of, not_in_list, page
 from polygraft.serving.http.schemas import Page, SearchEvent, SearchObject, TrialObject
 
 router = APIRouter(prefix="/v1/searches")
@@ -54,9 +55,11 @@ async def create(
 @router.get("", responses=answers(400))
 def searches(api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Size = 20) -> Page[SearchObject]:
     """The tenant's searches, newest first."""
-    mine = (found.value for found in api.store.scan(keys.SEARCHES) if found.value.tenant == tenant)
-    ordered = sorted(mine, key=lambda search: (search.created_at, search.id), reverse=True)
-    return page([_shown(api, search) for search in ordered], after=after, limit=limit)
+    last = None if after is None else api.store.get(keys.search(StudyId(after)))
+    if after is not None and (last is None or last.value.tenant != tenant):
+        raise not_in_list(after)
+    found = api.store.newest(keys.searches_of(tenant), before=last.value if last else None, limit=limit + 1)
+    return first_of([_shown(api, one.value) for one in found], limit)
 
 
 @router.get("/{search}", responses=answers(404))
@@ -150,19 +153,11 @@ def _events(api: Api, search: StudyId, after: EntryId) -> list[SearchEvent]:
 
 
 def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | None) -> SearchObject:
-    key = None if idempotency_key is None else f"{tenant}/searches/{idempotency_key}"
-    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    try:
-        first = None if key is None else api.store.submitted(key, digest)
-        made = _new(api, tenant, body, key, digest) if first is None else _first(api, first)
-    except IdempotencyConflict:
-        message = f"Idempotency-Key: {shown(idempotency_key)} was used for a different request; use a new one"
-        raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
-    api.store.durable()
-    return _shown(api, made)
+    new = partial(_new, api, tenant, body)
+    return _shown(api, once(api.store, Search, f"{tenant}/searches", body, idempotency_key, new))
 
 
-def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: str) -> Search:
+def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list[Event]]:
     wanted = body.get("model") if isinstance(body, dict) else None
     model = wanted if isinstance(wanted, str) else api.backbones.own
     backbone = api.backbones.named(model)
@@ -178,27 +173,13 @@ def _new(api: Api, tenant: TenantId, body: JsonValue, key: str | None, digest: s
         found = api.store.get(keys.file(FileId(file)))
         if found is None or found.value.tenant != tenant:
             raise not_found("file", file, param=field)
-    running = [
-        one
-        for one in api.store.scan(keys.SEARCHES)
-        if one.value.tenant == tenant and one.value.state is SearchState.RUNNING
-    ]
-    if len(running) >= RUNNING:
+    if api.store.count(keys.running_searches_of(tenant)) >= RUNNING:
         message = f"{RUNNING} of your searches are running, which is the limit; wait for one, or cancel it"
         raise ApiError(429, message, code="too_many_searches")
     now, id = api.clock(), new_study_id()
     made = Search(id=id, tenant=tenant, name=name, created_at=now)
     study = Study(id=id, tenant=tenant, name=name, created_at=now, updated_at=now, body=record)
-    submitted = api.store.submit(key, digest, [Write(keys.search(id), made, 0), Write(keys.study(id), study, 0)], [])
-    return made if submitted.created else _first(api, submitted.key)
-
-
-def _first(api: Api, key: Key[Record]) -> Search:
-    """The search that an Idempotency-Key has made before."""
-    found = api.store.get(key)
-    if found is None or not isinstance(found.value, Search):
-        raise not_found("search", key, param=None)
-    return found.value
+    return [Write(keys.search(id), made, 0), Write(keys.study(id), study, 0)], []
 
 
 def _find(api: Api, tenant: TenantId, search: str) -> Versioned[Search]:

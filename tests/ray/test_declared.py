@@ -12,6 +12,7 @@ import pytest
 from ray import serve
 
 from polygraft.cluster.actors.applications import ENGINE
+from polygraft.cluster.policy.devices import SHARE
 from polygraft.cluster.settings import ServeSettings
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
@@ -19,7 +20,7 @@ from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.remote import ActorLink
-from polygraft.serving.replica import SCALER, SHARE
+from polygraft.serving.replica import SCALER
 from tests.ray.local import free_port, local_ray, write_devices
 from tests.ray.test_replicas import wanted
 from tests.serving.replicas import said

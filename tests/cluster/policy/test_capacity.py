@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from polygraft.cluster.policy.capacity import (
     BLOCK,
     DoesNotFit,
-    Holding,
     ModelSize,
+    Portion,
     longest_context,
     pack_capacity,
     serve_capacity,
@@ -58,10 +58,10 @@ CONFIGS: Mapping[str, dict[str, object]] = {  # as the models' own config.json h
     },
 }
 HELD = {
-    "8 GB CPU": Holding(kind="cpu", bytes=8 * GIB, speed=3e11),
-    "24 GB": Holding(kind="cuda", bytes=24 * GIB, speed=1.5e14),
-    "half of 24 GB": Holding(kind="cuda", bytes=12 * GIB, speed=1.5e14),
-    "141 GB": Holding(kind="cuda", bytes=141 * GIB, speed=6e14),
+    "8 GB CPU": Portion(kind="cpu", bytes=8 * GIB, speed=3e11),
+    "24 GB": Portion(kind="cuda", bytes=24 * GIB, speed=1.5e14),
+    "half of 24 GB": Portion(kind="cuda", bytes=12 * GIB, speed=1.5e14),
+    "141 GB": Portion(kind="cuda", bytes=141 * GIB, speed=6e14),
 }
 
 
@@ -104,7 +104,7 @@ def test_four_streams_of_8k_tokens_run_on_8b_in_four_bits(held: str) -> None:
 
 
 def test_the_bundled_backbone_takes_long_prompts_and_keeps_its_split_on_a_small_machine() -> None:
-    half = Holding(kind="cpu", bytes=4 * GIB, speed=2e11)
+    half = Portion(kind="cpu", bytes=4 * GIB, speed=2e11)
     assert serve_capacity(model("135M"), half).max_context == 8192
     assert pack_capacity(model("135M"), half).micro_rows == PackSettings().micro_rows
 
@@ -118,7 +118,7 @@ def test_what_fits_nowhere_is_said_with_the_bytes(name: str, held: str) -> None:
 
 @given(st.sampled_from(sorted(CONFIGS)), st.integers(1, 400), st.floats(0, 1e15), st.sampled_from(["cpu", "cuda"]))
 def test_any_device_gives_sizes_that_fit_or_says_that_none_do(name: str, gib: int, speed: float, kind: str) -> None:
-    held = Holding(kind=kind, bytes=gib * GIB, speed=speed)  # type: ignore[arg-type]
+    held = Portion(kind=kind, bytes=gib * GIB, speed=speed)  # type: ignore[arg-type]
     try:
         own, pack = serve_capacity(model(name), held), pack_capacity(model(name), held)
     except DoesNotFit:
@@ -139,7 +139,7 @@ def sized(tmp_path: Path, name: str = "135M", gib: int = 12, **given: object) ->
 
 def test_what_was_not_given_follows_from_the_smallest_device(tmp_path: Path) -> None:
     before, after = sized(tmp_path)
-    half = Holding(kind="cpu", bytes=6 * GIB, speed=1e11)
+    half = Portion(kind="cpu", bytes=6 * GIB, speed=1e11)
     own, pack = serve_capacity(model("135M"), half), pack_capacity(model("135M"), half)
     assert (after.serve.kv_bytes, after.serve.max_context) == (own.kv_bytes, 8192)
     assert after.serve.max_queued == before.serve.max_queued

@@ -127,7 +127,7 @@ async def test_a_search_that_cannot_be_run_is_refused_with_the_reason(
 ) -> None:
     answer = await ann.post("/searches", json=await asked(ann, **fields))
     assert answer.status_code == 400 and wrong in answer.json()["error"]["message"], answer.text
-    assert service.api.store.scan(keys.SEARCHES) == []
+    assert service.api.store.newest(keys.searches_of(TenantId("ann"))) == []
 
 
 async def test_a_search_is_cancelled_once_and_not_after_its_end(service: Service, ann: httpx.AsyncClient) -> None:
