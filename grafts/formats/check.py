@@ -1,14 +1,16 @@
-"""Whether tensors are just those of a graft's description; what every format asks before it gives a graft out."""
+"""Whether tensors are just those of a graft's description; what every format asks before it gives a graft out. Imports
+without torch, as all that the ingress asks of formats does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.spec import Sparse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FormatError(ValueError):
@@ -24,6 +26,8 @@ def sized(name: str, value: Tensor, *shapes: tuple[int, ...]) -> Tensor:
 
 def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless `values` are just the graft's tensors, of the right shapes and finite."""
+    import torch
+
     expected = {tensor.name: tensor.shape for tensor in graft.tensors}
     if expected.keys() != values.keys():
         odd = sorted(expected.keys() ^ values.keys())

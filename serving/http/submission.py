@@ -19,7 +19,7 @@ from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
 from polygraft.grafts.formats.check import FormatError
-from polygraft.grafts.formats.native import described
+from polygraft.grafts.formats.description import described
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinned
 from polygraft.grafts.sources import check
