@@ -71,7 +71,7 @@ class Engine:
         residency = Residency(folder=Folders(data).grafts, backbone=backbone, budget_bytes=graft_bytes)
         self._loader = Loader(residency, wake=self._wake)
         self._streams = Streams(backbone, settings, residency, self._loader)
-        self._log = StepLog(data / "replicas" / replica / "steps.jsonl")
+        self._log = StepLog(data / "replicas" / replica)
         self._outbox = Outbox()
         self._computing: tuple[Chunk, ...] = ()  # of the step that goes on
         self._suspects = Suspects()
