@@ -23,8 +23,14 @@ ROUNDS, QUICK_ROUNDS = 5, 1
 _WIDTH = 160  # of what goes to a file
 
 
+class ProgramStage(Stage, Protocol):
+    def close(self) -> None:
+        """End what it started; the run is over."""
+        ...
+
+
 class OpenStage(Protocol):
-    def __call__(self, folder: Path, *, quick: bool) -> Stage: ...
+    def __call__(self, folder: Path, *, quick: bool) -> ProgramStage: ...
 
 
 def carry_out(
@@ -68,7 +74,8 @@ def carry_out(
                     maker.ask("make")
                 except ArmFailed as error:
                     raise SystemExit(f"{name}: {error}") from None
-        done = measure(study, open_stage(Path(folder), quick=given.quick), record, progress)
+        with closing(open_stage(Path(folder), quick=given.quick)) as stage:
+            done = measure(study, stage, record, progress)
     show(record, console)
     return 0 if done else 1
 

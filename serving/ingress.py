@@ -31,6 +31,10 @@ from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
 from polygraft.serving.remote import ActorLink
 
+_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",  # few heaps, so that what large bodies took can be handed back (http/bodies.py)
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # else each token passes from one loop to another
+}
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
 
 
@@ -119,7 +123,6 @@ def ingress_app(plan: IngressPlan) -> serve.Application:
         max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
-        # Few heaps, so that what large bodies took can be handed back (http/bodies.py).
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "2"}}},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
     )
     return cast(serve.Deployment, deployment).bind(plan)
