@@ -22,6 +22,7 @@ from polygraft.cluster.model import (
     ReplicaId,
     TenantId,
 )
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import Reason
 
 
@@ -202,6 +203,15 @@ class BackboneAsked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneSized:
+    """It was added where no device was known: its packs and replicas are so large from now on."""
+
+    backbone: str
+    sizes: tuple[Size, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneLoading:
     """Replicas are to hold it."""
 
@@ -330,7 +340,7 @@ JobEvent = (
     | JobFailed
     | JobCancelled
 )
-BackboneEvent = BackboneAdded | BackboneAsked | BackboneLoading | BackboneUnloading | BackboneRemoved
+BackboneEvent = BackboneAdded | BackboneAsked | BackboneSized | BackboneLoading | BackboneUnloading | BackboneRemoved
 PackEvent = PackOpening | PackPlaced | PackOpened | PackClosing | PackClosed | PackFailed
 GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost

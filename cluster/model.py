@@ -228,10 +228,8 @@ class Backbone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it.
-
-    `bytes` are what it holds of each of its devices until it is over.
-    """
+    """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it, and
+    `bytes` are what it holds of each of its devices until it is over."""
 
     id: PackId
     backbone: str
@@ -351,9 +349,11 @@ class Limits:
     it would wait longer for a place. A move costs a job about `moving_s`: a pack that ends sooner is not joined. A job
     that does not fit may be overtaken for `overtake_s` by others that do. A tenant with jobs in packs that got no other
     in for `patience_s` goes first, and so do jobs for which there is no pack. It has at most `tenant_jobs` of them; 0 =
-    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never.
+    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never. What no setting has
+    `given` is as the sizes of a pack's backbone say (`policy/budget.py:limits_of`).
     """
 
+    given: tuple[str, ...] = ()
     max_jobs: int = 32
     pack_bytes: int = 0
     max_rows: int = 768

@@ -68,7 +68,7 @@ class Ingress:
             graft_roots=settings.graft_roots,
             candidate=lambda source, quantise: examined(source, plan.cache, quantise),
             limits=settings.limits,
-            pack=self._default().pack_limits,
+            pack=lambda record: fitted(settings, record).pack_limits,
             sized=self._sized,
             clock=time.time,
             desk=plan.desk,
@@ -87,11 +87,6 @@ class Ingress:
         """With the sizes for the devices that there are. Raises DoesNotFit."""
         devices = [found.value.device for found in self._store.scan(keys.DEVICES)]
         return replace(record, sizes=sizes(self._settings, record, devices))
-
-    def _default(self) -> Settings:
-        """The settings for the service's own backbone."""
-        found = self._store.get(keys.backbone(self._settings.backbone))
-        return fitted(self._settings, found.value) if found else self._settings
 
     def _known(self, record: Backbone) -> KnownBackbone:
         settings, folder = fitted(self._settings, record), Path(record.folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
 import ray
@@ -23,7 +24,7 @@ from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.actors.place import Place, asking, place
 from polygraft.cluster.leasing import close_replica, open_replica
 from polygraft.cluster.model import DeviceKind, ReplicaId
-from polygraft.cluster.policy.devices import SHARE, share_bytes
+from polygraft.cluster.policy.devices import SHARE, sized_bytes, taken_bytes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import StoreError
 from polygraft.cluster.store.connect import connect
@@ -51,7 +52,7 @@ class Replica:
                 self._store,
                 self._id,
                 backbone=plan.backbone.name,
-                bytes_of=share_bytes,
+                bytes_of=partial(taken_bytes, "serve", plan.backbone),
                 actor=self._id,
                 node=here.node,
                 index=here.index,
@@ -114,6 +115,7 @@ def replica_app(plan: ReplicaPlan, *, kind: DeviceKind, scaler: str = SCALER) ->
             "backbone": plan.backbone.name,
             "share": SHARE,
             "scaling": scaling,
+            **({} if (sized := sized_bytes("serve", plan.backbone)) is None else {"bytes_": sized}),
         },
     )
     deployment = serve.deployment(

@@ -30,6 +30,7 @@ from polygraft.cluster.decisions import (
 )
 from polygraft.cluster.events import (
     BackboneLoading,
+    BackboneSized,
     BackboneUnloading,
     ControllerStarted,
     DeviceJoined,
@@ -49,7 +50,17 @@ from polygraft.cluster.events import (
     PackOpening,
 )
 from polygraft.cluster.leasing import LeaseRefused, close_replica, end_pack, open_pack
-from polygraft.cluster.model import Device, EventId, JobError, JobId, Limits, Occupancy, Pace, PackId, Snapshot
+from polygraft.cluster.model import (
+    Device,
+    EventId,
+    JobError,
+    JobId,
+    Limits,
+    Occupancy,
+    Pace,
+    PackId,
+    Snapshot,
+)
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
@@ -58,6 +69,7 @@ from polygraft.cluster.store.lists import relist
 
 LOG = logging.getLogger(__name__)
 TTL_S = 15.0
+MEASURED_S = 60.0  # a device whose speed is not known for so long is taken for a slow one
 PACES_S = 3.0  # how long what packs measured of their jobs is used
 POLL_S = 0.5  # how long a pack's end may go unnoticed
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0)
@@ -94,6 +106,8 @@ class Controller:
         self._renewed_at = 0.0
         self._saved: deque[tuple[EventId, int]] = deque()  # of each snapshot, and how many events came after it
         self._unsaved = 0
+        self._looked_at: tuple[tuple[Device, ...], float] = ((), 0.0)  # devices, and since when they are these
+        self._unfit: set[str] = set()  # backbones that fit none of them
 
     def run(self, stop: Event, beat: Callable[[], None] = lambda: None, *, steal: bool = True) -> None:
         """Lead until `stop` is set; `beat` is called once a round. Survives the loss of the store and of the lease.
@@ -134,6 +148,7 @@ class Controller:
         self._catch_up()
         self._learn()
         self._catch_up()
+        self._size()
         self._read_paces()
         now = replace(self.snapshot, now=self._clock(), limits=self._limits, paces=self._paces)
         for decision in decide(now, self._following.standing):
@@ -222,6 +237,28 @@ class Controller:
         over += [(pack.id, "its process did not survive", Reason.PACK_LOST, ()) for pack in lost]
         for pack, error, reason, suspects in over:
             self._end_pack(pack, error, reason, suspects)
+
+    def _size(self) -> None:
+        """Give their sizes to backbones that were added where no device was known, once the speeds are, or will not
+        be."""
+        devices, now = tuple(self.snapshot.devices.values()), self._clock()
+        if devices != self._looked_at[0]:
+            self._looked_at = devices, now
+            self._unfit.clear()
+        if not devices or (now - self._looked_at[1] < MEASURED_S and not all(device.speed for device in devices)):
+            return
+        for backbone in [one for one in self.snapshot.backbones.values() if not one.sizes]:
+            if backbone.name in self._unfit:
+                continue
+            try:
+                sizes = self._effects.sizes(backbone, devices)
+            except (ValueError, OSError) as error:  # it fits none of them, or its folder is gone
+                LOG.warning("%s has no sizes: %s", backbone.name, error)
+                self._unfit.add(backbone.name)
+                continue
+            if sizes:
+                sized = BackboneSized(backbone=backbone.name, sizes=sizes, at=now)
+                advance_backbone(self._store, sized, fence=self._fence)
 
     def _join(self, device: Device, now: float) -> None:
         """The device as it is now; who holds what of it stays."""

@@ -89,6 +89,11 @@ class Discovery:
             self._devices = list(self._look())
         return self._devices
 
+    @property
+    def measuring(self) -> bool:
+        """Whether a scout is underway, of what was looked at last."""
+        return self._sent.keys() != self._facts.keys()
+
     def _look(self) -> Iterator[Device]:
         for node in ray.nodes():  # type: ignore[no-untyped-call]
             id_, resources = str(node["NodeID"]), node["Resources"]

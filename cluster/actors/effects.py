@@ -16,6 +16,7 @@ from polygraft.cluster.actors.applications import Applications, Deploy
 from polygraft.cluster.actors.discovery import Discovery, Scout
 from polygraft.cluster.actors.protocols import PackDied, PackEnd
 from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.size import Size
 
 LOG = logging.getLogger(__name__)
 ACTORS_S = 2.0  # how long a list of actors is used
@@ -32,6 +33,9 @@ class PackHost(Protocol):
 OpenHost = Callable[[Pack], ActorHandle[PackHost]]
 
 
+SizeBackbone = Callable[[Backbone, Collection[Device]], tuple[Size, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Means:
     """By what decisions are carried out; Ray must be able to carry it to the controller's process."""
@@ -39,6 +43,7 @@ class Means:
     open_host: OpenHost
     deploy: Deploy
     scout: Scout | None = None
+    size: SizeBackbone | None = None
 
 
 class RayEffects:
@@ -51,6 +56,7 @@ class RayEffects:
         self._open_host = means.open_host
         self._applications = Applications(means.deploy)
         self._discovery = Discovery(means.scout)
+        self._size = means.size
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
         self._actors: Collection[str] = ()
         self._listed_at = float("-inf")
@@ -77,6 +83,9 @@ class RayEffects:
 
     def devices(self) -> Sequence[Device]:
         return self._discovery.devices()
+
+    def sizes(self, backbone: Backbone, devices: Collection[Device]) -> tuple[Size, ...]:
+        return self._size(backbone, devices) if self._size else ()
 
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         """A replica is listed before it opens, so one that a list made since has not is dead."""

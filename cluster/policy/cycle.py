@@ -83,7 +83,7 @@ class _Round:
         """For a kind without a pack, whose jobs waited for very long: what is free is kept for it, and of the packs
         that hold devices the emptiest take no more jobs, so that they end. New jobs of other kinds could keep them up
         for ever."""
-        missing = max(1, kind.devices - self.devices.count)
+        missing = max(1, kind.devices - self.devices.count(kind))
         self.devices.keep()
         held = (pack for pack in self._snapshot.packs.values() if pack.state is PackState.OPEN)
         for pack in sorted(held, key=lambda pack: (self._standing.count(pack.id), pack.id)):
@@ -120,7 +120,7 @@ class _Round:
             return Refuse(job.id, Reason.NO_BACKBONE)
         if job.attempts >= limits.max_attempts:
             return Refuse(job.id, Reason.PACKS_FAILED)
-        if Budget(limits).refusal(job) is not None:
+        if Budget(rooms.limits).refusal(job) is not None:
             return Refuse(job.id, Reason.TOO_LARGE)
         others = len(self._standing.active.get(job.tenant, ())) + self._given[job.tenant] - (job.moving_to is not None)
         if limits.tenant_jobs and others >= limits.tenant_jobs:

@@ -66,8 +66,9 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         spec = replace(spec, peft=_over_others(api, tenant, backbone, spec.peft, graft))
     except SpecError as error:
         raise bad_request(f"{_PEFT}: {error}", param=_PEFT, code="invalid_value") from None
-    _check_memory(api.pack, spec.peft, sizes)
-    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), api.pack.pack_bytes) if api.pack.pack_bytes else None
+    pack = api.pack(backbone.record)
+    _check_memory(pack, spec.peft, sizes)
+    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), pack.pack_bytes) if pack.pack_bytes else None
     limit = _length_limit(backbone, spec.max_length, graft, room)
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
