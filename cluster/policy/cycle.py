@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, Move, OpenPack, Refuse
 from polygraft.cluster.model import Job, JobId, Pack, PackId, Snapshot, TenantId
@@ -52,7 +53,7 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
         moves += joining(alike, standing, snapshot)
     yielded = sorted(pack for pack in round_.draining if not standing.count(pack))
     closes += (ClosePack(pack, Reason.YIELDED) for pack in yielded)
-    return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot))
+    return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot, standing))
 
 
 class _Round:
@@ -61,15 +62,20 @@ class _Round:
     def __init__(self, snapshot: Snapshot, standing: Standing, stopped: Collection[JobId]) -> None:
         self.opened: list[OpenPack] = []
         self.devices = FreeDevices(snapshot)
-        self.last_end: dict[PackId, float] = defaultdict(float)
-        for job in standing.over.values():
-            if job.pack is not None:
-                self.last_end[job.pack] = max(self.last_end[job.pack], job.finished_at or 0.0)
         self._snapshot, self._standing, self._stopped = snapshot, standing, stopped
         self._placed: Counter[TenantId] = Counter()
         self._given = Counter(job.tenant for job in standing.arriving.values())
         self._at_limit: set[TenantId] = set()
         self.draining: set[PackId] = set()
+
+    @cached_property
+    def last_end(self) -> Mapping[PackId, float]:
+        """When the last job of a pack ended, of those that are remembered; asked for where a pack may be idle."""
+        ends: dict[PackId, float] = {}
+        for job in self._standing.over.values():
+            if job.pack is not None:
+                ends[job.pack] = max(ends.get(job.pack, 0.0), job.finished_at or 0.0)
+        return ends
 
     def oldest(self, kind: Kind) -> Turn:
         """Of the jobs that wait for packs of the kind."""
