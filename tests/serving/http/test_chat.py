@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
 from polygraft.grafts.bound import BoundGraft
@@ -17,6 +18,7 @@ from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.generations import ChatCompletionRequest
+from polygraft.serving.local import LocalLink
 from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import SETTINGS, Service, refusal
 from tests.serving.naive import Solo, random_tensors
@@ -294,6 +296,30 @@ async def test_no_replica_is_503(service: Service, ann: httpx.AsyncClient) -> No
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
         answer = await client.post("/chat/completions", json=body())
     assert refusal(answer, 503)["code"] == "unavailable" and answer.headers["retry-after"]
+
+
+async def test_when_the_last_replica_drains_it_goes_on_and_the_next_request_is_503_with_retry_after(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    link = LocalLink(service.engine)
+    gateway = Gateway({ReplicaId("r0"): link}, ingress="i1", settings=SETTINGS, ready_s=0.0)
+    api = knowing(service.api, replace(service.backbone, gateway=gateway))
+    transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
+    await gateway.start()
+    while not gateway.ready():
+        await asyncio.sleep(0.01)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
+        begun = asyncio.create_task(client.post("/chat/completions", json=body(max_tokens=120, ignore_eos=True)))
+        while not service.engine.load.running:
+            await asyncio.sleep(0.01)
+        drained = asyncio.create_task(link.drain(30.0))
+        while not gateway._roster.draining:
+            await asyncio.sleep(0.001)
+        late = await client.post("/chat/completions", json=body())
+        assert refusal(late, 503)["code"] == "unavailable" and int(late.headers["retry-after"]) > 0
+        assert (await begun).json()["usage"]["completion_tokens"] == 120
+    await drained
+    await gateway.close()
 
 
 async def idle(service: Service) -> bool:
