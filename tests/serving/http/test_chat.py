@@ -309,7 +309,7 @@ async def test_when_the_last_replica_drains_it_goes_on_and_the_next_request_is_5
     while not gateway.ready():
         await asyncio.sleep(0.01)
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
-        begun = asyncio.create_task(client.post("/chat/completions", json=body(max_tokens=120, ignore_eos=True)))
+        begun = asyncio.create_task(client.post("/chat/completions", json=body(max_tokens=100, ignore_eos=True)))
         while not service.engine.load.running:
             await asyncio.sleep(0.01)
         drained = asyncio.create_task(link.drain(30.0))
@@ -317,7 +317,7 @@ async def test_when_the_last_replica_drains_it_goes_on_and_the_next_request_is_5
             await asyncio.sleep(0.001)
         late = await client.post("/chat/completions", json=body())
         assert refusal(late, 503)["code"] == "unavailable" and int(late.headers["retry-after"]) > 0
-        assert (await begun).json()["usage"]["completion_tokens"] == 120
+        assert (await begun).json()["usage"]["completion_tokens"] == 100
     await drained
     await gateway.close()
 
