@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -57,15 +57,24 @@ class Server(Protocol):
 
 
 class Ours:
-    """`polygraft up` with a home of its own; grafts are loaded as vLLM is told of them, by name and folder."""
+    """`polygraft up` with a home of its own; grafts are loaded as vLLM is told of them, by name and folder. `options` are
+    more of its own, `settings` more of its environment."""
 
-    def __init__(self, home: Path, grafts: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        grafts: Mapping[str, Path] | None = None,
+        *,
+        options: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         grafts, self._home = grafts or {}, home
         roots = json.dumps(sorted({str(folder.parent) for folder in grafts.values()}))
         self._environment = os.environ | {"POLYGRAFT_HOME": str(home), "POLYGRAFT_GRAFT_ROOTS": roots}
+        self._environment |= settings or {}
         for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # the service sets its own
             self._environment.pop(name, None)
-        self._polygraft("up", "--port", "0", "--timeout", f"{_READY_S:.0f}")
+        self._polygraft("up", "--port", "0", "--timeout", f"{_READY_S:.0f}", *options)
         service = json.loads((home / "run" / "service.json").read_text())
         self.url, self._pid = service["url"], service["pid"]
         self.key = (home / "api_key").read_text().strip()
