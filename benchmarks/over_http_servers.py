@@ -57,8 +57,8 @@ class Server(Protocol):
 
 
 class Ours:
-    """`polygraft up` with a home of its own; grafts are loaded as vLLM is told of them, by name and folder. `options` are
-    more of its own, `settings` more of its environment."""
+    """`polygraft up` with a home of its own; grafts are loaded as vLLM is told of them, by name and folder. `options`
+    are more of its own, `settings` more of its environment."""
 
     def __init__(
         self,

@@ -82,8 +82,8 @@ def test_a_prompt_of_4096_tokens_is_answered_as_transformers_answers_it(
 def test_a_prompt_of_4096_tokens_in_bf16_gets_tokens_that_are_likeliest_within_its_rounding(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Each token that is given is as likely, by transformers in float32, as the likeliest one but for what rounding does
-    to transformers' own logits in bf16, 1.5 times of it on either side."""
+    """Each is as likely, by transformers in float32, as the likeliest one but for what rounding does to transformers'
+    own logits in bf16, 1.5 times of it on either side."""
     heard, backbone = Heard(), Backbone.load(folder, torch.bfloat16)
     prompt, settings = tokens(backbone, LONG), sized(folder, tmp_path / "home", "bf16", 8)
     engine = Engine(backbone, settings.serve, replica=ReplicaId("r0"), data=tmp_path)
