@@ -21,6 +21,7 @@ import httpx
 import machine
 from measure import Claim
 from over_http_servers import MODEL, Ours
+from program import end_when_told
 
 STREAMS, SECONDS, QUICK_SECONDS, WARM_S = 32, 60.0, 10.0, 10.0
 SHARE = 0.1  # of the engine's
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    end_when_told()
     seconds = given.seconds or (QUICK_SECONDS if given.quick else SECONDS)
     with (
         tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder,

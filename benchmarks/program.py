@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,6 +34,11 @@ class OpenStage(Protocol):
     def __call__(self, folder: Path, *, quick: bool) -> ProgramStage: ...
 
 
+def end_when_told() -> None:
+    """On SIGTERM leave as on Ctrl-C, so that what was started is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def carry_out(
     name: str,
     study_of: Callable[[int], Study],
@@ -49,6 +55,7 @@ def carry_out(
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, proves nothing")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
     given = parser.parse_args()
+    end_when_told()
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     progress = partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
     study = study_of(QUICK_ROUNDS if given.quick else ROUNDS)

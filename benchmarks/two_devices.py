@@ -23,6 +23,7 @@ from front_cpu import streams
 from harness import ArmFailed
 from measure import Claim
 from over_http_servers import MODEL, Ours
+from program import end_when_told
 
 from polygraft.launch.corpus import load
 
@@ -87,6 +88,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="shows that it works, proves nothing")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    end_when_told()
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder:
         claims = [one for devices in (1, 2) for one in measured(Path(folder), devices, quick=given.quick)]
     for one in claims:
