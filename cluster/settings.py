@@ -107,6 +107,9 @@ class ServeSettings(BaseModel):
     wait_s: NonNegativeFloat = Field(
         default=60.0, description="how long a request waits for a replica where there is none; then it is answered 503"
     )
+    silent_s: PositiveFloat = Field(
+        default=10.0, description="a replica that says nothing for so long is dead to its ingresses, and they to it"
+    )
 
     @model_validator(mode="after")
     def _the_least_is_not_more_than_the_most(self) -> Self:

@@ -70,6 +70,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.applications import application_name
     from polygraft.cluster.actors.effects import Means
     from polygraft.cluster.actors.leader import start_leader
+    from polygraft.cluster.actors.watch import Watched
     from polygraft.launch.engines import DeployBackbone
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
@@ -97,7 +98,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         limits = fitted(settings, backbone).pack_limits
         leader = start_leader(settings.store_url, limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk())
+        watched = (Watched("controller", namespace),)
+        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk(), watched=watched)
         serve.run(ingress_app(plan), name="polygraft")
         if not _loaded(application_name(settings.backbone), stop, supervisor):
             return

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
+from polygraft.cluster.actors.watch import Watched
 from polygraft.cluster.model import Backbone
 from polygraft.cluster.settings import BadSettings, Settings, load
 from polygraft.cluster.sizing import fitted
@@ -32,6 +33,7 @@ from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
+_SEARCHES = "searches"
 _NAMESPACE = "polygraft"
 _STOP_S = 10.0
 
@@ -50,9 +52,10 @@ def build(args: Mapping[str, object]) -> serve.Application:
     cache = settings.data / "backbones"  # on the volume that every node mounts
     scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
     backbone = put_default(settings, cache, measured_devices(scout))
-    _lead(settings, backbone, scout)
+    leader = _lead(settings, backbone, scout)
     _keep_searches(settings)
-    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk()))
+    watched = tuple(Watched(name, _NAMESPACE) for name in (leader, _SEARCHES))
+    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk(), watched=watched))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -63,8 +66,8 @@ def _admit_key(settings: Settings) -> None:
         admit_given_key(store, settings.api_key_file)
 
 
-def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
-    """This cluster's one controller, told these settings."""
+def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> str:
+    """This cluster's one controller, told these settings; its name."""
     limits = fitted(settings, backbone).pack_limits
     means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
     name = f"{_CONTROLLER}-{sha256(f'{means}{limits}'.encode()).hexdigest()[:12]}"
@@ -81,12 +84,13 @@ def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
         max_concurrency=4,
     )
     options.remote(settings.store_url, limits, means, holder=f"{name}-{token_hex(4)}")
+    return name
 
 
 def _keep_searches(settings: Settings) -> None:
     """The cluster's one keeper of searches."""
     options = ray.remote(SearchKeeper).options(
-        name="searches",
+        name=_SEARCHES,
         namespace=_NAMESPACE,
         lifetime="detached",
         get_if_exists=True,

@@ -14,6 +14,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context, report
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polygraft.cluster.actors.place import place
 from polygraft.cluster.actors.protocols import DEVICE, PackDied
@@ -38,7 +39,8 @@ from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
 REPORT_S = 5.0
-SILENT_S = 600  # after which a worker that another one waits for is lost
+SILENT_S = 30  # after which a worker that Train asks in vain is dead; it answers while it computes
+WAITING_S = 600  # for which a worker bears that another one, which answers Train, is not as far as itself
 NODE = "ray.io/node-id"  # Ray's label of a node
 RESTARTS = 6  # of a pack's workers: a job that kills it is found out by the third death (`trainers/blame.py`)
 _RUN_BYTES = 1 << 20
@@ -102,7 +104,7 @@ class PackHost:
             return DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run)
         from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
-        group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=SILENT_S)
+        group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=WAITING_S)
         return cast(
             "DataParallelTrainer",
             TorchTrainer(
@@ -116,7 +118,13 @@ class PackHost:
 
 def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     """The pack's host actor; it asks for no CPU, since its worker is what computes."""
-    options = ray.remote(PackHost).options(num_cpus=0, max_concurrency=2)
+    told = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{SILENT_S}", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
+    options = ray.remote(PackHost).options(
+        num_cpus=0,
+        max_concurrency=2,
+        runtime_env={"env_vars": told},
+        scheduling_strategy=NodeAffinitySchedulingStrategy(plan.nodes[0], soft=True),  # they end together
+    )
     return cast("ActorHandle[PackHost]", options.remote(plan))
 
 

@@ -59,6 +59,10 @@ class Effects(Protocol):
         """The devices there are now."""
         ...
 
+    def draining(self) -> Collection[str]:
+        """The nodes that are to go."""
+        ...
+
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         """Those of the open replicas whose process is not there any more."""
         ...

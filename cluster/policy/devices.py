@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from polygraft.cluster.model import Device, DeviceId, Snapshot
+from polygraft.cluster.model import Device, DeviceId, Pack, Snapshot
 
 SHARE = 0.5  # of a device, for a pack or for a replica
 
@@ -75,12 +75,22 @@ class FreeDevices:
 def _free_devices(snapshot: Snapshot) -> list[Device]:
     packs = [pack for pack in snapshot.packs.values() if not pack.final]
     held = {device for pack in packs for device in pack.devices}
-    left = {id_: device.bytes for id_, device in snapshot.devices.items() if id_ not in held}
+    left = {
+        id_: device.bytes
+        for id_, device in snapshot.devices.items()
+        if id_ not in held and device.node not in snapshot.draining
+    }
     for replica in snapshot.replicas.values():
         for device in left.keys() & set(replica.devices):
             left[device] -= replica.bytes
     free = (snapshot.devices[id_] for id_, bytes_ in left.items() if bytes_ >= share_bytes(snapshot.devices[id_]))
     return sorted(free, key=lambda one: (-left[one.id], one.id))
+
+
+def is_leaving(pack: Pack, snapshot: Snapshot) -> bool:
+    """Whether the node of one of its devices drains."""
+    here = (snapshot.devices.get(device) for device in pack.devices)
+    return any(device is not None and device.node in snapshot.draining for device in here)
 
 
 def share_bytes(device: Device) -> int:

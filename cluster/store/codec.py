@@ -36,7 +36,7 @@ SCHEMAS: Mapping[str, int] = {
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 5,
+    "Snapshot": 6,
 }
 
 

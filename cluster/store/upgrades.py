@@ -105,6 +105,11 @@ def _snapshot_4(body: Body) -> Body:
     }
 
 
+def _snapshot_5(body: Body) -> Body:
+    """Schema 6 has a place for nodes that drain, of which the cluster tells anew."""
+    return {**body, "draining": []}
+
+
 def _backbone_unloading_1(body: Body) -> Body:
     """Schema 2 says when it was last asked: before."""
     return {**body, "asked_at": body.get("at")}
@@ -148,4 +153,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 2): _snapshot_2,
     ("Snapshot", 3): _snapshot_3,
     ("Snapshot", 4): _snapshot_4,
+    ("Snapshot", 5): _snapshot_5,
 }

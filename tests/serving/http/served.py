@@ -70,6 +70,9 @@ class NoDevices:
     def devices(self) -> Collection[Device]:
         return ()
 
+    def draining(self) -> Collection[str]:
+        return ()
+
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         return ()
 
