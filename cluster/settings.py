@@ -61,6 +61,9 @@ class PackSettings(BaseModel):
     patience_s: PositiveFloat = Field(
         default=600.0, description="a tenant none of whose jobs came into a pack for this long goes before the others"
     )
+    silent_s: PositiveFloat = Field(
+        default=30.0, description="a worker that does not answer for so long, which it does while it computes, is dead"
+    )
 
     @model_validator(mode="after")
     def _a_micro_batch_fits_a_forward(self) -> Self:

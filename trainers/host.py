@@ -39,7 +39,6 @@ from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
 REPORT_S = 5.0
-SILENT_S = 30  # after which a worker that Train asks in vain is dead; it answers while it computes
 WAITING_S = 600  # for which a worker bears that another one, which answers Train, is not as far as itself
 NODE = "ray.io/node-id"  # Ray's label of a node
 RESTARTS = 6  # of a pack's workers: a job that kills it is found out by the third death (`trainers/blame.py`)
@@ -66,6 +65,7 @@ class PackPlan:
     micro_rows: int = 128
     max_bytes: int = 0  # of the jobs' state and one forward; 0 = as much as they take
     step_floor_s: float = 0.0
+    silent_s: float = 30.0  # after which a worker that Train asks in vain is dead
 
 
 class PackHost:
@@ -118,11 +118,14 @@ class PackHost:
 
 def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     """The pack's host actor; it asks for no CPU, since its worker is what computes."""
-    told = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{SILENT_S}", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
+    patience = {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{plan.silent_s}",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    }
     options = ray.remote(PackHost).options(
         num_cpus=0,
         max_concurrency=2,
-        runtime_env={"env_vars": told},
+        runtime_env={"env_vars": patience},  # which Train hands down to whoever watches the workers
         scheduling_strategy=NodeAffinitySchedulingStrategy(plan.nodes[0], soft=True),  # they end together
     )
     return cast("ActorHandle[PackHost]", options.remote(plan))
