@@ -1,5 +1,5 @@
-"""A node behind a wire of its own, which may be cut: a network namespace at a bridge. Cut, the wire loses everything and
-says nothing; who sends something waits."""
+"""A node behind a wire of its own that may be cut: a network namespace at a bridge. A wire that is cut loses everything
+and says nothing; who sends something waits."""
 
 from __future__ import annotations
 
