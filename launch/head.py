@@ -127,8 +127,9 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
                 break
         folder.enter("stopping")
         keeper.stop()
+        stopping = leader.stop.remote()  # packs put their jobs down while replicas end
         serve.shutdown()
-        ray.get(leader.stop.remote(), timeout=10)
+        ray.get(stopping, timeout=12)
     finally:
         ray.shutdown()
 

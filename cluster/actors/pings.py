@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-EVERY_S = 2.0
+EVERY_S = 5.0
 STARTING_S = 300.0  # for the first answer: until then its process imports what it needs
 K = TypeVar("K", bound=Hashable)
 
