@@ -24,7 +24,6 @@ from polygraft.serving.roster import Roster
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 8  # replicas that may die under a request
 _TOGETHER = 2  # deaths, after which a request is submitted apart from others that this happened to
-_ANSWER_S = 30.0  # a replica that says neither yes nor no to a request for so long is taken for dead
 _HAND_ON_S = 10.0  # how long a stream that moves, or its graft, may keep the next one waiting
 _AHEAD = 4  # streams whose grafts are being loaded before they move
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -207,7 +206,7 @@ class Gateway:
         answer: QueueFull | Draining | None = Draining()
         broken: Exception | None = None
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(self._silent_s):
                 answer = await self._links[replica].submit(request)
         except (ConnectionError, TimeoutError) as error:
             broken = error

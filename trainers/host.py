@@ -118,14 +118,15 @@ class PackHost:
 
 def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     """The pack's host actor; it asks for no CPU, since its worker is what computes."""
-    patience = {
+    told = {
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{plan.silent_s}",
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the controller knows which nodes drain
     }
     options = ray.remote(PackHost).options(
         num_cpus=0,
         max_concurrency=2,
-        runtime_env={"env_vars": patience},  # which Train hands down to whoever watches the workers
+        runtime_env={"env_vars": told},  # which Train hands down to whoever watches the workers
         scheduling_strategy=NodeAffinitySchedulingStrategy(plan.nodes[0], soft=True),  # they end together
     )
     return cast("ActorHandle[PackHost]", options.remote(plan))

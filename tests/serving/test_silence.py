@@ -16,6 +16,7 @@ from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
+from polygraft.serving.request import GenerationRequest
 from tests.serving.engines import engine_on, request
 from tests.serving.test_published_once import Scripted, everything, token
 from tests.tiny import tiny_llama
@@ -52,6 +53,29 @@ async def test_the_streams_of_a_replica_that_does_not_answer_go_on_at_another() 
     while first.said.qsize():
         await asyncio.sleep(0.01)
     second.say(*(token(index, 10 + index, attempt=1) for index in (1, 2)), token(3, 13, attempt=1, end="length"))
+    assert await work == [10, 11, 12, 13]
+    await gateway.close()
+
+
+async def test_a_request_that_a_replica_neither_takes_nor_refuses_goes_to_another() -> None:
+    class Stopped(Scripted):
+        async def submit(self, request: GenerationRequest) -> None:
+            self.submitted.put_nowait(request)
+            self.stopped = True
+            await asyncio.sleep(30)
+
+    first, second = Stopped(), Scripted()
+    links = {ReplicaId("r1"): first, ReplicaId("r0"): second}
+    gateway = Gateway(links, ingress="i", settings=ServeSettings(max_context=128, silent_s=SILENT_S))
+    await gateway.start()
+    while len(gateway.loads) < 2:
+        await asyncio.sleep(0)
+    work = asyncio.create_task(everything(gateway))
+    await first.submitted.get()
+    again = await asyncio.wait_for(second.submitted.get(), 5)
+    assert again.generated == ()
+    second.say(*(token(n, 10 + n, attempt=again.attempt) for n in range(3)))
+    second.say(token(3, 13, attempt=again.attempt, end="length"))
     assert await work == [10, 11, 12, 13]
     await gateway.close()
 
