@@ -143,10 +143,12 @@ def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice
     )
 
 
-def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed, round_: int) -> None:
     """Its packs put their jobs down first: no step is taken twice."""
     jobs = started(fleet)
     with Load(fleet.say, undisturbed.texts) as load:
+        time.sleep(round_ * FLOOR_S)
         trains = {device.partition("/")[0] for pack in fleet.client.cluster().packs for device in pack.devices}
         node = next(one for one in fleet.cluster.worker_nodes if one.node_id in trains)
         began = time.monotonic()
@@ -163,12 +165,15 @@ def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturb
     print(f"drain node: a client waited {load.gap_s:.1f} s at most, the node was empty after {empty_s:.0f} s")
 
 
-def test_a_service_with_other_settings_takes_over_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_service_with_other_settings_takes_over_and_nobody_notices(
+    fleet: Fleet, undisturbed: Undisturbed, round_: int
+) -> None:
     jobs = started(fleet)
     leader = fleet.processes("Leader")
     with Load(fleet.say, undisturbed.texts) as load:
         began = time.monotonic()
-        fleet.apply(serve={**SERVE, "calm_s": 3.5})
+        fleet.apply(serve={**SERVE, "calm_s": 3.5 + round_})
         ended_as_undisturbed(fleet, jobs, undisturbed)
         until(lambda: not any(one.is_running() for one in leader))
     for job in jobs:
@@ -177,8 +182,9 @@ def test_a_service_with_other_settings_takes_over_and_nobody_notices(fleet: Flee
     print(f"update: a client waited {load.gap_s:.1f} s at most, jobs had ended after {time.monotonic() - began:.0f} s")
 
 
+@pytest.mark.parametrize("round_", ROUNDS)
 def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop_computing_them(
-    fleet: Fleet, undisturbed: Undisturbed
+    fleet: Fleet, undisturbed: Undisturbed, round_: int
 ) -> None:
     asked = [one._replace(tokens=LONG) for one in undisturbed.texts]
     texts = together(fleet.say, asked)
@@ -194,7 +200,8 @@ def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop
     with ThreadPoolExecutor(2 * len(asked)) as pool:
         streams = [pool.submit(say, one) for one in (*asked, *asked)]
         until(lambda: fleet.computing() == len(streams))
-        ingresses[0].kill()
+        time.sleep(round_ * FLOOR_S)
+        ingresses[round_ % 2].kill()
         began = time.monotonic()
         until(lambda: bool(broken) and fleet.computing() == len(streams) - len(broken), 2 * SILENT_S)
         noticed_s = time.monotonic() - began

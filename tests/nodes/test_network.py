@@ -15,7 +15,7 @@ import ray
 
 from tests.nodes.fleet import NODE_BYTES, Fleet, nodes, until
 from tests.nodes.load import Load, together
-from tests.nodes.test_kills import EPOCHS, FLOOR_S, OTHER, SETTINGS, TOKENS, asked_of, started
+from tests.nodes.test_kills import EPOCHS, FLOOR_S, OTHER, ROUNDS, SETTINGS, TOKENS, asked_of, started
 from tests.nodes.wire import HEAD, NODE, Wire, wire
 from tests.tiny import tiny_llama, tiny_model
 
@@ -23,8 +23,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ENDED_S = 150.0  # Ray's own patience on the node that is cut off is a minute
 
 
+@pytest.mark.parametrize("round_", ROUNDS)
 def test_a_node_that_is_cut_off_loses_its_streams_and_jobs_to_others_and_publishes_nothing_when_it_is_back(
-    tmp_path: Path,
+    tmp_path: Path, round_: int
 ) -> None:
     own, other = tiny_llama(tmp_path / "own"), tiny_model(tmp_path / "other", "qwen3", seed=3)
     with wire() as cable, nodes(tmp_path, own, devices=(), settings=SETTINGS, host=HEAD) as fleet:
@@ -37,7 +38,7 @@ def test_a_node_that_is_cut_off_loses_its_streams_and_jobs_to_others_and_publish
             jobs = started(fleet, 2)
             fleet.add_node(2)  # where all of it is to go
             with Load(fleet.say, texts) as load:
-                time.sleep(TOKENS * FLOOR_S / 5)
+                time.sleep(TOKENS * FLOOR_S * (3 + round_) / 15)
                 began = time.monotonic()
                 cable.cut()
                 until(lambda: not reached())
