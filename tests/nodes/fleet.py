@@ -20,6 +20,7 @@ import psutil
 import pytest
 import ray
 import redis
+from openai.types.chat import ChatCompletionChunk
 from pydantic import JsonValue
 from ray import serve
 from ray._private.node import Node
@@ -39,6 +40,7 @@ from tests.ray.local import TRAIN
 
 LOOPBACK = "127.0.0.1"
 NODE_BYTES = 4 << 30
+PUT_OFF_S = 90.0  # for which a client tries again
 ENVIRONMENT = {
     **TRAIN,
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -115,14 +117,33 @@ class Fleet:
 
     def of_node(self, node: Node) -> list[psutil.Process]:
         """Ray's processes of the node, and all that it started."""
-        own = [psutil.Process(info.process.pid) for infos in node.all_processes.values() for info in infos]
+        pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
+        own = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         return [*own, *(child for one in own for child in one.children(recursive=True))]
 
     def say(self, asked: Asked) -> Said:
-        """A streamed answer."""
+        """A streamed answer; one that is put off (503) is asked for again."""
         text, gap_s, last = "", 0.0, time.monotonic()
-        try:
-            chunks = self.openai.chat.completions.create(
+        while True:
+            try:
+                for chunk in self._chunks(asked):
+                    now = time.monotonic()
+                    gap_s, last = max(gap_s, now - last), now
+                    text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                return Said(text, gap_s)
+            except httpx.RemoteProtocolError:
+                return Said(text, gap_s, broken=True)
+            except openai.InternalServerError as error:
+                if error.status_code == 503 and not text and time.monotonic() - last < PUT_OFF_S:
+                    time.sleep(0.5)
+                elif error.status_code == 500:
+                    return Said(text, gap_s, broken=True)
+                else:
+                    raise
+
+    def _chunks(self, asked: Asked) -> Iterator[ChatCompletionChunk]:
+        return iter(
+            self.openai.chat.completions.create(
                 model=asked.model,
                 messages=[{"role": "user", "content": asked.ask}],
                 max_tokens=asked.tokens,
@@ -131,15 +152,7 @@ class Fleet:
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
-            for chunk in chunks:
-                now = time.monotonic()
-                gap_s, last = max(gap_s, now - last), now
-                text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-        except (httpx.RemoteProtocolError, openai.InternalServerError) as error:
-            if isinstance(error, openai.InternalServerError) and error.status_code != 500:
-                raise
-            return Said(text, gap_s, broken=True)
-        return Said(text, gap_s)
+        )
 
     def computing(self) -> int:
         """How many streams the replicas have; -1 where that is not known of all of them."""
