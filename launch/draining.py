@@ -4,13 +4,10 @@ its packs, and Ray ends the node once nothing is left there."""
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store
-
-if TYPE_CHECKING:  # it reads its environment when it is imported
-    from ray._raylet import GcsClient
 
 _LOOK_S = 0.5
 _MESSAGE = "polygraft drain"
@@ -23,8 +20,8 @@ class NotDrained(Exception):
 def tell(address: str, node: str | None, seconds: float) -> str:
     """Tell the Ray at `address` that the node, which is this machine's where None, goes away in so many seconds; its
     id. Raises NotDrained."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray reads its environment when it is imported
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
     gcs = GcsClient(address=address)
     node = _found(gcs, node)
@@ -45,14 +42,15 @@ def empty(store: Store, node: str, seconds: float) -> bool:
     return True
 
 
-def _found(gcs: GcsClient, node: str | None) -> str:
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+def _found(gcs: Any, node: str | None) -> str:
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
     from ray.util import get_node_ip_address
 
     infos: dict[str, Any] = {one.node_id.hex(): one for one in gcs.get_all_node_info().values()}
     alive = {id_: one for id_, one in infos.items() if one.state == GcsNodeInfo.ALIVE}
     if node is None:
-        here = [id_ for id_, one in alive.items() if one.node_manager_address == get_node_ip_address()]
+        address = get_node_ip_address()  # type: ignore[no-untyped-call]
+        here = [id_ for id_, one in alive.items() if one.node_manager_address == address]
         if len(here) != 1:
             raise NotDrained(f"{len(here)} nodes are at this machine's address; name one of {', '.join(sorted(alive))}")
         (node,) = here

@@ -91,7 +91,7 @@ class Replica:
     def _load(self, cores: int) -> None:
         """Return when the engine is there. Raises what making it raises, and GetTimeoutError where its process does not
         answer any more."""
-        self._pid = ray.get(self._host.check.remote())
+        self._pid: int = ray.get(self._host.check.remote())  # type: ignore[assignment]  # a call that is awaited there
         loading = self._host.load.remote(self._plan, self._id, cores)
         while not ray.wait([loading], timeout=_LOADING_S)[0]:
             ray.get(self._host.check.remote(), timeout=_LOADING_S)

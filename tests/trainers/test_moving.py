@@ -165,10 +165,10 @@ def test_jobs_that_are_put_down_are_taken_up_elsewhere_after_their_last_step(
     packs.work(PACK, stop)
     assert told and all(packs.job(job).state is JobState.RUNNING for job in JOBS)
     packs.work(PACK)  # a worker that comes after it, as when it died before it was seen to have ended
-    for job in map(JobId, JOBS):
-        advance_job(packs.store, JobRequeued(job=job, reason=Reason.PACK_CLOSED, blamed=False, at=3.0))
-        admitted = JobAdmitted(job=job, pack=OTHER, at=3.0)
-        advance_job(packs.store, admitted, appends=[_command(OTHER, "admit", job)])
+    for id_ in map(JobId, JOBS):
+        advance_job(packs.store, JobRequeued(job=id_, reason=Reason.PACK_CLOSED, blamed=False, at=3.0))
+        admitted = JobAdmitted(job=id_, pack=OTHER, at=3.0)
+        advance_job(packs.store, admitted, appends=[_command(OTHER, "admit", id_)])
     packs.close(OTHER)
     packs.work(OTHER)
     for job, alone in unmoved.items():
