@@ -83,6 +83,7 @@ class Fleet:
     home: Path
     cluster: Cluster
     args: Mapping[str, object]
+    host: str
 
     def apply(self, **changes: object) -> None:
         """As the RayService of k8s/ does, with two ingresses, other settings than those before where some are given."""
@@ -95,13 +96,12 @@ class Fleet:
         until(_running)
 
     def add_node(self, devices: int) -> Node:
-        host = self.cluster.head_node.node_ip_address
         return self.cluster.add_node(
             num_cpus=2,
             resources={"device": devices},
             memory=NODE_BYTES,
             object_store_memory=100 << 20,
-            node_ip_address=host,
+            **_at(self.host),
         )
 
     def processes(self, kind: str) -> list[psutil.Process]:
@@ -217,10 +217,10 @@ def nodes(
                 "num_cpus": 2,
                 "include_dashboard": False,
                 "object_store_memory": 100 << 20,
-                "node_ip_address": host,
+                **_at(host),
             },
         )
-        ray.init(address=cluster.address, log_to_driver=False, _node_ip_address=host)
+        ray.init(address=cluster.address, log_to_driver=False)
         port = _free_port()
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
@@ -234,7 +234,7 @@ def nodes(
                     "dtype": "fp32",
                     **settings,
                 }
-                fleet = Fleet(client, stock, store, server, home, cluster, args)
+                fleet = Fleet(client, stock, store, server, home, cluster, args, host)
                 fleet.apply()
                 for count in devices:  # only now: the ingresses are on the head, which nobody kills
                     fleet.add_node(count)
@@ -255,6 +255,11 @@ def until(holds: Callable[[], bool], seconds: float = 120.0) -> float:
         assert time.monotonic() - began < seconds, "it did not come about in time"
         time.sleep(0.1)
     return time.monotonic() - began
+
+
+def _at(host: str) -> dict[str, str]:
+    """Of a node there; left to itself Ray takes the machine's own address."""
+    return {} if host == LOOPBACK else {"node_ip_address": host}
 
 
 def _listening(server: EmbeddedServer, host: str) -> str:
