@@ -257,8 +257,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """A backbone on a set of devices that serves grafts, of each of which it holds `bytes`. `actor` is the name under
-    which Ray finds its process."""
+    """A backbone that serves grafts on a set of devices, `bytes` of each. Ray finds its process by the name `actor`."""
 
     id: ReplicaId
     backbone: str
@@ -373,8 +372,8 @@ class Snapshot:
     """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
     devices.
 
-    `over` are its finished jobs in the order of their ends. `now`, `limits` and `paces`, those that packs measured
-    lately, are not in the log; the caller of `decide` sets them.
+    `over` are its finished jobs in the order of their ends. The caller of `decide` sets what is not in the log: `now`,
+    `limits`, the `paces` that packs measured lately, and the nodes that are to go, which are `draining`.
     """
 
     version: EventId = START
@@ -387,6 +386,7 @@ class Snapshot:
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
     devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
     paces: Mapping[PackId, Pace] = field(default_factory=lambda: MappingProxyType({}))
+    draining: tuple[str, ...] = ()
 
     def free_bytes(self, device: DeviceId) -> int:
         """Memory of the device that no unfinished pack and no open replica holds."""

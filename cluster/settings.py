@@ -62,6 +62,9 @@ class PackSettings(BaseModel):
     patience_s: PositiveFloat = Field(
         default=600.0, description="a tenant none of whose jobs came into a pack for this long goes before the others"
     )
+    silent_s: PositiveFloat = Field(
+        default=30.0, description="a worker that does not answer for so long, which it does while it computes, is dead"
+    )
 
     @model_validator(mode="after")
     def _a_micro_batch_fits_a_forward(self) -> Self:
@@ -110,6 +113,9 @@ class ServeSettings(BaseModel):
     drain_s: PositiveFloat = Field(default=30.0, description="how long a replica that goes may hand its streams on")
     wait_s: NonNegativeFloat = Field(
         default=60.0, description="how long a request waits for a replica where there is none; then it is answered 503"
+    )
+    silent_s: PositiveFloat = Field(
+        default=10.0, description="a replica that says nothing for so long is dead to its ingresses, and they to it"
     )
 
     @model_validator(mode="after")

@@ -69,6 +69,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.applications import application_name
     from polygraft.cluster.actors.effects import Means
     from polygraft.cluster.actors.leader import start_leader
+    from polygraft.cluster.actors.watch import Watched
     from polygraft.launch.engines import DeployBackbone
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
@@ -96,7 +97,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout, SizeBackbone.of(settings))
         leader = start_leader(settings.store_url, settings.pack_limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk())
+        watched = (Watched("controller", namespace),)
+        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk(), watched=watched)
         serve.run(ingress_app(plan), name="polygraft")
         if not _loaded(application_name(settings.backbone), stop, supervisor):
             return
@@ -124,8 +126,9 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
                 break
         folder.enter("stopping")
         keeper.stop()
+        stopping = leader.stop.remote()  # packs put their jobs down while replicas end
         serve.shutdown()
-        ray.get(leader.stop.remote(), timeout=10)
+        ray.get(stopping, timeout=12)
     finally:
         ray.shutdown()
 

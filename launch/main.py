@@ -21,6 +21,7 @@ from polygraft.launch.commands import (
     chat,
     demo,
     doctor,
+    drain,
     grafts,
     jobs,
     keys,
@@ -90,6 +91,7 @@ search.register(app)
 story.register(app)
 top.register(app)
 keys.register(app)
+drain.register(app)
 demo.register(app)
 doctor.register(app)
 

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
+from polygraft.cluster.actors.watch import Watched
 from polygraft.cluster.settings import BadSettings, Settings, load
 from polygraft.cluster.store.connect import connect
 from polygraft.launch.default_backbone import put_default
@@ -31,6 +32,7 @@ from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
+_SEARCHES = "searches"
 _NAMESPACE = "polygraft"
 _STOP_S = 10.0
 
@@ -49,9 +51,10 @@ def build(args: Mapping[str, object]) -> serve.Application:
     cache = settings.data / "backbones"  # on the volume that every node mounts
     scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
     put_default(settings, cache, measured_devices(scout))
-    _lead(settings, scout)
+    leader = _lead(settings, scout)
     _keep_searches(settings)
-    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk()))
+    watched = tuple(Watched(name, _NAMESPACE) for name in (leader, _SEARCHES))
+    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk(), watched=watched))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -62,8 +65,8 @@ def _admit_key(settings: Settings) -> None:
         admit_given_key(store, settings.api_key_file)
 
 
-def _lead(settings: Settings, scout: NodeScout) -> None:
-    """This cluster's one controller, told these settings."""
+def _lead(settings: Settings, scout: NodeScout) -> str:
+    """This cluster's one controller, told these settings; its name."""
     means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout, SizeBackbone.of(settings))
     name = f"{_CONTROLLER}-{sha256(f'{means}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
@@ -79,12 +82,13 @@ def _lead(settings: Settings, scout: NodeScout) -> None:
         max_concurrency=4,
     )
     options.remote(settings.store_url, settings.pack_limits, means, holder=f"{name}-{token_hex(4)}")
+    return name
 
 
 def _keep_searches(settings: Settings) -> None:
     """The cluster's one keeper of searches."""
     options = ray.remote(SearchKeeper).options(
-        name="searches",
+        name=_SEARCHES,
         namespace=_NAMESPACE,
         lifetime="detached",
         get_if_exists=True,

@@ -6,6 +6,7 @@ Nothing heavy is imported before the actor is made, since who makes it only watc
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ class Host:
         torch.set_num_threads(cores)
         self._engine = await asyncio.to_thread(in_own_thread, partial(_engine, plan, replica))
         self._engine.start()
-        self._loaded.set_result(LocalLink(self._engine))
+        self._loaded.set_result(LocalLink(self._engine, silent_s=plan.settings.silent_s))
 
     async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
         return await (await self._loaded).submit(request)
@@ -65,14 +66,19 @@ class Host:
     async def warm(self, graft: GraftId) -> None:
         await (await self._loaded).warm(graft)
 
+    async def attend(self, ingress: str) -> None:
+        if self._loaded.done():
+            await self._loaded.result().attend(ingress)
+
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         async for message in (await self._loaded).messages(ingress):
             yield message
 
-    async def check(self) -> None:
-        """Raises when the engine's thread is dead or stuck."""
+    async def check(self) -> int:
+        """The process, which may be loading yet. Raises when the engine's thread is dead or stuck."""
         if self._engine is not None and not self._engine.healthy(STALL_S):
             raise RuntimeError("the engine has stopped, or hangs in a step")
+        return os.getpid()
 
     async def drain(self, patience_s: float) -> None:
         """Return when every stream is handed on, or `patience_s` seconds have passed; the engine is over then."""

@@ -12,6 +12,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 from ray import serve
 
+from polygraft.cluster.actors.watch import Watch, Watched
 from polygraft.cluster.model import Backbone, TenantId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.sizing import fitted, sizes
@@ -40,11 +41,13 @@ _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressPlan:
-    """What an ingress is told; `cache` is where backbones lie that the service has fetched or converted."""
+    """What an ingress is told; `cache` is where backbones lie that the service has fetched or converted, `watched` are
+    the actors that it starts again when they do not answer."""
 
     settings: Settings
     cache: Path
     desk: Desk = NO_DESK
+    watched: tuple[Watched, ...] = ()
 
 
 class Ingress:
@@ -53,6 +56,7 @@ class Ingress:
     def __init__(self, plan: IngressPlan) -> None:
         settings = plan.settings
         self._settings = settings
+        Watch(plan.watched).start()
         self._name = f"ingress-{uuid4().hex[:12]}"
         self._store = store = connect(settings.store_url)
         self._api = Api(
@@ -117,7 +121,9 @@ def ingress_app(plan: IngressPlan) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=plan.settings.serve.drain_s,  # for the answers that it is giving
+        health_check_period_s=2,
+        health_check_timeout_s=plan.settings.serve.silent_s,  # three times
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
     )
     return cast(serve.Deployment, deployment).bind(plan)

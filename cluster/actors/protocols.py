@@ -65,6 +65,10 @@ class Effects(Protocol):
         it fits none."""
         ...
 
+    def draining(self) -> Collection[str]:
+        """The nodes that are to go."""
+        ...
+
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         """Those of the open replicas whose process is not there any more."""
         ...

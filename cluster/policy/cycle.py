@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, Move, OpenPack, Refuse
@@ -11,7 +12,7 @@ from polygraft.cluster.model import Job, JobId, Pack, PackId, Snapshot, TenantId
 from polygraft.cluster.policy.admission import Turn, in_turn, stop_reason, turn
 from polygraft.cluster.policy.budget import Budget
 from polygraft.cluster.policy.consolidation import closings, joining
-from polygraft.cluster.policy.devices import FreeDevices
+from polygraft.cluster.policy.devices import FreeDevices, is_leaving
 from polygraft.cluster.policy.loading import loading
 from polygraft.cluster.policy.packing import Rooms, kind_of_pack
 from polygraft.cluster.policy.standing import Kind, Standing, kind_of
@@ -19,8 +20,8 @@ from polygraft.cluster.states import PackState, Reason
 
 
 def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decision, ...]:
-    """One round: 1 cancel, 2 order, 3 admit or open packs, 4 join packs, 5 close idle ones, 6 hold or refuse what is
-    left, 7 load and unload backbones. A job is held again only for another reason.
+    """One round: 1 cancel, 2 order, 3 admit or open packs, 4 join packs, 5 close idle ones and those on nodes that
+    drain, 6 hold or refuse what is left, 7 load and unload backbones. A job is held again only for another reason.
 
     `standing` is that of the snapshot's jobs, for whoever keeps it up to date.
     """
@@ -33,12 +34,15 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
     )
     round_ = _Round(snapshot, standing, {cancel.job for cancel in cancels})
     packs: dict[Kind, list[Pack]] = defaultdict(list)
+    closes: list[ClosePack] = []
     for pack in snapshot.packs.values():
-        if not pack.final:
+        if pack.state is PackState.OPEN and is_leaving(pack, snapshot):
+            closes.append(ClosePack(pack.id, Reason.NODE_DRAINS))
+            packs[kind_of_pack(pack)].append(replace(pack, state=PackState.CLOSING))
+        elif not pack.final:
             packs[kind_of_pack(pack)].append(pack)
     placed: list[Decision] = []
     moves: list[Move] = []
-    closes: list[ClosePack] = []
     stranded = [kind for kind in standing.queues if kind not in packs and round_.is_overdue(kind)]
     for kind in sorted(standing.queues, key=lambda kind: (kind not in stranded, round_.oldest(kind))):
         rooms = Rooms(kind, packs.get(kind, ()), snapshot, standing, round_.devices)

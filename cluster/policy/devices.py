@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from polygraft.cluster.model import Backbone, Device, DeviceId, Snapshot
+from polygraft.cluster.model import Backbone, Device, DeviceId, Pack, Snapshot
 from polygraft.cluster.policy.standing import Kind
 
 SHARE = 0.5  # of a device, for a pack or for a replica, unless a setting says how many bytes
@@ -94,13 +94,23 @@ class FreeDevices:
 
 
 def _left(snapshot: Snapshot) -> Mapping[DeviceId, int]:
-    """What replicas leave of the devices without a pack."""
+    """What replicas leave of the devices without a pack, but for those of nodes that drain."""
     held = {device for pack in snapshot.packs.values() if not pack.final for device in pack.devices}
-    left = {id_: device.bytes for id_, device in snapshot.devices.items() if id_ not in held}
+    left = {
+        id_: device.bytes
+        for id_, device in snapshot.devices.items()
+        if id_ not in held and device.node not in snapshot.draining
+    }
     for replica in snapshot.replicas.values():
         for device in left.keys() & set(replica.devices):
             left[device] -= replica.bytes
     return left
+
+
+def is_leaving(pack: Pack, snapshot: Snapshot) -> bool:
+    """Whether the node of one of its devices drains."""
+    here = (snapshot.devices.get(device) for device in pack.devices)
+    return any(device is not None and device.node in snapshot.draining for device in here)
 
 
 def share_bytes(device: Device) -> int:

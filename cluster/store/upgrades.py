@@ -106,9 +106,10 @@ def _snapshot_4(body: Body) -> Body:
 
 
 def _snapshot_5(body: Body) -> Body:
-    """Schema 6 says which limits a setting gave."""
+    """Schema 6 says which limits a setting gave, and which nodes drain, of which the cluster tells anew."""
     limits = body.get("limits")
-    return {**body, "limits": {"given": [], **limits} if isinstance(limits, Mapping) else limits}
+    given = {"given": [], **limits} if isinstance(limits, Mapping) else limits
+    return {**body, "limits": given, "draining": []}
 
 
 def _backbone_unloading_1(body: Body) -> Body:

@@ -47,6 +47,7 @@ class Processes:
     over: list[PackEnd] = field(default_factory=list)
     present: list[Device] = field(default_factory=lambda: [make_device()])
     dead: list[str] = field(default_factory=list)
+    going: list[str] = field(default_factory=list)
     refuse: bool = False
     served: list[str] = field(default_factory=list)
     sized: tuple[Size, ...] = ()
@@ -73,6 +74,9 @@ class Processes:
 
     def sizes(self, backbone: Backbone, devices: Collection[Device]) -> tuple[Size, ...]:
         return self.sized
+
+    def draining(self) -> Collection[str]:
+        return self.going
 
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         return [replica.id for replica in replicas if replica.actor in self.dead]

@@ -210,3 +210,20 @@ def test_an_empty_pack_is_closed_at_once_beside_another_with_room() -> None:
     snapshot = make_snapshot(jobs=inside("p", 2), packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (ClosePack(Q, Reason.JOINED),)
     assert decide(replace(snapshot, limits=Limits(max_jobs=2))) == (), "it is the only one with room"
+
+
+def test_the_jobs_of_a_pack_whose_node_drains_are_put_down_and_go_to_another_node() -> None:
+    jobs = (*inside("p", 2), make_job("a"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=3)
+    nodes = {DeviceId("d"): "going", DeviceId("d1"): "going", DeviceId("d2"): "staying"}
+    devices = {id_: replace(device, node=nodes[id_]) for id_, device in snapshot.devices.items()}
+    drained = replace(snapshot, devices=devices, draining=("going",))
+    stopped = ClosePack(P, Reason.NODE_DRAINS)
+    elsewhere = OpenPack(NEW, "b", (DeviceId("d2"),), HALF)
+    assert decide(drained) == (elsewhere, Hold(A, Reason.PACK_OPENING), stopped)
+    closing = {P: replace(snapshot.packs[P], state=PackState.CLOSING)}
+    assert stopped not in decide(replace(drained, packs=closing)), "it is told once"
+    wide = replace(drained, packs={P: make_pack("p", devices=(DeviceId("d1"), DeviceId("d2")))})
+    assert stopped in decide(wide), "one node of several is enough"
+    nowhere = replace(drained, draining=("going", "staying"))
+    assert decide(nowhere) == (Hold(A, Reason.PACK_CLOSING), stopped)

@@ -74,6 +74,9 @@ class NoDevices:
     def sizes(self, backbone: object, devices: object) -> tuple[Size, ...]:
         return ()
 
+    def draining(self) -> Collection[str]:
+        return ()
+
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         return ()
 
