@@ -36,7 +36,7 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
     packs: dict[Kind, list[Pack]] = defaultdict(list)
     closes: list[ClosePack] = []
     for pack in snapshot.packs.values():
-        if pack.state is PackState.OPEN and is_leaving(pack, snapshot):
+        if snapshot.draining and pack.state is PackState.OPEN and is_leaving(pack, snapshot):
             closes.append(ClosePack(pack.id, Reason.NODE_DRAINS))
             packs[kind_of_pack(pack)].append(replace(pack, state=PackState.CLOSING))
         elif not pack.final:
