@@ -24,11 +24,11 @@ ALL_CORES = "all cores"  # vLLM's engine on all of them; by itself it leaves one
 _READY_S, _RUN_S, _TAIL = 600.0, 1200.0, 400
 _CONTEXT, _PROMPTS = 512, 16
 _FORMS = {"chat": ("openai-chat", "/v1/chat/completions"), "text": ("openai", "/v1/completions")}
-_PARTS = {  # of our service by what their command lines begin with
-    "ray::ServeReplica:polygraft:ingress": "ingress",
-    "ray::ProxyActor": "proxy",
-    "ray::ServeController": "Serve's controller",
-    "ray::Host": "engine",
+_PARTS = {  # of our service by the classes in the titles that Ray gives its processes
+    ":ServeReplica:polygraft:ingress": "ingress",
+    ":ProxyActor": "proxy",
+    ":ServeController": "Serve's controller",
+    ":Host": "engine",
 }
 
 
@@ -218,6 +218,7 @@ def _cpu(pid: int, parts: Mapping[str, str]) -> Mapping[str, float]:
     for process in _tree(pid):
         with suppress(psutil.Error):
             title, times = " ".join(process.cmdline()), process.cpu_times()
-            part = next((name for begin, name in parts.items() if title.startswith(begin)), "others")
+            ray = title.startswith("ray::")
+            part = next((name for word, name in parts.items() if ray and word in title), "others")
             found[part] += times.user + times.system
     return found
