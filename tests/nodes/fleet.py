@@ -40,7 +40,7 @@ from tests.ray.local import TRAIN
 
 LOOPBACK = "127.0.0.1"
 NODE_BYTES = 4 << 30
-PUT_OFF_S = 90.0  # for which a client tries again
+PUT_OFF_S = 240.0  # for which a client tries again
 ENVIRONMENT = {
     **TRAIN,
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -248,7 +248,7 @@ def nodes(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def until(holds: Callable[[], bool], seconds: float = 120.0) -> float:
+def until(holds: Callable[[], bool], seconds: float = 240.0) -> float:
     """Wait; the seconds it took."""
     began = time.monotonic()
     while not holds():
