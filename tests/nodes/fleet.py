@@ -190,11 +190,10 @@ class Fleet:
             "peft": "lora(r=4)",
             "n_epochs": epochs,
             "batch_size": 2,
-            "devices": devices,
         }
         method: JsonValue = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
         return [
-            self.client.create_job({"model": backbone, "training_file": file.id, "method": method})
+            self.client.create_job({"model": backbone, "training_file": file.id, "method": method, "devices": devices})
             for _ in range(count)
         ]
 
