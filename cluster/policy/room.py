@@ -51,7 +51,7 @@ class Room:
         self.budget.take(job)
 
     def lasts_s(self) -> float:
-        """Until the last of its jobs, of which there are some, is expected to end; inf where that is not known of one."""
+        """Until the last of its jobs (it has some) is expected to end; inf where that is not known of one."""
         return max(self._left_s.get(job, inf) for job in self.load.jobs)
 
     def _expected(self) -> list[tuple[float, int]]:
