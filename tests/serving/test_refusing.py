@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 import pytest
@@ -167,3 +168,29 @@ async def test_a_replica_that_is_no_more_wanted_hands_its_streams_to_the_others_
         assert stream.deaths == 0 and stream.request.attempt == 2
         first.say(*whole(2))  # type: ignore[arg-type]
         assert await work == [10, 11, 12, 13]
+
+
+async def test_a_replica_that_stays_away_is_called_ever_more_slowly_until_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[int] = []
+
+    class Pauses(tuple[float, ...]):
+        def __getitem__(self, index: int) -> float:  # type: ignore[override]
+            pauses.append(index)
+            return 0.001
+
+    class Away(Scripted):
+        async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
+            self.connections += 1
+            if self.connections == 8:
+                yield StepMessage((), FREE)
+            raise ConnectionError("away")
+
+    monkeypatch.setattr(gateway_module, "_BACKOFF_S", Pauses(gateway_module._BACKOFF_S))
+    replica = Away()
+    gateway = Gateway({R0: replica}, ingress="i", settings=SETTINGS)
+    await gateway.start()
+    await until(lambda: len(pauses) >= 10)
+    await gateway.close()
+    assert pauses[:10] == [0, 1, 2, 3, 4, 4, 4, 0, 1, 2]

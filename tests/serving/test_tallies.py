@@ -156,3 +156,14 @@ def test_an_engine_that_stops_says_when_to_ask_again(backbone: Backbone, tmp_pat
     assert engine.submit(request("a", (5,), 1)) is None
     engine.stop()
     assert engine.submit(request("b", (5,), 1)) == QueueFull(2.0)
+
+
+def test_an_idle_engine_sleeps_for_a_while_unless_it_was_woken(backbone: Backbone, tmp_path: Path) -> None:
+    engine = engine_on(backbone, tmp_path)
+    engine.cancel("nobody")
+    took = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        engine._idle()
+        took.append(time.perf_counter() - begun)
+    assert took[0] < 0.3 and 0.4 < took[1] < 1.4
