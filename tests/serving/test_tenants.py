@@ -25,6 +25,7 @@ def test_a_prompt_is_charged_once_when_it_enters_and_an_answer_token_by_token() 
     tenants, first, second = Tenants(SETTINGS), one(ANN), one(BOB, prompt=6)
     for sequence in (first, second):
         tenants.queued(sequence)
+    for sequence in (first, second):
         tenants.entered(sequence, 1.0)
     assert (first.entered, second.entered) == (0, 1)
     assert (tenants.ledger.counter(ANN), tenants.ledger.counter(BOB)) == (4.0, 3.0), "bob's weight is 2"
