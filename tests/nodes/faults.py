@@ -13,7 +13,7 @@ from ray._private.node import Node
 
 from tests.nodes.fleet import Fleet, until
 
-STOPPED_S = 90.0  # after which one that is stopped must have been noticed, and ended
+STOPPED_S = 180.0  # after which one that is stopped must have been noticed, and ended
 
 
 @dataclass

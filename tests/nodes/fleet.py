@@ -41,7 +41,7 @@ from tests.ray.local import TRAIN
 
 LOOPBACK = "127.0.0.1"
 NODE_BYTES = 4 << 30
-PUT_OFF_S = 90.0  # for which a client tries again
+PUT_OFF_S = 240.0  # for which a client tries again
 ENVIRONMENT = {
     **TRAIN,
     **PROXY,
@@ -192,11 +192,10 @@ class Fleet:
             "peft": "lora(r=4)",
             "n_epochs": epochs,
             "batch_size": 2,
-            "devices": devices,
         }
         method: JsonValue = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
         return [
-            self.client.create_job({"model": backbone, "training_file": file.id, "method": method})
+            self.client.create_job({"model": backbone, "training_file": file.id, "method": method, "devices": devices})
             for _ in range(count)
         ]
 
@@ -250,7 +249,7 @@ def nodes(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def until(holds: Callable[[], bool], seconds: float = 120.0) -> float:
+def until(holds: Callable[[], bool], seconds: float = 240.0) -> float:
     """Wait; the seconds it took."""
     began = time.monotonic()
     while not holds():

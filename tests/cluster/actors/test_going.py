@@ -24,6 +24,7 @@ def test_a_leader_that_was_taken_for_dead_does_not_lead_again_under_its_successo
     pack = world.running()
     successor = Controller(world.store, Processes(), limits=world.limits, holder="one", clock=lambda: world.now)
     world.settle(successor)
+    world.controller._renewed_at -= 60.0  # it was stopped for so long
     lease, stop, beats = successor._lease, threading.Event(), []
     assert lease is not None
 
