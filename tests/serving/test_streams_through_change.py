@@ -72,6 +72,10 @@ class Played:
 
     async def warm(self, graft: GraftId) -> None: ...
 
+    async def attend(self, ingress: str) -> None:
+        if self.dead:
+            raise ConnectionError("dead")
+
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         if self.dead:
             raise ConnectionError("dead")
