@@ -41,7 +41,7 @@ def forward_backward(backbone: Backbone, stacks: Stacks, micro_batches: Sequence
         leaf.grad = None
     hidden = backbone.forward(packed.rows, stacks, packed.attention)
     factors = packed.weights.clone()
-    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds):
+    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds, strict=True):
         factors[start:stop] /= micro_batch.normaliser
     losses, gradient = losses_and_gradient(
         backbone, hidden.detach()[packed.counted], packed.targets, factors.to(hidden.device)

@@ -13,7 +13,7 @@ from polygraft.launch.demo.oracle.plain import Oracle
 from polygraft.trainers.job import TrainJob
 
 
-def trained(
+def trained(  # noqa: PLR0913
     oracle: Oracle,
     job: TrainJob,
     *,

@@ -66,17 +66,16 @@ def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("fault", "peft"), PLACES)
+@pytest.mark.parametrize("place", PLACES, ids="-".join)
 def test_what_a_job_makes_a_step_raise_fails_that_job_alone(
-    fault: str,
-    peft: str,
+    place: tuple[str, str],
     seed: int,
     backbone: Backbone,
     undisturbed: Callable[[int], Mapping[JobId, Job]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = undisturbed(seed)
+    (fault, peft), expected = place, undisturbed(seed)
     FAULTS[fault](monkeypatch, own_token(backbone), seed % 3)
     told = failed_alone(ran(backbone, tmp_path, peft, seed), expected)
     assert told.code == ELSEWHERE.get(fault, "step_failed")
@@ -149,7 +148,7 @@ def test_an_example_that_no_pack_could_compute_is_refused_with_its_numbers(
 ) -> None:
     store, bytes = MemoryStore(), 40 << 20
     submit_all(store, tmp_path)
-    submit_text(store, tmp_path, "ftjob-long", "lora(r=2)", ["short", "graft " * 500], max_length=500, epochs=1)
+    submit_text(store, tmp_path, "ftjob-long", "lora(r=2)", ["short", "graft " * 500], max_length=500)
     store.append(keys.commands(PACK), {"op": "close", "job": ""})
     worker_of(store, backbone, tmp_path, max_bytes=bytes).run(lambda: None)
     assert {i: job.graft for i, job in jobs_of(store).items()} == {i: job.graft for i, job in undisturbed(0).items()}

@@ -55,7 +55,7 @@ def test_what_the_positions_have_no_room_for_is_cut_and_told(
     folder: Path, tmp_path: Path, peft: str, room: int
 ) -> None:
     job = prepared(folder, tmp_path, replace(SPEC, peft=peft), words=600)
-    assert [len(sample.ids) for sample in job.train][0] == room
+    assert len(job.train[0].ids) == room
     (warning,) = job.warnings
     assert warning.startswith(f"training_file: {CUT} {room} tokens (the longest has ")
 

@@ -171,7 +171,7 @@ def test_frod_starts_as_the_backbone_with_pefts_basis_and_trains_as_pefts(fp64: 
     for name, category in (("attn_q", "self_attn_q_proj"), ("ffn_down", "mlp_down_proj")):
         assert relative(start[f"0.shared.V_{name}"], theirs[category]["default"]) < 1e-6
         rows, columns = start[f"0.shared.i_{name}"].long().T
-        assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist())}) == len(rows)
+        assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist(), strict=True)}) == len(rows)
     merged = Fold(job.graft, start, fp64.weight)
     for site in merged.sites:
         assert relative(merged.at(site).weight, fp64.weight(site)) < 1e-6

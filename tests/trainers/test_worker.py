@@ -291,7 +291,7 @@ def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp
     first, _, _, over, unlike, missing, damaged = _jobs(store)
     assert over.state is JobState.SUCCEEDED
     wrong = ("'ftjob-1' is 'ia3', not a LoRA", "'ftjob-9' does not exist", "'ftjob-2@1' cannot be read")
-    for failed, said in zip((unlike, missing, damaged), wrong):
+    for failed, said in zip((unlike, missing, damaged), wrong, strict=True):
         assert failed.state is JobState.FAILED and failed.error is not None and said in failed.error.message
         assert (failed.error.code, failed.error.param) == ("invalid_value", PEFT)
     old, new = (
