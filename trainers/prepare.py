@@ -31,14 +31,14 @@ def prepare(
     *,
     files: Path,
     tokeniser: Tokeniser,
-    stock: BackboneFiles,
+    backbone_files: BackboneFiles,
     micro_rows: int,
     longest: Callable[[BoundGraft], int | None] = lambda graft: None,
 ) -> TrainJob:
     """Examples of a job that does not say `max_length` are cut to what the positions and `longest` (tokens, by its
     graft) have room for. Raises SpecError, DataError or FileGone (all ValueError) that name the field or the line."""
-    shape = stock.shape
-    graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
+    shape = backbone_files.shape
+    graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, backbone_files), job.spec.dropout), shape)
     limit = shape.length_limit(job.spec.max_length, graft.context_length)
     if job.spec.max_length is None and (room := longest(graft) or 0) > 1:  # with less the memory itself says why
         limit = min(limit or room, room)

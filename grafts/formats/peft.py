@@ -36,11 +36,11 @@ from polygraft.grafts.spec import KV, Layers, SpecError, Tokens
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def exportable(graft: BoundGraft, stock: BackboneFiles | None = None) -> bool:
+def exportable(graft: BoundGraft, backbone_files: BackboneFiles | None = None) -> bool:
     """Whether PEFT has the graft, or one that computes the same, on whole modules; some only with the backbone's
     files."""
     try:
-        _written(graft, None, stock)
+        _written(graft, None, backbone_files)
     except (FormatError, SpecError):
         return False
     return True
@@ -52,14 +52,14 @@ def export(
     values: Mapping[str, Tensor],
     *,
     base: str | None = None,
-    stock: BackboneFiles | None = None,
+    backbone_files: BackboneFiles | None = None,
 ) -> None:
     """Write the two files into `folder`; `base` is the backbone's public name, null when not given.
 
     Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
     """
     check(graft, values)
-    config, files = _written(graft, values, stock)
+    config, files = _written(graft, values, backbone_files)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(files, folder / WEIGHTS, metadata={"format": "pt"})
     notes = {
@@ -71,7 +71,9 @@ def export(
     (folder / CONFIG).write_text(json.dumps(notes | config, indent=2) + "\n")
 
 
-def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) -> tuple[BoundGraft, dict[str, Tensor]]:
+def load(
+    folder: Path, shape: ModelShape, backbone_files: BackboneFiles | None = None
+) -> tuple[BoundGraft, dict[str, Tensor]]:
     """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes one for each
     of its projections, with their rows of what is along its outputs.
 
@@ -87,9 +89,9 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         _check_separable(layout, own)
-        exchange = Exchange(layout, own, stock)
+        exchange = Exchange(layout, own, backbone_files)
         stored = usual(tensors(folder, WEIGHTS), shape)
-        more, changes, keys = peft_extras.read(layout, config, stored, own, stock)
+        more, changes, keys = peft_extras.read(layout, config, stored, own, backbone_files)
         whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
     except (FormatError, SpecError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
@@ -134,7 +136,7 @@ class _Member:
 
 
 def _written(
-    whole: BoundGraft, values: Mapping[str, Tensor] | None, stock: BackboneFiles | None
+    whole: BoundGraft, values: Mapping[str, Tensor] | None, backbone_files: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""
@@ -149,8 +151,8 @@ def _written(
             raise FormatError(f"peft: {whole.spec.method!r} has no equal in PEFT here; keep the native folder")
         own, kept = simpler
     layout = members[0].layout
-    more, files = peft_extras.write(layout, graft, values, stock)
-    exchange = Exchange(layout, own, stock)
+    more, files = peft_extras.write(layout, graft, values, backbone_files)
+    exchange = Exchange(layout, own, backbone_files)
     return _described(members, shape) | more, files if kept is None else exchange.write(kept) | files
 
 

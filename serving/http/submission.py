@@ -59,7 +59,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         raise bad_request(f"suffix: {request.suffix!r} is the name of a backbone; choose another", param="suffix")
     spec = request.to_spec()
     try:
-        asked = request.graft if request.graft is not None else asked_for(spec.peft, backbone.shape, backbone.stock)
+        asked = request.graft if request.graft is not None else asked_for(spec.peft, backbone.shape, backbone.files)
         check_backbone(asked, quantised=backbone.quantised)
         graft = BoundGraft(asked, backbone.shape)
         sizes = graft.parameters, graft.frozen

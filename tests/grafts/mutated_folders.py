@@ -252,12 +252,12 @@ def _any(folder: Path, random: Random, suffix: str) -> Path:
 
 def main(backbone: Path, work: Path, first: int, last: int) -> None:
     """A line for each seed: what was changed, what came of it, processor seconds, and MB that the peak grew by."""
-    loaded, stock = Backbone.load(backbone, torch.float32), BackboneFiles(backbone)
+    loaded, backbone_files = Backbone.load(backbone, torch.float32), BackboneFiles(backbone)
     made = []
     for text in TEXTS:
         graft = BoundGraft(parse(text), loaded.shape)
         values = random_tensors(graft, seed=1)
-        made.append(work / native.save(work, graft, values, backbone=loaded.fingerprint, stock=stock))
+        made.append(work / native.save(work, graft, values, backbone=loaded.fingerprint, backbone_files=backbone_files))
     for seed in range(first, last):
         random = Random(seed)
         folder, canary = work / f"seed-{seed}", work / f"canary-{seed}"
@@ -267,7 +267,7 @@ def main(backbone: Path, work: Path, first: int, last: int) -> None:
         changed = mutate(folder, random, canary)
         peak, begun, outcome = _peak(), time.process_time(), "loaded"
         try:
-            read(folder, stock, loaded.fingerprint)
+            read(folder, backbone_files, loaded.fingerprint)
         except FormatError as error:
             outcome = "refused" if len(str(error)) < 2000 else "refused at length"
         except Exception as error:

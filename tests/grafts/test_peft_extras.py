@@ -74,10 +74,10 @@ def test_what_was_trained_in_addition_to_the_method_comes_along_and_is_written_a
         peft.load(tmp_path, backbone.shape)
     if name in FUSED:
         with pytest.raises(FormatError, match="no target_modules of gpt2 mean just"):
-            peft.export(tmp_path, graft, values, stock=BackboneFiles(backbone.folder))
+            peft.export(tmp_path, graft, values, backbone_files=BackboneFiles(backbone.folder))
         return
     (again := tmp_path / "again").mkdir()
-    peft.export(again, graft, values, stock=BackboneFiles(backbone.folder))
+    peft.export(again, graft, values, backbone_files=BackboneFiles(backbone.folder))
     same(*(load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again)))
     before, after = (json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again))
     assert before["bias"] == after["bias"] and bool(before["modules_to_save"]) == bool(after["modules_to_save"])
@@ -149,8 +149,8 @@ def assert_a_folder_of_peft(
 ) -> tuple[BoundGraft, Mapping[str, Tensor]]:
     """Saved, a graft has these fields in its config, is the same function in PEFT, which saves the same tensors, and
     read again; what was read is returned."""
-    stock, dtype = BackboneFiles(backbone.folder), backbone.dtype
-    saved = native.save(folder, graft, values, backbone=backbone.fingerprint, stock=stock)
+    backbone_files, dtype = BackboneFiles(backbone.folder), backbone.dtype
+    saved = native.save(folder, graft, values, backbone=backbone.fingerprint, backbone_files=backbone_files)
     config = json.loads((folder / saved / peft.CONFIG).read_text())
     assert {key: config[key] for key in fields} == fields
     expected = logits(backbone, graft, values)
@@ -160,7 +160,7 @@ def assert_a_folder_of_peft(
     theirs.save_pretrained(str(folder / "theirs"))
     files = [load_file(one / peft.WEIGHTS) for one in (folder / saved, folder / "theirs")]
     assert files[0].keys() == files[1].keys() and all(files[0][key].equal(files[1][key]) for key in files[0])
-    found, back = peft.load(folder / saved, backbone.shape, stock)
+    found, back = peft.load(folder / saved, backbone.shape, backbone_files)
     assert relative(logits(backbone, found, back), expected) < tolerance
     return found, back
 
@@ -195,11 +195,11 @@ def test_what_no_config_of_peft_means_is_refused_by_name(
     arch: str, text: str, message: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    stock = BackboneFiles(backbone.folder)
+    backbone_files = BackboneFiles(backbone.folder)
     graft = BoundGraft(parse(text), backbone.shape)
-    assert not peft.exportable(graft, stock)
+    assert not peft.exportable(graft, backbone_files)
     with pytest.raises(FormatError, match=message):
-        peft.export(tmp_path, graft, modest(graft), stock=stock)
+        peft.export(tmp_path, graft, modest(graft), backbone_files=backbone_files)
     assert not list(tmp_path.iterdir())
 
 
@@ -225,23 +225,23 @@ def test_biases_come_along_with_every_such_method(
     stated = {"save_indices": True} if kind == "UNILORA" else {}
     config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)
     expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
-    graft, values = peft.load(tmp_path, backbone.shape, stock := BackboneFiles(backbone.folder))
+    graft, values = peft.load(tmp_path, backbone.shape, backbone_files := BackboneFiles(backbone.folder))
     assert any(slot.op == "affine" for slot in graft.spec.slots)
     assert relative(logits(backbone, graft, values), expected) < 1e-5
     (again := tmp_path / "again").mkdir()
-    peft.export(again, graft, values, stock=stock)
+    peft.export(again, graft, values, backbone_files=backbone_files)
     assert relative(loaded(backbone.folder, again, torch.float32)(input_ids=IDS[None]).logits[0], expected) < 1e-5
 
 
 def test_a_bias_that_no_site_has_is_the_backbones(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folders["phi"], torch.float32)
     get_peft_model(plain_model(backbone.folder, torch.float32), lora("q_proj", bias="all")).save_pretrained(tmp_path)
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
-    peft.load(tmp_path, backbone.shape, stock)
+    stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
+    peft.load(tmp_path, backbone.shape, backbone_files)
     stored["base_model.model.lm_head.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
     with pytest.raises(FormatError, match=r"lm_head\.bias: is not the backbone's, and no op of ours changes it"):
-        peft.load(tmp_path, backbone.shape, stock)
+        peft.load(tmp_path, backbone.shape, backbone_files)
 
 
 def test_a_bias_that_is_said_twice_is_the_same(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
@@ -249,14 +249,14 @@ def test_a_bias_that_is_said_twice_is_the_same(tiny_folders: Mapping[str, Path],
     backbone = Backbone.load(tiny_folders["gpt2"], torch.float32)
     config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["ln_1"], bias="all", fan_in_fan_out=True)
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
+    stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
     key = "base_model.model.transformer.h.0.ln_1"
     assert {f"{key}.bias", f"{key}.modules_to_save.bias", f"{key}.original_module.bias"} <= stored.keys()
-    expected = logits(backbone, *peft.load(tmp_path, backbone.shape, stock))
+    expected = logits(backbone, *peft.load(tmp_path, backbone.shape, backbone_files))
     stored[f"{key}.original_module.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
-    assert torch.equal(logits(backbone, *peft.load(tmp_path, backbone.shape, stock)), expected)
+    assert torch.equal(logits(backbone, *peft.load(tmp_path, backbone.shape, backbone_files)), expected)
     stored[f"{key}.modules_to_save.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
     with pytest.raises(FormatError, match=r"ln_1\.modules_to_save\.bias: is not .*ln_1\.bias"):
-        peft.load(tmp_path, backbone.shape, stock)
+        peft.load(tmp_path, backbone.shape, backbone_files)

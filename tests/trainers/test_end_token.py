@@ -39,7 +39,7 @@ def test_a_token_that_no_file_calls_special_ends_the_answer(tmp_path: Path) -> N
     record = Job(id=JobId("ftjob-1"), tenant=TenantId("t"), spec=SPEC, created_at=0.0)
     runner = PackRunner(backbone)
     active = runner.admit(
-        prepare(record, files=tmp_path, tokeniser=tokeniser, stock=BackboneFiles(folder), micro_rows=128)
+        prepare(record, files=tmp_path, tokeniser=tokeniser, backbone_files=BackboneFiles(folder), micro_rows=128)
     )
     while not active.finished:
         runner.step()
