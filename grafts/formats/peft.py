@@ -105,11 +105,11 @@ def load(
 
 
 def _check_separable(layout: Peft, graft: BoundGraft) -> None:
-    """Raise FormatError for a method that cannot be told apart into one for each projection of a fused module."""
+    """Raise FormatError for a method that cannot be split into one for each projection of a fused module."""
     table = architecture(graft.shape.arch)
     for _, site in graft.sites:
-        if site.name in LINEAR and len(beside := table.beside(site.name)) > 1 and not layout.separable:
-            place, parts = path(site, graft.shape), " and ".join(beside)
+        if site.name in LINEAR and len(fused := table.fused_with(site.name)) > 1 and not layout.separable:
+            place, parts = path(site, graft.shape), " and ".join(fused)
             raise FormatError(f"target_modules: {layout.kind} of {place}, {parts} here, is not one of each of them")
 
 

@@ -111,9 +111,9 @@ class Exchange:
         expected = torch.empty(tensor.shape, device="meta")
         rows = _write(kept, expected, slot, place, plain=True).shape
         if kept.rows and tensor.site is not None:
-            beside = architecture(self._shape.arch).beside(tensor.site.name)
-            width = sum(self._shape.dims(name)[1] for name in beside)
-            if len(beside) > 1 and len(stored) == width and rows[0] == place.d_out:
+            fused = architecture(self._shape.arch).fused_with(tensor.site.name)
+            width = sum(self._shape.dims(name)[1] for name in fused)
+            if len(fused) > 1 and len(stored) == width and rows[0] == place.d_out:
                 stored = stored[self._shape.rows(tensor.site.name)]
         if kept.padded:
             stored = _widened(stored, rows)

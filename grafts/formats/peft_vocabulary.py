@@ -53,12 +53,12 @@ def read(
     head = next((module for module in _HEADS if f"{module}.weight" in backbone_files.files), _HEADS[0])
     own = backbone_files.wide(f"{embedding}.weight")
     tables = {module: _table(module, stored, saved, own) for module in (embedding, head)}
-    apart = {module: any(_is(module, name) for name in saved) for module in tables}
-    both = [table for module, table in tables.items() if table is not None and not apart[module]]
+    of_its_own = {module: any(_is(module, name) for name in saved) for module in tables}
+    both = [table for module, table in tables.items() if table is not None and not of_its_own[module]]
     if backbone_files.tied and both:
         if any(not both[0].equal(one) for one in both):
             raise FormatError(f"{head}.weight: is tied to the embeddings, and the file has another for each")
-        tables = {module: table if apart[module] else both[0] for module, table in tables.items()}
+        tables = {module: table if of_its_own[module] else both[0] for module, table in tables.items()}
     trained, heads = tables[embedding], tables[head]
     if heads is not None and not heads.equal(own if backbone_files.tied else backbone_files.wide(f"{head}.weight")):
         raise FormatError(f"{head}.weight: is not the backbone's, and no op of ours changes a head; {_MERGE}")
