@@ -43,7 +43,9 @@ def advance_pack(
             raise IllegalTransition(event.pack, found.state, "opening")
         return opening(event)
 
-    return swap(store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, with_writes=with_writes)
+    return swap(
+        store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, with_writes=with_writes
+    )
 
 
 def record_progress(  # noqa: PLR0913
@@ -82,8 +84,8 @@ def swap(  # noqa: PLR0913
     fence: Fence | None = None,
     with_writes: Callable[[], Sequence[Write]] = tuple,
 ) -> R:
-    """Write `change(record)` and what `with_writes` gives, both computed again whenever another writer was faster. Raises
-    Conflict after TRIES."""
+    """Write `change(record)` and what `with_writes` gives, both computed again whenever another writer was faster.
+    Raises Conflict after TRIES."""
     for attempt in range(TRIES):
         found = store.get(key)
         value = change(found.value if found else None)
