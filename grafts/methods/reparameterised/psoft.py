@@ -22,7 +22,7 @@ Values = Mapping[str, "Tensor"]
 
 def psoft(r: Rank = 32, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """The r largest singular directions of W are turned among themselves, y += U S (R - I) V^T x with R = diag(b) (I +
-    Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, as in PEFT).
+    Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, eq. 8).
 
     Deviations: PEFT's form with the exact inverse; its Neumann series and other starts are refused.
 

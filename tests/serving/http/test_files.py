@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -88,7 +89,7 @@ async def test_an_oversize_upload_is_413_whether_announced_or_not(service: Servi
     announced = await ann.post("/files", files={"file": ("a.jsonl", large)}, data={"purpose": "fine-tune"})
     assert "20000" in refusal(announced, 413)["message"]
 
-    async def chunks():  # type: ignore[no-untyped-def]
+    async def chunks() -> AsyncIterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         for _ in range(100):
             yield large[:1000]
@@ -152,7 +153,7 @@ async def test_what_lies_outside_the_file_is_limited_too(service: Service, ann: 
     """In many short fields, or after the last boundary."""
     sent = 0
 
-    async def chunks(first: bytes, again: bytes):  # type: ignore[no-untyped-def]
+    async def chunks(first: bytes, again: bytes) -> AsyncIterator[bytes]:
         nonlocal sent
         sent = 0
         yield first
