@@ -110,7 +110,7 @@ def mutate(folder: Path, random: Random, canary: Path) -> str:
     return " + ".join(chosen)
 
 
-def _config(folder: Path, random: Random, _: Path) -> None:
+def _config(folder: Path, random: Random, _other: Path) -> None:
     path = _any(folder, random, peft.CONFIG)  # which another change may have made a link to an endless file
     config = json.loads(path.read_text())
     for _ in range(random.randint(1, 3)):
@@ -147,7 +147,7 @@ def _text(folder: Path, random: Random, _: Path) -> None:
     )
 
 
-def _bytes(folder: Path, random: Random, _: Path) -> None:
+def _bytes(folder: Path, random: Random, _other: Path) -> None:
     path = _any(folder, random, "")
     raw = bytearray(path.read_bytes())
     for _ in range(random.randint(1, 30)):

@@ -27,7 +27,7 @@ from tests.grafts.oracle.row import relative
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
 NAME = "task"
-BOTTLENECK = {
+BOTTLENECK: dict[str, object] = {
     "adapter_residual_before_ln": False,
     "architecture": None,
     "cross_adapter": False,
@@ -71,7 +71,7 @@ def bottlenecks(
     places: tuple[str, ...], size: int | Mapping[int, int], layers: tuple[int, ...] = (0, 1)
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer in layers:
         for place in places:
             r, stem = size if isinstance(size, int) else size[layer], f"{place.format(layer)}.adapters.{NAME}."

@@ -137,7 +137,12 @@ def test_text_that_is_no_config_is_named(text: str, words: list[str], backbone_f
 
 def test_what_peft_itself_writes_beside_is_passed_over(backbone_files: BackboneFiles) -> None:
     notes = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "x", "inference_mode": True, "bias": "none"}
-    empty = {"alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": True, "megatron_core": "megatron.core"}
+    empty: dict[str, object] = {
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "megatron_core": "megatron.core",
+    }
     assert asked({**LLAMA, **notes, **empty}, backbone_files) == asked(LLAMA, backbone_files)
 
 

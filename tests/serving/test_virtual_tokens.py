@@ -22,8 +22,18 @@ from tests.grafts.oracle.table import ALL
 from tests.serving.engines import Heard, engine_on, request, run
 from tests.tiny import tiny_llama
 
-NAMES = ("lora", "dept", "prompt", "p-tuning", "trainable-tokens", "llama-adapter", "prefix-mlp", "loreft")
-NAMES += ("smop", "idpg")
+NAMES = (
+    "lora",
+    "dept",
+    "prompt",
+    "p-tuning",
+    "trainable-tokens",
+    "llama-adapter",
+    "prefix-mlp",
+    "loreft",
+    "smop",
+    "idpg",
+)
 TOKENS = 20
 ROWS = 16  # of a step, fewer than the longest prompt has
 

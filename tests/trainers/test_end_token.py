@@ -17,7 +17,8 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.prepare import prepare
-from polygraft.trainers.runner import PackRunner, RunningJob
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
 from tests.tiny import tiny_llama
 
 FILE = FileId("file-1")

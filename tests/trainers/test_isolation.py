@@ -269,7 +269,7 @@ def test_a_job_keeps_its_newest_two_checkpoints_and_the_one_that_the_manifest_na
     backbone: Backbone, tmp_path: Path
 ) -> None:
     running = PackRunner(backbone).admit(a_job("a", "ia3", seed=0, steps=9))
-    names = []
+    names: list[str] = []
     for step in range(1, 6):
         running.step = step
         names.append(checkpoint.save(tmp_path, running, names[0] if names else None))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import FileId, Job, JobId, JobSpec, TenantId
 from polygraft.cluster.policy.budget import state_bytes
 from polygraft.cluster.store import keys
@@ -24,7 +25,7 @@ from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import Memory, TooLarge
 from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 from tests.trainers.submitted import PACK, submit
 
 FILE = FileId("file-1")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -225,7 +226,10 @@ async def test_an_upload_to_a_full_disk_is_503_leaves_nothing_and_works_once_the
     with small_disk(tmp_path / "disk", mib=1) as disk:
         monkeypatch.setattr(service, "api", replace(service.api, data=disk.folder))
         service.transport.app.state.api = service.api  # type: ignore[attr-defined]
-        sent = {"files": {"file": ("a.jsonl", jsonl(*[EXAMPLE] * 100))}, "data": {"purpose": "fine-tune"}}
+        sent: dict[str, Any] = {
+            "files": {"file": ("a.jsonl", jsonl(*[EXAMPLE] * 100))},
+            "data": {"purpose": "fine-tune"},
+        }
         for room in (0, 4096, 8192):  # none, and too little to write or to flush
             disk.fill(leaving=room)
             assert "full" in refusal(await ann.post("/files", **sent), 503)["message"]
@@ -284,7 +288,7 @@ async def test_a_client_that_hangs_up_while_uploading_leaves_nothing(service: Se
         (b"content-type", b"multipart/form-data; boundary=b"),
         (b"authorization", f"Bearer {service.keys['ann']}".encode()),
     ]
-    scope = {
+    scope: dict[str, object] = {
         "type": "http",
         "method": "POST",
         "path": "/v1/files",
