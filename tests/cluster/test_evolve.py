@@ -86,7 +86,7 @@ def test_a_job_whose_pack_failed_waits_again_and_keeps_its_first_start() -> None
     again = [ADMITTED, replace(STARTED, at=9.0)]
     job = evolve.job_after(running("a"), REQUEUED)
     assert job.waiting and (job.attempts, job.reason, job.started_at) == (1, Reason.PACK_FAILED, 2.0)
-    assert job_after_all(again, job) == replace(running("a", parameters=7), attempts=1, admitted_at=2.0)
+    assert job_after_all(again, job) == replace(running("a", parameters=7), attempts=1, admitted_at=2.0)  # type: ignore[arg-type]
 
 
 def test_a_job_of_a_lost_pack_is_not_blamed() -> None:

@@ -200,7 +200,7 @@ def test_layers_may_differ_in_size_or_have_none(tiny_folder: Path, tmp_path: Pat
         ]
     ):
         (folder := tmp_path / str(number)).mkdir()
-        found = ours(backbone, *read_on(written(folder, SEQ | change, tensors), backbone))
+        found = ours(backbone, *read_on(written(folder, SEQ | change, tensors), backbone))  # type: ignore[operator]
         assert relative(found, theirs(tiny_folder, tensors, place)) < 1e-5
 
 

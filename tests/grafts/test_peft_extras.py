@@ -128,7 +128,7 @@ def test_a_union_that_changes_whole_modules_and_biases_is_a_folder_of_peft(
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     graft = BoundGraft(parse(text), backbone.shape)
     values = modest(graft)
-    found, back = assert_a_folder_of_peft(graft, values, backbone, tmp_path, fields, tolerance=1e-5)
+    found, back = assert_a_folder_of_peft(graft, values, backbone, tmp_path, fields, tolerance=1e-5)  # type: ignore[arg-type]
     if "pissa" not in text:
         by_place = [
             {(t.site, t.part): kept[t.name] for t in one.tensors} for one, kept in ((graft, values), (found, back))
@@ -153,7 +153,7 @@ def assert_a_folder_of_peft(
     saved = native.save(folder, graft, values, backbone=backbone.fingerprint, backbone_files=backbone_files)
     config = json.loads((folder / saved / peft.CONFIG).read_text())
     assert {key: config[key] for key in fields} == fields
-    expected = logits(backbone, graft, values)
+    expected = logits(backbone, graft, values)  # type: ignore[arg-type]
     theirs = loaded(backbone.folder, folder / saved, dtype)
     with torch.inference_mode():
         assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < tolerance
@@ -205,7 +205,7 @@ def test_what_no_config_of_peft_means_is_refused_by_name(
 
 def test_biases_are_trained_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
-        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
+        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}  # type: ignore[index]
         if layout.sides:
             assert ("bias" in fields, "modules_to_save" in fields) == (layout.biases, True), layout.kind
 
@@ -220,10 +220,10 @@ def test_biases_come_along_with_every_such_method(
 ) -> None:
     backbone = Backbone.load(tiny_folders["qwen2"], torch.float32)
     rows = [row.config for row in ALL.values() if row.config is not None]
-    config = next(found for make in rows if (found := make()).peft_type.value == kind)
+    config = next(found for make in rows if (found := make()).peft_type.value == kind)  # type: ignore[union-attr]
     word = "all" if bias == "all" else f"{kind.lower()}_only"
     stated = {"save_indices": True} if kind == "UNILORA" else {}
-    config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)
+    config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)  # type: ignore[arg-type,call-arg]
     expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
     graft, values = peft.load(tmp_path, backbone.shape, backbone_files := BackboneFiles(backbone.folder))
     assert any(slot.op == "affine" for slot in graft.spec.slots)
@@ -235,7 +235,7 @@ def test_biases_come_along_with_every_such_method(
 
 def test_a_bias_that_no_site_has_is_the_backbones(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folders["phi"], torch.float32)
-    get_peft_model(plain_model(backbone.folder, torch.float32), lora("q_proj", bias="all")).save_pretrained(tmp_path)
+    get_peft_model(plain_model(backbone.folder, torch.float32), lora("q_proj", bias="all")).save_pretrained(tmp_path)  # type: ignore[arg-type]
     stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
     peft.load(tmp_path, backbone.shape, backbone_files)
     stored["base_model.model.lm_head.bias"] += 1

@@ -24,7 +24,11 @@ def test_a_tensor_beside_the_method_of_any_other_shape_is_an_error(
     backbone = Backbone.load(tiny_folders["gpt2"], torch.float32)
     bias = "lora_only" if kept else "all"
     config = LoraConfig(
-        r=2, target_modules=["attn.c_proj"], modules_to_save=kept or None, bias=bias, fan_in_fan_out=True
+        r=2,
+        target_modules=["attn.c_proj"],
+        modules_to_save=kept or None,
+        bias=bias,
+        fan_in_fan_out=True,
     )
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))
     stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)

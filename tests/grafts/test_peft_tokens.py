@@ -104,7 +104,7 @@ def keep_head(model: PeftModel, folder: Path) -> None:
     """Save it again with the head's row as it was before training."""
     with torch.no_grad():
         adapter = model.get_submodule("base_model.model.lm_head.token_adapter")
-        adapter.trainable_tokens_delta["default"].copy_(adapter.trainable_tokens_original["default"])
+        adapter.trainable_tokens_delta["default"].copy_(adapter.trainable_tokens_original["default"])  # type: ignore[index]
     model.save_pretrained(str(folder))
 
 
@@ -143,7 +143,7 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
     arch, fields = WRITTEN[text]
     backbone = Backbone.load(folders[arch], torch.float64)
     graft = BoundGraft(parse(text), backbone.shape)
-    assert_a_folder_of_peft(graft, modest(graft), backbone, tmp_path, fields, tolerance=1e-6)
+    assert_a_folder_of_peft(graft, modest(graft), backbone, tmp_path, fields, tolerance=1e-6)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_rows_that_are_not_there_and_a_head_past_the_vocabulary_are_refused(
 
 def test_rows_are_edited_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
-        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
+        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}  # type: ignore[index]
         assert (FIELD in fields) == layout.edits_tokens, layout.kind
 
 

@@ -125,7 +125,7 @@ def test_a_job_whose_file_was_deleted_before_its_pack_read_it_fails_alone_and_sa
     submit(store, tmp_path, in_order(BAD[0]))
     found = store.get(keys.job(FAILS))
     assert found is not None
-    spec = replace(found.value.spec, **{param: FileId("file-gone")})
+    spec = replace(found.value.spec, **{param: FileId("file-gone")})  # type: ignore[arg-type]
     store.commit([Write(keys.job(FAILS), replace(found.value, spec=spec), found.version)])
     work(store, backbone, tmp_path)
     told = failed_alone(jobs_of(store), undisturbed(0))

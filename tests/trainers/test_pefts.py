@@ -97,11 +97,11 @@ def test_pvera_trains_as_pefts_with_the_same_noise(fp64: Backbone) -> None:
             variances.append(logvar.detach().exp().mean())
             return mean + normal_rows(keys, site_key, mean.shape[-1], mean.dtype) * torch.exp(0.5 * logvar)
 
-        layer._reparametrize = reparametrised
+        layer._reparametrize = reparametrised  # type: ignore[method-assign]
 
     for layer in range(2):
         for name in ("attn.q", "attn.v", "ffn.down"):
-            noisy(layer_of(model, Site(layer, name)), Site(layer, name))
+            noisy(layer_of(model, Site(layer, name)), Site(layer, name))  # type: ignore[arg-type]
     expected = trained(Oracle(logits, oracle.places), job)
     found = ours(job, fp64)
     assert_trained(found, expected)
@@ -128,12 +128,12 @@ def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: p
                 patch.setattr(torch, "rand", lambda size, **_: u.view(size))
                 return real(task_ids, input_ids)
 
-        router.forward = forward
+        router.forward = forward  # type: ignore[method-assign]
         router.train()
 
     for layer in range(2):
         for name in ("attn.q", "attn.v", "ffn.down"):
-            drawn(layer_of(model, Site(layer, name)).poly_router["default"], Site(layer, name))
+            drawn(layer_of(model, Site(layer, name)).poly_router["default"], Site(layer, name))  # type: ignore[arg-type]
     found, expected = ours(job, fp64), trained(Oracle(logits, oracle.places), job)
     assert_trained(found, expected)
     assert all(found[name].count_nonzero() for name in expected)

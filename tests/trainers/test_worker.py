@@ -95,7 +95,7 @@ def test_a_pack_that_starts_again_on_another_class_of_device_says_so_and_goes_on
     for step in (2, 4):  # the second time from the checkpoint of the first, in the same class
         checkpoint = tmp_path / "moved" / "jobs" / "ftjob-0" / f"checkpoint-{step:08d}"
         with pytest.raises(Crash):
-            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)
+            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)  # type: ignore[misc]
     here, threads = str(device_class()), torch.get_num_threads()
     assert not [line for line in story(moved, "ftjob-0") if "goes on" in line]
     torch.set_num_threads(threads + 1)
@@ -223,7 +223,7 @@ def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp
 def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner_module.mean_loss
+    real = runner_module.mean_loss  # type: ignore[attr-defined]
 
     def loss(backbone: Backbone, graft: BoundGraft, *given: Any) -> float:
         return math.nan if graft.spec.method == "lora(r=9)" else real(backbone, graft, *given)

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[list[tuple[int, StackSlices, str]], list[int]]] = {
 class OnGpu(Tensor):
     """A tensor of the CPU that ops take for one of a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 def a_bare_linear_is_its_dense_product(dtype: torch.dtype) -> None:

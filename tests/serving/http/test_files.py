@@ -280,7 +280,7 @@ async def test_a_client_that_hangs_up_while_uploading_leaves_nothing(service: Se
     ]
 
     async def receive() -> dict[str, object]:
-        return said.pop(0) if said else {"type": "http.disconnect"}
+        return said.pop(0) if said else {"type": "http.disconnect"}  # type: ignore[return-value]
 
     async def send(_: object) -> None: ...
 

@@ -43,7 +43,7 @@ def lora(backbone: Path, folder: Path, seed: int) -> list[int]:
     torch.manual_seed(seed)
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), config).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # type: ignore[arg-type]
     from polygraft.grafts.text.tokenise import Tokeniser
 
     prompt = Tokeniser.load(backbone).encode_chat([Message("user", ASK[0]["content"])], add_generation_prompt=True)
