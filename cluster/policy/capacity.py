@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from polygraft.cluster.model import DeviceKind
 from polygraft.cluster.policy.budget import STATE_BYTES
+from polygraft.cluster.policy.entry import blocks_for
 from polygraft.grafts.sites import LINEAR, ModelShape, Site
 
 GIVEN = 0.96  # of the bytes held; the rest is for what no estimate knows
@@ -199,6 +200,12 @@ def pack_capacity(model: ModelSize, held: Portion) -> PackCapacity:
         max_jobs=max(1, min(_MOST_JOBS, left // 2 // model.job_bytes)),
         given_out=fixed + left,
     )
+
+
+def streams_at_once(capacity: ServeCapacity, model: ModelSize, tokens: int) -> int:
+    """How many streams of so many tokens run together, each with a block to grow into."""
+    free = capacity.kv_bytes // (model.token_bytes * BLOCK) - 1
+    return min(capacity.max_streams, free // (blocks_for(tokens, BLOCK) + 1))
 
 
 def _by_speed(held: Portion, flops: int, seconds: float) -> int:

@@ -16,12 +16,12 @@ from polygraft.cluster.policy.capacity import (
     DoesNotFit,
     ModelSize,
     Portion,
-    ServeCapacity,
     longest_context,
     pack_capacity,
     serve_capacity,
+    streams_at_once,
 )
-from polygraft.cluster.policy.entry import blocks_for, ever_fits
+from polygraft.cluster.policy.entry import ever_fits
 from polygraft.cluster.settings import PackSettings, ServeSettings, Settings, load
 from polygraft.cluster.sizing import fitted, sizes
 from polygraft.grafts.sites import ModelShape
@@ -68,12 +68,6 @@ HELD = {
 def model(name: str) -> ModelSize:
     shape = ModelShape.from_config({"model_type": "llama", **CONFIGS[name]})
     return ModelSize(shape=shape, itemsize=2, quantised=name != "135M")
-
-
-def streams_at_once(capacity: ServeCapacity, size: ModelSize, tokens: int) -> int:
-    """How many streams of so many tokens run together, each with a block to grow into."""
-    free = capacity.kv_bytes // (size.token_bytes * BLOCK) - 1
-    return min(capacity.max_streams, free // (blocks_for(tokens, BLOCK) + 1))
 
 
 FITS = [(name, held) for name in CONFIGS for held in HELD if name != "70B" or held == "141 GB"]
