@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from polygraft.cluster.model import DeviceKind
-from polygraft.cluster.policy.capacity import (  # type: ignore[attr-defined]
+from polygraft.cluster.policy.capacity import (
     DoesNotFit,
     ModelSize,
     PackCapacity,
