@@ -27,7 +27,7 @@ def test_a_tensor_beside_the_method_of_any_other_shape_is_an_error(
         r=2,
         target_modules=["attn.c_proj"],
         modules_to_save=kept or None,
-        bias=bias,
+        bias=bias,  # type: ignore[arg-type]
         fan_in_fan_out=True,
     )
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))

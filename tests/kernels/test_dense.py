@@ -145,7 +145,8 @@ def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
     rows, ranks, inner = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 70)), 64
     bound = st.tuples(st.integers(0, rows), st.integers(0, rows), st.integers(0, ranks), st.integers(0, ranks))
     items = tuple(
-        Segment(*sorted((a, b)), *sorted((c, d)), scale=0.5) for a, b, c, d in data.draw(st.lists(bound, max_size=5))
+        Segment(*sorted((a, b)), *sorted((c, d)), scale=0.5)
+        for a, b, c, d in data.draw(st.lists(bound, max_size=5))  # type: ignore[misc]
     )
     x, W = normal(rows, inner, seed=1), weights(inner)
     beside = [
