@@ -137,6 +137,9 @@ class FineTuningRequest(_Body):
     integrations: None = None
     owner: Owner | None = None
     promote: bool = False
+    test_file: str | None = Field(
+        default=None, min_length=1, max_length=100, description="judged once, after training; nothing is chosen by it"
+    )
     priority: int = Field(default=0, ge=-10, le=10, description="of two of your jobs that wait, the higher goes first")
     devices: int = Field(
         default=1, ge=1, le=64, description="the job's micro-batches are computed on so many at a time"
@@ -179,6 +182,7 @@ class FineTuningRequest(_Body):
             backbone=self.model,
             training_file=FileId(self.training_file),
             validation_file=FileId(self.validation_file) if self.validation_file else None,
+            test_file=FileId(self.test_file) if self.test_file else None,
             suffix=self.suffix,
             peft=given.peft.text,
             epochs=_DEFAULTS.epochs if basic.n_epochs == "auto" else basic.n_epochs,

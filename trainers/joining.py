@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from math import isfinite
 
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobError, TenantId
@@ -54,10 +53,11 @@ class Joining:
                 longest=self.runner.memory.longest,
             )
             running = self._joined(self.runner.memory.fitted(trained), name, record.tenant)
-            if running.loss_before is None and trained.held_out:
-                running.loss_before = self.runner.held_out_loss(record.id)
-                if running.loss_before is not None and not isfinite(running.loss_before):
-                    raise SpecError(f"{peft!r} has a held-out loss of {running.loss_before} before its first step")
+            if running.before is None:
+                before = self.runner.held_out(record.id)
+                if before is not None and not before.finite:
+                    raise SpecError(f"{peft!r} has a held-out loss of {before.loss} before its first step")
+                running.before = before
         except SHARED:
             raise
         except SpecError as error:

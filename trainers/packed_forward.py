@@ -3,8 +3,10 @@ job."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Input, Rows
 from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.runtime.stacks import Stacks
-from polygraft.trainers.loss import losses_and_gradient, token_losses
+from polygraft.trainers.loss import judged_tokens, losses_and_gradient, token_losses
 from polygraft.trainers.micro_batch import MicroBatch
+from polygraft.trainers.scores import Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,25 @@ def forward_losses(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[M
     hidden = backbone.forward(packed.rows, stacks, packed.attention)
     losses = token_losses(backbone, hidden[packed.counted], packed.targets)
     return _sums(losses.to(packed.weights.dtype), packed.weights, packed.bounds)
+
+
+@torch.inference_mode()
+def forward_answers(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) -> tuple[float, list[Answer]]:
+    """The summed weighted loss of a micro-batch as `forward_losses` has it, and what each of its samples came to, which
+    is a function of the sample alone."""
+    packed = _packed(backbone, [micro_batch])
+    hidden = backbone.forward(packed.rows, stacks, packed.attention)
+    losses, likeliest = judged_tokens(backbone, hidden[packed.counted], packed.targets)
+    losses = losses.to(packed.weights.dtype)
+    (total,) = _sums(losses, packed.weights, packed.bounds)
+    bounds = list(pairwise(accumulate((s.learned for s in micro_batch.samples), initial=0)))
+    targets, guesses = packed.targets.tolist(), likeliest.tolist()
+    found = []
+    for (start, stop), loss in zip(bounds, _sums(losses, packed.weights, bounds), strict=True):
+        said, meant = guesses[start:stop], targets[start:stop]
+        right = sum(one == other for one, other in zip(said, meant, strict=True))
+        found.append(Answer(loss, stop - start, right, (Counter(said) & Counter(meant)).total()))
+    return total, found
 
 
 @torch.inference_mode()

@@ -15,7 +15,9 @@ from polygraft.grafts.spec import Branch, GraftSpec
 from polygraft.grafts.text.jsonl import read
 from polygraft.grafts.text.lengths import Lengths
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.trainers.job import Question, Sample, TrainConfig, TrainJob
+
+TRAINING = "training_file"
 
 
 class FileGone(ValueError):
@@ -54,18 +56,21 @@ def prepare(
         seed=job.spec.seed,
         micro_rows=micro_rows,
     )
-    given = {"training_file": job.spec.training_file, "validation_file": job.spec.validation_file}
-    (train, warning), (held_out, other) = (
-        _samples(name, files, file, tokeniser, limit) for name, file in given.items()
-    )
-    told = zip(given, (warning, other), strict=True)
+    given = {
+        TRAINING: job.spec.training_file,
+        "validation_file": job.spec.validation_file,
+        "test_file": job.spec.test_file,
+    }
+    read_ones = {name: _samples(name, files, file, tokeniser, limit) for name, file in given.items()}
+    train, held_out, test = (samples for samples, _ in read_ones.values())
     return TrainJob(
         id=job.id,
         graft=graft,
         config=config,
         train=train,
         held_out=held_out,
-        warnings=tuple(f"{name}: {text}" for name, text in told if text is not None),
+        test=test,
+        warnings=tuple(f"{name}: {text}" for name, (_, text) in read_ones.items() if text is not None),
     )
 
 
@@ -79,12 +84,18 @@ def with_dropout(spec: GraftSpec, rate: float | None) -> GraftSpec:
 def _samples(
     name: str, files: Path, file: FileId | None, tokeniser: Tokeniser, limit: int | None
 ) -> tuple[tuple[Sample, ...], str | None]:
-    """The samples of the file, if there is one, and what the limit leaves out of them."""
+    """The samples of the file, if there is one, and what the limit leaves out of them. What is trained on are right
+    choices alone; what is judged has the others, too."""
     samples, lengths = [], Lengths()
     try:
         for example in () if file is None else read(files / f"{file}.jsonl"):
             tokens = tokeniser.encode_example(example, limit)
-            samples.append(Sample(tokens.ids, tokens.weights))
+            others = () if name == TRAINING else tokeniser.encode_others(example, limit)
+            question = None
+            if others:
+                wrong = tuple(Sample(one.ids, one.weights) for one in others)
+                question = Question(example.choices, example.answer, wrong)
+            samples.append(Sample(tokens.ids, tokens.weights, question))
             lengths = lengths.plus(tokens)
     except FileNotFoundError:  # it was deleted just before there was a job that needs it
         raise FileGone(name, f"{name}: the content of {file} is gone; upload it again") from None

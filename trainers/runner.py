@@ -15,7 +15,7 @@ from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.trainers.contribution import Contribution, Part, Rider, everyones, failed_anywhere
-from polygraft.trainers.evaluate import mean_loss
+from polygraft.trainers.evaluate import Judgement, judge
 from polygraft.trainers.failure import SHARED, Failed, failure
 from polygraft.trainers.job import Sample, TrainJob
 from polygraft.trainers.lanes.gradient import GradientLane
@@ -117,13 +117,17 @@ class PackRunner:
 
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
         """Mean loss of a weighted token under the job's graft over `samples`."""
-        running = self.jobs[job]
-        return mean_loss(self.backbone, running.job.graft, running.slab.tensors, samples, self.max_rows)
+        return self._judged(job, tuple(samples)).loss
 
-    def held_out_loss(self, job: str) -> float | None:
-        """The same over the job's validation file; None where it has none."""
+    def held_out(self, job: str) -> Judgement | None:
+        """What the job's validation file says of its graft; None where it has none."""
         samples = self.jobs[job].job.held_out
-        return self.evaluate(job, samples) if samples else None
+        return self._judged(job, samples) if samples else None
+
+    def tested(self, job: str) -> Judgement | None:
+        """The same of its test file."""
+        samples = self.jobs[job].job.test
+        return self._judged(job, samples) if samples else None
 
     def step(self) -> PackStep:
         """One packed forward and backward on each rank over micro-batches of as many jobs as fit, then the optimiser
@@ -149,6 +153,10 @@ class PackRunner:
             failed=tuple(failed_anywhere(self.ranks, failed)),
             seconds=self._clock() - begin,
         )
+
+    def _judged(self, job: str, samples: Sequence[Sample]) -> Judgement:
+        running = self.jobs[job]
+        return judge(self.backbone, running.job.graft, running.slab.tensors, samples, self.max_rows)
 
     def _riders(self) -> tuple[list[Rider], list[Failed]]:
         """The next micro-batches of unfinished jobs, least served first, while they fit, of each job one on a rank; the

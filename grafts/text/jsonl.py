@@ -1,6 +1,8 @@
-"""What a training file holds: chat examples in OpenAI's fine-tuning format, one JSON object a line, each checked.
+"""What a training file holds: chat examples in OpenAI's fine-tuning format or choices, one JSON object a line, each
+checked.
 
-Source of the format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`.
+Source of the first format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`. The other
+one is `{"prompt", "choices": [...], "answer"}` (`grafts/text/choices.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from polygraft.grafts.text.choices import ChoiceError, conversation, read_choices
 from polygraft.grafts.text.message import Message, MessageError, read_training_message, shown
 
 _PREFERENCE = {"preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"} | {
@@ -32,10 +35,20 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation and the line it came from (0: not from a file)."""
+    """One conversation and the line it came from (0: not from a file); in a choice set it ends with the right one of
+    the `choices`, which has number `answer`."""
 
     messages: tuple[Message, ...]
     line: int = 0
+    choices: tuple[str, ...] = ()
+    answer: int = 0
+
+    @property
+    def others(self) -> tuple[Example, ...]:
+        """The same with each of the other choices in the place of the right one."""
+        prompt = self.messages[0].content
+        wrong = [text for index, text in enumerate(self.choices) if index != self.answer]
+        return tuple(Example(conversation(prompt, text), self.line) for text in wrong)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +85,12 @@ def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example:
     record = {key: value for key, value in _object(raw, line).items() if value is not None}
     if _PREFERENCE & record.keys():
         raise DataError(line, "preference pairs are not supported yet; give one conversation under 'messages'")
+    if "choices" in record and "messages" not in record:
+        try:
+            prompt, choices, answer = read_choices(record)
+        except ChoiceError as error:
+            raise DataError(line, str(error)) from None
+        return Example(conversation(prompt, choices[answer]), line, choices, answer)
     if "prompt" in record and "messages" not in record:
         raise DataError(line, "prompt-completion pairs are not supported; give the chat format under 'messages'")
     if unknown := sorted(record.keys() - {"messages"}):

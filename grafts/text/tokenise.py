@@ -130,6 +130,22 @@ class Tokeniser:
         unlearned = sum(weight > 0 for weight in left)
         return Tokens(tuple(encoding.ids[:max_length]), tuple(weights[:max_length]), len(left), unlearned)
 
+    def encode_others(self, example: Example, max_length: int | None) -> tuple[Tokens, ...]:
+        """The other choices of an example, each as an answer; () where there are none. Raises DataError as
+        `encode_example` does, and for a choice that would be cut: what is left of it cannot be compared."""
+        found = []
+        for other in (example, *example.others) if example.choices else ():
+            tokens = self.encode_example(other, max_length)
+            if tokens.unlearned:
+                text = shown(other.messages[-1].content)
+                raise DataError(
+                    example.line,
+                    f"choices: {text} ends after {len(tokens.ids) + tokens.cut} tokens, of which {max_length} are kept "
+                    "(max_length), so that it cannot be compared with the others; shorten it or raise max_length",
+                )
+            found.append(tokens)
+        return tuple(found[1:])
+
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of `ids`, without `special` tokens unless they are asked for."""
         return self._tokenizer.decode(ids, skip_special_tokens=not special)

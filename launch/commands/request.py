@@ -21,7 +21,7 @@ _TOP = tuple(
     for name in FineTuningRequest.model_fields
     if name not in ("method", "hyperparameters", "integrations", "owner")
 )
-_FILES = ("training_file", "validation_file")
+_FILES = ("training_file", "validation_file", "test_file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.files import find_file
 from polygraft.serving.http.named import backbone_named
 from polygraft.serving.http.schemas import DryRun, DryRunFile
-from polygraft.serving.http.submission import encoded, new_job
+from polygraft.serving.http.submission import encoded, files_of, new_job
 
 router = APIRouter(prefix="/v1/fine_tuning/dry_runs")
 _READ_S = 20.0  # how long a request may count examples; what was not read is said
@@ -39,7 +39,10 @@ def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
     def counted(param: str, file: FileId) -> DryRunFile:
         return _counted(api, find_file(api, tenant, file, param=param).value, tokeniser, limit, param, until)
 
-    training, held_out = counted("training_file", job.spec.training_file), job.spec.validation_file
+    training, held_out, test = (
+        None if file is None else counted(param, file) for param, file in files_of(job.spec).items()
+    )
+    assert training is not None, "a job has a training file"
     return DryRun(
         model=job.spec.backbone,
         peft=job.spec.peft,
@@ -48,7 +51,8 @@ def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
         max_length=limit,
         steps=ceil(training.examples / job.spec.batch_size) * job.spec.epochs if training.complete else None,
         training_file=training,
-        validation_file=None if held_out is None else counted("validation_file", held_out),
+        validation_file=held_out,
+        test_file=test,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
-from polygraft.cluster.model import Graft, Job, JobSpec, Limits, TenantId
+from polygraft.cluster.model import FileId, Graft, Job, JobSpec, Limits, TenantId
 from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, ExampleRoom, job_bytes, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
@@ -72,11 +72,20 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
         spec = replace(spec, learning_rate=rate, learning_rate_multiplier=1.0)
-    for param, file in (("training_file", spec.training_file), ("validation_file", spec.validation_file)):
+    for param, file in files_of(spec).items():
         if file is not None:
             path = api.blob(find_file(api, tenant, file, param=param).value)
             _check_examples(api, backbone.tokeniser, path, limit, room, param)
     return Submission(_job(api, tenant, request, spec, sizes), limit)
+
+
+def files_of(spec: JobSpec) -> Mapping[str, FileId | None]:
+    """By the field that names them: the one that is trained on, and those that are judged on."""
+    return {
+        "training_file": spec.training_file,
+        "validation_file": spec.validation_file,
+        "test_file": spec.test_file,
+    }
 
 
 def _over_others(api: Api, tenant: TenantId, backbone: KnownBackbone, peft: str, graft: BoundGraft) -> str:
@@ -165,7 +174,10 @@ def encoded(api: Api, tokeniser: Tokeniser, path: Path, limit: int | None, param
     is not there, or not any more."""
     try:
         for example in jsonl.read(path, jsonl.Limits(line_bytes=api.limits.line_bytes)):
-            yield example.line, tokeniser.encode_example(example, limit)
+            tokens = tokeniser.encode_example(example, limit)
+            if param != "training_file":
+                tokeniser.encode_others(example, limit)
+            yield example.line, tokens
     except FileNotFoundError:
         raise bad_request(f"{param}: the content of {shown(path.stem)} is gone; upload it again", param=param) from None
     except jsonl.DataError as error:

@@ -1,0 +1,78 @@
+"""How well a graft answers examples whose answers are known, from forward passes alone: nothing is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from polygraft.cluster.scores import Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One example under teacher forcing: the summed `loss` of its weighted tokens, how many `tokens` they are, for how
+    many the graft's likeliest token is the `right` one, and how many are among the likeliest ones wherever they stand
+    (`overlap`, of the two bags)."""
+
+    loss: float
+    tokens: int
+    right: int
+    overlap: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An example with choices: the summed losses of all, and the one that is right."""
+
+    texts: tuple[str, ...]
+    answer: int
+    losses: tuple[float, ...]
+
+    @property
+    def likeliest(self) -> int:
+        """The choice with the highest likelihood of its tokens, the one that ends its turn among them; of several equal
+        ones the first."""
+        return min(range(len(self.losses)), key=lambda i: self.losses[i])
+
+    @property
+    def likeliest_by_length(self) -> int:
+        """The same with each log-likelihood divided by the choice's length in bytes of UTF-8, which hangs on no
+        tokeniser (`acc_norm` of EleutherAI's lm-evaluation-harness)."""
+        return min(range(len(self.losses)), key=lambda i: self.losses[i] / len(self.texts[i].encode()))
+
+
+def scores_of(answers: Sequence[Answer], chosen: Sequence[Chosen]) -> Scores:
+    """Means over the examples; `chosen` are those that have choices.
+
+    An answer counts as an exact match if the likeliest token at each of its places is the answer's, the places before
+    it holding the answer's own tokens. That is so if and only if greedy decoding reproduces it: by induction over its
+    places, decoding that has said the answer so far sees what teacher forcing sees, and goes on with the likeliest
+    token; at the first place where that is another one, decoding leaves the answer for good. The token that ends the
+    turn is one of the places, so decoding stops there, too. Of an example with several answers each follows the
+    others' true texts, and all have to match.
+
+    Both bags of `token_f1` have as many tokens as the answer, so precision, recall and F1 are one number. It is of
+    teacher forcing: after the first wrong token a decoded answer would go another way.
+    """
+    if not answers:
+        return Scores()
+    alike = bool(chosen) and len({frozenset(one.texts) for one in chosen}) == 1
+    return Scores(
+        exact_match=fmean(one.right == one.tokens for one in answers),
+        token_f1=fmean(one.overlap / one.tokens for one in answers),
+        accuracy=fmean(one.likeliest == one.answer for one in chosen) if chosen else None,
+        accuracy_norm=fmean(one.likeliest_by_length == one.answer for one in chosen) if chosen else None,
+        macro_f1=macro_f1((one.texts[one.answer], one.texts[one.likeliest]) for one in chosen) if alike else None,
+    )
+
+
+def macro_f1(pairs: Iterable[tuple[str, str]]) -> float:
+    """The mean over the classes that occur of 2 tp / (2 tp + fp + fn), by pairs of the true class and the one that was
+    taken; a class counts as much as any other."""
+    both = list(pairs)
+    found = []
+    for name in sorted({name for pair in both for name in pair}):
+        hits = sum(true == name == taken for true, taken in both)
+        found.append(2 * hits / sum((true == name) + (taken == name) for true, taken in both))
+    return fmean(found)
