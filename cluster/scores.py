@@ -22,6 +22,11 @@ class Scores:
     accuracy_norm: float | None = None
     macro_f1: float | None = None
 
+    @staticmethod
+    def of(told: Mapping[str, float]) -> Scores:
+        """Inverse of `told`; names that there are not are left out."""
+        return Scores(**{name: value for name, value in told.items() if name in SCORES[1:]})
+
     @property
     def score(self) -> float | None:
         """The one that says most of the examples: accuracy where they have choices, else exact match."""
@@ -37,6 +42,7 @@ class Scores:
         return self.score if name == "score" else self.told.get(name)
 
 
+UNSCORED = Scores()
 SCORES = ("score", *(field.name for field in fields(Scores)))
 
 
@@ -45,10 +51,10 @@ class Judged:
     """What a job's examples said beside the losses in its record: the validation file `before` and `after` training,
     the test file after it."""
 
-    before: Scores = Scores()
-    after: Scores = Scores()
+    before: Scores = UNSCORED
+    after: Scores = UNSCORED
     test_loss: float | None = None
-    test: Scores = Scores()
+    test: Scores = UNSCORED
 
 
 UNJUDGED = Judged()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from polygraft.cluster.advance import record_progress
 from polygraft.cluster.model import JobId, Pace, PackId
-from polygraft.cluster.scores import Judged, Scores
+from polygraft.cluster.scores import UNSCORED, Judged
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import JSON, Fence, Store, Write
 from polygraft.trainers.evaluate import Judgement
@@ -37,7 +37,7 @@ class Reports:
         self.store.append(keys.metrics(JobId(stepped.job)), entry, maxlen=METRICS_KEPT)
 
     def progress(self, running: RunningJob, after: Judgement | None = None, tested: Judgement | None = None) -> None:
-        before, none = running.before, Scores()
+        before = running.before
         record_progress(
             self.store,
             JobId(running.job.id),
@@ -46,10 +46,10 @@ class Reports:
             loss_before=before.loss if before else None,
             loss_after=after.loss if after else None,
             judged=Judged(
-                before=before.scores if before else none,
-                after=after.scores if after else none,
+                before=before.scores if before else UNSCORED,
+                after=after.scores if after else UNSCORED,
                 test_loss=tested.loss if tested else None,
-                test=tested.scores if tested else none,
+                test=tested.scores if tested else UNSCORED,
             ),
             fence=self.fence,
         )

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, PositiveI
 from polygraft.cluster.spec import read_request
 from polygraft.grafts.sites import ModelShape
 from polygraft.tuning.finals import Rule
-from polygraft.tuning.objectives import Limit
+from polygraft.tuning.objectives import limit
 from polygraft.tuning.plan import BadPlan, SearchPlan
 from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName
@@ -67,7 +67,7 @@ class SearchRequest(SearchOptions):
             startup=self.startup,
             model=self.sampler,
             minimise=self.objectives,
-            limits=tuple(Limit(name, most) for name, most in self.limits.items()),
+            limits=tuple(limit(name, value) for name, value in self.limits.items()),
             pruner=self.pruner,
             seed=self.seed,
             seeds=self.seeds,

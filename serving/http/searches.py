@@ -169,10 +169,15 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
         )
     except ValueError as error:
         raise bad_request(str(error), param=str(error).partition(":")[0], code="invalid_value") from None
-    for file, field in zip(files, ("training_file", "validation_file"), strict=True):
+    seen: dict[str, str] = {}
+    for field, file in files.items():
         found = api.store.get(keys.file(FileId(file)))
         if found is None or found.value.tenant != tenant:
             raise not_found("file", file, param=field)
+        if field == "test_file" and (other := seen.get(found.value.digest)) is not None:
+            message = f"test_file: {file} holds what the {other} holds; give examples that the search does not see"
+            raise bad_request(message, param="test_file", code="invalid_value")
+        seen[found.value.digest] = field
     if api.store.count(keys.running_searches_of(tenant)) >= RUNNING:
         message = f"{RUNNING} of your searches are running, which is the limit; wait for one, or cancel it"
         raise ApiError(429, message, code="too_many_searches")

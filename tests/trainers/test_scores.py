@@ -147,7 +147,6 @@ def test_examples_with_choices_of_their_own_have_no_f1_of_classes_and_those_with
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.equality("packed")
 def test_what_a_job_is_judged_to_be_does_not_hang_on_its_pack(
     dtype: torch.dtype, folder: Path, examples: tuple[Sample, ...], one_thread: None
 ) -> None:
