@@ -182,7 +182,7 @@ def test_what_the_finals_say_of_the_test_file_is_recorded() -> None:
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
-        ({"test_file": "file-2"}, "test_file: the search"),
+        ({"test_file": "file-2"}, "test_file: file-2 is what the search"),
         ({"seeds": -1}, "seeds: -1"),
         ({"promote": True}, "promote: "),
     ],
