@@ -9,15 +9,16 @@ from typing import Any
 import httpx
 import pytest
 
-from polygraft.cluster.advance import advance_job
+from polygraft.cluster.advance import advance_job, record_progress
 from polygraft.cluster.backbones import put_backbone
 from polygraft.cluster.events import JobAdmitted, JobCancelled, JobStarted, JobSubmitted
 from polygraft.cluster.model import START, JobId, PackId
+from polygraft.cluster.scores import Judged, Scores
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
+from tests.serving.http.conftest import CHOICES, EXAMPLE, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
 PEFTS = {"target_modules": ["q_proj"]}
@@ -54,6 +55,35 @@ async def test_a_job_is_written_with_its_event_and_shown_in_openais_shape(
     (stored,) = service.api.store.events(START)
     assert stored.event == JobSubmitted(record=record.value, at=1000.0)
     assert (await ann.get(f"/fine_tuning/jobs/{made['id']}")).json() == made
+
+
+async def test_a_choice_set_is_a_training_validation_and_test_file(service: Service, ann: httpx.AsyncClient) -> None:
+    file, test = await upload(ann, jsonl(CHOICES)), await upload(ann, jsonl(CHOICES, CHOICES))
+    asked = body(file, validation_file=file, test_file=test)
+    made = (await ann.post("/fine_tuning/jobs", json=asked)).json()
+    assert made["test_file"] == test and made["test_loss"] is None and made["scores_after"] == {}
+    counted = (await ann.post("/fine_tuning/dry_runs", json=asked)).json()
+    assert counted["test_file"]["examples"] == 2 and counted["validation_file"]["id"] == file
+    assert refusal(await ann.delete(f"/files/{test}"), 409)["code"] == "file_in_use"
+    lost = refusal(await ann.post("/fine_tuning/jobs", json={**asked, "test_file": "file-none"}), 404)
+    assert lost["param"] == "test_file"
+    said = Judged(after=Scores(accuracy=0.5), test_loss=1.5, test=Scores(accuracy=0.25))
+    record_progress(service.api.store, JobId(made["id"]), step=1, trained_tokens=1, judged=said)
+    shown = (await ann.get(f"/fine_tuning/jobs/{made['id']}")).json()
+    assert shown["scores_after"] == {"accuracy": 0.5} and shown["scores_before"] == {}
+    assert (shown["test_loss"], shown["test_scores"]) == (1.5, {"accuracy": 0.25})
+
+
+@pytest.mark.parametrize("length", [30, 40])
+async def test_a_choice_that_would_be_cut_is_refused_where_it_is_judged_alone(
+    ann: httpx.AsyncClient, length: int
+) -> None:
+    long = {"prompt": "Which?", "choices": ["graft " * 60, "yes"], "answer": 1}
+    file, method = await upload(ann, jsonl(long)), supervised(max_length=length)
+    assert (await ann.post("/fine_tuning/jobs", json=body(file, method=method))).status_code == 200
+    asked = body(file, validation_file=file, method=method)
+    error = refusal(await ann.post("/fine_tuning/jobs", json=asked), 400)
+    assert error["param"] == "validation_file" and error["message"].startswith("validation_file: line 1: choices: ")
 
 
 @pytest.mark.parametrize(
