@@ -42,7 +42,7 @@ LAYERS: dict[str, str] = {
     "kernels: the branch, which other ops take up": r"kernels\.branch\..+",
     "kernels: the other ops": r"kernels\..+",
     "grafts: text": r"grafts\.text\..+",
-    "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
+    "grafts: what a graft and a model's sites are": r"grafts\.(head|spec|sites|architectures\..+)",
     "grafts: what methods declare": r"grafts\.methods\.(declare|ranges|exchange|configs|registry|refused|description)",
     "grafts: what a declaration means": r"grafts\.(grammar|sizes|bound|cost|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",

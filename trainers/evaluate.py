@@ -12,10 +12,11 @@ from polygraft.cluster.scores import Scores
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers.head import ClassHead
 from polygraft.trainers.job import Sample
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.packed_forward import forward_answers
-from polygraft.trainers.scores import Answer, Chosen, scores_of
+from polygraft.trainers.scores import Answer, Chosen, label_scores, scores_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +36,43 @@ def judge(
 ) -> Judgement:
     """What `samples` say of a graft, at most `max_rows` rows at a time: a function of both, whoever else is in the
     pack."""
-    stacks = backbone.stacks((Resident("evaluated", graft, values),))
-    total, answers = _answers(backbone, stacks, graft, samples, max_rows)
+    resident = Resident("evaluated", graft, values)
+    stacks = backbone.stacks((resident,))
+    total, answers = _answers(backbone, stacks, resident, samples, max_rows)
+    loss = total / sum(sample.weight for sample in samples)
+    if graft.head:
+        return Judgement(loss, label_scores(answers))
     others = [other for sample in samples if sample.question for other in sample.question.others]
-    losses = (answer.loss for answer in _answers(backbone, stacks, graft, others, max_rows)[1])
+    losses = (answer.loss for answer in _answers(backbone, stacks, resident, others, max_rows)[1])
     chosen = []
     for sample, answer in zip(samples, answers, strict=True):
         if (asked := sample.question) is not None:
             every = [next(losses) for _ in asked.others]
             every.insert(asked.answer, answer.loss)
             chosen.append(Chosen(asked.texts, asked.answer, tuple(every)))
-    return Judgement(total / sum(sample.weight for sample in samples), scores_of(answers, chosen))
+    return Judgement(loss, scores_of(answers, chosen))
 
 
 def mean_loss(
     backbone: Backbone, graft: BoundGraft, values: Mapping[str, Tensor], samples: Iterable[Sample], max_rows: int = 768
 ) -> float:
     """Mean loss of a weighted token under a graft over `samples`, at most `max_rows` rows at a time."""
-    every = tuple(samples)
-    stacks = backbone.stacks((Resident("evaluated", graft, values),))
-    return _answers(backbone, stacks, graft, every, max_rows)[0] / sum(sample.weight for sample in every)
+    every, resident = tuple(samples), Resident("evaluated", graft, values)
+    total, _ = _answers(backbone, backbone.stacks((resident,)), resident, every, max_rows)
+    return total / sum(sample.weight for sample in every)
 
 
 def _answers(
-    backbone: Backbone, stacks: Stacks, graft: BoundGraft, samples: Sequence[Sample], max_rows: int
+    backbone: Backbone, stacks: Stacks, resident: Resident, samples: Sequence[Sample], max_rows: int
 ) -> tuple[float, list[Answer]]:
-    """The summed weighted loss of samples under the stacks' only graft, and what each came to."""
-    total, found = 0.0, []
+    """The summed weighted loss of samples under the stacks' only resident, and what each came to."""
+    total, found, graft = 0.0, [], resident.graft
+    head = ClassHead(graft.head, stacks.residents[0].tensors) if graft.head else None
     for piece in _pieces(samples, max_rows, graft.virtual_length):
         numbers = tuple(range(len(piece)))
-        micro_batch = MicroBatch(0, graft.prefix_length, piece, numbers, 1.0, virtual_length=graft.virtual_length)
+        micro_batch = MicroBatch(
+            0, graft.prefix_length, piece, numbers, 1.0, virtual_length=graft.virtual_length, head=head
+        )
         loss, answers = forward_answers(backbone, stacks, micro_batch)
         total += loss
         found += answers

@@ -10,16 +10,25 @@ from hashlib import sha256
 from math import ceil, cos, pi
 
 from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.head import Head
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One tokenised example: `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it. One that is
-    judged may have choices, of which it is the right one."""
+    judged may have choices, of which it is the right one. A text with a `label` ends with a token more, which is not
+    read: the label is predicted where the one weight is, from the hidden state of the token before."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     question: Question | None = None
+    label: int | None = None
+
+    @staticmethod
+    def labelled(ids: Sequence[int], label: int, head: Head) -> Sample:
+        """A text of these tokens."""
+        read = len(ids) if head.reads_last else 1
+        return Sample((*ids, 0), tuple(float(place == read) for place in range(len(ids) + 1)), label=label)
 
     @property
     def each(self) -> tuple[Sample, ...]:

@@ -58,8 +58,8 @@ class PackRunner:
     ) -> None:
         """A forward has at most `max_rows` rows, and takes at most `max_bytes` together with the jobs' state, on each
         of the `ranks`."""
-        if not backbone.shape.causal:
-            raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
+        if not backbone.shape.causal and backbone.shape.head_kind is None:
+            raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token, or a text's label")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.memory = Memory(max_bytes, backbone.dtype.itemsize, backbone.score_block)
         self.underway: Callable[[Mapping[str, int]], None] = lambda _: None
@@ -74,12 +74,13 @@ class PackRunner:
     def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> RunningJob:
         """Join as a new job at step 0, with starting values drawn from the job's seed, or made of the grafts that its
         spec names."""
+        headed = bool(job.graft.head)  # what reads the gradient of a loss at the start reads that of the texts then
         start = initialise(
             job.graft,
             self.backbone,
             seed=job.config.seed,
-            samples=[sample.ids for sample in job.train],
-            weights=[sample.weights for sample in job.train],
+            samples=[sample.ids[:-1] if headed else sample.ids for sample in job.train],
+            weights=[] if headed else [sample.weights for sample in job.train],
             sources=sources,
         )
         slab = Slab(job.graft, next(iter(start.values())).dtype, self.backbone.device)
@@ -95,6 +96,10 @@ class PackRunner:
         if job.id in self.jobs:
             raise ValueError(f"job {job.id} is already in the pack")
         job.check_tokens()
+        if not job.graft.head and not self.backbone.shape.causal:
+            raise SpecError(f"backbone: {self.backbone.shape.sees}; a job there classifies texts")
+        if job.graft.head and running.hooks.eps is not None:
+            raise SpecError(f"{job.graft.spec.method}: a job without a backward trains no classifier")
         lane: Lane = self._gradient if running.hooks.eps is None else self._perturbation
         try:
             lane.join(running)

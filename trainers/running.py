@@ -13,6 +13,7 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.trainers.contribution import Contribution
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.failure import Failed
+from polygraft.trainers.head import ClassHead
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.micro_batch import MicroBatch
@@ -82,6 +83,7 @@ class RunningJob:
             normaliser=job.batch_weight(self.step),
             key=self.key if job.graft.draws else None,
             virtual_length=job.graft.virtual_length,
+            head=ClassHead(job.graft.head, self.slab.tensors) if job.graft.head else None,
         )
 
     def collect(self, micro_batch: MicroBatch, part: Contribution, *, rows: int) -> bool:

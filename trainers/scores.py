@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,14 +12,22 @@ from polygraft.cluster.scores import Scores
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One example under teacher forcing: the summed `loss` of its weighted tokens, how many `tokens` they are, for how
-    many the graft's likeliest token is the `right` one, and how many are among the likeliest ones wherever they stand
-    (`overlap`, of the two bags)."""
+    """One example under teacher forcing: the summed `loss` of its weighted tokens, which they are (`meant`), and the
+    graft's likeliest token in the place of each (`said`). Of a text with a label these are its number and the likeliest
+    one's."""
 
     loss: float
-    tokens: int
-    right: int
-    overlap: int
+    meant: tuple[int, ...]
+    said: tuple[int, ...]
+
+    @property
+    def matches(self) -> bool:
+        return self.said == self.meant
+
+    @property
+    def overlap(self) -> float:
+        """The share of the tokens that are among the likeliest ones wherever they stand."""
+        return (Counter(self.said) & Counter(self.meant)).total() / len(self.meant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +68,18 @@ def scores_of(answers: Sequence[Answer], chosen: Sequence[Chosen]) -> Scores:
         return Scores()
     alike = bool(chosen) and len({frozenset(one.texts) for one in chosen}) == 1
     return Scores(
-        exact_match=fmean(one.right == one.tokens for one in answers),
-        token_f1=fmean(one.overlap / one.tokens for one in answers),
+        exact_match=fmean(one.matches for one in answers),
+        token_f1=fmean(one.overlap for one in answers),
         accuracy=fmean(one.likeliest == one.answer for one in chosen) if chosen else None,
         accuracy_norm=fmean(one.likeliest_by_length == one.answer for one in chosen) if chosen else None,
         macro_f1=macro_f1((one.texts[one.answer], one.texts[one.likeliest]) for one in chosen) if alike else None,
     )
+
+
+def label_scores(answers: Sequence[Answer]) -> Scores:
+    """Of texts with labels: how many get the right one, and the mean F1 of the labels."""
+    pairs = [(str(one.meant[0]), str(one.said[0])) for one in answers]
+    return Scores(accuracy=fmean(one.matches for one in answers), macro_f1=macro_f1(pairs))
 
 
 def macro_f1(pairs: Iterable[tuple[str, str]]) -> float:

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from polygraft.grafts.text.answers import answers
 from polygraft.grafts.text.chat import Chat, ChatError
 from polygraft.grafts.text.jsonl import DataError, Example
+from polygraft.grafts.text.labelled import Labelled
 from polygraft.grafts.text.message import Message, shown
 from polygraft.grafts.text.special_tokens import SpecialTokens
 
@@ -145,6 +146,23 @@ class Tokeniser:
                 )
             found.append(tokens)
         return tuple(found[1:])
+
+    def encode_labelled(self, example: Labelled, max_length: int | None, *, pairs: bool) -> tuple[tuple[int, ...], int]:
+        """The tokens of a text with the special ones that the tokenizer itself puts around it, cut after `max_length`,
+        if any, and how many were cut. The second of two follows on a line of its own, or with `pairs` as the tokenizer
+        joins two; what stands at a cut text's end is kept there then, as [SEP] is. Raises DataError naming the line."""
+        joined = example.text if example.second is None else f"{example.text}\n{example.second}"
+        said = (example.text, example.second) if pairs and example.second is not None else joined
+        try:
+            ids = tuple(self._known(self._tokenizer.encode_batch([said], add_special_tokens=True)[0]).ids)
+        except ChatError as error:
+            raise DataError(example.line, str(error)) from None
+        if not ids:
+            raise DataError(example.line, "sentence: has no token")
+        if max_length is None or len(ids) <= max_length:
+            return ids, 0
+        kept = (*ids[: max_length - 1], ids[-1]) if pairs else ids[:max_length]
+        return kept, len(ids) - max_length
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of `ids`, without `special` tokens unless they are asked for."""

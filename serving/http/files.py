@@ -101,7 +101,7 @@ def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
         raise bad_request(f"purpose: {shown(purpose)} is not supported; use {PURPOSE!r}", param="purpose")
     limits = jsonl.Limits(file_bytes=api.limits.upload_bytes, line_bytes=api.limits.line_bytes)
     try:
-        examples = sum(1 for _ in jsonl.read(received.path, limits))
+        examples = sum(1 for _ in jsonl.read_any(received.path, limits))
     except jsonl.DataError as error:
         raise bad_request(f"file: {error}", param="file", code="invalid_file") from None
     record = DataFile(
