@@ -1,8 +1,8 @@
 """What a training file holds: chat examples in OpenAI's fine-tuning format, choices, or labelled texts, one JSON object
 a line, each checked.
 
-Source of the first format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`. The others
-are `{"prompt", "choices": [...], "answer"}` (`grafts/text/choices.py`) and `{"sentence", "sentence2"?, "label"}`
+Source of the first format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`. The
+others are `{"prompt", "choices": [...], "answer"}` (`grafts/text/choices.py`) and `{"sentence", "sentence2"?, "label"}`
 (`grafts/text/labelled.py`).
 """
 
@@ -103,17 +103,17 @@ def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example | Labelle
     record = {key: value for key, value in _object(raw, line).items() if value is not None}
     if _PREFERENCE & record.keys():
         raise DataError(line, "preference pairs are not supported yet; give one conversation under 'messages'")
-    if "label" in record and "messages" not in record:
-        try:
-            return read_labelled(record, line)
-        except LabelledError as error:
-            raise DataError(line, str(error)) from None
     if "choices" in record and "messages" not in record:
         try:
             prompt, choices, answer = read_choices(record)
         except ChoiceError as error:
             raise DataError(line, str(error)) from None
         return Example(conversation(prompt, choices[answer]), line, choices, answer)
+    if "label" in record and "messages" not in record:
+        try:
+            return read_labelled(record, line)
+        except LabelledError as error:
+            raise DataError(line, str(error)) from None
     if "prompt" in record and "messages" not in record:
         raise DataError(line, "prompt-completion pairs are not supported; give the chat format under 'messages'")
     if unknown := sorted(record.keys() - {"messages"}):
