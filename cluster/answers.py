@@ -65,9 +65,14 @@ class RemoteJob(Answer):
         return self.scores_after.get("accuracy", self.scores_after.get("exact_match"))
 
     @property
+    def kind(self) -> str:
+        """Supervised, or classification."""
+        return str(self.method.get("type", "supervised"))
+
+    @property
     def peft(self) -> str:
         """The graft asked for: the union's text, or a PEFT config as JSON."""
-        inner = self.method.get("supervised")
+        inner = self.method.get(self.kind)
         parameters = inner.get("hyperparameters") if isinstance(inner, dict) else None
         value = parameters.get("peft") if isinstance(parameters, dict) else None
         return value if isinstance(value, str) else json.dumps(value)

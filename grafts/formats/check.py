@@ -25,9 +25,7 @@ def sized(name: str, value: Tensor, *shapes: tuple[int, ...]) -> Tensor:
 def refuse_head(graft: BoundGraft) -> None:
     """Raise FormatError for a graft with a classifier, in a format that has no place for one."""
     if graft.head:
-        raise FormatError(
-            "head: a classifier is kept in the native folder and in PEFT's; the format has no place for it"
-        )
+        raise FormatError("head: a classifier is kept in the native folder and in PEFT's; this format has none")
 
 
 def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:

@@ -147,22 +147,27 @@ class Tokeniser:
             found.append(tokens)
         return tuple(found[1:])
 
-    def encode_labelled(self, example: Labelled, max_length: int | None, *, pairs: bool) -> tuple[tuple[int, ...], int]:
-        """The tokens of a text with the special ones that the tokenizer itself puts around it, cut after `max_length`,
-        if any, and how many were cut. The second of two follows on a line of its own, or with `pairs` as the tokenizer
-        joins two; what stands at a cut text's end is kept there then, as [SEP] is. Raises DataError naming the line."""
-        joined = example.text if example.second is None else f"{example.text}\n{example.second}"
-        said = (example.text, example.second) if pairs and example.second is not None else joined
+    def encode_labelled(self, example: Labelled, max_length: int | None, *, last: bool) -> Tokens:
+        """A text with the special tokens that the tokenizer itself puts around it, cut after `max_length` tokens, if
+        any; the weight is on the one whose hidden state a classifier reads, the `last` or the first.
+
+        Where it is the last, the second of two texts follows on a line of its own; else the tokenizer joins them,
+        and what ends a text that is cut stays at its end, as [SEP] does. Raises DataError naming the line.
+        """
+        said: str | tuple[str, str] = example.text
+        if example.second is not None:
+            said = f"{example.text}\n{example.second}" if last else (example.text, example.second)
         try:
             ids = tuple(self._known(self._tokenizer.encode_batch([said], add_special_tokens=True)[0]).ids)
         except ChatError as error:
             raise DataError(example.line, str(error)) from None
         if not ids:
             raise DataError(example.line, "sentence: has no token")
-        if max_length is None or len(ids) <= max_length:
-            return ids, 0
-        kept = (*ids[: max_length - 1], ids[-1]) if pairs else ids[:max_length]
-        return kept, len(ids) - max_length
+        whole = len(ids)
+        if max_length is not None and whole > max_length:
+            ids = ids[:max_length] if last else (*ids[: max_length - 1], ids[-1])
+        read = len(ids) - 1 if last else 0
+        return Tokens(ids, tuple(float(place == read) for place in range(len(ids))), whole - len(ids))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of `ids`, without `special` tokens unless they are asked for."""

@@ -109,7 +109,7 @@ def shown_job(job: Job) -> FineTuningJob:
         organization_id=job.tenant,
         status=job.state.value,
         hyperparameters=common,
-        method={"type": "supervised", "supervised": {"hyperparameters": {**common, **ours}}},
+        method={"type": spec.kind, spec.kind: {"hyperparameters": {**common, **ours}}},
         training_file=spec.training_file,
         validation_file=spec.validation_file,
         trained_tokens=job.trained_tokens if job.final else None,
