@@ -133,11 +133,11 @@ class SearchPlan:
     def request(self, *, study: str, number: int, peft: str, learning_rate: float) -> dict[str, JsonValue]:
         """The body of a trial's job, always the same for the same trial. Raises BadPlan if the API would refuse it."""
         body: dict[str, JsonValue] = self.job.model_dump(mode="json", exclude_unset=True)
-        supervised = self.job.method.supervised if self.job.method else None
-        given = supervised.hyperparameters if supervised else None
+        own = self.job.method.own if self.job.method else None
+        given = own.hyperparameters if own else None
         hyperparameters: dict[str, JsonValue] = given.model_dump(mode="json", exclude_unset=True) if given else {}
         hyperparameters |= {"peft": peft, "learning_rate": learning_rate}
-        body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+        body["method"] = {"type": self.job.kind, self.job.kind: {"hyperparameters": hyperparameters}}
         body["suffix"] = f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/{number}", "lease_s": self.lease_s}
         body["metadata"] = {**(self.job.metadata or {}), "study": study, "trial": str(number)}

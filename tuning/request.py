@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, PositiveInt
 
+from polygraft.cluster.model import JobKind
 from polygraft.cluster.spec import read_request
 from polygraft.grafts.sites import ModelShape
 from polygraft.tuning.finals import Rule
@@ -21,6 +22,7 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
+    type: JobKind = "supervised"
     trials: PositiveInt = 12
     concurrency: PositiveInt = 4
     startup: PositiveInt = 4
@@ -56,7 +58,7 @@ class SearchRequest(SearchOptions):
             "model": self.model or backbone,
             "training_file": self.training_file,
             "validation_file": self.validation_file,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
+            "method": {"type": self.type, self.type: {"hyperparameters": self.hyperparameters}},
         }
         return SearchPlan(
             name=self.name,

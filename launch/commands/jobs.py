@@ -13,7 +13,7 @@ from rich.markup import escape
 from polygraft.cluster.answers import JobEvent, RemoteDryRun, RemoteJob
 from polygraft.cluster.client import Client
 from polygraft.launch.commands.common import Json, flags
-from polygraft.launch.commands.request import read_request
+from polygraft.launch.commands.request import TYPE, read_request
 from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
 from polygraft.launch.progress import job_progress
 
@@ -36,6 +36,9 @@ def submit(
     model: Annotated[str | None, typer.Option(help="The backbone; the service's own when not given.")] = None,
     peft: Annotated[
         str | None, typer.Option(help='The graft, such as "lora(r=8) + prefix(10)"; see polygraft methods.')
+    ] = None,
+    type: Annotated[
+        str | None, typer.Option(help="supervised (the default), or classification of labelled texts, JSONL or TSV.")
     ] = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out examples as JSONL.")] = None,
     test_file: Annotated[
@@ -71,6 +74,7 @@ def submit(
     given = {
         "model": model,
         "peft": peft,
+        TYPE: type,
         "validation_file": str(validation_file) if validation_file else None,
         "test_file": str(test_file) if test_file else None,
         "suffix": suffix,

@@ -29,7 +29,6 @@ from polygraft.trainers import publishing as publishing_module
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.evaluate import Judgement
-from polygraft.trainers.joining import PEFT
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
@@ -37,6 +36,7 @@ from tests.kernels.compare import relative
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit, submit_one
 
+PEFT = "method.supervised.hyperparameters.peft"
 METHODS = ("lora(r=4, at=attn.*)", "ia3", "prefix(4)")
 
 

@@ -82,11 +82,13 @@ def saved(trials: Sequence[Trial]) -> float | None:
 def submit_line(trial: Trial, job: Mapping[str, JsonValue]) -> str:
     """The command that trains a trial's graft again; the files are ids of the service, of which `jobs` knows the
     names."""
-    supervised = _inner(_inner(job, "method"), "supervised")
-    given = _inner(supervised, "hyperparameters")
+    method = _inner(job, "method")
+    kind = str(method.get("type", "supervised"))
+    given = _inner(_inner(method, kind), "hyperparameters")
     flags = [("--peft", trial.candidate.peft), ("--learning-rate", f"{trial.candidate.learning_rate:g}")]
     flags += [(f"--{name.replace('_', '-')}", str(value)) for name, value in sorted(given.items())]
     flags += [("--validation-file", str(job.get("validation_file")))]
+    flags += [("--type", kind)] if kind != "supervised" else []
     words = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags)
     return f"polygraft submit {job.get('training_file')} {words}"
 
