@@ -43,7 +43,14 @@ class Scores:
 
 
 UNSCORED = Scores()
+_LABELLED = frozenset({"score", "accuracy", "macro_f1"})  # what labelled texts tell
 SCORES = ("score", *(field.name for field in fields(Scores)))
+
+
+def scores_told(*, choices: bool, labels: bool) -> frozenset[str]:
+    """The names of the scores that examples of a kind can tell."""
+    answers = frozenset({"score", "exact_match", "token_f1"})
+    return _LABELLED if labels else frozenset(SCORES) if choices else answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

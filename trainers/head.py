@@ -34,7 +34,7 @@ class ClassHead:
         for part in self._trained:
             self._parts[part].grad = None
         with torch.enable_grad():
-            rows = rows_ND.detach().requires_grad_()
+            rows = rows_ND.detach().clone().requires_grad_()  # where they lie among others' is not to be seen
             losses = F.cross_entropy(self.logits(rows), labels_N, reduction="none")
             (losses * factors_N.to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
         assert rows.grad is not None
