@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+import torch
 from torch import Tensor
 
 from polygraft.cluster.scores import Scores
@@ -15,7 +16,7 @@ from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.trainers.head import ClassHead
 from polygraft.trainers.job import Sample
 from polygraft.trainers.micro_batch import MicroBatch
-from polygraft.trainers.packed_forward import forward_answers
+from polygraft.trainers.packed_forward import forward_answers, forward_logits
 from polygraft.trainers.scores import Answer, Chosen, label_scores, scores_of
 
 
@@ -62,18 +63,31 @@ def mean_loss(
     return total / sum(sample.weight for sample in every)
 
 
+def probabilities(
+    backbone: Backbone, graft: BoundGraft, values: Mapping[str, Tensor], texts: Sequence[Sample], max_rows: int = 768
+) -> Tensor:
+    """[texts, labels] of a graft with a classifier, float32 or wider."""
+    resident = Resident("evaluated", graft, values)
+    stacks, found = backbone.stacks((resident,)), []
+    for piece in _pieces(texts, max_rows, graft.virtual_length):
+        found.append(forward_logits(backbone, stacks, _micro_batch(resident, stacks, piece)).softmax(dim=1))
+    return torch.cat(found)
+
+
+def _micro_batch(resident: Resident, stacks: Stacks, piece: tuple[Sample, ...]) -> MicroBatch:
+    graft = resident.graft
+    head = ClassHead(graft.head, stacks.residents[0].tensors) if graft.head else None
+    numbers = tuple(range(len(piece)))
+    return MicroBatch(0, graft.prefix_length, piece, numbers, 1.0, virtual_length=graft.virtual_length, head=head)
+
+
 def _answers(
     backbone: Backbone, stacks: Stacks, resident: Resident, samples: Sequence[Sample], max_rows: int
 ) -> tuple[float, list[Answer]]:
     """The summed weighted loss of samples under the stacks' only resident, and what each came to."""
-    total, found, graft = 0.0, [], resident.graft
-    head = ClassHead(graft.head, stacks.residents[0].tensors) if graft.head else None
-    for piece in _pieces(samples, max_rows, graft.virtual_length):
-        numbers = tuple(range(len(piece)))
-        micro_batch = MicroBatch(
-            0, graft.prefix_length, piece, numbers, 1.0, virtual_length=graft.virtual_length, head=head
-        )
-        loss, answers = forward_answers(backbone, stacks, micro_batch)
+    total, found = 0.0, []
+    for piece in _pieces(samples, max_rows, resident.graft.virtual_length):
+        loss, answers = forward_answers(backbone, stacks, _micro_batch(resident, stacks, piece))
         total += loss
         found += answers
     return total, found

@@ -84,6 +84,15 @@ def forward_answers(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch)
 
 
 @torch.inference_mode()
+def forward_logits(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) -> Tensor:
+    """The labels' logits, [samples, labels], of a micro-batch with a head."""
+    assert micro_batch.head is not None, "a micro-batch of texts to classify"
+    packed = _packed(backbone, [micro_batch])
+    hidden = backbone.forward(packed.rows, stacks, packed.attention, states=packed.states)
+    return micro_batch.head.logits(hidden[packed.counted])
+
+
+@torch.inference_mode()
 def bare_forward(backbone: Backbone) -> None:
     """One row through the backbone and its head, without any job's graft: raises where the fault is no job's."""
     builder = RowBuilder()

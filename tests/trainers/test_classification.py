@@ -30,7 +30,7 @@ from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.trainers.evaluate import judge
+from polygraft.trainers.evaluate import judge, probabilities
 from polygraft.trainers.head import ClassHead
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.lanes.gradient import GradientLane
@@ -206,6 +206,7 @@ def test_the_judgement_is_by_the_likeliest_label(backbone: Backbone) -> None:
     values = trained(backbone, job)
     found = torch.stack([logits(backbone, job.graft, values, one) for one in job.held_out])
     labels = torch.tensor([one.label for one in job.held_out])
+    assert relative(probabilities(backbone, job.graft, values, job.held_out, 40), found.softmax(1)) < 1e-5
     told = judge(backbone, job.graft, values, job.held_out, 40)
     assert told.loss == pytest.approx(float(F.cross_entropy(found, labels)), rel=1e-5)
     assert told.scores.accuracy == pytest.approx(float((found.argmax(1) == labels).float().mean()))
