@@ -43,7 +43,7 @@ def forward_backward(backbone: Backbone, stacks: Stacks, micro_batches: Sequence
     packed = _packed(backbone, micro_batches)
     for leaf in stacks.leaves():
         leaf.grad = None
-    hidden = backbone.forward(packed.rows, stacks, packed.attention, states=packed.states)
+    hidden = _hidden(backbone, stacks, packed)
     factors = packed.weights.clone()
     for micro_batch, (start, stop) in zip(micro_batches, packed.bounds):
         factors[start:stop] /= micro_batch.normaliser
@@ -71,7 +71,7 @@ def forward_answers(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch)
     """The summed weighted loss of a micro-batch as `forward_losses` has it, and what each of its samples came to, which
     is a function of the sample alone."""
     packed = _packed(backbone, [micro_batch])
-    read = backbone.forward(packed.rows, stacks, packed.attention, states=packed.states)[packed.counted]
+    read = _hidden(backbone, stacks, packed)[packed.counted]
     head = micro_batch.head
     judged = judged_tokens(backbone, read, packed.targets) if head is None else head.judged(read, packed.targets)
     losses, likeliest = judged
@@ -88,7 +88,7 @@ def forward_logits(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) 
     """The labels' logits, [samples, labels], of a micro-batch with a head."""
     assert micro_batch.head is not None, "a micro-batch of texts to classify"
     packed = _packed(backbone, [micro_batch])
-    hidden = backbone.forward(packed.rows, stacks, packed.attention, states=packed.states)
+    hidden = _hidden(backbone, stacks, packed)
     return micro_batch.head.logits(hidden[packed.counted])
 
 
@@ -98,6 +98,11 @@ def bare_forward(backbone: Backbone) -> None:
     builder = RowBuilder()
     builder.add((0,))
     backbone.logits(backbone.forward(builder.rows(), backbone.stacks(()), builder.attention(backbone.shape)))
+
+
+def _hidden(backbone: Backbone, stacks: Stacks, packed: _Packed) -> Tensor:
+    forward = backbone.states if packed.states else backbone.forward
+    return forward(packed.rows, stacks, packed.attention)
 
 
 def _learned(

@@ -100,7 +100,7 @@ def logits(backbone: Backbone, graft: BoundGraft, values: dict[str, Tensor], one
     own = builder.add(one.ids[:-1], graft=0)
     stacks = backbone.stacks([Resident("g", graft, values)])
     with torch.inference_mode():
-        hidden = backbone.forward(builder.rows(), stacks, builder.attention(backbone.shape), states=True)
+        hidden = backbone.states(builder.rows(), stacks, builder.attention(backbone.shape))
         return ClassHead(graft.head, values).logits(hidden[[own[one.weights.index(1.0) - 1]]])[0]
 
 
