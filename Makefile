@@ -33,7 +33,7 @@ test: setup  ## run the tests (about 13 minutes on 2 cores)
 	$(BIN)/pytest tests/ray tests/e2e || status=$$?; \
 	exit $$status
 
-test-cluster: setup  ## kill and stop what a service over three nodes consists of, one after the other (about 13 minutes)
+test-cluster: setup  ## kill what a service over three nodes consists of, one after the other (about 5 minutes)
 	$(BIN)/pytest -s tests/nodes
 
 coverage: setup  ## run the tests and say which lines none of them runs
@@ -49,7 +49,7 @@ lint: setup  ## check style, import bans and formatting
 
 types: setup  ## check types, strictly
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks
+	$(BIN)/mypy benchmarks tests
 
 docs: setup  ## build the documentation into build/docs; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
