@@ -12,7 +12,6 @@ import torch
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
