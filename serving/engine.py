@@ -109,10 +109,8 @@ class Engine:
         return self._thread.is_alive() and self._clock() - self.beat < stall_s
 
     def listen(self, ingress: str, listener: Listener) -> None:
-        """Hand `ingress` its tokens from now on, on the engine's thread. What it asked for on a connection before, it
-        has lost: these requests end."""
-        if self._outbox.listen(ingress, listener):
-            self._end_those_of(ingress)
+        """Hand `ingress` its tokens from now on, on the engine's thread."""
+        self._outbox.listen(ingress, listener)
 
     def hears(self, ingress: str) -> bool:
         """Whether `ingress` has a listener."""
@@ -122,7 +120,9 @@ class Engine:
         """The reader is gone; unless another took its place, which False says, its requests end."""
         left = self._outbox.leave(ingress, listener)
         if left:
-            self._end_those_of(ingress)
+            with self._changed:
+                self._left.add(ingress)
+            self._wake()
         return left
 
     def submit(self, request: GenerationRequest) -> QueueFull | None:
@@ -364,11 +364,6 @@ class Engine:
             if not self._awake:
                 self._changed.wait(_IDLE_S)
             self._awake = False
-
-    def _end_those_of(self, ingress: str) -> None:
-        with self._changed:
-            self._left.add(ingress)
-        self._wake()
 
     def _wake(self) -> None:
         with self._changed:

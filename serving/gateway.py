@@ -129,12 +129,12 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def follow(self, links: Mapping[ReplicaId, Link]) -> None:
-        """These are the replicas now. One that is not among them any more is gone, as planned if it has drained; one
-        that was there before keeps its link."""
+        """These are the replicas now. One that is not among them any more is gone as planned; one that was there
+        before keeps its link."""
         for replica in self._links.keys() - links.keys():
             del self._links[replica]
             self._pumps.pop(replica).cancel()
-            self._lose(replica, planned=replica in self._roster.draining)
+            self._lose(replica, planned=True)
         for replica in links.keys() - self._links.keys():
             self._links[replica] = links[replica]
             self._connect(replica)

@@ -23,13 +23,10 @@ class Outbox:
         self._held: dict[str, list[StepTokens]] = defaultdict(list)
         self._told: dict[str, tuple[Load, float]] = {}
 
-    def listen(self, ingress: str, listener: Listener) -> bool:
-        """From now on `listener` is called, on the engine's thread, with what there is for `ingress`. True when it
-        takes another's place."""
+    def listen(self, ingress: str, listener: Listener) -> None:
+        """From now on `listener` is called, on the engine's thread, with what there is for `ingress`."""
         with self._lock:
-            before = self._listeners.get(ingress)
             self._listeners[ingress] = listener
-        return before is not None
 
     def hears(self, ingress: str) -> bool:
         with self._lock:

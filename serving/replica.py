@@ -37,6 +37,7 @@ from polygraft.serving.host import NAMESPACE, Host, ReplicaPlan
 SCALER = "polygraft.cluster.actors.scaler:Scaler"
 MOST = 1000  # replicas, where only the devices say how many there may be
 _END_S = 5.0  # for what comes after a drain
+_SEEN_S = 1.0  # until ingresses see that it died, which is otherwise than that it is not wanted any more
 _LOADING_S = 120.0  # a process that imports and reads may not answer for a while
 _LOG = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Replica:
         closed."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
+        time.sleep(_SEEN_S)
         self._close()
         os._exit(1)
 

@@ -12,7 +12,6 @@ import torch
 from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
-from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.local import LocalLink
 from polygraft.serving.messages import StepMessage
@@ -117,27 +116,3 @@ async def test_the_requests_of_an_ingress_that_is_not_heard_of_end(backbone: Bac
     with pytest.raises(ConnectionError, match="does not follow"):
         await link.submit(request("b", (5, 6, 7), 4, ingress="gone"))
     engine.stop()
-
-
-async def test_an_ingress_that_connects_again_has_lost_what_it_asked_for_before(
-    backbone: Backbone, tmp_path: Path
-) -> None:
-    engine = engine_on(backbone, tmp_path)
-    link = LocalLink(engine)
-    connections = [link.messages("i") for _ in range(2)]
-    await anext(connections[0])
-    await link.submit(request("a", (5, 6, 7), 100, ingress="i"))
-    engine.turn()
-    assert (await anext(connections[1])).load.running == 1
-    await link.submit(request("b", (5, 6, 7), 100, ingress="i"))
-    engine.turn()
-    said = (await anext(connections[1])).tokens
-    assert [(one.request, one.finish_reason) for one in said] == [("a", "cancelled"), ("b", None)]
-    assert _running(engine) == ["b"]
-    for connection in connections:
-        await connection.aclose()
-    engine.stop()
-
-
-def _running(engine: Engine) -> list[str]:
-    return [sequence.request.id for sequence in engine._streams.running]
