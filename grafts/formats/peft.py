@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats import peft_extras
+from polygraft.grafts.formats import peft_extras, peft_head
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.files import json_object, tensors
@@ -84,13 +84,17 @@ def load(
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
+        stored = usual(tensors(folder, WEIGHTS), shape)
+        headed = peft_head.read(stored, shape, backbone_files) if peft_head.classifies(config) else None
+        if headed is not None:
+            config = peft_head.without_head(config)
+            stored = {key: value for key, value in stored.items() if key not in headed.keys}
         layout = layout_of(config, stored=True)
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         _check_separable(layout, own)
         exchange = Exchange(layout, own, backbone_files)
-        stored = usual(tensors(folder, WEIGHTS), shape)
         more, changes, keys = peft_extras.read(layout, config, stored, own, backbone_files)
         whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
     except (FormatError, SpecError) as error:
@@ -100,6 +104,8 @@ def load(
         values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
+    if headed is not None:
+        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), values | headed.tensors
     check(whole, values)
     return whole, values
 
@@ -140,6 +146,11 @@ def _written(
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""
+    if whole.head:
+        inner = None if values is None else {name: value for name, value in values.items() if name[:5] != "head."}
+        config, files = _written(peft_head.bare(whole), inner, backbone_files)
+        fields, classifier = peft_head.written(whole, values, config, wraps="target_modules" in config)
+        return config | fields, files | classifier
     graft = peft_extras.split(whole)
     own, shape = graft.own, whole.shape
     kept: Mapping[str, Tensor] | None = None if values is None else graft.values(values)

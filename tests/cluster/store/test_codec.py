@@ -76,7 +76,7 @@ def test_a_snapshot_keeps_its_jobs_by_id() -> None:
     ("change", "message"),
     [
         ({"type": "Task"}, "job/ftjob-a: unknown type 'Task'; another version"),
-        ({"schema": 4}, "job/ftjob-a: Job of schema 4, not 3"),
+        ({"schema": 6}, "job/ftjob-a: Job of schema 6, not 5"),
         ({"colour": "red"}, "Job: expected the fields id, tenant.*found.*colour"),
         ({"state": "asleep"}, "Job.state: 'asleep' is not one of queued, running"),
         ({"step": 1.5}, "Job.step: expected int, found 1.5"),
