@@ -58,7 +58,7 @@ def submit_text(store: Store, data: Path, job: str, peft: str, answers: Sequence
     _admit(store, job, spec)
 
 
-def submit_labelled(
+def submit_labelled(  # noqa: PLR0913
     store: Store,
     data: Path,
     job: str,
