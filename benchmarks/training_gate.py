@@ -35,7 +35,7 @@ def check(folder: str, jobs: tuple[int, ...]) -> Gate:
     true, slopes, bare = _peft(material, "float32", jobs)
     losses, gradients = _ours(material, torch.float32, jobs)
     checks = [
-        Check("float32 losses, relative to PEFT", _distance(losses, true), EXACT),
+        Check("float32 losses, relative to PEFT", _apart(losses, true), EXACT),
         Check("float32 gradients, rel-L2 to PEFT", _distance(gradients, slopes), EXACT),
         Check("what the grafts change of the losses", _nearest(true, bare), MATTERS, least=True),
     ]
@@ -45,8 +45,8 @@ def check(folder: str, jobs: tuple[int, ...]) -> Gate:
         losses, gradients = _ours(material, best_dtype(), jobs)
         limit = AS_GOOD * _distance(coarse, slopes)
         checks += [
-            Check(f"{timed} losses, relative to PEFT in {timed}", _distance(losses, theirs), ROUNDED),
-            Check(f"{timed} losses, relative to PEFT in float32", _distance(losses, true), ROUNDED),
+            Check(f"{timed} losses, relative to PEFT in {timed}", _apart(losses, theirs), ROUNDED),
+            Check(f"{timed} losses, relative to PEFT in float32", _apart(losses, true), ROUNDED),
             Check(f"{timed} gradients, rel-L2 to PEFT in float32", _distance(gradients, slopes), limit),
         ]
     return Gate(tuple(checks))
@@ -101,7 +101,7 @@ def _first(job: int, count: int) -> int:
     return permutation(count, seed=job, epoch=0)[0]
 
 
-def _distance(found: list[float], expected: list[float]) -> float:
+def _apart(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
