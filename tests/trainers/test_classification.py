@@ -281,7 +281,7 @@ def test_a_job_of_labelled_texts_is_published_with_its_scores(folder: Path, tmp_
     store, backbone = MemoryStore(), Backbone.load(folder, torch.float32, training=True)
     submit(store, tmp_path, {"ftjob-0": "ia3"})
     lines = [{"sentence": f"{word} fruit {n}", "label": word} for n in range(3) for word in ("sweet", "sour")]
-    submit_labelled(store, tmp_path, "ftjob-1", "lora(r=8)", lines, epochs=20)
+    submit_labelled(store, tmp_path, "lora(r=8)", lines, epochs=20)
     store.append(keys.commands(PACK), {"op": "close", "job": ""})
     tokeniser = Tokeniser.load(folder)
     PackWorker(PACK, PackRunner(backbone), tokeniser, store, folders=Folders(tmp_path), micro_rows=128).run(
@@ -304,7 +304,7 @@ def test_what_is_read_of_a_text_is_its_last_token_however_it_is_cut(folder: Path
     store, tokeniser = MemoryStore(), Tokeniser.load(folder)
     lines = [{"sentence": "graft " * 40, "label": 1}, {"sentence": "a", "sentence2": "b", "label": 0}]
     (tmp_path / "files").mkdir()
-    record = submit_labelled(store, tmp_path, "ftjob-1", "ia3", lines, epochs=1, max_length=10)
+    record = submit_labelled(store, tmp_path, "ia3", lines, epochs=1, max_length=10)
     files = tmp_path / "files"
     job = prepare(record, files=files, tokeniser=tokeniser, backbone_files=BackboneFiles(folder), micro_rows=128)
     long, pair = job.train
