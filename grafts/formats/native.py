@@ -78,7 +78,7 @@ def save(
             write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(graft, stock):
-                peft.export(draft, graft, kept, base=base, stock=stock)
+                peft.export_checked(draft, graft, kept, base=base, stock=stock)
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise

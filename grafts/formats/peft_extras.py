@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -158,6 +159,7 @@ class SplitGraft:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
+@lru_cache(maxsize=16)  # as `_members` of peft.py
 def split(graft: BoundGraft) -> SplitGraft:
     """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
     spec, shape = graft.spec, graft.shape
