@@ -209,7 +209,9 @@ def test_every_imported_library_is_declared() -> None:
 def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
     names = sorted({module(path) for path in sources(folder)})
     patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
-    patterns["serving"] = r"polygraft\.serving\.(app|fleet|gateway|host|messages|remote|replica|request)$"
+    patterns["serving"] = (
+        r"polygraft\.serving\.(app|fleet|gateway|host|ingress|messages|remote|replica|request|http\.\w+)$"
+    )
     names = [name for name in names if matches(name, (patterns[folder],))]
     # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
     code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"

@@ -146,6 +146,13 @@ def _snapshot_6(body: Body) -> Body:
     return {**body, "jobs": _each(body.get("jobs"), _job_4)}
 
 
+def _snapshot_7(body: Body) -> Body:
+    """Schema 8 says which limits a setting gave, and which nodes drain, of which the cluster tells anew."""
+    limits = body.get("limits")
+    given = {"given": [], **limits} if isinstance(limits, Mapping) else limits
+    return {**body, "limits": given, "draining": []}
+
+
 def _backbone_unloading_1(body: Body) -> Body:
     """Schema 2 says when it was last asked: before."""
     return {**body, "asked_at": body.get("at")}
@@ -196,4 +203,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 4): _snapshot_4,
     ("Snapshot", 5): _snapshot_5,
     ("Snapshot", 6): _snapshot_6,
+    ("Snapshot", 7): _snapshot_7,
 }

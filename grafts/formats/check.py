@@ -1,15 +1,17 @@
-"""Whether tensors are just those of a graft's description; what every format asks before it gives a graft out."""
+"""Whether tensors are just those of a graft's description; what every format asks before it gives a graft out. Imports
+without torch, as all that the ingress asks of formats does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.spec import Sparse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FormatError(ValueError):
@@ -31,6 +33,8 @@ def refuse_head(graft: BoundGraft) -> None:
 
 def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless `values` are just the graft's tensors, of the right shapes and finite."""
+    import torch
+
     expected = {tensor.name: tensor.shape for tensor in graft.tensors}
     if expected.keys() != values.keys():
         odd = sorted(expected.keys() ^ values.keys())
@@ -46,6 +50,8 @@ def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
 
 def _finite(value: Tensor) -> bool:
     """By the least and the largest, which are NaN where one is."""
+    import torch
+
     if value.dtype not in (torch.float32, torch.bfloat16) or not value.numel():
         return bool(torch.isfinite(value).all())
     return all(isfinite(float(end)) for end in torch.aminmax(value))

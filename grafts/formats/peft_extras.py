@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_tokens, peft_vocabulary
@@ -23,7 +22,10 @@ from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
 from polygraft.grafts.sites import ModelShape, Site, gathered, resolve
 from polygraft.grafts.spec import SpecError, Tokens
 
-Values = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
 _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
 
 

@@ -53,9 +53,10 @@ NO_DESK = NoDesk()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """`limits` are those of a request, `pack` those of a pack; `candidate` says what a path would be as a backbone,
-    quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what `overview` sees;
-    `clock` gives seconds since the epoch; `sized` is a backbone's record with its sizes, and raises DoesNotFit."""
+    """`limits` are those of a request, `pack` says those of a backbone's packs; `candidate` says what a path would be
+    as a backbone, quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what
+    `overview` sees; `clock` gives seconds since the epoch; `sized` is a backbone's record with its sizes, and raises
+    DoesNotFit."""
 
     store: Store
     backbones: Backbones
@@ -63,7 +64,7 @@ class Api:
     graft_roots: tuple[Path, ...]
     candidate: Callable[[str, str | None], Candidate]
     limits: LimitSettings
-    pack: Limits
+    pack: Callable[[Backbone], Limits]
     clock: Callable[[], float]
     desk: Desk = NO_DESK
     meters: Meters

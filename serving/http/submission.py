@@ -19,8 +19,8 @@ from polygraft.cluster.validation import shown
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.description import described
 from polygraft.grafts.formats.heads import head_over, label_of
-from polygraft.grafts.formats.native import described
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinned
 from polygraft.grafts.head import Head
@@ -92,8 +92,9 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         spec = replace(spec, peft=_over_others(api, tenant, backbone, spec.peft, graft, peft))
     except SpecError as error:
         raise bad_request(f"{peft}: {error}", param=peft, code="invalid_value") from None
-    _check_memory(api.pack, spec.peft, sizes, peft)
-    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), api.pack.pack_bytes) if api.pack.pack_bytes else None
+    pack = api.pack(backbone.record)
+    _check_memory(pack, spec.peft, sizes, peft)
+    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), pack.pack_bytes) if pack.pack_bytes else None
     limit = _length_limit(backbone, spec, graft, room)
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
