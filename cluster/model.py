@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
+from polygraft.cluster.rung import Rung
 from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
 
@@ -66,7 +67,7 @@ class JobSpec:
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
     `max_length` None cuts no example that the backbone's positions and the pack's memory have room for. `priority`
-    orders a tenant's own jobs; the job trains in a pack over as many `devices`.
+    orders a tenant's own jobs; the job trains in a pack over as many `devices`, all its steps or those up to a `rung`.
     """
 
     backbone: str
@@ -90,6 +91,7 @@ class JobSpec:
     promote: bool = False
     priority: int = 0
     devices: int = 1
+    rung: Rung | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +107,15 @@ class JobError:
 class Job:
     """One fine-tune.
 
-    A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
-    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed with it as a
-    suspect.
-    `admitted_at` is when it came into its pack, or the last one; `blocked_at` since when it is its turn and no pack has
-    room for it. A running job that is `moving_to` another pack leaves its own at its next step boundary; a waiting one
-    has left it.
+    A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits, went
+    back to the queue, or is being stopped. `attempts` counts packs that failed with it as a suspect. `admitted_at` is
+    when it came into its pack, or the last one; `blocked_at` since when it is its turn and no pack has room for it. One
+    that is `moving_to` another pack leaves its own at its next step boundary if it is running, or else has left it.
     `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the submission on
     where the ingress knows the backbone's shape. `device_class` is that of the device which computes its steps, within
     which they are the same to the last bit.
-    `model` is "name@n" once published. Progress (`step`, tokens, losses) is written by the worker without an event;
-    every other field changes only through `evolve`.
+    `model` is "name@n" once published. Progress (`step`, tokens, losses) the worker writes without an event, the rest
+    changes only through `evolve`.
     """
 
     id: JobId

@@ -15,13 +15,12 @@ from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.running import RunningJob
+from polygraft.trainers.running import CARRIED, RunningJob
 
 SCHEMA = 1
 _KEPT = 2
 _TENSORS = ("master", "exp_avg", "exp_avg_sq")
 _FROZEN = "frozen."  # before the names of tensors that are not trained
-_FIELDS = ("step", "tokens", "skipped", "chain", "loss_before", "served_rows")
 
 
 class CheckpointError(ValueError):
@@ -45,7 +44,7 @@ def save(folder: Path, running: RunningJob, named: str | None = None, *, device_
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         write_tensors({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
-        (draft / "state.json").write_text(json.dumps(state | {key: getattr(running, key) for key in _FIELDS}))
+        (draft / "state.json").write_text(json.dumps(state | {key: getattr(running, key) for key in CARRIED}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
             shutil.rmtree(old, ignore_errors=True)
@@ -83,7 +82,7 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
-    return RunningJob(job, slab, device_class=state.get("device_class"), **{key: state[key] for key in _FIELDS})
+    return RunningJob(job, slab, device_class=state.get("device_class"), **{key: state[key] for key in CARRIED})
 
 
 def _state(folder: Path, name: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def prepare(
         max_grad_norm=job.spec.max_grad_norm,
         seed=job.spec.seed,
         micro_rows=micro_rows,
+        until=1.0 if job.spec.rung is None else job.spec.rung.until,
     )
     given = {"training_file": job.spec.training_file, "validation_file": job.spec.validation_file}
     (train, warning), (held_out, other) = (

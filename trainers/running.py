@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from torch import Tensor
@@ -16,6 +16,18 @@ from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.micro_batch import MicroBatch
 
+CARRIED = ("step", "tokens", "skipped", "chain", "loss_before", "served_rows")  # beside the slab, all of its future
+FORKED = (
+    "learning_rate",
+    "schedule",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "betas",
+    "eps",
+    "until",
+    "micro_rows",
+)
 PATIENCE = 5  # non-finite steps in a row that end a job; all of a shorter one
 
 
@@ -48,12 +60,12 @@ class RunningJob:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.job.steps_total
+        return self.step >= self.job.last_step
 
     @property
     def at(self) -> str:
         """The step ahead, in words."""
-        return f"step {min(self.step + 1, self.job.steps_total)} of {self.job.steps_total}"
+        return f"step {min(self.step + 1, self.job.last_step)} of {self.job.last_step}"
 
     @property
     def key(self) -> int:
@@ -104,7 +116,25 @@ class RunningJob:
     @property
     def hopeless(self) -> bool:
         """Whether too many steps in a row were skipped."""
-        return self.skipped >= min(PATIENCE, self.job.steps_total)
+        return self.skipped >= min(PATIENCE, self.job.last_step)
+
+    def forked(self, job: TrainJob) -> RunningJob:
+        """Another job that goes on from here, between two steps: with a copy of the slab's row (weights, moments, what
+        is not trained), of the counters, and so of the place in the data. Of how it learns it may differ in FORKED;
+        with the same values it computes this one's bits. Raises ValueError where it differs in anything else."""
+        assert not self.micro, "a job is forked between two of its steps"
+        same = {name: getattr(self.job.config, name) for name in FORKED}
+        for what, mine, its in (
+            ("graft", self.job.graft, job.graft),
+            ("training data", self.job.train, job.train),
+            ("batches", self.job.config, replace(job.config, **same)),
+        ):
+            if mine != its:
+                raise ValueError(f"job {job.id} has another {what} than {self.job.id}, which it goes on from")
+        slab = Slab(job.graft, self.slab.master.dtype, self.slab.master.device)
+        slab.copy(self.slab)
+        kept = {name: getattr(self, name) for name in CARRIED}
+        return RunningJob(job, slab, device_class=self.device_class, **kept)
 
 
 @dataclass(frozen=True, slots=True)

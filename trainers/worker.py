@@ -77,7 +77,7 @@ class PackWorker:
         self._step_floor_s = step_floor_s
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
-        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports)
+        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports, self.device_class)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
@@ -221,7 +221,7 @@ class PackWorker:
             job=job,
             pack=self.pack,
             parameters=trained.graft.parameters,
-            steps_total=trained.steps_total,
+            steps_total=trained.last_step,
             device_class=self.device_class,
             at=time.time(),
         )
@@ -236,7 +236,7 @@ class PackWorker:
             self._reports.note(job, warning, level="warn")
         self._reports.note(
             job,
-            f"training {trained.graft.spec.method}: {trained.steps_total} steps in {self.pack}",
+            f"training {trained.graft.spec.method}: {trained.last_step - running.step} steps in {self.pack}",
             held_out_loss=running.loss_before,
         )
         self._reports.progress(running)

@@ -7,6 +7,7 @@ A plan is a value that the study's record keeps, so that whoever goes on with th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -16,8 +17,9 @@ from polygraft.tuning.finals import Rule
 from polygraft.tuning.objectives import Limit, Objective, check, known, objective
 from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName, sampler
+from polygraft.tuning.samplers.population import Population
 from polygraft.tuning.spaces.kinds import AnySpace
-from polygraft.tuning.study import Sampler
+from polygraft.tuning.study import Sampler, Trial
 
 _NAME = re.compile(r"[a-z0-9-]{1,35}", re.ASCII)
 
@@ -76,6 +78,11 @@ class SearchPlan:
             if getattr(self.job, field) is not None:
                 raise BadPlan(f"job.{field}: leave it out; trials set their own, and hyperparameters go into method")
 
+        if self.model == "pbt" and (self.seeds or self.pruner != "none"):
+            raise BadPlan(
+                "sampler: pbt is its own early stopping, and no job repeats the rates of its members; leave out "
+                "seeds and pruner"
+            )
         try:
             check(self.minimise, self.limits)
             _ = self.sampler
@@ -98,6 +105,19 @@ class SearchPlan:
             seed=self.seed,
         )
 
+    def parent(self, trials: Sequence[Trial]) -> int | None:
+        """The trial that the next one goes on from, if there is one. Raises NotYet."""
+        one = self.sampler
+        return one.parent(trials) if isinstance(one, Population) else None
+
+    def rung(self, trial: Trial, trials: Sequence[Trial]) -> dict[str, JsonValue] | None:
+        """The part of its steps that the job of a trial takes, None for all of them."""
+        if self.model != "pbt":
+            return None
+        until = (trial.number // self.startup + 1) / (self.trials // self.startup)
+        outcome = None if trial.parent is None else trials[trial.parent].outcome
+        return {"until": until, "after": None if outcome is None else outcome.job}
+
     @property
     def hope(self) -> int:
         """How many results may miss the measured limits before the search ends."""
@@ -111,7 +131,15 @@ class SearchPlan:
         """A value of every objective, for a trial's graft and what was measured of it."""
         return tuple(known(one.name, peft, self.space.shape) if one.known else loss for one in self.objectives)
 
-    def request(self, *, study: str, number: int, peft: str, learning_rate: float) -> dict[str, JsonValue]:
+    def request(
+        self,
+        *,
+        study: str,
+        number: int,
+        peft: str,
+        learning_rate: float,
+        rung: Mapping[str, JsonValue] | None = None,
+    ) -> dict[str, JsonValue]:
         """The body of a trial's job, always the same for the same trial. Raises BadPlan if the API would refuse it."""
         body: dict[str, JsonValue] = self.job.model_dump(mode="json", exclude_unset=True)
         supervised = self.job.method.supervised if self.job.method else None
@@ -122,6 +150,8 @@ class SearchPlan:
         body["suffix"] = f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/{number}", "lease_s": self.lease_s}
         body["metadata"] = {**(self.job.metadata or {}), "study": study, "trial": str(number)}
+        if rung is not None:
+            body["rung"] = dict(rung)
         return _read(body)
 
     def final_request(

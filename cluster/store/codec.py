@@ -29,14 +29,14 @@ SCHEMAS: Mapping[str, int] = {
     "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,
-    "Job": 3,
+    "Job": 4,
     "JobStarted": 2,
-    "JobSubmitted": 3,
+    "JobSubmitted": 4,
     "Pack": 2,
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 5,
+    "Snapshot": 6,
 }
 
 

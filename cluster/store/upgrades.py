@@ -91,6 +91,21 @@ def _job_submitted_2(body: Body) -> Body:
     return {**body, "record": _job_2(record) if isinstance(record, Mapping) else record}
 
 
+def _job_3(body: Body) -> Body:
+    """Schema 4 may train up to a rung, and go on from one."""
+    spec = body.get("spec")
+    return {**body, "spec": {**spec, "rung": None} if isinstance(spec, Mapping) else spec}
+
+
+def _job_submitted_3(body: Body) -> Body:
+    record = body.get("record")
+    return {**body, "record": _job_3(record) if isinstance(record, Mapping) else record}
+
+
+def _snapshot_5(body: Body) -> Body:
+    return {**body, "jobs": _each(body.get("jobs"), _job_3)}
+
+
 def _snapshot_4(body: Body) -> Body:
     limits, jobs = body.get("limits"), body.get("jobs")
     found = [job for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
@@ -137,9 +152,11 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("GraftPublished", 1): _graft_published_1,
     ("Job", 1): _job_1,
     ("Job", 2): _job_2,
+    ("Job", 3): _job_3,
     ("JobStarted", 1): _job_1,
     ("JobSubmitted", 1): _job_submitted_1,
     ("JobSubmitted", 2): _job_submitted_2,
+    ("JobSubmitted", 3): _job_submitted_3,
     ("Pack", 1): _on_devices_1,
     ("PackOpening", 1): _on_devices_1,
     ("Replica", 1): _replica_1,
@@ -148,4 +165,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 2): _snapshot_2,
     ("Snapshot", 3): _snapshot_3,
     ("Snapshot", 4): _snapshot_4,
+    ("Snapshot", 5): _snapshot_5,
 }

@@ -172,6 +172,7 @@ class FineTuningJob(Body):
     lease_until: int | None
     priority: int
     devices: int
+    rung: dict[str, JsonValue] | None = None
 
 
 class DryRunFile(Body):
@@ -243,7 +244,8 @@ class SearchObject(Body):
 
 class TrialObject(Body):
     """`candidate` is the graft and learning rate that `config`, a point of the space, means; `seen` are the trials that
-    were told when the sampler proposed it; `outcome` has values, or why there are none."""
+    were told when the sampler proposed it; it goes on from the trial `parent`; `outcome` has values, or why there are
+    none."""
 
     id: str
     object: Literal["search.trial"] = "search.trial"
@@ -255,6 +257,7 @@ class TrialObject(Body):
     told: int
     seen: tuple[int, ...]
     attempt: int
+    parent: int | None
     outcome: dict[str, JsonValue] | None
 
 

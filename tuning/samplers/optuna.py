@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Literal
 
@@ -32,7 +32,7 @@ from polygraft.tuning.spaces.parameters import (
     is_there,
     projected,
 )
-from polygraft.tuning.study import MODEL_ATTEMPTS, Stopped, Trial
+from polygraft.tuning.study import MODEL_ATTEMPTS, NotYet, Stopped, Trial
 
 Model = Literal["tpe", "gp", "nsga2"]
 RESULTS = 2  # fewer than these say nothing about what to change
@@ -53,6 +53,7 @@ class OptunaSampler:
     seed: int = 0
 
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
+        trials = self._generations(trials) if self.model == "nsga2" else trials
         results = sum(trial.values is not None for trial in trials)
         # A model may insist on a point that was tried; the last attempts leave the choice to chance.
         if len(trials) < self.startup or results < RESULTS or attempt >= MODEL_ATTEMPTS:
@@ -65,6 +66,14 @@ class OptunaSampler:
             if self._defined_by_run:
                 return _suggested(study.ask(), self.parameters)
             return projected(self.parameters, study.ask(self._distributions(self.parameters)).params)
+
+    def _generations(self, trials: Sequence[Trial]) -> Sequence[Trial]:
+        """The trials as NSGA-II sees them, whoever is faster: all of the generations before, of its own nothing. Raises
+        NotYet until those are told."""
+        first = len(trials) - len(trials) % POPULATION
+        if any(trial.outcome is None for trial in trials[:first]):
+            raise NotYet("the generation before is not over")
+        return [*trials[:first], *(replace(trial, outcome=None) for trial in trials[first:])]
 
     @property
     def _defined_by_run(self) -> bool:
