@@ -36,6 +36,7 @@ class RemoteSearch(Answer):
     front: tuple[int, ...] = ()
     finals: tuple[RemoteMember, ...] = ()
     chosen: int | None = None
+    parameters: tuple[Mapping[str, JsonValue], ...] = ()
     job: Mapping[str, JsonValue] = Field(default_factory=dict)
     shape: Mapping[str, JsonValue] = Field(default_factory=dict)
 

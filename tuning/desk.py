@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Annotated
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from polygraft.cluster.spec import BadRequest
 from polygraft.cluster.told import Told
@@ -15,6 +17,7 @@ from polygraft.tuning.finals import members
 from polygraft.tuning.plan import BadPlan
 from polygraft.tuning.record import StudyRecord, decode, encode
 from polygraft.tuning.request import SearchRequest
+from polygraft.tuning.spaces.parameters import Parameter
 from polygraft.tuning.study import Trial, excess, pareto
 
 
@@ -49,6 +52,7 @@ class Desk:
             front=tuple(trial.number for trial in pareto(within)),
             finals=tuple(asdict(member) for member in members(study.trials, study.finals)),
             chosen=study.chosen,
+            parameters=tuple(asdict(parameter) for parameter in plan.space.parameters),
             job=plan.job.model_dump(mode="json", exclude_unset=True),
             shape=asdict(plan.space.shape),
         )
@@ -60,9 +64,17 @@ def shown(trial: Trial) -> dict[str, JsonValue]:
     return {**body, "state": trial.state.value, "loss": trial.loss}
 
 
+def axes(parameters: Sequence[Mapping[str, JsonValue]]) -> tuple[Parameter, ...]:
+    """The axes of a space from what is told of them."""
+    return _PARAMETERS.validate_python(parameters)
+
+
 def read(body: dict[str, JsonValue]) -> Trial:
     """Inverse of `shown`."""
     return _TRIAL.validate_python({name: value for name, value in body.items() if name not in ("state", "loss")})
 
 
 _TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+_PARAMETERS: TypeAdapter[tuple[Parameter, ...]] = TypeAdapter(
+    tuple[Annotated[Parameter, Field(discriminator="kind")], ...]
+)

@@ -222,8 +222,9 @@ class FineTuningJobEvent(Body):
 
 class SearchObject(Body):
     """`trials` counts those asked for by state, `front` has the numbers of its members, `finals` what those came to
-    that were trained again, with half the width of their confidence intervals, `job` what every trial trains, on a
-    backbone of this `shape`; `note` says why the search ended before all trials were run, or failed."""
+    that were trained again, with half the width of their confidence intervals, `parameters` the axes of the space,
+    `job` what every trial trains, on a backbone of this `shape`; `note` says why the search ended before all trials
+    were run, or failed."""
 
     id: str
     object: Literal["search"] = "search"
@@ -238,6 +239,7 @@ class SearchObject(Body):
     front: tuple[int, ...]
     finals: tuple[dict[str, JsonValue], ...]
     chosen: int | None
+    parameters: tuple[dict[str, JsonValue], ...]
     job: dict[str, JsonValue]
     shape: dict[str, JsonValue]
 

@@ -213,6 +213,7 @@ def _shown(api: Api, search: Search) -> SearchObject:
         front=told.front,
         finals=told.finals,
         chosen=told.chosen,
+        parameters=told.parameters,
         job=told.job,
         shape=told.shape,
     )

@@ -58,7 +58,7 @@ class OptunaSampler:
         # A model may insist on a point that was tried; the last attempts leave the choice to chance.
         if len(trials) < self.startup or results < RESULTS or attempt >= MODEL_ATTEMPTS:
             return Spread(self.parameters, self.startup, self.seed).propose(trials, attempt)
-        with _quiet(), _one_thread() if self.model == "gp" else nullcontext():
+        with quiet(), _one_thread() if self.model == "gp" else nullcontext():
             study = optuna.create_study(
                 directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
             )
@@ -124,7 +124,7 @@ class OptunaSampler:
         return {limit.name: values[limit.name] - limit.most for limit in self.limits if limit.name in values} or None
 
     def _distributions(self, parameters: Sequence[Parameter]) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {parameter.name: _distribution(parameter) for parameter in parameters}
+        return {parameter.name: distribution(parameter) for parameter in parameters}
 
 
 def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
@@ -144,7 +144,7 @@ def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
     return config
 
 
-def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
+def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
     match parameter:
         case LogUniform(low=low, high=high):
             return optuna.distributions.FloatDistribution(low, high, log=True)
@@ -170,7 +170,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Optuna's report of every study it makes, and the libraries' advice on how to call them."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
