@@ -44,7 +44,7 @@ LAYERS: dict[str, str] = {
     "grafts: text": r"grafts\.text\..+",
     "grafts: what a graft and a model's sites are": r"grafts\.(spec|sites|architectures\..+)",
     "grafts: what methods declare": r"grafts\.methods\.(declare|ranges|exchange|configs|registry|refused|description)",
-    "grafts: what a declaration means": r"grafts\.(grammar|sizes|bound|cost|compose|sources|catalogue|s4|lowering)",
+    "grafts: what a declaration means": r"grafts\.(grammar|sizes|bound|elastic|cost|compose|sources|catalogue|s4|lowering)",
     "grafts: the methods": r"grafts\.methods\..+",
     "grafts: the runtime": r"grafts\.runtime\..+",
     "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",

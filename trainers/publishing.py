@@ -58,7 +58,7 @@ class Publishing:
             doing = "its graft cannot be saved"
             faults.point("before_publish")
             identity, saved_bytes = self._write(running)
-            if running.job.config.until < 1:
+            if running.job.config.until < 1 and running.step:
                 rungs.keep(self.folders, running, device_class=self.device_class)
         except Exception as error:
             if is_full(error):

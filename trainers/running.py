@@ -8,6 +8,8 @@ from hashlib import sha256
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.elastic import subnet
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.trainers.contribution import Contribution
@@ -72,6 +74,11 @@ class RunningJob:
         """What the random numbers of the step ahead hang on."""
         return self.job.key(self.step)
 
+    @property
+    def met(self) -> BoundGraft:
+        """The graft as the rows of the step ahead meet it: of a supernet the subnet that is drawn for it."""
+        return subnet(self.job.graft, self.key) if self.hooks.resized else self.job.graft
+
     def resident(self, tensors: Mapping[str, Tensor]) -> Resident:
         """The job's graft at `tensors`."""
         return Resident(self.job.id, self.job.graft, tensors, lambda: self.key)
@@ -83,16 +90,16 @@ class RunningJob:
 
     def micro_batch(self, graft: int, ahead: int = 0) -> MicroBatch:
         """The next one, or one that is so many `ahead` of it in the same global batch, through resident `graft`."""
-        job = self.job
+        job, met = self.job, self.met
         numbers = job.micro_batches(self.step)[self.micro + ahead]
         return MicroBatch(
             graft=graft,
-            prefix_length=job.graft.prefix_length,
+            prefix_length=met.prefix_length,
             samples=tuple(job.train[i] for i in numbers),
             numbers=numbers,
             normaliser=job.batch_weight(self.step),
-            key=self.key if job.graft.draws else None,
-            virtual_length=job.graft.virtual_length,
+            key=self.key if met.draws else None,
+            virtual_length=met.virtual_length,
         )
 
     def collect(self, micro_batch: MicroBatch, part: Contribution, *, rows: int) -> bool:

@@ -36,6 +36,8 @@ class SearchPlan:
     these in. `startup` trials are spread evenly before the model proposes. At most `concurrency` run at once, in one
     pack if it has room. A trial that nobody has spoken for in `lease_s` seconds is cancelled by the service.
 
+    Trials over a `supernet`, a graft's version, are its subnets with what it has of them, judged and not trained.
+
     Of the front, members are trained again on `seeds` other seeds and judged on `test_file` (the validation file when
     not given); one is chosen by a rule (`tuning/finals.py`), and is what the search's name means if it is to be
     `promote`d.
@@ -51,6 +53,7 @@ class SearchPlan:
     minimise: tuple[str, ...] = ("loss", "parameters")
     limits: tuple[Limit, ...] = ()
     pruner: PrunerName = "none"
+    supernet: str | None = None
     seeds: int = 0
     choose: Rule = "knee"
     promote: bool = False
@@ -78,11 +81,11 @@ class SearchPlan:
             if getattr(self.job, field) is not None:
                 raise BadPlan(f"job.{field}: leave it out; trials set their own, and hyperparameters go into method")
 
-        if self.model == "pbt" and (self.seeds or self.pruner != "none"):
-            raise BadPlan(
-                "sampler: pbt is its own early stopping, and no job repeats the rates of its members; leave out "
-                "seeds and pruner"
-            )
+        if self.model == "pbt" and (self.seeds or self.pruner != "none" or self.supernet):
+            why = "it stops early by itself, and no job repeats the rates of its members"
+            raise BadPlan(f"sampler: pbt takes no seeds, pruner or supernet: {why}")
+        if self.supernet is not None and self.pruner != "none":
+            raise BadPlan("pruner: the subnets of a supernet are not trained; leave it out")
         try:
             check(self.minimise, self.limits)
             _ = self.sampler
@@ -112,6 +115,8 @@ class SearchPlan:
 
     def rung(self, trial: Trial, trials: Sequence[Trial]) -> dict[str, JsonValue] | None:
         """The part of its steps that the job of a trial takes, None for all of them."""
+        if self.supernet is not None:
+            return {"until": 0.0, "after": None}
         if self.model != "pbt":
             return None
         until = (trial.number // self.startup + 1) / (self.trials // self.startup)
@@ -145,6 +150,8 @@ class SearchPlan:
         supervised = self.job.method.supervised if self.job.method else None
         given = supervised.hyperparameters if supervised else None
         hyperparameters: dict[str, JsonValue] = given.model_dump(mode="json", exclude_unset=True) if given else {}
+        if rung is not None and self.supernet is not None:
+            peft = f"{peft} + from(of={self.supernet})"
         hyperparameters |= {"peft": peft, "learning_rate": learning_rate}
         body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
         body["suffix"] = f"{self.name}-{number}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import sqrt
+
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, PositiveInt
 
 from polygraft.cluster.spec import read_request
@@ -11,13 +14,16 @@ from polygraft.tuning.objectives import Limit
 from polygraft.tuning.plan import BadPlan, SearchPlan
 from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName
+from polygraft.tuning.space import Space
+from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
 
 
 class SearchOptions(BaseModel):
     """A search over a `space` (`tuning/spaces/request.py`); `hyperparameters` are those of every trial, as in a job,
     except peft and learning_rate. Members of the front are trained again on `seeds` other seeds, and one is chosen by
-    the rule `choose`."""
+    the rule `choose`. Trials over a `supernet`, a graft that was trained with `elastic`, are its subnets, judged as they
+    are in it; their learning rate is that of the training after it, the middle of the space's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
@@ -32,6 +38,7 @@ class SearchOptions(BaseModel):
     seeds: NonNegativeInt = 0
     choose: Rule = "knee"
     promote: bool = False
+    supernet: str | None = None
     space: SpaceRequest = AutoPeftSpace()
     hyperparameters: dict[str, JsonValue] = {}
 
@@ -58,9 +65,10 @@ class SearchRequest(SearchOptions):
             "validation_file": self.validation_file,
             "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
         }
+        space = asked.space(shape, quantised=quantised)
         return SearchPlan(
             name=self.name,
-            space=asked.space(shape, quantised=quantised),
+            space=space if self.supernet is None else one_rate(space),
             job=read_request(job),
             trials=self.trials,
             concurrency=self.concurrency,
@@ -69,9 +77,22 @@ class SearchRequest(SearchOptions):
             minimise=self.objectives,
             limits=tuple(Limit(name, most) for name, most in self.limits.items()),
             pruner=self.pruner,
+            supernet=self.supernet,
             seed=self.seed,
             seeds=self.seeds,
             choose=self.choose,
             promote=self.promote,
             test_file=self.test_file,
         )
+
+
+def one_rate(space: AnySpace) -> AnySpace:
+    """The space with the middle of its learning rates alone, for trials that are not trained. Raises BadPlan for one
+    whose points are no subnets of a union."""
+    if not isinstance(space, Space):
+        raise BadPlan(
+            f"supernet: the points of {space.kind} are no subnets of a union; give noah, nls or another space"
+        )
+    rates = space.learning_rate
+    middle = sqrt(rates.low * rates.high)
+    return replace(space, learning_rate=replace(rates, low=middle, high=middle * (1 + 1e-6)))

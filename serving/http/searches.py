@@ -17,6 +17,7 @@ from starlette.responses import StreamingResponse
 from polygraft.cluster.events import Event
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import FileId, Search, Study, StudyId, TenantId
+from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, Versioned, Write
@@ -163,6 +164,12 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
     backbone = api.backbones.named(model)
     if backbone is None:
         raise not_found("model", model, param="model")
+    supernet = body.get("supernet") if isinstance(body, dict) else None
+    if isinstance(body, dict) and isinstance(supernet, str):
+        try:
+            body = {**body, "supernet": resolve(api.store, tenant, supernet).model}
+        except UnknownModel:
+            raise not_found("model", supernet, param="supernet") from None
     try:
         name, record, files = api.desk.begin(
             body, backbone=backbone.name, shape=backbone.shape, quantised=backbone.quantised

@@ -17,6 +17,7 @@ from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.cluster.states import JobState, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.validation import shown
+from polygraft.grafts import elastic
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
 from polygraft.grafts.formats.check import FormatError
@@ -66,6 +67,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
     try:
         asked = request.graft if request.graft is not None else asked_for(spec.peft, backbone.shape, backbone.stock)
         check_backbone(asked, quantised=backbone.quantised)
+        elastic.check(asked)
         graft = BoundGraft(asked, backbone.shape)
         sizes = graft.parameters, graft.frozen
         spec = replace(spec, peft=_over_others(api, tenant, backbone, spec.peft, graft))

@@ -127,6 +127,7 @@ def test_through_workers_the_graft_at_the_end_is_that_of_a_job_without_rungs(
     assert half.state is JobState.SUCCEEDED and half.graft != packs.job(whole).graft
     assert 0 < half.step < packs.job(whole).step
     submit_again(packs.store, "ftjob-rest", whole, Rung(after="ftjob-half"), OTHER)
+    submit_again(packs.store, "ftjob-none", whole, Rung(until=0.0), OTHER)
     submit_again(packs.store, "ftjob-lost", whole, Rung(after="ftjob-never"), OTHER)
     packs.close(OTHER)
     packs.work(OTHER)
@@ -136,4 +137,6 @@ def test_through_workers_the_graft_at_the_end_is_that_of_a_job_without_rungs(
         packs.job(whole).step,
         packs.job(whole).loss_before,
     )
+    none = packs.job("ftjob-none")  # judged as it starts
+    assert (none.state, none.step, none.loss_after) == (JobState.SUCCEEDED, 0, none.loss_before)
     assert lost.error is not None and (lost.error.code, lost.error.param) == ("rung_gone", "rung.after")

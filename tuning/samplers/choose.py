@@ -7,6 +7,7 @@ from typing import Literal
 
 from polygraft.tuning.objectives import Limit, Objective
 from polygraft.tuning.samplers.evolution import Evolution
+from polygraft.tuning.samplers.generations import Generations
 from polygraft.tuning.samplers.optuna import OptunaSampler
 from polygraft.tuning.samplers.population import Population
 from polygraft.tuning.samplers.spread import Spread
@@ -15,7 +16,7 @@ from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.s4 import S4Space
 from polygraft.tuning.study import Sampler
 
-SamplerName = Literal["random", "lhs", "tpe", "gp", "nsga2", "evolution", "staged", "pbt"]
+SamplerName = Literal["random", "lhs", "tpe", "gp", "nsga2", "evolution", "noah", "staged", "pbt"]
 
 
 def sampler(  # noqa: PLR0913
@@ -39,6 +40,8 @@ def sampler(  # noqa: PLR0913
             return Spread(parameters, trials, seed)
         case "evolution":
             return Evolution(parameters, seed=seed, population=max(startup, 2))
+        case "noah":
+            return Generations(parameters, max(startup, 2), seed)
         case "staged":
             if not isinstance(space, S4Space):
                 raise ValueError("sampler: staged decides S4's design part by part; give the space s4")
