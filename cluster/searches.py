@@ -45,6 +45,14 @@ class RemoteSearch(Answer):
         return self.status in ("succeeded", "failed", "cancelled")
 
 
+class RemoteCandidate(Answer):
+    """A union as text and its learning rate."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    peft: str
+    learning_rate: float
+
+
 class RemoteTrial(Answer):
     """A trial as the study's record has it, beside its number and state."""
 
@@ -53,6 +61,7 @@ class RemoteTrial(Answer):
     number: int
     state: str
     loss: float | None = None
+    candidate: RemoteCandidate
 
 
 def create(client: Client, body: Mapping[str, JsonValue], *, idempotency_key: str | None = None) -> RemoteSearch:

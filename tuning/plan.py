@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
@@ -17,9 +17,11 @@ from polygraft.tuning.finals import Rule
 from polygraft.tuning.objectives import Limit, Objective, check, known, objective
 from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName, sampler
+from polygraft.tuning.samplers.first import First
 from polygraft.tuning.samplers.population import Population
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.study import Sampler, Trial
+from polygraft.tuning.warm import Task, WarmStart
 
 _NAME = re.compile(r"[a-z0-9-]{1,35}", re.ASCII)
 
@@ -38,6 +40,8 @@ class SearchPlan:
 
     Trials over a `supernet`, a graft's version, are its subnets with what it has of them, judged and not trained.
 
+    `task` are statistics of the training file. What `warm` has is tried first.
+
     Of the front, members are trained again on `seeds` other seeds and judged on `test_file` (the validation file when
     not given); one is chosen by a rule (`tuning/finals.py`), and is what the search's name means if it is to be
     `promote`d.
@@ -54,6 +58,8 @@ class SearchPlan:
     limits: tuple[Limit, ...] = ()
     pruner: PrunerName = "none"
     supernet: str | None = None
+    task: Task | None = None
+    warm: WarmStart = field(default_factory=WarmStart)
     seeds: int = 0
     choose: Rule = "knee"
     promote: bool = False
@@ -66,9 +72,9 @@ class SearchPlan:
             raise BadPlan(
                 f"name: {self.name!r} does not match {_NAME.pattern}; it starts the names of the trials' grafts"
             )
-        for field, value in (("trials", self.trials), ("concurrency", self.concurrency), ("startup", self.startup)):
+        for what, value in (("trials", self.trials), ("concurrency", self.concurrency), ("startup", self.startup)):
             if value < 1:
-                raise BadPlan(f"{field}: {value} is not a number of trials; give at least 1")
+                raise BadPlan(f"{what}: {value} is not a number of trials; give at least 1")
         if self.seeds < 0:
             raise BadPlan(f"seeds: {self.seeds} is not a number of seeds; give 0 for none")
         if self.promote and not self.seeds:
@@ -77,9 +83,9 @@ class SearchPlan:
             raise BadPlan(f"lease_s: {self.lease_s} is too short for a service that is busy; give at least 5")
         if self.job.validation_file is None:
             raise BadPlan("job.validation_file: missing; trials are compared by their loss on held-out examples")
-        for field in ("owner", "suffix", "hyperparameters"):
-            if getattr(self.job, field) is not None:
-                raise BadPlan(f"job.{field}: leave it out; trials set their own, and hyperparameters go into method")
+        for what in ("owner", "suffix", "hyperparameters"):
+            if getattr(self.job, what) is not None:
+                raise BadPlan(f"job.{what}: leave it out; trials set their own, and hyperparameters go into method")
 
         if self.model == "pbt" and (self.seeds or self.pruner != "none" or self.supernet):
             why = "it stops early by itself, and no job repeats the rates of its members"
@@ -98,6 +104,10 @@ class SearchPlan:
 
     @property
     def sampler(self) -> Sampler:
+        return First(self.warm.configs, self._own_sampler) if self.warm.configs else self._own_sampler
+
+    @property
+    def _own_sampler(self) -> Sampler:
         return sampler(
             self.model,
             self.space,
@@ -110,7 +120,7 @@ class SearchPlan:
 
     def parent(self, trials: Sequence[Trial]) -> int | None:
         """The trial that the next one goes on from, if there is one. Raises NotYet."""
-        one = self.sampler
+        one = self._own_sampler
         return one.parent(trials) if isinstance(one, Population) else None
 
     def rung(self, trial: Trial, trials: Sequence[Trial]) -> dict[str, JsonValue] | None:

@@ -17,13 +17,15 @@ from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.space import Space
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
+from polygraft.tuning.warm import Task
 
 
 class SearchOptions(BaseModel):
     """A search over a `space` (`tuning/spaces/request.py`); `hyperparameters` are those of every trial, as in a job,
     except peft and learning_rate. Members of the front are trained again on `seeds` other seeds, and one is chosen by
-    the rule `choose`. Trials over a `supernet`, a graft that was trained with `elastic`, are its subnets, judged as they
-    are in it; their learning rate is that of the training after it, the middle of the space's."""
+    the rule `choose`. Trials over a `supernet`, a graft that was trained with `elastic`, are its subnets, judged as
+    they lie in it; the middle of the space's learning rates is for training one of them again. With a `warm_start`, a
+    study's id or auto for all, the first trials are the best of earlier studies over the same space."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
@@ -39,6 +41,7 @@ class SearchOptions(BaseModel):
     choose: Rule = "knee"
     promote: bool = False
     supernet: str | None = None
+    warm_start: str | None = None
     space: SpaceRequest = AutoPeftSpace()
     hyperparameters: dict[str, JsonValue] = {}
 
@@ -51,8 +54,10 @@ class SearchRequest(SearchOptions):
     test_file: str | None = None
     model: str | None = None
 
-    def plan(self, *, backbone: str, shape: ModelShape, quantised: bool = False) -> SearchPlan:
-        """Raises BadPlan, BadRequest and SpecError."""
+    def plan(
+        self, *, backbone: str, shape: ModelShape, quantised: bool = False, task: Task | None = None
+    ) -> SearchPlan:
+        """Raises BadPlan, BadRequest and SpecError; `task` are statistics of the training file."""
         for name in ("peft", "learning_rate"):
             if name in self.hyperparameters:
                 raise BadPlan(f"hyperparameters.{name}: leave it out; it is what trials differ in")
@@ -78,6 +83,7 @@ class SearchRequest(SearchOptions):
             limits=tuple(Limit(name, most) for name, most in self.limits.items()),
             pruner=self.pruner,
             supernet=self.supernet,
+            task=task,
             seed=self.seed,
             seeds=self.seeds,
             choose=self.choose,

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from polygraft.cluster import searches as remote
 from polygraft.cluster.answers import JobEvent, RemoteDryRun, RemoteJob
 from polygraft.cluster.client import Client
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.commands.request import read_request
-from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
+from polygraft.launch.output import Failure, Status, ago, count, loss, print_json, print_table, screen
 from polygraft.launch.progress import job_progress
 
 _COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
@@ -36,6 +37,9 @@ def submit(
     model: Annotated[str | None, typer.Option(help="The backbone; the service's own when not given.")] = None,
     peft: Annotated[
         str | None, typer.Option(help='The graft, such as "lora(r=8) + prefix(10)"; see polygraft methods.')
+    ] = None,
+    found: Annotated[
+        str | None, typer.Option("--from", help="Graft and learning rate that this search chose, for these data.")
     ] = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out examples as JSONL.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Name of the graft: the model becomes SUFFIX@1.")] = None,
@@ -84,6 +88,9 @@ def submit(
         "priority": priority,
         "devices": devices,
     }
+    if found is not None:
+        with flags(context).client() as client:
+            given |= {name: value for name, value in found_by(client, found).items() if given[name] is None}
     request = read_request(file, {name: value for name, value in given.items() if value is not None})
     if dry_run:
         with flags(context).client() as client:
@@ -103,6 +110,18 @@ def submit(
         screen.print(f"{job.id}\nFollow it with: polygraft logs {job.id} --follow", highlight=False)
     if job.status in ("failed", "cancelled"):
         raise Failure(f"{job.id} {job.status}: {job.error.message if job.error else 'see polygraft story'}")
+
+
+def found_by(client: Client, search: str) -> dict[str, object]:
+    """Graft and learning rate of the trial that a search chose, or else of the lowest loss on its front, to be trained
+    on other data (AutoPEFT's transfer, Zhou et al. 2024, section 5)."""
+    found = remote.show(client, search)
+    trials = {trial.number: trial for trial in remote.trials(client, search)}
+    front = [trials[number] for number in found.front if trials[number].loss is not None]
+    if found.chosen is None and not front:
+        raise Failure(f"--from: {search} is {found.status} and found nothing", Status.USAGE)
+    best = min(front, key=lambda trial: (trial.loss, trial.number)) if found.chosen is None else trials[found.chosen]
+    return {"peft": best.candidate.peft, "learning_rate": best.candidate.learning_rate}
 
 
 def jobs(

@@ -86,6 +86,9 @@ def search(
     budget: Annotated[
         str | None, typer.Option(help="With JSONL: 20m, 2h or 40 trials; space, sampler and fidelity follow from it.")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="First try what was best in this search, or in all of yours: auto.")
+    ] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures to this HTML file.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the search's end.")] = False,
@@ -93,7 +96,8 @@ def search(
 ) -> None:
     """Search for grafts of low loss and few parameters; its trials are jobs, as many as fit in one pack."""
     with flags(context).client() as client:
-        begun = remote.create(client, _asked(client, file, budget), idempotency_key=token_hex(16))
+        body = _asked(client, file, budget) | ({"warm_start": start} if start else {})
+        begun = remote.create(client, body, idempotency_key=token_hex(16))
         errors.print(f"{begun.id}; polygraft searches {begun.id} shows it", highlight=False)
         if detach:
             if as_json:

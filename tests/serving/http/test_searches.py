@@ -172,3 +172,19 @@ async def test_a_tenant_has_only_so_many_searches_at_once(service: Service, ann:
         assert (await ann.post("/searches", json=body)).status_code == 200
     answer = await ann.post("/searches", json=body)
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_searches"
+
+
+async def test_a_search_starts_from_what_was_best_in_an_earlier_one_of_the_tenant(
+    service: Service, ann: httpx.AsyncClient, bob: httpx.AsyncClient
+) -> None:
+    first = await begun(ann)
+    study = study_of(service, first)
+    for loss in (2.0, 1.0):
+        study.tell(study.ask().number, Result(values=(loss, 50.0), loss=loss))
+    for asks in ("auto", first):
+        plan = study_of(service, await begun(ann, warm_start=asks))
+        assert plan.ask().config == study.trials[1].config
+    stolen = await bob.post("/searches", json=await asked(bob, warm_start=first))
+    assert stolen.status_code == 404
+    theirs = study_of(service, await begun(bob, warm_start="auto")).ask().config
+    assert theirs == study.trials[0].config, "the first of a seed, and nothing of ann's"
