@@ -10,13 +10,14 @@ from polygraft.tuning.samplers.evolution import Evolution
 from polygraft.tuning.samplers.generations import Generations
 from polygraft.tuning.samplers.optuna import OptunaSampler
 from polygraft.tuning.samplers.population import Population
+from polygraft.tuning.samplers.saas import Saas, installed
 from polygraft.tuning.samplers.spread import Spread
 from polygraft.tuning.samplers.staged import S4_STAGES, Staged
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.s4 import S4Space
 from polygraft.tuning.study import Sampler
 
-SamplerName = Literal["random", "lhs", "tpe", "gp", "nsga2", "evolution", "noah", "staged", "pbt"]
+SamplerName = Literal["random", "lhs", "tpe", "gp", "saas", "nsga2", "evolution", "noah", "staged", "pbt"]
 
 
 def sampler(  # noqa: PLR0913
@@ -40,6 +41,12 @@ def sampler(  # noqa: PLR0913
             return Spread(parameters, trials, seed)
         case "evolution":
             return Evolution(parameters, seed=seed, population=max(startup, 2))
+        case "saas":
+            if not installed():
+                raise ValueError("sampler: saas needs BoTorch, which is not installed: pip install 'polygraft[saas]'")
+            if any(limit.name in {one.name for one in objectives} for limit in limits):
+                raise ValueError("sampler: saas takes no measured limits; choose gp, or limit what is known of a graft")
+            return Saas(parameters=parameters, objectives=tuple(objectives), startup=startup, seed=seed)
         case "noah":
             return Generations(parameters, max(startup, 2), seed)
         case "staged":

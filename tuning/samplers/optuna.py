@@ -58,7 +58,7 @@ class OptunaSampler:
         # A model may insist on a point that was tried; the last attempts leave the choice to chance.
         if len(trials) < self.startup or results < RESULTS or attempt >= MODEL_ATTEMPTS:
             return Spread(self.parameters, self.startup, self.seed).propose(trials, attempt)
-        with quiet(), _one_thread() if self.model == "gp" else nullcontext():
+        with quiet(), one_thread() if self.model == "gp" else nullcontext():
             study = optuna.create_study(
                 directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
             )
@@ -157,7 +157,7 @@ def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Optuna does this itself around every small step, and then changing it back and forth takes most of the time."""
     import torch
 
