@@ -1,5 +1,5 @@
-"""200 trials through `/v1/searches` on the embedded default, while their driver is killed three times and the service is
-taken down and up once: no trial is lost or told twice, and what was found is what an undisturbed search finds."""
+"""200 trials through `/v1/searches` on the embedded default, while their driver is killed three times and the service
+is taken down and up once: no trial is lost or told twice, and what was found is what an undisturbed search finds."""
 
 from __future__ import annotations
 

@@ -54,8 +54,7 @@ def test_drivers_that_die_anywhere_lose_no_trial_and_find_what_one_that_lives_fi
     the trials in another order. TPE is the one whose proposals depend on it: each is made again of what it had seen."""
     plan = replace(plan_of(trials, model="lhs", seed=4), model=model, startup=8)
     store, chance, running = MemoryStore(), random.Random(7), list[int]()
-    while not (trials_of := opened(store, plan).trials) or len(trials_of) < trials or running:
-        study = opened(store, plan)
+    while len((study := opened(store, plan)).trials) < trials or running:
         assert [trial.number for trial in study.trials if trial.outcome is None] == sorted(running)
         for _ in range(chance.randrange(1, 12)):
             with suppress(NotYet):
