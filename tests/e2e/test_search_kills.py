@@ -136,6 +136,7 @@ def test_nothing_is_lost_or_told_twice_and_what_is_found_is_what_an_undisturbed_
             one.trial for one in api.pages(Event, f"/searches/{search}/events") if " complete:" in one.message
         )
     assert len(jobs) == trials and {job.status for job in jobs} == {"succeeded"}
+    assert {str(job.fine_tuned_model).rpartition("@")[2] for job in jobs} == {"1"}, "a trial was trained twice"
     assert max(told.values()) == 1, "a trial was told twice"
     plan = SearchRequest.model_validate(body).plan(backbone="smollm2", shape=ModelShape(**ended.shape))  # type: ignore[arg-type]
     for trial in found:  # the record of what it had seen gives every suggestion again
