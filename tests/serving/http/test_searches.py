@@ -188,3 +188,8 @@ async def test_a_search_starts_from_what_was_best_in_an_earlier_one_of_the_tenan
     assert stolen.status_code == 404
     theirs = study_of(service, await begun(bob, warm_start="auto")).ask().config
     assert theirs == study.trials[0].config, "the first of a seed, and nothing of ann's"
+
+
+async def test_a_search_over_a_supernet_that_is_not_there_is_refused(ann: httpx.AsyncClient) -> None:
+    answer = await ann.post("/searches", json=await asked(ann, supernet="net"))
+    assert answer.status_code == 404 and answer.json()["error"]["param"] == "supernet"
