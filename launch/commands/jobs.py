@@ -62,6 +62,8 @@ def submit(
         int | None, typer.Option(help="Of two of your jobs that wait, the higher goes first; -10 to 10.")
     ] = None,
     devices: Annotated[int | None, typer.Option(help="Devices that share each of its steps.")] = None,
+    until: Annotated[float | None, typer.Option(help="End after this share of the steps, and keep the state.")] = None,
+    after: Annotated[str | None, typer.Option(help="Go on from the state of this job, which ended earlier.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job's end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the job would be and what it would cut; make nothing.")
@@ -87,6 +89,7 @@ def submit(
         "promote": promote or None,
         "priority": priority,
         "devices": devices,
+        "rung": {name: one for name, one in (("until", until), ("after", after)) if one is not None} or None,
     }
     if found is not None:
         with flags(context).client() as client:
