@@ -20,7 +20,7 @@ from polygraft.tuning.samplers.choose import SamplerName, sampler
 from polygraft.tuning.samplers.first import First
 from polygraft.tuning.samplers.population import Population
 from polygraft.tuning.spaces.kinds import AnySpace
-from polygraft.tuning.study import Sampler, Trial
+from polygraft.tuning.study import WHOLE, Part, Sampler, Trial
 from polygraft.tuning.warm import Task, WarmStart
 
 _NAME = re.compile(r"[a-z0-9-]{1,35}", re.ASCII)
@@ -118,20 +118,19 @@ class SearchPlan:
             seed=self.seed,
         )
 
-    def parent(self, trials: Sequence[Trial]) -> int | None:
-        """The trial that the next one goes on from, if there is one. Raises NotYet."""
+    def part(self, trials: Sequence[Trial]) -> Part:
+        """What the next trial takes of its job's steps. Raises NotYet."""
         one = self._own_sampler
-        return one.parent(trials) if isinstance(one, Population) else None
+        if isinstance(one, Population):
+            return Part(one.parent(trials), (len(trials) // one.size + 1) / (self.trials // one.size))
+        return WHOLE if self.supernet is None else Part(until=0.0)
 
     def rung(self, trial: Trial, trials: Sequence[Trial]) -> dict[str, JsonValue] | None:
         """The part of its steps that the job of a trial takes, None for all of them."""
-        if self.supernet is not None:
-            return {"until": 0.0, "after": None}
-        if self.model != "pbt":
-            return None
-        until = (trial.number // self.startup + 1) / (self.trials // self.startup)
         outcome = None if trial.parent is None else trials[trial.parent].outcome
-        return {"until": until, "after": None if outcome is None else outcome.job}
+        if trial.parent is None and trial.until == 1:
+            return None
+        return {"until": trial.until, "after": None if outcome is None else outcome.job}
 
     @property
     def hope(self) -> int:

@@ -246,7 +246,8 @@ class SearchObject(Body):
 
 class TrialObject(Body):
     """`candidate` is the graft and learning rate that `config`, a point of the space, means; `seen` are the trials that
-    were told when the sampler proposed it; it goes on from the trial `parent`; `outcome` has values, or why there are
+    were told when the sampler proposed it; it takes its steps up to the share `until`, on from the
+    trial `parent`; `outcome` has values, or why there are
     none."""
 
     id: str
@@ -260,6 +261,7 @@ class TrialObject(Body):
     seen: tuple[int, ...]
     attempt: int
     parent: int | None
+    until: float
     outcome: dict[str, JsonValue] | None
 
 

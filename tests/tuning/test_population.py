@@ -12,7 +12,7 @@ from polygraft.tuning.plan import BadPlan, SearchPlan
 from polygraft.tuning.samplers.population import FACTORS, Population
 from polygraft.tuning.space import LEARNING_RATE, Candidate, Rates, Searched, Space, Term
 from polygraft.tuning.spaces.parameters import Config
-from polygraft.tuning.study import Failure, NotYet, Outcome, Result, Study, Trial, as_seen
+from polygraft.tuning.study import Failure, NotYet, Outcome, Part, Result, Study, Trial, as_seen
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import SHAPE
 
@@ -22,7 +22,7 @@ PLAN = replace(plan_of(SIZE * ROUNDS, space=SPACE, model="lhs"), model="pbt", st
 
 
 def study_of(plan: SearchPlan) -> Study:
-    return Study(plan.space, plan.objectives, plan.sampler, parent=plan.parent)
+    return Study(plan.space, plan.objectives, plan.sampler, part=plan.part)
 
 
 def told(trial: Trial) -> Outcome:
@@ -53,7 +53,7 @@ def test_a_round_waits_for_the_one_before_and_is_the_same_whoever_ends_first() -
     assert [(t.config, t.parent) for t in one] == [(t.config, t.parent) for t in other]
     for trial in one:
         again = PLAN.sampler.propose(as_seen(one, trial.number), trial.attempt)
-        assert (again, PLAN.parent(as_seen(one, trial.number))) == (trial.config, trial.parent)
+        assert (again, PLAN.part(as_seen(one, trial.number))) == (trial.config, Part(trial.parent, trial.until))
     study = study_of(PLAN)
     for _ in range(SIZE):
         study.ask()

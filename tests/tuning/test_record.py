@@ -68,7 +68,7 @@ def test_drivers_that_die_anywhere_lose_no_trial_and_find_what_one_that_lives_fi
     for trial in found:
         assert plan.sampler.propose(as_seen(found, trial.number), trial.attempt) == trial.config
     if model != "tpe":
-        alone = Study(plan.space, plan.objectives, plan.sampler, parent=plan.parent)
+        alone = Study(plan.space, plan.objectives, plan.sampler, part=plan.part)
         while len(alone.trials) < trials:
             trial = alone.ask()
             alone.tell(trial.number, invented(plan.space, trial))

@@ -104,7 +104,7 @@ def test_the_table_has_a_line_a_trial_with_every_parameter() -> None:
 
 def test_a_trial_is_trained_again_by_one_line() -> None:
     report = report_of(2)
-    words = shlex.split(submit_line(report.trials[0], report.job))
+    words = shlex.split(submit_line(report.trials[0], report.trials, report.job))
     assert words[:3] == ["polygraft", "submit", "file-1"]
     flags = dict(zip(words[3::2], words[4::2], strict=True))
     what = report.trials[0].candidate
@@ -115,6 +115,9 @@ def test_a_trial_is_trained_again_by_one_line() -> None:
         "--batch-size": "4",
         "--validation-file": "file-2",
     }
+    first, member = report.trials[0], replace(report.trials[1], parent=0, until=0.5)
+    first = replace(first, outcome=Result(values=(1.0, 2.0), job="ftjob-7"))
+    assert submit_line(member, (first, member), report.job).endswith(" --until 0.5 --after ftjob-7")
 
 
 def test_what_every_layer_got_sums_up_to_the_graft() -> None:

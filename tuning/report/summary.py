@@ -78,14 +78,18 @@ def saved(trials: Sequence[Trial]) -> float | None:
     return sum(one.steps_total - one.step for one in stopped) / (whole * (len(stopped) + ended))
 
 
-def submit_line(trial: Trial, job: Mapping[str, JsonValue]) -> str:
-    """The command that trains a trial's graft again; the files are ids of the service, of which `jobs` knows the
-    names."""
+def submit_line(trial: Trial, trials: Sequence[Trial], job: Mapping[str, JsonValue]) -> str:
+    """The command that trains a trial's graft again, for a member of a population by the same part of its steps; the
+    files are ids of the service, of which `jobs` knows the names."""
     supervised = _inner(_inner(job, "method"), "supervised")
     given = _inner(supervised, "hyperparameters")
     flags = [("--peft", trial.candidate.peft), ("--learning-rate", f"{trial.candidate.learning_rate:g}")]
     flags += [(f"--{name.replace('_', '-')}", str(value)) for name, value in sorted(given.items())]
     flags += [("--validation-file", str(job.get("validation_file")))]
+    if trial.until not in (0.0, 1.0):
+        flags.append(("--until", f"{trial.until}"))
+    if trial.parent is not None and (source := trials[trial.parent].outcome) is not None:
+        flags.append(("--after", f"{source.job}"))
     words = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags)
     return f"polygraft submit {job.get('training_file')} {words}"
 
