@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import JsonValue
 from rich.markup import escape
 
 from polygraft.cluster import searches as remote
@@ -71,7 +72,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Train a graft on a file of chat examples."""
-    given = {
+    given: dict[str, JsonValue] = {
         "model": model,
         "peft": peft,
         "validation_file": str(validation_file) if validation_file else None,
@@ -115,7 +116,7 @@ def submit(
         raise Failure(f"{job.id} {job.status}: {job.error.message if job.error else 'see polygraft story'}")
 
 
-def found_by(client: Client, search: str) -> dict[str, object]:
+def found_by(client: Client, search: str) -> dict[str, JsonValue]:
     """Graft and learning rate of the trial that a search chose, or else of the lowest loss on its front, to be trained
     on other data (AutoPEFT's transfer, Zhou et al. 2024, section 5)."""
     found = remote.show(client, search)

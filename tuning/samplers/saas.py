@@ -87,8 +87,8 @@ class Saas:
         pending = torch.tensor(running, dtype=torch.float64) if running else None
         y = -torch.stack([copula(self._column(done, index)) for index in range(len(self.objectives))], dim=-1)
         models = []
-        for column in y.split(1, dim=-1):
-            model = EnsembleMapSaasSingleTaskGP(x, column, outcome_transform=None)
+        for index in range(len(self.objectives)):
+            model = EnsembleMapSaasSingleTaskGP(x, y[:, index : index + 1], outcome_transform=None)
             fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
             models.append(model)
         given = {"X_baseline": x, "X_pending": pending, "prune_baseline": True}
