@@ -9,6 +9,7 @@ from math import isfinite
 from polygraft.cluster.events import Event, JobEvent, PackEvent, PackOpening
 from polygraft.cluster.evolve import job_after, opening, pack_after
 from polygraft.cluster.model import Job, JobId, Pack
+from polygraft.cluster.scores import Judged
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Append, Conflict, Fence, Key, R, Store, Write
@@ -54,9 +55,11 @@ def record_progress(  # noqa: PLR0913
     trained_tokens: int,
     loss_before: float | None = None,
     loss_after: float | None = None,
+    judged: Judged | None = None,
     fence: Fence | None = None,
 ) -> None:
-    """Note how far an unfinished job is, without an event. Losses that are None or not finite change nothing.
+    """Note how far an unfinished job is, without an event. Losses that are None or not finite change nothing; neither
+    does None for what is judged.
 
     Raises as `advance_job` does.
     """
@@ -67,7 +70,10 @@ def record_progress(  # noqa: PLR0913
             raise IllegalTransition(job, value.state, "progress")
         before = value.loss_before if loss_before is None or not isfinite(loss_before) else loss_before
         after = value.loss_after if loss_after is None or not isfinite(loss_after) else loss_after
-        return replace(value, step=step, trained_tokens=trained_tokens, loss_before=before, loss_after=after)
+        said = judged or value.judged
+        return replace(
+            value, step=step, trained_tokens=trained_tokens, loss_before=before, loss_after=after, judged=said
+        )
 
     swap(store, keys.job(job), change, fence=fence)
 

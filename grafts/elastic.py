@@ -15,7 +15,7 @@ from hashlib import sha256
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import Term, terms, union
 from polygraft.grafts.methods.registry import find, hook
-from polygraft.grafts.sizes import TensorSpec
+from polygraft.grafts.sizes import HEAD, TensorSpec
 from polygraft.grafts.spec import KV, Branch, DeclRef, GraftSpec, Slot, SpecError
 
 
@@ -30,6 +30,8 @@ def check(spec: GraftSpec) -> None:
     call = elastic(spec)
     if call is None:
         return
+    if spec.head is not None:
+        raise SpecError("peft: elastic: a classifier has no sizes that its head could follow; leave it out")
     if any(hook(one.name).forward_only for one in spec.hooks):
         raise SpecError("peft: elastic: a supernet is trained by a backward; leave out mezo")
     for slot in spec.slots:
@@ -61,7 +63,7 @@ def subnet(graft: BoundGraft, draw: int) -> BoundGraft:
 
 def cut(graft: BoundGraft, supernet: BoundGraft) -> Mapping[str, str]:
     """By the name of each tensor of a graft that of the supernet's whose first rows it is. Raises SpecError for one
-    that the supernet does not have, or has twice, or not in that size."""
+    that the supernet does not have, or has twice, or not in that size. A head is none of them."""
     places: dict[object, TensorSpec] = {}
     for tensor in supernet.tensors:
         place = tensor.site, tensor.part, _kind(supernet.spec.slots[tensor.slot])
@@ -70,6 +72,8 @@ def cut(graft: BoundGraft, supernet: BoundGraft) -> Mapping[str, str]:
         places[place] = tensor
     found: dict[str, str] = {}
     for tensor in graft.tensors:
+        if tensor.slot == HEAD:
+            continue  # it starts anew
         whole = places.get((tensor.site, tensor.part, _kind(graft.spec.slots[tensor.slot])))
         if whole is None or whole.shape[1:] != tensor.shape[1:] or whole.shape[0] < tensor.shape[0]:
             has = "nothing of the kind" if whole is None else f"{list(whole.shape)}"

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from polygraft.grafts.architectures.declare import Architecture
 from polygraft.grafts.architectures.registry import architecture
+from polygraft.grafts.head import HeadKind
 from polygraft.grafts.spec import (
     KV,
     Affine,
@@ -120,6 +121,11 @@ class ModelShape:
     def causal(self) -> bool:
         """Whether a row sees the rows before it alone, as decoding and jobs need; `sees` says what it sees else."""
         return architecture(self.arch).causal and not self.encoder_layers
+
+    @property
+    def head_kind(self) -> HeadKind | None:
+        """The classifier that goes on top; None where texts are not classified."""
+        return architecture(self.arch).head_kind
 
     @property
     def sees(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.elastic import cut, elastic
 from polygraft.grafts.methods.registry import known_start
+from polygraft.grafts.sizes import HEAD
 from polygraft.grafts.spec import Branch, GraftSpec, Slot, SpecError, source_names
 
 if TYPE_CHECKING:
@@ -45,22 +46,22 @@ def check(graft: BoundGraft, sources: Mapping[str, BoundGraft]) -> None:
 
 
 def continued(graft: BoundGraft, sources: Mapping[str, Source]) -> dict[str, Tensor]:
-    """The tensors of the grafts that the graft goes on from, the mean of several, the first rows of a supernet's; {}
-    where it goes on from none.
+    """The tensors of the grafts that the graft goes on from, the mean of several, the first rows of a supernet's, but
+    for its head; {} where it goes on from none.
 
     Raises SpecError for several that differ in a tensor that is not trained.
     """
     from polygraft.grafts.compose import soup
 
     members = [_taken(graft, sources[name]) for name in _origins(graft.spec)]
-    return soup(graft.tensors, members) if members else {}
+    return soup([tensor for tensor in graft.tensors if tensor.slot != HEAD], members) if members else {}
 
 
 def _taken(graft: BoundGraft, source: Source) -> Mapping[str, Tensor]:
     if elastic(source.graft.spec) is None:
         return source.tensors
     names = cut(graft, source.graft)
-    return {t.name: source.tensors[names[t.name]][: t.shape[0]] for t in graft.tensors}
+    return {t.name: source.tensors[names[t.name]][: t.shape[0]] for t in graft.tensors if t.name in names}
 
 
 def _origins(spec: GraftSpec) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -96,6 +96,14 @@ def load(*, most: int = 110, held_out: int = 20, characters: int = 200) -> Corpu
     pairs = {topic: _unique(_pairs(_folder() / f"{topic}.yml", topic), characters, taken) for topic in topics}
     shares = [_share(recipe, pairs, most, held_out) for recipe in (*_TENANTS, _SEARCH)]
     return Corpus(tuple(shares[:-1]), shares[-1])
+
+
+def topics(*, characters: int = 200) -> Mapping[str, Sequence[Pair]]:
+    """The distinct pairs of every topic, none longer than `characters`; a question is in one topic alone, the first by
+    name. Raises CorpusError."""
+    taken: set[str] = set()
+    files = sorted(_folder().glob("*.yml"))
+    return {path.stem: _unique(_pairs(path, path.stem), characters, taken) for path in files}
 
 
 def jsonl(pairs: Iterable[Pair]) -> bytes:

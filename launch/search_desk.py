@@ -23,7 +23,7 @@ class SearchDesk:
         quantised: bool,
         data: Path | None,
         earlier: Mapping[str, str],
-    ) -> tuple[str, str, tuple[str, str]]:
+    ) -> tuple[str, str, dict[str, str]]:
         from polygraft.tuning.desk import Desk
 
         given = {"backbone": backbone, "shape": shape, "quantised": quantised, "data": data, "earlier": earlier}

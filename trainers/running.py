@@ -13,12 +13,14 @@ from polygraft.grafts.elastic import subnet
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.trainers.contribution import Contribution
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.failure import Failed
+from polygraft.trainers.head import ClassHead
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.micro_batch import MicroBatch
 
-CARRIED = ("step", "tokens", "skipped", "chain", "loss_before", "served_rows")  # beside the slab, all of its future
+CARRIED = ("step", "tokens", "skipped", "chain", "served_rows")  # beside the slab, all of its future
 FORKED = (
     "learning_rate",
     "schedule",
@@ -39,8 +41,8 @@ class RunningJob:
 
     `micro` counts the micro-batches of global batch `step` that are already collected, with the `loss` so far, and for
     a job without a backward the `difference` of the losses on both sides of its tensors; `chain` is the digest of all
-    sample numbers that went into completed steps, the identity of the work done; `device_class` is of the device that
-    computed them, where a checkpoint says so.
+    sample numbers that went into completed steps, the identity of the work done; `before` is what the validation file
+    said of the graft at its start; `device_class` is of the device that computed the steps, where a checkpoint says so.
     """
 
     job: TrainJob
@@ -52,7 +54,7 @@ class RunningJob:
     tokens: int = 0
     skipped: int = 0
     chain: str = ""
-    loss_before: float | None = None
+    before: Judgement | None = None
     device_class: str | None = None
     served_rows: int = 0
     hooks: Hooks = field(init=False)
@@ -100,6 +102,7 @@ class RunningJob:
             normaliser=job.batch_weight(self.step),
             key=self.key if met.draws else None,
             virtual_length=met.virtual_length,
+            head=ClassHead(job.graft.head, self.slab.tensors) if job.graft.head else None,
         )
 
     def collect(self, micro_batch: MicroBatch, part: Contribution, *, rows: int) -> bool:
@@ -141,7 +144,7 @@ class RunningJob:
         slab = Slab(job.graft, self.slab.master.dtype, self.slab.master.device)
         slab.copy(self.slab)
         kept = {name: getattr(self, name) for name in CARRIED}
-        return RunningJob(job, slab, device_class=self.device_class, **kept)
+        return RunningJob(job, slab, before=self.before, device_class=self.device_class, **kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ class PackWorker:
         self._reports.note(
             job,
             f"training {trained.graft.spec.method}: {trained.last_step - running.step} steps in {self.pack}",
-            held_out_loss=running.loss_before,
+            held_out=running.before,
         )
         self._reports.progress(running)
 

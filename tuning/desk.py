@@ -15,7 +15,7 @@ from polygraft.cluster.told import Told
 from polygraft.cluster.validation import explain
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
-from polygraft.tuning.finals import members
+from polygraft.tuning.finals import Member, members
 from polygraft.tuning.plan import BadPlan, SearchPlan
 from polygraft.tuning.record import BadRecord, StudyRecord, decode, encode
 from polygraft.tuning.request import SearchRequest
@@ -38,10 +38,10 @@ class Desk:
         quantised: bool,
         data: Path | None = None,
         earlier: Mapping[str, str] = MappingProxyType({}),
-    ) -> tuple[str, str, tuple[str, str]]:
-        """The name of a new search, the body of its study's record, and the ids of its files. `data` is its training
-        file, `earlier` has the records of the studies that it may take something over from. Raises ValueError that
-        names the field, the value and the choices."""
+    ) -> tuple[str, str, dict[str, str]]:
+        """The name of a new search, the body of its study's record, and the ids of its files by field. `data` is its
+        training file, `earlier` has the records of the studies that it may take something over from. Raises ValueError
+        that names the field, the value and the choices."""
         try:
             asked = SearchRequest.model_validate(body)
         except ValidationError as error:
@@ -59,7 +59,10 @@ class Desk:
             plan.request(study="study", number=0, peft="lora", learning_rate=1e-3)
         except (BadPlan, BadRequest, SpecError) as error:
             raise ValueError(str(error)) from None
-        return plan.name, encode(StudyRecord(plan=plan)), (asked.training_file, asked.validation_file)
+        files = {"training_file": asked.training_file, "validation_file": asked.validation_file}
+        if asked.test_file is not None:
+            files["test_file"] = asked.test_file
+        return plan.name, encode(StudyRecord(plan=plan)), files
 
     def told(self, record: str) -> Told:
         """How far a study is, and what each of its trials came to. Raises BadRecord."""
@@ -71,7 +74,7 @@ class Desk:
             trials_total=plan.trials,
             trials=tuple(map(shown, study.trials)),
             front=tuple(trial.number for trial in pareto(within)),
-            finals=tuple(asdict(member) for member in members(study.trials, study.finals)),
+            finals=tuple(asdict(member) for member in members(study.trials, study.finals, plan.measured)),
             chosen=study.chosen,
             parameters=tuple(asdict(parameter) for parameter in plan.space.parameters),
             job=plan.job.model_dump(mode="json", exclude_unset=True),
@@ -108,7 +111,13 @@ def read(body: dict[str, JsonValue]) -> Trial:
     return _TRIAL.validate_python({name: value for name, value in body.items() if name not in ("state", "loss")})
 
 
+def read_member(body: dict[str, JsonValue]) -> Member:
+    """A member of the front as `Told` has it."""
+    return _MEMBER.validate_python(body)
+
+
 _TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
 _PARAMETERS: TypeAdapter[tuple[Parameter, ...]] = TypeAdapter(
     tuple[Annotated[Parameter, Field(discriminator="kind")], ...]
 )
+_MEMBER: TypeAdapter[Member] = TypeAdapter(Member)

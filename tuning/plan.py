@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 
 from pydantic import JsonValue
 
+from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.tuning.finals import Rule
 from polygraft.tuning.objectives import Limit, Objective, check, known, objective
@@ -39,12 +41,11 @@ class SearchPlan:
     pack if it has room. A trial that nobody has spoken for in `lease_s` seconds is cancelled by the service.
 
     Trials over a `supernet`, a graft's version, are its subnets with what it has of them, judged and not trained.
-
     `task` are statistics of the training file. What `warm` has is tried first.
 
-    Of the front, members are trained again on `seeds` other seeds and judged on `test_file` (the validation file when
-    not given); one is chosen by a rule (`tuning/finals.py`), and is what the search's name means if it is to be
-    `promote`d.
+    Of the front, members are trained again on `seeds` other seeds; one is chosen by a rule over the validation file
+    (`tuning/finals.py`), and is what the search's name means if it is to be `promote`d. They are judged on `test_file`,
+    too, by which nothing is chosen.
     """
 
     name: str
@@ -92,6 +93,10 @@ class SearchPlan:
             raise BadPlan(f"sampler: pbt takes no seeds, pruner or supernet: {why}")
         if self.supernet is not None and self.pruner != "none":
             raise BadPlan("pruner: the subnets of a supernet are not trained; leave it out")
+        if self.test_file is not None and self.test_file in (self.job.training_file, self.job.validation_file):
+            raise BadPlan(
+                f"test_file: {self.test_file} is what the search trains on or chooses by; give other examples"
+            )
         try:
             check(self.minimise, self.limits)
             _ = self.sampler
@@ -141,9 +146,22 @@ class SearchPlan:
         """The objectives that follow from a trial's graft, in their order."""
         return tuple(known(one.name, peft, self.space.shape) for one in self.objectives if one.known)
 
-    def values(self, peft: str, loss: float) -> tuple[float, ...]:
-        """A value of every objective, for a trial's graft and what was measured of it."""
-        return tuple(known(one.name, peft, self.space.shape) if one.known else loss for one in self.objectives)
+    @property
+    def measured(self) -> str:
+        """The first objective that only a trial tells: what configurations of one size are compared by."""
+        return next(one.name for one in self.objectives if not one.known)
+
+    def values(self, peft: str, loss: float, scores: Scores = UNSCORED) -> tuple[float, ...]:
+        """A value of every objective, for a trial's graft and what was measured of it; NaN for a score that its
+        examples do not tell."""
+
+        def value(one: Objective) -> float:
+            if one.known:
+                return known(one.name, peft, self.space.shape)
+            found = scores.get(one.name)
+            return loss if not one.score else nan if found is None else 1 - found
+
+        return tuple(map(value, self.objectives))
 
     def request(
         self,
@@ -156,13 +174,13 @@ class SearchPlan:
     ) -> dict[str, JsonValue]:
         """The body of a trial's job, always the same for the same trial. Raises BadPlan if the API would refuse it."""
         body: dict[str, JsonValue] = self.job.model_dump(mode="json", exclude_unset=True)
-        supervised = self.job.method.supervised if self.job.method else None
-        given = supervised.hyperparameters if supervised else None
+        own = self.job.method.own if self.job.method else None
+        given = own.hyperparameters if own else None
         hyperparameters: dict[str, JsonValue] = given.model_dump(mode="json", exclude_unset=True) if given else {}
         if rung is not None and self.supernet is not None:
             peft = f"{peft} + from(of={self.supernet})"
         hyperparameters |= {"peft": peft, "learning_rate": learning_rate}
-        body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+        body["method"] = {"type": self.job.kind, self.job.kind: {"hyperparameters": hyperparameters}}
         body["suffix"] = f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/{number}", "lease_s": self.lease_s}
         body["metadata"] = {**(self.job.metadata or {}), "study": study, "trial": str(number)}
@@ -176,7 +194,8 @@ class SearchPlan:
         """The body of a job that trains a trial's graft again on another seed. Raises BadPlan as `request` does."""
         body = self.request(study=study, number=number, peft=peft, learning_rate=learning_rate)
         body["seed"] = seed
-        body["validation_file"] = self.test_file or self.job.validation_file
+        if self.test_file is not None:
+            body["test_file"] = self.test_file
         body["suffix"] = self.name if self.promote else f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/final-{number}-{seed}", "lease_s": self.lease_s}
         return _read(body)

@@ -45,12 +45,13 @@ class WarmStart:
 
 
 def task_of(path: Path) -> Task:
-    """Of a file with a JSON object a line: the last text in it is the answer, what stands before it the prompt."""
+    """Of a file with a JSON object a line, or tab-separated fields: the last text in it is the answer, what stands
+    before it the prompt."""
     examples, prompt, answer = 0, 0, 0
     counts, answers = [0] * WORDS, set[str]()
     with path.open() as lines:
         for line in islice((one for one in lines if one.strip()), EXAMPLES):
-            *before, last = list(_texts(json.loads(line))) or [""]
+            *before, last = _fields(line)
             examples, answer = examples + 1, answer + len(last)
             prompt += sum(map(len, before))
             answers.add(last)
@@ -93,6 +94,13 @@ def taken_over(
                 found.append(dict(configs[place]))
                 studies.append(study)
     return WarmStart(tuple(found), tuple(dict.fromkeys(studies)))
+
+
+def _fields(line: str) -> list[str]:
+    try:
+        return list(_texts(json.loads(line))) or [""]
+    except ValueError:
+        return line.rstrip("\n").split("\t")
 
 
 def _texts(value: JsonValue) -> Iterator[str]:

@@ -29,14 +29,15 @@ SCHEMAS: Mapping[str, int] = {
     "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,
-    "Job": 4,
+    "Job": 6,
     "JobStarted": 2,
-    "JobSubmitted": 4,
+    "JobSubmitted": 6,
+    "JobSucceeded": 2,
     "Pack": 2,
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 6,
+    "Snapshot": 8,
 }
 
 

@@ -40,6 +40,8 @@ def graft_id(spec: GraftSpec, values: Mapping[str, Tensor], backbone: str) -> st
     """Digest of tensors, slots and backbone fingerprint: the graft's identity and the key of every weight cache."""
     slots = GraftSpec.from_json(spec.to_json()).slots  # as they are read back: 2.0 where 2 was given
     digest = sha256(json.dumps([_said(slot) for slot in slots], sort_keys=True).encode() + backbone.encode())
+    if spec.head is not None:
+        digest.update(json.dumps(asdict(spec.head), sort_keys=True).encode())
     for name in sorted(values):
         digest.update(name.encode())
         digest.update(values[name].detach().contiguous().view(torch.uint8).numpy().tobytes())

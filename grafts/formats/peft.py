@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats import peft_extras
+from polygraft.grafts.formats import peft_extras, peft_head
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.formats.files import json_object, tensors
@@ -82,13 +82,18 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
+        head, classifier, places = None, {}, set()
+        stored = usual(tensors(folder, WEIGHTS), shape)
+        if peft_head.classifies(config):
+            config = peft_head.without_head(config)
+            head, classifier, places = peft_head.read(stored, shape, stock)
         layout = layout_of(config, stored=True)
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         _check_separable(layout, own)
         exchange = Exchange(layout, own, stock)
-        stored = usual(tensors(folder, WEIGHTS), shape)
+        stored = {key: value for key, value in stored.items() if key not in places}
         more, changes, keys = peft_extras.read(layout, config, stored, own, stock)
         whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
     except (FormatError, SpecError) as error:
@@ -98,6 +103,8 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
+    if head is not None:
+        whole, values = BoundGraft(replace(whole.spec, head=head), shape), values | classifier
     check(whole, values)
     return whole, values
 
@@ -138,6 +145,11 @@ def _written(
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""
+    if whole.head:
+        inner = None if values is None else {name: value for name, value in values.items() if name[:5] != "head."}
+        config, files = _written(peft_head.bare(whole), inner, stock)
+        fields, own = peft_head.written(whole, values, config, wraps="target_modules" in config)
+        return config | fields, files | {**own}
     graft = peft_extras.split(whole)
     own, shape = graft.own, whole.shape
     kept: Mapping[str, Tensor] | None = None if values is None else graft.values(values)

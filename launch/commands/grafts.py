@@ -127,7 +127,7 @@ def export_graft(
 
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors(), folder_of(flags(context), graft) as source:
-        loaded = load_backbone(flags(context), backbone, _grown_on(source))
+        loaded = load_backbone(flags(context), backbone, grown_on(source))
         stock = BackboneFiles(loaded.folder)
         bound, values = read(source, stock, loaded.fingerprint)
         if rank is not None or energy is not None:
@@ -218,7 +218,7 @@ def load_backbone(found: Flags, backbone: str | None, fingerprint: str | None = 
     return Backbone.load(materialise(name, backbone_cache()), torch.float32, quantise=quantise)
 
 
-def _grown_on(folder: Path) -> str | None:
+def grown_on(folder: Path) -> str | None:
     """The fingerprint of the backbone that a graft in our own format says it has grown on."""
     from polygraft.grafts.formats import native
     from polygraft.grafts.formats.check import FormatError

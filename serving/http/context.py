@@ -36,9 +36,9 @@ class Desk(Protocol):
         quantised: bool,
         data: Path | None,
         earlier: Mapping[str, str],
-    ) -> tuple[str, str, tuple[str, str]]:
-        """Name, body of the study's record, and the ids of the files. `data` is its training file if that is there,
-        `earlier` has the records of studies that it may start from. Raises ValueError that begins with the field."""
+    ) -> tuple[str, str, dict[str, str]]:
+        """Name, body of the study's record, and its files' ids by field. `data` is its training file if that is there,
+        `earlier` has the records of studies that it may start from. Raises ValueError that names the field."""
         ...
 
     def told(self, record: str) -> Told: ...
@@ -56,7 +56,7 @@ class NoDesk:
         quantised: bool,
         data: Path | None,
         earlier: Mapping[str, str],
-    ) -> tuple[str, str, tuple[str, str]]:
+    ) -> tuple[str, str, dict[str, str]]:
         raise ValueError("search: this service runs none")
 
     def told(self, record: str) -> Told:

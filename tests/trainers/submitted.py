@@ -72,6 +72,37 @@ def submit_text(
     )
 
 
+def submit_labelled(
+    store: Store,
+    data: Path,
+    job: str,
+    peft: str,
+    lines: Sequence[object],
+    *,
+    epochs: int,
+    max_length: int | None = None,
+) -> Job:
+    """One job more, which classifies; the same file is trained on, and judged on twice."""
+    file = FileId(f"file-{job}")
+    _write(data, file, lines)
+    spec = JobSpec(
+        backbone="tiny",
+        kind="classification",
+        training_file=file,
+        validation_file=file,
+        test_file=file,
+        peft=peft,
+        epochs=epochs,
+        batch_size=2,
+        learning_rate=0.01,
+        max_length=max_length,
+    )
+    record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
+    if store.get(keys.pack(PACK)) is not None:
+        _admit(store, job, spec)
+    return record
+
+
 def _write(data: Path, file: FileId, lines: Sequence[object]) -> None:
     (data / "files" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -49,6 +49,8 @@ def test_a_tasks_statistics_are_of_its_prompts_and_answers(tmp_path: Path) -> No
     assert task.examples == 3
     assert (task.prompt, task.answer, task.distinct) == pytest.approx((8 / 3, 8 / 3, 2 / 3))
     assert sum(task.words) == pytest.approx(1)
+    (tmp_path / "table").write_text("ab cd\tyes\nab\tyes\n")
+    assert (task_of(tmp_path / "table").prompt, task_of(tmp_path / "table").distinct) == (3.5, 0.5)
     (tmp_path / "rows").write_text('{"sentence": "ab cd", "label": "yes"}\n{"sentence": "ab", "label": "yes"}\n')
     assert (task_of(tmp_path / "rows").prompt, task_of(tmp_path / "rows").distinct) == (3.5, 0.5)
 
