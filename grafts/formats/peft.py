@@ -82,18 +82,17 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
-        head, classifier, places = None, {}, set()
         stored = usual(tensors(folder, WEIGHTS), shape)
-        if peft_head.classifies(config):
+        headed = peft_head.read(stored, shape, stock) if peft_head.classifies(config) else None
+        if headed is not None:
             config = peft_head.without_head(config)
-            head, classifier, places = peft_head.read(stored, shape, stock)
+            stored = {key: value for key, value in stored.items() if key not in headed.keys}
         layout = layout_of(config, stored=True)
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         _check_separable(layout, own)
         exchange = Exchange(layout, own, stock)
-        stored = {key: value for key, value in stored.items() if key not in places}
         more, changes, keys = peft_extras.read(layout, config, stored, own, stock)
         whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
     except (FormatError, SpecError) as error:
@@ -103,8 +102,8 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
-    if head is not None:
-        whole, values = BoundGraft(replace(whole.spec, head=head), shape), values | classifier
+    if headed is not None:
+        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), values | headed.tensors
     check(whole, values)
     return whole, values
 
@@ -148,8 +147,8 @@ def _written(
     if whole.head:
         inner = None if values is None else {name: value for name, value in values.items() if name[:5] != "head."}
         config, files = _written(peft_head.bare(whole), inner, stock)
-        fields, own = peft_head.written(whole, values, config, wraps="target_modules" in config)
-        return config | fields, files | {**own}
+        fields, classifier = peft_head.written(whole, values, config, wraps="target_modules" in config)
+        return config | fields, files | classifier
     graft = peft_extras.split(whole)
     own, shape = graft.own, whole.shape
     kept: Mapping[str, Tensor] | None = None if values is None else graft.values(values)

@@ -4,7 +4,7 @@ beside the method's tensors."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def bare(graft: BoundGraft) -> BoundGraft:
 
 def written(
     graft: BoundGraft, values: Values | None, config: Config, *, wraps: bool
-) -> tuple[dict[str, object], Values]:
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The fields and tensors of the head to add to those of the bare graft's config; `wraps`: its method wraps modules,
     else it is of virtual tokens alone."""
     assert graft.spec.head is not None
@@ -62,8 +62,17 @@ def written(
     return fields, {} if values is None else {front + theirs: values[f"head.{ours}"] for ours, theirs in keys.items()}
 
 
-def read(stored: Values, shape: ModelShape, stock: BackboneFiles | None) -> tuple[Head, dict[str, Tensor], set[str]]:
-    """The head in a file, its tensors, and their keys there. Its labels are named as transformers does without names.
+@dataclass(frozen=True, slots=True)
+class StoredHead:
+    """A head as read from a file, where its tensors have these `keys`."""
+
+    head: Head
+    tensors: Mapping[str, Tensor]
+    keys: frozenset[str]
+
+
+def read(stored: Values, shape: ModelShape, stock: BackboneFiles | None) -> StoredHead:
+    """The head in a file; its labels are named as transformers does without names.
 
     Raises SpecError for an architecture that classifies no texts, FormatError for what is missing or misshapen.
     """
@@ -79,7 +88,7 @@ def read(stored: Values, shape: ModelShape, stock: BackboneFiles | None) -> tupl
             found[f"head.{part}"] = sized(places[part], stored[places[part]], size).float()
         else:
             found[f"head.{part}"] = _pooler(stock, part).float()
-    return head, found, {*places.values()}
+    return StoredHead(head, found, frozenset(places.values()))
 
 
 def _place(key: str, stored: Values) -> str:

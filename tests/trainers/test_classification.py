@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedModel
 
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import FileId, JobId
@@ -38,7 +38,7 @@ from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
 from tests.kernels.compare import relative
-from tests.tiny import tiny_llama, tiny_model, tokenizer_of
+from tests.tiny import tiny_model, tokenizer_of
 from tests.trainers.submitted import PACK, submit, submit_labelled
 from tests.trainers.test_packed_equals_alone import METHODS, jobs_of, run
 
@@ -64,8 +64,12 @@ def tiny_bert(folder: Path) -> Path:
 @pytest.fixture(scope="module", params=KINDS)
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     folder = tmp_path_factory.mktemp(request.param)
-    make = {"llama": tiny_llama, "bert": tiny_bert, "roberta": lambda folder: tiny_model(folder, "roberta")}
-    return Backbone.load(make[request.param](folder), torch.float32, training=True)
+    match request.param:
+        case "bert":
+            tiny_bert(folder)
+        case arch:
+            tiny_model(folder, arch)
+    return Backbone.load(folder, torch.float32, training=True)
 
 
 def texts(count: int, seed: int, head: Head) -> tuple[Sample, ...]:
@@ -104,8 +108,8 @@ def logits(backbone: Backbone, graft: BoundGraft, values: dict[str, Tensor], one
         return ClassHead(graft.head, values).logits(hidden[[own[one.weights.index(1.0) - 1]]])[0]
 
 
-def sequences(folder: Path) -> torch.nn.Module:
-    model = AutoModelForSequenceClassification.from_pretrained(
+def sequences(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=len(LABELS), dtype=torch.float32, attn_implementation="eager"
     )
     model.config.pad_token_id = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from math import fsum
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_scores_are_what_transformers_logits_give(
         every.insert(question.answer, one)
         found = [_log_likelihood(oracle, choice) for choice in every]
         losses.append(-found[question.answer])
-        taken = max(range(3), key=lambda i, found=found: found[i])
+        taken = found.index(max(found))
         shares = [likelihood / len(text.encode()) for likelihood, text in zip(found, TEXTS, strict=True)]
         right.append(taken == question.answer)
         right_by_bytes.append(shares.index(max(shares)) == question.answer)
@@ -154,7 +155,7 @@ def test_what_a_job_is_judged_to_be_does_not_hang_on_its_pack(
     backbone = Backbone.load(folder, dtype, training=True)
     jobs = [replace(job, held_out=examples, test=examples[:3]) for job in jobs_of(3, METHODS)]
 
-    def told(company: list[TrainJob]) -> dict[str, object]:
+    def told(company: list[TrainJob]) -> Mapping[str, object]:
         pack, found = PackRunner(backbone, max_rows=140), {}
         for job in company:
             pack.admit(job)
@@ -192,7 +193,8 @@ def test_a_job_learns_what_its_scores_measure(folder: Path, one_thread: None) ->
     assert after.scores.told == dict.fromkeys(("exact_match", "token_f1", "accuracy", "accuracy_norm", "macro_f1"), 1.0)
 
 
-QUESTION = {"prompt": "What gives the fruit?", "choices": ["The stock.", "The graft.", "The cloth."], "answer": 1}
+CHOICES = ("The stock.", "The graft.", "The cloth.")
+QUESTION = {"prompt": "What gives the fruit?", "choices": CHOICES, "answer": 1}
 
 
 def prepared(folder: Path, data: Path, *, max_length: int | None = None) -> TrainJob:
@@ -210,7 +212,7 @@ def test_a_choice_set_is_trained_on_its_right_choices_and_judged_on_all(folder: 
     (train,), (held_out,) = job.train, job.held_out
     assert train.question is None and held_out.question is not None and job.test == job.held_out
     assert (train.ids, train.weights) == (held_out.ids, held_out.weights)
-    assert held_out.question.answer == 1 and held_out.question.texts == tuple(QUESTION["choices"])
+    assert held_out.question.answer == 1 and held_out.question.texts == CHOICES
     said = [tokeniser.decode([id for id, weight in zip(one.ids, one.weights) if weight]) for one in held_out.each]
     assert said == ["The graft.", "The stock.", "The cloth."]
 
