@@ -32,7 +32,9 @@ def study_of(trials: int, *, minimise: tuple[str, ...] = ("loss", "parameters"),
 
 
 @needs_botorch
-@pytest.mark.parametrize("minimise", [("loss", "parameters"), ("loss",)], ids=len)
+@pytest.mark.parametrize(
+    "minimise", [pytest.param(("loss", "parameters"), marks=pytest.mark.nightly), ("loss",)], ids=len
+)
 def test_a_suggestion_is_made_again_from_the_record_of_what_it_had_seen(minimise: tuple[str, ...]) -> None:
     study = study_of(8, minimise=minimise)
     plan = replace(plan_of(8, model="lhs"), model="saas", startup=6, minimise=minimise)

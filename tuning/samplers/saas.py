@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 STARTS = 10  # of local search
 STEPS = 20  # of each
-DRAWN = 512  # configurations by chance, of which the best are starts
-SAMPLES = 128  # of the posterior
+DRAWN = 256  # configurations by chance, of which the best are starts
+SAMPLES = 32  # of the posterior; a proposal with two objectives takes tens of seconds
 Score = Callable[["Tensor"], "Tensor"]
 
 
