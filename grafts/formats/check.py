@@ -33,7 +33,6 @@ def refuse_head(graft: BoundGraft) -> None:
 
 def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless `values` are just the graft's tensors, of the right shapes and finite."""
-    import torch
 
     expected = {tensor.name: tensor.shape for tensor in graft.tensors}
     if expected.keys() != values.keys():
