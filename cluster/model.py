@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
+from polygraft.cluster.rung import Rung
 from polygraft.cluster.scores import UNJUDGED, Judged
 from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
@@ -68,8 +69,8 @@ class JobSpec:
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
     `max_length` None cuts no example that the backbone's positions and the pack's memory have room for. On `test_file`
-    the graft is judged once, after training. `priority` orders a tenant's own jobs; the job trains over `devices`. Of
-    `kind` classification it trains a classifier, too, on labelled texts."""
+    the graft is judged once, after training. `priority` orders a tenant's own jobs; the job trains over `devices`, all
+    its steps or up to a `rung`. Of `kind` classification it trains a classifier, too, on labelled texts."""
 
     backbone: str
     training_file: FileId
@@ -94,6 +95,7 @@ class JobSpec:
     promote: bool = False
     priority: int = 0
     devices: int = 1
+    rung: Rung | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graft:
-    """A published version of a graft; its tensors lie in `<data>/grafts/<id>/`. `context_length` is how many positions
-    it takes before a prompt's first token."""
+    """A published version of a graft, in `<data>/grafts/<id>/`. It takes `context_length` positions before a prompt."""
 
     tenant: TenantId
     name: str
@@ -192,8 +193,7 @@ class Graft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """What the bare name means now (`version`; 0 = nothing, all are deleted), and the highest version given out
-    (`latest`); none is reused."""
+    """What the bare name means now (`version`; 0 = nothing), and the highest given out (`latest`); none is reused."""
 
     tenant: TenantId
     name: str

@@ -78,7 +78,7 @@ class PackWorker:
         self._stopped = False
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
-        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports)
+        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports, self.device_class)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left, or stop: what jobs there are then are saved
@@ -227,7 +227,7 @@ class PackWorker:
             job=job,
             pack=self.pack,
             parameters=trained.graft.parameters,
-            steps_total=trained.steps_total,
+            steps_total=trained.last_step,
             device_class=self.device_class,
             at=time.time(),
         )
@@ -242,7 +242,7 @@ class PackWorker:
             self._reports.note(job, warning, level="warn")
         self._reports.note(
             job,
-            f"training {trained.graft.spec.method}: {trained.steps_total} steps in {self.pack}",
+            f"training {trained.graft.spec.method}: {trained.last_step - running.step} steps in {self.pack}",
             held_out=running.before,
         )
         self._reports.progress(running)

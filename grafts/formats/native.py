@@ -81,7 +81,7 @@ def save(
             write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(graft, backbone_files):
-                peft.export(draft, graft, kept, base=base, backbone_files=backbone_files)
+                peft.export_checked(draft, graft, kept, base=base, backbone_files=backbone_files)
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
@@ -160,6 +161,7 @@ class SplitGraft:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
+@lru_cache(maxsize=16)  # as `_members` of peft.py
 def split(graft: BoundGraft) -> SplitGraft:
     """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
     spec, shape = graft.spec, graft.shape
