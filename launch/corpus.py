@@ -98,6 +98,12 @@ def load(*, most: int = 110, held_out: int = 20, characters: int = 200) -> Corpu
     return Corpus(tuple(shares[:-1]), shares[-1])
 
 
+def topic(name: str, *, characters: int = 200) -> tuple[Pair, ...]:
+    """The pairs of one topic, each once, none longer than `characters` (question and answer). Raises CorpusError if
+    chatterbot-corpus is not installed."""
+    return tuple(_unique(_pairs(_folder() / f"{name}.yml", name), characters, set()))
+
+
 def jsonl(pairs: Iterable[Pair]) -> bytes:
     """OpenAI's chat fine-tuning format, one example a line."""
     lines = []

@@ -57,23 +57,35 @@ class Arm:
         return ours(name)
 
 
-GP_SEEDS = 10  # a proposal of a Gaussian process takes seconds
-PRUNERS = ("halving", "hyperband", "early-exit", "optuna asha")
-SAMPLERS: Mapping[str, tuple[Arm, ...]] = {
-    "autopeft": (
-        *(Arm(name) for name in ("random", "lhs", "tpe", "nsga2", "evolution")),
-        Arm("gp", seeds=GP_SEEDS),
-        *(Arm(f"optuna {name}") for name in ("random", "tpe", "nsga2")),
-        Arm("optuna gp", seeds=GP_SEEDS),
-    ),
-    "s4": (
-        *(Arm(name) for name in ("random", "lhs", "tpe", "nsga2", "evolution", "staged")),
-        *(Arm(f"optuna {name}") for name in ("random", "tpe", "nsga2")),
-    ),
-}
-STOPPING = tuple(Arm(sampler, pruner) for sampler in ("random", "tpe") for pruner in ("none", *PRUNERS))
-# S4's grafts all have about as many parameters as they may: what they differ in is the loss.
-OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {"autopeft": (LOSS, PARAMETERS), "s4": (LOSS,)}
+GP_SEEDS = 5  # a proposal of a Gaussian process takes seconds
+_OWN = ("random", "lhs", "tpe", "nsga2", "evolution")
+_OPTUNAS = ("optuna random", "optuna tpe", "optuna nsga2")
+_GP = (Arm("gp", seeds=GP_SEEDS), Arm("optuna gp", seeds=GP_SEEDS))
+_STOPS = (
+    *(Arm("random", pruner) for pruner in ("none", "halving", "hyperband", "early-exit", "optuna asha")),
+    *(Arm("tpe", pruner, seeds=20) for pruner in ("none", "early-exit")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Studies of so many trials on the rows of a space, once with every arm and seed."""
+
+    name: str
+    space: str
+    objectives: tuple[Objective, ...]
+    trials: int
+    arms: tuple[Arm, ...]
+
+
+SETTINGS = (
+    Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 40, (*map(Arm, (*_OWN, *_OPTUNAS)), *_GP)),
+    # S4's grafts all have about as many parameters as they may: what they differ in is the loss.
+    Setting("s4", "s4", (LOSS,), 40, tuple(map(Arm, (*_OWN, "staged", *_OPTUNAS)))),
+    Setting("autopeft, stopping", "autopeft", (LOSS,), 128, _STOPS),
+    Setting("autopeft, stopping, by fronts", "autopeft", (LOSS, PARAMETERS), 128, _STOPS[:5]),
+    Setting("s4, stopping", "s4", (LOSS,), 64, _STOPS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +161,8 @@ class OptunaAsha:
         rung = len(curves[trial].losses) - 1
         if rung >= RUNGS:
             return None
-        one = self.trials.setdefault(trial, self.study.ask())
+        if trial not in self.trials:
+            self.trials[trial] = self.study.ask()
+        one = self.trials[trial]
         one.report(curves[trial].losses[-1], step=ETA**rung)
         return "not promoted" if one.should_prune() else None

@@ -74,7 +74,7 @@ def make(folder: Path, seconds: float, say: Callable[[str], None]) -> Table | No
     missing = [share for share in shares() if not (folder / share.file).exists()]
     if missing:
         backbone = Backbone.load(files, torch.float32, training=True)
-        data = {task: _data(files, task) for task in TASKS}
+        data = {task: data_of(files, task) for task in TASKS}
         for number, share in enumerate(missing):
             if number and time.monotonic() - began > seconds:
                 return None
@@ -84,7 +84,8 @@ def make(folder: Path, seconds: float, say: Callable[[str], None]) -> Table | No
     return _whole(files, folder)
 
 
-def _data(files: Path, task: str) -> Data:
+def data_of(files: Path, task: str) -> Data:
+    """The samples of a task, with the tokenizer of the backbone's files."""
     found: Split = split(TASKS[task])
     tokenizer = own.tokenizer_of(files)
     return Data(*(samples(tokenizer, pairs) for pairs in (found.train, found.validation, found.test)))
@@ -127,7 +128,7 @@ def curves(
 
 def _whole(files: Path, folder: Path) -> Table:
     backbone = Backbone.load(files, torch.float32)
-    data = {task: _data(files, task) for task in TASKS}
+    data = {task: data_of(files, task) for task in TASKS}
     rows = tuple(row for space in SPACES for row in drawn(space, backbone.shape, ROWS[space]))
     steps = max(one.steps for one in data.values())
     cells = (len(rows), len(TASKS), len(SEEDS))
