@@ -48,19 +48,37 @@ class Server(Protocol):
     def close(self) -> None: ...
 
 
-class Ours:
-    """`polygraft up` with a home of its own; the grafts are loaded as vLLM is told of them."""
+class Service:
+    """`polygraft up` with a home of its own; it answers once this is there."""
 
-    def __init__(self, folder: Path) -> None:
-        self._material, self._home = Material.read(str(folder)), folder / "home"
-        roots = json.dumps([str(folder / "grafts")])
-        self._environment = os.environ | {"POLYGRAFT_HOME": str(self._home), "POLYGRAFT_GRAFT_ROOTS": roots}
+    def __init__(self, home: Path, **settings: str) -> None:
+        self._environment = os.environ | {"POLYGRAFT_HOME": str(home)} | settings
         for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # the service sets its own
             self._environment.pop(name, None)
         self._polygraft("up", "--port", "0")
-        service = json.loads((self._home / "run" / "service.json").read_text())
+        service = json.loads((home / "run" / "service.json").read_text())
         self.url, self._pid = service["url"], service["pid"]
-        self.key = (self._home / "api_key").read_text().strip()
+        self.key = (home / "api_key").read_text().strip()
+
+    def pss(self) -> int:
+        return pss_of(self._pid)
+
+    def close(self) -> None:
+        self._polygraft("down")
+
+    def _polygraft(self, *command: str) -> None:
+        words = [sys.executable, "-m", "polygraft.launch", *command]
+        done = subprocess.run(words, env=self._environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ArmFailed(f"polygraft {command[0]}: {(done.stderr or done.stdout)[-_TAIL:]}")
+
+
+class Ours(Service):
+    """The grafts are loaded as vLLM is told of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._material = Material.read(str(folder))
+        super().__init__(folder / "home", POLYGRAFT_GRAFT_ROOTS=json.dumps([str(folder / "grafts")]))
         try:
             for graft in range(GRAFTS):
                 self._load(graft)
@@ -69,9 +87,6 @@ class Ours:
             raise
 
     def wait(self) -> None: ...
-
-    def pss(self) -> int:
-        return _pss(self._pid)
 
     def cpu(self) -> Mapping[str, float]:
         found = {"front_cpu": 0.0, "engine_cpu": 0.0}
@@ -84,21 +99,12 @@ class Ours:
                     found["engine_cpu"] += times.user + times.system
         return found
 
-    def close(self) -> None:
-        self._polygraft("down")
-
     def _load(self, graft: int) -> None:
         body = {"lora_name": module(graft), "lora_path": str(self._material.graft_folder(graft))}
         headers = {"Authorization": f"Bearer {self.key}"}
         answer = httpx.post(f"{self.url}/v1/load_lora_adapter", json=body, headers=headers, timeout=120)
         if answer.status_code != 200:
             raise ArmFailed(answer.text[:_TAIL])
-
-    def _polygraft(self, *command: str) -> None:
-        words = [sys.executable, "-m", "polygraft.launch", *command]
-        done = subprocess.run(words, env=self._environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise ArmFailed(f"polygraft {command[0]}: {(done.stderr or done.stdout)[-_TAIL:]}")
 
 
 class Vllm:
@@ -136,7 +142,7 @@ class Vllm:
         raise ArmFailed(self._log.read_text(errors="replace")[-_TAIL:])
 
     def pss(self) -> int:
-        return _pss(self._process.pid)
+        return pss_of(self._process.pid)
 
     def cpu(self) -> Mapping[str, float]:
         return {}
@@ -185,7 +191,8 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _pss(pid: int) -> int:
+def pss_of(pid: int) -> int:
+    """Bytes of a process and all that it started; what is gone has none."""
     total = 0
     for process in _tree(pid):
         with suppress(psutil.Error):

@@ -54,8 +54,9 @@ def retrain(table: Table, studies: Studies, folder: Path, path: Path, say: Calla
         missing = sorted(int(str(row)) for row in wanted if str(row) not in found.get(task, {}))
         if missing:
             say(f"{task}: {len(missing)} grafts again, {len(SEEDS)} seeds each")
-            rows = tuple(table.rows[number] for number in missing)
-            tests = np.stack([curves(backbone, data_of(files, task), rows, seed)[2] for seed in SEEDS], axis=1)
+            rows = [table.rows[number] for number in missing]
+            data = data_of(files, task)
+            tests = np.stack([curves(backbone, data, rows, [seed] * len(rows))[2] for seed in SEEDS], axis=1)
             for number, losses in zip(missing, tests.round(4).tolist(), strict=True):
                 found.setdefault(task, {})[str(number)] = losses
             write_text(path, json.dumps(found) + "\n")

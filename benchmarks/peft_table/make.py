@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from peft_table import backbone as own
 from peft_table.table import LOOKS, ROWS, SEEDS, SPACES, Row, Table, drawn
-from peft_table.tasks import TASKS, Split, samples, split
+from peft_table.tasks import TABLED, TASKS, Split, samples, split
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -61,7 +61,7 @@ class Share:
 def shares() -> Iterator[Share]:
     """All of the table, the first seed's before the second's."""
     for seed in SEEDS:
-        for task in TASKS:
+        for task in TABLED:
             for space in SPACES:
                 for first in range(0, ROWS[space], PACK):
                     yield Share(space, task, seed, first)
@@ -74,7 +74,7 @@ def make(folder: Path, seconds: float, say: Callable[[str], None]) -> Table | No
     missing = [share for share in shares() if not (folder / share.file).exists()]
     if missing:
         backbone = Backbone.load(files, torch.float32, training=True)
-        data = {task: data_of(files, task) for task in TASKS}
+        data = {task: data_of(files, task) for task in TABLED}
         for number, share in enumerate(missing):
             if number and time.monotonic() - began > seconds:
                 return None
@@ -93,18 +93,18 @@ def data_of(files: Path, task: str) -> Data:
 
 def _train(backbone: Backbone, data: Data, share: Share, path: Path) -> None:
     rows = drawn(share.space, backbone.shape, ROWS[share.space])[share.first : share.first + PACK]
-    training, validation, test = curves(backbone, data, rows, share.seed)
+    training, validation, test = curves(backbone, data, rows, [share.seed] * len(rows))
     with whole_file(path) as draft, draft.open("wb") as file:
         np.savez(file, training=training, validation=validation, test=test)
 
 
 def curves(
-    backbone: Backbone, data: Data, rows: tuple[Row, ...], seed: int
+    backbone: Backbone, data: Data, rows: Sequence[Row], seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training losses by (row, step), validation losses by (row, look) and test losses, of one pack of all rows; NaN
-    where a job failed."""
+    """Training losses by (row, step), validation losses by (row, look) and test losses, of one pack of all rows, each
+    with its seed; NaN where a job failed."""
     runner = PackRunner(backbone, max_rows=_ROWS)
-    for number, row in enumerate(rows):
+    for number, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
         config = TrainConfig(
             epochs=EPOCHS, batch_size=BATCH, learning_rate=row.learning_rate, seed=seed, micro_rows=_ROWS
         )
@@ -128,15 +128,15 @@ def curves(
 
 def _whole(files: Path, folder: Path) -> Table:
     backbone = Backbone.load(files, torch.float32)
-    data = {task: data_of(files, task) for task in TASKS}
+    data = {task: data_of(files, task) for task in TABLED}
     rows = tuple(row for space in SPACES for row in drawn(space, backbone.shape, ROWS[space]))
     steps = max(one.steps for one in data.values())
-    cells = (len(rows), len(TASKS), len(SEEDS))
+    cells = (len(rows), len(TABLED), len(SEEDS))
     training, validation, test = (np.full((*cells, *more), np.nan) for more in ((steps,), (LOOKS,), ()))
     before = {space: sum(ROWS[other] for other in SPACES[:index]) for index, space in enumerate(SPACES)}
     for share in shares():
         first = before[share.space] + share.first
-        cell = slice(first, first + PACK), list(TASKS).index(share.task), SEEDS.index(share.seed)
+        cell = slice(first, first + PACK), TABLED.index(share.task), SEEDS.index(share.seed)
         with np.load(folder / share.file, allow_pickle=False) as found:
             training[cell][:, : data[share.task].steps] = found["training"]
             validation[cell], test[cell] = found["validation"], found["test"]
@@ -156,7 +156,7 @@ def _whole(files: Path, folder: Path) -> Table:
     return Table(
         about=about,
         shape=backbone.shape,
-        tasks=tuple(TASKS),
+        tasks=TABLED,
         rows=rows,
         training=training.astype(np.float32),
         validation=validation.astype(np.float32),

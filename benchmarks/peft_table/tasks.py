@@ -13,9 +13,14 @@ from polygraft.trainers.job import Sample
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TASKS: Mapping[str, tuple[str, ...]] = {"trivia": ("trivia",), "feelings": ("emotion", "psychology")}
-OTHERS = ("ai", "botprofile", "computers", "conversations", "food", "gossip", "greetings", "health", "history", "humor")
-OTHERS += ("literature", "money", "movies", "politics", "science", "sports", "tech_support")
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "trivia": ("trivia",),
+    "feelings": ("emotion", "psychology"),
+    "machines": ("ai", "botprofile", "coding", "computers", "science", "tech_support"),
+}
+TABLED = ("trivia", "feelings")  # those of the table
+OTHERS = ("conversations", "food", "gossip", "greetings", "health", "history", "humor", "literature", "money")
+OTHERS += ("movies", "politics", "sports")
 HELD_OUT = 40  # pairs of the validation part, and of the test part, at least
 LONGEST = 64  # tokens of a sample
 STARTS, ENDS = "<|im_start|>", "<|im_end|>"
