@@ -5,8 +5,8 @@ python benchmarks/search.py --only long|short|halving [--tokens N] [--batch 8] [
 The same trials, samples, order and seeds everywhere; a trial of the cell `long` trains 20,000 tokens, one of `short`
 1,000, one of `halving` as many as a long one unless it is stopped at a rung. An arm has the machine to itself: it is
 started, warmed, measured from the question to the last trial's end, and ended, arm after arm, round after round. What
-is warm before: our service with an open pack; Ray for Tune, whose actors are part of the search; Optuna's process with its
-model. Each rival runs in the fastest of its variants (dtype, trials at once), by trials of a tenth of the tokens.
+is warm before: our service with an open pack; Ray for Tune, whose actors are part of the search; Optuna's process with
+its model. Each rival runs in the fastest of its variants (dtype, trials at once), by trials of a tenth of the tokens.
 The claims against Tune are those against a process a trial; the arm that keeps process and model stands beside.
 """
 

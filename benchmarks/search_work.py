@@ -103,6 +103,22 @@ def request(steps: int, batch: int, *, halving: bool, training_file: str, valida
     }
 
 
+def trials_of(body: Mapping[str, JsonValue], shape: object) -> Iterator[LoraTrial]:
+    """What the service will ask for, from the same plan."""
+    from polygraft.grafts.sites import ModelShape
+    from polygraft.tuning.request import SearchRequest
+    from polygraft.tuning.study import Study
+
+    assert isinstance(shape, ModelShape)
+    plan = SearchRequest.model_validate(body).plan(backbone="any", shape=shape)
+    study = Study(plan.space, plan.objectives, plan.sampler)
+    for number in range(TRIALS):
+        trial = study.ask()
+        modules = tuple(SITES.values())[int(trial.config["lora.at"])]
+        rank = RANKS[int(trial.config["lora.r"])]
+        yield LoraTrial(number, rank, modules, trial.candidate.learning_rate, trial.candidate.parameters)
+
+
 def make(folder: Path, backbone: Path, *, steps: int, batch: int, halving: bool) -> Work:
     """Write the files into the folder; always the same."""
     from polygraft.grafts.sites import ModelShape
@@ -130,27 +146,11 @@ def make(folder: Path, backbone: Path, *, steps: int, batch: int, halving: bool)
         backbone=str(backbone),
         halving=halving,
         order=tuple(order[step * batch : (step + 1) * batch] for step in range(steps)),
-        trials=tuple(_trials(request(steps, batch, halving=halving, training_file="a", validation_file="b"), shape)),
+        trials=tuple(trials_of(request(steps, batch, halving=halving, training_file="a", validation_file="b"), shape)),
         **samples,
     )
     (folder / _FILE).write_text(json.dumps(asdict(work)))
     return work
-
-
-def _trials(body: Mapping[str, JsonValue], shape: object) -> Iterator[LoraTrial]:
-    """What the service will ask for, from the same plan."""
-    from polygraft.grafts.sites import ModelShape
-    from polygraft.tuning.request import SearchRequest
-    from polygraft.tuning.study import Study
-
-    assert isinstance(shape, ModelShape)
-    plan = SearchRequest.model_validate(body).plan(backbone="any", shape=shape)
-    study = Study(plan.space, plan.objectives, plan.sampler)
-    for number in range(TRIALS):
-        trial = study.ask()
-        modules = tuple(SITES.values())[int(trial.config["lora.at"])]
-        rank = RANKS[int(trial.config["lora.r"])]
-        yield LoraTrial(number, rank, modules, trial.candidate.learning_rate, trial.candidate.parameters)
 
 
 def _texts(count: int) -> Iterator[str]:
