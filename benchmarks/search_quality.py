@@ -136,7 +136,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("reports/search-quality.json"))
     given = parser.parse_args()
     say = partial(print, flush=True)
-    torch.set_num_threads(2)
     found: dict[str, Mapping[str, object]] = json.loads(given.json.read_text()) if given.json.exists() else {}
     files = own.make(given.work / "backbone")
     backbone = Backbone.load(files, torch.float32, training=True)

@@ -32,7 +32,6 @@ def main() -> int:
     given = parser.parse_args()
     say = partial(print, flush=True)
     if given.do == "make":
-        torch.set_num_threads(2)
         found = make.make(given.work, given.seconds, say)
         if found is None:
             return 1
@@ -45,7 +44,6 @@ def main() -> int:
             torch.set_num_threads(1)
             studies.measure(rows, _STUDIES, seconds=given.seconds, only=given.only, seeds=given.seeds, say=say)
         case "retrain":
-            torch.set_num_threads(2)
             finals.retrain(rows, done, given.work, _FINALS, say)
         case _:
             again: finals.Finals = json.loads(_FINALS.read_text()) if _FINALS.exists() else {}

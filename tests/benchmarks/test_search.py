@@ -20,10 +20,8 @@ def test_a_trial_has_about_so_many_tokens_in_steps_that_both_sides_cut_alike(
 
 
 def test_rivals_train_the_trials_that_the_service_will_ask_for() -> None:
-    found = [
-        list(_trials(request(9, 1, halving=halving, training_file="a", validation_file="b"), SHAPE))
-        for halving in (False, True)
-    ]
+    bodies = (request(9, 1, halving=halving, training_file="a", validation_file="b") for halving in (False, True))
+    found = [list(trials_of(body, SHAPE)) for body in bodies]
     assert found[0] == found[1] and len({(one.rank, one.modules, one.learning_rate) for one in found[0]}) == TRIALS
     for one in found[0]:
         width = {"q_proj": 64 + 64, "k_proj": 64 + 32, "v_proj": 64 + 32, "o_proj": 64 + 64}
