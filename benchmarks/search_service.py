@@ -77,4 +77,4 @@ class Searching:
     def _body(self, train: str, held_out: str) -> dict[str, JsonValue]:
         work = self._work
         batch = len(work.order[0])
-        return request(work.steps, batch, halving=work.halving, training_file=train, validation_file=held_out)
+        return request(batch, halving=work.halving, training_file=train, validation_file=held_out)

@@ -7,8 +7,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
+
+if TYPE_CHECKING:
+    from polygraft.grafts.sites import ModelShape
 
 TRIALS, ROWS, HELD_OUT, WORDS = 16, 64, 16, 48
 ETA = 3
@@ -75,7 +79,7 @@ def steps_of(tokens: int, batch: int) -> int:
     return ETA**2 * max(1, round(tokens / (ROWS * batch * ETA**2)))
 
 
-def request(steps: int, batch: int, *, halving: bool, training_file: str, validation_file: str) -> dict[str, JsonValue]:
+def request(batch: int, *, halving: bool, training_file: str, validation_file: str) -> dict[str, JsonValue]:
     """The search as our service is asked for it. The sampler does not look at results: the trials are known before."""
     search: dict[str, JsonValue] = {"r": list(RANKS), "at": list(SITES)}
     return {
@@ -103,13 +107,11 @@ def request(steps: int, batch: int, *, halving: bool, training_file: str, valida
     }
 
 
-def trials_of(body: Mapping[str, JsonValue], shape: object) -> Iterator[LoraTrial]:
+def trials_of(body: Mapping[str, JsonValue], shape: ModelShape) -> Iterator[LoraTrial]:
     """What the service will ask for, from the same plan."""
-    from polygraft.grafts.sites import ModelShape
     from polygraft.tuning.request import SearchRequest
     from polygraft.tuning.study import Study
 
-    assert isinstance(shape, ModelShape)
     plan = SearchRequest.model_validate(body).plan(backbone="any", shape=shape)
     study = Study(plan.space, plan.objectives, plan.sampler)
     for number in range(TRIALS):
@@ -124,18 +126,15 @@ def make(folder: Path, backbone: Path, *, steps: int, batch: int, halving: bool)
     from polygraft.grafts.sites import ModelShape
     from polygraft.grafts.text.jsonl import read
     from polygraft.grafts.text.tokenise import Tokeniser
+    from polygraft.launch.corpus import Pair, jsonl
     from polygraft.trainers.job import permutation
 
     texts = list(_texts(steps * batch + HELD_OUT))
     tokeniser = Tokeniser.load(backbone)
     samples: dict[str, tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = {}
     for part, some in (("train", texts[HELD_OUT:]), ("held_out", texts[:HELD_OUT])):
-        lines = [
-            json.dumps({"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": t}]})
-            for t in some
-        ]
         path = folder / f"{part}.jsonl"
-        path.write_text("\n".join(lines) + "\n")
+        path.write_bytes(jsonl(Pair("Go on.", text) for text in some))
         found = [tokeniser.encode_example(example, ROWS + 1) for example in read(path)]
         assert all(len(one.ids) == ROWS + 1 for one in found), "a sample is shorter than it is to be"
         samples[part] = tuple((one.ids, one.weights) for one in found)
@@ -146,7 +145,7 @@ def make(folder: Path, backbone: Path, *, steps: int, batch: int, halving: bool)
         backbone=str(backbone),
         halving=halving,
         order=tuple(order[step * batch : (step + 1) * batch] for step in range(steps)),
-        trials=tuple(trials_of(request(steps, batch, halving=halving, training_file="a", validation_file="b"), shape)),
+        trials=tuple(trials_of(request(batch, halving=halving, training_file="a", validation_file="b"), shape)),
         **samples,
     )
     (folder / _FILE).write_text(json.dumps(asdict(work)))
