@@ -23,7 +23,7 @@ from polygraft.trainers.evaluate import mean_loss
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.runner import PackRunner
 
-BATCH, EPOCHS = 4, 2
+BATCH, EPOCHS = 2, 1  # every example is new to a job, as in a search that is given a budget
 PACK = 32  # jobs that share a forward
 _ROWS = 32 * BATCH * 64  # of a forward: all jobs ride in each
 
@@ -149,7 +149,7 @@ def _whole(files: Path, folder: Path) -> Table:
     )
     about = (
         f"Llama of {own.LAYERS} layers of {own.HIDDEN}, taught for {own.STEPS} steps of {own.BATCH} x {own.WINDOW} "
-        f"tokens (fingerprint {backbone.fingerprint}); batch {BATCH}, {EPOCHS} epochs, AdamW, linear schedule, "
+        f"tokens (fingerprint {backbone.fingerprint}); batch {BATCH}, {EPOCHS} epoch, AdamW, linear schedule, "
         f"float32; {sizes}; packs of {PACK}; torch {version('torch')}"
     )
     tokens = [EPOCHS * sum(sample.rows for sample in one.train) / one.steps for one in data.values()]
