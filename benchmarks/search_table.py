@@ -3,8 +3,9 @@
 python benchmarks/search_table.py make|replay|retrain|show [--work FOLDER] [--seconds S] [--only TEXT] [--seeds N]
 
 `make` trains what the table lacks in packs, `replay` runs every sampler and pruner on it, `retrain` trains what the
-studies with a pruner chose again on other seeds, `show` writes the report. Each goes on where it was left; all but the
-backbone and the shares of the table, which lie in the work folder, is kept in benchmarks/peft_table.
+studies with a pruner chose again on other seeds, `show` writes the report. Each goes on where it was left. The table,
+the finals and the report are kept in benchmarks/peft_table; the work folder has the backbone, the table's shares and
+the studies.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import kernels_elsewhere  # noqa: F401
 import torch
 from peft_table import finals, make, show, studies, table
 
-_STUDIES, _FINALS = table.HERE / "studies.json", table.HERE / "finals.json"
+_FINALS = table.HERE / "finals.json"
 
 
 def main() -> int:
@@ -38,11 +39,12 @@ def main() -> int:
         table.save(found)
         return 0
     rows = table.load()
-    done: studies.Studies = json.loads(_STUDIES.read_text()) if _STUDIES.exists() else {}
+    path = given.work / "studies.json"
+    done: studies.Studies = json.loads(path.read_text()) if path.exists() else {}
     match given.do:
         case "replay":
             torch.set_num_threads(1)
-            studies.measure(rows, _STUDIES, seconds=given.seconds, only=given.only, seeds=given.seeds, say=say)
+            studies.measure(rows, path, seconds=given.seconds, only=given.only, seeds=given.seeds, say=say)
         case "retrain":
             finals.retrain(rows, done, given.work, _FINALS, say)
         case _:
