@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import log10
 from pathlib import Path
@@ -28,67 +28,23 @@ import numpy as np
 from assignment import Task
 from harness import Arm, ArmFailed, watched
 from material import Material
-from measure import Goal, Op, decide
+from measure import decide
 from over_http_servers import pss_of
 from peft_table.measures import hypervolume
 from record import Check, Gate, Head, Outcome, Record
 from report import show
 from rich.console import Console
+from search_cells import ARMS, BESIDE, TOKENS, Cell
 from search_service import Searching
-from search_work import ROWS, TRIALS, Work, make, steps_of
+from search_work import ROWS, TRIALS, Work, make
 from servers import Server
 
-TOKENS: Mapping[str, int] = {"long": 20_000, "short": 1_000, "halving": 20_000}
 QUICK_TOKENS, ROUNDS = 600, {"long": 3, "short": 5, "halving": 3}
 _PROBED, _PROBE_SHARE = 4, 10
 _PATIENCE_S = 4 * 3600.0
 _WATCH_S = 1.0  # reading a tree's memory takes some itself
 _HIGHEST = 10.8  # of SmolLM2's loss: that of chance
 _SAME = 2e-2  # the bare backbone's held-out loss, ours to PEFT's: eight bits of mantissa through thirty layers
-
-_TYPES = ("bfloat16", "float32")
-_AT_ONCE = tuple(f"{dtype} {at_once}" for dtype in _TYPES for at_once in (1, 2))
-ARMS = (
-    Arm("ours", "our service, POST /v1/searches to its end, one pack", ("auto",)),
-    Arm("tune", "Ray Tune, PEFT in a process a trial", _AT_ONCE),
-    Arm("tune_reuse", "Ray Tune, reuse_actors: process and model are kept", _AT_ONCE),
-    Arm("optuna", "Optuna and PEFT in one process, adapters one after the other", tuple(f"{t} 1" for t in _TYPES)),
-    Arm("ceiling", "the backbone's products alone, at twelve trials' rows", ("auto",), limit=True),
-)
-# What stands in the samples beside an arm's speed, by the end of its name.
-_BESIDE = {"start": "seconds until it could be asked", "volume": "hypervolume of its front, nats x decades"}
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    name: str
-    tokens: int
-    batch: int
-
-    @property
-    def steps(self) -> int:
-        return steps_of(self.tokens, self.batch)
-
-    @property
-    def arms(self) -> tuple[Arm, ...]:
-        """Optuna's own successive halving takes one objective alone and is no part of the question."""
-        return tuple(arm for arm in ARMS if self.name != "halving" or arm.name != "optuna")
-
-    @property
-    def goals(self) -> tuple[Goal, ...]:
-        """A makespan of at most 0.55 is a speed of at least 1 / 0.55. With a batch of 8 all are only reported."""
-        most = {"long": {"tune": 0.55, "optuna": 0.40}, "short": {"tune": 0.35}, "halving": {"tune": 0.45}}[self.name]
-        rivals = [arm.name for arm in self.arms if arm.name not in ("ours", "ceiling")]
-        found = [self._goal(rival, "speed", 1 / most[rival] if rival in most else None) for rival in rivals]
-        found += [self._goal(rival, "volume", 0.98 if self.name != "halving" else None) for rival in rivals]
-        return (*found, Goal(f"search.{self.name}.share_of_ceiling", "speed", "ours", ("ceiling",)))
-
-    def _goal(self, rival: str, what: str, least: float | None) -> Goal:
-        suffix = "" if what == "speed" else f" {what}"
-        judged = least is not None and self.batch == 1
-        id = f"search.{self.name}.{what}_{rival}"
-        op: Op | None = ">=" if judged else None
-        return Goal(id, "speed", f"ours{suffix}", (f"{rival}{suffix}",), op, least if judged else None)
 
 
 class Rival:
@@ -140,7 +96,7 @@ def main() -> int:
 
 def _head(cell: Cell, rounds: int, *, quick: bool) -> Head:
     about = {arm.name: arm.about for arm in cell.arms}
-    about |= {f"{arm.name} {what}": text for arm in cell.arms if not arm.limit for what, text in _BESIDE.items()}
+    about |= {f"{arm.name} {what}": text for arm in cell.arms if not arm.limit for what, text in BESIDE.items()}
     return Head(
         benchmark=f"search.{cell.name}",
         quick=quick,
@@ -243,7 +199,7 @@ def _round(
                     seconds, losses = running.round()
             peak = max(outcome.peak_bytes, *highest)
             record.arms[arm.name] = replace(outcome, idle_bytes=idle, peak_bytes=peak)
-            record.arms |= {f"{arm.name} {what}": Outcome() for what in _BESIDE}
+            record.arms |= {f"{arm.name} {what}": Outcome() for what in BESIDE}
             yield arm.name, work.tokens / seconds
             yield f"{arm.name} start", started
             yield f"{arm.name} volume", _volume(work, losses, record.gate.checks[0].value)

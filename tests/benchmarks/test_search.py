@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import search
+from search_cells import Cell
 from search_work import ETA, ROWS, TRIALS, request, steps_of, trials_of
 
 from polygraft.tuning.pruners.choose import pruner
@@ -30,11 +30,11 @@ def test_rivals_train_the_trials_that_the_service_will_ask_for() -> None:
 
 
 def test_a_makespan_is_claimed_as_a_speed_and_a_batch_of_eight_claims_nothing() -> None:
-    goals = {goal.id: goal for goal in search.Cell("long", 20_000, 1).goals}
+    goals = {goal.id: goal for goal in Cell("long", 20_000, 1).goals}
     assert goals["search.long.speed_tune"].goal == pytest.approx(1 / 0.55)
     assert goals["search.long.speed_optuna"].goal == pytest.approx(2.5)
     assert goals["search.long.volume_tune"].goal == 0.98
     assert goals["search.long.speed_tune_reuse"].op is None
-    assert not any(goal.op for goal in search.Cell("short", 1_000, 8).goals)
-    assert "optuna" not in [arm.name for arm in search.Cell("halving", 20_000, 1).arms]
+    assert not any(goal.op for goal in Cell("short", 1_000, 8).goals)
+    assert "optuna" not in [arm.name for arm in Cell("halving", 20_000, 1).arms]
     assert ROWS == 64
