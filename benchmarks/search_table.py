@@ -28,12 +28,13 @@ def main() -> int:
     parser.add_argument("do", choices=("make", "replay", "retrain", "show"))
     parser.add_argument("--work", type=Path, default=Path("reports/peft_table"), help="what is made on the way")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
+    parser.add_argument("--backwards", action="store_true", help="make the last shares first, beside another process")
     parser.add_argument("--only", default="", help="replay arms with this in their name (setting | task | arm)")
     parser.add_argument("--seeds", type=int, help="replay at most so many seeds of each arm")
     given = parser.parse_args()
     say = partial(print, flush=True)
     if given.do == "make":
-        found = make.make(given.work, given.seconds, say)
+        found = make.make(given.work, given.seconds, say, backwards=given.backwards)
         if found is None:
             return 1
         table.save(found)

@@ -67,21 +67,24 @@ def shares() -> Iterator[Share]:
                     yield Share(space, task, seed, first)
 
 
-def make(folder: Path, seconds: float, say: Callable[[str], None]) -> Table | None:
-    """The table when all its shares are there, else None after training some of them for about so many `seconds`."""
+def make(folder: Path, seconds: float, say: Callable[[str], None], *, backwards: bool = False) -> Table | None:
+    """The table when all its shares are there, else None after training some of them for about so many `seconds`; the
+    last ones first where another process works `backwards`."""
     began = time.monotonic()
     files = own.make(folder / "backbone")
-    missing = [share for share in shares() if not (folder / share.file).exists()]
+    missing = [share for share in shares() if not (folder / share.file).exists()][:: -1 if backwards else 1]
     if missing:
         backbone = Backbone.load(files, torch.float32, training=True)
         data = {task: data_of(files, task) for task in TABLED}
         for number, share in enumerate(missing):
             if number and time.monotonic() - began > seconds:
                 return None
+            if (folder / share.file).exists():
+                break  # here another process has come from the other end
             start = time.monotonic()
             _train(backbone, data[share.task], share, folder / share.file)
             say(f"{share.file}: {time.monotonic() - start:.0f} s; {len(missing) - number - 1} to go")
-    return _whole(files, folder)
+    return _whole(files, folder) if all((folder / share.file).exists() for share in shares()) else None
 
 
 def data_of(files: Path, task: str) -> Data:

@@ -32,7 +32,7 @@ def table() -> Table:
     level = 1 + np.arange(ROWS)[:, None, None, None] / 10
     fall = np.exp(-np.arange(1, STEPS + 1) / 20)
     training = np.broadcast_to(level + (4 - level) * fall, (ROWS, 1, 2, STEPS)).astype(np.float32)
-    ends = np.broadcast_to(level, (ROWS, 1, 2, 10)).astype(np.float32)
+    ends = np.broadcast_to(level, (ROWS, 1, 2, kept.LOOKS)).astype(np.float32)
     return Table(
         about="made up",
         shape=SHAPE,
