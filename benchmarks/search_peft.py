@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -24,13 +24,14 @@ class Lora:
         torch.set_num_threads(threads)
         self._work = work
         self._base = AutoModelForCausalLM.from_pretrained(work.backbone, dtype=getattr(torch, dtype))
+        self._model: nn.Module = self._base
 
-    def train(self, trial: LoraTrial, stops: Sequence[int], steps: int) -> Iterator[tuple[int, float]]:
+    def train(self, trial: LoraTrial, stops: Sequence[int], steps: int) -> Generator[tuple[int, float], None, None]:
         """(step, mean training loss since the stop before) at every stop; the schedule is that of so many steps."""
         torch.manual_seed(trial.number)
         config = LoraConfig(r=trial.rank, lora_alpha=ALPHA, target_modules=list(trial.modules), task_type="CAUSAL_LM")
         model = get_peft_model(self._base, config)
-        self._model: nn.Module = model.train()
+        self._model = model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=trial.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
@@ -47,7 +48,7 @@ class Lora:
                     losses.append(loss.item())
                 yield stop, fmean(losses)
         finally:
-            self._base = model.unload()
+            self._base = model.unload()  # type: ignore[assignment]
 
     @torch.inference_mode()
     def held_out(self) -> float:

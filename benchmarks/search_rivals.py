@@ -66,7 +66,8 @@ class Tune:
         stop = time.monotonic()
         if results.num_errors:
             raise RuntimeError(str(results.errors[0])[-300:])
-        ended = [one.metrics for one in results if one.metrics and "loss" in one.metrics]
+        found = (results[index].metrics for index in range(len(results)))
+        ended = [one for one in found if one and "loss" in one]
         losses = {str(one["config"]["number"]): one["loss"] for one in ended}
         return _reply(self._work, self._task, start, stop, losses)
 

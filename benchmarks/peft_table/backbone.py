@@ -89,7 +89,8 @@ def _taught(tokenizer: Tokenizer) -> LlamaForCausalLM:
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _windows(text: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:

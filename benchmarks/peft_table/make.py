@@ -118,12 +118,12 @@ def curves(
     while any(not running.finished for running in runner.jobs.values()):
         done = runner.step()
         for stepped in done.stepped:
-            row = int(stepped.job)
-            training[row, stepped.step - 1] = stepped.loss
+            place = int(stepped.job)
+            training[place, stepped.step - 1] = stepped.loss
             if stepped.step in data.looks:
-                validation[row, data.looks.index(stepped.step)] = runner.evaluate(stepped.job, data.validation)
+                validation[place, data.looks.index(stepped.step)] = runner.evaluate(stepped.job, data.validation)
             if stepped.step == data.steps:
-                test[row] = runner.evaluate(stepped.job, data.test)
+                test[place] = runner.evaluate(stepped.job, data.test)
         for failed in done.failed:
             runner.remove(failed.job)
     return training, validation, test

@@ -37,12 +37,12 @@ def after_tokens(view: View, ran: Sequence[Ran], trainings: float) -> Measured |
 
 def spent(view: View, ran: Sequence[Ran], now: int) -> float:
     """Steps of all trials up to a time, in whole trainings; all steps of a task have the same tokens in the mean."""
-    return sum(min(max(now - one.began, 0), one.steps) for one in ran) / view.training.shape[1]
+    return sum(min(max(now - one.began, 0), one.steps) for one in ran) / int(view.training.shape[1])
 
 
 def saved(view: View, ran: Sequence[Ran]) -> float:
     """The share of all trials' steps that was not trained."""
-    return 1 - sum(one.steps for one in ran) / (len(ran) * view.training.shape[1])
+    return 1 - sum(one.steps for one in ran) / (len(ran) * int(view.training.shape[1]))
 
 
 def best_was_stopped(view: View, ran: Sequence[Ran]) -> bool:

@@ -52,12 +52,12 @@ class View:
     @cached_property
     def training(self) -> NDArray[np.float32]:
         """Losses by (row, step)."""
-        return self.table.training[self.numbers, self.task, self.seed, : self.table.steps(self.task)]
+        return np.asarray(self.table.training[self.numbers, self.task, self.seed, : self.table.steps(self.task)])
 
     @cached_property
     def loss(self) -> NDArray[np.float32]:
         """What the study is told: the validation loss at a row's end."""
-        return self.table.validation[self.numbers, self.task, self.seed, -1]
+        return np.asarray(self.table.validation[self.numbers, self.task, self.seed, -1])
 
     @cached_property
     def truth(self) -> NDArray[np.float32]:

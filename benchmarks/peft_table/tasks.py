@@ -19,8 +19,8 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     "machines": ("ai", "botprofile", "coding", "computers", "science", "tech_support"),
 }
 TABLED = ("trivia", "feelings")  # those of the table
-OTHERS = ("conversations", "food", "gossip", "greetings", "health", "history", "humor", "literature", "money")
-OTHERS += ("movies", "politics", "sports")
+OTHERS: tuple[str, ...] = ("conversations", "food", "gossip", "greetings", "health", "history", "humor", "literature")
+OTHERS += ("money", "movies", "politics", "sports")
 HELD_OUT = 40  # pairs of the validation part, and of the test part, at least
 LONGEST = 64  # tokens of a sample
 STARTS, ENDS = "<|im_start|>", "<|im_end|>"
@@ -57,8 +57,8 @@ def dialogues() -> tuple[Pair, ...]:
 
 def encoded(tokenizer: Tokenizer, pair: Pair) -> Sample:
     """Question and answer, of which the answer and its end are learnt; the first LONGEST tokens."""
-    asked = [tokenizer.token_to_id(STARTS), *tokenizer.encode(f"{pair.question}\n").ids]
-    answered = [*tokenizer.encode(pair.answer).ids, tokenizer.token_to_id(ENDS)]
+    asked = tokenizer.encode(f"{STARTS}{pair.question}\n").ids
+    answered = tokenizer.encode(f"{pair.answer}{ENDS}").ids
     ids = (*asked, *answered)
     weights = (0.0,) * len(asked) + (1.0,) * len(answered)
     return Sample(ids[:LONGEST], weights[:LONGEST])
