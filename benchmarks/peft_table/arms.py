@@ -79,11 +79,11 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 40, (*map(Arm, (*_OWN, *_OPTUNAS)), *_GP)),
+    Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 30, (*map(Arm, (*_OWN, *_OPTUNAS)), *_GP)),
     # S4's grafts all have about as many parameters as they may: what they differ in is the loss.
-    Setting("s4", "s4", (LOSS,), 40, tuple(map(Arm, (*_OWN, "staged", *_OPTUNAS)))),
-    Setting("autopeft, stopping", "autopeft", (LOSS,), 96, _STOPS),
-    Setting("autopeft, stopping, by fronts", "autopeft", (LOSS, PARAMETERS), 96, _STOPS[:5]),
+    Setting("s4", "s4", (LOSS,), 30, tuple(map(Arm, (*_OWN, "staged", *_OPTUNAS)))),
+    Setting("autopeft, stopping", "autopeft", (LOSS,), 64, _STOPS),
+    Setting("autopeft, stopping, by fronts", "autopeft", (LOSS, PARAMETERS), 64, _STOPS[:5]),
     Setting("s4, stopping", "s4", (LOSS,), 64, _STOPS),
 )
 

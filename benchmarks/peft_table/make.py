@@ -14,7 +14,7 @@ import torch
 
 from peft_table import backbone as own
 from peft_table.table import LOOKS, ROWS, SEEDS, SPACES, Row, Table, drawn
-from peft_table.tasks import TABLED, TASKS, Split, samples, split
+from peft_table.tasks import LONGEST, TABLED, TASKS, TRAINED, Split, samples, split
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -25,7 +25,7 @@ from polygraft.trainers.runner import PackRunner
 
 BATCH, EPOCHS = 2, 1  # every example is new to a job, as in a search that is given a budget
 PACK = 32  # jobs that share a forward
-_ROWS = 32 * BATCH * 64  # of a forward: all jobs ride in each
+_ROWS = 32 * BATCH * LONGEST  # of a forward: all jobs ride in each
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ def data_of(files: Path, task: str) -> Data:
     """The samples of a task, with the tokenizer of the backbone's files."""
     found: Split = split(TASKS[task])
     tokenizer = own.tokenizer_of(files)
-    return Data(*(samples(tokenizer, pairs) for pairs in (found.train, found.validation, found.test)))
+    train, validation, test = (samples(tokenizer, pairs) for pairs in (found.train, found.validation, found.test))
+    return Data(train[:TRAINED], validation, test)
 
 
 def _train(backbone: Backbone, data: Data, share: Share, path: Path) -> None:

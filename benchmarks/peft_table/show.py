@@ -17,7 +17,7 @@ from peft_table.table import Table
 
 SAVED, STOPPED = 0.70, 0.05  # the goals
 _REGRET, _VOLUME = 1, 2  # in a measurement, after what was spent
-_SHOWN = (10, 20, 40)
+_SHOWN = (10, 20, 30)
 _OURS, _THEIRS = "-", "--"
 
 

@@ -16,8 +16,8 @@ from peft_table.replay import View, replayed
 from peft_table.table import SEEDS, Table
 from polygraft.kernels.common.atomic import write_text
 
-COUNTS = tuple(range(5, 41, 5))  # trials
-TRAININGS = (5, 10, 20, 40)  # tokens, in whole trainings
+COUNTS = tuple(range(5, 31, 5))  # trials
+TRAININGS = (5, 10, 15, 20)  # tokens, in whole trainings
 _SAVE_S = 30.0
 
 Study = Mapping[str, object]

@@ -24,11 +24,11 @@ from polygraft.tuning.spaces.s4 import s4_space
 
 HERE = Path(__file__).resolve().parent
 SPACES = ("autopeft", "s4")
-ROWS = {"autopeft": 96, "s4": 64}
+ROWS = {"autopeft": 64, "s4": 64}
 SEEDS = (1, 2)
 RATES = Rates(1e-3, 1e-2)  # one decade
 LONGEST_PREFIX, S4_BUDGET = 16, 12_000
-LOOKS = 5  # validations of a curve, evenly, the last at its end
+LOOKS = 2  # validations of a curve, evenly, the last at its end
 
 Numbers = NDArray[np.float32]
 

@@ -21,8 +21,9 @@ TASKS: Mapping[str, tuple[str, ...]] = {
 TABLED = ("trivia", "feelings")  # those of the table
 OTHERS: tuple[str, ...] = ("conversations", "food", "gossip", "greetings", "health", "history", "humor", "literature")
 OTHERS += ("money", "movies", "politics", "sports")
+TRAINED = 96  # samples that are trained on, at most
 HELD_OUT = 40  # pairs of the validation part, and of the test part, at least
-LONGEST = 64  # tokens of a sample
+LONGEST = 48  # tokens of a sample
 STARTS, ENDS = "<|im_start|>", "<|im_end|>"
 
 
