@@ -141,7 +141,7 @@ def main() -> int:
     backbone = Backbone.load(files, torch.float32, training=True)
     began = time.monotonic()
     tasks, seeds = (("trivia",), (0,)) if given.quick else (tuple(TASKS), SEARCHES)
-    left = [f"{part} {task} {seed}" for seed in seeds for task in tasks for part in PARTS]
+    left = [f"{part} {task} {seed}" for seed in seeds for part in PARTS for task in tasks]
     for name in left:
         if name not in found and time.monotonic() - began < given.seconds:
             part, task, seed = name.split()

@@ -79,7 +79,8 @@ def _taught(tokenizer: Tokenizer) -> LlamaForCausalLM:
         dtype="float32",
     )
     torch.manual_seed(_SEED)
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config)
+    model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS)
     chance = torch.Generator().manual_seed(_SEED)

@@ -62,7 +62,7 @@ class View:
     @cached_property
     def truth(self) -> NDArray[np.float32]:
         """What a row is worth: its validation loss in the mean of all seeds."""
-        return self.table.validation[self.numbers, self.task, :, -1].mean(axis=1)
+        return np.asarray(self.table.validation[self.numbers, self.task, :, -1].mean(axis=1))
 
     @cached_property
     def points(self) -> NDArray[np.float64]:
