@@ -18,16 +18,15 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 
 from machine import describe, versions
+from trees import ROOT, git, worktree
 
-ROOT = Path(__file__).resolve().parents[1]
 _SHOWN = 60  # names of one kind of difference that are printed; all of them are in the JSON
 _NAMES = "parity_names.py"  # may change without making a kept baseline worthless
 
@@ -46,7 +45,7 @@ def main() -> None:
     given = parser.parse_args()
     asked = ["--threads", str(given.threads), *(["--quick"] if given.quick else [])]
     asked += ["--only", *given.only] if given.only else []
-    commit = _git("rev-parse", given.against)
+    commit = git("rev-parse", given.against)
     with ThreadPoolExecutor(2) as both:
         old = both.submit(_kept, given.baseline, commit, asked)
         new = both.submit(probe, ROOT, asked)
@@ -55,7 +54,7 @@ def main() -> None:
     found = differences({n: before[n] for n in keep if n in before}, {n: after[n] for n in keep if n in after})
     report(found, len(keep))
     if given.json:
-        said = {"against": commit, "commit": _git("rev-parse", "HEAD"), "asked": asked, "compared": len(keep)}
+        said = {"against": commit, "commit": git("rev-parse", "HEAD"), "asked": asked, "compared": len(keep)}
         given.json.write_text(json.dumps({**said, "machine": _machine(), **found}, indent=1))
     raise SystemExit(1 if any(found.values()) else 0)
 
@@ -104,28 +103,13 @@ def _kept(baseline: Path | None, commit: str, asked: Sequence[str]) -> Digests:
             kept: Digests = read["digests"]
             return kept
         print(f"{baseline}: is of another probe, question or machine; made anew", file=sys.stderr)
-    with _worktree(commit) as tree:
+    with worktree(commit) as tree:
         digests = probe(tree, asked)
     if baseline:
         draft = baseline.with_name(f".{baseline.name}.{os.getpid()}")
         draft.write_text(json.dumps({"about": about, "digests": digests}, indent=0))
         os.replace(draft, baseline)
     return digests
-
-
-@contextmanager
-def _worktree(commit: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        _git("worktree", "add", "--detach", "--quiet", str(tree), commit)
-        try:
-            yield tree
-        finally:
-            _git("worktree", "remove", "--force", str(tree))
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _probe_digest() -> str:

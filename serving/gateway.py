@@ -315,7 +315,7 @@ class Gateway:
 
     async def _move(self, stream: InFlight, source: ReplicaId, target: ReplicaId) -> bool:
         """Hand one stream on; False where `target` does not take it, and `source` goes on with it."""
-        before = stream.request.attempt
+        had = [attempt for attempt, at in stream.live.items() if at == source]
         stream.advance()
         request = stream.request
         try:
@@ -333,7 +333,7 @@ class Gateway:
             return True
         if request.attempt not in stream.live:  # the new one has gone
             return False
-        if stream.live.pop(before, None) is not None:
+        if [attempt for attempt in had if stream.live.pop(attempt, None) is not None]:
             self._cancel(source, request.id)
         _LOG.info("request %s moves from %s to %s at token %d", request.id, source, target, len(request.generated))
         if request.generated:

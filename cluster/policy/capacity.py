@@ -153,7 +153,7 @@ def serve_capacity(model: ModelSize, held: Portion) -> ServeCapacity:
     while rows > _LEAST_ROWS and rows * (model.passing_bytes + scores) > max(held.bytes // 16, least):
         rows //= 2
     logits = 12 * shape.vocab  # float32, sorted and as probabilities
-    streams = max(1, min(_MOST_STREAMS[held.kind], rows // 2, _power((left // token) // _STREAM_TOKENS)))
+    streams = min(_MOST_STREAMS[held.kind], rows // 2, _power(left // token // _STREAM_TOKENS))
     step = rows * (model.passing_bytes + scores) + streams * logits
     cache = min(max(left - step, least), streams * positions * token)
     block = model.token_bytes * BLOCK
@@ -189,7 +189,7 @@ def pack_capacity(model: ModelSize, held: Portion) -> PackCapacity:
         )
     most = left // 2 // model.kept_bytes
     micro = _MICRO_ROWS[held.kind]
-    while micro > _LEAST_ROWS and micro > most:
+    while micro > most:  # which is _LEAST_ROWS at least
         micro //= 2
     fast = _by_speed(held, 2 * model.flops, _PACK_STEP_S) // 256 * 256
     rows = max(micro, min(fast, most, _MOST_PACK_ROWS[held.kind]) // 8 * 8)
@@ -197,7 +197,7 @@ def pack_capacity(model: ModelSize, held: Portion) -> PackCapacity:
         memory_bytes=left,
         max_rows=rows,
         micro_rows=micro,
-        max_jobs=max(1, min(_MOST_JOBS, left // 2 // max(1, model.job_bytes))),
+        max_jobs=max(1, min(_MOST_JOBS, left // 2 // model.job_bytes)),
         given_out=fixed + left,
     )
 
@@ -210,7 +210,7 @@ def streams_at_once(capacity: ServeCapacity, model: ModelSize, tokens: int) -> i
 
 def _by_speed(held: Portion, flops: int, seconds: float) -> int:
     """Rows that are computed in so many seconds; where the speed is not known, as many as a slow CPU takes."""
-    return int((held.speed or 1e11) * seconds / max(1, flops))
+    return int((held.speed or 1e11) * seconds / flops)
 
 
 def _within(rows: int, held: Portion) -> int:

@@ -41,7 +41,6 @@ class Rooms:
             else:
                 self._closing = True
         self.open.sort(key=lambda room: room.order)
-        self._opening.sort(key=lambda room: room.pack.id)
         self.backs_off = backing_off(snapshot, kind)
         self._blocked = 0
 

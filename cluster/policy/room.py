@@ -51,8 +51,8 @@ class Room:
         self.budget.take(job)
 
     def lasts_s(self) -> float:
-        """Until the last of its jobs is expected to end; inf where that is not known of one."""
-        return max((self._left_s.get(job, inf) for job in self.load.jobs), default=0.0)
+        """Until the last of its jobs (it has some) is expected to end; inf where that is not known of one."""
+        return max(self._left_s.get(job, inf) for job in self.load.jobs)
 
     def _expected(self) -> list[tuple[float, int]]:
         """In how many seconds which bytes are given back, the next first."""

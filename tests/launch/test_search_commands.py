@@ -1,13 +1,20 @@
-"""What `polygraft search` sends for a file, and for nothing but examples and a budget."""
+"""What `polygraft search` sends for a file, and for nothing but examples and a budget; and after Ctrl-C."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
+from typer.testing import CliRunner
 
 from polygraft.cluster.client import Client, RemoteFile
+from polygraft.launch.commands import search as search_commands
+from polygraft.launch.commands.common import Flags
 from polygraft.launch.commands.search_file import SearchFile, read_search_file, within
+from polygraft.launch.main import app
 from polygraft.launch.output import Failure
 from polygraft.tuning.request import SearchRequest
 from tests.tuning.standin import SHAPE
@@ -78,3 +85,30 @@ def test_too_few_examples_and_a_bad_budget_are_refused(tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text("{}\n{}\n")
     with pytest.raises(Failure, match="--budget: 'soon'"):
         within(tmp_path / "two.jsonl", "soon", Uploads())
+
+
+def test_a_search_whose_terminal_is_interrupted_goes_on_under_its_id(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    begun = {"id": "study-1", "name": "s", "created_at": 1, "status": "running", "trials_total": 4}
+    file = {"id": "file-1", "filename": "train.jsonl", "bytes": 1, "created_at": 1}
+    answers = {"/v1/files": file, "/v1/searches/study-1/trials": {"data": [], "has_more": False}}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.method, request.url.path))
+        return httpx.Response(200, json=answers.get(request.url.path, begun))
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    client = Client("http://service", "pg-key", transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(Flags, "client", lambda _: client)
+    monkeypatch.setattr(client, "close", lambda: None)
+    monkeypatch.setattr(search_commands, "time", SimpleNamespace(sleep=interrupt))
+    (folder / "s.yaml").write_text("{name: s, training_file: train.jsonl, validation_file: held-out.jsonl}")
+    done = CliRunner().invoke(app, ["search", str(folder / "s.yaml")])
+    assert done.exit_code != 0 and "polygraft searches study-1" in done.stderr
+    assert {path for method, path in asked if method == "POST"} == {"/v1/files", "/v1/searches"}, "nothing is cancelled"
+    again = CliRunner().invoke(app, ["searches", "study-1", "--json"])
+    assert (again.exit_code, json.loads(again.stdout)["id"]) == (0, "study-1"), again.stderr

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache, partial
 from pathlib import Path
 
 from tests.mutation.child import preload
 from tests.mutation.covering import FOLDERS, KEPT, ROOT, Covered, covered, digest, test_files
 from tests.mutation.faults import Fault, faults_in
-from tests.mutation.trial import Outcome, try_out
+from tests.mutation.trial import Outcome, Trial
 
 EXCUSES = ROOT / "tests" / "mutation" / "equivalents.txt"
 LEAST_NOTICED, MOST_EXCUSED = 0.90, 0.03
@@ -61,9 +64,11 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="these files, whole, as cluster/policy/*.py")
     parser.add_argument("--seed", type=int, default=0, help="draws the sample of the rest")
     parser.add_argument("--sample", type=int, default=SAMPLE, help="how many faults of the rest")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="how many faults are tried at a time")
     parser.add_argument("--seconds", type=float, help="begin nothing new after so long; the next run goes on")
     asked = parser.parse_args(given)
     until = time.monotonic() + asked.seconds if asked.seconds else float("inf")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was begun is ended, too
     preload()
     kept = Kept(KEPT / "found.jsonl")
     waiting = 0
@@ -79,19 +84,54 @@ def main(given: Sequence[str] | None = None) -> int:
             if time.monotonic() > until:
                 break
             covering.append(covered(test_file))
-        for fault in untried:
-            if time.monotonic() > until:
-                waiting += 1
-                continue
-            source = (ROOT / fault.path).read_text()
-            if fault not in faults_in(source, fault.path):
-                waiting += 1  # the file has changed since
-                continue
-            outcome = try_out(fault, source, covering)
-            kept.add(fault, state, outcome)
-            if not outcome.noticed:
-                print(f"{outcome}: {fault.path}:{fault.line}\n  - {fault.before}\n  + {fault.after}", flush=True)
+        with Trials(asked.at_once, partial(settle, kept, state)) as trials:
+            for fault in untried:
+                source = (ROOT / fault.path).read_text()
+                if time.monotonic() > until or fault not in _all_in(source, fault.path):  # it has changed since
+                    waiting += 1
+                    continue
+                trials.begin(fault, source, covering)
     return report(chosen, kept, waiting)
+
+
+def settle(kept: Kept, state: str, fault: Fault, outcome: Outcome) -> None:
+    kept.add(fault, state, outcome)
+    if not outcome.noticed:
+        print(f"{outcome}: {fault.path}:{fault.line}\n  - {fault.before}\n  + {fault.after}", flush=True)
+
+
+class Trials:
+    """So many at a time; what comes of each is told."""
+
+    def __init__(self, at_once: int, tell: Callable[[Fault, Outcome], None]) -> None:
+        self._at_once, self._tell = at_once, tell
+        self._running: list[Trial] = []
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._settle(0)
+        finally:
+            for trial in self._running:
+                trial.drop()
+
+    def begin(self, fault: Fault, source: str, covering: Sequence[Covered]) -> None:
+        self._settle(self._at_once - 1)
+        self._running.append(Trial(fault, source, covering))
+
+    def _settle(self, most: int) -> None:
+        """Wait until no more than `most` are running."""
+        while True:
+            for trial in list(self._running):
+                if (outcome := trial.outcome()) is not None:
+                    self._running.remove(trial)
+                    self._tell(trial.fault, outcome)
+            if len(self._running) <= most:
+                return
+            time.sleep(0.02)
 
 
 def plan(only: Sequence[str] | None, seed: int, sample: int) -> Iterator[tuple[list[Fault], tuple[str, ...]]]:
@@ -127,6 +167,11 @@ def _python(folder: Path) -> Iterator[Path]:
 
 def faults_of(path: str) -> list[Fault]:
     return list(faults_in((ROOT / path).read_text(), path))
+
+
+@cache
+def _all_in(source: str, path: str) -> frozenset[Fault]:
+    return frozenset(faults_in(source, path))
 
 
 def tests_digest(patterns: Sequence[str]) -> str:

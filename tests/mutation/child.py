@@ -28,27 +28,50 @@ def preload() -> None:
     gc.freeze()  # else a child's first collection copies all of it
 
 
-def in_a_child(act: Callable[[], int], *, cpu_s: float, wall_s: float) -> int:
-    """Its exit code; negative where a signal ended it, TIMED_OUT where a limit did. What it started ends with it."""
-    child = os.fork()
-    if child == 0:
-        _live(act, cpu_s)
-    until = time.monotonic() + wall_s
-    try:
-        while True:
-            found, status = os.waitpid(child, os.WNOHANG)
+class Child:
+    """A process that acts within limits."""
+
+    def __init__(self, act: Callable[[], int], *, cpu_s: float, wall_s: float) -> None:
+        self._until = time.monotonic() + wall_s
+        self._code: int | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            _live(act, cpu_s)
+
+    def ended(self) -> int | None:
+        """Its exit code once it has ended; negative where a signal ended it, TIMED_OUT where a limit did. What it
+        started ends with it."""
+        if self._code is None:
+            found, status = os.waitpid(self._pid, os.WNOHANG)
             if found:
-                break
-            if time.monotonic() > until:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return TIMED_OUT
+                self._kill()
+                code = os.waitstatus_to_exitcode(status)
+                self._code = TIMED_OUT if code == -signal.SIGXCPU else code
+            elif time.monotonic() > self._until:
+                self.end()
+        return self._code
+
+    def end(self) -> None:
+        """Kill it, if it lives."""
+        if self._code is None:
+            self._kill()
+            os.waitpid(self._pid, 0)
+            self._code = TIMED_OUT
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
+
+
+def in_a_child(act: Callable[[], int], *, cpu_s: float, wall_s: float) -> int:
+    """The exit code of a child, as `Child.ended` has it."""
+    child = Child(act, cpu_s=cpu_s, wall_s=wall_s)
+    try:
+        while (code := child.ended()) is None:
             time.sleep(0.02)
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(status)
-    return TIMED_OUT if code == -signal.SIGXCPU else code
+        child.end()
+    return code
 
 
 def _live(act: Callable[[], int], cpu_s: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from importlib.abc import MetaPathFinder
@@ -14,7 +16,7 @@ from types import CodeType, ModuleType
 
 import pytest
 
-from tests.mutation.child import TIMED_OUT, in_a_child
+from tests.mutation.child import TIMED_OUT, Child
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault
 
@@ -32,33 +34,68 @@ class Outcome(StrEnum):
         return self in (Outcome.KILLED, Outcome.TIMEOUT)
 
 
+class Trial:
+    """The tests that cover a fault, run over it in a child until one fails."""
+
+    def __init__(self, fault: Fault, source: str, covering: Iterable[Covered]) -> None:
+        self.fault = fault
+        self._base = tempfile.mkdtemp(prefix="mutant-")
+        self._child: Child | None = None
+        tests, seconds = _chosen(fault, covering)
+        if tests:
+            text = fault.planted(source)
+            self._child = Child(
+                lambda: _run(fault.path, text, tests, self._base), cpu_s=5 * seconds + 20, wall_s=10 * seconds + 90
+            )
+
+    def outcome(self) -> Outcome | None:
+        """None while it is not known."""
+        if self._child is None:
+            found = Outcome.UNTESTED
+        elif (code := self._child.ended()) is None:
+            return None
+        elif code == TIMED_OUT:
+            found = Outcome.TIMEOUT
+        else:
+            found = Outcome.SURVIVED if code == pytest.ExitCode.OK else Outcome.KILLED
+        self.drop()
+        return found
+
+    def drop(self) -> None:
+        """End it, and leave nothing behind."""
+        if self._child is not None:
+            self._child.end()
+        shutil.rmtree(self._base, ignore_errors=True)
+
+
 def try_out(fault: Fault, source: str, covering: Iterable[Covered]) -> Outcome:
-    """Run the tests that cover it until one fails."""
-    tests, seconds = _chosen(fault, covering)
-    if not tests:
-        return Outcome.UNTESTED
-    text = fault.planted(source)
-    base = tempfile.mkdtemp(prefix="mutant-")
+    """What comes of one fault."""
+    trial = Trial(fault, source, covering)
     try:
-        code = in_a_child(lambda: _run(fault.path, text, tests, base), cpu_s=5 * seconds + 20, wall_s=10 * seconds + 90)
+        while (found := trial.outcome()) is None:
+            time.sleep(0.02)
     finally:
-        shutil.rmtree(base, ignore_errors=True)
-    if code == TIMED_OUT:
-        return Outcome.TIMEOUT
-    return Outcome.SURVIVED if code == pytest.ExitCode.OK else Outcome.KILLED
+        trial.drop()
+    return found
 
 
 def _chosen(fault: Fault, covering: Iterable[Covered]) -> tuple[list[str], float]:
-    """The quickest tests that cover the fault, file by file, and how long they take without it."""
+    """The quickest tests that cover the fault, file by file, the quickest first, and how long they take without it."""
     cost = {test: one.seconds[test] for one in covering for test in one.tests(fault.path, fault.line)}
     chosen: list[str] = []
+    files: dict[str, float] = defaultdict(float)
     seconds = 0.0
     for test in sorted(cost, key=lambda test: (cost[test], test)):
         if chosen and seconds + cost[test] > _MOST_S:
             break
         chosen.append(test)
+        files[_file(test)] += cost[test]
         seconds += cost[test]
-    return sorted(chosen, key=lambda test: test.split("::")[0]), seconds
+    return sorted(chosen, key=lambda test: (files[_file(test)], _file(test))), seconds
+
+
+def _file(test: str) -> str:
+    return test.split("::")[0]
 
 
 def _run(path: str, text: str, tests: Sequence[str], base: str) -> int:

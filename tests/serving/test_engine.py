@@ -318,6 +318,7 @@ def test_a_request_beyond_the_context_is_refused_by_the_engine_too(
     engine.submit(request("long", tuple(range(3, 123)), 9))
     run(engine)
     assert heard.reasons() == {"long": "error"} and "129" in str(heard.ends["long"].error)
+    assert heard.ends["long"].code == "context_length_exceeded"
 
 
 def test_a_cache_smaller_than_one_context_is_refused(backbone: Backbone, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -156,4 +157,30 @@ def test_a_folder_that_holds_another_graft_or_bad_values_is_refused(backbone: Ba
     (tmp_path / "other").rename(tmp_path / id)
     save_file(values, tmp_path / id / "graft.safetensors")
     with pytest.raises(GraftUnusable, match="finite"):
+        residency.fetch(GraftId(id))
+
+
+def test_a_graft_that_just_fits_puts_nobody_out_and_those_that_go_are_counted(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b", room=3)
+    assert residency.can_admit(named(backbone, "c"), {GraftId("a"), GraftId("b")})
+    residency.admit(named(backbone, "c"), ())
+    assert (residency.held, residency.evictions) == (("a", "b", "c"), 0)
+    residency.admit(named(backbone, "d"), {GraftId("a")})
+    assert (residency.held, residency.evictions) == (("a", "c", "d"), 1)
+    assert holding(backbone, room=1).can_admit(named(backbone, "c"), ())
+
+
+@pytest.mark.parametrize(("text", "value", "wrong"), [("lora(r=2, alpha=2e38)", 10.0, "1e+38"), ("ia3", 3e38, None)])
+def test_a_value_that_is_not_finite_as_it_is_computed_with_is_refused(
+    text: str, value: float, wrong: str | None, backbone: Backbone, tmp_path: Path
+) -> None:
+    """A branch's matrices are multiplied with its scale first."""
+    residency = Residency(folder=tmp_path, backbone=backbone, budget_bytes=1 << 20)
+    graft = BoundGraft(parse(text), backbone.shape)
+    values = {name: torch.full_like(tensor, value) for name, tensor in random_tensors(graft, 0).items()}
+    id = native.save(tmp_path, graft, values, backbone=backbone.fingerprint)
+    if wrong is None:
+        assert residency.fetch(GraftId(id)).id == id
+        return
+    with pytest.raises(GraftUnusable, match=rf"times {re.escape(wrong)} is not finite in torch.float32"):
         residency.fetch(GraftId(id))

@@ -155,6 +155,7 @@ def test_the_service_of_backlogged_tenants_never_differs_by_more_than_vtcs_bound
 
 
 def test_equal_tenants_with_unequal_prompts_get_equal_service_and_weights_divide_it() -> None:
+    assert (PROMPT_TOKEN, ANSWER_TOKEN) == (1.0, 2.0), "as in the paper's experiments"
     engine = Engine(blocks=400, streams=4, rows=64, weights={EVE: 3.0})
     numbers = iter(range(10**6))
     for _ in range(600):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from polygraft.cluster.decisions import LoadBackbone, UnloadBackbone
@@ -56,3 +58,14 @@ def test_the_one_that_was_asked_longest_ago_makes_room_for_a_job(
     snapshot = make_snapshot(jobs=(job,), backbones=(asked, *resting), limits=Limits(unload_s=600.0), now=850.0)
     assert loading(snapshot) == (LoadBackbone("older"), *unloaded)
     assert loading(make_snapshot(jobs=(job,), backbones=(asked,), limits=Limits(unload_s=600.0), now=1000.0)) == ()
+
+
+@pytest.mark.parametrize(("asked_at", "rests"), [(700.0, True), (700.1, False)])
+def test_of_two_that_nobody_asks_now_one_makes_room(asked_at: float, rests: bool) -> None:
+    loaded = [
+        make_backbone(name, asked_at=at, loaded=True) for name, at in (("a", 710.0), ("b", asked_at), ("c", 720.0))
+    ]
+    snapshot = make_snapshot(jobs=(make_job(reason=Reason.NO_DEVICE),), backbones=tuple(loaded), now=850.0)
+    assert loading(snapshot) == ((UnloadBackbone("b", 700.0, Reason.NO_DEVICE),) if rests else ())
+    later = replace(snapshot, now=900.0)
+    assert loading(later) == (UnloadBackbone("b", asked_at, Reason.NO_DEVICE),), "the one that was asked first"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from polygraft.cluster.decisions import Admit, ClosePack, Hold, Move, OpenPack
 from polygraft.cluster.model import DeviceId, Job, JobId, JobSpec, Limits, Pace, Pack, PackId, Snapshot
 from polygraft.cluster.policy.budget import STATE_BYTES
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.policy.packing import LOOK
-from polygraft.cluster.states import PackState, Reason
+from polygraft.cluster.policy.room import paces
+from polygraft.cluster.states import JobState, PackState, Reason
 from tests.cluster.builders import DEVICE_BYTES, make_device, make_job, make_pack, make_snapshot, running
 
 P, Q, R = PackId("pack-p"), PackId("pack-q"), PackId("pack-r")
@@ -192,3 +195,120 @@ def test_an_empty_pack_is_closed_at_once_beside_another_with_room() -> None:
     snapshot = make_snapshot(jobs=inside("p", 2), packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (ClosePack(Q, Reason.JOINED),)
     assert decide(replace(snapshot, limits=Limits(max_jobs=2))) == (), "it is the only one with room"
+
+
+def test_a_job_that_waits_just_as_long_as_a_pack_takes_to_open_waits() -> None:
+    full = make_snapshot(jobs=(*inside("p", 2), make_job("a")), packs=packs("p"), devices=2, limits=Limits(max_jobs=2))
+    assert decide(paced(full, P, p0=300.0, p1=20.0)) == (Hold(A, Reason.PACK_FULL),)
+    old = replace(paced(full, P, p1=19.0), now=full.now + 60.0)
+    assert decide(old) == (Hold(A, Reason.PACK_FULL),), "what was measured a minute ago still counts"
+
+
+def test_what_was_measured_is_that_much_less_by_now() -> None:
+    snapshot = paced(make_snapshot(), P, a=5.0, b=1.0)
+    assert paces(replace(snapshot, now=snapshot.now + 3.0), P) == {A: 2.0, B: 0.0}
+    assert paces(snapshot, Q) == {}
+
+
+@pytest.mark.parametrize("going", [{"stopping": True}, {"moving_to": Q}])
+def test_a_job_that_stops_or_leaves_is_expected_to_be_gone_at_once(going: dict[str, object]) -> None:
+    jobs = (*inside("p", 1), running("p1", "p", **going), make_job("a"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=Limits(max_jobs=2))
+    assert decide(snapshot) == (Hold(A, Reason.PACK_FULL),)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "then"),
+    [((60, 60, 10), (Reason.PACK_MEMORY, Reason.PACK_OPENING)), ((9, 9, 9), (Reason.PACK_OPENING, Reason.PACK_FULL))],
+)
+def test_jobs_look_for_a_place_in_an_opening_pack_while_it_has_one(
+    sizes: tuple[int, ...], then: tuple[Reason, Reason]
+) -> None:
+    limits, opening = Limits(pack_bytes=100 * STATE_BYTES, max_jobs=2), make_pack("p", state=PackState.OPENING)
+    jobs = (
+        *(make_job(name, parameters=size) for name, size in zip("abc", sizes, strict=True)),
+        make_job("d", parameters=1),
+    )
+    assert decide(make_snapshot(jobs=jobs, packs=(opening,), limits=limits)) == (
+        Hold(A, Reason.PACK_OPENING),
+        Hold(B, then[0]),
+        Hold(C, then[1]),
+        Hold(JobId("ftjob-d"), Reason.TURN),
+    )
+
+
+def test_two_jobs_that_were_overtaken_long_enough_get_a_pack_each_and_nobody_else_one() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES, overtake_s=60.0)
+    waiting = {"blocked_at": 40.0, "reason": Reason.PACK_MEMORY, "parameters": 90}
+    large, small = [make_job(name, **waiting) for name in "ab"], make_job("c", parameters=1)
+    jobs = (*inside("p", 1, parameters=30), *inside("q", 2, parameters=20), *large, small)
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=limits, now=100.0)
+    assert decide(snapshot) == (Hold(C, Reason.TURN),)
+    one = replace(snapshot, jobs={id_: job for id_, job in snapshot.jobs.items() if id_ != B})
+    assert decide(one) == (Admit(C, Q),), "p is kept: it has fewer jobs"
+
+
+def test_packs_that_fail_for_ever_are_tried_every_five_minutes() -> None:
+    failed = tuple(make_pack(f"{n}", state=PackState.FAILED, opened_at=float(n), closed_at=100.0) for n in range(14))
+    others = tuple(replace(pack, id=PackId(f"{pack.id}-c"), backbone="c", closed_at=399.0) for pack in failed)
+    snapshot = make_snapshot(jobs=(make_job("a"),), packs=(*failed, *others), now=399.9)
+    assert decide(snapshot) == (Hold(A, Reason.PACK_BACKOFF),)
+    assert isinstance(decide(replace(snapshot, now=400.0))[0], OpenPack)
+
+
+def test_a_pack_is_joined_that_is_half_empty_and_no_fuller_one() -> None:
+    half = make_snapshot(jobs=(*inside("p", 2), *inside("q", 2)), packs=packs("p", "q"), devices=2)
+    assert decide(replace(half, limits=Limits(max_jobs=4))) == (
+        Move(JobId("ftjob-p0"), P, Q),
+        Move(JobId("ftjob-p1"), P, Q),
+    )
+    fuller = (*inside("p", 3), *inside("q", 3), *inside("r", 4))
+    snapshot = make_snapshot(jobs=fuller, packs=packs("p", "q", "r"), devices=3, limits=Limits(max_jobs=5))
+    assert decide(snapshot) == (), "though the others would have room for it"
+
+
+def test_the_largest_jobs_of_a_pack_look_for_a_place_first() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES)
+    moving = (running("q0", "q", parameters=10), running("q1", "q", parameters=40))
+    jobs = (*inside("p", 4, parameters=15), *inside("r", 3, parameters=30), *moving)
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q", "r"), devices=3, limits=limits)
+    assert decide(snapshot) == (Move(JobId("ftjob-q1"), Q, P), Move(JobId("ftjob-q0"), Q, R))
+
+
+@pytest.mark.parametrize("fields", [{"state": JobState.QUEUED}, {"stopping": True}])
+def test_a_pack_stays_while_a_job_of_it_begins_or_ends(fields: dict[str, object]) -> None:
+    jobs = (*inside("p", 2), replace(running("q0", "q"), **fields))
+    assert decide(make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2)) == ()
+
+
+def test_a_move_that_costs_as_much_as_it_brings_is_not_made() -> None:
+    snapshot = make_snapshot(jobs=(*inside("p", 3), *inside("q", 1)), packs=packs("p", "q"), devices=2)
+    assert decide(paced(snapshot, Q, q0=5.0)) == ()
+    assert decide(paced(snapshot, Q, q0=5.1)) == (Move(JobId("ftjob-q0"), Q, P),)
+
+
+def test_each_kind_of_packs_is_joined_and_closed() -> None:
+    names = {"p": ("b", 2), "q": ("b", 1), "r": ("c", 2), "s": ("c", 1), "t": ("d", 0), "u": ("e", 0)}
+    here = tuple(
+        make_pack(name, backbone=backbone, devices=(DeviceId(f"d{at or ''}"),))
+        for at, (name, (backbone, _)) in enumerate(names.items())
+    )
+    jobs = tuple(job for name, (backbone, count) in names.items() for job in inside(name, count, backbone=backbone))
+    snapshot = make_snapshot(jobs=jobs, packs=here, devices=9, now=1000.0)
+    assert decide(snapshot) == (
+        Move(JobId("ftjob-q0"), Q, P),
+        Move(JobId("ftjob-s0"), PackId("pack-s"), R),
+        ClosePack(PackId("pack-t"), Reason.IDLE),
+        ClosePack(PackId("pack-u"), Reason.IDLE),
+    )
+
+
+def test_a_pack_without_jobs_counts_as_idle_from_its_last_end_or_its_opening() -> None:
+    ends = {"a": 100.0, "b": 90.0}
+    done = tuple(replace(running(name, finished_at=end), state=JobState.SUCCEEDED) for name, end in ends.items())
+    snapshot = make_snapshot(jobs=done, packs=(make_pack(opened_at=150.0),), limits=Limits(idle_s=60.0))
+    assert decide(replace(snapshot, now=209.9)) == () == decide(replace(snapshot, packs={P: make_pack()}, now=159.9))
+    closed = (ClosePack(P, Reason.IDLE),)
+    assert decide(replace(snapshot, now=210.0)) == closed
+    assert decide(replace(snapshot, packs={P: make_pack()}, now=160.0)) == closed
+    assert decide(make_snapshot(packs=(make_pack(opened_at=0.5),), limits=Limits(idle_s=60.0), now=60.5)) == closed

@@ -90,3 +90,12 @@ def test_a_stream_that_comes_from_another_replica_goes_before_all_that_wait() ->
     assert starting(view(busy, full), new) is None and route(view(busy, full), new) == "b"
     assert starting(view(busy, full), resumed) == "a" == route(view(busy, full), resumed)
     assert starting(view(full), resumed) is None and starting(view(), resumed) is None
+
+
+def test_a_replica_that_can_never_hold_it_is_not_asked_however_short_its_queue_is() -> None:
+    assert chosen(replica("a", 4, blocks=10), replica("b", 4, waiting=5), slots=161) == "b"
+
+
+def test_of_equal_queues_the_one_that_holds_the_graft_then_the_first_by_name() -> None:
+    assert chosen(replica("b", 4, waiting=1), replica("a", 4, waiting=1)) == "a"
+    assert chosen(replica("a", 4, waiting=1), replica("b", 4, waiting=1, resident=(G,))) == "b"

@@ -117,3 +117,16 @@ def test_a_steady_demand_settles_and_stays(rules: Scaling, replicas: int, total:
         low = int(0.75 * rules.holds * (held - 1)) + 1
         for swing in (low, total, max(low, min(other, held * rules.holds)), total):
             assert backbone.look(swing, seconds=20) == settled
+
+
+def test_what_several_ingresses_want_is_wanted_together() -> None:
+    assert Demand(3, 1) + Demand(4, 2) == Demand(7, 3) and Demand(7, 3).total == 10
+
+
+def test_a_look_counts_until_the_calm_time_after_it_is_over() -> None:
+    lately = looked(Lately(0.0, 0.0), Demand(9), RULES, now=1.0)  # three replicas of three places each
+    assert lately == Lately(0.0, 1.0, ((1.0, 3),))
+    assert looked(lately, Demand(2), RULES, now=10.9).peaks == ((1.0, 3), (10.9, 1))
+    assert looked(lately, Demand(2), RULES, now=11.0).peaks == ((11.0, 1),)
+    assert looked(lately, Demand(9), RULES, now=2.0).peaks == ((2.0, 3),), "one as high takes its place"
+    assert looked(lately, Demand(0, 0), RULES, now=2.0).busy_at == 1.0

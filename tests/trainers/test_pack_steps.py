@@ -1,0 +1,118 @@
+"""What a packed step says of itself, who rides in it and on which rank, and whom a pack does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.trainers.ranks import Alone
+from polygraft.trainers.runner import PackRunner
+from tests.tiny import TINY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return Backbone.load(folder, torch.float32, training=True)
+
+
+def a_job(name: str, rows: int, *, text: str = "bitfit", examples: int = 4, batch: int = 1) -> TrainJob:
+    """Examples of so many rows, none of which shares a micro-batch with another."""
+    sample = Sample((*range(3, 4 + rows),), (0.0, *(1.0,) * rows))
+    config = TrainConfig(epochs=1, batch_size=batch, learning_rate=1e-3, micro_rows=rows)
+    return TrainJob(name, BoundGraft(parse(text), TINY), config, (sample,) * examples)
+
+
+def pack_of(backbone: Backbone, *jobs: TrainJob, max_rows: int = 100) -> PackRunner:
+    pack = PackRunner(backbone, max_rows=max_rows)
+    for job in jobs:
+        pack.admit(job)
+    return pack
+
+
+def test_a_step_says_its_number_its_rows_who_rode_and_how_long_it_took(backbone: Backbone) -> None:
+    ticks = iter(range(100))
+    pack = PackRunner(backbone, max_rows=100, clock=lambda: 2.5 * next(ticks))
+    for job in (a_job("a", 5), a_job("b", 7, examples=1), a_job("c", 3, text="bitfit + mezo(0.05)")):
+        pack.admit(job)
+    first, second = pack.step(), pack.step()
+    assert (first.number, first.rows, first.jobs, first.failed, first.seconds) == (1, 18, ("a", "b", "c"), (), 2.5)
+    assert [(one.job, one.step, one.skipped) for one in first.stepped] == [
+        ("a", 1, False),
+        ("b", 1, False),
+        ("c", 1, False),
+    ]
+    assert (second.number, second.rows, second.jobs) == (2, 11, ("a", "c")), "b has no examples left"
+    while not all(running.finished for running in pack.jobs.values()):
+        pack.step()
+    idle = pack.step()
+    assert (idle.number, idle.rows, idle.jobs, idle.stepped, idle.failed) == (5, 0, (), (), ())
+
+
+def test_the_least_served_ride_first_while_they_fit_and_the_first_in_any_case(backbone: Backbone) -> None:
+    pack = pack_of(backbone, *(a_job(name, 30) for name in "cab"), max_rows=60)
+    assert [pack.step().jobs for _ in range(4)] == [("a", "b"), ("c", "a"), ("c", "b"), ("a", "b")]
+    wide = pack_of(backbone, a_job("a", 90), a_job("b", 30), a_job("c", 31), max_rows=60)
+    assert [(one.jobs, one.rows) for one in (wide.step() for _ in range(3))] == [
+        (("a",), 90),
+        (("b",), 30),
+        (("c",), 31),
+    ]
+
+
+def test_before_a_forward_it_is_told_who_is_in_it_and_how_far(backbone: Backbone) -> None:
+    pack, told = pack_of(backbone, a_job("a", 5), a_job("b", 7, batch=2)), list[Mapping[str, int]]()
+    pack.underway = told.append
+    for _ in range(3):
+        pack.step()
+    assert told == [{"a": 0, "b": 0}, {"a": 1, "b": 0}, {"a": 2, "b": 1}]
+
+
+class Two(Alone):
+    """The first of two ranks, the other of which is never asked."""
+
+    size = 2
+
+
+def test_micro_batches_of_a_job_ride_on_ranks_of_their_own_the_emptiest_first(backbone: Backbone) -> None:
+    pack = PackRunner(backbone, max_rows=60, ranks=Two())
+
+    def riders() -> list[tuple[str, int, int]]:
+        found, failed = pack._riders()
+        assert not failed
+        return [(rider.job, rider.ahead, rider.rank) for rider in found]
+
+    pack.admit(a_job("a", 30, examples=6, batch=3))
+    assert riders() == [("a", 0, 0), ("a", 1, 1)]
+    pack.admit(a_job("b", 20))
+    pack.admit(a_job("c", 30, batch=2))
+    assert riders() == [("a", 0, 0), ("a", 1, 1), ("b", 0, 0), ("c", 0, 1)]
+    pack.remove("a")
+    assert riders() == [("b", 0, 0), ("c", 0, 1), ("c", 1, 0)]
+
+
+def test_a_job_is_not_taken_twice_nor_for_another_backbone(backbone: Backbone) -> None:
+    pack = pack_of(backbone, a_job("a", 5))
+    with pytest.raises(ValueError, match="job a is already in the pack"):
+        pack.admit(a_job("a", 5))
+    other = BoundGraft(parse("bitfit"), replace(TINY, layers=1))
+    with pytest.raises(ValueError, match="job b is for .*layers=1"):
+        pack.admit(replace(a_job("b", 5), graft=other))
+    assert list(pack.jobs) == ["a"]
+    assert pack.remove("a").job.id == "a" and not pack.jobs and pack.step().jobs == ()
+
+
+def test_a_held_out_loss_is_that_of_the_held_out_examples(backbone: Backbone) -> None:
+    job = a_job("a", 5)
+    pack = pack_of(backbone, job, replace(a_job("b", 6), held_out=job.train[:1]))
+    assert pack.held_out_loss("a") is None
+    assert pack.held_out_loss("b") == pack.evaluate("b", job.train[:1]) != pack.evaluate("b", a_job("c", 9).train)
