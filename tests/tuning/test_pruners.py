@@ -7,11 +7,10 @@ from math import exp
 
 import numpy as np
 import pytest
-from scipy.stats import linregress, t  # type: ignore[import-untyped]
 
 from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.curves import Curve, Pruner, means, ranked
-from polygraft.tuning.pruners.early_exit import EarlyExit, lowest_end, through
+from polygraft.tuning.pruners.early_exit import EarlyExit, lower_bound
 from polygraft.tuning.pruners.halving import Halving
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.space import Candidate
@@ -47,7 +46,7 @@ def run(rule: Pruner, levels: list[float], known: Callable[[int], tuple[float, .
 def test_rungs_are_shares_of_the_steps_and_the_last_is_the_end() -> None:
     assert Halving().looks(0, 90) == (10, 30, 90)
     assert Halving().looks(0, 2) == (1, 2)
-    assert EarlyExit().looks(0, 90) == (2, 4, 5, 8, 12, 18, 27, 40, 60, 90)
+    assert EarlyExit().looks(0, 90) == (9, 18, 27, 36, 45, 54, 63, 72, 81, 90)
     assert EarlyExit().looks(0, 3) == (1, 2, 3)
 
 
@@ -95,35 +94,13 @@ def test_hyperbands_brackets_judge_later_and_only_among_themselves() -> None:
     assert [number for number in second if rule.reason_to_stop(second, number)] == [4, 7, 10]
 
 
-def test_a_line_has_the_slope_and_the_residuals_of_least_squares() -> None:
-    """Beside scipy's regression, and the interval by hand: y = x + (1, -2, 1, 0) at x = 1, 2, 3, 2."""
-    points = [(1.0, 2.0), (2.0, 0.0), (3.0, 4.0), (2.0, 2.0)]
-    line, theirs = through(points), linregress(*zip(*points, strict=True))
-    assert line is not None and (line.slope, line.at(0.0)) == pytest.approx((theirs.slope, theirs.intercept))
-    variance = sum((y - line.at(x)) ** 2 for x, y in points) / 2
-    for x, far in ((2.0, 0.0), (4.0, 4.0)):
-        wide = (variance * (1 + 1 / 4 + far / 2)) ** 0.5
-        assert line.half_width(x, 0.05) == pytest.approx(float(t.ppf(0.95, 2)) * wide)
-    assert through(points[:3]) is None and through([(1.0, 2.0)] * 5) is None
-
-
-def test_a_loss_is_carried_to_the_end_with_its_error() -> None:
-    """From look 1 to look 2 every loss halves, to the last bit; from there to the end it is less 1, but for errors that
-    all are 0.1: the interval is that of the last step alone, at half of the loss."""
-    firsts = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
-    errors = (0.1, -0.1, -0.1, 0.1, 0.1, -0.1)
-    curves = [Curve((a, a / 2, a / 2 - 1 + e), finished=True) for a, e in zip(firsts, errors, strict=True)]
-    last = through([curve.losses[1:] for curve in curves])  # type: ignore[misc]
-    assert last is not None
-    assert lowest_end(curves, (5.0,), 3, 0.05) == pytest.approx(last.at(2.5) - last.half_width(2.5, 0.05))
-    assert lowest_end(curves, (5.0, 3.0), 3, 0.05) == pytest.approx(last.at(3.0) - last.half_width(3.0, 0.05))
-    assert lowest_end(curves[:3], (5.0,), 3, 0.05) is None
-
-
-def test_trials_that_were_stopped_say_what_becomes_of_a_loss_as_far_as_they_came() -> None:
-    ended = [Curve((a, a - 1, a - 2), finished=True) for a in (4.0, 5.0, 6.0, 7.0)]
-    stopped = [Curve((a, a + 3)) for a in (5.0, 6.0)]
-    assert lowest_end([*ended, *stopped], (5.5,), 3, 0.05) != lowest_end(ended, (5.5,), 3, 0.05)
+def test_the_lower_bound_is_that_of_a_regressions_prediction() -> None:
+    """By hand: y = x + (1, -2, 1) at x = 1, 2, 3; residual variance 6 on one degree of freedom."""
+    pairs = [(1.0, 2.0), (2.0, 0.0), (3.0, 4.0)]
+    bound = lower_bound(pairs, 2.0, 0.25)
+    assert bound == pytest.approx(2.0 - 1.0 * (6 * (1 + 1 / 3)) ** 0.5)  # t(0.75, 1) = 1
+    assert lower_bound(pairs[:2], 2.0, 0.25) is None
+    assert lower_bound([(1.0, 2.0)] * 5, 2.0, 0.25) is None
 
 
 def test_hopeless_trials_exit_early_and_the_best_never() -> None:
@@ -138,7 +115,10 @@ def test_hopeless_trials_exit_early_and_the_best_never() -> None:
 def test_what_starts_late_but_overtakes_is_known_from_those_that_did_before() -> None:
     """Gaps now say nothing about gaps at the end: nobody is stopped."""
     chance = np.random.default_rng(4)
-    curves = {n: Curve(tuple(chance.normal(3.0, 0.5, 10)), finished=True) for n in range(12)}
+    curves = {
+        n: Curve((3.0, 2.5 + float(chance.random()), *([2.0] * 7), 1.0 + float(chance.random())), finished=True)
+        for n in range(12)
+    }
     curves[12] = Curve((3.0, 3.4))
     assert EarlyExit().reason_to_stop(curves, 12) is None
 
