@@ -9,6 +9,7 @@ from math import isfinite
 from polygraft.cluster.events import Event, JobEvent, PackEvent, PackOpening
 from polygraft.cluster.evolve import job_after, opening, pack_after
 from polygraft.cluster.model import Job, JobId, Pack
+from polygraft.cluster.scores import Judged
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Append, Conflict, Fence, Key, R, Store, Write
@@ -31,10 +32,10 @@ def advance_pack(
     *,
     fence: Fence | None = None,
     appends: Sequence[Append] = (),
-    beside: Callable[[], Sequence[Write]] = tuple,
+    with_writes: Callable[[], Sequence[Write]] = tuple,
 ) -> Pack:
-    """The pack after the event, both written, and what `beside` says with them. Raises as `advance_job` does, and what
-    `beside` raises."""
+    """The pack after the event, both written, and what `with_writes` gives. Raises as `advance_job` does, and what
+    `with_writes` raises."""
 
     def change(found: Pack | None) -> Pack:
         if not isinstance(event, PackOpening):
@@ -43,7 +44,9 @@ def advance_pack(
             raise IllegalTransition(event.pack, found.state, "opening")
         return opening(event)
 
-    return swap(store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, beside=beside)
+    return swap(
+        store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, with_writes=with_writes
+    )
 
 
 def record_progress(  # noqa: PLR0913
@@ -54,9 +57,11 @@ def record_progress(  # noqa: PLR0913
     trained_tokens: int,
     loss_before: float | None = None,
     loss_after: float | None = None,
+    judged: Judged | None = None,
     fence: Fence | None = None,
 ) -> None:
-    """Note how far an unfinished job is, without an event. Losses that are None or not finite change nothing.
+    """Note how far an unfinished job is, without an event. Losses that are None or not finite change nothing; neither
+    does None for what is judged.
 
     Raises as `advance_job` does.
     """
@@ -67,7 +72,10 @@ def record_progress(  # noqa: PLR0913
             raise IllegalTransition(job, value.state, "progress")
         before = value.loss_before if loss_before is None or not isfinite(loss_before) else loss_before
         after = value.loss_after if loss_after is None or not isfinite(loss_after) else loss_after
-        return replace(value, step=step, trained_tokens=trained_tokens, loss_before=before, loss_after=after)
+        said = judged or value.judged
+        return replace(
+            value, step=step, trained_tokens=trained_tokens, loss_before=before, loss_after=after, judged=said
+        )
 
     swap(store, keys.job(job), change, fence=fence)
 
@@ -80,15 +88,15 @@ def swap(  # noqa: PLR0913
     events: Sequence[Event] = (),
     appends: Sequence[Append] = (),
     fence: Fence | None = None,
-    beside: Callable[[], Sequence[Write]] = tuple,
+    with_writes: Callable[[], Sequence[Write]] = tuple,
 ) -> R:
-    """Write `change(record)` and what `beside` says, both computed again whenever another writer was faster. Raises
-    Conflict after TRIES."""
+    """Write `change(record)` and what `with_writes` gives, both computed again whenever another writer was faster.
+    Raises Conflict after TRIES."""
     for attempt in range(TRIES):
         found = store.get(key)
         value = change(found.value if found else None)
         try:
-            writes = [Write(key, value, found.version if found else 0), *beside()]
+            writes = [Write(key, value, found.version if found else 0), *with_writes()]
             store.commit(writes, events, appends=appends, fence=fence)
             return value
         except Conflict:

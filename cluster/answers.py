@@ -30,7 +30,8 @@ class RemoteFile(Answer):
 
 
 class RemoteJob(Answer):
-    """A fine-tuning job as its tenant sees it; times in whole seconds since 1970, losses on held-out examples."""
+    """A fine-tuning job as its tenant sees it; times in whole seconds since 1970, losses and scores on held-out
+    examples (`cluster/scores.py`)."""
 
     id: str
     status: str
@@ -49,15 +50,29 @@ class RemoteJob(Answer):
     steps_total: int | None = None
     loss_before: float | None = None
     loss_after: float | None = None
+    scores_before: dict[str, float] = {}
+    scores_after: dict[str, float] = {}
+    test_loss: float | None = None
+    test_scores: dict[str, float] = {}
 
     @property
     def final(self) -> bool:
         return self.status in FINAL
 
     @property
+    def score(self) -> float | None:
+        """The score that says most of the held-out examples."""
+        return self.scores_after.get("accuracy", self.scores_after.get("exact_match"))
+
+    @property
+    def kind(self) -> str:
+        """Supervised, or classification."""
+        return str(self.method.get("type", "supervised"))
+
+    @property
     def peft(self) -> str:
         """The graft asked for: the union's text, or a PEFT config as JSON."""
-        inner = self.method.get("supervised")
+        inner = self.method.get(self.kind)
         parameters = inner.get("hyperparameters") if isinstance(inner, dict) else None
         value = parameters.get("peft") if isinstance(parameters, dict) else None
         return value if isinstance(value, str) else json.dumps(value)
@@ -96,11 +111,12 @@ class RemoteDryRun(Answer):
     steps: int | None = None
     training_file: CountedFile
     validation_file: CountedFile | None = None
+    test_file: CountedFile | None = None
 
     @property
     def files(self) -> Mapping[str, CountedFile]:
-        both = {"training_file": self.training_file, "validation_file": self.validation_file}
-        return {name: file for name, file in both.items() if file is not None}
+        every = {name: getattr(self, name) for name in ("training_file", "validation_file", "test_file")}
+        return {name: file for name, file in every.items() if file is not None}
 
 
 class RemoteModel(Answer):

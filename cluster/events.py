@@ -22,6 +22,7 @@ from polygraft.cluster.model import (
     ReplicaId,
     TenantId,
 )
+from polygraft.cluster.scores import UNJUDGED, Judged
 from polygraft.cluster.states import Reason
 
 
@@ -140,6 +141,7 @@ class JobSucceeded:
     trained_tokens: int
     loss_before: float | None
     loss_after: float | None
+    judged: Judged = UNJUDGED
     at: float
 
 

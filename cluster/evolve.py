@@ -159,6 +159,7 @@ def job_after(job: Job, event: JobEvent) -> Job:
                 trained_tokens=event.trained_tokens,
                 loss_before=event.loss_before,
                 loss_after=event.loss_after,
+                judged=event.judged,
             )
         case JobFailed(error=error):
             return _moved(job, JobState.FAILED, finished_at=at, error=error)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
+from polygraft.cluster.scores import UNJUDGED, Judged
 from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
 
@@ -29,6 +30,7 @@ START = EventId("0-0")  # before every event
 
 Optimizer = Literal["adamw"]
 Schedule = Literal["linear", "constant", "cosine"]
+JobKind = Literal["supervised", "classification"]
 DeviceKind = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp32"]
 
@@ -65,13 +67,15 @@ class JobSpec:
 
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
-    `max_length` None cuts no example that the backbone's positions and the pack's memory have room for. `priority`
-    orders a tenant's own jobs; the job trains in a pack over as many `devices`.
-    """
+    `max_length` None cuts no example that the backbone's positions and the pack's memory have room for. On `test_file`
+    the graft is judged once, after training. `priority` orders a tenant's own jobs; the job trains over `devices`. Of
+    `kind` classification it trains a classifier, too, on labelled texts."""
 
     backbone: str
     training_file: FileId
+    kind: JobKind = "supervised"
     validation_file: FileId | None = None
+    test_file: FileId | None = None
     suffix: str | None = None
     peft: str = "lora"
     epochs: int = 3
@@ -106,17 +110,13 @@ class Job:
     """One fine-tune.
 
     A queued job with a `pack` is admitted there and its worker has not started it yet. `reason` says why it waits,
-    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed with it as a
-    suspect.
+    why it went back to the queue, or why it is being stopped. `attempts` counts packs that failed with it as a suspect.
     `admitted_at` is when it came into its pack, or the last one; `blocked_at` since when it is its turn and no pack has
     room for it. A running job that is `moving_to` another pack leaves its own at its next step boundary; a waiting one
-    has left it.
-    `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the submission on
-    where the ingress knows the backbone's shape. `device_class` is that of the device which computes its steps, within
-    which they are the same to the last bit.
-    `model` is "name@n" once published. Progress (`step`, tokens, losses) is written by the worker without an event;
-    every other field changes only through `evolve`.
-    """
+    has left it. `parameters` (trainable ones) and the `frozen` elements of the graft's tensors are known from the
+    submission on where the ingress knows the backbone's shape. `device_class` is that of the device which computes its
+    steps, within which they are the same to the last bit. `model` is "name@n" once published. Progress (`step`, tokens,
+    losses, what is `judged`) is written by the worker without an event; all else changes only through `evolve`."""
 
     id: JobId
     tenant: TenantId
@@ -142,6 +142,7 @@ class Job:
     trained_tokens: int = 0
     loss_before: float | None = None
     loss_after: float | None = None
+    judged: Judged = UNJUDGED
     device_class: str | None = None
     model: str | None = None
     graft: GraftId | None = None
@@ -351,8 +352,7 @@ class Limits:
     it would wait longer for a place. A move costs a job about `moving_s`: a pack that ends sooner is not joined. A job
     that does not fit may be overtaken for `overtake_s` by others that do. A tenant with jobs in packs that got no other
     in for `patience_s` goes first, and so do jobs for which there is no pack. It has at most `tenant_jobs` of them; 0 =
-    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never.
-    """
+    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never."""
 
     max_jobs: int = 32
     pack_bytes: int = 0

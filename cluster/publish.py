@@ -162,6 +162,7 @@ def _commit(
         trained_tokens=job.value.trained_tokens,
         loss_before=job.value.loss_before,
         loss_after=job.value.loss_after,
+        judged=job.value.judged,
         at=at,
     )
     writes, events = _named(graft, alias, job.value.spec.promote)

@@ -12,14 +12,23 @@ from polygraft.cluster.client import Client, segment
 _PATH = "/searches"
 
 
+class RemoteInterval(Answer):
+    mean: float
+    half_width: float
+
+
 class RemoteMember(Answer):
-    """A trial of the front that was trained again: its mean loss over the seeds, and half the width of its interval."""
+    """A trial of the front that was trained again: its mean loss over the seeds, and half the width of its interval;
+    its score, and both on the test file."""
 
     trial: int
     parameters: int
     loss: float
     half_width: float
     seeds: int
+    score: RemoteInterval | None = None
+    test_loss: RemoteInterval | None = None
+    test_score: RemoteInterval | None = None
 
 
 class RemoteSearch(Answer):

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from polygraft.cluster.model import FileId, JobSpec, Optimizer, Schedule
+from polygraft.cluster.model import FileId, JobKind, JobSpec, Optimizer, Schedule
 from polygraft.cluster.validation import explain
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods import configs
@@ -104,16 +104,31 @@ class Supervised(_Body):
 
 
 class Method(_Body):
-    type: Literal["supervised"]
+    """OpenAI's, and ours of a type that trains a classifier on labelled texts."""
+
+    type: JobKind
     supervised: Supervised | None = None
+    classification: Supervised | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _only_supervised(cls, value: object) -> object:
+    def _known_type(cls, value: object) -> object:
         kind = value.get("type") if isinstance(value, Mapping) else None
         if kind in ("dpo", "reinforcement"):
-            raise ValueError(f"type {kind!r} is not supported; use 'supervised'")
+            raise ValueError(f"type {kind!r} is not supported; use 'supervised' or 'classification'")
         return value
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> Self:
+        other: JobKind = "classification" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other}: given with type {self.type!r}; move what it says to {self.type}")
+        return self
+
+    @property
+    def own(self) -> Supervised | None:
+        """What is said of the type."""
+        return self.supervised if self.type == "supervised" else self.classification
 
 
 class Owner(_Body):
@@ -137,6 +152,9 @@ class FineTuningRequest(_Body):
     integrations: None = None
     owner: Owner | None = None
     promote: bool = False
+    test_file: str | None = Field(
+        default=None, min_length=1, max_length=100, description="judged once, after training; nothing is chosen by it"
+    )
     priority: int = Field(default=0, ge=-10, le=10, description="of two of your jobs that wait, the higher goes first")
     devices: int = Field(
         default=1, ge=1, le=64, description="the job's micro-batches are computed on so many at a time"
@@ -167,8 +185,12 @@ class FineTuningRequest(_Body):
 
     @cached_property
     def _given(self) -> Hyperparameters:
-        supervised = self.method.supervised if self.method else None
-        return (supervised.hyperparameters if supervised else None) or Hyperparameters()
+        own = self.method.own if self.method else None
+        return (own.hyperparameters if own else None) or Hyperparameters()
+
+    @property
+    def kind(self) -> JobKind:
+        return self.method.type if self.method else _DEFAULTS.kind
 
     def to_spec(self) -> JobSpec:
         """The job asked for, defaults filled in; files are not looked up here."""
@@ -178,7 +200,9 @@ class FineTuningRequest(_Body):
         return JobSpec(
             backbone=self.model,
             training_file=FileId(self.training_file),
+            kind=self.kind,
             validation_file=FileId(self.validation_file) if self.validation_file else None,
+            test_file=FileId(self.test_file) if self.test_file else None,
             suffix=self.suffix,
             peft=given.peft.text,
             epochs=_DEFAULTS.epochs if basic.n_epochs == "auto" else basic.n_epochs,

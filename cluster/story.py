@@ -44,6 +44,7 @@ from polygraft.cluster.events import (
     ReplicaOpened,
 )
 from polygraft.cluster.model import START, Backbone, DeviceId, EventId
+from polygraft.cluster.scores import Judged
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store.base import Store, StoredEvent
 
@@ -113,9 +114,9 @@ def tell(event: Event) -> str:
             return f"{job_id} is wanted by its owner until {_clock(until)}"
         case JobRequeued(job=job_id, reason=reason, blamed=blamed):
             return f"{job_id} went back to the queue: {_words(reason)}" + (", counted against it" if blamed else "")
-        case JobSucceeded(job=job_id, model=model, step=step, loss_before=before, loss_after=after):
+        case JobSucceeded(job=job_id, model=model, step=step, loss_before=before, loss_after=after, judged=judged):
             losses = "" if before is None or after is None else f", held-out loss {before:.3f} -> {after:.3f}"
-            return f"{job_id} succeeded after {step} steps as {model}{losses}"
+            return f"{job_id} succeeded after {step} steps as {model}{losses}{_scores(judged)}"
         case JobFailed(job=job_id, error=error):
             return f"{job_id} failed: {error.message} ({error.code})"
         case JobCancelled(job=job_id):
@@ -176,6 +177,16 @@ def _sizes(backbone: Backbone) -> str:
     """What follows from the devices, and what was given instead."""
     told = [f"{one.name} {one.used:,}" + (f" ({one.derived:,})" * (one.used != one.derived)) for one in backbone.sizes]
     return f"; {', '.join(told)}" if told else ""
+
+
+def _scores(judged: Judged) -> str:
+    """What the examples said beside the losses."""
+    before, after = judged.before.told, judged.after.told
+    parts = [f"{name} {before[name]:.3f} -> {value:.3f}" for name, value in after.items() if name in before]
+    if judged.test_loss is not None:
+        parts += [f"test loss {judged.test_loss:.3f}"]
+        parts += [f"test {name} {value:.3f}" for name, value in judged.test.told.items()]
+    return "".join(f", {part}" for part in parts)
 
 
 def _place(devices: Sequence[DeviceId], bytes_: int) -> str:

@@ -13,7 +13,7 @@ from functools import cached_property
 from polygraft.grafts.methods.declare import SiteShape
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
-from polygraft.grafts.sizes import TensorSpec, operands_of, tensors_of
+from polygraft.grafts.sizes import HEAD, TensorSpec, head_tensors, operands_of, tensors_of
 from polygraft.grafts.spec import GraftSpec, Layers, SpecError
 
 
@@ -47,9 +47,18 @@ class BoundGraft:
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """What is trained, saved and moved, in file and slab order: slot by slot, what its sites share first."""
-        slots = self.spec.slots
-        return tuple(one for index, places in self.places.items() for one in tensors_of(index, slots[index], places))
+        """What is trained, saved and moved, in file and slab order: slot by slot, what its sites share first; then the
+        head's."""
+        slots, head = self.spec.slots, self.spec.head
+        own = [one for index, places in self.places.items() for one in tensors_of(index, slots[index], places)]
+        if head is not None and head.kind != self.shape.head_kind:
+            raise SpecError(f"head: {self.shape.arch} takes {self.shape.head_kind or 'none'}, not {head.kind!r}")
+        return (*own, *(head_tensors(head, self.shape.hidden) if head else ()))
+
+    @cached_property
+    def head(self) -> tuple[TensorSpec, ...]:
+        """The classifier's tensors among them; none where there is none."""
+        return tuple(tensor for tensor in self.tensors if tensor.slot == HEAD)
 
     @cached_property
     def operands(self) -> tuple[TensorSpec, ...]:

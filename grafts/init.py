@@ -16,6 +16,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.methods.registry import start
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.pooler import pooler
 from polygraft.grafts.runtime.recorded import keys_and_values, states
 from polygraft.grafts.runtime.route import Rows
 from polygraft.grafts.runtime.rows import RowBuilder
@@ -194,6 +195,8 @@ def _start(tensor: TensorSpec, making: Making) -> Tensor:
             slot = making.spec.slots[tensor.slot]
             ids = slot.ids if isinstance(slot, Tokens) and slot.ids else _repeated(making.prompt, tensor.shape[0])
             return making.embedded(torch.tensor(ids))
+        case "pooler":
+            return pooler(making.backbone.folder)[0 if tensor.part == "dense.weight" else 1]
         case name:
             return start(name).make(tensor, making, **arguments)
 

@@ -18,7 +18,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.declare import IntegerGrid, Lowering, RunFromLayer, SiteShape
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import Site
-from polygraft.grafts.sizes import TensorSpec
+from polygraft.grafts.sizes import HEAD, TensorSpec
 from polygraft.grafts.spec import Delta, SpecError
 
 Values = Mapping[str, Tensor]
@@ -51,7 +51,8 @@ class Lowered:
         self, graft: BoundGraft, weight: Callable[[Site], Tensor], run_from_layer: RunFromLayer = no_layers
     ) -> None:
         self.spec, self._weight, self._run_from_layer = graft.spec, weight, run_from_layer
-        self.tensors, self.operands = graft.tensors, graft.operands
+        self.operands = graft.operands
+        self.tensors = tuple(tensor for tensor in graft.tensors if tensor.slot != HEAD)  # no op computes with the head
         self._sites: list[tuple[int, Site, SiteShape]] = [
             (index, site, place)
             for index, places in graft.places.items()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from polygraft.grafts.head import Head
 from polygraft.grafts.methods.declare import SiteShape, TensorDecl
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import Site
@@ -29,12 +30,14 @@ from polygraft.grafts.spec import (
 )
 
 SHARED = "shared"
+HEAD = -1  # in the place of a slot's number
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: its slot and site (None: shared by all sites of the slot), its part of the op or form (A, B of a
-    branch; g, b of an affine; m; k, v), its shape, how it starts, and whether it is trained."""
+    """One tensor: its slot (HEAD: it is the classifier's) and site (None: shared by all sites of the slot), its part of
+    the op or form (A, B of a branch; g, b of an affine; m; k, v), its shape, how it starts, and whether it is
+    trained."""
 
     slot: int
     site: Site | None
@@ -45,7 +48,7 @@ class TensorSpec:
 
     @property
     def name(self) -> str:
-        return f"{self.slot}.{self.site or SHARED}.{self.part}"
+        return f"head.{self.part}" if self.slot == HEAD else f"{self.slot}.{self.site or SHARED}.{self.part}"
 
     @property
     def numel(self) -> int:
@@ -61,6 +64,12 @@ def tensors_of(index: int, slot: Slot, places: Mapping[Site, SiteShape]) -> Iter
     for site, place in places.items():
         own = declared.own(slot, place, **arguments) if declared else parts(slot, place)
         yield from _specs(index, slot, site, own)
+
+
+def head_tensors(head: Head, hidden: int) -> Iterator[TensorSpec]:
+    """The tensors of a classifier over hidden states of this width."""
+    for part, (shape, start, trained) in head.parts(hidden).items():
+        yield TensorSpec(HEAD, None, part, shape, DeclRef(start), trained)
 
 
 def operands_of(index: int, slot: Slot, places: Mapping[Site, SiteShape]) -> Iterator[TensorSpec]:

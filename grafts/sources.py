@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.methods.registry import known_start
+from polygraft.grafts.sizes import HEAD
 from polygraft.grafts.spec import Branch, GraftSpec, Slot, SpecError, source_names
 
 if TYPE_CHECKING:
@@ -42,14 +43,15 @@ def check(graft: BoundGraft, sources: Mapping[str, BoundGraft]) -> None:
 
 
 def continued(graft: BoundGraft, sources: Mapping[str, Source]) -> dict[str, Tensor]:
-    """The tensors of the grafts that the graft goes on from, the mean of several; {} where it goes on from none.
+    """The tensors of the grafts that the graft goes on from, the mean of several, but for its head; {} where it goes on
+    from none.
 
     Raises SpecError for several that differ in a tensor that is not trained.
     """
     from polygraft.grafts.compose import soup
 
     members = [sources[name].tensors for name in _origins(graft.spec)]
-    return soup(graft.tensors, members) if members else {}
+    return soup([tensor for tensor in graft.tensors if tensor.slot != HEAD], members) if members else {}
 
 
 def _origins(spec: GraftSpec) -> tuple[str, ...]:

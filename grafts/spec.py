@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from polygraft.grafts.head import Head
+
 Act = Literal["identity", "relu", "gelu", "silu", "tanh"]
 Gating = Literal["none", "sigmoid", "softmax", "attention", "noise"]
 Layers = tuple[int, ...] | None
@@ -299,13 +301,14 @@ Slot = Branch | Affine | Norm | KV | Delta | Sparse | Rotate | Tokens
 
 @dataclass(frozen=True, slots=True)
 class GraftSpec:
-    """A graft's description: the text it was asked for with, the slots that text means, and what happens to its
-    tensors while it is trained (`hooks`)."""
+    """A graft's description: the text it was asked for with, the slots that text means, what happens to its tensors
+    while it is trained (`hooks`), and the classifier that is trained with it, if any."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     method: str
     slots: tuple[Slot, ...]
     hooks: tuple[DeclRef, ...] = ()
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         if not self.slots:
@@ -363,7 +366,7 @@ class GraftSpec:
         return next((slot.layers for slot in self.slots if isinstance(slot, KV) and not slot.aside), None)
 
     def to_json(self) -> str:
-        return _ADAPTER.dump_json(self).decode()
+        return _ADAPTER.dump_json(self, exclude=None if self.head else {"head"}).decode()
 
     @staticmethod
     def from_json(text: str | bytes) -> GraftSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -98,10 +98,12 @@ def load(*, most: int = 110, held_out: int = 20, characters: int = 200) -> Corpu
     return Corpus(tuple(shares[:-1]), shares[-1])
 
 
-def topic(name: str, *, characters: int = 200) -> tuple[Pair, ...]:
-    """The pairs of one topic, each once, none longer than `characters` (question and answer). Raises CorpusError if
-    chatterbot-corpus is not installed."""
-    return tuple(_unique(_pairs(_folder() / f"{name}.yml", name), characters, set()))
+def topics(*, characters: int = 200) -> Mapping[str, Sequence[Pair]]:
+    """The distinct pairs of every topic, none longer than `characters`; a question is in one topic alone, the first by
+    name. Raises CorpusError."""
+    taken: set[str] = set()
+    files = sorted(_folder().glob("*.yml"))
+    return {path.stem: _unique(_pairs(path, path.stem), characters, taken) for path in files}
 
 
 def jsonl(pairs: Iterable[Pair]) -> bytes:

@@ -19,6 +19,7 @@ from polygraft.launch.commands import (
     backbones,
     bitdelta,
     chat,
+    classify,
     demo,
     doctor,
     grafts,
@@ -81,6 +82,7 @@ def root(
 service.register(app)
 jobs.register(app)
 chat.register(app)
+classify.register(app)
 backbones.register(app)
 grafts.register(app)
 methods.register(app)

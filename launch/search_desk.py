@@ -13,7 +13,7 @@ class SearchDesk:
 
     def begin(
         self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
-    ) -> tuple[str, str, tuple[str, str]]:
+    ) -> tuple[str, str, dict[str, str]]:
         from polygraft.tuning.desk import Desk
 
         return Desk().begin(body, backbone=backbone, shape=shape, quantised=quantised)

@@ -49,7 +49,8 @@ def _told(trial: Trial) -> str:
     graft = f"{trial.candidate.peft}, learning rate {trial.candidate.learning_rate:g}"
     match trial.outcome:
         case Result():
-            return f"loss {trial.loss:.4f}  {trial.candidate.parameters:>9,} parameters  {graft}"
+            score = "" if trial.scores.score is None else f"  score {trial.scores.score:.3f}"
+            return f"loss {trial.loss:.4f}{score}  {trial.candidate.parameters:>9,} parameters  {graft}"
         case Failure(reason=reason):
             return f"failed: {reason}  ({graft})"
         case Stopped(reason=reason, step=step, steps_total=steps_total):

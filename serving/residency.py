@@ -59,6 +59,8 @@ class Residency:
             stored = native.load(self._folder / graft, shape=self._backbone.shape, backbone=self._backbone.fingerprint)
         except (OSError, ValueError) as error:
             raise GraftUnusable(f"graft {graft} cannot be served: {error}") from error
+        if stored.graft.head:
+            raise GraftUnusable(f"graft {graft} cannot be served: it classifies texts and writes none")
         if stored.id != graft:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
         backbone = self._backbone

@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from polygraft.cluster.scores import Scores
 from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.running import RunningJob
 
@@ -21,7 +23,7 @@ SCHEMA = 1
 _KEPT = 2
 _TENSORS = ("master", "exp_avg", "exp_avg_sq")
 _FROZEN = "frozen."  # before the names of tensors that are not trained
-_FIELDS = ("step", "tokens", "skipped", "chain", "loss_before", "served_rows")
+_FIELDS = ("step", "tokens", "skipped", "chain", "served_rows")
 
 
 class CheckpointError(ValueError):
@@ -42,6 +44,8 @@ def save(folder: Path, running: RunningJob, named: str | None = None, *, device_
     frozen = {f"{_FROZEN}{name}": value for name, value in running.slab.frozen.items()}
     spec = json.loads(running.job.graft.spec.to_json())
     state = {"schema": SCHEMA, "job": running.job.id, "spec": spec, "device_class": device_class}
+    if (before := running.before) is not None:
+        state |= {"loss_before": before.loss, "scores_before": dict(before.scores.told)}
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         write_tensors({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
@@ -83,7 +87,10 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
         getattr(slab, part).copy_(values[part])
     for tensor, value in slab.frozen.items():
         value.copy_(values[f"{_FROZEN}{tensor}"])
-    return RunningJob(job, slab, device_class=state.get("device_class"), **{key: state[key] for key in _FIELDS})
+    loss, scores = state.get("loss_before"), Scores(**state.get("scores_before", {}))
+    before = None if loss is None else Judgement(loss, scores)
+    facts = {key: state[key] for key in _FIELDS}
+    return RunningJob(job, slab, before=before, device_class=state.get("device_class"), **facts)
 
 
 def _state(folder: Path, name: str) -> dict[str, Any]:

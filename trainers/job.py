@@ -3,21 +3,42 @@ samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from math import ceil, cos, pi
 
 from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.head import Head
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One tokenised example: `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it."""
+    """One tokenised example: `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it. One that is
+    judged may have choices, of which it is the right one. A text with a `label` ends with a token more, which is not
+    read: the label is predicted where the one weight is, from the hidden state of the token before."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    question: Question | None = None
+    label: int | None = None
+
+    @staticmethod
+    def labelled(ids: Sequence[int], label: int, head: Head) -> Sample:
+        """A text of these tokens."""
+        read = len(ids) if head.reads_last else 1
+        return Sample((*ids, 0), tuple(float(place == read) for place in range(len(ids) + 1)), label=label)
+
+    @property
+    def each(self) -> tuple[Sample, ...]:
+        """The sample, and its other choices."""
+        return (self, *(self.question.others if self.question else ()))
+
+    @property
+    def learned(self) -> int:
+        """How many tokens have a weight."""
+        return sum(weight != 0 for weight in self.weights[1:])
 
     @property
     def rows(self) -> int:
@@ -32,6 +53,16 @@ class Sample:
     @property
     def weight(self) -> float:
         return sum(self.weights[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an example chooses from: the `texts`, the number of the `answer` among them, and the `others` as samples, in
+    their order."""
+
+    texts: tuple[str, ...]
+    answer: int
+    others: tuple[Sample, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +84,33 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """Everything a pack needs to train one job; the same job alone or in company ends with the same weights."""
+    """Everything a pack needs to train one job; the same job alone or in company ends with the same weights. It is
+    judged on `held_out` before and after, on `test` after."""
 
     id: str
     graft: BoundGraft
     config: TrainConfig
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...] = ()
+    test: tuple[Sample, ...] = ()
     warnings: tuple[str, ...] = ()  # what its owner should know of its data
+
+    @property
+    def files(self) -> Mapping[str, tuple[Sample, ...]]:
+        """Its samples by the field that names their file."""
+        return {"training_file": self.train, "validation_file": self.held_out, "test_file": self.test}
 
     def check_tokens(self) -> None:
         """Raise ValueError for an example with a token that the backbone's embedding and head do not have: on a GPU it
         would end the process, and a negative one would be taken for a graft's virtual token."""
         vocabulary = self.graft.shape.vocab
-        for name, samples in (("training", self.train), ("validation", self.held_out)):
+        for name, samples in self.files.items():
             for number, sample in enumerate(samples, 1):
-                outside = next((token for token in sample.ids if not 0 <= token < vocabulary), None)
+                ids = (token for one in sample.each for token in one.ids)
+                outside = next((token for token in ids if not 0 <= token < vocabulary), None)
                 if outside is not None:
                     says = f"token {outside} of example {number} is not one of the backbone's {vocabulary}"
-                    raise ValueError(f"{name}_file: {says}")
+                    raise ValueError(f"{name}: {says}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,7 +169,7 @@ def permutation(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 def _split(numbers: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[tuple[int, ...]]:
     piece: list[int] = []
     filled = 0
-    for number, height in zip(numbers, rows):
+    for number, height in zip(numbers, rows, strict=True):
         if piece and filled + height > limit:
             yield tuple(piece)
             piece, filled = [], 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from math import isfinite
 
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobError, TenantId
@@ -26,7 +25,6 @@ from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
 
 _LOG = logging.getLogger(__name__)
-PEFT = "method.supervised.hyperparameters.peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,31 +35,32 @@ class Joining:
     tokeniser: Tokeniser
     store: Store
     folders: Folders
-    stock: BackboneFiles
+    backbone_files: BackboneFiles
     micro_rows: int
 
     def join(self, record: Job, name: str | None) -> RunningJob | JobError:
         """The job in the pack, from its checkpoint of this name or from its start, and its loss before training; or
         what of its own keeps it out. Raises what is not its own: of store and device."""
-        peft = record.spec.peft
+        peft, param = record.spec.peft, f"method.{record.spec.kind}.hyperparameters.peft"
         try:
             trained = prepare(
                 record,
                 files=self.folders.files,
                 tokeniser=self.tokeniser,
-                stock=self.stock,
+                backbone_files=self.backbone_files,
                 micro_rows=self.micro_rows,
                 longest=self.runner.memory.longest,
             )
             running = self._joined(self.runner.memory.fitted(trained), name, record.tenant)
-            if running.loss_before is None and trained.held_out:
-                running.loss_before = self.runner.held_out_loss(record.id)
-                if running.loss_before is not None and not isfinite(running.loss_before):
-                    raise SpecError(f"{peft!r} has a held-out loss of {running.loss_before} before its first step")
+            if running.before is None:
+                before = self.runner.held_out(record.id)
+                if before is not None and not before.finite:
+                    raise SpecError(f"{peft!r} has a held-out loss of {before.loss} before its first step")
+                running.before = before
         except SHARED:
             raise
         except SpecError as error:
-            return JobError("invalid_value", f"{PEFT}: {error}", PEFT)
+            return JobError("invalid_value", f"{param}: {error}", param)
         except TooLarge as error:
             return JobError("out_of_memory", str(error), "training_file")
         except FileGone as error:
@@ -72,7 +71,7 @@ class Joining:
             if allocation_failed(error):
                 return JobError("out_of_memory", f"{peft!r} does not fit together with the pack's other jobs")
             _LOG.exception("job %s could not start", record.id)
-            return JobError("cannot_start", f"{PEFT}: {peft!r} cannot start: {type(error).__name__}: {error}", PEFT)
+            return JobError("cannot_start", f"{param}: {peft!r} cannot start: {type(error).__name__}: {error}", param)
         return running
 
     def _joined(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:

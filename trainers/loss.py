@@ -23,6 +23,16 @@ def token_losses(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor) -> Te
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
 
 
+def judged_tokens(backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and the likeliest token of every row, [N]; of several equal ones the first. No gradient."""
+    losses, likeliest = [hidden_ND.new_zeros(0)], [targets_N[:0]]
+    for i in range(0, len(hidden_ND), CHUNK):
+        logits = backbone.logits(hidden_ND[i : i + CHUNK])
+        losses.append(F.cross_entropy(logits, targets_N[i : i + CHUNK], reduction="none"))
+        likeliest.append(logits.argmax(dim=1))
+    return torch.cat(losses[1:] or losses), torch.cat(likeliest)
+
+
 def losses_and_gradient(
     backbone: Backbone, hidden_ND: Tensor, targets_N: Tensor, factors_N: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -50,10 +50,11 @@ class Memory:
         if self._most is None:
             return job
         room = self._room_for(job.graft, self._most)
-        for name, samples in (("training", job.train), ("validation", job.held_out)):
-            number, longest = max(enumerate(samples, 1), key=lambda one: one[1].rows, default=(0, None))
-            if longest is not None and (why := room.refusal(longest.rows + 1)) is not None:
-                raise TooLarge(f"{name}_file: example {number} {why}")
+        for name, samples in job.files.items():
+            rows = ((max(one.rows for one in sample.each), -number) for number, sample in enumerate(samples, 1))
+            longest, number = max(rows, default=(0, 0))
+            if samples and (why := room.refusal(longest + 1)) is not None:
+                raise TooLarge(f"{name}: example {-number} {why}")
         longest_rows = max(sample.rows for sample in job.train)
         micro_rows = room.cost.rows_within(room.bytes, job.config.micro_rows, longest_rows)
         return replace(job, config=replace(job.config, micro_rows=micro_rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from polygraft.trainers.head import ClassHead
 from polygraft.trainers.job import Sample
 
 
@@ -12,7 +13,8 @@ class MicroBatch:
     """One job's part of a forward: samples (with their numbers, for dropout) through resident `graft`.
 
     `normaliser` is the loss weight of the job's whole global batch; `key` hashes (job seed, step), None where
-    nothing is drawn. Every sequence begins with `virtual_length` virtual tokens.
+    nothing is drawn. Every sequence begins with `virtual_length` virtual tokens. A job that classifies has a `head`,
+    and its samples labels.
     """
 
     graft: int
@@ -22,6 +24,7 @@ class MicroBatch:
     normaliser: float
     key: int | None = None
     virtual_length: int = 0
+    head: ClassHead | None = None
 
     @property
     def rows(self) -> int:

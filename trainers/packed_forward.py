@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,17 +15,20 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Input, Rows
 from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.runtime.stacks import Stacks
-from polygraft.trainers.loss import losses_and_gradient, token_losses
+from polygraft.trainers.loss import judged_tokens, losses_and_gradient, token_losses
 from polygraft.trainers.micro_batch import MicroBatch
+from polygraft.trainers.scores import Answer
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """`counted` [n] are the rows that something is learned from, with their `targets` [n] on the backbone's device and
-    their `weights` [n] on the CPU; `bounds` are each micro-batch's part of these."""
+    """`states`: hidden states are read as they are, not by the backbone's own head. `counted` [n] are the rows that
+    something is learned from, with their `targets` [n] on the backbone's device and their `weights` [n] on the CPU;
+    `bounds` are each micro-batch's part of these."""
 
     rows: Rows
     attention: WholeSequences
+    states: bool
     counted: Tensor
     targets: Tensor
     weights: Tensor
@@ -39,13 +43,12 @@ def forward_backward(backbone: Backbone, stacks: Stacks, micro_batches: Sequence
     packed = _packed(backbone, micro_batches)
     for leaf in stacks.leaves():
         leaf.grad = None
-    hidden = backbone.forward(packed.rows, stacks, packed.attention)
+    hidden = _hidden(backbone, stacks, packed)
     factors = packed.weights.clone()
-    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds):
+    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds, strict=True):
         factors[start:stop] /= micro_batch.normaliser
-    losses, gradient = losses_and_gradient(
-        backbone, hidden.detach()[packed.counted], packed.targets, factors.to(hidden.device)
-    )
+    read = hidden.detach()[packed.counted]
+    losses, gradient = _learned(backbone, packed, micro_batches, read, factors.to(hidden.device))
     into = torch.zeros_like(hidden)
     into[packed.counted] = gradient
     if hidden.requires_grad:
@@ -64,11 +67,62 @@ def forward_losses(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[M
 
 
 @torch.inference_mode()
+def forward_answers(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) -> tuple[float, list[Answer]]:
+    """The summed weighted loss of a micro-batch as `forward_losses` has it, and what each of its samples came to, which
+    is a function of the sample alone."""
+    packed = _packed(backbone, [micro_batch])
+    read = _hidden(backbone, stacks, packed)[packed.counted]
+    head = micro_batch.head
+    judged = judged_tokens(backbone, read, packed.targets) if head is None else head.judged(read, packed.targets)
+    losses, likeliest = judged
+    losses = losses.to(packed.weights.dtype)
+    (total,) = _sums(losses, packed.weights, packed.bounds)
+    bounds = list(pairwise(accumulate((s.learned for s in micro_batch.samples), initial=0)))
+    targets, guesses = packed.targets.tolist(), likeliest.tolist()
+    sums = zip(bounds, _sums(losses, packed.weights, bounds), strict=True)
+    return total, [Answer(loss, tuple(targets[start:stop]), tuple(guesses[start:stop])) for (start, stop), loss in sums]
+
+
+@torch.inference_mode()
+def forward_logits(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) -> Tensor:
+    """The labels' logits, [samples, labels], of a micro-batch with a head."""
+    assert micro_batch.head is not None, "a micro-batch of texts to classify"
+    packed = _packed(backbone, [micro_batch])
+    hidden = _hidden(backbone, stacks, packed)
+    return micro_batch.head.logits(hidden[packed.counted])
+
+
+@torch.inference_mode()
 def bare_forward(backbone: Backbone) -> None:
     """One row through the backbone and its head, without any job's graft: raises where the fault is no job's."""
     builder = RowBuilder()
     builder.add((0,))
     backbone.logits(backbone.forward(builder.rows(), backbone.stacks(()), builder.attention(backbone.shape)))
+
+
+def _hidden(backbone: Backbone, stacks: Stacks, packed: _Packed) -> Tensor:
+    forward = backbone.states if packed.states else backbone.forward
+    return forward(packed.rows, stacks, packed.attention)
+
+
+def _learned(
+    backbone: Backbone, packed: _Packed, micro_batches: Sequence[MicroBatch], read_ND: Tensor, factors_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`losses_and_gradient` of the counted rows: tokens through the backbone's head, labels through their job's."""
+    targets = packed.targets
+    headed = [(one.head, slice(*own)) for one, own in zip(micro_batches, packed.bounds, strict=True) if one.head]
+    if not headed:
+        return losses_and_gradient(backbone, read_ND, targets, factors_N)
+    losses, gradient = torch.empty_like(factors_N), torch.empty_like(read_ND)
+    tokens = torch.ones(len(read_ND), dtype=torch.bool, device=read_ND.device)
+    for head, own in headed:
+        tokens[own] = False
+        losses[own], gradient[own] = head.losses_and_gradient(read_ND[own], targets[own], factors_N[own])
+    if bool(tokens.any()):
+        losses[tokens], gradient[tokens] = losses_and_gradient(
+            backbone, read_ND[tokens], targets[tokens], factors_N[tokens]
+        )
+    return losses, gradient
 
 
 def _sums(losses: Tensor, factors: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
@@ -96,7 +150,7 @@ def _packed(backbone: Backbone, micro_batches: Sequence[MicroBatch]) -> _Packed:
             )
             told = [place for place, weight in enumerate(sample.weights[1:]) if weight]  # no guess of a virtual token
             counted += [own[place] for place in told]
-            targets += [sample.ids[1 + place] for place in told]
+            targets += [sample.ids[1 + place] if sample.label is None else sample.label for place in told]
             weights += [sample.weights[1 + place] for place in told]
         bounds.append((learned, len(counted)))
     wide = torch.promote_types(backbone.dtype, torch.float32)
@@ -104,6 +158,7 @@ def _packed(backbone: Backbone, micro_batches: Sequence[MicroBatch]) -> _Packed:
     return _Packed(
         builder.rows(),
         builder.attention(backbone.shape),
+        any(micro_batch.head is not None for micro_batch in micro_batches),
         places,
         labels,
         torch.tensor(weights, dtype=wide),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from polygraft.cluster.model import FileId, Job
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.heads import head_over, label_of
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import learning_rate
+from polygraft.grafts.head import Head
 from polygraft.grafts.spec import Branch, GraftSpec
-from polygraft.grafts.text.jsonl import read
+from polygraft.grafts.text.jsonl import read, read_labelled_texts
 from polygraft.grafts.text.lengths import Lengths
-from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.grafts.text.tokenise import Tokeniser, Tokens
+from polygraft.trainers.job import Question, Sample, TrainConfig, TrainJob
+
+TRAINING = "training_file"
+Encode = Callable[[Path, str, Tokeniser, int | None], Iterator[tuple[Sample, Tokens]]]
 
 
 class FileGone(ValueError):
@@ -31,14 +37,17 @@ def prepare(
     *,
     files: Path,
     tokeniser: Tokeniser,
-    stock: BackboneFiles,
+    backbone_files: BackboneFiles,
     micro_rows: int,
     longest: Callable[[BoundGraft], int | None] = lambda graft: None,
 ) -> TrainJob:
     """Examples of a job that does not say `max_length` are cut to what the positions and `longest` (tokens, by its
     graft) have room for. Raises SpecError, DataError or FileGone (all ValueError) that name the field or the line."""
-    shape = stock.shape
-    graft = BoundGraft(with_dropout(asked_for(job.spec.peft, shape, stock), job.spec.dropout), shape)
+    shape, classifies = backbone_files.shape, job.spec.kind == "classification"
+    spec = with_dropout(asked_for(job.spec.peft, shape, backbone_files, classifies=classifies), job.spec.dropout)
+    if classifies:
+        spec = replace(spec, head=head_over(files / f"{job.spec.training_file}.jsonl", shape))
+    graft = BoundGraft(spec, shape)
     limit = shape.length_limit(job.spec.max_length, graft.context_length)
     if job.spec.max_length is None and (room := longest(graft) or 0) > 1:  # with less the memory itself says why
         limit = min(limit or room, room)
@@ -54,18 +63,22 @@ def prepare(
         seed=job.spec.seed,
         micro_rows=micro_rows,
     )
-    given = {"training_file": job.spec.training_file, "validation_file": job.spec.validation_file}
-    (train, warning), (held_out, other) = (
-        _samples(name, files, file, tokeniser, limit) for name, file in given.items()
-    )
-    told = zip(given, (warning, other), strict=True)
+    given = {
+        TRAINING: job.spec.training_file,
+        "validation_file": job.spec.validation_file,
+        "test_file": job.spec.test_file,
+    }
+    encode = partial(_labelled, graft.spec.head) if graft.spec.head else _chat
+    read_ones = {name: _samples(name, files, file, encode, tokeniser, limit) for name, file in given.items()}
+    train, held_out, test = (samples for samples, _ in read_ones.values())
     return TrainJob(
         id=job.id,
         graft=graft,
         config=config,
         train=train,
         held_out=held_out,
-        warnings=tuple(f"{name}: {text}" for name, text in told if text is not None),
+        test=test,
+        warnings=tuple(f"{name}: {text}" for name, (_, text) in read_ones.items() if text is not None),
     )
 
 
@@ -77,15 +90,35 @@ def with_dropout(spec: GraftSpec, rate: float | None) -> GraftSpec:
 
 
 def _samples(
-    name: str, files: Path, file: FileId | None, tokeniser: Tokeniser, limit: int | None
+    name: str, files: Path, file: FileId | None, encode: Encode, tokeniser: Tokeniser, limit: int | None
 ) -> tuple[tuple[Sample, ...], str | None]:
     """The samples of the file, if there is one, and what the limit leaves out of them."""
     samples, lengths = [], Lengths()
     try:
-        for example in () if file is None else read(files / f"{file}.jsonl"):
-            tokens = tokeniser.encode_example(example, limit)
-            samples.append(Sample(tokens.ids, tokens.weights))
+        for sample, tokens in () if file is None else encode(files / f"{file}.jsonl", name, tokeniser, limit):
+            samples.append(sample)
             lengths = lengths.plus(tokens)
     except FileNotFoundError:  # it was deleted just before there was a job that needs it
         raise FileGone(name, f"{name}: the content of {file} is gone; upload it again") from None
     return tuple(samples), lengths.warning(limit)
+
+
+def _chat(file: Path, name: str, tokeniser: Tokeniser, limit: int | None) -> Iterator[tuple[Sample, Tokens]]:
+    """What is trained on are right choices alone; what is judged has the others, too."""
+    for example in read(file):
+        tokens = tokeniser.encode_example(example, limit)
+        others = () if name == TRAINING else tokeniser.encode_others(example, limit)
+        question = None
+        if others:
+            wrong = tuple(Sample(one.ids, one.weights) for one in others)
+            question = Question(example.choices, example.answer, wrong)
+        yield Sample(tokens.ids, tokens.weights, question), tokens
+
+
+def _labelled(
+    head: Head, file: Path, name: str, tokeniser: Tokeniser, limit: int | None
+) -> Iterator[tuple[Sample, Tokens]]:
+    for example in read_labelled_texts(file):
+        label = label_of(head, example)
+        tokens = tokeniser.encode_labelled(example, limit, last=head.reads_last)
+        yield Sample.labelled(tokens.ids, label, head), tokens

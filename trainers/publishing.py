@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import NoReturn
 
 from polygraft.cluster.folders import Folders
@@ -16,6 +15,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.kernels.common.room import is_full
 from polygraft.trainers import faults
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.failure import failure
 from polygraft.trainers.reports import Reports
 from polygraft.trainers.runner import PackRunner
@@ -31,14 +31,14 @@ class NoRoom(Exception):
 
 @dataclass(slots=True)
 class Publishing:
-    """For the jobs of one pack. What a job that waits for room loses on held-out data is computed once."""
+    """For the jobs of one pack. What validation and test file say of a job that waits for room is computed once."""
 
     runner: PackRunner
     store: Store
     fence: Fence
     folders: Folders
     reports: Reports
-    _losses: dict[JobId, float | None] = field(default_factory=dict)
+    _judged: dict[JobId, tuple[Judgement | None, Judgement | None]] = field(default_factory=dict)
     _told: set[JobId] = field(default_factory=set)  # that they wait for room
     _not_before: float = float("-inf")
 
@@ -49,11 +49,12 @@ class Publishing:
             self._wait(job)
         doing = f"{running.at}, evaluation"
         try:
-            if job not in self._losses:
-                after = self.runner.held_out_loss(job)
-                if after is not None and not isfinite(after):
-                    return JobError("non_finite_loss", f"{doing}: the held-out loss is {after}")
-                self._losses[job] = after
+            if job not in self._judged:
+                after, tested = self.runner.held_out(job), self.runner.tested(job)
+                for name, found in (("held-out", after), ("test", tested)):
+                    if found is not None and not found.finite:
+                        return JobError("non_finite_loss", f"{doing}: the {name} loss is {found.loss}")
+                self._judged[job] = after, tested
             doing = "its graft cannot be saved"
             faults.point("before_publish")
             identity, saved_bytes = self._write(running)
@@ -62,10 +63,10 @@ class Publishing:
                 _LOG.warning("%s has no room for the graft of %s: %s", self.folders.grafts, job, error)
                 self._not_before = time.monotonic() + ROOM_S
                 self._wait(job)
-            failed = failure(job, doing, error, "step_failed" if job not in self._losses else "graft_not_saved")
+            failed = failure(job, doing, error, "step_failed" if job not in self._judged else "graft_not_saved")
             return JobError(failed.code, failed.message)
-        after = self._losses[job]
-        self.reports.progress(running, after)
+        after, tested = self._judged[job]
+        self.reports.progress(running, after, tested)
         graft = publish(
             self.store,
             job,
@@ -78,12 +79,12 @@ class Publishing:
             at=time.time(),
             fence=self.fence,
         )
-        self.reports.note(job, f"published {graft.model}", held_out_loss=after)
+        self.reports.note(job, f"published {graft.model}", held_out=after, tested=tested)
         return None
 
     def forget(self, job: JobId) -> None:
         """After the job left the pack."""
-        self._losses.pop(job, None)
+        self._judged.pop(job, None)
         self._told.discard(job)
 
     def _write(self, running: RunningJob) -> tuple[GraftId, int]:
@@ -93,7 +94,7 @@ class Publishing:
             running.job.graft,
             running.slab.tensors,
             backbone=backbone.fingerprint,
-            stock=BackboneFiles(backbone.folder),
+            backbone_files=BackboneFiles(backbone.folder),
         )
         return GraftId(identity), native.size(self.folders.grafts / identity)
 

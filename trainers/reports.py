@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from polygraft.cluster.advance import record_progress
 from polygraft.cluster.model import JobId, Pace, PackId
+from polygraft.cluster.scores import UNSCORED, Judged
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Fence, Store, Write
+from polygraft.cluster.store.base import JSON, Fence, Store, Write
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.running import RunningJob, Stepped
 
 METRICS_KEPT = 100_000
@@ -34,14 +36,21 @@ class Reports:
         }
         self.store.append(keys.metrics(JobId(stepped.job)), entry, maxlen=METRICS_KEPT)
 
-    def progress(self, running: RunningJob, loss_after: float | None = None) -> None:
+    def progress(self, running: RunningJob, after: Judgement | None = None, tested: Judgement | None = None) -> None:
+        before = running.before
         record_progress(
             self.store,
             JobId(running.job.id),
             step=running.step,
             trained_tokens=running.tokens,
-            loss_before=running.loss_before,
-            loss_after=loss_after,
+            loss_before=before.loss if before else None,
+            loss_after=after.loss if after else None,
+            judged=Judged(
+                before=before.scores if before else UNSCORED,
+                after=after.scores if after else UNSCORED,
+                test_loss=tested.loss if tested else None,
+                test=tested.scores if tested else UNSCORED,
+            ),
             fence=self.fence,
         )
 
@@ -50,6 +59,18 @@ class Reports:
         pace = Pace(id=pack, at=time.time(), left_s={JobId(job): left for job, left in left_s.items()})
         self.store.commit([Write(keys.pace(pack), pace, None)], fence=self.fence)
 
-    def note(self, job: JobId, message: str, *, level: str = "info", held_out_loss: float | None = None) -> None:
-        data = {} if held_out_loss is None else {"held_out_loss": held_out_loss}
+    def note(
+        self,
+        job: JobId,
+        message: str,
+        *,
+        level: str = "info",
+        held_out: Judgement | None = None,
+        tested: Judgement | None = None,
+    ) -> None:
+        data: dict[str, JSON] = {}
+        if held_out is not None:
+            data |= {"held_out_loss": held_out.loss, "scores": dict(held_out.scores.told)}
+        if tested is not None:
+            data |= {"test_loss": tested.loss, "test_scores": dict(tested.scores.told)}
         self.store.append(keys.log(job), {"level": level, "message": message, "at": time.time(), "data": data})

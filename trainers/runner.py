@@ -15,7 +15,7 @@ from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.trainers.contribution import Contribution, Part, Rider, everyones, failed_anywhere
-from polygraft.trainers.evaluate import mean_loss
+from polygraft.trainers.evaluate import Judgement, judge
 from polygraft.trainers.failure import SHARED, Failed, failure
 from polygraft.trainers.job import Sample, TrainJob
 from polygraft.trainers.lanes.gradient import GradientLane
@@ -58,8 +58,8 @@ class PackRunner:
     ) -> None:
         """A forward has at most `max_rows` rows, and takes at most `max_bytes` together with the jobs' state, on each
         of the `ranks`."""
-        if not backbone.shape.causal:
-            raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token")
+        if not backbone.shape.causal and backbone.shape.head_kind is None:
+            raise SpecError(f"backbone: {backbone.shape.sees}; a job learns to say the next token, or a text's label")
         self.backbone, self.max_rows, self._clock = backbone, max_rows, clock
         self.memory = Memory(max_bytes, backbone.dtype.itemsize, backbone.score_block)
         self.underway: Callable[[Mapping[str, int]], None] = lambda _: None
@@ -74,12 +74,13 @@ class PackRunner:
     def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> RunningJob:
         """Join as a new job at step 0, with starting values drawn from the job's seed, or made of the grafts that its
         spec names."""
+        headed = bool(job.graft.head)  # what reads the gradient of a loss at the start reads that of the texts then
         start = initialise(
             job.graft,
             self.backbone,
             seed=job.config.seed,
-            samples=[sample.ids for sample in job.train],
-            weights=[sample.weights for sample in job.train],
+            samples=[sample.ids[:-1] if headed else sample.ids for sample in job.train],
+            weights=[] if headed else [sample.weights for sample in job.train],
             sources=sources,
         )
         slab = Slab(job.graft, next(iter(start.values())).dtype, self.backbone.device)
@@ -95,6 +96,10 @@ class PackRunner:
         if job.id in self.jobs:
             raise ValueError(f"job {job.id} is already in the pack")
         job.check_tokens()
+        if not job.graft.head and not self.backbone.shape.causal:
+            raise SpecError(f"backbone: {self.backbone.shape.sees}; a job there classifies texts")
+        if job.graft.head and running.hooks.eps is not None:
+            raise SpecError(f"{job.graft.spec.method}: a job without a backward trains no classifier")
         lane: Lane = self._gradient if running.hooks.eps is None else self._perturbation
         try:
             lane.join(running)
@@ -117,13 +122,17 @@ class PackRunner:
 
     def evaluate(self, job: str, samples: Iterable[Sample]) -> float:
         """Mean loss of a weighted token under the job's graft over `samples`."""
-        running = self.jobs[job]
-        return mean_loss(self.backbone, running.job.graft, running.slab.tensors, samples, self.max_rows)
+        return self._judged(job, tuple(samples)).loss
 
-    def held_out_loss(self, job: str) -> float | None:
-        """The same over the job's validation file; None where it has none."""
+    def held_out(self, job: str) -> Judgement | None:
+        """What the job's validation file says of its graft; None where it has none."""
         samples = self.jobs[job].job.held_out
-        return self.evaluate(job, samples) if samples else None
+        return self._judged(job, samples) if samples else None
+
+    def tested(self, job: str) -> Judgement | None:
+        """The same of its test file."""
+        samples = self.jobs[job].job.test
+        return self._judged(job, samples) if samples else None
 
     def step(self) -> PackStep:
         """One packed forward and backward on each rank over micro-batches of as many jobs as fit, then the optimiser
@@ -149,6 +158,10 @@ class PackRunner:
             failed=tuple(failed_anywhere(self.ranks, failed)),
             seconds=self._clock() - begin,
         )
+
+    def _judged(self, job: str, samples: Sequence[Sample]) -> Judgement:
+        running = self.jobs[job]
+        return judge(self.backbone, running.job.graft, running.slab.tensors, samples, self.max_rows)
 
     def _riders(self) -> tuple[list[Rider], list[Failed]]:
         """The next micro-batches of unfinished jobs, least served first, while they fit, of each job one on a rank; the

@@ -11,7 +11,9 @@ from torch import Tensor
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.trainers.contribution import Contribution
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.failure import Failed
+from polygraft.trainers.head import ClassHead
 from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.micro_batch import MicroBatch
@@ -25,8 +27,8 @@ class RunningJob:
 
     `micro` counts the micro-batches of global batch `step` that are already collected, with the `loss` so far, and for
     a job without a backward the `difference` of the losses on both sides of its tensors; `chain` is the digest of all
-    sample numbers that went into completed steps, the identity of the work done; `device_class` is of the device that
-    computed them, where a checkpoint says so.
+    sample numbers that went into completed steps, the identity of the work done; `before` is what the validation file
+    said of the graft at its start; `device_class` is of the device that computed the steps, where a checkpoint says so.
     """
 
     job: TrainJob
@@ -38,7 +40,7 @@ class RunningJob:
     tokens: int = 0
     skipped: int = 0
     chain: str = ""
-    loss_before: float | None = None
+    before: Judgement | None = None
     device_class: str | None = None
     served_rows: int = 0
     hooks: Hooks = field(init=False)
@@ -81,6 +83,7 @@ class RunningJob:
             normaliser=job.batch_weight(self.step),
             key=self.key if job.graft.draws else None,
             virtual_length=job.graft.virtual_length,
+            head=ClassHead(job.graft.head, self.slab.tensors) if job.graft.head else None,
         )
 
     def collect(self, micro_batch: MicroBatch, part: Contribution, *, rows: int) -> bool:

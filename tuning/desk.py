@@ -11,7 +11,7 @@ from polygraft.cluster.told import Told
 from polygraft.cluster.validation import explain
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
-from polygraft.tuning.finals import members
+from polygraft.tuning.finals import Member, members
 from polygraft.tuning.plan import BadPlan
 from polygraft.tuning.record import StudyRecord, decode, encode
 from polygraft.tuning.request import SearchRequest
@@ -23,9 +23,9 @@ class Desk:
 
     def begin(
         self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
-    ) -> tuple[str, str, tuple[str, str]]:
-        """The name of a new search, the body of its study's record, and the ids of its files. Raises ValueError that
-        names the field, the value and the choices."""
+    ) -> tuple[str, str, dict[str, str]]:
+        """The name of a new search, the body of its study's record, and the ids of its files by field. Raises
+        ValueError that names the field, the value and the choices."""
         try:
             asked = SearchRequest.model_validate(body)
         except ValidationError as error:
@@ -35,7 +35,10 @@ class Desk:
             plan.request(study="study", number=0, peft="lora", learning_rate=1e-3)
         except (BadPlan, BadRequest, SpecError) as error:
             raise ValueError(str(error)) from None
-        return plan.name, encode(StudyRecord(plan=plan)), (asked.training_file, asked.validation_file)
+        files = {"training_file": asked.training_file, "validation_file": asked.validation_file}
+        if asked.test_file is not None:
+            files["test_file"] = asked.test_file
+        return plan.name, encode(StudyRecord(plan=plan)), files
 
     def told(self, record: str) -> Told:
         """How far a study is, and what each of its trials came to. Raises BadRecord."""
@@ -47,7 +50,7 @@ class Desk:
             trials_total=plan.trials,
             trials=tuple(map(shown, study.trials)),
             front=tuple(trial.number for trial in pareto(within)),
-            finals=tuple(asdict(member) for member in members(study.trials, study.finals)),
+            finals=tuple(asdict(member) for member in members(study.trials, study.finals, plan.measured)),
             chosen=study.chosen,
             job=plan.job.model_dump(mode="json", exclude_unset=True),
             shape=asdict(plan.space.shape),
@@ -65,4 +68,10 @@ def read(body: dict[str, JsonValue]) -> Trial:
     return _TRIAL.validate_python({name: value for name, value in body.items() if name not in ("state", "loss")})
 
 
+def read_member(body: dict[str, JsonValue]) -> Member:
+    """A member of the front as `Told` has it."""
+    return _MEMBER.validate_python(body)
+
+
 _TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+_MEMBER: TypeAdapter[Member] = TypeAdapter(Member)

@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.cluster.store.base import Store
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.pruners.choose import pruner
@@ -227,8 +228,12 @@ def _outcome(plan: SearchPlan, trial: Trial, result: Mapping[str, object] | None
     if reason := text("failure"):
         return Failure(reason=reason, job=text("job"))
     before = number("loss_before") if text("loss_before") else None
-    values = plan.values(trial.candidate.peft, number("loss"))
-    return Result(values=values, loss=number("loss"), job=text("job"), model=text("model"), loss_before=before)
+    told = result.get("scores")
+    scores = Scores.of(told) if isinstance(told, dict) else UNSCORED
+    values = plan.values(trial.candidate.peft, number("loss"), scores)
+    return Result(
+        values=values, loss=number("loss"), job=text("job"), model=text("model"), loss_before=before, scores=scores
+    )
 
 
 def _fit(trainable: type[tune.Trainable], bridge: StudySearcher, plan: SearchPlan, folder: Path) -> None:

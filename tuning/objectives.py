@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
 
+from polygraft.cluster.scores import SCORES
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import decode_bytes
 from polygraft.grafts.grammar import parse
@@ -23,16 +24,21 @@ class BadObjective(ValueError):
 @dataclass(frozen=True, slots=True)
 class Objective:
     """Something to minimise. `log`: the sampler is to look at its logarithm, as for counts that span decades. `known`:
-    it follows from the graft alone."""
+    it follows from the graft alone. Of a `score` it is what is missing to 1."""
 
     name: str
     log: bool = False
     known: bool = False
+    score: bool = False
+
+    def shown(self, value: float) -> str:
+        """A value as people know it."""
+        return f"{1 - value if self.score else value:g} {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """At most so much of an objective."""
+    """At most so much of an objective, of a score of what is missing to 1 (`limit`)."""
 
     name: str
     most: float
@@ -45,7 +51,10 @@ DECODE_BYTES = Objective("decode_bytes", known=True)
 
 # `loss`: of a weighted token of the held-out examples, after training. `parameters`: trained ones. `bytes`: of the
 # graft's file. `decode_bytes`: moved for every decoded token beside the backbone's (`grafts/cost.py:decode_bytes`).
-OBJECTIVES: Mapping[str, Objective] = {one.name: one for one in (LOSS, PARAMETERS, BYTES, DECODE_BYTES)}
+# The scores are those of the held-out examples (`cluster/scores.py`).
+OBJECTIVES: Mapping[str, Objective] = {
+    one.name: one for one in (LOSS, PARAMETERS, BYTES, DECODE_BYTES, *(Objective(name, score=True) for name in SCORES))
+}
 
 
 def objective(name: str) -> Objective:
@@ -53,6 +62,11 @@ def objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise BadObjective(f"objectives: {name!r} is unknown; choices: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def limit(name: str, value: float) -> Limit:
+    """What a user who writes `value` means: the most of an objective, the least of a score."""
+    return Limit(name, 1 - value if name in OBJECTIVES and OBJECTIVES[name].score else value)
 
 
 def check(objectives: tuple[str, ...], limits: tuple[Limit, ...]) -> None:
@@ -70,6 +84,8 @@ def check(objectives: tuple[str, ...], limits: tuple[Limit, ...]) -> None:
     for limit in limits:
         if not isfinite(limit.most):
             raise BadObjective(f"limits.{limit.name}: {limit.most} is not a number to stay below")
+        if OBJECTIVES[limit.name].score and not 0 <= limit.most <= 1:
+            raise BadObjective(f"limits.{limit.name}: {1 - limit.most:g} is no score; give the least, from 0 to 1")
         if not OBJECTIVES[limit.name].known and limit.name not in objectives:
             raise BadObjective(f"limits.{limit.name}: it is measured; give it as an objective, too")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import nan
 
 from pydantic import JsonValue
 
+from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
 from polygraft.tuning.finals import Rule
 from polygraft.tuning.objectives import Limit, Objective, check, known, objective
@@ -34,9 +36,9 @@ class SearchPlan:
     these in. `startup` trials are spread evenly before the model proposes. At most `concurrency` run at once, in one
     pack if it has room. A trial that nobody has spoken for in `lease_s` seconds is cancelled by the service.
 
-    Of the front, members are trained again on `seeds` other seeds and judged on `test_file` (the validation file when
-    not given); one is chosen by a rule (`tuning/finals.py`), and is what the search's name means if it is to be
-    `promote`d.
+    Of the front, members are trained again on `seeds` other seeds; one is chosen by a rule over the validation file
+    (`tuning/finals.py`), and is what the search's name means if it is to be `promote`d. They are judged on `test_file`,
+    too, by which nothing is chosen.
     """
 
     name: str
@@ -76,6 +78,10 @@ class SearchPlan:
             if getattr(self.job, field) is not None:
                 raise BadPlan(f"job.{field}: leave it out; trials set their own, and hyperparameters go into method")
 
+        if self.test_file is not None and self.test_file in (self.job.training_file, self.job.validation_file):
+            raise BadPlan(
+                f"test_file: {self.test_file} is what the search trains on or chooses by; give other examples"
+            )
         try:
             check(self.minimise, self.limits)
             _ = self.sampler
@@ -107,18 +113,31 @@ class SearchPlan:
         """The objectives that follow from a trial's graft, in their order."""
         return tuple(known(one.name, peft, self.space.shape) for one in self.objectives if one.known)
 
-    def values(self, peft: str, loss: float) -> tuple[float, ...]:
-        """A value of every objective, for a trial's graft and what was measured of it."""
-        return tuple(known(one.name, peft, self.space.shape) if one.known else loss for one in self.objectives)
+    @property
+    def measured(self) -> str:
+        """The first objective that only a trial tells: what configurations of one size are compared by."""
+        return next(one.name for one in self.objectives if not one.known)
+
+    def values(self, peft: str, loss: float, scores: Scores = UNSCORED) -> tuple[float, ...]:
+        """A value of every objective, for a trial's graft and what was measured of it; NaN for a score that its
+        examples do not tell."""
+
+        def value(one: Objective) -> float:
+            if one.known:
+                return known(one.name, peft, self.space.shape)
+            found = scores.get(one.name)
+            return loss if not one.score else nan if found is None else 1 - found
+
+        return tuple(map(value, self.objectives))
 
     def request(self, *, study: str, number: int, peft: str, learning_rate: float) -> dict[str, JsonValue]:
         """The body of a trial's job, always the same for the same trial. Raises BadPlan if the API would refuse it."""
         body: dict[str, JsonValue] = self.job.model_dump(mode="json", exclude_unset=True)
-        supervised = self.job.method.supervised if self.job.method else None
-        given = supervised.hyperparameters if supervised else None
+        own = self.job.method.own if self.job.method else None
+        given = own.hyperparameters if own else None
         hyperparameters: dict[str, JsonValue] = given.model_dump(mode="json", exclude_unset=True) if given else {}
         hyperparameters |= {"peft": peft, "learning_rate": learning_rate}
-        body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+        body["method"] = {"type": self.job.kind, self.job.kind: {"hyperparameters": hyperparameters}}
         body["suffix"] = f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/{number}", "lease_s": self.lease_s}
         body["metadata"] = {**(self.job.metadata or {}), "study": study, "trial": str(number)}
@@ -130,7 +149,8 @@ class SearchPlan:
         """The body of a job that trains a trial's graft again on another seed. Raises BadPlan as `request` does."""
         body = self.request(study=study, number=number, peft=peft, learning_rate=learning_rate)
         body["seed"] = seed
-        body["validation_file"] = self.test_file or self.job.validation_file
+        if self.test_file is not None:
+            body["test_file"] = self.test_file
         body["suffix"] = self.name if self.promote else f"{self.name}-{number}"
         body["owner"] = {"name": f"{study}/final-{number}-{seed}", "lease_s": self.lease_s}
         return _read(body)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, PositiveInt
 
+from polygraft.cluster.model import JobKind
 from polygraft.cluster.spec import read_request
 from polygraft.grafts.sites import ModelShape
 from polygraft.tuning.finals import Rule
-from polygraft.tuning.objectives import Limit
+from polygraft.tuning.objectives import limit
 from polygraft.tuning.plan import BadPlan, SearchPlan
 from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.samplers.choose import SamplerName
@@ -21,6 +22,7 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
+    type: JobKind = "supervised"
     trials: PositiveInt = 12
     concurrency: PositiveInt = 4
     startup: PositiveInt = 4
@@ -56,7 +58,7 @@ class SearchRequest(SearchOptions):
             "model": self.model or backbone,
             "training_file": self.training_file,
             "validation_file": self.validation_file,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
+            "method": {"type": self.type, self.type: {"hyperparameters": self.hyperparameters}},
         }
         return SearchPlan(
             name=self.name,
@@ -67,7 +69,7 @@ class SearchRequest(SearchOptions):
             startup=self.startup,
             model=self.sampler,
             minimise=self.objectives,
-            limits=tuple(Limit(name, most) for name, most in self.limits.items()),
+            limits=tuple(limit(name, value) for name, value in self.limits.items()),
             pruner=self.pruner,
             seed=self.seed,
             seeds=self.seeds,

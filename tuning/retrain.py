@@ -9,6 +9,7 @@ from dataclasses import replace
 from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.client import Client
 from polygraft.cluster.model import StudyId
+from polygraft.cluster.scores import Scores
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
 from polygraft.tuning.finals import Final, chosen, members, retrained
@@ -50,7 +51,7 @@ def retrain(  # noqa: PLR0913
             seen = client.renew(job.id, plan.lease_s) if late else client.job(job.id)
             if seen.final:
                 del running[number, seed]
-                final = Final(trial=number, seed=seed, job=seen.id, model=seen.fine_tuned_model, loss=seen.loss_after)
+                final = _final(number, seed, seen)
                 record = _write(store, study, lambda r, final=final: replace(r, finals=(*r.finals, final)), clock)  # type: ignore[misc]
                 tell(final)
         if running:
@@ -62,7 +63,8 @@ def _choose(
     store: Store, study: StudyId, record: StudyRecord, client: Client, clock: Callable[[], float]
 ) -> StudyRecord:
     """Write the chosen trial; its first seed's graft is what the search's name means from now on, if that was asked."""
-    found = chosen(members(record.trials, record.finals), record.plan.choose)
+    measured = record.plan.measured
+    found = chosen(members(record.trials, record.finals, measured), record.plan.choose, measured)
     if found is None:
         return record
     if record.plan.promote:
@@ -70,6 +72,19 @@ def _choose(
         if done:
             client.promote_graft(str(min(done, key=lambda final: final.seed).model))
     return _write(store, study, lambda one: replace(one, chosen=found.trial), clock)
+
+
+def _final(trial: int, seed: int, job: RemoteJob) -> Final:
+    return Final(
+        trial=trial,
+        seed=seed,
+        job=job.id,
+        model=job.fine_tuned_model,
+        loss=job.loss_after,
+        scores=Scores.of(job.scores_after),
+        test_loss=job.test_loss,
+        test_scores=Scores.of(job.test_scores),
+    )
 
 
 def _submit(client: Client, plan: SearchPlan, study: StudyId, trial: Trial, seed: int) -> RemoteJob:

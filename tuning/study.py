@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import isfinite
+from math import isfinite, isnan
 from typing import Literal, Protocol
 
+from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.tuning.objectives import OBJECTIVES, Limit, Objective, known
 from polygraft.tuning.space import Candidate
 from polygraft.tuning.spaces.kinds import AnySpace
@@ -30,9 +31,9 @@ class TrialState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a trial came to: one value an objective, in their order, and the held-out loss whatever they are (None in
-    records where the first value is it); which job it was, what the job published, where it began, and its curve
-    (`tuning/pruners/curves.py`) if it was watched.
+    """What a trial came to: one value an objective, in their order, and the held-out loss (None in records where the
+    first value is it) and scores whatever they are; which job it was, what the job published, where it began, and its
+    curve (`tuning/pruners/curves.py`) if it was watched.
     """
 
     values: tuple[float, ...]
@@ -41,6 +42,7 @@ class Result:
     model: str | None = None
     loss_before: float | None = None
     curve: tuple[float, ...] = ()
+    scores: Scores = UNSCORED
     kind: Literal["result"] = "result"
 
 
@@ -99,6 +101,11 @@ class Trial:
     @property
     def values(self) -> tuple[float, ...] | None:
         return self.outcome.values if isinstance(self.outcome, Result) else None
+
+    @property
+    def scores(self) -> Scores:
+        """Of the held-out examples, after training."""
+        return self.outcome.scores if isinstance(self.outcome, Result) else UNSCORED
 
     @property
     def loss(self) -> float | None:
@@ -215,8 +222,8 @@ class Study:
         nearest = min(done, key=lambda trial: (excess(trial, self.objectives, self.limits), trial.number))
         if excess(nearest, self.objectives, self.limits) > 0:
             named = zip(self.objectives, nearest.values or (), strict=True)
-            values = ", ".join(f"{value:g} {one.name}" for one, value in named)
-            limits = ", ".join(f"{limit.most:g} {limit.name}" for limit in self.limits)
+            values = ", ".join(one.shown(value) for one, value in named)
+            limits = ", ".join(OBJECTIVES[limit.name].shown(limit.most) for limit in self.limits)
             raise Unmet(
                 f"limits: none of {len(done)} results is within {limits}; the nearest miss is trial {nearest.number}, "
                 f"{nearest.candidate.peft}, with {values}"
@@ -226,6 +233,10 @@ class Study:
         if len(result.values) != len(self.objectives):
             raise ValueError(f"values: {len(result.values)} for {len(self.objectives)} objectives")
         for objective, value in zip(self.objectives, result.values, strict=True):
+            if objective.score and isnan(value):
+                told = ", ".join(result.scores.told) or "no score"
+                reason = f"objectives: the held-out examples tell no {objective.name}; they tell {told}"
+                return Failure(reason=reason, job=result.job)
             if not isfinite(value) or (objective.log and value <= 0):
                 return Failure(reason=f"{objective.name} is {value}", job=result.job)
         return result

@@ -37,7 +37,7 @@ class Access:
 
 class JobTrial(tune.Trainable):
     """Config: `number`, `peft`, `learning_rate`. Results: `done`, `progress` in [0, 1], `job`; at the end `loss`,
-    `parameters`, `loss_before` and `model`, or `failure` with the reason.
+    `scores` by name, `parameters`, `loss_before` and `model`, or `failure` with the reason.
     """
 
     @classmethod
@@ -150,7 +150,9 @@ def _outcome(job: RemoteJob) -> dict[str, JsonValue]:
         return {"failure": job.error.message if job.error else f"the job was {job.status}"}
     if job.loss_after is None:
         return {"failure": "the job succeeded without a held-out loss"}
+    scores: dict[str, JsonValue] = {"scores": {**job.scores_after}} if job.scores_after else {}
     return {
+        **scores,
         "loss": job.loss_after,
         "parameters": job.parameters,
         "loss_before": job.loss_before,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from polygraft.launch.corpus import Pair, topic
+from polygraft.launch.corpus import Pair, topics
 from polygraft.trainers.job import Sample
 
 if TYPE_CHECKING:
@@ -36,11 +36,12 @@ class Split:
     test: tuple[Pair, ...]
 
 
-def split(topics: Sequence[str]) -> Split:
+def split(names: Sequence[str]) -> Split:
     """By the questions' hashes: always the same."""
     groups: dict[str, list[Pair]] = {}
-    for name in topics:
-        for pair in topic(name):
+    found = topics()
+    for name in names:
+        for pair in found[name]:
             groups.setdefault(pair.key, []).append(pair)
     train: list[Pair] = []
     validation: list[Pair] = []
@@ -53,7 +54,8 @@ def split(topics: Sequence[str]) -> Split:
 
 def dialogues() -> tuple[Pair, ...]:
     """What the backbone may have read: no topic of a task."""
-    return tuple(pair for name in OTHERS for pair in topic(name))
+    found = topics()
+    return tuple(pair for name in OTHERS for pair in found[name])
 
 
 def encoded(tokenizer: Tokenizer, pair: Pair) -> Sample:

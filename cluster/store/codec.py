@@ -29,14 +29,15 @@ SCHEMAS: Mapping[str, int] = {
     "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,
-    "Job": 3,
+    "Job": 5,
     "JobStarted": 2,
-    "JobSubmitted": 3,
+    "JobSubmitted": 5,
+    "JobSucceeded": 2,
     "Pack": 2,
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 5,
+    "Snapshot": 7,
 }
 
 

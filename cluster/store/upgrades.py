@@ -91,6 +91,39 @@ def _job_submitted_2(body: Body) -> Body:
     return {**body, "record": _job_2(record) if isinstance(record, Mapping) else record}
 
 
+def _job_3(body: Body) -> Body:
+    """Schema 4 may have a test file, and scores beside losses."""
+    spec = body.get("spec")
+    asked = {**spec, "test_file": None} if isinstance(spec, Mapping) else spec
+    return {**body, "spec": asked, "judged": _nothing_judged()}
+
+
+def _job_submitted_3(body: Body) -> Body:
+    record = body.get("record")
+    return {**body, "record": _job_3(record) if isinstance(record, Mapping) else record}
+
+
+def _job_succeeded_1(body: Body) -> Body:
+    return {**body, "judged": _nothing_judged()}
+
+
+def _nothing_judged() -> Body:
+    names = ("exact_match", "token_f1", "accuracy", "accuracy_norm", "macro_f1")
+    none: Body = dict.fromkeys(names)
+    return {"before": none, "after": none, "test_loss": None, "test": none}
+
+
+def _job_4(body: Body) -> Body:
+    """Schema 5 may train a classifier."""
+    spec = body.get("spec")
+    return {**body, "spec": {**spec, "kind": "supervised"} if isinstance(spec, Mapping) else spec}
+
+
+def _job_submitted_4(body: Body) -> Body:
+    record = body.get("record")
+    return {**body, "record": _job_4(record) if isinstance(record, Mapping) else record}
+
+
 def _snapshot_4(body: Body) -> Body:
     limits, jobs = body.get("limits"), body.get("jobs")
     found = [job for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
@@ -103,6 +136,14 @@ def _snapshot_4(body: Body) -> Body:
         "limits": {**limits, **more} if isinstance(limits, Mapping) else limits,
         "paces": [],
     }
+
+
+def _snapshot_5(body: Body) -> Body:
+    return {**body, "jobs": _each(body.get("jobs"), _job_3)}
+
+
+def _snapshot_6(body: Body) -> Body:
+    return {**body, "jobs": _each(body.get("jobs"), _job_4)}
 
 
 def _backbone_unloading_1(body: Body) -> Body:
@@ -137,9 +178,14 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("GraftPublished", 1): _graft_published_1,
     ("Job", 1): _job_1,
     ("Job", 2): _job_2,
+    ("Job", 3): _job_3,
+    ("Job", 4): _job_4,
     ("JobStarted", 1): _job_1,
     ("JobSubmitted", 1): _job_submitted_1,
     ("JobSubmitted", 2): _job_submitted_2,
+    ("JobSubmitted", 3): _job_submitted_3,
+    ("JobSubmitted", 4): _job_submitted_4,
+    ("JobSucceeded", 1): _job_succeeded_1,
     ("Pack", 1): _on_devices_1,
     ("PackOpening", 1): _on_devices_1,
     ("Replica", 1): _replica_1,
@@ -148,4 +194,6 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 2): _snapshot_2,
     ("Snapshot", 3): _snapshot_3,
     ("Snapshot", 4): _snapshot_4,
+    ("Snapshot", 5): _snapshot_5,
+    ("Snapshot", 6): _snapshot_6,
 }

@@ -35,6 +35,7 @@ ARCHITECTURES = (
     Architecture(
         model_type="bert",
         backbone="bert",
+        head_kind="pooled",
         embedding="embeddings.word_embeddings",
         layers="encoder.layer",
         final=None,
@@ -51,6 +52,7 @@ ARCHITECTURES = (
     Architecture(
         model_type="roberta",
         backbone="roberta",
+        head_kind="dense",
         embedding="embeddings.word_embeddings",
         layers="encoder.layer",
         final=None,

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from polygraft.grafts.head import HeadKind
+
 Config = Mapping[str, object]
 BLOCK, FINAL = "block.out", "norm.final"  # sites that every architecture, or most, has in the same way
 
@@ -65,6 +67,8 @@ class Architecture:
 
     `unread` are modules or tensors that files of the family may hold or lack, since nothing here reads them.
 
+    `head_kind` is the classifier that transformers' class for sequences has, None where texts are not classified.
+
     `fields` are config names that differ from `FIELDS`, `ffn_ratio` the width of the feed-forward over the hidden one
     where the config does not say. `refusal` tells why a config is not one that this table is right for.
     """
@@ -80,6 +84,7 @@ class Architecture:
     transposed: bool = False
     inputs: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
+    head_kind: HeadKind | None = "linear"
     ffn_ratio: int | None = None
     norm_offset: float = 0.0  # the norm's factor is this plus its weight
     feeds: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FEEDS)
@@ -115,7 +120,7 @@ class Architecture:
         """The linear sites that read the norm, none where the residual stream does, too."""
         return tuple(name for name in self.feeds.get(norm, ()) if name in self.modules)
 
-    def beside(self, name: str) -> tuple[str, ...]:
+    def fused_with(self, name: str) -> tuple[str, ...]:
         """The linear sites that share the module of `name`, in the order of their rows."""
         return tuple(site for site, path in self.modules.items() if path == self.modules[name] and not _whole(site))
 
@@ -129,7 +134,7 @@ class Architecture:
             ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
             fits = (end for end in ends if not any(_ends(path, end) for path in (*others, *self.elsewhere)))
             target = next(fits, None)
-            if target is None or len(self.beside(name)) > 1:
+            if target is None or len(self.fused_with(name)) > 1:
                 return None
             found[target] = None
         return tuple(found)

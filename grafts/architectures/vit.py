@@ -20,6 +20,7 @@ ARCHITECTURES = (
             "norm.2": "layernorm_after",
         },
         causal=False,
+        head_kind=None,
         auto="AutoModelForImageClassification",
         patches=True,
         head="classifier",

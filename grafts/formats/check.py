@@ -22,6 +22,12 @@ def sized(name: str, value: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     return value
 
 
+def refuse_head(graft: BoundGraft) -> None:
+    """Raise FormatError for a graft with a classifier, in a format that has no place for one."""
+    if graft.head:
+        raise FormatError("head: a classifier is kept in the native folder and in PEFT's; this format has none")
+
+
 def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless `values` are just the graft's tensors, of the right shapes and finite."""
     expected = {tensor.name: tensor.shape for tensor in graft.tensors}

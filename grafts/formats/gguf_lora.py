@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.check import FormatError, check, refuse_head
 from polygraft.grafts.formats.peft_modules import path
 from polygraft.grafts.formats.plain import plain
 from polygraft.grafts.sites import ModelShape, Site
@@ -49,6 +49,7 @@ def export(target: Path, graft: BoundGraft, values: Mapping[str, Tensor], *, nam
     kind = _ARCHITECTURES.get(shape.arch)
     if kind is None:
         raise FormatError(f"gguf: {shape.arch} is not kept as here; choices: {', '.join(_ARCHITECTURES)}")
+    refuse_head(graft)
     check(graft, values)
     lora, tensors = plain(graft, values) or (graft, None)
     if tensors is None or not all(isinstance(slot, Branch) for slot in lora.spec.slots):

@@ -16,7 +16,7 @@ from torch import Tensor
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import CONFIG, BackboneFiles
-from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.check import FormatError, refuse_head
 from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import ModelShape
@@ -37,6 +37,7 @@ def export(target: Path, graft: BoundGraft, values: Mapping[str, Tensor], *, bac
     """
     if target.exists():
         raise FormatError(f"{target}: exists already; name a folder that does not")
+    refuse_head(graft)
     config = json.loads((backbone / _CONFIG).read_text())
     if any(isinstance(slot, Affine) and slot.shift for slot in graft.spec.slots):
         config |= dict.fromkeys(_BIASES & config.keys(), True)

@@ -40,6 +40,8 @@ def graft_id(spec: GraftSpec, values: Mapping[str, Tensor], backbone: str) -> st
     """Digest of tensors, slots and backbone fingerprint: the graft's identity and the key of every weight cache."""
     slots = GraftSpec.from_json(spec.to_json()).slots  # as they are read back: 2.0 where 2 was given
     digest = sha256(json.dumps([_said(slot) for slot in slots], sort_keys=True).encode() + backbone.encode())
+    if spec.head is not None:
+        digest.update(json.dumps(asdict(spec.head), sort_keys=True).encode())
     for name in sorted(values):
         digest.update(name.encode())
         digest.update(values[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -53,7 +55,7 @@ def save(
     *,
     backbone: str,
     base: str | None = None,
-    stock: BackboneFiles | None = None,
+    backbone_files: BackboneFiles | None = None,
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 
@@ -77,8 +79,8 @@ def save(
         with whole_folder(folder) as draft:
             write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
-            if peft.exportable(graft, stock):
-                peft.export(draft, graft, kept, base=base, stock=stock)
+            if peft.exportable(graft, backbone_files):
+                peft.export(draft, graft, kept, base=base, backbone_files=backbone_files)
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise

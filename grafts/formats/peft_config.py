@@ -9,6 +9,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.formats.peft_extras import extra_terms, job_terms
+from polygraft.grafts.formats.peft_head import without_head
 from polygraft.grafts.formats.peft_modules import groups
 from polygraft.grafts.grammar import Term, parse, terms, union
 from polygraft.grafts.methods.configs import arguments, flat, is_config, layout_of, of_text
@@ -19,9 +20,10 @@ from polygraft.grafts.spec import GraftSpec, Layers, SpecError
 _NAME = re.compile(r"[\w.]+", re.ASCII)
 
 
-def asked_for(text: str, shape: ModelShape, stock: BackboneFiles) -> GraftSpec:
+def asked_for(text: str, shape: ModelShape, backbone_files: BackboneFiles, *, classifies: bool = False) -> GraftSpec:
     """The graft that a job asks for on a backbone: a union, or PEFT's config as a JSON object (adapter_config.json or
-    its essential fields) with what it trains beside its method.
+    its essential fields) with what it trains beside its method. Of a job that `classifies` a config may name the head,
+    which is trained in any case.
 
     Raises SpecError for a field that is not read here and not at its default, for a module or layer that is not there,
     and for what no op of ours trains.
@@ -29,11 +31,13 @@ def asked_for(text: str, shape: ModelShape, stock: BackboneFiles) -> GraftSpec:
     if not is_config(text):
         return parse(text)
     config = flat(of_text(text))
+    if classifies:
+        config = without_head(config)
     try:
         layout = layout_of(config, stored=False)
         own = own_graft(layout, _named(layout, config), shape, stored=False)
         bound = BoundGraft(own, shape)
-        more = [*extra_terms(config, bound, stock), *job_terms(layout, bound, stock)]
+        more = [*extra_terms(config, bound, backbone_files), *job_terms(layout, bound, backbone_files)]
     except FormatError as error:
         raise SpecError(str(error)) from None
     return union([*terms(own.method), *more]) if more else own

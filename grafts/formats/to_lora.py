@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.check import FormatError, refuse_head
 from polygraft.grafts.formats.plain import Rank, loras
 from polygraft.grafts.merge import Fold
 from polygraft.grafts.sites import Site
@@ -42,6 +42,7 @@ def to_lora(
     """
     if (rank is None) == (energy is None):
         raise FormatError("rank and energy: give one of the two")
+    refuse_head(graft)
     if rank is not None and rank < 1:
         raise FormatError(f"rank: {rank} is not a size; give at least 1")
     if energy is not None and not 0 < energy <= 1:

@@ -134,6 +134,13 @@ class Backbone:
         Rows are padded to the contract's grain inside; padded rows belong to no span and no sequence and never come
         back.
         """
+        return self._hidden(rows, stacks, attention, plain=False)
+
+    def states(self, rows: Rows, stacks: Stacks, attention: Attention) -> Tensor:
+        """The same without the head's transform: hidden states, which a classifier reads."""
+        return self._hidden(rows, stacks, attention, plain=True)
+
+    def _hidden(self, rows: Rows, stacks: Stacks, attention: Attention, *, plain: bool) -> Tensor:
         check_inputs(rows, stacks)
         rows, lists = rows.to(self.device), kept_work_lists(rows, stacks)
         if self._encoder is None:
@@ -144,7 +151,7 @@ class Backbone:
             route = RouteTable(rows.spans, stacks, attention, keys, None, rows.inputs, entry, work_lists=lists)
             learns = stacks.trainable and torch.is_grad_enabled() and bool(rows.spans)
             lowest = route.lowest_layer() if learns else 0
-            hidden = self._run(self.base, rows, replace(route, lowest=lowest or 0))
+            hidden = self._run(self.base, rows, replace(route, lowest=lowest or 0), plain=plain)
             if lowest is None:  # nobody's backward has anywhere to go
                 hidden = hidden.detach()
         else:
@@ -159,7 +166,7 @@ class Backbone:
             hidden = hidden * self._scale
         return hidden[: len(rows)]
 
-    def _run(self, module: nn.Module, rows: Rows, route: RouteTable, **more: Tensor) -> Tensor:
+    def _run(self, module: nn.Module, rows: Rows, route: RouteTable, *, plain: bool = False, **more: Tensor) -> Tensor:
         """Last states of the rows and of their padding."""
         full, taken = rows.padded(padded(len(rows))), "inputs_embeds" if self._patches is None else "pixel_values"
         with routed(route):
@@ -171,7 +178,7 @@ class Backbone:
             hidden: Tensor = module(
                 position_ids=full.positions[None] + self._first_position, use_cache=False, **more
             ).last_hidden_state[0]
-            return hidden if self._transform is None else self._transform(hidden)
+            return hidden if self._transform is None or plain else self._transform(hidden)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """The rows [b, n, hidden] of images [b, channels, height, width], a class token first: `Rows.inputs_embeds`."""

@@ -1,6 +1,9 @@
-"""What a training file holds: chat examples in OpenAI's fine-tuning format, one JSON object a line, each checked.
+"""What a training file holds: chat examples in OpenAI's fine-tuning format, choices, or labelled texts, one JSON object
+a line, each checked.
 
-Source of the format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`.
+Source of the first format: OpenAI's fine-tuning guide, `{"messages": [{"role", "content", "weight"?}, ...]}`. The
+others are `{"prompt", "choices": [...], "answer"}` (`grafts/text/choices.py`) and `{"sentence", "sentence2"?, "label"}`
+(`grafts/text/labelled.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from polygraft.grafts.text.choices import ChoiceError, conversation, read_choices
+from polygraft.grafts.text.labelled import Labelled, LabelledError, read_labelled
 from polygraft.grafts.text.message import Message, MessageError, read_training_message, shown
 
 _PREFERENCE = {"preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"} | {
@@ -32,10 +37,20 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation and the line it came from (0: not from a file)."""
+    """One conversation and the line it came from (0: not from a file); in a choice set it ends with the right one of
+    the `choices`, which has number `answer`."""
 
     messages: tuple[Message, ...]
     line: int = 0
+    choices: tuple[str, ...] = ()
+    answer: int = 0
+
+    @property
+    def others(self) -> tuple[Example, ...]:
+        """The same with each of the other choices in the place of the right one."""
+        prompt = self.messages[0].content
+        wrong = [text for index, text in enumerate(self.choices) if index != self.answer]
+        return tuple(Example(conversation(prompt, text), self.line) for text in wrong)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +64,26 @@ class Limits:
 
 
 def read(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Example]:
-    """The examples of a file in order, holding one line in memory at a time. Blank lines are skipped.
+    """The conversations of a file in order, holding one line in memory at a time. Blank lines are skipped.
 
     Raises DataError at the first line that is wrong, and at the end of a file without examples.
     """
+    for example in read_any(source, limits):
+        if isinstance(example, Labelled):
+            raise DataError(example.line, "label: a labelled text is for a job whose method is 'classification'")
+        yield example
+
+
+def read_labelled_texts(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Labelled]:
+    """The same for a file of labelled texts."""
+    for example in read_any(source, limits):
+        if isinstance(example, Example):
+            raise DataError(example.line, "label: required, but missing; a classification is of texts with labels")
+        yield example
+
+
+def read_any(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Example | Labelled]:
+    """The same for a file of whichever."""
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > limits.file_bytes:
         raise DataError(0, f"the file has {size} bytes, more than the limit of {limits.file_bytes}; split it")
@@ -67,11 +98,22 @@ def read(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Example]:
         raise DataError(0, "the file is empty; give at least one example")
 
 
-def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example:
+def parse(raw: bytes, line: int, limits: Limits = Limits()) -> Example | Labelled:
     """The example on one line. Raises DataError naming the line, the field and the offending value."""
     record = {key: value for key, value in _object(raw, line).items() if value is not None}
     if _PREFERENCE & record.keys():
         raise DataError(line, "preference pairs are not supported yet; give one conversation under 'messages'")
+    if "choices" in record and "messages" not in record:
+        try:
+            prompt, choices, answer = read_choices(record)
+        except ChoiceError as error:
+            raise DataError(line, str(error)) from None
+        return Example(conversation(prompt, choices[answer]), line, choices, answer)
+    if "label" in record and "messages" not in record:
+        try:
+            return read_labelled(record, line)
+        except LabelledError as error:
+            raise DataError(line, str(error)) from None
     if "prompt" in record and "messages" not in record:
         raise DataError(line, "prompt-completion pairs are not supported; give the chat format under 'messages'")
     if unknown := sorted(record.keys() - {"messages"}):

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from polygraft.grafts.text.answers import answers
 from polygraft.grafts.text.chat import Chat, ChatError
 from polygraft.grafts.text.jsonl import DataError, Example
+from polygraft.grafts.text.labelled import Labelled
 from polygraft.grafts.text.message import Message, shown
 from polygraft.grafts.text.special_tokens import SpecialTokens
 
@@ -129,6 +130,44 @@ class Tokeniser:
         left = [] if max_length is None else weights[max_length:]
         unlearned = sum(weight > 0 for weight in left)
         return Tokens(tuple(encoding.ids[:max_length]), tuple(weights[:max_length]), len(left), unlearned)
+
+    def encode_others(self, example: Example, max_length: int | None) -> tuple[Tokens, ...]:
+        """The other choices of an example, each as an answer; () where there are none. Raises DataError as
+        `encode_example` does, and for a choice that would be cut: what is left of it cannot be compared."""
+        found = []
+        for other in (example, *example.others) if example.choices else ():
+            tokens = self.encode_example(other, max_length)
+            if tokens.unlearned:
+                text = shown(other.messages[-1].content)
+                raise DataError(
+                    example.line,
+                    f"choices: {text} ends after {len(tokens.ids) + tokens.cut} tokens, of which {max_length} are kept "
+                    "(max_length), so that it cannot be compared with the others; shorten it or raise max_length",
+                )
+            found.append(tokens)
+        return tuple(found[1:])
+
+    def encode_labelled(self, example: Labelled, max_length: int | None, *, last: bool) -> Tokens:
+        """A text with the special tokens that the tokenizer itself puts around it, cut after `max_length` tokens, if
+        any; the weight is on the one whose hidden state a classifier reads, the `last` or the first.
+
+        Where it is the last, the second of two texts follows on a line of its own; else the tokenizer joins them,
+        and what ends a text that is cut stays at its end, as [SEP] does. Raises DataError naming the line.
+        """
+        said: str | tuple[str, str] = example.text
+        if example.second is not None:
+            said = f"{example.text}\n{example.second}" if last else (example.text, example.second)
+        try:
+            ids = tuple(self._known(self._tokenizer.encode_batch([said], add_special_tokens=True)[0]).ids)
+        except ChatError as error:
+            raise DataError(example.line, str(error)) from None
+        if not ids:
+            raise DataError(example.line, "sentence: has no token")
+        whole = len(ids)
+        if max_length is not None and whole > max_length:
+            ids = ids[:max_length] if last else (*ids[: max_length - 1], ids[-1])
+        read = len(ids) - 1 if last else 0
+        return Tokens(ids, tuple(float(place == read) for place in range(len(ids))), whole - len(ids))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of `ids`, without `special` tokens unless they are asked for."""

@@ -13,7 +13,7 @@ from rich.markup import escape
 from polygraft.cluster.answers import JobEvent, RemoteDryRun, RemoteJob
 from polygraft.cluster.client import Client
 from polygraft.launch.commands.common import Json, flags
-from polygraft.launch.commands.request import read_request
+from polygraft.launch.commands.request import TYPE, read_request
 from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
 from polygraft.launch.progress import job_progress
 
@@ -37,7 +37,13 @@ def submit(
     peft: Annotated[
         str | None, typer.Option(help='The graft, such as "lora(r=8) + prefix(10)"; see polygraft methods.')
     ] = None,
+    type: Annotated[
+        str | None, typer.Option(help="supervised (the default), or classification of labelled texts, JSONL or TSV.")
+    ] = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out examples as JSONL.")] = None,
+    test_file: Annotated[
+        Path | None, typer.Option(help="Others, on which the graft is judged once, after training.")
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Name of the graft: the model becomes SUFFIX@1.")] = None,
     n_epochs: Annotated[int | None, typer.Option("--n-epochs", "--epochs")] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
@@ -68,7 +74,9 @@ def submit(
     given = {
         "model": model,
         "peft": peft,
+        TYPE: type,
         "validation_file": str(validation_file) if validation_file else None,
+        "test_file": str(test_file) if test_file else None,
         "suffix": suffix,
         "n_epochs": n_epochs,
         "batch_size": batch_size,
@@ -135,6 +143,7 @@ def jobs(
             "#parameters",
             "#loss before",
             "#after",
+            "#score",
             "model",
             "#age",
         ),
@@ -148,6 +157,7 @@ def jobs(
                 count(one.parameters),
                 loss(one.loss_before),
                 loss(one.loss_after),
+                loss(one.score),
                 one.fine_tuned_model,
                 ago(one.created_at),
             )
@@ -257,11 +267,23 @@ def _print_job(job: RemoteJob) -> None:
         "held-out loss": f"{loss(job.loss_before)} -> {loss(job.loss_after) or '...'}"
         if job.loss_before is not None
         else None,
+        **{name.replace("_", " "): value for name, value in _judged(job).items()},
         "pack": job.pack,
         "submitted": f"{ago(job.created_at)} ago",
         "took": f"{job.finished_at - job.started_at} s" if job.finished_at and job.started_at else None,
     }
     print_table((), ((f"[bold]{name}[/]", value) for name, value in rows.items() if value is not None), empty="")
+
+
+def _judged(job: RemoteJob) -> dict[str, str]:
+    """Scores before and after, and what the test file said."""
+    found = {}
+    for name, before in job.scores_before.items():
+        after = job.scores_after.get(name)
+        found[name] = f"{before:.3f} -> {'...' if after is None else f'{after:.3f}'}"
+    if job.test_loss is not None:
+        found["test_loss"] = loss(job.test_loss) or ""
+    return found | {f"test_{name}": f"{value:.3f}" for name, value in job.test_scores.items()}
 
 
 def _steps(job: RemoteJob) -> str:

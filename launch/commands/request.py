@@ -14,6 +14,7 @@ from polygraft.cluster.client import Client
 from polygraft.cluster.spec import FineTuningRequest, Hyperparameters
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 from polygraft.launch.output import Failure, Status
+from polygraft.launch.tsv import jsonl_of
 
 _TRAINING = tuple(Hyperparameters.model_fields)
 _TOP = tuple(
@@ -21,7 +22,8 @@ _TOP = tuple(
     for name in FineTuningRequest.model_fields
     if name not in ("method", "hyperparameters", "integrations", "owner")
 )
-_FILES = ("training_file", "validation_file")
+TYPE = "type"  # of the job's method
+_FILES = ("training_file", "validation_file", "test_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class SubmitRequest:
         if "model" not in top:
             top["model"] = _backbone(client)
         training = {name: self.fields[name] for name in _TRAINING if name in self.fields}
-        return {**top, "method": {"type": "supervised", "supervised": {"hyperparameters": training}}}
+        kind = str(self.fields.get(TYPE, "supervised"))
+        return {**top, "method": {"type": kind, kind: {"hyperparameters": training}}}
 
     def dry_run(self, client: Client) -> RemoteDryRun:
         """What the job would be; files that were uploaded for the answer are deleted again."""
@@ -58,6 +61,8 @@ class SubmitRequest:
             return value
         if not path.is_file():
             raise Failure(f"{name}: {path} does not exist", Status.USAGE)
+        if path.suffix == ".tsv":
+            return client.upload(jsonl_of(path), filename=f"{path.stem}.jsonl").id
         return client.upload(path).id
 
 
@@ -72,10 +77,9 @@ def read_request(file: Path, options: Mapping[str, JsonValue]) -> SubmitRequest:
     if not isinstance(content, dict):
         raise Failure(f"{file}: expected field: value lines, found {content!r}", Status.USAGE)
     for name in content:
-        if name not in (*_TOP, *_TRAINING):
-            raise Failure(
-                f"{file}: unknown field {name!r}; choices: {', '.join(sorted((*_TOP, *_TRAINING)))}", Status.USAGE
-            )
+        if name not in (TYPE, *_TOP, *_TRAINING):
+            choices = ", ".join(sorted((TYPE, *_TOP, *_TRAINING)))
+            raise Failure(f"{file}: unknown field {name!r}; choices: {choices}", Status.USAGE)
     if "training_file" not in content:
         raise Failure(f"{file}: training_file is missing; give the path of a JSONL file", Status.USAGE)
     return SubmitRequest({**content, **_absolute(options)}, file.absolute().parent)

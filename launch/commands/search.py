@@ -41,7 +41,7 @@ class Files:
         if not self.all:
             return
         from polygraft.grafts.sites import ModelShape
-        from polygraft.tuning.finals import Member
+        from polygraft.tuning.desk import read_member
         from polygraft.tuning.front import draw
         from polygraft.tuning.report.page import page
         from polygraft.tuning.report.summary import Report, as_csv
@@ -53,7 +53,7 @@ class Files:
             objectives=search.objectives,
             trials=tuple(trials),
             front=search.front,
-            finals=tuple(Member(**member.model_dump()) for member in search.finals),
+            finals=tuple(read_member(member.model_dump()) for member in search.finals),
             chosen=search.chosen,
             note=search.note,
             job=search.job,
@@ -182,6 +182,8 @@ def _tell(client: Client, search: RemoteSearch, files: Files, *, as_json: bool) 
         again = next(member for member in search.finals if member.trial == search.chosen)
         interval = f" ± {again.half_width:.4f}" if again.seeds > 1 else ""
         chosen = f"chosen: trial {again.trial}, loss {again.loss:.4f}{interval} over {again.seeds} other seeds"
+        for name, found in (("score", again.score), ("test loss", again.test_loss), ("test score", again.test_score)):
+            chosen += "" if found is None else f", {name} {found.mean:.4f} ± {found.half_width:.4f}"
         screen.print(chosen, highlight=False)
     for path in files.all:
         screen.print(f"Written: {path}", highlight=False)

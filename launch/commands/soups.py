@@ -44,8 +44,10 @@ def soup_of(
         shape, fingerprint = native.grown_on(folders[0])
         stored = [native.load(folder, shape=shape, backbone=fingerprint) for folder in folders]
         bound, values = stored[0].graft, [one.tensors for one in stored]
-        if any(one.graft.spec.slots != bound.spec.slots for one in stored):
+        if any((one.graft.spec.slots, one.graft.spec.head) != (bound.spec.slots, bound.spec.head) for one in stored):
             raise SpecError(f"members: {', '.join(one.graft.spec.method for one in stored)} are not of one spec")
+        if examples is not None and bound.head:
+            raise SpecError("--examples: chats say nothing of classifiers, of which there is the mean alone")
         if examples is None:
             mean = soup(bound.tensors, values)
         else:

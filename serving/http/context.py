@@ -29,8 +29,8 @@ class Desk(Protocol):
 
     def begin(
         self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
-    ) -> tuple[str, str, tuple[str, str]]:
-        """Name, body of the study's record, and the ids of the files. Raises ValueError that begins with the field."""
+    ) -> tuple[str, str, dict[str, str]]:
+        """Name, body of the study's record, and its files' ids by field. Raises ValueError that names the field."""
         ...
 
     def told(self, record: str) -> Told: ...
@@ -41,7 +41,7 @@ class NoDesk:
 
     def begin(
         self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
-    ) -> tuple[str, str, tuple[str, str]]:
+    ) -> tuple[str, str, dict[str, str]]:
         raise ValueError("search: this service runs none")
 
     def told(self, record: str) -> Told:

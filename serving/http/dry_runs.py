@@ -11,14 +11,12 @@ from pydantic import JsonValue
 from polygraft.cluster.model import DataFile, FileId, TenantId
 from polygraft.cluster.spec import FineTuningRequest
 from polygraft.grafts.text.lengths import Lengths
-from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.files import find_file
-from polygraft.serving.http.named import backbone_named
 from polygraft.serving.http.schemas import DryRun, DryRunFile
-from polygraft.serving.http.submission import encoded, new_job
+from polygraft.serving.http.submission import Reading, encoded, files_of, new_job
 
 router = APIRouter(prefix="/v1/fine_tuning/dry_runs")
 _READ_S = 20.0  # how long a request may count examples; what was not read is said
@@ -32,31 +30,32 @@ async def dry_run(request: Request, api: ApiDep, tenant: TenantDep) -> DryRun:
 
 def _dry_run(api: Api, tenant: TenantId, body: JsonValue) -> DryRun:
     made = new_job(api, tenant, body)
-    job, limit = made.job, made.max_length
-    tokeniser = backbone_named(api, job.spec.backbone).tokeniser
+    job = made.job
     until = time.monotonic() + _READ_S
 
     def counted(param: str, file: FileId) -> DryRunFile:
-        return _counted(api, find_file(api, tenant, file, param=param).value, tokeniser, limit, param, until)
+        return _counted(api, find_file(api, tenant, file, param=param).value, made.reading, param, until)
 
-    training, held_out = counted("training_file", job.spec.training_file), job.spec.validation_file
+    training, held_out, test = (
+        None if file is None else counted(param, file) for param, file in files_of(job.spec).items()
+    )
+    assert training is not None, "a job has a training file"
     return DryRun(
         model=job.spec.backbone,
         peft=job.spec.peft,
         parameters=job.parameters or 0,
         learning_rate=job.spec.learning_rate,
-        max_length=limit,
+        max_length=made.reading.limit,
         steps=ceil(training.examples / job.spec.batch_size) * job.spec.epochs if training.complete else None,
         training_file=training,
-        validation_file=None if held_out is None else counted("validation_file", held_out),
+        validation_file=held_out,
+        test_file=test,
     )
 
 
-def _counted(
-    api: Api, record: DataFile, tokeniser: Tokeniser, limit: int | None, param: str, until: float
-) -> DryRunFile:
+def _counted(api: Api, record: DataFile, reading: Reading, param: str, until: float) -> DryRunFile:
     lengths = Lengths()
-    for _, tokens in encoded(api, tokeniser, api.blob(record), limit, param):
+    for _, tokens in encoded(api, reading, api.blob(record), param):
         lengths = lengths.plus(tokens)
         if time.monotonic() > until:
             break
@@ -70,5 +69,5 @@ def _counted(
         cut=lengths.cut,
         cut_tokens=lengths.cut_tokens,
         cut_trained_tokens=lengths.cut_trained,
-        warning=lengths.warning(limit),
+        warning=lengths.warning(reading.limit),
     )

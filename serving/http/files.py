@@ -77,7 +77,8 @@ def delete(file: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     """Refused (409) while an unfinished job needs the file."""
     found = find_file(api, tenant, file, param="id")
     for job in api.store.newest(keys.unfinished_jobs_of(tenant)):
-        if file in (job.value.spec.training_file, job.value.spec.validation_file):
+        spec = job.value.spec
+        if file in (spec.training_file, spec.validation_file, spec.test_file):
             raise ApiError(
                 409, f"file {file} is in use by job {job.value.id}; cancel it or wait", param="id", code="file_in_use"
             )
@@ -100,7 +101,7 @@ def _keep(api: Api, tenant: TenantId, received: Upload) -> FileObject:
         raise bad_request(f"purpose: {shown(purpose)} is not supported; use {PURPOSE!r}", param="purpose")
     limits = jsonl.Limits(file_bytes=api.limits.upload_bytes, line_bytes=api.limits.line_bytes)
     try:
-        examples = sum(1 for _ in jsonl.read(received.path, limits))
+        examples = sum(1 for _ in jsonl.read_any(received.path, limits))
     except jsonl.DataError as error:
         raise bad_request(f"file: {error}", param="file", code="invalid_file") from None
     record = DataFile(

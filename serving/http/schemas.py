@@ -167,6 +167,11 @@ class FineTuningJob(Body):
     steps_total: int | None
     loss_before: float | None
     loss_after: float | None
+    scores_before: dict[str, float]
+    scores_after: dict[str, float]
+    test_file: str | None
+    test_loss: float | None
+    test_scores: dict[str, float]
     reason: str | None
     owner: str | None
     lease_until: int | None
@@ -201,6 +206,7 @@ class DryRun(Body):
     steps: int | None
     training_file: DryRunFile
     validation_file: DryRunFile | None
+    test_file: DryRunFile | None
 
 
 class Renewal(Body):

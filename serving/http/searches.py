@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
@@ -17,10 +18,13 @@ from starlette.responses import StreamingResponse
 from polygraft.cluster.events import Event
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import FileId, Search, Study, StudyId, TenantId
+from polygraft.cluster.scores import SCORES, scores_told
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, Versioned, Write
 from polygraft.cluster.told import JsonObject, Told
+from polygraft.grafts.text import jsonl
+from polygraft.grafts.text.labelled import Labelled
 from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers
@@ -169,10 +173,17 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
         )
     except ValueError as error:
         raise bad_request(str(error), param=str(error).partition(":")[0], code="invalid_value") from None
-    for file, field in zip(files, ("training_file", "validation_file"), strict=True):
+    seen: dict[str, str] = {}
+    for field, file in files.items():
         found = api.store.get(keys.file(FileId(file)))
         if found is None or found.value.tenant != tenant:
             raise not_found("file", file, param=field)
+        if field == "test_file" and (other := seen.get(found.value.digest)) is not None:
+            message = f"test_file: {file} holds what the {other} holds; give examples that the search does not see"
+            raise bad_request(message, param="test_file", code="invalid_value")
+        seen[found.value.digest] = field
+        if field == "validation_file":
+            _check_scores(api.blob(found.value), api.desk.told(record).objectives)
     if api.store.count(keys.running_searches_of(tenant)) >= RUNNING:
         message = f"{RUNNING} of your searches are running, which is the limit; wait for one, or cancel it"
         raise ApiError(429, message, code="too_many_searches")
@@ -180,6 +191,23 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
     made = Search(id=id, tenant=tenant, name=name, created_at=now)
     study = Study(id=id, tenant=tenant, name=name, created_at=now, updated_at=now, body=record)
     return [Write(keys.search(id), made, 0), Write(keys.study(id), study, 0)], []
+
+
+def _check_scores(validation_file: Path, objectives: Collection[str]) -> None:
+    """Raise ApiError 400 where a score is searched for that examples of the file's kind do not tell."""
+    wanted = [name for name in objectives if name in SCORES]
+    try:
+        first = next(jsonl.read_any(validation_file)) if wanted else None
+    except (FileNotFoundError, jsonl.DataError):  # which the trials' jobs say with the line
+        return
+    if first is None:
+        return
+    labels = isinstance(first, Labelled)
+    told = scores_told(choices=not isinstance(first, Labelled) and bool(first.choices), labels=labels)
+    for name in wanted:
+        if name not in told:
+            message = f"objectives: the validation file tells no {name}; it tells {', '.join(sorted(told))}"
+            raise bad_request(message, param="objectives", code="invalid_value")
 
 
 def _find(api: Api, tenant: TenantId, search: str) -> Versioned[Search]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from polygraft.cluster.model import GraftId
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.head import Head
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.serving.residency import GraftUnusable, Residency
@@ -60,6 +62,13 @@ def test_grafts_in_use_or_wanted_are_never_let_go(backbone: Backbone) -> None:
     assert residency.can_admit(named(backbone, "c"), ())
     with pytest.raises(GraftUnusable, match="bytes"):
         holding(backbone, room=0).can_admit(named(backbone, "c"), ())
+
+
+def test_a_graft_that_classifies_texts_is_not_served(backbone: Backbone, tmp_path: Path) -> None:
+    graft = BoundGraft(replace(IA3, head=Head(("a", "b"))), backbone.shape)
+    name = native.save(tmp_path, graft, random_tensors(graft, 0), backbone=backbone.fingerprint)
+    with pytest.raises(GraftUnusable, match="it classifies texts and writes none"):
+        Residency(folder=tmp_path, backbone=backbone, budget_bytes=1 << 30).fetch(GraftId(name))
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])

@@ -51,7 +51,7 @@ def in_the_forward(patch: Patch, token: int, after: int) -> None:
 
 
 def in_the_loss(patch: Patch, token: int, after: int) -> None:
-    for name, before in (("losses_and_gradient", 0), ("token_losses", _EVALUATED)):
+    for name, before in (("losses_and_gradient", 0), ("token_losses", 0)):
         _raise(patch, packed_forward, name, lambda _, __, targets, *___: token in targets.tolist(), before + after)
 
 
@@ -106,7 +106,7 @@ def in_its_checkpoint(patch: Patch, token: int, after: int) -> None:
 
 
 def in_its_evaluation(patch: Patch, token: int, after: int) -> None:
-    _raise(patch, runner_module, "mean_loss", lambda _, graft, *__: _is(graft), _EVALUATED)
+    _raise(patch, runner_module, "judge", lambda _, graft, *__: _is(graft), _EVALUATED)
 
 
 def in_its_publication(patch: Patch, token: int, after: int) -> None:

@@ -49,18 +49,44 @@ def submit_one(store: Store, data: Path, job: str, peft: str, index: int, *, see
     _admit(store, job, spec)
 
 
-def submit_text(
-    store: Store, data: Path, job: str, peft: str, answers: Sequence[str], *, max_length: int, epochs: int
-) -> None:
-    """One job more, which trains on these answers and has no validation file."""
+def submit_text(store: Store, data: Path, job: str, peft: str, answers: Sequence[str], *, max_length: int) -> None:
+    """One job more, which trains once on these answers and has no validation file."""
     file = FileId(f"file-{job}")
     asked = {"role": "user", "content": "What is a graft?"}
     _write(data, file, [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers])
-    _admit(
-        store,
-        job,
-        JobSpec(backbone="tiny", training_file=file, peft=peft, epochs=epochs, batch_size=1, max_length=max_length),
+    spec = JobSpec(backbone="tiny", training_file=file, peft=peft, epochs=1, batch_size=1, max_length=max_length)
+    _admit(store, job, spec)
+
+
+def submit_labelled(
+    store: Store,
+    data: Path,
+    job: str,
+    peft: str,
+    lines: Sequence[object],
+    *,
+    epochs: int,
+    max_length: int | None = None,
+) -> Job:
+    """One job more, which classifies; the same file is trained on, and judged on twice."""
+    file = FileId(f"file-{job}")
+    _write(data, file, lines)
+    spec = JobSpec(
+        backbone="tiny",
+        kind="classification",
+        training_file=file,
+        validation_file=file,
+        test_file=file,
+        peft=peft,
+        epochs=epochs,
+        batch_size=2,
+        learning_rate=0.01,
+        max_length=max_length,
     )
+    record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
+    if store.get(keys.pack(PACK)) is not None:
+        _admit(store, job, spec)
+    return record
 
 
 def _write(data: Path, file: FileId, lines: Sequence[object]) -> None:

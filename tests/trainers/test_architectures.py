@@ -16,7 +16,7 @@ from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.spec import SpecError
-from polygraft.trainers.job import Sample
+from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.loss import losses_and_gradient
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.packed_forward import forward_backward
@@ -58,13 +58,17 @@ def test_the_loss_of_capped_logits_is_transformers_own(tmp_path: Path) -> None:
     torch.testing.assert_close(gradient, hidden.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_a_pack_does_not_take_an_encoder(folder: Path) -> None:
+def test_a_pack_on_an_encoder_does_not_take_a_job_that_learns_to_say_the_next_token(folder: Path) -> None:
     backbone = Backbone.load(folder, torch.float32, training=True)
     if backbone.shape.causal:
         assert PackRunner(backbone).jobs == {}
         return
+    config = TrainConfig(epochs=1, batch_size=1, learning_rate=0.1)
+    job = TrainJob("job", BoundGraft(parse(TEXTS[0]), backbone.shape), config, (Sample((1, 2), (0.0, 1.0)),))
+    pack = PackRunner(backbone)
     with pytest.raises(SpecError, match="bert is an encoder"):
-        PackRunner(backbone)
+        pack.admit(job)
+    assert pack.jobs == {}
 
 
 def gradients_of(backbone: Backbone, jobs: tuple[int, ...]) -> tuple[list[float], list[list[Tensor]]]:

@@ -105,7 +105,7 @@ def test_a_job_is_not_taken_twice_nor_for_another_backbone(backbone: Backbone) -
     with pytest.raises(ValueError, match="job a is already in the pack"):
         pack.admit(a_job("a", 5))
     other = BoundGraft(parse("bitfit"), replace(TINY, layers=1))
-    with pytest.raises(ValueError, match="job b is for .*layers=1"):
+    with pytest.raises(ValueError, match=r"job b is for .*layers=1"):
         pack.admit(replace(a_job("b", 5), graft=other))
     assert list(pack.jobs) == ["a"]
     assert pack.remove("a").job.id == "a" and not pack.jobs and pack.step().jobs == ()

@@ -28,7 +28,7 @@ from polygraft.kernels.dense.device_class import device_class
 from polygraft.trainers import publishing as publishing_module
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
-from polygraft.trainers.joining import PEFT
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
@@ -36,6 +36,7 @@ from tests.kernels.compare import relative
 from tests.tiny import tiny_llama
 from tests.trainers.submitted import PACK, submit, submit_one
 
+PEFT = "method.supervised.hyperparameters.peft"
 METHODS = ("lora(r=4, at=attn.*)", "ia3", "prefix(4)")
 
 
@@ -95,7 +96,7 @@ def test_a_pack_that_starts_again_on_another_class_of_device_says_so_and_goes_on
     for step in (2, 4):  # the second time from the checkpoint of the first, in the same class
         checkpoint = tmp_path / "moved" / "jobs" / "ftjob-0" / f"checkpoint-{step:08d}"
         with pytest.raises(Crash):
-            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)
+            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)  # type: ignore[misc]
     here, threads = str(device_class()), torch.get_num_threads()
     assert not [line for line in story(moved, "ftjob-0") if "goes on" in line]
     torch.set_num_threads(threads + 1)
@@ -223,12 +224,13 @@ def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp
 def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner_module.mean_loss
+    real = runner_module.judge
 
-    def loss(backbone: Backbone, graft: BoundGraft, *given: Any) -> float:
-        return math.nan if graft.spec.method == "lora(r=9)" else real(backbone, graft, *given)
+    def judge(backbone: Backbone, graft: BoundGraft, *given: Any) -> Judgement:
+        found = real(backbone, graft, *given)
+        return replace(found, loss=math.nan) if graft.spec.method == "lora(r=9)" else found
 
-    monkeypatch.setattr(runner_module, "mean_loss", loss)
+    monkeypatch.setattr(runner_module, "judge", judge)
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
     _work(store, backbone, tmp_path)
@@ -291,7 +293,7 @@ def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp
     first, _, _, over, unlike, missing, damaged = _jobs(store)
     assert over.state is JobState.SUCCEEDED
     wrong = ("'ftjob-1' is 'ia3', not a LoRA", "'ftjob-9' does not exist", "'ftjob-2@1' cannot be read")
-    for failed, said in zip((unlike, missing, damaged), wrong):
+    for failed, said in zip((unlike, missing, damaged), wrong, strict=True):
         assert failed.state is JobState.FAILED and failed.error is not None and said in failed.error.message
         assert (failed.error.code, failed.error.param) == ("invalid_value", PEFT)
     old, new = (

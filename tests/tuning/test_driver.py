@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.search import Searcher
 
+from polygraft.cluster.scores import Scores
 from polygraft.tuning.driver import StudyScheduler, StudySearcher
 from polygraft.tuning.space import Rates, Searched, Space, Term
 from polygraft.tuning.study import Failure, Result, Stopped, Study, Trial, TrialState
@@ -37,6 +38,13 @@ def test_what_tune_saw_is_told_to_the_study() -> None:
         values=(2.0, float(trial.candidate.parameters)), loss=2.0, job="ftjob-1", model="find-0@1", loss_before=3.0
     )
     assert [trial.state for trial in seen] == [TrialState.RUNNING, TrialState.COMPLETE]
+
+
+def test_scores_are_told_beside_the_loss() -> None:
+    bridge = bridge_of()
+    bridge.suggest("a")
+    bridge.on_trial_complete("a", {**DONE, "scores": {"exact_match": 0.25, "accuracy": 0.5, "of a newer service": 1.0}})
+    assert bridge.study.trials[0].scores == Scores(exact_match=0.25, accuracy=0.5)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from math import sqrt
 
 import pytest
 
-from polygraft.cluster.client import ApiFailure, Client, RemoteGraft, RemoteJob
+from polygraft.cluster.answers import RemoteGraft, RemoteJob
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.model import StudyId, TenantId
+from polygraft.cluster.scores import Scores
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.memory import MemoryStore
-from polygraft.tuning.finals import Final, Member, chosen, members, retrained
+from polygraft.tuning.finals import Final, Interval, Member, chosen, members, retrained
 from polygraft.tuning.plan import BadPlan
 from polygraft.tuning.record import decode, open_study
 from polygraft.tuning.retrain import retrain
@@ -105,6 +107,9 @@ class Service(Client):
             created_at=0,
             fine_tuned_model=f"{body['suffix']}@{seed}" if over else None,
             loss_after=1.0 + seed / 10 if over else None,
+            scores_after={"accuracy": 0.5} if over else {},
+            test_loss=9.0 + seed if over else None,
+            test_scores={"accuracy": seed / 4} if over else {},
         )
 
 
@@ -125,7 +130,7 @@ def test_every_member_is_trained_on_every_seed_and_one_is_chosen_and_promoted() 
     assert record.chosen is not None
     assert service.promoted == ["find@1"]
     bodies = [body for _, body in service.made.values()]
-    assert {body["validation_file"] for body in bodies} == {"file-9"}
+    assert {(body["validation_file"], body["test_file"]) for body in bodies} == {("file-2", "file-9")}
     assert {body["suffix"] for body in bodies} == {"find"}
     found = store.get(keys.study(STUDY))
     assert found is not None and decode(found.value.body) == record
@@ -144,7 +149,45 @@ def test_a_driver_that_died_among_finals_is_followed_by_one_that_trains_none_twi
     assert len(service.made) == len(pairs) and service.promoted == []
 
 
-@pytest.mark.parametrize(("fields", "wrong"), [({"seeds": -1}, "seeds: -1"), ({"promote": True}, "promote: ")])
+def test_the_choice_is_by_validation_and_the_test_file_is_told_beside_it() -> None:
+    """The member that is worse on validation is better in the test, by which nothing is chosen."""
+    trials = [trial_of(0, 100), trial_of(1, 200)]
+
+    def final(trial: int, seed: int, loss: float, tested: float) -> Final:
+        told = Scores(exact_match=0.5, accuracy=1 - loss), Scores(accuracy=1 - tested)
+        return Final(trial=trial, seed=seed, job="j", loss=loss, scores=told[0], test_loss=tested, test_scores=told[1])
+
+    finals = [final(0, 1, 0.2, 0.9), final(0, 2, 0.4, 0.7), final(1, 1, 0.5, 0.1), final(1, 2, 0.6, 0.1)]
+    one, other = members(trials, finals, "accuracy")
+    assert one.score is not None and one.score.mean == pytest.approx(0.7)
+    assert one.test_loss is not None and one.test_loss.mean == pytest.approx(0.8)
+    assert other.test_score is not None and other.test_score == Interval(0.9, 0.0)
+    for measured in ("loss", "accuracy"):
+        assert chosen([one, other], "best", measured) == one
+
+
+def test_a_score_that_is_searched_for_decides_where_the_loss_would_say_otherwise() -> None:
+    scored = {0: 0.5, 1: 0.9}
+    found = [replace(member(n, 10, 1.0 + n), score=Interval(score, 0.0)) for n, score in scored.items()]
+    assert chosen(found, "best") == found[0] and chosen(found, "best", "accuracy") == found[1]
+
+
+def test_what_the_finals_say_of_the_test_file_is_recorded() -> None:
+    store, service = MemoryStore(), Service()
+    record = retrain(store, STUDY, searched(store, seeds=1), service, clock=lambda: 0.0, pause=lambda _: None)
+    assert {(one.loss, one.scores.accuracy, one.test_loss, one.test_scores.accuracy) for one in record.finals} == {
+        (1.1, 0.5, 10.0, 0.25)
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"test_file": "file-2"}, "test_file: file-2 is what the search"),
+        ({"seeds": -1}, "seeds: -1"),
+        ({"promote": True}, "promote: "),
+    ],
+)
 def test_a_plan_for_finals_that_cannot_be_names_the_field(fields: dict[str, object], wrong: str) -> None:
     with pytest.raises(BadPlan, match=wrong):
         replace(plan_of(), **fields)  # type: ignore[arg-type]

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from polygraft.cluster.scores import Scores
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import decode_bytes
 from polygraft.grafts.grammar import parse
-from polygraft.tuning.objectives import LOSS, PARAMETERS, Limit, known
+from polygraft.tuning.objectives import LOSS, PARAMETERS, Limit, known, limit
 from polygraft.tuning.plan import BadPlan
-from polygraft.tuning.study import Exhausted, Result, Study, Unmet
+from polygraft.tuning.study import Exhausted, Failure, Result, Study, Unmet
 from tests.tuning.plans import invented, plan_of
 from tests.tuning.standin import SHAPE
 
@@ -27,6 +28,8 @@ PLAN = plan_of()
         ({"minimise": ("loss", "loss")}, "objectives: 'loss' is given twice"),
         ({"limits": (Limit("latency", 5.0),)}, "limits: 'latency' is unknown"),
         ({"limits": (Limit("bytes", float("nan")),)}, "limits.bytes: nan is not a number"),
+        ({"limits": (limit("score", 1.5),), "minimise": ("score",)}, "limits.score: 1.5 is no score; give the least"),
+        ({"limits": (limit("accuracy", 0.5),)}, "limits.accuracy: it is measured; give it as an objective, too"),
     ],
 )
 def test_an_objective_or_limit_that_there_is_not_is_refused_by_name(change: dict[str, object], wrong: str) -> None:
@@ -102,6 +105,30 @@ def test_the_front_is_of_those_within_the_limits() -> None:
     for loss, size in ((2.5, 1.0), (1.5, 20.0), (1.9, 10.0)):
         study.tell(study.ask().number, Result(values=(loss, size)))
     assert [trial.number for trial in study.front] == [2, 1]
+
+
+def test_of_a_score_what_is_missing_is_minimised_and_the_least_is_limited() -> None:
+    plan = replace(plan_of(), minimise=("accuracy", "parameters"), limits=(limit("accuracy", 0.75),))
+    study = Study(plan.space, plan.objectives, plan.sampler, limits=plan.limits, hope=4)
+    for accuracy in (0.25, 0.8, None):
+        trial = study.ask()
+        scores = Scores(exact_match=0.1, accuracy=accuracy)
+        values = plan.values(trial.candidate.peft, 2.0, scores)
+        study.tell(trial.number, Result(values=values, loss=2.0, scores=scores))
+    assert [trial.number for trial in study.front] == [1] and study.trials[1].values is not None
+    assert study.trials[1].values[0] == pytest.approx(0.2) and plan.measured == "accuracy"
+    lost = study.trials[2].outcome
+    assert isinstance(lost, Failure) and lost.reason.startswith("objectives: the held-out examples tell no accuracy")
+    assert "exact_match" in lost.reason
+
+
+def test_a_score_that_nobody_reaches_is_told_as_people_know_it() -> None:
+    plan = replace(plan_of(12), minimise=("score",), limits=(limit("score", 0.9),))
+    study = Study(plan.space, plan.objectives, plan.sampler, limits=plan.limits, hope=2)
+    for score in (0.5, 0.75):
+        study.tell(study.ask().number, Result(values=(1 - score,)))
+    with pytest.raises(Unmet, match=r"none of 2 results is within 0\.9 score; the nearest miss is .*0\.75 score"):
+        study.ask()
 
 
 def test_several_objectives_at_once() -> None:

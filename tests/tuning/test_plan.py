@@ -39,6 +39,14 @@ def test_a_plan_that_cannot_be_carried_out_names_the_field(change: dict[str, obj
         replace(PLAN, **change)  # type: ignore[arg-type]
 
 
+def test_trials_of_a_classification_are_classifications() -> None:
+    job = {**PLAN.job.model_dump(mode="json", exclude_unset=True)}
+    method = {"type": "classification", "classification": {"hyperparameters": {"n_epochs": 3}}}
+    plan = replace(PLAN, job=read_request({**job, "method": method}))
+    spec = read_request(plan.request(study="study-1", number=0, peft="serial(4)", learning_rate=1e-3)).to_spec()
+    assert (spec.kind, spec.epochs, spec.peft) == ("classification", 3, "serial(4)")
+
+
 def test_a_job_the_api_would_refuse_is_refused_with_the_field_to_blame() -> None:
     job = {"model": "tiny", "training_file": "file-1", "validation_file": "file-2"}
     method = {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate_multiplier": 2.0}}}

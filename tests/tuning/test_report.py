@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from polygraft.cluster.scores import Scores
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.tuning.finals import Member
+from polygraft.tuning.finals import Interval, Member
 from polygraft.tuning.report.page import page
 from polygraft.tuning.report.summary import Report, as_csv, by_layer, history, importances, saved, submit_line
 from polygraft.tuning.space import Candidate
@@ -34,10 +35,11 @@ def report_of(trials: int) -> Report:
             case 5:
                 study.tell(number, Stopped(reason="behind", step=2, steps_total=8, loss=2.9))
             case _:
-                study.tell(number, replace(outcome, loss=outcome.values[0]))
+                scores = Scores(exact_match=number / 16)
+                study.tell(number, replace(outcome, loss=outcome.values[0], scores=scores))
     job = PLAN.job.model_dump(mode="json", exclude_unset=True)
     front = tuple(trial.number for trial in study.front)
-    found = Member(front[0], 100, 1.5, 0.1, 3)
+    found = Member(front[0], 100, 1.5, 0.1, 3, Interval(0.5, 0.0), Interval(1.625, 0.25), Interval(0.4375, 0.125))
     return Report(
         name="find <it>",
         id="study-1",
@@ -55,9 +57,23 @@ def test_the_page_has_its_pictures_in_it_and_asks_for_nothing() -> None:
     text = page(report_of(12), SHAPE)
     assert len(re.findall(r'src="data:image/png;base64,', text)) == 5
     assert not re.search(r'(src|href)="(?!data:)', text)
-    for word in ("find &lt;it&gt;", "loss is &lt;nan&gt;", "1.5000 ± 0.1000", "2 stopped", "of the steps saved"):
+    for word in (
+        "find &lt;it&gt;",
+        "loss is &lt;nan&gt;",
+        "1.5000 ± 0.1000",
+        "2 stopped",
+        "0.188",
+        "of the steps saved",
+    ):
         assert word in text
     assert "<nan>" not in text
+
+
+def test_the_last_columns_of_what_was_chosen_are_the_test_files() -> None:
+    text = page(report_of(12), SHAPE)
+    (row,) = re.findall(r'<tr class="chosen"><td(?:(?!</tr>).)*1\.5000 ± 0\.1000.*?</tr>', text)
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", row)[-2:] == ["1.6250 ± 0.2500", "0.4375 ± 0.1250"]
+    assert "<th>graft</th><th>test loss</th><th>test score</th>" in text
 
 
 def test_a_page_without_results_says_what_there_is() -> None:

@@ -40,11 +40,13 @@ class GradientLane:
         losses = forward_backward(self._backbone, stacks, [*micro_batches.values()])
         gradients = stacks.gradients()
 
-        def collect(job: str, graft: int, loss: float) -> Contribution:
-            return Contribution(loss, gradient=self.jobs[job].slab.joined(stacks.gradient(graft, gradients[graft])))
+        def collect(job: str, micro_batch: MicroBatch, loss: float) -> Contribution:
+            graft, head = micro_batch.graft, micro_batch.head
+            parts = [*stacks.gradient(graft, gradients[graft]), *(head.gradients if head else ())]
+            return Contribution(loss, gradient=self.jobs[job].slab.joined(parts))
 
         parts = zip(micro_batches.items(), losses, strict=True)
-        return [partial(collect, job, micro_batch.graft, loss) for (job, micro_batch), loss in parts]
+        return [partial(collect, job, micro_batch, loss) for (job, micro_batch), loss in parts]
 
     def step(self, running: RunningJob, micro_batch: MicroBatch) -> Outcome:
         done = optimiser_step(running, partial(_update, running))

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from matplotlib.figure import Figure
 
 from polygraft.grafts.sites import ModelShape
+from polygraft.tuning.finals import Interval
 from polygraft.tuning.front import draw
 from polygraft.tuning.report import pictures
 from polygraft.tuning.report.summary import Report, saved, submit_line
@@ -52,6 +53,12 @@ _CAUTION = (
 )
 
 
+_TESTED = (
+    '<p class="soft">One was chosen by what the validation file says. The last two columns are of the test file, which '
+    "neither the search nor the choice has seen; they are empty where none was given.</p>"
+)
+
+
 def _about(report: Report) -> str:
     states = [trial.state for trial in report.trials]
     said = [f"{report.id}, {report.status}", f"{len(states)} trials"]
@@ -68,12 +75,21 @@ def _finals(report: Report) -> str:
     rows = []
     for member in report.finals:
         trial = report.trials[member.trial]
-        loss = f"{member.loss:.4f}" + (f" ± {member.half_width:.4f}" if member.seeds > 1 else "")
-        cells = [f"{member.trial}", loss, _validation(trial), f"{member.parameters:,}", f"{member.seeds}"]
+        loss = _interval(Interval(member.loss, member.half_width))
+        cells = [f"{member.trial}", loss, _interval(member.score), _validation(trial), f"{member.parameters:,}"]
+        cells += [f"{member.seeds}"]
+        tested = "".join(f'<td class="n">{_interval(one)}</td>' for one in (member.test_loss, member.test_score))
         mark = ' class="chosen"' if member.trial == report.chosen else ""
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        rows.append(f"<tr{mark}>{numbers}<td>{escape(trial.candidate.peft)}</td></tr>")
-    return _rows(("trial", "loss again, 95%", "in the search", "parameters", "seeds", "graft"), rows)
+        rows.append(f"<tr{mark}>{numbers}<td>{escape(trial.candidate.peft)}</td>{tested}</tr>")
+    again = ("trial", "loss again, 95%", "score", "loss in the search", "parameters", "seeds", "graft")
+    return _rows((*again, "test loss", "test score"), rows) + _TESTED
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:.4f}" + (f" ± {found.half_width:.4f}" if found.half_width else "")
 
 
 def _validation(trial: Trial) -> str:
@@ -86,11 +102,12 @@ def _table(report: Report) -> str:
         outcome = trial.outcome
         reason = outcome.reason if isinstance(outcome, Failure | Stopped) else ""
         what = trial.candidate
-        numbers = [f"{trial.number}", _validation(trial), f"{what.parameters:,}", f"{what.learning_rate:g}"]
+        score = "" if trial.scores.score is None else f"{trial.scores.score:.3f}"
+        numbers = [f"{trial.number}", _validation(trial), score, f"{what.parameters:,}", f"{what.learning_rate:g}"]
         cells = "".join(f'<td class="n">{one}</td>' for one in numbers)
         cells += "".join(f"<td>{escape(one)}</td>" for one in (trial.state.value, what.peft, reason))
         rows.append(f"<tr{' class=chosen' * (trial.number in report.front)}>{cells}</tr>")
-    return _rows(("trial", "loss", "parameters", "learning rate", "state", "graft", "why"), rows)
+    return _rows(("trial", "loss", "score", "parameters", "learning rate", "state", "graft", "why"), rows)
 
 
 def _rows(names: Sequence[str], rows: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from polygraft.cluster.scores import SCORES
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
@@ -81,27 +82,32 @@ def saved(trials: Sequence[Trial]) -> float | None:
 def submit_line(trial: Trial, job: Mapping[str, JsonValue]) -> str:
     """The command that trains a trial's graft again; the files are ids of the service, of which `jobs` knows the
     names."""
-    supervised = _inner(_inner(job, "method"), "supervised")
-    given = _inner(supervised, "hyperparameters")
+    method = _inner(job, "method")
+    kind = str(method.get("type", "supervised"))
+    given = _inner(_inner(method, kind), "hyperparameters")
     flags = [("--peft", trial.candidate.peft), ("--learning-rate", f"{trial.candidate.learning_rate:g}")]
     flags += [(f"--{name.replace('_', '-')}", str(value)) for name, value in sorted(given.items())]
     flags += [("--validation-file", str(job.get("validation_file")))]
+    flags += [("--type", kind)] if kind != "supervised" else []
     words = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags)
     return f"polygraft submit {job.get('training_file')} {words}"
 
 
 def as_csv(report: Report) -> str:
-    """A line a trial: number, state, loss, parameters, learning rate, graft, whether it is on the front, why it has no
-    loss, and every parameter of the space."""
+    """A line a trial: number, state, loss, the scores that there are, parameters, learning rate, graft, whether it is
+    on the front, why it has no loss, and every parameter of the space."""
+    scores = [name for name in SCORES if any(name in trial.scores.told for trial in report.trials)]
     names = sorted({name for trial in report.trials for name in trial.config})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "loss", "parameters", "learning_rate", "peft", "front", "reason", *names])
+    head = ["trial", "state", "loss", *scores, "parameters", "learning_rate", "peft", "front", "reason"]
+    writer.writerow([*head, *names])
     for trial in report.trials:
         what, outcome = trial.candidate, trial.outcome
         reason = outcome.reason if isinstance(outcome, Failure | Stopped) else ""
-        facts = [trial.number, trial.state.value, "" if trial.loss is None else trial.loss, what.parameters]
-        facts += [what.learning_rate, what.peft, int(trial.number in report.front), reason]
+        facts = [trial.number, trial.state.value, "" if trial.loss is None else trial.loss]
+        facts += [trial.scores.told.get(name, "") for name in scores]
+        facts += [what.parameters, what.learning_rate, what.peft, int(trial.number in report.front), reason]
         writer.writerow([*facts, *(trial.config.get(name, "") for name in names)])
     return text.getvalue()
 

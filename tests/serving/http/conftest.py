@@ -164,6 +164,12 @@ def jsonl(*examples: object) -> bytes:
     return "".join(json.dumps(example) + "\n" for example in examples or [EXAMPLE] * 3).encode()
 
 
+CHOICES = {"prompt": "What gives the fruit?", "choices": ["The stock.", "The graft."], "answer": 1}
+
+
+LABELLED = [{"sentence": "a sweet fruit", "label": "sweet"}, {"sentence": "a sour one", "label": "sour"}]
+
+
 async def upload(client: httpx.AsyncClient, content: bytes | None = None, *, name: str = "train.jsonl") -> str:
     files = {"file": (name, jsonl() if content is None else content)}
     answer = await client.post("/files", files=files, data={"purpose": "fine-tune"})

@@ -16,7 +16,7 @@ from polygraft.cluster.store.base import JSON, Write
 from polygraft.tuning.desk import read
 from polygraft.tuning.record import decode, open_study
 from polygraft.tuning.study import Failure, Result, Study
-from tests.serving.http.conftest import Service, upload
+from tests.serving.http.conftest import CHOICES, LABELLED, Service, jsonl, refusal, upload
 
 pytestmark = pytest.mark.anyio
 SPACE = {"kind": "autopeft", "groups": 2, "largest": 4, "longest": 4}
@@ -128,6 +128,29 @@ async def test_a_search_that_cannot_be_run_is_refused_with_the_reason(
     answer = await ann.post("/searches", json=await asked(ann, **fields))
     assert answer.status_code == 400 and wrong in answer.json()["error"]["message"], answer.text
     assert service.api.store.newest(keys.searches_of(TenantId("ann"))) == []
+
+
+async def test_a_test_file_with_what_the_search_sees_is_refused(service: Service, ann: httpx.AsyncClient) -> None:
+    """By its content, whatever its id."""
+    same = await ann.post("/searches", json=await asked(ann, test_file=await upload(ann)))
+    error = refusal(same, 400)
+    assert error["param"] == "test_file" and "holds what the validation_file holds" in error["message"]
+    other = await upload(ann, jsonl(CHOICES))
+    assert (await ann.post("/searches", json=await asked(ann, test_file=other))).status_code == 200
+    unknown = refusal(await ann.post("/searches", json=await asked(ann, test_file="file-none")), 404)
+    assert unknown["param"] == "test_file"
+
+
+async def test_a_score_that_the_validation_file_does_not_tell_is_refused_at_once(ann: httpx.AsyncClient) -> None:
+    error = refusal(await ann.post("/searches", json=await asked(ann, objectives=["accuracy", "parameters"])), 400)
+    assert error["param"] == "objectives" and "tells exact_match, score, token_f1" in error["message"]
+    choices, texts = await upload(ann, jsonl(CHOICES)), await upload(ann, jsonl(*LABELLED))
+    wanted = {"objectives": ["accuracy", "parameters"], "limits": {"accuracy": 0.5}}
+    assert (await ann.post("/searches", json=await asked(ann, validation_file=choices, **wanted))).status_code == 200
+    labelled = await asked(ann, type="classification", training_file=texts, validation_file=texts, **wanted)
+    assert (await ann.post("/searches", json=labelled)).status_code == 200
+    error = refusal(await ann.post("/searches", json={**labelled, "objectives": ["exact_match"], "limits": {}}), 400)
+    assert "tells accuracy, macro_f1, score" in error["message"]
 
 
 async def test_a_search_is_cancelled_once_and_not_after_its_end(service: Service, ann: httpx.AsyncClient) -> None:
