@@ -90,7 +90,7 @@ def _taught(tokenizer: Tokenizer) -> LlamaForCausalLM:
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
-    model.eval()
+    model.train(False)
     return model
 
 
