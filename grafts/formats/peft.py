@@ -105,7 +105,7 @@ def load(
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
     if headed is not None:
-        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), values | headed.tensors
+        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), {**values, **headed.tensors}
     check(whole, values)
     return whole, values
 

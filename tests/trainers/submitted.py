@@ -61,14 +61,14 @@ def submit_text(store: Store, data: Path, job: str, peft: str, answers: Sequence
 def submit_labelled(
     store: Store,
     data: Path,
-    job: str,
     peft: str,
     lines: Sequence[object],
     *,
     epochs: int,
     max_length: int | None = None,
 ) -> Job:
-    """One job more, which classifies; the same file is trained on, and judged on twice."""
+    """Job ftjob-1, which classifies; the same file is trained on, and judged on twice."""
+    job = "ftjob-1"
     file = FileId(f"file-{job}")
     _write(data, file, lines)
     spec = JobSpec(

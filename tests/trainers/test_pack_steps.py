@@ -114,5 +114,6 @@ def test_a_job_is_not_taken_twice_nor_for_another_backbone(backbone: Backbone) -
 def test_a_held_out_loss_is_that_of_the_held_out_examples(backbone: Backbone) -> None:
     job = a_job("a", 5)
     pack = pack_of(backbone, job, replace(a_job("b", 6), held_out=job.train[:1]))
-    assert pack.held_out_loss("a") is None
-    assert pack.held_out_loss("b") == pack.evaluate("b", job.train[:1]) != pack.evaluate("b", a_job("c", 9).train)
+    held_out = pack.held_out("b")
+    assert pack.held_out("a") is None and held_out is not None
+    assert held_out.loss == pack.evaluate("b", job.train[:1]) != pack.evaluate("b", a_job("c", 9).train)

@@ -224,7 +224,7 @@ def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp
 def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner_module.judge
+    real = runner_module.judge  # type: ignore[attr-defined]
 
     def judge(backbone: Backbone, graft: BoundGraft, *given: Any) -> Judgement:
         found = real(backbone, graft, *given)
