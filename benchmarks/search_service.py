@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import ArmFailed
-from over_http_servers import MODEL, Service
+from over_http_servers import MODEL, Ours
 from pydantic import JsonValue
 from search_work import Work, request
 
@@ -23,7 +23,7 @@ class Searching:
 
     def __init__(self, folder: Path, work: Work) -> None:
         self._folder, self._work = folder, work
-        self._service = Service(folder / f"home-{time.monotonic_ns()}")
+        self._service = Ours(folder / f"home-{time.monotonic_ns()}")
         self._client = Client(self._service.url, self._service.key, timeout_s=120.0)
         self.bare = 0.0
 
