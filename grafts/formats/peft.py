@@ -103,7 +103,7 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
     if headed is not None:
-        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), values | headed.tensors
+        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), {**values, **headed.tensors}
     check(whole, values)
     return whole, values
 
