@@ -49,7 +49,7 @@ lint: setup  ## check style, import bans and formatting
 
 types: setup  ## check types, strictly
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks
+	$(BIN)/mypy benchmarks tests
 
 docs: setup  ## build the documentation into build/docs; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -239,16 +239,16 @@ def check(rows: Sequence[int]) -> Gate:
     for count in rows:
         layer = Layer(count)
         bare, true = layer.truth(grafts=False), layer.truth(grafts=True)
-        checks.append(Check(f"{count} rows: what the grafts change", min(map(apart, bare, true)), MATTERS, least=True))
+        checks.append(Check(f"{count} rows: what the grafts change", min(map(rel_l2, bare, true)), MATTERS, least=True))
         for kind in WAYS:
             with torch.inference_mode():
                 found = layer.way(kind, "")()
             wanted = bare if kind in ("base", "own") else true
-            checks.append(Check(f"{count} rows: {kind}, rel-L2 to float64", max(map(apart, found, wanted)), ROUNDED))
+            checks.append(Check(f"{count} rows: {kind}, rel-L2 to float64", max(map(rel_l2, found, wanted)), ROUNDED))
     return Gate(tuple(checks))
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
+def rel_l2(found: Tensor, wanted: Tensor) -> float:
     """rel-L2; NaN is infinitely far, so that a maximum shows it."""
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
     return float("inf") if error != error else error

@@ -32,10 +32,10 @@ def advance_pack(
     *,
     fence: Fence | None = None,
     appends: Sequence[Append] = (),
-    beside: Callable[[], Sequence[Write]] = tuple,
+    with_writes: Callable[[], Sequence[Write]] = tuple,
 ) -> Pack:
-    """The pack after the event, both written, and what `beside` says with them. Raises as `advance_job` does, and what
-    `beside` raises."""
+    """The pack after the event, both written, and what `with_writes` gives. Raises as `advance_job` does, and what
+    `with_writes` raises."""
 
     def change(found: Pack | None) -> Pack:
         if not isinstance(event, PackOpening):
@@ -44,7 +44,9 @@ def advance_pack(
             raise IllegalTransition(event.pack, found.state, "opening")
         return opening(event)
 
-    return swap(store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, beside=beside)
+    return swap(
+        store, keys.pack(event.pack), change, events=(event,), appends=appends, fence=fence, with_writes=with_writes
+    )
 
 
 def record_progress(  # noqa: PLR0913
@@ -86,15 +88,15 @@ def swap(  # noqa: PLR0913
     events: Sequence[Event] = (),
     appends: Sequence[Append] = (),
     fence: Fence | None = None,
-    beside: Callable[[], Sequence[Write]] = tuple,
+    with_writes: Callable[[], Sequence[Write]] = tuple,
 ) -> R:
-    """Write `change(record)` and what `beside` says, both computed again whenever another writer was faster. Raises
-    Conflict after TRIES."""
+    """Write `change(record)` and what `with_writes` gives, both computed again whenever another writer was faster.
+    Raises Conflict after TRIES."""
     for attempt in range(TRIES):
         found = store.get(key)
         value = change(found.value if found else None)
         try:
-            writes = [Write(key, value, found.version if found else 0), *beside()]
+            writes = [Write(key, value, found.version if found else 0), *with_writes()]
             store.commit(writes, events, appends=appends, fence=fence)
             return value
         except Conflict:

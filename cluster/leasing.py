@@ -34,7 +34,7 @@ def open_pack(store: Store, event: PackOpening, *, fence: Fence | None = None) -
     """The pack's record, with its bytes of its devices taken for it. Raises LeaseRefused and what `advance_pack`
     raises."""
     return advance_pack(
-        store, event, fence=fence, beside=lambda: _taking(store, event.pack, event.bytes, event.devices)
+        store, event, fence=fence, with_writes=lambda: _taking(store, event.pack, event.bytes, event.devices)
     )
 
 
@@ -45,7 +45,7 @@ def end_pack(store: Store, event: PackClosed | PackFailed, *, fence: Fence | Non
         found = store.get(keys.pack(event.pack))
         return _giving(store, event.pack, found.value.devices) if found else []
 
-    return advance_pack(store, event, fence=fence, beside=held)
+    return advance_pack(store, event, fence=fence, with_writes=held)
 
 
 def lease_for_pack(  # noqa: PLR0913
@@ -66,7 +66,7 @@ def lease_for_pack(  # noqa: PLR0913
     device = _assigned(store, node, index).value.device
     other = {meant: device.id, device.id: meant}  # another process of the pack may have been meant for it
     placed = PackPlaced(pack=pack, devices=tuple(other.get(one, one) for one in record.devices), at=at)
-    advance_pack(store, placed, fence=fence, beside=lambda: _moving(store, record, meant, device.id))
+    advance_pack(store, placed, fence=fence, with_writes=lambda: _moving(store, record, meant, device.id))
     return device
 
 

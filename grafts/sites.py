@@ -105,9 +105,9 @@ class ModelShape:
         """Raise SpecError where examples of so many tokens, after the `before` that a graft puts there, reach beyond
         the last position."""
         if 0 < self.positions < before + max_length:
-            beside = f" and the {before} that the graft puts before them" if before else ""
+            after = f" and the {before} that the graft puts before them" if before else ""
             raise SpecError(
-                f"max_length: {max_length} tokens{beside} are more than the backbone's {self.positions} positions; "
+                f"max_length: {max_length} tokens{after} are more than the backbone's {self.positions} positions; "
                 f"at most {max(0, self.positions - before)} are left for an example"
             )
 
@@ -164,12 +164,12 @@ class ModelShape:
     def rows(self, name: str) -> slice | list[int]:
         """The rows of the linear site `name` among the outputs of its module, which other sites may share."""
         table = architecture(self.arch)
-        beside = table.beside(name)
-        index = beside.index(name)
-        if table.interleaved and len(beside) > 1:
+        fused = table.fused_with(name)
+        index = fused.index(name)
+        if table.interleaved and len(fused) > 1:
             size = self.dims(name)[1] // self.heads
-            return [(head * len(beside) + index) * size + i for head in range(self.heads) for i in range(size)]
-        first = sum(self.dims(other)[1] for other in beside[:index])
+            return [(head * len(fused) + index) * size + i for head in range(self.heads) for i in range(size)]
+        first = sum(self.dims(other)[1] for other in fused[:index])
         return slice(first, first + self.dims(name)[1])
 
     def dims(self, name: str) -> tuple[int, int]:

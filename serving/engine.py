@@ -303,7 +303,7 @@ class Engine:
         self._end(sequence, "error", error=said, code=code)
 
     def _blame(self, error: Exception) -> None:
-        """After an exception over several streams: try them apart, or end the one that was alone."""
+        """After an exception over several streams: try each half by itself, or end the one that was alone."""
         chunks, self._computing = self._computing, ()
         if not chunks:
             self._failures += 1
@@ -311,7 +311,7 @@ class Engine:
         elif (culprit := self._suspects.after_failure(chunks, error)) is not None:
             self._fail(culprit, error)
         else:
-            _LOG.error("a step of %d streams failed; trying them apart", len(chunks), exc_info=error)
+            _LOG.error("a step of %d streams failed; trying each half by itself", len(chunks), exc_info=error)
 
     def _check_tokens(self, request: GenerationRequest) -> None:
         """Raises UnknownToken for an id that the embedding has no row for, which on a GPU would end the process."""

@@ -21,7 +21,7 @@ from polygraft.serving.roster import Roster
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 8  # replicas that may die under a request
-_TOGETHER = 2  # deaths, after which a request is submitted apart from others that this happened to
+_SUSPECT_FROM = 2  # deaths, after which a request waits until no other that this happened to is underway
 _ANSWER_S = 30.0  # a replica that says neither yes nor no to a request for so long is taken for dead
 _HAND_ON_S = 10.0  # how long a stream that moves, or its graft, may keep the next one waiting
 _AHEAD = 4  # streams whose grafts are being loaded before they move
@@ -100,7 +100,7 @@ class Gateway:
         self._ready_s = ready_s
         self._roster = Roster(settings)
         self._streams: dict[str, InFlight] = {}
-        self._apart = asyncio.Lock()  # held by the request that is tried apart
+        self._suspect = asyncio.Lock()  # held by the one request of many deaths that is underway
         self._pumps: dict[ReplicaId, asyncio.Task[None]] = {}
         self._movers: dict[ReplicaId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -249,10 +249,10 @@ class Gateway:
         stream.advance()
         request = stream.request
         _LOG.warning("request %s continues at token %d as attempt %d", request.id, len(stream.tokens), request.attempt)
-        if stream.deaths < _TOGETHER:
+        if stream.deaths < _SUSPECT_FROM:
             await self._submit(stream)
             return await stream.arrived.get()
-        async with self._apart:
+        async with self._suspect:
             await self._submit(stream)
             with suppress(TimeoutError):  # it may only be waiting for its turn
                 async with asyncio.timeout(self._ready_s):
@@ -260,7 +260,7 @@ class Gateway:
                     if first == Lost(planned=False):
                         raise Unavailable(
                             f"{stream.deaths + 1} replicas died during this request, the last "
-                            "while it was tried apart from others"
+                            "while it was tried by itself"
                         )
                     return first
         return await stream.arrived.get()

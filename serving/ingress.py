@@ -103,7 +103,7 @@ class Ingress:
             record=record,
             tokeniser=Tokeniser.load(folder),
             shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())),
-            stock=BackboneFiles(folder),
+            files=BackboneFiles(folder),
             gateway=Gateway({}, ingress=self._name, settings=settings.serve, ready_s=waits_s, fleet=fleet),
             adoption=Adoption(plan),
             max_context=min(settings.serve.max_context, record.context_length or settings.serve.max_context),

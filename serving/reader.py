@@ -32,17 +32,17 @@ def main(backbone: Path, memory_bytes: int, quantise: str | None) -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to the log
-    stock, of = BackboneFiles(backbone), fingerprint(backbone, quantise)
+    backbone_files, of = BackboneFiles(backbone), fingerprint(backbone, quantise)
     _limit_memory(memory_bytes)
     for line in sys.stdin:
         folder, root = map(Path, json.loads(line))
-        answers.write(json.dumps(_answer(folder, root, stock, of)) + "\n")
+        answers.write(json.dumps(_answer(folder, root, backbone_files, of)) + "\n")
         answers.flush()
 
 
-def _answer(folder: Path, root: Path, stock: BackboneFiles, of: str) -> Mapping[str, str | int]:
+def _answer(folder: Path, root: Path, backbone_files: BackboneFiles, of: str) -> Mapping[str, str | int]:
     try:
-        graft, values = read(folder, stock, of)
+        graft, values = read(folder, backbone_files, of)
     except (FormatError, SpecError) as error:
         return {"refused": str(error)}
     except Exception:
@@ -51,7 +51,7 @@ def _answer(folder: Path, root: Path, stock: BackboneFiles, of: str) -> Mapping[
         _LOG.exception("%s: %s could not be read", reference, folder)
         return {"refused": f"the graft could not be read; the service's log says why under {reference}"}
     try:
-        identity = native.save(root, graft, values, backbone=of, stock=stock)
+        identity = native.save(root, graft, values, backbone=of, backbone_files=backbone_files)
     except FormatError as error:
         return {"refused": str(error)}
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whose fault a failed step is: its streams are computed apart, before anything else, until the culprit is alone."""
+"""Whose fault a failed step is: its streams are computed half by half, before anything else, until one is alone."""
 
 from __future__ import annotations
 

@@ -70,11 +70,11 @@ class Watched:
         return self.programs.total() + self.operations.total() + self.reads.total() + self.sends.total()
 
 
-class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FakeGpu(TorchDispatchMode):
     """Operations of the CPU alone are done; `reads` are the copies from the device to it, `launches` the programs."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.reads, self.launches, self.loading = 0, 0, False
         self.watched: Watched | None = None
 
@@ -154,7 +154,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
     def loaded(cls: type[PreTrainedModel], /, *args: object, **options: object) -> PreTrainedModel:
         machine.loading = True
         try:
-            return load(cls, *args, **options)  # type: ignore[no-any-return]
+            return load(cls, *args, **options)
         finally:
             machine.loading = False
 
@@ -205,4 +205,4 @@ def _line() -> str:
 
 def _place(x: Tensor) -> int:
     """A number that tensors share where they share their memory's beginning."""
-    return x.untyped_storage()._cdata + x.storage_offset() * x.element_size()  # type: ignore[no-any-return]
+    return x.untyped_storage()._cdata + x.storage_offset() * x.element_size()

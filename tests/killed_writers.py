@@ -137,7 +137,7 @@ def _run_until(step: int | None, write: Write, folder: Path) -> bool:
             take()
             fsync(handle)
 
-        os.fsync = fsync
+        os.fsync = fsync  # type: ignore[assignment]
         sys.addaudithook(watch)
         try:
             write(folder)

@@ -1,6 +1,6 @@
 """Which jobs a pack's killed workers are blamed on. Pure.
 
-A process that is killed says nothing, so its jobs are told apart by what was underway. From the second death in the
+A process that is killed says nothing, so what was underway tells which of its jobs did it. From the second death in the
 same step on, a job is a suspect: it stays out while the others go on, and is let in alone until it is past that step.
 Who was alone when the worker died once more is guilty, and the others were only beside it.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-APART = 2  # deaths in a step from which on a job is kept apart
+SUSPECT_FROM = 2  # deaths in a step, from which on a job rides alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Blame:
         deaths = {job: (self.seen[job].deaths if job in self.seen else 0) + 1 for job in underway}
         blame = Blame(self.deaths + 1, {**self.seen, **{job: Seen(deaths[job], underway[job]) for job in underway}})
         alone = next(iter(underway)) if len(underway) == 1 else None
-        if alone is None or deaths[alone] < APART:
+        if alone is None or deaths[alone] < SUSPECT_FROM:
             return blame, None
         return Blame(), alone
 
@@ -52,9 +52,9 @@ class Blame:
         return replace(self, seen={one: seen for one, seen in self.seen.items() if one != job})
 
     def suspects(self) -> tuple[str, ...]:
-        """Who is kept apart, the least suspected first."""
-        apart = ((seen.deaths, job) for job, seen in self.seen.items() if seen.deaths >= APART)
-        return tuple(job for _, job in sorted(apart))
+        """Who has to ride alone, the least suspected first."""
+        alone = ((seen.deaths, job) for job, seen in self.seen.items() if seen.deaths >= SUSPECT_FROM)
+        return tuple(job for _, job in sorted(alone))
 
     def rows(self, most: int) -> int:
         """How many rows a forward may have at `most`: half as many after every death, since memory may have been short

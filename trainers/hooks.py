@@ -37,7 +37,7 @@ class Hooks:
                 with torch.enable_grad():
                     value = declared.penalty({**self._slab.frozen, **leaves}, **arguments)
                 found = torch.autograd.grad(value, [*leaves.values()], allow_unused=True)
-                for into, gradient in zip(self._slab.gradients().values(), found):
+                for into, gradient in zip(self._slab.gradients().values(), found, strict=True):
                     if gradient is not None:
                         into.add_(gradient)
             if declared.gradient is not None:

@@ -169,7 +169,7 @@ def permutation(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 def _split(numbers: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[tuple[int, ...]]:
     piece: list[int] = []
     filled = 0
-    for number, height in zip(numbers, rows):
+    for number, height in zip(numbers, rows, strict=True):
         if piece and filled + height > limit:
             yield tuple(piece)
             piece, filled = [], 0

@@ -35,7 +35,7 @@ class Joining:
     tokeniser: Tokeniser
     store: Store
     folders: Folders
-    stock: BackboneFiles
+    backbone_files: BackboneFiles
     micro_rows: int
 
     def join(self, record: Job, name: str | None) -> RunningJob | JobError:
@@ -47,7 +47,7 @@ class Joining:
                 record,
                 files=self.folders.files,
                 tokeniser=self.tokeniser,
-                stock=self.stock,
+                backbone_files=self.backbone_files,
                 micro_rows=self.micro_rows,
                 longest=self.runner.memory.longest,
             )

@@ -26,7 +26,7 @@ class Perturbation:
     def move(self, key: int) -> None:
         """To the points of the step with this key, from where the tensors are now."""
         z, master = self._direction(key), self._slab.master
-        for point, distance in zip(self._points, (self.eps, -self.eps)):
+        for point, distance in zip(self._points, (self.eps, -self.eps), strict=True):
             torch.add(master, z, alpha=distance, out=point)
 
     def collect(self, key: int, difference: float) -> None:

@@ -30,7 +30,9 @@ def adamw(
     for factor in sorted(set(rates)) if rates else (1.0,):
 
         def chosen(flat: Tensor, factor: float = factor) -> list[Tensor]:
-            return [part for part, rate in zip(slab.split(flat), rates) if rate == factor] if rates else [flat]
+            if not rates:
+                return [flat]
+            return [part for part, rate in zip(slab.split(flat), rates, strict=True) if rate == factor]
 
         torch._fused_adamw_(
             chosen(slab.master),

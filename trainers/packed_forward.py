@@ -45,7 +45,7 @@ def forward_backward(backbone: Backbone, stacks: Stacks, micro_batches: Sequence
         leaf.grad = None
     hidden = _hidden(backbone, stacks, packed)
     factors = packed.weights.clone()
-    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds):
+    for micro_batch, (start, stop) in zip(micro_batches, packed.bounds, strict=True):
         factors[start:stop] /= micro_batch.normaliser
     read = hidden.detach()[packed.counted]
     losses, gradient = _learned(backbone, packed, micro_batches, read, factors.to(hidden.device))

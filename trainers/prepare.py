@@ -37,14 +37,14 @@ def prepare(
     *,
     files: Path,
     tokeniser: Tokeniser,
-    stock: BackboneFiles,
+    backbone_files: BackboneFiles,
     micro_rows: int,
     longest: Callable[[BoundGraft], int | None] = lambda graft: None,
 ) -> TrainJob:
     """Examples of a job that does not say `max_length` are cut to what the positions and `longest` (tokens, by its
     graft) have room for. Raises SpecError, DataError or FileGone (all ValueError) that name the field or the line."""
-    shape, classifies = stock.shape, job.spec.kind == "classification"
-    spec = with_dropout(asked_for(job.spec.peft, shape, stock, classifies=classifies), job.spec.dropout)
+    shape, classifies = backbone_files.shape, job.spec.kind == "classification"
+    spec = with_dropout(asked_for(job.spec.peft, shape, backbone_files, classifies=classifies), job.spec.dropout)
     if classifies:
         spec = replace(spec, head=head_over(files / f"{job.spec.training_file}.jsonl", shape))
     graft = BoundGraft(spec, shape)

@@ -94,7 +94,7 @@ class Publishing:
             running.job.graft,
             running.slab.tensors,
             backbone=backbone.fingerprint,
-            stock=BackboneFiles(backbone.folder),
+            backbone_files=BackboneFiles(backbone.folder),
         )
         return GraftId(identity), native.size(self.folders.grafts / identity)
 

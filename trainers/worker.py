@@ -43,7 +43,7 @@ _LOG = logging.getLogger(__name__)
 CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
-APART_S = 60.0  # how long the suspects of a kill are kept out while others go on
+SUSPECTS_WAIT_S = 60.0  # how long the suspects of a kill are kept out while others go on
 _ADMISSION = -1  # what is underway before a job's first step
 
 
@@ -185,13 +185,13 @@ class PackWorker:
         suspects = self._blame.suspects()
         if not self._outside or any(job in self.runner.jobs for job in suspects):
             return
-        apart = [JobId(job) for job in suspects if job in self._outside]
-        others = [job for job in self._outside if job not in apart]
-        late = time.monotonic() - self._started > APART_S
-        if apart and (self._trying or late or not (others or self.runner.jobs)):
+        waiting = [JobId(job) for job in suspects if job in self._outside]
+        others = [job for job in self._outside if job not in waiting]
+        late = time.monotonic() - self._started > SUSPECTS_WAIT_S
+        if waiting and (self._trying or late or not (others or self.runner.jobs)):
             self._trying = True
             self._empty()
-            self._admit(apart[0])
+            self._admit(waiting[0])
         else:
             for job in others:
                 self._admit(job)

@@ -120,7 +120,7 @@ class Architecture:
         """The linear sites that read the norm, none where the residual stream does, too."""
         return tuple(name for name in self.feeds.get(norm, ()) if name in self.modules)
 
-    def beside(self, name: str) -> tuple[str, ...]:
+    def fused_with(self, name: str) -> tuple[str, ...]:
         """The linear sites that share the module of `name`, in the order of their rows."""
         return tuple(site for site, path in self.modules.items() if path == self.modules[name] and not _whole(site))
 
@@ -134,7 +134,7 @@ class Architecture:
             ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
             fits = (end for end in ends if not any(_ends(path, end) for path in (*others, *self.elsewhere)))
             target = next(fits, None)
-            if target is None or len(self.beside(name)) > 1:
+            if target is None or len(self.fused_with(name)) > 1:
                 return None
             found[target] = None
         return tuple(found)

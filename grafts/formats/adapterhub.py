@@ -71,13 +71,13 @@ def wrote(config: Config) -> bool:
     return isinstance(config.get("config"), Mapping) and "peft_type" not in config
 
 
-def load(folder: Path, stock: BackboneFiles) -> tuple[BoundGraft, dict[str, Tensor]]:
+def load(folder: Path, backbone_files: BackboneFiles) -> tuple[BoundGraft, dict[str, Tensor]]:
     """The graft of the folder, float32, by our names.
 
     Raises FormatError for pickled weights, a config that means something else, a tensor that is missing or unknown.
     """
     whole = config_of(folder)
-    config, name, shape = whole.get("config"), whole.get("name"), stock.shape
+    config, name, shape = whole.get("config"), whole.get("name"), backbone_files.shape
     if not isinstance(config, Mapping) or not isinstance(name, str):
         raise FormatError(f"{folder.name}/{CONFIG}: holds no config and name of an adapter")
     try:
@@ -86,7 +86,7 @@ def load(folder: Path, stock: BackboneFiles) -> tuple[BoundGraft, dict[str, Tens
             case None:
                 spec, values = _bottlenecks(config, name, stored, shape)
             case "prefix_tuning":
-                spec, values = _prefix(config, name, stored, stock)
+                spec, values = _prefix(config, name, stored, backbone_files)
             case other:
                 raise SpecError(f"architecture: {other!r} is not read; choices: null (bottlenecks), prefix_tuning")
         graft = BoundGraft(spec, shape)
@@ -169,10 +169,10 @@ def _stored(
 
 
 def _prefix(
-    config: Config, name: str, stored: Mapping[str, Tensor], stock: BackboneFiles
+    config: Config, name: str, stored: Mapping[str, Tensor], backbone_files: BackboneFiles
 ) -> tuple[GraftSpec, dict[str, Tensor]]:
     _only(config, _PREFIX)
-    shape = stock.shape
+    shape = backbone_files.shape
     if shape.arch not in _ROTARY:
         raise SpecError(f"prefix_tuning on {shape.arch}: its prompt would start at another position than here")
     layers = _layers(config, shape)
@@ -190,7 +190,7 @@ def _prefix(
     spec = union([Term("prefix", {"length": str(length)}, layers if len(layers) < shape.layers else None)])
     values: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
-        values[f"0.{layer}.kv.k"] = _turned(pieces[2 * index], length, stock).flatten(1)
+        values[f"0.{layer}.kv.k"] = _turned(pieces[2 * index], length, backbone_files).flatten(1)
         values[f"0.{layer}.kv.v"] = pieces[2 * index + 1].flatten(1)
     return spec, values
 
@@ -208,9 +208,9 @@ def _network(config: Config, parts: Mapping[str, Tensor], sizes: tuple[int, int,
     return torch.tanh(sized("wte.weight", parts["wte.weight"], (length, d)) @ W1.T + b1) @ W2.T + b2
 
 
-def _turned(k: Tensor, by: int, stock: BackboneFiles) -> Tensor:
+def _turned(k: Tensor, by: int, backbone_files: BackboneFiles) -> Tensor:
     """Keys [p, heads, d] as the model's rotary embedding turns those at position `by`."""
-    config: Any = CONFIG_MAPPING[str(stock.config["model_type"])].from_dict(dict(stock.config))
+    config: Any = CONFIG_MAPPING[str(backbone_files.config["model_type"])].from_dict(dict(backbone_files.config))
     frequencies: Tensor = LlamaRotaryEmbedding(config).inv_freq  # the same for all of _ROTARY
     angles = (by * frequencies.double()).repeat(2)
     one, other = k.double().chunk(2, dim=-1)

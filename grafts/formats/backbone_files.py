@@ -56,7 +56,7 @@ class BackboneFiles:
 
     def whole(self, site: Site) -> Tensor:
         """W of a projection that has a module of its own."""
-        if len(self._table.beside(site.name)) > 1:
+        if len(self._table.fused_with(site.name)) > 1:
             raise FormatError(f"{site}: is but a part of a module of {self.shape.arch}")
         return self.weight(site)
 

@@ -55,7 +55,7 @@ def save(
     *,
     backbone: str,
     base: str | None = None,
-    stock: BackboneFiles | None = None,
+    backbone_files: BackboneFiles | None = None,
 ) -> str:
     """Write the graft under `root/<id>` and return its id; whole and on disk or not at all, and once for one graft.
 
@@ -79,8 +79,8 @@ def save(
         with whole_folder(folder) as draft:
             write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
-            if peft.exportable(graft, stock):
-                peft.export(draft, graft, kept, base=base, stock=stock)
+            if peft.exportable(graft, backbone_files):
+                peft.export(draft, graft, kept, base=base, backbone_files=backbone_files)
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise

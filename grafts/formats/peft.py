@@ -36,11 +36,11 @@ from polygraft.grafts.spec import KV, Layers, SpecError, Tokens
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def exportable(graft: BoundGraft, stock: BackboneFiles | None = None) -> bool:
+def exportable(graft: BoundGraft, backbone_files: BackboneFiles | None = None) -> bool:
     """Whether PEFT has the graft, or one that computes the same, on whole modules; some only with the backbone's
     files."""
     try:
-        _written(graft, None, stock)
+        _written(graft, None, backbone_files)
     except (FormatError, SpecError):
         return False
     return True
@@ -52,14 +52,14 @@ def export(
     values: Mapping[str, Tensor],
     *,
     base: str | None = None,
-    stock: BackboneFiles | None = None,
+    backbone_files: BackboneFiles | None = None,
 ) -> None:
     """Write the two files into `folder`; `base` is the backbone's public name, null when not given.
 
     Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
     """
     check(graft, values)
-    config, files = _written(graft, values, stock)
+    config, files = _written(graft, values, backbone_files)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(files, folder / WEIGHTS, metadata={"format": "pt"})
     notes = {
@@ -71,7 +71,9 @@ def export(
     (folder / CONFIG).write_text(json.dumps(notes | config, indent=2) + "\n")
 
 
-def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) -> tuple[BoundGraft, dict[str, Tensor]]:
+def load(
+    folder: Path, shape: ModelShape, backbone_files: BackboneFiles | None = None
+) -> tuple[BoundGraft, dict[str, Tensor]]:
     """The graft of a PEFT folder, float32, by our names. That of a fused module (GPT-2's c_attn) becomes one for each
     of its projections, with their rows of what is along its outputs.
 
@@ -83,7 +85,7 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
         raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
         stored = usual(tensors(folder, WEIGHTS), shape)
-        headed = peft_head.read(stored, shape, stock) if peft_head.classifies(config) else None
+        headed = peft_head.read(stored, shape, backbone_files) if peft_head.classifies(config) else None
         if headed is not None:
             config = peft_head.without_head(config)
             stored = {key: value for key, value in stored.items() if key not in headed.keys}
@@ -92,8 +94,8 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         _check_separable(layout, own)
-        exchange = Exchange(layout, own, stock)
-        more, changes, keys = peft_extras.read(layout, config, stored, own, stock)
+        exchange = Exchange(layout, own, backbone_files)
+        more, changes, keys = peft_extras.read(layout, config, stored, own, backbone_files)
         whole = BoundGraft(union([*terms(own.spec.method), *more]), shape) if more else own
     except (FormatError, SpecError) as error:
         known = isinstance(error, FormatError) and str(error).startswith(folder.name)
@@ -109,11 +111,11 @@ def load(folder: Path, shape: ModelShape, stock: BackboneFiles | None = None) ->
 
 
 def _check_separable(layout: Peft, graft: BoundGraft) -> None:
-    """Raise FormatError for a method that cannot be told apart into one for each projection of a fused module."""
+    """Raise FormatError for a method that cannot be split into one for each projection of a fused module."""
     table = architecture(graft.shape.arch)
     for _, site in graft.sites:
-        if site.name in LINEAR and len(beside := table.beside(site.name)) > 1 and not layout.separable:
-            place, parts = path(site, graft.shape), " and ".join(beside)
+        if site.name in LINEAR and len(fused := table.fused_with(site.name)) > 1 and not layout.separable:
+            place, parts = path(site, graft.shape), " and ".join(fused)
             raise FormatError(f"target_modules: {layout.kind} of {place}, {parts} here, is not one of each of them")
 
 
@@ -140,13 +142,13 @@ class _Member:
 
 
 def _written(
-    whole: BoundGraft, values: Mapping[str, Tensor] | None, stock: BackboneFiles | None
+    whole: BoundGraft, values: Mapping[str, Tensor] | None, backbone_files: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Config and tensors (none without values), as the method itself or as a plainer one that stands for it, and what
     is trained beside."""
     if whole.head:
         inner = None if values is None else {name: value for name, value in values.items() if name[:5] != "head."}
-        config, files = _written(peft_head.bare(whole), inner, stock)
+        config, files = _written(peft_head.bare(whole), inner, backbone_files)
         fields, classifier = peft_head.written(whole, values, config, wraps="target_modules" in config)
         return config | fields, files | classifier
     graft = peft_extras.split(whole)
@@ -160,8 +162,8 @@ def _written(
             raise FormatError(f"peft: {whole.spec.method!r} has no equal in PEFT here; keep the native folder")
         own, kept = simpler
     layout = members[0].layout
-    more, files = peft_extras.write(layout, graft, values, stock)
-    exchange = Exchange(layout, own, stock)
+    more, files = peft_extras.write(layout, graft, values, backbone_files)
+    exchange = Exchange(layout, own, backbone_files)
     return _described(members, shape) | more, files if kept is None else exchange.write(kept) | files
 
 

@@ -97,16 +97,16 @@ class Trained:
     """What a config trains in addition to a method whose sites are `wrapped`: the `saved` modules whole, and with
     `bias` the biases of none, of the method's modules (`lora_only`) or of all."""
 
-    stock: BackboneFiles
+    backbone_files: BackboneFiles
     wrapped: frozenset[Site]
     saved: frozenset[Site]
     bias: str
 
     def sites(self) -> Iterator[tuple[Site, tuple[str, ...], tuple[Change, ...]]]:
         """Each site with what of it is trained, and the changes that this is."""
-        for site in candidates(self.stock.shape):
+        for site in candidates(self.backbone_files.shape):
             whole, of_method = site in self.saved, self.bias.endswith("_only") and site in self.wrapped
-            bias = self.stock.biased(site) and (whole or of_method or self.bias == "all")
+            bias = self.backbone_files.biased(site) and (whole or of_method or self.bias == "all")
             if ends := ("weight",) * whole + ("bias",) * bias:
                 yield site, ends, _CHANGES[site.name in NORMS, ends]
 
@@ -115,20 +115,20 @@ class Trained:
 
     def key(self, site: Site) -> str:
         """PEFT's of what holds the site's numbers, which is inside what it wraps."""
-        return f"{ROOT}{path(site, self.stock.shape)}{'.base_layer' * (site in self.wrapped)}"
+        return f"{ROOT}{path(site, self.backbone_files.shape)}{'.base_layer' * (site in self.wrapped)}"
 
     def own(self, site: Site, ends: Iterable[str]) -> dict[str, Tensor]:
         """The numbers of the backbone's module that holds the site."""
-        return {end: self.stock.wide(f"{self.stock.module(site)}.{end}") for end in ends}
+        return {end: self.backbone_files.wide(f"{self.backbone_files.module(site)}.{end}") for end in ends}
 
     def seen(self, module: Values, site: Site) -> dict[str, Tensor]:
         """What the site computes with of such numbers, wide enough for sums of them."""
-        return {end: self.stock.part(v, site).double() + self._offset(site, end) for end, v in module.items()}
+        return {end: self.backbone_files.part(v, site).double() + self._offset(site, end) for end, v in module.items()}
 
     def put(self, module: Values, site: Site, seen: Values) -> None:
         """The other way: replace the site's numbers of its module."""
         for end, value in seen.items():
-            self.stock.put(module[end], site, value - self._offset(site, end))
+            self.backbone_files.put(module[end], site, value - self._offset(site, end))
 
     def again(self) -> Mapping[str, str]:
         """The keys under which PEFT has the biases of whole modules once more, where it has all, and whose they are."""
@@ -144,9 +144,9 @@ class Trained:
 
     def elsewhere(self) -> Mapping[str, str]:
         """And those of biases that no site has."""
-        at_sites = {f"{self.stock.module(site)}.bias" for site in candidates(self.stock.shape)}
-        others = (name for name in self.stock.files if name.endswith(".bias") and name not in at_sites)
+        at_sites = {f"{self.backbone_files.module(site)}.bias" for site in candidates(self.backbone_files.shape)}
+        others = (name for name in self.backbone_files.files if name.endswith(".bias") and name not in at_sites)
         return {f"{ROOT}{name}": name for name in others if self.bias == "all"}
 
     def _offset(self, site: Site, end: str) -> float:
-        return self.stock.norm_offset if site.name in NORMS and end == "weight" else 0.0
+        return self.backbone_files.norm_offset if site.name in NORMS and end == "weight" else 0.0

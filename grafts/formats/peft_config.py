@@ -20,7 +20,7 @@ from polygraft.grafts.spec import GraftSpec, Layers, SpecError
 _NAME = re.compile(r"[\w.]+", re.ASCII)
 
 
-def asked_for(text: str, shape: ModelShape, stock: BackboneFiles, *, classifies: bool = False) -> GraftSpec:
+def asked_for(text: str, shape: ModelShape, backbone_files: BackboneFiles, *, classifies: bool = False) -> GraftSpec:
     """The graft that a job asks for on a backbone: a union, or PEFT's config as a JSON object (adapter_config.json or
     its essential fields) with what it trains beside its method. Of a job that `classifies` a config may name the head,
     which is trained in any case.
@@ -37,7 +37,7 @@ def asked_for(text: str, shape: ModelShape, stock: BackboneFiles, *, classifies:
         layout = layout_of(config, stored=False)
         own = own_graft(layout, _named(layout, config), shape, stored=False)
         bound = BoundGraft(own, shape)
-        more = [*extra_terms(config, bound, stock), *job_terms(layout, bound, stock)]
+        more = [*extra_terms(config, bound, backbone_files), *job_terms(layout, bound, backbone_files)]
     except FormatError as error:
         raise SpecError(str(error)) from None
     return union([*terms(own.method), *more]) if more else own

@@ -27,25 +27,25 @@ _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name th
 
 
 def read(
-    layout: Peft, config: Config, stored: Values, own: BoundGraft, stock: BackboneFiles | None
+    layout: Peft, config: Config, stored: Values, own: BoundGraft, backbone_files: BackboneFiles | None
 ) -> tuple[list[Term], dict[str, Tensor], set[str]]:
     """Terms to add to the method's `own` graft, their tensors, and the keys that they alone are read from.
 
     Raises SpecError for a module that no op replaces, FormatError for one that is not in the file.
     """
-    edit, rows, places = peft_vocabulary.read(layout, config, stored, own.shape, stock)
+    edit, rows, places = peft_vocabulary.read(layout, config, stored, own.shape, backbone_files)
     config = peft_vocabulary.of_layers(config, own.shape)
-    more = extra_terms(config, own, stock)
-    values, keys = _changes(config, stored, own, more, stock)
+    more = extra_terms(config, own, backbone_files)
+    values, keys = _changes(config, stored, own, more, backbone_files)
     keys |= places
     if more and more[-1].name == peft_tokens.METHOD:
-        tokens, places = peft_tokens.read(config, stored, stock)
+        tokens, places = peft_tokens.read(config, stored, backbone_files)
         values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = tokens
         keys |= places
     if edit is not None and rows is not None:
         more.append(edit)
         values[f"{len(own.spec.slots) + len(more) - 1}.{peft_tokens.EMBED}.p"] = rows
-    shifts, places = _shifts(layout, stored, own, stock)
+    shifts, places = _shifts(layout, stored, own, backbone_files)
     for term in _shift_terms(shifts, own.shape):
         more.append(term)
         index = len(own.spec.slots) + len(more) - 1
@@ -54,7 +54,7 @@ def read(
 
 
 def _shifts(
-    layout: Peft, stored: Values, own: BoundGraft, stock: BackboneFiles | None
+    layout: Peft, stored: Values, own: BoundGraft, backbone_files: BackboneFiles | None
 ) -> tuple[dict[Site, Tensor], set[str]]:
     """What PEFT's method adds to the outputs of its modules beside what our method is, where that is not 0."""
     found: dict[Site, Tensor] = {}
@@ -64,9 +64,9 @@ def _shifts(
         place = path(site, own.shape)
 
         def number(end: str, site: Site = site) -> Tensor | None:
-            if stock is None:
+            if backbone_files is None:
                 raise FormatError(_NO_STOCK)
-            return stock.weight(site) if end == "weight" else stock.bias(site)
+            return backbone_files.weight(site) if end == "weight" else backbone_files.bias(site)
 
         try:
             made = layout.shift(stored, ROOT + place, own.spec.slots[index], number)
@@ -82,45 +82,45 @@ def _shifts(
     return found, keys
 
 
-def job_terms(layout: Peft, own: BoundGraft, stock: BackboneFiles) -> list[Term]:
+def job_terms(layout: Peft, own: BoundGraft, backbone_files: BackboneFiles) -> list[Term]:
     """What a job's method trains of biases in PEFT, as BitFit at the sites that have one."""
     sites = dict.fromkeys(site for _, site in own.sites) if layout.trains_biases else ()
-    return _shift_terms([site for site in sites if stock.biased(site)], own.shape)
+    return _shift_terms([site for site in sites if backbone_files.biased(site)], own.shape)
 
 
 def _shift_terms(sites: Iterable[Site], shape: ModelShape) -> list[Term]:
     return [SHIFT.at(at, layers) for _, at, layers in gathered([(site, None) for site in sites], shape)]
 
 
-def extra_terms(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> list[Term]:
+def extra_terms(config: Config, own: BoundGraft, backbone_files: BackboneFiles | None) -> list[Term]:
     """What a config trains beside the method's `own` graft, as terms of one slot each, the edited rows last.
 
     Raises SpecError for a module that no op replaces, FormatError where the backbone's files are asked for.
     """
-    trained = _trained(config, own, stock)
+    trained = _trained(config, own, backbone_files)
     placed = [] if trained is None else [(site, one) for site, _, changes in trained.sites() for one in changes]
     more = [change.at(at, layers) for change, at, layers in gathered(placed, own.shape)]
-    edited = peft_tokens.term(config, stock)
+    edited = peft_tokens.term(config, backbone_files)
     return more if edited is None else [*more, edited]
 
 
-def _trained(config: Config, own: BoundGraft, stock: BackboneFiles | None) -> Trained | None:
+def _trained(config: Config, own: BoundGraft, backbone_files: BackboneFiles | None) -> Trained | None:
     """The whole modules and biases; None where there are none."""
     saved, bias = names(config, "modules_to_save"), str(config.get("bias") or "none")
     if not saved and bias == "none":
         return None
     if bias not in ("none", "all") and not bias.endswith("_only"):
         raise SpecError(f"bias: {bias!r} is not none, all or the method's name with _only")
-    if stock is None:
+    if backbone_files is None:
         raise FormatError(_NO_STOCK)
-    return Trained(stock, _wrapped(own), _saved(saved, own.shape), bias)
+    return Trained(backbone_files, _wrapped(own), _saved(saved, own.shape), bias)
 
 
 def _changes(
-    config: Config, stored: Values, own: BoundGraft, more: list[Term], stock: BackboneFiles | None
+    config: Config, stored: Values, own: BoundGraft, more: list[Term], backbone_files: BackboneFiles | None
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The tensors of the terms that change whole modules and biases, and their keys."""
-    trained = _trained(config, own, stock)
+    trained = _trained(config, own, backbone_files)
     if trained is None:
         return {}, set()
     found: dict[tuple[Site, str], Values] = {}
@@ -196,28 +196,28 @@ def split(graft: BoundGraft) -> SplitGraft:
 
 
 def write(
-    layout: Peft, graft: SplitGraft, values: Values | None, stock: BackboneFiles | None
+    layout: Peft, graft: SplitGraft, values: Values | None, backbone_files: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Fields of the config and tensors (none without `values`); raises FormatError where none mean just the changes."""
-    fields, files = _changed(layout, graft, values, stock) if graft.changes else ({}, {})
+    fields, files = _changed(layout, graft, values, backbone_files) if graft.changes else ({}, {})
     if graft.edits is None:
         return fields, files
     if not layout.edits_tokens:
         raise FormatError(f"{TOKENS_FIELD}: is not written with {layout.kind}; keep the native folder")
     number, slot = graft.edits
     rows = None if values is None else values[f"{number}.{peft_tokens.EMBED}.p"]
-    more, edited = peft_tokens.write(slot, rows, stock)
+    more, edited = peft_tokens.write(slot, rows, backbone_files)
     return fields | more, files | edited
 
 
 def _changed(
-    layout: Peft, graft: SplitGraft, values: Values | None, stock: BackboneFiles | None
+    layout: Peft, graft: SplitGraft, values: Values | None, backbone_files: BackboneFiles | None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Those of whole modules and biases."""
-    if stock is None:
+    if backbone_files is None:
         raise FormatError(_NO_STOCK)
-    trained = _fitting(layout, graft, stock)
-    fields: dict[str, object] = {"modules_to_save": _named(trained.saved, stock) or None, "bias": trained.bias}
+    trained = _fitting(layout, graft, backbone_files)
+    fields: dict[str, object] = {"modules_to_save": _named(trained.saved, backbone_files) or None, "bias": trained.bias}
     fields = fields if layout.biases else {"modules_to_save": fields["modules_to_save"]}
     if values is None:
         return fields, {}
@@ -232,20 +232,22 @@ def _changed(
             trained.put(module, site, change.write(seen, ours))
         files |= {f"{trained.key(site)}.{end}": module[end] for end in ends}
     files |= {key: files[of].clone() for key, of in trained.again().items()}
-    return fields, files | {key: stock.wide(of) for key, of in {**trained.unused(), **trained.elsewhere()}.items()}
+    return fields, files | {
+        key: backbone_files.wide(of) for key, of in {**trained.unused(), **trained.elsewhere()}.items()
+    }
 
 
-def _fitting(layout: Peft, graft: SplitGraft, stock: BackboneFiles) -> Trained:
+def _fitting(layout: Peft, graft: SplitGraft, backbone_files: BackboneFiles) -> Trained:
     """What trains just the changes."""
     if not layout.sides:
         raise FormatError(f"modules_to_save, bias: are not written with {layout.kind}; keep the native folder")
     wrapped = _wrapped(graft.own)
     saved = frozenset(site for site, change in graft.changes if change is not SHIFT)
     if both := sorted(wrapped & saved):
-        where = path(both[0], stock.shape)
+        where = path(both[0], backbone_files.shape)
         raise FormatError(f"modules_to_save: PEFT has either the method or a whole {where}; keep the native folder")
     words = ("none", f"{layout.kind.lower()}_only", "all") if layout.biases else ("none",)
-    tried = [Trained(stock, wrapped, saved, word) for word in words]
+    tried = [Trained(backbone_files, wrapped, saved, word) for word in words]
     trained = min(tried, key=lambda one: len(one.changes() ^ graft.changes.keys()))
     odd = [(site, change.method) for site, change in trained.changes() ^ graft.changes.keys()]
     if odd:
@@ -271,12 +273,12 @@ def _saved(saved: list[str], shape: ModelShape) -> frozenset[Site]:
     return frozenset(found)
 
 
-def _named(saved: frozenset[Site], stock: BackboneFiles) -> list[str]:
+def _named(saved: frozenset[Site], backbone_files: BackboneFiles) -> list[str]:
     """The fewest last parts of each module's path that no other module's ends with."""
-    every = {name.rpartition(".")[0] for name in stock.files}
-    chosen = {path(site, stock.shape) for site in saved}
+    every = {name.rpartition(".")[0] for name in backbone_files.files}
+    chosen = {path(site, backbone_files.shape) for site in saved}
     found: dict[str, None] = {}
-    for place in (path(site, stock.shape) for site in sorted(saved)):
+    for place in (path(site, backbone_files.shape) for site in sorted(saved)):
         parts = place.split(".")
         ends = (".".join(parts[first:]) for first in reversed(range(len(parts))) if not parts[first].isdigit())
         found[next(end for end in ends if not any(other.endswith(end) for other in every - chosen))] = None
@@ -298,7 +300,7 @@ def _said_again(trained: Trained, stored: Values) -> set[str]:
             raise FormatError(f"{key}: is not {of}, which it says again")
     for key, of in {**trained.unused(), **trained.elsewhere()}.items():
         if key in stored:
-            own = trained.stock.wide(of)
+            own = trained.backbone_files.wide(of)
             same = sized(key, stored[key], tuple(own.shape)).to(own.dtype).equal(own)
             if not same and key in trained.elsewhere():
                 raise FormatError(f"{key}: is not the backbone's, and no op of ours changes it")

@@ -71,7 +71,7 @@ class StoredHead:
     keys: frozenset[str]
 
 
-def read(stored: Values, shape: ModelShape, stock: BackboneFiles | None) -> StoredHead:
+def read(stored: Values, shape: ModelShape, backbone_files: BackboneFiles | None) -> StoredHead:
     """The head in a file; its labels are named as transformers does without names.
 
     Raises SpecError for an architecture that classifies no texts, FormatError for what is missing or misshapen.
@@ -87,7 +87,7 @@ def read(stored: Values, shape: ModelShape, stock: BackboneFiles | None) -> Stor
         if part in places:
             found[f"head.{part}"] = sized(places[part], stored[places[part]], size).float()
         else:
-            found[f"head.{part}"] = _pooler(stock, part).float()
+            found[f"head.{part}"] = _pooler(backbone_files, part).float()
     return StoredHead(head, found, frozenset(places.values()))
 
 
@@ -98,9 +98,13 @@ def _place(key: str, stored: Values) -> str:
     raise FormatError(f"{ROOT}{key}: is missing, which {TASK} saves")
 
 
-def _pooler(stock: BackboneFiles | None, part: str) -> Tensor:
+def _pooler(backbone_files: BackboneFiles | None, part: str) -> Tensor:
     """BERT's own, which PEFT leaves in the model."""
-    key = None if stock is None else next((key for key in stock.files if f".{key}".endswith(f".pooler.{part}")), None)
-    if stock is None or key is None:
+    key = (
+        None
+        if backbone_files is None
+        else next((key for key in backbone_files.files if f".{key}".endswith(f".pooler.{part}")), None)
+    )
+    if backbone_files is None or key is None:
         raise FormatError(f"pooler.{part}: BERT's classifier reads it; name a backbone's folder that has it")
-    return stock.wide(key)
+    return backbone_files.wide(key)

@@ -72,7 +72,7 @@ def targets(sites: Iterable[Site], shape: ModelShape, *, layered: bool) -> Mappi
     table = architecture(shape.arch)
     layers: dict[str, list[int]] = {}
     for site in sorted(sites):
-        if site.name in LINEAR and len(table.beside(site.name)) > 1:
+        if site.name in LINEAR and len(table.fused_with(site.name)) > 1:
             return None
         layers.setdefault(site.name, []).append(0 if site.name == FINAL_SITE else site.layer)
     layered = layered and not shape.encoder_layers  # PEFT's numbers are those of either stack

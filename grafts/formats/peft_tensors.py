@@ -26,14 +26,14 @@ _SOME = 1 << 20
 class Exchange:
     """The tensors of one graft of one method on one backbone."""
 
-    def __init__(self, layout: Peft, graft: BoundGraft, stock: BackboneFiles | None = None) -> None:
+    def __init__(self, layout: Peft, graft: BoundGraft, backbone_files: BackboneFiles | None = None) -> None:
         self._layout, self._spec, self._shape = layout, graft.spec, graft.shape
-        needed = layout.untied or (layout.packed is not None and layout.packed.stock)
-        if needed and stock is None:
+        needed = layout.untied or (layout.packed is not None and layout.packed.reads_backbone)
+        if needed and backbone_files is None:
             raise FormatError(f"{layout.kind}: PEFT keeps it together with the backbone's own numbers; name its folder")
-        if layout.untied and stock is not None and stock.tied:
+        if layout.untied and backbone_files is not None and backbone_files.tied:
             raise FormatError(f"{layout.kind}: PEFT edits the head tied to the embeddings, too; keep the native folder")
-        self._more = (stock, graft.spec) if layout.packed is not None and layout.packed.stock else ()
+        self._more = (backbone_files, graft.spec) if layout.packed is not None and layout.packed.reads_backbone else ()
         self._tensors = graft.tensors
 
     def write(self, values: Values) -> dict[str, Tensor]:
@@ -111,9 +111,9 @@ class Exchange:
         expected = torch.empty(tensor.shape, device="meta")
         rows = _write(kept, expected, slot, place, plain=True).shape
         if kept.rows and tensor.site is not None:
-            beside = architecture(self._shape.arch).beside(tensor.site.name)
-            width = sum(self._shape.dims(name)[1] for name in beside)
-            if len(beside) > 1 and len(stored) == width and rows[0] == place.d_out:
+            fused = architecture(self._shape.arch).fused_with(tensor.site.name)
+            width = sum(self._shape.dims(name)[1] for name in fused)
+            if len(fused) > 1 and len(stored) == width and rows[0] == place.d_out:
                 stored = stored[self._shape.rows(tensor.site.name)]
         if kept.padded:
             stored = _widened(stored, rows)

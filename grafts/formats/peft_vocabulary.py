@@ -36,7 +36,7 @@ def of_layers(config: Config, shape: ModelShape) -> Config:
 
 
 def read(
-    layout: Peft, config: Config, stored: Values, shape: ModelShape, stock: BackboneFiles | None
+    layout: Peft, config: Config, stored: Values, shape: ModelShape, backbone_files: BackboneFiles | None
 ) -> tuple[Term | None, Tensor | None, set[str]]:
     """The edit of the embeddings, its rows, and the keys that all of it is read from.
 
@@ -48,19 +48,19 @@ def read(
     saved = [name for name in names(config, "modules_to_save") if any(_is(m, name) for m in (embedding, *_HEADS))]
     if not keys and not saved:
         return None, None, set()
-    if stock is None:
+    if backbone_files is None:
         raise FormatError("modules_to_save: embeddings are kept whole in PEFT's files; name the backbone's folder")
-    head = next((module for module in _HEADS if f"{module}.weight" in stock.files), _HEADS[0])
-    own = stock.wide(f"{embedding}.weight")
+    head = next((module for module in _HEADS if f"{module}.weight" in backbone_files.files), _HEADS[0])
+    own = backbone_files.wide(f"{embedding}.weight")
     tables = {module: _table(module, stored, saved, own) for module in (embedding, head)}
-    apart = {module: any(_is(module, name) for name in saved) for module in tables}
-    both = [table for module, table in tables.items() if table is not None and not apart[module]]
-    if stock.tied and both:
+    of_its_own = {module: any(_is(module, name) for name in saved) for module in tables}
+    both = [table for module, table in tables.items() if table is not None and not of_its_own[module]]
+    if backbone_files.tied and both:
         if any(not both[0].equal(one) for one in both):
             raise FormatError(f"{head}.weight: is tied to the embeddings, and the file has another for each")
-        tables = {module: table if apart[module] else both[0] for module, table in tables.items()}
+        tables = {module: table if of_its_own[module] else both[0] for module, table in tables.items()}
     trained, heads = tables[embedding], tables[head]
-    if heads is not None and not heads.equal(own if stock.tied else stock.wide(f"{head}.weight")):
+    if heads is not None and not heads.equal(own if backbone_files.tied else backbone_files.wide(f"{head}.weight")):
         raise FormatError(f"{head}.weight: is not the backbone's, and no op of ours changes a head; {_MERGE}")
     if lora := [key for key in sorted(keys) if key.startswith(f"{ROOT}{head}.lora_")]:
         raise FormatError(f"{lora[0]}: no op of ours changes a head; {_MERGE}")

@@ -12,15 +12,15 @@ from polygraft.grafts.formats import adapterhub, native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 
 
-def read(folder: Path, stock: BackboneFiles, fingerprint: str) -> tuple[BoundGraft, Mapping[str, Tensor]]:
+def read(folder: Path, backbone_files: BackboneFiles, fingerprint: str) -> tuple[BoundGraft, Mapping[str, Tensor]]:
     """Our own folder, PEFT's or AdapterHub's, for the backbone of these files and this fingerprint.
 
     Raises FormatError for another, or a graft that does not fit.
     """
     if (folder / native.DESCRIPTION).exists():
-        stored = native.load(folder, shape=stock.shape, backbone=fingerprint)
+        stored = native.load(folder, shape=backbone_files.shape, backbone=fingerprint)
         return stored.graft, stored.tensors
     config = peft.config_of(folder)
     if adapterhub.wrote(config):
-        return adapterhub.load(folder, stock)
-    return peft.load(folder, stock.shape, stock)
+        return adapterhub.load(folder, backbone_files)
+    return peft.load(folder, backbone_files.shape, backbone_files)

@@ -43,11 +43,11 @@ class Kept:
 class Packed:
     """Tensors that PEFT keeps otherwise than one for one: `pack(values, layout, module)` gives PEFT's by key from ours
     by name, `unpack(stored, layout, module)` ours from PEFT's. `layout` is `sizes.tensors` of the graft, `module(site)`
-    the key of a site's module. With `stock` both get the backbone's files (`formats/stock.py`) and the graft, too."""
+    the key of a site's module. With `reads_backbone` both get the graft and the backbone's files, too."""
 
     pack: Callable[..., Mapping[str, Tensor]]
     unpack: Callable[..., Mapping[str, Tensor]]
-    stock: bool = False
+    reads_backbone: bool = False
 
 
 def _none(*_: object, **__: object) -> Mapping[str, Any]:

@@ -91,10 +91,10 @@ def import_graft(
     found = [(folder, name or "")] if name else [(one, one.name) for one in sorted(folder.iterdir()) if one.is_dir()]
     refused = 0
     with usage_errors(), flags(context).client() as client:
-        stock = None if backbone is None else _named(client, backbone)
+        its_backbone = None if backbone is None else _named(client, backbone)
         for one, its_name in found:
             try:
-                typer.echo(sent(client, one, its_name, promote=promote, backbone=stock).id)
+                typer.echo(sent(client, one, its_name, promote=promote, backbone=its_backbone).id)
             except ApiFailure as error:
                 if not each:
                     raise
@@ -128,8 +128,8 @@ def export_graft(
     form = format or (Form.MERGED if rank is None and energy is None else Form.PEFT)
     with usage_errors(), folder_of(flags(context), graft) as source:
         loaded = load_backbone(flags(context), backbone, grown_on(source))
-        stock = BackboneFiles(loaded.folder)
-        bound, values = read(source, stock, loaded.fingerprint)
+        backbone_files = BackboneFiles(loaded.folder)
+        bound, values = read(source, backbone_files, loaded.fingerprint)
         if rank is not None or energy is not None:
             found = to_lora(bound, values, loaded.weight, rank=rank, energy=energy)
             bound, values = found.graft, found.tensors
@@ -141,11 +141,19 @@ def export_graft(
                 if target.exists():
                     raise FormatError(f"{target}: exists already; name a folder that does not")
                 with whole_folder(target) as draft:
-                    peft.export(draft, bound, values, base=backbone or flags(context).settings().backbone, stock=stock)
+                    peft.export(
+                        draft,
+                        bound,
+                        values,
+                        base=backbone or flags(context).settings().backbone,
+                        backbone_files=backbone_files,
+                    )
             case Form.GGUF:
                 gguf_lora.export(target, bound, values)
             case Form.NATIVE:
-                typer.echo(native.save(target, bound, values, backbone=loaded.fingerprint, stock=stock))
+                typer.echo(
+                    native.save(target, bound, values, backbone=loaded.fingerprint, backbone_files=backbone_files)
+                )
 
 
 @grafts.command("promote")
@@ -187,10 +195,10 @@ def made(
     """A graft that was made here, as a version of the name at the service."""
     from polygraft.grafts.formats import native
 
-    stock = next((one.id for one in client.backbones() if one.fingerprint == fingerprint), None)
+    its_backbone = next((one.id for one in client.backbones() if one.fingerprint == fingerprint), None)
     with TemporaryDirectory() as scratch:
         identity = native.save(Path(scratch), graft, values, backbone=fingerprint)
-        return sent(client, Path(scratch) / identity, name, promote=promote, backbone=stock)
+        return sent(client, Path(scratch) / identity, name, promote=promote, backbone=its_backbone)
 
 
 @contextmanager

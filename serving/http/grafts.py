@@ -290,7 +290,7 @@ def _shown_now(api: Api, graft: Graft) -> GraftObject:
 
 
 def _shown(api: Api, graft: Graft, current: bool) -> GraftObject:
-    stock = api.backbones.of(graft)
+    known = api.backbones.of(graft)
     return GraftObject(
         id=graft.model,
         name=graft.name,
@@ -298,7 +298,7 @@ def _shown(api: Api, graft: Graft, current: bool) -> GraftObject:
         current=current,
         graft=graft.id,
         method=graft.method,
-        backbone=stock.name if stock is not None else None,
+        backbone=known.name if known is not None else None,
         backbone_fingerprint=graft.backbone_fingerprint,
         parameters=graft.parameters,
         bytes=graft.bytes,

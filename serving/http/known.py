@@ -40,7 +40,7 @@ class KnownBackbone:
     record: Backbone
     tokeniser: Tokeniser
     shape: ModelShape
-    stock: BackboneFiles
+    files: BackboneFiles
     gateway: Gateway
     adoption: Adoption
     max_context: int

@@ -38,8 +38,8 @@ def _models(api: Api, tenant: TenantId) -> tuple[ModelObject, ...]:
         for one in api.backbones
     ]
     for (name, version), graft in sorted(grafts.items()):
-        stock = api.backbones.of(graft)
-        parent = graft.backbone_fingerprint if stock is None else stock.name
+        known = api.backbones.of(graft)
+        parent = graft.backbone_fingerprint if known is None else known.name
         for id in [name, graft.model] if aliases.get(name) == version else [graft.model]:
             created = int(graft.created_at)
             listed.append(ModelObject(id=id, created=created, owned_by=tenant, root=graft.model, parent=parent))

@@ -32,13 +32,13 @@ def model_named(api: Api, tenant: TenantId, model: str) -> tuple[KnownBackbone, 
     except UnknownModel as error:
         message = f"{error}; backbones of this service: {_names(api)}"
         raise ApiError(404, message, param="model", code="model_not_found") from None
-    if (stock := api.backbones.of(graft)) is None:
+    if (known := api.backbones.of(graft)) is None:
         raise bad_request(
             f"model: {shown(model)} was trained on another backbone than {_names(api)}: one with the fingerprint "
             f"{graft.backbone_fingerprint[:12]}",
             param="model",
         )
-    return stock, graft
+    return known, graft
 
 
 def _names(api: Api) -> str:

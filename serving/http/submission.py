@@ -86,7 +86,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         raise bad_request(message, param="method", code="invalid_value")
     peft = f"method.{request.kind}.hyperparameters.peft"
     try:
-        asked = request.graft or asked_for(spec.peft, backbone.shape, backbone.stock, classifies=classifies)
+        asked = request.graft or asked_for(spec.peft, backbone.shape, backbone.files, classifies=classifies)
         check_backbone(asked, quantised=backbone.quantised)
         graft = BoundGraft(
             replace(asked, head=_head(api, tenant, spec, backbone) if classifies else None), backbone.shape

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 
 import pytest
 
@@ -11,6 +11,7 @@ from polygraft.cluster import evolve
 from polygraft.cluster.events import (
     DeviceJoined,
     DeviceLost,
+    Event,
     JobAdmitted,
     JobCancelled,
     JobCancelRequested,
@@ -28,6 +29,7 @@ from polygraft.cluster.events import (
     JobSucceeded,
     PackClosed,
     PackClosing,
+    PackEvent,
     PackFailed,
     PackOpened,
     PackOpening,
@@ -35,7 +37,7 @@ from polygraft.cluster.events import (
     ReplicaClosed,
     ReplicaOpened,
 )
-from polygraft.cluster.model import DeviceId, EventId, GraftId, JobError, JobId, PackId, ReplicaId, Snapshot
+from polygraft.cluster.model import DeviceId, EventId, GraftId, Job, JobError, JobId, PackId, ReplicaId, Snapshot
 from polygraft.cluster.states import IllegalTransition, JobState, PackState, Reason
 from tests.cluster.builders import DEVICE_BYTES, make_device, make_job, make_pack, make_replica, make_snapshot, running
 
@@ -55,8 +57,14 @@ OPENING = PackOpening(
 )
 
 
+def job_after_all(events: Sequence[JobEvent], job: Job) -> Job:
+    for event in events:
+        job = evolve.job_after(job, event)
+    return job
+
+
 def test_a_job_runs_and_succeeds() -> None:
-    job = reduce(evolve.job_after, [ADMITTED, STARTED, SUCCEEDED], make_job(reason=Reason.PACK_OPENING))
+    job = job_after_all([ADMITTED, STARTED, SUCCEEDED], make_job(reason=Reason.PACK_OPENING))
     assert job == make_job(
         state=JobState.SUCCEEDED,
         pack=P,
@@ -78,7 +86,7 @@ def test_a_job_whose_pack_failed_waits_again_and_keeps_its_first_start() -> None
     again = [ADMITTED, replace(STARTED, at=9.0)]
     job = evolve.job_after(running("a"), REQUEUED)
     assert job.waiting and (job.attempts, job.reason, job.started_at) == (1, Reason.PACK_FAILED, 2.0)
-    assert reduce(evolve.job_after, again, job) == replace(running("a", parameters=7), attempts=1, admitted_at=2.0)
+    assert job_after_all(again, job) == replace(running("a", parameters=7), attempts=1, admitted_at=2.0)  # type: ignore[arg-type]
 
 
 def test_a_job_of_a_lost_pack_is_not_blamed() -> None:
@@ -95,21 +103,21 @@ def test_a_job_that_is_being_stopped_says_why_to_the_end() -> None:
 def test_a_job_names_the_class_of_the_device_that_computes_it_now() -> None:
     first = evolve.job_after(running("a"), replace(STARTED, device_class="one"))
     moved = JobDeviceClassChanged(job=A, pack=P, before="one", after="other", at=4.0)
-    again = reduce(evolve.job_after, [replace(STARTED, device_class="other"), moved], first)
+    again = job_after_all([replace(STARTED, device_class="other"), moved], first)
     assert (first.device_class, again.device_class) == ("one", "other")
 
 
 def test_a_job_moves_from_one_pack_to_another() -> None:
     moving = JobMoving(job=A, pack=P, to=Q, reason=Reason.JOINED, at=3.0)
-    left = reduce(evolve.job_after, [moving, JobLeft(job=A, pack=P, step=4, at=4.0)], running("a"))
+    left = job_after_all([moving, JobLeft(job=A, pack=P, step=4, at=4.0)], running("a"))
     assert left.waiting and (left.moving_to, left.reason) == (Q, Reason.MOVING)
-    there = reduce(evolve.job_after, [JobAdmitted(job=A, pack=Q, at=5.0), replace(STARTED, pack=Q, at=6.0)], left)
+    there = job_after_all([JobAdmitted(job=A, pack=Q, at=5.0), replace(STARTED, pack=Q, at=6.0)], left)
     assert there == running("a", "q", parameters=7, admitted_at=5.0)
 
 
 def test_a_job_that_does_not_fit_knows_since_when_until_it_is_admitted() -> None:
     held = [JobHeld(job=A, reason=Reason.PACK_OPENING, at=2.0), JobHeld(job=A, reason=Reason.PACK_FULL, at=3.0)]
-    blocked = reduce(evolve.job_after, [*held, JobHeld(job=A, reason=Reason.PACK_MEMORY, at=4.0)], make_job())
+    blocked = job_after_all([*held, JobHeld(job=A, reason=Reason.PACK_MEMORY, at=4.0)], make_job())
     assert blocked.blocked_at == 3.0
     assert evolve.job_after(blocked, ADMITTED).blocked_at is None
 
@@ -167,7 +175,11 @@ def test_nothing_follows_the_end_of_a_job(end: JobEvent, late: JobEvent) -> None
 
 
 def test_a_pack_opens_and_closes() -> None:
-    events = [PackOpened(pack=P, at=2.0), PackClosing(pack=P, reason=Reason.IDLE, at=3.0), PackClosed(pack=P, at=4.0)]
+    events: list[PackEvent] = [
+        PackOpened(pack=P, at=2.0),
+        PackClosing(pack=P, reason=Reason.IDLE, at=3.0),
+        PackClosed(pack=P, at=4.0),
+    ]
     states = [PackState.OPEN, PackState.CLOSING, PackState.CLOSED]
     pack = evolve.opening(OPENING)
     for event, state in zip(events, states, strict=True):
@@ -191,7 +203,7 @@ def test_a_pack_is_where_ray_placed_it_until_it_is_over() -> None:
 
 
 def test_the_snapshot_follows_the_log() -> None:
-    events = [
+    events: list[Event] = [
         DeviceJoined(record=make_device(), at=0.0),
         JobSubmitted(record=make_job(), at=1.0),
         OPENING,
@@ -234,6 +246,8 @@ def test_only_the_last_finished_jobs_are_remembered() -> None:
     past = [make_job(f"{n:03}", state=JobState.FAILED, finished_at=float(n)) for n in range(evolve.RECENT_JOBS)]
     snapshot = make_snapshot(jobs=(*past, running("a")))
     after = evolve.apply(snapshot, EventId("17-0"), FAILED)
-    assert FAILED.at > past[0].finished_at  # so that the oldest of the past is forgotten
+    assert (
+        past[0].finished_at is not None and FAILED.at > past[0].finished_at
+    )  # so that the oldest of the past is forgotten
     assert after.jobs.keys() == {A, *(job.id for job in past[1:])}
     assert len(after.jobs) == evolve.RECENT_JOBS

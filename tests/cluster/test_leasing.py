@@ -40,7 +40,7 @@ def joined(store: Store, *devices: Device) -> None:
 
 
 def of_node(node: str, count: int, **fields: object) -> list[Device]:
-    return [make_device(f"{node}/{index}", node=node, index=index, **fields) for index in range(count)]
+    return [make_device(f"{node}/{index}", node=node, index=index, **fields) for index in range(count)]  # type: ignore[arg-type]
 
 
 def opened(store: Store, bytes_: int = 1, *devices: str, pack: PackId = P) -> Pack:

@@ -113,7 +113,7 @@ def test_all_of_openais_fields_are_ours_too() -> None:
         ),
         (body({"lr": 1}), f"{HYPER}.lr", "unknown field (got 1); choices: batch_size, dropout, learning_rate,"),
         (body({"a-b": 1}), f"{HYPER}.a-b", "unknown field (got 1); choices: batch_size, dropout"),
-        (body(**{"int": 1}), "int", "int: unknown field (got 1); choices: devices, hyperparameters, integrations"),
+        (body(**{"int": 1}), "int", "int: unknown field (got 1); choices: devices, hyperparameters, integrations"),  # type: ignore[arg-type]
         (body({"peft": "lora(r=0)"}), f"{HYPER}.peft", "rank: 0"),
         (body({"peft": "magic"}), f"{HYPER}.peft", "unknown method 'magic'; choices: adalora, adamss"),
         (body({"peft": {"peft_type": "X"}}), f"{HYPER}.peft", "peft_type: 'X'"),

@@ -359,7 +359,7 @@ class StoreContract:
         assert whole.jobs[JobId("ftjob-a")].pack == "pack-1"
 
     def test_versions_and_fences_hold_in_any_order_of_calls(self, store: Store) -> None:
-        run_state_machine_as_test(machine(store), settings=settings(max_examples=15, stateful_step_count=30))
+        run_state_machine_as_test(machine(store), settings=settings(max_examples=15, stateful_step_count=30))  # type: ignore[arg-type]
 
     def test_durable_and_ping_return(self, store: Store) -> None:
         store.append(STREAM, {"n": 1})

@@ -96,7 +96,7 @@ class Shell:
         assert program == "python"
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, chdir(self.home.parent):
             patch.setenv("HOME", str(self.home.parent))
-            runpy.run_path(*arguments)
+            runpy.run_path(*arguments)  # type: ignore[arg-type]
         return said.getvalue()
 
     @property

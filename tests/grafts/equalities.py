@@ -64,7 +64,7 @@ def _texts(marks: list[Mark], rows: Mapping[str, object]) -> Iterator[str]:
     for chosen in product(*(_values(mark) for mark in parameters)):
         for name, value in (pair for pairs in chosen for pair in pairs):
             if name == "texts":
-                yield from value.values() if isinstance(value, Mapping) else value
+                yield from value.values() if isinstance(value, Mapping) else value  # type: ignore[misc]
             last = value[-1] if isinstance(value, tuple) else value  # a row's name, or one of an architecture
             if isinstance(last, str) and last in rows:
                 yield rows[last].text  # type: ignore[attr-defined]

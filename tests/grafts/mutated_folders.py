@@ -110,7 +110,7 @@ def mutate(folder: Path, random: Random, canary: Path) -> str:
     return " + ".join(chosen)
 
 
-def _config(folder: Path, random: Random, _: Path) -> None:
+def _config(folder: Path, random: Random, _other: Path) -> None:
     path = _any(folder, random, peft.CONFIG)  # which another change may have made a link to an endless file
     config = json.loads(path.read_text())
     for _ in range(random.randint(1, 3)):
@@ -147,7 +147,7 @@ def _text(folder: Path, random: Random, _: Path) -> None:
     )
 
 
-def _bytes(folder: Path, random: Random, _: Path) -> None:
+def _bytes(folder: Path, random: Random, _other: Path) -> None:
     path = _any(folder, random, "")
     raw = bytearray(path.read_bytes())
     for _ in range(random.randint(1, 30)):
@@ -252,12 +252,12 @@ def _any(folder: Path, random: Random, suffix: str) -> Path:
 
 def main(backbone: Path, work: Path, first: int, last: int) -> None:
     """A line for each seed: what was changed, what came of it, processor seconds, and MB that the peak grew by."""
-    loaded, stock = Backbone.load(backbone, torch.float32), BackboneFiles(backbone)
+    loaded, backbone_files = Backbone.load(backbone, torch.float32), BackboneFiles(backbone)
     made = []
     for text in TEXTS:
         graft = BoundGraft(parse(text), loaded.shape)
         values = random_tensors(graft, seed=1)
-        made.append(work / native.save(work, graft, values, backbone=loaded.fingerprint, stock=stock))
+        made.append(work / native.save(work, graft, values, backbone=loaded.fingerprint, backbone_files=backbone_files))
     for seed in range(first, last):
         random = Random(seed)
         folder, canary = work / f"seed-{seed}", work / f"canary-{seed}"
@@ -267,7 +267,7 @@ def main(backbone: Path, work: Path, first: int, last: int) -> None:
         changed = mutate(folder, random, canary)
         peak, begun, outcome = _peak(), time.process_time(), "loaded"
         try:
-            read(folder, stock, loaded.fingerprint)
+            read(folder, backbone_files, loaded.fingerprint)
         except FormatError as error:
             outcome = "refused" if len(str(error)) < 2000 else "refused at length"
         except Exception as error:

@@ -81,12 +81,42 @@ NEWER = frozenset(
         "waveft",
     ]
 )
-# Of papers whose text could not be read here: none of their equations is cited rather than a wrong one.
-_UNREAD = """
-adamss bat bdlora beft bitfit capaboost cpt deft dylora fishmask frod glora idpg kadaptation krona lora-dropout
-lora-plus mica molora moslora para peanut poly propetl psoft pvera smop sparse-adapter supertuning tinylora unilora
-"""
-UNREAD = frozenset(_UNREAD.split())
+# Of papers whose text could not be read here none of their equations is cited rather than a wrong one. What could be
+# read is PEFT 0.21's code, a file under peft/tuners, or a section of the survey.
+_IN_PEFT = {
+    "adamss": "adamss/layer.py",
+    "bat": "miss/layer.py",
+    "bdlora": "lora/variants.py",
+    "beft": "beft/layer.py",
+    "cpt": "cpt/model.py",
+    "deft": "deft/layer.py",
+    "frod": "frod/layer.py",
+    "glora": "glora/layer.py",
+    "mica": "lora/layer.py",
+    "para": "deft/layer.py",
+    "peanut": "peanut/layer.py",
+    "pvera": "pvera/layer.py",
+    "supertuning": "supertuning/layer.py",
+    "unilora": "unilora/layer.py",
+}
+_IN_SURVEY = {
+    "bitfit": "III-B",
+    "fishmask": "III-B",
+    "idpg": "III-A2",
+    "kadaptation": "III-C",
+    "krona": "III-C",
+    "lora-dropout": "III-C",
+    "lora-plus": "III-C",
+    "moslora": "III-C",
+    "propetl": "IV-B",
+    "smop": "III-A2",
+    "sparse-adapter": "IV-B",
+}
+UNREAD: Mapping[str, str] = {
+    **{name: f"as PEFT 0.21 has it (`{file}`)" for name, file in _IN_PEFT.items()},
+    **{name: f"described in the survey's section {part} (arXiv 2403.14608)" for name, part in _IN_SURVEY.items()},
+    **dict.fromkeys(("capaboost", "molora"), "neither PEFT's code nor the survey states it"),
+}
 
 
 class Measured(TypedDict):
@@ -251,7 +281,9 @@ def _stated(method: Method, words: Description) -> str:
     """Where the paper states what the summary says."""
     if method.paper.startswith("PEFT"):
         return "PEFT's code; no paper"
-    return "equation number not verified" if method.name in UNREAD else "; ".join(words.stated)
+    if method.name in UNREAD:
+        return f"equation number not verified; {UNREAD[method.name]}"
+    return "; ".join(words.stated)
 
 
 def _tested(kind: str, line: Entry) -> str:

@@ -50,9 +50,9 @@ def place(model: PeftModel, name: str, value: Tensor) -> Place:
         case "cluster":
             return Place(torch.empty_like(value))  # those of the test
         case "A":
-            layer.adamss_A["default"] = Slices(torch.empty_like(value), range(CLUSTERS))
+            layer.adamss_A["default"] = Slices(torch.empty_like(value), range(CLUSTERS))  # type: ignore[assignment]
         case "B":
-            layer.adamss_B["default"] = Slices(torch.empty_like(value), [*layer.seg_result["default"].values()])
+            layer.adamss_B["default"] = Slices(torch.empty_like(value), [*layer.seg_result["default"].values()])  # type: ignore[assignment]
     return Place(getattr(layer, f"adamss_{part}")["default"].whole)
 
 

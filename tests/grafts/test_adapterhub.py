@@ -27,7 +27,7 @@ from tests.grafts.oracle.row import relative
 
 IDS = torch.tensor([5, 17, 300, 42, 8, 511, 0, 99])
 NAME = "task"
-BOTTLENECK = {
+BOTTLENECK: dict[str, object] = {
     "adapter_residual_before_ln": False,
     "architecture": None,
     "cross_adapter": False,
@@ -71,7 +71,7 @@ def bottlenecks(
     places: tuple[str, ...], size: int | Mapping[int, int], layers: tuple[int, ...] = (0, 1)
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer in layers:
         for place in places:
             r, stem = size if isinstance(size, int) else size[layer], f"{place.format(layer)}.adapters.{NAME}."
@@ -200,7 +200,7 @@ def test_layers_may_differ_in_size_or_have_none(tiny_folder: Path, tmp_path: Pat
         ]
     ):
         (folder := tmp_path / str(number)).mkdir()
-        found = ours(backbone, *read_on(written(folder, SEQ | change, tensors), backbone))
+        found = ours(backbone, *read_on(written(folder, SEQ | change, tensors), backbone))  # type: ignore[operator]
         assert relative(found, theirs(tiny_folder, tensors, place)) < 1e-5
 
 

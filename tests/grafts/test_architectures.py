@@ -111,7 +111,7 @@ def test_pefts_lora_on_a_fused_module_is_read_as_its_parts(
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
             if "magnitude" in name:
-                parameter *= 1 + 0.1 * torch.rand_like(parameter)
+                parameter *= 1 + 0.1 * torch.rand_like(parameter)  # type: ignore[misc]
         model.save_pretrained(str(tmp_path))
         expected = torch.cat([model(input_ids=ids[None]).logits[0] for ids in IDS])
     backbone = Backbone.load(folder, torch.float32)

@@ -88,9 +88,7 @@ def test_scales_are_distilled_as_the_paper_says(backbone: Backbone, tuned: Backb
     for site, a in scales.items():
         signs = torch.where(tuned.weight(site) - backbone.weight(site) > 0, 1.0, -1.0).double()
         module = student.get_submodule(f"model.layers.{site.layer}.{MODULES[site.name]}")
-        module.register_forward_hook(
-            lambda _, args, y, a=a, signs=signs: y + a * (args[0] @ signs.T)  # type: ignore[misc]
-        )
+        module.register_forward_hook(lambda _, args, y, a=a, signs=signs: y + a * (args[0] @ signs.T))
     optimiser = torch.optim.Adam(scales.values(), lr=1e-3)
     losses: list[float] = []
     batches = [SAMPLES[i : i + 2] for i in (0, 2, 4)] * 2
@@ -101,7 +99,7 @@ def test_scales_are_distilled_as_the_paper_says(backbone: Backbone, tuned: Backb
             with torch.no_grad():
                 wanted: Tensor = teacher(torch.tensor([ids])).logits
             loss = loss + F.mse_loss(student(torch.tensor([ids])).logits, wanted) / len(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
     assert found.first == pytest.approx(losses[0], rel=1e-9) and found.last == pytest.approx(losses[-1], rel=1e-6)

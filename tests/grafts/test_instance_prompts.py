@@ -74,7 +74,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ({"gate": "highest", "experts": 0}, "at least 1"),
     ):
         with pytest.raises(SpecError, match=said):
-            Tokens(length=2, **arguments)  # type: ignore[arg-type]
+            Tokens(length=2, **arguments)
     for text, said in (
         ("smop(k=1)", "at least 2"),
         ("idpg(hidden=0)", "hidden"),

@@ -23,14 +23,16 @@ def test_a_hundred_loras_are_imported_within_thirty_seconds(smollm2_folder: Path
     backbone = Backbone.load(smollm2_folder, torch.bfloat16)
     graft = BoundGraft(parse("lora(r=16)"), backbone.shape)
     values = {name: value.float() for name, value in random_tensors(graft, seed=1).items()}
-    stock = BackboneFiles(backbone.folder)
+    backbone_files = BackboneFiles(backbone.folder)
     first, spent = next(iter(values)), 0.0
     for number in range(100):
         folder = tmp_path / "theirs"
         peft.export(folder, graft, values | {first: values[first] + number})
         begun = time.perf_counter()
-        found, read_values = read(folder, stock, backbone.fingerprint)
-        identity = native.save(tmp_path / "ours", found, read_values, backbone=backbone.fingerprint, stock=stock)
+        found, read_values = read(folder, backbone_files, backbone.fingerprint)
+        identity = native.save(
+            tmp_path / "ours", found, read_values, backbone=backbone.fingerprint, backbone_files=backbone_files
+        )
         spent += time.perf_counter() - begun
         assert (tmp_path / "ours" / identity / native.DESCRIPTION).is_file()
     assert len(list((tmp_path / "ours").iterdir())) == 100

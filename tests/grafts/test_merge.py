@@ -28,7 +28,7 @@ CORNERS = {
     "gone on from another": Row("lora(r=2, alpha=3) + from(of=a)"),
     "dora beside others": Row("dora(r=3) + loha(r=2, at=attn.q) + bitfit + ia3(at=norm.1)"),
 }
-EVERY = ALL | MORE | CORNERS
+EVERY = ALL | MORE | CORNERS  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")

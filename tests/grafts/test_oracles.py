@@ -35,7 +35,7 @@ def test_logits_and_gradients_are_the_oracles(name: str, backbone: Backbone) -> 
     prompts, slopes = batch(backbone)
     oracle = row.oracle(backbone.folder, values, backbone.dtype)
     expected = [oracle.logits(ids) for ids in prompts]
-    sum((logits * slope).sum() for logits, slope in zip(expected, slopes, strict=True)).backward()
+    sum((logits * slope).sum() for logits, slope in zip(expected, slopes, strict=True)).backward()  # type: ignore[union-attr]
 
     logits, gradients = ours(row, values, backbone, prompts, slopes)
 

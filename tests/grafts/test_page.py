@@ -54,7 +54,7 @@ def test_every_methods_page_says_where_its_paper_states_it() -> None:
     """By the number of an equation, section, algorithm or theorem; only where the paper was not read that is said."""
     told = {name for name, method in methods().items() if describe(method).stated}
     without = {name for name, method in methods().items() if method.paper.startswith("PEFT")}
-    assert methods().keys() - told == UNREAD | without
+    assert methods().keys() - told == UNREAD.keys() | without
     for name in methods():
         page = (DOCS / "methods" / f"{name}.md").read_text()
         deviations = page.split("## Deviations from the paper\n\n")[1].split("\n")[0]

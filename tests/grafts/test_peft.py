@@ -268,7 +268,7 @@ def test_pruned_ranks_of_adalora_are_zeros(backbone: Backbone, tmp_path: Path) -
                 parameter[~torch.tensor(keep)] = 0
         expected = model(input_ids=IDS[None]).logits[0]
     modules = [f"model.layers.{layer}.self_attn.q_proj.lora_E" for layer in (0, 1)]
-    model.peft_config["default"].rank_pattern = dict.fromkeys(modules, keep)
+    model.peft_config["default"].rank_pattern = dict.fromkeys(modules, keep)  # type: ignore[attr-defined]
     model.save_pretrained(str(tmp_path))
     assert load_file(tmp_path / peft.WEIGHTS)[f"{Q}.lora_A"].shape == (2, 64)
     assert relative(logits(backbone, *peft.load(tmp_path, backbone.shape)), expected) < 1e-5

@@ -74,10 +74,10 @@ def test_what_was_trained_in_addition_to_the_method_comes_along_and_is_written_a
         peft.load(tmp_path, backbone.shape)
     if name in FUSED:
         with pytest.raises(FormatError, match="no target_modules of gpt2 mean just"):
-            peft.export(tmp_path, graft, values, stock=BackboneFiles(backbone.folder))
+            peft.export(tmp_path, graft, values, backbone_files=BackboneFiles(backbone.folder))
         return
     (again := tmp_path / "again").mkdir()
-    peft.export(again, graft, values, stock=BackboneFiles(backbone.folder))
+    peft.export(again, graft, values, backbone_files=BackboneFiles(backbone.folder))
     same(*(load_file(folder / peft.WEIGHTS) for folder in (tmp_path, again)))
     before, after = (json.loads((folder / peft.CONFIG).read_text()) for folder in (tmp_path, again))
     assert before["bias"] == after["bias"] and bool(before["modules_to_save"]) == bool(after["modules_to_save"])
@@ -128,7 +128,7 @@ def test_a_union_that_changes_whole_modules_and_biases_is_a_folder_of_peft(
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
     graft = BoundGraft(parse(text), backbone.shape)
     values = modest(graft)
-    found, back = assert_a_folder_of_peft(graft, values, backbone, tmp_path, fields, tolerance=1e-5)
+    found, back = assert_a_folder_of_peft(graft, values, backbone, tmp_path, fields, tolerance=1e-5)  # type: ignore[arg-type]
     if "pissa" not in text:
         by_place = [
             {(t.site, t.part): kept[t.name] for t in one.tensors} for one, kept in ((graft, values), (found, back))
@@ -149,18 +149,18 @@ def assert_a_folder_of_peft(
 ) -> tuple[BoundGraft, Mapping[str, Tensor]]:
     """Saved, a graft has these fields in its config, is the same function in PEFT, which saves the same tensors, and
     read again; what was read is returned."""
-    stock, dtype = BackboneFiles(backbone.folder), backbone.dtype
-    saved = native.save(folder, graft, values, backbone=backbone.fingerprint, stock=stock)
+    backbone_files, dtype = BackboneFiles(backbone.folder), backbone.dtype
+    saved = native.save(folder, graft, values, backbone=backbone.fingerprint, backbone_files=backbone_files)
     config = json.loads((folder / saved / peft.CONFIG).read_text())
     assert {key: config[key] for key in fields} == fields
-    expected = logits(backbone, graft, values)
+    expected = logits(backbone, graft, values)  # type: ignore[arg-type]
     theirs = loaded(backbone.folder, folder / saved, dtype)
     with torch.inference_mode():
         assert relative(theirs(input_ids=IDS[None]).logits[0], expected) < tolerance
     theirs.save_pretrained(str(folder / "theirs"))
     files = [load_file(one / peft.WEIGHTS) for one in (folder / saved, folder / "theirs")]
     assert files[0].keys() == files[1].keys() and all(files[0][key].equal(files[1][key]) for key in files[0])
-    found, back = peft.load(folder / saved, backbone.shape, stock)
+    found, back = peft.load(folder / saved, backbone.shape, backbone_files)
     assert relative(logits(backbone, found, back), expected) < tolerance
     return found, back
 
@@ -195,17 +195,17 @@ def test_what_no_config_of_peft_means_is_refused_by_name(
     arch: str, text: str, message: str, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     backbone = Backbone.load(tiny_folders[arch], torch.float32)
-    stock = BackboneFiles(backbone.folder)
+    backbone_files = BackboneFiles(backbone.folder)
     graft = BoundGraft(parse(text), backbone.shape)
-    assert not peft.exportable(graft, stock)
+    assert not peft.exportable(graft, backbone_files)
     with pytest.raises(FormatError, match=message):
-        peft.export(tmp_path, graft, modest(graft), stock=stock)
+        peft.export(tmp_path, graft, modest(graft), backbone_files=backbone_files)
     assert not list(tmp_path.iterdir())
 
 
 def test_biases_are_trained_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
-        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
+        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}  # type: ignore[index]
         if layout.sides:
             assert ("bias" in fields, "modules_to_save" in fields) == (layout.biases, True), layout.kind
 
@@ -220,28 +220,28 @@ def test_biases_come_along_with_every_such_method(
 ) -> None:
     backbone = Backbone.load(tiny_folders["qwen2"], torch.float32)
     rows = [row.config for row in ALL.values() if row.config is not None]
-    config = next(found for make in rows if (found := make()).peft_type.value == kind)
+    config = next(found for make in rows if (found := make()).peft_type.value == kind)  # type: ignore[union-attr]
     word = "all" if bias == "all" else f"{kind.lower()}_only"
     stated = {"save_indices": True} if kind == "UNILORA" else {}
-    config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)
+    config = dataclasses.replace(config, bias=word, target_modules=["q_proj"], **stated)  # type: ignore[arg-type,call-arg]
     expected = trained(backbone.folder, config, tmp_path)(input_ids=IDS[None]).logits[0]
-    graft, values = peft.load(tmp_path, backbone.shape, stock := BackboneFiles(backbone.folder))
+    graft, values = peft.load(tmp_path, backbone.shape, backbone_files := BackboneFiles(backbone.folder))
     assert any(slot.op == "affine" for slot in graft.spec.slots)
     assert relative(logits(backbone, graft, values), expected) < 1e-5
     (again := tmp_path / "again").mkdir()
-    peft.export(again, graft, values, stock=stock)
+    peft.export(again, graft, values, backbone_files=backbone_files)
     assert relative(loaded(backbone.folder, again, torch.float32)(input_ids=IDS[None]).logits[0], expected) < 1e-5
 
 
 def test_a_bias_that_no_site_has_is_the_backbones(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     backbone = Backbone.load(tiny_folders["phi"], torch.float32)
-    get_peft_model(plain_model(backbone.folder, torch.float32), lora("q_proj", bias="all")).save_pretrained(tmp_path)
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
-    peft.load(tmp_path, backbone.shape, stock)
+    get_peft_model(plain_model(backbone.folder, torch.float32), lora("q_proj", bias="all")).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
+    peft.load(tmp_path, backbone.shape, backbone_files)
     stored["base_model.model.lm_head.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
     with pytest.raises(FormatError, match=r"lm_head\.bias: is not the backbone's, and no op of ours changes it"):
-        peft.load(tmp_path, backbone.shape, stock)
+        peft.load(tmp_path, backbone.shape, backbone_files)
 
 
 def test_a_bias_that_is_said_twice_is_the_same(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
@@ -249,14 +249,14 @@ def test_a_bias_that_is_said_twice_is_the_same(tiny_folders: Mapping[str, Path],
     backbone = Backbone.load(tiny_folders["gpt2"], torch.float32)
     config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["ln_1"], bias="all", fan_in_fan_out=True)
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
+    stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
     key = "base_model.model.transformer.h.0.ln_1"
     assert {f"{key}.bias", f"{key}.modules_to_save.bias", f"{key}.original_module.bias"} <= stored.keys()
-    expected = logits(backbone, *peft.load(tmp_path, backbone.shape, stock))
+    expected = logits(backbone, *peft.load(tmp_path, backbone.shape, backbone_files))
     stored[f"{key}.original_module.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
-    assert torch.equal(logits(backbone, *peft.load(tmp_path, backbone.shape, stock)), expected)
+    assert torch.equal(logits(backbone, *peft.load(tmp_path, backbone.shape, backbone_files)), expected)
     stored[f"{key}.modules_to_save.bias"] += 1
     save_file(stored, tmp_path / peft.WEIGHTS)
     with pytest.raises(FormatError, match=r"ln_1\.modules_to_save\.bias: is not .*ln_1\.bias"):
-        peft.load(tmp_path, backbone.shape, stock)
+        peft.load(tmp_path, backbone.shape, backbone_files)

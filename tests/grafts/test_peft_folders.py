@@ -169,7 +169,7 @@ EXTRA: Mapping[str, Callable[[], PeftConfig]] = {
 def config_of(name: str) -> PeftConfig:
     make = EXTRA[name] if name in EXTRA else THEIRS[name].config
     assert make is not None
-    return dataclasses.replace(make(), **FIELDS.get(name, {}))
+    return dataclasses.replace(make(), **FIELDS.get(name, {}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in CUDA_ONLY])
@@ -177,14 +177,14 @@ def test_peft_computes_the_same_from_what_we_write(
     name: str, backbone: Backbone, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     graft = ALL[name].graft(backbone.shape)
-    values, stock = values_of(name, graft, backbone), BackboneFiles(backbone.folder)
-    assert peft.exportable(graft, stock) == (name not in OURS_ALONE)
+    values, backbone_files = values_of(name, graft, backbone), BackboneFiles(backbone.folder)
+    assert peft.exportable(graft, backbone_files) == (name not in OURS_ALONE)
     if name in OURS_ALONE:
         assert name not in THEIRS
         with pytest.raises(FormatError, match="has no equal in PEFT"):
-            peft.export(tmp_path, graft, values, stock=stock)
+            peft.export(tmp_path, graft, values, backbone_files=backbone_files)
         return
-    peft.export(tmp_path, graft, values, stock=stock)
+    peft.export(tmp_path, graft, values, backbone_files=backbone_files)
     model = loaded(backbone.folder, tmp_path, torch.float32)
     assert relative(ours(backbone, graft, values), theirs(model)) < 1e-5
     if name != "randlora":  # whose bases PEFT writes for every module again
@@ -196,11 +196,11 @@ def test_we_compute_the_same_from_what_peft_writes_and_write_it_again(
     name: str, backbone: Backbone, tmp_path: Path
 ) -> None:
     model = trained(backbone.folder, config_of(name), tmp_path)
-    stock = BackboneFiles(backbone.folder)
-    graft, values = peft.load(tmp_path, backbone.shape, stock)
+    backbone_files = BackboneFiles(backbone.folder)
+    graft, values = peft.load(tmp_path, backbone.shape, backbone_files)
     assert relative(ours(backbone, graft, values), theirs(model)) < 1e-5
     (again := tmp_path / "again").mkdir()
-    peft.export(again, graft, values, stock=stock)
+    peft.export(again, graft, values, backbone_files=backbone_files)
     if name in PLAINER:
         assert relative(theirs(loaded(backbone.folder, again, torch.float32)), theirs(model)) < 1e-5
         assert relative(theirs(loaded(backbone.folder, tmp_path, torch.float32)), theirs(model)) < 1e-5
@@ -228,22 +228,22 @@ def test_on_other_architectures_peft_computes_the_same_and_the_folder_comes_back
     """On GPT-2 where q, k and v have no modules of their own, at the others."""
     backbone = backbones[arch]
     spec = parse(ALL[name].text) if arch != "gpt2" else whole_modules(ALL[name].text)
-    stock = BackboneFiles(backbone.folder)
+    backbone_files = BackboneFiles(backbone.folder)
     try:
         graft = BoundGraft(spec, backbone.shape)
     except SpecError:
         pytest.skip(f"{arch} has not the method's sites")
     missing = name in OURS_ALONE or name in NOT_THERE[arch].split("|")
-    assert peft.exportable(graft, stock) != missing
+    assert peft.exportable(graft, backbone_files) != missing
     if missing:
         pytest.skip("PEFT has nothing like it there")
     if (arch, name) == ("opt", "poly"):
         pytest.skip("PEFT's layer needs rows by sequence, and OPT's feed-forward gives them flat")
     values = values_of(name, graft, backbone)
-    peft.export(tmp_path, graft, values, stock=stock)
+    peft.export(tmp_path, graft, values, backbone_files=backbone_files)
     expected = ours(backbone, graft, values)
     assert relative(expected, theirs(loaded(backbone.folder, tmp_path, torch.float32))) < 1e-5
-    assert relative(ours(backbone, *peft.load(tmp_path, backbone.shape, stock)), expected) < 1e-6
+    assert relative(ours(backbone, *peft.load(tmp_path, backbone.shape, backbone_files)), expected) < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -287,15 +287,15 @@ def test_an_odd_value_of_any_field_is_an_error_of_ours(name: str, backbone: Back
     peft_model = get_peft_model(plain_model(backbone.folder, torch.float32), config_of(name))
     peft_model.save_pretrained(str(tmp_path))
     config = json.loads((tmp_path / peft.CONFIG).read_text())
-    refused, stock = 0, BackboneFiles(backbone.folder)
+    refused, backbone_files = 0, BackboneFiles(backbone.folder)
     for field in config:
         for value in ODD:
             changed = config | {field: value}
             (tmp_path / peft.CONFIG).write_text(json.dumps(changed))
             try:
-                peft.load(tmp_path, backbone.shape, stock)
+                peft.load(tmp_path, backbone.shape, backbone_files)
             except FormatError:
                 refused += 1
             with suppress(SpecError):
-                asked_for(json.dumps(changed), backbone.shape, stock)
+                asked_for(json.dumps(changed), backbone.shape, backbone_files)
     assert refused > len(ODD)

@@ -67,7 +67,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(
         "socket": lambda: _bound(file, monkeypatch),
         "folder": file.mkdir,
         "link in a circle": lambda: file.symlink_to(file.name),
-        "link to a fifo": lambda: (os.mkfifo(folder / "fifo"), file.symlink_to("fifo")),
+        "link to a fifo": lambda: (os.mkfifo(folder / "fifo"), file.symlink_to("fifo")),  # type: ignore[func-returns-value]
     }
     make[kind]()
     with pytest.raises(FormatError, match=f"{names[which]}: is no regular file|holds no"):
@@ -141,14 +141,14 @@ SLOW: dict[str, dict[str, object]] = {
 def test_no_pattern_of_a_config_takes_long(pattern: str, folder: Path, backbone: Backbone) -> None:
     config = json.loads((only(folder, PEFT) / peft.CONFIG).read_text()) | SLOW[pattern]
     (folder / peft.CONFIG).write_text(json.dumps(config))
-    stock, begun = BackboneFiles(backbone.folder), time.thread_time()
+    backbone_files, begun = BackboneFiles(backbone.folder), time.thread_time()
     said = ""
     try:
-        peft.load(folder, backbone.shape, stock)
+        peft.load(folder, backbone.shape, backbone_files)
     except FormatError as error:
         said = str(error)
     with suppress(SpecError):
-        asked_for(json.dumps(config), backbone.shape, stock)
+        asked_for(json.dumps(config), backbone.shape, backbone_files)
     assert len(said) < 1500
     assert time.thread_time() - begun < 1.5  # both, and the file's own reading
 

@@ -26,19 +26,19 @@ LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
 
 
 @pytest.fixture(scope="module")
-def stock(tiny_folder: Path) -> BackboneFiles:
+def backbone_files(tiny_folder: Path) -> BackboneFiles:
     return BackboneFiles(tiny_folder)
 
 
-def asked(config: Mapping[str, object], stock: BackboneFiles) -> GraftSpec:
-    return asked_for(json.dumps(config), stock.shape, stock)
+def asked(config: Mapping[str, object], backbone_files: BackboneFiles) -> GraftSpec:
+    return asked_for(json.dumps(config), backbone_files.shape, backbone_files)
 
 
-def alike(found: GraftSpec, text: str, stock: BackboneFiles) -> bool:
+def alike(found: GraftSpec, text: str, backbone_files: BackboneFiles) -> bool:
     """Whether two grafts are the same slots at the same sites, whatever words say where."""
     spec = parse(text)
     slots = [{replace(slot, at="", layers=None) for slot in one.slots} for one in (found, spec)]
-    bound = [BoundGraft(one, stock.shape).tensors for one in (found, spec)]
+    bound = [BoundGraft(one, backbone_files.shape).tensors for one in (found, spec)]
     layouts = [{(t.site, t.part, t.shape, t.start, t.trained) for t in found} for found in bound]
     return slots[0] == slots[1] and layouts[0] == layouts[1] and found.hooks == spec.hooks
 
@@ -70,14 +70,16 @@ def alike(found: GraftSpec, text: str, stock: BackboneFiles) -> bool:
         ({"peft_type": "MISS", "init_weights": "bat", "r": 8, "target_modules": "all-linear"}, "bat(8, at=all-linear)"),
     ],
 )
-def test_a_peft_config_means_what_it_means_in_peft(config: dict[str, object], text: str, stock: BackboneFiles) -> None:
-    found = asked(config, stock)
-    assert alike(found, text, stock)
+def test_a_peft_config_means_what_it_means_in_peft(
+    config: dict[str, object], text: str, backbone_files: BackboneFiles
+) -> None:
+    found = asked(config, backbone_files)
+    assert alike(found, text, backbone_files)
     assert parse(found.method).slots == found.slots
 
 
-def test_dora_with_a_rank_stabilised_scale_keeps_it(stock: BackboneFiles) -> None:
-    branch, norm = asked({**LLAMA, "use_dora": True, "use_rslora": True}, stock).slots
+def test_dora_with_a_rank_stabilised_scale_keeps_it(backbone_files: BackboneFiles) -> None:
+    branch, norm = asked({**LLAMA, "use_dora": True, "use_rslora": True}, backbone_files).slots
     assert isinstance(branch, Branch) and isinstance(norm, Norm)
     assert branch.scale == pytest.approx(6 / sqrt(4), rel=1e-15)
 
@@ -108,10 +110,10 @@ def test_dora_with_a_rank_stabilised_scale_keeps_it(stock: BackboneFiles) -> Non
     ],
 )
 def test_a_peft_field_that_is_not_read_is_refused(
-    config: dict[str, object], words: list[str], stock: BackboneFiles
+    config: dict[str, object], words: list[str], backbone_files: BackboneFiles
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        asked(config, stock)
+        asked(config, backbone_files)
     for word in words:
         assert word in str(caught.value)
 
@@ -126,21 +128,26 @@ def test_a_peft_field_that_is_not_read_is_refused(
         (r'{"auto_mapping": "\ud800"}', ["auto_mapping: holds half of a surrogate pair"]),
     ],
 )
-def test_text_that_is_no_config_is_named(text: str, words: list[str], stock: BackboneFiles) -> None:
+def test_text_that_is_no_config_is_named(text: str, words: list[str], backbone_files: BackboneFiles) -> None:
     with pytest.raises(SpecError) as caught:
-        asked_for(text, stock.shape, stock)
+        asked_for(text, backbone_files.shape, backbone_files)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_what_peft_itself_writes_beside_is_passed_over(stock: BackboneFiles) -> None:
+def test_what_peft_itself_writes_beside_is_passed_over(backbone_files: BackboneFiles) -> None:
     notes = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "x", "inference_mode": True, "bias": "none"}
-    empty = {"alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": True, "megatron_core": "megatron.core"}
-    assert asked({**LLAMA, **notes, **empty}, stock) == asked(LLAMA, stock)
+    empty: dict[str, object] = {
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "megatron_core": "megatron.core",
+    }
+    assert asked({**LLAMA, **notes, **empty}, backbone_files) == asked(LLAMA, backbone_files)
 
 
-def test_a_config_starts_from_its_methods_rate(stock: BackboneFiles) -> None:
-    assert learning_rate(asked({"peft_type": "IA3"}, stock)) == learning_rate(parse("ia3"))
+def test_a_config_starts_from_its_methods_rate(backbone_files: BackboneFiles) -> None:
+    assert learning_rate(asked({"peft_type": "IA3"}, backbone_files)) == learning_rate(parse("ia3"))
 
 
 def lora(*at: str, r: int = 2, **fields: object) -> LoraConfig:

@@ -24,13 +24,17 @@ def test_a_tensor_beside_the_method_of_any_other_shape_is_an_error(
     backbone = Backbone.load(tiny_folders["gpt2"], torch.float32)
     bias = "lora_only" if kept else "all"
     config = LoraConfig(
-        r=2, target_modules=["attn.c_proj"], modules_to_save=kept or None, bias=bias, fan_in_fan_out=True
+        r=2,
+        target_modules=["attn.c_proj"],
+        modules_to_save=kept or None,
+        bias=bias,  # type: ignore[arg-type]
+        fan_in_fan_out=True,
     )
     get_peft_model(plain_model(backbone.folder, torch.float32), config).save_pretrained(str(tmp_path))
-    stored, stock = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
-    peft.load(tmp_path, backbone.shape, stock)
+    stored, backbone_files = load_file(tmp_path / peft.WEIGHTS), BackboneFiles(backbone.folder)
+    peft.load(tmp_path, backbone.shape, backbone_files)
     for key, value in stored.items():
         for odd in (value.sum(), value[:1].clone(), value[None], torch.cat([value, value]), value[..., None]):
             save_file(stored | {key: odd.contiguous()}, tmp_path / peft.WEIGHTS)
             with pytest.raises(FormatError, match=r"shape|dimension"):
-                peft.load(tmp_path, backbone.shape, stock)
+                peft.load(tmp_path, backbone.shape, backbone_files)

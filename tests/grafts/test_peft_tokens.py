@@ -76,26 +76,26 @@ def test_edited_rows_come_along_and_are_written_again(
     name: str, folders: Mapping[str, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     arch, config = READ[name]
-    backbone, stock = Backbone.load(folders[arch], torch.float64), BackboneFiles(folders[arch])
+    backbone, backbone_files = Backbone.load(folders[arch], torch.float64), BackboneFiles(folders[arch])
     model = trained(backbone.folder, config, first := tmp_path / "first")
     if arch in TIED:
         keep_head(model, first)
     expected = logits_of(backbone, first)
-    graft, values = peft.load(first, backbone.shape, stock)
+    graft, values = peft.load(first, backbone.shape, backbone_files)
     assert [slot.op for slot in graft.spec.slots].count("tokens") == 1
     exact = config.bias == "none" and not config.modules_to_save  # else W + dW is rounded to float32
     assert relative(logits(backbone, graft, values), expected) < (1e-9 if exact else 1e-6)
     with pytest.raises(FormatError, match="name the backbone's folder"):
         peft.load(first, backbone.shape)
     (again := tmp_path / "again").mkdir()
-    peft.export(again, graft, values, stock=stock)
+    peft.export(again, graft, values, backbone_files=backbone_files)
     before, after = (load_file(folder / peft.WEIGHTS) for folder in (first, again))
     same = [key for key in before if "lora" in key or (key.endswith(DELTA) and "lm_head" not in key)]
     assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in same)
     recwarn.clear()
     assert relative(logits_of(backbone, again), expected) < (1e-9 if exact else 1e-6)
     assert not [str(w.message) for w in recwarn if "key" in str(w.message)]  # "Found missing adapter keys"
-    back, kept = peft.load(again, backbone.shape, stock)
+    back, kept = peft.load(again, backbone.shape, backbone_files)
     assert back.spec.slots == graft.spec.slots
     assert all(kept[key].allclose(value, atol=1e-6) for key, value in values.items())
 
@@ -104,7 +104,7 @@ def keep_head(model: PeftModel, folder: Path) -> None:
     """Save it again with the head's row as it was before training."""
     with torch.no_grad():
         adapter = model.get_submodule("base_model.model.lm_head.token_adapter")
-        adapter.trainable_tokens_delta["default"].copy_(adapter.trainable_tokens_original["default"])
+        adapter.trainable_tokens_delta["default"].copy_(adapter.trainable_tokens_original["default"])  # type: ignore[index]
     model.save_pretrained(str(folder))
 
 
@@ -143,7 +143,7 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
     arch, fields = WRITTEN[text]
     backbone = Backbone.load(folders[arch], torch.float64)
     graft = BoundGraft(parse(text), backbone.shape)
-    assert_a_folder_of_peft(graft, modest(graft), backbone, tmp_path, fields, tolerance=1e-6)
+    assert_a_folder_of_peft(graft, modest(graft), backbone, tmp_path, fields, tolerance=1e-6)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_a_union_with_trainable_tokens_is_a_folder_of_peft(
 def test_edits_that_no_config_means_are_not_written(
     arch: str, text: str, message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    backbone, stock = Backbone.load(folders[arch], torch.float32), BackboneFiles(folders[arch])
+    backbone, backbone_files = Backbone.load(folders[arch], torch.float32), BackboneFiles(folders[arch])
     graft = BoundGraft(parse(text), backbone.shape)
-    assert not peft.exportable(graft, stock)
+    assert not peft.exportable(graft, backbone_files)
     with pytest.raises(FormatError, match=message):
-        peft.export(tmp_path, graft, modest(graft), stock=stock)
+        peft.export(tmp_path, graft, modest(graft), backbone_files=backbone_files)
     assert not list(tmp_path.iterdir())
 
 
@@ -195,9 +195,9 @@ def test_edits_that_no_op_makes_are_not_read(
     arch: str, tokens: object, message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     trained(folders[arch], lora(ENDS[arch], tokens=tokens), tmp_path)
-    stock = BackboneFiles(folders[arch])
+    backbone_files = BackboneFiles(folders[arch])
     with pytest.raises(FormatError, match=message):
-        peft.load(tmp_path, stock.shape, stock)
+        peft.load(tmp_path, backbone_files.shape, backbone_files)
 
 
 @pytest.mark.parametrize(
@@ -218,34 +218,34 @@ def test_edits_that_no_op_makes_are_not_read(
 def test_a_field_that_does_not_fit_is_refused(
     change: Mapping[str, object], message: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    stock = BackboneFiles(folders["untied llama"])
+    backbone_files = BackboneFiles(folders["untied llama"])
     trained(folders["untied llama"], lora("q_proj", tokens=[3]), tmp_path)
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     (tmp_path / peft.CONFIG).write_text(json.dumps({**config, **change}))
     with pytest.raises(FormatError, match=message):
-        peft.load(tmp_path, stock.shape, stock)
+        peft.load(tmp_path, backbone_files.shape, backbone_files)
 
 
 def test_rows_that_are_not_there_and_a_head_past_the_vocabulary_are_refused(
     folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    stock = BackboneFiles(folders["llama"])
+    backbone_files = BackboneFiles(folders["llama"])
     model = trained(folders["llama"], lora("q_proj", tokens=both("embed_tokens", 17)), tmp_path)
     keep_head(model, tmp_path)
     config, stored = json.loads((tmp_path / peft.CONFIG).read_text()), load_file(tmp_path / peft.WEIGHTS)
-    peft.load(tmp_path, stock.shape, stock)
+    peft.load(tmp_path, backbone_files.shape, backbone_files)
     save_file({key: value for key, value in stored.items() if key != HEAD}, tmp_path / peft.WEIGHTS)
     with pytest.raises(FormatError, match=f"{HEAD}: is missing"):
-        peft.load(tmp_path, stock.shape, stock)
+        peft.load(tmp_path, backbone_files.shape, backbone_files)
     save_file(stored, tmp_path / peft.WEIGHTS)
     (tmp_path / peft.CONFIG).write_text(json.dumps({**config, FIELD: both("embed_tokens", 17, head=512)}))
     with pytest.raises(FormatError, match="512 is not a token of this backbone; it has 512"):
-        peft.load(tmp_path, stock.shape, stock)
+        peft.load(tmp_path, backbone_files.shape, backbone_files)
 
 
 def test_rows_are_edited_with_the_methods_whose_configs_in_peft_have_the_field() -> None:
     for layout in layouts():
-        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}
+        fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.kind])}  # type: ignore[index]
         assert (FIELD in fields) == layout.edits_tokens, layout.kind
 
 
@@ -255,19 +255,19 @@ def test_a_head_whose_bias_peft_leaves_out_is_refused(folders: Mapping[str, Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     trained(folder, lora("q_proj", tokens=both("embed_tokens", 17)), graft := tmp_path / "graft")
-    stock = BackboneFiles(folder)
+    backbone_files = BackboneFiles(folder)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
-        peft.load(graft, stock.shape, stock)
-    bound = BoundGraft(parse("lora(r=2, at=attn.q) + trainable-tokens(17)"), stock.shape)
+        peft.load(graft, backbone_files.shape, backbone_files)
+    bound = BoundGraft(parse("lora(r=2, at=attn.q) + trainable-tokens(17)"), backbone_files.shape)
     with pytest.raises(FormatError, match="PEFT computes a head that it edits without its bias"):
-        peft.export(tmp_path / "ours", bound, random_tensors(bound, seed=1), stock=stock)
+        peft.export(tmp_path / "ours", bound, random_tensors(bound, seed=1), backbone_files=backbone_files)
 
 
 def test_a_folder_may_edit_most_of_the_vocabulary(folders: Mapping[str, Path], tmp_path: Path) -> None:
-    stock, ids = BackboneFiles(folders["untied llama"]), [*range(1, 512)]
+    backbone_files, ids = BackboneFiles(folders["untied llama"]), [*range(1, 512)]
     trained(folders["untied llama"], lora("q_proj", tokens=ids), tmp_path)
-    graft, values = peft.load(tmp_path, stock.shape, stock)
-    saved = native.save(tmp_path / "ours", graft, values, backbone="stock", stock=stock)
+    graft, values = peft.load(tmp_path, backbone_files.shape, backbone_files)
+    saved = native.save(tmp_path / "ours", graft, values, backbone="stock", backbone_files=backbone_files)
     assert json.loads((tmp_path / "ours" / saved / peft.CONFIG).read_text())[FIELD] == ids
-    found = native.load(tmp_path / "ours" / saved, shape=stock.shape, backbone="stock")
+    found = native.load(tmp_path / "ours" / saved, shape=backbone_files.shape, backbone="stock")
     assert found.graft == graft and all(found.tensors[name].equal(value) for name, value in values.items())

@@ -93,9 +93,11 @@ def test_rows_of_a_kept_table_that_were_trained_are_edits(backbones: Mapping[str
 def changed(folder: Path, backbone: Backbone, keys: list[str], rows: int | None = None) -> None:
     """A LoRA's folder with tables in which a few rows differ, or with more `rows`."""
     trained(backbone.folder, lora(), folder)
-    stock, tables = BackboneFiles(backbone.folder), {}
+    backbone_files, tables = BackboneFiles(backbone.folder), {}
     for key in keys:
-        table = stock.wide("model.embed_tokens.weight" if stock.tied else key.removeprefix("base_model.model."))
+        table = backbone_files.wide(
+            "model.embed_tokens.weight" if backbone_files.tied else key.removeprefix("base_model.model.")
+        )
         table[[3, 4, 5, 42]] += 0.5
         tables[key] = table if rows is None else torch.cat([table, table])[:rows].clone()
     save_file(load_file(folder / peft.WEIGHTS) | tables, folder / peft.WEIGHTS)

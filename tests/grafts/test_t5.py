@@ -89,10 +89,12 @@ def test_the_loss_of_labels_and_its_gradient_are_pefts(folder: Path, dtype: torc
     scores = backbone.logits(hidden[torch.cat(answers)].detach()).requires_grad_()
     own = F.cross_entropy(scores, torch.cat(IDS), reduction="sum")
     own.backward()
+    assert scores.grad is not None
     hidden[torch.cat(answers)].backward(backbone.head.transposed_product(scores.grad.to(dtype)))
     assert relative(own, loss) < TOLERANCE[dtype]
     for piece, gradient in zip(stacks.views[0], stacks.gradients()[0], strict=True):
         wanted = places[piece.tensor.name].grad
+        assert wanted is not None and gradient is not None
         wanted = wanted.T if piece.tensor.part == "B" else wanted
         assert relative(gradient.view(wanted.shape), wanted) < 10 * TOLERANCE[dtype], piece.tensor.name
 

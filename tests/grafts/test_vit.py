@@ -126,10 +126,10 @@ def forward(backbone: Backbone, grafts: list[int | str], residents: list[Residen
 def packed(
     backbone: Backbone, grafts: list[int | str], residents: list[Resident], images: tuple[int, ...]
 ) -> tuple[Rows, WholeSequences, Tensor]:
-    ids, given, spans, sequences, starts = [], [], [], [], []
+    ids, given, spans, sequences, starts = [], [], [], [], []  # type: ignore[var-annotated]
     for graft, patches in zip(grafts, backbone.patches(PIXELS[list(images)]), strict=True):
         virtual = residents[graft].spec.virtual_length if isinstance(graft, int) else 0
-        first = sum(map(len, ids))
+        first = sum(map(len, ids))  # type: ignore[arg-type]
         ids.append(torch.tensor([*virtual_ids(virtual), *[0] * len(patches)]))
         given.append(F.pad(patches, (0, 0, virtual, 0)))
         sequences.append((first, len(ids[-1])))

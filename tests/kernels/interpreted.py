@@ -82,24 +82,24 @@ def a_segment_is_a_function_of_itself_alone(dtype: torch.dtype, value: float, *,
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f"float32, {name}": lambda case=case: equals_reference(case, torch.float32) for name, case in CASES.items()},
-    **{f"float64, {act}": lambda act=act: equals_reference(CASES["mixed ranks"], torch.float64, act)
+    **{f"float32, {name}": lambda case=case: equals_reference(case, torch.float32) for name, case in CASES.items()},  # type: ignore[misc]
+    **{f"float64, {act}": lambda act=act: equals_reference(CASES["mixed ranks"], torch.float64, act)  # type: ignore[misc]
        for act in ACTIVATIONS if act != "tanh"},
     "float32, tanh": lambda: equals_reference(CASES["mixed ranks"], torch.float32, "tanh"),
     "float64, tanh": lambda: equals_reference(CASES["mixed ranks"], torch.float64, "tanh", 1e-9),  # a series near 0
     "float32, many tiles": lambda: equals_reference(TILED, torch.float32, "gelu"),
     "float16, many tiles": lambda: equals_reference(TILED, torch.float16, "gelu"),
-    **{f"hidden biases, {name}": lambda case=case: equals_reference(case, torch.float32, "gelu", biased=True)
+    **{f"hidden biases, {name}": lambda case=case: equals_reference(case, torch.float32, "gelu", biased=True)  # type: ignore[misc]
        for name, case in CASES.items()},
     "hidden biases, float64": lambda: equals_reference(CASES["mixed ranks"], torch.float64, "silu", biased=True),
     "hidden biases, float16": lambda: equals_reference(TILED, torch.float16, "gelu", biased=True),
     **{f"hidden biases, alone and joined by {value}":
-       lambda value=value: a_segment_is_a_function_of_itself_alone(torch.float16, value, biased=True)
+       lambda value=value: a_segment_is_a_function_of_itself_alone(torch.float16, value, biased=True)  # type: ignore[misc]
        for value in (1.0, float("nan"))},
     "strided rows and gradients": takes_strided_rows_and_gradients,
     "only the gradient asked for": only_what_is_asked_for_gets_a_gradient,
     **{f"alone and joined by {value} in {dtype}":
-       lambda dtype=dtype, value=value: a_segment_is_a_function_of_itself_alone(dtype, value)
+       lambda dtype=dtype, value=value: a_segment_is_a_function_of_itself_alone(dtype, value)  # type: ignore[misc]
        for dtype in (torch.float32, torch.float16) for value in (1.0, float("nan"))},
 }  # fmt: skip
 

@@ -136,9 +136,9 @@ def test_stacked_equals_segmented(case: Case, dtype: torch.dtype, monkeypatch: p
     outs = []
     for pays in (True, False):
         monkeypatch.setattr(cost, "stacking_pays", lambda *_, pays=pays: pays)
-        outs.append({"out": branch(*inputs.values(), case.segments, "silu")})
+        outs.append({"out": branch(*inputs.values(), case.segments, "silu")})  # type: ignore[arg-type,call-arg]
     if dtype == torch.bfloat16:
-        truth = reference.branch(*(tensor.double() for tensor in inputs.values()), case.segments, "silu")
+        truth = reference.branch(*(tensor.double() for tensor in inputs.values()), case.segments, "silu")  # type: ignore[arg-type,call-arg]
         assert_as_good_as_steps(outs[0], outs[1], {"out": truth})
     else:
         assert_close(outs[0], outs[1], TOLERANCE[dtype])
@@ -156,9 +156,9 @@ def test_stacked_rows_do_not_see_what_is_not_finite_in_foreign_rows(monkeypatch:
     monkeypatch.setattr(cost, "stacking_pays", lambda *_: True)
     case = CASES["one-row segments"]
     inputs, _ = branch_inputs(case, torch.float32)
-    clean = branch(*inputs.values(), case.segments)
+    clean = branch(*inputs.values(), case.segments)  # type: ignore[arg-type,call-arg]
     inputs["x"][4] = float("inf")
-    assert torch.equal(branch(*inputs.values(), case.segments)[:4], clean[:4])
+    assert torch.equal(branch(*inputs.values(), case.segments)[:4], clean[:4])  # type: ignore[arg-type,call-arg]
 
 
 ROWS_AND_RANKS = ((1, 1), (1, 8), (2, 3), (7, 5), (16, 16), (63, 8), (65, 33))
@@ -194,7 +194,7 @@ def test_evaluation_between_steps_gives_the_bits_of_a_step_whoever_joins() -> No
     joined.inputs["B"][4:] = float("nan")
     joined.inputs["A"].requires_grad_()
     with torch.no_grad():
-        out = branch(*joined.inputs.values(), joined.segments, "silu")
+        out = branch(*joined.inputs.values(), joined.segments, "silu")  # type: ignore[arg-type,call-arg]
     assert torch.equal(out[:9], alone)
 
 

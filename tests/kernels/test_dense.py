@@ -144,9 +144,8 @@ def test_finite_columns_of_a_graft_that_is_not_finite_are_as_good() -> None:
 def test_any_segments_equal_the_reference(data: st.DataObject) -> None:
     rows, ranks, inner = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 70)), 64
     bound = st.tuples(st.integers(0, rows), st.integers(0, rows), st.integers(0, ranks), st.integers(0, ranks))
-    items = tuple(
-        Segment(*sorted((a, b)), *sorted((c, d)), scale=0.5) for a, b, c, d in data.draw(st.lists(bound, max_size=5))
-    )
+    pairs = ((sorted((a, b)), sorted((c, d))) for a, b, c, d in data.draw(st.lists(bound, max_size=5)))
+    items = tuple(Segment(start, stop, first, last, 0.5) for (start, stop), (first, last) in pairs)
     x, W = normal(rows, inner, seed=1), weights(inner)
     beside = [
         (replace(side, A=normal(ranks, inner, seed=3), B=normal(ranks, WIDTHS[side.member], seed=4)), segments)

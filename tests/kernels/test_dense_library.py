@@ -22,7 +22,7 @@ def test_what_is_no_library_leaves_the_products_to_torch(tmp_path: Path, monkeyp
 
 @compiled
 def test_structures_that_differ_are_told_by_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    path, size = build(library.SOURCE), library.SIZES["Branch"]
-    monkeypatch.setitem(library.SIZES, "Branch", size - 8)
+    path, size = build(library.SOURCE), library.SIZES["Branch"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(library.SIZES, "Branch", size - 8)  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match=f"Branch has {size} bytes in linear.cpp and {size - 8} in structures.py"):
         library.load(path)

@@ -119,10 +119,10 @@ def crossing(
 
 def test_a_row_sees_the_last_rows_of_its_window_and_no_other() -> None:
     layout, inputs, _ = batch((Sequence(0, 20, 0, 5),), Heads(), torch.float32)
-    before = attend(*inputs.values(), layout, Scores(0.35, 6))
+    before = attend(*inputs.values(), layout, Scores(0.35, 6))  # type: ignore[arg-type,call-arg]
     inputs["v"][9] += 1
     inputs["pv"][4] += 1  # position 4, which the rows at positions 5 to 9 see
-    changed = (attend(*inputs.values(), layout, Scores(0.35, 6)) != before).any(1).nonzero().flatten().tolist()
+    changed = (attend(*inputs.values(), layout, Scores(0.35, 6)) != before).any(1).nonzero().flatten().tolist()  # type: ignore[arg-type,call-arg]
     assert changed == [0, 1, 2, 3, 4, *range(9, 15)]
 
 
@@ -163,7 +163,7 @@ def test_the_compiled_sums_and_their_gradients_equal_autograds() -> None:
     found, wide = [], [x.double() for x in inputs.values()]
     for values in ([x.clone() for x in inputs.values()], wide):
         leaves = [x.requires_grad_() for x in values]
-        out, sums = attend_with_sums(*leaves, layout, SCALING)
+        out, sums = attend_with_sums(*leaves, layout, SCALING)  # type: ignore[arg-type,call-arg]
         seen = sums.isfinite()
         total = (sums.double()[seen] * 3).sin().sum() + (out.double() * out.double().cos().detach()).sum()
         found.append((sums.detach(), seen, torch.autograd.grad(total, leaves)))
@@ -212,23 +212,23 @@ def test_any_sequences_equal_the_reference(gaps_lengths_and_prefixes: list[tuple
 def test_without_gradients_the_output_is_the_same() -> None:
     layout, inputs, upstream = batch(CASES["with and without prefix"], Heads(), torch.bfloat16)
     with torch.inference_mode():
-        out = attend(*inputs.values(), layout, SCALING)
+        out = attend(*inputs.values(), layout, SCALING)  # type: ignore[arg-type,call-arg]
     assert torch.equal(out, run(attend, inputs, layout, SCALING, upstream=upstream)["out"])
 
 
 def test_a_row_sees_nothing_after_itself() -> None:
     layout, inputs, _ = batch((Sequence(0, 20, 0, 5),), Heads(), torch.float32)
-    before = attend(*inputs.values(), layout, SCALING)
+    before = attend(*inputs.values(), layout, SCALING)  # type: ignore[arg-type,call-arg]
     for name in "qkv":
         inputs[name][12:] += 1
-    assert torch.equal(attend(*inputs.values(), layout, SCALING)[:12], before[:12])
+    assert torch.equal(attend(*inputs.values(), layout, SCALING)[:12], before[:12])  # type: ignore[arg-type,call-arg]
 
 
 def test_without_causality_a_row_sees_all_of_its_sequence() -> None:
     layout, inputs, _ = batch((Sequence(0, 20, 0, 5), Sequence(20, 3)), Heads(), torch.float32, causal=False)
-    before = attend(*inputs.values(), layout, SCALING)
+    before = attend(*inputs.values(), layout, SCALING)  # type: ignore[arg-type,call-arg]
     inputs["v"][19] += 1
-    after = attend(*inputs.values(), layout, SCALING)
+    after = attend(*inputs.values(), layout, SCALING)  # type: ignore[arg-type,call-arg]
     assert (after[:20] != before[:20]).any(1).all() and torch.equal(after[20:], before[20:])
 
 

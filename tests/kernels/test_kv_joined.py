@@ -106,5 +106,5 @@ def test_a_segment_has_the_bits_it_has_alone_whatever_stands_beside_it(dtype: to
 def test_rows_of_no_segment_keep_their_bits() -> None:
     given, _ = inputs(torch.float32)
     tensors = given.values()
-    whole, fewer = (op(*tensors, SEQUENCES, SEGMENTS[i:], GATES[i:], SIGMOID) for i in (3, 1))
+    whole, fewer = (op(*tensors, SEQUENCES, SEGMENTS[i:], GATES[i:], SIGMOID) for i in (3, 1))  # type: ignore[arg-type,call-arg]
     assert torch.equal(whole[:4], fewer[:4]) and not torch.equal(whole[4:], fewer[4:])

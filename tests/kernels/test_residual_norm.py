@@ -60,7 +60,7 @@ def test_sums_norms_and_gradients_are_the_references(width: int, centred: bool, 
     upstream = normal(len(x), 2 * width, seed=5)
     got = run(both, {"x": x, "update": update}, norm, upstream=upstream)
     inputs = {"x": x.double(), "update": update.double()}
-    wide = Norm(*(None if p is None else p.double() for p in (norm.weight, norm.bias)), norm.eps, norm.centred)
+    wide = Norm(*(None if p is None else p.double() for p in (norm.weight, norm.bias)), norm.eps, norm.centred)  # type: ignore[arg-type,call-arg]
     assert_close(got, run(truth, inputs, wide, upstream=upstream), TOLERANCE[dtype])
 
 
@@ -75,7 +75,7 @@ def test_in_bf16_it_errs_no_more_than_torchs_own_steps(centred: bool) -> None:
         if norm.centred:
             return torch.cat((s, torch.nn.functional.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, EPS)), dim=1)
         module = LlamaRMSNorm(576, EPS)
-        module.weight = torch.nn.Parameter(norm.weight, requires_grad=False)
+        module.weight = torch.nn.Parameter(norm.weight, requires_grad=False)  # type: ignore[arg-type]
         return torch.cat((s, module(s)), dim=1)
 
     inputs = {"x": x, "update": update}
@@ -88,7 +88,7 @@ def test_in_bf16_it_errs_no_more_than_torchs_own_steps(centred: bool) -> None:
 def test_in_bf16_it_rounds_where_transformers_rounds() -> None:
     x, update, norm = given(576, centred=False, dtype=torch.bfloat16, rows=64)
     module = LlamaRMSNorm(576, EPS)
-    module.weight = torch.nn.Parameter(norm.weight, requires_grad=False)
+    module.weight = torch.nn.Parameter(norm.weight, requires_grad=False)  # type: ignore[arg-type]
     sums, y = residual_norm(x, update, norm)
     assert torch.equal(sums, x + update)
     # The order of a float32 sum of squares is torch's own affair; it moves one number in some thousands by a rounding.

@@ -53,7 +53,7 @@ def test_queries_keys_and_values_have_transformers_bits(dtype: torch.dtype, head
     heads = [torch.unflatten(x, 1, (-1, head_dim)) for x in (q, k)]
     norms = None
     if normed:
-        norms = HeadNorms(*(1 + normal(head_dim, seed=s, dtype=dtype) / 4 for s in (3, 4)), 1e-6)
+        norms = HeadNorms(*(1 + normal(head_dim, seed=s, dtype=dtype) / 4 for s in (3, 4)), 1e-6)  # type: ignore[arg-type,call-arg]
         for i, weight in enumerate((norms.q, norms.k)):
             module = Qwen3RMSNorm(head_dim, 1e-6)
             module.weight = torch.nn.Parameter(weight, requires_grad=False)

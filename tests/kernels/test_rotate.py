@@ -104,7 +104,7 @@ def named(op: object, kind: str) -> partial[Tensor]:
 
     def called(x: Tensor, *rest: Tensor | Segments) -> Tensor:
         *operands, segments = rest
-        return op(x, dict(zip(KINDS[kind][1], operands, strict=True)), KINDS[kind][0], segments)  # type: ignore[no-any-return,operator]
+        return op(x, dict(zip(KINDS[kind][1], operands, strict=True)), KINDS[kind][0], segments)  # type: ignore[operator]
 
     return partial(called)
 

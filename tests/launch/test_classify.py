@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved(root: Path, folder: Path, head: Head | None) -> Path:
     bound = BoundGraft(replace(parse("lora(r=2, at=attn.q)"), head=head), TINY)
     values = {name: value.float() for name, value in random_tensors(bound, 0).items()}
-    return root / native.save(root, bound, values, backbone=fingerprint(folder), stock=BackboneFiles(folder))
+    return root / native.save(root, bound, values, backbone=fingerprint(folder), backbone_files=BackboneFiles(folder))
 
 
 @pytest.mark.parametrize("from_file", [False, True])

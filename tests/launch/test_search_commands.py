@@ -10,7 +10,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from polygraft.cluster.client import Client, RemoteFile
+from polygraft.cluster.answers import RemoteFile
+from polygraft.cluster.client import Client
 from polygraft.launch.commands import search as search_commands
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.commands.search_file import SearchFile, read_search_file, within

@@ -178,7 +178,7 @@ def test_a_service_that_ended_by_itself_says_its_reason_first(tmp_path: Path) ->
     folder.note("two")
     assert folder.notes == ("one", "two")
     folder.clear()
-    assert folder.notes == () and folder.reason == ""
+    assert folder.notes == () and folder.reason == ""  # type: ignore[comparison-overlap]
 
 
 def test_what_is_said_of_a_service_is_left_out_on_a_full_disk(tmp_path: Path) -> None:

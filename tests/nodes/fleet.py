@@ -148,8 +148,11 @@ def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mappi
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             url = f"http://127.0.0.1:{port}"
-            with Client(url, key) as client, openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as stock:
-                fleet = Fleet(client, stock, store, server, home, cluster)
+            with (
+                Client(url, key) as client,
+                openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as openai_client,
+            ):
+                fleet = Fleet(client, openai_client, store, server, home, cluster)
                 args = {
                     "home": str(home / "home"),
                     "data": str(home / "data"),

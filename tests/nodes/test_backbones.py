@@ -168,7 +168,7 @@ def trained_alone(folder: Path, store_url: str, tmp_path: Path, job: RemoteJob) 
         record.value,
         files=tmp_path / "data" / "files",
         tokeniser=Tokeniser.load(folder),
-        stock=BackboneFiles(folder),
+        backbone_files=BackboneFiles(folder),
         micro_rows=128,
     )
     runner = PackRunner(backbone)

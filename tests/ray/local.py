@@ -36,7 +36,7 @@ def local_ray(environment: Mapping[str, str], *, devices: int = 1, dashboard_por
             num_cpus=2,
             resources={"device": devices},
             include_dashboard=dashboard_port > 0,
-            **({"dashboard_port": dashboard_port} if dashboard_port else {}),
+            **({"dashboard_port": dashboard_port} if dashboard_port else {}),  # type: ignore[arg-type]
             log_to_driver=False,
             object_store_memory=100 * 2**20,
             _temp_dir=home,
@@ -50,7 +50,7 @@ def local_ray(environment: Mapping[str, str], *, devices: int = 1, dashboard_por
 
 def write_devices(store: Store, count: int) -> None:
     """What a controller would find: the node's devices, each of a GiB."""
-    node = ray.nodes()[0]["NodeID"]  # type: ignore[no-untyped-call]
+    node = ray.nodes()[0]["NodeID"]
     for index in range(count):
         device = Device(
             id=DeviceId(f"{node}/cpu{index}"), node=node, kind="cpu", index=index, cores=1, bytes=1 << 30, speed=1e9

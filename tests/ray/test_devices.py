@@ -88,7 +88,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def devices(cluster: Cluster) -> Mapping[str, Device]:
     """As they are discovered."""
-    effects = RayEffects(Means(pytest.fail, pytest.fail, four_gpus))
+    effects = RayEffects(Means(pytest.fail, pytest.fail, four_gpus))  # type: ignore[arg-type]
     until(lambda: len(effects.devices()) == 6 and all(device.speed for device in effects.devices()))
     return {device.id: device for device in effects.devices()}
 
@@ -104,7 +104,7 @@ def server(tmp_path: Path, devices: Mapping[str, Device]) -> Iterator[EmbeddedSe
 
 def started(server: EmbeddedServer, kind: DeviceKind, share: float, *names: str) -> list[ActorHandle[DeviceProcess]]:
     remote = ray.remote(DeviceProcess)
-    return [remote.options(**asking(kind, share)).remote(server.url, name) for name in names]
+    return [remote.options(**asking(kind, share)).remote(server.url, name) for name in names]  # type: ignore[misc]
 
 
 def test_the_nodes_devices_are_found(devices: Mapping[str, Device]) -> None:
@@ -117,14 +117,14 @@ def test_the_nodes_devices_are_found(devices: Mapping[str, Device]) -> None:
 
 def test_four_processes_have_four_gpus_and_a_fifth_waits_in_ray_s_own_demand(server: EmbeddedServer) -> None:
     processes = started(server, "cuda", 1.0, *"abcd")
-    devices = sorted(ray.get([process.device.remote() for process in processes]))
+    devices: list[str] = sorted(ray.get([process.device.remote() for process in processes]))
     assert [device.rpartition("/")[2] for device in devices] == ["cuda0", "cuda1", "cuda2", "cuda3"]
     assert sorted(ray.get([process.visible.remote() for process in processes])) == ["0", "1", "2", "3"]
     (fifth,) = started(server, "cuda", 1.0, "e")
     until(lambda: any(demand.get("GPU") == 1.0 for demand in demands()))
     ray.kill(processes.pop())
     release(server, "d")
-    assert ray.get(fifth.device.remote()) == devices[3], "the one that is free again"
+    assert ray.get(fifth.device.remote()) == devices[3], "the one that is free again"  # type: ignore[comparison-overlap]
     for process in (*processes, fifth):
         ray.kill(process)
 
@@ -133,7 +133,7 @@ def test_two_that_start_at_once_take_different_devices_and_ray_s_shares_give_no_
     server: EmbeddedServer,
 ) -> None:
     processes = started(server, "cpu", 0.25, "a", "b")
-    assert {one.rpartition("/")[2] for one in ray.get([process.device.remote() for process in processes])} == {
+    assert {one.rpartition("/")[2] for one in ray.get([process.device.remote() for process in processes])} == {  # type: ignore[var-annotated]
         "cpu0",
         "cpu1",
     }

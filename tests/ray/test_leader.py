@@ -75,7 +75,7 @@ class Pretender:
 
 
 def opener(url: str) -> Callable[[Pack], ActorHandle[PackHost]]:
-    return lambda pack: ray.remote(Pretender).options(num_cpus=0, resources={"device": 0.5}).remote(url, pack.id)
+    return lambda pack: ray.remote(Pretender).options(num_cpus=0, resources={"device": 0.5}).remote(url, pack.id)  # type: ignore[return-value]
 
 
 def nobody(backbone: Backbone) -> None:

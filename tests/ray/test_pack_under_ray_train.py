@@ -65,7 +65,11 @@ def test_jobs_of_a_killed_worker_end_with_the_weights_of_an_uninterrupted_run(de
         tokeniser = Tokeniser.load(folder)
         files = tmp_path / "data" / "files"
         trained = prepare(
-            found.value, files=files, tokeniser=tokeniser, stock=BackboneFiles(backbone.folder), micro_rows=MICRO_ROWS
+            found.value,
+            files=files,
+            tokeniser=tokeniser,
+            backbone_files=BackboneFiles(backbone.folder),
+            micro_rows=MICRO_ROWS,
         )
         running = alone.admit(trained)
         while not running.finished:

@@ -163,7 +163,7 @@ def check(url: str, key: str, answers: dict[str, str], data: Path, tmp_path: Pat
         assert runner.run(burst(talker, models)) == [answers[model] for model in models]
         steps = read_steps(data)
         decode = [step for step in steps if step["prefill_rows"] == 0]
-        assert max(len(step["grafts"]) for step in decode) == 4 and max(len(step["methods"]) for step in decode) == 4
+        assert max(len(step["grafts"]) for step in decode) == 4 and max(len(step["methods"]) for step in decode) == 4  # type: ignore[arg-type]
 
         hang_up(url, key)
         after = wait_quiet(data)

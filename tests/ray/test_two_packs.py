@@ -82,8 +82,14 @@ def test_the_rest_of_two_packs_is_drawn_into_one_and_keeps_its_bits(tmp_path: Pa
 
 def alone(backbone: Backbone, job: Job, data: Path) -> str:
     runner = PackRunner(backbone)
-    stock = BackboneFiles(backbone.folder)
-    trained = prepare(job, files=data / "files", tokeniser=Tokeniser.load(backbone.folder), stock=stock, micro_rows=128)
+    backbone_files = BackboneFiles(backbone.folder)
+    trained = prepare(
+        job,
+        files=data / "files",
+        tokeniser=Tokeniser.load(backbone.folder),
+        backbone_files=backbone_files,
+        micro_rows=128,
+    )
     running = runner.admit(trained)
     while not running.finished:
         runner.step()

@@ -39,7 +39,7 @@ def engine_on(
 ) -> Engine:
     """Not started: call `turn`."""
     given = {"max_context": 128, "kv_bytes": 4 << 20, "max_rows": 24, **settings}
-    engine = Engine(backbone, ServeSettings(**given), replica=ReplicaId("r0"), data=data, graft_bytes=graft_bytes)
+    engine = Engine(backbone, ServeSettings(**given), replica=ReplicaId("r0"), data=data, graft_bytes=graft_bytes)  # type: ignore[arg-type]
     engine.listen("", heard or Heard())
     return engine
 

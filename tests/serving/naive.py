@@ -105,7 +105,7 @@ def _hook(module: nn.Module, spec: GraftSpec, slots: list[int], site: Site, valu
                     op = spec.slots[branch]
                     if isinstance(op, Branch):
                         weight = weight + op.scale * part(branch, "B").T @ part(branch, "A")  # type: ignore[union-attr,operator]
-                y = y * (part(slot, "m") / weight.norm(dim=1))  # type: ignore[operator]
+                y = y * (part(slot, "m") / weight.norm(dim=1))
         for slot in slots:
             op = spec.slots[slot]
             if isinstance(op, Affine) and op.side == "out":

@@ -28,7 +28,7 @@ def backbone(folder: Path) -> Backbone:
 
 def generated(folder: Path, **config: object) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = GenerationConfig(do_sample=False, max_new_tokens=LENGTH, pad_token_id=0, **config)  # type: ignore[no-untyped-call]
+    found = GenerationConfig(do_sample=False, max_new_tokens=LENGTH, pad_token_id=0, **config)
     with torch.no_grad():
         said: list[int] = model.generate(torch.tensor([PROMPT]), generation_config=found)[0, len(PROMPT) :].tolist()
     return said

@@ -159,11 +159,11 @@ def test_a_stream_taken_over_goes_on_with_the_tokens_it_would_have_had(backbone:
     whole, rest = Heard(), Heard()
     sampled = {"temperature": 1.3, "top_p": 0.9, "seed": 42}
     engine = engine_on(backbone, tmp_path, heard=whole)
-    engine.submit(request("p2", PROMPTS["p2"], **sampled))
+    engine.submit(request("p2", PROMPTS["p2"], **sampled))  # type: ignore[arg-type]
     run(engine)
     rest.tokens["p2"] = whole.tokens["p2"][:5]
     other = engine_on(backbone, tmp_path, heard=rest)
-    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), attempt=1, **sampled))
+    other.submit(request("p2", PROMPTS["p2"], generated=tuple(whole.tokens["p2"][:5]), attempt=1, **sampled))  # type: ignore[arg-type]
     run(other)
     assert rest.tokens == whole.tokens and rest.ends["p2"].attempt == 1
 

@@ -102,7 +102,7 @@ async def test_a_broken_stream_goes_on_at_the_same_replica_once_it_is_back(engin
 async def test_a_request_whose_replica_dies_each_time_is_given_up(engines: list[Engine]) -> None:
     with pytest.raises(Unavailable, match="8 times"):
         await over({"r0": Breaking(engines[0], 2, times=9)})
-    with pytest.raises(Unavailable, match="3 replicas died"):  # the third while it was tried apart
+    with pytest.raises(Unavailable, match="3 replicas died"):  # the third while it was tried by itself
         await over({"r0": Breaking(engines[0], 0, times=9)})
 
 

@@ -36,7 +36,7 @@ class Answering(Scripted):
     async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:  # type: ignore[override]
         self.asked.append(request)
         if not self._answers:
-            return await super().submit(request)
+            return await super().submit(request)  # type: ignore[func-returns-value]
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
             raise answer

@@ -92,6 +92,6 @@ def test_who_is_refused_waits_as_its_last_departures_took_and_those_who_were_tol
     each = (1600 - 8 * 8) / 32  # the last 32 departures
     assert [tenants.refusal(ANN, mine, 1600.0) for _ in range(3)] == [QueueFull(n * each) for n in (1, 2, 3)]
     tenants.entered(one(ANN, "next"), 1600.0)
-    assert tenants.refusal(ANN, mine, 1600.0) == QueueFull(pytest.approx(3 * (1600 - 81) / 32)), "one has had its place"
+    assert tenants.refusal(ANN, mine, 1600.0) == QueueFull(pytest.approx(3 * (1600 - 81) / 32)), "one has had its place"  # type: ignore[arg-type]
     assert tenants.refusal(ANN, mine[:1], 1600.0) is None
-    assert tenants.refusal(ANN, mine, 1600.0) == QueueFull(pytest.approx((1600 - 81) / 32)), "there was a place: anew"
+    assert tenants.refusal(ANN, mine, 1600.0) == QueueFull(pytest.approx((1600 - 81) / 32)), "there was a place: anew"  # type: ignore[arg-type]

@@ -22,8 +22,18 @@ from tests.grafts.oracle.table import ALL
 from tests.serving.engines import Heard, engine_on, request, run
 from tests.tiny import tiny_llama
 
-NAMES = ("lora", "dept", "prompt", "p-tuning", "trainable-tokens", "llama-adapter", "prefix-mlp", "loreft")
-NAMES += ("smop", "idpg")
+NAMES = (
+    "lora",
+    "dept",
+    "prompt",
+    "p-tuning",
+    "trainable-tokens",
+    "llama-adapter",
+    "prefix-mlp",
+    "loreft",
+    "smop",
+    "idpg",
+)
 TOKENS = 20
 ROWS = 16  # of a step, fewer than the longest prompt has
 
@@ -71,7 +81,7 @@ def test_a_mixed_batch_answers_as_each_oracle(
     tokens are made of is computed in one step, whatever its length."""
     sent_back: list[str] = []
     preempt = Streams._preempt
-    monkeypatch.setattr(Streams, "_preempt", lambda streams, s: (sent_back.append(s.request.id), preempt(streams, s)))
+    monkeypatch.setattr(Streams, "_preempt", lambda streams, s: (sent_back.append(s.request.id), preempt(streams, s)))  # type: ignore[func-returns-value]
     grafts = {name: saved(ALL[name], backbone, tmp_path, seed) for seed, name in enumerate(NAMES)}
     heard = Heard()
     little = {"kv_bytes": 64 << 10, "max_context": 64} if room == "little" else {}
@@ -85,9 +95,9 @@ def test_a_mixed_batch_answers_as_each_oracle(
     for index, name in enumerate(NAMES):
         prompt, said, row = prompt_of(index), heard.tokens[name], ALL[name]
         if row.spec.reads_prompt:
-            row = replace(row, soft=partial(row.soft, prompt=len(prompt)))
+            row = replace(row, soft=partial(row.soft, prompt=len(prompt)))  # type: ignore[arg-type,call-arg,misc]
         elif needs_prompt_length(row.spec):
-            row = replace(row, hooks=partial(row.hooks, prompt=len(prompt)))
+            row = replace(row, hooks=partial(row.hooks, prompt=len(prompt)))  # type: ignore[call-arg]
         oracle = row.oracle(backbone.folder, {k: v.double() for k, v in grafts[name][1].items()}, torch.float32)
         assert heard.ends[name].finish_reason == "length" and len(said) == TOKENS
         forced = oracle.logits(torch.tensor([*prompt, *said]))[len(prompt) - 1 :].detach()

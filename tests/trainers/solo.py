@@ -13,7 +13,7 @@ from polygraft.launch.demo.oracle.plain import Oracle
 from polygraft.trainers.job import TrainJob
 
 
-def trained(
+def trained(  # noqa: PLR0913
     oracle: Oracle,
     job: TrainJob,
     *,
@@ -47,7 +47,7 @@ def trained(
             logits = oracle.logits(torch.tensor(sample.ids[:-1]))
             losses = F.cross_entropy(logits, torch.tensor(sample.ids[1:]), reduction="none")
             loss = loss + (losses * torch.tensor(sample.weights[1:])).sum() / job.batch_weight(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         gradient()
         torch.nn.utils.clip_grad_norm_([place.parameter for place in oracle.places.values()], config.max_grad_norm)
         for group in optimiser.param_groups:

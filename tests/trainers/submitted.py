@@ -49,31 +49,26 @@ def submit_one(store: Store, data: Path, job: str, peft: str, index: int, *, see
     _admit(store, job, spec)
 
 
-def submit_text(
-    store: Store, data: Path, job: str, peft: str, answers: Sequence[str], *, max_length: int, epochs: int
-) -> None:
-    """One job more, which trains on these answers and has no validation file."""
+def submit_text(store: Store, data: Path, job: str, peft: str, answers: Sequence[str], *, max_length: int) -> None:
+    """One job more, which trains once on these answers and has no validation file."""
     file = FileId(f"file-{job}")
     asked = {"role": "user", "content": "What is a graft?"}
     _write(data, file, [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers])
-    _admit(
-        store,
-        job,
-        JobSpec(backbone="tiny", training_file=file, peft=peft, epochs=epochs, batch_size=1, max_length=max_length),
-    )
+    spec = JobSpec(backbone="tiny", training_file=file, peft=peft, epochs=1, batch_size=1, max_length=max_length)
+    _admit(store, job, spec)
 
 
 def submit_labelled(
     store: Store,
     data: Path,
-    job: str,
     peft: str,
     lines: Sequence[object],
     *,
     epochs: int,
     max_length: int | None = None,
 ) -> Job:
-    """One job more, which classifies; the same file is trained on, and judged on twice."""
+    """Job ftjob-1, which classifies; the same file is trained on, and judged on twice."""
+    job = "ftjob-1"
     file = FileId(f"file-{job}")
     _write(data, file, lines)
     spec = JobSpec(

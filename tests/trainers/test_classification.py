@@ -124,8 +124,8 @@ def theirs(model: torch.nn.Module, one: Sample) -> Tensor:
 def test_a_published_graft_is_a_folder_whose_logits_pefts_model_has(backbone: Backbone, tmp_path: Path) -> None:
     job = job_of(backbone)
     values = trained(backbone, job)
-    stock = BackboneFiles(backbone.folder)
-    name = native.save(tmp_path, job.graft, values, backbone=backbone.fingerprint, stock=stock)
+    backbone_files = BackboneFiles(backbone.folder)
+    name = native.save(tmp_path, job.graft, values, backbone=backbone.fingerprint, backbone_files=backbone_files)
     stored = native.load(tmp_path / name, shape=backbone.shape, backbone=backbone.fingerprint)
     assert stored.graft.spec.head == Head(LABELS, KINDS[backbone.shape.arch])  # type: ignore[arg-type]
     config = json.loads((tmp_path / name / "adapter_config.json").read_text())
@@ -137,7 +137,7 @@ def test_a_published_graft_is_a_folder_whose_logits_pefts_model_has(backbone: Ba
         assert relative(found, theirs(model, one).detach()) < 1e-5
         differ = max(differ, float((found - found.mean()).abs().max()))
     assert differ > 1e-3
-    again, tensors = peft.load(tmp_path / name, backbone.shape, stock)
+    again, tensors = peft.load(tmp_path / name, backbone.shape, backbone_files)
     assert again.spec.head == Head(("LABEL_0", "LABEL_1", "LABEL_2"), KINDS[backbone.shape.arch])  # type: ignore[arg-type]
     assert tensors.keys() == values.keys()
     assert all(torch.equal(tensors[name], value) for name, value in stored.tensors.items())
@@ -163,24 +163,24 @@ def test_a_folder_without_its_head_is_refused(backbone: Backbone, tmp_path: Path
     job = job_of(backbone)
     bare = BoundGraft(replace(job.graft.spec, head=None), backbone.shape)
     values = {name: value for name, value in trained(backbone, job).items() if not name.startswith("head.")}
-    stock = BackboneFiles(backbone.folder)
-    peft.export(tmp_path, bare, values, stock=stock)
+    backbone_files = BackboneFiles(backbone.folder)
+    peft.export(tmp_path, bare, values, backbone_files=backbone_files)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
     with pytest.raises(FormatError, match="is missing, which SEQ_CLS saves"):
-        peft.load(tmp_path, backbone.shape, stock)
+        peft.load(tmp_path, backbone.shape, backbone_files)
 
 
 def test_losses_and_gradients_are_those_of_transformers_model_under_peft(backbone: Backbone, tmp_path: Path) -> None:
     """Of a whole global batch, at trained values."""
     job = job_of(backbone)
-    values, stock = trained(backbone, job), BackboneFiles(backbone.folder)
-    name = native.save(tmp_path, job.graft, values, backbone=backbone.fingerprint, stock=stock)
+    values, backbone_files = trained(backbone, job), BackboneFiles(backbone.folder)
+    name = native.save(tmp_path, job.graft, values, backbone=backbone.fingerprint, backbone_files=backbone_files)
     model = PeftModel.from_pretrained(sequences(backbone.folder), str(tmp_path / name), is_trainable=True).eval()
     batch = job.train[:4]
     every = torch.stack([theirs(model, one) for one in batch])
     loss = F.cross_entropy(every, torch.tensor([one.label for one in batch]))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
     pack = PackRunner(backbone)
     running = pack.admit(replace(job, train=batch, config=replace(job.config, batch_size=4, micro_rows=1000)))
@@ -194,7 +194,7 @@ def test_losses_and_gradients_are_those_of_transformers_model_under_peft(backbon
     # By the same road that values go to PEFT: the gradients as a graft's tensors.
     slopes = {name: torch.zeros_like(value) for name, value in running.slab.tensors.items()}
     slopes |= running.slab._by_name(part.gradient)
-    _, files = peft._written(job.graft, slopes, stock)
+    _, files = peft._written(job.graft, slopes, backbone_files)
     named = {
         name.replace(".modules_to_save.default", "").replace(".default", ""): p for name, p in model.named_parameters()
     }
@@ -281,7 +281,7 @@ def test_a_job_of_labelled_texts_is_published_with_its_scores(folder: Path, tmp_
     store, backbone = MemoryStore(), Backbone.load(folder, torch.float32, training=True)
     submit(store, tmp_path, {"ftjob-0": "ia3"})
     lines = [{"sentence": f"{word} fruit {n}", "label": word} for n in range(3) for word in ("sweet", "sour")]
-    submit_labelled(store, tmp_path, "ftjob-1", "lora(r=8)", lines, epochs=20)
+    submit_labelled(store, tmp_path, "lora(r=8)", lines, epochs=20)
     store.append(keys.commands(PACK), {"op": "close", "job": ""})
     tokeniser = Tokeniser.load(folder)
     PackWorker(PACK, PackRunner(backbone), tokeniser, store, folders=Folders(tmp_path), micro_rows=128).run(
@@ -317,9 +317,9 @@ def test_what_is_read_of_a_text_is_its_last_token_however_it_is_cut(folder: Path
     store, tokeniser = MemoryStore(), Tokeniser.load(folder)
     lines = [{"sentence": "graft " * 40, "label": 1}, {"sentence": "a", "sentence2": "b", "label": 0}]
     (tmp_path / "files").mkdir()
-    record = submit_labelled(store, tmp_path, "ftjob-1", "ia3", lines, epochs=1, max_length=10)
+    record = submit_labelled(store, tmp_path, "ia3", lines, epochs=1, max_length=10)
     files = tmp_path / "files"
-    job = prepare(record, files=files, tokeniser=tokeniser, stock=BackboneFiles(folder), micro_rows=128)
+    job = prepare(record, files=files, tokeniser=tokeniser, backbone_files=BackboneFiles(folder), micro_rows=128)
     long, pair = job.train
     assert (len(long.ids), long.label, pair.label) == (11, 1, 0) and job.graft.spec.head == Head(("0", "1"))
     assert tokeniser.decode(pair.ids[:-1]) == "a\nb"
@@ -327,4 +327,4 @@ def test_what_is_read_of_a_text_is_its_last_token_however_it_is_cut(folder: Path
     assert job.warnings and job.warnings[0].startswith("training_file: 1 of 2 examples are longer than 10 tokens")
     (files / f"{FileId('file-ftjob-1')}.jsonl").write_text('{"sentence": "a", "label": 1}\n')
     with pytest.raises(ValueError, match='label: "1" is the only one'):
-        prepare(record, files=files, tokeniser=tokeniser, stock=BackboneFiles(folder), micro_rows=128)
+        prepare(record, files=files, tokeniser=tokeniser, backbone_files=BackboneFiles(folder), micro_rows=128)

@@ -17,7 +17,8 @@ from polygraft.grafts.runtime.stacks import Resident
 from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.prepare import prepare
-from polygraft.trainers.runner import PackRunner, RunningJob
+from polygraft.trainers.runner import PackRunner
+from polygraft.trainers.running import RunningJob
 from tests.tiny import tiny_llama
 
 FILE = FileId("file-1")
@@ -39,7 +40,7 @@ def test_a_token_that_no_file_calls_special_ends_the_answer(tmp_path: Path) -> N
     record = Job(id=JobId("ftjob-1"), tenant=TenantId("t"), spec=SPEC, created_at=0.0)
     runner = PackRunner(backbone)
     active = runner.admit(
-        prepare(record, files=tmp_path, tokeniser=tokeniser, stock=BackboneFiles(folder), micro_rows=128)
+        prepare(record, files=tmp_path, tokeniser=tokeniser, backbone_files=BackboneFiles(folder), micro_rows=128)
     )
     while not active.finished:
         runner.step()

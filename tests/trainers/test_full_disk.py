@@ -74,7 +74,7 @@ class Run:
 def test_a_job_that_finds_no_room_for_its_graft_waits_and_the_others_train_on(
     backbone: Backbone, disk: SmallDisk, undisturbed: dict[str, str | None]
 ) -> None:
-    seen = []
+    seen: list[dict[str, int]] = []
 
     def fill_and_free(run: Run) -> None:
         if not seen:

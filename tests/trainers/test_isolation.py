@@ -66,17 +66,16 @@ def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("fault", "peft"), PLACES)
+@pytest.mark.parametrize("place", PLACES, ids="-".join)
 def test_what_a_job_makes_a_step_raise_fails_that_job_alone(
-    fault: str,
-    peft: str,
+    place: tuple[str, str],
     seed: int,
     backbone: Backbone,
     undisturbed: Callable[[int], Mapping[JobId, Job]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = undisturbed(seed)
+    (fault, peft), expected = place, undisturbed(seed)
     FAULTS[fault](monkeypatch, own_token(backbone), seed % 3)
     told = failed_alone(ran(backbone, tmp_path, peft, seed), expected)
     assert told.code == ELSEWHERE.get(fault, "step_failed")
@@ -126,7 +125,7 @@ def test_a_job_whose_file_was_deleted_before_its_pack_read_it_fails_alone_and_sa
     submit(store, tmp_path, in_order(BAD[0]))
     found = store.get(keys.job(FAILS))
     assert found is not None
-    spec = replace(found.value.spec, **{param: FileId("file-gone")})
+    spec = replace(found.value.spec, **{param: FileId("file-gone")})  # type: ignore[arg-type]
     store.commit([Write(keys.job(FAILS), replace(found.value, spec=spec), found.version)])
     work(store, backbone, tmp_path)
     told = failed_alone(jobs_of(store), undisturbed(0))
@@ -149,7 +148,7 @@ def test_an_example_that_no_pack_could_compute_is_refused_with_its_numbers(
 ) -> None:
     store, bytes = MemoryStore(), 40 << 20
     submit_all(store, tmp_path)
-    submit_text(store, tmp_path, "ftjob-long", "lora(r=2)", ["short", "graft " * 500], max_length=500, epochs=1)
+    submit_text(store, tmp_path, "ftjob-long", "lora(r=2)", ["short", "graft " * 500], max_length=500)
     store.append(keys.commands(PACK), {"op": "close", "job": ""})
     worker_of(store, backbone, tmp_path, max_bytes=bytes).run(lambda: None)
     assert {i: job.graft for i, job in jobs_of(store).items()} == {i: job.graft for i, job in undisturbed(0).items()}
@@ -270,7 +269,7 @@ def test_a_job_keeps_its_newest_two_checkpoints_and_the_one_that_the_manifest_na
     backbone: Backbone, tmp_path: Path
 ) -> None:
     running = PackRunner(backbone).admit(a_job("a", "ia3", seed=0, steps=9))
-    names = []
+    names: list[str] = []
     for step in range(1, 6):
         running.step = step
         names.append(checkpoint.save(tmp_path, running, names[0] if names else None))

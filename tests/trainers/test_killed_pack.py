@@ -60,7 +60,7 @@ def ran(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.T
             server = stack.enter_context(EmbeddedServer(data / "store"))
             packs[name] = store = stack.enter_context(closing(connect(server.url)))
             submit(store, data, GOOD, seed=request.param)
-            submit_text(store, data, BAD, "lora(r=4)", ["graft " * TOKENS], max_length=TOKENS, epochs=1)
+            submit_text(store, data, BAD, "lora(r=4)", ["graft " * TOKENS], max_length=TOKENS)
             store.append(keys.commands(PACK), {"op": "close", "job": ""})
             given += [server.url, str(data), str(room), kind]
         command = [sys.executable, "-m", "tests.trainers.killed_pack", *given]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import FileId, Job, JobId, JobSpec, TenantId
 from polygraft.cluster.policy.budget import state_bytes
 from polygraft.cluster.store import keys
@@ -24,7 +25,7 @@ from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import Memory, TooLarge
 from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.worker import Folders, PackWorker
+from polygraft.trainers.worker import PackWorker
 from tests.trainers.submitted import PACK, submit
 
 FILE = FileId("file-1")
@@ -41,7 +42,9 @@ def prepared(folder: Path, data: Path, spec: JobSpec, words: int) -> TrainJob:
     ]
     (data / f"{FILE}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     job = Job(id=JobId("ftjob-1"), tenant=TenantId("t"), spec=spec, created_at=0.0)
-    return prepare(job, files=data, tokeniser=Tokeniser.load(folder), stock=BackboneFiles(folder), micro_rows=128)
+    return prepare(
+        job, files=data, tokeniser=Tokeniser.load(folder), backbone_files=BackboneFiles(folder), micro_rows=128
+    )
 
 
 def test_by_default_nothing_is_cut_that_the_positions_have_room_for(folder: Path, tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_what_the_positions_have_no_room_for_is_cut_and_told(
     folder: Path, tmp_path: Path, peft: str, room: int
 ) -> None:
     job = prepared(folder, tmp_path, replace(SPEC, peft=peft), words=600)
-    assert [len(sample.ids) for sample in job.train][0] == room
+    assert len(job.train[0].ids) == room
     (warning,) = job.warnings
     assert warning.startswith(f"training_file: {CUT} {room} tokens (the longest has ")
 
@@ -76,13 +79,20 @@ def test_a_cut_that_was_asked_for_is_counted_for_each_file(folder: Path, tmp_pat
 def test_a_job_that_does_not_say_is_cut_to_what_a_packs_memory_has_room_for(folder: Path, tmp_path: Path) -> None:
     prepared(folder, tmp_path, SPEC, words=300)
     job = Job(id=JobId("ftjob-1"), tenant=TenantId("t"), spec=SPEC, created_at=0.0)
-    stock, tokeniser = BackboneFiles(folder), Tokeniser.load(folder)
-    graft = BoundGraft(parse("ia3"), stock.shape)
+    backbone_files, tokeniser = BackboneFiles(folder), Tokeniser.load(folder)
+    graft = BoundGraft(parse("ia3"), backbone_files.shape)
     memory = Memory(state_bytes(graft.parameters, graft.frozen) + StepCost(graft, 4).bytes([90]), 4)
 
     def told(spec: JobSpec) -> TrainJob:
         record = replace(job, spec=spec)
-        return prepare(record, files=tmp_path, tokeniser=tokeniser, stock=stock, micro_rows=128, longest=memory.longest)
+        return prepare(
+            record,
+            files=tmp_path,
+            tokeniser=tokeniser,
+            backbone_files=backbone_files,
+            micro_rows=128,
+            longest=memory.longest,
+        )
 
     cut = told(SPEC)
     assert 90 <= cut.train[0].rows < 300 and memory.fitted(cut).train == cut.train

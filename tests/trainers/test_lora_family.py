@@ -117,9 +117,9 @@ def test_adalora_is_trained_and_pruned_as_by_peft(fp64: Backbone) -> None:
 
     def penalty() -> Tensor:
         """What PEFT's forward adds to a loss."""
-        bare = model.base_model.model(input_ids=ids, labels=ids).loss
+        bare = model.base_model.model(input_ids=ids, labels=ids).loss  # type: ignore[operator]
         penalised = model.base_model(input_ids=ids, labels=ids).loss
-        return penalised - bare  # type: ignore[no-any-return]
+        return penalised - bare
 
     expected = trained(oracle, job, penalty=penalty, after_step=lambda step: allocator.update_and_allocate(model, step))
     found = ours(job, fp64)
@@ -205,7 +205,7 @@ def recorded(
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """The job's tensors before each optimiser step, and the gradients that the step takes."""
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    real = gradient.adamw
+    real = gradient.adamw  # type: ignore[attr-defined]
 
     def noting(slab: Slab, config: TrainConfig, **options: Any) -> None:
         values, gradients = slab.tensors, slab.gradients()

@@ -55,7 +55,7 @@ def test_the_steps_are_those_of_the_papers_loop(folder: Path) -> None:
     start = {name: value.clone() for name, value in theta.items()}
     for step in range(8):
         flat = normal(job.key(step), sum(value.numel() for value in theta.values()), torch.float64)
-        z = dict(zip(theta, flat.split([value.numel() for value in theta.values()])))
+        z = dict(zip(theta, flat.split([value.numel() for value in theta.values()]), strict=True))
 
         def moved(distance: float, z: dict[str, Tensor] = z) -> dict[str, Tensor]:
             return {name: value + distance * z[name].view_as(value) for name, value in theta.items()}
@@ -109,7 +109,7 @@ def test_a_step_is_resumed_where_it_was(folder: Path) -> None:
 def test_mezo_alone_is_no_graft_and_no_distance_is_none() -> None:
     with pytest.raises(SpecError, match="name at least one method"):
         parse("mezo")
-    with pytest.raises(SpecError, match="eps: 0.0"):
+    with pytest.raises(SpecError, match=r"eps: 0\.0"):
         parse("lora + mezo(0)")
 
 

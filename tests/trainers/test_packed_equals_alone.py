@@ -157,7 +157,7 @@ def gradients(backbone: Backbone, names: Sequence[str]) -> dict[str, dict[str, T
     stacks = backbone.stacks(residents, trainable=True)
     forward_backward(backbone, stacks, micro_batches)
     found: dict[str, dict[str, Tensor]] = {}
-    for name, pieces in zip(jobs, stacks.views):
+    for name, pieces in zip(jobs, stacks.views, strict=True):
         parts = {piece.tensor.name: piece.gradient() for piece in pieces}
         found[name] = {tensor: part.clone() for tensor, part in parts.items() if part is not None}
         assert found[name].keys() == parts.keys()

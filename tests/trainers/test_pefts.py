@@ -97,11 +97,11 @@ def test_pvera_trains_as_pefts_with_the_same_noise(fp64: Backbone) -> None:
             variances.append(logvar.detach().exp().mean())
             return mean + normal_rows(keys, site_key, mean.shape[-1], mean.dtype) * torch.exp(0.5 * logvar)
 
-        layer._reparametrize = reparametrised
+        layer._reparametrize = reparametrised  # type: ignore[method-assign]
 
     for layer in range(2):
         for name in ("attn.q", "attn.v", "ffn.down"):
-            noisy(layer_of(model, Site(layer, name)), Site(layer, name))
+            noisy(layer_of(model, Site(layer, name)), Site(layer, name))  # type: ignore[arg-type]
     expected = trained(Oracle(logits, oracle.places), job)
     found = ours(job, fp64)
     assert_trained(found, expected)
@@ -128,12 +128,12 @@ def test_poly_trains_as_pefts_with_the_same_draws(fp64: Backbone, monkeypatch: p
                 patch.setattr(torch, "rand", lambda size, **_: u.view(size))
                 return real(task_ids, input_ids)
 
-        router.forward = forward
+        router.forward = forward  # type: ignore[method-assign]
         router.train()
 
     for layer in range(2):
         for name in ("attn.q", "attn.v", "ffn.down"):
-            drawn(layer_of(model, Site(layer, name)).poly_router["default"], Site(layer, name))
+            drawn(layer_of(model, Site(layer, name)).poly_router["default"], Site(layer, name))  # type: ignore[arg-type]
     found, expected = ours(job, fp64), trained(Oracle(logits, oracle.places), job)
     assert_trained(found, expected)
     assert all(found[name].count_nonzero() for name in expected)
@@ -171,7 +171,7 @@ def test_frod_starts_as_the_backbone_with_pefts_basis_and_trains_as_pefts(fp64: 
     for name, category in (("attn_q", "self_attn_q_proj"), ("ffn_down", "mlp_down_proj")):
         assert relative(start[f"0.shared.V_{name}"], theirs[category]["default"]) < 1e-6
         rows, columns = start[f"0.shared.i_{name}"].long().T
-        assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist())}) == len(rows)
+        assert (rows != columns).all() and len({*zip(rows.tolist(), columns.tolist(), strict=True)}) == len(rows)
     merged = Fold(job.graft, start, fp64.weight)
     for site in merged.sites:
         assert relative(merged.at(site).weight, fp64.weight(site)) < 1e-6

@@ -204,7 +204,9 @@ def prepared(folder: Path, data: Path, *, max_length: int | None = None) -> Trai
         backbone="tiny", training_file=file, validation_file=file, test_file=file, peft="ia3", max_length=max_length
     )
     job = Job(id=JobId("ftjob-1"), tenant=TenantId("t"), spec=spec, created_at=0.0)
-    return prepare(job, files=data, tokeniser=Tokeniser.load(folder), stock=BackboneFiles(folder), micro_rows=128)
+    return prepare(
+        job, files=data, tokeniser=Tokeniser.load(folder), backbone_files=BackboneFiles(folder), micro_rows=128
+    )
 
 
 def test_a_choice_set_is_trained_on_its_right_choices_and_judged_on_all(folder: Path, tmp_path: Path) -> None:
@@ -213,7 +215,10 @@ def test_a_choice_set_is_trained_on_its_right_choices_and_judged_on_all(folder: 
     assert train.question is None and held_out.question is not None and job.test == job.held_out
     assert (train.ids, train.weights) == (held_out.ids, held_out.weights)
     assert held_out.question.answer == 1 and held_out.question.texts == CHOICES
-    said = [tokeniser.decode([id for id, weight in zip(one.ids, one.weights) if weight]) for one in held_out.each]
+    said = [
+        tokeniser.decode([id for id, weight in zip(one.ids, one.weights, strict=True) if weight])
+        for one in held_out.each
+    ]
     assert said == ["The graft.", "The stock.", "The cloth."]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,7 @@ def test_child_tuning_keeps_a_new_random_part_of_every_gradient(
             assert (found - torch.where(found != 0, expected[name] / 0.4, 0)).norm() <= 1e-9 * found.norm()
         masks.append(torch.cat([g.flatten() != 0 for g in gradients.values()]))
     assert all(0.36 < float(mask.double().mean()) < 0.44 for mask in masks)
-    assert all(0.1 < float((a & b).double().mean()) < 0.22 for a, b in zip(masks, masks[1:]))
+    assert all(0.1 < float((a & b).double().mean()) < 0.22 for a, b in pairwise(masks))
 
 
 def test_s_bitfit_keeps_the_biases_that_the_loss_would_miss(fp64: Backbone) -> None:
@@ -276,6 +277,6 @@ def sample_gradients(backbone: Backbone) -> dict[Site, list[Tensor]]:
     for ids in SAMPLES:
         logits = model(torch.tensor(ids[:-1])[None]).logits[0]
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-        for site, gradient in zip(sites, torch.autograd.grad(loss, weights)):
+        for site, gradient in zip(sites, torch.autograd.grad(loss, weights), strict=True):
             found[site].append(gradient)
     return found

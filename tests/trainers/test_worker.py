@@ -96,7 +96,7 @@ def test_a_pack_that_starts_again_on_another_class_of_device_says_so_and_goes_on
     for step in (2, 4):  # the second time from the checkpoint of the first, in the same class
         checkpoint = tmp_path / "moved" / "jobs" / "ftjob-0" / f"checkpoint-{step:08d}"
         with pytest.raises(Crash):
-            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)
+            _worker(moved, backbone, tmp_path / "moved").run(lambda at=checkpoint: _crash() if at.exists() else None)  # type: ignore[misc]
     here, threads = str(device_class()), torch.get_num_threads()
     assert not [line for line in story(moved, "ftjob-0") if "goes on" in line]
     torch.set_num_threads(threads + 1)
@@ -224,7 +224,7 @@ def test_a_graft_that_no_memory_could_hold_fails_its_job(backbone: Backbone, tmp
 def test_a_job_whose_first_held_out_loss_is_not_finite_fails_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner_module.judge
+    real = runner_module.judge  # type: ignore[attr-defined]
 
     def judge(backbone: Backbone, graft: BoundGraft, *given: Any) -> Judgement:
         found = real(backbone, graft, *given)
@@ -293,7 +293,7 @@ def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp
     first, _, _, over, unlike, missing, damaged = _jobs(store)
     assert over.state is JobState.SUCCEEDED
     wrong = ("'ftjob-1' is 'ia3', not a LoRA", "'ftjob-9' does not exist", "'ftjob-2@1' cannot be read")
-    for failed, said in zip((unlike, missing, damaged), wrong):
+    for failed, said in zip((unlike, missing, damaged), wrong, strict=True):
         assert failed.state is JobState.FAILED and failed.error is not None and said in failed.error.message
         assert (failed.error.code, failed.error.param) == ("invalid_value", PEFT)
     old, new = (

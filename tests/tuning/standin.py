@@ -78,7 +78,7 @@ class StandIn:
             raise HTTPException(503, {"error": {"message": "the store is down"}})
         job, now = self.jobs[name], time.monotonic()
         status = job.status(now)
-        size = BoundGraft(job.request.graft, SHAPE).parameters
+        size = BoundGraft(job.request.graft, SHAPE).parameters  # type: ignore[arg-type]
         done = status == "succeeded"
         return {
             "id": job.id,

@@ -7,7 +7,8 @@ from math import sqrt
 
 import pytest
 
-from polygraft.cluster.client import ApiFailure, Client, RemoteGraft, RemoteJob
+from polygraft.cluster.answers import RemoteGraft, RemoteJob
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.scores import Scores
 from polygraft.cluster.store import keys

@@ -22,13 +22,16 @@ _EPS, _SPREAD = 1e-12, 1e-3  # PEFT's own
 
 def poly(r: Rank = 8, skills: int = 4, splits: int = 1, at: Projections = "linear") -> tuple[Slot, ...]:
     """Polytropon: y += (1 / r) B A x of a mixture of skills, A = sum_s w_s A_s and B = sum_s w_s B_s with w =
-    sigmoid(z) / sum sigmoid(z) (Ponti et al. 2023, arXiv 2202.13914); with splits the inputs and outputs are cut into
-    as many blocks, each with weights of its own (MHR: Caccia et al. 2023, arXiv 2211.03831).
+    sigmoid(z) / sum sigmoid(z) (Ponti et al. 2023, arXiv 2202.13914, eq. 2 to 4 of EACL's version); with splits the
+    inputs and outputs are cut into as many blocks, each with weights of its own (MHR: Caccia et al. 2023, arXiv
+    2211.03831).
 
     `skills` are the LoRAs that each projection mixes, `splits` the blocks that mix them in their own way.
 
-    Deviations: A graft is of one task, so the matrix of tasks and skills has one row. In training sigmoid(z) is a draw
-    of the relaxed Bernoulli distribution at a temperature of 1, here one a step and projection, in PEFT one a sequence.
+    Deviations: As in PEFT A and B are mixed each for itself, where the paper mixes the products A_s B_s, and z learns
+    at the rate of all else. A graft is of one task, so the matrix of tasks and skills has one row. In training
+    sigmoid(z) is a draw of the relaxed Bernoulli distribution at a temperature of 1, here one a step and projection,
+    in PEFT one a sequence.
 
     Choose when: you bring PEFT's Poly folders of one task; several tasks, for which it was made, are several jobs here.
     """

@@ -161,7 +161,11 @@ _KEPT = {"l": "frod_lambda_l", "s": "frod_lambda_s_values"}
 
 
 def _pack(
-    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, spec: GraftSpec
+    values: Values,
+    layout: Sequence[TensorSpec],
+    module: Callable[..., str],
+    backbone_files: BackboneFiles,
+    spec: GraftSpec,
 ) -> Values:
     """PEFT reads V but makes U of the one that it makes of W itself, which is to be the same."""
     import torch
@@ -172,7 +176,7 @@ def _pack(
         form = spec.slots[slot].form
         assert form is not None
         if bool(V.any()):  # without values only the keys are asked for
-            again = basis([stock.whole(site) for site in sites], float(form.keywords()["ridge"]))
+            again = basis([backbone_files.whole(site) for site in sites], float(form.keywords()["ridge"]))
             if (again - V).norm() > 1e-4 * again.norm():
                 raise SpecError(f"{name}: PEFT makes V of W again, and it is not this graft's; keep the native folder")
         found[f"base_model.frod_V.{category}"] = V
@@ -182,7 +186,11 @@ def _pack(
 
 
 def _unpack(
-    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, spec: GraftSpec
+    stored: Values,
+    layout: Sequence[TensorSpec],
+    module: Callable[..., str],
+    backbone_files: BackboneFiles,
+    spec: GraftSpec,
 ) -> Values:
     found = {t.name: stored[f"{module(t.site)}.{_KEPT[t.part]}"] for t in layout if t.site is not None}
     for slot, name, _, category in _categories(layout, module):
@@ -225,6 +233,6 @@ PEFT = (
             "progressbar": True,
             "runtime_offload_base_weight": None,
         },
-        packed=Packed(_pack, _unpack, stock=True),
+        packed=Packed(_pack, _unpack, reads_backbone=True),
     ),
 )

@@ -37,7 +37,9 @@ def hra(r: Rank = 8, at: Projections = "linear", start: str = "pairs") -> tuple[
 
 
 def _own(slot: Rotate, place: SiteShape, start: str = "pairs") -> Mapping[str, TensorDecl]:
-    return {"u": TensorDecl((slot.size, place.d_in), DeclRef("hra-vectors", (("apart", int(start == "random")),)))}
+    return {
+        "u": TensorDecl((slot.size, place.d_in), DeclRef("hra-vectors", (("each", 1 if start == "random" else 2),)))
+    }
 
 
 def _operands(
@@ -52,14 +54,14 @@ def _operands(
     return {"A": U, "B": -torch.linalg.solve_triangular(L, U, upper=False)}
 
 
-def _vectors(tensor: TensorSpec, making: Making, apart: int) -> Tensor:
-    """Kaiming-uniform as in PEFT, every vector twice unless `apart`."""
+def _vectors(tensor: TensorSpec, making: Making, each: int) -> Tensor:
+    """Kaiming-uniform as in PEFT, of every vector `each` equal ones in a row."""
     import torch
 
-    count = tensor.shape[0] if apart else tensor.shape[0] // 2
+    count = tensor.shape[0] // each
     bound = count**-0.5
     drawn = torch.rand(count, tensor.shape[1], generator=making.generator(tensor.name)) * (2 * bound) - bound
-    found: Tensor = drawn.repeat_interleave(1 if apart else 2, dim=0)
+    found: Tensor = drawn.repeat_interleave(each, dim=0)
     return found
 
 

@@ -22,7 +22,7 @@ Values = Mapping[str, "Tensor"]
 
 def psoft(r: Rank = 32, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """The r largest singular directions of W are turned among themselves, y += U S (R - I) V^T x with R = diag(b) (I +
-    Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, as in PEFT).
+    Q) (I - Q)^-1 diag(a), Q skew-symmetric; only Q, a and b are trained (OpenReview FSHrinMArK, eq. 8).
 
     Deviations: PEFT's form with the exact inverse; its Neumann series and other starts are refused.
 
@@ -61,7 +61,7 @@ PARAMETRIZATIONS = (Parametrization("psoft", _operands, _own),)
 
 
 def _pack(
-    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, _: object
+    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], backbone_files: BackboneFiles, _: object
 ) -> Values:
     return {
         f"{module(tensor.site)}.psoft_R.{_KEPT[tensor.part]}": values[tensor.name]
@@ -71,7 +71,7 @@ def _pack(
 
 
 def _unpack(
-    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, _: object
+    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], backbone_files: BackboneFiles, _: object
 ) -> Values:
     """A and B are not in PEFT's file: it makes them from W again."""
     from torch import linalg
@@ -83,7 +83,7 @@ def _unpack(
             found[tensor.name] = stored[f"{module(tensor.site)}.psoft_R.{_KEPT[tensor.part]}"]
         elif tensor.part == "A":
             rank = tensor.shape[0]
-            U, S, Vh = linalg.svd(stock.whole(tensor.site), full_matrices=False)
+            U, S, Vh = linalg.svd(backbone_files.whole(tensor.site), full_matrices=False)
             found[tensor.name] = Vh[:rank]
             found[f"{tensor.name.removesuffix('A')}B"] = S[:rank].unsqueeze(1) * U.T[:rank]
     return found
@@ -114,6 +114,6 @@ PEFT = (
             "random_seed": None,
         },
         written=False,
-        packed=Packed(_pack, _unpack, stock=True),
+        packed=Packed(_pack, _unpack, reads_backbone=True),
     ),
 )

@@ -18,11 +18,12 @@ def dylora(
     r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, served: int = 0
 ) -> tuple[Slot, ...]:
     """LoRA that is trained at all ranks at once: every step draws b from 1 to r and computes with the first b ranks and
-    the scale alpha / b, so that the graft may be served at any of them (Valipour et al. 2022, arXiv 2210.07558).
+    the scale alpha / b, so that the graft may be served at any of them (Valipour et al. 2022, arXiv 2210.07558, eq. 7).
 
     `served` is the rank to serve and evaluate at; 0: all.
 
-    Deviations: All first b ranks learn, where the paper can train the b-th alone (its "frozen" variant); b is uniform.
+    Deviations: All first b ranks learn, where the paper can train the b-th alone (its "frozen" variant, eq. 10); b is
+    uniform.
 
     Choose when: the rank is to be chosen after training, by what serving allows.
     """

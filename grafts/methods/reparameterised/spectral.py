@@ -187,7 +187,11 @@ STARTS = (Start("singular", _singular), Start("qr", _qr), Start("minor", _minor)
 
 
 def _pack(
-    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, spec: GraftSpec
+    values: Values,
+    layout: Sequence[TensorSpec],
+    module: Callable[..., str],
+    backbone_files: BackboneFiles,
+    spec: GraftSpec,
 ) -> Values:
     """PEFT's file holds the trained A and B alone: it takes their start out of W again when it loads them."""
     return {
@@ -198,7 +202,11 @@ def _pack(
 
 
 def _unpack(
-    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, spec: GraftSpec
+    stored: Values,
+    layout: Sequence[TensorSpec],
+    module: Callable[..., str],
+    backbone_files: BackboneFiles,
+    spec: GraftSpec,
 ) -> Values:
     found: dict[str, Tensor] = {}
     taken: dict[object, tuple[Tensor, Tensor]] = {}
@@ -210,7 +218,7 @@ def _unpack(
             continue
         if tensor.site not in taken:
             factors = _factors if slot.start.name == "singular" else _rows
-            taken[tensor.site] = factors(stock.whole(tensor.site), slot.rank, -slot.scale)
+            taken[tensor.site] = factors(backbone_files.whole(tensor.site), slot.rank, -slot.scale)
         found[tensor.name] = taken[tensor.site]["AB".index(tensor.part)]
     return found
 
@@ -228,7 +236,7 @@ PEFT = tuple(
         fixed={"init_lora_weights": method, "use_dora": False, "use_rslora": False},
         idle={"lora_dropout": None},
         patterns=LORA_PATTERNS,
-        packed=Packed(_pack, _unpack, stock=True),
+        packed=Packed(_pack, _unpack, reads_backbone=True),
         written=False,
     )
     for method in ("pissa", "olora")

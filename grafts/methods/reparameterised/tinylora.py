@@ -23,9 +23,9 @@ def tinylora(
     r: Rank = 2, u: Count = 64, tied: int = 0, at: Projections = "linear", dropout: Dropout = 0.0
 ) -> tuple[Slot, ...]:
     """y += B (sum_i v_i P_i) A x, with A and B the r largest singular directions of W and P_i random, all frozen; only
-    v [u] is trained, shared by all sites with `tied` (arXiv 2602.04118, as PEFT has it).
+    v [u] is trained, shared by all sites with `tied` (Morris et al. 2026, arXiv 2602.04118, section 4.0.2).
 
-    Deviations: Held against PEFT; ties of groups of modules are left out.
+    Deviations: Held against PEFT; ties of groups of modules are left out, ours are of all sites or none.
 
     Choose when: a handful of numbers must do, as in reinforcement learning.
     """

@@ -49,13 +49,17 @@ METHODS = (
 
 
 def _pack(
-    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, _: object
+    values: Values, layout: Sequence[TensorSpec], module: Callable[..., str], backbone_files: BackboneFiles, _: object
 ) -> Values:
     """PEFT keeps the whole norm: w' with c + w' = g (c + w) where an architecture's factor is c + w, and g b."""
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, bias, offset = stock.weight(tensor.site), stock.bias(tensor.site), stock.norm_offset
+        weight, bias, offset = (
+            backbone_files.weight(tensor.site),
+            backbone_files.bias(tensor.site),
+            backbone_files.norm_offset,
+        )
         key, g = f"{module(tensor.site)}.ln_tuning_layers", values[tensor.name]
         found[f"{key}.weight"] = g * (offset + weight) - offset
         if bias is not None:
@@ -64,12 +68,12 @@ def _pack(
 
 
 def _unpack(
-    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], stock: BackboneFiles, _: object
+    stored: Values, layout: Sequence[TensorSpec], module: Callable[..., str], backbone_files: BackboneFiles, _: object
 ) -> Values:
     found: dict[str, Tensor] = {}
     for tensor in layout:
         assert tensor.site is not None
-        weight, offset = stock.weight(tensor.site), stock.norm_offset
+        weight, offset = backbone_files.weight(tensor.site), backbone_files.norm_offset
         found[tensor.name] = (offset + stored[f"{module(tensor.site)}.ln_tuning_layers.weight"]) / (offset + weight)
     return found
 
@@ -93,7 +97,7 @@ PEFT = (
         conv1d=True,
         layered=False,
         biases=False,
-        packed=Packed(_pack, _unpack, stock=True),
+        packed=Packed(_pack, _unpack, reads_backbone=True),
         shift=_shift,
         trains_biases=True,
     ),

@@ -247,7 +247,7 @@ def test_a_new_controller_goes_on_where_the_old_one_was(world: World) -> None:
     old = world.controller
     new = world.start("two")
     world.settle(new)
-    assert new.snapshot.jobs == old.snapshot.jobs | {job.id: job for job in (world.job(A), world.job(B))}
+    assert new.snapshot.jobs == old.snapshot.jobs | {job.id: job for job in (world.job(A), world.job(B))}  # type: ignore[operator]
     assert [state for _, state in world.packs()] == [PackState.OPEN]
     world.submit("c")
     with pytest.raises(Fenced):

@@ -100,7 +100,7 @@ def test_serve_can_carry_it_to_its_controller() -> None:
     """By value, as it does, without whatever else its module has imported."""
     kwargs = {"store_url": "memory://", "backbone": "tiny", "share": 0.5, "scaling": RULES}
     carried = AutoscalingPolicy(policy_function="polygraft.cluster.actors.scaler:Scaler", policy_kwargs=kwargs)
-    policy = cloudpickle.loads(carried.get_serialized_policy_def())(**carried.policy_kwargs)
+    policy = cloudpickle.loads(carried.get_serialized_policy_def())(**carried.policy_kwargs)  # type: ignore[arg-type]
     assert policy(Context(2)) == (2, {})
 
 

@@ -129,7 +129,7 @@ def test_what_is_not_trained_takes_memory_too() -> None:
 
 def test_a_requested_cancel_reaches_waiting_and_running_jobs_once() -> None:
     asked = {"cancel_requested": True}
-    jobs = (make_job("a", **asked), running("b", **asked), running("c", stopping=True, **asked))
+    jobs = (make_job("a", **asked), running("b", **asked), running("c", stopping=True, **asked))  # type: ignore[arg-type]
     assert decide(make_snapshot(jobs=jobs, packs=(make_pack(),))) == (
         CancelJob(A, None, Reason.REQUESTED),
         CancelJob(B, P, Reason.REQUESTED),

@@ -48,7 +48,7 @@ def test_a_device_with_a_pack_has_room_for_no_other() -> None:
 
 def test_several_are_of_one_make_gpus_first_then_those_with_many_cores() -> None:
     def two(name: str, **fields: object) -> list[Device]:
-        return [make_device(f"{name}{n}", **fields) for n in range(2)]
+        return [make_device(f"{name}{n}", **fields) for n in range(2)]  # type: ignore[arg-type]
 
     given = free(*two("a", cores=2), *two("b", cores=4), *two("c", kind="cuda", cores=1))
     assert [names(given.take(2)) for _ in range(4)] == ["c0 c1", "b0 b1", "a0 a1", None]

@@ -137,7 +137,8 @@ def test_the_service_of_backlogged_tenants_never_differs_by_more_than_vtcs_bound
     weights = {TenantId(f"t{n}"): weight for n, (_, _, weight) in enumerate(shapes)}
     engine = Engine(blocks=blocks, streams=streams, rows=rows, weights=weights)
     numbers = iter(range(10**6))
-    least, largest = {}, {}
+    least: dict[tuple[TenantId, TenantId], float] = {}
+    largest: dict[tuple[TenantId, TenantId], float] = {}
     for _ in range(160):
         for tenant, (prompt, wanted, _) in zip(weights, shapes, strict=True):  # always two waiting: backlogged
             while sum(one.tenant == tenant for one in engine.queue) < 2:

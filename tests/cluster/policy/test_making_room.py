@@ -23,7 +23,7 @@ NO_DEVICE = Hold(A, Reason.NO_DEVICE)
 
 
 def pack(name: str, *devices: str, **fields: object) -> Pack:
-    return make_pack(name, devices=tuple(map(DeviceId, devices)), **fields)
+    return make_pack(name, devices=tuple(map(DeviceId, devices)), **fields)  # type: ignore[arg-type]
 
 
 def inside(name: str, count: int, **fields: object) -> tuple[Job, ...]:

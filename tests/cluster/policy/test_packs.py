@@ -240,7 +240,7 @@ def test_jobs_look_for_a_place_in_an_opening_pack_while_it_has_one(
 def test_two_jobs_that_were_overtaken_long_enough_get_a_pack_each_and_nobody_else_one() -> None:
     limits = Limits(pack_bytes=100 * STATE_BYTES, overtake_s=60.0)
     waiting = {"blocked_at": 40.0, "reason": Reason.PACK_MEMORY, "parameters": 90}
-    large, small = [make_job(name, **waiting) for name in "ab"], make_job("c", parameters=1)
+    large, small = [make_job(name, **waiting) for name in "ab"], make_job("c", parameters=1)  # type: ignore[arg-type]
     jobs = (*inside("p", 1, parameters=30), *inside("q", 2, parameters=20), *large, small)
     snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=limits, now=100.0)
     assert decide(snapshot) == (Hold(C, Reason.TURN),)
@@ -277,7 +277,7 @@ def test_the_largest_jobs_of_a_pack_look_for_a_place_first() -> None:
 
 @pytest.mark.parametrize("fields", [{"state": JobState.QUEUED}, {"stopping": True}])
 def test_a_pack_stays_while_a_job_of_it_begins_or_ends(fields: dict[str, object]) -> None:
-    jobs = (*inside("p", 2), replace(running("q0", "q"), **fields))
+    jobs = (*inside("p", 2), replace(running("q0", "q"), **fields))  # type: ignore[arg-type]
     assert decide(make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2)) == ()
 
 

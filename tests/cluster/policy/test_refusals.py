@@ -61,7 +61,7 @@ def test_a_job_between_two_packs_counts_once() -> None:
 
 def test_jobs_that_have_left_a_pack_are_admitted_before_all_that_wait_if_nobody_stops_them() -> None:
     def left(name: str, created_at: float, **fields: object) -> Job:
-        return make_job(name, moving_to=P, reason=Reason.MOVING, created_at=created_at, **fields)
+        return make_job(name, moving_to=P, reason=Reason.MOVING, created_at=created_at, **fields)  # type: ignore[arg-type]
 
     two = left("a", 9.0), left("b", 8.0), make_job("c")
     assert decide(of(*two)) == (Admit(B, P), Admit(A, P), Admit(C, P))

@@ -53,13 +53,13 @@ def plain(kind: type) -> st.SearchStrategy[object]:
 
 
 @settings(max_examples=60)
-@given(st.one_of(*(st.deferred(lambda kind=kind: plain(kind)) for kind in get_args(Event))))
+@given(st.one_of(*(st.deferred(lambda kind=kind: plain(kind)) for kind in get_args(Event))))  # type: ignore[misc]
 def test_every_event_comes_back_as_it_was(event: Event) -> None:
     assert decode_event(encode_event(event)) == event
 
 
 @settings(max_examples=60)
-@given(st.one_of(*(st.deferred(lambda kind=kind: plain(kind)) for kind in get_args(Record))))
+@given(st.one_of(*(st.deferred(lambda kind=kind: plain(kind)) for kind in get_args(Record))))  # type: ignore[misc]
 def test_every_record_comes_back_as_it_was(record: Record) -> None:
     key: Key[Record] = Key(f"{next(name for name, kind in keys.TYPES.items() if kind is type(record))}/x")
     assert decode_record(key, encode_record(key, record)) == record

@@ -79,9 +79,9 @@ def test_a_patient_writer_waits_until_its_write_is_taken(disk: SmallDisk, server
     with ThreadPoolExecutor(2) as threads:
         waiting = [threads.submit(make_key, patient), threads.submit(patient.append, STREAM, {"step": 1})]
         time.sleep(0.2)
-        assert not any(one.done() for one in waiting)
+        assert not any(one.done() for one in waiting)  # type: ignore[attr-defined]
         disk.make_room()
-        key = waiting[0].result(timeout=10)
+        key = waiting[0].result(timeout=10)  # type: ignore[attr-defined]
     assert verify_key(hasty, str(key)) is not None
     assert [entry for _, entry in hasty.read(STREAM)] == [{"step": 1}]
 

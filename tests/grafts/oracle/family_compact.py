@@ -21,7 +21,7 @@ def compacter() -> Hook:
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         down = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["down_s"], p["down_t"], strict=True))
         up = sum(torch.kron(S, torch.outer(s, t)) for S, s, t in zip(p["S"], p["up_s"], p["up_t"], strict=True))
-        return y + F.linear(F.gelu(F.linear(y, down)), up)
+        return y + F.linear(F.gelu(F.linear(y, down)), up)  # type: ignore[arg-type]
 
     return after(equation)
 
@@ -32,7 +32,7 @@ def phm() -> Hook:
     def equation(x: Tensor, y: Tensor, p: Parts) -> Tensor:
         down = sum(torch.kron(S, T) for S, T in zip(p["S"], p["down"], strict=True))
         up = sum(torch.kron(S, T) for S, T in zip(p["S"], p["up"], strict=True))
-        return y + F.linear(F.gelu(F.linear(y, down)), up)
+        return y + F.linear(F.gelu(F.linear(y, down)), up)  # type: ignore[arg-type]
 
     return after(equation)
 

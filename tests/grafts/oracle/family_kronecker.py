@@ -39,7 +39,7 @@ def kadaptation() -> Hook:
         rows = []
         for a in range(S.shape[1]):
             blocks = [sum(S[i, a, b] * u[i].outer(v[i]) for i in range(len(S))) for b in range(S.shape[2])]
-            rows.append(torch.cat(blocks, 1))
+            rows.append(torch.cat(blocks, 1))  # type: ignore[arg-type]
         return torch.cat(rows)
 
     return dense(change)

@@ -44,7 +44,7 @@ def late(layer: int) -> Callable[[Path, Values, torch.dtype], Oracle]:
 def layers(model: nn.Module) -> nn.ModuleList:
     """The model's decoder layers."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next(found for found in lists if len(found) == model.config.num_hidden_layers)  # type: ignore[union-attr]
+    return next(found for found in lists if len(found) == model.config.num_hidden_layers)
 
 
 ROWS: Mapping[str, Row] = {

@@ -13,7 +13,7 @@ from polygraft.launch.demo.oracle.plain import MODULES, Place, split
 from tests.grafts.oracle.row import LINEAR, Row
 
 
-def middle(scale: float) -> Hook:
+def mixer(scale: float) -> Hook:
     """W x + s B M A x (MoSLoRA: Wu et al. 2024; LoRA-XS: Balazy et al. 2024, section 3)."""
     return after(lambda x, y, p: y + scale * (x @ p["A"].T @ p["M"].T) @ p["B"])
 
@@ -83,8 +83,8 @@ ROWS: Mapping[str, Row] = {
         place=_part_frozen("A"),
     ),
     "lora-plus": Row("lora-plus(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
-    "moslora": Row("moslora(r=4, alpha=8)", hooks=lambda: {0: middle(2.0)}),
-    "lora-xs": Row("lora-xs(r=4, alpha=8)", hooks=lambda: {0: middle(2.0)}),
+    "moslora": Row("moslora(r=4, alpha=8)", hooks=lambda: {0: mixer(2.0)}),
+    "lora-xs": Row("lora-xs(r=4, alpha=8)", hooks=lambda: {0: mixer(2.0)}),
     "adalora": Row(
         "adalora(r=6, alpha=8, target=4)",
         lambda: AdaLoraConfig(init_r=6, target_r=4, lora_alpha=8, total_step=100, target_modules=LINEAR),

@@ -75,7 +75,7 @@ ROWS: Mapping[str, Row] = {
     "hydralora": Row("hydralora(r=3, experts=2, alpha=6, at=attn.[qv]|ffn.down)", hooks=lambda: {0: hydralora(2, 2.0)}),
     "unipelt-al": Row("unipelt-al(r=4, size=6)", hooks=lambda: {0: gated_lora(), 1: gated_adapter()}),
     "autopeft": Row(
-        "autopeft(serial=4, beside=6, prefix=3)", hooks=lambda: {0: feed_forward_adapter(), 1: parallel(4.0)}
+        "autopeft(serial=4, parallel=6, prefix=3)", hooks=lambda: {0: feed_forward_adapter(), 1: parallel(4.0)}
     ),
     "job-gated-experts": Row(
         "job-gated-experts(r=8, experts=4, alpha=4, task=3)", hooks=lambda: {0: job_gated(4, 0.5)}

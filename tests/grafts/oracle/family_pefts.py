@@ -28,7 +28,7 @@ def poly(model: PeftModel, name: str, value: Tensor) -> Place:
 
 def cpt(model: PeftModel, name: str, value: Tensor) -> Place:
     encoder = model.prompt_encoder["default"]
-    return Place((encoder.embedding if split(name)[3] == "context" else encoder.delta_embedding).weight)
+    return Place((encoder.embedding if split(name)[3] == "context" else encoder.delta_embedding).weight)  # type: ignore[arg-type]
 
 
 def frod(model: PeftModel, name: str, value: Tensor) -> Place:

@@ -51,7 +51,7 @@ def noreft(y: Tensor, p: Parts) -> Tensor:
 
 def loreft(y: Tensor, p: Parts) -> Tensor:
     """The same with orthonormal rows R, kept so by torch's own parametrisation of its transpose."""
-    holder = nn.Linear(*p["R"].shape, bias=False, dtype=y.dtype)  # weight [d, r]
+    holder = nn.Linear(*p["R"].shape, bias=False, dtype=y.dtype)  # type: ignore[misc]  # weight [d, r]
     orthogonal(holder, orthogonal_map="householder", use_trivialization=False)
     R = holder.parametrizations.weight[0](p["R"].T).T
     assert torch.allclose(R @ R.T, torch.eye(len(R), dtype=R.dtype), atol=1e-5)
@@ -89,7 +89,7 @@ def _adaption_config() -> AdaptionPromptConfig:
     def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         return scores.to(torch.promote_types(scores.dtype, dtype)).softmax(dim)
 
-    layer.F = SimpleNamespace(softmax=softmax)  # type: ignore[attr-defined]
+    layer.F = SimpleNamespace(softmax=softmax)  # type: ignore[assignment,attr-defined]
     return AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=6, adapter_layers=2)
 
 

@@ -18,6 +18,6 @@ def trained(backbone: Path, config: PeftConfig, target: Path, *, by: float = 0.1
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += by * torch.randn(parameter.shape, generator=generator)
+                parameter += by * torch.randn(parameter.shape, generator=generator)  # type: ignore[misc]
     model.save_pretrained(str(target))
     return model

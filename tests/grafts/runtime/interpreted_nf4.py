@@ -27,11 +27,11 @@ from tests.kernels.interpreted import TOLERANCE, main
 
 T = TypeVar("T")
 D_IN, WIDTHS, ROWS, RANK = 128, (40, 24, 24), 21, 5
-APART = (Segment(1, 2, 0, RANK, 0.5), Segment(4, 20, RANK, 2 * RANK, 2.0))
+DISJOINT = (Segment(1, 2, 0, RANK, 0.5), Segment(4, 20, RANK, 2 * RANK, 2.0))
 MEETING = (Segment(0, 12, 0, RANK), Segment(5, 21, RANK, 2 * RANK, 0.3))
 LISTS: dict[StackSlices, tuple[Segment, ...]] = {
     StackSlices(tuple(StackSlice(graft, s.first, s.last) for graft, s in enumerate(items, start))): items
-    for start, items in ((0, APART), (2, MEETING))
+    for start, items in ((0, DISJOINT), (2, MEETING))
 }
 FIRST, SECOND = LISTS  # grafts whose spans are apart, and grafts whose spans meet
 # (branches as (member, grafts, activation); the widths of the products that they are asked for with)
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[list[tuple[int, StackSlices, str]], list[int]]] = {
 class OnGpu(Tensor):
     """A tensor of the CPU that ops take for one of a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 def a_bare_linear_is_its_dense_product(dtype: torch.dtype) -> None:
@@ -81,7 +81,7 @@ def training_takes_the_product_and_its_gradient(dtype: torch.dtype) -> None:
     (gradient,) = torch.autograd.grad(products, leaf, [on_gpu(slope) for slope in slopes])
     truth = x.double().requires_grad_()
     want = list(F.linear(truth, linear.weight().double()).split_with_sizes(WIDTHS, dim=1))
-    want[1] = reference.branch(truth, want[1], b.A.double(), b.B.double(), Segments(APART), "gelu")
+    want[1] = reference.branch(truth, want[1], b.A.double(), b.B.double(), Segments(DISJOINT), "gelu")
     (expected,) = torch.autograd.grad(want, truth, [slope.double() for slope in slopes])
     assert_close({"dx": plain(gradient)}, {"dx": expected}, TOLERANCE[dtype])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
 from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
@@ -59,7 +59,7 @@ def dense_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def given_back(weight: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    held = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    held = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")  # type: ignore[misc]
     return dequantize_4bit(held.data, held.quant_state)
 
 

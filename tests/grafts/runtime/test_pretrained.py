@@ -56,7 +56,7 @@ def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(tmp_path: Path) -> N
 def test_leftovers_of_a_killed_process_are_removed(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / ".name.draft-dead").mkdir(parents=True)
-    made = pretrained._once(cache / "name", lambda new: shutil.copytree(folder, new, dirs_exist_ok=True))
+    made = pretrained._once(cache / "name", lambda new: shutil.copytree(folder, new, dirs_exist_ok=True))  # type: ignore[arg-type]
     assert sorted(path.name for path in cache.iterdir()) == [".name.lock", "name"]
     assert (made / "model.safetensors").stat().st_mode & 0o777 == 0o644
 

@@ -80,8 +80,8 @@ def masks(template: str, messages: Sequence[Message], folder: Path, target: Path
         return_assistant_tokens_mask=True,
     )
     ours = Tokeniser.load(unmarked).encode_example(Example(tuple(messages)), 1_000)
-    assert list(ours.ids) == found["input_ids"]
-    return list(ours.weights), [float(mask) for mask in found["assistant_masks"]]
+    assert list(ours.ids) == found["input_ids"]  # type: ignore[call-overload,index]
+    return list(ours.weights), [float(mask) for mask in found["assistant_masks"]]  # type: ignore[call-overload,index]
 
 
 @pytest.mark.parametrize("chat", range(len(CHATS)))

@@ -39,7 +39,7 @@ def render(template: str, budget: Budget = Budget()) -> str:
     ],
 )
 def test_a_template_renders_as_in_transformers(template: str) -> None:
-    rendered, _ = render_jinja_template([PLAIN], chat_template=template, add_generation_prompt=True, **TOKENS)
+    rendered, _ = render_jinja_template([PLAIN], chat_template=template, add_generation_prompt=True, **TOKENS)  # type: ignore[arg-type,str-unpack]
     assert render(template) == rendered[0]
 
 

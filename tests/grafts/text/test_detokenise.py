@@ -37,6 +37,13 @@ def fallback() -> Tokeniser:
     return Tokeniser(tokenizer, None, (), "")
 
 
+def known(tokeniser: Tokeniser, piece: str) -> int:
+    """The id of a piece that the vocabulary has."""
+    found = tokeniser._tokenizer.token_to_id(piece)
+    assert found is not None
+    return found
+
+
 def pieces(tokeniser: Tokeniser, ids: list[int], context: tuple[int, ...] = ()) -> list[str]:
     detokeniser = Detokeniser(tokeniser, context)
     return [detokeniser.feed([id]) for id in ids] + [detokeniser.finish()]
@@ -74,22 +81,22 @@ def test_state_is_rebuilt_from_ids(tiny: Tokeniser) -> None:
 
 
 def test_bytes_that_never_become_a_character_are_not_held_back_for_ever(tiny: Tokeniser) -> None:
-    byte = tiny._tokenizer.token_to_id("Ģ")  # 0x80: the inside of a character, never its beginning
+    byte = known(tiny, "Ģ")  # 0x80: the inside of a character, never its beginning
     detokeniser = Detokeniser(tiny)
     assert len(detokeniser.feed([byte] * 20)) >= 15
 
 
 def test_a_space_that_the_decoder_drops_at_the_start_is_kept_after_a_prompt(fallback: Tokeniser) -> None:
-    space, paris, is_, big = (fallback._tokenizer.token_to_id(piece) for piece in ("▁", "▁Paris", "▁is", "big"))
+    space, paris, is_, big = (known(fallback, piece) for piece in ("▁", "▁Paris", "▁is", "big"))
     assert pieces(fallback, [paris, is_, space, space, big]) == ["Paris", " is", " ", " ", "big", ""]
     assert pieces(fallback, [is_, is_], context=(paris,)) == [" is", " is", ""]
 
 
 @given(text=st.text("日本語好é👋 ", max_size=20))
 def test_characters_in_bytes_come_out_whole_with_a_byte_fallback_decoder(fallback: Tokeniser, text: str) -> None:
-    known = {"好": fallback._tokenizer.token_to_id("好"), " ": fallback._tokenizer.token_to_id("▁")}
-    ids = [id for letter in text for id in ([known[letter]] if letter in known else letter.encode())]
-    found = "".join(pieces(fallback, ids, context=(known["好"],)))
+    whole = {"好": known(fallback, "好"), " ": known(fallback, "▁")}
+    ids = [id for letter in text for id in ([whole[letter]] if letter in whole else letter.encode())]
+    found = "".join(pieces(fallback, ids, context=(whole["好"],)))
     assert found == text
 
 

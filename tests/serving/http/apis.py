@@ -33,7 +33,7 @@ def known(
         record=record,
         tokeniser=Tokeniser.load(backbone.folder),
         shape=backbone.shape,
-        stock=BackboneFiles(backbone.folder),
+        files=BackboneFiles(backbone.folder),
         gateway=gateway,
         adoption=adoption,
         max_context=max_context,

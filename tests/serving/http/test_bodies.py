@@ -34,7 +34,7 @@ async def unending(service: Service, tenant: str, path: str = "/v1/chat/completi
     async def send(message: Any) -> None:
         status.extend([message["status"]] if message["type"] == "http.response.start" else [])
 
-    await service.transport.app(scope, receive, send)  # type: ignore[arg-type]
+    await service.transport.app(scope, receive, send)
     return status[0]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -88,7 +90,7 @@ async def test_an_oversize_upload_is_413_whether_announced_or_not(service: Servi
     announced = await ann.post("/files", files={"file": ("a.jsonl", large)}, data={"purpose": "fine-tune"})
     assert "20000" in refusal(announced, 413)["message"]
 
-    async def chunks():  # type: ignore[no-untyped-def]
+    async def chunks() -> AsyncIterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         for _ in range(100):
             yield large[:1000]
@@ -152,7 +154,7 @@ async def test_what_lies_outside_the_file_is_limited_too(service: Service, ann: 
     """In many short fields, or after the last boundary."""
     sent = 0
 
-    async def chunks(first: bytes, again: bytes):  # type: ignore[no-untyped-def]
+    async def chunks(first: bytes, again: bytes) -> AsyncIterator[bytes]:
         nonlocal sent
         sent = 0
         yield first
@@ -224,7 +226,10 @@ async def test_an_upload_to_a_full_disk_is_503_leaves_nothing_and_works_once_the
     with small_disk(tmp_path / "disk", mib=1) as disk:
         monkeypatch.setattr(service, "api", replace(service.api, data=disk.folder))
         service.transport.app.state.api = service.api  # type: ignore[attr-defined]
-        sent = {"files": {"file": ("a.jsonl", jsonl(*[EXAMPLE] * 100))}, "data": {"purpose": "fine-tune"}}
+        sent: dict[str, Any] = {
+            "files": {"file": ("a.jsonl", jsonl(*[EXAMPLE] * 100))},
+            "data": {"purpose": "fine-tune"},
+        }
         for room in (0, 4096, 8192):  # none, and too little to write or to flush
             disk.fill(leaving=room)
             assert "full" in refusal(await ann.post("/files", **sent), 503)["message"]
@@ -275,7 +280,7 @@ async def test_a_client_that_hangs_up_while_uploading_leaves_nothing(service: Se
     ]
 
     async def receive() -> dict[str, object]:
-        return said.pop(0) if said else {"type": "http.disconnect"}
+        return said.pop(0) if said else {"type": "http.disconnect"}  # type: ignore[return-value]
 
     async def send(_: object) -> None: ...
 
@@ -283,7 +288,7 @@ async def test_a_client_that_hangs_up_while_uploading_leaves_nothing(service: Se
         (b"content-type", b"multipart/form-data; boundary=b"),
         (b"authorization", f"Bearer {service.keys['ann']}".encode()),
     ]
-    scope = {
+    scope: dict[str, object] = {
         "type": "http",
         "method": "POST",
         "path": "/v1/files",

@@ -22,7 +22,7 @@ from polygraft.cluster.model import GraftId, TenantId
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.text.jsonl import Message
+from polygraft.grafts.text.message import Message
 from polygraft.serving.adoption import Adoption, Busy, ReaderPlan, Refused, Saved
 from tests.serving.http.conftest import LIMITS, Service, refusal, upload
 from tests.serving.naive import random_tensors
@@ -43,7 +43,7 @@ def lora(backbone: Path, folder: Path, seed: int) -> list[int]:
     torch.manual_seed(seed)
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), config).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # type: ignore[arg-type]
     from polygraft.grafts.text.tokenise import Tokeniser
 
     prompt = Tokeniser.load(backbone).encode_chat([Message("user", ASK[0]["content"])], add_generation_prompt=True)
@@ -226,13 +226,14 @@ async def test_the_files_come_back_to_who_publishes_the_same_graft_while_they_ar
     service: Service, ann: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin's record is written between the look for others and the removal."""
+    from polygraft.kernels.common import atomic
     from polygraft.serving.http import grafts
 
     graft, bound = service.publish("ann", "ia3", "poems"), BoundGraft(parse("ia3"), service.backbone.shape)
-    move, moved = grafts.move, []
+    moved: list[Path] = []
 
     def meanwhile(source: Path, target: Path) -> None:
-        move(source, target)
+        atomic.move(source, target)
         if not moved:
             moved.append(target)
             service.record("bob", GraftId(graft.id), "twin", bound=bound, backbone=service.backbone.fingerprint)
