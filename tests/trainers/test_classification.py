@@ -305,7 +305,7 @@ def test_so_is_one_on_an_encoder(tmp_path: Path) -> None:
     store, backbone = MemoryStore(), Backbone.load(folder, torch.float32, training=True)
     submit(store, tmp_path, {})
     lines = [{"text": f"{word} fruit {n}", "text2": "a pair", "label": word} for n in range(2) for word in ("a", "b")]
-    submit_labelled(store, tmp_path, "ftjob-1", "lora(r=8)", lines, epochs=20)
+    submit_labelled(store, tmp_path, "lora(r=8)", lines, epochs=20)
     store.append(keys.commands(PACK), {"op": "close", "job": ""})
     pack, tokeniser = PackRunner(backbone), Tokeniser.load(folder)
     PackWorker(PACK, pack, tokeniser, store, folders=Folders(tmp_path), micro_rows=128).run(lambda: None)
