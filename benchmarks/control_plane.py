@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
+from resource import RUSAGE_THREAD, getrusage
 from statistics import median, quantiles
 
 import machine
@@ -118,12 +119,13 @@ class Fleet:
         for number in range(jobs):
             self.tell(JobSubmitted(record=a_job(number % TENANTS, self.now + number * 1e-4), at=self.now))
 
-    def round(self) -> tuple[float, float]:
-        """How long policy took, and of that on the processor."""
+    def round(self) -> tuple[float, float, int]:
+        """How long policy took, of that on the processor, and how often others took the processor meanwhile."""
         seen = replace(self.following.snapshot, now=self.now, limits=self.limits)
+        before = preemptions()
         begin, begin_cpu = time.perf_counter(), time.thread_time()
         decisions = decide(seen, self.following.standing)
-        took = time.perf_counter() - begin, time.thread_time() - begin_cpu
+        took = time.perf_counter() - begin, time.thread_time() - begin_cpu, preemptions() - before
         for decision in decisions:
             match decision:
                 case OpenPack(pack=pack, backbone=name, devices=devices, bytes=bytes_, reason=reason):
@@ -146,6 +148,11 @@ class Fleet:
         active = [job for jobs_ in self.following.standing.active.values() for job in jobs_]
         for job in chance.sample(active, min(jobs, len(active))):
             self.tell(ended(job, self.now))
+
+
+def preemptions() -> int:
+    """Of this thread, against its will, so far."""
+    return getrusage(RUSAGE_THREAD).ru_nivcsw
 
 
 def ended(job: JobId, at: float) -> JobSucceeded:
@@ -173,9 +180,11 @@ def deciding(rounds: int) -> Iterator[Claim]:
         took.append(fleet.round())
     queued = sum(len(queue) for queues in fleet.following.standing.queues.values() for queue in queues.values())
     assert queued == QUEUED, queued
-    wall, cpu = zip(*took, strict=True)
+    wall, cpu, preempted = zip(*took, strict=True)
     yield claim("decide_p99_ms", 1e3 * quantiles(wall, n=100)[98], "ms", 10.0, "<")
     yield claim("decide_p99_cpu_ms", 1e3 * quantiles(cpu, n=100)[98], "ms")
+    # What a round waits beyond its own work, it waits for others' processes: a quiet machine has none of these.
+    yield claim("decide_rounds_preempted", sum(map(bool, preempted)) / len(took), "of the rounds")
     yield claim("decide_median_ms", 1e3 * median(wall), "ms")
     yield claim("events_followed_per_s", events / followed, "1/s", 500.0, ">=")
 

@@ -78,6 +78,8 @@ class KernelStage:
         kind, name = arm.name.split("_")
         return Servers("kernels_arms.py", [self._task(kind, variant, (ROWS[name],), self._passes[name])])
 
+    def close(self) -> None: ...
+
     def _task(self, kind: str, variant: str, rows: tuple[int, ...], size: int) -> Task:
         return Task(kind, self._folder, cores(), variant, rows, size, ours=True)
 

@@ -1,4 +1,4 @@
-"""The servers of the benchmark over HTTP, ours and vLLM's, and vLLM's client that drives both."""
+"""The servers of the benchmarks over HTTP, ours and vLLM's, and vLLM's client that drives both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -16,12 +16,20 @@ from typing import Protocol
 import httpx
 import psutil
 from harness import ArmFailed
+from machine import cores
 from material import GRAFTS, Material
 
 MODEL = "smollm2"
+ALL_CORES = "all cores"  # vLLM's engine on all of them; by itself it leaves one to its server
 _READY_S, _RUN_S, _TAIL = 600.0, 1200.0, 400
 _CONTEXT, _PROMPTS = 512, 16
 _FORMS = {"chat": ("openai-chat", "/v1/chat/completions"), "text": ("openai", "/v1/completions")}
+_PARTS = {  # of our service by the classes in the titles that Ray gives its processes
+    ":ServeReplica:polygraft:ingress": "ingress",
+    ":ProxyActor": "proxy",
+    ":ServeController": "Serve's controller",
+    ":Host": "engine",
+}
 
 
 def module(graft: int) -> str:
@@ -42,28 +50,37 @@ class Server(Protocol):
     def pss(self) -> int: ...
 
     def cpu(self) -> Mapping[str, float]:
-        """CPU seconds so far, of what stands in front of the engine and of the engine; nothing where that is one."""
+        """CPU seconds so far of its processes, by what they are; never raises."""
         ...
 
     def close(self) -> None: ...
 
 
 class Ours:
-    """`polygraft up` with a home of its own; the grafts are loaded as vLLM is told of them."""
+    """`polygraft up` with a home of its own; grafts are loaded as vLLM is told of them, by name and folder. `options`
+    are more of its own, `settings` more of its environment."""
 
-    def __init__(self, folder: Path) -> None:
-        self._material, self._home = Material.read(str(folder)), folder / "home"
-        roots = json.dumps([str(folder / "grafts")])
-        self._environment = os.environ | {"POLYGRAFT_HOME": str(self._home), "POLYGRAFT_GRAFT_ROOTS": roots}
+    def __init__(
+        self,
+        home: Path,
+        grafts: Mapping[str, Path] | None = None,
+        *,
+        options: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        grafts, self._home = grafts or {}, home
+        roots = json.dumps(sorted({str(folder.parent) for folder in grafts.values()}))
+        self._environment = os.environ | {"POLYGRAFT_HOME": str(home), "POLYGRAFT_GRAFT_ROOTS": roots}
+        self._environment |= settings or {}
         for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # the service sets its own
             self._environment.pop(name, None)
-        self._polygraft("up", "--port", "0")
-        service = json.loads((self._home / "run" / "service.json").read_text())
+        self._polygraft("up", "--port", "0", "--timeout", f"{_READY_S:.0f}", *options)
+        service = json.loads((home / "run" / "service.json").read_text())
         self.url, self._pid = service["url"], service["pid"]
-        self.key = (self._home / "api_key").read_text().strip()
+        self.key = (home / "api_key").read_text().strip()
         try:
-            for graft in range(GRAFTS):
-                self._load(graft)
+            for name, folder in grafts.items():
+                self._load(name, folder)
         except BaseException:
             self.close()
             raise
@@ -74,21 +91,13 @@ class Ours:
         return _pss(self._pid)
 
     def cpu(self) -> Mapping[str, float]:
-        found = {"front_cpu": 0.0, "engine_cpu": 0.0}
-        for process in _tree(self._pid):
-            with suppress(psutil.Error):
-                title, times = " ".join(process.cmdline()), process.cpu_times()
-                if any(name in title for name in ("ray::ProxyActor", "ray::ServeController", ":ingress")):
-                    found["front_cpu"] += times.user + times.system
-                elif "ray::ServeReplica" in title:
-                    found["engine_cpu"] += times.user + times.system
-        return found
+        return _cpu(self._pid, _PARTS)
 
     def close(self) -> None:
         self._polygraft("down")
 
-    def _load(self, graft: int) -> None:
-        body = {"lora_name": module(graft), "lora_path": str(self._material.graft_folder(graft))}
+    def _load(self, name: str, folder: Path) -> None:
+        body = {"lora_name": name, "lora_path": str(folder)}
         headers = {"Authorization": f"Bearer {self.key}"}
         answer = httpx.post(f"{self.url}/v1/load_lora_adapter", json=body, headers=headers, timeout=120)
         if answer.status_code != 200:
@@ -102,11 +111,12 @@ class Ours:
 
 
 class Vllm:
-    """`vllm serve` in its own environment, which a server with LoRA is started apart for: it slows the bare model."""
+    """`vllm serve` in its own environment, which a server with LoRA is started apart for: it slows the bare model.
+    `variant` is ALL_CORES, or another word for its own choice."""
 
     key = "none"
 
-    def __init__(self, folder: Path, python: Path, *, lora: bool) -> None:
+    def __init__(self, folder: Path, python: Path, *, lora: bool, variant: str) -> None:
         material = Material.read(str(folder))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -117,13 +127,18 @@ class Vllm:
         if lora:
             options += ["--enable-lora", "--max-loras", f"{GRAFTS}", "--max-lora-rank", "16", "--lora-modules"]
             options += [f"{module(graft)}={material.graft_folder(graft)}" for graft in range(GRAFTS)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+            environment.pop(name, None)
+        if variant == ALL_CORES:
+            environment |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores() - 1}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         self._log = folder / f"vllm-{port}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(python.with_name("vllm")), "serve", material.backbone, *options],
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+                env=environment,
             )
 
     def wait(self) -> None:
@@ -133,13 +148,13 @@ class Vllm:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
             time.sleep(1)
-        raise ArmFailed(self._log.read_text(errors="replace")[-_TAIL:])
+        raise ArmFailed(f"vllm serve: {self._log.read_text(errors='replace')[-_TAIL:]}")
 
     def pss(self) -> int:
         return _pss(self._process.pid)
 
     def cpu(self) -> Mapping[str, float]:
-        return {}
+        return _cpu(self._process.pid, {})
 
     def close(self) -> None:
         children = _tree(self._process.pid)
@@ -170,9 +185,12 @@ class Client:
         if lora:
             words += ["--lora-assignment", "round-robin", "--lora-modules", *map(module, range(GRAFTS))]
         environment = os.environ | {"OPENAI_API_KEY": server.key, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_RUN_S)
+        try:
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_RUN_S)
+        except subprocess.TimeoutExpired:
+            raise ArmFailed(f"vllm bench serve took more than {_RUN_S:.0f} s") from None
         if done.returncode != 0 or not result.exists():
-            raise ArmFailed((done.stderr or done.stdout)[-_TAIL:])
+            raise ArmFailed(f"vllm bench serve: {(done.stderr or done.stdout)[-_TAIL:]}")
         found: Mapping[str, float] = json.loads(result.read_text())
         return found
 
@@ -192,3 +210,15 @@ def _pss(pid: int) -> int:
             memory = process.memory_full_info()
             total += int(getattr(memory, "pss", memory.uss))
     return total
+
+
+def _cpu(pid: int, parts: Mapping[str, str]) -> Mapping[str, float]:
+    """By part, "others" for what is none of them."""
+    found = {**dict.fromkeys(parts.values(), 0.0), "others": 0.0}
+    for process in _tree(pid):
+        with suppress(psutil.Error):
+            title, times = " ".join(process.cmdline()), process.cpu_times()
+            ray = title.startswith("ray::")
+            part = next((name for word, name in parts.items() if ray and word in title), "others")
+            found[part] += times.user + times.system
+    return found

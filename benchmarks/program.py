@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,8 +24,19 @@ ROUNDS, QUICK_ROUNDS = 5, 1
 _WIDTH = 160  # of what goes to a file
 
 
+class ProgramStage(Stage, Protocol):
+    def close(self) -> None:
+        """End what it started; the run is over."""
+        ...
+
+
 class OpenStage(Protocol):
-    def __call__(self, folder: Path, *, quick: bool) -> Stage: ...
+    def __call__(self, folder: Path, *, quick: bool) -> ProgramStage: ...
+
+
+def end_when_told() -> None:
+    """On SIGTERM leave as on Ctrl-C, so that what was started is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def carry_out(
@@ -43,6 +55,7 @@ def carry_out(
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, proves nothing")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
     given = parser.parse_args()
+    end_when_told()
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     progress = partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
     study = study_of(QUICK_ROUNDS if given.quick else ROUNDS)
@@ -68,7 +81,8 @@ def carry_out(
                     maker.ask("make")
                 except ArmFailed as error:
                     raise SystemExit(f"{name}: {error}") from None
-        done = measure(study, open_stage(Path(folder), quick=given.quick), record, progress)
+        with closing(open_stage(Path(folder), quick=given.quick)) as stage:
+            done = measure(study, stage, record, progress)
     show(record, console)
     return 0 if done else 1
 

@@ -73,6 +73,8 @@ class ServingStage:
         script, kind = ("serving_vllm.py" if "vllm" in arm.name else "serving_arms.py"), _KINDS[arm.name]
         return Servers(script, [self._task(kind, variant)])
 
+    def close(self) -> None: ...
+
     def _task(self, kind: str, variant: str) -> Task:
         ours, python = kind.startswith("engine"), ""
         if kind.startswith("vllm"):

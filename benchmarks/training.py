@@ -62,6 +62,8 @@ class TrainingStage:
                 tasks = [self._task(_KINDS[name], variant, jobs, threads)]
         return Servers("training_arms.py", tasks)
 
+    def close(self) -> None: ...
+
     def _task(self, kind: str, variant: str, jobs: range, threads: int) -> Task:
         return Task(kind, self._folder, threads, variant, tuple(jobs), self._steps, ours=kind == "packed")
 

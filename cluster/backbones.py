@@ -11,10 +11,12 @@ from polygraft.cluster.evolve import backbone_after
 from polygraft.cluster.model import Backbone
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Conflict, Fence, Store, Write
+from polygraft.cluster.store.base import JSON, Conflict, EntryId, Fence, Store, Write
 from polygraft.cluster.validation import shown
 
 TRIES = 20  # other writers of one record: ingresses that are asked, and the controller
+DEMANDS_KEPT = 256  # entries of what ingresses want of a backbone
+_LATELY_S = 3.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
@@ -85,6 +87,22 @@ def advance_backbone(store: Store, event: BackboneEvent, *, fence: Fence | None 
         except Conflict:
             if attempt == TRIES - 1:
                 raise
+
+
+def is_answering(store: Store, backbone: str) -> bool:
+    """Whether an ingress, whichever, has requests for the backbone: each says so every second while it has some."""
+    stream = keys.demand(backbone)
+    nothing: dict[str, JSON] = {"ingress": "", "streams": 0, "waiting": 0}
+    now = _milliseconds(store.append(stream, nothing, maxlen=DEMANDS_KEPT))  # by the clock that stamps them all
+    said = {entry["ingress"]: (id_, entry) for id_, entry in store.read(stream)}
+    return any(
+        (entry["streams"] or entry["waiting"]) and now - _milliseconds(id_) < _LATELY_S * 1000
+        for id_, entry in said.values()
+    )
+
+
+def _milliseconds(id_: EntryId) -> int:
+    return int(id_.partition("-")[0])
 
 
 def _same(one: Backbone, other: Backbone) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from polygraft.cluster.model import DeviceId, JobId, PackId
 from polygraft.cluster.states import Reason
 
+AT_ONCE = frozenset({Reason.NODE_DRAINS, Reason.STOPPING})  # of a pack's end: it does not wait for its jobs
+
 
 @dataclass(frozen=True, slots=True)
 class Admit:
@@ -57,7 +59,8 @@ class OpenPack:
 
 @dataclass(frozen=True, slots=True)
 class ClosePack:
-    """Let the pack end; it has no jobs."""
+    """Let the pack end; it has no jobs, or they are put down after their last step where the reason is one of
+    AT_ONCE."""
 
     pack: PackId
     reason: Reason

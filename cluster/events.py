@@ -23,6 +23,7 @@ from polygraft.cluster.model import (
     TenantId,
 )
 from polygraft.cluster.scores import UNJUDGED, Judged
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import Reason
 
 
@@ -204,6 +205,15 @@ class BackboneAsked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneSized:
+    """It was added where no device was known: its packs and replicas are so large from now on."""
+
+    backbone: str
+    sizes: tuple[Size, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneLoading:
     """Replicas are to hold it."""
 
@@ -332,7 +342,7 @@ JobEvent = (
     | JobFailed
     | JobCancelled
 )
-BackboneEvent = BackboneAdded | BackboneAsked | BackboneLoading | BackboneUnloading | BackboneRemoved
+BackboneEvent = BackboneAdded | BackboneAsked | BackboneSized | BackboneLoading | BackboneUnloading | BackboneRemoved
 PackEvent = PackOpening | PackPlaced | PackOpened | PackClosing | PackClosed | PackFailed
 GraftEvent = GraftPublished | AliasMoved | GraftDeleted
 FleetEvent = ReplicaOpened | ReplicaClosed | DeviceJoined | DeviceLost

@@ -12,6 +12,7 @@ from polygraft.cluster.events import (
     BackboneAsked,
     BackboneEvent,
     BackboneLoading,
+    BackboneSized,
     BackboneUnloading,
     DeviceJoined,
     DeviceLost,
@@ -176,6 +177,8 @@ def backbone_after(backbone: Backbone | None, event: BackboneEvent) -> Backbone 
             return record
         case BackboneAsked(at=at) if backbone is not None:
             return replace(backbone, asked_at=max(backbone.asked_at, at))
+        case BackboneSized(sizes=sizes) if backbone is not None:
+            return replace(backbone, sizes=sizes)
         case BackboneLoading() if backbone is not None:
             return replace(backbone, loaded=True)
         case BackboneUnloading() if backbone is not None:

@@ -23,5 +23,13 @@ class Folders:
     def job(self, job: str) -> Path:
         return self.data / "jobs" / job
 
+    @property
+    def rungs(self) -> Path:
+        return self.data / "rungs"
+
+    def rung(self, job: str) -> Path:
+        """What a job that ended at a rung left for those that go on from it."""
+        return self.rungs / job
+
     def pack(self, pack: str) -> Path:
         return self.data / "packs" / pack

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NewType
 
+from polygraft.cluster.rung import Rung
 from polygraft.cluster.scores import UNJUDGED, Judged
 from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason, SearchState, is_final
@@ -68,8 +69,8 @@ class JobSpec:
     `peft` is the union grammar's text or a PEFT config as JSON. `learning_rate` None means the method's own default,
     times `learning_rate_multiplier`. `dropout` None means what the slots say. `warmup_ratio` is a share of all steps.
     `max_length` None cuts no example that the backbone's positions and the pack's memory have room for. On `test_file`
-    the graft is judged once, after training. `priority` orders a tenant's own jobs; the job trains over `devices`. Of
-    `kind` classification it trains a classifier, too, on labelled texts."""
+    the graft is judged once, after training. `priority` orders a tenant's own jobs; the job trains over `devices`, all
+    its steps or up to a `rung`. Of `kind` classification it trains a classifier, too, on labelled texts."""
 
     backbone: str
     training_file: FileId
@@ -94,6 +95,7 @@ class JobSpec:
     promote: bool = False
     priority: int = 0
     devices: int = 1
+    rung: Rung | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graft:
-    """A published version of a graft; its tensors lie in `<data>/grafts/<id>/`. `context_length` is how many positions
-    it takes before a prompt's first token."""
+    """A published version of a graft, in `<data>/grafts/<id>/`. It takes `context_length` positions before a prompt."""
 
     tenant: TenantId
     name: str
@@ -192,8 +193,7 @@ class Graft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """What the bare name means now (`version`; 0 = nothing, all are deleted), and the highest version given out
-    (`latest`); none is reused."""
+    """What the bare name means now (`version`; 0 = nothing), and the highest given out (`latest`); none is reused."""
 
     tenant: TenantId
     name: str
@@ -229,10 +229,8 @@ class Backbone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it.
-
-    `bytes` are what it holds of each of its devices until it is over.
-    """
+    """A backbone on a set of devices that trains jobs together; `epoch` is that of the controller which opened it, and
+    `bytes` are what it holds of each of its devices until it is over."""
 
     id: PackId
     backbone: str
@@ -260,8 +258,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """A backbone on a set of devices that serves grafts, of each of which it holds `bytes`. `actor` is the name under
-    which Ray finds its process."""
+    """A backbone that serves grafts on a set of devices, `bytes` of each. Ray finds its process by the name `actor`."""
 
     id: ReplicaId
     backbone: str
@@ -352,8 +349,10 @@ class Limits:
     it would wait longer for a place. A move costs a job about `moving_s`: a pack that ends sooner is not joined. A job
     that does not fit may be overtaken for `overtake_s` by others that do. A tenant with jobs in packs that got no other
     in for `patience_s` goes first, and so do jobs for which there is no pack. It has at most `tenant_jobs` of them; 0 =
-    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never."""
+    no limit. A backbone that nobody has asked for `unload_s` seconds is unloaded; 0 = never. What no setting has
+    `given` is as the sizes of a pack's backbone say (`policy/budget.py:limits_of`)."""
 
+    given: tuple[str, ...] = ()
     max_jobs: int = 32
     pack_bytes: int = 0
     max_rows: int = 768
@@ -373,8 +372,8 @@ class Snapshot:
     """The fleet after the event `version`: unfinished jobs and packs, recently finished ones, backbones, replicas,
     devices.
 
-    `over` are its finished jobs in the order of their ends. `now`, `limits` and `paces`, those that packs measured
-    lately, are not in the log; the caller of `decide` sets them.
+    `over` are its finished jobs in the order of their ends. The caller of `decide` sets what is not in the log: `now`,
+    `limits`, the `paces` that packs measured lately, and the nodes that are to go, which are `draining`.
     """
 
     version: EventId = START
@@ -387,6 +386,7 @@ class Snapshot:
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=lambda: MappingProxyType({}))
     devices: Mapping[DeviceId, Device] = field(default_factory=lambda: MappingProxyType({}))
     paces: Mapping[PackId, Pace] = field(default_factory=lambda: MappingProxyType({}))
+    draining: tuple[str, ...] = ()
 
     def free_bytes(self, device: DeviceId) -> int:
         """Memory of the device that no unfinished pack and no open replica holds."""

@@ -45,12 +45,21 @@ class RemoteSearch(Answer):
     front: tuple[int, ...] = ()
     finals: tuple[RemoteMember, ...] = ()
     chosen: int | None = None
+    parameters: tuple[Mapping[str, JsonValue], ...] = ()
     job: Mapping[str, JsonValue] = Field(default_factory=dict)
     shape: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     @property
     def final(self) -> bool:
         return self.status in ("succeeded", "failed", "cancelled")
+
+
+class RemoteCandidate(Answer):
+    """A union as text and its learning rate."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    peft: str
+    learning_rate: float
 
 
 class RemoteTrial(Answer):
@@ -61,6 +70,7 @@ class RemoteTrial(Answer):
     number: int
     state: str
     loss: float | None = None
+    candidate: RemoteCandidate
 
 
 def create(client: Client, body: Mapping[str, JsonValue], *, idempotency_key: str | None = None) -> RemoteSearch:

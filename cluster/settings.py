@@ -54,12 +54,16 @@ class PackSettings(BaseModel):
         description="for jobs and activations; 0 = no limit",
     )
     row_bytes: NonNegativeInt = Field(default=0, description="activation bytes of a row in forward and backward")
+    bytes: PositiveInt | None = Field(default=None, description="of a device that a pack takes; not given: half of it")
     idle_s: PositiveFloat = Field(default=60.0, description="a pack without jobs is closed after this long")
     max_attempts: PositiveInt = Field(default=3, description="a job fails once suspected of so many packs' ends")
     opening_s: PositiveFloat = Field(default=20.0, description="who would wait longer for a place gets another pack")
     overtake_s: PositiveFloat = Field(default=60.0, description="how long a job that does not fit may be overtaken")
     patience_s: PositiveFloat = Field(
         default=600.0, description="a tenant none of whose jobs came into a pack for this long goes before the others"
+    )
+    silent_s: PositiveFloat = Field(
+        default=30.0, description="a worker that does not answer for so long, which it does while it computes, is dead"
     )
 
     @model_validator(mode="after")
@@ -82,6 +86,9 @@ class ServeSettings(BaseModel):
         default=1 << 30, description="grafts in memory; their stacks may take as much again"
     )
     max_rows: PositiveInt = Field(default=256, description="rows of one step: one a decoding stream, the rest prefill")
+    bytes: PositiveInt | None = Field(
+        default=None, description="of a device that a replica takes; not given: half of it"
+    )
     max_queued: NonNegativeInt = Field(
         default=256, description="requests of one tenant that may wait; more are answered 429"
     )
@@ -106,6 +113,9 @@ class ServeSettings(BaseModel):
     drain_s: PositiveFloat = Field(default=30.0, description="how long a replica that goes may hand its streams on")
     wait_s: NonNegativeFloat = Field(
         default=60.0, description="how long a request waits for a replica where there is none; then it is answered 503"
+    )
+    silent_s: PositiveFloat = Field(
+        default=10.0, description="a replica that says nothing for so long is dead to its ingresses, and they to it"
     )
 
     @model_validator(mode="after")
@@ -180,9 +190,11 @@ class Settings(BaseSettings):
 
     @property
     def pack_limits(self) -> Limits:
-        """What policy needs to know."""
+        """What policy needs to know. What is not given here follows from the backbones' sizes."""
         pack = self.pack
+        names = {"max_jobs": "max_jobs", "memory_bytes": "pack_bytes", "max_rows": "max_rows"}
         return Limits(
+            given=tuple(limit for name, limit in names.items() if name in pack.model_fields_set),
             max_jobs=pack.max_jobs,
             pack_bytes=pack.memory_bytes or 0,
             max_rows=pack.max_rows,

@@ -41,17 +41,17 @@ def sizes(settings: Settings, backbone: Backbone, devices: Collection[Device]) -
         itemsize=2 if backbone.dtype == "bf16" or by_itself else 4,
         quantised=backbone.quantise is not None,
     )
-    held = Portion(kind=least.kind, bytes=share_bytes(least), speed=least.speed)
+    served, packed = _held("serve", settings.serve.bytes, least), _held("pack", settings.pack.bytes, least)
     try:
-        serve, pack = asdict(serve_capacity(model, held)), asdict(pack_capacity(model, held))
+        serve, pack = asdict(serve_capacity(model, served)), asdict(pack_capacity(model, packed))
     except DoesNotFit as error:
         raise DoesNotFit(f"{error}; device {least.id} has {least.bytes:,}") from None
     given = settings.serve.kv_bytes if "kv_bytes" in settings.serve.model_fields_set else None
     if given is not None:
         serve["max_context"] = longest_context(model, given)
     return (
-        *_sized("serve", settings.serve, {name: serve[name] for name in _SERVE}),
-        *_sized("pack", settings.pack, {name: pack[name] for name in _PACK}),
+        *_sized("serve", settings.serve, {"bytes": served.bytes, **{name: serve[name] for name in _SERVE}}),
+        *_sized("pack", settings.pack, {"bytes": packed.bytes, **{name: pack[name] for name in _PACK}}),
     )
 
 
@@ -66,6 +66,13 @@ def fitted(settings: Settings, backbone: Backbone) -> Settings:
             "pack": settings.pack.model_copy(update=pack),
         }
     )
+
+
+def _held(group: str, asked: int | None, device: Device) -> Portion:
+    """What one pack or replica has of the device: half, unless a setting says how much. Raises DoesNotFit."""
+    if (asked or 0) > device.bytes:
+        raise DoesNotFit(f"{group}.bytes: {asked:,} are asked for, and device {device.id} has {device.bytes:,}")
+    return Portion(kind=device.kind, bytes=asked or share_bytes(device), speed=device.speed)
 
 
 def _sized(group: str, given: BaseModel, derived: Mapping[str, int]) -> Sequence[Size]:

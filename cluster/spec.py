@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from polygraft.cluster.model import FileId, JobKind, JobSpec, Optimizer, Schedule
+from polygraft.cluster.rung import Rung
 from polygraft.cluster.validation import explain
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.methods import configs
@@ -138,6 +139,14 @@ class Owner(_Body):
     lease_s: float = Field(ge=1, le=86400)
 
 
+class RungRequest(_Body):
+    """A part of a job's steps (`cluster/rung.py:Rung`): up to the share `until` of them, and on from where the job
+    `after` ended at its own."""
+
+    until: float = Field(default=1.0, ge=0, le=1)
+    after: str | None = Field(default=None, min_length=1, max_length=100)
+
+
 class FineTuningRequest(_Body):
     """Body of POST /v1/fine_tuning/jobs. `owner` and what follows it are ours, the rest is OpenAI's."""
 
@@ -159,6 +168,7 @@ class FineTuningRequest(_Body):
     devices: int = Field(
         default=1, ge=1, le=64, description="the job's micro-batches are computed on so many at a time"
     )
+    rung: RungRequest | None = None
 
     @field_validator("metadata")
     @classmethod
@@ -221,6 +231,7 @@ class FineTuningRequest(_Body):
             promote=self.promote,
             priority=self.priority,
             devices=self.devices,
+            rung=None if self.rung is None else Rung(until=self.rung.until, after=self.rung.after),
         )
 
 

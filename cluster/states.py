@@ -52,6 +52,8 @@ class Reason(StrEnum):
     IDLE = "idle"  # close, unload: no jobs, or nobody who asks, for a while
     ASKED = "asked_for"  # load: somebody asks the backbone
     YIELDED = "others_wait_for_its_device"  # close: jobs for which there is no pack at all waited for very long
+    NODE_DRAINS = "its_node_drains"  # close: its jobs go on elsewhere from their last step
+    STOPPING = "the_service_stops"  # close, requeue: its jobs go on from their last step when the service does
     JOINED = "joined"  # move, close: the jobs of a half-empty pack ride in another of its kind
     MOVING = "moving"  # hold: it left its pack for another one, which has kept a place
     PACK_FAILED = "pack_failed"  # requeue: the pack's process ended with an error

@@ -13,6 +13,7 @@ from polygraft.cluster.events import (
     BackboneAsked,
     BackboneLoading,
     BackboneRemoved,
+    BackboneSized,
     BackboneUnloading,
     ControllerStarted,
     DeviceJoined,
@@ -43,8 +44,9 @@ from polygraft.cluster.events import (
     ReplicaClosed,
     ReplicaOpened,
 )
-from polygraft.cluster.model import START, Backbone, DeviceId, EventId
+from polygraft.cluster.model import START, DeviceId, EventId
 from polygraft.cluster.scores import Judged
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store.base import Store, StoredEvent
 
@@ -130,9 +132,11 @@ def tell(event: Event) -> str:
         case BackboneAdded(record=added):
             how = f"{added.dtype}, {added.quantise}" if added.quantise else added.dtype
             added_as = f"{added.folder}, {how}, fingerprint {added.fingerprint[:12]}"
-            return f"backbone {added.name} added: {added_as}{_sizes(added)}"
+            return f"backbone {added.name} added: {added_as}{_sizes(added.sizes)}"
         case BackboneAsked(backbone=backbone):
             return f"backbone {backbone} is asked"
+        case BackboneSized(backbone=backbone, sizes=sizes):
+            return f"backbone {backbone} has its sizes{_sizes(sizes)}"
         case BackboneLoading(backbone=backbone, reason=reason):
             return f"backbone {backbone} is to be loaded: {_words(reason)}"
         case BackboneUnloading(backbone=backbone, reason=reason):
@@ -173,9 +177,9 @@ def _log(store: Store) -> Iterator[StoredEvent]:
         position = page[-1].id
 
 
-def _sizes(backbone: Backbone) -> str:
+def _sizes(sizes: Sequence[Size]) -> str:
     """What follows from the devices, and what was given instead."""
-    told = [f"{one.name} {one.used:,}" + (f" ({one.derived:,})" * (one.used != one.derived)) for one in backbone.sizes]
+    told = [f"{one.name} {one.used:,}" + (f" ({one.derived:,})" * (one.used != one.derived)) for one in sizes]
     return f"; {', '.join(told)}" if told else ""
 
 

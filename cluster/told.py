@@ -13,7 +13,8 @@ JsonObject = dict[str, JsonValue]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """`trials` in their order and the numbers of those on the `front`; `finals` what those came to that were trained
-    again, and the `chosen` one; `job` what every trial trains, on a backbone of this `shape`."""
+    again, and the `chosen` one; `parameters` the axes of the space; `job` what every trial trains, on a backbone of
+    this `shape`."""
 
     objectives: tuple[str, ...] = ()
     trials_total: int = 0
@@ -21,6 +22,7 @@ class Told:
     front: tuple[int, ...] = ()
     finals: tuple[JsonObject, ...] = ()
     chosen: int | None = None
+    parameters: tuple[JsonObject, ...] = ()
     job: JsonObject = field(default_factory=dict)
     shape: JsonObject = field(default_factory=dict)
 

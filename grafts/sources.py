@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.elastic import cut, elastic
 from polygraft.grafts.methods.registry import known_start
 from polygraft.grafts.sizes import HEAD
 from polygraft.grafts.spec import Branch, GraftSpec, Slot, SpecError, source_names
@@ -33,9 +34,11 @@ def check(graft: BoundGraft, sources: Mapping[str, BoundGraft]) -> None:
         if name not in sources:
             raise SpecError(f"of: graft {name!r} is not here")
     for name in _origins(spec):
-        source = sources[name].spec
-        if [_same(slot) for slot in source.slots] != [_same(slot) for slot in spec.slots]:
-            raise SpecError(f"of: {name!r} is {source.method!r}, from which no {spec.method!r} can start")
+        source = sources[name]
+        if elastic(source.spec) is not None:
+            cut(graft, source)
+        elif [_same(slot) for slot in source.spec.slots] != [_same(slot) for slot in spec.slots]:
+            raise SpecError(f"of: {name!r} is {source.spec.method!r}, from which no {spec.method!r} can start")
     for tensor in graft.tensors:
         declared = known_start(tensor.start.name)
         if declared is not None and declared.check is not None:
@@ -43,15 +46,22 @@ def check(graft: BoundGraft, sources: Mapping[str, BoundGraft]) -> None:
 
 
 def continued(graft: BoundGraft, sources: Mapping[str, Source]) -> dict[str, Tensor]:
-    """The tensors of the grafts that the graft goes on from, the mean of several, but for its head; {} where it goes on
-    from none.
+    """The tensors of the grafts that the graft goes on from, the mean of several, the first rows of a supernet's, but
+    for its head; {} where it goes on from none.
 
     Raises SpecError for several that differ in a tensor that is not trained.
     """
     from polygraft.grafts.compose import soup
 
-    members = [sources[name].tensors for name in _origins(graft.spec)]
+    members = [_taken(graft, sources[name]) for name in _origins(graft.spec)]
     return soup([tensor for tensor in graft.tensors if tensor.slot != HEAD], members) if members else {}
+
+
+def _taken(graft: BoundGraft, source: Source) -> Mapping[str, Tensor]:
+    if elastic(source.graft.spec) is None:
+        return source.tensors
+    names = cut(graft, source.graft)
+    return {t.name: source.tensors[names[t.name]][: t.shape[0]] for t in graft.tensors if t.name in names}
 
 
 def _origins(spec: GraftSpec) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.model import Backbone
 from polygraft.cluster.service import Service, announce
 from polygraft.cluster.settings import Settings
-from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store.connect import connect
 from polygraft.kernels.common.room import when_there_is_room
 from polygraft.launch.cache import backbone_cache, speed_cache
@@ -70,12 +69,14 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.applications import application_name
     from polygraft.cluster.actors.effects import Means
     from polygraft.cluster.actors.leader import start_leader
+    from polygraft.cluster.actors.watch import Watched
     from polygraft.launch.engines import DeployBackbone
     from polygraft.launch.packs import OpenHost
     from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
     from polygraft.launch.search_desk import SearchDesk
     from polygraft.launch.search_driver import keeper_of, look
+    from polygraft.launch.sizes import SizeBackbone
     from polygraft.serving.ingress import IngressPlan, ingress_app
 
     namespace = f"polygraft-{token_hex(4)}"
@@ -93,11 +94,11 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         backbone = ray.get(prepared)
         ray.kill(preparer)
         folder.enter("starting the controller")
-        means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
-        limits = fitted(settings, backbone).pack_limits
-        leader = start_leader(settings.store_url, limits, means, name="controller")
+        means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout, SizeBackbone.of(settings))
+        leader = start_leader(settings.store_url, settings.pack_limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
-        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk())
+        watched = (Watched("controller", namespace),)
+        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk(), watched=watched)
         serve.run(ingress_app(plan), name="polygraft")
         if not _loaded(application_name(settings.backbone), stop, supervisor):
             return
@@ -125,8 +126,9 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
                 break
         folder.enter("stopping")
         keeper.stop()
+        stopping = leader.stop.remote()  # packs put their jobs down while replicas end
         serve.shutdown()
-        ray.get(leader.stop.remote(), timeout=10)
+        ray.get(stopping, timeout=12)
     finally:
         ray.shutdown()
 

@@ -10,8 +10,17 @@ from polygraft.launch.machine import Machine
 
 _OBJECT_STORE_BYTES = 150 << 20  # grafts and backbones do not pass through it
 
+# What Serve's proxies need, on a cluster, too. A token is a message from the ingress to a proxy: by gRPC, on the loops
+# that read and write sockets, it costs a fraction of an item of a Ray generator that passes from loop to loop.
+PROXY = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "polygraft.serving.http.proxy:middlewares",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 << 20),  # what waits of an answer goes in one message
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 # Read by Ray when it starts, and by every process it starts.
 _ENVIRONMENT = {
+    **PROXY,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine, on any system: Ray listens on the loopback interface
     "RAY_worker_maximum_startup_concurrency": "16",  # a pack and a search start a dozen processes that hardly compute
@@ -19,8 +28,8 @@ _ENVIRONMENT = {
     # What wakes processes ten times a second takes the cores from a pack: its threads wait for each other.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three fail before a dead proxy, and with it the API, is replaced
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "polygraft.serving.http.proxy:middlewares",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # one that does not answer has nothing to say to its end either
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

@@ -22,6 +22,7 @@ from polygraft.launch.commands import (
     classify,
     demo,
     doctor,
+    drain,
     grafts,
     jobs,
     keys,
@@ -92,6 +93,7 @@ search.register(app)
 story.register(app)
 top.register(app)
 keys.register(app)
+drain.register(app)
 demo.register(app)
 doctor.register(app)
 

@@ -1,4 +1,5 @@
-"""The devices of a Ray that has just started, once their speed is known."""
+"""The devices of a Ray that has just started, once their speed is known. Where none is there yet, the controller gives
+the backbones their sizes when the first one is (`cluster/actors/controller.py`)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,8 @@ _LOOK_S = 0.1
 def measured_devices(scout: NodeScout) -> Sequence[Device]:
     """Of the nodes that are there now; where one cannot be measured in half a minute, as it is known."""
     discovery, end = Discovery(scout, list_s=_LOOK_S), time.monotonic() + _WAIT_S
-    while time.monotonic() < end:
-        devices = discovery.devices()
-        if devices and all(device.speed for device in devices):
-            break
+    devices = discovery.devices()
+    while discovery.measuring and time.monotonic() < end:
         time.sleep(_LOOK_S)
-    return discovery.devices()
+        devices = discovery.devices()
+    return devices

@@ -56,5 +56,6 @@ class OpenHost:
             micro_rows=settings.pack.micro_rows,
             max_bytes=settings.pack.memory_bytes or 0,
             step_floor_s=settings.step_floor_s,
+            silent_s=settings.pack.silent_s,
         )
         return cast("ActorHandle[PackHost]", start_host(plan))

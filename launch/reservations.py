@@ -18,7 +18,7 @@ _UNUSED_S = 10.0  # a new reservation is used as soon as it is granted
 
 
 class Reservations:
-    """DeclRef `release` every few seconds."""
+    """Call `release` every few seconds."""
 
     def __init__(self, resource: str) -> None:
         self._resource = resource

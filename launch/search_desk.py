@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from pydantic import JsonValue
 
 from polygraft.cluster.told import Told
@@ -12,11 +15,19 @@ class SearchDesk:
     """`tuning/desk.py:Desk`, carried to the ingress's process."""
 
     def begin(
-        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+        self,
+        body: JsonValue,
+        *,
+        backbone: str,
+        shape: ModelShape,
+        quantised: bool,
+        data: Path | None,
+        earlier: Mapping[str, str],
     ) -> tuple[str, str, dict[str, str]]:
         from polygraft.tuning.desk import Desk
 
-        return Desk().begin(body, backbone=backbone, shape=shape, quantised=quantised)
+        given = {"backbone": backbone, "shape": shape, "quantised": quantised, "data": data, "earlier": earlier}
+        return Desk().begin(body, **given)  # type: ignore[arg-type]
 
     def told(self, record: str) -> Told:
         from polygraft.tuning.desk import Desk

@@ -112,7 +112,13 @@ class SearchKeeper:
 
     def __init__(self, settings: str, url: str) -> None:
         self._keeper = keeper_of(Settings.model_validate_json(settings), url)
-        Thread(target=self._run, name="searches", daemon=True).start()
+        self._thread = Thread(target=self._run, name="searches", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise if the loop is over."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the loop that keeps searches has ended")
 
     def _run(self) -> None:
         while True:

@@ -16,9 +16,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
-from polygraft.cluster.model import Backbone
+from polygraft.cluster.actors.watch import Watched
 from polygraft.cluster.settings import BadSettings, Settings, load
-from polygraft.cluster.sizing import fitted
 from polygraft.cluster.store.connect import connect
 from polygraft.launch.default_backbone import put_default
 from polygraft.launch.engines import DeployBackbone
@@ -28,10 +27,12 @@ from polygraft.launch.packs import OpenHost
 from polygraft.launch.scout import NodeScout
 from polygraft.launch.search_desk import SearchDesk
 from polygraft.launch.search_driver import SearchKeeper
+from polygraft.launch.sizes import SizeBackbone
 from polygraft.serving.ingress import IngressPlan, ingress_app
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER = "controller"
+_SEARCHES = "searches"
 _NAMESPACE = "polygraft"
 _STOP_S = 10.0
 
@@ -49,10 +50,11 @@ def build(args: Mapping[str, object]) -> serve.Application:
     _admit_key(settings)
     cache = settings.data / "backbones"  # on the volume that every node mounts
     scout = NodeScout(settings.data / "speeds", gpus=settings.device != "cpu")
-    backbone = put_default(settings, cache, measured_devices(scout))
-    _lead(settings, backbone, scout)
+    put_default(settings, cache, measured_devices(scout))
+    leader = _lead(settings, scout)
     _keep_searches(settings)
-    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk()))
+    watched = tuple(Watched(name, _NAMESPACE) for name in (leader, _SEARCHES))
+    return ingress_app(IngressPlan(settings=settings, cache=cache, desk=SearchDesk(), watched=watched))
 
 
 def _admit_key(settings: Settings) -> None:
@@ -63,11 +65,10 @@ def _admit_key(settings: Settings) -> None:
         admit_given_key(store, settings.api_key_file)
 
 
-def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
-    """This cluster's one controller, told these settings."""
-    limits = fitted(settings, backbone).pack_limits
-    means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout)
-    name = f"{_CONTROLLER}-{sha256(f'{means}{limits}'.encode()).hexdigest()[:12]}"
+def _lead(settings: Settings, scout: NodeScout) -> str:
+    """This cluster's one controller, told these settings; its name."""
+    means = Means(OpenHost.of(settings), DeployBackbone.of(settings), scout, SizeBackbone.of(settings))
+    name = f"{_CONTROLLER}-{sha256(f'{means}'.encode()).hexdigest()[:12]}"
     for other in ray.util.list_named_actors(all_namespaces=True):
         if other["namespace"] == _NAMESPACE and other["name"].startswith(_CONTROLLER) and other["name"] != name:
             _end(ray.get_actor(other["name"], namespace=_NAMESPACE))
@@ -80,13 +81,14 @@ def _lead(settings: Settings, backbone: Backbone, scout: NodeScout) -> None:
         max_restarts=-1,
         max_concurrency=4,
     )
-    options.remote(settings.store_url, limits, means, holder=f"{name}-{token_hex(4)}")
+    options.remote(settings.store_url, settings.pack_limits, means, holder=f"{name}-{token_hex(4)}")
+    return name
 
 
 def _keep_searches(settings: Settings) -> None:
     """The cluster's one keeper of searches."""
     options = ray.remote(SearchKeeper).options(
-        name="searches",
+        name=_SEARCHES,
         namespace=_NAMESPACE,
         lifetime="detached",
         get_if_exists=True,

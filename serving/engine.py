@@ -71,7 +71,7 @@ class Engine:
         residency = Residency(folder=Folders(data).grafts, backbone=backbone, budget_bytes=graft_bytes)
         self._loader = Loader(residency, wake=self._wake)
         self._streams = Streams(backbone, settings, residency, self._loader)
-        self._log = StepLog(data / "replicas" / replica / "steps.jsonl")
+        self._log = StepLog(data / "replicas" / replica)
         self._outbox = Outbox()
         self._computing: tuple[Chunk, ...] = ()  # of the step that goes on
         self._suspects = Suspects()
@@ -116,12 +116,14 @@ class Engine:
         """Whether `ingress` has a listener."""
         return self._outbox.hears(ingress)
 
-    def leave(self, ingress: str, listener: Listener) -> None:
-        """The reader is gone; unless another took its place, its requests end."""
-        if self._outbox.leave(ingress, listener):
+    def leave(self, ingress: str, listener: Listener) -> bool:
+        """The reader is gone; unless another took its place, which False says, its requests end."""
+        left = self._outbox.leave(ingress, listener)
+        if left:
             with self._changed:
                 self._left.add(ingress)
             self._wake()
+        return left
 
     def submit(self, request: GenerationRequest) -> QueueFull | None:
         """Queue the request, unless the queue is full for its tenant. A newer attempt ends an older one of its id, and

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from polygraft.cluster.backbones import DEMANDS_KEPT
 from polygraft.cluster.model import Replica, ReplicaId
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.store import keys
@@ -19,7 +20,6 @@ _LOG = logging.getLogger(__name__)
 _LOOK_S = 2.0  # how long a change that nobody told of may go unnoticed
 _TELL_S = 0.25  # how often a demand that changes is said
 _REPEAT_S = 1.0  # how often one that does not
-_KEPT = 256  # entries
 T = TypeVar("T")
 
 
@@ -74,7 +74,7 @@ class StoreFleet:
 
     def _say(self, demand: Demand) -> None:
         entry: dict[str, JSON] = {"ingress": self._ingress, "streams": demand.streams, "waiting": demand.waiting}
-        self._store.append(keys.demand(self._backbone), entry, maxlen=_KEPT)
+        self._store.append(keys.demand(self._backbone), entry, maxlen=DEMANDS_KEPT)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.policy.routing import Refusal, RefusalReason
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.settings import ServeSettings
+from polygraft.serving.attending import attending
 from polygraft.serving.inflight import InFlight, Lost
 from polygraft.serving.messages import Draining, Load, QueueFull, StepMessage, StepTokens
 from polygraft.serving.request import GenerationRequest
@@ -22,7 +24,6 @@ from polygraft.serving.roster import Roster
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 8  # replicas that may die under a request
 _SUSPECT_FROM = 2  # deaths, after which a request waits until no other that this happened to is underway
-_ANSWER_S = 30.0  # a replica that says neither yes nor no to a request for so long is taken for dead
 _HAND_ON_S = 10.0  # how long a stream that moves, or its graft, may keep the next one waiting
 _AHEAD = 4  # streams whose grafts are being loaded before they move
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -58,6 +59,11 @@ class Link(Protocol):
 
     async def warm(self, graft: GraftId) -> None:
         """Return when the replica has the graft in memory, or cannot take it in now."""
+        ...
+
+    async def attend(self, ingress: str) -> None:
+        """Say that `ingress` is there. One that is silent for long has nobody who reads its messages: they end, and its
+        requests with them."""
         ...
 
     def messages(self, ingress: str) -> AsyncIterator[StepMessage]:
@@ -97,7 +103,7 @@ class Gateway:
         self._links = dict(links)
         self._fleet = fleet
         self._ingress = ingress
-        self._ready_s = ready_s
+        self._ready_s, self._silent_s = ready_s, settings.silent_s
         self._roster = Roster(settings)
         self._streams: dict[str, InFlight] = {}
         self._suspect = asyncio.Lock()  # held by the one request of many deaths that is underway
@@ -200,7 +206,7 @@ class Gateway:
         answer: QueueFull | Draining | None = Draining()
         broken: Exception | None = None
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(self._silent_s):
                 answer = await self._links[replica].submit(request)
         except (ConnectionError, TimeoutError) as error:
             broken = error
@@ -343,13 +349,15 @@ class Gateway:
         return True
 
     async def _pump(self, replica: ReplicaId) -> None:
-        """Follow one replica's messages for ever, reconnecting when they end."""
+        """Follow one replica's messages for ever, reconnecting when they end, or when it does not answer any more."""
         failures = 0
         while True:
+            link = self._links[replica]
             try:
-                async for message in self._links[replica].messages(self._ingress):
-                    failures = 0
-                    self._hear(replica, message)
+                async with attending(partial(link.attend, self._ingress), self._silent_s):
+                    async for message in link.messages(self._ingress):
+                        failures = 0
+                        self._hear(replica, message)
             except ConnectionError as error:
                 _LOG.warning("replica %s: %s", replica, error)
             self._lose(replica, planned=replica in self._roster.draining)

@@ -6,6 +6,7 @@ Nothing heavy is imported before the actor is made, since who makes it only watc
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
@@ -43,48 +44,61 @@ class Host:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
-        self._link: asyncio.Future[LocalLink] | None = None
+        self._link: LocalLink | None = None
+        self._loaded = asyncio.Event()  # not a future, which a caller that is cancelled would take with it
 
     async def load(self, plan: ReplicaPlan, replica: ReplicaId, cores: int) -> None:
         """Make the engine, on so many cores. Once."""
-        import torch
-
+        engine = await asyncio.to_thread(_made, plan, replica, cores)  # the loop answers meanwhile
         from polygraft.serving.local import LocalLink
 
-        torch.set_num_threads(cores)
-        self._engine = await asyncio.to_thread(in_own_thread, partial(_engine, plan, replica))
-        self._engine.start()
-        self._loaded.set_result(LocalLink(self._engine))
+        engine.start()
+        self._engine, self._link = engine, LocalLink(engine, silent_s=plan.settings.silent_s)
+        self._loaded.set()
 
     async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
-        return await (await self._loaded).submit(request)
+        return await (await self._there()).submit(request)
 
     async def cancel(self, request: str) -> None:
-        await (await self._loaded).cancel(request)
+        await (await self._there()).cancel(request)
 
     async def warm(self, graft: GraftId) -> None:
-        await (await self._loaded).warm(graft)
+        await (await self._there()).warm(graft)
+
+    async def attend(self, ingress: str) -> None:
+        if self._link is not None:
+            await self._link.attend(ingress)
 
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
-        async for message in (await self._loaded).messages(ingress):
+        async for message in (await self._there()).messages(ingress):
             yield message
 
-    async def check(self) -> None:
-        """Raises when the engine's thread is dead or stuck."""
+    async def check(self) -> int:
+        """The process, which may be loading yet. Raises when the engine's thread is dead or stuck."""
         if self._engine is not None and not self._engine.healthy(STALL_S):
             raise RuntimeError("the engine has stopped, or hangs in a step")
+        return os.getpid()
 
     async def drain(self, patience_s: float) -> None:
         """Return when every stream is handed on, or `patience_s` seconds have passed; the engine is over then."""
-        if self._engine is not None:
-            await (await self._loaded).drain(patience_s)
+        if self._engine is not None and self._link is not None:
+            await self._link.drain(patience_s)
             await asyncio.to_thread(self._engine.stop)
 
-    @property
-    def _loaded(self) -> asyncio.Future[LocalLink]:
-        if self._link is None:
-            self._link = asyncio.get_running_loop().create_future()
+    async def _there(self) -> LocalLink:
+        await self._loaded.wait()
+        assert self._link is not None
         return self._link
+
+
+def _made(plan: ReplicaPlan, replica: ReplicaId, cores: int) -> Engine:
+    """What takes long: imports, too."""
+    import torch
+
+    import polygraft.serving.local  # noqa: F401  # the loop needs it next
+
+    torch.set_num_threads(cores)
+    return in_own_thread(partial(_engine, plan, replica))
 
 
 def _engine(plan: ReplicaPlan, replica: ReplicaId) -> Engine:

@@ -12,6 +12,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 from ray import serve
 
+from polygraft.cluster.actors.watch import Watch, Watched
 from polygraft.cluster.model import Backbone, TenantId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.sizing import fitted, sizes
@@ -31,16 +32,22 @@ from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
 from polygraft.serving.remote import ActorLink
 
+_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",  # few heaps, so that what large bodies took can be handed back (http/bodies.py)
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # else each token passes from one loop to another
+}
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressPlan:
-    """What an ingress is told; `cache` is where backbones lie that the service has fetched or converted."""
+    """What an ingress is told; `cache` is where backbones lie that the service has fetched or converted, `watched` are
+    the actors that it starts again when they do not answer."""
 
     settings: Settings
     cache: Path
     desk: Desk = NO_DESK
+    watched: tuple[Watched, ...] = ()
 
 
 class Ingress:
@@ -49,6 +56,7 @@ class Ingress:
     def __init__(self, plan: IngressPlan) -> None:
         settings = plan.settings
         self._settings = settings
+        Watch(plan.watched).start()
         self._name = f"ingress-{uuid4().hex[:12]}"
         self._store = store = connect(settings.store_url)
         self._api = Api(
@@ -64,7 +72,7 @@ class Ingress:
             graft_roots=settings.graft_roots,
             candidate=lambda source, quantise: examined(source, plan.cache, quantise),
             limits=settings.limits,
-            pack=self._default().pack_limits,
+            pack=lambda record: fitted(settings, record).pack_limits,
             sized=self._sized,
             clock=time.time,
             desk=plan.desk,
@@ -83,11 +91,6 @@ class Ingress:
         """With the sizes for the devices that there are. Raises DoesNotFit."""
         devices = [found.value.device for found in self._store.scan(keys.DEVICES)]
         return replace(record, sizes=sizes(self._settings, record, devices))
-
-    def _default(self) -> Settings:
-        """The settings for the service's own backbone."""
-        found = self._store.get(keys.backbone(self._settings.backbone))
-        return fitted(self._settings, found.value) if found else self._settings
 
     def _known(self, record: Backbone) -> KnownBackbone:
         settings, folder = fitted(self._settings, record), Path(record.folder)
@@ -118,8 +121,9 @@ def ingress_app(plan: IngressPlan) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
-        # Few heaps, so that what large bodies took can be handed back (http/bodies.py).
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "2"}}},
+        graceful_shutdown_timeout_s=plan.settings.serve.drain_s,  # for the answers that it is giving
+        health_check_period_s=2,
+        health_check_timeout_s=plan.settings.serve.silent_s,  # three times
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
     )
     return cast(serve.Deployment, deployment).bind(plan)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
+from math import inf
 
 from polygraft.cluster.model import GraftId
 from polygraft.serving.engine import Engine
@@ -11,6 +13,7 @@ from polygraft.serving.mailbox import Mailbox
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
 from polygraft.serving.request import GenerationRequest
 
+_LOG = logging.getLogger(__name__)
 _LOOK_S = 0.02  # how long the end of a drain may go unnoticed
 _LEAVE_S = 1.0  # how long readers have for their last message
 
@@ -19,9 +22,11 @@ class LocalLink:
     """The `Link` that every other one ends at: the replica's process answers its ingresses with it. All on one event
     loop."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, *, silent_s: float = inf) -> None:
+        """An ingress that is not heard of for `silent_s` seconds is gone."""
+        self._engine, self._silent_s = engine, silent_s
         self._mailboxes: set[Mailbox] = set()
+        self._attended: dict[str, float] = {}
         self._draining = False
         self._over = False
 
@@ -40,20 +45,40 @@ class LocalLink:
         while self._engine.expects(graft):
             await asyncio.sleep(_LOOK_S)
 
+    async def attend(self, ingress: str) -> None:
+        self._attended[ingress] = asyncio.get_running_loop().time()
+
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
-        """At most one message a step; leaving the loop ends the requests of `ingress`. It ends with a drain."""
+        """At most one message a step; leaving the loop ends the requests of `ingress`, and so does its silence. It ends
+        with a drain."""
         if self._over:
             raise ConnectionError("this replica has handed on what it had, and ends")
         mailbox = Mailbox(self._engine.load, draining=self._draining)
         listener = mailbox.put
         self._mailboxes.add(mailbox)
         self._engine.listen(ingress, listener)
+        await self.attend(ingress)
+        self._watch(ingress, mailbox)
         try:
             while (message := await mailbox.take()) is not None:
                 yield message
         finally:
             self._mailboxes.discard(mailbox)
-            self._engine.leave(ingress, listener)
+            if self._engine.leave(ingress, listener):
+                self._attended.pop(ingress, None)
+
+    def _watch(self, ingress: str, mailbox: Mailbox) -> None:
+        """Look, now and again until the mailbox is closed, whether anybody reads it: Ray does not tell a replica that
+        who asked it is gone."""
+        if mailbox not in self._mailboxes or self._silent_s == inf:
+            return
+        loop = asyncio.get_running_loop()
+        left_s = self._attended[ingress] + self._silent_s - loop.time()
+        if left_s > 0:
+            loop.call_later(left_s, self._watch, ingress, mailbox)
+        else:
+            _LOG.warning("ingress %s has been silent for %g s: its requests end", ingress, self._silent_s)
+            mailbox.close()
 
     async def drain(self, patience_s: float) -> None:
         """Take nothing more, have every ingress take its streams elsewhere, and end all messages when none is left, or

@@ -49,6 +49,13 @@ class ActorLink:
         except Exception as error:
             raise ConnectionError(_reason(error)) from error
 
+    async def attend(self, ingress: str) -> None:
+        actor = await self._actor()
+        try:
+            await actor.attend.remote(ingress)
+        except Exception as error:
+            raise ConnectionError(_reason(error)) from error
+
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         """One long-lived streaming call; leaving the loop cancels it at the replica."""
         actor = await self._actor()

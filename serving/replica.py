@@ -8,14 +8,18 @@ a replica learns that it is to drain.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 import time
 from contextlib import suppress
-from typing import cast
+from functools import partial
+from typing import NoReturn, cast
 
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -23,7 +27,7 @@ from polygraft.cluster.actors.applications import ENGINE
 from polygraft.cluster.actors.place import Place, asking, place
 from polygraft.cluster.leasing import close_replica, open_replica
 from polygraft.cluster.model import DeviceKind, ReplicaId
-from polygraft.cluster.policy.devices import SHARE, share_bytes
+from polygraft.cluster.policy.devices import SHARE, sized_bytes, taken_bytes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import StoreError
 from polygraft.cluster.store.connect import connect
@@ -33,6 +37,9 @@ from polygraft.serving.host import NAMESPACE, Host, ReplicaPlan
 SCALER = "polygraft.cluster.actors.scaler:Scaler"
 MOST = 1000  # replicas, where only the devices say how many there may be
 _END_S = 5.0  # for what comes after a drain
+_SEEN_S = 1.0  # until ingresses see that it died, which is otherwise than that it is not wanted any more
+_LOADING_S = 120.0  # a process that imports and reads may not answer for a while
+_LOG = logging.getLogger(__name__)
 
 
 class Replica:
@@ -51,20 +58,27 @@ class Replica:
                 self._store,
                 self._id,
                 backbone=plan.backbone.name,
-                bytes_of=share_bytes,
+                bytes_of=partial(taken_bytes, "serve", plan.backbone),
                 actor=self._id,
                 node=here.node,
                 index=here.index,
                 at=time.time(),
             )
-            ray.get(self._host.load.remote(plan, self._id, device.cores))
+            self._load(device.cores)
         except BaseException:
             self._close()
             raise
 
     async def check_health(self) -> None:
-        """Raises when the engine's thread is dead or stuck, so that Serve starts another replica."""
-        await self._host.check.remote()
+        """Raises when the engine's thread is dead or stuck, so that Serve starts another replica. Serve waits for three
+        such failures; where the engine's process is dead, or does not answer, this one ends, which Serve sees at
+        once."""
+        try:
+            async with asyncio.timeout(self._plan.settings.silent_s):
+                await self._host.check.remote()
+        except (RayActorError, TimeoutError) as error:
+            _LOG.error("replica %s: its engine's process is gone or does not answer: %r", self._id, error)
+            await asyncio.to_thread(self._end)
 
     async def __del__(self) -> None:
         if host := getattr(self, "_host", None):
@@ -76,11 +90,29 @@ class Replica:
         """Of a device of the node; which one it will be is not known yet."""
         return min((one.value.device.cores for one in self._store.scan(keys.devices_of(node))), default=1)
 
+    def _load(self, cores: int) -> None:
+        """Return when the engine is there. Raises what making it raises, and GetTimeoutError where its process does not
+        answer any more."""
+        self._pid: int = ray.get(self._host.check.remote())  # type: ignore[assignment]  # a call that is awaited there
+        loading = self._host.load.remote(self._plan, self._id, cores)
+        while not ray.wait([loading], timeout=_LOADING_S)[0]:
+            ray.get(self._host.check.remote(), timeout=_LOADING_S)
+        ray.get(loading)
+
     def _close(self) -> None:
         with suppress(StoreError):  # the controller sees that its actor is gone
             close_replica(self._store, self._id, at=time.time())
         ray.kill(self._host)
         self._store.close()
+
+    def _end(self) -> NoReturn:
+        """With the engine's process, which may be stopped: one that went on later would answer for a replica that is
+        closed."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        time.sleep(_SEEN_S)
+        self._close()
+        os._exit(1)
 
 
 def _start(replica: ReplicaId, here: Place, cores: int) -> ActorHandle[Host]:
@@ -114,6 +146,7 @@ def replica_app(plan: ReplicaPlan, *, kind: DeviceKind, scaler: str = SCALER) ->
             "backbone": plan.backbone.name,
             "share": SHARE,
             "scaling": scaling,
+            **({} if (sized := sized_bytes("serve", plan.backbone)) is None else {"bytes_": sized}),
         },
     )
     deployment = serve.deployment(
@@ -128,8 +161,8 @@ def replica_app(plan: ReplicaPlan, *, kind: DeviceKind, scaler: str = SCALER) ->
             downscale_to_zero_delay_s=0,
             policy=policy,
         ),
-        health_check_period_s=5,
-        health_check_timeout_s=30,
+        health_check_period_s=1,  # a replica that died is replaced when the next check fails
+        health_check_timeout_s=settings.silent_s + _END_S,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_s + _END_S,
         ray_actor_options=asking(kind, SHARE),

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from polygraft.cluster.store.base import JSON
-from polygraft.kernels.common.lines import LineFile
+from polygraft.kernels.common.lines import LineFile, keep_newest
+
+NAME = "steps.jsonl"
 
 
 class StepLog:
-    """Appends to a file; serving goes on where there is no room for a line."""
+    """Appends to `steps.jsonl` in the replica's folder; serving goes on where there is no room for a line. Logs of
+    replicas that are long gone make room for it."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path)
+    def __init__(self, folder: Path) -> None:
+        keep_newest(folder.parent, NAME)
+        self._file = LineFile(folder / NAME)
 
     def write(self, step: Mapping[str, JSON]) -> None:
         self._file.write(json.dumps(step, separators=(",", ":")))

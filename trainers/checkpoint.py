@@ -17,13 +17,12 @@ from polygraft.grafts.runtime.slab import Slab
 from polygraft.kernels.common.atomic import remove_drafts, whole_folder
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import TrainJob
-from polygraft.trainers.running import RunningJob
+from polygraft.trainers.running import CARRIED, RunningJob
 
 SCHEMA = 1
 _KEPT = 2
 _TENSORS = ("master", "exp_avg", "exp_avg_sq")
 _FROZEN = "frozen."  # before the names of tensors that are not trained
-_FIELDS = ("step", "tokens", "skipped", "chain", "served_rows")
 
 
 class CheckpointError(ValueError):
@@ -49,7 +48,7 @@ def save(folder: Path, running: RunningJob, named: str | None = None, *, device_
     remove_drafts(folder / name)  # of a worker that was killed here: a job is in one pack, which has one worker
     with whole_folder(folder / name) as draft:
         write_tensors({name: value.cpu() for name, value in (parts | frozen).items()}, draft / "slab.safetensors")
-        (draft / "state.json").write_text(json.dumps(state | {key: getattr(running, key) for key in _FIELDS}))
+        (draft / "state.json").write_text(json.dumps(state | {key: getattr(running, key) for key in CARRIED}))
     for old in sorted(folder.glob("checkpoint-*"))[:-_KEPT]:
         if old.name != named:
             shutil.rmtree(old, ignore_errors=True)
@@ -89,7 +88,7 @@ def load(folder: Path, name: str, job: TrainJob, device: torch.device | str = "c
         value.copy_(values[f"{_FROZEN}{tensor}"])
     loss, scores = state.get("loss_before"), Scores(**state.get("scores_before", {}))
     before = None if loss is None else Judgement(loss, scores)
-    facts = {key: state[key] for key in _FIELDS}
+    facts = {key: state[key] for key in CARRIED}
     return RunningJob(job, slab, before=before, device_class=state.get("device_class"), **facts)
 
 

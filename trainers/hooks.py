@@ -14,13 +14,15 @@ from polygraft.grafts.runtime.slab import Slab
 class Hooks:
     """The hooks of one job over its slab, in the order of its spec. They see this job's tensors and no other's.
 
-    `eps` is the distance of a job that is trained by forward passes alone, None for one with a backward.
+    `eps` is the distance of a job that is trained by forward passes alone, None for one with a backward; of one that is
+    `resized` each step computes with a subnet.
     """
 
     def __init__(self, graft: BoundGraft, slab: Slab) -> None:
         self._slab = slab
         self._hooks = tuple((hook(call.name), call.keywords()) for call in graft.spec.hooks)
         self.eps = next((float(arguments["eps"]) for one, arguments in self._hooks if one.forward_only), None)
+        self.resized = any(one.resized for one, _ in self._hooks)
         rated = [(one.rate, arguments) for one, arguments in self._hooks if one.rate is not None]
         self.rates = tuple(prod(rate(t, **arguments) for rate, arguments in rated) for t in slab.trained if rated)
 

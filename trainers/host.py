@@ -14,6 +14,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context, report
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polygraft.cluster.actors.place import place
 from polygraft.cluster.actors.protocols import DEVICE, PackDied
@@ -38,7 +39,7 @@ from polygraft.trainers.worker import PackWorker
 
 _LOG = logging.getLogger(__name__)
 REPORT_S = 5.0
-SILENT_S = 600  # after which a worker that another one waits for is lost
+WAITING_S = 600  # for which a worker bears that another one, which answers Train, is not as far as itself
 NODE = "ray.io/node-id"  # Ray's label of a node
 RESTARTS = 6  # of a pack's workers: a job that kills it is found out by the third death (`trainers/blame.py`)
 _RUN_BYTES = 1 << 20
@@ -64,6 +65,7 @@ class PackPlan:
     micro_rows: int = 128
     max_bytes: int = 0  # of the jobs' state and one forward; 0 = as much as they take
     step_floor_s: float = 0.0
+    silent_s: float = 30.0  # after which a worker that Train asks in vain is dead
 
 
 class PackHost:
@@ -102,7 +104,7 @@ class PackHost:
             return DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run)
         from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
-        group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=SILENT_S)
+        group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=WAITING_S)
         return cast(
             "DataParallelTrainer",
             TorchTrainer(
@@ -116,7 +118,17 @@ class PackHost:
 
 def start_host(plan: PackPlan) -> ActorHandle[PackHost]:
     """The pack's host actor; it asks for no CPU, since its worker is what computes."""
-    options = ray.remote(PackHost).options(num_cpus=0, max_concurrency=2)
+    told = {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{plan.silent_s}",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the controller knows which nodes drain
+    }
+    options = ray.remote(PackHost).options(
+        num_cpus=0,
+        max_concurrency=2,
+        runtime_env={"env_vars": told},  # which Train hands down to whoever watches the workers
+        scheduling_strategy=NodeAffinitySchedulingStrategy(plan.nodes[0], soft=True),  # they end together
+    )
     return cast("ActorHandle[PackHost]", options.remote(plan))
 
 

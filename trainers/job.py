@@ -67,7 +67,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How a job learns. `batch_size` is the global batch; `micro_rows` fixes its split at admission, for good."""
+    """How a job learns. `batch_size` is the global batch; `micro_rows` fixes its split at admission, for good. It ends
+    after the share `until` of its steps."""
 
     epochs: int
     batch_size: int
@@ -80,6 +81,7 @@ class TrainConfig:
     eps: float = 1e-8
     seed: int = 0
     micro_rows: int = 128
+    until: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,12 @@ class TrainJob:
     @property
     def steps_total(self) -> int:
         return self.steps_per_epoch * self.config.epochs
+
+    @property
+    def last_step(self) -> int:
+        """After how many of its steps the job ends: its rung, the last of them where it has none."""
+        until = self.config.until
+        return max(1, round(until * self.steps_total)) if until else 0
 
     def batch(self, step: int) -> tuple[int, ...]:
         """Sample numbers of global batch `step`: every epoch is its own seeded permutation."""

@@ -16,7 +16,7 @@ from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
-from polygraft.trainers import checkpoint
+from polygraft.trainers import checkpoint, rungs
 from polygraft.trainers.failure import SHARED
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import TooLarge
@@ -51,7 +51,7 @@ class Joining:
                 micro_rows=self.micro_rows,
                 longest=self.runner.memory.longest,
             )
-            running = self._joined(self.runner.memory.fitted(trained), name, record.tenant)
+            running = self._joined(self.runner.memory.fitted(trained), name, record)
             if running.before is None:
                 before = self.runner.held_out(record.id)
                 if before is not None and not before.finite:
@@ -65,6 +65,8 @@ class Joining:
             return JobError("out_of_memory", str(error), "training_file")
         except FileGone as error:
             return JobError("invalid_training_data", str(error), error.param)
+        except rungs.RungGone as error:
+            return JobError("rung_gone", str(error), "rung.after")
         except (ValueError, OSError) as error:
             return JobError("invalid_training_data", str(error), "training_file")
         except Exception as error:  # whatever its graft or its samples lead to is the job's own
@@ -74,7 +76,10 @@ class Joining:
             return JobError("cannot_start", f"{param}: {peft!r} cannot start: {type(error).__name__}: {error}", param)
         return running
 
-    def _joined(self, job: TrainJob, name: str | None, tenant: TenantId) -> RunningJob:
+    def _joined(self, job: TrainJob, name: str | None, record: Job) -> RunningJob:
+        rung, tenant = record.spec.rung, record.tenant
+        if name is None and rung is not None and rung.after is not None:
+            return self.runner.restore(rungs.go_on(self.folders, job, rung.after, self.runner.backbone.device))
         if name is None:
             return self.runner.admit(job, {source: self._source(tenant, source) for source in job.graft.spec.sources})
         try:
@@ -82,7 +87,7 @@ class Joining:
         except checkpoint.CheckpointError as error:
             older = checkpoint.before(self.folders.job(job.id), name)
             _LOG.warning("%s cannot be read, the job goes on from %s: %s", job.id, older or "its start", error)
-            return self._joined(job, older, tenant)
+            return self._joined(job, older, record)
         return self.runner.restore(saved)
 
     def _source(self, tenant: TenantId, name: str) -> Source:

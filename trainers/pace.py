@@ -34,7 +34,7 @@ class Paces:
     def left_s(self, running: Mapping[str, RunningJob]) -> dict[str, float]:
         """Seconds until each is expected to have no step left, of those that have taken one here."""
         return {
-            job: self._step_s[job] * (one.job.steps_total - one.step)
+            job: self._step_s[job] * (one.job.last_step - one.step)
             for job, one in running.items()
             if job in self._step_s
         }

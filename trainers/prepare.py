@@ -62,6 +62,7 @@ def prepare(
         max_grad_norm=job.spec.max_grad_norm,
         seed=job.spec.seed,
         micro_rows=micro_rows,
+        until=1.0 if job.spec.rung is None else job.spec.rung.until,
     )
     given = {
         TRAINING: job.spec.training_file,

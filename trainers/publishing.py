@@ -14,7 +14,7 @@ from polygraft.cluster.store.base import Fence, Store
 from polygraft.grafts.formats import native
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.kernels.common.room import is_full
-from polygraft.trainers import faults
+from polygraft.trainers import faults, rungs
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.failure import failure
 from polygraft.trainers.reports import Reports
@@ -38,6 +38,7 @@ class Publishing:
     fence: Fence
     folders: Folders
     reports: Reports
+    device_class: str
     _judged: dict[JobId, tuple[Judgement | None, Judgement | None]] = field(default_factory=dict)
     _told: set[JobId] = field(default_factory=set)  # that they wait for room
     _not_before: float = float("-inf")
@@ -58,6 +59,8 @@ class Publishing:
             doing = "its graft cannot be saved"
             faults.point("before_publish")
             identity, saved_bytes = self._write(running)
+            if running.job.config.until < 1 and running.step:
+                rungs.keep(self.folders, running, device_class=self.device_class)
         except Exception as error:
             if is_full(error):
                 _LOG.warning("%s has no room for the graft of %s: %s", self.folders.grafts, job, error)

@@ -18,6 +18,7 @@ from polygraft.trainers.contribution import Contribution, Part, Rider, everyones
 from polygraft.trainers.evaluate import Judgement, judge
 from polygraft.trainers.failure import SHARED, Failed, failure
 from polygraft.trainers.job import Sample, TrainJob
+from polygraft.trainers.lanes.elastic import ElasticLane
 from polygraft.trainers.lanes.gradient import GradientLane
 from polygraft.trainers.lanes.perturbation import PerturbationLane
 from polygraft.trainers.lanes.protocol import Collect, Lane
@@ -69,7 +70,8 @@ class PackRunner:
         self._elsewhere: Mapping[str, int] = {}
         self._fallen: dict[str, Exception] = {}
         self._gradient, self._perturbation = GradientLane(backbone), PerturbationLane(backbone)
-        self._lanes: tuple[Lane, ...] = (self._gradient, self._perturbation)
+        self._elastic = ElasticLane(backbone)
+        self._lanes: tuple[Lane, ...] = (self._gradient, self._perturbation, self._elastic)
 
     def admit(self, job: TrainJob, sources: Mapping[str, Source] | None = None) -> RunningJob:
         """Join as a new job at step 0, with starting values drawn from the job's seed, or made of the grafts that its
@@ -101,6 +103,7 @@ class PackRunner:
         if job.graft.head and running.hooks.eps is not None:
             raise SpecError(f"{job.graft.spec.method}: a job without a backward trains no classifier")
         lane: Lane = self._gradient if running.hooks.eps is None else self._perturbation
+        lane = self._elastic if running.hooks.resized else lane
         try:
             lane.join(running)
             self.memory.join(job)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from torch import Tensor
 
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.elastic import subnet
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.runtime.stacks import Resident
 from polygraft.trainers.contribution import Contribution
@@ -18,6 +20,18 @@ from polygraft.trainers.hooks import Hooks
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.micro_batch import MicroBatch
 
+CARRIED = ("step", "tokens", "skipped", "chain", "served_rows")  # beside the slab, all of its future
+FORKED = (
+    "learning_rate",
+    "schedule",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "betas",
+    "eps",
+    "until",
+    "micro_rows",
+)
 PATIENCE = 5  # non-finite steps in a row that end a job; all of a shorter one
 
 
@@ -50,17 +64,22 @@ class RunningJob:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.job.steps_total
+        return self.step >= self.job.last_step
 
     @property
     def at(self) -> str:
         """The step ahead, in words."""
-        return f"step {min(self.step + 1, self.job.steps_total)} of {self.job.steps_total}"
+        return f"step {min(self.step + 1, self.job.last_step)} of {self.job.last_step}"
 
     @property
     def key(self) -> int:
         """What the random numbers of the step ahead hang on."""
         return self.job.key(self.step)
+
+    @property
+    def met(self) -> BoundGraft:
+        """The graft as the rows of the step ahead meet it: of a supernet the subnet that is drawn for it."""
+        return subnet(self.job.graft, self.key) if self.hooks.resized else self.job.graft
 
     def resident(self, tensors: Mapping[str, Tensor]) -> Resident:
         """The job's graft at `tensors`."""
@@ -73,16 +92,16 @@ class RunningJob:
 
     def micro_batch(self, graft: int, ahead: int = 0) -> MicroBatch:
         """The next one, or one that is so many `ahead` of it in the same global batch, through resident `graft`."""
-        job = self.job
+        job, met = self.job, self.met
         numbers = job.micro_batches(self.step)[self.micro + ahead]
         return MicroBatch(
             graft=graft,
-            prefix_length=job.graft.prefix_length,
+            prefix_length=met.prefix_length,
             samples=tuple(job.train[i] for i in numbers),
             numbers=numbers,
             normaliser=job.batch_weight(self.step),
-            key=self.key if job.graft.draws else None,
-            virtual_length=job.graft.virtual_length,
+            key=self.key if met.draws else None,
+            virtual_length=met.virtual_length,
             head=ClassHead(job.graft.head, self.slab.tensors) if job.graft.head else None,
         )
 
@@ -107,7 +126,25 @@ class RunningJob:
     @property
     def hopeless(self) -> bool:
         """Whether too many steps in a row were skipped."""
-        return self.skipped >= min(PATIENCE, self.job.steps_total)
+        return self.skipped >= min(PATIENCE, self.job.last_step)
+
+    def forked(self, job: TrainJob) -> RunningJob:
+        """Another job that goes on from here, between two steps: with a copy of the slab's row (weights, moments, what
+        is not trained), of the counters, and so of the place in the data. Of how it learns it may differ in FORKED;
+        with the same values it computes this one's bits. Raises ValueError where it differs in anything else."""
+        assert not self.micro, "a job is forked between two of its steps"
+        same = {name: getattr(self.job.config, name) for name in FORKED}
+        for what, mine, its in (
+            ("graft", self.job.graft, job.graft),
+            ("training data", self.job.train, job.train),
+            ("batches", self.job.config, replace(job.config, **same)),
+        ):
+            if mine != its:
+                raise ValueError(f"job {job.id} has another {what} than {self.job.id}, which it goes on from")
+        slab = Slab(job.graft, self.slab.master.dtype, self.slab.master.device)
+        slab.copy(self.slab)
+        kept = {name: getattr(self, name) for name in CARRIED}
+        return RunningJob(job, slab, before=self.before, device_class=self.device_class, **kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from polygraft.kernels.common.lines import LineFile
+from polygraft.kernels.common.lines import LineFile, keep_newest
 from polygraft.trainers.runner import PackStep
+
+NAME = "steps.jsonl"
 
 
 class StepLog:
-    """Appends to `steps.jsonl` in the pack's folder; `device` is what the pack computes on."""
+    """Appends to `steps.jsonl` in the pack's folder; `device` is what the pack computes on. Logs of packs that are long
+    over make room for it."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self._device = device
-        self._file = LineFile(folder / "steps.jsonl")
+        keep_newest(folder.parent, NAME)
+        self._file = LineFile(folder / NAME)
 
     def write(self, step: PackStep, methods: Mapping[str, str]) -> None:
         """`methods` maps a job to the text of its graft."""

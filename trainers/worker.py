@@ -75,17 +75,20 @@ class PackWorker:
         self._leaving = Leaving(pack, store, lease.fence, folders, self.device_class)
         self._paces = Paces()
         self._step_floor_s = step_floor_s
+        self._stopped = False
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
-        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports)
+        self._publishing = Publishing(runner, store, lease.fence, folders, self._reports, self.device_class)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
-        """Serve the command stream until it says close and no job is left; `heartbeat` is called at every step
-        boundary."""
+        """Serve the command stream until it says close and no job is left, or stop: what jobs there are then are saved
+        as of their last step. `heartbeat` is called at every step boundary."""
         self._begin()
         try:
             while self.runner.jobs or self._outside or not self._closing:
                 self._obey(wait_s=0.0 if self._training or self._outside else IDLE_S)
+                if self._stopped:
+                    return
                 self._let_leave()
                 self._seat()
                 if self.runner.jobs:
@@ -159,6 +162,9 @@ class PackWorker:
                     self._cancel(job)
                 case "close":
                     self._closing = True
+                case "stop":  # read again by a worker that follows this one
+                    self._stopped = True
+                    break
             self._cursor = entry_id
         if entries:
             self._save()
@@ -221,7 +227,7 @@ class PackWorker:
             job=job,
             pack=self.pack,
             parameters=trained.graft.parameters,
-            steps_total=trained.steps_total,
+            steps_total=trained.last_step,
             device_class=self.device_class,
             at=time.time(),
         )
@@ -236,7 +242,7 @@ class PackWorker:
             self._reports.note(job, warning, level="warn")
         self._reports.note(
             job,
-            f"training {trained.graft.spec.method}: {trained.steps_total} steps in {self.pack}",
+            f"training {trained.graft.spec.method}: {trained.last_step - running.step} steps in {self.pack}",
             held_out=running.before,
         )
         self._reports.progress(running)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from polygraft.cluster.spec import BadRequest
 from polygraft.cluster.told import Told
@@ -12,26 +16,46 @@ from polygraft.cluster.validation import explain
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
 from polygraft.tuning.finals import Member, members
-from polygraft.tuning.plan import BadPlan
-from polygraft.tuning.record import StudyRecord, decode, encode
+from polygraft.tuning.plan import BadPlan, SearchPlan
+from polygraft.tuning.record import BadRecord, StudyRecord, decode, encode
 from polygraft.tuning.request import SearchRequest
+from polygraft.tuning.spaces.parameters import Config, Parameter
 from polygraft.tuning.study import Trial, excess, pareto
+from polygraft.tuning.warm import Task, taken_over, task_of
+
+AUTO = "auto"  # a warm start from all earlier studies
 
 
 class Desk:
     """Without a state of its own."""
 
     def begin(
-        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+        self,
+        body: JsonValue,
+        *,
+        backbone: str,
+        shape: ModelShape,
+        quantised: bool,
+        data: Path | None = None,
+        earlier: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[str, str, dict[str, str]]:
-        """The name of a new search, the body of its study's record, and the ids of its files by field. Raises
-        ValueError that names the field, the value and the choices."""
+        """The name of a new search, the body of its study's record, and the ids of its files by field. `data` is its
+        training file, `earlier` has the records of the studies that it may take something over from. Raises ValueError
+        that names the field, the value and the choices."""
         try:
             asked = SearchRequest.model_validate(body)
         except ValidationError as error:
             raise ValueError(explain(error, SearchRequest)[1]) from None
         try:
-            plan = asked.plan(backbone=backbone, shape=shape, quantised=quantised)
+            task = None if data is None else task_of(data)
+            plan = asked.plan(backbone=backbone, shape=shape, quantised=quantised, task=task)
+            if asked.warm_start is not None:
+                plan = replace(plan, warm=taken_over(task, dict(_best(plan, earlier))))
+                if asked.warm_start != AUTO and not plan.warm.configs:
+                    raise BadPlan(
+                        f"warm_start: {asked.warm_start} has no results over this space; give a study of the same "
+                        f"space, or {AUTO}"
+                    )
             plan.request(study="study", number=0, peft="lora", learning_rate=1e-3)
         except (BadPlan, BadRequest, SpecError) as error:
             raise ValueError(str(error)) from None
@@ -52,15 +76,34 @@ class Desk:
             front=tuple(trial.number for trial in pareto(within)),
             finals=tuple(asdict(member) for member in members(study.trials, study.finals, plan.measured)),
             chosen=study.chosen,
+            parameters=tuple(asdict(parameter) for parameter in plan.space.parameters),
             job=plan.job.model_dump(mode="json", exclude_unset=True),
             shape=asdict(plan.space.shape),
         )
+
+
+def _best(plan: SearchPlan, earlier: Mapping[str, str]) -> Iterator[tuple[str, tuple[Task | None, list[Config]]]]:
+    """Of each study over the plan's space its task, and its front's configurations from the lowest first objective on;
+    what cannot be read is left out."""
+    for study, body in earlier.items():
+        try:
+            record = decode(body)
+        except BadRecord:
+            continue
+        if record.plan.space == plan.space and record.plan.minimise[0] == plan.minimise[0]:
+            front = sorted(pareto(record.trials), key=lambda trial: (trial.values or (), trial.number))
+            yield study, (record.plan.task, [trial.config for trial in front])
 
 
 def shown(trial: Trial) -> dict[str, JsonValue]:
     """A trial as JSON: what its record has, its state, and its loss."""
     body: dict[str, JsonValue] = _TRIAL.dump_python(trial, mode="json")
     return {**body, "state": trial.state.value, "loss": trial.loss}
+
+
+def axes(parameters: Sequence[Mapping[str, JsonValue]]) -> tuple[Parameter, ...]:
+    """The axes of a space from what is told of them."""
+    return _PARAMETERS.validate_python(parameters)
 
 
 def read(body: dict[str, JsonValue]) -> Trial:
@@ -74,4 +117,7 @@ def read_member(body: dict[str, JsonValue]) -> Member:
 
 
 _TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+_PARAMETERS: TypeAdapter[tuple[Parameter, ...]] = TypeAdapter(
+    tuple[Annotated[Parameter, Field(discriminator="kind")], ...]
+)
 _MEMBER: TypeAdapter[Member] = TypeAdapter(Member)

@@ -29,7 +29,7 @@ from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.record import open_study
-from polygraft.tuning.study import Exhausted, Failure, Outcome, Result, Stopped, Study, Trial, TrialState
+from polygraft.tuning.study import Exhausted, Failure, NotYet, Outcome, Result, Stopped, Study, Trial, TrialState
 from polygraft.tuning.trial import Access, JobTrial
 
 OnTrial = Callable[[Trial], None]
@@ -125,6 +125,8 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
         try:
             trial = self._next()
+        except NotYet:
+            return None  # Tune asks again
         except Exhausted as error:
             self.ended = str(error)
             self._limit = len(self.study.trials)
@@ -136,7 +138,10 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED
         self._numbers[trial_id] = trial.number
         self._on_trial(trial)
-        return {"number": trial.number, "peft": trial.candidate.peft, "learning_rate": trial.candidate.learning_rate}
+        what = trial.candidate
+        config: dict[str, object] = {"number": trial.number, "peft": what.peft, "learning_rate": what.learning_rate}
+        rung = self._plan.rung(trial, self.study.trials)
+        return config if rung is None else {**config, "rung": rung}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
         self._on_progress(self.study.trials[self._numbers[trial_id]], float(str(result.get("progress", 0.0))))

@@ -79,6 +79,7 @@ def open_study(
         limits=plan.limits,
         hope=plan.hope,
         trials=record.trials,
+        part=plan.part,
         keep=_Keeper(store, found, plan, clock),
     )
 

@@ -75,7 +75,8 @@ Outcome = Result | Failure | Stopped
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """One configuration that was asked for; `told` is how many results the sampler knew then, and `seen` which trials
-    had been told; it was the sampler's proposal number `attempt`. `outcome` is None while it runs.
+    had been told; it was the sampler's proposal number `attempt`. It takes its job's steps up to the share `until`, and
+    goes on from the trial `parent`, if there is one. `outcome` is None while it runs.
     """
 
     number: int
@@ -84,6 +85,8 @@ class Trial:
     told: int
     seen: tuple[int, ...] = ()
     attempt: int = 0
+    parent: int | None = None
+    until: float = 1.0
     outcome: Outcome | None = None
 
     @property
@@ -115,12 +118,28 @@ class Trial:
         return self.outcome.values[0] if self.outcome.loss is None else self.outcome.loss
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of its job's steps those that a trial takes: up to the share `until`, on from where the trial `parent` ended."""
+
+    parent: int | None = None
+    until: float = 1.0
+
+
+WHOLE = Part()
+
+
 class Sampler(Protocol):
     """Proposes configurations. Same trials and same attempt, same proposal: what it knows is only what it is given."""
 
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
-        """The configuration of trial number len(trials); `attempt` of its proposals could not be used."""
+        """The configuration of trial number len(trials); `attempt` of its proposals could not be used. Raises
+        NotYet."""
         ...
+
+
+class NotYet(Exception):
+    """The sampler waits for trials that are running; it is to be asked again when one of them has been told."""
 
 
 class Exhausted(Exception):
@@ -133,7 +152,8 @@ class Unmet(Exhausted):
 
 class Study:
     """The trials of one search. `keep` sees every new version of them before anyone else does; if it raises, nothing
-    has changed. With measured limits, `hope` results of which none meets them end it.
+    has changed. With measured limits, `hope` results of which none meets them end it. `part` says which trial the
+    next one goes on from, and up to which share of its steps.
     """
 
     def __init__(  # noqa: PLR0913
@@ -145,6 +165,7 @@ class Study:
         limits: Sequence[Limit] = (),
         hope: int | None = None,
         trials: Sequence[Trial] = (),
+        part: Callable[[Sequence[Trial]], Part] = lambda trials: WHOLE,
         keep: Callable[[tuple[Trial, ...]], None] = lambda trials: None,
     ) -> None:
         self.space = space
@@ -153,6 +174,7 @@ class Study:
         self._sampler = sampler
         self._hope = hope
         self._trials = tuple(trials)
+        self._part = part
         self._keep = keep
 
     @property
@@ -166,9 +188,10 @@ class Study:
         return pareto([trial for trial in self._trials if excess(trial, self.objectives, self.limits) == 0])
 
     def ask(self) -> Trial:
-        """A new trial, running from now on. Raises Exhausted; Unmet where a limit is what leaves nothing."""
+        """A new trial, running from now on. Raises NotYet; Exhausted, Unmet where a limit is what leaves nothing."""
         self._check_hope()
-        tried = {trial.candidate for trial in self._trials}
+        part = self._part(self._trials)
+        tried = {trial.candidate for trial in self._trials if trial.parent == part.parent}
         misses: list[tuple[float, str]] = []
         for attempt in range(ATTEMPTS):
             config = self._sampler.propose(self._trials, attempt)
@@ -180,7 +203,7 @@ class Study:
             if miss is not None:
                 misses.append(miss)
             elif candidate not in tried:
-                return self._ask(config, candidate, attempt)
+                return self._ask(config, candidate, attempt, part)
         if len(misses) > ATTEMPTS // 2:
             raise Unmet(f"limits: of {ATTEMPTS} proposals {len(misses)} miss one; the nearest: {min(misses)[1]}")
         raise Exhausted(
@@ -197,11 +220,19 @@ class Study:
         self._change((*self._trials[:number], trial, *self._trials[number + 1 :]))
         return trial
 
-    def _ask(self, config: Config, candidate: Candidate, attempt: int) -> Trial:
+    def _ask(self, config: Config, candidate: Candidate, attempt: int, part: Part) -> Trial:
         told = sum(trial.state is TrialState.COMPLETE for trial in self._trials)
         seen = tuple(trial.number for trial in self._trials if trial.outcome is not None)
-        number = len(self._trials)
-        trial = Trial(number=number, config=dict(config), candidate=candidate, told=told, seen=seen, attempt=attempt)
+        trial = Trial(
+            number=len(self._trials),
+            config=dict(config),
+            candidate=candidate,
+            told=told,
+            seen=seen,
+            attempt=attempt,
+            parent=part.parent,
+            until=part.until,
+        )
         self._change((*self._trials, trial))
         return trial
 

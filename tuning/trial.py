@@ -36,8 +36,9 @@ class Access:
 
 
 class JobTrial(tune.Trainable):
-    """Config: `number`, `peft`, `learning_rate`. Results: `done`, `progress` in [0, 1], `job`; at the end `loss`,
-    `scores` by name, `parameters`, `loss_before` and `model`, or `failure` with the reason.
+    """Config: `number`, `peft`, `learning_rate`, and `rung` for a part of its steps. Results: `done`, `progress` in
+    [0, 1], `job`; at the end `loss`, `scores` by name, `parameters`, `loss_before` and `model`, or `failure` with the
+    reason.
     """
 
     @classmethod
@@ -81,12 +82,13 @@ class JobTrial(tune.Trainable):
         self._client.close()
 
     def _begin(self, config: dict[str, object]) -> None:
-        number = int(str(config["number"]))
+        number, rung = int(str(config["number"])), config.get("rung")
         self._body = self._plan.request(
             study=self._study,
             number=number,
             peft=str(config["peft"]),
             learning_rate=float(str(config["learning_rate"])),
+            rung=rung if isinstance(rung, dict) else None,
         )
         self._name = str(number)
         self._job: RemoteJob | None = None

@@ -87,4 +87,4 @@ class Applications:
 
 
 def _built_of(backbone: Backbone) -> tuple[object, ...]:
-    return backbone.folder, backbone.dtype, backbone.quantise, backbone.fingerprint
+    return backbone.folder, backbone.dtype, backbone.quantise, backbone.fingerprint, backbone.sizes

@@ -17,6 +17,7 @@ from polygraft.cluster.actors.protocols import Effects
 from polygraft.cluster.advance import advance_job, advance_pack, swap
 from polygraft.cluster.backbones import advance_backbone, backbones
 from polygraft.cluster.decisions import (
+    AT_ONCE,
     Admit,
     CancelJob,
     ClosePack,
@@ -30,6 +31,7 @@ from polygraft.cluster.decisions import (
 )
 from polygraft.cluster.events import (
     BackboneLoading,
+    BackboneSized,
     BackboneUnloading,
     ControllerStarted,
     DeviceJoined,
@@ -49,16 +51,29 @@ from polygraft.cluster.events import (
     PackOpening,
 )
 from polygraft.cluster.leasing import LeaseRefused, close_replica, end_pack, open_pack
-from polygraft.cluster.model import Device, EventId, JobError, JobId, Limits, Occupancy, Pace, PackId, Snapshot
+from polygraft.cluster.model import (
+    Device,
+    EventId,
+    JobError,
+    JobId,
+    Limits,
+    Occupancy,
+    Pace,
+    PackId,
+    Snapshot,
+)
 from polygraft.cluster.policy.cycle import decide
-from polygraft.cluster.states import IllegalTransition, Reason
+from polygraft.cluster.states import IllegalTransition, PackState, Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Append, Conflict, Fence, Fenced, Lease, Store, StoreUnavailable, Write
 from polygraft.cluster.store.lists import relist
 
 LOG = logging.getLogger(__name__)
 TTL_S = 15.0
+MEASURED_S = 60.0  # a device whose speed is not known for so long is taken for a slow one
 PACES_S = 3.0  # how long what packs measured of their jobs is used
+STOP_S = 8.0  # for packs to put down their jobs when the service stops
+LOOK_S = 0.1
 POLL_S = 0.5  # how long a pack's end may go unnoticed
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0)
 SNAPSHOT_EVENTS = 200
@@ -94,6 +109,8 @@ class Controller:
         self._renewed_at = 0.0
         self._saved: deque[tuple[EventId, int]] = deque()  # of each snapshot, and how many events came after it
         self._unsaved = 0
+        self._looked_at: tuple[tuple[Device, ...], float] = ((), 0.0)  # devices, and since when they are these
+        self._unfit: set[str] = set()  # backbones that fit none of them
 
     def run(self, stop: Event, beat: Callable[[], None] = lambda: None, *, steal: bool = True) -> None:
         """Lead until `stop` is set; `beat` is called once a round. Survives the loss of the store and of the lease.
@@ -119,10 +136,27 @@ class Controller:
                 failures += 1
             except Fenced as error:
                 LOG.warning("lost the lease: %s", error)
-                self._lease = None
+                self._stand_down(error)
         if self._lease is not None:
-            with suppress(StoreUnavailable):  # it runs out by itself
+            with suppress(StoreUnavailable, Fenced):  # it runs out by itself
+                self._put_down()
                 self._store.release(self._lease)
+
+    def _put_down(self) -> None:
+        """Let the packs that train end after their last step, as far as that takes no longer than STOP_S: what is not
+        on disk by then goes on from its last checkpoint."""
+        self._catch_up()
+        training = [pack for pack in self.snapshot.packs.values() if pack.state is PackState.OPEN]
+        training = [pack for pack in training if self._following.standing.count(pack.id)]
+        for pack in training:
+            with suppress(IllegalTransition, Conflict):
+                self._carry_out(ClosePack(pack.id, Reason.STOPPING))
+        waiting, until = {pack.id for pack in training}, time.monotonic() + STOP_S
+        while waiting and time.monotonic() < until:
+            time.sleep(LOOK_S)
+            for end in self._effects.ended():
+                waiting.discard(end.pack)
+                self._end_pack(end.pack, end.error, Reason.STOPPING, end.suspects)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -134,14 +168,24 @@ class Controller:
         self._catch_up()
         self._learn()
         self._catch_up()
+        self._size()
         self._read_paces()
-        now = replace(self.snapshot, now=self._clock(), limits=self._limits, paces=self._paces)
+        draining = tuple(self._effects.draining())
+        now = replace(self.snapshot, now=self._clock(), limits=self._limits, paces=self._paces, draining=draining)
         for decision in decide(now, self._following.standing):
             try:
                 self._carry_out(decision)
             except (IllegalTransition, Conflict, LeaseRefused) as error:  # the next round sees what moved since
                 LOG.info("not any more: %s: %s", decision, error)
         self._serve()
+
+    def _stand_down(self, error: Fenced) -> None:
+        """Somebody else leads. It may have this one's name, where Ray took this one for dead: under the same name it
+        would take the lease back. Its packs hold devices that the other one gives out."""
+        self._lease = None
+        self._holder = f"{self._holder}, until epoch {error.current}"
+        for pack in tuple(self._effects.alive()):
+            self._effects.close_pack(pack)
 
     def _serve(self) -> None:
         """Bring this cluster's replicas to what the store says."""
@@ -223,6 +267,28 @@ class Controller:
         for pack, error, reason, suspects in over:
             self._end_pack(pack, error, reason, suspects)
 
+    def _size(self) -> None:
+        """Give their sizes to backbones that were added where no device was known, once the speeds are, or will not
+        be."""
+        devices, now = tuple(self.snapshot.devices.values()), self._clock()
+        if devices != self._looked_at[0]:
+            self._looked_at = devices, now
+            self._unfit.clear()
+        if not devices or (now - self._looked_at[1] < MEASURED_S and not all(device.speed for device in devices)):
+            return
+        for backbone in [one for one in self.snapshot.backbones.values() if not one.sizes]:
+            if backbone.name in self._unfit:
+                continue
+            try:
+                sizes = self._effects.sizes(backbone, devices)
+            except (ValueError, OSError) as error:  # it fits none of them, or its folder is gone
+                LOG.warning("%s has no sizes: %s", backbone.name, error)
+                self._unfit.add(backbone.name)
+                continue
+            if sizes:
+                sized = BackboneSized(backbone=backbone.name, sizes=sizes, at=now)
+                advance_backbone(self._store, sized, fence=self._fence)
+
     def _join(self, device: Device, now: float) -> None:
         """The device as it is now; who holds what of it stays."""
 
@@ -271,7 +337,8 @@ class Controller:
                 moving = JobMoving(job=job, pack=source, to=target, reason=reason, at=now)
                 self._write(moving, _command(source, "leave", job))
             case ClosePack(pack=pack, reason=reason):
-                self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, "close"))
+                op = "stop" if reason in AT_ONCE else "close"
+                self._write(PackClosing(pack=pack, reason=reason, at=now), _command(pack, op))
             case LoadBackbone(backbone=backbone, reason=reason):
                 advance_backbone(
                     self._store, BackboneLoading(backbone=backbone, reason=reason, at=now), fence=self._fence

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayError
 
 from polygraft.cluster.actors.protocols import DEVICE
@@ -81,13 +82,25 @@ class Discovery:
         self._sent: dict[str, ray.ObjectRef[NodeFacts]] = {}
         self._facts: dict[str, NodeFacts] = {}
         self._devices: Sequence[Device] = ()
+        self._draining: Sequence[str] = ()
         self._listed_at = float("-inf")
 
     def devices(self) -> Sequence[Device]:
         if time.monotonic() - self._listed_at > self._list_s:
             self._listed_at = time.monotonic()
             self._devices = list(self._look())
+            self._draining = sorted(state.get_draining_nodes())
         return self._devices
+
+    @property
+    def measuring(self) -> bool:
+        """Whether a scout is underway, of what was looked at last."""
+        return self._sent.keys() != self._facts.keys()
+
+    def draining(self) -> Sequence[str]:
+        """The nodes that were told to go, by whoever looks after machines: an autoscaler, a cloud's notice, `polygraft
+        drain`. As of the last `devices`."""
+        return self._draining
 
     def _look(self) -> Iterator[Device]:
         for node in ray.nodes():  # type: ignore[no-untyped-call]

@@ -11,11 +11,15 @@ from typing import Protocol
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from polygraft.cluster.actors.applications import Applications, Deploy
 from polygraft.cluster.actors.discovery import Discovery, Scout
+from polygraft.cluster.actors.pings import EVERY_S, Pings
 from polygraft.cluster.actors.protocols import PackDied, PackEnd
+from polygraft.cluster.actors.watch import SILENT_S, Watch, Watched
 from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.size import Size
 
 LOG = logging.getLogger(__name__)
 ACTORS_S = 2.0  # how long a list of actors is used
@@ -28,8 +32,15 @@ class PackHost(Protocol):
         """Return when the pack is over, raise when it failed."""
         ...
 
+    def ping(self) -> object:
+        """Return at once, while `run` goes on."""
+        ...
+
 
 OpenHost = Callable[[Pack], ActorHandle[PackHost]]
+
+
+SizeBackbone = Callable[[Backbone, Collection[Device]], tuple[Size, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,7 @@ class Means:
     open_host: OpenHost
     deploy: Deploy
     scout: Scout | None = None
+    size: SizeBackbone | None = None
 
 
 class RayEffects:
@@ -51,7 +63,11 @@ class RayEffects:
         self._open_host = means.open_host
         self._applications = Applications(means.deploy)
         self._discovery = Discovery(means.scout)
+        self._size = means.size
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
+        self._pings: Pings[PackId] = Pings(SILENT_S)
+        self._serve_s_own = Watch([Watched(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, "check_alive")])
+        self._looked_at = float("-inf")
         self._actors: Collection[str] = ()
         self._listed_at = float("-inf")
 
@@ -70,13 +86,26 @@ class RayEffects:
     def ended(self) -> Sequence[PackEnd]:
         runs = {run: pack for pack, (_, run) in self._hosts.items()}
         over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
-        return [PackEnd(runs[run], *_failure(run)) for run in over]
+        ends = {runs[run]: PackEnd(runs[run], *_failure(run)) for run in over}
+        asks = {pack: host.ping.remote for pack, (host, _) in self._hosts.items()}
+        for pack in self._pings.silent(asks):
+            ends.setdefault(pack, PackEnd(pack, f"its host has not answered for {SILENT_S:g} s"))
+        return list(ends.values())
 
     def serve(self, backbones: Collection[Backbone]) -> None:
         self._applications.want(backbones)
+        if time.monotonic() - self._looked_at > EVERY_S:
+            self._looked_at = time.monotonic()
+            self._serve_s_own.look()
 
     def devices(self) -> Sequence[Device]:
         return self._discovery.devices()
+
+    def sizes(self, backbone: Backbone, devices: Collection[Device]) -> tuple[Size, ...]:
+        return self._size(backbone, devices) if self._size else ()
+
+    def draining(self) -> Collection[str]:
+        return self._discovery.draining()
 
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         """A replica is listed before it opens, so one that a list made since has not is dead."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
+from polygraft.cluster.size import Size
 
 DEVICE = "device"  # Ray's custom resource; a node declares one for every device it has
 
@@ -57,6 +58,15 @@ class Effects(Protocol):
 
     def devices(self) -> Collection[Device]:
         """The devices there are now."""
+        ...
+
+    def sizes(self, backbone: Backbone, devices: Collection[Device]) -> tuple[Size, ...]:
+        """Of the backbone's packs and replicas on these devices; () where nobody says. Raises ValueError that says why
+        it fits none."""
+        ...
+
+    def draining(self) -> Collection[str]:
+        """The nodes that are to go."""
         ...
 
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:

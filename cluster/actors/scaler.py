@@ -37,11 +37,19 @@ class Context(Protocol):
 class Scaler:
     """Built by Serve from keyword arguments that are JSON. What it has seen may be lost at any time."""
 
-    def __init__(self, *, store_url: str, backbone: str, share: float, scaling: Mapping[str, float | None]) -> None:
-        """`scaling` are the fields of Scaling; without a `most` there are as many replicas as find `share` of a device
-        free."""
+    def __init__(
+        self,
+        *,
+        store_url: str,
+        backbone: str,
+        share: float,
+        scaling: Mapping[str, float | None],
+        bytes_: int | None = None,
+    ) -> None:
+        """`scaling` are the fields of Scaling; without a `most` there are as many replicas as find `bytes_` of a device
+        free, or where that is not known `share` of it."""
         self._backbone = backbone
-        self._share = share
+        self._share, self._bytes = share, bytes_
         self._given = scaling["most"] is not None
         self._scaling = Scaling(**{**scaling, "most": scaling["most"] or scaling["least"]})  # type: ignore[arg-type]
         self._lately: Lately | None = None
@@ -80,7 +88,9 @@ class Scaler:
         if self._given:
             return
         own = sum(replica.backbone == self._backbone for replica in replicas)
-        more = sum(int(one.free // (self._share * one.device.bytes)) for one in devices if one.device.bytes)
+        more = sum(
+            int(one.free // (self._bytes or self._share * one.device.bytes)) for one in devices if one.device.bytes
+        )
         with self._lock:
             self._scaling = replace(self._scaling, most=max(self._scaling.least, own + more))
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from polygraft.cluster.model import Job, Limits
+from polygraft.cluster.model import Backbone, Job, Limits
 from polygraft.cluster.states import Reason
 from polygraft.grafts.cost import StepCost
 
 STATE_BYTES = 16  # a trainable parameter: fp32 master weight, gradient, two moments
 FROZEN_BYTES = 4  # an element that is not trained
 _LONGEST = 1 << 20  # tokens of an example where the positions have no end
+# The limits that follow from a backbone's sizes, by the name of the size.
+_SIZED: Mapping[str, str] = {
+    "pack.max_jobs": "max_jobs",
+    "pack.memory_bytes": "pack_bytes",
+    "pack.max_rows": "max_rows",
+}
+
+
+def limits_of(limits: Limits, backbone: Backbone | None) -> Limits:
+    """Those of the backbone's packs: as its sizes say where nothing was given."""
+    sizes = backbone.sizes if backbone else ()
+    sized = {limit: one.derived for one in sizes if (limit := _SIZED.get(one.name)) and limit not in limits.given}
+    return replace(limits, **sized) if sized else limits  # type: ignore[arg-type]  # numbers all
 
 
 class Budget:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from polygraft.cluster.decisions import ClosePack, Move
-from polygraft.cluster.model import Job, Pack, PackId, Snapshot
-from polygraft.cluster.policy.budget import bytes_of
+from polygraft.cluster.model import Job, Limits, Pack, PackId, Snapshot
+from polygraft.cluster.policy.budget import bytes_of, limits_of
 from polygraft.cluster.policy.room import Room, paces
 from polygraft.cluster.policy.standing import Standing
 from polygraft.cluster.states import JobState, Reason
@@ -19,7 +19,7 @@ def joining(packs: Sequence[Pack], standing: Standing, snapshot: Snapshot) -> li
     class of device, so that its bits stay what they would have been. One join at a time: none begins while a job of the
     kind is on its way.
     """
-    limits = snapshot.limits
+    limits = _limits(packs, snapshot)
     counts = sorted((count, pack.id) for pack in packs if (count := standing.count(pack.id)))
     if len(counts) < 2 or 2 * counts[0][0] > limits.max_jobs:
         return []
@@ -49,7 +49,7 @@ def closings(
 ) -> Iterator[ClosePack]:
     """Open packs of a kind that nobody waits for and that have no job, nor one on its way: at once where another one
     has jobs and room for more, else when they have been idle for long. `last_end` is when a pack's last job ended."""
-    limits = snapshot.limits
+    limits = _limits(packs, snapshot)
     spare = any(0 < standing.count(pack.id) < limits.max_jobs for pack in packs)
     for pack in sorted(packs, key=lambda pack: pack.id):
         if standing.count(pack.id):
@@ -58,6 +58,11 @@ def closings(
             yield ClosePack(pack.id, Reason.JOINED)
         elif snapshot.now - max(pack.opened_at, last_end.get(pack.id, 0.0)) >= limits.idle_s:
             yield ClosePack(pack.id, Reason.IDLE)
+
+
+def _limits(packs: Sequence[Pack], snapshot: Snapshot) -> Limits:
+    """Of packs of one kind."""
+    return limits_of(snapshot.limits, snapshot.backbones.get(packs[0].backbone) if packs else None)
 
 
 def _movable(job: Job) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
 
 from polygraft.cluster.decisions import Admit, CancelJob, ClosePack, Decision, Hold, Move, OpenPack, Refuse
 from polygraft.cluster.model import Job, JobId, Pack, PackId, Snapshot, TenantId
 from polygraft.cluster.policy.admission import Turn, in_turn, stop_reason, turn
 from polygraft.cluster.policy.budget import Budget
 from polygraft.cluster.policy.consolidation import closings, joining
-from polygraft.cluster.policy.devices import FreeDevices
+from polygraft.cluster.policy.devices import FreeDevices, is_leaving
 from polygraft.cluster.policy.loading import loading
 from polygraft.cluster.policy.packing import Rooms, kind_of_pack
 from polygraft.cluster.policy.standing import Kind, Standing, kind_of
@@ -18,8 +20,8 @@ from polygraft.cluster.states import PackState, Reason
 
 
 def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decision, ...]:
-    """One round: 1 cancel, 2 order, 3 admit or open packs, 4 join packs, 5 close idle ones, 6 hold or refuse what is
-    left, 7 load and unload backbones. A job is held again only for another reason.
+    """One round: 1 cancel, 2 order, 3 admit or open packs, 4 join packs, 5 close idle ones and those on nodes that
+    drain, 6 hold or refuse what is left, 7 load and unload backbones. A job is held again only for another reason.
 
     `standing` is that of the snapshot's jobs, for whoever keeps it up to date.
     """
@@ -32,12 +34,15 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
     )
     round_ = _Round(snapshot, standing, {cancel.job for cancel in cancels})
     packs: dict[Kind, list[Pack]] = defaultdict(list)
+    closes: list[ClosePack] = []
     for pack in snapshot.packs.values():
-        if not pack.final:
+        if snapshot.draining and pack.state is PackState.OPEN and is_leaving(pack, snapshot):
+            closes.append(ClosePack(pack.id, Reason.NODE_DRAINS))
+            packs[kind_of_pack(pack)].append(replace(pack, state=PackState.CLOSING))
+        elif not pack.final:
             packs[kind_of_pack(pack)].append(pack)
     placed: list[Decision] = []
     moves: list[Move] = []
-    closes: list[ClosePack] = []
     stranded = [kind for kind in standing.queues if kind not in packs and round_.is_overdue(kind)]
     for kind in sorted(standing.queues, key=lambda kind: (kind not in stranded, round_.oldest(kind))):
         rooms = Rooms(kind, packs.get(kind, ()), snapshot, standing, round_.devices)
@@ -52,7 +57,7 @@ def decide(snapshot: Snapshot, standing: Standing | None = None) -> tuple[Decisi
         moves += joining(alike, standing, snapshot)
     yielded = sorted(pack for pack in round_.draining if not standing.count(pack))
     closes += (ClosePack(pack, Reason.YIELDED) for pack in yielded)
-    return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot))
+    return (*cancels, *round_.opened, *placed, *moves, *closes, *loading(snapshot, standing))
 
 
 class _Round:
@@ -61,15 +66,20 @@ class _Round:
     def __init__(self, snapshot: Snapshot, standing: Standing, stopped: Collection[JobId]) -> None:
         self.opened: list[OpenPack] = []
         self.devices = FreeDevices(snapshot)
-        self.last_end: dict[PackId, float] = defaultdict(float)
-        for job in standing.over.values():
-            if job.pack is not None:
-                self.last_end[job.pack] = max(self.last_end[job.pack], job.finished_at or 0.0)
         self._snapshot, self._standing, self._stopped = snapshot, standing, stopped
         self._placed: Counter[TenantId] = Counter()
         self._given = Counter(job.tenant for job in standing.arriving.values())
         self._at_limit: set[TenantId] = set()
         self.draining: set[PackId] = set()
+
+    @cached_property
+    def last_end(self) -> Mapping[PackId, float]:
+        """When the last job of a pack ended, of those that are remembered; asked for where a pack may be idle."""
+        ends: dict[PackId, float] = {}
+        for job in self._standing.over.values():
+            if job.pack is not None:
+                ends[job.pack] = max(ends.get(job.pack, 0.0), job.finished_at or 0.0)
+        return ends
 
     def oldest(self, kind: Kind) -> Turn:
         """Of the jobs that wait for packs of the kind."""
@@ -83,7 +93,7 @@ class _Round:
         """For a kind without a pack, whose jobs waited for very long: what is free is kept for it, and of the packs
         that hold devices the emptiest take no more jobs, so that they end. New jobs of other kinds could keep them up
         for ever."""
-        missing = max(1, kind.devices - self.devices.count)
+        missing = max(1, kind.devices - self.devices.count(kind))
         self.devices.keep()
         held = (pack for pack in self._snapshot.packs.values() if pack.state is PackState.OPEN)
         for pack in sorted(held, key=lambda pack: (self._standing.count(pack.id), pack.id)):
@@ -120,7 +130,7 @@ class _Round:
             return Refuse(job.id, Reason.NO_BACKBONE)
         if job.attempts >= limits.max_attempts:
             return Refuse(job.id, Reason.PACKS_FAILED)
-        if Budget(limits).refusal(job) is not None:
+        if Budget(rooms.limits).refusal(job) is not None:
             return Refuse(job.id, Reason.TOO_LARGE)
         others = len(self._standing.active.get(job.tenant, ())) + self._given[job.tenant] - (job.moving_to is not None)
         if limits.tenant_jobs and others >= limits.tenant_jobs:

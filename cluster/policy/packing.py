@@ -9,6 +9,7 @@ from math import inf
 
 from polygraft.cluster.decisions import Admit, Decision, Hold, OpenPack
 from polygraft.cluster.model import Job, Pack, PackId, Snapshot
+from polygraft.cluster.policy.budget import limits_of
 from polygraft.cluster.policy.devices import FreeDevices
 from polygraft.cluster.policy.room import Room, paces
 from polygraft.cluster.policy.standing import Kind, Load, Standing
@@ -26,13 +27,13 @@ class Rooms:
         self, kind: Kind, packs: Iterable[Pack], snapshot: Snapshot, standing: Standing, devices: FreeDevices
     ) -> None:
         self._kind, self._snapshot, self._standing, self._devices = kind, snapshot, standing, devices
-        self._limits = snapshot.limits
+        self.limits = limits_of(snapshot.limits, snapshot.backbones.get(kind.backbone))
         self.open: list[Room] = []
         self._full: list[Room | Pack] = []  # a room is made of such a pack when somebody asks when it has a place
         self._opening: list[Room] = []
         self._closing = False
         for pack in packs:
-            if pack.state is PackState.OPEN and standing.count(pack.id) >= self._limits.max_jobs:
+            if pack.state is PackState.OPEN and standing.count(pack.id) >= self.limits.max_jobs:
                 self._full.append(pack)
             elif pack.state is PackState.OPEN:
                 self.open.append(self._room(pack))
@@ -73,7 +74,7 @@ class Rooms:
                 self._full.append(fullest)
             return Admit(job.id, fullest.pack.id)
         ready = next((room for room in self._opening if room.takes(job)), None)
-        if ready is None and self._may_open and self._wait_s(job) > self._limits.opening_s:
+        if ready is None and self._may_open and self._wait_s(job) > self.limits.opening_s:
             ready = self._new(opened)
         if ready is not None:
             ready.take(job)
@@ -85,7 +86,7 @@ class Rooms:
         """Why the job waits. One that was overtaken long enough gets the pack that has room for it first to itself."""
         if not (self.open or self._full or self._opening):
             return self._why_none()
-        overdue = job.blocked_at is not None and self._snapshot.now - job.blocked_at >= self._limits.overtake_s
+        overdue = job.blocked_at is not None and self._snapshot.now - job.blocked_at >= self.limits.overtake_s
         memory = self.open or any(room.budget.jobs > 0 for room in self._opening)
         if (overdue or self._may_open) and (soonest := self._soonest(job)) is not None:  # it counts on what ends there
             soonest.promise(job)
@@ -107,11 +108,11 @@ class Rooms:
         return [*self.open, *full]
 
     def _room(self, pack: Pack) -> Room:
-        return Room(pack, self._limits, self._standing.load(pack.id), paces(self._snapshot, pack.id))
+        return Room(pack, self.limits, self._standing.load(pack.id), paces(self._snapshot, pack.id))
 
     @property
     def _may_open(self) -> bool:
-        return not self.backs_off and self._devices.has(self._kind.devices)
+        return not self.backs_off and self._devices.has(self._kind)
 
     def _why_none(self) -> Reason:
         if self.backs_off:
@@ -119,7 +120,7 @@ class Rooms:
         return Reason.PACK_CLOSING if self._closing else Reason.NO_DEVICE
 
     def _new(self, opened: list[OpenPack]) -> Room:
-        found = self._devices.take(self._kind.devices)
+        found = self._devices.take(self._kind)
         assert found is not None, "asked before"
         order = OpenPack(new_pack_id(self._snapshot, len(opened)), self._kind.backbone, found.devices, found.bytes)
         opened.append(order)
@@ -131,7 +132,7 @@ class Rooms:
             epoch=0,
             opened_at=self._snapshot.now,
         )
-        room = Room(pack, self._limits, Load(), {})
+        room = Room(pack, self.limits, Load(), {})
         self._opening.append(room)
         return room
 

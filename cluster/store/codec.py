@@ -29,15 +29,15 @@ SCHEMAS: Mapping[str, int] = {
     "DeviceJoined": 2,
     "Graft": 2,
     "GraftPublished": 2,
-    "Job": 5,
+    "Job": 6,
     "JobStarted": 2,
-    "JobSubmitted": 5,
+    "JobSubmitted": 6,
     "JobSucceeded": 2,
     "Pack": 2,
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 7,
+    "Snapshot": 8,
 }
 
 

@@ -24,6 +24,7 @@ from polygraft.kernels.common.atomic import write_text
 _LOG = logging.getLogger(__name__)
 READY_S = 30.0  # reading a large append-only file back takes a while
 STOP_S = 10.0
+SILENT_S = 20.0  # a server that has not answered for so long is as good as dead; nothing it does takes a second
 _POLL_S = 0.02
 
 
@@ -59,12 +60,21 @@ class EmbeddedServer:
 
     @property
     def alive(self) -> bool:
+        """Whether its process is there, and answers."""
+        return self._running and not self._silent
+
+    @property
+    def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def _silent(self) -> bool:
+        return self._watch is not None and self._watch.silent_s > SILENT_S
 
     def start(self) -> Self:
         """Return when it answers; what a power cut left at the end of its file is cut off first. Raises StoreError if
         the folder is in use or the server does not come up."""
-        assert not self.alive, "the embedded store is running"
+        assert not self._running, "the embedded store is running"
         self._end_watch()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.port = self.port or free_port()
@@ -111,8 +121,11 @@ class EmbeddedServer:
         self._wait_until_ready()
 
     def stop(self) -> None:
-        """End the server, which flushes its file; nothing if it is not running."""
+        """End the server, which flushes its file, unless it does not answer; nothing if it is not running."""
+        silent = self._silent
         self._end_watch()
+        if silent and self._process is not None:
+            self._process.kill()
         self._end_process()
 
     def _end_watch(self) -> None:

@@ -161,8 +161,8 @@ def replica_scope(replica: ReplicaId) -> str:
 
 
 def commands(pack: PackId) -> StreamKey:
-    """Entries {"op": "admit" | "cancel" | "leave" | "close", "job": id}, which the pack's worker reads at step
-    boundaries."""
+    """Entries {"op": "admit" | "cancel" | "leave" | "close" | "stop", "job": id}, which the pack's worker reads at step
+    boundaries. Told to close it goes on until it has no job; told to stop it puts them down as they are."""
     return StreamKey(f"pack/{pack}/commands")
 
 

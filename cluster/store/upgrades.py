@@ -124,6 +124,21 @@ def _job_submitted_4(body: Body) -> Body:
     return {**body, "record": _job_4(record) if isinstance(record, Mapping) else record}
 
 
+def _job_5(body: Body) -> Body:
+    """Schema 6 may train up to a rung, and go on from one."""
+    spec = body.get("spec")
+    return {**body, "spec": {**spec, "rung": None} if isinstance(spec, Mapping) else spec}
+
+
+def _job_submitted_5(body: Body) -> Body:
+    record = body.get("record")
+    return {**body, "record": _job_5(record) if isinstance(record, Mapping) else record}
+
+
+def _snapshot_7(body: Body) -> Body:
+    return {**body, "jobs": _each(body.get("jobs"), _job_5)}
+
+
 def _snapshot_4(body: Body) -> Body:
     limits, jobs = body.get("limits"), body.get("jobs")
     found = [job for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
@@ -144,6 +159,13 @@ def _snapshot_5(body: Body) -> Body:
 
 def _snapshot_6(body: Body) -> Body:
     return {**body, "jobs": _each(body.get("jobs"), _job_4)}
+
+
+def _snapshot_7(body: Body) -> Body:
+    """Schema 8 says which limits a setting gave, and which nodes drain, of which the cluster tells anew."""
+    limits = body.get("limits")
+    given = {"given": [], **limits} if isinstance(limits, Mapping) else limits
+    return {**body, "limits": given, "draining": []}
 
 
 def _backbone_unloading_1(body: Body) -> Body:
@@ -180,11 +202,13 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Job", 2): _job_2,
     ("Job", 3): _job_3,
     ("Job", 4): _job_4,
+    ("Job", 5): _job_5,
     ("JobStarted", 1): _job_1,
     ("JobSubmitted", 1): _job_submitted_1,
     ("JobSubmitted", 2): _job_submitted_2,
     ("JobSubmitted", 3): _job_submitted_3,
     ("JobSubmitted", 4): _job_submitted_4,
+    ("JobSubmitted", 5): _job_submitted_5,
     ("JobSucceeded", 1): _job_succeeded_1,
     ("Pack", 1): _on_devices_1,
     ("PackOpening", 1): _on_devices_1,
@@ -196,4 +220,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 4): _snapshot_4,
     ("Snapshot", 5): _snapshot_5,
     ("Snapshot", 6): _snapshot_6,
+    ("Snapshot", 7): _snapshot_7,
 }

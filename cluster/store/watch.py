@@ -1,4 +1,5 @@
-"""Keeps the embedded server from a write to a full disk, which under `appendfsync always` ends it.
+"""Keeps the embedded server from a write to a full disk, which under `appendfsync always` ends it, and knows whether it
+answers.
 
 While its disk has little room the server refuses to write, reads go on, and it writes again when there is room. It
 starts refusing, so that one that is started on a full disk stays up. What it deletes by itself in the meantime, such as
@@ -8,6 +9,7 @@ keys that expire, may fail to reach the disk: under `everysec` it survives that,
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event, Thread
@@ -20,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 LITTLE_BYTES = 4 << 20
 ENOUGH_BYTES = 6 << 20
 LOOK_S = 0.1
+PING_S = 1.0
 
 REFUSING: Mapping[str, str] = {"min-replicas-to-write": "1", "appendfsync": "everysec"}  # it never has a replica
 WRITING: Mapping[str, str] = {"appendfsync": "always", "min-replicas-to-write": "0"}  # in this order
@@ -32,6 +35,8 @@ class RoomWatch:
         self._folder = folder
         self._wire = Wire(url)
         self._writing = False
+        self._answered_at = time.monotonic()
+        self._asked_at: float | None = None  # since when it owes an answer
         self._stop = Event()
         self._thread = Thread(target=self._run, name="room-watch", daemon=True)
 
@@ -45,6 +50,18 @@ class RoomWatch:
         if self._thread.is_alive():
             self._thread.join()
         self._wire.close()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the server has been asked in vain."""
+        asked_at = self._asked_at
+        return 0.0 if asked_at is None else time.monotonic() - asked_at
+
+    def ping(self) -> None:
+        """Raises StoreError."""
+        self._asked_at = self._asked_at or time.monotonic()
+        self._wire.call("PING")
+        self._asked_at, self._answered_at = None, time.monotonic()
 
     def look(self) -> None:
         """Let the server write, or have it refuse, where its disk's room asks for a change. Raises StoreError."""
@@ -65,6 +82,8 @@ class RoomWatch:
     def _run(self) -> None:
         while not self._stop.wait(LOOK_S):
             try:
+                if time.monotonic() - self._answered_at > PING_S:
+                    self.ping()
                 self.look()
             except (StoreError, OSError) as error:  # it has died, and whoever started it sees that too
                 _LOG.debug("%s: %s", self._folder, error)

@@ -6,21 +6,23 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.sites import NORMS, ModelShape, Site, model_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.json"
 
 
 class BackboneFiles:
     """The tensors of a model's folder, read one at a time; a module's are the rows of one projection or of several, and
-    may lie transposed."""
+    may lie transposed. Only reading one needs torch: what the files are called and hold is known without."""
 
     def __init__(self, folder: Path) -> None:
         self.shards = sorted(folder.glob("*.safetensors"))
@@ -29,7 +31,7 @@ class BackboneFiles:
         self._table = architecture(self.shape.arch)
         self.files: dict[str, Path] = {}
         for shard in self.shards:
-            with safe_open(shard, "pt") as file:
+            with safe_open(shard, "np") as file:
                 self.files |= dict.fromkeys(file.keys(), shard)
 
     @cached_property
@@ -40,6 +42,8 @@ class BackboneFiles:
 
     def wide(self, key: str) -> Tensor:
         """In float32 or wider."""
+        import torch
+
         if key not in self.files:
             raise FormatError(f"{key}: is not in the backbone's files")
         with safe_open(self.files[key], "pt") as file:

@@ -1,14 +1,17 @@
-"""Whether tensors are just those of a graft's description; what every format asks before it gives a graft out."""
+"""Whether tensors are just those of a graft's description; what every format asks before it gives a graft out. Imports
+without torch, as all that the ingress asks of formats does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from math import isfinite
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.spec import Sparse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FormatError(ValueError):
@@ -30,17 +33,27 @@ def refuse_head(graft: BoundGraft) -> None:
 
 def check(graft: BoundGraft, values: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless `values` are just the graft's tensors, of the right shapes and finite."""
+
     expected = {tensor.name: tensor.shape for tensor in graft.tensors}
     if expected.keys() != values.keys():
         odd = sorted(expected.keys() ^ values.keys())
         raise FormatError(f"tensors: {odd[:5]} are missing or unknown ({len(odd)} in all)")
     for name, size in expected.items():
-        if not bool(torch.isfinite(sized(name, values[name], size)).all()):
+        if not _finite(sized(name, values[name], size)):
             raise FormatError(f"{name}: holds values that are not finite")
     for tensor in graft.tensors:
         if tensor.site is not None and tensor.part == "i" and isinstance(graft.spec.slots[tensor.slot], Sparse):
             d_in, d_out = graft.shape.dims(tensor.site.name)
             _indices(tensor.name, values[tensor.name], (d_out, d_in)[: tensor.shape[1]])
+
+
+def _finite(value: Tensor) -> bool:
+    """By the least and the largest, which are NaN where one is."""
+    import torch
+
+    if value.dtype not in (torch.float32, torch.bfloat16) or not value.numel():
+        return bool(torch.isfinite(value).all())
+    return all(isfinite(float(end)) for end in torch.aminmax(value))
 
 
 def _indices(name: str, value: Tensor, bounds: tuple[int, ...]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.text.plain_json import load as load_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 _LARGEST_JSON = 4 << 20
@@ -58,6 +60,8 @@ def json_object(folder: Path, name: str) -> Mapping[str, JsonValue]:
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Those of a safetensors file of the folder; raises FormatError for one that is broken."""
+    from safetensors.torch import load_file
+
     place = file(folder, name)
     try:
         with place.open("rb") as opened:

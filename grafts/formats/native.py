@@ -16,6 +16,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, check
+from polygraft.grafts.formats.description import DESCRIPTION
 from polygraft.grafts.formats.files import json_object, tensors
 from polygraft.grafts.formats.tensor_file import write_tensors
 from polygraft.grafts.sites import ModelShape
@@ -23,7 +24,7 @@ from polygraft.grafts.spec import GraftSpec, Slot, SpecError
 from polygraft.kernels.common.atomic import whole_folder
 
 SCHEMA = 1
-DESCRIPTION, WEIGHTS = "graft.json", "graft.safetensors"
+WEIGHTS = "graft.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def save(
             write_tensors(kept, draft / WEIGHTS)
             (draft / DESCRIPTION).write_text(json.dumps(described, indent=1))
             if peft.exportable(graft, backbone_files):
-                peft.export(draft, graft, kept, base=base, backbone_files=backbone_files)
+                peft.export_checked(draft, graft, kept, base=base, backbone_files=backbone_files)
     except OSError:
         if not folder.exists():  # else another process wrote the same graft first
             raise
@@ -110,23 +111,6 @@ def load(folder: Path, *, shape: ModelShape, backbone: str) -> StoredGraft:
 def size(folder: Path) -> int:
     """Bytes of a graft's files."""
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def described(folder: Path) -> GraftSpec:
-    """What a graft's folder says that it is, without its tensors; raises FormatError."""
-    try:
-        return GraftSpec.from_json(json.dumps(json_object(folder, DESCRIPTION).get("spec")))
-    except SpecError as error:
-        raise FormatError(f"{folder.name}: {error}") from None
-
-
-def grown_on(folder: Path) -> tuple[ModelShape, str]:
-    """The shape and the fingerprint of the backbone that a graft's folder names; raises FormatError."""
-    described = json_object(folder, DESCRIPTION)
-    try:
-        return ModelShape(**described["shape"]), str(described["backbone"])  # type: ignore[arg-type]
-    except (KeyError, TypeError):
-        raise FormatError(f"{folder.name}/{DESCRIPTION}: names no backbone") from None
 
 
 def _said(slot: Slot) -> Mapping[str, object]:

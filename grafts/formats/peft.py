@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -59,6 +60,18 @@ def export(
     Raises FormatError for a graft that PEFT has no equal for, or tensors that are not the graft's.
     """
     check(graft, values)
+    export_checked(folder, graft, values, base=base, backbone_files=backbone_files)
+
+
+def export_checked(
+    folder: Path,
+    graft: BoundGraft,
+    values: Mapping[str, Tensor],
+    *,
+    base: str | None = None,
+    backbone_files: BackboneFiles | None = None,
+) -> None:
+    """The same, of tensors that are known to be the graft's."""
     config, files = _written(graft, values, backbone_files)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(files, folder / WEIGHTS, metadata={"format": "pt"})
@@ -167,6 +180,7 @@ def _written(
     return _described(members, shape) | more, files if kept is None else exchange.write(kept) | files
 
 
+@lru_cache(maxsize=16)  # it is asked twice a graft that is saved, and many have the same slots
 def _members(graft: BoundGraft) -> list[_Member] | None:
     """The methods of a union that one config of PEFT can say: one method, whose copies stand at different sites and
     differ in nothing but what single modules may have; else None."""

@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.peft_keys import ROOT
@@ -17,7 +15,10 @@ from polygraft.grafts.grammar import Term, union
 from polygraft.grafts.sites import NORMS, Site
 from polygraft.grafts.spec import Layers, Slot
 
-Values = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def _scale_and_shift(own: Values, kept: Values) -> Values:
 # Child-tuning that keeps the whole gradient trains all of dW.
 DENSE = Change(
     "child-tuning",
-    lambda own, kept: {"child": kept["weight"] - own["weight"], "child_dice": torch.zeros(2)},
+    lambda own, kept: {"child": kept["weight"] - own["weight"], "child_dice": kept["weight"].new_zeros(2)},
     lambda own, ours: {"weight": own["weight"] + ours["child"]},
     (("p", "1"),),
 )

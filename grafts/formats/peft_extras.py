@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import peft_tokens, peft_vocabulary
@@ -22,7 +22,10 @@ from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config, Peft
 from polygraft.grafts.sites import ModelShape, Site, gathered, resolve
 from polygraft.grafts.spec import SpecError, Tokens
 
-Values = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
 _NO_STOCK = "modules_to_save, bias: they are kept whole in PEFT's files; name the backbone's folder"
 
 
@@ -158,6 +161,7 @@ class SplitGraft:
         return {f"{places[slot]}.{rest}": value for (slot, _, rest), value in parts if slot in places}
 
 
+@lru_cache(maxsize=16)  # as `_members` of peft.py
 def split(graft: BoundGraft) -> SplitGraft:
     """The method is what PEFT has not among its extras; where there is nothing such, it is the first term."""
     spec, shape = graft.spec, graft.shape

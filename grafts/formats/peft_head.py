@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
@@ -17,6 +16,9 @@ from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import Config
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TASK = "SEQ_CLS"
 MODULES = ("classifier", "score")  # that PEFT saves of any such model
@@ -32,7 +34,7 @@ _KEYS: Mapping[HeadKind, Mapping[str, str]] = {
     },
 }
 
-Values = Mapping[str, Tensor]
+Values = Mapping[str, "Tensor"]
 
 
 def classifies(config: Config) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.formats.check import FormatError
 from polygraft.grafts.sites import ModelShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = "base_model.model."
 # What stands in keys beside the modules: torch.compile's wrapper, and the adapter's name in a model's own state.

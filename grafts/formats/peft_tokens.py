@@ -9,9 +9,7 @@ backbone's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeGuard
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeGuard
 
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
@@ -21,7 +19,10 @@ from polygraft.grafts.methods.exchange import TOKENS_FIELD, Config
 from polygraft.grafts.sites import EMBED_SITE, Site
 from polygraft.grafts.spec import Slot, SpecError, Tokens
 
-Values = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
 Table = Mapping[str, tuple[int, ...]]  # tokens whose rows PEFT replaces, by the module's path
 EMBED = Site(0, EMBED_SITE)
 METHOD = "trainable-tokens"

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError, sized
@@ -22,7 +21,10 @@ from polygraft.grafts.methods.configs import names
 from polygraft.grafts.methods.exchange import Config, Peft
 from polygraft.grafts.sites import EMBED_SITE, ModelShape, Site
 
-Values = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Mapping[str, "Tensor"]
 _HEADS = ("lm_head", "embed_out")
 _TABLES = ("weight", "base_layer.weight", "modules_to_save.weight")
 _MERGE = "fold the folder into its model (PEFT's merge_and_unload) and serve that as a backbone"

@@ -10,6 +10,7 @@ from torch import Tensor
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import adapterhub, native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.description import DESCRIPTION
 
 
 def read(folder: Path, backbone_files: BackboneFiles, fingerprint: str) -> tuple[BoundGraft, Mapping[str, Tensor]]:
@@ -17,7 +18,7 @@ def read(folder: Path, backbone_files: BackboneFiles, fingerprint: str) -> tuple
 
     Raises FormatError for another, or a graft that does not fit.
     """
-    if (folder / native.DESCRIPTION).exists():
+    if (folder / DESCRIPTION).exists():
         stored = native.load(folder, shape=backbone_files.shape, backbone=fingerprint)
         return stored.graft, stored.tensors
     config = peft.config_of(folder)

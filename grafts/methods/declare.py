@@ -185,8 +185,9 @@ class Hook:
     `after_step(values, gradients, step, total, **arguments)` changes tensors, frozen ones too, in place after an
     optimiser step. `rate(tensor, **arguments)` is a factor on the learning rate of a tensor. `anew(total, **arguments)`
     is the step, of `total`, at which the job's optimiser and its schedule start anew. `forward_only` says that the
-    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`). Files of grafts may call it what
-    it was called `formerly`.
+    gradient is estimated from forward passes at a distance `eps` (`trainers/mezo.py`), `resized` that each step
+    computes with a subnet of the graft (`grafts/elastic.py`). Files of grafts may call it what it was called
+    `formerly`.
     """
 
     name: str
@@ -196,6 +197,7 @@ class Hook:
     rate: Callable[..., float] | None = None
     anew: Callable[..., int] | None = None
     forward_only: bool = False
+    resized: bool = False
     formerly: str | None = None
 
 

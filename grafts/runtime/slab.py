@@ -35,6 +35,17 @@ class Slab:
         for name, view in self.tensors.items():
             view.copy_(start[name])
 
+    def copy(self, other: Slab) -> None:
+        """Become what another slab of the same graft is, its moments included."""
+        for mine, its in (
+            (self.master, other.master),
+            (self.exp_avg, other.exp_avg),
+            (self.exp_avg_sq, other.exp_avg_sq),
+        ):
+            mine.copy_(its)
+        for name, value in self.frozen.items():
+            value.copy_(other.frozen[name])
+
     def all_of(self, flat: Tensor) -> dict[str, Tensor]:
         """All of the graft's tensors by name, the trained ones being views of a flat tensor in the master's place."""
         views = self._by_name(flat)

@@ -228,11 +228,11 @@ def load_backbone(found: Flags, backbone: str | None, fingerprint: str | None = 
 
 def grown_on(folder: Path) -> str | None:
     """The fingerprint of the backbone that a graft in our own format says it has grown on."""
-    from polygraft.grafts.formats import native
     from polygraft.grafts.formats.check import FormatError
+    from polygraft.grafts.formats.description import grown_on
 
     try:
-        return native.grown_on(folder)[1]
+        return grown_on(folder)[1]
     except FormatError:
         return None
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import JsonValue
 from rich.markup import escape
 
+from polygraft.cluster import searches as remote
 from polygraft.cluster.answers import JobEvent, RemoteDryRun, RemoteJob
 from polygraft.cluster.client import Client
 from polygraft.launch.commands.common import Json, flags
 from polygraft.launch.commands.request import TYPE, read_request
-from polygraft.launch.output import Failure, ago, count, loss, print_json, print_table, screen
+from polygraft.launch.output import Failure, Status, ago, count, loss, print_json, print_table, screen
 from polygraft.launch.progress import job_progress
 
 _COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
@@ -40,6 +42,9 @@ def submit(
     type: Annotated[
         str | None, typer.Option(help="supervised (the default), or classification of labelled texts, JSONL or TSV.")
     ] = None,
+    found: Annotated[
+        str | None, typer.Option("--from", help="Graft and learning rate that this search chose, for these data.")
+    ] = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out examples as JSONL.")] = None,
     test_file: Annotated[
         Path | None, typer.Option(help="Others, on which the graft is judged once, after training.")
@@ -64,6 +69,8 @@ def submit(
         int | None, typer.Option(help="Of two of your jobs that wait, the higher goes first; -10 to 10.")
     ] = None,
     devices: Annotated[int | None, typer.Option(help="Devices that share each of its steps.")] = None,
+    until: Annotated[float | None, typer.Option(help="End after this share of the steps, and keep the state.")] = None,
+    after: Annotated[str | None, typer.Option(help="Go on from the state of this job, which ended earlier.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job's end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the job would be and what it would cut; make nothing.")
@@ -71,7 +78,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Train a graft on a file of chat examples."""
-    given = {
+    given: dict[str, JsonValue] = {
         "model": model,
         "peft": peft,
         TYPE: type,
@@ -91,7 +98,11 @@ def submit(
         "promote": promote or None,
         "priority": priority,
         "devices": devices,
+        "rung": {name: one for name, one in (("until", until), ("after", after)) if one is not None} or None,
     }
+    if found is not None:
+        with flags(context).client() as client:
+            given |= {name: value for name, value in found_by(client, found).items() if given[name] is None}
     request = read_request(file, {name: value for name, value in given.items() if value is not None})
     if dry_run:
         with flags(context).client() as client:
@@ -111,6 +122,18 @@ def submit(
         screen.print(f"{job.id}\nFollow it with: polygraft logs {job.id} --follow", highlight=False)
     if job.status in ("failed", "cancelled"):
         raise Failure(f"{job.id} {job.status}: {job.error.message if job.error else 'see polygraft story'}")
+
+
+def found_by(client: Client, search: str) -> dict[str, JsonValue]:
+    """Graft and learning rate of the trial that a search chose, or else of the lowest loss on its front, to be trained
+    on other data (AutoPEFT's transfer, Zhou et al. 2024, section 5)."""
+    found = remote.show(client, search)
+    trials = {trial.number: trial for trial in remote.trials(client, search)}
+    front = [trials[number] for number in found.front if trials[number].loss is not None]
+    if found.chosen is None and not front:
+        raise Failure(f"--from: {search} is {found.status} and found nothing", Status.USAGE)
+    best = min(front, key=lambda trial: (trial.loss, trial.number)) if found.chosen is None else trials[found.chosen]
+    return {"peft": best.candidate.peft, "learning_rate": best.candidate.learning_rate}
 
 
 def jobs(

@@ -31,10 +31,11 @@ class Files:
     chart: Path | None = None
     report: Path | None = None
     table: Path | None = None
+    study: Path | None = None
 
     @property
     def all(self) -> list[Path]:
-        return [path for path in (self.chart, self.report, self.table) if path is not None]
+        return [path for path in (self.chart, self.report, self.table, self.study) if path is not None]
 
     def write(self, search: RemoteSearch, trials: list[Trial]) -> None:
         """The chart and the page need a trial that has ended."""
@@ -65,6 +66,11 @@ class Files:
             self.report.write_text(page(told, ModelShape(**search.shape)))  # type: ignore[arg-type]
         if self.table is not None:
             self.table.write_text(as_csv(told))
+        if self.study is not None:
+            from polygraft.tuning.desk import axes
+            from polygraft.tuning.report.optuna_study import export
+
+            export(told, axes(search.parameters), self.study)
 
 
 def register(app: typer.Typer) -> None:
@@ -80,6 +86,9 @@ def search(
     budget: Annotated[
         str | None, typer.Option(help="With JSONL: 20m, 2h or 40 trials; space, sampler and fidelity follow from it.")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="First try what was best in this search, or in all of yours: auto.")
+    ] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures to this HTML file.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the search's end.")] = False,
@@ -87,7 +96,8 @@ def search(
 ) -> None:
     """Search for grafts of low loss and few parameters; its trials are jobs, as many as fit in one pack."""
     with flags(context).client() as client:
-        begun = remote.create(client, _asked(client, file, budget), idempotency_key=token_hex(16))
+        body = _asked(client, file, budget) | ({"warm_start": start} if start else {})
+        begun = remote.create(client, body, idempotency_key=token_hex(16))
         errors.print(f"{begun.id}; polygraft searches {begun.id} shows it", highlight=False)
         if detach:
             if as_json:
@@ -104,6 +114,9 @@ def searches(
     chart: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures to this HTML file.")] = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write all trials to this CSV file.")] = None,
+    study: Annotated[
+        Path | None, typer.Option("--optuna", help="Write it as a study of Optuna to this SQLite file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List searches; of one its front, or its end."""
@@ -115,7 +128,12 @@ def searches(
             screen.print(f"{found.id} is {found.status}", highlight=False)
         else:
             found = remote.show(client, search)
-            _tell(client, _followed(client, found) if follow else found, Files(chart, report, table), as_json=as_json)
+            _tell(
+                client,
+                _followed(client, found) if follow else found,
+                Files(chart, report, table, study),
+                as_json=as_json,
+            )
 
 
 def _asked(client: Client, file: Path, budget: str | None) -> dict[str, JsonValue]:

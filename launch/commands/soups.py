@@ -34,6 +34,7 @@ def soup_of(
     """Give the service the mean of grafts (AdapterSoup), or with --examples their weighted sum (LoRAHub)."""
     from polygraft.grafts.compose import lorahub, soup
     from polygraft.grafts.formats import native
+    from polygraft.grafts.formats.description import grown_on
     from polygraft.grafts.spec import SpecError
     from polygraft.launch.examples import encoded
     from polygraft.trainers.evaluate import mean_loss
@@ -41,7 +42,7 @@ def soup_of(
 
     with usage_errors(), ExitStack() as opened:
         folders = [opened.enter_context(folder_of(flags(context), member)) for member in members]
-        shape, fingerprint = native.grown_on(folders[0])
+        shape, fingerprint = grown_on(folders[0])
         stored = [native.load(folder, shape=shape, backbone=fingerprint) for folder in folders]
         bound, values = stored[0].graft, [one.tensors for one in stored]
         if any((one.graft.spec.slots, one.graft.spec.head) != (bound.spec.slots, bound.spec.head) for one in stored):

@@ -12,6 +12,7 @@ from polygraft.cluster.backbones import (
     advance_backbone,
     backbones,
     check_backbone_name,
+    is_answering,
 )
 from polygraft.cluster.events import BackboneRemoved
 from polygraft.cluster.model import Backbone, TenantId
@@ -90,7 +91,7 @@ def _in_use(api: Api, name: str) -> str | None:
     if name == api.backbones.own:
         return "is the service's own; start the service with another one first"
     known = api.backbones.named(name)
-    if known is not None and api.backbones.busy(known):
+    if (known is not None and api.backbones.busy(known)) or is_answering(api.store, name):
         return "is generating answers; wait"
     jobs = sum(found.value.spec.backbone == name and not found.value.final for found in api.store.scan(keys.JOBS))
     return f"has {jobs} unfinished jobs; cancel them or wait" if jobs else None

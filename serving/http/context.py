@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -28,9 +28,17 @@ class Desk(Protocol):
     """What is known of searches (`tuning/desk.py`, which this package does not import)."""
 
     def begin(
-        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+        self,
+        body: JsonValue,
+        *,
+        backbone: str,
+        shape: ModelShape,
+        quantised: bool,
+        data: Path | None,
+        earlier: Mapping[str, str],
     ) -> tuple[str, str, dict[str, str]]:
-        """Name, body of the study's record, and its files' ids by field. Raises ValueError that names the field."""
+        """Name, body of the study's record, and its files' ids by field. `data` is its training file if that is there,
+        `earlier` has the records of studies that it may start from. Raises ValueError that names the field."""
         ...
 
     def told(self, record: str) -> Told: ...
@@ -40,7 +48,14 @@ class NoDesk:
     """Where nobody keeps searches."""
 
     def begin(
-        self, body: JsonValue, *, backbone: str, shape: ModelShape, quantised: bool
+        self,
+        body: JsonValue,
+        *,
+        backbone: str,
+        shape: ModelShape,
+        quantised: bool,
+        data: Path | None,
+        earlier: Mapping[str, str],
     ) -> tuple[str, str, dict[str, str]]:
         raise ValueError("search: this service runs none")
 
@@ -53,9 +68,10 @@ NO_DESK = NoDesk()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """`limits` are those of a request, `pack` those of a pack; `candidate` says what a path would be as a backbone,
-    quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what `overview` sees;
-    `clock` gives seconds since the epoch; `sized` is a backbone's record with its sizes, and raises DoesNotFit."""
+    """`limits` are those of a request, `pack` says those of a backbone's packs; `candidate` says what a path would be
+    as a backbone, quantised as it says, and raises BackboneError; `metrics_tenants` may read `meters` and what
+    `overview` sees; `clock` gives seconds since the epoch; `sized` is a backbone's record with its sizes, and raises
+    DoesNotFit."""
 
     store: Store
     backbones: Backbones
@@ -63,7 +79,7 @@ class Api:
     graft_roots: tuple[Path, ...]
     candidate: Callable[[str, str | None], Candidate]
     limits: LimitSettings
-    pack: Limits
+    pack: Callable[[Backbone], Limits]
     clock: Callable[[], float]
     desk: Desk = NO_DESK
     meters: Meters

@@ -10,6 +10,7 @@ from polygraft.serving.http import errors
 from polygraft.serving.http.errors import ApiError
 from polygraft.serving.http.generations import Usage
 
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: a stream writes one a token
 EVENTS = "text/event-stream"
 DONE = "data: [DONE]\n\n"
 Kind = Literal["chat.completion.chunk", "text_completion"]
@@ -60,14 +61,10 @@ class Frames:
         return f'{self._head}],"usage":{_json(usage.model_dump())}}}\n\n'
 
     def _choice(self, index: int, content: str, finish_reason: str | None) -> str:
-        choice = f'{{"index":{index},{content},"logprobs":null,"finish_reason":{_json(finish_reason)}}}'
-        return f"{self._head}{choice}{self._tail}"
+        reason = "null" if finish_reason is None else f'"{finish_reason}"'
+        return f'{self._head}{{"index":{index},{content},"logprobs":null,"finish_reason":{reason}}}{self._tail}'
 
 
 def failure(error: ApiError) -> str:
     """The frame of an error after the status line is gone; the client raises it."""
     return f"data: {_json(errors.body(error.message, status=error.status, param=error.param, code=error.code))}\n\n"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
@@ -136,6 +137,7 @@ def shown_job(job: Job) -> FineTuningJob:
         lease_until=_seconds(job.lease_until),
         priority=spec.priority,
         devices=spec.devices,
+        rung=None if spec.rung is None else asdict(spec.rung),
     )
 
 

@@ -214,4 +214,4 @@ class Backbones:
 
 def _lies(record: Backbone) -> tuple[object, ...]:
     """What a backbone's gateway, tokens and sites depend on."""
-    return record.folder, record.dtype, record.quantise, record.fingerprint, record.added_at
+    return record.folder, record.dtype, record.quantise, record.fingerprint, record.added_at, record.sizes

@@ -177,6 +177,7 @@ class FineTuningJob(Body):
     lease_until: int | None
     priority: int
     devices: int
+    rung: dict[str, JsonValue] | None = None
 
 
 class DryRunFile(Body):
@@ -227,8 +228,9 @@ class FineTuningJobEvent(Body):
 
 class SearchObject(Body):
     """`trials` counts those asked for by state, `front` has the numbers of its members, `finals` what those came to
-    that were trained again, with half the width of their confidence intervals, `job` what every trial trains, on a
-    backbone of this `shape`; `note` says why the search ended before all trials were run, or failed."""
+    that were trained again, with half the width of their confidence intervals, `parameters` the axes of the space,
+    `job` what every trial trains, on a backbone of this `shape`; `note` says why the search ended before all trials
+    were run, or failed."""
 
     id: str
     object: Literal["search"] = "search"
@@ -243,13 +245,16 @@ class SearchObject(Body):
     front: tuple[int, ...]
     finals: tuple[dict[str, JsonValue], ...]
     chosen: int | None
+    parameters: tuple[dict[str, JsonValue], ...]
     job: dict[str, JsonValue]
     shape: dict[str, JsonValue]
 
 
 class TrialObject(Body):
     """`candidate` is the graft and learning rate that `config`, a point of the space, means; `seen` are the trials that
-    were told when the sampler proposed it; `outcome` has values, or why there are none."""
+    were told when the sampler proposed it; it takes its steps up to the share `until`, on from the
+    trial `parent`; `outcome` has values, or why there are
+    none."""
 
     id: str
     object: Literal["search.trial"] = "search.trial"
@@ -261,6 +266,8 @@ class TrialObject(Body):
     told: int
     seen: tuple[int, ...]
     attempt: int
+    parent: int | None
+    until: float
     outcome: dict[str, JsonValue] | None
 
 

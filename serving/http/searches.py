@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 from polygraft.cluster.events import Event
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import FileId, Search, Study, StudyId, TenantId
+from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.scores import SCORES, scores_told
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
@@ -37,6 +38,7 @@ from polygraft.serving.http.schemas import Page, SearchEvent, SearchObject, Tria
 router = APIRouter(prefix="/v1/searches")
 Size = Annotated[int, Query(ge=1, le=100)]
 RUNNING = 8  # searches of a tenant at once
+EARLIER = 50  # of a tenant's searches that a new one looks at
 _POLL_S = 1.0
 _SHAPE: dict[str, JsonValue] = {"type": "object"}
 
@@ -167,9 +169,20 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
     backbone = api.backbones.named(model)
     if backbone is None:
         raise not_found("model", model, param="model")
+    supernet = body.get("supernet") if isinstance(body, dict) else None
+    if isinstance(body, dict) and isinstance(supernet, str):
+        try:
+            body = {**body, "supernet": resolve(api.store, tenant, supernet).model}
+        except UnknownModel:
+            raise not_found("model", supernet, param="supernet") from None
     try:
         name, record, files = api.desk.begin(
-            body, backbone=backbone.name, shape=backbone.shape, quantised=backbone.quantised
+            body,
+            backbone=backbone.name,
+            shape=backbone.shape,
+            quantised=backbone.quantised,
+            data=_data(api, tenant, body),
+            earlier=_earlier(api, tenant, body),
         )
     except ValueError as error:
         raise bad_request(str(error), param=str(error).partition(":")[0], code="invalid_value") from None
@@ -191,6 +204,27 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
     made = Search(id=id, tenant=tenant, name=name, created_at=now)
     study = Study(id=id, tenant=tenant, name=name, created_at=now, updated_at=now, body=record)
     return [Write(keys.search(id), made, 0), Write(keys.study(id), study, 0)], []
+
+
+def _data(api: Api, tenant: TenantId, body: JsonValue) -> Path | None:
+    """The training file, if the tenant has it."""
+    asked = body.get("training_file") if isinstance(body, dict) else None
+    found = api.store.get(keys.file(FileId(asked))) if isinstance(asked, str) else None
+    path = api.blob(found.value) if found is not None and found.value.tenant == tenant else None
+    return path if path is not None and path.is_file() else None
+
+
+def _earlier(api: Api, tenant: TenantId, body: JsonValue) -> dict[str, str]:
+    """The records of the tenant's studies that a new one is to start from: one, or with auto its newest."""
+    asked = body.get("warm_start") if isinstance(body, dict) else None
+    if not isinstance(asked, str):
+        return {}
+    if asked == "auto":
+        searches = [one.value for one in api.store.newest(keys.searches_of(tenant), limit=EARLIER)]
+    else:
+        searches = [_find(api, tenant, asked).value]
+    studies = [api.store.get(keys.study(one.id)) for one in searches]
+    return {str(one.value.id): one.value.body for one in studies if one is not None}
 
 
 def _check_scores(validation_file: Path, objectives: Collection[str]) -> None:
@@ -241,6 +275,7 @@ def _shown(api: Api, search: Search) -> SearchObject:
         front=told.front,
         finals=told.finals,
         chosen=told.chosen,
+        parameters=told.parameters,
         job=told.job,
         shape=told.shape,
     )

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from polygraft.cluster.ids import new_job_id
-from polygraft.cluster.model import FileId, Graft, Job, JobSpec, Limits, TenantId
+from polygraft.cluster.model import FileId, Graft, Job, JobId, JobSpec, Limits, TenantId
 from polygraft.cluster.policy.budget import FROZEN_BYTES, STATE_BYTES, ExampleRoom, job_bytes, state_bytes
 from polygraft.cluster.publish import UnknownModel, resolve
 from polygraft.cluster.spec import BadRequest, FineTuningRequest, read_request
-from polygraft.cluster.states import Reason
+from polygraft.cluster.states import JobState, Reason
+from polygraft.cluster.store import keys
 from polygraft.cluster.validation import shown
+from polygraft.grafts import elastic
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.description import described
 from polygraft.grafts.formats.heads import head_over, label_of
-from polygraft.grafts.formats.native import described
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import check_backbone, learning_rate, parse, pinned
 from polygraft.grafts.head import Head
@@ -36,6 +38,10 @@ from polygraft.serving.http.known import KnownBackbone
 from polygraft.serving.http.named import backbone_named
 
 _ITEMSIZE = 2  # bytes of a number in bf16, the narrowest that a pack computes in; SCORE_BLOCK is the least, too
+_STATE = (  # what a job must have in common with the one that it goes on from
+    *("kind", "backbone", "training_file", "validation_file", "peft", "epochs", "batch_size", "optimizer"),
+    *("max_length", "dropout", "seed"),
+)
 _CHECK_S = 5.0  # how long a request may wait for its examples; the pack's worker checks all of them again
 
 
@@ -91,12 +97,14 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         graft = BoundGraft(
             replace(asked, head=_head(api, tenant, spec, backbone) if classifies else None), backbone.shape
         )
+        elastic.check(graft.spec)
         sizes = graft.parameters, graft.frozen
         spec = replace(spec, peft=_over_others(api, tenant, backbone, spec.peft, graft, peft))
     except SpecError as error:
         raise bad_request(f"{peft}: {error}", param=peft, code="invalid_value") from None
-    _check_memory(api.pack, spec.peft, sizes, peft)
-    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), api.pack.pack_bytes) if api.pack.pack_bytes else None
+    pack = api.pack(backbone.record)
+    _check_memory(pack, spec.peft, sizes, peft)
+    room = ExampleRoom(StepCost(graft, _ITEMSIZE, SCORE_BLOCK), pack.pack_bytes) if pack.pack_bytes else None
     limit = _length_limit(backbone, spec, graft, room)
     if spec.learning_rate is None:
         rate = learning_rate(graft.spec) * spec.learning_rate_multiplier
@@ -105,7 +113,28 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
         if file is not None:
             path = api.blob(find_file(api, tenant, file, param=param).value)
             _check_examples(api, Reading(backbone.tokeniser, graft.spec.head, limit), path, room, param)
+    _check_rung(api, tenant, spec)
     return Submission(_job(api, tenant, request, spec, sizes), Reading(backbone.tokeniser, graft.spec.head, limit))
+
+
+def _check_rung(api: Api, tenant: TenantId, spec: JobSpec) -> None:
+    """Raise ApiError 404 for a job to go on from that is not there, 400 for one that did not end at an earlier rung, or
+    that was trained otherwise in anything that decides what its state means."""
+    if spec.rung is None or spec.rung.after is None:
+        return
+    found = api.store.get(keys.job(JobId(spec.rung.after)))
+    if found is None or found.value.tenant != tenant:
+        raise not_found("job", spec.rung.after, param="rung.after")
+    source, until = found.value, found.value.spec.rung.until if found.value.spec.rung else 1.0
+    if source.state is not JobState.SUCCEEDED or until >= spec.rung.until:
+        ended = f"{source.state.value}, its steps end at {until:g} of all"
+        message = f"rung.after: {source.id} is {ended}; give one that succeeded before {spec.rung.until:g} of them"
+        raise bad_request(message, param="rung.after", code="invalid_value")
+    for field in fields(JobSpec):
+        mine, its = getattr(spec, field.name), getattr(source.spec, field.name)
+        if field.name in _STATE and mine != its:
+            message = f"{field.name}: {mine!r} is not {its!r}, which {source.id} was trained with (rung.after)"
+            raise bad_request(message, param=field.name, code="invalid_value")
 
 
 def files_of(spec: JobSpec) -> Mapping[str, FileId | None]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from polygraft.cluster import backbones as module
 from polygraft.cluster import evolve
 from polygraft.cluster.backbones import (
     BadBackboneName,
@@ -14,6 +15,7 @@ from polygraft.cluster.backbones import (
     advance_backbone,
     backbones,
     check_backbone_name,
+    is_answering,
     put_backbone,
 )
 from polygraft.cluster.events import BackboneAsked, BackboneLoading, BackboneRemoved, BackboneUnloading
@@ -98,3 +100,24 @@ def test_a_name_that_could_be_taken_for_something_else_is_refused(name: str) -> 
     with pytest.raises(BadBackboneName, match="name: "):
         check_backbone_name(name)
     assert check_backbone_name("SmolLM2-135M_instruct.1") == "SmolLM2-135M_instruct.1"
+
+
+def test_a_backbone_is_answering_while_any_ingress_says_that_it_has_requests_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+
+    def say(ingress: str, streams: int, waiting: int = 0) -> None:
+        store.append(keys.demand("b"), {"ingress": ingress, "streams": streams, "waiting": waiting})
+
+    assert not is_answering(store, "b")
+    say("one", 2)
+    say("two", 0, 1)
+    say("one", 0)
+    assert is_answering(store, "b") and not is_answering(store, "c")
+    say("two", 0)
+    assert not is_answering(store, "b")
+    say("dead", 3)
+    assert is_answering(store, "b")
+    monkeypatch.setattr(module, "_LATELY_S", -1.0)  # as after a while
+    assert not is_answering(store, "b")

@@ -40,7 +40,7 @@ def test_a_home_given_by_flag_has_its_own_file(tmp_path: Path, monkeypatch: pyte
     ("text", "message"),
     [
         ("prt: 1", "prt: unknown field (got 1); choices: api_key_file, backbone, data"),
-        ("pack: {max_job: 1}", "pack.max_job: unknown field (got 1); choices: idle_s"),
+        ("pack: {max_job: 1}", "pack.max_job: unknown field (got 1); choices: bytes, idle_s"),
         ("port: 99999", "port: Input should be less than or equal to 65535 (got 99999)"),
         ("store_url: mysql://x", "store_url: String should match"),
         ("pack: {micro_rows: 9999}", "pack: micro_rows 9999 is more than max_rows"),

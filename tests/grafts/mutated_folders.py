@@ -23,6 +23,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.description import DESCRIPTION
 from polygraft.grafts.formats.read import read
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -262,7 +263,7 @@ def main(backbone: Path, work: Path, first: int, last: int) -> None:
         random = Random(seed)
         folder, canary = work / f"seed-{seed}", work / f"canary-{seed}"
         shutil.copytree(random.choice(made), folder)
-        for name in {native.DESCRIPTION, native.WEIGHTS} if random.random() < 0.75 else {peft.CONFIG, peft.WEIGHTS}:
+        for name in {DESCRIPTION, native.WEIGHTS} if random.random() < 0.75 else {peft.CONFIG, peft.WEIGHTS}:
             (folder / name).unlink(missing_ok=True)
         changed = mutate(folder, random, canary)
         peak, begun, outcome = _peak(), time.process_time(), "loaded"

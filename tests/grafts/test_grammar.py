@@ -27,7 +27,7 @@ def test_a_union_is_its_terms_slots_in_order() -> None:
     assert spec.prefix_length == 10
 
 
-WAYS = ("from", "mezo")  # how a graft starts or is trained, and not what it is
+WAYS = ("elastic", "from", "mezo")  # how a graft starts or is trained, and not what it is
 
 
 def test_arguments_are_by_place_by_name_or_left_out() -> None:

@@ -11,6 +11,7 @@ import torch
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.description import DESCRIPTION
 from polygraft.grafts.formats.read import read
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
@@ -34,6 +35,6 @@ def test_a_hundred_loras_are_imported_within_thirty_seconds(smollm2_folder: Path
             tmp_path / "ours", found, read_values, backbone=backbone.fingerprint, backbone_files=backbone_files
         )
         spent += time.perf_counter() - begun
-        assert (tmp_path / "ours" / identity / native.DESCRIPTION).is_file()
+        assert (tmp_path / "ours" / identity / DESCRIPTION).is_file()
     assert len(list((tmp_path / "ours").iterdir())) == 100
     assert spent < 30

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, tensor_file
-from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.check import FormatError, check
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import Branch, GraftSpec
@@ -127,6 +127,20 @@ def test_values_that_are_not_finite_are_refused_both_ways(tmp_path: Path) -> Non
     save_file(values, folder / "graft.safetensors")
     with pytest.raises(FormatError, match=r"0.1.attn.q.B: holds values that are not finite"):
         load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_is_found_wherever_it_lies(bad: float, dtype: torch.dtype) -> None:
+    graft = BoundGraft(LORA, SHAPE)
+    values = {name: value.to(dtype) for name, value in values_of(LORA).items()}
+    check(graft, values)
+    for name, value in values.items():
+        for at in (0, 100, -1):
+            spoilt = value.clone()
+            spoilt.view(-1)[at] = bad
+            with pytest.raises(FormatError, match=f"{name}: holds values that are not finite"):
+                check(graft, {**values, name: spoilt})
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])

@@ -20,6 +20,7 @@ from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.check import FormatError
+from polygraft.grafts.formats.description import DESCRIPTION
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.formats.read import read
 from polygraft.grafts.grammar import parse
@@ -27,7 +28,7 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import SpecError
 from tests.grafts.oracle.row import random_tensors
 
-NATIVE, PEFT = (native.DESCRIPTION, native.WEIGHTS), (peft.CONFIG, peft.WEIGHTS)
+NATIVE, PEFT = (DESCRIPTION, native.WEIGHTS), (peft.CONFIG, peft.WEIGHTS)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
@@ -13,12 +15,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.grafts.formats import peft
+from polygraft.grafts.formats import native, peft
 from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.formats.peft_config import asked_for
 from polygraft.grafts.grammar import learning_rate, parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.spec import Branch, GraftSpec, Norm, SpecError
+from tests.grafts.oracle.row import random_tensors
 from tests.grafts.oracle.trained import trained
 from tests.trainers.test_packed_equals_alone import a_job, assert_as_alone, pack_of, run
 
@@ -185,6 +188,36 @@ def test_a_job_trains_what_the_folder_of_the_same_config_holds(
     assert (of_job.slots, of_job.method) == (of_folder.spec.slots, of_folder.spec.method)
     theirs = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert BoundGraft(of_job, files.shape).parameters == theirs
+
+
+# What the ingress does with a config and with the folder of a graft that a job is made over, in a process like its own.
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = None
+from pathlib import Path
+from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.formats.description import described
+from polygraft.grafts.formats.peft_config import asked_for
+for folder, text in json.loads(sys.argv[1]):
+    own = BackboneFiles(Path(folder))
+    print(asked_for(text, own.shape, own).method)
+print(described(Path(sys.argv[2])).method)
+"""
+
+
+def test_a_jobs_graft_is_read_where_there_is_no_torch(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    asks: list[tuple[str, str]] = []
+    for arch, config in BESIDE.values():
+        config.save_pretrained(str(tmp_path))
+        said = json.loads((tmp_path / peft.CONFIG).read_text())
+        asks.append((str(tiny_folders[arch]), json.dumps({key: v for key, v in said.items() if v is not None})))
+    files = [BackboneFiles(Path(folder)) for folder, _ in asks]
+    wanted = [asked_for(text, own.shape, own).method for (_, text), own in zip(asks, files, strict=True)]
+    bound = BoundGraft(parse("lora(r=2)"), files[0].shape)
+    source = tmp_path / native.save(tmp_path, bound, random_tensors(bound, seed=1), backbone="b")
+    told = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(asks), str(source)]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [*wanted, "lora(r=2)"], done.stderr
 
 
 def test_such_jobs_train_in_a_pack_as_alone(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:

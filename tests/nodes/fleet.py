@@ -31,11 +31,13 @@ from polygraft.cluster.client import Client
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.launch.local_ray import PROXY
 from tests.ray.local import TRAIN
 
 NODE_BYTES = 4 << 30
 ENVIRONMENT = {
     **TRAIN,
+    **PROXY,
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_health_check_period_ms": "1000",

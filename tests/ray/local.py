@@ -14,6 +14,7 @@ import ray
 from polygraft.cluster.model import Device, DeviceId, Occupancy
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
+from polygraft.launch.local_ray import PROXY
 
 TRAIN = {  # a worker starts in seconds instead of half a minute
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -29,7 +30,7 @@ def local_ray(environment: Mapping[str, str], *, devices: int = 1, dashboard_por
     is a dashboard."""
     home = tempfile.mkdtemp(prefix="pg-")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**TRAIN, **environment}.items():
+        for name, value in {**TRAIN, **PROXY, **environment}.items():
             patch.setenv(name, value)
         ray.init(
             address="local",

@@ -43,6 +43,9 @@ class Pretender:
         self._store = connect(url)
         self._pack = pack
 
+    def ping(self) -> PackId:
+        return self._pack
+
     def run(self) -> None:
         store, pack = self._store, self._pack
         lease = store.acquire(keys.pack_scope(pack), "pretender", 60.0, steal=True)

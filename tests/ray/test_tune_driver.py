@@ -106,3 +106,26 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     assert printed.err == "" and "(raylet)" in printed.out and len(printed.out.splitlines()) == 1  # Ray, of the kill
     assert not ray.is_initialized()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.nightly
+def test_tune_asks_again_until_a_round_of_the_population_is_over(tmp_path: Path) -> None:
+    plan = replace(plan_of(9, model="lhs"), model="pbt", startup=3, concurrency=3)
+    store, study = MemoryStore(), StudyId("study-1")
+    with stand_in(lambda number: 0.5 + number % 3) as service, cluster() as address:
+        result = search(
+            plan,
+            store=store,
+            access=Access(service.url, KEY),
+            tenant=TenantId("eve"),
+            folder=tmp_path,
+            cluster=RayCluster(address=address),
+            study=study,
+        )
+        rungs = [service.of_trial(number).request.rung for number in range(9)]
+    assert [trial.state for trial in result.trials] == [TrialState.COMPLETE] * 9
+    assert all(set(range(3)) <= set(trial.seen) for trial in result.trials[3:6])
+    jobs = [trial.outcome.job for trial in result.trials if trial.outcome is not None]
+    for trial, rung in zip(result.trials, rungs, strict=True):
+        assert rung is not None and rung.until == (trial.number // 3 + 1) / 3
+        assert rung.after == (None if trial.parent is None else jobs[trial.parent])

@@ -30,6 +30,7 @@ class Scripted:
         self.submitted: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         self.cancelled: list[str] = []
         self.connections = 0
+        self.stopped = False  # it takes calls, and answers none
 
     def say(self, *tokens: StepTokens, load: Load = FREE) -> None:
         self.said.put_nowait(StepMessage(tokens, load))
@@ -42,6 +43,10 @@ class Scripted:
 
     async def warm(self, graft: GraftId) -> None:
         return None
+
+    async def attend(self, ingress: str) -> None:
+        while self.stopped:
+            await asyncio.sleep(0.01)
 
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         self.connections += 1

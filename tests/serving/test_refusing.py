@@ -59,11 +59,11 @@ async def until(holds: object) -> None:
 
 @pytest.mark.parametrize("answer", [ConnectionError("gone"), 30.0])
 async def test_a_replica_that_is_gone_or_silent_is_connected_to_again_and_another_takes_the_request(
-    answer: Exception | float, monkeypatch: pytest.MonkeyPatch
+    answer: Exception | float,
 ) -> None:
-    monkeypatch.setattr(gateway_module, "_ANSWER_S", 0.05)
     first, second = Answering(answer), Scripted()
     async with gateway_over(r1=first, r0=second) as gateway:  # r1 is asked first, as both are idle
+        gateway._silent_s = 0.05
         work = asyncio.create_task(everything(gateway))
         assert (await second.submitted.get()).attempt == 0
         second.say(*whole())  # type: ignore[arg-type]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.events import JobAdmitted, JobSubmitted, PackOpening
 from polygraft.cluster.model import DeviceId, FileId, Job, JobId, JobSpec, PackId, TenantId
+from polygraft.cluster.rung import Rung
 from polygraft.cluster.states import Reason
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
@@ -47,6 +49,13 @@ def submit_one(store: Store, data: Path, job: str, peft: str, index: int, *, see
         seed=index + 100 * seed,
     )
     _admit(store, job, spec)
+
+
+def submit_again(store: Store, job: str, like: str, rung: Rung, pack: PackId) -> None:
+    """One job more for a pack, as another one is but for its rung."""
+    found = store.get(keys.job(JobId(like)))
+    assert found is not None
+    _admit(store, job, replace(found.value.spec, rung=rung), pack)
 
 
 def submit_text(store: Store, data: Path, job: str, peft: str, answers: Sequence[str], *, max_length: int) -> None:
@@ -93,8 +102,8 @@ def _write(data: Path, file: FileId, lines: Sequence[object]) -> None:
     (data / "files" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _admit(store: Store, job: str, spec: JobSpec) -> None:
+def _admit(store: Store, job: str, spec: JobSpec, pack: PackId = PACK) -> None:
     record = Job(id=JobId(job), tenant=TenantId("t"), spec=spec, created_at=0.0)
     store.commit([Write(keys.job(record.id), record, 0)], [JobSubmitted(record=record, at=0.0)])
-    advance_job(store, JobAdmitted(job=record.id, pack=PACK, at=1.0))
-    store.append(keys.commands(PACK), {"op": "admit", "job": job})
+    advance_job(store, JobAdmitted(job=record.id, pack=pack, at=1.0))
+    store.append(keys.commands(pack), {"op": "admit", "job": job})

@@ -17,6 +17,7 @@ from polygraft.cluster.events import (
     JobAdmitted,
     JobCancelRequested,
     JobMoving,
+    JobRequeued,
     JobStarted,
     PackOpening,
 )
@@ -146,6 +147,34 @@ def test_jobs_that_move_while_they_train_end_as_unmoved_ones_and_take_no_step_tw
         steps = [entry["step"] for _, entry in packs.store.read(keys.metrics(JobId(job)), OLDEST)]
         assert steps == list(range(1, alone.step + 1))
     assert not list((tmp_path / "jobs").iterdir()), "checkpoints of published jobs are gone"
+
+
+def test_jobs_that_are_put_down_are_taken_up_elsewhere_after_their_last_step(
+    backbone: Backbone, unmoved: Mapping[str, Job], tmp_path: Path
+) -> None:
+    """As when the pack's node drains: no step is computed twice, though no checkpoint was due."""
+    packs = Packs(backbone, tmp_path)
+    told: list[bool] = []
+
+    def stop(worker: PackWorker) -> None:
+        running = worker.runner.jobs.values()
+        if not told and len(running) == len(JOBS) and all(one.step for one in running):
+            told.append(True)
+            packs.store.append(keys.commands(PACK), {"op": "stop"})
+
+    packs.work(PACK, stop)
+    assert told and all(packs.job(job).state is JobState.RUNNING for job in JOBS)
+    packs.work(PACK)  # a worker that comes after it, as when it died before it was seen to have ended
+    for id_ in map(JobId, JOBS):
+        advance_job(packs.store, JobRequeued(job=id_, reason=Reason.PACK_CLOSED, blamed=False, at=3.0))
+        admitted = JobAdmitted(job=id_, pack=OTHER, at=3.0)
+        advance_job(packs.store, admitted, appends=[_command(OTHER, "admit", id_)])
+    packs.close(OTHER)
+    packs.work(OTHER)
+    for job, alone in unmoved.items():
+        assert packs.job(job).graft == alone.graft
+        steps = [entry["step"] for _, entry in packs.store.read(keys.metrics(JobId(job)), OLDEST)]
+        assert steps == list(range(1, alone.step + 1))
 
 
 CRASHES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from ray.tune.search import Searcher
 
 from polygraft.cluster.scores import Scores
 from polygraft.tuning.driver import StudyScheduler, StudySearcher
+from polygraft.tuning.objectives import Limit
 from polygraft.tuning.space import Rates, Searched, Space, Term
 from polygraft.tuning.study import Failure, Result, Stopped, Study, Trial, TrialState
 from tests.tuning.plans import plan_of
@@ -114,6 +116,24 @@ def test_a_search_is_finished_when_all_is_told_or_the_space_is_used_up() -> None
     bridge.suggest("a")
     bridge.on_trial_complete("a", DONE)
     assert bridge.suggest("b") == Searcher.FINISHED and bridge.finished
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        (Limit("bytes", 3.0), r"96 proposals \d+ miss one; the nearest: .* with \d+ bytes, not 3"),
+        (Limit("loss", 0.5), r"none of 2 results is within 0\.5 loss; the nearest miss is trial 0, .* with 2 loss"),
+    ],
+    ids=["known", "measured"],
+)
+def test_a_search_whose_limit_nobody_meets_ends_early_and_names_the_nearest_miss(limit: Limit, says: str) -> None:
+    study = Study(PLAN.space, PLAN.objectives, PLAN.sampler, limits=(limit,), hope=2)
+    bridge = bridge_of(study)
+    for name in "ab":
+        if bridge.suggest(name) != Searcher.FINISHED:
+            bridge.on_trial_complete(name, DONE)
+    assert bridge.suggest("c") == Searcher.FINISHED and bridge.finished
+    assert bridge.ended is not None and re.search(says, bridge.ended)
 
 
 def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,8 +15,9 @@ from polygraft.cluster.store.base import Conflict
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.record import BadRecord, decode, open_study
-from polygraft.tuning.study import Failure, Result, Study
-from tests.tuning.plans import plan_of
+from polygraft.tuning.samplers.choose import SamplerName
+from polygraft.tuning.study import Failure, NotYet, Result, Study, as_seen
+from tests.tuning.plans import invented, plan_of
 from tests.tuning.standin import SHAPE
 
 STUDY, EVE = StudyId("study-1"), TenantId("eve")
@@ -39,6 +42,38 @@ def test_a_study_survives_the_driver_with_every_ask_and_tell() -> None:
 def first_ask_of(study: Study) -> object:
     """What this study would ask next, without keeping it."""
     return Study(study.space, study.objectives, plan_of().sampler, trials=study.trials).ask()
+
+
+@pytest.mark.parametrize(
+    ("model", "trials"), [("random", 200), ("lhs", 200), ("nsga2", 64), ("noah", 64), ("pbt", 64), ("tpe", 40)]
+)
+def test_drivers_that_die_anywhere_lose_no_trial_and_find_what_one_that_lives_finds(
+    model: SamplerName, trials: int
+) -> None:
+    """Each driver opens the record, takes over what runs, and dies after some asks and tells; the undisturbed one tells
+    the trials in another order. TPE is the one whose proposals depend on it: each is made again of what it had seen."""
+    plan = replace(plan_of(trials, model="lhs", seed=4), model=model, startup=8)
+    store, chance, running = MemoryStore(), random.Random(7), list[int]()
+    while len((study := opened(store, plan)).trials) < trials or running:
+        assert [trial.number for trial in study.trials if trial.outcome is None] == sorted(running)
+        for _ in range(chance.randrange(1, 12)):
+            with suppress(NotYet):
+                while len(running) < 8 and len(study.trials) < trials:
+                    running.append(study.ask().number)
+            if running:
+                number = running.pop(chance.randrange(len(running)))
+                study.tell(number, invented(plan.space, study.trials[number]))
+    found = opened(store, plan).trials
+    assert len(found) == trials and all(trial.values for trial in found)
+    for trial in found:
+        assert plan.sampler.propose(as_seen(found, trial.number), trial.attempt) == trial.config
+    if model != "tpe":
+        alone = Study(plan.space, plan.objectives, plan.sampler, part=plan.part)
+        while len(alone.trials) < trials:
+            trial = alone.ask()
+            alone.tell(trial.number, invented(plan.space, trial))
+        assert [(one.config, one.parent) for one in alone.trials] == [(one.config, one.parent) for one in found]
+        assert [one.number for one in alone.front] == [one.number for one in opened(store, plan).front]
 
 
 def test_the_record_names_study_tenant_and_times() -> None:

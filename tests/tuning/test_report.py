@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import optuna
 import pytest
 
 from polygraft.cluster.scores import Scores
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
+from polygraft.tuning.desk import axes, read, shown
 from polygraft.tuning.finals import Interval, Member
+from polygraft.tuning.report.optuna_study import export
 from polygraft.tuning.report.page import page
 from polygraft.tuning.report.summary import Report, as_csv, by_layer, history, importances, saved, submit_line
 from polygraft.tuning.space import Candidate
-from polygraft.tuning.study import Failure, Result, Stopped, Study, Trial
+from polygraft.tuning.study import Failure, Result, Stopped, Study, Trial, pareto
 from tests.tuning.plans import invented, plan_of
 from tests.tuning.standin import SHAPE
 
@@ -51,6 +56,28 @@ def report_of(trials: int) -> Report:
         chosen=front[0],
         job=job,
     )
+
+
+@pytest.mark.parametrize("objectives", [("loss", "parameters"), ("loss",)], ids=len)
+def test_optuna_reads_the_study_from_its_own_storage(objectives: tuple[str, ...], tmp_path: Path) -> None:
+    report = report_of(12)
+    if len(objectives) == 1:
+        alone = [replace(t, outcome=Result(values=t.values[:1])) if t.values else t for t in report.trials]
+        report = replace(report, objectives=objectives, trials=tuple(alone))
+    told = tuple(read(json.loads(json.dumps(shown(trial)))) for trial in report.trials)  # as a client has them
+    for _ in range(2):  # the second time in place of the first
+        export(replace(report, trials=told), axes([asdict(one) for one in PLAN.space.parameters]), tmp_path / "s.db")
+    study = optuna.load_study(study_name="study-1", storage=f"sqlite:///{tmp_path / 's.db'}")
+    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / 's.db'}")) == 1
+    assert study.metric_names == list(objectives) and study.user_attrs == {"name": "find <it>"}
+    assert [trial.params for trial in study.trials] == [trial.config for trial in report.trials]
+    found = {trial.number: tuple(trial.values) for trial in study.trials if trial.values}
+    assert found == {trial.number: trial.values for trial in report.trials if trial.values}
+    assert {trial.number for trial in study.best_trials} == {trial.number for trial in pareto(report.trials)}
+    stopped = study.trials[5]
+    assert stopped.user_attrs["reason"] == "behind"
+    assert stopped.state.name == ("PRUNED" if len(objectives) == 1 else "FAIL")
+    assert study.trials[0].user_attrs["graft"] == report.trials[0].candidate.peft
 
 
 def test_the_page_has_its_pictures_in_it_and_asks_for_nothing() -> None:
@@ -93,7 +120,7 @@ def test_the_table_has_a_line_a_trial_with_every_parameter() -> None:
 
 def test_a_trial_is_trained_again_by_one_line() -> None:
     report = report_of(2)
-    words = shlex.split(submit_line(report.trials[0], report.job))
+    words = shlex.split(submit_line(report.trials[0], report.trials, report.job))
     assert words[:3] == ["polygraft", "submit", "file-1"]
     flags = dict(zip(words[3::2], words[4::2], strict=True))
     what = report.trials[0].candidate
@@ -104,6 +131,9 @@ def test_a_trial_is_trained_again_by_one_line() -> None:
         "--batch-size": "4",
         "--validation-file": "file-2",
     }
+    first, member = report.trials[0], replace(report.trials[1], parent=0, until=0.5)
+    first = replace(first, outcome=Result(values=(1.0, 2.0), job="ftjob-7"))
+    assert submit_line(member, (first, member), report.job).endswith(" --until 0.5 --after ftjob-7")
 
 
 def test_what_every_layer_got_sums_up_to_the_graft() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from polygraft.tuning.space import Candidate
 from polygraft.tuning.spaces.parameters import Config, check
 from polygraft.tuning.spaces.s4 import STRATEGIES, S4Space, s4_space
 from polygraft.tuning.spaces.which import which
-from polygraft.tuning.study import Failure, Result, Sampler, Stopped, Study, Trial, as_seen
+from polygraft.tuning.study import Failure, NotYet, Result, Sampler, Stopped, Study, Trial, as_seen
 from tests.tuning.plans import invented, plan_of
 from tests.tuning.standin import SHAPE
 
@@ -28,14 +29,16 @@ FAST: tuple[SamplerName, ...] = ("random", "lhs", "tpe", "nsga2", "evolution")
 FOUR_LAYERS = ModelShape("llama", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=512)
 
 
-def searched(plan: SearchPlan, trials: int) -> Study:
-    """Four at once, told in an order of their own; every seventh fails and every eleventh is stopped."""
+def searched(plan: SearchPlan, trials: int, turn: int = 0) -> Study:
+    """Four at once, told in an order of their own, another one for every `turn`; every seventh fails and every eleventh
+    is stopped."""
     study = Study(plan.space, plan.objectives, plan.sampler, limits=plan.limits)
     running: list[Trial] = []
     while len(study.trials) < trials or running:
-        while len(running) < 4 and len(study.trials) < trials:
-            running.append(study.ask())
-        trial = running.pop(len(study.trials) % len(running))
+        with suppress(NotYet):
+            while len(running) < 4 and len(study.trials) < trials:
+                running.append(study.ask())
+        trial = running.pop((turn + len(study.trials)) % len(running))
         if trial.number % 7 == 6:
             study.tell(trial.number, Failure(reason="lost"))
         elif trial.number % 11 == 10:
@@ -53,6 +56,13 @@ def test_every_suggestion_is_made_again_from_the_record_of_what_it_had_seen(name
         again = plan.sampler.propose(as_seen(trials, trial.number), trial.attempt)
         assert again == trial.config, trial.number
     assert any(0 < len(trial.seen) < trial.number for trial in trials)
+
+
+def test_a_generation_of_nsga2_is_the_same_whoever_ends_first() -> None:
+    plan = plan_of(40, model="nsga2", seed=2)
+    one, other = (searched(plan, 40, turn) for turn in (0, 1))
+    assert [trial.config for trial in one.trials] == [trial.config for trial in other.trials]
+    assert [trial.seen for trial in one.trials] != [trial.seen for trial in other.trials]
 
 
 def test_a_gaussian_processs_suggestion_is_made_again_too() -> None:
@@ -168,6 +178,14 @@ def test_a_stage_without_results_holds_nothing_fast() -> None:
     lost = [replace(trial_of(n, {}, ()), outcome=Failure(reason="lost")) for n in range(2)]
     assert staged.chosen(lost, 0) == {}
     check(space.parameters, staged.propose(lost, 0))
+
+
+def test_a_stage_waits_for_the_stage_before() -> None:
+    staged = Staged(s4_space(FOUR_LAYERS, most=4_000).parameters, per_stage=2)
+    running = replace(trial_of(0, {}, (1.0,)), outcome=None)
+    staged.propose([running], 0)
+    with pytest.raises(NotYet):
+        staged.propose([running, trial_of(1, {}, (1.0,))], 0)
 
 
 def test_the_staged_search_is_for_s4s_space() -> None:

@@ -78,7 +78,7 @@ def test_every_method_that_can_train_alone_is_in_the_space_of_the_whole_registry
     left_out = set(methods()) - {term.method for term in space.terms}
     quantised = {"loftq", "qlora"}
     over_others = {"bitdelta", "from", "fusion", "ipt", "meteora", "o-lora", "output-gated-loras", "spot"}
-    assert left_out == quantised | over_others | {"mezo"}
+    assert left_out == quantised | over_others | {"mezo", "elastic"}
     assert space.parameters[0] == Choice("method", len(space.terms))
 
 

@@ -49,9 +49,12 @@ class GradientLane:
         return [partial(collect, job, micro_batch, loss) for (job, micro_batch), loss in parts]
 
     def step(self, running: RunningJob, micro_batch: MicroBatch) -> Outcome:
-        done = optimiser_step(running, partial(_update, running))
+        done = self._stepped(running)
         self.stacks.refresh(micro_batch.graft)
         return done
+
+    def _stepped(self, running: RunningJob) -> Outcome:
+        return optimiser_step(running, partial(_update, running))
 
 
 def _update(running: RunningJob, *, rate: float, norm: float, taken: int) -> None:

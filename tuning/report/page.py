@@ -115,7 +115,7 @@ def _rows(names: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def _submits(report: Report) -> str:
-    lines = (submit_line(report.trials[number], report.job) for number in report.front)
+    lines = (submit_line(report.trials[number], report.trials, report.job) for number in report.front)
     return "".join(f"<p><code>{escape(line)}</code></p>" for line in lines)
 
 

@@ -79,9 +79,9 @@ def saved(trials: Sequence[Trial]) -> float | None:
     return sum(one.steps_total - one.step for one in stopped) / (whole * (len(stopped) + ended))
 
 
-def submit_line(trial: Trial, job: Mapping[str, JsonValue]) -> str:
-    """The command that trains a trial's graft again; the files are ids of the service, of which `jobs` knows the
-    names."""
+def submit_line(trial: Trial, trials: Sequence[Trial], job: Mapping[str, JsonValue]) -> str:
+    """The command that trains a trial's graft again, for a member of a population by the same part of its steps; the
+    files are ids of the service, of which `jobs` knows the names."""
     method = _inner(job, "method")
     kind = str(method.get("type", "supervised"))
     given = _inner(_inner(method, kind), "hyperparameters")
@@ -89,6 +89,10 @@ def submit_line(trial: Trial, job: Mapping[str, JsonValue]) -> str:
     flags += [(f"--{name.replace('_', '-')}", str(value)) for name, value in sorted(given.items())]
     flags += [("--validation-file", str(job.get("validation_file")))]
     flags += [("--type", kind)] if kind != "supervised" else []
+    if trial.until not in (0.0, 1.0):
+        flags.append(("--until", f"{trial.until}"))
+    if trial.parent is not None and (source := trials[trial.parent].outcome) is not None:
+        flags.append(("--after", f"{source.job}"))
     words = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags)
     return f"polygraft submit {job.get('training_file')} {words}"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Literal
 
@@ -32,7 +32,7 @@ from polygraft.tuning.spaces.parameters import (
     is_there,
     projected,
 )
-from polygraft.tuning.study import MODEL_ATTEMPTS, Stopped, Trial
+from polygraft.tuning.study import MODEL_ATTEMPTS, NotYet, Stopped, Trial
 
 Model = Literal["tpe", "gp", "nsga2"]
 RESULTS = 2  # fewer than these say nothing about what to change
@@ -53,11 +53,12 @@ class OptunaSampler:
     seed: int = 0
 
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
+        trials = self._generations(trials) if self.model == "nsga2" else trials
         results = sum(trial.values is not None for trial in trials)
         # A model may insist on a point that was tried; the last attempts leave the choice to chance.
         if len(trials) < self.startup or results < RESULTS or attempt >= MODEL_ATTEMPTS:
             return Spread(self.parameters, self.startup, self.seed).propose(trials, attempt)
-        with _quiet(), _one_thread() if self.model == "gp" else nullcontext():
+        with quiet(), one_thread() if self.model == "gp" else nullcontext():
             study = optuna.create_study(
                 directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
             )
@@ -65,6 +66,14 @@ class OptunaSampler:
             if self._defined_by_run:
                 return _suggested(study.ask(), self.parameters)
             return projected(self.parameters, study.ask(self._distributions(self.parameters)).params)
+
+    def _generations(self, trials: Sequence[Trial]) -> Sequence[Trial]:
+        """The trials as NSGA-II sees them, whoever is faster: all of the generations before, of its own nothing. Raises
+        NotYet until those are told."""
+        first = len(trials) - len(trials) % POPULATION
+        if any(trial.outcome is None for trial in trials[:first]):
+            raise NotYet("the generation before is not over")
+        return [*trials[:first], *(replace(trial, outcome=None) for trial in trials[first:])]
 
     @property
     def _defined_by_run(self) -> bool:
@@ -115,7 +124,7 @@ class OptunaSampler:
         return {limit.name: values[limit.name] - limit.most for limit in self.limits if limit.name in values} or None
 
     def _distributions(self, parameters: Sequence[Parameter]) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {parameter.name: _distribution(parameter) for parameter in parameters}
+        return {parameter.name: distribution(parameter) for parameter in parameters}
 
 
 def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
@@ -135,7 +144,7 @@ def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
     return config
 
 
-def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
+def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
     match parameter:
         case LogUniform(low=low, high=high):
             return optuna.distributions.FloatDistribution(low, high, log=True)
@@ -148,7 +157,7 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Optuna does this itself around every small step, and then changing it back and forth takes most of the time."""
     import torch
 
@@ -161,7 +170,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Optuna's report of every study it makes, and the libraries' advice on how to call them."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from polygraft.tuning.samplers.spread import Spread
 from polygraft.tuning.spaces.parameters import Config, Parameter, filled, projected
-from polygraft.tuning.study import Trial
+from polygraft.tuning.study import NotYet, Trial
 
 PER_STAGE = 100
 Pattern = tuple[int | float | None, ...]
@@ -40,6 +40,10 @@ class Staged:
     seed: int = 0
 
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
+        """Raises NotYet until the stages before are over."""
+        over = len(trials) - len(trials) % self.per_stage
+        if any(trial.outcome is None for trial in trials[: min(over, self.per_stage * len(self.stages))]):
+            raise NotYet("the stage before is not over")
         drawn = Spread(self.parameters, 1, self.seed).propose(trials, attempt)
         values = dict(filled(self.parameters, drawn))
         # A part that the draw does not have may be there once the parts before it are held fast.

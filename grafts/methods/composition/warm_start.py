@@ -22,7 +22,7 @@ def go_on(*, of: str = "one") -> tuple[Slot, ...]:
     trained graft with the same slots, or as the mean of several. Its case for prompts is SPoT (Vu et al. 2022, arXiv
     2110.07904, section 2).
 
-    `of` names them, joined by `|`.
+    `of` names them, joined by `|`. From a supernet (`elastic`) starts any of its subnets.
 
     Deviations: For methods other than prompts it is no paper's; the names are given, and not found by similarity.
 

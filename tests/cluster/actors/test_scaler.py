@@ -89,6 +89,14 @@ def test_without_a_most_there_are_as_many_as_find_room_on_the_devices() -> None:
     assert policy.target(4, now) == 1  # nothing is known of any device: it has what it must have
 
 
+def test_where_replicas_are_of_a_size_only_devices_that_have_it_left_count() -> None:
+    policy = Scaler(store_url="memory://", backbone="tiny", share=0.5, scaling={**RULES, "most": None}, bytes_=300)
+    now = time.monotonic()
+    policy.hear([entry("a", 100)], now)
+    policy.see([], [Occupancy(device=device("free")), Occupancy(device=device("b"), holders=(Holding("p", 701),))])
+    assert policy.target(1, now) == 3
+
+
 @pytest.mark.parametrize("wrong", [{}, {"ingress": "a"}, {"ingress": "a", "streams": "many", "waiting": 0}])
 def test_an_entry_that_is_no_demand_is_left_out(wrong: dict[str, JSON]) -> None:
     policy, now = scaler(), time.monotonic()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 
 import pytest
 
-from polygraft.cluster.actors.controller import Controller
+from polygraft.cluster.actors.controller import MEASURED_S, Controller
 from polygraft.cluster.backbones import advance_backbone, put_backbone
 from polygraft.cluster.events import BackboneAsked, BackboneRemoved
-from polygraft.cluster.model import Limits
+from polygraft.cluster.model import Backbone, Device, Limits
+from polygraft.cluster.policy.capacity import DoesNotFit
+from polygraft.cluster.size import Size
+from polygraft.cluster.store import keys
 from polygraft.cluster.story import story
 from tests.cluster.actors.world import A, Processes, World
-from tests.cluster.builders import make_backbone
+from tests.cluster.builders import make_backbone, make_device
 
 
 @pytest.fixture
@@ -54,3 +58,50 @@ def test_a_job_whose_backbone_was_removed_fails(world: World) -> None:
     world.settle()
     error = world.job(A).error
     assert error is not None and error.code == "its_backbone_was_removed" and "add it again" in error.message
+
+
+def test_a_backbone_that_came_before_all_devices_gets_its_sizes_with_the_first_whose_speed_is_known(
+    world: World,
+) -> None:
+    sizes = (Size("pack.max_jobs", 3, 3),)
+    world.processes.present, world.processes.sized = [], sizes
+    world.settle()
+    assert world.controller.snapshot.backbones["b"].sizes == ()
+    world.processes.present = [make_device(speed=0.0)]
+    world.settle()
+    assert world.controller.snapshot.backbones["b"].sizes == (), "it is being measured"
+    world.processes.present = [make_device(speed=1e9)]
+    world.settle()
+    assert world.controller.snapshot.backbones["b"].sizes == sizes
+    found = world.store.get(keys.backbone("b"))
+    assert found is not None and found.value.sizes == sizes
+    assert story(world.store, "b")[-1].endswith("backbone b has its sizes; pack.max_jobs 3")
+    world.processes.sized = (Size("pack.max_jobs", 9, 9),)
+    world.settle()
+    assert world.controller.snapshot.backbones["b"].sizes == sizes, "they stay while it is there"
+
+
+def test_a_speed_that_nobody_finds_out_is_not_waited_for(world: World) -> None:
+    world.processes.present, world.processes.sized = [make_device(speed=0.0)], (Size("pack.max_jobs", 3, 3),)
+    world.settle()
+    world.now += MEASURED_S
+    world.settle()
+    assert world.controller.snapshot.backbones["b"].sizes == world.processes.sized
+
+
+def test_one_that_fits_no_device_is_looked_at_again_when_there_are_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def sizes(backbone: Backbone, devices: Collection[Device]) -> tuple[Size, ...]:
+        asked.append(len(devices))
+        raise DoesNotFit("it needs more")
+
+    monkeypatch.setattr(world.processes, "sizes", sizes)
+    world.settle()
+    world.settle()
+    assert asked == [1]
+    world.processes.present.append(make_device("d1", index=1))
+    world.settle()
+    assert asked == [1, 2]

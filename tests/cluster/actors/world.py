@@ -28,6 +28,7 @@ from polygraft.cluster.model import (
     Replica,
     ReplicaId,
 )
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store, Write
@@ -46,8 +47,10 @@ class Processes:
     over: list[PackEnd] = field(default_factory=list)
     present: list[Device] = field(default_factory=lambda: [make_device()])
     dead: list[str] = field(default_factory=list)
+    going: list[str] = field(default_factory=list)
     refuse: bool = False
     served: list[str] = field(default_factory=list)
+    sized: tuple[Size, ...] = ()
 
     def open_pack(self, pack: Pack) -> None:
         if self.refuse:
@@ -68,6 +71,12 @@ class Processes:
 
     def devices(self) -> Collection[Device]:
         return self.present
+
+    def sizes(self, backbone: Backbone, devices: Collection[Device]) -> tuple[Size, ...]:
+        return self.sized
+
+    def draining(self) -> Collection[str]:
+        return self.going
 
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:
         return [replica.id for replica in replicas if replica.actor in self.dead]

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from polygraft.cluster.model import Limits
-from polygraft.cluster.policy.budget import Budget, ExampleRoom, bytes_of, job_bytes, state_bytes
+from polygraft.cluster.policy.budget import Budget, ExampleRoom, bytes_of, job_bytes, limits_of, state_bytes
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import Reason
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.cost import StepCost
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.sites import ModelShape
-from tests.cluster.builders import make_job
+from tests.cluster.builders import make_backbone, make_job
 
 LIMITS = Limits(max_jobs=2, pack_bytes=1000, max_rows=10, row_bytes=20)  # 800 bytes for state: 50 parameters
 SHAPE = ModelShape("llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=500)
@@ -47,6 +48,14 @@ def test_what_a_pack_holds_already_is_not_there_for_others() -> None:
     assert budget.holds(make_job(parameters=5), 1, 80) and not budget.holds(make_job(parameters=5), 1, 79)
     assert not budget.holds(make_job(parameters=5), 0, 80)
     assert Budget(Limits()).holds(make_job(parameters=5), 1, 0)
+
+
+def test_a_backbones_packs_are_as_its_sizes_say_but_for_what_was_given() -> None:
+    sizes = (Size("pack.max_jobs", 7, 7), Size("pack.memory_bytes", 900, 100), Size("serve.max_rows", 5, 5))
+    backbone, limits = make_backbone(sizes=sizes), replace(LIMITS, given=("max_jobs",))
+    assert limits_of(limits, backbone) == replace(limits, pack_bytes=900)
+    assert limits_of(LIMITS, backbone) == replace(LIMITS, max_jobs=7, pack_bytes=900)
+    assert limits_of(limits, make_backbone()) == limits_of(limits, None) == limits
 
 
 def room(most: int, shape: ModelShape = SHAPE) -> ExampleRoom:

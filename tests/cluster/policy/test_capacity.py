@@ -21,6 +21,7 @@ from polygraft.cluster.policy.capacity import (
     serve_capacity,
     streams_at_once,
 )
+from polygraft.cluster.policy.devices import sized_bytes
 from polygraft.cluster.policy.entry import ever_fits
 from polygraft.cluster.settings import PackSettings, ServeSettings, Settings, load
 from polygraft.cluster.sizing import fitted, sizes
@@ -163,3 +164,18 @@ def test_without_a_device_nothing_is_derived(tmp_path: Path) -> None:
     settings = load(home=tmp_path)
     backbone = make_backbone("b", folder=str(tmp_path))
     assert sizes(settings, backbone, []) == () and fitted(settings, backbone).serve == settings.serve
+
+
+def test_a_setting_says_how_much_of_a_device_a_pack_and_a_replica_take(tmp_path: Path) -> None:
+    settings, after = sized(tmp_path, serve=ServeSettings(bytes=9 * GIB), pack=PackSettings(bytes=3 * GIB))
+    most, least = (Portion(kind="cpu", bytes=gib * GIB, speed=1e11) for gib in (9, 3))
+    assert after.serve.kv_bytes == serve_capacity(model("135M"), most).kv_bytes
+    assert after.pack.memory_bytes == pack_capacity(model("135M"), least).memory_bytes
+    found = sizes(settings, make_backbone("b", folder=str(tmp_path), dtype="bf16"), [make_device(bytes_=12 * GIB)])
+    backbone = make_backbone("b", sizes=found)
+    assert (sized_bytes("serve", backbone), sized_bytes("pack", backbone)) == (9 * GIB, 3 * GIB)
+
+
+def test_more_than_a_device_has_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match=r"pack.bytes: 13,958,643,712 are asked for, .* n/cpu0 has 12,884,901,888"):
+        sized(tmp_path, pack=PackSettings(bytes=13 * GIB))

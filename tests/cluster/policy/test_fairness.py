@@ -216,6 +216,8 @@ def test_where_all_places_are_taken_the_tenant_with_most_makes_room_for_one_with
     assert found == StepPlan(("a3",), ("b",), (("a0", 1), ("a1", 1), ("a2", 1), ("b", 4)))
     crowd = (*of(ANN, "a0"), *of(BOB, "b0"), *of(EVE, "e0", "e1"))
     assert chosen((wanting("x", TenantId("x")),), crowd, ledger).evicted == ("e1",)
+    two = (*of(EVE, "e0", "e1", "e2"), *of(ANN, "a0", "a1"))
+    assert chosen((wanting("x", TenantId("x")),), two, Ledger(), max_streams=5).evicted == ("e2",)
 
 
 def test_nobody_makes_room_for_one_that_was_served_more_or_would_then_have_as_much() -> None:

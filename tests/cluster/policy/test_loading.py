@@ -6,12 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from polygraft.cluster.decisions import LoadBackbone, UnloadBackbone
+from polygraft.cluster.decisions import Decision, LoadBackbone, UnloadBackbone
 from polygraft.cluster.model import Job, Limits, Snapshot
 from polygraft.cluster.policy.cycle import decide
-from polygraft.cluster.policy.loading import is_wanted, loading
+from polygraft.cluster.policy.loading import is_wanted
+from polygraft.cluster.policy.loading import loading as loading_by
+from polygraft.cluster.policy.standing import Standing
 from polygraft.cluster.states import Reason
 from tests.cluster.builders import make_backbone, make_job, make_snapshot
+
+
+def loading(snapshot: Snapshot) -> tuple[Decision, ...]:
+    return loading_by(snapshot, Standing.of(snapshot.jobs.values()))
 
 
 def fleet(unload_s: float) -> Snapshot:

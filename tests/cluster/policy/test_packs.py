@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from polygraft.cluster.decisions import Admit, ClosePack, Hold, Move, OpenPack
+from polygraft.cluster.decisions import Admit, ClosePack, Hold, Move, OpenPack, Refuse
 from polygraft.cluster.model import DeviceId, Job, JobId, JobSpec, Limits, Pace, Pack, PackId, Snapshot
 from polygraft.cluster.policy.budget import STATE_BYTES
 from polygraft.cluster.policy.cycle import decide
 from polygraft.cluster.policy.packing import LOOK
 from polygraft.cluster.policy.room import paces
+from polygraft.cluster.size import Size
 from polygraft.cluster.states import JobState, PackState, Reason
-from tests.cluster.builders import DEVICE_BYTES, make_device, make_job, make_pack, make_snapshot, running
+from tests.cluster.builders import DEVICE_BYTES, make_backbone, make_device, make_job, make_pack, make_snapshot, running
 
 P, Q, R = PackId("pack-p"), PackId("pack-q"), PackId("pack-r")
 A, B, C = JobId("ftjob-a"), JobId("ftjob-b"), JobId("ftjob-c")
@@ -43,6 +44,23 @@ def test_a_job_goes_to_the_fullest_pack_that_has_room() -> None:
     jobs = (*inside("p", 1), *inside("q", 2), *inside("r", 3), make_job("a"))
     snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q", "r"), devices=3, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (Admit(A, Q),)
+
+
+def test_each_backbones_packs_hold_what_its_own_sizes_say() -> None:
+    few = make_backbone("c", sizes=(Size("pack.max_jobs", 1, 1), Size("pack.bytes", 300, 300)))
+    jobs = (*(make_job(name) for name in "ab"), *(make_job(name, backbone="c") for name in "cd"))
+    snapshot = make_snapshot(jobs=jobs, backbones=(make_backbone("b"), few), devices=3, limits=Limits(max_jobs=2))
+    opened = [decision for decision in decide(snapshot) if isinstance(decision, OpenPack)]
+    assert sorted((one.backbone, one.bytes) for one in opened) == [("b", HALF), ("c", 300), ("c", 300)]
+    given = replace(snapshot, limits=Limits(max_jobs=2, given=("max_jobs",)))
+    assert [one.backbone for one in decide(given) if isinstance(one, OpenPack)] == ["b", "c"]
+
+
+def test_a_job_that_is_too_large_for_a_pack_of_its_own_backbone_is_refused() -> None:
+    small = make_backbone("c", sizes=(Size("pack.memory_bytes", 10 * STATE_BYTES, 10 * STATE_BYTES),))
+    jobs = (make_job("a", parameters=11), make_job("c", backbone="c", parameters=11))
+    snapshot = make_snapshot(jobs=jobs, backbones=(make_backbone("b"), small), devices=2)
+    assert Refuse(C, Reason.TOO_LARGE) in decide(snapshot) and Hold(A, Reason.PACK_OPENING) in decide(snapshot)
 
 
 def test_of_two_packs_with_as_many_jobs_the_one_with_less_memory_left_is_fuller() -> None:
@@ -195,6 +213,23 @@ def test_an_empty_pack_is_closed_at_once_beside_another_with_room() -> None:
     snapshot = make_snapshot(jobs=inside("p", 2), packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (ClosePack(Q, Reason.JOINED),)
     assert decide(replace(snapshot, limits=Limits(max_jobs=2))) == (), "it is the only one with room"
+
+
+def test_the_jobs_of_a_pack_whose_node_drains_are_put_down_and_go_to_another_node() -> None:
+    jobs = (*inside("p", 2), make_job("a"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=3)
+    nodes = {DeviceId("d"): "going", DeviceId("d1"): "going", DeviceId("d2"): "staying"}
+    devices = {id_: replace(device, node=nodes[id_]) for id_, device in snapshot.devices.items()}
+    drained = replace(snapshot, devices=devices, draining=("going",))
+    stopped = ClosePack(P, Reason.NODE_DRAINS)
+    elsewhere = OpenPack(NEW, "b", (DeviceId("d2"),), HALF)
+    assert decide(drained) == (elsewhere, Hold(A, Reason.PACK_OPENING), stopped)
+    closing = {P: replace(snapshot.packs[P], state=PackState.CLOSING)}
+    assert stopped not in decide(replace(drained, packs=closing)), "it is told once"
+    wide = replace(drained, packs={P: make_pack("p", devices=(DeviceId("d1"), DeviceId("d2")))})
+    assert stopped in decide(wide), "one node of several is enough"
+    nowhere = replace(drained, draining=("going", "staying"))
+    assert decide(nowhere) == (Hold(A, Reason.PACK_CLOSING), stopped)
 
 
 def test_a_job_that_waits_just_as_long_as_a_pack_takes_to_open_waits() -> None:

@@ -76,7 +76,7 @@ def test_a_snapshot_keeps_its_jobs_by_id() -> None:
     ("change", "message"),
     [
         ({"type": "Task"}, "job/ftjob-a: unknown type 'Task'; another version"),
-        ({"schema": 6}, "job/ftjob-a: Job of schema 6, not 5"),
+        ({"schema": 7}, "job/ftjob-a: Job of schema 7, not 6"),
         ({"colour": "red"}, "Job: expected the fields id, tenant.*found.*colour"),
         ({"state": "asleep"}, "Job.state: 'asleep' is not one of queued, running"),
         ({"step": 1.5}, "Job.step: expected int, found 1.5"),
@@ -139,6 +139,18 @@ def test_a_job_written_before_its_class_of_device_was_kept_is_read_without_one()
     for event in (JobSubmitted(record=JOB, at=1.0), started):
         assert '"device_class"' in encode_event(event) and '"device_class"' not in older(encode_event(event))
         assert decode_event(older(encode_event(event))) == event
+
+
+def test_a_job_written_before_there_were_rungs_is_read_as_one_that_trains_to_its_end() -> None:
+    def older(text: str) -> str:
+        return text.replace('"schema":6', '"schema":5').replace('"schema":8', '"schema":7').replace(',"rung":null', "")
+
+    snapshot = make_snapshot(jobs=(JOB,), backbones=(), devices=0)
+    assert '"rung"' not in older(encode_record(JOB_KEY, JOB))
+    assert decode_record(JOB_KEY, older(encode_record(JOB_KEY, JOB))) == JOB
+    assert decode_record(keys.SNAPSHOT, older(encode_record(keys.SNAPSHOT, snapshot))) == snapshot
+    submitted = JobSubmitted(record=JOB, at=1.0)
+    assert decode_event(older(encode_event(submitted))) == submitted
 
 
 def test_a_store_of_the_time_when_devices_had_shares_is_read() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from polygraft.cluster.store import embedded, watch, wire
 from polygraft.cluster.store.base import StoreError, StoreUnavailable
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
@@ -42,3 +46,23 @@ def test_a_stopped_server_leaves_no_process(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, valkey: EmbeddedServer) -> None:
     with pytest.raises(StoreError, match=r"(?s)did not start.*in use"):
         EmbeddedServer(tmp_path, port=valkey.port).start()
+
+
+def test_a_server_that_does_not_answer_is_dead_and_one_that_is_idle_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((embedded, "SILENT_S"), (watch, "PING_S"), (wire, "TIMEOUT_S")):
+        monkeypatch.setattr(module, name, 0.3)
+    with EmbeddedServer(tmp_path) as server:
+        time.sleep(1.0)
+        assert server.alive
+        pid = server.pid
+        os.kill(pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 10.0
+        while server.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        began = time.monotonic()
+        server.stop()
+        assert not psutil.pid_exists(pid) and time.monotonic() - began < embedded.STOP_S / 2
+        connect(server.start().url).ping()

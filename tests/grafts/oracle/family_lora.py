@@ -94,6 +94,9 @@ ROWS: Mapping[str, Row] = {
     "dylora": Row("dylora(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
     "qlora": Row("qlora(r=4, alpha=8, dropout=0)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
     "loftq": Row("loftq(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
+    "elastic": Row(
+        "lora(r=2, alpha=8) + elastic(sizes=1|2)", lambda: LoraConfig(r=2, lora_alpha=8, target_modules=LINEAR)
+    ),
     "mezo": Row("lora(r=2, alpha=8) + mezo", lambda: LoraConfig(r=2, lora_alpha=8, target_modules=LINEAR)),
     "lora-dropout": Row("lora-dropout(r=4, alpha=8)", lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)),
 }

@@ -79,7 +79,7 @@ def tiny_api(
         graft_roots=(),
         candidate=lambda source, quantise: candidate(source, data, quantise),
         limits=LimitSettings(),
-        pack=Limits(),
+        pack=lambda _: Limits(),
         clock=time.time,
         desk=Desk(),
         meters=Meters("i0"),

@@ -137,7 +137,7 @@ async def service(
         tiny_api(store, gateway, backbone, tmp_path, adoption, max_context=SETTINGS.max_context),
         graft_roots=(tmp_path / "root",),
         limits=LIMITS,
-        pack=Limits(pack_bytes=PACK_BYTES),
+        pack=lambda _: Limits(pack_bytes=PACK_BYTES),
         clock=lambda: now[0],
     )
     texts = {tenant: create_key(store, tenant=TenantId(tenant), name="test", at=0.0)[1] for tenant in ("ann", "bob")}

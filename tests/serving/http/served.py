@@ -22,6 +22,7 @@ from polygraft.cluster.actors.protocols import PackEnd
 from polygraft.cluster.api_keys import create_key
 from polygraft.cluster.model import Device, Limits, Pack, PackId, Replica, ReplicaId, TenantId
 from polygraft.cluster.settings import LimitSettings, ServeSettings
+from polygraft.cluster.size import Size
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.adoption import Adoption, ReaderPlan
@@ -68,6 +69,12 @@ class NoDevices:
     def serve(self, backbones: Collection[object]) -> None: ...
 
     def devices(self) -> Collection[Device]:
+        return ()
+
+    def sizes(self, backbone: object, devices: object) -> tuple[Size, ...]:
+        return ()
+
+    def draining(self) -> Collection[str]:
         return ()
 
     def gone(self, replicas: Collection[Replica]) -> Collection[ReplicaId]:

@@ -100,7 +100,7 @@ async def shared(service: Service, other: runtime.Backbone, tmp_path: Path) -> A
 
     backbones = Backbones(store, opened, default=OWN, unload_s=600.0, clock=service.api.clock)
     await backbones.start()
-    service.api = replace(service.api, backbones=backbones, pack=Limits())
+    service.api = replace(service.api, backbones=backbones, pack=lambda _: Limits())
     service.transport = httpx.ASGITransport(create_app(service.api), raise_app_exceptions=False)
     service.keys["local"] = create_key(store, tenant=TenantId("local"), name="test", at=0.0)[1]
     async with service.as_("local") as operator, service.as_("ann") as ann:
@@ -241,6 +241,18 @@ async def test_one_that_no_device_has_room_for_is_refused_with_the_bytes(shared:
         answer = await operator.post("/backbones", json={**OTHER, "path": str(shared.other.folder)})
     error = refusal(answer, 400)
     assert error["code"] == "no_device_fits" and "40,924,505,702 bytes for other" in error["message"]
+
+
+async def test_a_job_is_measured_by_the_packs_of_the_backbone_that_it_names(shared: Shared) -> None:
+    assert (await shared.add()).status_code == 200
+    limits = {OWN: Limits(), "other": Limits(pack_bytes=1000)}
+    shared.service.api = replace(shared.service.api, pack=lambda record: limits[record.name])
+    shared.service.transport = httpx.ASGITransport(create_app(shared.service.api), raise_app_exceptions=False)
+    async with shared.service.as_("ann") as ann:
+        file = await upload(ann)
+        fits = await ann.post("/fine_tuning/jobs", json={"model": OWN, "training_file": file})
+        refused = refusal(await ann.post("/fine_tuning/jobs", json={"model": "other", "training_file": file}), 400)
+    assert fits.status_code == 200 and "a pack has 1,000" in refused["message"]
 
 
 async def test_a_model_that_is_there_keeps_its_one_name(shared: Shared) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
 from polygraft.grafts.bound import BoundGraft
@@ -17,9 +19,12 @@ from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.generations import ChatCompletionRequest
+from polygraft.serving.messages import Draining, Load, StepMessage
+from polygraft.serving.request import GenerationRequest
 from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import SETTINGS, Service, refusal
 from tests.serving.naive import Solo, random_tensors
+from tests.serving.test_published_once import Scripted
 
 pytestmark = pytest.mark.anyio
 ASK = [{"role": "user", "content": "What is a graft?"}]
@@ -294,6 +299,24 @@ async def test_no_replica_is_503(service: Service, ann: httpx.AsyncClient) -> No
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
         answer = await client.post("/chat/completions", json=body())
     assert refusal(answer, 503)["code"] == "unavailable" and answer.headers["retry-after"]
+
+
+async def test_a_last_replica_that_drains_is_503_with_retry_after(service: Service, ann: httpx.AsyncClient) -> None:
+    class Going(Scripted):
+        async def submit(self, request: GenerationRequest) -> Draining:  # type: ignore[override]
+            return Draining()
+
+        async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
+            yield StepMessage((), Load(blocks=9, free_blocks=9), draining=True)
+            await asyncio.sleep(30)
+
+    gateway = Gateway({ReplicaId("r"): Going()}, ingress="i1", settings=SETTINGS, ready_s=0.05)
+    here = replace(service.backbone, gateway=gateway)
+    transport = httpx.ASGITransport(create_app(knowing(service.api, here)), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=ann.headers) as client:
+        answer = await client.post("/chat/completions", json=body())
+    assert refusal(answer, 503)["code"] == "unavailable" and answer.headers["retry-after"]
+    await gateway.close()
 
 
 async def idle(service: Service) -> bool:

@@ -86,7 +86,7 @@ async def test_a_job_that_does_not_say_has_all_the_positions_there_are(
 @asynccontextmanager
 async def with_packs_of(service: Service, bytes: int) -> AsyncIterator[httpx.AsyncClient]:
     """Ann's client of a service whose packs have so much memory."""
-    api = replace(service.api, pack=Limits(pack_bytes=bytes))
+    api = replace(service.api, pack=lambda _: Limits(pack_bytes=bytes))
     transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {service.keys['ann']}"}
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1", headers=headers) as client:

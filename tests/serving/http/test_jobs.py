@@ -15,6 +15,7 @@ from polygraft.cluster.events import JobAdmitted, JobCancelled, JobStarted, JobS
 from polygraft.cluster.model import START, JobId, PackId
 from polygraft.cluster.states import JobState
 from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import Write
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from tests.serving.http.conftest import EXAMPLE, Service, jsonl, refusal, upload
@@ -355,3 +356,28 @@ async def test_progress_is_shown_while_a_job_runs(service: Service, ann: httpx.A
     seen = (await ann.get(f"/fine_tuning/jobs/{id}")).json()
     assert (seen["status"], seen["pack"], seen["steps_total"], seen["started_at"]) == ("running", "pack-1", 5, 1002)
     assert json.dumps(seen)
+
+
+async def test_a_job_goes_on_from_one_that_ended_at_an_earlier_rung(
+    service: Service, ann: httpx.AsyncClient, bob: httpx.AsyncClient
+) -> None:
+    file = await upload(ann)
+    first = (await ann.post("/fine_tuning/jobs", json=body(file, rung={"until": 0.5}))).json()
+    assert first["rung"] == {"until": 0.5, "after": None}
+    on = {"after": first["id"]}
+    early = refusal(await ann.post("/fine_tuning/jobs", json=body(file, rung=on)), 400)
+    assert early["param"] == "rung.after" and "is queued" in early["message"]
+    found = service.api.store.get(keys.job(JobId(first["id"])))
+    assert found is not None
+    service.api.store.commit([Write(found.key, replace(found.value, state=JobState.SUCCEEDED), found.version)])
+    explored = body(file, rung=on, method=supervised(learning_rate=1e-2))
+    assert (await ann.post("/fine_tuning/jobs", json=explored)).json()["rung"] == {"until": 1.0, **on}
+    for changed, param in (
+        (body(file, rung={**on, "until": 0.5}), "rung.after"),
+        (body(file, rung=on, seed=3), "seed"),
+        (body(file, rung=on, method=supervised(peft="lora(r=2)")), "peft"),
+        (body(await upload(ann), rung=on), "training_file"),
+    ):
+        assert refusal(await ann.post("/fine_tuning/jobs", json=changed), 400)["param"] == param
+    theirs = body(await upload(bob), rung=on)
+    assert (await bob.post("/fine_tuning/jobs", json=theirs)).status_code == 404

@@ -37,7 +37,9 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
     service: Service, text: str, trained: int, kept: int
 ) -> None:
     file = await upload(service.as_("ann"))
-    api = replace(knowing(service.api, replace(service.backbone, shape=LLAMA_7B)), pack=Limits(pack_bytes=PACK))
+    api = replace(
+        knowing(service.api, replace(service.backbone, shape=LLAMA_7B)), pack=lambda _: Limits(pack_bytes=PACK)
+    )
     with pytest.raises(ApiError) as refusal:
         new_job(api, TenantId("ann"), body(file, method=supervised(peft=text)))
     said = str(refusal.value)

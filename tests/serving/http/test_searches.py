@@ -116,6 +116,13 @@ async def test_another_tenant_sees_nothing_of_it(
         ({"space": {"kind": "nsa"}}, "nsa"),
         ({"space": {"kind": "autopeft", "widest": 3}}, "unknown field"),
         ({"sampler": "staged"}, "sampler: staged"),
+        ({"sampler": "pbt", "seeds": 2}, "sampler: pbt"),
+        ({"limits": {"latency": 5}}, "limits: 'latency' is unknown; choices: loss, parameters"),
+        ({"limits": {"loss": 1.0}, "objectives": ["parameters"]}, "objectives: nothing of them is measured"),
+        ({"space": {"kind": "s4", "most": 10}}, "most: no graft of S4's space has at most 10"),
+        ({"space": {"kind": "positions", "most": 1}}, "most: no position has at most 1"),
+        ({"space": {"kind": "nls", "at": "attn.kv"}}, "space: the backbone refuses lora"),
+        ({"space": {"kind": "union", "terms": []}}, "terms"),
         ({"trials": 0}, "trials"),
         ({"hyperparameters": {"peft": "lora"}}, "peft"),
         ({"trails": 3}, "trails: unknown field"),
@@ -188,3 +195,24 @@ async def test_a_tenant_has_only_so_many_searches_at_once(service: Service, ann:
         assert (await ann.post("/searches", json=body)).status_code == 200
     answer = await ann.post("/searches", json=body)
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_searches"
+
+
+async def test_a_search_starts_from_what_was_best_in_an_earlier_one_of_the_tenant(
+    service: Service, ann: httpx.AsyncClient, bob: httpx.AsyncClient
+) -> None:
+    first = await begun(ann)
+    study = study_of(service, first)
+    for loss in (2.0, 1.0):
+        study.tell(study.ask().number, Result(values=(loss, 50.0), loss=loss))
+    for asks in ("auto", first):
+        plan = study_of(service, await begun(ann, warm_start=asks))
+        assert plan.ask().config == study.trials[1].config
+    stolen = await bob.post("/searches", json=await asked(bob, warm_start=first))
+    assert stolen.status_code == 404
+    found = service.api.store.get(keys.study(StudyId(await begun(bob, warm_start="auto"))))
+    assert found is not None and decode(found.value.body).plan.warm.configs == ()
+
+
+async def test_a_search_over_a_supernet_that_is_not_there_is_refused(ann: httpx.AsyncClient) -> None:
+    answer = await ann.post("/searches", json=await asked(ann, supernet="net"))
+    assert answer.status_code == 404 and answer.json()["error"]["param"] == "supernet"
