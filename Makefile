@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster coverage mutants methods docs lint types verify nightly bench gpu clean
+.PHONY: help setup demo test test-cluster coverage mutants methods docs lint types verify nightly bench bench-search gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,12 @@ bench: setup  ## time training, serving and the branch op against their arms; QU
 	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick) --json reports/training.json
 	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick) --json reports/serving.json
 	$(BIN)/python benchmarks/kernels.py $(if $(QUICK),--quick) --json reports/kernels.json
+
+bench-search: setup  ## time searches against Ray Tune and Optuna with PEFT, cell by cell (hours); QUICK=1 for few tokens
+	mkdir -p reports
+	@status=0; for cell in short halving long; do \
+		$(BIN)/python benchmarks/search.py --only $$cell $(if $(QUICK),--quick) --json reports/search-$$cell.json || status=1; \
+	done; exit $$status
 
 gpu: setup  ## all that only a GPU can show, in under 8 minutes; OUT=path for what it finds, DRY=1 without a GPU
 	$(BIN)/python benchmarks/gpu.py $(or $(OUT),reports/gpu) $(if $(DRY),--dry)

@@ -98,7 +98,7 @@ def _alone(arm: Arm, stage: Stage) -> Outcome:
             with closing(stage.open(arm, variant)) as running:
                 dtype = running.load()
                 idle = 0 if arm.limit else running.pss()
-                with _watched(running, arm) as highest:
+                with watched(running.pss if not arm.limit else lambda: 0) as highest:
                     running.warm()
                 probes[variant] = running.round()
                 peak = 0 if arm.limit else max(*highest, running.pss())
@@ -110,23 +110,21 @@ def _alone(arm: Arm, stage: Stage) -> Outcome:
 
 
 @contextmanager
-def _watched(running: Running, arm: Arm) -> Iterator[list[int]]:
+def watched(pss: Callable[[], int], every_s: float = _WATCH_S) -> Iterator[list[int]]:
     """The highest PSS while the context is open."""
     highest, over = [0], Event()
 
     def watch() -> None:
-        while not over.wait(_WATCH_S):
-            highest[0] = max(highest[0], running.pss())
+        while not over.wait(every_s):
+            highest[0] = max(highest[0], pss())
 
     thread = Thread(target=watch, daemon=True)
-    if not arm.limit:
-        thread.start()
+    thread.start()
     try:
         yield highest
     finally:
         over.set()
-        if thread.is_alive():
-            thread.join()
+        thread.join()
 
 
 def _time(study: Study, stage: Stage, record: Record, say: Callable[[str], None]) -> None:

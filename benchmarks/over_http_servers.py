@@ -88,7 +88,7 @@ class Ours:
     def wait(self) -> None: ...
 
     def pss(self) -> int:
-        return _pss(self._pid)
+        return pss_of(self._pid)
 
     def cpu(self) -> Mapping[str, float]:
         return _cpu(self._pid, _PARTS)
@@ -151,7 +151,7 @@ class Vllm:
         raise ArmFailed(f"vllm serve: {self._log.read_text(errors='replace')[-_TAIL:]}")
 
     def pss(self) -> int:
-        return _pss(self._process.pid)
+        return pss_of(self._process.pid)
 
     def cpu(self) -> Mapping[str, float]:
         return _cpu(self._process.pid, {})
@@ -203,7 +203,7 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _pss(pid: int) -> int:
+def pss_of(pid: int) -> int:
     total = 0
     for process in _tree(pid):
         with suppress(psutil.Error):

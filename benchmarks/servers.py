@@ -28,7 +28,9 @@ _TAIL = 400
 class Server:
     """One child. It answers each command with a line of JSON on a pipe of its own; what it prints goes to a log."""
 
-    def __init__(self, script: str, task: Task) -> None:
+    def __init__(self, script: str, task: Task, patience_s: float = _PATIENCE_S) -> None:
+        """An answer that takes longer than `patience_s` is none."""
+        self._patience_s = patience_s
         self._log = Path(task.folder) / f"{Path(script).stem}-{task.kind}-{time.monotonic_ns()}.log"
         self._replies, theirs = os.pipe()
         environment = os.environ | {
@@ -50,6 +52,10 @@ class Server:
         os.close(theirs)
         self._rest = b""
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def tell(self, command: Command) -> None:
         assert self._process.stdin is not None
         try:
@@ -60,10 +66,10 @@ class Server:
 
     def hear(self) -> dict[str, object]:
         """The reply to the oldest command without one. Raises ArmFailed with what the child says went wrong."""
-        until = time.monotonic() + _PATIENCE_S
+        until = time.monotonic() + self._patience_s
         while b"\n" not in self._rest:
             if not select.select([self._replies], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise ArmFailed(f"no answer in {_PATIENCE_S:.0f} s")
+                raise ArmFailed(f"no answer in {self._patience_s:.0f} s")
             part = os.read(self._replies, 1 << 16)
             if not part:
                 raise ArmFailed(f"its process ended; {self._last_words()}")

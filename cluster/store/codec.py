@@ -37,7 +37,7 @@ SCHEMAS: Mapping[str, int] = {
     "PackOpening": 2,
     "Replica": 2,
     "ReplicaOpened": 2,
-    "Snapshot": 8,
+    "Snapshot": 9,
 }
 
 

@@ -161,8 +161,8 @@ def _snapshot_6(body: Body) -> Body:
     return {**body, "jobs": _each(body.get("jobs"), _job_4)}
 
 
-def _snapshot_7(body: Body) -> Body:
-    """Schema 8 says which limits a setting gave, and which nodes drain, of which the cluster tells anew."""
+def _snapshot_8(body: Body) -> Body:
+    """Schema 9 says which limits a setting gave, and which nodes drain, of which the cluster tells anew."""
     limits = body.get("limits")
     given = {"given": [], **limits} if isinstance(limits, Mapping) else limits
     return {**body, "limits": given, "draining": []}
@@ -221,4 +221,5 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Body], Body]] = {
     ("Snapshot", 5): _snapshot_5,
     ("Snapshot", 6): _snapshot_6,
     ("Snapshot", 7): _snapshot_7,
+    ("Snapshot", 8): _snapshot_8,
 }

@@ -1,0 +1,181 @@
+"""What the replays say, as a page with two pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+from scipy.stats import ttest_ind  # type: ignore[import-untyped]
+
+from peft_table.arms import SETTINGS, Arm, Setting
+from peft_table.finals import Cost, Finals, costs
+from peft_table.studies import COUNTS, TRAININGS, Studies, Study, key
+from peft_table.table import Table
+
+SAVED, STOPPED = 0.70, 0.05  # the goals
+_REGRET, _VOLUME = 1, 2  # in a measurement, after what was spent
+_SHOWN = (10, 20, 30)
+_OURS, _THEIRS = "-", "--"
+
+
+def write(table: Table, studies: Studies, finals: Finals, folder: Path) -> Path:
+    """`report.md` and its pictures."""
+    found = costs(table, studies, finals)
+    lines = [
+        "# Searches replayed on a table of learning curves",
+        "",
+        f"{len(table.rows)} configurations on {' and '.join(table.tasks)}: {table.about}.",
+        "A study is told the validation loss of one seed; regret is by how much the row that it would choose is worse "
+        "than the best of its space in the mean of all seeds, in nats; volume is its front's hypervolume, in shares of "
+        "the whole space's. Means with 95% intervals over the studies.",
+        "",
+    ]
+    for setting in SETTINGS:
+        lines += [f"## {setting.name}", ""]
+        for task in table.tasks:
+            table_of = _stops if "stopping" in setting.name else _samplers
+            lines += [f"{task}, studies of {setting.trials} trials:", "", *table_of(studies, setting, task), ""]
+    lines += ["## What stopping early saves and costs", "", *_costs(found), "", *_verdicts(table, studies, found), ""]
+    for name, draw in (("samplers.svg", _draw_samplers), ("stopping.svg", _draw_stops)):
+        draw(table, studies).savefig(folder / name, metadata={"Date": None})
+        lines += [f"![{name.removesuffix('.svg')}]({name})", ""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _samplers(studies: Studies, setting: Setting, task: str) -> Iterator[str]:
+    heads = [f"{what} at {count}" for what in ("regret", "volume") for count in _SHOWN]
+    yield from _head(["sampler", "studies", *heads])
+    for arm, found in _arms(studies, setting, task):
+        cells = [_mean(_at(found, count, part)) for part in (_REGRET, _VOLUME) for count in _SHOWN]
+        yield _row([arm.name, f"{len(found)}", *cells])
+
+
+def _stops(studies: Studies, setting: Setting, task: str) -> Iterator[str]:
+    heads = [f"regret after {trainings} trainings" for trainings in TRAININGS]
+    yield from _head(["sampler, pruner", "studies", "saved", "best stopped", *heads, "at the end"])
+    for arm, found in _arms(studies, setting, task):
+        stopped = [float(bool(study["stopped"])) for study in found]
+        cells = [_mean(_after(found, place)) for place in range(len(TRAININGS))]
+        saved = [float(str(study["saved"])) for study in found]
+        end = _mean([_numbers(study["end"])[_REGRET] for study in found])
+        yield _row([arm.name, f"{len(found)}", f"{fmean(saved):.1%}", f"{fmean(stopped):.0%}", *cells, end])
+
+
+def _costs(found: Mapping[str, Cost]) -> Iterator[str]:
+    yield from _head(["setting, sampler, pruner", "studies", "saved", "test loss worse by", "at most (95%)", "p"])
+    for name, cost in found.items():
+        worse = [f"{cost.worse:+.4f}", f"{cost.at_most:+.4f}", f"{cost.p:.2f}"]
+        yield _row([name.replace(" | ", ": "), f"{cost.studies}", f"{cost.saved:.1%}", *worse])
+
+
+def _verdicts(table: Table, studies: Studies, found: Mapping[str, Cost]) -> Iterator[str]:
+    """The goals, one a line."""
+    for task in table.tasks:
+        by_arm = {arm.name: _at(found, _SHOWN[-1], _VOLUME) for arm, found in _arms(studies, SETTINGS[0], task)}
+        if len(by_arm.get("gp", ())) > 1 and "random" in by_arm:
+            p = float(ttest_ind(by_arm["gp"], by_arm["random"], equal_var=False, alternative="greater").pvalue)
+            gain = fmean(by_arm["gp"]) - fmean(by_arm["random"])
+            said = f"- {task}: the Gaussian process has {gain:+.3f} of the hypervolume more than random search"
+            yield f"{said} at {_SHOWN[-1]} trials ({len(by_arm['gp'])} studies, p = {p:.3f}, one-sided)"
+    for setting in SETTINGS:
+        if "stopping" not in setting.name:
+            continue
+        for arm in setting.arms:
+            if arm.pruner != "early-exit":
+                continue
+            stopped = [s["stopped"] for task in table.tasks for s in studies.get(key(setting, task, arm), {}).values()]
+            cost = found.get(f"{setting.name} | {arm.name}")
+            if stopped:
+                share = sum(map(bool, stopped)) / len(stopped)
+                yield f"- {setting.name}, {arm.name}: the best was stopped in {share:.1%} of the studies" + _goal(
+                    share <= STOPPED, f"at most {STOPPED:.0%}"
+                )
+            if cost is not None:
+                saved = _goal(cost.saved >= SAVED, f"at least {SAVED:.0%}")
+                worse = "not worse" if cost.no_worse else "worse"
+                name = f"{setting.name}, {arm.name}"
+                yield f"- {name}: {cost.saved:.1%} of the samples saved{saved}; the chosen graft is {worse}"
+
+
+def _goal(holds: bool, what: str) -> str:
+    return f" (goal {what}: {'holds' if holds else 'does not hold'})"
+
+
+def _draw_samplers(table: Table, studies: Studies) -> Figure:
+    """Regret and volume over trials, a column a setting and task."""
+    settings = [(setting, task) for setting in SETTINGS if "stopping" not in setting.name for task in table.tasks]
+    figure = Figure(figsize=(4 * len(settings), 7), layout="constrained")
+    axes = figure.subplots(2, len(settings), squeeze=False)
+    for column, (setting, task) in enumerate(settings):
+        for row, (part, name) in enumerate(((_REGRET, "regret, nats"), (_VOLUME, "share of the hypervolume"))):
+            for arm, found in _arms(studies, setting, task):
+                style = _THEIRS if arm.sampler.startswith("optuna") else _OURS
+                means = [fmean(_at(found, count, part)) for count in COUNTS]
+                axes[row, column].plot(COUNTS, means, style, label=arm.name, linewidth=1.3)
+            axes[row, column].set(xlabel="trials", ylabel=name, title=f"{setting.name}, {task}" if row == 0 else "")
+            axes[row, column].grid(color="#e6eaee")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def _draw_stops(table: Table, studies: Studies) -> Figure:
+    """Regret at the end over the share of samples saved."""
+    settings = [setting for setting in SETTINGS if "stopping" in setting.name]
+    figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
+    axes = figure.subplots(1, len(settings), squeeze=False)[0]
+    for place, setting in zip(axes, settings, strict=True):
+        for marker, task in zip("os^v", table.tasks, strict=False):
+            for number, (arm, found) in enumerate(_arms(studies, setting, task)):
+                saved = fmean(float(str(study["saved"])) for study in found)
+                regret = fmean(_numbers(study["end"])[_REGRET] for study in found)
+                place.plot(saved, regret, marker, color=f"C{number}", label=f"{arm.name} ({task})")
+        place.set(xlabel="share of samples saved", ylabel="regret at the end, nats", title=setting.name)
+        place.grid(color="#e6eaee")
+    axes[0].legend(fontsize=6)
+    return figure
+
+
+def _arms(studies: Studies, setting: Setting, task: str) -> Iterator[tuple[Arm, list[Study]]]:
+    for arm in setting.arms:
+        if found := studies.get(key(setting, task, arm)):
+            yield arm, list(found.values())
+
+
+def _at(found: Sequence[Study], count: int, part: int) -> list[float]:
+    return [_numbers(_list(study["trials"])[COUNTS.index(count)])[part] for study in found]
+
+
+def _after(found: Sequence[Study], place: int) -> list[float]:
+    """Regrets of the studies that got so far."""
+    after = [_list(study["tokens"])[place] for study in found]
+    return [_numbers(one)[_REGRET] for one in after if one is not None]
+
+
+def _mean(values: Sequence[float], show: Callable[[float], str] = "{:.3f}".format) -> str:
+    if not values:
+        return ""
+    half = 1.96 * stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{show(fmean(values))} ± {show(half)}"
+
+
+def _list(value: object) -> list[object]:
+    assert isinstance(value, list)
+    return value
+
+
+def _numbers(value: object) -> list[float]:
+    return [float(str(one)) for one in _list(value)]
+
+
+def _head(names: Sequence[str]) -> Iterator[str]:
+    yield _row(names)
+    yield _row(["---"] * len(names))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

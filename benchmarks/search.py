@@ -1,0 +1,246 @@
+"""Sixteen LoRA trials on SmolLM2 as a search: our service, Ray Tune with PEFT, Optuna with PEFT.
+
+python benchmarks/search.py --only long|short|halving [--tokens N] [--batch 8] [--rounds N] [--quick] [--json PATH]
+
+The same trials, samples, order and seeds everywhere; a trial of the cell `long` trains 20,000 tokens, one of `short`
+1,000, one of `halving` as many as a long one unless it is stopped at a rung. An arm has the machine to itself: it is
+started, warmed, measured from the question to the last trial's end, and ended, arm after arm, round after round. What
+is warm before: our service with an open pack; Ray for Tune, whose actors are part of the search; Optuna's process with
+its model. Each rival runs in the fastest of its variants (dtype, trials at once), by trials of a tenth of the tokens.
+The claims against Tune are those against a process a trial; the arm that keeps process and model stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from math import log10
+from pathlib import Path
+
+import machine
+import numpy as np
+from assignment import Task
+from harness import Arm, ArmFailed, watched
+from material import Material
+from measure import decide
+from over_http_servers import pss_of
+from peft_table.measures import hypervolume
+from record import Check, Gate, Head, Outcome, Record
+from report import show
+from rich.console import Console
+from search_cells import ARMS, BESIDE, TOKENS, Cell
+from search_service import Searching
+from search_work import ROWS, TRIALS, Work, make
+from servers import Server
+
+QUICK_TOKENS, ROUNDS = 600, {"long": 3, "short": 5, "halving": 3}
+_PROBED, _PROBE_SHARE = 4, 10
+_PATIENCE_S = 4 * 3600.0
+_WATCH_S = 1.0  # reading a tree's memory takes some itself
+_HIGHEST = 10.8  # of SmolLM2's loss: that of chance
+_SAME = 2e-2  # the bare backbone's held-out loss, ours to PEFT's: eight bits of mantissa through thirty layers
+
+
+class Rival:
+    """Tune or Optuna, in a child with children of its own."""
+
+    def __init__(self, arm: Arm, variant: str, work: Work, *, jobs: range, steps: int) -> None:
+        task = Task(arm.name, work.folder, machine.cores(), variant, tuple(jobs), steps)
+        self._server = Server("search_rivals.py", task, _PATIENCE_S)
+
+    def load(self) -> float | None:
+        """What the bare backbone's held-out loss is by this arm, where it has one loaded."""
+        found = self._server.ask("load").get("bare")
+        return None if found is None else float(str(found))
+
+    def round(self) -> tuple[float, Mapping[int, float]]:
+        """Seconds, and the held-out losses by trial."""
+        found = self._server.ask("round")
+        losses = found["losses"]
+        assert isinstance(losses, dict)
+        return float(str(found["stop"])) - float(str(found["start"])), {int(n): float(v) for n, v in losses.items()}
+
+    def pss(self) -> int:
+        return pss_of(self._server.pid)
+
+    def close(self) -> None:
+        self._server.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="search.py", description="Makespans of sixteen trials.")
+    parser.add_argument("--only", choices=tuple(TOKENS), required=True, help="the cell")
+    parser.add_argument("--tokens", type=int, help="of a trial, instead of the cell's")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a step; 8 has no goals")
+    parser.add_argument("--rounds", type=int, help="of all arms")
+    parser.add_argument("--quick", action="store_true", help="one round of few tokens: shows that it works")
+    parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
+    given = parser.parse_args()
+    tokens = given.tokens or (QUICK_TOKENS if given.quick else TOKENS[given.only])
+    cell = Cell(given.only, tokens, given.batch)
+    rounds = given.rounds or (1 if given.quick else ROUNDS[cell.name])
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    say = partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
+    record = Record.resume(_head(cell, rounds, quick=given.quick), given.json)
+    with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as name:
+        done = _measure(cell, Path(name), rounds, record, say)
+    show(record, console)
+    return 0 if done else 1
+
+
+def _head(cell: Cell, rounds: int, *, quick: bool) -> Head:
+    about = {arm.name: arm.about for arm in cell.arms}
+    about |= {f"{arm.name} {what}": text for arm in cell.arms if not arm.limit for what, text in BESIDE.items()}
+    return Head(
+        benchmark=f"search.{cell.name}",
+        quick=quick,
+        rounds=rounds,
+        shapes={
+            "trials": TRIALS,
+            "batch": cell.batch,
+            "tokens a sequence": ROWS,
+            "steps a trial": cell.steps,
+            "tokens a trial": cell.steps * cell.batch * ROWS,
+        },
+        about=about,
+        machine=machine.describe(),
+        versions={**machine.versions(), **machine.versions_of(("ray", "optuna"))},
+        commit=machine.commit(),
+        sources=machine.sources(),
+    )
+
+
+def _measure(cell: Cell, folder: Path, rounds: int, record: Record, say: Callable[[str], None]) -> bool:
+    """Do what the record lacks; whether every claim holds. On a red gate nothing is timed."""
+    with closing(Server("material.py", Task("make", str(folder), machine.cores()))) as maker:
+        maker.ask("make")
+    backbone = Path(Material.read(str(folder)).backbone)
+    work = make(folder, backbone, steps=cell.steps, batch=cell.batch, halving=cell.name == "halving")
+    if record.gate is None or not record.gate.holds:
+        say("gate")
+        record.gate = _gate(folder, work)
+        record.save()
+    if record.gate.holds:
+        for arm in cell.arms:
+            if arm.name not in record.arms:
+                record.arms[arm.name] = _variant(arm, work, cell, say)
+                record.save()
+        while len(record.samples) < rounds:
+            say(f"round {len(record.samples) + 1} of {rounds}")
+            record.samples.append(dict(_round(cell, folder, work, record, say)))
+            record.save()
+    decided = [decide(goal, record.samples) for goal in cell.goals]
+    record.claims = [claim for claim in decided if claim.op is not None]
+    record.figures = [claim for claim in decided if claim.op is None]
+    record.save()
+    return bool(record.claims) and all(claim.holds for claim in record.claims)
+
+
+def _gate(folder: Path, work: Work) -> Gate:
+    """Whether both sides see the same text: the bare backbone's held-out loss."""
+    try:
+        with closing(Searching(folder, work)) as ours:
+            ours.warm()
+        with closing(Rival(_arm("optuna"), "float32 1", work, jobs=range(1), steps=1)) as theirs:
+            bare = theirs.load()
+    except ArmFailed as error:
+        raise SystemExit(f"search: the gate could not be checked: {error}") from None
+    assert bare is not None
+    return Gate(
+        (
+            Check("held-out loss before training, nats by PEFT in float32", bare, _HIGHEST),
+            Check("the same by our service, relative to it", abs(ours.bare / bare - 1), _SAME),
+        )
+    )
+
+
+def _variant(arm: Arm, work: Work, cell: Cell, say: Callable[[str], None]) -> Outcome:
+    """The fastest by a few trials of few tokens; memory is read in the rounds."""
+    if len(arm.variants) == 1:
+        return Outcome(arm.variants[0], arm.variants[0])
+    steps = max(9, cell.steps // _PROBE_SHARE)
+    probes: dict[str, float] = {}
+    for variant in arm.variants:
+        say(f"{arm.name}, {variant}: {_PROBED} trials of {steps} steps")
+        try:
+            with closing(Rival(arm, variant, work, jobs=range(_PROBED), steps=steps)) as rival:
+                rival.load()
+                probes[variant] = _PROBED * steps * cell.batch * ROWS / rival.round()[0]
+        except ArmFailed as error:
+            return Outcome(missing=str(error))
+    best = max(probes, key=lambda variant: probes[variant])
+    return Outcome(best, best, probes)
+
+
+def _round(
+    cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[str], None]
+) -> Iterator[tuple[str, float]]:
+    """(figure's name, figure) of every arm that works."""
+    assert record.gate is not None
+    for arm in cell.arms:
+        outcome = record.arms[arm.name]
+        if outcome.missing is not None:
+            continue
+        say(arm.name)
+        try:
+            if arm.limit:
+                yield arm.name, _ceiling(folder)
+                continue
+            begun = time.monotonic()
+            with closing(_opened(arm, outcome.variant, folder, work)) as running:
+                started, idle = time.monotonic() - begun, running.pss()
+                with watched(running.pss, _WATCH_S) as highest:
+                    seconds, losses = running.round()
+            peak = max(outcome.peak_bytes, *highest)
+            record.arms[arm.name] = replace(outcome, idle_bytes=idle, peak_bytes=peak)
+            record.arms |= {f"{arm.name} {what}": Outcome() for what in BESIDE}
+            yield arm.name, work.tokens / seconds
+            yield f"{arm.name} start", started
+            yield f"{arm.name} volume", _volume(work, losses, record.gate.checks[0].value)
+        except ArmFailed as error:
+            record.arms[arm.name] = Outcome(missing=str(error))
+
+
+def _opened(arm: Arm, variant: str, folder: Path, work: Work) -> Rival | Searching:
+    if arm.name == "ours":
+        ours = Searching(folder, work)
+        try:
+            ours.warm()
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+    rival = Rival(arm, variant, work, jobs=range(TRIALS), steps=work.steps)
+    rival.load()
+    return rival
+
+
+def _volume(work: Work, losses: Mapping[int, float], untrained: float) -> float:
+    """Of the trials that ended, over loss and the logarithm of parameters, up to the loss before training and the
+    largest trial."""
+    points = [(loss, log10(work.trials[number].parameters)) for number, loss in losses.items()]
+    reference = untrained, max(log10(trial.parameters) for trial in work.trials) + 0.01
+    return hypervolume(np.array(points).reshape(-1, 2), reference)
+
+
+def _ceiling(folder: Path) -> float:
+    task = Task("ceiling", str(folder), machine.cores(), "auto", tuple(range(12)), 3, ours=True)
+    with closing(Server("training_arms.py", task)) as server:
+        server.ask("load")
+        server.ask("warm")
+        found = {name: float(str(value)) for name, value in server.ask("round").items()}
+    return found["tokens"] / (found["stop"] - found["start"])
+
+
+def _arm(name: str) -> Arm:
+    return next(arm for arm in ARMS if arm.name == name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Searches replayed on a table: on curves that were made up, so that what comes out is known, and on the table that is
+kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from peft_table import table as kept
+from peft_table.arms import SETTINGS, Arm, Setting
+from peft_table.finals import SEEDS, costs
+from peft_table.measures import after_tokens, after_trials, best_was_stopped, chosen, hypervolume, saved, spent
+from peft_table.replay import Nearest, Ran, View, place, replayed
+from peft_table.studies import key
+from peft_table.table import Table, drawn, space_of
+
+from polygraft.tuning.objectives import LOSS, PARAMETERS
+from polygraft.tuning.pruners.halving import Halving
+from polygraft.tuning.samplers.spread import Spread
+from polygraft.tuning.study import Trial
+from tests.tuning.standin import SHAPE
+
+ROWS, STEPS = 16, 90
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    """Row n ends at 1 + n / 10, after falling from 4 at the same pace as all others."""
+    rows = drawn("autopeft", SHAPE, ROWS)
+    level = 1 + np.arange(ROWS)[:, None, None, None] / 10
+    fall = np.exp(-np.arange(1, STEPS + 1) / 20)
+    training = np.broadcast_to(level + (4 - level) * fall, (ROWS, 1, 2, STEPS)).astype(np.float32)
+    ends = np.broadcast_to(level, (ROWS, 1, 2, kept.LOOKS)).astype(np.float32)
+    return Table(
+        about="made up",
+        shape=SHAPE,
+        tasks=("none",),
+        rows=rows,
+        training=training,
+        validation=ends,
+        test=ends[..., 0],
+        untrained=np.array([4.0], np.float32),
+        tokens=np.array([100.0], np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def view(table: Table) -> View:
+    return View(table, "autopeft", 0, 0)
+
+
+def chance(view: View, seed: int = 0) -> Spread:
+    return Spread(view.space.parameters, 1, seed)
+
+
+def test_a_proposal_means_the_nearest_row_that_was_not_tried(view: View) -> None:
+    class Insists:
+        def propose(self, trials: object, attempt: int) -> object:
+            return view.rows[3].config
+
+    nearest = Nearest(Insists(), view)  # type: ignore[arg-type]
+    first = nearest.propose((), 0)
+    assert first == view.rows[3].config
+    candidate = view.space.candidate(first)
+    second = nearest.propose((Trial(number=0, config=first, candidate=candidate, told=0),), 0)
+    distances = [float(np.square(view.points[3] - view.points[n]).sum()) for n in range(ROWS)]
+    assert (
+        view.rows.index(next(row for row in view.rows if row.config == second))
+        == sorted(range(ROWS), key=lambda n: distances[n])[1]
+    )
+
+
+def test_distances_are_shares_of_ranges_and_one_where_choices_differ() -> None:
+    parameters = space_of("s4", SHAPE).parameters
+    one = {"grouping": 0, "spending": 1, "tuned_1": 1, "tuned_2": 0, "tuned_3": 0, "tuned_4": 0, "methods_1": 4}
+    other = one | {"grouping": 3}
+    less = {name: value for name, value in one.items() if name != "methods_1"} | {"tuned_1": 0}
+    rate = {"learning_rate": 1e-3}
+    at = place(parameters, one | rate)
+    assert np.square(at - place(parameters, other | rate)).sum() == pytest.approx(1.0)
+    assert np.square(at - place(parameters, one | {"learning_rate": 1e-2})).sum() == pytest.approx(1.0)
+    assert np.square(at - place(parameters, less | rate)).sum() == pytest.approx(1.0 + 1.0 + 0.5)
+
+
+def test_without_a_pruner_every_trial_costs_a_training_and_all_rows_have_no_regret(view: View) -> None:
+    ran = replayed(view, chance(view), (LOSS, PARAMETERS), trials=ROWS)
+    assert {one.row for one in ran} == set(range(ROWS)) and all(one.complete for one in ran)
+    end = after_trials(view, ran, ROWS)
+    assert (end.spent, end.regret, end.volume) == (ROWS, 0.0, pytest.approx(1.0))
+    assert saved(view, ran) == 0 and not best_was_stopped(view, ran) and chosen(view, ran) == 0
+
+
+def test_what_is_spent_counts_trials_that_still_run(view: View) -> None:
+    ran = [Ran(0, 0, 90, True), Ran(1, 0, 45, False), Ran(2, 45, 90, True)]
+    assert [spent(view, ran, now) for now in (45, 90, 135)] == [1.0, 2.0, 2.5]
+    assert saved(view, ran) == pytest.approx(1 - 225 / 270)
+
+
+def test_the_first_trials_say_how_far_a_study_is_from_the_best(view: View) -> None:
+    ran = [Ran(row, 90 * n, 90, True) for n, row in enumerate((7, 5, 9, 2))]
+    assert [after_trials(view, ran, count).regret for count in (1, 2, 3, 4)] == pytest.approx([0.7, 0.5, 0.5, 0.2])
+    after = after_tokens(view, ran, 3)
+    assert after is not None and after.regret == pytest.approx(0.5)
+    assert after_tokens(view, ran, 5) is None
+
+
+def test_rungs_stop_trials_on_the_table_as_by_hand(view: View) -> None:
+    """One after the other, each better than all before it but the last four: at a rung the best third goes on."""
+    order = [9, 8, 7, 1, 10, 11, 12, 0]
+
+    class InOrder:
+        def propose(self, trials: list[Trial], attempt: int) -> object:
+            return view.rows[order[len(trials)]].config
+
+    ran = replayed(view, InOrder(), (LOSS,), trials=len(order), pruner=Halving(), concurrency=1)  # type: ignore[arg-type]
+    assert [(one.row, one.steps) for one in ran] == [
+        (9, 90), (8, 90), (7, 90), (1, 90), (10, 10), (11, 10), (12, 10), (0, 90)
+    ]  # fmt: skip
+    assert not best_was_stopped(view, ran)
+
+
+def test_a_best_that_was_stopped_is_noticed(view: View) -> None:
+    assert best_was_stopped(view, [Ran(0, 0, 10, False), Ran(3, 0, 90, True)])
+
+
+def test_hypervolume_is_the_area_up_to_the_reference() -> None:
+    points = np.array([[1.0, 3.0], [2.0, 1.0], [2.5, 2.0], [5.0, 0.0]])
+    assert hypervolume(points, (4.0, 4.0)) == 3 * 1 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "arm"),
+    [
+        pytest.param(s, a, marks=[pytest.mark.nightly] if "gp" in a.sampler else [], id=key(s, "", a))
+        for s in (SETTINGS[0], SETTINGS[2])
+        for a in s.arms
+    ],
+)
+def test_every_arm_replays_the_same_again(view: View, setting: Setting, arm: Arm) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def once() -> tuple[Ran, ...]:
+        sampler = arm.sampler_for(view, (LOSS, PARAMETERS), 12, seed=1)
+        return replayed(view, sampler, (LOSS, PARAMETERS), trials=12, pruner=arm.pruner_for())
+
+    assert once() == once()
+
+
+def test_what_stopping_costs_is_the_difference_of_what_was_chosen_on_new_seeds(table: Table) -> None:
+    setting = next(one for one in SETTINGS if one.name == "autopeft, stopping")
+    plain, early = Arm("random"), Arm("random", "early-exit")
+    studies = {
+        key(setting, "none", plain): {"0": {"chosen": 0, "saved": 0.0}, "1": {"chosen": 1, "saved": 0.0}},
+        key(setting, "none", early): {"0": {"chosen": 0, "saved": 0.6}, "1": {"chosen": 2, "saved": 0.8}},
+    }
+    finals = {"none": {f"{row}": [1.0 + row / 10] * len(SEEDS) for row in range(3)}}
+    found = costs(table, studies, finals)[f"{setting.name} | {early.name}"]
+    assert (found.saved, found.worse, found.studies) == (pytest.approx(0.7), pytest.approx(0.05), 2)
+    assert found.at_most > found.worse and found.no_worse  # two studies prove nothing
+
+
+def test_a_table_is_read_as_it_was_written(table: Table, tmp_path: Path) -> None:
+    kept.save(table, tmp_path)
+    found = kept.load(tmp_path)
+    assert (found.rows, found.shape, found.tasks, found.about) == (table.rows, SHAPE, ("none",), "made up")
+    assert np.allclose(found.training, table.training, atol=2e-3) and np.array_equal(found.test, table.test)
+
+
+@pytest.mark.skipif(not (kept.HERE / "table.npz").exists(), reason="the table is not there")
+def test_the_table_that_is_kept_means_what_its_spaces_say() -> None:
+    found = kept.load()
+    assert len(found.rows) >= 128 and found.validation.shape[1:3] == (2, 2)
+    assert np.isfinite(found.validation[..., -1]).mean() > 0.95
+    for row in found.rows:
+        candidate = space_of(row.space, found.shape).candidate(row.config)
+        assert (candidate.peft, candidate.learning_rate, candidate.parameters) == (
+            row.peft,
+            row.learning_rate,
+            row.parameters,
+        )
