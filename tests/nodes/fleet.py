@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -166,7 +166,7 @@ class Fleet:
 
     def alive(self, node: Node) -> bool:
         """Whether Ray has it for alive."""
-        return any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes())  # type: ignore[no-untyped-call]
+        return any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes())
 
     def published(self, jobs: Sequence[RemoteJob]) -> Counter[str]:
         """How often each of the jobs was published."""
@@ -261,7 +261,7 @@ def until(holds: Callable[[], bool], seconds: float = 240.0) -> float:
     return time.monotonic() - began
 
 
-def _at(host: str) -> dict[str, str]:
+def _at(host: str) -> dict[str, Any]:
     """Of a node there; left to itself Ray takes the machine's own address."""
     return {} if host == LOOPBACK else {"node_ip_address": host}
 

@@ -75,4 +75,4 @@ def behind(cable: Wire, fleet: Fleet) -> Iterator[Popen[bytes]]:
 
 def reached() -> bool:
     """Whether Ray has the node behind the wire for alive."""
-    return any(one["NodeManagerAddress"] == NODE and one["Alive"] for one in ray.nodes())  # type: ignore[no-untyped-call]
+    return any(one["NodeManagerAddress"] == NODE and one["Alive"] for one in ray.nodes())
