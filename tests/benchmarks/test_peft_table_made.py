@@ -25,6 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "HELD_OUT", 4)
 
 
+@pytest.mark.nightly  # two backwards through a real pack for each of its shares: 14 to 28 s
 @pytest.mark.usefixtures("small")
 def test_a_table_is_made_share_by_share_and_its_choices_again_on_other_seeds(tmp_path: Path) -> None:
     said: list[str] = []
