@@ -119,10 +119,13 @@ def ended_as_undisturbed(fleet: Fleet, jobs: list[RemoteJob], undisturbed: Undis
 
 ROUNDS = [pytest.param(number, marks=[pytest.mark.nightly] if number else []) for number in range(10)]
 FAULTS = {**KILLS, **STOPS}
+BY_DAY = {*KILLS, "stop replica", "stop one rank of two"}
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [name if name in BY_DAY else pytest.param(name, marks=pytest.mark.nightly) for name in FAULTS]
+)
 def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice(
     fleet: Fleet, undisturbed: Undisturbed, name: str, round_: int
 ) -> None:
@@ -143,6 +146,7 @@ def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed, round_: int) -> None:
     """Its packs put their jobs down first: no step is taken twice."""
@@ -165,6 +169,7 @@ def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturb
     print(f"drain node: a client waited {load.gap_s:.1f} s at most, the node was empty after {empty_s:.0f} s")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_service_with_other_settings_takes_over_and_nobody_notices(
     fleet: Fleet, undisturbed: Undisturbed, round_: int
@@ -182,6 +187,7 @@ def test_a_service_with_other_settings_takes_over_and_nobody_notices(
     print(f"update: a client waited {load.gap_s:.1f} s at most, jobs had ended after {time.monotonic() - began:.0f} s")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop_computing_them(
     fleet: Fleet, undisturbed: Undisturbed, round_: int
@@ -212,6 +218,7 @@ def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop
     print(f"kill ingress: {len(broken)} of {len(streams)} streams ended with an error, {noticed_s:.1f} s to their end")
 
 
+@pytest.mark.nightly
 def test_a_backbone_that_answers_is_not_removed_whichever_ingress_is_asked(
     fleet: Fleet, undisturbed: Undisturbed
 ) -> None:
