@@ -125,7 +125,7 @@ class ModelShape:
     @property
     def head_kind(self) -> HeadKind | None:
         """The classifier that goes on top; None where texts are not classified."""
-        return architecture(self.arch).head_kind
+        return None if self.encoder_layers else architecture(self.arch).head_kind
 
     @property
     def sees(self) -> str:

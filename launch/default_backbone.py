@@ -13,6 +13,7 @@ from polygraft.cluster.model import Backbone, Device
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.sizing import sizes
 from polygraft.cluster.store.connect import connect
+from polygraft.grafts.runtime.checked import BackboneError
 from polygraft.serving.candidate import candidate
 
 
@@ -20,6 +21,9 @@ def put_default(settings: Settings, cache: Path, devices: Collection[Device]) ->
     """Have its files made where they are not there yet, and its record written, with sizes for these devices; it counts
     as asked, so that it is loaded at once. Raises BackboneError and DoesNotFit."""
     found = candidate(settings.backbone, cache, settings.quantise)
+    if not found.decodes:
+        wanted = "the service's own is to answer; give a causal language model, and add encoders to it"
+        raise BackboneError(f"backbone: {found.folder} is an encoder; {wanted}")
     now = time.time()
     record = found.backbone(settings.backbone, dtype=settings.dtype, quantise=settings.quantise, at=now, asked=True)
     record = replace(record, sizes=sizes(settings, record, devices))

@@ -21,11 +21,13 @@ from polygraft.grafts.sites import ModelShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A folder that packs and replicas can load; `context_length` None: its positions have no limit."""
+    """A folder that packs can load, and replicas if it `decodes`; `context_length` None: its positions have no
+    limit."""
 
     folder: str
     fingerprint: str
     context_length: int | None
+    decodes: bool
 
     def backbone(self, name: str, *, dtype: Dtype, quantise: Quantise | None, at: float, asked: bool) -> Backbone:
         """Its record, added `at`; `asked`, too, it is loaded at once."""
@@ -42,13 +44,18 @@ class Candidate:
 
 
 def candidate(source: str, cache: Path, quantise: Quantise | None) -> Candidate:
-    """What `materialise` makes of the source. Raises BackboneError, for a model that does not decode, too."""
+    """What `materialise` makes of the source. Raises BackboneError, for a model that neither decodes nor classifies
+    texts, too."""
     folder = materialise(source, cache)
     shape = ModelShape.from_config(read_config(folder))
-    if not shape.causal:
-        raise BackboneError(f"backbone: {folder}: {shape.sees}; give a causal language model")
+    if shape.head_kind is None:
+        wanted = "give a causal language model, or an encoder that classifies texts"
+        raise BackboneError(f"backbone: {folder}: {shape.sees}; {wanted}")
     return Candidate(
-        folder=str(folder), fingerprint=fingerprint(folder, quantise), context_length=shape.positions or None
+        folder=str(folder),
+        fingerprint=fingerprint(folder, quantise),
+        context_length=shape.positions or None,
+        decodes=shape.causal,
     )
 
 

@@ -52,7 +52,6 @@ def _table(name: str, parts: Mapping[str, str]) -> Architecture:
         final="encoder.final_layer_norm",
         modules={**attention, **_feedforward(1, parts)},
         causal=False,
-        head_kind=None,
         feeds=_FEEDS,
     )
     return Architecture(

@@ -23,7 +23,10 @@ def register(app: typer.Typer) -> None:
 def add_backbone(
     context: typer.Context,
     name: Name,
-    path: Annotated[str, typer.Argument(help="smollm2, or the folder or hub id of a causal language model.")],
+    path: Annotated[
+        str,
+        typer.Argument(help="smollm2, or the folder or hub id of a causal model or an encoder."),
+    ],
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
     quantise: Annotated[str | None, typer.Option(help="nf4: in 4 bits; loftq-RANK-ITERATIONS: by LoftQ.")] = None,
     as_json: Json = False,

@@ -51,6 +51,9 @@ class Asker:
         if "" in body.stops:
             raise bad_request("stop: '' would stop before the first character; leave it out", param="stop")
         backbone, graft = model_named(api, tenant, body.model)
+        if not backbone.shape.causal:
+            message = f"model: {shown(body.model)} classifies texts and writes none: {backbone.shape.sees}"
+            raise bad_request(message, param="model")
         api.backbones.asked(backbone)
         return Asker(api=api, tenant=tenant, body=body, field=field, backbone=backbone, asked=asked, graft=graft)
 

@@ -87,6 +87,9 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
     if request.suffix in api.backbones.names:
         raise bad_request(f"suffix: {request.suffix!r} is the name of a backbone; choose another", param="suffix")
     spec, classifies = request.to_spec(), request.kind == "classification"
+    if not classifies and not backbone.shape.causal:
+        message = f"method: {backbone.shape.sees}; a job on {backbone.name} is of type 'classification'"
+        raise bad_request(message, param="method", code="invalid_value")
     peft = f"method.{request.kind}.hyperparameters.peft"
     try:
         asked = request.graft or asked_for(spec.peft, backbone.shape, backbone.files, classifies=classifies)

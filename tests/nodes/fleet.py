@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import httpx
 import openai
 import psutil
 import pytest
 import ray
+import redis
+from openai.types.chat import ChatCompletionChunk
 from pydantic import JsonValue
 from ray import serve
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.api_keys import OPERATOR, create_key
-from polygraft.cluster.client import Client
+from polygraft.cluster.client import ApiFailure, Client
+from polygraft.cluster.events import GraftPublished
+from polygraft.cluster.model import START
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.launch.local_ray import PROXY
 from tests.ray.local import TRAIN
 
+LOOPBACK = "127.0.0.1"
 NODE_BYTES = 4 << 30
+PUT_OFF_S = 240.0  # for which a client tries again
 ENVIRONMENT = {
     **TRAIN,
     **PROXY,
@@ -44,15 +51,27 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "OMP_NUM_THREADS": "1",
 }
 
 
+class Asked(NamedTuple):
+    """What a client asks: so many tokens, sampled where there is a seed."""
+
+    model: str
+    ask: str
+    tokens: int
+    seed: int | None
+
+
 class Said(NamedTuple):
-    """An answer, and the longest that its client waited for a next piece."""
+    """An answer, and the longest that its client waited for a next piece. `broken`: it ended in a protocol error, or
+    was a bare 500."""
 
     text: str
     gap_s: float
+    broken: bool = False
 
 
 @dataclass
@@ -65,10 +84,26 @@ class Fleet:
     server: EmbeddedServer
     home: Path
     cluster: Cluster
+    args: Mapping[str, object]
+    host: str
 
-    def add_node(self, devices: int) -> object:
+    def apply(self, **changes: object) -> None:
+        """As the RayService of k8s/ does, with two ingresses, other settings than those before where some are given."""
+        self.args = {**self.args, **changes}
+        application = {"name": "polygraft", "import_path": "polygraft.launch.serve_app:build", "args": self.args}
+        declared = {"applications": [{**application, "deployments": [{"name": "ingress", "num_replicas": 2}]}]}
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema.model_validate(declared))
+        until(_running)
+
+    def add_node(self, devices: int) -> Node:
         return self.cluster.add_node(
-            num_cpus=2, resources={"device": devices}, memory=NODE_BYTES, object_store_memory=100 << 20
+            num_cpus=2,
+            resources={"device": devices},
+            memory=NODE_BYTES,
+            object_store_memory=100 << 20,
+            **_at(self.host),
         )
 
     def processes(self, kind: str) -> list[psutil.Process]:
@@ -82,31 +117,64 @@ class Fleet:
                 continue
         return sorted(found, key=lambda one: one.create_time())
 
-    def kill(self, kind: str) -> int:
-        """Kill the oldest such process; its pid."""
-        victim = self.processes(kind)[0].pid
-        os.kill(victim, signal.SIGKILL)
-        return victim
+    def of_node(self, node: Node) -> list[psutil.Process]:
+        """Ray's processes of the node, and all that it started."""
+        pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
+        own = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        return [*own, *(child for one in own for child in one.children(recursive=True))]
 
-    def say(self, model: str, ask: str, tokens: int, *, seed: int | None) -> Said:
-        """A streamed answer of so many tokens, sampled where there is a seed."""
-        chunks = self.openai.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": ask}],
-            max_tokens=tokens,
-            temperature=0.0 if seed is None else 1.0,
-            seed=seed,
-            stream=True,
-            extra_body={"ignore_eos": True},
+    def say(self, asked: Asked) -> Said:
+        """A streamed answer; one that is put off (503) is asked for again."""
+        text, gap_s, last = "", 0.0, time.monotonic()
+        while True:
+            try:
+                for chunk in self._chunks(asked):
+                    now = time.monotonic()
+                    gap_s, last = max(gap_s, now - last), now
+                    text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                return Said(text, gap_s)
+            except httpx.RemoteProtocolError:
+                return Said(text, gap_s, broken=True)
+            except openai.InternalServerError as error:
+                if error.status_code == 503 and not text and time.monotonic() - last < PUT_OFF_S:
+                    time.sleep(0.5)
+                elif error.status_code == 500:
+                    return Said(text, gap_s, broken=True)
+                else:
+                    raise
+
+    def _chunks(self, asked: Asked) -> Iterator[ChatCompletionChunk]:
+        return iter(
+            self.openai.chat.completions.create(
+                model=asked.model,
+                messages=[{"role": "user", "content": asked.ask}],
+                max_tokens=asked.tokens,
+                temperature=0.0 if asked.seed is None else 1.0,
+                seed=asked.seed,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
         )
-        text, gap_s, last = "", 0.0, None
-        for chunk in chunks:
-            now = time.monotonic()
-            gap_s, last = max(gap_s, now - last if last else 0.0), now
-            text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-        return Said(text, gap_s)
 
-    def submit(self, backbone: str, count: int, *, epochs: int) -> list[RemoteJob]:
+    def computing(self) -> int:
+        """How many streams the replicas have; -1 where that is not known of all of them."""
+        try:
+            loads = [one.load for one in self.client.cluster().replicas]
+        except ApiFailure:  # the ingress that was asked dies just now
+            return -1
+        return sum(-1000 if load is None else load.running + load.waiting for load in loads)
+
+    def alive(self, node: Node) -> bool:
+        """Whether Ray has it for alive."""
+        return any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes())
+
+    def published(self, jobs: Sequence[RemoteJob]) -> Counter[str]:
+        """How often each of the jobs was published."""
+        events = (stored.event for stored in self.store.events(START, limit=100_000))
+        ids = {job.id for job in jobs}
+        return Counter(str(one.graft.job) for one in events if isinstance(one, GraftPublished) and one.graft.job in ids)
+
+    def submit(self, backbone: str, count: int, *, epochs: int, devices: int = 1) -> list[RemoteJob]:
         """As many jobs that are equal but for their names."""
         lines = [
             {
@@ -120,17 +188,24 @@ class Fleet:
         path = self.home / "train.jsonl"
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         file = self.client.upload(path)
-        hyperparameters: JsonValue = {"peft": "lora(r=4)", "n_epochs": epochs, "batch_size": 2}
+        hyperparameters: JsonValue = {
+            "peft": "lora(r=4)",
+            "n_epochs": epochs,
+            "batch_size": 2,
+        }
         method: JsonValue = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
         return [
-            self.client.create_job({"model": backbone, "training_file": file.id, "method": method})
+            self.client.create_job({"model": backbone, "training_file": file.id, "method": method, "devices": devices})
             for _ in range(count)
         ]
 
 
 @contextmanager
-def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mapping[str, object]) -> Iterator[Fleet]:
-    """A service on one node for each number of devices, besides the head's. Its default backbone is `backbone`."""
+def nodes(
+    home: Path, backbone: Path, *, devices: Sequence[int], settings: Mapping[str, object], host: str = LOOPBACK
+) -> Iterator[Fleet]:
+    """A service on one node for each number of devices, besides the head's, all at the address `host`. Its default
+    backbone is `backbone`."""
     scratch = tempfile.mkdtemp(prefix="pg-")
     with pytest.MonkeyPatch.context() as patch, EmbeddedServer(home / "store") as server:
         for name, value in {**ENVIRONMENT, "RAY_TMPDIR": scratch}.items():
@@ -143,6 +218,7 @@ def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mappi
                 "num_cpus": 2,
                 "include_dashboard": False,
                 "object_store_memory": 100 << 20,
+                **_at(host),
             },
         )
         ray.init(address=cluster.address, log_to_driver=False)
@@ -154,16 +230,16 @@ def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mappi
                 Client(url, key) as client,
                 openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as openai_client,
             ):
-                fleet = Fleet(client, openai_client, store, server, home, cluster)
                 args = {
                     "home": str(home / "home"),
                     "data": str(home / "data"),
                     "backbone": str(backbone),
-                    "store_url": server.url,
+                    "store_url": _listening(server, host),
                     "dtype": "fp32",
                     **settings,
                 }
-                _apply({"name": "polygraft", "import_path": "polygraft.launch.serve_app:build", "args": args})
+                fleet = Fleet(client, openai_client, store, server, home, cluster, args, host)
+                fleet.apply()
                 for count in devices:  # only now: the ingresses are on the head, which nobody kills
                     fleet.add_node(count)
                 yield fleet
@@ -176,7 +252,7 @@ def nodes(home: Path, backbone: Path, *, devices: Sequence[int], settings: Mappi
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def until(holds: Callable[[], bool], seconds: float = 120.0) -> float:
+def until(holds: Callable[[], bool], seconds: float = 240.0) -> float:
     """Wait; the seconds it took."""
     began = time.monotonic()
     while not holds():
@@ -185,14 +261,18 @@ def until(holds: Callable[[], bool], seconds: float = 120.0) -> float:
     return time.monotonic() - began
 
 
-def _apply(application: Mapping[str, object]) -> None:
-    """As the RayService of k8s/ does, with two ingresses."""
-    ingresses = {"name": "ingress", "num_replicas": 2}
-    client = _get_global_client()
-    assert client is not None
-    declared = {"applications": [{**application, "deployments": [ingresses]}]}
-    client.deploy_apps(ServeDeploySchema.model_validate(declared))
-    until(_running)
+def _at(host: str) -> dict[str, Any]:
+    """Of a node there; left to itself Ray takes the machine's own address."""
+    return {} if host == LOOPBACK else {"node_ip_address": host}
+
+
+def _listening(server: EmbeddedServer, host: str) -> str:
+    """The store's url at an address of this machine, at which it listens from now on."""
+    if host == LOOPBACK:
+        return server.url
+    with closing(redis.Redis.from_url(server.url)) as client:
+        client.config_set("bind", f"{LOOPBACK} {host}")
+    return server.url.replace(LOOPBACK, host)
 
 
 def _running() -> bool:

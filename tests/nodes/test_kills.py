@@ -1,4 +1,5 @@
-"""Whatever is killed under a service over several nodes, streams and jobs come to what they come to undisturbed.
+"""Whatever is killed, stopped or drained under a service over several nodes, or where it gets other settings, streams
+and jobs come to what they come to undisturbed, and nothing is published twice.
 
 Every engine and pack step takes a floor of time, so that there are streams and jobs to be hurt.
 """
@@ -6,27 +7,55 @@ Every engine and pack step takes a floor of time, so that there are streams and 
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import psutil
 import pytest
 
-from tests.nodes.fleet import Fleet, Said, nodes, until
+from polygraft.cluster.answers import RemoteJob
+from polygraft.cluster.client import ApiFailure
+from polygraft.cluster.model import JobId
+from polygraft.cluster.store import keys
+from polygraft.launch.draining import empty, tell
+from tests.nodes.faults import KILLS, STOPS, end_of
+from tests.nodes.fleet import Asked, Fleet, Said, nodes, until
+from tests.nodes.load import Load, together
 from tests.tiny import tiny_llama, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FLOOR_S = 0.05
 TOKENS = 120
+LONG = 340  # tokens of a stream that is still running when its end must have been noticed
 STREAMS = 4
-EPOCHS = 20
+EPOCHS = 60
 OTHER = "other"
+INGRESS = "ServeReplica:polygraft:ingress"
+SILENT_S = 5.0
+SERVE = {
+    "max_context": 400,
+    "kv_bytes": 8 << 20,
+    "max_streams": 4,
+    "max_replicas": 2,
+    "calm_s": 3.0,
+    "drain_s": 15.0,
+    "silent_s": SILENT_S,
+}
 SETTINGS: dict[str, object] = {
     "step_floor_s": FLOOR_S,
-    "pack": {"max_jobs": 2, "idle_s": 5.0},
-    "serve": {"max_context": 400, "kv_bytes": 8 << 20, "max_streams": 4, "max_replicas": 2, "calm_s": 3.0},
+    "pack": {"max_jobs": 2, "idle_s": 5.0, "silent_s": 8.0},
+    "serve": SERVE,
 }
+
+
+class Undisturbed(NamedTuple):
+    """What the streams say, and the graft that the jobs give, when nothing happens."""
+
+    texts: Mapping[Asked, str]
+    graft: str
 
 
 @pytest.fixture(scope="module")
@@ -40,72 +69,156 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(fleet: Fleet) -> tuple[list[str], str]:
-    """What the streams say, and the graft that the jobs give, when nothing happens."""
-    with ThreadPoolExecutor(STREAMS) as pool:
-        texts = [stream.result().text for stream in _streams(fleet, pool)]
-    assert all(texts)
-    (job,) = fleet.submit(OTHER, 1, epochs=EPOCHS)
-    graft = fleet.client.wait(job.id).graft
-    assert graft is not None
-    return texts, graft
+def undisturbed(fleet: Fleet) -> Undisturbed:
+    """And what share of the machine's processors it takes."""
+    asked = asked_of(fleet)
+    texts = together(fleet.say, asked)
+    (job,) = started(fleet, 1)
+    began, before = time.monotonic(), spent_s()
+    with Load(fleet.say, texts):
+        graft = fleet.client.wait(job.id).graft
+    share = (spent_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
+    print(f"undisturbed: {share:.0%} of the processors' time")
+    assert graft is not None and all(texts.values())
+    return Undisturbed(texts, graft)
 
 
-def _streams(fleet: Fleet, pool: ThreadPoolExecutor) -> list[Future[Said]]:
+def asked_of(fleet: Fleet) -> list[Asked]:
     """Half of them sampled, half on each backbone."""
-
-    def say(number: int) -> Said:
-        model = OTHER if number % 2 else str(fleet.home / "own")
-        return fleet.say(model, f"Say {number}", TOKENS, seed=number if number >= STREAMS // 2 else None)
-
-    return [pool.submit(say, number) for number in range(STREAMS)]
+    return [
+        Asked(OTHER if n % 2 else str(fleet.home / "own"), f"Say {n}", TOKENS, n if n >= STREAMS // 2 else None)
+        for n in range(STREAMS)
+    ]
 
 
-def _kill_valkey(fleet: Fleet) -> None:
-    """And start it again, as whoever supervises it does."""
-    os.kill(fleet.server.pid, signal.SIGKILL)
-    until(lambda: not fleet.server.alive)
-    fleet.server.start()
+def spent_s() -> float:
+    """Processor time of this process and of all that it has started and that is there."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
 
 
-def _kill_node(fleet: Fleet) -> None:
-    """And put another in its place."""
-    node = sorted(fleet.cluster.worker_nodes, key=lambda one: one.unique_id)[0]
-    fleet.cluster.remove_node(node, allow_graceful=False)
-    fleet.add_node(2)
+def started(fleet: Fleet, count: int = 3, *, devices: int = 1) -> list[RemoteJob]:
+    """Jobs of which one is underway."""
+    jobs = fleet.submit(OTHER, count, epochs=EPOCHS, devices=devices)
+    until(lambda: any(fleet.client.job(job.id).status == "running" for job in jobs))
+    return jobs
 
 
-FAULTS: dict[str, Callable[[Fleet], object]] = {
-    "replica": lambda fleet: fleet.kill("Host"),
-    "pack's worker": lambda fleet: fleet.kill("RayTrainWorker"),
-    "controller": lambda fleet: fleet.kill("Leader"),
-    "Serve's controller": lambda fleet: fleet.kill("ServeController"),
-    "store": _kill_valkey,
-    "node": _kill_node,
-}
+def ended_as_undisturbed(fleet: Fleet, jobs: list[RemoteJob], undisturbed: Undisturbed) -> None:
+    done = [fleet.client.wait(job.id) for job in jobs]
+    assert [job.status for job in done] == ["succeeded"] * len(jobs), [job.error for job in done]
+    assert {job.graft for job in done} == {undisturbed.graft}
+    assert fleet.published(jobs) == Counter([job.id for job in jobs])
 
 
 ROUNDS = [pytest.param(number, marks=[pytest.mark.nightly] if number else []) for number in range(10)]
+FAULTS = {**KILLS, **STOPS}
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_kill_changes_neither_a_word_nor_a_weight(
-    fleet: Fleet, undisturbed: tuple[list[str], str], fault: str, round_: int
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice(
+    fleet: Fleet, undisturbed: Undisturbed, name: str, round_: int
 ) -> None:
-    texts, graft = undisturbed
-    jobs = fleet.submit(OTHER, 3, epochs=EPOCHS)
-    until(lambda: any(fleet.client.job(job.id).status == "running" for job in jobs))
-    began = time.monotonic()
-    with ThreadPoolExecutor(STREAMS) as pool:
-        streams = _streams(fleet, pool)
+    fault = FAULTS[name]
+    jobs = started(fleet, 1 if fault.ranks > 1 else 3, devices=fault.ranks)
+    with Load(fleet.say, undisturbed.texts) as load:
         time.sleep(TOKENS * FLOOR_S * (3 + round_) / 15)  # in their midst
-        assert not any(stream.done() for stream in streams)
-        FAULTS[fault](fleet)
-        said = [stream.result() for stream in streams]
-    assert [one.text for one in said] == texts
-    done = [fleet.client.wait(job.id) for job in jobs]
-    assert [job.status for job in done] == ["succeeded"] * len(jobs)
-    assert {job.graft for job in done} == {graft}
-    gap_s, all_s = max(one.gap_s for one in said), time.monotonic() - began
-    print(f"{fault}: a client waited {gap_s:.1f} s at most, all jobs were done after {all_s:.0f} s")
+        began = time.monotonic()
+        hit = fault.hit(fleet)
+        fault.mend(fleet)
+        ended_as_undisturbed(fleet, jobs, undisturbed)
+        jobs_s = time.monotonic() - began
+        end_of(hit, fleet)
+        ended_s = time.monotonic() - began
+    assert fleet.published(jobs) == Counter([job.id for job in jobs])
+    print(
+        f"{name}: a client waited {load.gap_s:.1f} s at most, {jobs_s:.0f} s to the jobs' end, {ended_s:.0f} s to its"
+    )
+
+
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed, round_: int) -> None:
+    """Its packs put their jobs down first: no step is taken twice."""
+    jobs = started(fleet)
+    with Load(fleet.say, undisturbed.texts) as load:
+        time.sleep(round_ * FLOOR_S)
+        trains = {device.partition("/")[0] for pack in fleet.client.cluster().packs for device in pack.devices}
+        node = next(one for one in fleet.cluster.worker_nodes if one.node_id in trains)
+        began = time.monotonic()
+        assert tell(fleet.cluster.address, node.node_id, 90.0) == node.node_id
+        assert empty(fleet.store, node.node_id, 90.0)
+        empty_s = time.monotonic() - began
+        ended_as_undisturbed(fleet, jobs, undisturbed)
+        until(lambda: not fleet.alive(node))
+    fleet.cluster.remove_node(node, allow_graceful=False)
+    fleet.add_node(2)
+    for job in jobs:
+        steps = [entry["step"] for _, entry in fleet.store.read(keys.metrics(JobId(job.id)))]
+        assert steps == list(range(1, len(steps) + 1))
+    print(f"drain node: a client waited {load.gap_s:.1f} s at most, the node was empty after {empty_s:.0f} s")
+
+
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_service_with_other_settings_takes_over_and_nobody_notices(
+    fleet: Fleet, undisturbed: Undisturbed, round_: int
+) -> None:
+    jobs = started(fleet)
+    leader = fleet.processes("Leader")
+    with Load(fleet.say, undisturbed.texts) as load:
+        began = time.monotonic()
+        fleet.apply(serve={**SERVE, "calm_s": 3.5 + round_})
+        ended_as_undisturbed(fleet, jobs, undisturbed)
+        until(lambda: not any(one.is_running() for one in leader))
+    for job in jobs:
+        steps = [entry["step"] for _, entry in fleet.store.read(keys.metrics(JobId(job.id)))]
+        assert steps == list(range(1, len(steps) + 1))
+    print(f"update: a client waited {load.gap_s:.1f} s at most, jobs had ended after {time.monotonic() - began:.0f} s")
+
+
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop_computing_them(
+    fleet: Fleet, undisturbed: Undisturbed, round_: int
+) -> None:
+    asked = [one._replace(tokens=LONG) for one in undisturbed.texts]
+    texts = together(fleet.say, asked)
+    ingresses = fleet.processes(INGRESS)
+    assert len(ingresses) == 2
+    broken: list[Said] = []
+
+    def say(one: Asked) -> None:
+        said, text = fleet.say(one), texts[one]
+        assert said.text == text or (said.broken and text.startswith(said.text))
+        broken.extend([said] if said.broken else [])
+
+    with ThreadPoolExecutor(2 * len(asked)) as pool:
+        streams = [pool.submit(say, one) for one in (*asked, *asked)]
+        until(lambda: fleet.computing() == len(streams))
+        time.sleep(round_ * FLOOR_S)
+        ingresses[round_ % 2].kill()
+        began = time.monotonic()
+        until(lambda: bool(broken) and fleet.computing() == len(streams) - len(broken), 2 * SILENT_S)
+        noticed_s = time.monotonic() - began
+        assert sum(not one.done() for one in streams) == len(streams) - len(broken), "others go on"
+        for stream in streams:
+            stream.result()
+    until(lambda: len(fleet.processes(INGRESS)) == 2)
+    print(f"kill ingress: {len(broken)} of {len(streams)} streams ended with an error, {noticed_s:.1f} s to their end")
+
+
+def test_a_backbone_that_answers_is_not_removed_whichever_ingress_is_asked(
+    fleet: Fleet, undisturbed: Undisturbed
+) -> None:
+    with Load(fleet.say, {one: text for one, text in undisturbed.texts.items() if one.model == OTHER}):
+        until(lambda: fleet.computing() > 0)
+        time.sleep(1.0)  # until it has been said
+        for _ in range(8):
+            with pytest.raises(ApiFailure) as refused:
+                fleet.client.remove_backbone(OTHER)
+            assert refused.value.status == 409 and "generating" in str(refused.value)

@@ -4,6 +4,7 @@ it would have got from one replica, in order, each once, and nobody computes for
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -27,6 +28,9 @@ TURNS = 400  # by when every stream is over, once nothing happens any more
 class Hurried(asyncio.SelectorEventLoop):
     """Nobody waits: where there is nothing to do before a time, it is that time."""
 
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
+
     def __init__(self) -> None:
         super().__init__()
         self._skipped = 0.0
@@ -37,7 +41,7 @@ class Hurried(asyncio.SelectorEventLoop):
     def _run_once(self) -> None:
         if not self._ready and self._scheduled:
             self._skipped += max(0.0, self._scheduled[0].when() - self.time())
-        super()._run_once()
+        super()._run_once()  # type: ignore[misc]  # asyncio's own
 
 
 def spoken(id: str, index: int) -> int:

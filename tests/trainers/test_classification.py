@@ -300,6 +300,19 @@ def test_a_job_of_labelled_texts_is_published_with_its_scores(folder: Path, tmp_
     assert (tmp_path / "grafts" / str(job.value.graft) / "adapter_config.json").exists()
 
 
+def test_so_is_one_on_an_encoder(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "roberta", "roberta")
+    store, backbone = MemoryStore(), Backbone.load(folder, torch.float32, training=True)
+    submit(store, tmp_path, {})
+    lines = [{"text": f"{word} fruit {n}", "text2": "a pair", "label": word} for n in range(2) for word in ("a", "b")]
+    submit_labelled(store, tmp_path, "lora(r=8)", lines, epochs=20)
+    store.append(keys.commands(PACK), {"op": "close", "job": ""})
+    pack, tokeniser = PackRunner(backbone), Tokeniser.load(folder)
+    PackWorker(PACK, pack, tokeniser, store, folders=Folders(tmp_path), micro_rows=128).run(lambda: None)
+    job = store.get(keys.job(JobId("ftjob-1")))
+    assert job is not None and job.value.state is JobState.SUCCEEDED and job.value.judged.after.accuracy == 1.0
+
+
 def test_what_is_read_of_a_text_is_its_last_token_however_it_is_cut(folder: Path, tmp_path: Path) -> None:
     store, tokeniser = MemoryStore(), Tokeniser.load(folder)
     lines = [{"sentence": "graft " * 40, "label": 1}, {"sentence": "a", "sentence2": "b", "label": 0}]

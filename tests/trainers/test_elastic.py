@@ -17,7 +17,6 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.slab import Slab
 from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
-from polygraft.trainers.evaluate import mean_loss
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
@@ -121,28 +120,3 @@ def test_what_has_no_sizes_to_be_cut_to_is_no_supernet(text: str, wrong: str) ->
 def test_sizes_that_are_none_are_refused(arguments: str) -> None:
     with pytest.raises(SpecError, match=r"peft: elastic\."):
         parse(f"lora + elastic({arguments})")
-
-
-@pytest.mark.nightly
-def test_what_lies_best_in_a_supernet_is_within_a_hundredth_of_the_best_that_is_trained_by_itself(folder: Path) -> None:
-    """Twelve subnets by themselves, and the supernet for a sixth of their steps: what it says is best is trained."""
-    backbone, steps = backbone_of(folder, torch.float32), 24
-    whole = a_job("net", NOAH, seed=1, steps=2 * steps)
-    subnets = {f"{draw}": subnet(whole.graft, draw) for draw in range(12)}
-    alone = a_job("alone", "lora", seed=1, steps=steps)
-    jobs = [replace(alone, id=name, graft=graft) for name, graft in subnets.items()]
-    pack, losses = pack_of(backbone, [whole, *jobs]), dict[str, float]()
-    supernet = pack.jobs["net"]
-    assert whole.steps_total * 5 <= sum(job.steps_total for job in jobs)
-    while pack.jobs:
-        pack.step()
-        for name in [name for name, running in pack.jobs.items() if running.finished]:
-            losses[name] = pack.evaluate(name, whole.train)
-            pack.remove(name)
-    inherited = {}
-    for name, graft in subnets.items():
-        of = cut(graft, whole.graft)
-        values = {t.name: supernet.slab.tensors[of[t.name]][: t.shape[0]] for t in graft.tensors}
-        inherited[name] = mean_loss(backbone, graft, values, whole.train)
-    found = min(inherited, key=lambda name: inherited[name])
-    assert losses[found] <= 1.01 * min(losses[name] for name in subnets)

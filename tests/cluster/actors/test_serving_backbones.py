@@ -64,21 +64,25 @@ def test_a_backbone_that_came_before_all_devices_gets_its_sizes_with_the_first_w
     world: World,
 ) -> None:
     sizes = (Size("pack.max_jobs", 3, 3),)
+
+    def sized() -> tuple[Size, ...]:
+        return world.controller.snapshot.backbones["b"].sizes
+
     world.processes.present, world.processes.sized = [], sizes
     world.settle()
-    assert world.controller.snapshot.backbones["b"].sizes == ()
+    assert sized() == ()
     world.processes.present = [make_device(speed=0.0)]
     world.settle()
-    assert world.controller.snapshot.backbones["b"].sizes == (), "it is being measured"
+    assert sized() == (), "it is being measured"
     world.processes.present = [make_device(speed=1e9)]
     world.settle()
-    assert world.controller.snapshot.backbones["b"].sizes == sizes
+    assert sized() == sizes
     found = world.store.get(keys.backbone("b"))
     assert found is not None and found.value.sizes == sizes
     assert story(world.store, "b")[-1].endswith("backbone b has its sizes; pack.max_jobs 3")
     world.processes.sized = (Size("pack.max_jobs", 9, 9),)
     world.settle()
-    assert world.controller.snapshot.backbones["b"].sizes == sizes, "they stay while it is there"
+    assert sized() == sizes, "they stay while it is there"
 
 
 def test_a_speed_that_nobody_finds_out_is_not_waited_for(world: World) -> None:

@@ -380,9 +380,8 @@ def test_no_request_waits_beyond_the_bound_however_many_come_after_it() -> None:
             while len(engine.queue) < 4:
                 number = next(numbers)
                 engine.queue.append(Stream(TenantId(f"new{number}"), number, 4, 4))
-            late = step >= patience
             plan = admit_streams(
-                [one.waiting(overdue=late and one is bob) for one in engine.queue],
+                [one.waiting(overdue=step >= patience and one is bob) for one in engine.queue],
                 [one.running() for one in engine.run],
                 ledger=engine.ledger,
                 free_blocks=engine.free,

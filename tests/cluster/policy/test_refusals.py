@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ A, B, C = JobId("ftjob-a"), JobId("ftjob-b"), JobId("ftjob-c")
 PACKS = make_pack("p"), make_pack("q", devices=(DeviceId("d1"),))
 
 
-def of(*jobs: Job, packs: tuple[Pack, ...] = PACKS, **limits: int) -> Snapshot:
+def of(*jobs: Job, packs: tuple[Pack, ...] = PACKS, **limits: Any) -> Snapshot:
     return make_snapshot(jobs=jobs, packs=packs, devices=2, limits=Limits(**limits))
 
 
