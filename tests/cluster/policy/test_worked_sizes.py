@@ -120,7 +120,9 @@ def test_a_step_has_sixteen_rows_at_least_however_long_the_contexts_are() -> Non
     assert serve_capacity(without_last(PLAIN), on("cpu", 620 * MILLION)).max_rows == 16  # 32,768 tokens of scores
 
 
-@pytest.mark.parametrize(("bytes", "tokens"), [(598_500_000, 380), (599_000_000, 1315), (600_000_000, 3185)])
+@pytest.mark.parametrize(
+    ("bytes", "tokens"), [(598_500_000, 380), (599_000_000, 1315), (599_391_600, 2048), (600_000_000, 3185)]
+)
 def test_a_stream_is_counted_on_to_hold_a_thousand_tokens(bytes: int, tokens: int) -> None:
     left = bytes * 96 // 100 - 2 * (bytes // 32) - PROCESS - 100_000
     assert left // 480 == tokens
