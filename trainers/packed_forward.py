@@ -78,7 +78,7 @@ def forward_answers(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch)
     losses = losses.to(packed.weights.dtype)
     (total,) = _sums(losses, packed.weights, packed.bounds)
     bounds = list(pairwise(accumulate((s.learned for s in micro_batch.samples), initial=0)))
-    targets, guesses = packed.targets.tolist(), likeliest.tolist()
+    targets, guesses = packed.targets.cpu().tolist(), likeliest.cpu().tolist()
     sums = zip(bounds, _sums(losses, packed.weights, bounds), strict=True)
     return total, [Answer(loss, tuple(targets[start:stop]), tuple(guesses[start:stop])) for (start, stop), loss in sums]
 
@@ -114,14 +114,12 @@ def _learned(
     if not headed:
         return losses_and_gradient(backbone, read_ND, targets, factors_N)
     losses, gradient = torch.empty_like(factors_N), torch.empty_like(read_ND)
-    tokens = torch.ones(len(read_ND), dtype=torch.bool, device=read_ND.device)
     for head, own in headed:
-        tokens[own] = False
         losses[own], gradient[own] = head.losses_and_gradient(read_ND[own], targets[own], factors_N[own])
-    if bool(tokens.any()):
-        losses[tokens], gradient[tokens] = losses_and_gradient(
-            backbone, read_ND[tokens], targets[tokens], factors_N[tokens]
-        )
+    texts = [range(*own) for one, own in zip(micro_batches, packed.bounds, strict=True) if one.head is None]
+    if texts:
+        at = torch.tensor([place for own in texts for place in own], device=read_ND.device)
+        losses[at], gradient[at] = losses_and_gradient(backbone, read_ND[at], targets[at], factors_N[at])
     return losses, gradient
 
 

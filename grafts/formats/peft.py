@@ -97,14 +97,15 @@ def load(
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{folder.name}/{CONFIG}: peft_type {config.get('peft_type')!r} is not the name of a method")
     try:
-        stored = usual(tensors(folder, WEIGHTS), shape)
-        headed = peft_head.read(stored, shape, backbone_files) if peft_head.classifies(config) else None
-        if headed is not None:
-            config = peft_head.without_head(config)
-            stored = {key: value for key, value in stored.items() if key not in headed.keys}
+        headed = peft_head.classifies(config)
+        config = peft_head.without_head(config) if headed else config
         layout = layout_of(config, stored=True)
         if not _has(layout, shape):
             raise SpecError(f"peft_type: PEFT has no {layout.kind} on {shape.arch}")
+        stored = usual(tensors(folder, WEIGHTS), shape)
+        head = peft_head.read(stored, shape, backbone_files) if headed else None
+        if head is not None:
+            stored = {key: value for key, value in stored.items() if key not in head.keys}
         own = BoundGraft(own_graft(layout, config, shape, stored=True), shape)
         _check_separable(layout, own)
         exchange = Exchange(layout, own, backbone_files)
@@ -117,8 +118,8 @@ def load(
         values = exchange.read({key: value for key, value in stored.items() if key not in keys}) | changes
     except (FormatError, SpecError) as error:
         raise FormatError(f"{folder.name}/{WEIGHTS}: {error}") from None
-    if headed is not None:
-        whole, values = BoundGraft(replace(whole.spec, head=headed.head), shape), {**values, **headed.tensors}
+    if head is not None:
+        whole, values = BoundGraft(replace(whole.spec, head=head.head), shape), {**values, **head.tensors}
     check(whole, values)
     return whole, values
 

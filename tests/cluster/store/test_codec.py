@@ -143,7 +143,7 @@ def test_a_job_written_before_its_class_of_device_was_kept_is_read_without_one()
 
 def test_a_job_written_before_there_were_rungs_is_read_as_one_that_trains_to_its_end() -> None:
     def older(text: str) -> str:
-        return text.replace('"schema":6', '"schema":5').replace('"schema":8', '"schema":7').replace(',"rung":null', "")
+        return text.replace('"schema":6', '"schema":5').replace('"schema":9', '"schema":7').replace(',"rung":null', "")
 
     snapshot = make_snapshot(jobs=(JOB,), backbones=(), devices=0)
     assert '"rung"' not in older(encode_record(JOB_KEY, JOB))
