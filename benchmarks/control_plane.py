@@ -7,7 +7,6 @@ control_plane.py [--quick] [--json PATH]: prints a line a claim; 1 when one does
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -15,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from resource import RUSAGE_THREAD, getrusage
 from statistics import median, quantiles
 
-import machine
 import psutil
+from figures import conclude
 from measure import Claim, Op
 
 from polygraft.cluster.actors.following import Following
@@ -269,14 +268,7 @@ def main() -> int:
         claims += storing(store, QUEUED // 10 if given.quick else QUEUED)
         log = len(store.events(START, limit=100_000))
     claims.append(claim("events_in_the_log", log, "events"))
-    for one in claims:
-        goal = "" if one.goal is None else f"  goal {one.op} {one.goal:g}: {'holds' if one.holds else 'does not hold'}"
-        print(f"{one.id:42} {one.value:10.2f} {one.unit}{goal}")
-    if given.json:
-        about = {"benchmark": "control_plane", "quick": given.quick, "machine": asdict(machine.describe())}
-        about |= {"versions": machine.versions(), "commit": machine.commit(), "claims": [asdict(one) for one in claims]}
-        given.json.write_text(json.dumps(about, indent=1) + "\n")
-    return int(any(one.holds is False for one in claims))
+    return conclude("control_plane", claims, quick=given.quick, json_path=given.json)
 
 
 if __name__ == "__main__":

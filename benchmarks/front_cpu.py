@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 import httpx
-import machine
+from figures import conclude
 from measure import Claim
 from over_http_servers import MODEL, Ours
 from program import end_when_told
@@ -91,14 +89,7 @@ def main() -> int:
         closing(Ours(Path(folder) / "home")) as server,
     ):
         claims = measured(server, given.streams, seconds)
-    for one in claims:
-        goal = "" if one.goal is None else f"  goal {one.op} {one.goal:g}: {'holds' if one.holds else 'does not hold'}"
-        print(f"{one.id:32} {one.value:10.3f} {one.unit}{goal}")
-    if given.json:
-        about = {"benchmark": "front_cpu", "quick": given.quick, "machine": asdict(machine.describe())}
-        about |= {"versions": machine.versions(), "commit": machine.commit(), "claims": [asdict(one) for one in claims]}
-        given.json.write_text(json.dumps(about, indent=1) + "\n")
-    return int(any(one.holds is False for one in claims))
+    return conclude("front_cpu", claims, quick=given.quick, json_path=given.json)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 import httpx
-import machine
+from figures import conclude
 from front_cpu import streams
 from harness import ArmFailed
 from measure import Claim
@@ -91,13 +90,7 @@ def main() -> int:
     end_when_told()
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as folder:
         claims = [one for devices in (1, 2) for one in measured(Path(folder), devices, quick=given.quick)]
-    for one in claims:
-        print(f"{one.id:24} {one.value:10.1f} {one.unit}")
-    if given.json:
-        about = {"benchmark": "two_devices", "quick": given.quick, "machine": asdict(machine.describe())}
-        about |= {"versions": machine.versions(), "commit": machine.commit(), "claims": [asdict(one) for one in claims]}
-        given.json.write_text(json.dumps(about, indent=1) + "\n")
-    return 0
+    return conclude("two_devices", claims, quick=given.quick, json_path=given.json)
 
 
 if __name__ == "__main__":

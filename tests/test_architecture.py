@@ -51,7 +51,7 @@ LAYERS: dict[str, str] = {
     "grafts: the runtime": r"grafts\.runtime\..+",
     "grafts: starting values and merging": r"grafts\.(calibrate|init|merge|distil)",
     "grafts: files": r"grafts\.formats\..+",
-    "cluster: values": r"cluster\.(states|size|rung|scores|model|ids|told|events|decisions|validation|folders)",
+    "cluster: values": r"cluster\.(states|size|rung|scores|model|ids|told|ground|events|decisions|validation|folders)",
     "cluster: what comes in at an edge": r"cluster\.(spec|settings|service)",
     "cluster: policy": r"cluster\.policy\..+",
     "cluster: sizes by the policy's rules": r"cluster\.(sizing|view)",

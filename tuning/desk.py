@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
+from polygraft.cluster.ground import Ground
 from polygraft.cluster.spec import BadRequest
 from polygraft.cluster.told import Told
 from polygraft.cluster.validation import explain
-from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
 from polygraft.tuning.finals import Member, members
 from polygraft.tuning.plan import BadPlan, SearchPlan
@@ -29,28 +27,18 @@ AUTO = "auto"  # a warm start from all earlier studies
 class Desk:
     """Without a state of its own."""
 
-    def begin(
-        self,
-        body: JsonValue,
-        *,
-        backbone: str,
-        shape: ModelShape,
-        quantised: bool,
-        data: Path | None = None,
-        earlier: Mapping[str, str] = MappingProxyType({}),
-    ) -> tuple[str, str, dict[str, str]]:
-        """The name of a new search, the body of its study's record, and the ids of its files by field. `data` is its
-        training file, `earlier` has the records of the studies that it may take something over from. Raises ValueError
-        that names the field, the value and the choices."""
+    def begin(self, body: JsonValue, on: Ground) -> tuple[str, str, dict[str, str]]:
+        """The name of a new search, the body of its study's record, and the ids of its files by field. Raises
+        ValueError that names the field, the value and the choices."""
         try:
             asked = SearchRequest.model_validate(body)
         except ValidationError as error:
             raise ValueError(explain(error, SearchRequest)[1]) from None
         try:
-            task = None if data is None else task_of(data)
-            plan = asked.plan(backbone=backbone, shape=shape, quantised=quantised, task=task)
+            task = None if on.data is None else task_of(on.data)
+            plan = asked.plan(backbone=on.backbone, shape=on.shape, quantised=on.quantised, task=task)
             if asked.warm_start is not None:
-                plan = replace(plan, warm=taken_over(task, dict(_best(plan, earlier))))
+                plan = replace(plan, warm=taken_over(task, dict(_best(plan, on.earlier))))
                 if asked.warm_start != AUTO and not plan.warm.configs:
                     raise BadPlan(
                         f"warm_start: {asked.warm_start} has no results over this space; give a study of the same "

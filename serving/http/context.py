@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -12,11 +12,11 @@ from pydantic import JsonValue
 from starlette.requests import Request
 
 from polygraft.cluster.folders import Folders
+from polygraft.cluster.ground import Ground
 from polygraft.cluster.model import Backbone, DataFile, Limits, TenantId
 from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.told import Told
-from polygraft.grafts.sites import ModelShape
 from polygraft.serving.candidate import Candidate
 from polygraft.serving.http.known import Backbones
 from polygraft.serving.http.meters import Meters
@@ -27,18 +27,8 @@ from polygraft.serving.http.turns import Turns
 class Desk(Protocol):
     """What is known of searches (`tuning/desk.py`, which this package does not import)."""
 
-    def begin(
-        self,
-        body: JsonValue,
-        *,
-        backbone: str,
-        shape: ModelShape,
-        quantised: bool,
-        data: Path | None,
-        earlier: Mapping[str, str],
-    ) -> tuple[str, str, dict[str, str]]:
-        """Name, body of the study's record, and its files' ids by field. `data` is its training file if that is there,
-        `earlier` has the records of studies that it may start from. Raises ValueError that names the field."""
+    def begin(self, body: JsonValue, on: Ground) -> tuple[str, str, dict[str, str]]:
+        """Name, body of the study's record, and its files' ids by field. Raises ValueError that names the field."""
         ...
 
     def told(self, record: str) -> Told: ...
@@ -47,16 +37,7 @@ class Desk(Protocol):
 class NoDesk:
     """Where nobody keeps searches."""
 
-    def begin(
-        self,
-        body: JsonValue,
-        *,
-        backbone: str,
-        shape: ModelShape,
-        quantised: bool,
-        data: Path | None,
-        earlier: Mapping[str, str],
-    ) -> tuple[str, str, dict[str, str]]:
+    def begin(self, body: JsonValue, on: Ground) -> tuple[str, str, dict[str, str]]:
         raise ValueError("search: this service runs none")
 
     def told(self, record: str) -> Told:

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from polygraft.cluster.events import Event
+from polygraft.cluster.ground import Ground
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import FileId, Search, Study, StudyId, TenantId
 from polygraft.cluster.publish import UnknownModel, resolve
@@ -176,14 +177,14 @@ def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list
         except UnknownModel:
             raise not_found("model", supernet, param="supernet") from None
     try:
-        name, record, files = api.desk.begin(
-            body,
+        ground = Ground(
             backbone=backbone.name,
             shape=backbone.shape,
             quantised=backbone.quantised,
             data=_data(api, tenant, body),
             earlier=_earlier(api, tenant, body),
         )
+        name, record, files = api.desk.begin(body, ground)
     except ValueError as error:
         raise bad_request(str(error), param=str(error).partition(":")[0], code="invalid_value") from None
     seen: dict[str, str] = {}

@@ -111,6 +111,12 @@ def ended_as_undisturbed(fleet: Fleet, jobs: list[RemoteJob], undisturbed: Undis
     assert fleet.published(jobs) == Counter([job.id for job in jobs])
 
 
+def no_step_is_taken_twice(fleet: Fleet, jobs: list[RemoteJob]) -> None:
+    for job in jobs:
+        steps = [entry["step"] for _, entry in fleet.store.read(keys.metrics(JobId(job.id)))]
+        assert steps == list(range(1, len(steps) + 1))
+
+
 ROUNDS = [pytest.param(number, marks=[pytest.mark.nightly] if number else []) for number in range(10)]
 FAULTS = {**KILLS, **STOPS}
 BY_DAY = {*KILLS, "stop replica"}
@@ -157,9 +163,7 @@ def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturb
         until(lambda: not fleet.alive(node))
     fleet.cluster.remove_node(node, allow_graceful=False)
     fleet.add_node(2)
-    for job in jobs:
-        steps = [entry["step"] for _, entry in fleet.store.read(keys.metrics(JobId(job.id)))]
-        assert steps == list(range(1, len(steps) + 1))
+    no_step_is_taken_twice(fleet, jobs)
     print(f"drain node: a client waited {load.gap_s:.1f} s at most, the node was empty after {empty_s:.0f} s")
 
 
@@ -175,9 +179,7 @@ def test_a_service_with_other_settings_takes_over_and_nobody_notices(
         fleet.apply(serve={**SERVE, "calm_s": 3.5 + round_})
         ended_as_undisturbed(fleet, jobs, undisturbed)
         until(lambda: not any(one.is_running() for one in leader))
-    for job in jobs:
-        steps = [entry["step"] for _, entry in fleet.store.read(keys.metrics(JobId(job.id)))]
-        assert steps == list(range(1, len(steps) + 1))
+    no_step_is_taken_twice(fleet, jobs)
     print(f"update: a client waited {load.gap_s:.1f} s at most, jobs had ended after {time.monotonic() - began:.0f} s")
 
 

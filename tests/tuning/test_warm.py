@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from polygraft.cluster.ground import Ground
 from polygraft.tuning.desk import Desk
 from polygraft.tuning.record import StudyRecord, decode, encode
 from polygraft.tuning.request import SearchRequest
@@ -93,8 +94,8 @@ def record_of(loss: float, *, seed: int) -> str:
 
 
 def begun(earlier: dict[str, str], **fields: JsonValue) -> StudyRecord:
-    given = {"backbone": "tiny", "shape": SHAPE, "quantised": False}
-    return decode(Desk().begin({**BODY, **fields}, earlier=earlier, **given)[1])  # type: ignore[arg-type]
+    ground = Ground(backbone="tiny", shape=SHAPE, quantised=False, earlier=earlier)
+    return decode(Desk().begin({**BODY, **fields}, ground)[1])
 
 
 def test_the_first_trials_of_a_study_are_the_best_of_earlier_ones_over_its_space() -> None:
