@@ -19,10 +19,13 @@ LOG = logging.getLogger(__name__)
 
 
 def give_back() -> None:
-    """Remove this service's groups whose maker is dead."""
+    """Remove this service's groups whose maker is dead. What fails is tried again the next time."""
     for group in _orphans():
         LOG.warning("the reservation %s has no owner any more; it is given back", group.hex())
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
+        try:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
+        except Exception:
+            LOG.exception("the reservation %s is still there", group.hex())
 
 
 def _orphans() -> Iterator[bytes]:
