@@ -33,6 +33,7 @@ _ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three fail before a dead proxy, and with it the API, is replaced
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # what every process takes, for a dashboard that is not there
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
