@@ -18,17 +18,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from tests.mutation.child import preload
 from tests.mutation.covering import FOLDERS, KEPT, ROOT, Covered, covered, digest, test_files
 from tests.mutation.faults import Fault, faults_in
 from tests.mutation.trial import Outcome, Trial
+from tests.mutation.warm import Warm, collected
 
 EXCUSES = ROOT / "tests" / "mutation" / "equivalents.txt"
 LEAST_NOTICED, MOST_EXCUSED = 0.90, 0.03
 SAMPLE = 300
+_ASLEEP = 6  # trials that do not compute beside those that do
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ LEFT_OUT = ("*/__init__.py", "kernels/*/gpu.py", "kernels/*/programs.py", "kerne
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="these files, whole, as cluster/policy/*.py")
+    parser.add_argument("--tests", nargs="+", metavar="PATTERN", help="ask these files of tests alone")
     parser.add_argument("--seed", type=int, default=0, help="draws the sample of the rest")
     parser.add_argument("--sample", type=int, default=SAMPLE, help="how many faults of the rest")
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="how many faults are tried at a time")
@@ -71,39 +74,69 @@ def main(given: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was begun is ended, too
     preload()
     kept = Kept(KEPT / "found.jsonl")
-    waiting = 0
     chosen: list[Fault] = []
     for faults, tests in plan(asked.only, asked.seed, asked.sample):
         chosen.extend(faults)
-        state = tests_digest(tests)
-        untried = [fault for fault in faults if kept.outcome(fault, state) is None]
-        if not untried:
-            continue
-        covering: list[Covered] = []
-        for test_file in test_files(tests):
-            if time.monotonic() > until:
-                break
-            covering.append(covered(test_file))
-        with Trials(asked.at_once, partial(settle, kept, state)) as trials:
-            for fault in untried:
+        round_ = Round(faults, asked.tests or tests, kept, until=until, at_once=asked.at_once)
+        if round_.untried():
+            round_.run()
+    return report(chosen, kept)
+
+
+class Round:
+    """Faults that are tried with the same tests."""
+
+    def __init__(
+        self, faults: Sequence[Fault], tests: Sequence[str], kept: Kept, *, until: float, at_once: int
+    ) -> None:
+        self._faults, self._kept, self._until, self._at_once = faults, kept, until, at_once
+        self._files = test_files(tests)
+        self._state = "".join(digest(path)[:2] for path in self._files)  # another one when a file of tests is
+
+    def untried(self) -> list[Fault]:
+        return [fault for fault in self._faults if self._kept.outcome(fault, self._state) is None]
+
+    def run(self) -> None:
+        """First what can be planted in a process that has imported all, then the rest."""
+        covering = covered(self._files, self._at_once, self._until)
+        paths = {fault.path for fault in self.untried()}
+        if files := [test_file for test_file, one in covering.items() if paths & set(one.lines)]:
+            self._run_warm(files, list(covering.values()))
+        self._try(list(covering.values()), None)
+
+    def _run_warm(self, files: Sequence[Path], covering: Sequence[Covered]) -> None:
+        begun = os.fork()
+        if begun == 0:
+            try:
+                collected(files, lambda warm: self._try(covering, warm))
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.waitpid(begun, 0)
+        self._kept.read()
+
+    def _try(self, covering: Sequence[Covered], warm: Warm | None) -> None:
+        with Trials(self._at_once, self._settle) as trials:
+            for fault in self.untried():
                 source = (ROOT / fault.path).read_text()
-                if time.monotonic() > until or fault not in _all_in(source, fault.path):  # it has changed since
-                    waiting += 1
+                if time.monotonic() > self._until or fault not in _all_in(source, fault.path):  # it has changed since
                     continue
-                trials.begin(fault, source, covering)
-    return report(chosen, kept, waiting)
+                if warm is None or warm.knows(fault, source, covering):
+                    trials.begin(Trial(fault, source, covering, warm))
 
-
-def settle(kept: Kept, state: str, fault: Fault, outcome: Outcome) -> None:
-    kept.add(fault, state, outcome)
-    if not outcome.noticed:
-        print(f"{outcome}: {fault.path}:{fault.line}\n  - {fault.before}\n  + {fault.after}", flush=True)
+    def _settle(self, trial: Trial, outcome: Outcome) -> None:
+        if outcome is Outcome.NOT_PLANTED:
+            return
+        fault = trial.fault
+        self._kept.add(fault, self._state, outcome, trial.seconds)
+        if not outcome.noticed:
+            print(f"{outcome}: {fault.path}:{fault.line}\n  - {fault.before}\n  + {fault.after}", flush=True)
 
 
 class Trials:
     """So many at a time; what comes of each is told."""
 
-    def __init__(self, at_once: int, tell: Callable[[Fault, Outcome], None]) -> None:
+    def __init__(self, at_once: int, tell: Callable[[Trial, Outcome], None]) -> None:
         self._at_once, self._tell = at_once, tell
         self._running: list[Trial] = []
 
@@ -112,26 +145,24 @@ class Trials:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if kind is None:
-                self._settle(0)
+            while kind is None and self._running:
+                self._collect()
         finally:
             for trial in self._running:
                 trial.drop()
 
-    def begin(self, fault: Fault, source: str, covering: Sequence[Covered]) -> None:
-        self._settle(self._at_once - 1)
-        self._running.append(Trial(fault, source, covering))
+    def begin(self, trial: Trial) -> None:
+        """Returns when there is room for another one; a few that do not compute take none."""
+        self._running.append(trial)
+        while len(self._running) >= self._at_once + min(_ASLEEP, sum(trial.asleep for trial in self._running)):
+            self._collect()
 
-    def _settle(self, most: int) -> None:
-        """Wait until no more than `most` are running."""
-        while True:
-            for trial in list(self._running):
-                if (outcome := trial.outcome()) is not None:
-                    self._running.remove(trial)
-                    self._tell(trial.fault, outcome)
-            if len(self._running) <= most:
-                return
-            time.sleep(0.02)
+    def _collect(self) -> None:
+        time.sleep(0.02)
+        for trial in list(self._running):
+            if (outcome := trial.outcome()) is not None:
+                self._running.remove(trial)
+                self._tell(trial, outcome)
 
 
 def plan(only: Sequence[str] | None, seed: int, sample: int) -> Iterator[tuple[list[Fault], tuple[str, ...]]]:
@@ -174,21 +205,21 @@ def _all_in(source: str, path: str) -> frozenset[Fault]:
     return frozenset(faults_in(source, path))
 
 
-def tests_digest(patterns: Sequence[str]) -> str:
-    """Changes when a file of tests does."""
-    return "".join(digest(path)[:2] for path in test_files(patterns))
-
-
 class Kept:
     """What came of each fault, a line of JSON each, the last one counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found: dict[str, tuple[str, str, Outcome]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
+        self._seconds: dict[str, float] = {}
+        self.read()
+
+    def read(self) -> None:
+        if self._path.exists():
+            for line in self._path.read_text().splitlines():
                 one = json.loads(line)
                 self._found[one["fault"]] = one["source"], one["tests"], Outcome(one["outcome"])
+                self._seconds[one["fault"]] = one.get("seconds", 0.0)
 
     def outcome(self, fault: Fault, tests: str) -> Outcome | None:
         """None where it has to be tried, again or for the first time."""
@@ -201,10 +232,15 @@ class Kept:
         source, _, outcome = self._found.get(fault.id, ("", "", Outcome.UNTESTED))
         return outcome if source == digest(ROOT / fault.path) else None
 
-    def add(self, fault: Fault, tests: str, outcome: Outcome) -> None:
-        self._found[fault.id] = digest(ROOT / fault.path), tests, outcome
+    def seconds(self, fault: Fault) -> float:
+        """Of processor time that the last trial took."""
+        return self._seconds.get(fault.id, 0.0)
+
+    def add(self, fault: Fault, tests: str, outcome: Outcome, seconds: float) -> None:
+        source = digest(ROOT / fault.path)
+        self._found[fault.id], self._seconds[fault.id] = (source, tests, outcome), seconds
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"fault": fault.id, "source": digest(ROOT / fault.path), "tests": tests, "outcome": outcome}
+        line = {"fault": fault.id, "source": source, "tests": tests, "outcome": outcome, "seconds": round(seconds, 2)}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -221,16 +257,19 @@ def excused() -> dict[tuple[str, str, str], str]:
     return found
 
 
-def report(faults: Sequence[Fault], kept: Kept, waiting: int) -> int:
+def report(faults: Sequence[Fault], kept: Kept) -> int:
     """Print each file's share and the faults that nothing noticed; 0 where enough was noticed, 1 where not, 3 where
     some wait for the next run."""
-    allowed, excuses = excused(), 0
+    allowed, excuses, waiting = excused(), 0, 0
+    seconds = 0.0
     tried: Counter[str] = Counter()
     noticed: Counter[str] = Counter()
     for fault in faults:
         outcome = kept.last(fault)
         if outcome is None:
+            waiting += 1
             continue
+        seconds += kept.seconds(fault)
         tried[fault.path] += 1
         excuse = not outcome.noticed and (fault.path, fault.before, fault.after) in allowed
         excuses += excuse
@@ -241,6 +280,7 @@ def report(faults: Sequence[Fault], kept: Kept, waiting: int) -> int:
         print(f"{noticed[path]:5d} of {tried[path]:5d}  {noticed[path] / tried[path]:4.0%}  {path}")
     total, found = tried.total(), noticed.total()
     print(f"{found} of {total} noticed or excused, {excuses} of them excused; {waiting} not tried yet")
+    print(f"{seconds:.0f} s of processor time for those tried")
     if waiting:
         return 3
     return 0 if found >= LEAST_NOTICED * total and excuses <= MOST_EXCUSED * total else 1

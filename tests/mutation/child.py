@@ -12,8 +12,13 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
+
+import psutil
 
 TIMED_OUT = 124
+_LOOK_S = 0.5  # between looks at whether it computes
+_DOZES_S, _ASLEEP_S, _NOTHING_S = 2.0, 15.0, 0.2  # one that computes no more than this for so long will not end
 _HEAVY = ("torch", "numpy", "transformers", "ray", "ray.serve", "fastapi", "httpx", "hypothesis", "peft", "redis")
 
 
@@ -32,8 +37,10 @@ class Child:
     """A process that acts within limits."""
 
     def __init__(self, act: Callable[[], int], *, cpu_s: float, wall_s: float) -> None:
-        self._until = time.monotonic() + wall_s
+        self._left, self._seen = wall_s, time.monotonic()
+        self._asleep, self._used = 0.0, 0.0
         self._code: int | None = None
+        self.seconds = 0.0  # of processor time, once it has ended
         self._pid = os.fork()
         if self._pid == 0:
             _live(act, cpu_s)
@@ -42,25 +49,71 @@ class Child:
         """Its exit code once it has ended; negative where a signal ended it, TIMED_OUT where a limit did. What it
         started ends with it."""
         if self._code is None:
-            found, status = os.waitpid(self._pid, os.WNOHANG)
+            found, status, used = os.wait4(self._pid, os.WNOHANG)
             if found:
                 self._kill()
+                self.seconds = used.ru_utime + used.ru_stime
                 code = os.waitstatus_to_exitcode(status)
                 self._code = TIMED_OUT if code == -signal.SIGXCPU else code
-            elif time.monotonic() > self._until:
+            elif self._expired():
                 self.end()
         return self._code
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has not computed for a while."""
+        return self._asleep > _DOZES_S
+
+    def _expired(self) -> bool:
+        """Whether it has lived too long, or slept for long. Time in which nobody looked counts a second: who looks may
+        have been stopped with it; a processor that others keep is waited for."""
+        now = time.monotonic()
+        if now - self._seen < _LOOK_S:
+            return False
+        passed = min(now - self._seen, 1.0)
+        self._seen = now
+        self._left -= passed
+        used, runs = _computed(self._pid)
+        if runs or used > self._used + _NOTHING_S:
+            self._asleep, self._used = 0.0, used
+        else:
+            self._asleep += passed
+        return self._left < 0 or self._asleep > _ASLEEP_S
 
     def end(self) -> None:
         """Kill it, if it lives."""
         if self._code is None:
             self._kill()
-            os.waitpid(self._pid, 0)
+            _, _, used = os.wait4(self._pid, 0)
+            self.seconds = used.ru_utime + used.ru_stime
             self._code = TIMED_OUT
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, signal.SIGKILL)
+
+
+def _computed(pid: int) -> tuple[float, bool]:
+    """Seconds of processor time of a process and those below it, and whether one of them waits for none but a
+    processor."""
+    used, runs = 0.0, False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        mother = psutil.Process(pid)
+        for one in (mother, *mother.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = one.cpu_times()
+                used += times.user + times.system
+                runs = runs or _runs(one.pid)
+    return used, runs
+
+
+def _runs(pid: int) -> bool:
+    """Whether one of its threads waits for a processor or a disk, or was stopped."""
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if thread.read_text().rpartition(")")[2].split()[0] in "RDT":
+                return True
+    return False
 
 
 def in_a_child(act: Callable[[], int], *, cpu_s: float, wall_s: float) -> int:

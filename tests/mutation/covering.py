@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from time import process_time
 import coverage
 import pytest
 
-from tests.mutation.child import in_a_child
+from tests.mutation.child import Child
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "mutants"
@@ -23,12 +25,13 @@ _LIMIT_S = 1200.0  # for one file of tests
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """What a file of tests runs: its digest and that of each source at that time, the tests by line of a source, and
-    the seconds of processor time of each test that passes."""
+    """What a file of tests runs: its digest and that of each source at that time, the tests by line of a source, the
+    lines of a source that run while it is imported, and the seconds of processor time of each test that passes."""
 
     digest: str
     sources: Mapping[str, str] = field(default_factory=dict)
     lines: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    imported: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def holds(self, test_file: Path) -> bool:
@@ -55,16 +58,53 @@ def test_files(patterns: Iterable[str]) -> list[Path]:
     return sorted(path for path in found if not left_out & set(path.parents))
 
 
-def covered(test_file: Path) -> Covered:
-    """What the file runs, from what was kept where that still holds."""
-    kept = KEPT / "tests" / f"{test_file.relative_to(ROOT).as_posix().replace('/', '.')}.json"
-    if kept.exists():
-        found = Covered(**json.loads(kept.read_text()))
-        if found.holds(test_file):
-            return found
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    in_a_child(lambda: _measure(test_file, kept), cpu_s=_LIMIT_S, wall_s=2 * _LIMIT_S)
-    return Covered(**json.loads(kept.read_text())) if kept.exists() else Covered(digest(test_file))
+def covered(files: Iterable[Path], at_once: int = 1, until: float = math.inf) -> dict[Path, Covered]:
+    """What each file runs, from what was kept where that still holds; so many are measured at a time, and none is begun
+    after `until`."""
+    found: dict[Path, Covered] = {}
+    running: dict[Path, Child] = {}
+    try:
+        for file in files:
+            if (kept := _kept(file)) is not None:
+                found[file] = kept
+                continue
+            if time.monotonic() > until:
+                break
+            running[file] = _begin(file)
+            _end(running, found, at_once - 1)
+        _end(running, found, 0)
+    finally:
+        for child in running.values():
+            child.end()
+    return found
+
+
+def _begin(file: Path) -> Child:
+    _place(file).parent.mkdir(parents=True, exist_ok=True)
+    return Child(lambda: _measure(file, _place(file)), cpu_s=_LIMIT_S, wall_s=10 * _LIMIT_S)
+
+
+def _end(running: dict[Path, Child], found: dict[Path, Covered], most: int) -> None:
+    """Wait until no more than `most` are running."""
+    while True:
+        for file, child in list(running.items()):
+            if child.ended() is not None:
+                del running[file]
+                found[file] = _kept(file) or Covered(digest(file))
+        if len(running) <= most:
+            return
+        time.sleep(0.02)
+
+
+def _place(file: Path) -> Path:
+    return KEPT / "tests" / f"{file.relative_to(ROOT).as_posix().replace('/', '.')}.json"
+
+
+def _kept(file: Path) -> Covered | None:
+    if not (kept := _place(file)).exists():
+        return None
+    found = json.loads(kept.read_text())
+    return one if "imported" in found and (one := Covered(**found)).holds(file) else None
 
 
 class _Watch:
@@ -99,13 +139,10 @@ def _measure(test_file: Path, kept: Path) -> int:
     measured.stop()
     data = measured.get_data()
     paths = {Path(name).resolve().relative_to(ROOT).as_posix(): name for name in data.measured_files()}
+    contexts = {path: data.contexts_by_lineno(name) for path, name in paths.items()}
     lines = {
-        path: {
-            str(line): tuple(sorted(set(tests) - {_ON_IMPORT}))
-            for line, tests in data.contexts_by_lineno(name).items()
-            if set(tests) - {_ON_IMPORT}
-        }
-        for path, name in paths.items()
+        path: {str(line): tuple(sorted(found)) for line, tests in run.items() if (found := set(tests) - {_ON_IMPORT})}
+        for path, run in contexts.items()
     }
     ran = {path: found for path, found in lines.items() if found}
     kept.write_text(
@@ -114,6 +151,9 @@ def _measure(test_file: Path, kept: Path) -> int:
                 "digest": digest(test_file),
                 "sources": {path: digest(ROOT / path) for path in ran},
                 "lines": ran,
+                "imported": {
+                    path: sorted(n for n, tests in contexts[path].items() if _ON_IMPORT in tests) for path in ran
+                },
                 "seconds": {test: took for test, took in watch.seconds.items() if test not in watch.failed},
             }
         )

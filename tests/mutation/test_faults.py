@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import time
+from collections.abc import Callable
 
 import pytest
 
+from tests.mutation import child
+from tests.mutation.child import TIMED_OUT, in_a_child
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault, faults_in
 from tests.mutation.trial import Outcome, try_out
+from tests.mutation.warm import Warm, collected
 
 
 def changed(source: str) -> list[str]:
@@ -44,13 +49,56 @@ def test_every_fault_of_a_real_file_is_another_program_in_one_place(path: str) -
         assert source.splitlines()[: fault.line - 1] == planted.splitlines()[: fault.line - 1]
 
 
+ENTRY = "cluster/policy/entry.py"
+TEST = "tests/cluster/policy/test_entry.py::test_blocks_are_counted_whole"
+
+
+def outcomes(warm: Warm | None) -> list[Outcome]:
+    """Of a fault, of none, and of a fault on a line that no test runs."""
+    source = (ROOT / ENTRY).read_text()
+    fault: Fault = next(iter(faults_in(source, ENTRY)))
+    same = Fault(ENTRY, fault.line, fault.start, fault.start, "", fault.before, fault.before, 0)
+    whole = Covered("", {}, {ENTRY: {str(fault.line): (TEST,)}}, {}, {TEST: 0.1})
+    asked = (fault, whole), (same, whole), (fault, Covered(""))
+    return [try_out(one, source, [covering], warm) for one, covering in asked]
+
+
 def test_a_fault_is_noticed_by_the_tests_that_run_its_line() -> None:
-    path = "cluster/policy/entry.py"
-    source = (ROOT / path).read_text()
-    test = "tests/cluster/policy/test_entry.py::test_blocks_are_counted_whole"
-    fault: Fault = next(iter(faults_in(source, path)))
-    whole = Covered("", {}, {path: {str(fault.line): (test,)}}, {test: 0.1})
-    assert try_out(fault, source, [whole]) is Outcome.KILLED
-    same = Fault(path, fault.line, fault.start, fault.start, "", fault.before, fault.before, 0)
-    assert try_out(same, source, [whole]) is Outcome.SURVIVED
-    assert try_out(fault, source, [Covered("")]) is Outcome.UNTESTED
+    assert outcomes(None) == [Outcome.KILLED, Outcome.SURVIVED, Outcome.UNTESTED]
+
+
+def test_a_fault_in_a_function_that_did_not_run_on_import_is_planted_there_and_noticed() -> None:
+    source = (ROOT / ENTRY).read_text()
+    fault = next(iter(faults_in(source, ENTRY)))
+    on_import = Covered("", {}, {}, {ENTRY: (fault.line,)}, {})
+    of_the_module = Fault(ENTRY, 1, 0, 0, "", "", "", 0)
+    found: list[object] = []
+
+    def ask(warm: Warm) -> None:
+        found.extend(outcomes(warm))
+        found.append(warm.knows(fault, source, [Covered("")]))
+        found.extend([warm.knows(fault, source, [on_import]), warm.knows(of_the_module, source, [Covered("")])])
+
+    def act() -> int:
+        collected([ROOT / TEST.split("::")[0]], ask)
+        return 0 if found == [Outcome.KILLED, Outcome.SURVIVED, Outcome.UNTESTED, True, False, False] else 1
+
+    assert in_a_child(act, cpu_s=60, wall_s=120) == 0
+
+
+def _turn_for_ever() -> int:
+    while True:
+        pass
+
+
+def _sleep() -> int:
+    time.sleep(60)
+    return 0
+
+
+@pytest.mark.parametrize(("act", "code"), [(lambda: 0, 0), (_turn_for_ever, TIMED_OUT), (_sleep, TIMED_OUT)])
+def test_a_child_that_computes_or_sleeps_without_end_is_ended(
+    act: Callable[[], int], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_ASLEEP_S", 1.0)
+    assert in_a_child(act, cpu_s=0, wall_s=60) == code

@@ -19,6 +19,7 @@ import pytest
 from tests.mutation.child import TIMED_OUT, Child
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault
+from tests.mutation.warm import NOT_PLANTED, Warm
 
 _MOST_S = 30.0  # processor time of the tests that are asked about a fault, while none is in; the quickest are
 
@@ -28,6 +29,7 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"  # noticed, too: the tests went on without end
     SURVIVED = "survived"
     UNTESTED = "untested"  # no test runs the line
+    NOT_PLANTED = "not planted"  # its module has to be imported anew
 
     @property
     def noticed(self) -> bool:
@@ -35,18 +37,23 @@ class Outcome(StrEnum):
 
 
 class Trial:
-    """The tests that cover a fault, run over it in a child until one fails."""
+    """The tests that cover a fault, run over it in a child until one fails: where `warm` is given those that it has
+    collected, over the function that it has imported, else in modules that are imported anew."""
 
-    def __init__(self, fault: Fault, source: str, covering: Iterable[Covered]) -> None:
+    def __init__(self, fault: Fault, source: str, covering: Iterable[Covered], warm: Warm | None = None) -> None:
         self.fault = fault
+        self.seconds = 0.0  # of processor time, once the outcome is known
         self._base = tempfile.mkdtemp(prefix="mutant-")
         self._child: Child | None = None
-        tests, seconds = _chosen(fault, covering)
+        tests = _chosen(fault, covering)
         if tests:
-            text = fault.planted(source)
-            self._child = Child(
-                lambda: _run(fault.path, text, tests, self._base), cpu_s=5 * seconds + 20, wall_s=10 * seconds + 90
-            )
+
+            def run() -> int:
+                tempfile.tempdir = self._base
+                return _run(fault, source, list(tests)) if warm is None else warm.run(fault, source, tests)
+
+            seconds = sum(tests.values())
+            self._child = Child(run, cpu_s=3 * seconds + 20, wall_s=20 * seconds + 600)
 
     def outcome(self) -> Outcome | None:
         """None while it is not known."""
@@ -56,21 +63,29 @@ class Trial:
             return None
         elif code == TIMED_OUT:
             found = Outcome.TIMEOUT
+        elif code == NOT_PLANTED:
+            found = Outcome.NOT_PLANTED
         else:
             found = Outcome.SURVIVED if code == pytest.ExitCode.OK else Outcome.KILLED
         self.drop()
         return found
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it leaves the processor to others."""
+        return self._child is not None and self._child.asleep
+
     def drop(self) -> None:
         """End it, and leave nothing behind."""
         if self._child is not None:
             self._child.end()
+            self.seconds = self._child.seconds
         shutil.rmtree(self._base, ignore_errors=True)
 
 
-def try_out(fault: Fault, source: str, covering: Iterable[Covered]) -> Outcome:
+def try_out(fault: Fault, source: str, covering: Iterable[Covered], warm: Warm | None = None) -> Outcome:
     """What comes of one fault."""
-    trial = Trial(fault, source, covering)
+    trial = Trial(fault, source, covering, warm)
     try:
         while (found := trial.outcome()) is None:
             time.sleep(0.02)
@@ -79,8 +94,8 @@ def try_out(fault: Fault, source: str, covering: Iterable[Covered]) -> Outcome:
     return found
 
 
-def _chosen(fault: Fault, covering: Iterable[Covered]) -> tuple[list[str], float]:
-    """The quickest tests that cover the fault, file by file, the quickest first, and how long they take without it."""
+def _chosen(fault: Fault, covering: Iterable[Covered]) -> dict[str, float]:
+    """The quickest tests that cover the fault, file by file, the quickest first, and how long each takes without it."""
     cost = {test: one.seconds[test] for one in covering for test in one.tests(fault.path, fault.line)}
     chosen: list[str] = []
     files: dict[str, float] = defaultdict(float)
@@ -91,18 +106,18 @@ def _chosen(fault: Fault, covering: Iterable[Covered]) -> tuple[list[str], float
         chosen.append(test)
         files[_file(test)] += cost[test]
         seconds += cost[test]
-    return sorted(chosen, key=lambda test: (files[_file(test)], _file(test))), seconds
+    return {test: cost[test] for test in sorted(chosen, key=lambda test: (files[_file(test)], _file(test)))}
 
 
 def _file(test: str) -> str:
     return test.split("::")[0]
 
 
-def _run(path: str, text: str, tests: Sequence[str], base: str) -> int:
+def _run(fault: Fault, source: str, tests: Sequence[str]) -> int:
     for name in [name for name in sys.modules if name.startswith(("polygraft.", "tests.")) and "mutation" not in name]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _Planted(ROOT / path, text))
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={base}/tests", *tests]))
+    sys.meta_path.insert(0, _Planted(ROOT / fault.path, fault.planted(source)))
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
 class _Planted(MetaPathFinder):

@@ -99,6 +99,17 @@ async def test_a_broken_stream_goes_on_at_the_same_replica_once_it_is_back(engin
     raise AssertionError("the first attempt still holds its blocks")
 
 
+async def test_replicas_that_the_fleet_tells_of_take_requests(engines: list[Engine]) -> None:
+    class Told:
+        async def keep(self, gateway: Gateway) -> None:
+            gateway.follow({ReplicaId("r0"): LocalLink(engines[0])})
+
+    gateway = Gateway({}, ingress="i", settings=SETTINGS, fleet=Told())
+    await gateway.start()
+    assert await said(gateway) == await over({"r1": LocalLink(engines[1])})
+    await gateway.close()
+
+
 async def test_a_request_whose_replica_dies_each_time_is_given_up(engines: list[Engine]) -> None:
     with pytest.raises(Unavailable, match="8 times"):
         await over({"r0": Breaking(engines[0], 2, times=9)})

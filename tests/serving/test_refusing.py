@@ -10,6 +10,7 @@ import pytest
 
 from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.policy.scaling import Demand
+from polygraft.cluster.settings import ServeSettings
 from polygraft.serving import gateway as gateway_module
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
@@ -90,9 +91,11 @@ async def test_one_that_has_been_under_way_waits_for_a_place_and_is_not_refused(
         await replica.submitted.get()
         replica.say(token(0, 10))
         replica._answers = [QueueFull(0.01), QueueFull(0.02)]
+        begun = asyncio.get_running_loop().time()
         replica.said.put_nowait(None)
         again = await asyncio.wait_for(replica.submitted.get(), 5)
         assert (again.attempt, again.generated, len(replica.asked)) == (1, (10,), 4)
+        assert asyncio.get_running_loop().time() - begun >= 0.03, "as long as it was told to"
         replica.say(*whole(1, 1))  # type: ignore[arg-type]
         assert await work == [10, 11, 12, 13]
 
@@ -134,6 +137,90 @@ async def test_a_graft_is_brought_in_before_its_stream_moves() -> None:
         assert again.generated == (10,) and second.warmed == ["g"]
         second.say(*whole(1, 1))  # type: ignore[arg-type]
         assert await work == [10, 11, 12, 13]
+
+
+async def test_a_place_that_was_just_given_away_is_given_to_nobody_else() -> None:
+    first, second = Scripted(), Scripted()
+    settings = ServeSettings(max_context=128, max_streams=1)
+    gateway = Gateway({R1: first, R0: second}, ingress="i", settings=settings)
+    await gateway.start()
+    await until(lambda: len(gateway.loads) == 2)
+    works = [asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in "ab"]
+    assert (await asyncio.wait_for(first.submitted.get(), 5)).id == "a"
+    assert (await asyncio.wait_for(second.submitted.get(), 5)).id == "b"
+    for work in works:
+        work.cancel()
+    await gateway.close()
+
+
+async def test_a_place_that_was_not_taken_is_given_to_the_next_request() -> None:
+    first, second = Answering(QueueFull(9.0)), Scripted()
+    gateway = Gateway({R1: first, R0: second}, ingress="i", settings=ServeSettings(max_context=128, max_streams=1))
+    await gateway.start()
+    await until(lambda: len(gateway.loads) == 2)
+    works = [asyncio.create_task(everything(gateway, replace(WANTED, id="a")))]
+    assert (await asyncio.wait_for(second.submitted.get(), 5)).id == "a"
+    works.append(asyncio.create_task(everything(gateway, replace(WANTED, id="b"))))
+    assert (await asyncio.wait_for(first.submitted.get(), 5)).id == "b"
+    for work in works:
+        work.cancel()
+    await gateway.close()
+
+
+async def test_a_request_that_the_only_replica_did_not_take_is_one_that_waits_for_a_replica() -> None:
+    replica = Answering(Draining())
+    async with gateway_over(r=replica) as gateway:
+        work = asyncio.create_task(everything(gateway))
+        await until(lambda: replica.asked and gateway.demand == Demand(0, 1))
+        work.cancel()
+
+
+async def test_a_replica_that_is_found_gone_has_died_under_the_streams_it_had() -> None:
+    first, second = Answering(), Scripted()
+    async with gateway_over(r1=first, r0=second) as gateway:
+        works = [asyncio.create_task(everything(gateway, replace(WANTED, id="a")))]
+        await first.submitted.get()
+        first._answers = [ConnectionError("gone")]
+        works.append(asyncio.create_task(everything(gateway, replace(WANTED, id="b"))))
+        there = {(await asyncio.wait_for(second.submitted.get(), 5)).id for _ in range(2)}
+        assert there == {"a", "b"}
+        assert {id: stream.deaths for id, stream in gateway._streams.items()} == {"a": 1, "b": 0}
+        for work in works:
+            work.cancel()
+
+
+async def test_a_client_that_leaves_while_its_stream_moves_holds_up_no_other() -> None:
+    first, second = Scripted(), Scripted()
+    async with gateway_over(r1=first, r0=second) as gateway:
+        ann, bob = (asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in "ab")
+        for _ in range(2):
+            await first.submitted.get()
+        first.say(token(0, 66), token(0, 10, id="b"))
+        first.said.put_nowait(StepMessage((), FREE, draining=True))
+        assert (await asyncio.wait_for(second.submitted.get(), 5)).id == "a"
+        ann.cancel()
+        again = await asyncio.wait_for(second.submitted.get(), 5)
+        assert (again.id, again.generated) == ("b", (10,))
+        second.say(*(replace(one, request="b") for one in whole(1, 1)))  # type: ignore[type-var]
+        assert await bob == [10, 11, 12, 13]
+
+
+async def test_nothing_of_a_gateway_goes_on_when_it_has_closed() -> None:
+    class Slow(Scripted):
+        left = False
+
+        async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
+            try:
+                async for message in super().messages(ingress):
+                    yield message
+            finally:
+                await asyncio.sleep(0.01)
+                self.left = True
+
+    replica = Slow()
+    async with gateway_over(r=replica):
+        pass
+    assert replica.left
 
 
 async def test_what_is_wanted_are_the_requests_that_replicas_have_and_those_that_met_none() -> None:
