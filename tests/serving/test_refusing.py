@@ -201,7 +201,7 @@ async def test_a_client_that_leaves_while_its_stream_moves_holds_up_no_other() -
         ann.cancel()
         again = await asyncio.wait_for(second.submitted.get(), 5)
         assert (again.id, again.generated) == ("b", (10,))
-        second.say(*(replace(one, request="b") for one in whole(1, 1)))  # type: ignore[type-var]
+        second.say(*(replace(one, request="b") for one in whole(1, 1)))  # type: ignore[arg-type, type-var]
         assert await bob == [10, 11, 12, 13]
 
 
