@@ -42,7 +42,8 @@ def write(table: Table, studies: Studies, finals: Finals, folder: Path) -> Path:
         for task in table.tasks:
             table_of = _stops if "stopping" in setting.name else _samplers
             lines += [f"{task}, studies of {setting.trials} trials:", "", *table_of(studies, setting, task), ""]
-    lines += ["## What stopping early saves and costs", "", *_costs(found), "", *_verdicts(table, studies, found), ""]
+    again = f"Trained again on new seeds: {', '.join(finals) or 'none'}."
+    lines += ["## What stopping early saves and costs", "", again, "", *_costs(found), "", *_verdicts(table, studies, found), ""]
     for name, draw in (("samplers.svg", _draw_samplers), ("stopping.svg", _draw_stops)):
         draw(table, studies).savefig(folder / name, metadata={"Date": None})
         lines += [f"![{name.removesuffix('.svg')}]({name})", ""]
