@@ -43,7 +43,8 @@ def write(table: Table, studies: Studies, finals: Finals, folder: Path) -> Path:
             table_of = _stops if "stopping" in setting.name else _samplers
             lines += [f"{task}, studies of {setting.trials} trials:", "", *table_of(studies, setting, task), ""]
     again = f"Trained again on new seeds: {', '.join(finals) or 'none'}."
-    lines += ["## What stopping early saves and costs", "", again, "", *_costs(found), "", *_verdicts(table, studies, found), ""]
+    lines += ["## What stopping early saves and costs", "", again, ""]
+    lines += [*_costs(found), "", *_verdicts(table, studies, found), ""]
     for name, draw in (("samplers.svg", _draw_samplers), ("stopping.svg", _draw_stops)):
         draw(table, studies).savefig(folder / name, metadata={"Date": None})
         lines += [f"![{name.removesuffix('.svg')}]({name})", ""]
