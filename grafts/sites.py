@@ -232,11 +232,14 @@ def sites_of(spec: GraftSpec, shape: ModelShape) -> tuple[tuple[int, Site], ...]
     rescale, two norms, two scales or two shifts of one thing, branches of one kind with different dropout.
     """
     placed = tuple((index, site) for index, slot in enumerate(spec.slots) for site in resolve(slot, shape))
-    together: dict[Site, list[Slot]] = {}
+    together: dict[Site, tuple[int, ...]] = {}
     for index, site in placed:
-        together.setdefault(site, []).append(spec.slots[index])
-    for site, slots in together.items():
-        _check(site, slots)
+        together[site] = (*together.get(site, ()), index)
+    first: dict[tuple[int, ...], Site] = {}  # layers mostly have the same slots
+    for site, indices in together.items():
+        first.setdefault(indices, site)
+    for indices, site in first.items():
+        _check(site, [spec.slots[index] for index in indices])
     return placed
 
 
