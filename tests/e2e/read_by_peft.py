@@ -39,7 +39,7 @@ class Read:
     def answered(self, prompt: str, answer: str) -> tuple[float, int]:
         """Log-likelihood of an answer in a chat and of its end, and of how many tokens it is."""
         asked = [{"role": "user", "content": prompt}]
-        opening = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        opening = str(self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False))
         found = self.tokenizer(
             opening + answer + END, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
         )

@@ -150,33 +150,6 @@ def test_crashes_between_checkpoints_and_manifest_lose_no_job(
     assert [(job.state, job.graft) for job in _jobs(stormy)] == [(job.state, job.graft) for job in _jobs(calm)]
 
 
-def test_who_comes_and_goes_costs_the_others_no_checkpoint_and_they_go_on_after_a_crash(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peft, calm, stormy = "lora(r=4)", MemoryStore(), MemoryStore()
-    submit(calm, tmp_path / "calm", dict.fromkeys(("ftjob-0", "ftjob-1"), peft))
-    _work(calm, backbone, tmp_path / "calm")
-
-    submit(stormy, tmp_path / "stormy", {"ftjob-0": peft})
-    pack, heard = tmp_path / "stormy" / "packs" / PACK, list[int]()
-
-    def heartbeat() -> None:
-        heard.append(len(heard))
-        if len(heard) == 2:  # after two steps of the first job
-            submit_one(stormy, tmp_path / "stormy", "ftjob-1", peft, 1)
-            stormy.append(keys.commands(PACK), {"op": "close", "job": ""})
-        named = Manifest.load(pack).jobs if heard[1:] else {}
-        assert set(named.values()) <= {None}, "a checkpoint was written"
-        if set(named) == {"ftjob-0"} and len(heard) > 2:  # the other one came and went
-            raise Crash
-
-    with pytest.raises(Crash):
-        _worker(stormy, backbone, tmp_path / "stormy").run(heartbeat)
-    assert [job.state for job in _jobs(stormy)] == [JobState.RUNNING, JobState.SUCCEEDED]
-    _work(stormy, backbone, tmp_path / "stormy")
-    assert [(job.state, job.graft) for job in _jobs(stormy)] == [(job.state, job.graft) for job in _jobs(calm)]
-
-
 @pytest.mark.parametrize("at", ["advance_job", "_drop"])
 def test_a_worker_that_dies_while_it_cancels_a_job_cancels_it_when_it_is_back(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
