@@ -46,6 +46,7 @@ _PROBED, _PROBE_SHARE = 4, 10
 _PATIENCE_S = 4 * 3600.0
 _WATCH_S = 1.0  # reading a tree's memory takes some itself
 _HIGHEST = 10.8  # of SmolLM2's loss: that of chance
+_GAINED, _ALIKE = 0.02, 0.1  # nine steps of one sample; a gain is a difference of two losses in bf16
 _SAME = 2e-2  # the bare backbone's held-out loss, ours to PEFT's: eight bits of mantissa through thirty layers
 
 
@@ -60,6 +61,10 @@ class Rival:
         """What the bare backbone's held-out loss is by this arm, where it has one loaded."""
         found = self._server.ask("load").get("bare")
         return None if found is None else float(str(found))
+
+    def check(self) -> float:
+        """The held-out loss of the job that opens our pack, whose start it keeps in the work's folder."""
+        return float(str(self._server.ask("check")["trained"]))
 
     def round(self) -> tuple[float, Mapping[int, float]]:
         """Seconds, and the held-out losses by trial."""
@@ -164,12 +169,13 @@ def _time(cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[s
 
 
 def _gate(folder: Path, work: Work) -> Gate:
-    """Whether both sides see the same text: the bare backbone's held-out loss."""
+    """Whether both sides see the same text, by the bare backbone's held-out loss, and train alike, by that of a trial
+    of a few steps from the same start."""
     try:
+        with closing(Rival(_arm("optuna"), "float32 1", work, jobs=range(1), steps=1)) as theirs:
+            bare, trained = theirs.load(), theirs.check()
         with closing(Searching(folder, work)) as ours:
             ours.warm()
-        with closing(Rival(_arm("optuna"), "float32 1", work, jobs=range(1), steps=1)) as theirs:
-            bare = theirs.load()
     except ArmFailed as error:
         raise SystemExit(f"search: the gate could not be checked: {error}") from None
     assert bare is not None
@@ -177,6 +183,12 @@ def _gate(folder: Path, work: Work) -> Gate:
         (
             Check("held-out loss before training, nats by PEFT in float32", bare, _HIGHEST),
             Check("the same by our service, relative to it", abs(ours.bare / bare - 1), _SAME),
+            Check("what a trial of a few steps gained by PEFT, nats", bare - trained, _GAINED, least=True),
+            Check(
+                "the same by our service, relative to it",
+                abs((ours.bare - ours.trained) / (bare - trained) - 1),
+                _ALIKE,
+            ),
         )
     )
 
