@@ -179,16 +179,13 @@ def _gate(folder: Path, work: Work) -> Gate:
     except ArmFailed as error:
         raise SystemExit(f"search: the gate could not be checked: {error}") from None
     assert bare is not None
+    gain, ours_gain = bare - trained, ours.bare - ours.trained
     return Gate(
         (
             Check("held-out loss before training, nats by PEFT in float32", bare, _HIGHEST),
             Check("the same by our service, relative to it", abs(ours.bare / bare - 1), _SAME),
-            Check("what a trial of a few steps gained by PEFT, nats", bare - trained, _GAINED, least=True),
-            Check(
-                "the same by our service, relative to it",
-                abs((ours.bare - ours.trained) / (bare - trained) - 1),
-                _ALIKE,
-            ),
+            Check("what a trial of a few steps gained by PEFT, nats", gain, _GAINED, least=True),
+            Check("the same by our service, relative to it", abs(ours_gain / gain - 1), _ALIKE),
         )
     )
 

@@ -29,8 +29,9 @@ class Searching:
         self.bare = self.trained = 0.0
 
     def warm(self) -> None:
-        """Upload the files and train a job of a few examples, which opens the pack; `bare` is then what the backbone's
-        held-out loss is by the service, `trained` that of the job, which begins with PEFT's start where there is one."""
+        """Upload the files and train a job of a few examples, which opens the pack. `bare` is then the backbone's
+        held-out loss by the service, and `trained` that of the job, which begins with PEFT's start where there is
+        one."""
         self._train, self._held_out = (
             self._client.upload(self._folder / f"{part}.jsonl").id for part in ("train", "held_out")
         )

@@ -44,8 +44,8 @@ WARM_TRIAL = LoraTrial(0, RANKS[0], SITES["attn.[qv]"], RATES[1], 0)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`order` has the numbers of the samples of every step, `warm` those of the job that opens the pack; a sample is ids and the weights with which each is
-    predicted. With `halving` trials are judged at the rungs."""
+    """`order` has the numbers of the samples of every step, `warm` those of the job that opens the pack; a sample is
+    ids and the weights with which each is predicted. With `halving` trials are judged at the rungs."""
 
     folder: str
     backbone: str
