@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, redirect_stdout, suppress
@@ -209,31 +210,33 @@ def test_a_classifier_and_what_searches_found_are_what_peft_reads_of_them(told: 
     begun = [
         json.loads(ann("search", f"{name}.yaml", "--detach", "--json"))["id"] for name in ("choices", "population")
     ]
-    asked = (
-        "texts.tsv",
-        "--type",
-        "classification",
-        "--validation-file",
-        "texts.tsv",
-        "--peft",
-        "lora(r=2, at=attn.[qv])",
-    )
-    job = json.loads(ann("submit", *asked, "--epochs", "4", "--lr", "0.05", "--suffix", "kinds", "--json"))
+    words = "submit texts.tsv --validation-file texts.tsv --type classification --epochs 4 --lr 0.05 --suffix kinds"
+    job = json.loads(ann(*words.split(), "--peft", "lora(r=2, at=attn.[qv])", "--json"))
 
-    def exported(model: str, labels: int = 0) -> Read:
-        ann("grafts", "export", model, f"read-{model}", "--format", "peft")
-        backbone = Path(polygraft.environment["XDG_CACHE_HOME"]) / "polygraft/backbones/smollm2"
-        return Read.of(backbone, folder / f"read-{model}", labels=labels)
+    service = find_service(polygraft.home / "run" / "service.json")
+    with Client(service.url, key) as client:
 
-    peft, labels = exported(job["fine_tuned_model"], len(searched.LABELS)), searched.LABELS
-    found = torch.stack([peft.logits(text) for text, _ in searched.TEXTS])
-    right = torch.tensor([labels.index(label) for _, label in searched.TEXTS])
-    assert job["loss_after"] == pytest.approx(float(F.cross_entropy(found, right)), rel=1e-4) < job["loss_before"]
-    assert job["scores_after"]["accuracy"] == pytest.approx(float((found.argmax(-1) == right).float().mean()))
-    told_labels = json.loads(ann("classify", "kinds", *(text for text, _ in searched.TEXTS), "--json"))
-    assert [one["label"] for one in told_labels] == [labels[index] for index in found.argmax(-1)]
+        def exported(model: str, labels: int = 0) -> Read:
+            archive = folder / f"{model}.tar"
+            client.export_graft(model, archive)
+            with tarfile.open(archive) as files:
+                files.extractall(folder / model, filter="data")
+            (found,) = (folder / model).rglob("adapter_config.json")
+            return Read.of(backbone, found.parent, labels=labels)
 
-    with Client(find_service(polygraft.home / "run" / "service.json").url, key) as client:
+        backbone = Path(polygraft.environment["XDG_CACHE_HOME"]) / "polygraft" / "backbones" / "smollm2"
+        peft, labels = exported(job["fine_tuned_model"], len(searched.LABELS)), searched.LABELS
+        texts = [text for text, _ in searched.TEXTS]
+        found, right = torch.stack([peft.logits(text) for text in texts]), [label for _, label in searched.TEXTS]
+        numbers = torch.tensor([labels.index(label) for label in right])
+        assert job["loss_after"] == pytest.approx(float(F.cross_entropy(found, numbers)), rel=1e-4) < job["loss_before"]
+        assert job["scores_after"]["accuracy"] == pytest.approx(float((found.argmax(-1) == numbers).float().mean()))
+        asked = {"model": "kinds", "input": texts}
+        answer = httpx.post(f"{service.url}/classify", json=asked, headers={"Authorization": f"Bearer {key}"})
+        told_labels = answer.json()["data"]
+        assert torch.tensor([one["probs"] for one in told_labels]).sub(found.softmax(-1)).abs().max() < 1e-4
+        assert [one["label"] for one in told_labels] == [labels[index] for index in found.argmax(-1)]
+
         choices, population = (_over(client, search) for search in begun)
         for trial in choices:
             assert isinstance(trial.outcome, Result) and trial.values is not None
