@@ -15,6 +15,7 @@ The claims against Tune are those against a process a trial; the arm that keeps 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -90,6 +91,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round of few tokens: shows that it works")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with the services that were started
     tokens = given.tokens or (QUICK_TOKENS if given.quick else TOKENS[given.only])
     cell = Cell(given.only, tokens, given.batch)
     rounds = given.rounds or (1 if given.quick else ROUNDS[cell.name])

@@ -31,7 +31,7 @@ class Lora:
         """What `train` begins with, as PEFT's folder."""
         model = self._with_adapter(trial)
         model.save_pretrained(str(folder))
-        self._base = model.unload()  # type: ignore[assignment]
+        self._base = model.unload()
 
     def train(
         self, trial: LoraTrial, stops: Sequence[int], steps: int, order: Sequence[Sequence[int]] | None = None
@@ -56,7 +56,7 @@ class Lora:
                     losses.append(loss.item())
                 yield stop, fmean(losses)
         finally:
-            self._base = model.unload()  # type: ignore[assignment]
+            self._base = model.unload()
 
     def _with_adapter(self, trial: LoraTrial) -> PeftModel:
         torch.manual_seed(trial.number)
