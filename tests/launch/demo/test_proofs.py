@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_the_plan_differs_in_method_rate_batch_length_and_epochs() -> None:
 
 def test_its_search_can_be_carried_out_and_says_what_it_did_not_keep(tmp_path: Path) -> None:
     asked = {"name": "food", "training_file": "file-1", "validation_file": "file-2", **ASKED}
-    plan = SearchRequest.model_validate(asked).plan(backbone="smollm2", shape=TINY)
+    plan = SearchRequest.model_validate(asked).plan(backbone="smollm2", shape=replace(TINY, layers=6))
     study = Study(plan.space, plan.objectives, plan.sampler)
     for number in range(TRIALS):
         trial = study.ask()
