@@ -100,6 +100,7 @@ class HttpStage:
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
         self._folder, self._quick = folder, quick
+        self._clients: list[Client] = []  # one, once an arm is driven
         self._up: dict[str, _Up] = {}
         self.warmed: set[tuple[Server, str]] = set()
         self.last: dict[str, Mapping[str, float]] = {}
@@ -111,7 +112,9 @@ class HttpStage:
     def open(self, arm: Arm, variant: str) -> Running:
         if arm.name in _SEEN:
             return _Seen(self, *_SEEN[arm.name])
-        return _Driven(self, arm.name, variant, Client(_vllm(), self._folder))
+        if not self._clients:
+            self._clients.append(Client(_vllm(), self._folder))
+        return _Driven(self, arm.name, variant, self._clients[0])
 
     def take(self, name: str, variant: str) -> Server:
         up = self._up.get(name)
@@ -134,6 +137,8 @@ class HttpStage:
     def close(self) -> None:
         for up in self._up.values():
             up.server.close()
+        for client in self._clients:
+            client.close()
 
     @property
     def prompts(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -74,21 +75,23 @@ class Ours:
         self._environment |= settings or {}
         for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # the service sets its own
             self._environment.pop(name, None)
-        self._polygraft("up", "--port", "0", "--timeout", f"{_READY_S:.0f}", *options)
-        service = json.loads((home / "run" / "service.json").read_text())
-        self.url, self._pid = service["url"], service["pid"]
-        self.key = (home / "api_key").read_text().strip()
         try:
+            self._polygraft("up", "--port", "0", "--timeout", f"{_READY_S:.0f}", *options)
+            service = json.loads((home / "run" / "service.json").read_text())
+            self.url, self._pid = service["url"], service["pid"]
+            self.key = (home / "api_key").read_text().strip()
             for name, folder in grafts.items():
                 self._load(name, folder)
-        except BaseException:
-            self.close()
+        except BaseException:  # it lives on by itself, however far it came
+            with suppress(ArmFailed):
+                self.close()
             raise
 
     def wait(self) -> None: ...
 
-    def pss(self) -> int:
-        return pss_of(self._pid)
+    def pss(self, of: Sequence[str] = ("",)) -> int:
+        """Of its processes whose titles have one of the words `of`."""
+        return pss_of(self._pid, of)
 
     def cpu(self) -> Mapping[str, float]:
         return _cpu(self._pid, _PARTS)
@@ -127,7 +130,7 @@ class Vllm:
         if lora:
             options += ["--enable-lora", "--max-loras", f"{GRAFTS}", "--max-lora-rank", "16", "--lora-modules"]
             options += [f"{module(graft)}={material.graft_folder(graft)}" for graft in range(GRAFTS)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = _vllm_environment(folder) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
             environment.pop(name, None)
         if variant == ALL_CORES:
@@ -157,42 +160,83 @@ class Vllm:
         return _cpu(self._process.pid, {})
 
     def close(self) -> None:
-        children = _tree(self._process.pid)
-        self._process.terminate()
-        _, alive = psutil.wait_procs(children, timeout=20)
-        for process in alive:
-            with suppress(psutil.Error):
-                process.kill()
-        self._process.wait()
+        _end(self._process)
 
 
 class Client:
-    """`vllm bench serve`, unchanged."""
+    """`vllm bench serve`, unchanged, in forks of one process, which starts with the first of them
+    (over_http_client.py)."""
 
     def __init__(self, python: Path, folder: Path) -> None:
-        self._vllm, self._folder = python.with_name("vllm"), folder
+        self._python, self._folder = python, folder
         self._tokenizer = Material.read(str(folder)).backbone
+        self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, server: Server, form: str, *, lora: bool, options: Mapping[str, int]) -> Mapping[str, float]:
         """What it writes down of a run. Raises ArmFailed."""
         backend, endpoint = _FORMS[form]
         result = self._folder / f"result-{time.monotonic_ns()}.json"
-        words = [str(self._vllm), "bench", "serve", "--backend", backend, "--endpoint", endpoint]
+        words = ["bench", "serve", "--backend", backend, "--endpoint", endpoint]
         words += ["--base-url", server.url, "--model", MODEL, "--tokenizer", self._tokenizer]
         words += ["--dataset-name", "random", "--temperature", "0", "--disable-tqdm", "--metric-percentiles", "99"]
+        words += ["--header", f"Authorization=Bearer {server.key}"]
         words += ["--save-result", "--result-dir", str(result.parent), "--result-filename", result.name]
         words += [word for name, value in options.items() for word in (f"--{name}", f"{value}")]
         if lora:
             words += ["--lora-assignment", "round-robin", "--lora-modules", *map(module, range(GRAFTS))]
-        environment = os.environ | {"OPENAI_API_KEY": server.key, "HF_HUB_OFFLINE": "1"}
-        try:
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_RUN_S)
-        except subprocess.TimeoutExpired:
-            raise ArmFailed(f"vllm bench serve took more than {_RUN_S:.0f} s") from None
-        if done.returncode != 0 or not result.exists():
-            raise ArmFailed(f"vllm bench serve: {(done.stderr or done.stdout)[-_TAIL:]}")
+        log = result.with_suffix(".log")
+        status = self._done({"words": words, "log": str(log)})
+        if status != 0 or not result.exists():
+            raise ArmFailed(f"vllm bench serve ({status}): {log.read_text(errors='replace')[-_TAIL:]}")
         found: Mapping[str, float] = json.loads(result.read_text())
         return found
+
+    def close(self) -> None:
+        if self._process is not None:
+            _end(self._process)
+
+    def _done(self, command: Mapping[str, object]) -> int:
+        """Its exit status, once it is over."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [str(self._python), "-P", str(Path(__file__).with_name("over_http_client.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env=_vllm_environment(self._folder),
+            )
+            self._hear(self._process)
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{json.dumps(command)}\n".encode())
+        return self._hear(self._process)
+
+    def _hear(self, process: subprocess.Popen[bytes]) -> int:
+        assert process.stdout is not None
+        if not select.select([process.stdout], [], [], _RUN_S)[0]:
+            raise ArmFailed(f"vllm bench serve took more than {_RUN_S:.0f} s")
+        if not (line := process.stdout.readline()):
+            raise ArmFailed("the process of vllm bench serve ended")
+        return int(line)
+
+
+def _vllm_environment(folder: Path) -> dict[str, str]:
+    """Its command asks for the version of a distribution called vllm, which vllm-cpu has under its own name."""
+    metadata = folder / "names" / "vllm-0+cpu.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(metadata.parent.parent)}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started."""
+    tree = _tree(process.pid)
+    process.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=20)
+    for one in alive:
+        with suppress(psutil.Error):
+            one.kill()
+    process.wait()
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -203,10 +247,14 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def pss_of(pid: int) -> int:
+def pss_of(pid: int, of: Sequence[str] = ("",)) -> int:
+    """Bytes of the process and all below it, those whose titles have one of the words `of`."""
     total = 0
     for process in _tree(pid):
         with suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if not any(word in title for word in of):
+                continue
             memory = process.memory_full_info()
             total += int(getattr(memory, "pss", memory.uss))
     return total

@@ -12,12 +12,10 @@ import re
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, cast
 
-from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.model import Backbone
 from polygraft.cluster.service import Service, announce
 from polygraft.cluster.settings import Settings
@@ -72,7 +70,6 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
     from polygraft.cluster.actors.watch import Watched
     from polygraft.launch.engines import DeployBackbone
     from polygraft.launch.packs import OpenHost
-    from polygraft.launch.reservations import Reservations
     from polygraft.launch.scout import NodeScout
     from polygraft.launch.search_desk import SearchDesk
     from polygraft.launch.search_driver import keeper_of, look
@@ -117,9 +114,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         when_there_is_room(lambda: announce(settings.service_path, service), told=_LOG.warning)
         folder.enter("ready")
         _LOG.info("ready at %s", service.url)
-        reservations, keeper = Reservations(DEVICE), keeper_of(settings, service.url)
+        keeper = keeper_of(settings, service.url)
         while not stop.wait(_LOOK_S):
-            reservations.release(time.monotonic())
             look(keeper)
             if not supervisor.alive():
                 _LOG.error("the supervisor is gone; ending")

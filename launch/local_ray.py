@@ -18,9 +18,12 @@ PROXY = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 << 20),  # what waits of an answer goes in one message
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+# What Serve's controller needs, on a cluster, too: a replica that does not answer has nothing to say to its end either.
+REPLICAS = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 # Read by Ray when it starts, and by every process it starts.
 _ENVIRONMENT = {
     **PROXY,
+    **REPLICAS,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine, on any system: Ray listens on the loopback interface
     "RAY_worker_maximum_startup_concurrency": "16",  # a pack and a search start a dozen processes that hardly compute
@@ -29,8 +32,8 @@ _ENVIRONMENT = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three fail before a dead proxy, and with it the API, is replaced
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # one that does not answer has nothing to say to its end either
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # what every process takes, for a dashboard that is not there
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",

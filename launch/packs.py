@@ -18,8 +18,7 @@ from polygraft.cluster.store.connect import connect
 
 @dataclass(frozen=True, slots=True)
 class OpenHost:
-    """Called in the controller's process, to which it travels; torch is imported there only when the first pack
-    opens."""
+    """Called in the controller's process, to which it travels."""
 
     settings: str  # JSON, since a settings model read again would take in that process's environment
 
@@ -29,7 +28,8 @@ class OpenHost:
 
     def __call__(self, pack: Pack) -> ActorHandle[PackHost]:
         """Raises LookupError where the pack's backbone was removed meanwhile, or one of its devices is gone."""
-        from polygraft.trainers.host import PackPlan, start_host
+        from polygraft.trainers.host import start_host
+        from polygraft.trainers.plan import PackPlan
 
         settings = Settings.model_validate_json(self.settings)
         with closing(connect(settings.store_url)) as store:

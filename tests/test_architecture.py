@@ -62,8 +62,8 @@ LAYERS: dict[str, str] = {
     ),
     "cluster: the client of the HTTP API": r"cluster\.(answers|client|searches)",
     "cluster: Ray's actors": r"cluster\.actors\..+",
-    "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$).+",
-    "trainers: its shell": r"trainers\.(worker|host)",
+    "trainers: the pack, without Ray": r"trainers\.(?!worker$|host$|loop$|run$).+",
+    "trainers: its shell": r"trainers\.(worker|host|loop|run)",
     "serving: the engine, without Ray": r"serving\.(?!(local|remote|gateway|fleet|host|ingress|replica|app)$|http\.).+",
     "serving: from an ingress to engines": r"serving\.(local|remote|gateway|fleet|host)",
     "serving: HTTP": r"serving\.http\..+",
@@ -209,13 +209,14 @@ def test_every_imported_library_is_declared() -> None:
     assert not wrong, report(wrong)
 
 
-@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster", "serving"])
+@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster", "serving", "trainers"])
 def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
     names = sorted({module(path) for path in sources(folder)})
     patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
     patterns["serving"] = (
         r"polygraft\.serving\.(app|fleet|gateway|host|ingress|messages|remote|replica|request|http\.\w+)$"
     )
+    patterns["trainers"] = r"polygraft\.trainers\.(host|plan)$"
     names = [name for name in names if matches(name, (patterns[folder],))]
     # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
     code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"

@@ -261,11 +261,14 @@ class Controller:
             (end.pack, end.error, Reason.PACK_FAILED if end.error else Reason.PACK_CLOSED, end.suspects)
             for end in self._effects.ended()
         ]
-        known_alive = {*self._effects.alive(), *(pack for pack, *_ in over)}
-        lost = (pack for pack in self.snapshot.packs.values() if not pack.final and pack.id not in known_alive)
-        over += [(pack.id, "its process did not survive", Reason.PACK_LOST, ()) for pack in lost]
-        for pack, error, reason, suspects in over:
-            self._end_pack(pack, error, reason, suspects)
+        ended, alive = {pack for pack, *_ in over}, self._effects.alive()
+        for pack in [one for one in self.snapshot.packs.values() if not one.final and one.id not in ended]:
+            if pack.id not in alive:
+                over.append((pack.id, "its process did not survive", Reason.PACK_LOST, ()))
+            elif missing := sorted(set(pack.devices) - devices.keys()):
+                over.append((pack.id, f"{', '.join(missing)} is gone", Reason.PACK_LOST, ()))
+        for lost, error, reason, suspects in over:
+            self._end_pack(lost, error, reason, suspects)
 
     def _size(self) -> None:
         """Give their sizes to backbones that were added where no device was known, once the speeds are, or will not

@@ -15,13 +15,16 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from polygraft.cluster.actors.applications import Applications, Deploy
 from polygraft.cluster.actors.discovery import Discovery, Scout
-from polygraft.cluster.actors.pings import EVERY_S, Pings
+from polygraft.cluster.actors.pings import EVERY_S, Pings, calling
 from polygraft.cluster.actors.protocols import PackDied, PackEnd
+from polygraft.cluster.actors.reservations import give_back
 from polygraft.cluster.actors.watch import SILENT_S, Watch, Watched
 from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Replica, ReplicaId
 from polygraft.cluster.size import Size
 
 LOG = logging.getLogger(__name__)
+HOST_S = 60.0  # for a host's process to start, which imports nothing heavy before it answers
+GIVE_BACK_S = 2.0  # how long a dead pack may keep its room from the next one
 ACTORS_S = 2.0  # how long a list of actors is used
 
 
@@ -65,9 +68,9 @@ class RayEffects:
         self._discovery = Discovery(means.scout)
         self._size = means.size
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
-        self._pings: Pings[PackId] = Pings(SILENT_S)
+        self._pings: Pings[PackId] = Pings(SILENT_S, starting_s=HOST_S)
         self._serve_s_own = Watch([Watched(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, "check_alive")])
-        self._looked_at = float("-inf")
+        self._looked_at = self._given_back_at = float("-inf")
         self._actors: Collection[str] = ()
         self._listed_at = float("-inf")
 
@@ -84,12 +87,15 @@ class RayEffects:
         return self._hosts.keys()
 
     def ended(self) -> Sequence[PackEnd]:
+        if time.monotonic() - self._given_back_at > GIVE_BACK_S:
+            self._given_back_at = time.monotonic()
+            give_back()
         runs = {run: pack for pack, (_, run) in self._hosts.items()}
         over, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0) if runs else ([], [])
         ends = {runs[run]: PackEnd(runs[run], *_failure(run)) for run in over}
-        asks = {pack: host.ping.remote for pack, (host, _) in self._hosts.items()}
-        for pack in self._pings.silent(asks):
-            ends.setdefault(pack, PackEnd(pack, f"its host has not answered for {SILENT_S:g} s"))
+        asks = {pack: calling(host.ping.remote) for pack, (host, _) in self._hosts.items()}
+        for pack, why in self._pings.silent(asks).items():
+            ends.setdefault(pack, PackEnd(pack, f"its host {why}"))
         return list(ends.values())
 
     def serve(self, backbones: Collection[Backbone]) -> None:

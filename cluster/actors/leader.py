@@ -18,7 +18,7 @@ from polygraft.cluster.model import Limits
 from polygraft.cluster.store.connect import connect
 
 LOG = logging.getLogger(__name__)
-SILENT_S = 120.0  # a round may import what the first pack takes
+SILENT_S = 120.0  # far above what a round takes: its packs end with it
 
 
 def start_leader(store_url: str, limits: Limits, means: Means, *, name: str) -> ActorHandle[Leader]:

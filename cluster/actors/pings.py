@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from typing import Generic, TypeVar
 
 import ray
@@ -15,51 +17,86 @@ STARTING_S = 300.0  # for the first answer: until then its process imports what 
 K = TypeVar("K", bound=Hashable)
 
 
+class Answer(Enum):
+    """What has come of a call by now."""
+
+    NONE = auto()
+    WELL = auto()
+    WRONG = auto()  # the actor says that something is
+    DEAD = auto()  # the actor is, and whoever holds it knows
+
+
+Ask = Callable[[], Callable[[], Answer]]  # calls an actor; what it returns says what has come of that
+
+
+def calling(method: Callable[[], ray.ObjectRef[object]]) -> Ask:
+    """An actor of Ray's, by the `remote` of its method."""
+    return lambda: partial(_answer, method())
+
+
 @dataclass(slots=True)
 class _Asked:
-    call: ray.ObjectRef[object]
+    answer: Callable[[], Answer]
     at: float
 
 
 class Pings(Generic[K]):
-    """Asks each of a changing set of actors every EVERY_S seconds, one call at a time."""
+    """Asks each of a changing set of actors every EVERY_S seconds, one call at a time. Who has not answered once has
+    `starting_s` seconds for it."""
 
-    def __init__(self, silent_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._silent_s, self._clock = silent_s, clock
+    def __init__(
+        self, silent_s: float, *, starting_s: float = STARTING_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._silent_s, self._starting_s, self._clock = silent_s, starting_s, clock
         self._asked: dict[K, _Asked] = {}
         self._answered: dict[K, float] = {}
 
-    def silent(self, asks: Mapping[K, Callable[[], ray.ObjectRef[object]]]) -> Collection[K]:
-        """Who has not answered for `silent_s` seconds, or answered that something is wrong; each of them is asked anew
-        from here on, as one that starts. An actor that is dead, or that Ray starts again, is not silent."""
+    def silent(self, asks: Mapping[K, Ask]) -> Mapping[K, str]:
+        """Who has not answered for `silent_s` seconds, or answered that something is wrong, and in words which; each of
+        them is asked anew the next time, as one that starts. An actor that is dead, or that Ray starts again, is not
+        silent."""
         now = self._clock()
-        for gone in self._asked.keys() - asks.keys():
+        for gone in (self._asked.keys() | self._answered.keys()) - asks.keys():
             self._forget(gone)
-        found = [who for who in asks if self._is_silent(who, now)]
+        found = {who: why for who in asks if (why := self._why(who, now))}
         for who in found:
             self._forget(who)
-        for who, ask in asks.items():
-            if who not in self._asked and now - self._answered.get(who, -EVERY_S) >= EVERY_S:
-                self._asked[who] = _Asked(ask(), now)
+        for who in asks.keys() - self._asked.keys() - found.keys():
+            if now - self._answered.get(who, -EVERY_S) >= EVERY_S:
+                self._asked[who] = _Asked(asks[who](), now)
         return found
 
-    def _is_silent(self, who: K, now: float) -> bool:
+    def _why(self, who: K, now: float) -> str | None:
+        """None of one that is not silent."""
         asked = self._asked.get(who)
         if asked is None:
-            return False
-        if not ray.wait([asked.call], timeout=0)[0]:
-            return now - asked.at > (self._silent_s if who in self._answered else STARTING_S)
+            return None
+        answer = asked.answer()
+        if answer is Answer.NONE:
+            started = who in self._answered
+            waited_s, allowed_s = now - asked.at, self._silent_s if started else self._starting_s
+            if waited_s <= allowed_s:
+                return None
+            return f"has not answered for {waited_s:.0f} s" if started else f"has no process after {waited_s:.0f} s"
         del self._asked[who]
-        try:
-            ray.get(asked.call)
-        except RayTaskError:
-            return True
-        except Exception:
-            self._answered.pop(who, None)  # it is dead, and whoever holds it knows
-            return False
-        self._answered[who] = now
-        return False
+        if answer is Answer.WELL:
+            self._answered[who] = now
+        elif answer is Answer.DEAD:
+            self._answered.pop(who, None)
+        return "says that something is wrong" if answer is Answer.WRONG else None
 
     def _forget(self, who: K) -> None:
         self._asked.pop(who, None)
         self._answered.pop(who, None)
+
+
+def _answer(call: ray.ObjectRef[object]) -> Answer:
+    if not ray.wait([call], timeout=0)[0]:
+        return Answer.NONE
+    try:
+        ray.get(call)
+    except RayTaskError:
+        return Answer.WRONG
+    except Exception:
+        return Answer.DEAD
+    return Answer.WELL

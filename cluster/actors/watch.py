@@ -12,12 +12,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from threading import Thread
-from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
-from polygraft.cluster.actors.pings import EVERY_S, Pings
+from polygraft.cluster.actors.pings import EVERY_S, Ask, Pings, calling
 
 LOG = logging.getLogger(__name__)
 SILENT_S = 20.0
@@ -32,26 +30,46 @@ class Watched:
     method: str = "check"
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How one that is there is asked, and how it is ended, so that another one starts under its name."""
+
+    ask: Ask
+    end: Callable[[], None]
+
+
+def found(actor: Watched) -> Found | None:
+    """In Ray; None where it is not there yet."""
+    try:
+        handle = ray.get_actor(actor.name, namespace=actor.namespace)
+    except ValueError:
+        return None
+    return Found(calling(getattr(handle, actor.method).remote), partial(ray.kill, handle, no_restart=False))
+
+
 class Watch:
     """Each `look` takes no longer than Ray takes to find a name."""
 
-    def __init__(self, actors: Collection[Watched], silent_s: float = SILENT_S) -> None:
-        self._actors = actors
-        self._handles: dict[Watched, ActorHandle[Any]] = {}
-        self._pings: Pings[Watched] = Pings(silent_s)
+    def __init__(
+        self,
+        actors: Collection[Watched],
+        silent_s: float = SILENT_S,
+        *,
+        find: Callable[[Watched], Found | None] = found,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._actors, self._find = actors, find
+        self._found: dict[Watched, Found] = {}
+        self._pings: Pings[Watched] = Pings(silent_s, clock=clock)
 
     def look(self) -> None:
         """Ask those that are there, and end those that have been silent for long."""
         for actor in self._actors:
-            if actor not in self._handles:
-                try:
-                    self._handles[actor] = ray.get_actor(actor.name, namespace=actor.namespace)
-                except ValueError:  # it is not there yet
-                    continue
-        asks = {actor: partial(_ask, handle, actor.method) for actor, handle in self._handles.items()}
-        for actor in self._pings.silent(asks):
-            LOG.error("%s does not answer, or says that something is wrong: it is started again", actor.name)
-            ray.kill(self._handles.pop(actor), no_restart=False)
+            if actor not in self._found and (there := self._find(actor)) is not None:
+                self._found[actor] = there
+        for actor, why in self._pings.silent({actor: there.ask for actor, there in self._found.items()}).items():
+            LOG.error("%s %s: it is started again", actor.name, why)
+            self._found.pop(actor).end()
 
     def start(self) -> None:
         """Look for ever, in a thread of this process."""
@@ -65,8 +83,3 @@ class Watch:
             except Exception:  # Ray ends, or the next look succeeds
                 LOG.exception("nobody watches %s now", ", ".join(actor.name for actor in self._actors))
             time.sleep(EVERY_S)
-
-
-def _ask(handle: ActorHandle[Any], method: str) -> ray.ObjectRef[object]:
-    call: Callable[[], ray.ObjectRef[object]] = getattr(handle, method).remote
-    return call()

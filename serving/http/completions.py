@@ -130,7 +130,7 @@ async def _together(texts: Sequence[AsyncGenerator[Said, None]]) -> AsyncGenerat
                 case Exception() as error:
                     raise error
                 case index, one:
-                    left -= one[1] is not None
+                    left -= _ends((index, one))
                     yield index, one
     finally:
         for task in tasks:
@@ -153,22 +153,26 @@ async def _whole(count: int, begun: Piece, rest: AsyncGenerator[Piece, None]) ->
 async def _stream(
     shape: Frames, texts: _Texts, begun: Piece, rest: AsyncGenerator[Piece, None]
 ) -> AsyncGenerator[str, None]:
+    """The frames that are there at the same time go as one: each that is sent passes two processes more."""
     async with aclosing(rest):
-        for frame in _frames(shape, begun):
-            yield frame
+        left, piece = len(texts.wanted), begun
         try:
-            async for piece in rest:
-                for frame in _frames(shape, piece):
-                    yield frame
+            while (left := left - _ends(piece)) > 0:
+                if said := _frames(shape, piece):
+                    yield said
+                piece = await anext(rest)
         except Exception as error:
             yield frames.failure(as_api_error(error))
             return
-        if shape.with_usage:
-            yield shape.usage(texts.usage)
-        yield DONE
+        await rest.aclose()
+        yield _frames(shape, piece) + (shape.usage(texts.usage) if shape.with_usage else "") + DONE
 
 
-def _frames(shape: Frames, piece: Piece) -> list[str]:
+def _ends(piece: Piece) -> bool:
+    """Whether its text is over."""
+    return piece[1][1] is not None
+
+
+def _frames(shape: Frames, piece: Piece) -> str:
     index, (text, reason) = piece
-    said = [shape.text(text, index)] if text else []
-    return said if reason is None else [*said, shape.end(reason, index)]
+    return shape.said(text, index) + ("" if reason is None else shape.end(reason, index))

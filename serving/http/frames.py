@@ -50,7 +50,10 @@ class Frames:
         """How a chat begins."""
         return self._choice(0, '"delta":{"role":"assistant","content":""}', None)
 
-    def text(self, piece: str, index: int = 0) -> str:
+    def said(self, piece: str, index: int = 0) -> str:
+        """Nothing where a token made nothing certain."""
+        if not piece:
+            return ""
         before, after, _ = _AROUND[self.kind]
         return self._choice(index, f"{before}{_json(piece)}{after}", None)
 

@@ -18,6 +18,7 @@ from polygraft.serving import host as serving_host
 from polygraft.serving import ingress
 from polygraft.serving.candidate import candidate
 from polygraft.trainers import host
+from polygraft.trainers.plan import PackPlan
 from tests.cluster.builders import make_device, make_pack
 from tests.tiny import tiny_llama
 
@@ -31,7 +32,7 @@ def test_packs_replicas_and_the_ingress_have_one_backbone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = load(home=tmp_path, data=tmp_path, store_url="memory://", quantise="nf4", dtype="fp32")
-    plans: list[host.PackPlan] = []
+    plans: list[PackPlan] = []
     monkeypatch.setattr(host, "start_host", plans.append)
     store = MemoryStore()
     monkeypatch.setattr(store, "close", lambda: None)

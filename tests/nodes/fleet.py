@@ -36,7 +36,7 @@ from polygraft.cluster.model import START
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
-from polygraft.launch.local_ray import PROXY
+from polygraft.launch.local_ray import PROXY, REPLICAS
 from tests.ray.local import TRAIN
 
 LOOPBACK = "127.0.0.1"
@@ -45,13 +45,13 @@ PUT_OFF_S = 240.0  # for which a client tries again
 ENVIRONMENT = {
     **TRAIN,
     **PROXY,
+    **REPLICAS,
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "OMP_NUM_THREADS": "1",
 }
 

@@ -6,16 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from polygraft.cluster.actors.controller import POLL_S
 from polygraft.cluster.actors.effects import Means, PackHost
 from polygraft.cluster.actors.leader import start_leader
 from polygraft.cluster.actors.protocols import PackDied
+from polygraft.cluster.actors.reservations import give_back
 from polygraft.cluster.advance import advance_job, advance_pack
 from polygraft.cluster.api_keys import verify_key
 from polygraft.cluster.backbones import put_backbone
@@ -77,6 +80,23 @@ class Pretender:
                     )
 
 
+class Maker:
+    def reserve(self) -> str:
+        """The id of a group that has half of the device."""
+        group = placement_group([{"device": 0.5}])
+        ray.get(group.ready())
+        return str(group.id.hex())
+
+
+def maker(**resources: float) -> ActorHandle[Any]:
+    return cast("ActorHandle[Any]", ray.remote(Maker).options(num_cpus=0, resources=resources).remote())
+
+
+def given_back(group: PlacementGroup) -> bool:
+    give_back()
+    return bool(placement_group_table(group)["state"] == "REMOVED")
+
+
 def opener(url: str) -> Callable[[Pack], ActorHandle[PackHost]]:
     return lambda pack: ray.remote(Pretender).options(num_cpus=0, resources={"device": 0.5}).remote(url, pack.id)  # type: ignore[return-value]
 
@@ -130,6 +150,18 @@ def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServe
     ray.get(leader.check.remote())
     ray.get(leader.stop.remote())
     assert store.acquire(keys.CONTROLLER, "test", 1.0) is not None
+
+
+def test_what_a_dead_pack_has_reserved_is_given_back_and_what_others_have_is_not() -> None:
+    makers = [maker(), maker()]
+    made: list[str] = ray.get([one.reserve.remote() for one in makers])
+    groups = [PlacementGroup(ray.PlacementGroupID(bytes.fromhex(one))) for one in made]
+    ray.kill(makers[0])
+    until(lambda: given_back(groups[0]))
+    assert placement_group_table(groups[1])["state"] == "CREATED"
+    until(lambda: ray.available_resources().get("device") == 0.5)
+    remove_placement_group(groups[1])
+    ray.kill(makers[1])
 
 
 def test_the_image_s_entry_point_runs_under_the_manifest_s_environment(

@@ -18,7 +18,8 @@ from polygraft.grafts.formats.backbone_files import BackboneFiles
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import faults
-from polygraft.trainers.host import PackPlan, start_host
+from polygraft.trainers.host import start_host
+from polygraft.trainers.plan import PackPlan
 from polygraft.trainers.prepare import prepare
 from polygraft.trainers.runner import PackRunner
 from tests.cluster.builders import make_device

@@ -8,6 +8,7 @@ import pytest
 
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.protocols import PackEnd
+from polygraft.cluster.model import FileId, JobSpec
 from polygraft.cluster.states import JobState, PackState
 from polygraft.cluster.store import keys
 from tests.cluster.actors.world import A, B, Processes, World
@@ -61,3 +62,19 @@ def test_a_controller_that_stops_has_its_packs_put_down_what_they_train(world: W
     assert [entry["op"] for _, entry in world.store.read(keys.commands(pack))][-1] == "stop"
     assert (world.job(A).state, world.job(A).pack) == (JobState.QUEUED, None)
     assert world.packs() == [(pack, PackState.CLOSED)]
+
+
+def test_a_pack_ends_with_the_first_of_its_devices(world: World) -> None:
+    """Its host may be on the node of another one, and would wait for ever for a process on the node that is gone."""
+    world.processes.present = [make_device("d"), make_device("e", node="other")]
+    world.submit("a", spec=JobSpec(backbone="b", training_file=FileId("file-1"), devices=2))
+    for _ in range(2):
+        world.settle()
+        world.work()
+    (pack,) = world.processes.opened
+    assert set(pack.devices) == {"d", "e"} and world.job(A).state is JobState.RUNNING
+    world.processes.present = [make_device("d")]
+    world.settle()
+    assert world.packs() == [(pack.id, PackState.FAILED)] and world.processes.closed == [pack.id]
+    assert [one.value.error for one in world.store.scan(keys.PACKS)] == ["e is gone"]
+    assert (world.job(A).state, world.job(A).attempts) == (JobState.QUEUED, 0) and world.held() == []

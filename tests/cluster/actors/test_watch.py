@@ -1,0 +1,89 @@
+"""Actors under a name that are ended when they are silent, found by the test instead of by Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from polygraft.cluster.actors.pings import EVERY_S, Answer
+from polygraft.cluster.actors.watch import SILENT_S, Found, Watch, Watched
+
+CONTROLLER = Watched("controller", "polygraft")
+KEEPER = Watched("searches", "polygraft")
+
+
+@dataclass
+class Cluster:
+    """`there` are those that can be found, each with what it answers; `ended` those that were ended."""
+
+    there: dict[Watched, Answer] = field(default_factory=dict)
+    found: list[Watched] = field(default_factory=list)
+    ended: list[Watched] = field(default_factory=list)
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._watch = Watch([CONTROLLER, KEEPER], find=self._find, clock=lambda: self.now)
+
+    def look_after(self, seconds: float) -> None:
+        self.now += seconds
+        self._watch.look()
+
+    def _find(self, actor: Watched) -> Found | None:
+        self.found.append(actor)
+        return Found(lambda: self._answers(actor), lambda: self.ended.append(actor)) if actor in self.there else None
+
+    def _answers(self, actor: Watched) -> Callable[[], Answer]:
+        return lambda: self.there[actor]
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster({CONTROLLER: Answer.WELL, KEEPER: Answer.WELL})
+
+
+def test_those_that_answer_are_looked_up_once_and_never_ended(cluster: Cluster) -> None:
+    for _ in range(50):
+        cluster.look_after(EVERY_S)
+    assert cluster.found == [CONTROLLER, KEEPER] and not cluster.ended
+
+
+def test_one_that_hangs_is_ended_once_and_the_others_are_not(cluster: Cluster) -> None:
+    for _ in range(3):
+        cluster.look_after(EVERY_S)
+    cluster.there[CONTROLLER] = Answer.NONE
+    for _ in range(int(2 * SILENT_S / EVERY_S) + 1):
+        cluster.look_after(EVERY_S)
+    assert cluster.ended == [CONTROLLER]
+
+
+def test_one_that_was_ended_is_looked_up_anew_and_watched_again(cluster: Cluster) -> None:
+    cluster.look_after(0.0)
+    cluster.there[CONTROLLER] = Answer.WRONG
+    cluster.look_after(1.0)
+    assert cluster.ended == [CONTROLLER]
+    cluster.look_after(1.0)
+    assert cluster.found == [CONTROLLER, KEEPER, CONTROLLER]
+    cluster.look_after(1.0)
+    assert cluster.ended == [CONTROLLER, CONTROLLER]
+
+
+def test_one_that_is_not_there_yet_is_watched_when_it_comes(cluster: Cluster) -> None:
+    cluster.there = {KEEPER: Answer.WELL}
+    for _ in range(3):
+        cluster.look_after(EVERY_S)
+    cluster.there[CONTROLLER] = Answer.WRONG
+    cluster.look_after(1.0)
+    cluster.look_after(1.0)
+    assert cluster.ended == [CONTROLLER]
+    assert cluster.found.count(KEEPER) == 1 and cluster.found.count(CONTROLLER) == 4
+
+
+def test_one_that_is_dead_is_left_to_ray(cluster: Cluster) -> None:
+    for _ in range(3):
+        cluster.look_after(EVERY_S)
+    cluster.there[CONTROLLER] = Answer.DEAD
+    for _ in range(50):
+        cluster.look_after(EVERY_S)
+    assert not cluster.ended
