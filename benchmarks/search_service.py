@@ -40,9 +40,8 @@ class Searching:
         body = self._body(self._train, self._held_out)
         given = body["hyperparameters"]
         assert isinstance(given, dict)
-        peft = f"lora(r={WARM_TRIAL.rank}, alpha={ALPHA}, at=attn.[qv])" + (
-            f" + from(of={START})" if self._start else ""
-        )
+        peft = f"lora(r={WARM_TRIAL.rank}, alpha={ALPHA}, at=attn.q|attn.v)"  # as PEFT's folder is read
+        peft += f" + from(of={START})" if self._start else ""
         given = {**given, "peft": peft, "learning_rate": WARM_TRIAL.learning_rate}
         job = self._client.create_job(
             {
