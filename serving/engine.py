@@ -183,7 +183,7 @@ class Engine:
         if batch is None:
             return False
         logits, labels = self._forward(batch)
-        tokens = sample(logits, batch.draws)
+        tokens = self._sample(batch, logits)
         self._collect(batch, tokens, labels)
         self._streams.stepped(len(batch.rows), self._clock() - self.beat)
         return True
@@ -216,6 +216,10 @@ class Engine:
             return hidden.new_empty(0, self._backbone.shape.vocab, dtype=torch.float32), labels
         every = len(batch.last) == len(batch.rows)  # while all decode: no list of rows goes to the device
         return self._backbone.logits(hidden if every else hidden[list(batch.last)]), labels
+
+    def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
+        """A token for each sequence of `batch.sampled`; None where its row is not finite."""
+        return sample(logits, batch.draws)
 
     def _collect(self, batch: Batch, tokens: list[int | None], labels: list[Probabilities | None]) -> None:
         """Note what is computed, hand out tokens and labels (None: a row was not finite), and end what is over."""
