@@ -191,7 +191,7 @@ def test_of_equal_counters_the_tenant_with_fewer_streams_running_is_first() -> N
 
 def test_a_tenant_that_was_away_saves_up_nothing() -> None:
     ledger = Ledger(served={ANN: 500.0, BOB: 700.0, EVE: 20.0})
-    assert ledger.joined(EVE, [ANN, BOB]).counter(EVE) == 500.0
+    assert ledger.joined(EVE, [ANN, BOB]).counter(EVE) == 500.0 and Ledger().joined(EVE, []).counter(EVE) == 0.0
     assert ledger.left(BOB).joined(EVE, []).counter(EVE) == ledger.joined(BOB, [ANN]).counter(BOB) == 700.0
 
 

@@ -74,10 +74,8 @@ def test_what_a_round_admits_makes_a_pack_fuller_for_the_next_job() -> None:
     jobs = (*inside("p", 1), *(make_job(name) for name in "abc"))
     snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (Admit(A, P), Admit(B, P), Admit(C, Q))
-    more = make_snapshot(
-        jobs=(*inside("p", 3), *inside("q", 2), make_job("a"), make_job("b")), packs=packs("p", "q"), devices=2
-    )
-    assert decide(more) == (Admit(A, P), Admit(B, P))
+    jobs = (*inside("p", 3), *inside("q", 2), make_job("a"), make_job("b"))
+    assert decide(make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2)) == (Admit(A, P), Admit(B, P))
 
 
 def test_of_packs_that_a_round_makes_equally_full_the_one_with_less_memory_left_is_fuller() -> None:
@@ -289,8 +287,15 @@ def test_what_was_measured_is_that_much_less_by_now() -> None:
 @pytest.mark.parametrize("going", [{"stopping": True}, {"moving_to": Q}])
 def test_a_job_that_stops_or_leaves_is_expected_to_be_gone_at_once(going: dict[str, object]) -> None:
     jobs = (*inside("p", 1), running("p1", "p", **going), make_job("a"))
-    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=Limits(max_jobs=2))
+    limits = Limits(max_jobs=2, opening_s=0.5)
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=limits)
     assert decide(snapshot) == (Hold(A, Reason.PACK_FULL),)
+
+
+def test_a_job_that_comes_from_another_pack_is_expected_to_stay() -> None:
+    jobs = (*inside("p", 1), make_job("b", moving_to=P, reason=Reason.MOVING, created_at=0.5), make_job("a"))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=Limits(max_jobs=2))
+    assert decide(snapshot)[1:] == (Admit(B, P), Hold(A, Reason.PACK_OPENING))
 
 
 @pytest.mark.parametrize(
@@ -363,6 +368,8 @@ def test_a_move_that_costs_as_much_as_it_brings_is_not_made() -> None:
     snapshot = make_snapshot(jobs=(*inside("p", 3), *inside("q", 1)), packs=packs("p", "q"), devices=2)
     assert decide(paced(snapshot, Q, q0=5.0)) == ()
     assert decide(paced(snapshot, Q, q0=5.1)) == (Move(JobId("ftjob-q0"), Q, P),)
+    two = make_snapshot(jobs=(*inside("p", 3), *inside("q", 2)), packs=packs("p", "q"), devices=2)
+    assert len(decide(paced(two, Q, q0=1.0, q1=5.1))) == 2, "the last one of a pack to end counts"
 
 
 def test_each_kind_of_packs_is_joined_and_closed() -> None:
