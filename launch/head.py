@@ -138,17 +138,24 @@ def reason_of(error: BaseException) -> str:
 
 def _loaded(application: str, stop: threading.Event, supervisor: Identity) -> bool:
     """Wait until the controller has had the application deployed and its replicas are up; False where the head is to
-    end before. Raises RuntimeError with Serve's words where they cannot be."""
+    end before. One that goes again meanwhile, since loading takes longer than `unload_s` and nobody asks, is loaded
+    when somebody does. Raises RuntimeError with Serve's words where they cannot be up."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 
+    there = False
     while supervisor.alive() and not stop.wait(_LOADING_S):
         found = serve.status().applications.get(application)
-        if found is None or found.status is ApplicationStatus.DEPLOYING:
+        if found is None and not there:
             continue
+        if found is None or found.status is ApplicationStatus.DELETING:
+            _LOG.warning("%s was unloaded while it was loading: nobody has asked for it", application)
+            return True
+        there = True
         if found.status is ApplicationStatus.RUNNING:
             return True
-        raise RuntimeError("\n".join([found.message, *(each.message for each in found.deployments.values())]))
+        if found.status not in (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING):
+            raise RuntimeError("\n".join([found.message, *(each.message for each in found.deployments.values())]))
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,9 +20,10 @@ from polygraft.cluster.settings import ServeSettings, Settings, load
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.launch import start as module
 from polygraft.launch.children import supervise
-from polygraft.launch.head import reason_of
+from polygraft.launch.head import _loaded, reason_of
 from polygraft.launch.output import Failure
 from polygraft.launch.ports import PortTaken, claimed
+from polygraft.launch.processes import Identity
 from polygraft.launch.ram import available
 from polygraft.launch.run_folder import RunFolder
 from polygraft.launch.start import StartFailed, start
@@ -221,3 +224,22 @@ def test_a_store_that_keeps_dying_for_want_of_room_is_not_given_up(tmp_path: Pat
         assert not store.excused
         disk.fill()
         assert store.excused
+
+
+@pytest.mark.parametrize("then", ["DELETING", None])
+def test_a_backbone_that_is_unloaded_while_it_loads_fails_no_start(
+    then: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where loading takes longer than nobody asks for it."""
+    from ray.serve.schema import ApplicationStatus
+
+    statuses = iter([None, "NOT_STARTED", "DEPLOYING", then])
+
+    def status() -> SimpleNamespace:
+        one = next(statuses)
+        found = {"b": SimpleNamespace(status=ApplicationStatus(one), message="", deployments={})} if one else {}
+        return SimpleNamespace(applications=found)
+
+    monkeypatch.setattr("ray.serve.status", status)
+    assert _loaded("b", threading.Event(), Identity.of(os.getpid()))
+    assert next(statuses, "no more") == "no more"
