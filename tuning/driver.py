@@ -240,8 +240,8 @@ def _outcome(plan: SearchPlan, trial: Trial, result: Mapping[str, object] | None
     if reason := text("failure"):
         return Failure(reason=reason, job=text("job"))
     before = number("loss_before") if text("loss_before") else None
-    told = result.get("scores")
-    scores = Scores.of(told) if isinstance(told, dict) else UNSCORED
+    told = result.get("scores")  # pairs: what is a mapping Tune takes apart before it tells the searcher
+    scores = Scores.of(dict(told)) if isinstance(told, list) else UNSCORED
     values = plan.values(trial.candidate.peft, number("loss"), scores)
     return Result(
         values=values, loss=number("loss"), job=text("job"), model=text("model"), loss_before=before, scores=scores

@@ -45,9 +45,8 @@ class Terms:
 
 
 class JobTrial(tune.Trainable):
-    """Config: its `number` and the `body` of its job. Results: `done`, `progress` in
-    [0, 1], `job`; at the end `loss`, `scores` by name, `parameters`, `loss_before` and `model`, or `failure` with the
-    reason.
+    """Config: its `number` and the `body` of its job. Results: `done`, `progress` in [0, 1], `job`; at the end `loss`,
+    `scores` as pairs of name and value, `parameters`, `loss_before` and `model`, or `failure` with the reason.
     """
 
     @classmethod
@@ -157,7 +156,8 @@ def _outcome(job: RemoteJob) -> dict[str, JsonValue]:
         return {"failure": job.error.message if job.error else f"the job was {job.status}"}
     if job.loss_after is None:
         return {"failure": "the job succeeded without a held-out loss"}
-    scores: dict[str, JsonValue] = {"scores": {**job.scores_after}} if job.scores_after else {}
+    told: list[JsonValue] = [[name, value] for name, value in job.scores_after.items()]
+    scores: dict[str, JsonValue] = {"scores": told} if told else {}
     return {
         **scores,
         "loss": job.loss_after,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.tune.search import Searcher
+from ray.tune.utils import flatten_dict
 
 from polygraft.cluster.scores import Scores
 from polygraft.tuning.driver import StudyScheduler, StudySearcher
@@ -46,7 +47,8 @@ def test_what_tune_saw_is_told_to_the_study() -> None:
 def test_scores_are_told_beside_the_loss() -> None:
     bridge = bridge_of()
     bridge.suggest("a")
-    bridge.on_trial_complete("a", {**DONE, "scores": {"exact_match": 0.25, "accuracy": 0.5, "of a newer service": 1.0}})
+    scores = [["exact_match", 0.25], ["accuracy", 0.5], ["of a newer service", 1.0]]
+    bridge.on_trial_complete("a", flatten_dict({**DONE, "scores": scores}))  # as Tune's controller tells it
     assert bridge.study.trials[0].scores == Scores(exact_match=0.25, accuracy=0.5)
 
 
