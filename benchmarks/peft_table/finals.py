@@ -23,6 +23,7 @@ from polygraft.kernels.common.atomic import write_text
 
 SEEDS = (11, 12, 13, 14, 15)
 ALPHA = 0.05
+PRUNER = "early-exit"  # the one whose cost is measured: training costs as much as the table itself, for every pruner
 
 Finals = dict[str, dict[str, list[float]]]  # by task and row: a test loss a seed
 
@@ -45,7 +46,7 @@ class Cost:
 
 
 def retrain(table: Table, studies: Studies, folder: Path, path: Path, say: Callable[[str], None]) -> Finals:
-    """Test losses of every row that a study with a pruner setting chose; saved in `path` task by task."""
+    """Test losses of every row that a study with PRUNER, or without any, chose; saved in `path` task by task."""
     found: Finals = json.loads(path.read_text()) if path.exists() else {}
     files = own.make(folder / "backbone")
     backbone = Backbone.load(files, torch.float32, training=True)
@@ -68,7 +69,7 @@ def costs(table: Table, studies: Studies, finals: Finals) -> Mapping[str, Cost]:
     result: dict[str, Cost] = {}
     for setting in SETTINGS:
         for arm in setting.arms:
-            if arm.pruner == "none":
+            if arm.pruner != PRUNER:
                 continue
             plain = next(one for one in setting.arms if one.sampler == arm.sampler and one.pruner == "none")
             worse: list[float] = []
@@ -95,6 +96,6 @@ def _cost(shares: Sequence[float], worse: Sequence[float]) -> Cost:
 
 
 def _of(name: str, task: str) -> bool:
-    """Whether a study's key is of a setting where trials are stopped."""
-    setting, its, _ = name.split(" | ")
-    return its == task and "stopping" in setting
+    """Whether a study's key is of a setting where trials are stopped, and of an arm that is compared."""
+    setting, its, arm = name.split(" | ")
+    return its == task and "stopping" in setting and arm.partition(", ")[2] in ("", PRUNER)

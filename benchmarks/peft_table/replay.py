@@ -22,7 +22,7 @@ from polygraft.tuning.pruners.curves import Pruner
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.parameters import Choice, Config, LogUniform, Parameter, filled
-from polygraft.tuning.study import Failure, Outcome, Result, Sampler, Study, Trial
+from polygraft.tuning.study import Failure, NotYet, Outcome, Result, Sampler, Study, Trial
 
 CONCURRENCY = 4  # trials at once: a plan's own number
 
@@ -143,11 +143,12 @@ class Replay:
     ran: list[Ran] = field(default_factory=list)
     _watch: Watch | None = None
     _agenda: list[tuple[int, int, _Running]] = field(default_factory=list)
+    _free: int = 0  # places of the pack
 
     def go(self, trials: int, concurrency: int = CONCURRENCY) -> tuple[Ran, ...]:
         self._watch = None if self.pruner is None else Watch(self.pruner, (), {})
-        for _ in range(min(trials, concurrency)):
-            self._start(0)
+        self._free = concurrency
+        self._fill(0, trials)
         while self._agenda:
             now, _, running = heappop(self._agenda)
             outcome = self._look(running)
@@ -159,12 +160,21 @@ class Replay:
                 self._watch.ended(told)
             steps = running.looks[running.seen - 1]
             self.ran.append(Ran(running.row, running.began, steps, told.values is not None))
-            if len(self.study.trials) < trials:
-                self._start(now)
+            self._free += 1
+            self._fill(now, trials)
         return tuple(self.ran)
 
-    def _start(self, now: int) -> None:
-        trial = self.study.ask()
+    def _fill(self, now: int, trials: int) -> None:
+        """Start what there are places for; a sampler that waits for others is asked again when the next one ends."""
+        while self._free and len(self.study.trials) < trials:
+            try:
+                trial = self.study.ask()
+            except NotYet:
+                return
+            self._free -= 1
+            self._start(trial, now)
+
+    def _start(self, trial: Trial, now: int) -> None:
         total = self.view.training.shape[1]
         looks = (total,) if self.pruner is None else self.pruner.looks(trial.number, total)
         self._push(_Running(trial, self.view.row_of(trial), now, looks))

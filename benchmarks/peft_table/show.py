@@ -7,8 +7,10 @@ from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import ttest_ind  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from scipy.stats import spearmanr, ttest_ind  # type: ignore[import-untyped]
 
 from peft_table.arms import SETTINGS, Arm, Setting
 from peft_table.finals import Cost, Finals, costs
@@ -33,18 +35,41 @@ def write(table: Table, studies: Studies, finals: Finals, folder: Path) -> Path:
         "the whole space's. Means with 95% intervals over the studies.",
         "",
     ]
+    lines += ["How far a row's loss says what it is worth (Spearman's rank correlation, mean of both seeds):", ""]
+    lines += [*_agreement(table), ""]
     for setting in SETTINGS:
         lines += [f"## {setting.name}", ""]
         for task in table.tasks:
             table_of = _stops if "stopping" in setting.name else _samplers
             lines += [f"{task}, studies of {setting.trials} trials:", "", *table_of(studies, setting, task), ""]
-    lines += ["## What stopping early saves and costs", "", *_costs(found), "", *_verdicts(table, studies, found), ""]
+    again = f"Trained again on new seeds: {', '.join(finals) or 'none'}."
+    lines += ["## What stopping early saves and costs", "", again, ""]
+    lines += [*_costs(found), "", *_verdicts(table, studies, found), ""]
     for name, draw in (("samplers.svg", _draw_samplers), ("stopping.svg", _draw_stops)):
         draw(table, studies).savefig(folder / name, metadata={"Date": None})
         lines += [f"![{name.removesuffix('.svg')}]({name})", ""]
     path = folder / "report.md"
     path.write_text("\n".join(lines))
     return path
+
+
+def _agreement(table: Table) -> Iterator[str]:
+    """Of losses at the end with those of the other seed, at half the steps, and in training's first parts."""
+    shares = (1 / 9, 1 / 3, 2 / 3)
+    yield from _head(["space", "task", "other seed", "validation at half", *(f"training to {s:.0%}" for s in shares)])
+    for space in dict.fromkeys(row.space for row in table.rows):
+        rows = table.of(space)
+        for task, name in enumerate(table.tasks):
+            half, end = (table.validation[rows, task, :, look] for look in (0, -1))
+            curves = table.training[rows, task]
+            parts = [half, *(curves[:, :, : round(table.steps(task) * share)].mean(axis=2) for share in shares)]
+            said = [_ranks(end[:, 0], end[:, 1])]
+            said += [fmean(_ranks(part[:, seed], end[:, seed]) for seed in range(end.shape[1])) for part in parts]
+            yield _row([space, name, *(f"{value:.2f}" for value in said)])
+
+
+def _ranks(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(spearmanr(one, other, nan_policy="omit").statistic)
 
 
 def _samplers(studies: Studies, setting: Setting, task: str) -> Iterator[str]:

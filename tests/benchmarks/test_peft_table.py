@@ -191,7 +191,7 @@ def test_a_table_is_read_as_it_was_written(table: Table, tmp_path: Path) -> None
     kept.save(table, tmp_path)
     found = kept.load(tmp_path)
     assert (found.rows, found.shape, found.tasks, found.about) == (table.rows, SHAPE, ("none",), "made up")
-    assert np.allclose(found.training, table.training, atol=2e-3) and np.array_equal(found.test, table.test)
+    assert np.array_equal(found.training, table.training) and np.array_equal(found.test, table.test)
 
 
 @pytest.mark.skipif(not (kept.HERE / "table.npz").exists(), reason="the table is not there")

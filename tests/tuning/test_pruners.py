@@ -7,10 +7,12 @@ from math import exp
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from scipy.stats import t as student  # type: ignore[import-untyped]
 
 from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.curves import Curve, Pruner, means, ranked
-from polygraft.tuning.pruners.early_exit import EarlyExit, lower_bound
+from polygraft.tuning.pruners.early_exit import PENALTIES, EarlyExit, lower_bound
 from polygraft.tuning.pruners.halving import Halving
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.space import Candidate
@@ -46,7 +48,7 @@ def run(rule: Pruner, levels: list[float], known: Callable[[int], tuple[float, .
 def test_rungs_are_shares_of_the_steps_and_the_last_is_the_end() -> None:
     assert Halving().looks(0, 90) == (10, 30, 90)
     assert Halving().looks(0, 2) == (1, 2)
-    assert EarlyExit().looks(0, 90) == (9, 18, 27, 36, 45, 54, 63, 72, 81, 90)
+    assert EarlyExit().looks(0, 96) == tuple(range(4, 97, 4))
     assert EarlyExit().looks(0, 3) == (1, 2, 3)
 
 
@@ -68,7 +70,7 @@ def test_the_first_at_a_rung_go_on_since_nobody_is_waited_for() -> None:
 
 
 def test_who_reached_a_rung_counts_though_it_was_stopped_there_or_beyond() -> None:
-    curves = {0: Curve((1.0,)), 1: Curve((2.0, 1.9)), 2: Curve((3.0, 2.0, 1.0), finished=True), 3: Curve((2.5,))}
+    curves = {0: Curve((1.0,)), 1: Curve((2.0, 1.9)), 2: Curve((3.0, 2.0, 1.0), end=1.0), 3: Curve((2.5,))}
     assert Halving().reason_to_stop(curves, 3) is not None
     assert Halving().reason_to_stop(curves, 2) is None
 
@@ -94,13 +96,65 @@ def test_hyperbands_brackets_judge_later_and_only_among_themselves() -> None:
     assert [number for number in second if rule.reason_to_stop(second, number)] == [4, 7, 10]
 
 
-def test_the_lower_bound_is_that_of_a_regressions_prediction() -> None:
-    """By hand: y = x + (1, -2, 1) at x = 1, 2, 3; residual variance 6 on one degree of freedom."""
-    pairs = [(1.0, 2.0), (2.0, 0.0), (3.0, 4.0)]
-    bound = lower_bound(pairs, 2.0, 0.25)
-    assert bound == pytest.approx(2.0 - 1.0 * (6 * (1 + 1 / 3)) ** 0.5)  # t(0.75, 1) = 1
-    assert lower_bound(pairs[:2], 2.0, 0.25) is None
-    assert lower_bound([(1.0, 2.0)] * 5, 2.0, 0.25) is None
+def test_the_lower_bound_is_that_of_a_ridge_regressions_prediction() -> None:
+    """Every fold fitted anew, with an intercept that is not shrunk."""
+    chance = np.random.default_rng(2)
+    for n, looks in ((4, 1), (5, 4), (12, 3), (9, 12)):
+        x, new = chance.normal(3.0, 0.5, (n, looks)), chance.normal(3.0, 0.5, looks)
+        y = x @ chance.normal(0.0, 1.0, looks) + chance.normal(0.0, 0.3, n)
+        top = np.linalg.svd(x - x.mean(axis=0))[1][0] ** 2
+        found: list[tuple[float, float]] = []  # leave-one-out error, bound
+        for penalty in PENALTIES:
+            smoother = np.stack([_weights(x, row, penalty * top) for row in x])
+            errors, leverage = y - smoother @ y, np.diag(smoother)
+            folds = [y[i] - _weights(np.delete(x, i, 0), x[i], penalty * top) @ np.delete(y, i) for i in range(n)]
+            freedom = n - leverage.sum()
+            weights = _weights(x, new, penalty * top)
+            variance = np.mean(errors**2 / (1 - leverage)) * (1 + weights @ weights)
+            if freedom >= 1:
+                bound = weights @ y - student.ppf(0.9, freedom) * variance**0.5
+                found.append((float(np.mean(np.square(folds))), float(bound)))
+        assert lower_bound(x.tolist(), y.tolist(), new.tolist(), 0.1) == pytest.approx(min(found)[1], rel=1e-6)
+
+
+def _weights(x: NDArray[np.float64], new: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+    """By which a prediction at `new` is a sum of the values at `x`."""
+    design = np.column_stack([np.ones(len(x)), x])
+    shrunk = penalty * np.diag([0.0, *[1.0] * x.shape[1]])
+    found: NDArray[np.float64] = np.array([1.0, *new]) @ np.linalg.solve(design.T @ design + shrunk, design.T)
+    return found
+
+
+def test_the_lower_bound_follows_a_line_and_nothing_follows_from_three_or_from_equal_curves() -> None:
+    x, y = [(0.0,), (1.0,), (2.0,), (3.0,)], [1.0, 3.0, 5.0, 7.0]
+    assert lower_bound(x, y, (5.0,), 0.05) == pytest.approx(11.0, abs=0.01)
+    assert lower_bound(x[:3], y[:3], (5.0,), 0.05) is None
+    assert lower_bound([(1.0, 2.0)] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], (1.0, 2.0), 0.05) is None
+
+
+def test_of_curves_that_do_not_cross_the_best_is_never_stopped() -> None:
+    """Whatever their shapes, whoever has ended, and at whatever look."""
+    chance = np.random.default_rng(3)
+    for _ in range(50):
+        n, looks = int(chance.integers(2, 16)), int(chance.integers(1, 10))
+        losses = np.sort(chance.exponential(1.0, (n, looks + 1)), axis=0) ** chance.uniform(0.2, 3.0)
+        ended = {number: Curve(tuple(row[:-1]), end=row[-1]) for number, row in enumerate(losses.tolist()) if number}
+        for look in range(1, looks + 1):
+            curves = {**ended, 0: Curve(tuple(losses[0, :look].tolist()))}
+            assert EarlyExit().reason_to_stop(curves, 0) is None
+
+
+def test_who_starts_worse_but_ends_better_is_told_from_who_is_worse() -> None:
+    """The end is the last loss less the first: who rises first ends lowest, as with a high rate that decays."""
+    chance = np.random.default_rng(4)
+    curves = {}
+    for number in range(12):
+        first, second = (float(3 + chance.normal(0, 0.3)) for _ in range(2))
+        curves[number] = Curve((first, second), end=4 + second - first)
+    best = min(curve.end for curve in curves.values() if curve.end is not None)
+    rises, is_worse = Curve((5.0, 2.9 + best - 2.0)), Curve((3.0, 4.0 + best - 3.0 + 1.5))
+    assert EarlyExit().reason_to_stop({**curves, 12: rises}, 12) is None
+    assert EarlyExit().reason_to_stop({**curves, 12: is_worse}, 12) is not None
 
 
 def test_hopeless_trials_exit_early_and_the_best_never() -> None:
@@ -112,11 +166,10 @@ def test_hopeless_trials_exit_early_and_the_best_never() -> None:
     assert max(steps) <= STEPS // 2
 
 
-def test_what_starts_late_but_overtakes_is_known_from_those_that_did_before() -> None:
-    """Gaps now say nothing about gaps at the end: nobody is stopped."""
+def test_where_curves_say_nothing_about_ends_nobody_is_stopped() -> None:
     chance = np.random.default_rng(4)
     curves = {
-        n: Curve((3.0, 2.5 + float(chance.random()), *([2.0] * 7), 1.0 + float(chance.random())), finished=True)
+        n: Curve((3.0, 2.5 + float(chance.random()), *([2.0] * 7), 1.0), end=1.0 + float(chance.random()))
         for n in range(12)
     }
     curves[12] = Curve((3.0, 3.4))

@@ -18,11 +18,16 @@ from polygraft.tuning.study import dominates
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Of one trial the mean training loss up to its first look, from there to its second, and so on; `known` are the
-    objectives that follow from its graft. A `finished` one has a mean for every look."""
+    objectives that follow from its graft. One that was trained to its end has a mean for every look, and `end`, its
+    held-out loss."""
 
     losses: tuple[float, ...]
     known: tuple[float, ...] = ()
-    finished: bool = False
+    end: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None
 
 
 class Pruner(Protocol):
@@ -42,7 +47,7 @@ def means(losses: Mapping[int, float], looks: Sequence[int]) -> tuple[float, ...
     """The mean loss between looks, of those that have been reached; `losses` by step, from 1."""
     reached = max(losses, default=0)
     spans = [(low, high) for low, high in pairwise((0, *looks)) if high <= reached]
-    return tuple(fmean(loss for step, loss in losses.items() if low < step <= high) for low, high in spans)
+    return tuple(fmean(losses[step] for step in range(low + 1, high + 1) if step in losses) for low, high in spans)
 
 
 def ranked(points: Mapping[int, tuple[float, ...]]) -> list[int]:

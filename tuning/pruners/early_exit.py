@@ -1,26 +1,36 @@
 """Early exit on loss trajectories, after ALTO (arXiv 2604.05426), with a threshold that the study itself gives.
 
-ALTO stops a trial when its loss trails the best by thresholds that are set by hand. Here the trials that were trained
-to their end say how far a gap at this look is made good: their gaps to the best one at the end are regressed on those
-now (ordinary least squares), and a trial is stopped when the lower bound of the prediction interval of its own gap at
-the end is above 0: when even a lucky end would leave it behind. The interval is wide when few trials ended, and when
-gaps now say little about those at the end. The best is the best of those that are no larger in what else is minimised.
+ALTO stops a trial, after a warm-up, when its loss trails the best by thresholds that are set by hand. Here the trials
+that were trained to their ends say what a curve comes to: their held-out losses are regressed on all that their curves
+had said up to this look, and a trial is stopped when the lower bound of the prediction interval of its own is above the
+lowest of them: when even a lucky end would leave it behind. Curves cross (a higher rate starts worse and ends better),
+so it is not its last loss alone that speaks; but one that has never been above the best so far is not stopped. The
+interval is wide when few trials have ended, and when curves say little about ends. The best is the best of those that
+are no larger in what else is minimised.
+
+Regression is ridge regression with the penalty that has the least leave-one-out error (Allen 1974), since there are
+about as many looks as trials that ended; the residual variance is of those errors, each in units of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import fmean
+from typing import TYPE_CHECKING
 
+import numpy as np
 from scipy.stats import t  # type: ignore[import-untyped]
 
 from polygraft.tuning.pruners.curves import Curve
 
-LOOKS = 10
-ERROR = 0.05  # that a trial is stopped which would have overtaken the best, over all of its looks
-FEWEST = 3  # ended trials beside the best: with two a line has no residuals
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LOOKS = 24
+ERROR = 0.1  # that a trial which would have been the best so far is stopped at a look
+FEWEST = 4  # ended trials: with three there is one degree of freedom at most, and the bound says nothing
+PENALTIES = 10.0 ** np.arange(-4.0, 1.5, 0.5)  # in shares of the largest squared singular value
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,41 +38,61 @@ class EarlyExit:
     looks_at_most: int = LOOKS
 
     def looks(self, trial: int, steps_total: int) -> tuple[int, ...]:
-        """After every tenth of the steps. The first is the warm-up: nothing is judged by its loss alone."""
+        """Evenly over the steps."""
         steps = (-(-steps_total * look // self.looks_at_most) for look in range(1, self.looks_at_most + 1))
         return tuple(dict.fromkeys(steps))
 
     def reason_to_stop(self, curves: Mapping[int, Curve], trial: int) -> str | None:
         own = curves[trial]
-        look = len(own.losses) - 1
-        ended = {number: curve for number, curve in curves.items() if curve.finished and number != trial}
-        rivals = [number for number, curve in ended.items() if _no_larger(curve.known, own.known)]
-        if own.finished or look < 1 or not rivals:
+        ended = {number: (curve, curve.end) for number, curve in sorted(curves.items()) if curve.end is not None}
+        rivals = {number: end for number, (curve, end) in ended.items() if _no_larger(curve.known, own.known)}
+        if own.finished or not rivals:
             return None
-        best = min(rivals, key=lambda number: (ended[number].losses[-1], number))
-        others = [curve for number, curve in sorted(ended.items()) if number != best]
-        pairs = [(c.losses[look] - ended[best].losses[look], c.losses[-1] - ended[best].losses[-1]) for c in others]
-        now = own.losses[look] - ended[best].losses[look]
-        bound = lower_bound(pairs, now, ERROR / (self.looks_at_most - 2))
-        if bound is None or bound <= 0:
+        best = min(rivals, key=lambda number: (rivals[number], number))
+        if all(now <= then for now, then in zip(own.losses, curves[best].losses, strict=False)):
             return None
-        ended_too = f"by what {len(pairs)} others made good at least {bound:.3f} in the end"
-        return f"{now:.3f} above trial {best} now, and {ended_too}"
+        so_far = [curve.losses[: len(own.losses)] for curve, _ in ended.values()]
+        bound = lower_bound(so_far, [end for _, end in ended.values()], own.losses, ERROR)
+        if bound is None or bound <= rivals[best]:
+            return None
+        return (
+            f"by the curves of {len(ended)} others it ends above {bound:.3f}, where trial {best} has {rivals[best]:.3f}"
+        )
 
 
-def lower_bound(pairs: list[tuple[float, float]], x: float, error: float) -> float | None:
-    """Below what y lies at `x` with probability `error`, by least squares over (x, y); None where they do not say."""
-    n = len(pairs)
+def lower_bound(
+    curves: Sequence[Sequence[float]], ends: Sequence[float], curve: Sequence[float], error: float
+) -> float | None:
+    """Below what the end of `curve` lies with probability `error`, by ridge regression of `ends` on `curves`, which
+    are as long as it; None where they do not say."""
+    n = len(ends)
     if n < FEWEST:
         return None
-    mean_x, mean_y = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
-    spread = sum((a - mean_x) ** 2 for a, _ in pairs)
-    if spread <= 0:
+    x, y = np.array(curves, np.float64), np.array(ends, np.float64)
+    centre, level = x.mean(axis=0), float(y.mean())
+    left, singular, right = np.linalg.svd(x - centre, full_matrices=False)
+    squares = np.square(singular)
+    if squares[0] <= 0:
         return None
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in pairs) / spread
-    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in pairs) / (n - 2)
-    deviation = sqrt(residual * (1 + 1 / n + (x - mean_x) ** 2 / spread))
-    return float(mean_y + slope * (x - mean_x) - t.ppf(1 - error, n - 2) * deviation)
+    penalties = PENALTIES * squares[0]
+    kept = squares[:, None] / (squares[:, None] + penalties)  # of each direction, by penalty
+    turned = left.T @ (y - level)
+    leverage = np.square(left) @ kept + 1 / n
+    errors = (y - level)[:, None] - left @ (kept * turned[:, None])
+    freedom = n - 1 - kept.sum(axis=0)
+    left_out = np.square(errors / _positive(1 - leverage)).mean(axis=0)
+    left_out[freedom < 1] = np.inf
+    chosen = int(left_out.argmin())
+    if not np.isfinite(left_out[chosen]):
+        return None
+    residual = float((np.square(errors[:, chosen]) / _positive(1 - leverage[:, chosen])).mean())
+    place = (right @ (np.array(curve) - centre)) * singular / (squares + penalties[chosen])
+    deviation = sqrt(residual * (1 + 1 / n + float(np.square(place).sum())))
+    return level + float(place @ turned) - float(t.ppf(1 - error, freedom[chosen])) * deviation
+
+
+def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(values, 1e-12)
 
 
 def _no_larger(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

@@ -30,8 +30,7 @@ class Watch:
         outcome = trial.outcome
         self._losses.pop(trial.number, None)
         if isinstance(outcome, Result | Stopped) and outcome.curve:
-            finished = isinstance(outcome, Result)
-            self._curves[trial.number] = Curve(outcome.curve, self._known.get(trial.candidate.peft, ()), finished)
+            self._curves[trial.number] = Curve(outcome.curve, self._known.get(trial.candidate.peft, ()), trial.loss)
         else:
             self._curves.pop(trial.number, None)
 
