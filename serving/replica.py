@@ -1,5 +1,6 @@
-"""A replica as Ray Serve's: it starts the engine's process, watches it, and has it hand on its streams when Serve lets
-it go. Which of them it lets go is Serve's choice; that none of their streams is cut makes it ours no matter.
+"""A replica as Ray Serve's: it starts the engine's process, watches it, starts another one where it dies, and has it
+hand on its streams when Serve lets it go. Which of them it lets go is Serve's choice; that none of their streams is cut
+makes it ours no matter.
 
 No request goes through Serve's replica. So Serve counts none, and calls `__del__` as soon as it has chosen: that is how
 a replica learns that it is to drain.
@@ -39,6 +40,7 @@ MOST = 1000  # replicas, where only the devices say how many there may be
 _END_S = 5.0  # for what comes after a drain
 _SEEN_S = 1.0  # until ingresses see that it died, which is otherwise than that it is not wanted any more
 _LOADING_S = 120.0  # a process that imports and reads may not answer for a while
+_LIVED_S = 30.0  # a second process that dies sooner is left to Serve, whose pauses grow
 _LOG = logging.getLogger(__name__)
 
 
@@ -49,38 +51,35 @@ class Replica:
         """Raises LeaseRefused where the device has no room, and what making the engine raises: Serve tries again."""
         context = serve.get_replica_context()
         self._plan = plan
-        self._id = ReplicaId(f"{context.app_name}-{context.replica_id.unique_id}")
+        self._name = f"{context.app_name}-{context.replica_id.unique_id}"
+        self._id = ReplicaId(self._name)
         self._store = connect(plan.store_url)
-        here = place()
-        self._host = _start(self._id, here, self._cores(here.node))
+        self._place = place()
+        self._again: asyncio.Task[None] | None = None
+        self._goes = False
+        self._engines = 0
+        self._start()
         try:
-            _, device = open_replica(
-                self._store,
-                self._id,
-                backbone=plan.backbone.name,
-                bytes_of=partial(taken_bytes, "serve", plan.backbone),
-                actor=self._id,
-                node=here.node,
-                index=here.index,
-                at=time.time(),
-            )
-            self._load(device.cores)
+            self._open()
         except BaseException:
             self._close()
             raise
 
     async def check_health(self) -> None:
         """Raises when the engine's thread is dead or stuck, so that Serve starts another replica. Serve waits for three
-        such failures; where the engine's process is dead, or does not answer, this one ends, which Serve sees at
-        once."""
+        such failures. Where the engine's process is dead, or does not answer, another one takes its place, sooner than
+        Serve would see to it; where that fails this one ends, which Serve sees at once."""
+        if self._goes or (self._again is not None and not self._again.done()):
+            return
         try:
             async with asyncio.timeout(self._plan.settings.silent_s):
                 await self._host.check.remote()
         except (RayActorError, TimeoutError) as error:
             _LOG.error("replica %s: its engine's process is gone or does not answer: %r", self._id, error)
-            await asyncio.to_thread(self._end)
+            self._again = asyncio.create_task(asyncio.to_thread(self._replace))
 
     async def __del__(self) -> None:
+        self._goes = True
         if host := getattr(self, "_host", None):
             with suppress(RayError):
                 await host.drain.remote(self._plan.settings.drain_s)
@@ -90,29 +89,64 @@ class Replica:
         """Of a device of the node; which one it will be is not known yet."""
         return min((one.value.device.cores for one in self._store.scan(keys.devices_of(node))), default=1)
 
-    def _load(self, cores: int) -> None:
-        """Return when the engine is there. Raises what making it raises, and GetTimeoutError where its process does not
-        answer any more."""
-        self._pid: int = ray.get(self._host.check.remote())  # type: ignore[assignment]  # a call that is awaited there
-        loading = self._host.load.remote(self._plan, self._id, cores)
+    def _start(self) -> None:
+        """A process for an engine, under an id of its own: ingresses never take it for the one before."""
+        self._id = ReplicaId(f"{self._name}-{self._engines}" if self._engines else self._name)
+        self._engines += 1
+        self._host = _start(self._id, self._place, self._cores(self._place.node))
+
+    def _open(self) -> None:
+        """Return when the engine is there. Raises LeaseRefused, what making the engine raises, and GetTimeoutError
+        where its process does not answer."""
+        _, device = open_replica(
+            self._store,
+            self._id,
+            backbone=self._plan.backbone.name,
+            bytes_of=partial(taken_bytes, "serve", self._plan.backbone),
+            actor=self._id,
+            node=self._place.node,
+            index=self._place.index,
+            at=time.time(),
+        )
+        self._opened_at = time.monotonic()
+        self._pid: int = ray.get(self._host.check.remote(), timeout=_LOADING_S)  # type: ignore[assignment]  # awaited
+        loading = self._host.load.remote(self._plan, self._id, device.cores)
         while not ray.wait([loading], timeout=_LOADING_S)[0]:
             ray.get(self._host.check.remote(), timeout=_LOADING_S)
         ray.get(loading)
 
-    def _close(self) -> None:
-        with suppress(StoreError):  # the controller sees that its actor is gone
-            close_replica(self._store, self._id, at=time.time())
-        ray.kill(self._host)
-        self._store.close()
-
-    def _end(self) -> NoReturn:
-        """With the engine's process, which may be stopped: one that went on later would answer for a replica that is
+    def _replace(self) -> None:
+        """The engine's process, which may be stopped: one that went on later would answer for a replica that is
         closed."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
+        if self._engines > 1 and time.monotonic() - self._opened_at < _LIVED_S:
+            self._end("its engine died again, and soon")
+        try:
+            died, host = self._id, self._host
+            self._start()  # it imports meanwhile
+            time.sleep(_SEEN_S)
+            self._close_one(died, host)
+            self._open()
+        except Exception as error:
+            self._end(f"{type(error).__name__}: {error}")
+
+    def _end(self, why: str) -> NoReturn:
+        _LOG.error("replica %s ends: %s", self._id, why)
         time.sleep(_SEEN_S)
-        self._close()
-        os._exit(1)
+        try:
+            self._close()
+        finally:
+            os._exit(1)
+
+    def _close(self) -> None:
+        self._close_one(self._id, self._host)
+        self._store.close()
+
+    def _close_one(self, replica: ReplicaId, host: ActorHandle[Host]) -> None:
+        with suppress(StoreError):  # the controller sees that its actor is gone
+            close_replica(self._store, replica, at=time.time())
+        ray.kill(host)
 
 
 def _start(replica: ReplicaId, here: Place, cores: int) -> ActorHandle[Host]:

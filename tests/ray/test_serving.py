@@ -179,7 +179,9 @@ def check(url: str, key: str, answers: dict[str, str], data: Path, tmp_path: Pat
             os.kill(pid_of("ray::Host"), signal.SIGKILL)
             return await work
 
+        watches = pid_of("ServeReplica:backbone-tiny:engine")
         assert runner.run(killed()) == [answers[model] for model in models]
+        assert pid_of("ServeReplica:backbone-tiny:engine") == watches, "it started another engine itself"
 
         lose_the_ingress(url, key)
         assert runner.run(burst(talker, models)) == [answers[model] for model in models]
