@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Record:
-    """All facts of a run. `samples` holds one mapping of arm to figure for every whole round."""
+    """All facts of a run. `samples` holds a mapping of arm to figure for every round, the last maybe not whole."""
 
     head: Head
     path: Path | None = None

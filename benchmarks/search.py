@@ -1,26 +1,29 @@
 """Sixteen LoRA trials on SmolLM2 as a search: our service, Ray Tune with PEFT, Optuna with PEFT.
 
-python benchmarks/search.py --only long|short|halving [--tokens N] [--batch 8] [--rounds N] [--quick] [--json PATH]
+python benchmarks/search.py --only long|short|halving [--tokens N] [--batch 8] [--rounds N] [--seconds S] [--quick]
+    [--json PATH]
 
 The same trials, samples, order and seeds everywhere; a trial of the cell `long` trains 20,000 tokens, one of `short`
 1,000, one of `halving` as many as a long one unless it is stopped at a rung. An arm has the machine to itself: it is
 started, warmed, measured from the question to the last trial's end, and ended, arm after arm, round after round. What
 is warm before: our service with an open pack; Ray for Tune, whose actors are part of the search; Optuna's process with
-its model. Each rival runs in the fastest of its variants (dtype, trials at once), by trials of a tenth of the tokens.
+its model. Each rival runs in the fastest of its variants (dtype, trials at once), by trials of a tenth of the tokens; a
+quick run takes the first. With `--seconds` nothing is begun after so many, and the next run goes on from the record.
 The claims against Tune are those against a process a trial; the arm that keeps process and model stands beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from math import log10
+from math import inf, log10
 from pathlib import Path
 
 import machine
@@ -44,6 +47,7 @@ _PROBED, _PROBE_SHARE = 4, 10
 _PATIENCE_S = 4 * 3600.0
 _WATCH_S = 1.0  # reading a tree's memory takes some itself
 _HIGHEST = 10.8  # of SmolLM2's loss: that of chance
+_GAINED, _ALIKE = 0.02, 0.1  # nine steps of one sample; a gain is a difference of two losses in bf16
 _SAME = 2e-2  # the bare backbone's held-out loss, ours to PEFT's: eight bits of mantissa through thirty layers
 
 
@@ -58,6 +62,10 @@ class Rival:
         """What the bare backbone's held-out loss is by this arm, where it has one loaded."""
         found = self._server.ask("load").get("bare")
         return None if found is None else float(str(found))
+
+    def check(self) -> float:
+        """The held-out loss of the job that opens our pack, whose start it keeps in the work's folder."""
+        return float(str(self._server.ask("check")["trained"]))
 
     def round(self) -> tuple[float, Mapping[int, float]]:
         """Seconds, and the held-out losses by trial."""
@@ -79,9 +87,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="of a trial, instead of the cell's")
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step; 8 has no goals")
     parser.add_argument("--rounds", type=int, help="of all arms")
+    parser.add_argument("--seconds", type=float, default=inf, help="begin nothing new after so many")
     parser.add_argument("--quick", action="store_true", help="one round of few tokens: shows that it works")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with the services that were started
     tokens = given.tokens or (QUICK_TOKENS if given.quick else TOKENS[given.only])
     cell = Cell(given.only, tokens, given.batch)
     rounds = given.rounds or (1 if given.quick else ROUNDS[cell.name])
@@ -89,7 +99,7 @@ def main() -> int:
     say = partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
     record = Record.resume(_head(cell, rounds, quick=given.quick), given.json)
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as name:
-        done = _measure(cell, Path(name), rounds, record, say)
+        done = _measure(cell, Path(name), record, say, until=time.monotonic() + given.seconds)
     show(record, console)
     return 0 if done else 1
 
@@ -116,8 +126,8 @@ def _head(cell: Cell, rounds: int, *, quick: bool) -> Head:
     )
 
 
-def _measure(cell: Cell, folder: Path, rounds: int, record: Record, say: Callable[[str], None]) -> bool:
-    """Do what the record lacks; whether every claim holds. On a red gate nothing is timed."""
+def _measure(cell: Cell, folder: Path, record: Record, say: Callable[[str], None], *, until: float) -> bool:
+    """Do what the record lacks and can be begun in time; whether every claim holds. On a red gate nothing is timed."""
     with closing(Server("material.py", Task("make", str(folder), machine.cores()))) as maker:
         maker.ask("make")
     backbone = Path(Material.read(str(folder)).backbone)
@@ -127,14 +137,7 @@ def _measure(cell: Cell, folder: Path, rounds: int, record: Record, say: Callabl
         record.gate = _gate(folder, work)
         record.save()
     if record.gate.holds:
-        for arm in cell.arms:
-            if arm.name not in record.arms:
-                record.arms[arm.name] = _variant(arm, work, cell, say)
-                record.save()
-        while len(record.samples) < rounds:
-            say(f"round {len(record.samples) + 1} of {rounds}")
-            record.samples.append(dict(_round(cell, folder, work, record, say)))
-            record.save()
+        _time(cell, folder, work, record, say, until=until)
     decided = [decide(goal, record.samples) for goal in cell.goals]
     record.claims = [claim for claim in decided if claim.op is not None]
     record.figures = [claim for claim in decided if claim.op is None]
@@ -142,27 +145,56 @@ def _measure(cell: Cell, folder: Path, rounds: int, record: Record, say: Callabl
     return bool(record.claims) and all(claim.holds for claim in record.claims)
 
 
+def _time(cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[str], None], *, until: float) -> None:
+    """The arms' variants, then the rounds, arm after arm, each saved as soon as it is known."""
+    for arm in cell.arms:
+        if arm.name not in record.arms:
+            if time.monotonic() > until:
+                return
+            record.arms[arm.name] = _variant(arm, work, cell, say, quick=record.head.quick)
+            record.save()
+    for number in range(record.head.rounds):
+        if number == len(record.samples):
+            record.samples.append({})
+        sample = record.samples[number]
+        for arm in cell.arms:
+            if arm.name in sample or record.arms[arm.name].missing is not None:
+                continue
+            if time.monotonic() > until:
+                return
+            say(f"round {number + 1} of {record.head.rounds}, {arm.name}")
+            try:
+                sample |= _figures(arm, folder, work, record)
+            except ArmFailed as error:
+                record.arms[arm.name] = Outcome(missing=str(error))
+            record.save()
+
+
 def _gate(folder: Path, work: Work) -> Gate:
-    """Whether both sides see the same text: the bare backbone's held-out loss."""
+    """Whether both sides see the same text, by the bare backbone's held-out loss, and train alike, by that of a trial
+    of a few steps from the same start."""
     try:
+        with closing(Rival(_arm("optuna"), "float32 1", work, jobs=range(1), steps=1)) as theirs:
+            bare, trained = theirs.load(), theirs.check()
         with closing(Searching(folder, work)) as ours:
             ours.warm()
-        with closing(Rival(_arm("optuna"), "float32 1", work, jobs=range(1), steps=1)) as theirs:
-            bare = theirs.load()
     except ArmFailed as error:
         raise SystemExit(f"search: the gate could not be checked: {error}") from None
     assert bare is not None
+    gain, ours_gain = bare - trained, ours.bare - ours.trained
     return Gate(
         (
             Check("held-out loss before training, nats by PEFT in float32", bare, _HIGHEST),
             Check("the same by our service, relative to it", abs(ours.bare / bare - 1), _SAME),
+            Check("what a trial of a few steps gained by PEFT, nats", gain, _GAINED, least=True),
+            Check("the same by our service, relative to it", abs(ours_gain / gain - 1), _ALIKE),
         )
     )
 
 
-def _variant(arm: Arm, work: Work, cell: Cell, say: Callable[[str], None]) -> Outcome:
+def _variant(arm: Arm, work: Work, cell: Cell, say: Callable[[str], None], *, quick: bool) -> Outcome:
     """The fastest by a few trials of few tokens; memory is read in the rounds."""
-    if len(arm.variants) == 1:
+    if len(arm.variants) == 1 or quick:
         return Outcome(arm.variants[0], arm.variants[0])
     steps = max(9, cell.steps // _PROBE_SHARE)
     probes: dict[str, float] = {}
@@ -178,33 +210,20 @@ def _variant(arm: Arm, work: Work, cell: Cell, say: Callable[[str], None]) -> Ou
     return Outcome(best, best, probes)
 
 
-def _round(
-    cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[str], None]
-) -> Iterator[tuple[str, float]]:
-    """(figure's name, figure) of every arm that works."""
+def _figures(arm: Arm, folder: Path, work: Work, record: Record) -> Mapping[str, float]:
+    """What a round of an arm gives, by the figures' names. Raises ArmFailed."""
     assert record.gate is not None
-    for arm in cell.arms:
-        outcome = record.arms[arm.name]
-        if outcome.missing is not None:
-            continue
-        say(arm.name)
-        try:
-            if arm.limit:
-                yield arm.name, _ceiling(folder)
-                continue
-            begun = time.monotonic()
-            with closing(_opened(arm, outcome.variant, folder, work)) as running:
-                started, idle = time.monotonic() - begun, running.pss()
-                with watched(running.pss, _WATCH_S) as highest:
-                    seconds, losses = running.round()
-            peak = max(outcome.peak_bytes, *highest)
-            record.arms[arm.name] = replace(outcome, idle_bytes=idle, peak_bytes=peak)
-            record.arms |= {f"{arm.name} {what}": Outcome() for what in BESIDE}
-            yield arm.name, work.tokens / seconds
-            yield f"{arm.name} start", started
-            yield f"{arm.name} volume", _volume(work, losses, record.gate.checks[0].value)
-        except ArmFailed as error:
-            record.arms[arm.name] = Outcome(missing=str(error))
+    if arm.limit:
+        return {arm.name: _ceiling(folder)}
+    outcome, begun = record.arms[arm.name], time.monotonic()
+    with closing(_opened(arm, outcome.variant, folder, work)) as running:
+        started, idle = time.monotonic() - begun, running.pss()
+        with watched(running.pss, _WATCH_S) as highest:
+            seconds, losses = running.round()
+    record.arms[arm.name] = replace(outcome, idle_bytes=idle, peak_bytes=max(outcome.peak_bytes, *highest))
+    record.arms |= {f"{arm.name} {what}": Outcome() for what in BESIDE}
+    volume = _volume(work, losses, record.gate.checks[0].value)
+    return {arm.name: work.tokens / seconds, f"{arm.name} start": started, f"{arm.name} volume": volume}
 
 
 def _opened(arm: Arm, variant: str, folder: Path, work: Work) -> Rival | Searching:

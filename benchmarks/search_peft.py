@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 
 import kernels_elsewhere  # noqa: F401
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from ray import tune
 from search_work import ALPHA, LoraTrial, Work
 from torch import Tensor, nn
@@ -26,11 +27,18 @@ class Lora:
         self._base = AutoModelForCausalLM.from_pretrained(work.backbone, dtype=getattr(torch, dtype))
         self._model: nn.Module = self._base
 
-    def train(self, trial: LoraTrial, stops: Sequence[int], steps: int) -> Generator[tuple[int, float], None, None]:
-        """(step, mean training loss since the stop before) at every stop; the schedule is that of so many steps."""
-        torch.manual_seed(trial.number)
-        config = LoraConfig(r=trial.rank, lora_alpha=ALPHA, target_modules=list(trial.modules), task_type="CAUSAL_LM")
-        model = get_peft_model(self._base, config)
+    def save_start(self, trial: LoraTrial, folder: Path) -> None:
+        """What `train` begins with, as PEFT's folder."""
+        model = self._with_adapter(trial)
+        model.save_pretrained(str(folder))
+        self._base = model.unload()
+
+    def train(
+        self, trial: LoraTrial, stops: Sequence[int], steps: int, order: Sequence[Sequence[int]] | None = None
+    ) -> Generator[tuple[int, float], None, None]:
+        """(step, mean training loss since the stop before) at every stop; the schedule is that of so many steps, the
+        samples those of the work's `order` where none is given."""
+        order, model = order or self._work.order, self._with_adapter(trial)
         self._model = model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=trial.learning_rate, weight_decay=0.0, fused=True)
@@ -39,7 +47,7 @@ class Lora:
             for before, stop in pairwise((0, *stops)):
                 losses = []
                 for step in range(before, stop):
-                    loss = self._loss([self._work.train[number] for number in self._work.order[step]])
+                    loss = self._loss([self._work.train[number] for number in order[step]])
                     torch.autograd.backward(loss)
                     nn.utils.clip_grad_norm_(trained, 1.0)
                     optimiser.step()
@@ -48,7 +56,12 @@ class Lora:
                     losses.append(loss.item())
                 yield stop, fmean(losses)
         finally:
-            self._base = model.unload()  # type: ignore[assignment]
+            self._base = model.unload()
+
+    def _with_adapter(self, trial: LoraTrial) -> PeftModel:
+        torch.manual_seed(trial.number)
+        config = LoraConfig(r=trial.rank, lora_alpha=ALPHA, target_modules=list(trial.modules), task_type="CAUSAL_LM")
+        return get_peft_model(self._base, config)
 
     @torch.inference_mode()
     def held_out(self) -> float:

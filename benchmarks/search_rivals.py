@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from assignment import Task
 from child import Reply, answer, task
 from ray import tune
 from search_peft import Lora, PeftTrial
-from search_work import ETA, ROWS, Work
+from search_work import ETA, ROWS, START, WARM_TRIAL, Work
 
 WARM_STEPS = 2
 
@@ -85,6 +86,14 @@ class InTurn:
             pass
         return {"dtype": self._task.variant, "bare": self._lora.bare()}
 
+    def check(self) -> Reply:
+        """Train the job that opens our service's pack, and keep what it begins with."""
+        work, steps = self._work, len(self._work.warm)
+        self._lora.save_start(WARM_TRIAL, Path(work.folder) / START)
+        for _ in self._lora.train(WARM_TRIAL, [steps], steps, work.warm):
+            trained = self._lora.held_out()
+        return {"trained": trained}
+
     def round(self) -> Reply:
         import optuna
 
@@ -114,4 +123,5 @@ def _reply(work: Work, given: Task, start: float, stop: float, losses: dict[str,
 
 if __name__ == "__main__":
     arm = InTurn(task()) if task().kind == "optuna" else Tune(task())
-    answer({"load": arm.load, "round": arm.round})
+    checks = {"check": arm.check} if isinstance(arm, InTurn) else {}
+    answer({"load": arm.load, "round": arm.round, **checks})

@@ -25,6 +25,8 @@ SITES: Mapping[str, tuple[str, ...]] = {
 RANKS = (4, 8, 16, 32)
 ALPHA = 16
 SEED = 0
+WARM = 9  # samples of the job that opens the pack, by which the gate sees that both sides train alike
+START = "start"  # the folder of the adapter that it begins with, as PEFT made it
 _FILE = "work.json"
 
 
@@ -37,10 +39,13 @@ class LoraTrial:
     parameters: int
 
 
+WARM_TRIAL = LoraTrial(0, RANKS[0], SITES["attn.[qv]"], RATES[1], 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`order` has the numbers of the samples of every step; a sample is ids and the weights with which each is
-    predicted. With `halving` trials are judged at the rungs."""
+    """`order` has the numbers of the samples of every step, `warm` those of the job that opens the pack; a sample is
+    ids and the weights with which each is predicted. With `halving` trials are judged at the rungs."""
 
     folder: str
     backbone: str
@@ -49,6 +54,7 @@ class Work:
     train: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
     held_out: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
     trials: tuple[LoraTrial, ...]
+    warm: tuple[tuple[int, ...], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -70,8 +76,8 @@ class Work:
             part: tuple((tuple(ids), tuple(weights)) for ids, weights in data[part]) for part in ("train", "held_out")
         }
         trials = tuple(LoraTrial(**{**trial, "modules": tuple(trial["modules"])}) for trial in data["trials"])
-        order = tuple(map(tuple, data["order"]))
-        return Work(folder, data["backbone"], data["halving"], order, trials=trials, **samples)
+        order, warm = (tuple(map(tuple, data[part])) for part in ("order", "warm"))
+        return Work(folder, data["backbone"], data["halving"], order, trials=trials, warm=warm, **samples)
 
 
 def steps_of(tokens: int, batch: int) -> int:
@@ -138,7 +144,7 @@ def make(folder: Path, backbone: Path, *, steps: int, batch: int, halving: bool)
         found = [tokeniser.encode_example(example, ROWS + 1) for example in read(path)]
         assert all(len(one.ids) == ROWS + 1 for one in found), "a sample is shorter than it is to be"
         samples[part] = tuple((one.ids, one.weights) for one in found)
-    order = permutation(steps * batch, seed=SEED, epoch=0)
+    order, warm = (permutation(count, seed=SEED, epoch=0) for count in (steps * batch, WARM))
     shape = ModelShape.from_config(json.loads((backbone / "config.json").read_text()))
     work = Work(
         folder=str(folder),
@@ -146,6 +152,7 @@ def make(folder: Path, backbone: Path, *, steps: int, batch: int, halving: bool)
         halving=halving,
         order=tuple(order[step * batch : (step + 1) * batch] for step in range(steps)),
         trials=tuple(trials_of(request(batch, halving=halving, training_file="a", validation_file="b"), shape)),
+        warm=tuple(warm[first : first + batch] for first in range(0, WARM, batch)),
         **samples,
     )
     (folder / _FILE).write_text(json.dumps(asdict(work)))

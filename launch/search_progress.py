@@ -10,13 +10,12 @@ from polygraft.tuning.study import Failure, Result, Stopped, Trial, TrialState
 
 
 class SearchProgress:
-    """Give `on_trial` and `on_progress` to the search, inside the context."""
+    """Give `on_trial` every trial when it is asked for and when it ends, inside the context."""
 
     def __init__(self, trials: int) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             console=errors,
         )
@@ -33,16 +32,12 @@ class SearchProgress:
     def on_trial(self, trial: Trial) -> None:
         if trial.state is TrialState.RUNNING:
             description = f"  #{trial.number} {escape(trial.candidate.peft)}"
-            self._bars[trial.number] = self._progress.add_task(description, total=1.0)
+            self._bars[trial.number] = self._progress.add_task(description, total=None)
             return
         if (bar := self._bars.pop(trial.number, None)) is not None:
             self._progress.remove_task(bar)
         self._progress.advance(self._all)
         self._progress.console.print(f"  #{trial.number:<2} {escape(_told(trial))}", highlight=False, soft_wrap=True)
-
-    def on_progress(self, trial: Trial, share: float) -> None:
-        if (bar := self._bars.get(trial.number)) is not None:
-            self._progress.update(bar, completed=share)
 
 
 def _told(trial: Trial) -> str:

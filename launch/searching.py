@@ -1,63 +1,34 @@
-"""A search over the service on this machine: the backbone's shape for the space, uploaded files, and Tune on the
-service's Ray."""
+"""A search of the service as a person follows it: its trials told as they are asked for and as they end."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+import time
 
-from polygraft.cluster.model import TenantId
-from polygraft.cluster.service import Service
-from polygraft.cluster.store.connect import connect
-from polygraft.grafts.sites import ModelShape
-from polygraft.launch.local_ray import environment
-from polygraft.launch.output import Failure
-from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.study import Trial
+from polygraft.cluster import searches as remote
+from polygraft.cluster.client import Client
+from polygraft.cluster.searches import RemoteSearch
+from polygraft.launch.search_progress import SearchProgress
+from polygraft.tuning.desk import read
+from polygraft.tuning.study import Trial, TrialState
 
-if TYPE_CHECKING:  # imports Ray
-    from polygraft.tuning.driver import StudyResult
+_FOLLOW_S = 1.0
 
 
-def shape_of(backbone_folder: str) -> ModelShape:
-    """The numbers of a backbone that a space depends on."""
-    return ModelShape.from_config(json.loads((Path(backbone_folder) / "config.json").read_text()))
+def followed(client: Client, search: RemoteSearch) -> RemoteSearch:
+    """The search once it is over. Raises what the client raises."""
+    told: dict[int, TrialState] = {}
+    with SearchProgress(search.trials_total) as progress:
+        while True:
+            search = remote.show(client, search.id)
+            for trial in trials_of(client, search):
+                if told.get(trial.number) is not trial.state:
+                    told[trial.number] = trial.state
+                    progress.on_trial(trial)
+            if search.final:
+                return search
+            time.sleep(_FOLLOW_S)
 
 
-def run(  # noqa: PLR0913
-    service: Service,
-    plan: SearchPlan,
-    *,
-    key: str,
-    tenant: TenantId,
-    folder: Path,
-    on_trial: Callable[[Trial], None],
-    on_progress: Callable[[Trial, float], None],
-) -> StudyResult:
-    """The study, once its trials have ended; Tune's files go to `folder`.
-
-    Raises Failure when it is interrupted, and whatever else `tuning.driver.search` raises.
-    """
-    os.environ.update(environment(Path(service.ray_token)))  # before Ray is imported
-    from polygraft.tuning.driver import Interrupted, RayCluster, search
-    from polygraft.tuning.trial import Access
-
-    store = connect(service.store_url)
-    try:
-        return search(
-            plan,
-            store=store,
-            access=Access(service.url, key),
-            tenant=tenant,
-            folder=folder,
-            cluster=RayCluster(address=service.ray_address, token=Path(service.ray_token)),
-            on_trial=on_trial,
-            on_progress=on_progress,
-        )
-    except Interrupted as error:
-        raise Failure(str(error)) from None
-    finally:
-        store.close()
+def trials_of(client: Client, search: RemoteSearch) -> list[Trial]:
+    """All of them, in the order they were asked for."""
+    return [read(one.model_dump(exclude={"id", "object"})) for one in remote.trials(client, search.id)]

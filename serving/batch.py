@@ -12,6 +12,7 @@ from polygraft.grafts.runtime.route import Rows
 from polygraft.grafts.runtime.rows import RowBuilder
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.serving.residency import Composition
+from polygraft.serving.sampling import Draw
 from polygraft.serving.sequence import Sequence
 
 
@@ -25,7 +26,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One forward. `chunks` are in row order, `last` are the rows of the newest tokens of `sampled`."""
+    """One forward. `chunks` are in row order, `last` are the rows of the newest tokens of `sampled`, `ends` those of
+    the last tokens of `classified`."""
 
     chunks: tuple[Chunk, ...]
     rows: Rows
@@ -33,11 +35,23 @@ class Batch:
     sequences: tuple[PagedSequence, ...]
     sampled: tuple[Sequence, ...]
     last: tuple[int, ...]
+    classified: tuple[Sequence, ...]
+    ends: tuple[int, ...]
 
     @property
     def grafts(self) -> tuple[GraftId, ...]:
         grafts = {chunk.sequence.request.graft for chunk in self.chunks}
         return tuple(sorted(graft for graft in grafts if graft is not None))
+
+    @property
+    def draws(self) -> list[Draw]:
+        """How the next tokens of `sampled` are chosen."""
+        found = []
+        for sequence in self.sampled:
+            asked, index = sequence.request, sequence.generated
+            barred = asked.eos_ids if index < asked.min_tokens else ()
+            found.append(Draw(asked.temperature, asked.top_p, asked.seed, 0, index, asked.top_k, asked.min_p, barred))
+        return found
 
     @staticmethod
     def of(chunks: Items[Chunk], tables: Mapping[str, tuple[int, ...]], composition: Composition) -> Batch:
@@ -49,8 +63,7 @@ class Batch:
         order = sorted(chunks, key=lambda chunk: (chunk.sequence.request.graft or "", chunk.sequence.request.id))
         builder = RowBuilder()
         sequences: list[PagedSequence] = []
-        sampled: list[Sequence] = []
-        last: list[int] = []
+        read: dict[bool, list[tuple[Sequence, int]]] = {False: [], True: []}  # by whether they classify
         for chunk in order:
             sequence, graft = chunk.sequence, chunk.sequence.request.graft
             own = builder.add(
@@ -64,6 +77,14 @@ class Batch:
             table = tables[sequence.request.id]
             sequences.append(PagedSequence(own.start, chunk.rows, sequence.cached, table, *prefix))
             if chunk.rows == sequence.left:
-                sampled.append(sequence)
-                last.append(own[-1])
-        return Batch(tuple(order), builder.rows(), composition.stacks, tuple(sequences), tuple(sampled), tuple(last))
+                read[sequence.request.classifies].append((sequence, own[-1]))
+        return Batch(
+            chunks=tuple(order),
+            rows=builder.rows(),
+            stacks=composition.stacks,
+            sequences=tuple(sequences),
+            sampled=tuple(sequence for sequence, _ in read[False]),
+            last=tuple(row for _, row in read[False]),
+            classified=tuple(sequence for sequence, _ in read[True]),
+            ends=tuple(row for _, row in read[True]),
+        )

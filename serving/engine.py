@@ -19,15 +19,16 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import PagedAttention
 from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.serving.batch import Batch, Chunk
+from polygraft.serving.labels import Probabilities, probabilities
 from polygraft.serving.loading import Loader
 from polygraft.serving.messages import ErrorCode, FinishReason, QueueFull, StepTokens
 from polygraft.serving.outbox import Listener, Outbox
 from polygraft.serving.request import GenerationRequest
 from polygraft.serving.residency import GraftUnusable, Residency
-from polygraft.serving.sampling import Draw, sample
+from polygraft.serving.sampling import sample
 from polygraft.serving.sequence import Sequence
 from polygraft.serving.steps import StepLog
-from polygraft.serving.streams import ContextExceeded, Streams
+from polygraft.serving.streams import ContextExceeded, Streams, WrongUse
 from polygraft.serving.suspects import Suspects
 
 _LOG = logging.getLogger(__name__)
@@ -181,9 +182,9 @@ class Engine:
         batch = self._schedule()
         if batch is None:
             return False
-        logits = self._forward(batch)
+        logits, labels = self._forward(batch)
         tokens = self._sample(batch, logits)
-        self._collect(batch, tokens)
+        self._collect(batch, tokens, labels)
         self._streams.stepped(len(batch.rows), self._clock() - self.beat)
         return True
 
@@ -206,37 +207,42 @@ class Engine:
         tables = {chunk.sequence.request.id: self._streams.blocks.table(chunk.sequence.request.id) for chunk in chunks}
         return Batch.of(chunks, tables, composition)
 
-    def _forward(self, batch: Batch) -> Tensor:
-        """Logits of the rows to sample, [n, vocab] fp32."""
+    def _forward(self, batch: Batch) -> tuple[Tensor, list[Probabilities | None]]:
+        """Logits of the rows to sample, [n, vocab] fp32, and what texts that are read to their ends are."""
         attention = PagedAttention(self._streams.cache, batch.sequences)
         hidden = self._backbone.forward(batch.rows, batch.stacks, attention)
+        labels = probabilities(hidden, batch)
         if not batch.last:  # prefill that goes on
-            return hidden.new_empty(0, self._backbone.shape.vocab, dtype=torch.float32)
+            return hidden.new_empty(0, self._backbone.shape.vocab, dtype=torch.float32), labels
         every = len(batch.last) == len(batch.rows)  # while all decode: no list of rows goes to the device
-        return self._backbone.logits(hidden if every else hidden[list(batch.last)])
+        return self._backbone.logits(hidden if every else hidden[list(batch.last)]), labels
 
     def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
         """A token for each sequence of `batch.sampled`; None where its row is not finite."""
-        return sample(logits, [_next_draw(sequence) for sequence in batch.sampled])
+        return sample(logits, batch.draws)
 
-    def _collect(self, batch: Batch, tokens: list[int | None]) -> None:
-        """Note what is computed, hand out the tokens, and end what is over."""
+    def _collect(self, batch: Batch, tokens: list[int | None], labels: list[Probabilities | None]) -> None:
+        """Note what is computed, hand out tokens and labels (None: a row was not finite), and end what is over."""
         self._computing = ()
         self._note(batch)
         for chunk in batch.chunks:
             chunk.sequence.computed += chunk.rows
             self._suspects.acquit(chunk.sequence)
-        for sequence, token in zip(batch.sampled, tokens, strict=True):
+        told = zip((*batch.sampled, *batch.classified), (*tokens, *labels), strict=True)
+        for sequence, found in told:
             try:
-                self._say(sequence, token)
+                self._say(sequence, found)
             except Exception as error:
                 self._fail(sequence, error)
         self._streams.tenants.said(batch.sampled)
 
-    def _say(self, sequence: Sequence, token: int | None) -> None:
-        """Hand out its next token, or end it; None: its row was not finite."""
+    def _say(self, sequence: Sequence, token: int | Probabilities | None) -> None:
+        """Hand out its next token, or end it, with its labels' probabilities where it classifies."""
         if token is None:
             raise NotFinite("the model's output is not finite")
+        if isinstance(token, tuple):
+            self._end(sequence, "stop", probabilities=token)
+            return
         reason = sequence.finish_reason(token)
         sequence.tokens.append(token)
         if reason is None:
@@ -279,10 +285,12 @@ class Engine:
         reason: FinishReason | None,
         error: str | None = None,
         code: ErrorCode | None = None,
+        probabilities: Probabilities | None = None,
     ) -> None:
         request = sequence.request
         index = sequence.generated - (token is not None)
-        self._outbox.put(request.ingress, StepTokens(request.id, 0, index, token, reason, request.attempt, error, code))
+        said = StepTokens(request.id, 0, index, token, reason, request.attempt, error, code, probabilities)
+        self._outbox.put(request.ingress, said)
 
     def _end(
         self,
@@ -292,8 +300,9 @@ class Engine:
         token: int | None = None,
         error: str | None = None,
         code: ErrorCode | None = None,
+        probabilities: Probabilities | None = None,
     ) -> None:
-        self._tell(sequence, token, reason, error, code)
+        self._tell(sequence, token, reason, error, code, probabilities)
         self._streams.remove(sequence)
         self._suspects.acquit(sequence)
 
@@ -371,13 +380,6 @@ class Engine:
             self._changed.notify()
 
 
-def _next_draw(sequence: Sequence) -> Draw:
-    """How its next token is chosen."""
-    asked, index = sequence.request, sequence.generated
-    barred = asked.eos_ids if index < asked.min_tokens else ()
-    return Draw(asked.temperature, asked.top_p, asked.seed, 0, index, asked.top_k, asked.min_p, barred)
-
-
 def _told(error: Exception) -> tuple[str, ErrorCode | None]:
     """What a client is told of a failure, and what it can do about it."""
     match error:
@@ -385,6 +387,8 @@ def _told(error: Exception) -> tuple[str, ErrorCode | None]:
             return f"{error}", "context_length_exceeded"
         case UnknownToken():
             return f"{error}", "unknown_token"
+        case WrongUse():
+            return f"{error}", "wrong_model"
         case GraftUnusable() | NotFinite():
             return f"{error}", None
         case _ if allocation_failed(error):

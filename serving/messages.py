@@ -8,13 +8,14 @@ from typing import Literal
 from polygraft.cluster.model import GraftId
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-ErrorCode = Literal["context_length_exceeded", "unknown_token", "out_of_memory"]
+ErrorCode = Literal["context_length_exceeded", "unknown_token", "out_of_memory", "wrong_model"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
     """What a step gave one request: token number `index` (None: it ended without one), and why it ended if it did.
 
+    `probabilities` are the labels', in their order, at the end of a request that classifies its prompt.
     `code` says of an `error` what whoever asked can mend, or that there was no room; without one the log has more
     under the request's id.
     (request, choice, index) is unique over all attempts; `attempt` is the one that computed it.
@@ -28,6 +29,7 @@ class StepTokens:
     attempt: int = 0
     error: str | None = None
     code: ErrorCode | None = None
+    probabilities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

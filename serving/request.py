@@ -15,7 +15,8 @@ class GenerationRequest:
     has index len(generated), so that a stream taken over by another replica draws what the first would have drawn.
     `eos_ids` end it, unless it is to `ignore_eos`; none of them is among its first `min_tokens`. `attempt` counts from
     0; messages of an older attempt are stale. `prefix` are the virtual tokens of the graft, as far as the ingress
-    knows; the engine asks the graft itself.
+    knows; the engine asks the graft itself. A prompt that it `classifies` is not continued: its labels' probabilities
+    are its end.
     """
 
     id: str
@@ -35,6 +36,7 @@ class GenerationRequest:
     attempt: int = 0
     ingress: str = ""
     prefix: int = 0
+    classifies: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

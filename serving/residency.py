@@ -12,6 +12,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.lowering import lower
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.sizes import HEAD
 from polygraft.grafts.spec import Branch
 
 
@@ -59,15 +60,13 @@ class Residency:
             stored = native.load(self._folder / graft, shape=self._backbone.shape, backbone=self._backbone.fingerprint)
         except (OSError, ValueError) as error:
             raise GraftUnusable(f"graft {graft} cannot be served: {error}") from error
-        if stored.graft.head:
-            raise GraftUnusable(f"graft {graft} cannot be served: it classifies texts and writes none")
         if stored.id != graft:
             raise GraftUnusable(f"graft {graft} cannot be served: its folder holds {stored.id}")
         backbone = self._backbone
         held = {name: value.to(backbone.device) for name, value in stored.tensors.items()}
         served, values = lower(stored.graft, held, backbone.weight, backbone.run_from_layer)
         for tensor in served.tensors:
-            slot = served.spec.slots[tensor.slot]
+            slot = None if tensor.slot == HEAD else served.spec.slots[tensor.slot]
             scale = slot.scale if isinstance(slot, Branch) else 1.0
             if not bool((values[tensor.name].to(self._backbone.dtype) * scale).isfinite().all().cpu()):
                 raise GraftUnusable(

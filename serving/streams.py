@@ -30,6 +30,10 @@ class ContextExceeded(Exception):
     """A request that is longer than the context together with its graft's virtual tokens."""
 
 
+class WrongUse(Exception):
+    """A request to write with a graft that classifies, or to classify with one that writes."""
+
+
 class Streams:
     """`waiting` is oldest first, behind those that another replica had, `running` first admitted first; a running
     stream holds blocks and pins its graft. The engine's thread owns it."""
@@ -101,6 +105,7 @@ class Streams:
             graft = sequence.request.graft
             try:
                 held_up = not self._make_room(graft, wanted) or held_up
+                self._check_use(sequence)
                 self._check_length(sequence)
             except Exception as error:  # whatever is wrong with one graft concerns only those who want it
                 failed.append((sequence, error))
@@ -230,6 +235,12 @@ class Streams:
         """Its graft, once that is in memory."""
         resident = self.residency.get(sequence.request.graft) if sequence.request.graft else None
         return resident.graft if resident else None
+
+    def _check_use(self, sequence: Sequence) -> None:
+        graft = self._graft(sequence)
+        if graft is not None and bool(graft.head) != sequence.request.classifies:
+            does = "it classifies texts and writes none" if graft.head else "it has no classifier"
+            raise WrongUse(f"graft {sequence.request.graft} cannot be used so: {does}")
 
     def _check_length(self, sequence: Sequence) -> None:
         request = sequence.request

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.grafts.runtime.classifier import label_logits
 from polygraft.grafts.sizes import TensorSpec
 
 
@@ -22,11 +23,7 @@ class ClassHead:
 
     def logits(self, rows_ND: Tensor) -> Tensor:
         """[N, classes] of hidden states [N, hidden], in the head's dtype, float32 or wider."""
-        parts = self._parts
-        read = rows_ND.to(parts["weight"].dtype)
-        if "dense.weight" in parts:
-            read = torch.tanh(F.linear(read, parts["dense.weight"], parts["dense.bias"]))
-        return F.linear(read, parts["weight"], parts.get("bias"))
+        return label_logits(self._parts, rows_ND)
 
     def losses_and_gradient(self, rows_ND: Tensor, labels_N: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(label) of every row, [N], and d(sum of factor * loss) / d rows [N, hidden]; the head's own gradient

@@ -53,7 +53,7 @@ class Joining:
             )
             running = self._joined(self.runner.memory.fitted(trained), name, record)
             if running.before is None:
-                before = self.runner.held_out(record.id)
+                before = self.runner.untrained(record.id)
                 if before is not None and not before.finite:
                     raise SpecError(f"{peft!r} has a held-out loss of {before.loss} before its first step")
                 running.before = before

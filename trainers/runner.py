@@ -27,6 +27,7 @@ from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.packed_forward import bare_forward
 from polygraft.trainers.ranks import Alone, Ranks
 from polygraft.trainers.running import Outcome, RunningJob, Stepped
+from polygraft.trainers.untrained import Untrained, adds_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class PackRunner:
         self.jobs: dict[str, RunningJob] = {}
         self.steps = 0
         self._elsewhere: Mapping[str, int] = {}
+        self._untrained = Untrained()
         self._fallen: dict[str, Exception] = {}
         self._gradient, self._perturbation = GradientLane(backbone), PerturbationLane(backbone)
         self._elastic = ElasticLane(backbone)
@@ -131,6 +133,14 @@ class PackRunner:
         """What the job's validation file says of its graft; None where it has none."""
         samples = self.jobs[job].job.held_out
         return self._judged(job, samples) if samples else None
+
+    def untrained(self, job: str) -> Judgement | None:
+        """The same as it joins: computed once for all jobs of a validation file whose grafts add nothing yet."""
+        running = self.jobs[job]
+        if running.step or not running.job.held_out or not adds_nothing(running.job.graft, running.slab.tensors):
+            return self.held_out(job)
+        samples = running.job.held_out
+        return self._untrained.judged(samples, self.max_rows, lambda: self._judged(job, samples))
 
     def tested(self, job: str) -> Judgement | None:
         """The same of its test file."""

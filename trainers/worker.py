@@ -166,8 +166,10 @@ class PackWorker:
                     self._stopped = True
                     break
             self._cursor = entry_id
-        if entries:
+        if self._stopped:
             self._save()
+        elif entries:
+            self._record()
 
     def _let_leave(self) -> None:
         """Those that go on in another pack, between two of their steps."""
@@ -183,7 +185,7 @@ class PackWorker:
                 continue
             if left:
                 self._let_go(job)
-                self._save()
+                self._record()
 
     def _seat(self) -> None:
         """Let in who is outside. The suspects of a kill come after all others, or after a while, one at a time and
@@ -308,7 +310,7 @@ class PackWorker:
             self._fail(job, error)
         else:
             self._drop(job)
-            self._save()
+            self._record()
 
     def _drop(self, job: str) -> None:
         """Leave the pack; what a job saved for its restart is of no more use once the store knows its end."""
@@ -339,17 +341,31 @@ class PackWorker:
     def _save(self) -> None:
         """Checkpoint every job at its last step boundary, then the manifest that names them all. Where there is no room
         for that, the last manifest and what it names stay as they are, and it is tried again soon."""
-        try:
-            self._save_all()
+        if self._has_room(self._save_all):
             self._saved = time.monotonic()
+
+    def _record(self) -> None:
+        """The manifest as commands and those who left have changed it, with the checkpoints that there are: who comes
+        and goes costs the others no write. Blame says what jobs are past, so with any they are saved as they are."""
+        if self._blame.seen:
+            self._save()
+        else:
+            named = {job: self._named.get(job) for job in self.runner.jobs}
+            self._has_room(lambda: self._write(named))
+
+    def _has_room(self, save: Callable[[], None]) -> bool:
+        try:
+            save()
         except OSError as error:
             if not is_full(error):
                 raise
             _LOG.warning("%s has no room for a checkpoint: %s", self.folders.data, error)
             self._saved = time.monotonic() + ROOM_S - CHECKPOINT_S
+            return False
+        return True
 
     def _save_all(self) -> None:
-        names: dict[str, str | None] = {str(job): name for job, name in self._outside.items()}
+        names: dict[str, str | None] = {}
         for job, running in list(self.runner.jobs.items()):
             self._underway.note({job: running.step})
             try:
@@ -360,6 +376,10 @@ class PackWorker:
                 self._lose(failure(job, f"{running.at}, its checkpoint", error, "checkpoint_not_saved"))
             finally:
                 self._underway.clear()
+        self._write(names)
+
+    def _write(self, inside: Mapping[str, str | None]) -> None:
+        names: dict[str, str | None] = {**inside, **{str(job): name for job, name in self._outside.items()}}
         Manifest(self.runner.steps, self._cursor, self._closing, names, self._blame).save(self.folders.pack(self.pack))
         self._named = names
 

@@ -30,7 +30,7 @@ from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.record import open_study
 from polygraft.tuning.study import Exhausted, Failure, NotYet, Outcome, Result, Stopped, Study, Trial, TrialState
-from polygraft.tuning.trial import Access, JobTrial
+from polygraft.tuning.trial import Access, JobTrial, Terms
 
 OnTrial = Callable[[Trial], None]
 OnProgress = Callable[[Trial, float], None]
@@ -81,10 +81,11 @@ def search(  # noqa: PLR0913
     plan, and what the store raises.
     """
     name = study or new_study_id()
-    bridge = StudySearcher(open_study(store, name, plan, tenant=tenant, clock=clock), plan, on_trial, on_progress)
+    bridge = StudySearcher(name, open_study(store, name, plan, tenant=tenant, clock=clock), plan, on_trial, on_progress)
     if bridge.left:
         with _environment(), _connected(cluster):
-            trainable = tune.with_parameters(JobTrial, access=access, plan=plan, study=name)
+            terms = Terms(name, plan.lease_s, losses=plan.pruner != "none")
+            trainable = tune.with_parameters(JobTrial, access=access, terms=terms)
             _fit(trainable, bridge, plan, folder / name)
     return StudyResult(name, bridge.study.trials, bridge.study.front, bridge.ended)
 
@@ -92,8 +93,10 @@ def search(  # noqa: PLR0913
 class StudySearcher(Searcher):
     """Answers Tune's questions from the study, and tells the study what Tune saw."""
 
-    def __init__(self, study: Study, plan: SearchPlan, on_trial: OnTrial, on_progress: OnProgress) -> None:
+    def __init__(self, name: str, study: Study, plan: SearchPlan, on_trial: OnTrial, on_progress: OnProgress) -> None:
+        """`name` is the study's."""
         super().__init__()
+        self._name = name
         self.study = study
         self.error: Exception | None = None
         self.ended: str | None = None  # why nothing more is asked
@@ -138,10 +141,14 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED
         self._numbers[trial_id] = trial.number
         self._on_trial(trial)
-        what = trial.candidate
-        config: dict[str, object] = {"number": trial.number, "peft": what.peft, "learning_rate": what.learning_rate}
-        rung = self._plan.rung(trial, self.study.trials)
-        return config if rung is None else {**config, "rung": rung}
+        body = self._plan.request(
+            study=self._name,
+            number=trial.number,
+            peft=trial.candidate.peft,
+            learning_rate=trial.candidate.learning_rate,
+            rung=self._plan.rung(trial, self.study.trials),
+        )
+        return {"number": trial.number, "body": body}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
         self._on_progress(self.study.trials[self._numbers[trial_id]], float(str(result.get("progress", 0.0))))

@@ -2,13 +2,14 @@
 reports how it goes.
 
 The job's owner is the trial. Every step of the trial renews the owner's lease, so a trial that is killed, or whose
-driver is, leaves a job that the service cancels by itself. Imports neither torch nor the runtime: the work is in the
-pack.
+driver is, leaves a job that the service cancels by itself. Imports next to nothing, since every trial at once is a
+process that does: the work is in the pack, and what a plan is made of in the driver.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,7 +20,6 @@ from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.owned import submitted
-from polygraft.tuning.plan import SearchPlan
 
 REPORT_S = 2.0  # a step of the trial; Tune can stop it in between
 POLL_S = 1.0
@@ -35,8 +35,17 @@ class Access:
     key: str = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all trials of a study have in common: the lease of their jobs, and whether they report training losses."""
+
+    study: str
+    lease_s: float
+    losses: bool
+
+
 class JobTrial(tune.Trainable):
-    """Config: `number`, `peft`, `learning_rate`, and `rung` for a part of its steps. Results: `done`, `progress` in
+    """Config: its `number` and the `body` of its job. Results: `done`, `progress` in
     [0, 1], `job`; at the end `loss`, `scores` by name, `parameters`, `loss_before` and `model`, or `failure` with the
     reason.
     """
@@ -48,10 +57,10 @@ class JobTrial(tune.Trainable):
 
     # The other arguments come from tune.with_parameters, so that the key stays out of the files that Tune writes.
     def setup(  # type: ignore[override]
-        self, config: dict[str, object], access: Access, plan: SearchPlan, study: str
+        self, config: dict[str, object], access: Access, terms: Terms
     ) -> None:
-        self._client = Client(access.url, access.key, timeout_s=min(_CALL_S, plan.lease_s / 2))
-        self._plan, self._study = plan, study
+        self._client = Client(access.url, access.key, timeout_s=min(_CALL_S, terms.lease_s / 2))
+        self._terms = terms
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, object]) -> bool:
@@ -82,15 +91,10 @@ class JobTrial(tune.Trainable):
         self._client.close()
 
     def _begin(self, config: dict[str, object]) -> None:
-        number, rung = int(str(config["number"])), config.get("rung")
-        self._body = self._plan.request(
-            study=self._study,
-            number=number,
-            peft=str(config["peft"]),
-            learning_rate=float(str(config["learning_rate"])),
-            rung=rung if isinstance(rung, dict) else None,
-        )
-        self._name = str(number)
+        body = config["body"]
+        assert isinstance(body, dict), "a trial has the body of its job"
+        self._body: Mapping[str, JsonValue] = body
+        self._name = str(config["number"])
         self._job: RemoteJob | None = None
         self._told_step = 0
         self._heard_at = time.monotonic()  # when the service last answered
@@ -101,15 +105,16 @@ class JobTrial(tune.Trainable):
         if self._job is None:
             self._job = self._submit()
             self._renewed_at = time.monotonic()
-        elif time.monotonic() - self._renewed_at > self._plan.lease_s / 3:
-            self._job = self._client.renew(self._job.id, self._plan.lease_s)
+        elif time.monotonic() - self._renewed_at > self._terms.lease_s / 3:
+            self._job = self._client.renew(self._job.id, self._terms.lease_s)
             self._renewed_at = time.monotonic()
         else:
             self._job = self._client.job(self._job.id)
         self._heard_at = time.monotonic()
 
     def _submit(self) -> RemoteJob:
-        return submitted(self._client, self._body, study=self._study, name=self._name, lease_s=self._plan.lease_s)
+        terms = self._terms
+        return submitted(self._client, self._body, study=terms.study, name=self._name, lease_s=terms.lease_s)
 
     def _leave(self) -> None:
         """Cancel the job if it is not over; where that fails, its lease runs out."""
@@ -120,7 +125,7 @@ class JobTrial(tune.Trainable):
 
     def _late(self) -> bool:
         """Whether the service was silent for so long that the job's lease is over."""
-        return time.monotonic() - self._heard_at > self._plan.lease_s
+        return time.monotonic() - self._heard_at > self._terms.lease_s
 
     def _facts(self) -> dict[str, JsonValue]:
         job = self._job
@@ -128,7 +133,7 @@ class JobTrial(tune.Trainable):
             return {"progress": 0.0, "job": None}
         share = 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1))
         facts: dict[str, JsonValue] = {"progress": share, "job": job.id}
-        if self._plan.pruner != "none" and job.steps_total:
+        if self._terms.losses and job.steps_total:
             facts |= {"losses": self._new_losses(job.id), "steps_total": job.steps_total}
         return facts
 

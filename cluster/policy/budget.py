@@ -51,11 +51,6 @@ class Budget:
         self.jobs -= 1
         self.bytes -= bytes_of(job)
 
-    def give(self, bytes: int) -> None:
-        """Count a job with so many bytes of state no more."""
-        self.jobs += 1
-        self.bytes += bytes
-
 
 def job_bytes(limits: Limits) -> int | None:
     """What an empty pack has for its jobs' state; None: as much as it takes."""

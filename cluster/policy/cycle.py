@@ -77,8 +77,8 @@ class _Round:
         """When the last job of a pack ended, of those that are remembered; asked for where a pack may be idle."""
         ends: dict[PackId, float] = {}
         for job in self._standing.over.values():
-            if job.pack is not None:
-                ends[job.pack] = max(ends.get(job.pack, 0.0), job.finished_at or 0.0)
+            if job.pack is not None and job.finished_at is not None:
+                ends[job.pack] = max(ends.get(job.pack, job.finished_at), job.finished_at)
         return ends
 
     def oldest(self, kind: Kind) -> Turn:

@@ -9,10 +9,10 @@ from math import inf
 
 from polygraft.cluster.decisions import Admit, Decision, Hold, OpenPack
 from polygraft.cluster.model import Job, Pack, PackId, Snapshot
-from polygraft.cluster.policy.budget import limits_of
+from polygraft.cluster.policy.budget import Budget, limits_of
 from polygraft.cluster.policy.devices import FreeDevices
 from polygraft.cluster.policy.room import Room, paces
-from polygraft.cluster.policy.standing import Kind, Load, Standing
+from polygraft.cluster.policy.standing import Kind, Standing
 from polygraft.cluster.states import PackState, Reason
 
 BACKOFF_S = 1.0  # before a new pack after a failed one; doubles with every failure in a row
@@ -30,7 +30,7 @@ class Rooms:
         self.limits = limits_of(snapshot.limits, snapshot.backbones.get(kind.backbone))
         self.open: list[Room] = []
         self._full: list[Room | Pack] = []  # a room is made of such a pack when somebody asks when it has a place
-        self._opening: list[Room] = []
+        self._opening: list[Budget] = []
         self._closing = False
         for pack in packs:
             if pack.state is PackState.OPEN and standing.count(pack.id) >= self.limits.max_jobs:
@@ -38,7 +38,7 @@ class Rooms:
             elif pack.state is PackState.OPEN:
                 self.open.append(self._room(pack))
             elif pack.state is PackState.OPENING:
-                self._opening.append(self._room(pack))
+                self._opening.append(self._room(pack).budget)
             else:
                 self._closing = True
         self.open.sort(key=lambda room: room.order)
@@ -48,9 +48,11 @@ class Rooms:
     @property
     def exhausted(self) -> bool:
         """Whether it is of no use to look at further jobs in this round."""
-        if self._blocked == 0 or self._blocked >= LOOK:
-            return self._blocked > 0
-        places = any(not room.kept for room in self.open) or any(room.budget.jobs > 0 for room in self._opening)
+        if self._blocked == 0:
+            return False
+        if self._blocked >= LOOK:
+            return True
+        places = any(not room.kept for room in self.open) or any(empty.jobs > 0 for empty in self._opening)
         return not places and not self._may_open
 
     def shut(self, packs: Collection[PackId]) -> None:
@@ -73,7 +75,7 @@ class Rooms:
             else:
                 self._full.append(fullest)
             return Admit(job.id, fullest.pack.id)
-        ready = next((room for room in self._opening if room.takes(job)), None)
+        ready = next((empty for empty in self._opening if empty.refusal(job) is None), None)
         if ready is None and self._may_open and self._wait_s(job) > self.limits.opening_s:
             ready = self._new(opened)
         if ready is not None:
@@ -87,7 +89,7 @@ class Rooms:
         if not (self.open or self._full or self._opening):
             return self._why_none()
         overdue = job.blocked_at is not None and self._snapshot.now - job.blocked_at >= self.limits.overtake_s
-        memory = self.open or any(room.budget.jobs > 0 for room in self._opening)
+        memory = self.open or any(empty.jobs > 0 for empty in self._opening)
         if (overdue or self._may_open) and (soonest := self._soonest(job)) is not None:  # it counts on what ends there
             soonest.promise(job)
             soonest.kept = overdue
@@ -119,22 +121,14 @@ class Rooms:
             return Reason.PACK_BACKOFF
         return Reason.PACK_CLOSING if self._closing else Reason.NO_DEVICE
 
-    def _new(self, opened: list[OpenPack]) -> Room:
+    def _new(self, opened: list[OpenPack]) -> Budget:
         found = self._devices.take(self._kind)
         assert found is not None, "asked before"
         order = OpenPack(new_pack_id(self._snapshot, len(opened)), self._kind.backbone, found.devices, found.bytes)
         opened.append(order)
-        pack = Pack(
-            id=order.pack,
-            backbone=order.backbone,
-            devices=order.devices,
-            bytes=order.bytes,
-            epoch=0,
-            opened_at=self._snapshot.now,
-        )
-        room = Room(pack, self.limits, Load(), {})
-        self._opening.append(room)
-        return room
+        empty = Budget(self.limits)
+        self._opening.append(empty)
+        return empty
 
     def _wait_s(self, job: Job) -> float:
         return min((room.wait_s(job) for room in self._everyone() if not room.kept), default=inf)
@@ -161,7 +155,8 @@ def backing_off(snapshot: Snapshot, kind: Kind) -> bool:
     if failures == 0:
         return False
     wait_s = min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (failures - 1))
-    return snapshot.now < (past[0].closed_at or 0.0) + wait_s
+    closed_at = past[0].closed_at
+    return closed_at is not None and snapshot.now < closed_at + wait_s
 
 
 def new_pack_id(snapshot: Snapshot, index: int) -> PackId:

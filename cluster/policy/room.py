@@ -20,6 +20,7 @@ class Room:
         self.count = len(load.jobs)
         self.budget = Budget(limits, jobs=self.count, bytes=load.bytes)
         self._left_s = left_s
+        self._promised: list[Job] = []
         self._ends: list[tuple[float, int]] | None = None
 
     @property
@@ -36,7 +37,8 @@ class Room:
 
     def wait_s(self, job: Job) -> float:
         """In how many seconds the job would fit, by the pace of those that are here; inf where that is not known."""
-        jobs, free = self.budget.jobs, self.budget.bytes
+        jobs = self.budget.jobs - len(self._promised)
+        free = self.budget.bytes - sum(bytes_of(one) for one in self._promised)
         for left_s, given in self._expected():
             jobs, free = jobs + 1, free + given
             if self.budget.holds(job, jobs, free):
@@ -44,11 +46,9 @@ class Room:
         return inf
 
     def promise(self, job: Job) -> None:
-        """Give the job what the next ones to end give back, so that nobody else counts on it."""
-        ends = self._expected()
-        while ends and self.budget.refusal(job) is not None:
-            self.budget.give(ends.pop(0)[1])
-        self.budget.take(job)
+        """Keep what the job needs of what those that end here give back, so that nobody else counts on it. What is
+        free now is left to others."""
+        self._promised.append(job)
 
     def lasts_s(self) -> float:
         """Until the last of its jobs (it has some) is expected to end; inf where that is not known of one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -20,8 +19,6 @@ from polygraft.launch.output import Failure, JsonOut, Status, ago, errors, print
 
 if TYPE_CHECKING:  # imported when the command runs: Optuna takes seconds
     from polygraft.tuning.study import Trial
-
-_FOLLOW_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +92,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search for grafts of low loss and few parameters; its trials are jobs, as many as fit in one pack."""
+    from polygraft.launch.searching import followed
+
     with flags(context).client() as client:
         body = _asked(client, file, budget) | ({"warm_start": start} if start else {})
         begun = remote.create(client, body, idempotency_key=token_hex(16))
@@ -103,7 +102,7 @@ def search(
             if as_json:
                 print_json({"id": begun.id})
             return
-        _tell(client, _followed(client, begun), Files(chart, report), as_json=as_json)
+        _tell(client, followed(client, begun), Files(chart, report), as_json=as_json)
 
 
 def searches(
@@ -120,6 +119,8 @@ def searches(
     as_json: Json = False,
 ) -> None:
     """List searches; of one its front, or its end."""
+    from polygraft.launch.searching import followed
+
     with flags(context).client() as client:
         if search is None:
             _list(list(remote.listed(client)), as_json=as_json)
@@ -130,7 +131,7 @@ def searches(
             found = remote.show(client, search)
             _tell(
                 client,
-                _followed(client, found) if follow else found,
+                followed(client, found) if follow else found,
                 Files(chart, report, table, study),
                 as_json=as_json,
             )
@@ -153,35 +154,12 @@ def _asked(client: Client, file: Path, budget: str | None) -> dict[str, JsonValu
     return body
 
 
-def _followed(client: Client, search: RemoteSearch) -> RemoteSearch:
-    """The search once it is over, its trials told as they are asked for and end."""
-    from polygraft.launch.search_progress import SearchProgress
-    from polygraft.tuning.study import TrialState
-
-    told: dict[int, TrialState] = {}
-    with SearchProgress(search.trials_total) as progress:
-        while True:
-            search = remote.show(client, search.id)
-            for trial in _trials(client, search):
-                if told.get(trial.number) is not trial.state:
-                    told[trial.number] = trial.state
-                    progress.on_trial(trial)
-            if search.final:
-                return search
-            time.sleep(_FOLLOW_S)
-
-
-def _trials(client: Client, search: RemoteSearch) -> list[Trial]:
-    from polygraft.tuning.desk import read
-
-    return [read(one.model_dump(exclude={"id", "object"})) for one in remote.trials(client, search.id)]
-
-
 def _tell(client: Client, search: RemoteSearch, files: Files, *, as_json: bool) -> None:
     """The front of a search, and why it ended if it did so early."""
-    from polygraft.launch.front import Point, print_front
+    from polygraft.launch.front import Point, print_chosen, print_front
+    from polygraft.launch.searching import trials_of
 
-    trials = _trials(client, search)
+    trials = trials_of(client, search)
     front = [trials[number] for number in search.front]
     if search.note:
         errors.print(escape(search.note), highlight=False)
@@ -196,13 +174,7 @@ def _tell(client: Client, search: RemoteSearch, files: Files, *, as_json: bool) 
         print_json(facts)
         return
     print_front(points)
-    if search.chosen is not None:
-        again = next(member for member in search.finals if member.trial == search.chosen)
-        interval = f" ± {again.half_width:.4f}" if again.seeds > 1 else ""
-        chosen = f"chosen: trial {again.trial}, loss {again.loss:.4f}{interval} over {again.seeds} other seeds"
-        for name, found in (("score", again.score), ("test loss", again.test_loss), ("test score", again.test_score)):
-            chosen += "" if found is None else f", {name} {found.mean:.4f} ± {found.half_width:.4f}"
-        screen.print(chosen, highlight=False)
+    print_chosen(search)
     for path in files.all:
         screen.print(f"Written: {path}", highlight=False)
 

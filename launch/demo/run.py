@@ -30,7 +30,6 @@ from polygraft.launch.demo.steps import mixing, packing
 from polygraft.launch.demo.train import Tenant, Training, train
 from polygraft.launch.output import Failure, screen
 from polygraft.launch.progress import job_progress, stages
-from polygraft.launch.search_progress import SearchProgress
 from polygraft.launch.start import AlreadyRunning, start
 from polygraft.launch.stop import stop
 
@@ -58,8 +57,7 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
         with PeakMemory(service.pid) as memory:
             tenants, searcher = _tenants(service, data.tenants, data.search)
             trained = _train(service, tenants)
-            searched = _search(service, data.search, searcher, settings.data / "searches", chart)
-            _exit_on_sigterm()  # again, since Ray has set a handler of its own
+            searched = _search(service, data.search, searcher, chart)
             answered = _serve(service, trained)
         grafts = mixing(settings.data, answered.began_at, grafts=LEAST_GRAFTS, methods=LEAST_METHODS)
         report = Report(
@@ -74,7 +72,6 @@ def demo(settings: Settings, *, chart: Path, keep: bool) -> tuple[Report, Servic
         done = True
         return report, service
     finally:
-        signal.alarm(0)  # set by Ray when SIGTERM met it: three seconds later it would abort this process
         if not (keep and done):
             with stages() as shown:
                 shown.enter("stopping the service")
@@ -125,18 +122,16 @@ def _train(service: Service, tenants: list[Tenant]) -> Training:
         return train(service.url, service.backbone, tenants, on_progress=show)
 
 
-def _search(service: Service, share: Share, key: str, folder: Path, chart: Path) -> Searched:
+def _search(service: Service, share: Share, key: str, chart: Path) -> Searched:
     _announce(
         "2. Search",
-        f"{searching.TRIALS} trials on {share.name}, at most {searching.CONCURRENCY} at once, each a job in the pack",
+        f"{searching.TRIALS} trials on {share.name}, at most {searching.CONCURRENCY} at once, each a job in the pack; "
+        "those that fall behind are stopped, the front is trained again, and its knee is served",
     )
     began = time.perf_counter()
     try:
-        with SearchProgress(searching.TRIALS) as progress:
-            trials = searching.search(
-                service, share, key=key, tenant=TenantId(share.name), folder=folder, progress=progress
-            )
-        found = Searched(trials, time.perf_counter() - began, chart)
+        ended, trials = searching.search(service, share, key=key)
+        found = Searched(ended, trials, time.perf_counter() - began, chart)
         found.draw()
     except ValueError as error:  # no trial has finished
         raise Failure(f"search: {error}") from None

@@ -1,4 +1,5 @@
-"""Stage 2: an AutoPEFT-style search on one topic, every trial a job in the pack."""
+"""Stage 2: a search on one topic through the service. Every trial is a job in the pack, those that fall behind are
+stopped, members of the front are trained again, and the search's name means the one that is chosen."""
 
 from __future__ import annotations
 
@@ -8,32 +9,37 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from polygraft.cluster import searches as remote
 from polygraft.cluster.client import Client
-from polygraft.cluster.model import TenantId
+from polygraft.cluster.searches import RemoteSearch
 from polygraft.cluster.service import Service
-from polygraft.cluster.spec import read_request
-from polygraft.launch import searching
 from polygraft.launch.corpus import Share
 from polygraft.launch.front import Point
-from polygraft.launch.search_progress import SearchProgress
+from polygraft.launch.searching import followed, trials_of
 from polygraft.tuning.front import draw
-from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.space import Rates
-from polygraft.tuning.spaces.autopeft import autopeft
-from polygraft.tuning.study import Trial, pareto
+from polygraft.tuning.study import Stopped, Trial, TrialState
 
-TRIALS, CONCURRENCY, STARTUP = 12, 4, 4
-_INFORMED = 6  # trials that must have been asked for after results were told
-_LARGEST_ADAPTER, _LONGEST_PREFIX, _LAYER_GROUPS = 32, 16, 6
-_LEARNING_RATES = Rates(5e-4, 1e-2)
+TRIALS, CONCURRENCY = 12, 4
+_INFORMED = 6  # trials that must have been asked for after something was told
 _EXAMPLES = 32  # of the topic's training share: a low fidelity, the same for all trials
-_TRAINING: dict[str, JsonValue] = {"n_epochs": 1, "batch_size": 8, "max_length": 64}
+ASKED: dict[str, JsonValue] = {
+    "trials": TRIALS,
+    "concurrency": CONCURRENCY,
+    "startup": 4,
+    "pruner": "halving",
+    "seeds": 1,
+    "choose": "knee",
+    "promote": True,
+    "space": {"kind": "autopeft", "groups": 6, "largest": 32, "longest": 16, "learning_rate": [5e-4, 1e-2]},
+    "hyperparameters": {"n_epochs": 1, "batch_size": 4, "max_length": 64},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """All trials, and where the front was drawn."""
+    """The search when it was over, all its trials, and where the front was drawn."""
 
+    search: RemoteSearch
     trials: tuple[Trial, ...]
     wall_s: float
     chart: Path
@@ -45,63 +51,67 @@ class Searched:
     @property
     def front(self) -> list[Point]:
         """From the smallest graft up."""
-        return [Point.of(trial) for trial in pareto(self.trials)]
+        return [Point.of(self.trials[number]) for number in self.search.front]
+
+    @property
+    def stopped(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state is TrialState.STOPPED]
+
+    @property
+    def saved(self) -> float:
+        """The share of all trials' steps that were not taken."""
+        left = (
+            1 - one.outcome.step / one.outcome.steps_total for one in self.trials if isinstance(one.outcome, Stopped)
+        )
+        return sum(left) / max(1, len(self.trials))
 
     @property
     def informed(self) -> int:
-        """Trials that were asked for when results were known."""
-        return sum(trial.told > 0 for trial in self.trials)
+        """Trials that were asked for when something was told of others."""
+        return sum(bool(trial.seen) for trial in self.trials)
 
     def broken(self) -> Iterator[str]:
         """What the search promised and did not keep, as sentences."""
-        if len(self.points) < TRIALS:
-            yield f"{len(self.points)} of {TRIALS} trials finished"
+        told = len(self.points) + len(self.stopped)
+        if self.search.status != "succeeded" or told < TRIALS:
+            note = f": {self.search.note}" if self.search.note else ""
+            yield f"the search {self.search.status}, {told} of {TRIALS} trials finished or were stopped{note}"
         if self.informed < _INFORMED:
-            yield f"{self.informed} trials were asked for after a result was known; at least {_INFORMED} are promised"
+            yield f"{self.informed} trials were asked for after another one was told; at least {_INFORMED} are promised"
+        if not self.stopped:
+            yield "no trial was stopped"
+        if self.search.chosen is None:
+            yield "no member of the front was trained again and chosen"
 
     def to_json(self) -> dict[str, JsonValue]:
         return {
             "trials": len(self.points),
+            "stopped": len(self.stopped),
+            "steps_saved": round(self.saved, 4),
             "informed": self.informed,
             "wall_s": round(self.wall_s, 2),
             "chart": str(self.chart),
             "front": [point.to_json() for point in self.front],
             "points": [point.to_json() for point in self.points],
+            "finals": [member.model_dump(mode="json") for member in self.search.finals],
+            "chosen": self.search.chosen,
         }
 
     def draw(self) -> None:
         """Raises ValueError when no trial has finished."""
-        draw(self.trials, self.chart, title="Serial x parallel x prefix x layers x learning rate")
+        front = [self.trials[number] for number in self.search.front]
+        draw(self.trials, self.chart, front=front, title="Serial x parallel x prefix x layers x learning rate")
 
 
-def search(
-    service: Service, share: Share, *, key: str, tenant: TenantId, folder: Path, progress: SearchProgress
-) -> tuple[Trial, ...]:
-    """All trials, once they have ended. Raises what `tuning.driver.search` and the client raise."""
+def search(service: Service, share: Share, *, key: str) -> tuple[RemoteSearch, tuple[Trial, ...]]:
+    """The search once it is over, and its trials. Raises what the client raises."""
     few = replace(share, train=share.train[:_EXAMPLES])
     with Client(service.url, key) as client:
-        job = read_request(
-            {
-                "model": service.backbone,
-                "training_file": client.upload(few.train_jsonl, filename=f"{share.name}.jsonl").id,
-                "validation_file": client.upload(share.held_out_jsonl, filename=f"{share.name}-held-out.jsonl").id,
-                "method": {"type": "supervised", "supervised": {"hyperparameters": _TRAINING}},
-            }
-        )
-    space = autopeft(
-        searching.shape_of(service.backbone_folder),
-        groups=_LAYER_GROUPS,
-        largest=_LARGEST_ADAPTER,
-        longest=_LONGEST_PREFIX,
-        learning_rate=_LEARNING_RATES,
-    )
-    plan = SearchPlan(name=share.name, space=space, job=job, trials=TRIALS, concurrency=CONCURRENCY, startup=STARTUP)
-    return searching.run(
-        service,
-        plan,
-        key=key,
-        tenant=tenant,
-        folder=folder,
-        on_trial=progress.on_trial,
-        on_progress=progress.on_progress,
-    ).trials
+        body: dict[str, JsonValue] = {
+            "name": share.name,
+            "training_file": client.upload(few.train_jsonl, filename=f"{share.name}.jsonl").id,
+            "validation_file": client.upload(share.held_out_jsonl, filename=f"{share.name}-held-out.jsonl").id,
+            **ASKED,
+        }
+        found = followed(client, remote.create(client, body))
+        return found, tuple(trials_of(client, found))

@@ -7,7 +7,7 @@ from statistics import median
 from rich.markup import escape
 
 from polygraft.launch.demo.report import Report
-from polygraft.launch.front import print_front
+from polygraft.launch.front import print_chosen, print_front
 from polygraft.launch.output import count, loss, print_table, screen
 
 
@@ -37,9 +37,11 @@ def print_summary(report: Report) -> None:
     searched = report.searched
     _title(
         "Found",
-        f"the Pareto front of {len(searched.points)} trials, {searched.wall_s:.0f} s; drawn to {searched.chart}",
+        f"the Pareto front of {len(searched.points)} trials; {len(searched.stopped)} others were stopped, which saved "
+        f"{searched.saved:.0%} of the steps; {searched.wall_s:.0f} s; drawn to {searched.chart}",
     )
     print_front(searched.front)
+    print_chosen(searched.search)
     _title("Served", f"up to {mixing.most_grafts} grafts of {mixing.methods_then} methods in one decoding step")
     answers = burst.answers
     tpots = [answer.tpot_s for answer in answers if answer.tokens > 1]

@@ -12,6 +12,7 @@ from polygraft.serving.http import (
     adapters,
     backbones,
     chat,
+    classify,
     cluster,
     completions,
     documents,
@@ -51,8 +52,8 @@ def create_app(api: Api) -> FastAPI:
     app.add_middleware(Authenticated, store=api.store)  # around the one before
     app.add_middleware(Answered, meters=api.meters)  # around both
     errors.install(app)
-    documented = (files, jobs, dry_runs, searches, models, backbones, grafts, adapters, chat, completions, tokens)
-    for part in (*documented, metrics, cluster):
+    stored = (files, jobs, dry_runs, searches, models, backbones, grafts, adapters)
+    for part in (*stored, chat, completions, classify, tokens, metrics, cluster):
         app.include_router(part.router)
     for path in OPEN_PATHS:
         app.add_api_route(path, health, responses=_UNHEALTHY, openapi_extra={"security": []})

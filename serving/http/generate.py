@@ -95,7 +95,7 @@ class Asker:
         meter = self.api.meters.begin(
             self.backbone.name, self.asked, prompt_tokens=len(wanted.prompt_ids), max_tokens=wanted.max_tokens
         )
-        tokens = self._tokens(wanted)
+        tokens = tokens_of(self.api, self.backbone, wanted, self.field)
         reason: Finish = "abort"
         try:
             async with aclosing(tokens):
@@ -111,26 +111,6 @@ class Asker:
         finally:
             meter.over(reason)
 
-    async def _tokens(self, wanted: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
-        """The gateway's tokens, its refusals and failures as answers."""
-        try:
-            async with (
-                self.api.backbones.answering(self.backbone) as gateway,
-                aclosing(gateway.generate(wanted)) as stream,
-            ):
-                async for tokens in stream:
-                    if (failure := self._failure(tokens)) is not None:
-                        raise failure
-                    yield tokens
-        except Busy as error:
-            seconds = ceil(error.retry_after_s)
-            headers = {"Retry-After": f"{seconds}"}
-            raise ApiError(429, f"{error}; try again in {seconds} s", code="overloaded", headers=headers) from None
-        except TooLong as error:
-            raise self._too_long(f"{error}") from None
-        except Unavailable as error:
-            raise unavailable(f"{error}; try again") from None
-
     def _limit(self, prompt: int, field: str, asked: int | None) -> int:
         """How many tokens the answer may have: what was asked, or all the context has room for."""
         prefix = self.graft.context_length if self.graft else 0
@@ -145,22 +125,46 @@ class Asker:
             )
         return asked or room
 
-    def _failure(self, tokens: StepTokens) -> ApiError | None:
-        """The answer when a generation failed, by who can mend it, or was broken off."""
-        match tokens.finish_reason, tokens.code:
-            case "error", "out_of_memory":
-                return unavailable(f"{tokens.request}: {tokens.error}; try again, or with a shorter prompt")
-            case "error", None:
-                return internal("the generation failed", f"{tokens.request}: {tokens.error}", code="generation_failed")
-            case "error", code:
-                return bad_request(f"{self.field}: {tokens.error}", param=self.field, code=code)
-            case "cancelled", _:
-                return unavailable("the generation was broken off by the service; try again")
-            case _:
-                return None
 
-    def _too_long(self, message: str) -> ApiError:
-        return bad_request(f"{self.field}: {message}", param=self.field, code="context_length_exceeded")
+async def tokens_of(
+    api: Api, backbone: KnownBackbone, wanted: GenerationRequest, field: str
+) -> AsyncGenerator[StepTokens, None]:
+    """What the gateway says of a request whose prompt stood in `field`, its refusals and failures as answers. Raises
+    ApiError."""
+    try:
+        async with (
+            api.backbones.answering(backbone) as gateway,
+            aclosing(gateway.generate(wanted)) as stream,
+        ):
+            async for tokens in stream:
+                if (failure := _failure(tokens, field)) is not None:
+                    raise failure
+                yield tokens
+    except Busy as error:
+        seconds = ceil(error.retry_after_s)
+        headers = {"Retry-After": f"{seconds}"}
+        raise ApiError(429, f"{error}; try again in {seconds} s", code="overloaded", headers=headers) from None
+    except TooLong as error:
+        raise bad_request(f"{field}: {error}", param=field, code="context_length_exceeded") from None
+    except Unavailable as error:
+        raise unavailable(f"{error}; try again") from None
+
+
+def _failure(tokens: StepTokens, field: str) -> ApiError | None:
+    """The answer when a generation failed, by who can mend it, or was broken off."""
+    match tokens.finish_reason, tokens.code:
+        case "error", "out_of_memory":
+            return unavailable(f"{tokens.request}: {tokens.error}; try again, or with a shorter prompt")
+        case "error", None:
+            return internal("the generation failed", f"{tokens.request}: {tokens.error}", code="generation_failed")
+        case "error", "wrong_model":
+            return bad_request(f"model: {tokens.error}", param="model", code="wrong_model")
+        case "error", code:
+            return bad_request(f"{field}: {tokens.error}", param=field, code=code)
+        case "cancelled", _:
+            return unavailable("the generation was broken off by the service; try again")
+        case _:
+            return None
 
 
 async def first(stream: AsyncGenerator[R, None]) -> R:

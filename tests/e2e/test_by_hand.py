@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, redirect_stdout, suppress
@@ -23,13 +24,21 @@ import httpx
 import psutil
 import pytest
 import redis
+import torch
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from polygraft.cluster import searches as remote
+from polygraft.cluster.client import Client
 from polygraft.cluster.service import find_service
 from polygraft.launch.commands.search_file import read_search_file
 from polygraft.launch.main import app
 from polygraft.launch.processes import session
 from polygraft.launch.run_folder import RunFolder
+from polygraft.tuning.desk import read
+from polygraft.tuning.study import Result, Trial
+from tests.e2e import searched
+from tests.e2e.read_by_peft import Read
 from tests.tiny import tiny_llama
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
@@ -81,7 +90,7 @@ class Shell:
         service runs in this one, which has imported what takes seconds to import."""
         given, environment = ("--home", str(self.home), *arguments), {**os.environ, **self.environment}
         with chdir(self.home.parent):
-            if arguments[0] in ("up", "down", "search"):
+            if arguments[0] in ("up", "down"):
                 command = (sys.executable, "-m", "polygraft.launch", *given)
                 ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
                 return ended.returncode, ended.stdout, ended.stderr
@@ -192,6 +201,64 @@ def test_a_second_home_is_refused_the_port(told: Told, polygraft: Shell) -> None
     assert f"held by the service under {polygraft.home}" in said and RunFolder(second.home).supervision is None
 
 
+def test_a_classifier_and_what_searches_found_are_what_peft_reads_of_them(told: Told, polygraft: Shell) -> None:
+    """Asked for by another tenant, side by side: a job that classifies, a search of choice sets by their accuracy, and
+    population based training."""
+    folder, key = polygraft.home.parent, json.loads(polygraft("keys", "create", "ann", "--json"))["key"]
+    ann = Shell(polygraft.home, {**polygraft.environment, "POLYGRAFT_API_KEY": key})
+    searched.write(folder)
+    begun = [
+        json.loads(ann("search", f"{name}.yaml", "--detach", "--json"))["id"] for name in ("choices", "population")
+    ]
+    words = "submit texts.tsv --validation-file texts.tsv --type classification --epochs 4 --lr 0.05 --suffix kinds"
+    job = json.loads(ann(*words.split(), "--peft", "lora(r=2, at=attn.[qv])", "--json"))
+
+    service = find_service(polygraft.home / "run" / "service.json")
+    with Client(service.url, key) as client:
+
+        def exported(model: str, labels: int = 0) -> Read:
+            archive = folder / f"{model}.tar"
+            client.export_graft(model, archive)
+            with tarfile.open(archive) as files:
+                files.extractall(folder / model, filter="data")
+            (found,) = (folder / model).rglob("adapter_config.json")
+            return Read.of(backbone, found.parent, labels=labels)
+
+        backbone = Path(polygraft.environment["XDG_CACHE_HOME"]) / "polygraft" / "backbones" / "smollm2"
+        peft, labels = exported(job["fine_tuned_model"], len(searched.LABELS)), searched.LABELS
+        texts = [text for text, _ in searched.TEXTS]
+        found, right = torch.stack([peft.logits(text) for text in texts]), [label for _, label in searched.TEXTS]
+        numbers = torch.tensor([labels.index(label) for label in right])
+        assert job["loss_after"] == pytest.approx(float(F.cross_entropy(found, numbers)), rel=1e-4)
+        assert job["loss_after"] < job["loss_before"]
+        assert job["scores_after"]["accuracy"] == pytest.approx(float((found.argmax(-1) == numbers).float().mean()))
+        asked = {"model": "kinds", "input": texts}
+        answer = httpx.post(f"{service.url}/classify", json=asked, headers={"Authorization": f"Bearer {key}"})
+        told_labels = answer.json()["data"]
+        assert torch.tensor([one["probs"] for one in told_labels]).sub(found.softmax(-1)).abs().max() < 1e-4
+        assert [one["label"] for one in told_labels] == [labels[index] for index in found.argmax(-1)]
+
+        choices, population = (_over(client, search) for search in begun)
+        for trial in choices:
+            assert isinstance(trial.outcome, Result) and trial.values is not None
+            peft = exported(str(trial.outcome.model))
+            assert 1 - trial.values[0] == pytest.approx(peft.accuracy(searched.QUESTIONS))
+            right_answers = [(prompt, every[answer]) for prompt, every, answer in searched.QUESTIONS]
+            assert trial.loss == pytest.approx(peft.loss(right_answers), rel=1e-4)
+        for trial in population:
+            assert isinstance(trial.outcome, Result)
+            assert trial.loss == pytest.approx(exported(str(trial.outcome.model)).loss(searched.PAIRS), rel=1e-4)
+        first, second = population[:2], population[2:]
+        assert [trial.until for trial in (*first, *second)] == [0.5, 0.5, 1.0, 1.0]
+        best = min(first, key=lambda trial: (trial.values or (), trial.number)).number
+        assert [trial.parent for trial in second] == [best, best]
+        (kept,) = (trial for trial in second if trial.config == first[best].config)
+        assert isinstance(kept.outcome, Result)
+        stopped = client.job(str(kept.outcome.job))
+        straight = client.wait(client.create_job({**remote.show(client, begun[1]).job, "method": stopped.method}).id)
+        assert straight.graft == stopped.graft, "a job that never stopped ends with other bits"
+
+
 def test_nothing_runs_after_down_and_all_is_there_after_the_next_up(told: Told, polygraft: Shell) -> None:
     assert "already running" in polygraft("up")
     leaders = polygraft.sessions
@@ -218,6 +285,14 @@ def test_the_tutorials_search_publishes_its_trials_and_draws_the_front(told: Tol
     polygraft.line(line)
     assert (polygraft.home.parent / "front.png").stat().st_size > 0
     assert "tickets-search-3" in polygraft("grafts", "list")
+
+
+def _over(client: Client, search: str) -> list[Trial]:
+    """The trials of a search once it has succeeded."""
+    while not (found := remote.show(client, search)).final:
+        time.sleep(0.2)
+    assert found.status == "succeeded", found.note
+    return [read(one.model_dump(exclude={"id", "object"})) for one in remote.trials(client, search)]
 
 
 def _without_a_token(port: int) -> tuple[str, str]:

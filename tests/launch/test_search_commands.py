@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from polygraft.cluster.answers import RemoteFile
 from polygraft.cluster.client import Client
-from polygraft.launch.commands import search as search_commands
+from polygraft.launch import searching
 from polygraft.launch.commands.common import Flags
 from polygraft.launch.commands.search_file import SearchFile, read_search_file, within
 from polygraft.launch.main import app
@@ -106,7 +106,7 @@ def test_a_search_whose_terminal_is_interrupted_goes_on_under_its_id(
     client = Client("http://service", "pg-key", transport=httpx.MockTransport(answer))
     monkeypatch.setattr(Flags, "client", lambda _: client)
     monkeypatch.setattr(client, "close", lambda: None)
-    monkeypatch.setattr(search_commands, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(searching, "time", SimpleNamespace(sleep=interrupt))
     (folder / "s.yaml").write_text("{name: s, training_file: train.jsonl, validation_file: held-out.jsonl}")
     done = CliRunner().invoke(app, ["search", str(folder / "s.yaml")])
     assert done.exit_code != 0 and "polygraft searches study-1" in done.stderr

@@ -119,7 +119,7 @@ def no_step_is_taken_twice(fleet: Fleet, jobs: list[RemoteJob]) -> None:
 
 ROUNDS = [pytest.param(number, marks=[pytest.mark.nightly] if number else []) for number in range(10)]
 FAULTS = {**KILLS, **STOPS}
-BY_DAY = {*KILLS, "stop replica"}
+BY_DAY = {*KILLS, "stop replica", "stop one rank of two"}
 
 
 @pytest.mark.parametrize("round_", ROUNDS)

@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from polygraft.cluster.actors.controller import POLL_S
@@ -31,6 +32,8 @@ from polygraft.cluster.store.base import OLDEST, Store, Write
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
 from polygraft.launch.serve_app import build
+from polygraft.trainers.host import start_host
+from polygraft.trainers.plan import PackPlan
 from tests.cluster.builders import make_backbone, make_job
 from tests.k8s.pod import SERVICE_LINKS, Pod
 from tests.ray.local import local_ray
@@ -195,6 +198,27 @@ def test_the_image_s_entry_point_runs_under_the_manifest_s_environment(
     ray.get(ray.get_actor(leader, namespace="polygraft").stop.remote())
     for name in names:
         ray.kill(ray.get_actor(name, namespace="polygraft"))
+
+
+def test_a_pack_for_which_ray_has_no_room_says_what_is_lacking_and_where(tmp_path: Path) -> None:
+    node = ray.get_runtime_context().get_node_id()
+    other = maker(device=0.75)
+    ray.get(other.__ray_ready__.remote(), timeout=30.0)
+    plan = PackPlan(
+        pack="pack-1",
+        nodes=(node,),
+        kind="cpu",
+        cores=1,
+        backbone_folder="",
+        store_url="memory://",
+        data=str(tmp_path),
+        placed_s=1.0,
+    )
+    with pytest.raises(RayTaskError) as failed:
+        ray.get(start_host(plan).run.remote(), timeout=120.0)
+    assert isinstance(failed.value.cause, PackDied) and not failed.value.cause.suspects
+    assert f"node {node} has 0.25 of 1 device free, and 0.5 is asked for" in str(failed.value.cause)
+    ray.kill(other)
 
 
 def terms(store: Store) -> list[int]:

@@ -64,11 +64,13 @@ def test_grafts_in_use_or_wanted_are_never_let_go(backbone: Backbone) -> None:
         holding(backbone, room=0).can_admit(named(backbone, "c"), ())
 
 
-def test_a_graft_that_classifies_texts_is_not_served(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_graft_that_classifies_texts_is_held_with_its_classifier(backbone: Backbone, tmp_path: Path) -> None:
     graft = BoundGraft(replace(IA3, head=Head(("a", "b"))), backbone.shape)
-    name = native.save(tmp_path, graft, random_tensors(graft, 0), backbone=backbone.fingerprint)
-    with pytest.raises(GraftUnusable, match="it classifies texts and writes none"):
-        Residency(folder=tmp_path, backbone=backbone, budget_bytes=1 << 30).fetch(GraftId(name))
+    values = random_tensors(graft, 0)
+    name = native.save(tmp_path, graft, values, backbone=backbone.fingerprint)
+    held = Residency(folder=tmp_path, backbone=backbone, budget_bytes=1 << 30).fetch(GraftId(name))
+    assert held.graft.spec.head == Head(("a", "b"))
+    assert torch.equal(held.tensors["head.weight"], values["head.weight"].float())
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.ranks import Alone
 from polygraft.trainers.runner import PackRunner
@@ -117,3 +118,27 @@ def test_a_held_out_loss_is_that_of_the_held_out_examples(backbone: Backbone) ->
     held_out = pack.held_out("b")
     assert pack.held_out("a") is None and held_out is not None
     assert held_out.loss == pack.evaluate("b", job.train[:1]) != pack.evaluate("b", a_job("c", 9).train)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grafts_that_add_nothing_yet_are_judged_once_with_the_bits_of_each(
+    dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one validation file; who adds something as it starts, has learnt or has other examples is judged by itself."""
+    texts = ["lora(r=4)", "lora(r=8, at=attn.q)@0", "serial(8)", "lora(r=2) + parallel(4)", "prefix(3)", "vera(r=8)"]
+    held_out = tuple(a_job("held-out", rows).train[0] for rows in (9, 5, 7))
+    pack = PackRunner(Backbone.load(folder, dtype, training=True), max_rows=15)
+    for place, text in enumerate((*texts, "lora(r=4)")):
+        pack.admit(replace(a_job(f"{place}", 5, text=text), held_out=held_out[: None if place < len(texts) else 2]))
+    each, judged = {job: pack.held_out(job) for job in pack.jobs}, list[str]()
+    real = pack._judged
+
+    def counted(job: str, samples: Sequence[Sample]) -> Judgement:
+        judged.append(job)
+        return real(job, samples)
+
+    monkeypatch.setattr(pack, "_judged", counted)
+    assert {job: pack.untrained(job) for job in pack.jobs} == each
+    assert judged == ["0", "4", "5", "6"]
+    pack.step()
+    assert pack.untrained("0") == pack.held_out("0") != each["0"]

@@ -24,9 +24,8 @@ DONE = {"done": True, "loss": 2.0, "parameters": 100, "job": "ftjob-1", "model":
 
 def bridge_of(study: Study | None = None, limit: int = 12, seen: list[Trial] | None = None) -> StudySearcher:
     study = study or Study(PLAN.space, PLAN.objectives, PLAN.sampler)
-    return StudySearcher(
-        study, replace(PLAN, trials=limit), (seen if seen is not None else []).append, lambda trial, share: None
-    )
+    plan, on_trial = replace(PLAN, trials=limit), (seen if seen is not None else []).append
+    return StudySearcher("study-1", study, plan, on_trial, lambda trial, share: None)
 
 
 def test_what_tune_saw_is_told_to_the_study() -> None:
@@ -34,7 +33,9 @@ def test_what_tune_saw_is_told_to_the_study() -> None:
     bridge = bridge_of(seen=seen)
     config = bridge.suggest("a")
     trial = bridge.study.trials[0]
-    assert config == {"number": 0, "peft": trial.candidate.peft, "learning_rate": trial.candidate.learning_rate}
+    what = trial.candidate
+    body = PLAN.request(study="study-1", number=0, peft=what.peft, learning_rate=what.learning_rate)
+    assert config == {"number": 0, "body": body}
     bridge.on_trial_complete("a", DONE)
     assert bridge.study.trials[0].outcome == Result(
         values=(2.0, float(trial.candidate.parameters)), loss=2.0, job="ftjob-1", model="find-0@1", loss_before=3.0
@@ -143,7 +144,7 @@ def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:
 def watched_bridge(seen: list[Trial]) -> StudySearcher:
     plan = replace(PLAN, pruner="halving", minimise=("loss",))
     study = Study(plan.space, plan.objectives, plan.sampler)
-    return StudySearcher(study, plan, seen.append, lambda trial, share: None)
+    return StudySearcher("study-1", study, plan, seen.append, lambda trial, share: None)
 
 
 def report(loss: float, *, until: int, done: bool = False) -> dict[str, object]:

@@ -66,12 +66,11 @@ def asked(**fields: object) -> SearchRequest:
 def test_a_trial_over_a_supernet_is_judged_as_it_lies_in_it_and_a_final_is_trained_by_itself() -> None:
     plan = asked(space={"kind": "noah", "sizes": [2, 4], "depths": 2}).plan(backbone="tiny", shape=SHAPE)
     study = Study(plan.space, plan.objectives, plan.sampler, part=plan.part)
-    bridge = StudySearcher(study, plan, lambda trial: None, lambda trial, share: None)
+    bridge = StudySearcher("study-1", study, plan, lambda trial: None, lambda trial, share: None)
     config = bridge.suggest("a")
-    assert isinstance(config, dict) and config["rung"] == {"until": 0.0, "after": None}
-    peft, rate = str(config["peft"]), float(str(config["learning_rate"]))
-    body = plan.request(study="s", number=0, peft=peft, learning_rate=rate, rung={"until": 0.0, "after": None})
-    spec = read_request(body).to_spec()
+    peft, rate = study.trials[0].candidate.peft, study.trials[0].candidate.learning_rate
+    assert isinstance(config, dict)
+    spec = read_request(config["body"]).to_spec()
     assert spec.peft == f"{peft} + from(of=net@3)" and spec.rung is not None and spec.rung.until == 0
     again = read_request(plan.final_request(study="s", number=0, peft=peft, learning_rate=rate, seed=1)).to_spec()
     assert (again.peft, again.rung) == (peft, None)

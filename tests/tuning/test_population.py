@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from polygraft.cluster.model import JobSpec
+from polygraft.cluster.rung import Rung
 from polygraft.cluster.spec import read_request
 from polygraft.tuning.driver import StudySearcher
 from polygraft.tuning.plan import BadPlan, SearchPlan
@@ -113,17 +115,18 @@ def _decades(config: Config) -> float:
 
 
 def test_a_members_job_takes_its_rounds_steps_and_goes_on_from_its_parents_job() -> None:
-    bridge = StudySearcher(study_of(PLAN), PLAN, lambda trial: None, lambda trial, share: None)
-    first = [bridge.suggest(f"{number}") for number in range(SIZE)]
-    assert all(isinstance(one, dict) and one["rung"] == {"until": 1 / 3, "after": None} for one in first)
+    bridge = StudySearcher("study-1", study_of(PLAN), PLAN, lambda trial: None, lambda trial, share: None)
+    first = [_spec(bridge.suggest(f"{number}")) for number in range(SIZE)]
+    assert {one.rung for one in first} == {Rung(until=1 / 3)}
     assert bridge.suggest("early") is None, "Tune is to ask again"
     for number in range(SIZE):
         bridge.on_trial_complete(f"{number}", {"done": True, "loss": 1.0 + number, "job": f"ftjob-{number}"})
-    second = bridge.suggest("again")
-    assert isinstance(second, dict) and second["rung"] == {"until": 2 / 3, "after": "ftjob-0"}
-    body = PLAN.request(study="s", number=SIZE, peft="lora(r=2)", learning_rate=1e-3, rung=second["rung"])
-    spec = read_request(body).to_spec()
-    assert spec.rung is not None and (spec.rung.until, spec.rung.after) == (2 / 3, "ftjob-0")
+    assert _spec(bridge.suggest("again")).rung == Rung(until=2 / 3, after="ftjob-0")
+
+
+def _spec(config: object) -> JobSpec:
+    assert isinstance(config, dict)
+    return read_request(config["body"]).to_spec()
 
 
 @pytest.mark.parametrize(

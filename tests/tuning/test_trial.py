@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import pytest
 
 from polygraft.tuning import trial as module
-from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.trial import Access, JobTrial
+from polygraft.tuning.trial import Access, JobTrial, Terms
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import KEY, StandIn, loss_of, stand_in
+
+PLAN = plan_of(lease_s=5)
 
 
 @pytest.fixture(autouse=True)
@@ -21,15 +22,16 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REPORT_S", 0.05)
 
 
-def begun(service: StandIn, number: int = 0, *, key: str = KEY, plan: SearchPlan | None = None) -> JobTrial:
+def begun(service: StandIn, number: int = 0, *, key: str = KEY) -> JobTrial:
     """As Tune makes it in an actor, but for Tune's own folders."""
     trial = JobTrial.__new__(JobTrial)
-    trial.setup(config_of(number), access=Access(service.url, key), plan=plan or plan_of(lease_s=5), study="study-1")
+    trial.setup(config_of(number), access=Access(service.url, key), terms=Terms("study-1", PLAN.lease_s, losses=False))
     return trial
 
 
 def config_of(number: int) -> dict[str, object]:
-    return {"number": number, "peft": f"serial({number + 1})", "learning_rate": 1e-3}
+    body = PLAN.request(study="study-1", number=number, peft=f"serial({number + 1})", learning_rate=1e-3)
+    return {"number": number, "body": body}
 
 
 def last(trial: JobTrial) -> dict[str, object]:

@@ -38,8 +38,11 @@ def test_a_pack_takes_jobs_while_places_and_bytes_last() -> None:
     assert budget.refusal(make_job(parameters=31)) is Reason.PACK_MEMORY
     budget.take(make_job(parameters=5))
     assert budget.refusal(make_job(parameters=1)) is Reason.PACK_FULL
-    budget.give(80)
-    assert (budget.jobs, budget.bytes) == (1, 480)
+
+
+def test_a_pack_whose_rows_take_all_of_it_has_nothing_for_a_jobs_state() -> None:
+    assert Budget(replace(LIMITS, pack_bytes=200)).bytes == 0
+    assert Budget(Limits(pack_bytes=1)).refusal(make_job(parameters=1)) is Reason.PACK_MEMORY
 
 
 def test_what_a_pack_holds_already_is_not_there_for_others() -> None:

@@ -52,6 +52,11 @@ def test_two_packs_of_one_round_have_different_ids_and_devices() -> None:
     assert len({one.pack for one in opened}) == len({one.devices for one in opened}) == 2
 
 
+def test_the_only_device_goes_to_the_backbone_whose_oldest_job_of_all_tenants_came_first() -> None:
+    jobs = make_job("a"), make_job("b", tenant="u", created_at=5.0), make_job("c", backbone="c", created_at=3.0)
+    assert [one.backbone for one in decide(make_snapshot(jobs=jobs)) if isinstance(one, OpenPack)] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("pack", "reason"), [(OPENING, Reason.PACK_OPENING), (CLOSING, Reason.PACK_CLOSING), (None, Reason.NO_DEVICE)]
 )

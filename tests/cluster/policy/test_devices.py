@@ -44,6 +44,11 @@ def test_the_one_with_most_memory_left_goes_first_then_by_id() -> None:
     assert offered.count(of(1)) == 0
 
 
+def test_packs_of_three_backbones_get_a_device_each() -> None:
+    offered = free(make_device("d"), make_device("e"), make_device("f"))
+    assert [names(offered.take(of(1, backbone))) for backbone in "bceg"] == ["d", "e", "f", None]
+
+
 @pytest.mark.parametrize(("bytes", "taken"), [(500, "d"), (501, None)])
 def test_a_replica_may_leave_just_what_a_pack_takes(bytes: int, taken: str | None) -> None:
     assert names(free(make_device("d"), replicas=(make_replica(bytes=bytes),)).take(of(1))) == taken

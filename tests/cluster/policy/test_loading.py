@@ -41,6 +41,7 @@ def test_what_was_asked_lately_is_loaded_and_what_was_not_is_unloaded() -> None:
 
 def test_without_a_time_nothing_that_was_ever_asked_is_unloaded() -> None:
     assert loading(fleet(0.0)) == (LoadBackbone("asked"), LoadBackbone("past"))
+    assert is_wanted(make_backbone("b", asked_at=0.5), now=100.0, unload_s=0.0)
 
 
 @pytest.mark.parametrize(("asked_at", "wanted"), [(0.0, False), (40.0, False), (40.1, True), (100.0, True)])

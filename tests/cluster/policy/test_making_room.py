@@ -78,6 +78,16 @@ def test_no_more_packs_drain_than_devices_are_missing() -> None:
     assert decide(snapshot) == (NO_DEVICE, Admit(B, P), Hold(E, Reason.NO_DEVICE)), "w has two devices and is enough"
 
 
+def test_as_many_packs_drain_as_devices_are_missing() -> None:
+    snapshot = two_packs(wanting("a", "c", 2), FRESH, p=2, q=1, limits=replace(LIMITS, max_jobs=3))
+    assert decide(snapshot) == (NO_DEVICE, Hold(B, Reason.NO_DEVICE)), "none of them takes it"
+
+
+def test_a_kind_has_waited_as_long_as_the_oldest_of_its_tenants_jobs() -> None:
+    late = make_job("e", tenant="u", backbone="c", created_at=600.0)
+    assert decide(two_packs(STRANDED, late, FRESH)) == (NO_DEVICE, Hold(E, Reason.TURN), Hold(B, Reason.PACK_FULL))
+
+
 def test_two_kinds_that_have_no_pack_drain_a_pack_each() -> None:
     snapshot = two_packs(STRANDED, wanting("e", "e", 1), FRESH)
     assert decide(snapshot) == (NO_DEVICE, Hold(E, Reason.NO_DEVICE), Hold(B, Reason.NO_DEVICE))

@@ -74,6 +74,18 @@ def test_what_a_round_admits_makes_a_pack_fuller_for_the_next_job() -> None:
     jobs = (*inside("p", 1), *(make_job(name) for name in "abc"))
     snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (Admit(A, P), Admit(B, P), Admit(C, Q))
+    more = make_snapshot(
+        jobs=(*inside("p", 3), *inside("q", 2), make_job("a"), make_job("b")), packs=packs("p", "q"), devices=2
+    )
+    assert decide(more) == (Admit(A, P), Admit(B, P))
+
+
+def test_of_packs_that_a_round_makes_equally_full_the_one_with_less_memory_left_is_fuller() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES)
+    jobs = (*inside("p", 3, parameters=30), *inside("q", 2, parameters=10))
+    waiting = (make_job("a", parameters=40), make_job("b", parameters=5))
+    snapshot = make_snapshot(jobs=(*jobs, *waiting), packs=packs("p", "q"), devices=2, limits=limits)
+    assert decide(snapshot) == (Admit(A, Q), Admit(B, P))
 
 
 def test_jobs_that_the_opening_packs_cannot_take_get_another_pack_each_round_as_many_as_there_are_devices() -> None:
@@ -94,6 +106,9 @@ def test_a_pack_is_opened_only_for_a_job_that_would_wait_longer_than_it_takes_to
     assert decide(paced(full, P, p0=300.0, p1=21.0)) == (opened, Hold(A, Reason.PACK_OPENING))
     assert decide(full) == (opened, Hold(A, Reason.PACK_OPENING)), "nobody knows how long it would wait"
     assert decide(replace(paced(full, P, p1=19.0), now=full.now + 61.0))[0] == opened, "it was measured too long ago"
+    two = make_snapshot(jobs=(*full.jobs.values(), *inside("q", 2)), packs=packs("p", "q"), devices=3, limits=limits)
+    soon = paced(paced(two, P, p0=300.0, p1=300.0), Q, q0=300.0, q1=19.0)
+    assert decide(soon) == (Hold(A, Reason.PACK_FULL),), "a place in one of several packs is enough"
 
 
 def test_two_jobs_do_not_wait_for_the_same_place() -> None:
@@ -105,6 +120,20 @@ def test_two_jobs_do_not_wait_for_the_same_place() -> None:
         Hold(B, Reason.PACK_OPENING),
     )
     assert decide(paced(snapshot, P, p0=6.0, p1=5.0)) == (Hold(A, Reason.PACK_FULL), Hold(B, Reason.PACK_FULL))
+
+
+def test_what_is_promised_to_one_job_is_given_to_no_other_before_it_is_free() -> None:
+    def round_(parameters: int) -> list[object]:
+        here = running("p0", parameters=80), running("p1", parameters=10)
+        jobs = (*here, make_job("a", parameters=60), make_job("b", parameters=parameters))
+        limits = Limits(pack_bytes=100 * STATE_BYTES)
+        snapshot = make_snapshot(jobs=jobs, packs=packs("p"), devices=2, limits=limits)
+        return list(decide(paced(snapshot, P, p0=5.0)))
+
+    waits = Hold(A, Reason.PACK_MEMORY)
+    assert round_(10) == [waits, Admit(B, P)], "there is room for it now"
+    assert round_(11) == round_(30) == [waits, Hold(B, Reason.PACK_MEMORY)], "in five seconds, beside a"
+    assert round_(31)[1:] == [waits, Hold(B, Reason.PACK_OPENING)]
 
 
 def test_a_job_waits_for_the_memory_it_needs_not_for_the_first_place() -> None:
@@ -124,6 +153,15 @@ def test_a_job_that_was_overtaken_long_enough_gets_one_pack_to_itself_and_the_ot
     assert decide(replace(snapshot, now=99.0)) == (Admit(B, P),), "the fullest"
     fitting = replace(snapshot, jobs={id_: job for id_, job in snapshot.jobs.items() if id_ != "ftjob-q0"})
     assert decide(fitting) == (Admit(A, Q), Admit(B, Q))
+
+
+def test_a_job_keeps_nobody_from_a_pack_until_it_was_overtaken_long_enough() -> None:
+    limits = Limits(pack_bytes=100 * STATE_BYTES, overtake_s=60.0)
+    large = make_job("a", parameters=90, blocked_at=40.0, reason=Reason.PACK_MEMORY)
+    jobs = (*inside("p", 1, parameters=80), *inside("q", 1, parameters=30), large, make_job("b", parameters=25))
+    snapshot = make_snapshot(jobs=jobs, packs=packs("p", "q"), devices=2, limits=limits, now=99.0)
+    assert decide(snapshot) == (Admit(B, Q),)
+    assert decide(replace(snapshot, now=100.0)) == (Hold(B, Reason.PACK_MEMORY),)
 
 
 def test_a_round_looks_only_so_far_past_jobs_that_do_not_fit() -> None:
@@ -213,6 +251,8 @@ def test_an_empty_pack_is_closed_at_once_beside_another_with_room() -> None:
     snapshot = make_snapshot(jobs=inside("p", 2), packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
     assert decide(snapshot) == (ClosePack(Q, Reason.JOINED),)
     assert decide(replace(snapshot, limits=Limits(max_jobs=2))) == (), "it is the only one with room"
+    one = make_snapshot(jobs=inside("p", 1), packs=packs("p", "q"), devices=2, limits=Limits(max_jobs=3))
+    assert decide(one) == (ClosePack(Q, Reason.JOINED),)
 
 
 def test_the_jobs_of_a_pack_whose_node_drains_are_put_down_and_go_to_another_node() -> None:
@@ -226,6 +266,7 @@ def test_the_jobs_of_a_pack_whose_node_drains_are_put_down_and_go_to_another_nod
     assert decide(drained) == (elsewhere, Hold(A, Reason.PACK_OPENING), stopped)
     closing = {P: replace(snapshot.packs[P], state=PackState.CLOSING)}
     assert stopped not in decide(replace(drained, packs=closing)), "it is told once"
+    assert stopped not in decide(replace(drained, draining=("staying",))), "its own node does not drain"
     wide = replace(drained, packs={P: make_pack("p", devices=(DeviceId("d1"), DeviceId("d2")))})
     assert stopped in decide(wide), "one node of several is enough"
     nowhere = replace(drained, draining=("going", "staying"))
@@ -297,6 +338,8 @@ def test_a_pack_is_joined_that_is_half_empty_and_no_fuller_one() -> None:
         Move(JobId("ftjob-p0"), P, Q),
         Move(JobId("ftjob-p1"), P, Q),
     )
+    beside = make_snapshot(jobs=(*inside("p", 1), *inside("q", 3)), packs=packs("p", "q"), devices=2)
+    assert decide(replace(beside, limits=Limits(max_jobs=4))) == (Move(JobId("ftjob-p0"), P, Q),), "however full q is"
     fuller = (*inside("p", 3), *inside("q", 3), *inside("r", 4))
     snapshot = make_snapshot(jobs=fuller, packs=packs("p", "q", "r"), devices=3, limits=Limits(max_jobs=5))
     assert decide(snapshot) == (), "though the others would have room for it"

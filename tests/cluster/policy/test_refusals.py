@@ -40,6 +40,7 @@ def test_what_a_round_gives_a_tenant_counts_in_it() -> None:
     assert isinstance(opened, OpenPack)
     assert held == [Hold(A, Reason.PACK_OPENING), Hold(C, Reason.PACK_OPENING), Hold(B, Reason.TENANT_LIMIT)]
     many = [make_job(f"{n}", created_at=1.0 + n) for n in range(4)]
+    assert [type(one) for one in decide(of(*many, tenant_jobs=2))] == [Admit, Admit, Hold, Hold]
     assert [type(one) for one in decide(of(*many))] == [Admit] * 4, "without a limit nobody has one"
 
 

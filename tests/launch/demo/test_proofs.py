@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from polygraft.cluster.searches import RemoteSearch
 from polygraft.cluster.spec import read_request
 from polygraft.launch.demo.memory import PeakMemory, occupied
 from polygraft.launch.demo.plan import JOBS, DemoJob
+from polygraft.launch.demo.search import ASKED, TRIALS, Searched
 from polygraft.launch.demo.serve import rounds
 from polygraft.launch.demo.steps import Mixing, Packing, mixing, packing
+from polygraft.tuning.request import SearchRequest
+from polygraft.tuning.study import Result, Stopped, Study
+from tests.tiny import TINY
 
 
 def log(path: Path, *lines: dict[str, object]) -> None:
@@ -66,6 +72,25 @@ def test_the_plan_differs_in_method_rate_batch_length_and_epochs() -> None:
     assert len({job.peft for job in JOBS}) == len(JOBS) == 8
     for field in ("learning_rate", "batch_size", "max_length", "n_epochs"):
         assert len({getattr(job, field) for job in JOBS}) > 1, field
+
+
+def test_its_search_can_be_carried_out_and_says_what_it_did_not_keep(tmp_path: Path) -> None:
+    asked = {"name": "food", "training_file": "file-1", "validation_file": "file-2", **ASKED}
+    plan = SearchRequest.model_validate(asked).plan(backbone="smollm2", shape=replace(TINY, layers=6))
+    study = Study(plan.space, plan.objectives, plan.sampler)
+    for number in range(TRIALS):
+        trial = study.ask()
+        stopped = Stopped(reason="behind", step=2, steps_total=8, loss=2.0, curve=(2.0,))
+        result = Result(values=(1.0 + number, 100.0 + number), loss=1.0 + number)
+        study.tell(trial.number, stopped if number % 2 else result)
+    over = RemoteSearch(id="s", name="food", created_at=1, status="succeeded", front=(0,), chosen=0)
+    found = Searched(over, study.trials, 1.0, tmp_path / "front.png")
+    assert not list(found.broken()) and found.informed == TRIALS - 1
+    assert found.saved == pytest.approx(0.375)
+    assert [point.trial for point in found.front] == [0]
+    short = Searched(over.model_copy(update={"status": "failed", "note": "why", "chosen": None}), (), 1.0, tmp_path)
+    said = list(short.broken())
+    assert len(said) == 4 and said[0] == f"the search failed, 0 of {TRIALS} trials finished or were stopped: why"
 
 
 def test_peak_memory_counts_this_process() -> None:

@@ -68,6 +68,7 @@ REFUSED: list[tuple[str, str, int, str, dict[str, Any]]] = [
     ("get", "/v1/models/{model}", 404, "/v1/models/none", {}),
     ("post", "/v1/chat/completions", 404, "/v1/chat/completions", {"json": CHAT}),
     ("post", "/v1/completions", 404, "/v1/completions", {"json": {"model": "nobody", "prompt": "Hi"}}),
+    ("post", "/classify", 404, "/classify", {"json": {"model": "nobody", "input": "Hi"}}),
     ("post", "/tokenize", 404, "/tokenize", {"json": {"model": "nobody", "prompt": "Hi"}}),
     ("post", "/detokenize", 404, "/detokenize", {"json": {"model": "nobody", "tokens": [5]}}),
     ("post", "/v1/unload_lora_adapter", 404, "/v1/unload_lora_adapter", {"json": {"lora_name": "none"}}),
