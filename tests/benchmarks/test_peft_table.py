@@ -20,7 +20,7 @@ from peft_table.table import Table, drawn, space_of
 from polygraft.tuning.objectives import LOSS, PARAMETERS
 from polygraft.tuning.pruners.halving import Halving
 from polygraft.tuning.samplers.spread import Spread
-from polygraft.tuning.study import Trial
+from polygraft.tuning.study import NotYet, Trial
 from tests.tuning.standin import SHAPE
 
 ROWS, STEPS = 16, 90
@@ -120,6 +120,17 @@ def test_rungs_stop_trials_on_the_table_as_by_hand(view: View) -> None:
         (9, 90), (8, 90), (7, 90), (1, 90), (10, 10), (11, 10), (12, 10), (0, 90)
     ]  # fmt: skip
     assert not best_was_stopped(view, ran)
+
+
+def test_places_are_kept_while_a_sampler_waits_for_its_generation(view: View) -> None:
+    class Generations:
+        def propose(self, trials: tuple[Trial, ...], attempt: int) -> object:
+            if len(trials) == 4 and any(trial.outcome is None for trial in trials):
+                raise NotYet
+            return view.rows[len(trials)].config
+
+    ran = replayed(view, Generations(), (LOSS,), trials=8, concurrency=3)  # type: ignore[arg-type]
+    assert {one.row: one.began for one in ran} == dict(enumerate([0, 0, 0, 90, 180, 180, 180, 270]))
 
 
 def test_a_best_that_was_stopped_is_noticed(view: View) -> None:
