@@ -245,7 +245,7 @@ def _volume(work: Work, losses: Mapping[int, float], untrained: float) -> float:
     largest trial."""
     points = [(loss, log10(work.trials[number].parameters)) for number, loss in losses.items()]
     reference = untrained, max(log10(trial.parameters) for trial in work.trials) + 0.01
-    return hypervolume(np.array(points).reshape(-1, 2), reference)
+    return float(hypervolume(np.array(points).reshape(-1, 2), reference))
 
 
 def _ceiling(folder: Path) -> float:
