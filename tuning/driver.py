@@ -30,7 +30,7 @@ from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.record import open_study
 from polygraft.tuning.study import Exhausted, Failure, NotYet, Outcome, Result, Stopped, Study, Trial, TrialState
-from polygraft.tuning.trial import Access, JobTrial, Terms
+from polygraft.tuning.trial import Access, Terms, trials_of
 
 OnTrial = Callable[[Trial], None]
 OnProgress = Callable[[Trial, float], None]
@@ -85,8 +85,7 @@ def search(  # noqa: PLR0913
     if bridge.left:
         with _environment(), _connected(cluster):
             terms = Terms(name, plan.lease_s, losses=plan.pruner != "none")
-            trainable = tune.with_parameters(JobTrial, access=access, terms=terms)
-            _fit(trainable, bridge, plan, folder / name)
+            _fit(trials_of(name, access, terms), bridge, plan, folder / name)
     return StudyResult(name, bridge.study.trials, bridge.study.front, bridge.ended)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from secrets import token_hex
 
 from pydantic import JsonValue
 from ray import tune
@@ -149,6 +150,14 @@ class JobTrial(tune.Trainable):
                     found[step] = loss
         self._told_step = max(found, default=self._told_step)
         return [[step, loss] for step, loss in sorted(found.items())]
+
+
+def trials_of(study: str, access: Access, terms: Terms) -> type[tune.Trainable]:
+    """The trials of one driver, with its tenant's key. Tune finds a trainable by its name alone, which all drivers of a
+    service would share: a trial would be run with the access of whichever search began last."""
+    trainable: type[tune.Trainable] = tune.with_parameters(JobTrial, access=access, terms=terms)
+    trainable.__name__ = f"{JobTrial.__name__}-{study}-{token_hex(4)}"
+    return trainable
 
 
 def _outcome(job: RemoteJob) -> dict[str, JsonValue]:

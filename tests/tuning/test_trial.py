@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from ray.tune.experiment import Experiment
+from ray.tune.registry import get_trainable_cls
 
 from polygraft.tuning import trial as module
-from polygraft.tuning.trial import Access, JobTrial, Terms
+from polygraft.tuning.trial import Access, JobTrial, Terms, trials_of
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import KEY, StandIn, loss_of, stand_in
 
@@ -128,3 +130,16 @@ def test_a_refused_or_cancelled_job_is_a_failure_with_the_reason() -> None:
         trial.step()
         service.cancel("ftjob-0")
         assert last(trial)["failure"] == "the job was cancelled"
+
+
+def test_the_trials_of_two_searches_at_once_ask_with_their_own_keys() -> None:
+    terms = Terms("study-1", PLAN.lease_s, losses=False)
+    keys = ["pg-ann", "pg-bob", "pg-another-driver"]
+    names = [Experiment.register_if_needed(trials_of("study-1", Access("http://nowhere", key), terms)) for key in keys]
+    asked = []
+    for name in names:
+        kind = get_trainable_cls(name)
+        trial = kind.__new__(kind)
+        trial.setup(config_of(0))
+        asked.append(trial._client._http.headers["Authorization"])
+    assert asked == [f"Bearer {key}" for key in keys]
