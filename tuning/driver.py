@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray
 from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -33,17 +32,6 @@ from polygraft.tuning.study import Exhausted, Failure, NotYet, Outcome, Result, 
 from polygraft.tuning.trial import Access, Terms, trials_of
 
 OnTrial = Callable[[Trial], None]
-OnProgress = Callable[[Trial, float], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayCluster:
-    """Where the trials' actors live; "local": a Ray of their own. `token` is the file of its token, None if it has
-    none.
-    """
-
-    address: str = "local"
-    token: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +56,20 @@ def search(  # noqa: PLR0913
     access: Access,
     tenant: TenantId,
     folder: Path,
-    cluster: RayCluster = RayCluster(),
     study: StudyId | None = None,
     on_trial: OnTrial = lambda trial: None,
-    on_progress: OnProgress = lambda trial, share: None,
     clock: Callable[[], float] = time.time,
 ) -> StudyResult:
     """Run the plan's trials to their end, or the rest of them when `study` was begun before.
 
-    Tune's files go to folder/<study>. `on_trial` sees every trial when it is asked and when it is told, `on_progress`
-    what share of its steps a running one has done. Raises Interrupted after SIGINT, BadRecord for a study of another
-    plan, and what the store raises.
+    This process must be connected to Ray, where the trials' actors live. Tune's files go to folder/<study>. `on_trial`
+    sees every trial when it is asked and when it is told. Raises Interrupted after SIGINT, BadRecord for a study of
+    another plan, and what the store raises.
     """
     name = study or new_study_id()
-    bridge = StudySearcher(name, open_study(store, name, plan, tenant=tenant, clock=clock), plan, on_trial, on_progress)
+    bridge = StudySearcher(name, open_study(store, name, plan, tenant=tenant, clock=clock), plan, on_trial)
     if bridge.left:
-        with _environment(), _connected(cluster):
+        with _environment():
             terms = Terms(name, plan.lease_s, losses=plan.pruner != "none")
             _fit(trials_of(name, access, terms), bridge, plan, folder / name)
     return StudyResult(name, bridge.study.trials, bridge.study.front, bridge.ended)
@@ -92,7 +78,7 @@ def search(  # noqa: PLR0913
 class StudySearcher(Searcher):
     """Answers Tune's questions from the study, and tells the study what Tune saw."""
 
-    def __init__(self, name: str, study: Study, plan: SearchPlan, on_trial: OnTrial, on_progress: OnProgress) -> None:
+    def __init__(self, name: str, study: Study, plan: SearchPlan, on_trial: OnTrial) -> None:
         """`name` is the study's."""
         super().__init__()
         self._name = name
@@ -102,7 +88,6 @@ class StudySearcher(Searcher):
         self._plan = plan
         self._limit = plan.trials
         self._on_trial = on_trial
-        self._on_progress = on_progress
         self._again = deque(trial for trial in study.trials if trial.state is TrialState.RUNNING)
         self._numbers: dict[str, int] = {}
         self._stopped: dict[int, Stopped] = {}
@@ -148,9 +133,6 @@ class StudySearcher(Searcher):
             rung=self._plan.rung(trial, self.study.trials),
         )
         return {"number": trial.number, "body": body}
-
-    def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
-        self._on_progress(self.study.trials[self._numbers[trial_id]], float(str(result.get("progress", 0.0))))
 
     def goes_on(self, trial_id: str, result: Mapping[str, object]) -> bool:
         """Whether a trial that reported its losses is to be trained on."""
@@ -282,30 +264,6 @@ def _unused(folder: Path) -> int:
 
 
 @contextmanager
-def _connected(cluster: RayCluster) -> Iterator[None]:
-    """Inside, this process is a driver of the cluster; one that was connected before stays so."""
-    if ray.is_initialized():
-        yield
-        return
-    if cluster.token is None:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-    else:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(cluster.token))
-    own = cluster.address == "local"
-    ray.init(
-        address=cluster.address,
-        log_to_driver=False,
-        logging_level=logging.CRITICAL,
-        include_dashboard=False if own else None,
-        object_store_memory=100 << 20 if own else None,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
 def _environment() -> Iterator[None]:
     """What Tune and Ray read from the environment, as it was again afterwards; and their loggers only for errors."""
     wanted = {
@@ -313,8 +271,7 @@ def _environment() -> Iterator[None]:
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
-    touched = (*wanted, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-    before = {name: os.environ.get(name) for name in touched}
+    before = {name: os.environ.get(name) for name in wanted}
     levels = {name: logging.getLogger(name).level for name in ("ray", "ray.tune")}
     os.environ.update(wanted)
     for name in levels:

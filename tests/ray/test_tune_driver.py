@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -19,20 +21,20 @@ from ray.cluster_utils import Cluster
 
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.store.memory import MemoryStore
-from polygraft.tuning.driver import RayCluster, search
+from polygraft.tuning.driver import search
 from polygraft.tuning.record import open_study
 from polygraft.tuning.study import Failure, Result, Trial, TrialState
 from polygraft.tuning.trial import Access
 from tests.tuning.plans import plan_of
-from tests.tuning.standin import KEY, loss_of, stand_in
+from tests.tuning.standin import KEY, StandIn, loss_of, stand_in
 
 KILLED = 2
 LEASE_S = 6.0
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """The address of a Ray that another process would have started; its folder is short, since socket paths are."""
+def cluster() -> Iterator[None]:
+    """Connected to a Ray that another process would have started; its folder is short, since socket paths are."""
     home = tempfile.mkdtemp(prefix="pg-")
     options = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
@@ -40,8 +42,10 @@ def cluster() -> Iterator[str]:
             patch.setenv("RAY_TMPDIR", home)
             head = Cluster(initialize_head=True, head_node_args=options)
             try:
-                yield head.address
+                ray.init(address=head.address, log_to_driver=False, logging_level=logging.CRITICAL)
+                yield
             finally:
+                ray.shutdown()
                 head.shutdown()
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -58,6 +62,11 @@ def pid_of(number: int) -> int | None:
     return None
 
 
+def asked(service: StandIn) -> list[str]:
+    """The trials that have a job."""
+    return [(job.request.metadata or {})["trial"] for job in list(service.jobs.values())]
+
+
 @pytest.mark.slow
 def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -65,22 +74,22 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     plan = replace(plan_of(6), concurrency=3, lease_s=LEASE_S)
     store, study, seen, died_at = MemoryStore(), StudyId("study-1"), list[Trial](), list[float]()
 
-    def kill(trial: Trial, share: float) -> None:
-        if trial.number == KILLED and not died_at and (pid := pid_of(KILLED)):
-            os.kill(pid, signal.SIGKILL)
-            died_at.append(time.monotonic())
+    def kill(service: StandIn) -> None:
+        while (pid := pid_of(KILLED)) is None or str(KILLED) not in asked(service):
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        died_at.append(time.monotonic())
 
-    with stand_in(lambda number: 60.0 if number == KILLED else 2.0) as service, cluster() as address:
+    with stand_in(lambda number: 60.0 if number == KILLED else 2.0) as service, cluster():
+        Thread(target=kill, args=(service,), daemon=True).start()
         result = search(
             plan,
             store=store,
             access=Access(service.url, KEY),
             tenant=TenantId("eve"),
             folder=tmp_path,
-            cluster=RayCluster(address=address),
             study=study,
             on_trial=seen.append,
-            on_progress=kill,
         )
         assert died_at, "the trial was never killed"
         time.sleep(max(0.0, died_at[0] + LEASE_S - time.monotonic()))
@@ -104,7 +113,6 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     assert open_study(store, study, plan, tenant=TenantId("eve"), clock=time.time).trials == result.trials
     printed = capfd.readouterr()
     assert printed.err == "" and "(raylet)" in printed.out and len(printed.out.splitlines()) == 1  # Ray, of the kill
-    assert not ray.is_initialized()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
@@ -112,14 +120,13 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
 def test_tune_asks_again_until_a_round_of_the_population_is_over(tmp_path: Path) -> None:
     plan = replace(plan_of(9, model="lhs"), model="pbt", startup=3, concurrency=3)
     store, study = MemoryStore(), StudyId("study-1")
-    with stand_in(lambda number: 0.5 + number % 3) as service, cluster() as address:
+    with stand_in(lambda number: 0.5 + number % 3) as service, cluster():
         result = search(
             plan,
             store=store,
             access=Access(service.url, KEY),
             tenant=TenantId("eve"),
             folder=tmp_path,
-            cluster=RayCluster(address=address),
             study=study,
         )
         rungs = [service.of_trial(number).request.rung for number in range(9)]

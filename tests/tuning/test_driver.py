@@ -26,7 +26,7 @@ DONE = {"done": True, "loss": 2.0, "parameters": 100, "job": "ftjob-1", "model":
 def bridge_of(study: Study | None = None, limit: int = 12, seen: list[Trial] | None = None) -> StudySearcher:
     study = study or Study(PLAN.space, PLAN.objectives, PLAN.sampler)
     plan, on_trial = replace(PLAN, trials=limit), (seen if seen is not None else []).append
-    return StudySearcher("study-1", study, plan, on_trial, lambda trial, share: None)
+    return StudySearcher("study-1", study, plan, on_trial)
 
 
 def test_what_tune_saw_is_told_to_the_study() -> None:
@@ -146,7 +146,7 @@ def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:
 def watched_bridge(seen: list[Trial]) -> StudySearcher:
     plan = replace(PLAN, pruner="halving", minimise=("loss",))
     study = Study(plan.space, plan.objectives, plan.sampler)
-    return StudySearcher("study-1", study, plan, seen.append, lambda trial, share: None)
+    return StudySearcher("study-1", study, plan, seen.append)
 
 
 def report(loss: float, *, until: int, done: bool = False) -> dict[str, object]:

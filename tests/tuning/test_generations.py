@@ -66,7 +66,7 @@ def asked(**fields: object) -> SearchRequest:
 def test_a_trial_over_a_supernet_is_judged_as_it_lies_in_it_and_a_final_is_trained_by_itself() -> None:
     plan = asked(space={"kind": "noah", "sizes": [2, 4], "depths": 2}).plan(backbone="tiny", shape=SHAPE)
     study = Study(plan.space, plan.objectives, plan.sampler, part=plan.part)
-    bridge = StudySearcher("study-1", study, plan, lambda trial: None, lambda trial, share: None)
+    bridge = StudySearcher("study-1", study, plan, lambda trial: None)
     config = bridge.suggest("a")
     peft, rate = study.trials[0].candidate.peft, study.trials[0].candidate.learning_rate
     assert isinstance(config, dict)

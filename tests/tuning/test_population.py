@@ -115,7 +115,7 @@ def _decades(config: Config) -> float:
 
 
 def test_a_members_job_takes_its_rounds_steps_and_goes_on_from_its_parents_job() -> None:
-    bridge = StudySearcher("study-1", study_of(PLAN), PLAN, lambda trial: None, lambda trial, share: None)
+    bridge = StudySearcher("study-1", study_of(PLAN), PLAN, lambda trial: None)
     first = [_spec(bridge.suggest(f"{number}")) for number in range(SIZE)]
     assert {one.rung for one in first} == {Rung(until=1 / 3)}
     assert bridge.suggest("early") is None, "Tune is to ask again"
