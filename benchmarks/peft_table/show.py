@@ -122,9 +122,9 @@ def _verdicts(table: Table, studies: Studies, found: Mapping[str, Cost]) -> Iter
                 )
             if cost is not None:
                 saved = _goal(cost.saved >= SAVED, f"at least {SAVED:.0%}")
-                worse = "not worse" if cost.no_worse else "worse"
+                worse = f"{'is not shown to be' if cost.no_worse else 'is'} worse in {cost.studies} studies"
                 name = f"{setting.name}, {arm.name}"
-                yield f"- {name}: {cost.saved:.1%} of the samples saved{saved}; the chosen graft is {worse}"
+                yield f"- {name}: {cost.saved:.1%} of the samples saved{saved}; the chosen graft {worse}"
 
 
 def _goal(holds: bool, what: str) -> str:
