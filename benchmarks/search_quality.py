@@ -1,6 +1,6 @@
 """Whether searching pays at equal cost: on the table's backbone, three tasks, five seeds.
 
-python benchmarks/search_quality.py [--work FOLDER] [--seconds S] [--quick] [--json PATH]
+python benchmarks/search_quality.py [--work FOLDER] [--seconds S] [--quick] [--only PART] [--json PATH]
 
 `defaults`: an AutoPEFT-style search of 24 trials, within the parameters of LoRA r=8 at queries and values, against as
 many trials that tune the learning rates of LoRA r=8, a parallel adapter and a prefix of the same size; the lowest
@@ -91,7 +91,7 @@ def defaults(bench: Bench, seed: int) -> Mapping[str, object]:
     most = count(LORA, shape)
     space = autopeft(shape, longest=LONGEST_PREFIX, learning_rate=RATES, most=most)
     study = bench.searched(space, "tpe", TRIALS, seed)
-    found = _best(study)
+    found = best_of(study)
     fixed = [
         Candidate(peft, float(f"{rate:.1e}"), count(peft, shape))
         for peft in (LORA, _largest("parallel({})", most, shape), _largest("prefix({})", most, shape))
@@ -116,12 +116,12 @@ def stages(bench: Bench, seed: int) -> Mapping[str, object]:
         pairs.append(min(own_trials, key=lambda one: one.loss or 0.0).candidate)
         pairs.append(next(one for one in own_trials if one.loss == middle).candidate)
     last = min((one for one in study.trials[-PER_STAGE:] if one.loss is not None), key=lambda one: one.loss or 0.0)
-    tests = bench.tested([*pairs, last.candidate, _best(chance)])
+    tests = bench.tested([*pairs, last.candidate, best_of(chance)])
     return {
         "best": tests[:-2:2],
         "median": tests[1:-2:2],
         "last": _said(last.candidate, tests[-2]),
-        "random": _said(_best(chance), tests[-1]),
+        "random": _said(best_of(chance), tests[-1]),
     }
 
 
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("reports/peft_table"), help="where the backbone lies")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
     parser.add_argument("--quick", action="store_true", help="one task, one seed: shows that it works")
+    parser.add_argument("--only", choices=tuple(PARTS), help="one of the two comparisons")
     parser.add_argument("--json", type=Path, default=Path("reports/search-quality.json"))
     given = parser.parse_args()
     say = partial(print, flush=True)
@@ -141,7 +142,8 @@ def main() -> int:
     backbone = Backbone.load(files, torch.float32, training=True)
     began = time.monotonic()
     tasks, seeds = (("trivia",), (0,)) if given.quick else (tuple(TASKS), SEARCHES)
-    left = [f"{part} {task} {seed}" for seed in seeds for part in PARTS for task in tasks]
+    parts = tuple(PARTS) if given.only is None else (given.only,)
+    left = [f"{part} {task} {seed}" for seed in seeds for part in parts for task in tasks]
     for name in left:
         if name not in found and time.monotonic() - began < given.seconds:
             part, task, seed = name.split()
@@ -183,7 +185,8 @@ def _interval(gaps: Sequence[float]) -> str:
     return f"{fmean(gaps):+.4f} ± {half:.4f} over {len(gaps)} searches, p = {p:.3f}: {verdict}"
 
 
-def _best(study: Study) -> Candidate:
+def best_of(study: Study) -> Candidate:
+    """With the lowest loss."""
     return min((one for one in study.trials if one.loss is not None), key=lambda one: one.loss or 0.0).candidate
 
 

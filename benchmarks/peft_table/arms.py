@@ -16,6 +16,7 @@ from polygraft.tuning.objectives import LOSS, PARAMETERS, Objective
 from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.pruners.choose import pruner as ours
 from polygraft.tuning.pruners.curves import Curve, Pruner
+from polygraft.tuning.pruners.early_exit import EarlyExit
 from polygraft.tuning.pruners.halving import ETA, RUNGS, Halving
 from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.samplers.choose import sampler as own
@@ -30,7 +31,8 @@ Theirs = Literal["random", "tpe", "gp", "nsga2"]
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A sampler and a pruner by their names; `optuna` before one says that it is Optuna's with its defaults."""
+    """A sampler and a pruner by their names; `optuna` before one says that it is Optuna's with its defaults, a number
+    after `early-exit` is its `times`, where they are not its own."""
 
     sampler: str
     pruner: str = "none"
@@ -51,18 +53,24 @@ class Arm:
                 raise ValueError(f"no sampler {self.sampler!r}")
 
     def pruner_for(self) -> Pruner | None:
-        if self.pruner == "optuna asha":
-            return OptunaAsha()
-        name: PrunerName = self.pruner  # type: ignore[assignment]  # one that it does not know, it refuses
-        return ours(name)
+        match self.pruner.split():
+            case ["optuna", "asha"]:
+                return OptunaAsha()
+            case ["early-exit", times]:
+                return EarlyExit(times=float(times))
+            case _:
+                name: PrunerName = self.pruner  # type: ignore[assignment]  # one that it does not know, it refuses
+                return ours(name)
 
 
-GP_SEEDS = 5  # a proposal of a Gaussian process takes seconds
+GP_SEEDS = 6  # a proposal of a Gaussian process takes seconds
+CURVE_SEEDS = 40  # of what early exit would save and cost otherwise
 _OWN = ("random", "lhs", "tpe", "nsga2", "evolution")
 _OPTUNAS = ("optuna random", "optuna tpe", "optuna nsga2")
 _GP = (Arm("gp", seeds=GP_SEEDS), Arm("optuna gp", seeds=GP_SEEDS))
 _STOPS = (
     *(Arm("random", pruner) for pruner in ("none", "halving", "hyperband", "early-exit", "optuna asha")),
+    *(Arm("random", f"early-exit {times}", seeds=CURVE_SEEDS) for times in (0.3, 1, 2, 6)),
     *(Arm("tpe", pruner, seeds=20) for pruner in ("none", "early-exit")),
 )
 
@@ -79,9 +87,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 30, (*map(Arm, (*_OWN, *_OPTUNAS)), *_GP)),
+    Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 40, (*map(Arm, (*_OWN, *_OPTUNAS)), *_GP)),
     # S4's grafts all have about as many parameters as they may: what they differ in is the loss.
-    Setting("s4", "s4", (LOSS,), 30, tuple(map(Arm, (*_OWN, "staged", *_OPTUNAS)))),
+    Setting("s4", "s4", (LOSS,), 40, tuple(map(Arm, (*_OWN, "staged", *_OPTUNAS)))),
     Setting("autopeft, stopping", "autopeft", (LOSS,), 64, _STOPS),
     Setting("autopeft, stopping, by fronts", "autopeft", (LOSS, PARAMETERS), 64, _STOPS[:5]),
     Setting("s4, stopping", "s4", (LOSS,), 64, _STOPS),

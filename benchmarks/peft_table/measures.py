@@ -50,6 +50,11 @@ def best_was_stopped(view: View, ran: Sequence[Ran]) -> bool:
     return not min(ran, key=lambda one: _finite(view.loss[one.row])).complete
 
 
+def lost(view: View, ran: Sequence[Ran]) -> float:
+    """By how much the chosen one's loss is above the lowest that a trial of the study would have ended with."""
+    return float(view.loss[chosen(view, ran)]) - min(_finite(view.loss[one.row]) for one in ran)
+
+
 def chosen(view: View, ran: Sequence[Ran]) -> int:
     """The row with the lowest loss that the study has seen."""
     complete = [one.row for one in ran if one.complete]

@@ -19,7 +19,7 @@ from peft_table.table import Table
 
 SAVED, STOPPED = 0.70, 0.05  # the goals
 _REGRET, _VOLUME = 1, 2  # in a measurement, after what was spent
-_SHOWN = (10, 20, 30)
+_SHOWN = (10, 20, 40)
 _OURS, _THEIRS = "-", "--"
 
 
@@ -32,7 +32,9 @@ def write(table: Table, studies: Studies, finals: Finals, folder: Path) -> Path:
         f"{len(table.rows)} configurations on {' and '.join(table.tasks)}: {table.about}.",
         "A study is told the validation loss of one seed; regret is by how much the row that it would choose is worse "
         "than the best of its space in the mean of all seeds, in nats; volume is its front's hypervolume, in shares of "
-        "the whole space's. Means with 95% intervals over the studies.",
+        "the whole space's. Means with 95% intervals over the studies. Where trials are stopped, what is lost is by "
+        "how much the chosen one's loss is above the lowest that a trial would have come to; the share of studies is "
+        "told that lost more than the standard deviation of a row's loss from one seed to the next.",
         "",
     ]
     lines += ["How far a row's loss says what it is worth (Spearman's rank correlation, mean of both seeds):", ""]
@@ -40,8 +42,15 @@ def write(table: Table, studies: Studies, finals: Finals, folder: Path) -> Path:
     for setting in SETTINGS:
         lines += [f"## {setting.name}", ""]
         for task in table.tasks:
-            table_of = _stops if "stopping" in setting.name else _samplers
-            lines += [f"{task}, studies of {setting.trials} trials:", "", *table_of(studies, setting, task), ""]
+            lines += [f"{task}, studies of {setting.trials} trials:", ""]
+            lines += [
+                *(
+                    _stops(table, studies, setting, task)
+                    if "stopping" in setting.name
+                    else _samplers(studies, setting, task)
+                ),
+                "",
+            ]
     again = f"Trained again on new seeds: {', '.join(finals) or 'none'}."
     lines += ["## What stopping early saves and costs", "", again, ""]
     lines += [*_costs(found), "", *_verdicts(table, studies, found), ""]
@@ -80,15 +89,20 @@ def _samplers(studies: Studies, setting: Setting, task: str) -> Iterator[str]:
         yield _row([arm.name, f"{len(found)}", *cells])
 
 
-def _stops(studies: Studies, setting: Setting, task: str) -> Iterator[str]:
+def _stops(table: Table, studies: Studies, setting: Setting, task: str) -> Iterator[str]:
+    noise = table.noise(setting.space, table.tasks.index(task))
     heads = [f"regret after {trainings} trainings" for trainings in TRAININGS]
-    yield from _head(["sampler, pruner", "studies", "saved", "best stopped", *heads, "at the end"])
+    lost = f"more than {noise:.3f} lost"
+    yield from _head(["sampler, pruner", "studies", "saved", "best stopped", lost, *heads, "at the end"])
     for arm, found in _arms(studies, setting, task):
         stopped = [float(bool(study["stopped"])) for study in found]
         cells = [_mean(_after(found, place)) for place in range(len(TRAININGS))]
+        beyond = fmean(float(str(study["lost"])) > noise for study in found)
         saved = [float(str(study["saved"])) for study in found]
         end = _mean([_numbers(study["end"])[_REGRET] for study in found])
-        yield _row([arm.name, f"{len(found)}", f"{fmean(saved):.1%}", f"{fmean(stopped):.0%}", *cells, end])
+        yield _row(
+            [arm.name, f"{len(found)}", f"{fmean(saved):.1%}", f"{fmean(stopped):.0%}", f"{beyond:.0%}", *cells, end]
+        )
 
 
 def _costs(found: Mapping[str, Cost]) -> Iterator[str]:

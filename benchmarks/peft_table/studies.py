@@ -11,12 +11,12 @@ from pathlib import Path
 import optuna
 
 from peft_table.arms import SETTINGS, Arm, Setting
-from peft_table.measures import after_tokens, after_trials, best_was_stopped, chosen, saved
+from peft_table.measures import after_tokens, after_trials, best_was_stopped, chosen, lost, saved
 from peft_table.replay import View, replayed
 from peft_table.table import SEEDS, Table
 from polygraft.kernels.common.atomic import write_text
 
-COUNTS = tuple(range(5, 31, 5))  # trials
+COUNTS = tuple(range(5, 41, 5))  # trials
 TRAININGS = (5, 10, 15, 20)  # tokens, in whole trainings
 _SAVE_S = 30.0
 
@@ -89,6 +89,7 @@ def _study(view: View, setting: Setting, arm: Arm, seed: int) -> Study:
         "end": _short(asdict(after_trials(view, ran, len(ran)))),
         "saved": round(saved(view, ran), 4),
         "stopped": best_was_stopped(view, ran),
+        "lost": round(lost(view, ran), 4),
         "chosen": int(view.numbers[chosen(view, ran)]),
     }
 

@@ -64,6 +64,11 @@ class Table:
         """Of the optimiser, of every job on the task."""
         return int(np.isfinite(self.training[:, task]).any(axis=(0, 1)).sum())
 
+    def noise(self, space: str, task: int) -> float:
+        """The standard deviation of a row's validation loss from one seed to the next, over the space's rows."""
+        ends = self.validation[self.of(space), task, :, -1]
+        return float(np.sqrt(np.nanmean(ends.var(axis=1, ddof=1))))
+
     def of(self, space: str) -> NDArray[np.intp]:
         """Numbers of the space's rows."""
         return np.flatnonzero([row.space == space for row in self.rows])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from math import exp
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from scipy.stats import t as student  # type: ignore[import-untyped]
+from scipy.stats import norm as normal  # type: ignore[import-untyped]
 
 from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.curves import Curve, Pruner, means, ranked
-from polygraft.tuning.pruners.early_exit import PENALTIES, EarlyExit, lower_bound
+from polygraft.tuning.pruners.early_exit import VARIANCES, EarlyExit, chance_below
 from polygraft.tuning.pruners.halving import Halving
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.space import Candidate
@@ -48,7 +48,7 @@ def run(rule: Pruner, levels: list[float], known: Callable[[int], tuple[float, .
 def test_rungs_are_shares_of_the_steps_and_the_last_is_the_end() -> None:
     assert Halving().looks(0, 90) == (10, 30, 90)
     assert Halving().looks(0, 2) == (1, 2)
-    assert EarlyExit().looks(0, 96) == tuple(range(4, 97, 4))
+    assert EarlyExit().looks(0, 96) == tuple(range(2, 97, 2))
     assert EarlyExit().looks(0, 3) == (1, 2, 3)
 
 
@@ -96,40 +96,50 @@ def test_hyperbands_brackets_judge_later_and_only_among_themselves() -> None:
     assert [number for number in second if rule.reason_to_stop(second, number)] == [4, 7, 10]
 
 
-def test_the_lower_bound_is_that_of_a_ridge_regressions_prediction() -> None:
-    """Every fold fitted anew, with an intercept that is not shrunk."""
+def test_the_chance_is_that_of_the_model_by_integration() -> None:
+    """Over the level and the logarithm of what is left over's deviation, for each pair of prior variances."""
     chance = np.random.default_rng(2)
-    for n, looks in ((4, 1), (5, 4), (12, 3), (9, 12)):
-        x, new = chance.normal(3.0, 0.5, (n, looks)), chance.normal(3.0, 0.5, looks)
-        y = x @ chance.normal(0.0, 1.0, looks) + chance.normal(0.0, 0.3, n)
-        top = np.linalg.svd(x - x.mean(axis=0))[1][0] ** 2
-        found: list[tuple[float, float]] = []  # leave-one-out error, bound
-        for penalty in PENALTIES:
-            smoother = np.stack([_weights(x, row, penalty * top) for row in x])
-            errors, leverage = y - smoother @ y, np.diag(smoother)
-            folds = [y[i] - _weights(np.delete(x, i, 0), x[i], penalty * top) @ np.delete(y, i) for i in range(n)]
-            freedom = n - leverage.sum()
-            weights = _weights(x, new, penalty * top)
-            variance = np.mean(errors**2 / (1 - leverage)) * (1 + weights @ weights)
-            if freedom >= 1:
-                bound = weights @ y - student.ppf(0.9, freedom) * variance**0.5
-                found.append((float(np.mean(np.square(folds))), float(bound)))
-        assert lower_bound(x.tolist(), y.tolist(), new.tolist(), 0.1) == pytest.approx(min(found)[1], rel=1e-6)
+    for n, looks in ((4, 1), (5, 4), (9, 12)):
+        points = chance.normal(3.0, 0.5, (n + 1, looks)), chance.normal(0.0, 1.0, (n + 1, 2))
+        blocks = [x - x[:n].mean(axis=0) for x in points]
+        y = points[0][:n] @ chance.normal(0.0, 0.5, looks) + points[1][:n, 0] + chance.normal(0.0, 0.3, n)
+        level = float(y.min())
+        away, log_sigma = np.meshgrid(np.linspace(-5, 5, 101), np.linspace(-8, 4, 601))
+        sigma, whole, under = np.exp(log_sigma), 0.0, 0.0
+        mu = y.mean() + away * sigma  # d mu = sigma d away
+        for scales in product(VARIANCES, repeat=2):
+            over = np.eye(n + 1) + sum(s * x @ x.T / x.shape[1] for s, x in zip(scales, blocks, strict=True))
+            white = np.linalg.inv(np.linalg.cholesky(over[:n, :n]))
+            ones, values = white @ np.ones(n), white @ y
+            squares = values @ values - 2 * mu * (ones @ values) + mu**2 * (ones @ ones)
+            density = np.linalg.det(white) * sigma ** (1 - n) * np.exp(-squares / sigma**2 / 2)
+            weights = np.linalg.solve(over[:n, :n], over[:n, n])
+            expected, variance = mu + weights @ y - mu * weights.sum(), over[n, n] - weights @ over[:n, n]
+            whole += density.sum()
+            under += (density * normal.cdf((level - expected) / (sigma * variance**0.5))).sum()
+        found = chance_below(level, [(x[:n], x[n]) for x in blocks], y.tolist())
+        assert found == pytest.approx(under / whole, rel=1e-4)
 
 
-def _weights(x: NDArray[np.float64], new: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
-    """By which a prediction at `new` is a sum of the values at `x`."""
-    design = np.column_stack([np.ones(len(x)), x])
-    shrunk = penalty * np.diag([0.0, *[1.0] * x.shape[1]])
-    found: NDArray[np.float64] = np.array([1.0, *new]) @ np.linalg.solve(design.T @ design + shrunk, design.T)
-    return found
+def test_the_chance_follows_a_line_and_nothing_follows_from_three_or_from_equal_ends() -> None:
+    x, y = np.array([[-1.5], [-0.5], [0.5], [1.5]]), [1.0, 3.0, 5.0, 7.0]
+    assert chance_below(8.0, [(x, np.array([3.5]))], y) == pytest.approx(0.0, abs=0.02)  # the line says 11
+    assert chance_below(14.0, [(x, np.array([3.5]))], y) == pytest.approx(1.0, abs=0.02)
+    assert chance_below(8.0, [(x[:3], np.array([3.5]))], y[:3]) is None
+    assert chance_below(8.0, [(x, np.array([3.5]))], [2.0] * 4) is None
 
 
-def test_the_lower_bound_follows_a_line_and_nothing_follows_from_three_or_from_equal_curves() -> None:
-    x, y = [(0.0,), (1.0,), (2.0,), (3.0,)], [1.0, 3.0, 5.0, 7.0]
-    assert lower_bound(x, y, (5.0,), 0.05) == pytest.approx(11.0, abs=0.01)
-    assert lower_bound(x[:3], y[:3], (5.0,), 0.05) is None
-    assert lower_bound([(1.0, 2.0)] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], (1.0, 2.0), 0.05) is None
+def test_rate_and_size_say_what_curves_do_not() -> None:
+    """A rate whose trials have ended high is not waited for; what is equal in all that ended says nothing."""
+    chance = np.random.default_rng(5)
+    rates = chance.uniform(-3.0, 0.0, 12)
+    curves = {
+        number: Curve((3.0 + float(chance.normal(0, 0.1)),), (), (rate, 2.0), 1.0 + rate**2)
+        for number, rate in enumerate(rates.tolist())
+    }
+    curves |= {12: Curve((3.5,), (), (-3.0, 2.0)), 13: Curve((3.5,), (), (0.0, 2.0)), 14: Curve((3.5,), (), (0.0, 9.0))}
+    stopped = [number for number in (12, 13, 14) if EarlyExit().reason_to_stop(curves, number)]
+    assert stopped == [12]
 
 
 def test_of_curves_that_do_not_cross_the_best_is_never_stopped() -> None:

@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 from statistics import fmean
 from typing import Protocol
 
+from polygraft.tuning.space import Candidate
 from polygraft.tuning.study import dominates
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Of one trial the mean training loss up to its first look, from there to its second, and so on; `known` are the
-    objectives that follow from its graft. One that was trained to its end has a mean for every look, and `end`, its
-    held-out loss."""
+    objectives that follow from its graft, `traits` what may say before training how it ends. One that was trained to
+    its end has a mean for every look, and `end`, its held-out loss."""
 
     losses: tuple[float, ...]
     known: tuple[float, ...] = ()
+    traits: tuple[float, ...] = ()
     end: float | None = None
 
     @property
@@ -48,6 +51,11 @@ def means(losses: Mapping[int, float], looks: Sequence[int]) -> tuple[float, ...
     reached = max(losses, default=0)
     spans = [(low, high) for low, high in pairwise((0, *looks)) if high <= reached]
     return tuple(fmean(losses[step] for step in range(low + 1, high + 1) if step in losses) for low, high in spans)
+
+
+def traits(candidate: Candidate) -> tuple[float, ...]:
+    """Logarithms of its learning rate and of its number of parameters."""
+    return log(candidate.learning_rate), log(max(candidate.parameters, 1))
 
 
 def ranked(points: Mapping[int, tuple[float, ...]]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from polygraft.tuning.pruners.curves import Curve, Pruner, means
+from polygraft.tuning.pruners.curves import Curve, Pruner, means, traits
 from polygraft.tuning.study import Result, Stopped, Trial
 
 
@@ -30,7 +30,8 @@ class Watch:
         outcome = trial.outcome
         self._losses.pop(trial.number, None)
         if isinstance(outcome, Result | Stopped) and outcome.curve:
-            self._curves[trial.number] = Curve(outcome.curve, self._known.get(trial.candidate.peft, ()), trial.loss)
+            known = self._known.get(trial.candidate.peft, ())
+            self._curves[trial.number] = Curve(outcome.curve, known, traits(trial.candidate), trial.loss)
         else:
             self._curves.pop(trial.number, None)
 
@@ -45,7 +46,7 @@ class Watch:
         reached = means(own, looks)
         before = len(self.curve(trial.number))
         for count in range(before + 1, len(reached) + 1):
-            self._curves[trial.number] = Curve(reached[:count], known)
+            self._curves[trial.number] = Curve(reached[:count], known, traits(trial.candidate))
             if count == len(looks):
                 break  # it has trained to its end
             if reason := self._pruner.reason_to_stop(self._curves, trial.number):
