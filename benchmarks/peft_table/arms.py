@@ -70,7 +70,7 @@ _OPTUNAS = ("optuna random", "optuna tpe", "optuna nsga2")
 _GP = (Arm("gp", seeds=GP_SEEDS), Arm("optuna gp", seeds=GP_SEEDS))
 _STOPS = (
     *(Arm("random", pruner) for pruner in ("none", "halving", "hyperband", "early-exit", "optuna asha")),
-    *(Arm("random", f"early-exit {times}", seeds=CURVE_SEEDS) for times in (0.3, 1, 2, 6)),
+    *(Arm("random", f"early-exit {times}", seeds=CURVE_SEEDS) for times in (0.3, 1, 3, 6)),
     *(Arm("tpe", pruner, seeds=20) for pruner in ("none", "early-exit")),
 )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOOKS = 48
-TIMES = 3.0
+TIMES = 2.0
 FEWEST = 4  # ended trials: with fewer the model says next to nothing
 VARIANCES = 10.0 ** np.arange(-2, 4)  # of what a block explains, in variances of what is left over
 
