@@ -2,7 +2,8 @@
 
 What keeps a promise to a tenant is tried whole, of everything else a sample that a seed draws. What was found is kept
 under build/mutants, so that a run that is broken off goes on where it was: a fault that was noticed or is excused is
-tried again only when its file changes, one that was not whenever a file of tests does. Decision 15 says why this is not mutmut.
+tried again only when its file changes, one that was not whenever a file of tests does. Decision 15 says why this is not
+mutmut.
 """
 
 from __future__ import annotations
