@@ -49,6 +49,8 @@ def test_a_job_in_a_pack_counts_there_and_one_that_moves_in_both() -> None:
         {here.id: here, leaves.id: leaves},
         {leaves.id: leaves, comes.id: comes},
     )
+    standing.change(here, None)
+    assert standing.active == {T: {leaves.id: leaves}} and standing.entered == {T: [(8.0, leaves.id)]}
 
 
 @pytest.mark.parametrize(
