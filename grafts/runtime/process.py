@@ -53,9 +53,14 @@ def give_back() -> None:
 
 
 def allocation_failed(error: BaseException) -> bool:
-    """Whether it says that memory was short, or could never suffice."""
+    """Whether it says that memory was short, or could never suffice.
+
+    oneDNN has no words for it: what it has a descriptor for and cannot create, it has no memory to compile.
+    """
     said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+    if isinstance(error, MemoryError) or str(error) == "could not create a primitive":
+        return True
+    return any(text in str(error) for text in said)
 
 
 def chosen_device(setting: str) -> str:
