@@ -30,12 +30,13 @@ def _allocator() -> dict[str, str]:
     """The jemalloc that comes with Ray, where it does; else glibc's allocator in one heap.
 
     glibc before 2.38 cannot use the hole of an aligned block for another of the same size, so that the heap of a pack
-    grows by tens of MiB a step.
+    grows by tens of MiB a step. Nothing is retained: what is given back leaves the address space, too, where others map
+    memory for themselves.
     """
     ray = find_spec("ray")
     library = Path(next(iter(ray.submodule_search_locations or ()), "")) / "core" / "libjemalloc.so" if ray else Path()
     if library.is_file():
-        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "narenas:1,dirty_decay_ms:-1"}
+        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "narenas:1,dirty_decay_ms:-1,retain:false"}
     return {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "33554432",
