@@ -17,8 +17,8 @@ _ASK_S = 10.0
 
 
 class Listener:
-    """Listens at `host` and `port` until it is closed, for those who ask at the path `door`. Raises OSError where nobody
-    can listen."""
+    """Listens at `host` and `port` until it is closed, for those who ask at the path `door`. Raises OSError where
+    nobody can listen."""
 
     def __init__(self, host: str, port: int, door: Path) -> None:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
