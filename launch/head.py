@@ -88,7 +88,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         preparer = cast(ActorHandle[_Preparer], ray.remote(_Preparer).options(num_cpus=0).remote())
         scout = NodeScout(speed_cache(), gpus=machine.gpus > 0)
         prepared: ray.ObjectRef[Backbone] = preparer.prepare.remote(settings, backbone_cache(), scout)
-        serve.start(proxy_location="Disabled")  # meanwhile: both mostly wait
+        http = {"host": settings.host, "port": settings.port}  # for Serve to tell of, as nothing of its own listens
+        serve.start(proxy_location="Disabled", http_options=http)  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
         ray.kill(preparer)
         folder.enter("starting the controller")
