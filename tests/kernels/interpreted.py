@@ -109,7 +109,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 def put_language_once(patch: pytest.MonkeyPatch) -> None:
     """The interpreter's functions stand in the language's place from the first program on. By itself it puts them there
     at every launch and at every call of one program by another, which takes longer than the programs."""
-    put, done = interpreter._patch_lang, set()
+    put, done = interpreter._patch_lang, set[str]()
 
     def put_once(program: Callable[..., None]) -> interpreter._LangPatchScope:
         language = {value.__name__ for value in program.__globals__.values() if value is tl or value is tl.core}
