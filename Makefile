@@ -26,11 +26,12 @@ setup: .venv/.ready  ## make .venv with the locked versions
 demo: setup  ## train, search and serve eight grafts on this machine; REPORT=path writes the report there
 	$(BIN)/polygraft demo $(if $(REPORT),--report $(REPORT))
 
-# Two at a time, a file of tests each; those that start Ray, which wait more than they compute, come last.
+# Two at a time, a file of tests each, in the order of tests/conftest.py; those that start Ray, which wait more than they
+# compute, come last.
 test: setup  ## run the tests (about 13 minutes on 2 cores)
 	@status=0; \
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray --ignore tests/e2e --ignore tests/nodes || status=$$?; \
-	$(BIN)/pytest -n 2 --dist loadfile tests/ray tests/e2e || status=$$?; \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/ray --ignore tests/e2e --ignore tests/nodes || status=$$?; \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e || status=$$?; \
 	exit $$status
 
 test-cluster: setup  ## kill what a service over three nodes consists of, one after the other (about 10 minutes)

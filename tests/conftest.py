@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -30,6 +32,8 @@ _NO_SKIP = os.environ.get("CI") == "true" or os.environ.get("POLYGRAFT_NO_SKIP")
 for _name in [name for name in os.environ if name.startswith("POLYGRAFT_")] + ["RAY_ADDRESS"]:
     os.environ.pop(_name, None)
 
+gc.disable()  # until all is imported: what is made then stays
+
 settings.register_profile("fixed", derandomize=True, deadline=None)  # same examples every run, on slow machines too
 settings.load_profile("fixed")
 
@@ -43,6 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (folder := _folder(item)) in _LAST:
             item.add_marker(folder)
     items.sort(key=lambda item: _rank(_folder(item)))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # long files first: at the end no core waits for one that began last
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (_folder(item) in _LAST, item.path not in slow, -tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """What libraries and tests have made on import is no garbage: a collection took a second to look through it."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

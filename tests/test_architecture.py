@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -168,7 +169,7 @@ def test_policy_imports_a_fixed_list() -> None:
 def test_nothing_is_saved_or_loaded_with_pickle() -> None:
     wrong: list[object] = [found for found in imports() if matches(found.name, (UNSAFE,))]
     for path in sources():
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and matches(ast.unparse(node), (UNSAFE,)):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
@@ -180,7 +181,7 @@ def test_only_one_module_renames_files() -> None:
     """What must be whole goes through polygraft.kernels.common.atomic, which syncs before and after."""
     wrong = []
     for path in sources():
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and module(path) != "polygraft.kernels.common.atomic" and _renames(node):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert not wrong, report(wrong)
@@ -209,24 +210,44 @@ def test_every_imported_library_is_declared() -> None:
     assert not wrong, report(wrong)
 
 
-@pytest.mark.parametrize("folder", ["grafts", "kernels", "cluster", "serving", "trainers"])
-def test_torch_free_modules_import_where_there_is_no_torch(folder: str) -> None:
-    names = sorted({module(path) for path in sources(folder)})
-    patterns = {"grafts": TORCH_FREE, "kernels": rf"({COST}|{ATOMIC})", "cluster": r"polygraft\.cluster\b"}
-    patterns["serving"] = (
-        r"polygraft\.serving\.(app|fleet|gateway|host|ingress|messages|remote|replica|request|http\.\w+)$"
-    )
-    patterns["trainers"] = r"polygraft\.trainers\.(host|plan)$"
-    names = [name for name in names if matches(name, (patterns[folder],))]
-    # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
-    code = f"import sys, importlib; sys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+TORCHLESS = {  # the modules of a folder that are imported where there is no torch
+    "grafts": TORCH_FREE,
+    "kernels": rf"({COST}|{ATOMIC})",
+    "cluster": r"polygraft\.cluster\b",
+    "serving": r"polygraft\.serving\.(app|fleet|gateway|host|ingress|messages|remote|replica|request|http\.\w+)$",
+    "trainers": r"polygraft\.trainers\.(host|plan)$",
+}
+# None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
+WITHOUT_TORCH = """
+import importlib, json, sys, traceback
+sys.modules["torch"] = None
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        print(json.dumps([name, traceback.format_exc()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def failed_without_torch() -> dict[str, str]:
+    """The error of each module whose import failed, one after the other in one process."""
+    found = [module(path) for path in sources(*TORCHLESS)]
+    names = [name for name in found if matches(name, (TORCHLESS[name.split(".")[1]],))]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("folder", TORCHLESS)
+def test_torch_free_modules_import_where_there_is_no_torch(folder: str, failed_without_torch: dict[str, str]) -> None:
+    assert {name: why for name, why in failed_without_torch.items() if name.split(".")[1] == folder} == {}
 
 
 @cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), path)
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text(), path)))
 
 
 @cache
@@ -259,27 +280,35 @@ def _renames(call: ast.Call) -> bool:
     return call.func.attr in ("replace", "rename") and len(call.args) == 1 and not call.keywords
 
 
-def sources(*folders: str) -> list[Path]:
+@cache
+def sources(*folders: str) -> Sequence[Path]:
     return sorted(path for folder in folders or FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def imports(*folders: str) -> Iterator[Import]:
     """Every import of the folders' files, those inside functions and under TYPE_CHECKING too."""
     for path in sources(*folders):
-        guarded = {
-            inner
-            for node in ast.walk(tree(path))
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    yield Import(path, node.lineno, alias.name, False, node in guarded)
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    name = f"{node.module or ''}.{alias.name}"
-                    yield Import(path, node.lineno, name, node.level > 0, node in guarded)
+        yield from imports_of(path)
+
+
+@cache
+def imports_of(path: Path) -> tuple[Import, ...]:
+    guarded = {
+        inner
+        for node in nodes(path)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.append(Import(path, node.lineno, alias.name, False, node in guarded))
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module or ''}.{alias.name}"
+                found.append(Import(path, node.lineno, name, node.level > 0, node in guarded))
+    return tuple(found)
 
 
 def module(path: Path) -> str:

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from polygraft.grafts.architectures.registry import architecture
 from polygraft.grafts.bound import BoundGraft
@@ -210,6 +208,9 @@ def _network(config: Config, parts: Mapping[str, Tensor], sizes: tuple[int, int,
 
 def _turned(k: Tensor, by: int, backbone_files: BackboneFiles) -> Tensor:
     """Keys [p, heads, d] as the model's rotary embedding turns those at position `by`."""
+    from transformers import CONFIG_MAPPING  # here, since few folders need it, and it is half of what a reader imports
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     config: Any = CONFIG_MAPPING[str(backbone_files.config["model_type"])].from_dict(dict(backbone_files.config))
     frequencies: Tensor = LlamaRotaryEmbedding(config).inv_freq  # the same for all of _ROTARY
     angles = (by * frequencies.double()).repeat(2)

@@ -27,7 +27,7 @@ from polygraft.grafts.formats.description import DESCRIPTION
 from polygraft.grafts.formats.read import read
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from tests.grafts.oracle.row import random_tensors
+from tests.grafts.random_tensors import random_tensors
 
 TEXTS = (
     "lora(r=2)",

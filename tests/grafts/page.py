@@ -119,6 +119,27 @@ UNREAD: Mapping[str, str] = {
 }
 
 
+# Numbered equations of the survey (arXiv 2403.14608, sections III-A to III-C) that state a method, or what it changes,
+# where no equation of its own paper is quoted.
+_ADAPTERS = "adapter-drop averaged-adapters binary-adapter compacter fusion hypernet-adapter pfeiffer phm propetl"
+_PROMPTS = "cpt dept dpt idpg ipt mpt p-tuning pruned-prompt residual-prompt smop spot"
+_MASKS = "child-tuning diff-pruning fishmask lt-sft moved-rows moving-mask pafi s-bitfit shira"
+_LORAS = "corda eva loftq lora-dropout lora-fa lora-ga lora-plus milora moslora o-lora olora orthogonal rslora"
+SURVEY: Mapping[str, str] = {
+    **dict.fromkeys((*_ADAPTERS.split(), "sparse-adapter"), "eq. 7, of adapters"),
+    **dict.fromkeys(_PROMPTS.split(), "eq. 8, of soft prompts"),
+    **dict.fromkeys(_MASKS.split(), "eq. 11, of a mask over the weights"),
+    **dict.fromkeys(_LORAS.split(), "eq. 12, of LoRA"),
+    "bitfit": "eq. 11, with a mask that selects the biases",
+    "hiwi": "eq. 15",
+    "ia3": "eqs. 9 and 10",
+    "ln-tuning": "eq. 11, with a mask that selects the norms",
+    "prompt": "eq. 8",
+    "serial": "eq. 7",
+    "sora": "eq. 14",
+}
+
+
 class Measured(TypedDict):
     """The largest relative error of logits and of a trained tensor's gradient in float64, and the row's name."""
 
@@ -278,12 +299,18 @@ def _cases(kind: str, line: Entry, measured: Measured) -> str:
 
 
 def _stated(method: Method, words: Description) -> str:
-    """Where the paper states what the summary says."""
+    """Where the paper states what the summary says, by the number of its equation; without one, why none is quoted, and
+    what is followed."""
+    if any(one.startswith("eq.") for one in words.stated):
+        return "; ".join(words.stated)
     if method.paper.startswith("PEFT"):
-        return "PEFT's code; no paper"
-    if method.name in UNREAD:
-        return f"equation number not verified; {UNREAD[method.name]}"
-    return "; ".join(words.stated)
+        followed = "PEFT's code; no paper"
+    elif method.name in UNREAD:
+        followed = f"equation number not verified; {UNREAD[method.name]}"
+    else:
+        followed = f"{'; '.join(words.stated)}; no numbered equation of the paper is quoted"
+    survey = SURVEY.get(method.name)
+    return f"{followed}; the survey's {survey}" if survey else followed
 
 
 def _tested(kind: str, line: Entry) -> str:

@@ -15,7 +15,7 @@ from polygraft.grafts.methods.refused import REFUSED
 from polygraft.grafts.methods.registry import methods
 from polygraft.grafts.spec import SpecError
 from tests.grafts.equalities import shown
-from tests.grafts.page import DOCS, NEWER, UNREAD, pages, rows_of
+from tests.grafts.page import DOCS, NEWER, SURVEY, UNREAD, pages, rows_of
 
 MEASURED = json.loads((DOCS / "methods.json").read_text())
 
@@ -51,7 +51,7 @@ def test_every_method_has_words_of_its_own() -> None:
 
 
 def test_every_methods_page_says_where_its_paper_states_it() -> None:
-    """By the number of an equation, section, algorithm or theorem; only where the paper was not read that is said."""
+    """By the number of an equation; without one by section, algorithm or theorem, or as unread, and it says so."""
     told = {name for name, method in methods().items() if describe(method).stated}
     without = {name for name, method in methods().items() if method.paper.startswith("PEFT")}
     assert methods().keys() - told == UNREAD.keys() | without
@@ -61,6 +61,9 @@ def test_every_methods_page_says_where_its_paper_states_it() -> None:
         stated = re.search(r"^\| stated in \| (.+) \|$", page, re.MULTILINE)
         assert len(deviations) > 10 and stated is not None, name
         assert re.search(r"\d|not verified|no paper", stated[1]), name
+        own = stated[1].split("; the survey's ")[0]
+        assert re.search(r"\beq\. \d|not verified|no paper|no numbered equation of the paper is quoted", own), name
+    assert SURVEY.keys() <= {name for name in methods() if "eq. " not in " ".join(describe(methods()[name]).stated)}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -14,7 +14,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from polygraft.kernels.branch import gpu, reference
 from polygraft.kernels.branch.activation import ACTIVATIONS
@@ -104,9 +106,26 @@ CHECKS: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
+def put_language_once(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter's functions stand in the language's place from the first program on. By itself it puts them there
+    at every launch and at every call of one program by another, which takes longer than the programs."""
+    put, done = interpreter._patch_lang, set[str]()
+
+    def put_once(program: Callable[..., None]) -> interpreter._LangPatchScope:
+        language = {value.__name__ for value in program.__globals__.values() if value is tl or value is tl.core}
+        if not language <= done:
+            done.update(language)
+            put(program)
+        return interpreter._LangPatchScope()  # which has nothing to put back
+
+    patch.setattr(interpreter, "_patch_lang", put_once)
+
+
 def main(checks: Mapping[str, Callable[[], None]]) -> None:
     torch.set_num_threads(1)  # numpy does the work
-    poison_uninitialised(pytest.MonkeyPatch())
+    patch = pytest.MonkeyPatch()
+    poison_uninitialised(patch)
+    put_language_once(patch)
     for name, check in checks.items():
         try:
             check()

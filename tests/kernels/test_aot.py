@@ -13,7 +13,7 @@ from polygraft.kernels.affine import tuned as affine
 from polygraft.kernels.branch import tuned as branch
 from polygraft.kernels.branch.programs import outer_kernel, shrink_kernel
 from polygraft.kernels.common import aot
-from polygraft.kernels.common.aot import CARDS, Card, Tuned
+from polygraft.kernels.common.aot import CARDS, Card, Facts, Tuned
 from polygraft.kernels.kv import tuned as kv
 from polygraft.kernels.nf4 import tuned as nf4
 from polygraft.kernels.norm import tuned as norm
@@ -42,10 +42,22 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+_FACTS: dict[tuple[object, str, int], Facts] = {}
+
+
+def compiled(tuned: Tuned, arch: int) -> Facts:
+    """The facts of a tuned program, which several tests look at, from one compilation."""
+    key = tuned.program, tuned.name, arch
+    if key not in _FACTS:
+        _FACTS[key] = aot.compiled(tuned, arch)
+    return _FACTS[key]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card.arch}")
 @pytest.mark.parametrize("tuned", list(programs()))
 def test_a_tuned_program_spills_nothing_fits_a_block_and_multiplies_in_tensor_cores(tuned: Tuned, card: Card) -> None:
-    facts = aot.compiled(tuned, card.arch)
+    facts = compiled(tuned, card.arch)
     assert facts.spilled == 0
     assert facts.registers * tuned.warps * 32 <= 65536
     assert facts.shared <= card.shared
@@ -56,7 +68,7 @@ def test_a_tuned_program_spills_nothing_fits_a_block_and_multiplies_in_tensor_co
     "tuned", [t for t in branch.tuned() if t.constants["HEIGHT"] == 64 and t.dot], ids=lambda t: t.name
 )
 def test_tiles_of_64_rows_use_warp_group_products_on_hopper(tuned: Tuned) -> None:
-    assert aot.compiled(tuned, 90).tensor_core == {"wgmma.mma_async"}
+    assert compiled(tuned, 90).tensor_core == {"wgmma.mma_async"}
 
 
 def test_float32_is_multiplied_in_full_precision() -> None:

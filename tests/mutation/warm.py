@@ -72,6 +72,7 @@ class Warm:
         self._session = session
         self._items = {item.nodeid: item for item in session.items}
         self._functions: dict[Place, list[FunctionType]] = defaultdict(list)
+        gc.unfreeze()  # what conftest.py has frozen is no object that the collector knows
         for one in gc.get_objects():
             if isinstance(one, FunctionType):
                 self._functions[_place(one.__code__)].append(one)

@@ -75,6 +75,7 @@ def ran(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.T
         return {name: Ran(died, _jobs(packs[name])) for name, died in zip(packs, deaths, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "died", "code", "says"),
     [("kill", 3, "killed_its_worker", "max_length"), ("refuse", 0, "out_of_memory", f"{TOKENS - 1} rows")],

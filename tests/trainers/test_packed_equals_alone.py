@@ -48,6 +48,7 @@ AWKWARD = {
     "twice": "lora(r=3) + lora(r=5, at=attn.q) + prefix(2)",
 }
 SHORT = 10
+EXAMPLES = 6  # of each job of a pack: with every batch size whole epochs make six steps, and not up to ten
 MAX_ROWS = 140  # less than all jobs' micro-batches together, so that the company changes from step to step
 
 
@@ -61,11 +62,11 @@ def fp32(one_thread: None, folder: Path) -> Backbone:
     return backbone_of(folder, torch.float32)
 
 
-def a_job(name: str, text: str, *, seed: int, steps: int, shape: ModelShape = TINY) -> TrainJob:
+def a_job(name: str, text: str, *, seed: int, steps: int, shape: ModelShape = TINY, count: int = 9) -> TrainJob:
     """Own data, lengths, batch size, rate, schedule and epochs; at least `steps` optimiser steps."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for _ in range(9):
+    for _ in range(count):
         length = int(torch.randint(3, 24, (1,), generator=generator))
         ids = torch.randint(0, 512, (length,), generator=generator).tolist()
         muted = int(torch.randint(1, length, (1,), generator=generator))
@@ -84,9 +85,9 @@ def a_job(name: str, text: str, *, seed: int, steps: int, shape: ModelShape = TI
     return TrainJob(name, BoundGraft(parse(text), shape), config, tuple(samples))
 
 
-def jobs_of(steps: int, texts: Mapping[str, str], shape: ModelShape = TINY) -> list[TrainJob]:
+def jobs_of(steps: int, texts: Mapping[str, str], shape: ModelShape = TINY, count: int = EXAMPLES) -> list[TrainJob]:
     named = enumerate(texts.items())
-    return [a_job(name, text, seed=seed, steps=steps, shape=shape) for seed, (name, text) in named]
+    return [a_job(name, text, seed=seed, steps=steps, shape=shape, count=count) for seed, (name, text) in named]
 
 
 def run(
@@ -223,7 +224,7 @@ def test_a_job_too_short_for_patience_fails_if_none_of_its_steps_was_finite(step
 
 
 def test_joining_late_and_leaving_early_change_nothing_for_the_others(fp32: Backbone) -> None:
-    jobs = jobs_of(SHORT, METHODS)
+    jobs = jobs_of(SHORT, METHODS, count=9)
     gone = a_job("gone", "parallel(8) + lora(r=8)", seed=30, steps=200)
     pack = pack_of(fp32, [jobs[0], gone, *jobs[1:4]])
     late = {3: jobs[4], 9: jobs[5], 10: jobs[6], 25: jobs[7]}

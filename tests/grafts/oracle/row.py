@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from polygraft.grafts.spec import KV, GraftSpec, SpecError
 from polygraft.launch.demo.oracle.naive import Hook, naive
 from polygraft.launch.demo.oracle.peft_oracle import peft_oracle
 from polygraft.launch.demo.oracle.plain import MODULES, Oracle, Place, embedded, plain_llama, read_rows
+from tests.grafts.random_tensors import random_tensors
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Values = Mapping[str, Tensor]
@@ -54,7 +56,7 @@ class Row:
         return parse(self.text)
 
     def graft(self, shape: ModelShape) -> BoundGraft:
-        return BoundGraft(self.spec, shape)
+        return _bound(self.text, shape)
 
     def values(self, shape: ModelShape, seed: int) -> dict[str, Tensor]:
         return self.fixed(random_tensors(self.graft(shape), seed))
@@ -109,6 +111,11 @@ class Row:
         return Oracle(found.logits, {name: place for name, place in found.places.items() if name not in frozen})
 
 
+@cache
+def _bound(text: str, shape: ModelShape) -> BoundGraft:
+    return BoundGraft(parse(text), shape)
+
+
 def _soft(
     folder: Path, equation: Callable[[Tensor, Tensor, Values], Tensor], values: Values, dtype: torch.dtype
 ) -> Oracle:
@@ -125,16 +132,6 @@ def _soft(
 def _config(folder: Path) -> Mapping[str, object]:
     read: Mapping[str, object] = json.loads((folder / "config.json").read_text())
     return read
-
-
-def random_tensors(graft: BoundGraft, seed: int) -> dict[str, Tensor]:
-    """Tensors of a graft that has been trained: none at its starting value, float64 that float32 holds exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    centre = {"g": 1.0, "m": 0.8}  # 0.8 is about the row norm of the tiny model's weights
-    return {
-        t.name: (centre.get(t.part, 0.0) + 0.15 * torch.randn(t.shape, generator=generator)).double()
-        for t in graft.tensors
-    }
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,77 @@
+"""How an engine accounts for those who wait in its queue and those who run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.cluster.model import GraftId, TenantId
+from polygraft.grafts.bound import BoundGraft
+from polygraft.grafts.formats import native
+from polygraft.grafts.grammar import parse
+from polygraft.grafts.runtime.backbone import Backbone
+from tests.serving.engines import Heard, engine_on, request
+from tests.serving.naive import random_tensors
+from tests.tiny import tiny_llama
+
+ANN, BOB = TenantId("ann"), TenantId("bob")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return Backbone.load(tiny_llama(tmp_path_factory.mktemp("tiny"), layers=1), torch.float32)
+
+
+def test_a_tenant_that_comes_to_the_queue_begins_where_those_who_wait_are(backbone: Backbone, tmp_path: Path) -> None:
+    """What it did not ask for before is not saved up (VTC, algorithm 2)."""
+    engine = engine_on(backbone, tmp_path, max_streams=1)
+    for name in ("runs", "waits"):
+        engine.submit(request(name, (5, 6, 7), 20, tenant=ANN))
+    for _ in range(4):
+        engine.turn()
+    ledger = engine._streams.tenants.ledger
+    assert (ledger.counter(ANN), ledger.counter(BOB)) == (3 + 4 * 2, 0.0), "a prompt of three, four tokens of an answer"
+    engine.submit(request("new", (5, 6), 2, tenant=BOB))
+    engine.turn()
+    ledger = engine._streams.tenants.ledger
+    assert (ledger.counter(ANN), ledger.counter(BOB)) == (13.0, 11.0)
+    engine.stop()
+
+
+def test_a_graft_is_read_though_many_streams_before_wait_whose_grafts_are_in_memory(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    bound = BoundGraft(parse("ia3"), backbone.shape)
+    saved = [
+        GraftId(native.save(tmp_path / "grafts", bound, random_tensors(bound, seed), backbone=backbone.fingerprint))
+        for seed in range(5)
+    ]
+    engine = engine_on(backbone, tmp_path, max_streams=1)
+    for graft in saved[:4]:
+        engine.expect(graft)
+    while len(engine.load.resident) < 4:
+        engine.turn()
+    engine.submit(request("runs", (5, 6), 120))
+    for n, graft in enumerate(saved):
+        engine.submit(request(f"{n}", (5, 6), 2, graft=graft))
+    for _ in range(100):
+        engine.turn()
+        if saved[4] in engine.load.resident:
+            break
+        time.sleep(0.05)
+    assert saved[4] in engine.load.resident and (engine.load.running, engine.load.waiting) == (1, 5)
+    engine.stop()
+
+
+def test_one_that_cannot_be_served_costs_those_behind_it_no_step(backbone: Backbone, tmp_path: Path) -> None:
+    heard = Heard()
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=32, max_streams=1)
+    for name, length in (("long", 30), ("short", 2), ("waits", 2)):
+        engine.submit(request(name, (5,) * length, 4))
+    engine.turn()
+    assert heard.reasons() == {"long": "error"} and len(heard.tokens["short"]) == 1
+    assert (engine.load.waiting, engine.load.deferred) == (1, 0), "it waits for its turn, and for no graft"
+    engine.stop()
