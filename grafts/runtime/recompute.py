@@ -7,24 +7,35 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+# Views of all elements in their order, by the names that autograd gives their steps.
+_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "UnsqueezeBackward", "SqueezeBackward")
 
 
 def recomputed(x: Tensor, make: Callable[[], Tensor] | None) -> AbstractContextManager[object]:
     """Whatever is done to `x` inside keeps `make` for its backward and not x; `make` returns the same values.
 
-    Other tensors are kept as ever, as is x where there is no gradient to wait for or nothing to make it with. Of nested
-    contexts the innermost alone holds.
+    What is x, or a view of it, autograd says: the step that gave it. Other tensors are kept as ever, as is x where
+    there is no gradient to wait for or nothing to make it with. Of nested contexts the innermost alone holds.
     """
-    if make is None or not (torch.is_grad_enabled() and x.requires_grad):
+    given = x.grad_fn
+    if make is None or given is None or not torch.is_grad_enabled():
         return nullcontext()
-    # No other tensor's place while x lives, which is as long as the context does. The hooks must not hold x itself.
-    place, size = x.data_ptr(), x.numel()
+    output = x.output_nr
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.data_ptr() == place and saved.numel() == size else saved
+        return saved.shape if _viewed(saved, given) == (given, output) else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else make().view(packed)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _viewed(x: Tensor, end: Node) -> tuple[Node | None, int]:
+    """The step that gave what `x` is a view of, and which of its outputs that is; no further back than `end`."""
+    node, output = x.grad_fn, x.output_nr
+    while node is not None and node is not end and node.name().startswith(_VIEWS):
+        ((node, output),) = node.next_functions
+    return node, output
