@@ -40,10 +40,11 @@ class Covered:
             (ROOT / path).exists() and digest(ROOT / path) == kept for path, kept in self.sources.items()
         )
 
-    def tests(self, path: str, line: int) -> set[str]:
-        """Those that run a line; all that run its file, for a line that runs when it is imported."""
+    def tests(self, path: str, asked: Iterable[int]) -> set[str]:
+        """Those that run one of the lines; all that run the file, where those run only when it is imported."""
         lines = self.lines.get(path, {})
-        found = lines.get(str(line)) or [test for tests in lines.values() for test in tests]
+        found = [test for line in asked for test in lines.get(str(line), ())]
+        found = found or [test for tests in lines.values() for test in tests]
         return {test for test in found if test in self.seconds}
 
 

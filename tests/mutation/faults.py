@@ -59,6 +59,11 @@ class Fault:
     def id(self) -> str:
         return f"{self.path}:{self.before} -> {self.after} #{self.nth}"
 
+    @property
+    def change(self) -> tuple[str, str, str]:
+        """Where, and from what to what: all that an excuse names."""
+        return self.path, self.before, self.after
+
     def planted(self, source: str) -> str:
         """`source` with the fault in it."""
         raw = source.encode()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 
 from tests.mutation import child
 from tests.mutation.child import TIMED_OUT, in_a_child
+from tests.mutation.constants import constant_of, replant
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault, faults_in
 from tests.mutation.trial import Outcome, try_out
@@ -84,6 +86,44 @@ def test_a_fault_in_a_function_that_did_not_run_on_import_is_planted_there_and_n
         return 0 if found == [Outcome.KILLED, Outcome.SURVIVED, Outcome.UNTESTED, True, False, False] else 1
 
     assert in_a_child(act, cpu_s=60, wall_s=120) == 0
+
+
+CONSTANTS = """
+_A = 4
+B: int = _A + 1
+C = {"x": 2,
+     "y": 3}
+D = 5
+
+
+def f(x: int = D) -> int:
+    return x + C["x"] + B
+
+
+class K:
+    def g(self) -> int:
+        return C["y"]
+"""
+
+
+def test_a_constant_that_only_functions_read_is_given_another_value_where_it_stands() -> None:
+    faults = list(faults_in(CONSTANTS, "x.py"))
+    found = {fault.line: constant_of(fault, CONSTANTS) for fault in faults}
+    assert {line: one and (one.name, one.readers) for line, one in found.items()} == {
+        2: None,  # read by another constant
+        3: ("B", (10,)),
+        4: ("C", (10, 15)),
+        5: ("C", (10, 15)),
+        6: None,  # a default
+        10: None,
+        15: None,
+    }
+    module = ModuleType("x")
+    exec(CONSTANTS, vars(module))
+    for fault in faults:
+        if fault.line == 5 and (constant := found[5]) is not None:
+            replant(constant, module, fault.planted(CONSTANTS))
+    assert (module.f(1), module.K().g()) == (8, 4)
 
 
 def _turn_for_ever() -> int:

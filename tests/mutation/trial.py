@@ -17,6 +17,7 @@ from types import CodeType, ModuleType
 import pytest
 
 from tests.mutation.child import TIMED_OUT, Child
+from tests.mutation.constants import constant_of
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault
 from tests.mutation.warm import NOT_PLANTED, Warm
@@ -45,7 +46,8 @@ class Trial:
         self.seconds = 0.0  # of processor time, once the outcome is known
         self._base = tempfile.mkdtemp(prefix="mutant-")
         self._child: Child | None = None
-        tests = _chosen(fault, covering)
+        constant = constant_of(fault, source)
+        tests = _chosen(fault.path, (fault.line,) if constant is None else constant.readers, covering)
         if tests:
 
             def run() -> int:
@@ -94,9 +96,10 @@ def try_out(fault: Fault, source: str, covering: Iterable[Covered], warm: Warm |
     return found
 
 
-def _chosen(fault: Fault, covering: Iterable[Covered]) -> dict[str, float]:
-    """The quickest tests that cover the fault, file by file, the quickest first, and how long each takes without it."""
-    cost = {test: one.seconds[test] for one in covering for test in one.tests(fault.path, fault.line)}
+def _chosen(path: str, lines: Sequence[int], covering: Iterable[Covered]) -> dict[str, float]:
+    """The quickest tests that cover the lines, file by file, the quickest first, and how long each takes without a
+    fault."""
+    cost = {test: one.seconds[test] for one in covering for test in one.tests(path, lines)}
     chosen: list[str] = []
     files: dict[str, float] = defaultdict(float)
     seconds = 0.0

@@ -1,8 +1,9 @@
 """Tests that are imported and collected once. In a fork of that process a fault in a function is planted in the
-function itself, so that it costs a fork and its tests, and no import.
+function itself, and one in a constant that only functions read in its module, so that it costs a fork and its tests,
+and no import.
 
-What a fault changes before a test begins cannot be planted so: constants, defaults, classes, functions that ran while
-the tests were imported. Those are imported anew (`trial.py`).
+What a fault changes before a test begins cannot be planted so: other constants, defaults, classes, functions that ran
+while the tests were imported. Those are imported anew (`trial.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import gc
 import resource
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from time import process_time
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
 import pytest
 
+from tests.mutation.constants import constant_of, replant
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault
 
@@ -72,23 +75,35 @@ class Warm:
         for one in gc.get_objects():
             if isinstance(one, FunctionType):
                 self._functions[_place(one.__code__)].append(one)
+        files = {name: getattr(one, "__file__", None) for name, one in sys.modules.items() if "mutation" not in name}
+        self._modules = {_inside(file): sys.modules[name] for name, file in files.items() if file}
         gc.freeze()  # else a child's first collection copies all of it
 
     def knows(self, fault: Fault, source: str, covering: Iterable[Covered]) -> bool:
-        """Whether the fault is in a function that tests call, and that nothing called while they were imported."""
+        """Whether the fault is in a function that tests call, and that nothing called while they were imported, or in a
+        constant that nothing read then and no other module has taken over."""
+        on_import = {line for one in covering for line in one.imported.get(fault.path, ())}
+        if (constant := constant_of(fault, source)) is not None:
+            module = self._modules.get(fault.path)
+            return module is not None and on_import.isdisjoint(constant.readers) and _alone(module, constant.name)
         span = _around(fault, source)
-        return (
-            span is not None
-            and span.place in self._functions
-            and not any(line in span.body for one in covering for line in one.imported.get(fault.path, ()))
-        )
+        return span is not None and span.place in self._functions and on_import.isdisjoint(span.body)
 
     def run(self, fault: Fault, source: str, tests: Mapping[str, float]) -> int:
         """Plant the fault for good, and run tests until one fails. Each has so many seconds of processor time as it
         takes without the fault, or a few times that; who takes more is ended by SIGXCPU."""
-        span = _around(fault, source)
-        if span is None or not all(test in self._items for test in tests):
+        if not all(test in self._items for test in tests):
             return NOT_PLANTED
+        if (constant := constant_of(fault, source)) is not None:
+            replant(constant, self._modules[fault.path], fault.planted(source))
+        elif not self._replace(fault, source):
+            return NOT_PLANTED
+        return self._ask(tests)
+
+    def _replace(self, fault: Fault, source: str) -> bool:
+        """Give the function that the fault is in the changed code."""
+        if (span := _around(fault, source)) is None:
+            return False
         code = next(
             code
             for code in _codes(compile(fault.planted(source), str(ROOT / fault.path), "exec", dont_inherit=True))
@@ -96,8 +111,11 @@ class Warm:
         )
         for function in self._functions[span.place]:
             if len(function.__code__.co_freevars) != len(code.co_freevars):
-                return NOT_PLANTED
+                return False
             function.__code__ = code
+        return True
+
+    def _ask(self, tests: Mapping[str, float]) -> int:
         items = [self._items[test] for test in tests]
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
         for item, following in zip_longest(items, items[1:]):
@@ -107,6 +125,12 @@ class Warm:
             if self._session.testsfailed:
                 return int(pytest.ExitCode.TESTS_FAILED)
         return int(pytest.ExitCode.OK)
+
+
+def _alone(module: ModuleType, name: str) -> bool:
+    """Whether no other module has imported the value by its name."""
+    value, others = vars(module)[name], [one for one in sys.modules.values() if one is not module]
+    return not any(getattr(one, "__dict__", {}).get(name) is value for one in others)
 
 
 def _place(code: CodeType) -> Place:

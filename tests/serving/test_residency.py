@@ -132,6 +132,26 @@ def test_stacks_are_rebuilt_only_each_time_the_streams_halve(
     assert built == [8, 3, 1]
 
 
+def test_of_stacks_at_hand_the_smallest_serve_and_those_used_longest_ago_go(backbone: Backbone) -> None:
+    a, b, c = (GraftId(id) for id in "abc")
+    residency = holding(backbone, a, b, c, room=3)
+    of_a, _, of_c = [residency.compose([id]) for id in (a, b, c)]  # as many bytes as there are
+    assert residency.compose([a]) is of_a
+    pair = residency.compose([b, c])  # puts two out: those of b and c, since that of a was used later
+    assert residency.compose([a]) is of_a and residency.compose([c]) is pair is not of_c
+    small = holding(backbone, a, b, room=3)
+    of_a, of_both = small.compose([a]), small.compose([a, b])
+    assert small.compose([a]) is of_a and small.compose([b]) is of_both
+
+
+def test_the_bare_backbone_runs_with_the_stacks_of_one_graft_and_not_of_more(backbone: Backbone) -> None:
+    residency = holding(backbone, "a", "b")
+    both = residency.compose([GraftId("a"), GraftId("b")])
+    assert residency.compose([]) is not both and residency.compose([]).place == {}
+    other = holding(backbone, "a")
+    assert other.compose([GraftId("a")]) is other.compose([])
+
+
 def test_stacks_of_a_graft_that_was_let_go_go_with_it(backbone: Backbone) -> None:
     residency = holding(backbone, "a", "b", room=2)
     before = residency.compose([GraftId("a"), GraftId("b")])
@@ -178,6 +198,8 @@ def test_a_graft_that_just_fits_puts_nobody_out_and_those_that_go_are_counted(ba
     assert (residency.held, residency.evictions) == (("a", "b", "c"), 0)
     residency.admit(named(backbone, "d"), {GraftId("a")})
     assert (residency.held, residency.evictions) == (("a", "c", "d"), 1)
+    residency.admit(named(backbone, "e"), ())
+    assert residency.evictions == 2
     assert holding(backbone, room=1).can_admit(named(backbone, "c"), ())
 
 

@@ -22,12 +22,12 @@ def one(tenant: TenantId, id: str = "a", *, at: float = 0.0, prompt: int = 4, at
 
 
 def test_a_prompt_is_charged_once_when_it_enters_and_an_answer_token_by_token() -> None:
-    tenants, first, second = Tenants(SETTINGS), one(ANN), one(BOB, prompt=6)
-    for sequence in (first, second):
+    tenants, first, second, third = Tenants(SETTINGS), one(ANN), one(BOB, prompt=6), one(EVE)
+    for sequence in (first, second, third):
         tenants.queued(sequence)
-    for sequence in (first, second):
+    for sequence in (first, second, third):
         tenants.entered(sequence, 1.0)
-    assert (first.entered, second.entered) == (0, 1)
+    assert (first.entered, second.entered, third.entered) == (0, 1, 2)
     assert (tenants.ledger.counter(ANN), tenants.ledger.counter(BOB)) == (4.0, 3.0), "bob's weight is 2"
     tenants.entered(first, 2.0)  # it had to leave, and is back
     assert (first.entered, tenants.ledger.counter(ANN)) == (0, 4.0)

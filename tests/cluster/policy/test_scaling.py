@@ -130,3 +130,10 @@ def test_a_look_counts_until_the_calm_time_after_it_is_over() -> None:
     assert looked(lately, Demand(2), RULES, now=11.0).peaks == ((11.0, 1),)
     assert looked(lately, Demand(9), RULES, now=2.0).peaks == ((2.0, 3),), "one as high takes its place"
     assert looked(lately, Demand(0, 0), RULES, now=2.0).busy_at == 1.0
+
+
+def test_replicas_may_go_as_soon_as_the_calm_or_the_idle_time_is_over() -> None:
+    rules = Scaling(holds=4, least=1, most=8, calm_s=10.0, idle_s=30.0)
+    seen = Lately(since=0.0, busy_at=10.0, peaks=((9.9, 1),))
+    assert [target(seen, Demand(1), rules, 3, now) for now in (9.9, 10.0)] == [3, 1]
+    assert [target(seen, Demand(), rules, 1, now) for now in (39.9, 40.0)] == [1, 0]

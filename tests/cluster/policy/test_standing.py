@@ -38,20 +38,29 @@ def test_a_waiting_job_stands_in_its_tenants_queue_in_its_turn() -> None:
 
 def test_a_job_in_a_pack_counts_there_and_one_that_moves_in_both() -> None:
     here, leaves = running("a", parameters=3, admitted_at=9.0), running("b", parameters=4, moving_to=Q, admitted_at=8.0)
-    standing = Standing.of((here, leaves, make_job("c", parameters=5, moving_to=Q)))
+    comes = make_job("c", parameters=5, moving_to=Q)
+    standing = Standing.of((here, leaves, comes))
     assert (standing.load(P).bytes, standing.load(Q).bytes) == (7 * STATE_BYTES, 9 * STATE_BYTES)
     assert (standing.count(P), standing.count(Q), standing.count(PackId("pack-r"))) == (2, 2, 0)
     assert standing.load(PackId("pack-r")) == Load()
     assert standing.entered == {T: [(8.0, leaves.id), (9.0, here.id)]}
-    assert set(standing.arriving) == {"ftjob-c"} and set(standing.active[T]) == {"ftjob-a", "ftjob-b"}
+    assert standing.arriving == {comes.id: comes} and standing.active == {T: {here.id: here, leaves.id: leaves}}
+    assert (standing.load(P).jobs, standing.load(Q).jobs) == (
+        {here.id: here, leaves.id: leaves},
+        {leaves.id: leaves, comes.id: comes},
+    )
+    standing.change(here, None)
+    assert standing.active == {T: {leaves.id: leaves}} and standing.entered == {T: [(8.0, leaves.id)]}
 
 
 @pytest.mark.parametrize(
     ("name", "risky"), [("trains", False), ("has an owner", True), ("is asked to stop", True), ("is over", False)]
 )
 def test_only_an_unfinished_job_that_may_have_to_stop_is_looked_at_each_round(name: str, risky: bool) -> None:
-    standing = Standing.of([JOBS[name]])
-    assert bool(standing.at_risk) is risky and bool(standing.over) is (name == "is over")
+    job = JOBS[name]
+    standing = Standing.of([job])
+    assert standing.at_risk == ({job.id: job} if risky else {})
+    assert standing.over == ({job.id: job} if name == "is over" else {})
 
 
 @pytest.mark.parametrize("name", JOBS)
