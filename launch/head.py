@@ -27,6 +27,7 @@ from polygraft.launch.local_ray import environment, start_ray
 from polygraft.launch.machine import Machine
 from polygraft.launch.processes import Identity
 from polygraft.launch.run_folder import RunFolder
+from polygraft.serving.http.listener import Listener
 
 if TYPE_CHECKING:  # it imports Ray, which reads its environment then
     from polygraft.launch.scout import NodeScout
@@ -87,7 +88,8 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         preparer = cast(ActorHandle[_Preparer], ray.remote(_Preparer).options(num_cpus=0).remote())
         scout = NodeScout(speed_cache(), gpus=machine.gpus > 0)
         prepared: ray.ObjectRef[Backbone] = preparer.prepare.remote(settings, backbone_cache(), scout)
-        serve.start(http_options={"host": settings.host, "port": settings.port})  # meanwhile: both mostly wait
+        http = {"host": settings.host, "port": settings.port}  # for Serve to tell of, as nothing of its own listens
+        serve.start(proxy_location="Disabled", http_options=http)  # meanwhile: both mostly wait
         backbone = ray.get(prepared)
         ray.kill(preparer)
         folder.enter("starting the controller")
@@ -95,7 +97,9 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         leader = start_leader(settings.store_url, settings.pack_limits, means, name="controller")
         folder.enter("starting the HTTP service and loading the backbone")
         watched = (Watched("controller", namespace),)
-        plan = IngressPlan(settings=settings, cache=backbone_cache(), desk=SearchDesk(), watched=watched)
+        door = scratch / "door"
+        listener = Listener(settings.host, settings.port, door)
+        plan = IngressPlan(settings=settings, cache=backbone_cache(), door=door, desk=SearchDesk(), watched=watched)
         serve.run(ingress_app(plan), name="polygraft")
         if not _loaded(application_name(settings.backbone), stop, supervisor):
             return
@@ -123,6 +127,7 @@ def _serve(settings: Settings, folder: RunFolder, scratch: Path) -> None:
         folder.enter("stopping")
         keeper.stop()
         stopping = leader.stop.remote()  # packs put their jobs down while replicas end
+        listener.close()
         serve.shutdown()
         ray.get(stopping, timeout=12)
     finally:

@@ -10,8 +10,9 @@ from polygraft.launch.machine import Machine
 
 _OBJECT_STORE_BYTES = 150 << 20  # grafts and backbones do not pass through it
 
-# What Serve's proxies need, on a cluster, too. A token is a message from the ingress to a proxy: by gRPC, on the loops
-# that read and write sockets, it costs a fraction of an item of a Ray generator that passes from loop to loop.
+# What Serve's proxies need, which a cluster has and one machine has not. A token is a message from the ingress to a
+# proxy: by gRPC, on the loops that read and write sockets, it costs a fraction of an item of a Ray generator that
+# passes from loop to loop.
 PROXY = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "polygraft.serving.http.proxy:middlewares",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
@@ -22,7 +23,6 @@ PROXY = {
 REPLICAS = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 # Read by Ray when it starts, and by every process it starts.
 _ENVIRONMENT = {
-    **PROXY,
     **REPLICAS,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine, on any system: Ray listens on the loopback interface
@@ -30,7 +30,6 @@ _ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every shutdown waits for 30 s
     # What wakes processes ten times a second takes the cores from a pack: its threads wait for each other.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three fail before a dead proxy, and with it the API, is replaced
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # what every process takes, for a dashboard that is not there

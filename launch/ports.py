@@ -1,7 +1,7 @@
 """The address of a service's HTTP API, which one service of a user has at a time.
 
-Ray Serve listens with SO_REUSEPORT: a second service on the same port would start, and each would get some of the
-requests. So whoever starts a service claims its address first, by a lock that lives as long as the supervisor.
+The head listens there late, and again after a restart: a second service could take the address meanwhile. So whoever
+starts a service claims it first, by a lock that lives as long as the supervisor.
 """
 
 from __future__ import annotations

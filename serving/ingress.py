@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -25,6 +26,7 @@ from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.candidate import examined
 from polygraft.serving.fleet import StoreFleet
 from polygraft.serving.gateway import Gateway
+from polygraft.serving.http.answering import answering
 from polygraft.serving.http.app import create_app
 from polygraft.serving.http.context import NO_DESK, Api, Desk
 from polygraft.serving.http.known import Backbones, KnownBackbone
@@ -36,16 +38,19 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",  # few heaps, so that what large bodies took can be handed back (http/bodies.py)
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # else each token passes from one loop to another
 }
+_AFTER_S = 5.0  # for what comes after a drain
 _READER_COPIES = 8  # of a graft's bytes: as they lie in the file, in float32, turned, merged, and beside W
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressPlan:
     """What an ingress is told; `cache` is where backbones lie that the service has fetched or converted, `watched` are
-    the actors that it starts again when they do not answer."""
+    the actors that it starts again when they do not answer. Clients reach it by the listener at `door`
+    (http/listener.py), or, where that is None, through Serve's proxies."""
 
     settings: Settings
     cache: Path
+    door: Path | None = None
     desk: Desk = NO_DESK
     watched: tuple[Watched, ...] = ()
 
@@ -56,6 +61,7 @@ class Ingress:
     def __init__(self, plan: IngressPlan) -> None:
         settings = plan.settings
         self._settings = settings
+        self._door = plan.door
         Watch(plan.watched).start()
         self._name = f"ingress-{uuid4().hex[:12]}"
         self._store = store = connect(settings.store_url)
@@ -82,7 +88,12 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._api)
+        return create_app(self._api, self._answering)
+
+    def _answering(self, app: FastAPI) -> AbstractAsyncContextManager[None]:
+        if self._door is None:
+            return nullcontext()
+        return answering(app, self._door, drain_s=self._settings.serve.drain_s)
 
     async def check_health(self) -> None:
         """Answering is healthy: clients are told of a missing replica or store by 503; a restart would not help."""
@@ -121,7 +132,7 @@ def ingress_app(plan: IngressPlan) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=plan.settings.serve.drain_s,  # for the answers that it is giving
+        graceful_shutdown_timeout_s=plan.settings.serve.drain_s + _AFTER_S,  # for the answers that it is giving
         health_check_period_s=2,
         health_check_timeout_s=plan.settings.serve.silent_s,  # three times
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},

@@ -267,8 +267,10 @@ class PackRunner:
         except SHARED:
             raise
         except Exception:  # it holds what the forward made: nothing is tried again before it is gone
-            if len(micro_batches) > 1:
-                return None
+            pass
+        give_back()  # what this one took, to allocators beside ours, too: oneDNN maps memory for its kernels by itself
+        if len(micro_batches) > 1:
+            return None
         ((job, micro_batch),) = micro_batches.items()
         try:
             own = self.backbone.stacks(lane.residents(job), trainable=True)

@@ -68,7 +68,7 @@ class Applications:
 
     def _reconcile(self, wanted: Mapping[str, Backbone]) -> None:
         status = serve.status()
-        if not status.proxies:  # Serve is not up: to call it now would start another
+        if not status.applications:  # not even the ingress: Serve is not up, and to call it now would start another
             return
         present = {
             name

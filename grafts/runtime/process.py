@@ -30,12 +30,13 @@ def _allocator() -> dict[str, str]:
     """The jemalloc that comes with Ray, where it does; else glibc's allocator in one heap.
 
     glibc before 2.38 cannot use the hole of an aligned block for another of the same size, so that the heap of a pack
-    grows by tens of MiB a step.
+    grows by tens of MiB a step. Nothing is retained: what is given back leaves the address space, too, where others map
+    memory for themselves.
     """
     ray = find_spec("ray")
     library = Path(next(iter(ray.submodule_search_locations or ()), "")) / "core" / "libjemalloc.so" if ray else Path()
     if library.is_file():
-        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "narenas:1,dirty_decay_ms:-1"}
+        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "narenas:1,dirty_decay_ms:-1,retain:false"}
     return {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "33554432",
@@ -53,9 +54,14 @@ def give_back() -> None:
 
 
 def allocation_failed(error: BaseException) -> bool:
-    """Whether it says that memory was short, or could never suffice."""
+    """Whether it says that memory was short, or could never suffice.
+
+    oneDNN has no words for it: what it has a descriptor for and cannot create, it has no memory to compile.
+    """
     said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+    if isinstance(error, MemoryError) or str(error) == "could not create a primitive":
+        return True
+    return any(text in str(error) for text in said)
 
 
 def chosen_device(setting: str) -> str:

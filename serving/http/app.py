@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
@@ -37,13 +37,17 @@ from polygraft.serving.http.schemas import Health
 _UNHEALTHY: dict[int | str, Document] = {status: answers()[status] for status in (500, 503)}
 
 
-def create_app(api: Api) -> FastAPI:
-    """The application; its lifespan follows the backbones that there are."""
+def create_app(
+    api: Api, answering: Callable[[FastAPI], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
+) -> FastAPI:
+    """The application. Its lifespan follows the backbones that there are, and is `answering` meanwhile, which is for
+    nothing where whoever runs the lifespan brings the requests, too."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await api.backbones.start()
-        yield
+        async with answering(app):
+            yield
         await api.backbones.close()
 
     app = FastAPI(title="Polygraft", lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -133,7 +133,9 @@ class Fleet:
                     gap_s, last = max(gap_s, now - last), now
                     text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
                 return Said(text, gap_s)
-            except httpx.RemoteProtocolError:
+            except openai.APIConnectionError as error:  # in a stream's midst, too
+                if not isinstance(error.__cause__, httpx.RemoteProtocolError):
+                    raise
                 return Said(text, gap_s, broken=True)
             except openai.InternalServerError as error:
                 if error.status_code == 503 and not text and time.monotonic() - last < PUT_OFF_S:

@@ -34,6 +34,7 @@ from polygraft.grafts.text.message import Message
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.launch.engines import DeployBackbone
 from polygraft.serving.candidate import candidate
+from polygraft.serving.http.listener import Listener
 from polygraft.serving.ingress import IngressPlan, ingress_app
 from tests.ray.local import free_port, local_ray, write_devices
 from tests.serving.naive import Solo, random_tensors
@@ -122,13 +123,15 @@ def test_the_stock_client_is_served_mixed_streams_over_http(tmp_path: Path) -> N
         port = free_port()
         with local_ray({}):
             write_devices(store, 1)
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.start(proxy_location="Disabled")
+            door = tmp_path / "door"
+            listener = Listener("127.0.0.1", port, door)
             url = f"http://127.0.0.1:{port}"
             record = candidate(str(folder), tmp_path, None).backbone(
                 "tiny", dtype="fp32", quantise=None, at=time.time(), asked=True
             )
             put_backbone(store, record, at=record.added_at)
-            serve.run(ingress_app(IngressPlan(settings=settings, cache=tmp_path)), name="polygraft")
+            serve.run(ingress_app(IngressPlan(settings=settings, cache=tmp_path, door=door)), name="polygraft")
             DeployBackbone.of(settings)(record)
             until_healthy(url)
             try:
@@ -136,6 +139,7 @@ def test_the_stock_client_is_served_mixed_streams_over_http(tmp_path: Path) -> N
                 nobody_waits_for_bodies_that_never_end(port, other, key)
             finally:
                 serve.shutdown()
+                listener.close()
         store.close()
 
 
@@ -202,7 +206,8 @@ def nobody_waits_for_bodies_that_never_end(port: int, slow: str, key: str) -> No
 
 
 def lose_the_ingress(url: str, key: str) -> None:
-    """A stream whose ingress dies ends with a protocol error, never as if it were whole; another takes its place."""
+    """A stream whose ingress dies ends with a protocol error, never as if it were whole; another takes its place, and
+    answers who has asked meanwhile."""
     body = {"model": "g1", "messages": [{"role": "user", "content": ASK}], "max_tokens": 200, "stream": True}
     headers = {"Authorization": f"Bearer {key}"}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30) as answer:
@@ -213,6 +218,7 @@ def lose_the_ingress(url: str, key: str) -> None:
             for piece in pieces:
                 said += piece
     assert answer.status_code == 200 and b"[DONE]" not in said and b'"finish_reason":"' not in said
+    assert httpx.get(f"{url}/v1/models", headers=headers, timeout=60).status_code == 200
     until_healthy(url)
 
 

@@ -4,6 +4,7 @@ change."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
+from polygraft.grafts.runtime.process import device_environment
 from polygraft.trainers.blame import Blame
 from polygraft.trainers.host import suspected
 from polygraft.trainers.manifest import Manifest
@@ -64,7 +66,10 @@ def ran(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.T
             store.append(keys.commands(PACK), {"op": "close", "job": ""})
             given += [server.url, str(data), str(room), kind]
         command = [sys.executable, "-m", "tests.trainers.killed_pack", *given]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
+        environment = {**os.environ, **device_environment(1)}  # as a pack's worker has it
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2]
+        )
         assert done.returncode == 0, done.stderr
         deaths = map(int, done.stdout.split())
         return {name: Ran(died, _jobs(packs[name])) for name, died in zip(packs, deaths, strict=True)}

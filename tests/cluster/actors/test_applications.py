@@ -25,11 +25,13 @@ class Serve:
     broken: bool = False
 
     def status(self) -> ServeStatus:
+        if not self.up:
+            return ServeStatus()
         apps = {
             name: ApplicationStatusOverview(status=state, message="", last_deployed_time_s=0.0, deployments={})
             for name, state in self.states.items()
         }
-        return ServeStatus(proxies={"node": "HEALTHY"} if self.up else {}, applications=apps)  # type: ignore[dict-item]
+        return ServeStatus(applications=apps)
 
     def delete(self, name: str, _blocking: bool) -> None:
         self.states[name] = ApplicationStatus.DELETING

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from polygraft.grafts.runtime.process import chosen_device, device_environment
+from polygraft.grafts.runtime.process import allocation_failed, chosen_device, device_environment
 
 FREED = """
 import json
@@ -62,3 +62,20 @@ def test_a_process_computes_on_a_gpu_where_there_is_one_unless_it_is_told_otherw
     assert [chosen_device(setting) for setting in ("auto", "cpu")] == ["cpu", "cpu"]
     with pytest.raises(ValueError, match="device: 'cuda' is asked for"):
         chosen_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+            True,
+        ),
+        (RuntimeError("could not create a primitive"), True),  # oneDNN has a descriptor, and no room for its code
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_an_error_says_that_memory_was_short(error: Exception, short: bool) -> None:
+    assert allocation_failed(error) is short
