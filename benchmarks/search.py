@@ -1,14 +1,17 @@
 """Sixteen LoRA trials on SmolLM2 as a search: our service, Ray Tune with PEFT, Optuna with PEFT.
 
-python benchmarks/search.py --only long|short|halving [--tokens N] [--batch 8] [--rounds N] [--seconds S] [--quick]
-    [--json PATH]
+python benchmarks/search.py --only long|short|halving [--tokens N] [--batch 8] [--rounds N] [--seconds S]
+    [--arms ARM ...] [--quick] [--json PATH]
 
 The same trials, samples, order and seeds everywhere; a trial of the cell `long` trains 20,000 tokens, one of `short`
 1,000, one of `halving` as many as a long one unless it is stopped at a rung. An arm has the machine to itself: it is
 started, warmed, measured from the question to the last trial's end, and ended, arm after arm, round after round. What
 is warm before: our service with an open pack; Ray for Tune, whose actors are part of the search; Optuna's process with
 its model. Each rival runs in the fastest of its variants (dtype, trials at once), by trials of a tenth of the tokens; a
-quick run takes the first. With `--seconds` nothing is begun after so many, and the next run goes on from the record.
+quick run takes the first. With `--seconds` nothing is begun after so many, with `--arms` only these arms are, and the
+next run goes on from the record. Where rivals train some 100 tokens/s, as on two cores, a round of `short` takes a
+quarter of an hour, one of `halving` about an hour and one of `long` nearly three, most of it the rivals'; with
+`--tokens 5000` a quarter of that.
 The claims against Tune are those against a process a trial; the arm that keeps process and model stands beside.
 """
 
@@ -21,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, log10
 from pathlib import Path
@@ -42,13 +45,21 @@ from search_service import Searching
 from search_work import ROWS, TRIALS, Work, make
 from servers import Server
 
-QUICK_TOKENS, ROUNDS = 600, {"long": 3, "short": 5, "halving": 3}
+QUICK_TOKENS, ROUNDS = 600, {"long": 1, "short": 5, "halving": 2}
 _PROBED, _PROBE_SHARE = 4, 10
 _PATIENCE_S = 4 * 3600.0
 _WATCH_S = 1.0  # reading a tree's memory takes some itself
 _HIGHEST = 10.8  # of SmolLM2's loss: that of chance
 _GAINED, _ALIKE = 0.02, 0.1  # nine steps of one sample; a gain is a difference of two losses in bf16
 _SAME = 2e-2  # the bare backbone's held-out loss, ours to PEFT's: eight bits of mantissa through thirty layers
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What of the record is to be filled in this run: these arms, and nothing is begun after `until`."""
+
+    until: float
+    arms: frozenset[str]
 
 
 class Rival:
@@ -88,6 +99,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step; 8 has no goals")
     parser.add_argument("--rounds", type=int, help="of all arms")
     parser.add_argument("--seconds", type=float, default=inf, help="begin nothing new after so many")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="these alone, for now")
     parser.add_argument("--quick", action="store_true", help="one round of few tokens: shows that it works")
     parser.add_argument("--json", type=Path, help="where to write the record; a run of the same code goes on from it")
     given = parser.parse_args()
@@ -99,7 +111,8 @@ def main() -> int:
     say = partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
     record = Record.resume(_head(cell, rounds, quick=given.quick), given.json)
     with tempfile.TemporaryDirectory(prefix="polygraft-bench-") as name:
-        done = _measure(cell, Path(name), record, say, until=time.monotonic() + given.seconds)
+        now = Now(time.monotonic() + given.seconds, frozenset(given.arms or (arm.name for arm in cell.arms)))
+        done = _measure(cell, Path(name), record, say, now)
     show(record, console)
     return 0 if done else 1
 
@@ -126,7 +139,7 @@ def _head(cell: Cell, rounds: int, *, quick: bool) -> Head:
     )
 
 
-def _measure(cell: Cell, folder: Path, record: Record, say: Callable[[str], None], *, until: float) -> bool:
+def _measure(cell: Cell, folder: Path, record: Record, say: Callable[[str], None], now: Now) -> bool:
     """Do what the record lacks and can be begun in time; whether every claim holds. On a red gate nothing is timed."""
     with closing(Server("material.py", Task("make", str(folder), machine.cores()))) as maker:
         maker.ask("make")
@@ -137,7 +150,7 @@ def _measure(cell: Cell, folder: Path, record: Record, say: Callable[[str], None
         record.gate = _gate(folder, work)
         record.save()
     if record.gate.holds:
-        _time(cell, folder, work, record, say, until=until)
+        _time(cell, folder, work, record, say, now)
     decided = [decide(goal, record.samples) for goal in cell.goals]
     record.claims = [claim for claim in decided if claim.op is not None]
     record.figures = [claim for claim in decided if claim.op is None]
@@ -145,11 +158,12 @@ def _measure(cell: Cell, folder: Path, record: Record, say: Callable[[str], None
     return bool(record.claims) and all(claim.holds for claim in record.claims)
 
 
-def _time(cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[str], None], *, until: float) -> None:
+def _time(cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[str], None], now: Now) -> None:
     """The arms' variants, then the rounds, arm after arm, each saved as soon as it is known."""
-    for arm in cell.arms:
+    arms = [arm for arm in cell.arms if arm.name in now.arms]
+    for arm in arms:
         if arm.name not in record.arms:
-            if time.monotonic() > until:
+            if time.monotonic() > now.until:
                 return
             record.arms[arm.name] = _variant(arm, work, cell, say, quick=record.head.quick)
             record.save()
@@ -157,10 +171,10 @@ def _time(cell: Cell, folder: Path, work: Work, record: Record, say: Callable[[s
         if number == len(record.samples):
             record.samples.append({})
         sample = record.samples[number]
-        for arm in cell.arms:
+        for arm in arms:
             if arm.name in sample or record.arms[arm.name].missing is not None:
                 continue
-            if time.monotonic() > until:
+            if time.monotonic() > now.until:
                 return
             say(f"round {number + 1} of {record.head.rounds}, {arm.name}")
             try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -28,8 +28,10 @@ from polygraft.cluster.answers import (
     RemoteModel,
 )
 from polygraft.cluster.service import ServiceNotRunning, find_service, read_key
-from polygraft.cluster.settings import Settings
-from polygraft.cluster.view import ClusterView
+
+if TYPE_CHECKING:  # a search's trials, each a process, need neither
+    from polygraft.cluster.settings import Settings
+    from polygraft.cluster.view import ClusterView
 
 _PAGE = 100
 _RETRIES = 3
@@ -135,6 +137,8 @@ class Client:
         self._send(self._http.build_request("DELETE", f"/backbones/{segment(name)}"))
 
     def cluster(self) -> ClusterView:
+        from polygraft.cluster.view import ClusterView
+
         return self.ask(ClusterView, "GET", "/cluster")
 
     def grafts(self) -> Iterator[RemoteGraft]:

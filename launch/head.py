@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # it imports Ray, which reads its environment then
     from polygraft.launch.scout import NodeScout
 
 _LOG = logging.getLogger(__name__)
-_LOOK_S = 2.0
+_LOOK_S = 0.5
 _LOADING_S = 0.2
 _RAISED = re.compile(r"((?:\w+\.)*)\w*(?:Error|Exception|Unavailable|DoesNotFit)\b.*: ")  # the last line of a traceback
 

@@ -18,7 +18,7 @@ from polygraft.cluster.store.base import Conflict, StoreError
 from polygraft.cluster.store.connect import connect
 from polygraft.tuning.keeper import Ended, Keeper
 
-_LOOK_S = 2.0
+_LOOK_S = 0.5
 _LOG = logging.getLogger(__name__)
 
 

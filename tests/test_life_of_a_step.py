@@ -67,8 +67,9 @@ def test_a_packed_training_step_meets_the_functions_of_the_page_in_its_order(fol
     runner = PackRunner(Backbone.load(folder, torch.float32, training=True))
     samples = (Sample((3, 4, 5, 6), (0.0, 0.0, 1.0, 1.0)),) * 2
     for number, text in enumerate(GRAFTS):
-        config = TrainConfig(epochs=1, batch_size=2, learning_rate=1e-3, seed=number)
+        config = TrainConfig(epochs=2, batch_size=2, learning_rate=1e-3, seed=number)
         runner.admit(TrainJob(text, BoundGraft(parse(text), runner.backbone.shape), config, samples))
+    runner.step()  # which stacks them
     with following("A packed training step") as judge:
         runner.step()
     judge()

@@ -71,6 +71,8 @@ class PackRunner:
         self._elsewhere: Mapping[str, int] = {}
         self._untrained = Untrained()
         self._fallen: dict[str, Exception] = {}
+        self._stale = False  # whether jobs came or went since the stacks were made
+        self._new: list[str] = []  # those that came
         self._gradient, self._perturbation = GradientLane(backbone), PerturbationLane(backbone)
         self._elastic = ElasticLane(backbone)
         self._lanes: tuple[Lane, ...] = (self._gradient, self._perturbation, self._elastic)
@@ -110,7 +112,11 @@ class PackRunner:
             lane.join(running)
             self.memory.join(job)
             self.jobs[job.id] = running
-            self._restack()
+            self._stacked(lane, (job.id,))  # what its own tensors raise they raise now
+            self._unstack()
+            self._new.append(job.id)
+            if self.ranks.size > 1:  # all have to know whom one of them cannot stack before they step
+                self._restack()
         except Exception:
             self._leave(job.id)
             raise
@@ -152,6 +158,9 @@ class PackRunner:
         steps that are due. What raises is pinned on its job, which fails; the others' bits are those of a step without
         it."""
         begin = self._clock()
+        if self._stale:
+            self.underway({job: running.step for job, running in self.jobs.items()})
+            self._restack()
         outcomes: list[Outcome] = [
             failure(job, f"{self.jobs[job].at}, its tensors", error) for job, error in self._fallen.items()
         ]
@@ -287,33 +296,45 @@ class PackRunner:
         self._fallen.pop(job, None)
         for lane in self._lanes:
             lane.leave(job)
-        self._restack()
+        self._unstack()
+        if not self.jobs:
+            give_back()
+
+    def _unstack(self) -> None:
+        """The stacks go, and are made again at the next step: who comes or goes between two of them is stacked once."""
+        self._stale = True
+        for lane in self._lanes:
+            lane.stacks = self.backbone.stacks(())
 
     def _restack(self) -> None:
-        """Stacks of all residents, but for jobs whose own tensors cannot be stacked: they fall out of their lanes."""
+        """Stacks of all residents, but for jobs whose own tensors cannot be stacked, or of those that are new the last
+        ones where all together cannot: they fall out of their lanes."""
         for lane in self._lanes:
-            lane.stacks = self.backbone.stacks(())  # the old ones go before the new ones come
-        for lane in self._lanes:
-            try:
-                lane.stacks = self._stacked(lane, lane.jobs)
-            except SHARED:
-                raise
-            except Exception:
-                if not self._let_fall(lane):
+            while True:
+                try:
+                    lane.stacks = self._stacked(lane, lane.jobs)
+                    break
+                except SHARED:
                     raise
-                lane.stacks = self._stacked(lane, lane.jobs)
+                except Exception as error:
+                    if not self._let_fall(lane, error):
+                        raise
+        self._stale = False
+        self._new.clear()
         give_back()
 
-    def _let_fall(self, lane: Lane) -> bool:
-        """Whether there were jobs that cannot be stacked even alone."""
+    def _let_fall(self, lane: Lane, error: Exception) -> bool:
+        """Whether there are jobs that what all of them raised is due to."""
         fallen: dict[str, Exception] = {}
         for job in lane.jobs:
             try:
                 self._stacked(lane, (job,))
             except SHARED:
                 raise
-            except Exception as error:
-                fallen[job] = error.with_traceback(None)
+            except Exception as own:
+                fallen[job] = own.with_traceback(None)
+        if not fallen and (new := [job for job in self._new if job in lane.jobs]):
+            fallen[new[-1]] = error.with_traceback(None)
         for job in fallen:
             lane.leave(job)
         self._fallen |= fallen

@@ -11,26 +11,32 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from pydantic import JsonValue
 from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.ids import new_study_id
 from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.scores import UNSCORED, Scores
+from polygraft.cluster.service import ServiceNotRunning
 from polygraft.cluster.store.base import Store
+from polygraft.tuning.owned import submitted
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.record import open_study
 from polygraft.tuning.study import Exhausted, Failure, NotYet, Outcome, Result, Stopped, Study, Trial, TrialState
-from polygraft.tuning.trial import Access, Terms, trials_of
+from polygraft.tuning.trial import CALL_S, Access, Terms, trials_of
 
+STARTS_S = 120.0  # for which a job waits at least until the actor that speaks for it has started
 OnTrial = Callable[[Trial], None]
 
 
@@ -67,19 +73,29 @@ def search(  # noqa: PLR0913
     another plan, and what the store raises.
     """
     name = study or new_study_id()
-    bridge = StudySearcher(name, open_study(store, name, plan, tenant=tenant, clock=clock), plan, on_trial)
-    if bridge.left:
-        with _environment():
-            terms = Terms(name, plan.lease_s, losses=plan.pruner != "none")
-            _fit(trials_of(name, access, terms), bridge, plan, folder / name)
+    opened = open_study(store, name, plan, tenant=tenant, clock=clock)
+    terms = Terms(name, plan.lease_s, losses=plan.pruner != "none", at_once=plan.concurrency)
+    with Client(access.url, access.key, timeout_s=CALL_S) as client:
+        bridge = StudySearcher(name, opened, plan, on_trial, begin=partial(_begin, client, terms))
+        if bridge.left:
+            with _environment():
+                _fit(trials_of(name, access, terms), bridge, plan, folder / name)
     return StudyResult(name, bridge.study.trials, bridge.study.front, bridge.ended)
 
 
 class StudySearcher(Searcher):
     """Answers Tune's questions from the study, and tells the study what Tune saw."""
 
-    def __init__(self, name: str, study: Study, plan: SearchPlan, on_trial: OnTrial) -> None:
-        """`name` is the study's."""
+    def __init__(
+        self,
+        name: str,
+        study: Study,
+        plan: SearchPlan,
+        on_trial: OnTrial,
+        *,
+        begin: Callable[[int, Mapping[str, JsonValue]], None] = lambda number, body: None,
+    ) -> None:
+        """`name` is the study's. `begin` submits a trial's job ahead of its actor, which takes it over."""
         super().__init__()
         self._name = name
         self.study = study
@@ -88,6 +104,7 @@ class StudySearcher(Searcher):
         self._plan = plan
         self._limit = plan.trials
         self._on_trial = on_trial
+        self._begin = begin
         self._again = deque(trial for trial in study.trials if trial.state is TrialState.RUNNING)
         self._numbers: dict[str, int] = {}
         self._stopped: dict[int, Stopped] = {}
@@ -132,6 +149,7 @@ class StudySearcher(Searcher):
             learning_rate=trial.candidate.learning_rate,
             rung=self._plan.rung(trial, self.study.trials),
         )
+        self._begin(trial.number, body)
         return {"number": trial.number, "body": body}
 
     def goes_on(self, trial_id: str, result: Mapping[str, object]) -> bool:
@@ -204,6 +222,14 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: object, trial: tune.experiment.Trial, result: dict[str, object]) -> str:
         goes_on = self._bridge.goes_on(trial.trial_id, result)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+def _begin(client: Client, terms: Terms, number: int, body: Mapping[str, JsonValue]) -> None:
+    """Submit the job of a trial, which trains while its actor's process starts. What goes wrong the actor meets again,
+    and says."""
+    lease_s = max(terms.lease_s, STARTS_S)
+    with suppress(ApiFailure, ServiceNotRunning):
+        submitted(client, body, study=terms.study, name=str(number), lease_s=lease_s)
 
 
 def _outcome(plan: SearchPlan, trial: Trial, result: Mapping[str, object] | None) -> Result | Failure:

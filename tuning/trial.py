@@ -1,8 +1,8 @@
 """A trial while it runs: a light actor that submits a job to the service, speaks for it while Tune wants it, and
 reports how it goes.
 
-The job's owner is the trial. Every step of the trial renews the owner's lease, so a trial that is killed, or whose
-driver is, leaves a job that the service cancels by itself. Imports next to nothing, since every trial at once is a
+The job's owner is the trial. Its steps renew the owner's lease, so a trial that is killed, or whose driver is, leaves a
+job that the service cancels by itself. It imports next to nothing and looks seldom, since every trial at once is a
 process that does: the work is in the pack, and what a plan is made of in the driver.
 """
 
@@ -22,9 +22,10 @@ from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.owned import submitted
 
-REPORT_S = 2.0  # a step of the trial; Tune can stop it in between
-POLL_S = 1.0
-_CALL_S = 15.0  # one call of the service
+POLL_S = 1.0  # between two looks at a job, at least
+_LOOKS_A_S = 8.0  # of all trials at once, at most: each costs the service's processes some milliseconds
+_SHARE = 0.05  # of the time that a trial runs already, by which what happens to its job may be seen too late
+CALL_S = 15.0  # one call of the service
 _PASSING = (0, 429, 503)  # statuses that say "not now": no answer, too many, a dependency is down
 
 
@@ -38,11 +39,13 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all trials of a study have in common: the lease of their jobs, and whether they report training losses."""
+    """What all trials of a study have in common: the lease of their jobs, whether they report training losses, and how
+    many there are at once."""
 
     study: str
     lease_s: float
     losses: bool
+    at_once: int = 1
 
 
 class JobTrial(tune.Trainable):
@@ -59,7 +62,7 @@ class JobTrial(tune.Trainable):
     def setup(  # type: ignore[override]
         self, config: dict[str, object], access: Access, terms: Terms
     ) -> None:
-        self._client = Client(access.url, access.key, timeout_s=min(_CALL_S, terms.lease_s / 2))
+        self._client = Client(access.url, access.key, timeout_s=min(CALL_S, terms.lease_s / 2))
         self._terms = terms
         self._begin(config)
 
@@ -70,21 +73,22 @@ class JobTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, object]:
-        until = time.monotonic() + REPORT_S
-        while True:
-            try:
-                self._look()
-            except ApiFailure as error:
-                if error.status not in _PASSING or self._late():
-                    return {"done": True, "failure": f"{error} (HTTP {error.status})", **self._facts()}
-            except ServiceNotRunning as error:
-                if self._late():
-                    return {"done": True, "failure": str(error), **self._facts()}
-            if self._job is not None and self._job.final:
-                return {"done": True, **_outcome(self._job), **self._facts()}
-            if time.monotonic() + POLL_S > until:
-                return {"done": False, **self._facts()}
+        """One look at the job; Tune can stop the trial between two."""
+        if self._job is not None:
+            time.sleep(self._pause_s(self._job))
+        try:
+            self._look()
+        except ApiFailure as error:
+            if error.status not in _PASSING or self._late():
+                return {"done": True, "failure": f"{error} (HTTP {error.status})", **self._facts()}
+        except ServiceNotRunning as error:
+            if self._late():
+                return {"done": True, "failure": str(error), **self._facts()}
+        if self._job is not None and self._job.final:
+            return {"done": True, **_outcome(self._job), **self._facts()}
+        if self._job is None:
             time.sleep(POLL_S)
+        return {"done": False, **self._facts()}
 
     def cleanup(self) -> None:
         self._leave()
@@ -97,8 +101,14 @@ class JobTrial(tune.Trainable):
         self._name = str(config["number"])
         self._job: RemoteJob | None = None
         self._told_step = 0
-        self._heard_at = time.monotonic()  # when the service last answered
-        self._renewed_at = self._heard_at
+        self._begun_at = self._heard_at = self._renewed_at = time.monotonic()  # heard: the service last answered
+
+    def _pause_s(self, job: RemoteJob) -> float:
+        """Until the next look: the longer the trial runs and has to run, the longer."""
+        so_far, steps = time.monotonic() - self._begun_at, job.steps_total or 0
+        left = so_far * (steps / job.step - 1) if job.step else so_far
+        least = max(POLL_S, self._terms.at_once / _LOOKS_A_S)
+        return min(max(least, min(_SHARE * so_far, left / 2)), self._terms.lease_s / 6)
 
     def _look(self) -> None:
         """Submit the job, or see how it is; renew its lease when a third of it is over."""

@@ -62,9 +62,10 @@ def pid_of(number: int) -> int | None:
     return None
 
 
-def asked(service: StandIn) -> list[str]:
-    """The trials that have a job."""
-    return [(job.request.metadata or {})["trial"] for job in list(service.jobs.values())]
+def taken_over(service: StandIn, number: int) -> bool:
+    """Whether the job of a trial, which the driver began, has been renewed by its actor, too."""
+    jobs = [job for job in list(service.jobs.values()) if (job.request.metadata or {})["trial"] == str(number)]
+    return any(len(job.renewed_at) > 1 for job in jobs)
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     store, study, seen, died_at = MemoryStore(), StudyId("study-1"), list[Trial](), list[float]()
 
     def kill(service: StandIn) -> None:
-        while (pid := pid_of(KILLED)) is None or str(KILLED) not in asked(service):
+        while (pid := pid_of(KILLED)) is None or not taken_over(service, KILLED):
             time.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
         died_at.append(time.monotonic())

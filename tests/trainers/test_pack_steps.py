@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.ranks import Alone
@@ -70,12 +72,49 @@ def test_the_least_served_ride_first_while_they_fit_and_the_first_in_any_case(ba
     ]
 
 
-def test_before_a_forward_it_is_told_who_is_in_it_and_how_far(backbone: Backbone) -> None:
+def test_before_jobs_are_stacked_and_before_a_forward_it_is_told_who_is_in_it_and_how_far(backbone: Backbone) -> None:
     pack, told = pack_of(backbone, a_job("a", 5), a_job("b", 7, batch=2)), list[Mapping[str, int]]()
     pack.underway = told.append
     for _ in range(3):
         pack.step()
-    assert told == [{"a": 0, "b": 0}, {"a": 1, "b": 0}, {"a": 2, "b": 1}]
+    assert told == [{"a": 0, "b": 0}, {"a": 0, "b": 0}, {"a": 1, "b": 0}, {"a": 2, "b": 1}]
+
+
+def test_jobs_that_come_and_go_between_two_steps_are_stacked_once(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, made, real = PackRunner(backbone), list[list[str]](), Stacks.of
+
+    def counted(residents: Sequence[Resident], *given: Any, **more: Any) -> Stacks:
+        made.append([resident.id for resident in residents])
+        return real(residents, *given, **more)
+
+    monkeypatch.setattr(Stacks, "of", counted)
+    for name in "abcd":
+        pack.admit(a_job(name, 5))
+    pack.remove("a")
+    pack.remove("c")
+    assert pack.step().jobs == ("b", "d")
+    assert [names for names in made if len(names) > 1] == [["b", "d"]]
+
+
+def test_of_jobs_that_can_only_be_stacked_apart_the_last_to_come_fails(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, real = pack_of(backbone, a_job("a", 5), a_job("b", 5)), Stacks.of
+    pack.step()
+
+    def short(residents: Sequence[Resident], *given: Any, **more: Any) -> Stacks:
+        if len(residents) > 2:
+            raise MemoryError
+        return real(residents, *given, **more)
+
+    monkeypatch.setattr(Stacks, "of", short)
+    for name in "cd":
+        pack.admit(a_job(name, 5))
+    done = pack.step()
+    assert [(failed.job, failed.code) for failed in done.failed] == [("d", "out_of_memory"), ("c", "out_of_memory")]
+    assert done.jobs == ("a", "b")
 
 
 class Two(Alone):

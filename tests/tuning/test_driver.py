@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from pydantic import JsonValue
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
@@ -42,6 +44,20 @@ def test_what_tune_saw_is_told_to_the_study() -> None:
         values=(2.0, float(trial.candidate.parameters)), loss=2.0, job="ftjob-1", model="find-0@1", loss_before=3.0
     )
     assert [trial.state for trial in seen] == [TrialState.RUNNING, TrialState.COMPLETE]
+
+
+def test_a_trials_job_is_begun_as_soon_as_the_record_has_it() -> None:
+    told: list[tuple[int, object]] = []
+    kept: list[int] = []
+    study = Study(PLAN.space, PLAN.objectives, PLAN.sampler, keep=lambda trials: kept.append(len(trials)))
+
+    def begin(number: int, body: Mapping[str, JsonValue]) -> None:
+        assert kept[-1] == number + 1
+        told.append((number, body))
+
+    bridge = StudySearcher("study-1", study, PLAN, lambda trial: None, begin=begin)
+    configs = [bridge.suggest(name) for name in "ab"]
+    assert [{"number": number, "body": body} for number, body in told] == configs
 
 
 def test_scores_are_told_beside_the_loss() -> None:

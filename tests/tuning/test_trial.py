@@ -21,7 +21,7 @@ PLAN = plan_of(lease_s=5)
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_S", 0.02)
-    monkeypatch.setattr(module, "REPORT_S", 0.05)
+    monkeypatch.setattr(module, "_LOOKS_A_S", 1000.0)
 
 
 def begun(service: StandIn, number: int = 0, *, key: str = KEY) -> JobTrial:
@@ -105,6 +105,34 @@ def test_the_lease_is_renewed_while_the_trial_is_stepped_and_runs_out_when_it_is
             assert len(job.renewed_at) == count
         assert job.lease_until == job.renewed_at[-1] + 5
         assert job.status(job.lease_until - 0.1) == "running" and job.status(job.lease_until + 0.1) == "cancelled"
+
+
+def test_a_trial_looks_the_more_seldom_the_longer_it_runs_and_has_to_run_and_the_more_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "_LOOKS_A_S", 8.0)
+    monkeypatch.setattr(module, "POLL_S", 1.0)
+
+    def pause(at: float, step: int, *, at_once: int = 1, lease_s: float = 600.0) -> float:
+        clock.now = 0.0
+        trial = begun(service)
+        trial.step()
+        assert trial._job is not None
+        trial._terms = Terms("study-1", lease_s, losses=False, at_once=at_once)
+        clock.now = at
+        return trial._pause_s(trial._job.model_copy(update={"step": step, "steps_total": 100}))
+
+    with served(60) as service:
+        assert [pause(at, 50) for at in (4, 40, 400)] == [1, 2, 20]
+        assert [pause(400, step) for step in (0, 95, 99, 100)] == [
+            20,
+            pytest.approx(10.5, abs=0.1),
+            pytest.approx(2.0, abs=0.1),
+            1,
+        ]
+        assert pause(4, 50, at_once=16) == 2 and pause(400, 50, lease_s=60) == 10
 
 
 def test_a_job_that_an_earlier_driver_submitted_is_taken_over() -> None:
