@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -134,7 +134,7 @@ class Fleet:
                     text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
                 return Said(text, gap_s)
             except openai.APIConnectionError as error:  # in a stream's midst, too
-                if not isinstance(error.__cause__, httpx.RemoteProtocolError):
+                if not isinstance(error.__cause__, httpx2.RemoteProtocolError):
                     raise
                 return Said(text, gap_s, broken=True)
             except openai.InternalServerError as error:
@@ -275,6 +275,12 @@ def _listening(server: EmbeddedServer, host: str) -> str:
     with closing(redis.Redis.from_url(server.url)) as client:
         client.config_set("bind", f"{LOOPBACK} {host}")
     return server.url.replace(LOOPBACK, host)
+
+
+def ingresses_running() -> int:
+    """How many ingresses Serve sends clients to."""
+    found = serve.status().applications["polygraft"].deployments.values()
+    return sum(count for one in found for state, count in one.replica_states.items() if state == "RUNNING")
 
 
 def _running() -> bool:

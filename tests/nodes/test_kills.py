@@ -22,7 +22,7 @@ from polygraft.cluster.model import JobId
 from polygraft.cluster.store import keys
 from polygraft.launch.draining import empty, tell
 from tests.nodes.faults import KILLS, STOPS, end_of
-from tests.nodes.fleet import Asked, Fleet, Said, nodes, until
+from tests.nodes.fleet import Asked, Fleet, Said, ingresses_running, nodes, until
 from tests.nodes.load import Load, together
 from tests.tiny import tiny_llama, tiny_model
 
@@ -190,6 +190,7 @@ def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop
 ) -> None:
     asked = [one._replace(tokens=LONG) for one in undisturbed.texts]
     texts = together(fleet.say, asked)
+    until(lambda: ingresses_running() == 2)
     ingresses = fleet.processes(INGRESS)
     assert len(ingresses) == 2
     broken: list[Said] = []
@@ -210,7 +211,7 @@ def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop
         assert sum(not one.done() for one in streams) == len(streams) - len(broken), "others go on"
         for stream in streams:
             stream.result()
-    until(lambda: len(fleet.processes(INGRESS)) == 2)
+    until(lambda: len(fleet.processes(INGRESS)) == ingresses_running() == 2)
     print(f"kill ingress: {len(broken)} of {len(streams)} streams ended with an error, {noticed_s:.1f} s to their end")
 
 
