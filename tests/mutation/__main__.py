@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 
 from tests.mutation.child import preload
@@ -91,6 +90,7 @@ class Round:
         self, faults: Sequence[Fault], tests: Sequence[str], kept: Kept, *, until: float, at_once: int
     ) -> None:
         self._faults, self._kept, self._until, self._at_once = faults, kept, until, at_once
+        self._sources = {fault.path: (ROOT / fault.path).read_text() for fault in faults}  # what is imported here
         self._files = test_files(tests)
         files = (digest(path.read_bytes()) for path in self._files)
         self._state = "".join(one[:2] for one in files)  # another one when a file of tests is
@@ -127,8 +127,8 @@ class Round:
     def _try(self, covering: Sequence[Covered], warm: Warm | None) -> None:
         with Trials(self._at_once, self._settle) as trials:
             for fault in self.untried():
-                source = (ROOT / fault.path).read_text()
-                if time.monotonic() > self._until or fault not in _all_in(source, fault.path):  # it has changed since
+                source = self._sources[fault.path]
+                if time.monotonic() > self._until or source != (ROOT / fault.path).read_text():
                     continue
                 if warm is None or warm.knows(fault, source, covering):
                     trials.begin(Trial(fault, source, covering, warm))
@@ -207,11 +207,6 @@ def _python(folder: Path) -> Iterator[Path]:
 
 def faults_of(path: str) -> list[Fault]:
     return list(faults_in((ROOT / path).read_text(), path))
-
-
-@cache
-def _all_in(source: str, path: str) -> frozenset[Fault]:
-    return frozenset(faults_in(source, path))
 
 
 class Kept:

@@ -105,11 +105,9 @@ class Warm:
         """Give the function that the fault is in the changed code."""
         if (span := around(fault, source)) is None:
             return False
-        code = next(
-            code
-            for code in _codes(compile(fault.planted(source), str(ROOT / fault.path), "exec", dont_inherit=True))
-            if _place(code) == span.place
-        )
+        planted = compile(fault.planted(source), str(ROOT / fault.path), "exec", dont_inherit=True)
+        if (code := next((code for code in _codes(planted) if _place(code) == span.place), None)) is None:
+            return False
         for function in self._functions[span.place]:
             if len(function.__code__.co_freevars) != len(code.co_freevars):
                 return False
