@@ -17,7 +17,7 @@ from polygraft.cluster.settings import ServeSettings
 from polygraft.cluster.store.base import JSON
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.cache import PagedAttention
-from polygraft.grafts.runtime.process import allocation_failed
+from polygraft.grafts.runtime.process import allocation_failed, unfit
 from polygraft.serving.batch import Batch, Chunk
 from polygraft.serving.labels import Probabilities, probabilities
 from polygraft.serving.loading import Loader
@@ -314,9 +314,12 @@ class Engine:
         self._end(sequence, "error", error=said, code=code)
 
     def _blame(self, error: Exception) -> None:
-        """After an exception over several streams: try each half by itself, or end the one that was alone."""
+        """After an exception: try each half of several streams, end the one that was alone, or an unfit process."""
         chunks, self._computing = self._computing, ()
-        if not chunks:
+        if unfit(error):
+            self._failures = _GIVE_UP
+            _LOG.error("this process cannot go on; its streams do in another", exc_info=error)
+        elif not chunks:
             self._failures += 1
             _LOG.error("a step failed before its forward (%d of %d)", self._failures, _GIVE_UP, exc_info=error)
         elif (culprit := self._suspects.after_failure(chunks, error)) is not None:

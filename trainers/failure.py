@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from torch import AcceleratorError
-
 from polygraft.cluster.store.base import StoreError
-from polygraft.grafts.runtime.process import allocation_failed
+from polygraft.grafts.runtime.process import allocation_failed, unfit
 from polygraft.trainers.ranks import RankLost
 
 _LOG = logging.getLogger(__name__)
-# The store, the device and the other ranks are everybody's: their loss is no job's fault.
-SHARED = (StoreError, AcceleratorError, RankLost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +21,14 @@ class Failed:
     message: str
 
 
+def shared(error: BaseException) -> bool:
+    """Whether what raised it is everybody's, the store, the other ranks or the process: no job fails for its loss."""
+    return isinstance(error, StoreError | RankLost) or unfit(error)
+
+
 def failure(job: str, doing: str, error: Exception, code: str = "step_failed") -> Failed:
     """What a job is told whose part of the pack's work, `doing`, raised. Raises `error` where it is no job's."""
-    if isinstance(error, SHARED):
+    if shared(error):
         raise error
     if allocation_failed(error):
         return Failed(job, "out_of_memory", f"{doing}: memory is too short for it")

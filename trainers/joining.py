@@ -17,7 +17,7 @@ from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers import checkpoint, rungs
-from polygraft.trainers.failure import SHARED
+from polygraft.trainers.failure import shared
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import TooLarge
 from polygraft.trainers.prepare import FileGone, prepare
@@ -57,8 +57,6 @@ class Joining:
                 if before is not None and not before.finite:
                     raise SpecError(f"{peft!r} has a held-out loss of {before.loss} before its first step")
                 running.before = before
-        except SHARED:
-            raise
         except SpecError as error:
             return JobError("invalid_value", f"{param}: {error}", param)
         except TooLarge as error:
@@ -70,6 +68,8 @@ class Joining:
         except (ValueError, OSError) as error:
             return JobError("invalid_training_data", str(error), "training_file")
         except Exception as error:  # whatever its graft or its samples lead to is the job's own
+            if shared(error):
+                raise
             if allocation_failed(error):
                 return JobError("out_of_memory", f"{peft!r} does not fit together with the pack's other jobs")
             _LOG.exception("job %s could not start", record.id)

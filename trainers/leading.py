@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.runtime.slab import Slab
+from polygraft.trainers.failure import shared
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.ranks import Ranks
 from polygraft.trainers.runner import PackRunner, PackStep
@@ -141,6 +142,8 @@ def _joined(runner: PackRunner, order: Join) -> _Refused:
     try:
         runner.restore(order.running(runner))
     except Exception as error:
+        if shared(error):
+            raise
         return _Refused(f"{type(error).__name__}: {error}", allocation_failed(error))
     return _NOTHING
 

@@ -16,7 +16,7 @@ from polygraft.grafts.sources import Source
 from polygraft.grafts.spec import SpecError
 from polygraft.trainers.contribution import Contribution, Part, Rider, everyones, failed_anywhere
 from polygraft.trainers.evaluate import Judgement, judge
-from polygraft.trainers.failure import SHARED, Failed, failure
+from polygraft.trainers.failure import Failed, failure, shared
 from polygraft.trainers.job import Sample, TrainJob
 from polygraft.trainers.lanes.elastic import ElasticLane
 from polygraft.trainers.lanes.gradient import GradientLane
@@ -264,10 +264,9 @@ class PackRunner:
         self.underway({**self._elsewhere, **{job: self.jobs[job].step for job in micro_batches}})
         try:
             return lane.forward(lane.stacks, micro_batches)
-        except SHARED:
-            raise
-        except Exception:  # it holds what the forward made: nothing is tried again before it is gone
-            pass
+        except Exception as error:  # it holds what the forward made: nothing is tried again before it is gone
+            if shared(error):
+                raise
         give_back()  # what this one took, to allocators beside ours, too: oneDNN maps memory for its kernels by itself
         if len(micro_batches) > 1:
             return None
@@ -276,9 +275,10 @@ class PackRunner:
             own = self.backbone.stacks(lane.residents(job), trainable=True)
             return lane.forward(own, {job: replace(micro_batch, graft=0)})
         except Exception as error:
-            bare_forward(self.backbone)
-            doing = f"{self.jobs[job].at}, forward and backward of {micro_batch.rows} rows"
-            return failure(job, doing, error)
+            failed = failure(job, f"{self.jobs[job].at}, forward and backward of {micro_batch.rows} rows", error)
+        give_back()
+        bare_forward(self.backbone)
+        return failed
 
     def _collected(self, lane: Lane, rider: Rider, part: Contribution) -> Outcome | None:
         """What a job's part of a forward led to, which is nobody else's."""
@@ -314,10 +314,8 @@ class PackRunner:
                 try:
                     lane.stacks = self._stacked(lane, lane.jobs)
                     break
-                except SHARED:
-                    raise
                 except Exception as error:
-                    if not self._let_fall(lane, error):
+                    if shared(error) or not self._let_fall(lane, error):
                         raise
         self._stale = False
         self._new.clear()
@@ -329,9 +327,9 @@ class PackRunner:
         for job in lane.jobs:
             try:
                 self._stacked(lane, (job,))
-            except SHARED:
-                raise
             except Exception as own:
+                if shared(own):
+                    raise
                 fallen[job] = own.with_traceback(None)
         if not fallen and (new := [job for job in self._new if job in lane.jobs]):
             fallen[new[-1]] = error.with_traceback(None)

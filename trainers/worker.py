@@ -22,6 +22,7 @@ from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import EntryId, Store
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.common.room import is_full
 from polygraft.kernels.dense.device_class import device_class
@@ -94,10 +95,10 @@ class PackWorker:
                 if self.runner.jobs:
                     self._step()
                 heartbeat()
-        except RankLost:  # what was underway may have killed the other one
-            raise
-        except Exception:
-            self._underway.clear()  # it ends by itself: there is nothing to find out about its jobs
+        except Exception as error:
+            # What was underway may have killed another rank, or taken the memory that everybody's work needs.
+            if not (isinstance(error, RankLost) or allocation_failed(error)):
+                self._underway.clear()  # it ends by itself: there is nothing to find out about its jobs
             raise
         finally:
             self._log.close()

@@ -14,6 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _UNUSED = ("accelerate", "scipy", "triton")  # what transformers and torch import only because it is installed
+_UNCOMPILED = "could not create a primitive"  # oneDNN's
 
 
 def device_environment(cores: int) -> dict[str, str]:
@@ -30,8 +31,8 @@ def _allocator() -> dict[str, str]:
     """The jemalloc that comes with Ray, where it does; else glibc's allocator in one heap.
 
     glibc before 2.38 cannot use the hole of an aligned block for another of the same size, so that the heap of a pack
-    grows by tens of MiB a step. Nothing is retained: what is given back leaves the address space, too, where others map
-    memory for themselves.
+    grows by tens of MiB a step. Nothing is retained: what is given back leaves the address space, too, which a limit
+    may be set for (RLIMIT_AS) and where oneDNN maps its kernels.
     """
     ray = find_spec("ray")
     library = Path(next(iter(ray.submodule_search_locations or ()), "")) / "core" / "libjemalloc.so" if ray else Path()
@@ -59,9 +60,17 @@ def allocation_failed(error: BaseException) -> bool:
     oneDNN has no words for it: what it has a descriptor for and cannot create, it has no memory to compile.
     """
     said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    if isinstance(error, MemoryError) or str(error) == "could not create a primitive":
+    if isinstance(error, MemoryError) or str(error) == _UNCOMPILED:
         return True
     return any(text in str(error) for text in said)
+
+
+def unfit(error: BaseException) -> bool:
+    """Whether it says that this process can no longer compute what another one can: a GPU's context is lost, or oneDNN
+    had no memory to compile a product, which it then never compiles for anybody's rows."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) or str(error) == _UNCOMPILED
 
 
 def chosen_device(setting: str) -> str:

@@ -151,6 +151,24 @@ def test_a_thread_gives_up_after_ten_turns_that_fail_in_a_row_and_tells_those_wh
     assert not engine.healthy(60.0)
 
 
+def test_a_process_that_can_do_no_more_ends_its_thread_at_once_and_blames_no_stream(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN had no memory to compile a product: the streams go on in another process."""
+
+    def failing(engine: Engine, batch: Batch) -> Any:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(Engine, "_forward", failing)
+    heard = Heard()
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    for name in ("a", "b"):
+        engine.submit(request(name, (5, 6, 7), 3))
+    engine.start()
+    engine._thread.join(30)
+    assert not engine.healthy(60.0) and heard.reasons() == {"a": "cancelled", "b": "cancelled"}
+
+
 def test_an_engine_that_stops_says_when_to_ask_again(backbone: Backbone, tmp_path: Path) -> None:
     engine = engine_on(backbone, tmp_path)
     assert engine.submit(request("a", (5,), 1)) is None

@@ -3,7 +3,7 @@ test_killed_pack.py, so that the processes that it forks carry nothing of pytest
 
 killed_pack.py FOLDER {URL DATA BYTES KIND}...: packs of a backbone in FOLDER, each over the store at URL, whose files
 lie under DATA. A process that takes BYTES more than it began with is killed (KIND kill), or is refused them (KIND
-refuse, RLIMIT_AS). Prints how many died, a line a pack.
+refuse, RLIMIT_AS). Prints how many died, or raised for lack of memory, a line a pack.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import torch
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.process import allocation_failed
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
 from tests.trainers.submitted import PACK
 
 MOST = 8  # deaths after which it gives up
+_SHORT = 3  # exit status of a worker that raised for lack of memory
 _PAGE = resource.getpagesize()
 
 
@@ -39,10 +41,15 @@ def deaths(work: Callable[[], None], room: int, *, kill: bool) -> int:
         if not pid:
             if not kill:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space + room, address_space + room))
-            work()
+            try:
+                work()
+            except Exception as error:
+                if not allocation_failed(error):
+                    raise
+                os._exit(_SHORT)
             os._exit(0)
         status = _watched(pid, resident + room if kill else None)
-        if os.WIFEXITED(status):
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != _SHORT:
             assert os.WEXITSTATUS(status) == 0, "the worker raised"
             return died
     return MOST

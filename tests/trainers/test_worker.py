@@ -275,6 +275,22 @@ def test_the_loss_of_the_store_or_the_device_is_not_blamed_on_a_job(
     assert not _jobs(store)[0].final
 
 
+@pytest.mark.parametrize("at", ["runner.initialise", "running.Hooks"])
+def test_a_product_that_cannot_be_compiled_ends_the_worker_which_the_next_one_knows_of(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """No other job could use that product in this process either, so it ends as one that is killed does."""
+    store = MemoryStore()
+    submit(store, tmp_path, {"ftjob-0": "ia3", "ftjob-1": "lora(r=9)"})
+    with monkeypatch.context() as patched:
+        _raise_for("lora(r=9)", RuntimeError("could not create a primitive"), at, patched)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="primitive"):
+                _work(store, backbone, tmp_path)
+        _work(store, backbone, tmp_path)
+    assert _failed_alone(store).code == "killed_its_worker"
+
+
 def test_a_job_is_made_over_grafts_that_others_published(backbone: Backbone, tmp_path: Path) -> None:
     store = MemoryStore()
     submit(store, tmp_path, {"ftjob-0": "lora(r=2)", "ftjob-1": "ia3", "ftjob-2": "lora(r=3)"})

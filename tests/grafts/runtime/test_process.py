@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from polygraft.grafts.runtime.process import allocation_failed, chosen_device, device_environment
+from polygraft.grafts.runtime.process import allocation_failed, chosen_device, device_environment, unfit
 
 FREED = """
 import json
@@ -65,17 +65,21 @@ def test_a_process_computes_on_a_gpu_where_there_is_one_unless_it_is_told_otherw
 
 
 @pytest.mark.parametrize(
-    ("error", "short"),
+    ("error", "short", "lost"),
     [
-        (MemoryError(), True),
+        (MemoryError(), True, False),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
             True,
+            False,
         ),
-        (RuntimeError("could not create a primitive"), True),  # oneDNN has a descriptor, and no room for its code
-        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("could not create a primitive"), True, True),  # oneDNN has a descriptor, and no room for its code
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False, False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False, True),
     ],
 )
-def test_an_error_says_that_memory_was_short(error: Exception, short: bool) -> None:
-    assert allocation_failed(error) is short
+def test_an_error_says_that_memory_was_short_and_that_the_process_can_do_no_more(
+    error: Exception, short: bool, lost: bool
+) -> None:
+    assert (allocation_failed(error), unfit(error)) == (short, lost)
