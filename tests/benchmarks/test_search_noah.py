@@ -22,11 +22,14 @@ def test_a_search_is_told_with_its_loss_its_cost_and_what_a_random_graft_is_wort
 @pytest.mark.parametrize(
     ("ours", "rows", "verdict"),
     [
-        (2.01, [20, 100], "goal 1% and 20%, holds"),
-        (2.05, [20, 100], "goal 1% and 20%, does not hold"),
-        (2.01, [21, 100], "goal 1% and 20%, does not hold"),
+        ([2.01, 2.01], [20, 100], "goal 1% and 20%, holds"),
+        ([2.05, 2.05], [20, 100], "goal 1% and 20%, is not shown"),
+        ([2.01, 2.01], [21, 100], "goal 1% and 20%, is not shown"),
+        ([2.03, 1.97], [20, 100], "goal 1% and 20%, is not shown"),  # the mean is 0, and says nothing
     ],
 )
-def test_the_goal_is_of_the_mean_loss_and_of_the_dearest_search(ours: float, rows: list[int], verdict: str) -> None:
-    lines = told({"trivia 0": cell(ours, 2.0, rows), "feelings 0": cell(2.0, 2.0, [10, 100])})
+def test_the_goal_is_of_a_bound_on_the_mean_loss_and_of_the_dearest_search(
+    ours: list[float], rows: list[int], verdict: str
+) -> None:
+    lines = told({"trivia 0": cell(ours[0], 2.0, rows), "feelings 0": cell(ours[1], 2.0, [10, 100])})
     assert lines[-1].endswith(verdict)
