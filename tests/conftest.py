@@ -41,6 +41,13 @@ settings.load_profile("fixed")
 
 _TESTS = Path(__file__).parent
 _LAST = ("ray", "e2e", "nodes")  # folders whose tests may start Ray, in the order they run in after the unit tests
+_SECONDS_A_TEST = 0.04  # in files that tests/seconds.txt does not name
+
+
+def _seconds() -> dict[Path, float]:
+    """How long each long file of tests takes by itself, as `tests/seconds.txt` says in whole seconds."""
+    lines = (line.split() for line in (_TESTS / "seconds.txt").read_text().splitlines())
+    return {_TESTS / name: float(seconds) for seconds, name in lines}
 
 
 @pytest.hookimpl(tryfirst=True)  # the marks must be there before -m selects by them
@@ -50,9 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
     items.sort(key=lambda item: _rank(_folder(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:  # long files first: at the end no core waits for one that began last
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
         tests = Counter(item.path for item in items)
-        items.sort(key=lambda item: (_folder(item) in _LAST, item.path not in slow, -tests[item.path]))
+        expected = {path: count * _SECONDS_A_TEST for path, count in tests.items()} | _seconds()
+        items.sort(key=lambda item: (_folder(item) in _LAST, -expected[item.path]))
 
 
 def pytest_collection_finish() -> None:
