@@ -33,7 +33,7 @@ class SearchDriver:
         from polygraft.tuning.record import BadRecord, decode
         from polygraft.tuning.retrain import retrain
         from polygraft.tuning.study import Trial
-        from polygraft.tuning.trial import Access
+        from polygraft.tuning.terms import Access
 
         read, id = Settings.model_validate_json(settings), StudyId(study)
         store = connect(read.store_url)

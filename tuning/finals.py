@@ -8,7 +8,7 @@ from math import log, sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
-from scipy.stats import t  # type: ignore[import-untyped]
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.tuning.study import Trial
@@ -126,4 +126,4 @@ def chosen(found: Sequence[Member], rule: Rule, measured: str = "loss") -> Membe
 
 def _half(losses: Sequence[float]) -> float:
     n = len(losses)
-    return 0.0 if n < 2 else float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(losses) / sqrt(n)
+    return 0.0 if n < 2 else float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(losses) / sqrt(n)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from secrets import token_hex
 
 from pydantic import JsonValue
@@ -21,31 +20,12 @@ from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.client import ApiFailure, Client
 from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.owned import submitted
+from polygraft.tuning.terms import CALL_S, Access, Terms
 
 POLL_S = 1.0  # between two looks at a job, at least
 _LOOKS_A_S = 8.0  # of all trials at once, at most: each costs the service's processes some milliseconds
 _SHARE = 0.05  # of the time that a trial runs already, by which what happens to its job may be seen too late
-CALL_S = 15.0  # one call of the service
 _PASSING = (0, 429, 503)  # statuses that say "not now": no answer, too many, a dependency is down
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """The service's URL, without /v1, and an API key of the tenant who pays."""
-
-    url: str
-    key: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What all trials of a study have in common: the lease of their jobs, whether they report training losses, and how
-    many there are at once."""
-
-    study: str
-    lease_s: float
-    losses: bool
-    at_once: int = 1
 
 
 class JobTrial(tune.Trainable):

@@ -168,7 +168,7 @@ class _Places:
     def make_room_to_grow(self) -> None:
         """Evict until all that stay have the blocks for their next rows, and take these."""
         while self.streams and sum(stream.missing for stream in self.streams) > self._free:
-            self._evict(self._last_of(max(self.count, key=self._size)))
+            self._evict(self._last_of(max({stream.tenant for stream in self.streams}, key=self._size)))
         self._free -= sum(stream.missing for stream in self.streams)
         self._grown = True
 
@@ -204,9 +204,8 @@ class _Places:
 
     def _size(self, tenant: TenantId) -> tuple[float, float, int]:
         """By which the tenant that has most is found: its share, its counter, then how late its last one came."""
-        last = max((at for at, stream in enumerate(self.streams) if stream.tenant == tenant), default=-1)
-        share = self._ledger.share(tenant, self.count[tenant]) if last >= 0 else -1.0
-        return share, self._ledger.counter(tenant), last
+        last = max(at for at, stream in enumerate(self.streams) if stream.tenant == tenant)
+        return self._ledger.share(tenant, self.count[tenant]), self._ledger.counter(tenant), last
 
     def _last_of(self, tenant: TenantId) -> Running:
         return next(stream for stream in reversed(self.streams) if stream.tenant == tenant)

@@ -28,6 +28,7 @@ from polygraft.kernels.kv.scores import Scores
 from polygraft.kernels.rotary.op import HeadNorms
 
 _KEPT = 4  # programs of a composition of grafts: streams come and go, and the same rows come again
+Programs = OrderedDict[Hashable, LayerProgram | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +62,31 @@ class LayerPlan:
             return None
         if stacks.trainable or not stacks.derived((_covered,), lambda: _covered(stacks)):
             return None
-        kept = stacks.derived((LayerPlan,), OrderedDict[Hashable, LayerProgram | None])
-        key = len(x_TD), route.spans, route.inputs, id(attention.cache), torch.get_num_threads()
-        # A program's own tensors outlive the mode that one forward is in.
-        with torch.inference_mode(False), torch.no_grad():
-            if key not in kept:
-                kept[key] = program(self.layers, x_TD, attention.cache, route)
-            kept.move_to_end(key)
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
-        made = kept[key]
+        kept = stacks.derived((LayerPlan,), Programs)
+        place = id(attention.cache), torch.get_num_threads()
+        made = None
+        if not route.spans:  # rows of the bare model alone: one program, whose calls take any number of them
+            made = self._made(kept, place, x_TD, attention, route, rows=1 << (len(x_TD) - 1).bit_length())
+        if made is None or not made.takes(len(x_TD)):
+            key = len(x_TD), route.spans, route.inputs, *place
+            made = self._made(kept, key, x_TD, attention, route, rows=len(x_TD))
         with torch.no_grad():
             return None if made is None else made.run(x_TD, positions_T, attention)
+
+    def _made(
+        self, kept: Programs, key: Hashable, x_TD: Tensor, attention: PagedAttention, route: RouteTable, rows: int
+    ) -> LayerProgram | None:
+        """The program that is kept under the key; made for so many rows where there is none, or where it takes any
+        number of them, and these are more than it has room for."""
+        made = kept.get(key)
+        if key not in kept or (made is not None and made.rows and not made.takes(len(x_TD))):
+            # A program's own tensors outlive the mode that one forward is in.
+            with torch.inference_mode(False), torch.no_grad():
+                kept[key] = program(self.layers, x_TD, attention.cache, route, rows)
+        kept.move_to_end(key)
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
+        return kept[key]
 
 
 def _layer(

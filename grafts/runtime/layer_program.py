@@ -1,9 +1,10 @@
 """All layers of a decoder as a list of calls, for the rows of one forward and all that have as many under the same
-grafts."""
+grafts, or no more of no graft's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from ctypes import c_int64
 from dataclasses import dataclass
 
 import torch
@@ -59,23 +60,31 @@ class LayerProgram:
     pages: paged.Pages
     out: Tensor
     steps: Sequence[Callable[[], None]]
+    rows: Sequence[c_int64]  # of every step, where all steps are calls of the bare model's
+
+    def takes(self, rows: int) -> bool:
+        """Whether it is for any number of rows, and has room for so many."""
+        return bool(self.rows) and rows <= len(self.residual)
 
     def run(self, x_TD: Tensor, positions_T: Tensor, attention: PagedAttention) -> Tensor:
         """States after the final norm."""
-        self.residual.copy_(x_TD)
+        count = len(x_TD)
+        for rows in self.rows:
+            rows.value = count
+        self.residual[:count].copy_(x_TD)
         for held, angle in zip(self.angles, self.rotary(x_TD[None], positions_T[None]), strict=True):
-            held.copy_(angle[0])
-        self.slots.copy_(torch.tensor(attention.slots(len(x_TD))))
+            held[:count].copy_(angle[0])
+        self.slots[:count].copy_(torch.tensor(attention.slots(count)))
         attention.hold(self.pages)
         for step in self.steps:
             step()
-        return self.out.clone()
+        return self.out[:count].clone()
 
 
-def program(planned: PlannedLayers, x_TD: Tensor, cache: KVCache, route: RouteTable) -> LayerProgram | None:
-    """For forwards of as many rows as x under the route's spans; None where the calls are not compiled."""
+def program(planned: PlannedLayers, x_TD: Tensor, cache: KVCache, route: RouteTable, rows: int) -> LayerProgram | None:
+    """For forwards of so many rows like those of x under the route's spans; None where the calls are not compiled."""
     angles, _ = planned.rotary(x_TD[None], torch.zeros(1, len(x_TD), dtype=torch.long))
-    shared = _Shared(x_TD, angles.shape[-1], planned.layers[0], cache, route)
+    shared = _Shared(x_TD, rows, angles.shape[-1], planned.layers[0], cache, route)
     try:
         for layer in planned.layers:
             shared.add(layer)
@@ -83,7 +92,9 @@ def program(planned: PlannedLayers, x_TD: Tensor, cache: KVCache, route: RouteTa
     except _Uncompiled:
         return None
     held = shared.residual, shared.angles, shared.slots, shared.pages, shared.normed
-    return LayerProgram(planned.rotary, *held, tuple(_joined(shared.steps)))
+    places = [step.rows for step in shared.steps if isinstance(step, Call) and step.rows and not route.spans]
+    lengths = [c_int64.from_address(place) for place in places] if len(places) == len(shared.steps) else ()
+    return LayerProgram(planned.rotary, *held, tuple(_joined(shared.steps)), lengths)
 
 
 def _joined(steps: Sequence[Callable[[], None]]) -> Iterator[Callable[[], None]]:
@@ -104,16 +115,18 @@ def _joined(steps: Sequence[Callable[[], None]]) -> Iterator[Callable[[], None]]
 class _Shared:
     """The tensors that all layers write to in turn, and the steps so far."""
 
-    def __init__(self, x_TD: Tensor, turned: int, like: PlannedLayer, cache: KVCache, route: RouteTable) -> None:
+    def __init__(
+        self, x_TD: Tensor, count: int, turned: int, like: PlannedLayer, cache: KVCache, route: RouteTable
+    ) -> None:
         def rows(width: int) -> Tensor:
-            return torch.zeros(len(x_TD), width, dtype=x_TD.dtype, device=x_TD.device)
+            return torch.zeros(count, width, dtype=x_TD.dtype, device=x_TD.device)
 
         linears = {name: one.linear for name, one in like.projections.items()}
         self.residual, self.update, self.normed = (rows(x_TD.shape[1]) for _ in range(3))
         self.fused, self.attended = rows(linears["attn.q"].out_features), rows(linears["attn.o"].in_features)
         self.factors, self.product = rows(linears["ffn.gate"].out_features), rows(linears["ffn.down"].in_features)
         self.angles = rows(turned), rows(turned)
-        self.slots = torch.full((len(x_TD),), -1, dtype=torch.long)
+        self.slots = torch.full((count,), -1, dtype=torch.long)
         self.pages = paged.Pages()
         self.steps: list[Callable[[], None]] = []
         self._cache, self._route = cache, route

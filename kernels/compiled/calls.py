@@ -46,18 +46,22 @@ class Function:
         does, as do those tensors."""
         given = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
         made = self.arguments(**given)
-        return Call(self.name, self.jump, self.address, ctypes.addressof(made), (made, keeps, arguments))
+        place = ctypes.addressof(made)
+        rows = place + self.arguments.rows.offset if "rows" in arguments else 0
+        return Call(self.name, self.jump, self.address, place, (made, keeps, arguments), rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that may be made any number of times: the function, where it lies, and where what it takes lies."""
+    """A call that may be made any number of times: the function, where it lies, where what it takes lies, and where in
+    that the number of rows lies, which may be changed; 0 where it has none."""
 
     name: str
     jump: Callable[[int], None]
     function: int
     arguments: int
     keeps: object = field(repr=False)
+    rows: int = 0
 
     def __call__(self) -> None:
         self.jump(self.arguments)

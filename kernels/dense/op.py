@@ -25,6 +25,7 @@ MASK_DERIVATIVE = ("identity", "relu")  # those whose derivative is 1 where thei
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
 PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
+_ROWS = 2  # where a call has its number of rows
 _PAGES = LargePages()
 
 
@@ -130,7 +131,8 @@ def ready(x_TI: Tensor, weights: Weights, work: Work, out_TO: Tensor) -> Call:
     call = _arguments(x_TI, weights, _forward(len(x_TI), weights, work), out_TO)
     address = ctypes.cast(compiled.linear, ctypes.c_void_p).value
     assert address is not None
-    return Call("linear", compiled.linear, address, call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO))
+    place, keeps = call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO)
+    return Call("linear", compiled.linear, address, place, keeps, place + _ROWS * call.itemsize)
 
 
 def transposed(

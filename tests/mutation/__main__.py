@@ -2,8 +2,8 @@
 
 What keeps a promise to a tenant is tried whole, of everything else a sample that a seed draws. What was found is kept
 under build/mutants, so that a run that is broken off goes on where it was: a fault that was noticed or is excused is
-tried again only when its file changes, one that was not whenever a file of tests does. Decision 15 says why this is not
-mutmut.
+tried again only when its function changes (its file, where it is in none), one that was not whenever a file of tests
+does. Decision 15 says why this is not mutmut.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 
 from tests.mutation.child import preload
 from tests.mutation.covering import FOLDERS, KEPT, ROOT, Covered, covered, digest, test_files
 from tests.mutation.faults import Fault, faults_in
 from tests.mutation.trial import Outcome, Trial
-from tests.mutation.warm import Warm, collected
+from tests.mutation.warm import Warm, around, collected
 
 EXCUSES = ROOT / "tests" / "mutation" / "equivalents.txt"
 LEAST_NOTICED, MOST_EXCUSED = 0.90, 0.03
@@ -91,8 +90,10 @@ class Round:
         self, faults: Sequence[Fault], tests: Sequence[str], kept: Kept, *, until: float, at_once: int
     ) -> None:
         self._faults, self._kept, self._until, self._at_once = faults, kept, until, at_once
+        self._sources = {fault.path: (ROOT / fault.path).read_text() for fault in faults}  # what is imported here
         self._files = test_files(tests)
-        self._state = "".join(digest(path)[:2] for path in self._files)  # another one when a file of tests is
+        files = (digest(path.read_bytes()) for path in self._files)
+        self._state = "".join(one[:2] for one in files)  # another one when a file of tests is
         self._excused = excused()
 
     def untried(self) -> list[Fault]:
@@ -106,8 +107,8 @@ class Round:
 
     def run(self) -> None:
         """First what can be planted in a process that has imported all, then the rest."""
-        covering = covered(self._files, self._at_once, self._until)
         paths = {fault.path for fault in self.untried()}
+        covering = covered(self._files, paths, self._at_once, self._until)
         if files := [test_file for test_file, one in covering.items() if paths & set(one.lines)]:
             self._run_warm(files, list(covering.values()))
         self._try(list(covering.values()), None)
@@ -126,8 +127,8 @@ class Round:
     def _try(self, covering: Sequence[Covered], warm: Warm | None) -> None:
         with Trials(self._at_once, self._settle) as trials:
             for fault in self.untried():
-                source = (ROOT / fault.path).read_text()
-                if time.monotonic() > self._until or fault not in _all_in(source, fault.path):  # it has changed since
+                source = self._sources[fault.path]
+                if time.monotonic() > self._until or source != (ROOT / fault.path).read_text():
                     continue
                 if warm is None or warm.knows(fault, source, covering):
                     trials.begin(Trial(fault, source, covering, warm))
@@ -208,11 +209,6 @@ def faults_of(path: str) -> list[Fault]:
     return list(faults_in((ROOT / path).read_text(), path))
 
 
-@cache
-def _all_in(source: str, path: str) -> frozenset[Fault]:
-    return frozenset(faults_in(source, path))
-
-
 class Kept:
     """What came of each fault, a line of JSON each, the last one counts."""
 
@@ -232,25 +228,33 @@ class Kept:
     def outcome(self, fault: Fault, tests: str) -> Outcome | None:
         """None where it has to be tried, again or for the first time."""
         source, asked, outcome = self._found.get(fault.id, ("", "", Outcome.UNTESTED))
-        if source != digest(ROOT / fault.path) or (not outcome.noticed and asked != tests):
+        if source != _around(fault) or (not outcome.noticed and asked != tests):
             return None
         return outcome
 
     def last(self, fault: Fault) -> Outcome | None:
         source, _, outcome = self._found.get(fault.id, ("", "", Outcome.UNTESTED))
-        return outcome if source == digest(ROOT / fault.path) else None
+        return outcome if source == _around(fault) else None
 
     def seconds(self, fault: Fault) -> float:
         """Of processor time that the last trial took."""
         return self._seconds.get(fault.id, 0.0)
 
     def add(self, fault: Fault, tests: str, outcome: Outcome, seconds: float) -> None:
-        source = digest(ROOT / fault.path)
+        source = _around(fault)
         self._found[fault.id], self._seconds[fault.id] = (source, tests, outcome), seconds
         self._path.parent.mkdir(parents=True, exist_ok=True)
         line = {"fault": fault.id, "source": source, "tests": tests, "outcome": outcome, "seconds": round(seconds, 2)}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _around(fault: Fault) -> str:
+    """The digest of what has to change before a fault that was noticed is tried again."""
+    text = (ROOT / fault.path).read_text()
+    if (span := around(fault, text)) is not None:
+        text = "".join(text.splitlines(keepends=True)[span.place.line - 1 : span.body.stop - 1])
+    return digest(text.encode())
 
 
 def excused() -> dict[tuple[str, str, str], str]:

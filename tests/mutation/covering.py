@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import process_time
@@ -34,10 +34,10 @@ class Covered:
     imported: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def holds(self, test_file: Path) -> bool:
-        """Whether neither the file nor what it runs was changed since."""
-        return self.digest == digest(test_file) and all(
-            (ROOT / path).exists() and digest(ROOT / path) == kept for path, kept in self.sources.items()
+    def holds(self, test_file: Path, paths: Container[str]) -> bool:
+        """Whether neither the file nor what it runs of the sources at `paths` was changed since."""
+        return self.digest == _digest(test_file) and all(
+            _digest(ROOT / path) == kept for path, kept in self.sources.items() if path in paths
         )
 
     def tests(self, path: str, asked: Iterable[int]) -> set[str]:
@@ -48,8 +48,12 @@ class Covered:
         return {test for test in found if test in self.seconds}
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    return digest(path.read_bytes())
 
 
 def test_files(patterns: Iterable[str]) -> list[Path]:
@@ -59,21 +63,23 @@ def test_files(patterns: Iterable[str]) -> list[Path]:
     return sorted(path for path in found if not left_out & set(path.parents))
 
 
-def covered(files: Iterable[Path], at_once: int = 1, until: float = math.inf) -> dict[Path, Covered]:
-    """What each file runs, from what was kept where that still holds; so many are measured at a time, and none is begun
-    after `until`."""
+def covered(
+    files: Iterable[Path], paths: Container[str], at_once: int = 1, until: float = math.inf
+) -> dict[Path, Covered]:
+    """What each file runs of the sources at `paths`, from what was kept where that still holds; so many are measured at
+    a time, and none is begun after `until`."""
     found: dict[Path, Covered] = {}
     running: dict[Path, Child] = {}
     try:
         for file in files:
-            if (kept := _kept(file)) is not None:
+            if (kept := _kept(file, paths)) is not None:
                 found[file] = kept
                 continue
             if time.monotonic() > until:
                 break
             running[file] = _begin(file)
-            _end(running, found, at_once - 1)
-        _end(running, found, 0)
+            _end(running, found, paths, at_once - 1)
+        _end(running, found, paths, 0)
     finally:
         for child in running.values():
             child.end()
@@ -85,13 +91,13 @@ def _begin(file: Path) -> Child:
     return Child(lambda: _measure(file, _place(file)), cpu_s=_LIMIT_S, wall_s=10 * _LIMIT_S)
 
 
-def _end(running: dict[Path, Child], found: dict[Path, Covered], most: int) -> None:
+def _end(running: dict[Path, Child], found: dict[Path, Covered], paths: Container[str], most: int) -> None:
     """Wait until no more than `most` are running."""
     while True:
         for file, child in list(running.items()):
             if child.ended() is not None:
                 del running[file]
-                found[file] = _kept(file) or Covered(digest(file))
+                found[file] = _kept(file, paths) or Covered(_digest(file))
         if len(running) <= most:
             return
         time.sleep(0.02)
@@ -101,11 +107,11 @@ def _place(file: Path) -> Path:
     return KEPT / "tests" / f"{file.relative_to(ROOT).as_posix().replace('/', '.')}.json"
 
 
-def _kept(file: Path) -> Covered | None:
+def _kept(file: Path, paths: Container[str]) -> Covered | None:
     if not (kept := _place(file)).exists():
         return None
     found = json.loads(kept.read_text())
-    return one if "imported" in found and (one := Covered(**found)).holds(file) else None
+    return one if "imported" in found and (one := Covered(**found)).holds(file, paths) else None
 
 
 class _Watch:
@@ -149,8 +155,8 @@ def _measure(test_file: Path, kept: Path) -> int:
     kept.write_text(
         json.dumps(
             {
-                "digest": digest(test_file),
-                "sources": {path: digest(ROOT / path) for path in ran},
+                "digest": _digest(test_file),
+                "sources": {path: _digest(ROOT / path) for path in ran},
                 "lines": ran,
                 "imported": {
                     path: sorted(n for n, tests in contexts[path].items() if _ON_IMPORT in tests) for path in ran

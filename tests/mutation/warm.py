@@ -87,7 +87,7 @@ class Warm:
         if (constant := constant_of(fault, source)) is not None:
             module = self._modules.get(fault.path)
             return module is not None and on_import.isdisjoint(constant.readers) and _alone(module, constant.name)
-        span = _around(fault, source)
+        span = around(fault, source)
         return span is not None and span.place in self._functions and on_import.isdisjoint(span.body)
 
     def run(self, fault: Fault, source: str, tests: Mapping[str, float]) -> int:
@@ -103,13 +103,11 @@ class Warm:
 
     def _replace(self, fault: Fault, source: str) -> bool:
         """Give the function that the fault is in the changed code."""
-        if (span := _around(fault, source)) is None:
+        if (span := around(fault, source)) is None:
             return False
-        code = next(
-            code
-            for code in _codes(compile(fault.planted(source), str(ROOT / fault.path), "exec", dont_inherit=True))
-            if _place(code) == span.place
-        )
+        planted = compile(fault.planted(source), str(ROOT / fault.path), "exec", dont_inherit=True)
+        if (code := next((code for code in _codes(planted) if _place(code) == span.place), None)) is None:
+            return False
         for function in self._functions[span.place]:
             if len(function.__code__.co_freevars) != len(code.co_freevars):
                 return False
@@ -126,6 +124,11 @@ class Warm:
             if self._session.testsfailed:
                 return int(pytest.ExitCode.TESTS_FAILED)
         return int(pytest.ExitCode.OK)
+
+
+def around(fault: Fault, source: str) -> Span | None:
+    """The outermost function whose body the fault is in."""
+    return next((span for span in _all_spans(source, fault.path) if fault.line in span.body), None)
 
 
 def _alone(module: ModuleType, name: str) -> bool:
@@ -151,12 +154,9 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(one)
 
 
-def _around(fault: Fault, source: str) -> Span | None:
-    """The outermost function whose body the fault is in."""
-    for span in _spans(ast.parse(source), fault.path):
-        if fault.line in span.body:
-            return span
-    return None
+@cache
+def _all_spans(source: str, path: str) -> tuple[Span, ...]:
+    return tuple(_spans(ast.parse(source), path))
 
 
 def _spans(tree: ast.AST, path: str, within: str = "") -> Iterator[Span]:

@@ -24,7 +24,7 @@ from polygraft.cluster.store.memory import MemoryStore
 from polygraft.tuning.driver import search
 from polygraft.tuning.record import open_study
 from polygraft.tuning.study import Failure, Result, Trial, TrialState
-from polygraft.tuning.trial import Access
+from polygraft.tuning.terms import Access
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import KEY, StandIn, loss_of, stand_in
 

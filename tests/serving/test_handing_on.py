@@ -33,12 +33,18 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
+async def underway(gateway: Gateway, replica: Scripted, ids: str) -> list[asyncio.Task[list[int | None]]]:
+    """What clients read of requests of these ids, all of which the replica has been given."""
+    works = [asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in ids]
+    for _ in works:
+        await asyncio.wait_for(replica.submitted.get(), 5)
+    return works
+
+
 async def test_those_that_nothing_was_said_of_go_first_and_those_that_ended_meanwhile_stay() -> None:
     first, second = Scripted(), Scripted()
     async with gateway_over(r1=first, r0=second) as gateway:
-        works = [asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in "abc"]
-        for _ in works:
-            await asyncio.wait_for(first.submitted.get(), 5)
+        works = await underway(gateway, first, "abc")
         first.said.put_nowait(StepMessage((token(0, 10), token(0, 30, id="c")), FREE, draining=True))
         assert (await asyncio.wait_for(second.submitted.get(), 5)).id == "b"
         assert (await asyncio.wait_for(second.submitted.get(), 5)).id == "a"
@@ -55,9 +61,7 @@ async def test_those_that_nothing_was_said_of_go_first_and_those_that_ended_mean
 async def test_one_that_nothing_was_said_of_goes_to_a_queue_and_one_that_talks_only_where_it_starts_at_once() -> None:
     first, second = Scripted(), Scripted()
     async with gateway_over(r1=first, r0=second) as gateway:
-        works = [asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in "ab"]
-        for _ in works:
-            await asyncio.wait_for(first.submitted.get(), 5)
+        works = await underway(gateway, first, "ab")
         second.say(load=replace(FULL, running=1, waiting=1))
         await until(lambda: gateway.loads[ReplicaId("r0")].waiting)
         first.said.put_nowait(StepMessage((token(0, 10),), FREE, draining=True))
@@ -119,9 +123,7 @@ async def test_a_client_that_leaves_while_its_stream_is_offered_ends_it_where_it
 
     first, second = Scripted(), Slow()
     async with gateway_over(r1=first, r0=second) as gateway:
-        leaves, ends = [asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in "ab"]
-        for _ in "ab":
-            await asyncio.wait_for(first.submitted.get(), 5)
+        leaves, ends = await underway(gateway, first, "ab")
         first.said.put_nowait(StepMessage((token(0, 10), token(0, 20, id="b")), FREE, draining=True))
         assert (await asyncio.wait_for(second.submitted.get(), 5)).id == "a"
         first.said.put_nowait(StepMessage((token(1, 21, id="b", end="stop"),), FREE, draining=True))
@@ -144,9 +146,7 @@ async def test_a_request_that_waits_for_nobody_stays_and_one_that_waits_moves() 
     async with gateway_over(r2=first, r1=second) as gateway:
         second.say(load=FULL)
         await until(lambda: not gateway.loads[ReplicaId("r1")].free_blocks)
-        works = [asyncio.create_task(everything(gateway, replace(WANTED, id=id))) for id in "ac"]
-        for _ in works:
-            await asyncio.wait_for(first.submitted.get(), 5)
+        works = await underway(gateway, first, "ac")
         first.say(load=replace(FULL, running=1, waiting=2))
         await until(lambda: gateway.loads[ReplicaId("r2")].waiting)
         works.append(asyncio.create_task(everything(gateway, replace(WANTED, id="b"))))

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
+from polygraft.grafts.head import Head
+from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.trainers import runner as runner_module
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
 from polygraft.trainers.ranks import Alone
@@ -123,6 +127,26 @@ class Two(Alone):
     size = 2
 
 
+def test_who_cannot_be_stacked_with_the_others_is_refused_at_once_where_ranks_have_to_agree(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, real = PackRunner(backbone, ranks=Two()), Stacks.of
+    pack.admit(a_job("a", 5))
+
+    def short(residents: Sequence[Resident], *given: Any, **more: Any) -> Stacks:
+        if len(residents) > 1:
+            raise MemoryError("two are too many")
+        return real(residents, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stacks, "of", short)
+        with pytest.raises(MemoryError, match="two are too many"):
+            pack.admit(a_job("b", 5))
+    assert list(pack.jobs) == ["a"]
+    pack.admit(a_job("b", 5))
+    assert list(pack.jobs) == ["a", "b"]
+
+
 def test_micro_batches_of_a_job_ride_on_ranks_of_their_own_the_emptiest_first(backbone: Backbone) -> None:
     pack = PackRunner(backbone, max_rows=60, ranks=Two())
 
@@ -153,10 +177,28 @@ def test_a_job_is_not_taken_twice_nor_for_another_backbone(backbone: Backbone) -
 
 def test_a_held_out_loss_is_that_of_the_held_out_examples(backbone: Backbone) -> None:
     job = a_job("a", 5)
-    pack = pack_of(backbone, job, replace(a_job("b", 6), held_out=job.train[:1]))
-    held_out = pack.held_out("b")
-    assert pack.held_out("a") is None and held_out is not None
-    assert held_out.loss == pack.evaluate("b", job.train[:1]) != pack.evaluate("b", a_job("c", 9).train)
+    longer = a_job("c", 9).train
+    pack = pack_of(backbone, job, replace(a_job("b", 6), held_out=job.train[:1], test=longer))
+    held_out, tested = pack.held_out("b"), pack.tested("b")
+    assert pack.held_out("a") is pack.tested("a") is None and held_out is not None and tested is not None
+    assert held_out.loss == pack.evaluate("b", job.train[:1]) != pack.evaluate("b", longer) == tested.loss
+
+
+def test_a_classifier_starts_from_its_texts_and_another_job_from_its_tokens_and_their_weights(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, seen = PackRunner(backbone), list[tuple[object, object]]()
+
+    def noted(*given: Any, **more: Any) -> Mapping[str, Tensor]:
+        seen.append((more["samples"], more["weights"]))
+        return initialise(*given, **more)
+
+    monkeypatch.setattr(runner_module, "initialise", noted)
+    pack.admit(a_job("a", 5, examples=1))
+    head = Head(("bad", "good"), "linear")
+    graft = BoundGraft(replace(parse("bitfit"), head=head), backbone.shape)
+    pack.admit(replace(a_job("b", 5), graft=graft, train=(Sample.labelled((5, 6, 7), 1, head),)))
+    assert seen == [([(3, 4, 5, 6, 7, 8)], [(0.0, 1.0, 1.0, 1.0, 1.0, 1.0)]), ([(5, 6, 7)], [])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

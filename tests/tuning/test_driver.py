@@ -14,10 +14,12 @@ from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
 from polygraft.cluster.scores import Scores
-from polygraft.tuning.driver import StudyScheduler, StudySearcher
+from polygraft.tuning.ahead import LEASE_S, Ahead
+from polygraft.tuning.bridge import StudyScheduler, StudySearcher
 from polygraft.tuning.objectives import Limit
 from polygraft.tuning.space import Rates, Searched, Space, Term
 from polygraft.tuning.study import Failure, Result, Stopped, Study, Trial, TrialState
+from tests.tuning.bridged import bridged
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import SHAPE
 
@@ -25,15 +27,17 @@ PLAN = plan_of()
 DONE = {"done": True, "loss": 2.0, "parameters": 100, "job": "ftjob-1", "model": "find-0@1", "loss_before": 3.0}
 
 
-def bridge_of(study: Study | None = None, limit: int = 12, seen: list[Trial] | None = None) -> StudySearcher:
+def bridge_of(
+    study: Study | None = None, limit: int = 12, seen: list[Trial] | None = None, at_once: int = 4
+) -> StudySearcher:
     study = study or Study(PLAN.space, PLAN.objectives, PLAN.sampler)
-    plan, on_trial = replace(PLAN, trials=limit), (seen if seen is not None else []).append
-    return StudySearcher("study-1", study, plan, on_trial)
+    plan, on_trial = replace(PLAN, trials=limit, concurrency=at_once), (seen if seen is not None else []).append
+    return bridged(study, plan, on_trial)
 
 
 def test_what_tune_saw_is_told_to_the_study() -> None:
     seen: list[Trial] = []
-    bridge = bridge_of(seen=seen)
+    bridge = bridge_of(seen=seen, at_once=1)
     config = bridge.suggest("a")
     trial = bridge.study.trials[0]
     what = trial.candidate
@@ -46,7 +50,7 @@ def test_what_tune_saw_is_told_to_the_study() -> None:
     assert [trial.state for trial in seen] == [TrialState.RUNNING, TrialState.COMPLETE]
 
 
-def test_a_trials_job_is_begun_as_soon_as_the_record_has_it() -> None:
+def test_jobs_are_begun_as_soon_as_the_record_has_their_trials_as_many_as_may_run_at_once() -> None:
     told: list[tuple[int, object]] = []
     kept: list[int] = []
     study = Study(PLAN.space, PLAN.objectives, PLAN.sampler, keep=lambda trials: kept.append(len(trials)))
@@ -55,9 +59,28 @@ def test_a_trials_job_is_begun_as_soon_as_the_record_has_it() -> None:
         assert kept[-1] == number + 1
         told.append((number, body))
 
-    bridge = StudySearcher("study-1", study, PLAN, lambda trial: None, begin=begin)
-    configs = [bridge.suggest(name) for name in "ab"]
+    bridge = bridged(study, replace(PLAN, trials=6, concurrency=4), begin=begin)
+    configs = [bridge.suggest("a")]
+    assert [number for number, _ in told] == [0, 1, 2, 3]
+    configs += [bridge.suggest(name) for name in "bcd"]
     assert [{"number": number, "body": body} for number, body in told] == configs
+    assert bridge.suggest("e") is None, "Tune is to ask again"
+    bridge.on_trial_complete("c", DONE)
+    assert bridge.suggest("e") == {"number": 4, "body": told[4][1]} and len(told) == 5
+
+
+def test_the_lease_of_a_job_is_renewed_until_an_actor_takes_it_over() -> None:
+    now, begun = [0.0], list[int]()
+    study = Study(PLAN.space, PLAN.objectives, PLAN.sampler)
+    plan = replace(PLAN, concurrency=3)
+    ahead = Ahead("study-1", study, plan, lambda trial: None, lambda number, _: begun.append(number), lambda: now[0])
+    bridge = StudySearcher(ahead, plan, lambda trial: None)
+    bridge.suggest("a")
+    for at, expected in ((0.3, []), (0.4, [1, 2]), (0.6, []), (0.8, [1, 2])):
+        begun.clear()
+        now[0] = at * LEASE_S
+        bridge.goes_on("a", {"progress": 0.1})
+        assert begun == expected
 
 
 def test_scores_are_told_beside_the_loss() -> None:
@@ -94,7 +117,7 @@ def test_after_a_restart_the_trials_that_were_running_come_first_and_the_rest_is
         before.ask()
     before.tell(1, Result(values=(2.0, 100.0)))
     bridge = bridge_of(Study(PLAN.space, PLAN.objectives, PLAN.sampler, trials=before.trials), limit=4)
-    assert bridge.left == 3
+    assert bridge.ahead.left == 3
     numbers = [config["number"] for name in "abc" if isinstance(config := bridge.suggest(name), dict)]
     assert numbers == [0, 2, 3]
     assert bridge.suggest("d") == Searcher.FINISHED
@@ -147,12 +170,12 @@ def test_a_search_is_finished_when_all_is_told_or_the_space_is_used_up() -> None
 )
 def test_a_search_whose_limit_nobody_meets_ends_early_and_names_the_nearest_miss(limit: Limit, says: str) -> None:
     study = Study(PLAN.space, PLAN.objectives, PLAN.sampler, limits=(limit,), hope=2)
-    bridge = bridge_of(study)
+    bridge = bridge_of(study, at_once=1)
     for name in "ab":
         if bridge.suggest(name) != Searcher.FINISHED:
             bridge.on_trial_complete(name, DONE)
     assert bridge.suggest("c") == Searcher.FINISHED and bridge.finished
-    assert bridge.ended is not None and re.search(says, bridge.ended)
+    assert bridge.ahead.ended is not None and re.search(says, bridge.ahead.ended)
 
 
 def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:
@@ -162,7 +185,7 @@ def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:
 def watched_bridge(seen: list[Trial]) -> StudySearcher:
     plan = replace(PLAN, pruner="halving", minimise=("loss",))
     study = Study(plan.space, plan.objectives, plan.sampler)
-    return StudySearcher("study-1", study, plan, seen.append)
+    return bridged(study, plan, seen.append)
 
 
 def report(loss: float, *, until: int, done: bool = False) -> dict[str, object]:

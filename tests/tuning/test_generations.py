@@ -11,7 +11,6 @@ from polygraft.cluster.spec import read_request
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.elastic import cut
 from polygraft.grafts.grammar import parse
-from polygraft.tuning.driver import StudySearcher
 from polygraft.tuning.plan import BadPlan
 from polygraft.tuning.request import SearchRequest
 from polygraft.tuning.samplers.generations import Generations
@@ -19,6 +18,7 @@ from polygraft.tuning.space import LEARNING_RATE
 from polygraft.tuning.spaces.parameters import check
 from polygraft.tuning.spaces.supernets import nls, noah
 from polygraft.tuning.study import NotYet, Result, Study, Trial
+from tests.tuning.bridged import bridged
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import SHAPE
 
@@ -66,7 +66,7 @@ def asked(**fields: object) -> SearchRequest:
 def test_a_trial_over_a_supernet_is_judged_as_it_lies_in_it_and_a_final_is_trained_by_itself() -> None:
     plan = asked(space={"kind": "noah", "sizes": [2, 4], "depths": 2}).plan(backbone="tiny", shape=SHAPE)
     study = Study(plan.space, plan.objectives, plan.sampler, part=plan.part)
-    bridge = StudySearcher("study-1", study, plan, lambda trial: None)
+    bridge = bridged(study, plan)
     config = bridge.suggest("a")
     peft, rate = study.trials[0].candidate.peft, study.trials[0].candidate.learning_rate
     assert isinstance(config, dict)

@@ -9,12 +9,12 @@ import pytest
 from polygraft.cluster.model import JobSpec
 from polygraft.cluster.rung import Rung
 from polygraft.cluster.spec import read_request
-from polygraft.tuning.driver import StudySearcher
 from polygraft.tuning.plan import BadPlan, SearchPlan
 from polygraft.tuning.samplers.population import FACTORS, Population
 from polygraft.tuning.space import LEARNING_RATE, Candidate, Rates, Searched, Space, Term
 from polygraft.tuning.spaces.parameters import Config
 from polygraft.tuning.study import Failure, NotYet, Outcome, Part, Result, Study, Trial, as_seen
+from tests.tuning.bridged import bridged
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import SHAPE
 
@@ -115,7 +115,7 @@ def _decades(config: Config) -> float:
 
 
 def test_a_members_job_takes_its_rounds_steps_and_goes_on_from_its_parents_job() -> None:
-    bridge = StudySearcher("study-1", study_of(PLAN), PLAN, lambda trial: None)
+    bridge = bridged(study_of(PLAN), replace(PLAN, concurrency=SIZE))
     first = [_spec(bridge.suggest(f"{number}")) for number in range(SIZE)]
     assert {one.rung for one in first} == {Rung(until=1 / 3)}
     assert bridge.suggest("early") is None, "Tune is to ask again"

@@ -11,7 +11,8 @@ from ray.tune.experiment import Experiment
 from ray.tune.registry import get_trainable_cls
 
 from polygraft.tuning import trial as module
-from polygraft.tuning.trial import Access, JobTrial, Terms, trials_of
+from polygraft.tuning.terms import Access, Terms
+from polygraft.tuning.trial import JobTrial, trials_of
 from tests.tuning.plans import plan_of
 from tests.tuning.standin import KEY, StandIn, loss_of, stand_in
 

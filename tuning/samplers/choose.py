@@ -8,7 +8,6 @@ from typing import Literal
 from polygraft.tuning.objectives import Limit, Objective
 from polygraft.tuning.samplers.evolution import Evolution
 from polygraft.tuning.samplers.generations import Generations
-from polygraft.tuning.samplers.optuna import OptunaSampler
 from polygraft.tuning.samplers.population import Population
 from polygraft.tuning.samplers.saas import Saas, installed
 from polygraft.tuning.samplers.spread import Spread
@@ -61,6 +60,8 @@ def sampler(  # noqa: PLR0913
                 )
             return Population(parameters, startup, seed)
         case "tpe" | "gp" | "nsga2":
+            from polygraft.tuning.samplers.optuna import OptunaSampler  # whose imports take half a second
+
             return OptunaSampler(
                 parameters=parameters,
                 objectives=tuple(objectives),

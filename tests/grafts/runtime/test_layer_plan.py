@@ -168,6 +168,27 @@ def test_a_program_is_made_once_for_the_same_rows_and_few_are_kept(
     assert _programs(decoding.stacks) == 4
 
 
+def test_one_program_is_for_any_number_of_rows_of_the_bare_model_and_has_the_bits_of_the_classes(
+    tiny_folder: Path, ran: list[int]
+) -> None:
+    backbone = Backbone.load(tiny_folder, torch.bfloat16)
+    counts = [5, 30, 17, 1, 2, 40, 3]
+
+    def steps() -> list[Tensor]:
+        decoding = Decoding(backbone, [])
+        found = []
+        for rows in counts:
+            decoding.done = [0]
+            found.append(decoding.step({0: rows})[0])
+        assert backbone._plan is None or _programs(decoding.stacks) == 1
+        return found
+
+    planned = steps()
+    assert len(ran) == len(counts)
+    backbone._plan = None
+    assert all(map(torch.equal, planned, steps()))
+
+
 def _programs(stacks: Stacks) -> int:
     from polygraft.grafts.runtime.layer_plan import LayerPlan
 

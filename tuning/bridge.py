@@ -1,0 +1,210 @@
+"""Ray Tune's side of a driver: it asks the study which trial an actor is to speak for, and tells it what it saw.
+
+Tune's own state is of no use afterwards: the record in the store is the state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ray import tune
+from ray.tune.error import TuneError
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from polygraft.cluster.scores import UNSCORED, Scores
+from polygraft.tuning.ahead import Ahead, OnTrial
+from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.pruners.choose import pruner
+from polygraft.tuning.pruners.watch import Watch
+from polygraft.tuning.study import Failure, Outcome, Result, Stopped, Study, Trial, TrialState
+
+
+class StudySearcher(Searcher):
+    """Answers Tune's questions from the study, and tells the study what Tune saw."""
+
+    def __init__(self, ahead: Ahead, plan: SearchPlan, on_trial: OnTrial) -> None:
+        super().__init__()
+        self.study: Study = ahead.study
+        self.error: Exception | None = None
+        self.ahead, self._plan, self._on_trial = ahead, plan, on_trial
+        self._numbers: dict[str, int] = {}
+        self._stopped: dict[int, Stopped] = {}
+        judge = pruner(plan.pruner)
+        known = {trial.candidate.peft: plan.known(trial.candidate.peft) for trial in self.study.trials}
+        self._watch = None if judge is None else Watch(judge, self.study.trials, known)
+
+    @property
+    def told(self) -> int:
+        return sum(trial.state is not TrialState.RUNNING for trial in self.study.trials)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to ask and nothing to wait for."""
+        return self.told == len(self.study.trials) >= self.ahead.limit
+
+    def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
+        try:
+            self.ahead.fill()
+        except Exception as error:
+            self.error = error
+            raise
+        taken = self.ahead.take()
+        if taken is None:
+            return None if self.ahead.left else Searcher.FINISHED  # None: Tune asks again
+        trial, body = taken
+        self._numbers[trial_id] = trial.number
+        return {"number": trial.number, "body": body}
+
+    def goes_on(self, trial_id: str, result: Mapping[str, object]) -> bool:
+        """Whether a trial that reported its losses is to be trained on."""
+        self.ahead.renew()
+        number = self._numbers[trial_id]
+        stopped = self._judged(number, result)
+        if stopped is None:
+            return True
+        job = result.get("job")
+        self._stopped[number] = replace(stopped, job=None if job is None else str(job))
+        return False
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
+        number = self._numbers[trial_id]
+        if self.study.trials[number].state is not TrialState.RUNNING:
+            return
+        if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
+            raise self.error
+        try:
+            trial = self.study.tell(number, self._outcome(number, None if error else result))
+        except Exception as failed:
+            self.error = failed
+            raise
+        if self._watch is not None:
+            self._watch.ended(trial)
+        self._on_trial(trial)
+
+    def _judged(self, number: int, result: Mapping[str, object]) -> Stopped | None:
+        """What the pruner says to the losses of a report, pairs of step and loss."""
+        losses, total = result.get("losses"), result.get("steps_total")
+        if self._watch is None or not isinstance(losses, list) or not isinstance(total, int):
+            return None
+        trial = self.study.trials[number]
+        by_step = {int(step): float(loss) for step, loss in losses}
+        return self._watch.judge(trial, self._plan.known(trial.candidate.peft), by_step, total)
+
+    def _outcome(self, number: int, result: Mapping[str, object] | None) -> Outcome:
+        if number in self._stopped and result is not None:
+            return self._stopped[number]
+        if self._watch is not None and result is not None:
+            self._judged(number, result)  # of the last report only the losses count
+        outcome = _outcome(self._plan, self.study.trials[number], result)
+        if isinstance(outcome, Result) and self._watch is not None:
+            return replace(outcome, curve=self._watch.curve(number))
+        return outcome
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the record in the store is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing, as above: Tune pickles its searcher, and ours holds a connection."""
+        return {}
+
+
+class StudyScheduler(FIFOScheduler):
+    """Stops a trial when the study's pruner says so; what is started next is the searcher's."""
+
+    def __init__(self, bridge: StudySearcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._bridge = bridge
+
+    def on_trial_result(self, tune_controller: object, trial: tune.experiment.Trial, result: dict[str, object]) -> str:
+        goes_on = self._bridge.goes_on(trial.trial_id, result)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+def _outcome(plan: SearchPlan, trial: Trial, result: Mapping[str, object] | None) -> Result | Failure:
+    """What the last report of a trial says; no report: its actor died."""
+
+    def text(field: str) -> str | None:
+        value = (result or {}).get(field)
+        return None if value is None else str(value)
+
+    def number(field: str) -> float:
+        return float(text(field) or "nan")
+
+    if result is None or not result.get("done"):
+        return Failure(reason="the trial's process ended before its job", job=text("job"))
+    if reason := text("failure"):
+        return Failure(reason=reason, job=text("job"))
+    before = number("loss_before") if text("loss_before") else None
+    told = result.get("scores")  # pairs: what is a mapping Tune takes apart before it tells the searcher
+    scores = Scores.of(dict(told)) if isinstance(told, list) else UNSCORED
+    values = plan.values(trial.candidate.peft, number("loss"), scores)
+    return Result(
+        values=values, loss=number("loss"), job=text("job"), model=text("model"), loss_before=before, scores=scores
+    )
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What Tune and Ray read from the environment, as it was again afterwards; and their loggers only for errors."""
+    wanted = {
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints even when verbose is 0
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    levels = {name: logging.getLogger(name).level for name in ("ray", "ray.tune")}
+    os.environ.update(wanted)
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@_environment()
+def fit(trainable: type[tune.Trainable], bridge: StudySearcher, folder: Path, *, trials: int, at_once: int) -> None:
+    """Have so many trials run by actors, `at_once` of them. Raises what telling the study raised."""
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=bridge,
+            scheduler=StudyScheduler(bridge),
+            num_samples=trials,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"driver-{_unused(folder)}",  # a name used again would overwrite the earlier driver's files
+            storage_path=str(folder.absolute()),
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    try:
+        tuner.fit()
+    except TuneError:
+        if bridge.error is not None:
+            raise bridge.error from None
+        raise
+    if bridge.error is not None:
+        raise bridge.error
+
+
+def _unused(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("driver-*"))
