@@ -95,8 +95,12 @@ class Hyperparameters(LegacyHyperparameters):
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Self:
-        if self.learning_rate is not None and self.learning_rate_multiplier != "auto":
-            raise ValueError("learning_rate and learning_rate_multiplier are both given; give one")
+        rate, multiplier = self.learning_rate, self.learning_rate_multiplier
+        if rate is not None and multiplier not in ("auto", 1):  # a job is answered with its rate and a multiplier of 1
+            raise ValueError(
+                f"learning_rate ({rate:g}) and learning_rate_multiplier ({multiplier:g}) are both given; give one: the "
+                "multiplier is of the method's own rate, so that beside a rate only 1 can stand"
+            )
         return self
 
 

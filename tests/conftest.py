@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,13 @@ settings.load_profile("fixed")
 
 _TESTS = Path(__file__).parent
 _LAST = ("ray", "e2e", "nodes")  # folders whose tests may start Ray, in the order they run in after the unit tests
+_SECONDS_A_TEST = 0.04  # in files that tests/seconds.txt does not name
+
+
+def _seconds() -> dict[Path, float]:
+    """How long each long file of tests takes by itself, as `tests/seconds.txt` says in whole seconds."""
+    lines = (line.split() for line in (_TESTS / "seconds.txt").read_text().splitlines())
+    return {_TESTS / name: float(seconds) for seconds, name in lines}
 
 
 @pytest.hookimpl(tryfirst=True)  # the marks must be there before -m selects by them
@@ -48,14 +57,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
     items.sort(key=lambda item: _rank(_folder(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:  # long files first: at the end no core waits for one that began last
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
         tests = Counter(item.path for item in items)
-        items.sort(key=lambda item: (_folder(item) in _LAST, item.path not in slow, -tests[item.path]))
+        expected = {path: count * _SECONDS_A_TEST for path, count in tests.items()} | _seconds()
+        items.sort(key=lambda item: (_folder(item) in _LAST, -expected[item.path]))
 
 
 def pytest_collection_finish() -> None:
-    """What libraries and tests have made on import is no garbage: a collection took a second to look through it."""
+    """What libraries and tests have made on import is no garbage: a collection took a second to look through it. Of
+    what tests make little is, and with Python's own thresholds looking for it took a seventh of all time."""
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
     gc.enable()
 
 
@@ -74,7 +85,9 @@ def _seeded() -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():  # else torch.manual_seed would keep a traceback for each kind of device
+            torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +102,15 @@ def _no_ray_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray._private.worker, "init", refuse)
     monkeypatch.setattr(ray._private.node.Node, "__init__", refuse)  # what ray.cluster_utils.Cluster starts
+
+
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What the root logger hears. Pytest's `caplog` is left out: its plugin looks at all loggers six times a test."""
+    handler = BufferingHandler(10_000)
+    logging.getLogger().addHandler(handler)
+    yield handler.buffer
+    logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The guards of conftest.py hold."""
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -60,3 +61,9 @@ def test_in_ci_a_skip_for_want_of_a_compiler_fails_where_the_cpu_could(
 
 def test_the_environment_of_whoever_runs_the_tests_does_not_reach_them() -> None:
     assert not [name for name in os.environ if name.startswith("POLYGRAFT_") or name == "RAY_ADDRESS"]
+
+
+def test_each_file_whose_seconds_are_kept_is_there() -> None:
+    tests = Path(__file__).parent
+    names = [line.split()[1] for line in (tests / "seconds.txt").read_text().splitlines()]
+    assert len(names) > 20 and [name for name in names if not (tests / name).is_file()] == []

@@ -127,12 +127,16 @@ def _verdicts(table: Table, studies: Studies, found: Mapping[str, Cost]) -> Iter
         for arm in setting.arms:
             if arm.pruner != "early-exit":
                 continue
-            stopped = [s["stopped"] for task in table.tasks for s in studies.get(key(setting, task, arm), {}).values()]
+            by_task = [[*studies.get(key(setting, task, arm), {}).values()] for task in table.tasks]
+            noises = [table.noise(setting.space, task) for task in range(len(table.tasks))]
+            beyond = [float(str(s["lost"])) > n for n, ones in zip(noises, by_task, strict=True) for s in ones]
+            stopped = [bool(study["stopped"]) for ones in by_task for study in ones]
             cost = found.get(f"{setting.name} | {arm.name}")
             if stopped:
-                share = sum(map(bool, stopped)) / len(stopped)
-                yield f"- {setting.name}, {arm.name}: the best was stopped in {share:.1%} of the studies" + _goal(
-                    share <= STOPPED, f"at most {STOPPED:.0%}"
+                goal = _goal(fmean(stopped) <= STOPPED, f"at most {STOPPED:.0%}")
+                yield (
+                    f"- {setting.name}, {arm.name}: the best was stopped in {fmean(stopped):.1%} of the studies{goal}; "
+                    f"in {fmean(beyond):.1%} more was lost than a seed's noise"
                 )
             if cost is not None:
                 saved = _goal(cost.saved >= SAVED, f"at least {SAVED:.0%}")

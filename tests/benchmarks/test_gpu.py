@@ -13,7 +13,6 @@ from measure import Goal
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 
-@pytest.mark.slow
 def test_a_dry_run_goes_through_every_part_and_claims_nothing(tmp_path: Path) -> None:
     assert gpu.main([str(tmp_path), "--dry"]) == 0
     record = json.loads((tmp_path / "gpu.json").read_text())

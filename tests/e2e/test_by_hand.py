@@ -70,7 +70,7 @@ METHODS = (
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 FIXED = {44217, 44227}  # of two of Ray's metrics servers, unless another Ray on this machine has them
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from tests.tiny import tiny_llama
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_service_whose_disk_is_full_reads_on_and_takes_everything_up_once_there_is_room(tmp_path: Path) -> None:
     tiny = tiny_llama(tmp_path / "tiny")

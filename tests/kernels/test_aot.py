@@ -53,7 +53,6 @@ def compiled(tuned: Tuned, arch: int) -> Facts:
     return _FACTS[key]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card.arch}")
 @pytest.mark.parametrize("tuned", list(programs()))
 def test_a_tuned_program_spills_nothing_fits_a_block_and_multiplies_in_tensor_cores(tuned: Tuned, card: Card) -> None:

@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # ei
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 def test_interpreted_kernels_equal_the_reference_and_keep_segments_apart() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.interpreted"], cwd=ROOT, capture_output=True, text=True, timeout=170

@@ -223,7 +223,6 @@ def test_a_graft_is_exported_as_a_model_or_in_the_format_asked_for(running: Runn
     assert export("x", graft="nobody").exit_code == 4
 
 
-@pytest.mark.slow
 def test_commands_take_the_backbones_that_the_running_service_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,6 @@ TOKENS = 24
 UNLOAD_S = 12.0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_two_backbones_answer_and_train_as_alone_and_one_is_unloaded_and_loaded_again(tmp_path: Path) -> None:
     own, other = tiny_llama(tmp_path / "own"), tiny_model(tmp_path / "other", "qwen3", seed=3)

@@ -26,7 +26,7 @@ from tests.nodes.fleet import Asked, Fleet, Said, ingresses_running, nodes, unti
 from tests.nodes.load import Load, together
 from tests.tiny import tiny_llama, tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 FLOOR_S = 0.05
 TOKENS = 120
 LONG = 340  # tokens of a stream that is still running when its end must have been noticed

@@ -19,7 +19,7 @@ from tests.nodes.test_kills import EPOCHS, FLOOR_S, OTHER, ROUNDS, SETTINGS, TOK
 from tests.nodes.wire import HEAD, NODE, Wire, wire
 from tests.tiny import tiny_llama, tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 ENDED_S = 150.0  # Ray's own patience on the node that is cut off is a minute
 
 

@@ -52,7 +52,6 @@ def config(args: dict[str, str], most: int) -> dict[str, object]:
     return {"proxy_location": "Disabled", "applications": [application]}
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.timeout(280)
 def test_a_config_that_is_put_again_or_changed_leaves_the_replicas_and_their_streams(tmp_path: Path) -> None:

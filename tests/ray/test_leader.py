@@ -120,7 +120,6 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
         yield server
 
 
-@pytest.mark.slow
 def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServer) -> None:
     store = connect(server.url)
     limits = Limits(idle_s=1.0, max_attempts=1)

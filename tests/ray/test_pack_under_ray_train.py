@@ -31,7 +31,6 @@ MICRO_ROWS = 32
 METHODS = {"ftjob-0": "lora(r=4, at=attn.*)", "ftjob-1": "dora(r=2)", "ftjob-2": "prefix(4)"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_jobs_of_a_killed_worker_end_with_the_weights_of_an_uninterrupted_run(devices: int, tmp_path: Path) -> None:
     folder, marker = tiny_llama(tmp_path / "tiny"), tmp_path / "died"

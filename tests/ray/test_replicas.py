@@ -34,7 +34,7 @@ from tests.serving.replicas import fleet, said
 from tests.tiny import tiny_llama
 
 cloudpickle.register_pickle_by_value(raising)  # Ray's workers cannot import the tests
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.timeout(280)]
 SERVE = ServeSettings(
     max_streams=4, max_context=1200, kv_bytes=8 << 20, max_rows=64, max_replicas=3, calm_s=2.0, drain_s=20.0
 )

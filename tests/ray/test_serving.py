@@ -102,7 +102,6 @@ def pid_of(words: str) -> int:
     raise AssertionError(f"no {words} is alive")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_stock_client_is_served_mixed_streams_over_http(tmp_path: Path) -> None:
     folder, data = tiny_llama(tmp_path / "tiny"), tmp_path / "data"

@@ -68,7 +68,6 @@ def taken_over(service: StandIn, number: int) -> bool:
     return any(len(job.renewed_at) > 1 for job in jobs)
 
 
-@pytest.mark.slow
 def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,7 +44,6 @@ JOBS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_the_rest_of_two_packs_is_drawn_into_one_and_keeps_its_bits(tmp_path: Path) -> None:
     folder, data = tiny_llama(tmp_path / "tiny"), tmp_path / "data"

@@ -93,7 +93,6 @@ async def all_have(tokens: int, spoken: list[list[int]]) -> None:
         await asyncio.sleep(0.005)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rows", [FEW, pytest.param(EACH, marks=pytest.mark.nightly)])
 async def test_streams_are_handed_on_and_say_what_they_would_have_said(
     rows: int, backbone: Backbone, data: Path, wanted: list[GenerationRequest]

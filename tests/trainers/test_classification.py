@@ -253,7 +253,6 @@ def test_an_encoders_jobs_end_with_the_bits_of_each_alone(backbone: Backbone, on
         assert torch.equal(packed[job.id], ended([job])[job.id]), job.id
 
 
-@pytest.mark.slow
 def test_a_classifier_learns_its_texts_by_heart(backbone: Backbone) -> None:
     job = job_of(backbone, "lora(r=8)", epochs=40)
     before = PackRunner(backbone)

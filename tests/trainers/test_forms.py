@@ -52,7 +52,6 @@ FACTORED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("texts", [GENERATED, FACTORED], ids=["generated", "factored"])
 @pytest.mark.equality("packed")

@@ -65,7 +65,6 @@ def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
     return jobs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("place", PLACES, ids="-".join)
 def test_what_a_job_makes_a_step_raise_fails_that_job_alone(

@@ -75,7 +75,6 @@ def ran(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.T
         return {name: Ran(died, _jobs(packs[name])) for name, died in zip(packs, deaths, strict=True)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "refuse"])
 def test_a_job_that_takes_all_memory_fails_and_the_others_keep_their_bits(kind: str, ran: Mapping[str, Ran]) -> None:
     """What is refused memory is told so where torch asked for it, and ends its process where native code did: a product

@@ -22,7 +22,6 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "quantise"),
     [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "nf4")],

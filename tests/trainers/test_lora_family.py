@@ -64,7 +64,6 @@ def start_of(job: TrainJob, backbone: Backbone) -> dict[str, Tensor]:
     return initialise(job.graft, backbone, seed=job.config.seed, samples=[sample.ids for sample in job.train])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("texts", [FAMILY], ids=["all"])
 @pytest.mark.equality("packed")
 def test_steps_in_company_leave_the_bits_of_as_many_alone(texts: dict[str, str], steps: int, folder: Path) -> None:

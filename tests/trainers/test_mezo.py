@@ -78,7 +78,6 @@ def test_the_direction_is_standard_normal_and_another_at_every_step() -> None:
     assert abs(torch.corrcoef(torch.stack([z[1:], z[:-1]]))[0, 1]) < 0.01
 
 
-@pytest.mark.slow
 def test_nothing_is_kept_for_a_backward_and_the_loss_falls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> list[float]:
         raise AssertionError("a forward with a backward")

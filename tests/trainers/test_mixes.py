@@ -23,7 +23,6 @@ MIXES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("texts", [MIXES], ids=["all"])
 @pytest.mark.equality("packed")

@@ -54,7 +54,6 @@ def packed(backbone: Backbone, jobs: Sequence[TrainJob]) -> PackRunner:
     return pack
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("texts", [METHODS], ids=["all"])
 @pytest.mark.equality("packed")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from polygraft.grafts.head import Head
 from polygraft.grafts.init import initialise
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
+from polygraft.grafts.spec import SpecError
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
@@ -173,6 +175,12 @@ def test_a_job_is_not_taken_twice_nor_for_another_backbone(backbone: Backbone) -
         pack.admit(replace(a_job("b", 5), graft=other))
     assert list(pack.jobs) == ["a"]
     assert pack.remove("a").job.id == "a" and not pack.jobs and pack.step().jobs == ()
+
+
+def test_a_backbone_that_says_neither_tokens_nor_labels_trains_nobody(backbone: Backbone) -> None:
+    shape = replace(backbone.shape, encoder_layers=1)
+    with pytest.raises(SpecError, match="a job learns to say the next token, or a text's label"):
+        PackRunner(cast("Backbone", SimpleNamespace(shape=shape)))
 
 
 def test_a_held_out_loss_is_that_of_the_held_out_examples(backbone: Backbone) -> None:

@@ -145,7 +145,6 @@ def test_decoding_from_the_cache_gives_the_oracles_logits(fp32: Backbone, dense_
     assert relative(decoded(fp32, residents, ids, (9, 6, 1, 1, 1, 1, 1)), oracle.logits(ids)) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("texts", [PACKED], ids=["all"])
 @pytest.mark.equality("packed")

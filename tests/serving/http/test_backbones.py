@@ -177,7 +177,6 @@ async def test_a_job_trains_on_the_backbone_that_it_names_and_keeps_it_there(sha
     assert wrong["param"] == "model" and "it has tiny, other" in wrong["message"]
 
 
-@pytest.mark.slow
 async def test_a_graft_stays_on_its_backbone(shared: Shared, tmp_path: Path) -> None:
     await shared.add()
     shared.service.publish("ann", "ia3", "poems", 1)

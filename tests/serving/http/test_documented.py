@@ -197,17 +197,16 @@ async def test_every_operation_says_that_the_caller_or_the_service_is_not_right(
 
 
 async def test_a_fault_tells_an_id_and_the_log_tells_why(
-    service: Service, ann: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: Service, ann: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ValueError("bob's prompt")
 
     monkeypatch.setattr(service.api.store, "scan", broken)
-    caplog.set_level(logging.ERROR)
     message = (await ann.get("/models")).json()["error"]["message"]
     reference = message.split()[-1]
     assert reference.startswith("err-") and "bob" not in message
-    (record,) = [one for one in caplog.records if reference in one.getMessage()]
+    (record,) = [one for one in logged if one.levelno >= logging.ERROR and reference in one.getMessage()]
     assert "bob's prompt" in record.getMessage() and record.exc_info is not None
 
 

@@ -136,7 +136,6 @@ def test_twenty_thousand_generated_bodies_harm_nobody(served: Served, documented
     hold(served, documented, 1000, share)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("examples", [3, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])])
 def test_the_document_is_true(served: Served, examples: int, tmp_path: Path) -> None:
     """Schemathesis: every status, content type and answer as documented, wrong data refused, no fault. What a schema

@@ -4,6 +4,7 @@ the log has, and its neighbours' answers as if it had not been there."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from typing import Any
 
@@ -70,7 +71,7 @@ async def test_a_request_that_fails_gets_a_500_of_its_own_and_its_neighbours_the
     ann: httpx.AsyncClient,
     bob: httpx.AsyncClient,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    logged: list[logging.LogRecord],
     place: str,
     stream: bool,
 ) -> None:
@@ -86,5 +87,5 @@ async def test_a_request_that_fails_gets_a_500_of_its_own_and_its_neighbours_the
         told = refusal(failed, 500)["message"]
     assert "broken" not in told
     (reference,) = re.findall(r"err-[0-9a-f]+", told)
-    assert any(reference in line for line in caplog.messages)
+    assert any(reference in line.getMessage() for line in logged)
     assert service.engine.load.running == 0 and texts(await answers(bob, body(NEIGHBOURS[0]))) == alone[:1]
