@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from polygraft.cluster.model import Search, Study, StudyId, TenantId
 from polygraft.cluster.settings import load
@@ -48,7 +47,7 @@ def test_no_trial_is_lost_or_run_twice_though_the_driver_is_killed_three_times(
 ) -> None:
     monkeypatch.setattr(keeping, "PAUSE_S", 0.2)
     plan = replace(plan_of(TRIALS, model="lhs"), pruner="halving", minimise=("loss",), seeds=1)
-    with stand_in(lambda number: 1.5) as service, EmbeddedServer(tmp_path / "valkey") as server, cluster() as address:
+    with stand_in(lambda number: 1.5) as service, EmbeddedServer(tmp_path / "valkey") as server, cluster():
         service.any_key = True
         settings = load(home=tmp_path / "home", store_url=server.url)
         store = connect(server.url)
@@ -56,23 +55,19 @@ def test_no_trial_is_lost_or_run_twice_though_the_driver_is_killed_three_times(
         search = Search(id=STUDY, tenant=EVE, name="find", created_at=1.0)
         study = Study(id=STUDY, tenant=EVE, name="find", created_at=1.0, updated_at=1.0, body=record)
         store.commit([Write(keys.search(STUDY), search, 0), Write(keys.study(STUDY), study, 0)])
-        ray.init(address=address, log_to_driver=False)
         found, told = store.get(keys.search(STUDY)), store.get(keys.study(STUDY))
-        try:
-            keeper, killed, until = keeper_of(settings, service.url), 0, time.monotonic() + PATIENCE_S
-            while time.monotonic() < until:
-                keeper.tick()
-                found, told = store.get(keys.search(STUDY)), store.get(keys.study(STUDY))
-                assert found is not None and told is not None
-                if found.value.state is not SearchState.RUNNING:
-                    break
-                done = sum(trial.outcome is not None for trial in decode(told.value.body).trials)
-                if killed < KILLS and done > 3 * killed and (pid := driver_pid()):
-                    os.kill(pid, signal.SIGKILL)
-                    killed += 1
-                time.sleep(0.2)
-        finally:
-            ray.shutdown()
+        keeper, killed, until = keeper_of(settings, service.url), 0, time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            keeper.tick()
+            found, told = store.get(keys.search(STUDY)), store.get(keys.study(STUDY))
+            assert found is not None and told is not None
+            if found.value.state is not SearchState.RUNNING:
+                break
+            done = sum(trial.outcome is not None for trial in decode(told.value.body).trials)
+            if killed < KILLS and done > 3 * killed and (pid := driver_pid()):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            time.sleep(0.2)
         store.close()
     assert found is not None and told is not None
     assert (found.value.state, found.value.starts) == (SearchState.SUCCEEDED, KILLS + 1), found.value.note
