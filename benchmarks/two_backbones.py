@@ -33,7 +33,7 @@ from polygraft.launch.cache import backbone_cache
 from polygraft.launch.corpus import load
 
 OTHER, SHARE = "gpt2", 1.1  # of what each takes alone, in sum
-TOKENS, CLIENTS, UNLOAD_S, UNTIL_S = 32, 4, 20, 300.0
+TOKENS, CLIENTS, UNLOAD_S, UNTIL_S = 32, 4, 60, 300.0
 ASKS = ("What is a graft?", "Tell me about the ninth month.", "Why is the sky blue?", "Count to ten.")
 _HOLDERS = (":Host", ":ServeReplica:backbone-")  # the process of an engine, and the one that watches it
 
@@ -89,6 +89,8 @@ def measured(home: Path, backbones: Mapping[str, Path], default: str) -> tuple[i
             client.add_backbone(name, str(backbones[name]), dtype="auto", quantise=None)
         texts = {name: [says(client, name, ask) for ask in ASKS] for name in backbones}
         held = server.pss(_HOLDERS)
+        if gone := [one.id for one in client.backbones() if one.state != "loaded"]:
+            raise ArmFailed(f"{', '.join(gone)}: not loaded any more when memory was measured")
         seen = {name: found(client, name, texts[name]) for name in backbones}
         return held, seen, reloaded(client, default, seen) if len(backbones) > 1 else {}
 
