@@ -207,9 +207,9 @@ async def test_where_nobody_else_is_a_replica_goes_on_until_its_patience_ends(ba
 
 async def test_a_stream_is_not_queued_behind_others_while_its_replica_can_go_on(backbone: Backbone, data: Path) -> None:
     """The other replica is full: the stream moves when somebody has left there, and what waits at the old replica
-    goes to the queue of the new one at once."""
+    goes to the queue of the new one at once. Both replicas step at one pace."""
     settings = ServeSettings(max_streams=1, max_context=256, kv_bytes=1 << 20, max_rows=64)
-    async with fleet(backbone, data, settings) as replicas:
+    async with fleet(backbone, data, settings, step_floor_s=0.01) as replicas:
         here = replicas.add()
         spoken: list[list[int]] = [[], []]
         moving = asyncio.create_task(said(replicas.gateway, request("moving", (5, 6), 200), spoken[0]))
