@@ -153,6 +153,7 @@ def test_packs_open_fail_are_lost_and_close_under_a_leader(server: EmbeddedServe
     ray.get(leader.check.remote())
     ray.get(leader.stop.remote())
     assert store.acquire(keys.CONTROLLER, "test", 1.0) is not None
+    ray.kill(leader)
 
 
 def test_what_a_dead_pack_has_reserved_is_given_back_and_what_others_have_is_not() -> None:
