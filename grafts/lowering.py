@@ -6,7 +6,6 @@ differentiable function of them, evaluated for one graft alone, so that nothing 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -151,14 +150,14 @@ class Lowered:
 
     def _read(self, index: int, site: Site) -> list[TensorSpec]:
         """The tensors that the form of a slot reads at a site, the shared ones first."""
-        return [*self._of_slot[index, None], *self._of_slot[index, site]]
+        return [*self._of_slot.get((index, None), ()), *self._of_slot.get((index, site), ())]
 
     @cached_property
     def _of_slot(self) -> Mapping[tuple[int, Site | None], list[TensorSpec]]:
         """By slot and site; no site: those that all of its sites share."""
-        found: dict[tuple[int, Site | None], list[TensorSpec]] = defaultdict(list)
+        found: dict[tuple[int, Site | None], list[TensorSpec]] = {}
         for tensor in self.tensors:
-            found[tensor.slot, tensor.site].append(tensor)
+            found.setdefault((tensor.slot, tensor.site), []).append(tensor)
         return found
 
 

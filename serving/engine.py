@@ -308,20 +308,20 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End the request with an error; what is not the request's own doing is in the log under its id."""
+        if unfit(error):  # whatever of the stream's own met it first
+            raise error
         said, code = _told(error)
         if code in (None, "out_of_memory"):
             _LOG.error("request %s failed", sequence.request.id, exc_info=error)
         self._end(sequence, "error", error=said, code=code)
 
     def _blame(self, error: Exception) -> None:
-        """After an exception: try each half of several streams, end the one that was alone, or an unfit process."""
+        """After an exception: try each half of several streams, end the one that was alone, or the thread of a process
+        that is unfit."""
         chunks, self._computing = self._computing, ()
-        if unfit(error):
-            self._failures = _GIVE_UP
-            _LOG.error("this process cannot go on; its streams do in another", exc_info=error)
-        elif not chunks:
-            self._failures += 1
-            _LOG.error("a step failed before its forward (%d of %d)", self._failures, _GIVE_UP, exc_info=error)
+        if unfit(error) or not chunks:
+            self._failures = _GIVE_UP if unfit(error) else self._failures + 1
+            _LOG.error("a step failed by no stream's fault (%d of %d)", self._failures, _GIVE_UP, exc_info=error)
         elif (culprit := self._suspects.after_failure(chunks, error)) is not None:
             self._fail(culprit, error)
         else:

@@ -193,15 +193,11 @@ def test_the_image_s_entry_point_runs_under_the_manifest_s_environment(
     build({})  # others: it is replaced
     until(lambda: len(terms(store)) == 2)
     assert verify_key(store, pod.key) is None and verify_key(store, second) is not None
-
-    def named() -> set[str]:
-        return {one["name"] for one in ray.util.list_named_actors(all_namespaces=True)}
-
-    until(lambda: len(named()) == 2)  # the first controller gave up its lease before it ended
-    (leader,) = named() - {"searches"}
-    assert named() == {leader, "searches"}, "one keeper of searches beside the controller"
+    names = {one["name"] for one in ray.util.list_named_actors(all_namespaces=True)}
+    (leader,) = names - {"searches"}
+    assert names == {leader, "searches"}, "one keeper of searches beside the controller"
     ray.get(ray.get_actor(leader, namespace="polygraft").stop.remote())
-    for name in named():
+    for name in names:
         ray.kill(ray.get_actor(name, namespace="polygraft"))
 
 

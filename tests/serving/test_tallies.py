@@ -151,15 +151,16 @@ def test_a_thread_gives_up_after_ten_turns_that_fail_in_a_row_and_tells_those_wh
     assert not engine.healthy(60.0)
 
 
+@pytest.mark.parametrize(("owner", "place"), [(Engine, "_forward"), (Streams, "_check_length")])
 def test_a_process_that_can_do_no_more_ends_its_thread_at_once_and_blames_no_stream(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: type, place: str, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """oneDNN had no memory to compile a product: the streams go on in another process."""
+    """oneDNN had no memory to compile a product, for all streams or in what is done for one: they go on elsewhere."""
 
-    def failing(engine: Engine, batch: Batch) -> Any:
+    def failing(*_: object) -> Any:
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(Engine, "_forward", failing)
+    monkeypatch.setattr(owner, place, failing)
     heard = Heard()
     engine = engine_on(backbone, tmp_path, heard=heard)
     for name in ("a", "b"):
