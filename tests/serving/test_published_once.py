@@ -62,7 +62,7 @@ def anyio_backend() -> str:
 
 
 def token(index: int, value: int, *, attempt: int = 0, id: str = "a", end: FinishReason | None = None) -> StepTokens:
-    return StepTokens(id, 0, index, value, end, attempt)
+    return StepTokens(id, index, value, end, attempt)
 
 
 @asynccontextmanager
