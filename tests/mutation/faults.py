@@ -147,8 +147,10 @@ def _other_expressions(node: ast.expr) -> Iterator[ast.expr]:
             yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node.operand
-        case ast.BinOp() if not isinstance(node.left, ast.Constant) or not isinstance(node.left.value, str):
-            yield ast.BinOp(node.left, _OPERATIONS[type(node.op)], node.right) if type(node.op) in _OPERATIONS else node
+        case ast.BinOp(left=ast.Constant(value=str())):
+            return  # text
+        case ast.BinOp() if type(node.op) in _OPERATIONS:
+            yield ast.BinOp(node.left, _OPERATIONS[type(node.op)], node.right)
         case ast.IfExp() if isinstance(node.test, (ast.Name, ast.Attribute, ast.Call)):
             yield ast.IfExp(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
         case ast.Constant(value=bool(value)):
