@@ -1,4 +1,4 @@
-"""(request, choice, index) is published once: what a gateway hands on of what replicas say, message by message."""
+"""(request, index) is published once: what a gateway hands on of what replicas say, message by message."""
 
 from __future__ import annotations
 
