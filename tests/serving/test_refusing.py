@@ -70,7 +70,7 @@ async def test_a_replica_that_is_gone_or_silent_is_connected_to_again_and_anothe
         assert (await second.submitted.get()).attempt == 0
         second.say(*whole())  # type: ignore[arg-type]
         assert await work == [10, 11, 12, 13]
-        await until(lambda: first.connections == 2 and R1 in gateway.loads)
+        await until(lambda: first.connections == 2 and first.open == 1 and R1 in gateway.loads)
         assert len(first.asked) == 1 and second.connections == 1
 
 
