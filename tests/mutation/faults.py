@@ -103,8 +103,9 @@ def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
 
 def _mutable(node: ast.AST, inside: bool = False) -> Iterator[ast.AST]:
     """The node and those below it that a test could tell from others: no annotations, decorators, imports, log lines,
-    assertions for the type checker, parts of formatted text."""
-    if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr)) or _is_log(node) or _is_typing(node):
+    assertions, that of `zip` (`strict`) among them, parts of formatted text."""
+    left_alone = isinstance(node, (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr))
+    if left_alone or _is_log(node) or _is_typing(node) or (isinstance(node, ast.keyword) and node.arg == "strict"):
         return
     yield node
     for field, value in ast.iter_fields(node):
