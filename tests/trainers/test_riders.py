@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polygraft.cluster.policy.budget import state_bytes
+from polygraft.cluster.store.base import StoreError
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.trainers.job import Sample
@@ -104,3 +105,35 @@ def test_a_job_that_left_before_the_step_that_would_have_said_so_does_not_fail_t
     pack.remove("a")
     done = pack.step()
     assert (done.failed, done.jobs) == ((), ("b",))
+
+
+def test_a_job_whose_own_tensors_can_no_longer_be_stacked_fails_alone_with_the_reason(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = pack_of(backbone, *(a_job(name, 5) for name in "abc"))
+    pack.step()
+    pack.remove("c")
+    unstackable(monkeypatch, "a")
+    done = pack.step()
+    assert [(one.job, "these tensors cannot be" in one.message) for one in done.failed] == [("a", True)]
+    assert done.jobs == ("b",)
+
+
+@pytest.mark.parametrize(("together", "alone"), [(StoreError, None), (MemoryError, StoreError), (MemoryError, None)])
+def test_nobody_fails_for_what_no_job_can_help(
+    together: type[Exception], alone: type[Exception] | None, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for what those who have all stepped together, and none of them alone, raises."""
+    pack, real = pack_of(backbone, *(a_job(name, 5) for name in "abc")), Stacks.of
+    pack.step()
+    pack.remove("c")
+
+    def of(residents: Sequence[Resident], *given: Any, **more: Any) -> Stacks:
+        if (error := together if len(residents) > 1 else alone) is not None:
+            raise error("for all")
+        return real(residents, *given, **more)
+
+    monkeypatch.setattr(Stacks, "of", of)
+    with pytest.raises(alone or together, match="for all"):
+        pack.step()
+    assert [*pack.jobs] == ["a", "b"]
