@@ -137,10 +137,10 @@ def test_who_spoils_the_plan_while_it_waits_or_runs_ends_alone(
 
 def test_a_stream_that_ends_in_its_last_block_asks_for_no_further_one(backbone: Backbone, tmp_path: Path) -> None:
     heard, per_block = Heard(), 2 * 16 * 32 * 4
-    engine = engine_on(backbone, tmp_path, heard=heard, max_context=32, kv_bytes=4 * per_block)
-    assert engine.load.blocks == 3
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=33, kv_bytes=5 * per_block)
+    assert engine.load.blocks == 4
     for name in "ab":
-        engine.submit(request(name, (5, 6, 7), 14))
+        engine.submit(request(name, (5, 6, 7), 30))  # 32 of them are cached
     run(engine)
     assert heard.reasons() == {"a": "length", "b": "length"} and not engine.load.tally.preemptions
     engine.stop()
