@@ -144,3 +144,15 @@ def test_a_stream_that_ends_in_its_last_block_asks_for_no_further_one(backbone: 
     run(engine)
     assert heard.reasons() == {"a": "length", "b": "length"} and not engine.load.tally.preemptions
     engine.stop()
+
+
+def test_a_prompt_that_fits_only_without_those_who_run_waits_for_their_end(backbone: Backbone, tmp_path: Path) -> None:
+    heard, per_block = Heard(), 2 * 16 * 32 * 4
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=64, kv_bytes=6 * per_block)
+    engine.submit(request("a", (5, 6, 7), 20))
+    engine.submit(request("b", (5,) * 49, 4))
+    engine.turn()
+    assert [one.request.id for one in engine._streams.waiting] == ["b"]
+    run(engine)
+    assert heard.reasons() == {"a": "length", "b": "length"} and not engine.load.tally.preemptions
+    engine.stop()
