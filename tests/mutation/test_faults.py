@@ -29,6 +29,8 @@ def changed(source: str) -> list[str]:
         ("a < b <= c", ["(a <= b <= c)", "(a < b < c)"]),
         ("a and not b", ["(a or not b)", "a and (b)"]),
         ("x = f(2)", ["x = None", "x = f((3))"]),
+        ("f(a @ b)", ["pass"]),
+        ("f(zip(a, b, strict=True))", ["pass"]),
         ("x += 1", ["x = 1", "x -= 1", "x += (2)"]),
         ("f(min(a, b))", ["pass", "f((max(a, b)))"]),
         ("if a:\n    raise b", ["if (not (a)):\n    raise b", "if a:\n    pass"]),
