@@ -37,7 +37,7 @@ class InFlight:
     over: bool = False
 
     def accept(self, replica: ReplicaId, said: StepTokens) -> None:
-        """Take in what `replica` said: (request, choice, index) once, and nothing of an attempt that is not its own."""
+        """Take in what `replica` said: (request, index) once, and nothing of an attempt that is not its own."""
         if self.over or self.live.get(said.attempt) != replica:
             return
         if said.attempt == self.request.attempt:

@@ -18,11 +18,10 @@ class StepTokens:
     `probabilities` are the labels', in their order, at the end of a request that classifies its prompt.
     `code` says of an `error` what whoever asked can mend, or that there was no room; without one the log has more
     under the request's id.
-    (request, choice, index) is unique over all attempts; `attempt` is the one that computed it.
+    (request, index) is unique over all attempts; `attempt` is the one that computed it.
     """
 
     request: str
-    choice: int
     index: int
     token: int | None
     finish_reason: FinishReason | None = None

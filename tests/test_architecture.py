@@ -177,6 +177,19 @@ def test_nothing_is_saved_or_loaded_with_pickle() -> None:
     assert not wrong, report(wrong)
 
 
+def test_the_runtime_tells_no_tensor_by_where_it_lies() -> None:
+    """Nor by whether it is another: what a tensor is, its maker says, or a name, or autograd's step. Addresses are for
+    kernels; what is compared with `is` are constants, members of an enum and those steps."""
+    wrong = []
+    for path in sources("grafts"):
+        if not inside(path, "polygraft.grafts.runtime"):
+            continue
+        for node in nodes(path):
+            if _identifies(node):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")  # type: ignore[attr-defined]
+    assert not wrong, report(wrong)
+
+
 def test_only_one_module_renames_files() -> None:
     """What must be whole goes through polygraft.kernels.common.atomic, which syncs before and after."""
     wrong = []
@@ -278,6 +291,26 @@ def _renames(call: ast.Call) -> bool:
     if ast.unparse(call.func) in ("os.replace", "os.rename", "os.renames", "shutil.move"):
         return True
     return call.func.attr in ("replace", "rename") and len(call.args) == 1 and not call.keywords
+
+
+# What is never two; a phase; a step of autograd.
+_ALONE = r"None|True|False|[A-Z]\w*\.[A-Z_]+|phase|end"
+_STORED = ("_base", "_cdata", "data_ptr", "is_set_to", "storage", "storage_offset", "untyped_storage")
+
+
+def _identifies(node: ast.AST) -> bool:
+    """Whether this asks for the place of an object, or whether two are one."""
+    match node:
+        case ast.Name(id="id", ctx=ast.Load()):
+            return True
+        case ast.Attribute(attr=name):
+            return name in _STORED
+        case ast.Compare(ops=ops, comparators=others):
+            tested = zip(ops, others, strict=True)
+            return any(
+                isinstance(op, ast.Is | ast.IsNot) and not re.fullmatch(_ALONE, ast.unparse(x)) for op, x in tested
+            )
+    return False
 
 
 @cache

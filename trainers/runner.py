@@ -217,7 +217,7 @@ class PackRunner:
 
     def _run(self, lane: Lane, riders: Sequence[Rider]) -> Iterator[Outcome]:
         """What a forward of a lane led to, on all ranks: those of a job add what its micro-batches gave in their
-        order."""
+        order. One that has lost a micro-batch never completes its global batch."""
         mine = {rider.job: rider.micro_batch for rider in riders if rider.rank == self.ranks.rank}
         self._elsewhere = {rider.job: self.jobs[rider.job].step for rider in riders if rider.rank != self.ranks.rank}
         parts = self._parts(lane, mine)
@@ -227,18 +227,13 @@ class PackRunner:
         else:
             by_job = {rider.job: rider for rider in riders}
             everybodys = ((by_job[job], part) for job, part in parts)
-        lost: set[str] = set()
         for rider, part in everybodys:
-            if rider.job in lost:
-                continue
             outcome = part if isinstance(part, Failed) else self._collected(lane, rider, part)
-            if isinstance(outcome, Failed):
-                lost.add(rider.job)
             if outcome is not None:
                 yield outcome
 
     def _parts(self, lane: Lane, micro_batches: Mapping[str, MicroBatch]) -> Iterator[tuple[str, Part]]:
-        """What each micro-batch gives, one after the other, since no gradient is kept beside the next one's. After an
+        """What each micro-batch gives, one after the other, so that no gradient but the newest is kept. After an
         error, for lack of memory or another, whole micro-batches leave the forward, down to the job that fails
         alone."""
         if not micro_batches:

@@ -64,11 +64,11 @@ class Adoption:
         for site in self._sites((BLOCK_SITE,)):
             self._put(self._path(site), Layer(site, self.base.get_submodule(self._path(site))))
 
-    def fused(self) -> Iterator[Tensor]:
-        """The weights that will be copied into one with others."""
+    def fused(self) -> Iterator[str]:
+        """The names in `base` of the weights that will be copied into one with others."""
         for layer in range(self.shape.layers):
             for group in self._groups(layer):
-                yield from (self._weight(site) for site in group if len(group) > 1)
+                yield from (f"{self._path(site)}.weight" for site in group if len(group) > 1)
 
     def _projections(self, layer: int) -> None:
         for group in self._groups(layer):
@@ -116,14 +116,11 @@ class Adoption:
     def _rows(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias of a projection, which may be some rows of a module's."""
         module = self.base.get_submodule(self._path(site))
-        weight, bias = self._weight(site), module.bias
-        weight = weight.T if self.table.transposed else weight
+        stored, bias = module.get_parameter("weight"), module.bias
+        weight = stored.T if self.table.transposed else stored
         assert bias is None or isinstance(bias, Tensor)
         rows = self.shape.rows(site.name)
         return weight[rows], None if bias is None else bias[rows]
-
-    def _weight(self, site: Site) -> Tensor:
-        return self.base.get_submodule(self._path(site)).get_parameter("weight")
 
     def _groups(self, layer: int) -> Iterator[list[Site]]:
         for names in FUSED_GROUPS:

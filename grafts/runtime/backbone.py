@@ -63,9 +63,10 @@ class Backbone:
             # It reads the first row of a batch, and nobody reads it.
             self.base.pooler = None  # type: ignore[assignment]
         adoption = Adoption(self.base, shape, prepack=prepack, block=block, quantise=quantise)
-        copied = {id(weight) for weight in adoption.fused()}
-        for parameter in model.parameters():  # what is not copied by being fused, so that no mapped file stays open
-            if id(parameter) not in copied:
+        prefix = f"{table.backbone}." if head is not None and table.backbone else ""
+        copied = {prefix + name for name in adoption.fused()}
+        for name, parameter in model.named_parameters():
+            if name not in copied:  # by being fused: so no mapped file stays open
                 parameter.data = parameter.data.clone()
         adoption.run()
         # An encoder and a decoder are called one after the other, since their rows belong to different sequences.

@@ -63,7 +63,7 @@ class LayerPlan:
         if stacks.trainable or not stacks.derived((_covered,), lambda: _covered(stacks)):
             return None
         kept = stacks.derived((LayerPlan,), Programs)
-        place = id(attention.cache), torch.get_num_threads()
+        place = attention.cache, torch.get_num_threads()
         made = None
         if not route.spans:  # rows of the bare model alone: one program, whose calls take any number of them
             made = self._made(kept, place, x_TD, attention, route, rows=1 << (len(x_TD) - 1).bit_length())

@@ -14,6 +14,7 @@ from polygraft.grafts.runtime.norms import FrozenNorm
 from polygraft.grafts.runtime.plans import linear_plan, output_plan, run
 from polygraft.grafts.runtime.recompute import recomputed
 from polygraft.grafts.runtime.route import current
+from polygraft.grafts.runtime.steps import SharedProduct
 from polygraft.grafts.sites import Site
 
 
@@ -31,6 +32,18 @@ class SiteLinear(nn.Module):
         route, flat = current().at(self.site), x.view(-1, x.shape[-1])
         y = run(linear_plan(self.group, self.member, self.linear, route), flat, flat, route)
         return y.view(*x.shape[:-1], -1)
+
+
+def joined(members: Sequence[SiteLinear], x: Tensor) -> Tensor | None:
+    """The outputs of all members of a fused linear side by side, where each is the product with its fused branches and
+    nothing follows, in one step of autograd; else None."""
+    route, flat = current().at(members[0].site), x.view(-1, x.shape[-1])
+    plans = [linear_plan(one.group, one.member, one.linear, route) for one in members]
+    (shared, *_) = plans[0]
+    if any(len(plan) > 1 for plan in plans) or not isinstance(shared, SharedProduct):
+        return None
+    y = shared.joined(flat, route)
+    return None if y is None else y.view(*x.shape[:-1], -1)
 
 
 class FusedProjection(nn.Module):

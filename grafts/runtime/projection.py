@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -23,34 +22,47 @@ def project(x_TI: Tensor, linear: FrozenLinear, branches: RoutedBranches = NONE)
     any A is trained: dB and dx are functions of A x and of the weights (LoRA-FA, Zhang et al. 2023).
     """
     rest = branches.work
-    if not (torch.is_grad_enabled() and (x_TI.requires_grad or branches.trained)):
-        outputs, rest, _ = linear.forward(x_TI, branches)
+    if not _differentiated(x_TI, branches):
+        outputs, rest = linear.forward(x_TI, branches)
     elif linear.records(x_TI):
-        outputs, rest = list(_Project.apply(x_TI, linear, branches, *_weights(rest))), ()  # type: ignore[no-untyped-call]
+        outputs, rest = list(_Project.apply(x_TI, linear, branches, False, *_weights(rest))), ()  # type: ignore[no-untyped-call]
     else:
-        outputs = list(_Project.apply(x_TI, linear, NONE))  # type: ignore[no-untyped-call]
+        outputs = list(_Project.apply(x_TI, linear, NONE, False))  # type: ignore[no-untyped-call]
     for b, segments in rest:
         outputs[b.member] = branch(x_TI, outputs[b.member], b.A, b.B, segments, b.act)
     return outputs
 
 
+def project_joined(x_TI: Tensor, linear: FrozenLinear, branches: RoutedBranches = NONE) -> Tensor | None:
+    """The same side by side in one tensor [T, out], whose gradient is one as well and need not be put together; None
+    where that is not one step of autograd."""
+    if not _differentiated(x_TI, branches) or (branches.work and not linear.records(x_TI)):
+        return None
+    return _Project.apply(x_TI, linear, branches, True, *_weights(branches.work))  # type: ignore[no-any-return,no-untyped-call]
+
+
 def project_alone(x_TI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
-    """The same without branches, for rows that are one graft's and whose count is never another."""
-    return _Alone.apply(x_TI, linear)  # type: ignore[no-any-return,no-untyped-call]
+    """`project` without branches, for rows that are one graft's and whose count is never another."""
+    return _Alone.apply(x_TI, linear, False)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def project_alone_joined(x_TI: Tensor, linear: FrozenLinear) -> Tensor:
+    """The same side by side, as `project_joined`."""
+    return _Alone.apply(x_TI, linear, True)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, branches: RoutedBranches, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        outputs, _, kept = linear.forward(x, branches, keep=True)
+        ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, branches: RoutedBranches, joined: bool, *weights: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        y, kept = linear.record(x, branches)
         work = branches.work
         x_kept = x if any(b.A.requires_grad for b, _ in work) else None
         ctx.save_for_backward(x_kept, *weights, *(value for own in kept for value in own))  # type: ignore[arg-type]  # None is allowed
         ctx.linear, ctx.work = linear, [(b.member, b.act, segments) for b, segments in work]  # type: ignore[attr-defined]
         ctx.kept = [len(own) for own in kept]  # type: ignore[attr-defined]
-        return tuple(outputs)
+        return y if joined else tuple(linear.split(y))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,34 +75,29 @@ class _Project(torch.autograd.Function):
             for pair, (member, act, segments) in zip(pairs, recorded, strict=True)
         ]
         kept = [list(islice(values, count)) for count in ctx.kept]  # type: ignore[attr-defined]
-        dx, gradients = linear.backward(_joined(grads), x, work, kept)
-        return dx, None, None, *gradients
+        dx, gradients = linear.backward(_side_by_side(grads), x, work, kept)
+        return dx, None, None, None, *gradients
 
 
 class _Alone(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, x: Tensor, linear: FrozenLinear, joined: bool) -> Tensor | tuple[Tensor, ...]:
         ctx.linear = linear  # type: ignore[attr-defined]
-        return tuple(linear.split(linear.product_alone(x)))
+        y = linear.product_alone(x)
+        return y if joined else tuple(linear.split(y))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         linear: FrozenLinear = ctx.linear  # type: ignore[attr-defined]
-        return linear.transposed_alone(_joined(grads)), None
+        return linear.transposed_alone(_side_by_side(grads)), None, None
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Columns side by side: a view where they lie so already (`feedforward.swiglu`), else a copy."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    width, end = sum(part.shape[1] for part in parts), first.storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.stride() != (width, 1) or part.storage_offset() != end:
-            return torch.cat(list(parts), dim=1)
-        end += part.shape[1]
-    return first.as_strided((len(first), width), (width, 1))
+def _differentiated(x: Tensor, branches: RoutedBranches) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or branches.trained)
+
+
+def _side_by_side(columns: tuple[Tensor, ...]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def _weights(work: Work) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ class RotaryAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
     ) -> tuple[Tensor, None]:
-        q, k, v = (self.get_submodule(f"{part}_proj")(hidden_states)[0] for part in "qkv")
+        q, k, v = (self.get_submodule(f"{part}_proj")(hidden_states).squeeze(0) for part in "qkv")
         q, k = self._normed("q_norm", q), self._normed("k_norm", k)
         cos, sin = (angle[0] for angle in position_embeddings)
         q, k = turned(q, k, (cos, sin), q.shape[1] // self.head_dim)

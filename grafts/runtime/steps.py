@@ -25,7 +25,7 @@ from polygraft.grafts.runtime.keys import (
     SparseKey,
 )
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear
-from polygraft.grafts.runtime.projection import project, project_alone
+from polygraft.grafts.runtime.projection import project, project_alone, project_alone_joined, project_joined
 from polygraft.grafts.runtime.route import RouteTable
 from polygraft.grafts.runtime.stack import Stack, StackSlices
 from polygraft.grafts.runtime.stacks import Stacks
@@ -109,6 +109,12 @@ class SharedProduct:
         rows.own = rows.y = waiting.pop(self.member)
         if waiting:
             route.context.products[self.group] = waiting
+
+    def joined(self, x: Tensor, route: RouteTable) -> Tensor | None:
+        """All members side by side, [T, out]; None where that is not one step of autograd."""
+        if route.entry is not None:
+            return project_alone_joined(x, self.linear)
+        return project_joined(x, self.linear, self.fused.routed(route.segments))
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,13 +100,18 @@ class Segments:
 
     def covers(self, stack_rows: int) -> bool:
         """Whether the segments touch every stack row just once, so that a gradient can be written without clearing."""
-        return self.derived((Segments.covers, stack_rows), lambda: self._covers(stack_rows))
+        return self.gaps(stack_rows) == ()
 
-    def _covers(self, stack_rows: int) -> bool:
+    def gaps(self, stack_rows: int) -> tuple[tuple[int, int], ...] | None:
+        """Stack rows [first, last) that no segment touches, where all others are touched just once; else None."""
+        return self.derived((Segments.gaps, stack_rows), lambda: self._gaps(stack_rows))
+
+    def _gaps(self, stack_rows: int) -> tuple[tuple[int, int], ...] | None:
         edges = sorted((segment.first, segment.last) for segment in self.items if segment.rows and segment.size)
-        return sum(last - first for first, last in edges) == stack_rows and all(
-            a[1] <= b[0] for a, b in pairwise(edges)
-        )
+        pairs = list(pairwise([(0, 0), *edges, (stack_rows, stack_rows)]))
+        if any(a[1] > b[0] for a, b in pairs):
+            return None
+        return tuple((a[1], b[0]) for a, b in pairs if a[1] < b[0])
 
     def scales_TR(self, rows: int, stack_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(factor, foreign) of batch row by stack row, both [rows, stack_rows]; kept, since many sites share them.

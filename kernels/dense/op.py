@@ -156,13 +156,15 @@ def transposed(
 def outer(kept: Tensor, x_TD: Tensor, segments: Segments, ranks: int) -> Tensor:
     """Semantics: out[s.first:s.last] += h_s x[s.start:s.stop] for every segment, [ranks, D], h_s [s.size, rows] its
     kept values: dA of dh and x, dB of what `linear` kept and dy. Sums stay inside a segment."""
-    covered = segments.covers(ranks)
-    out = (x_TD.new_empty if covered else x_TD.new_zeros)(ranks, x_TD.shape[1])
+    gaps = segments.gaps(ranks)
+    out = (x_TD.new_zeros if gaps is None else x_TD.new_empty)(ranks, x_TD.shape[1])
+    for first, last in gaps or ():
+        out[first:last].zero_()
     compiled = library()
     assert compiled is not None and x_TD.stride(1) == 1
     compiled.outer(
         *(kept.data_ptr(), x_TD.data_ptr(), x_TD.stride(0), x_TD.shape[1]),
-        *(*_listed(segments, len(x_TD), ranks), out.data_ptr(), not covered, torch.get_num_threads()),
+        *(*_listed(segments, len(x_TD), ranks), out.data_ptr(), gaps is None, torch.get_num_threads()),
     )
     return out
 
@@ -205,27 +207,37 @@ def _places(widths: Iterable[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class _List(NamedTuple):
-    """A work list as linear.cpp reads it, and the rows and ranks that it needs."""
+    """A work list as linear.cpp reads it, the rows and ranks that it needs, how many values between A and B it keeps,
+    and whether some of their places are no row's."""
 
     items: ctypes.Array[Segment]
     rows: int
     ranks: int
+    kept: int
+    gaps: bool
 
 
 def _listed(segments: Segments, rows: int, ranks: int) -> tuple[int, int]:
     """Where a work list lies, and its length; made once, since many sites share it. IndexError beyond rows or ranks."""
-    listed = segments.derived(_List, lambda: _list(segments))
+    listed = _list_of(segments)
     if listed.rows > rows or listed.ranks > ranks:
         raise IndexError(f"segments of {listed.rows} rows and {listed.ranks} ranks for {rows} rows and {ranks} ranks")
     return ctypes.addressof(listed.items), len(listed.items)
 
 
+def _list_of(segments: Segments) -> _List:
+    return segments.derived(_List, lambda: _list(segments))
+
+
 def _list(segments: Segments) -> _List:
     items = [Segment(s.start, s.stop, s.first, s.last, s.scale) for s in segments]
     stop, last = max((s.stop for s in segments), default=0), max((s.last for s in segments), default=0)
-    return _List((Segment * len(items))(*items), stop, last)
+    kept = sum(s.size * -(-s.rows // DEPTH) * DEPTH for s in segments)
+    return _List((Segment * len(items))(*items), stop, last, kept, any(s.rows % DEPTH for s in segments))
 
 
 def _kept(like: Tensor, segments: Segments) -> Tensor:
-    """Room for the values between A and B: [ranks, rows in whole tiles of terms] of each segment in turn."""
-    return like.new_zeros(sum(s.size * -(-s.rows // DEPTH) * DEPTH for s in segments))
+    """Room for the values between A and B: [ranks, rows in whole tiles of terms] of each segment in turn, 0 beyond its
+    rows."""
+    listed = _list_of(segments)
+    return (like.new_zeros if listed.gaps else like.new_empty)(listed.kept)

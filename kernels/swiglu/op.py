@@ -33,6 +33,13 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return product(gate_TF, up_TF)
 
 
+def swiglu_joined(both_TF: Tensor) -> Tensor:
+    """Semantics: swiglu of the two halves of every row, [.., 2 F]; its gradient is one tensor, too."""
+    if torch.is_grad_enabled() and both_TF.requires_grad:
+        return _Joined.apply(both_TF)  # type: ignore[no-any-return,no-untyped-call]
+    return product(*both_TF.chunk(2, dim=-1))
+
+
 def product(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """The same, not differentiable."""
     compiled = _compiled("swiglu", _FORWARD, gate_TF, up_TF)
@@ -57,27 +64,44 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
-        both = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])  # side by side, as the fused projection takes them
-        d_gate, d_up = both.chunk(2, dim=-1)
-        compiled = _compiled("swiglu_backward", _BACKWARD, gate, up, grad)
-        if compiled is None:
-            torch.mul(F.silu(gate), grad, out=d_up)
-            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
-            return d_gate, d_up
-        rows = [_flat(x) for x in (grad, gate, up, d_gate, d_up)]
-        compiled.ready(
-            **dict(zip(("grad", "gate", "up", "d_gate", "d_up"), rows, strict=True)),
-            rows=len(rows[0]),
-            width=grad.shape[-1],
-            grad_stride=rows[0].stride(0),
-            gate_stride=rows[1].stride(0),
-            up_stride=rows[2].stride(0),
-            d_stride=rows[3].stride(0),
-            dtype=DTYPES[grad.dtype],
-            threads=torch.get_num_threads(),
-        )()
+        d_gate, d_up = _gradient(grad, *ctx.saved_tensors).chunk(2, dim=-1)  # type: ignore[attr-defined]
         return d_gate, d_up
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        return product(*both.chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _gradient(grad, *both.chunk(2, dim=-1))
+
+
+def _gradient(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Of gate and up side by side, [.., 2 F]."""
+    both = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])
+    d_gate, d_up = both.chunk(2, dim=-1)
+    compiled = _compiled("swiglu_backward", _BACKWARD, gate, up, grad)
+    if compiled is None:
+        torch.mul(F.silu(gate), grad, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return both
+    rows = [_flat(x) for x in (grad, gate, up, d_gate, d_up)]
+    compiled.ready(
+        **dict(zip(("grad", "gate", "up", "d_gate", "d_up"), rows, strict=True)),
+        rows=len(rows[0]),
+        width=grad.shape[-1],
+        grad_stride=rows[0].stride(0),
+        gate_stride=rows[1].stride(0),
+        up_stride=rows[2].stride(0),
+        d_stride=rows[3].stride(0),
+        dtype=DTYPES[grad.dtype],
+        threads=torch.get_num_threads(),
+    )()
+    return both
 
 
 def _forward(compiled: Function, gate: Tensor, up: Tensor, out: Tensor) -> Call:

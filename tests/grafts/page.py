@@ -118,13 +118,16 @@ UNREAD: Mapping[str, str] = {
     **dict.fromkeys(("capaboost", "molora"), "neither PEFT's code nor the survey states it"),
 }
 
+# Of papers that were read: those that number no equation of the method.
+_NUMBERLESS = "adapter-drop diff-pruning eva fusion ia3 loha mam parallel prefix-mlp prompt scaled-parallel shira"
+NUMBERLESS = frozenset(_NUMBERLESS.split())
 
 # Numbered equations of the survey (arXiv 2403.14608, sections III-A to III-C) that state a method, or what it changes,
 # where no equation of its own paper is quoted.
-_ADAPTERS = "adapter-drop averaged-adapters binary-adapter compacter fusion hypernet-adapter pfeiffer phm propetl"
+_ADAPTERS = "adapter-drop averaged-adapters binary-adapter fusion hypernet-adapter pfeiffer propetl"
 _PROMPTS = "cpt dept dpt idpg ipt mpt p-tuning pruned-prompt residual-prompt smop spot"
 _MASKS = "child-tuning diff-pruning fishmask lt-sft moved-rows moving-mask pafi s-bitfit shira"
-_LORAS = "corda eva loftq lora-dropout lora-fa lora-ga lora-plus milora moslora o-lora olora orthogonal rslora"
+_LORAS = "eva loftq lora-dropout lora-fa lora-ga lora-plus moslora o-lora olora orthogonal rslora"
 SURVEY: Mapping[str, str] = {
     **dict.fromkeys((*_ADAPTERS.split(), "sparse-adapter"), "eq. 7, of adapters"),
     **dict.fromkeys(_PROMPTS.split(), "eq. 8, of soft prompts"),
@@ -299,14 +302,16 @@ def _cases(kind: str, line: Entry, measured: Measured) -> str:
 
 
 def _stated(method: Method, words: Description) -> str:
-    """Where the paper states what the summary says, by the number of its equation; without one, why none is quoted, and
-    what is followed."""
+    """Where the paper states what the summary says, by the number of its equation; without one, that it has none or why
+    none is quoted, and what is followed."""
     if any(one.startswith("eq.") for one in words.stated):
         return "; ".join(words.stated)
     if method.paper.startswith("PEFT"):
         followed = "PEFT's code; no paper"
     elif method.name in UNREAD:
         followed = f"equation number not verified; {UNREAD[method.name]}"
+    elif method.name in NUMBERLESS:
+        followed = f"{'; '.join(words.stated)}; the paper numbers no equation of it"
     else:
         followed = f"{'; '.join(words.stated)}; no numbered equation of the paper is quoted"
     survey = SURVEY.get(method.name)

@@ -37,9 +37,17 @@ def test_neighbours_of_one_shape_share_a_run() -> None:
 
 
 @given(items)
-def test_a_stack_is_covered_when_each_of_its_rows_is_used_once(found: list[Segment]) -> None:
+def test_a_stack_is_covered_when_each_of_its_rows_is_used_once_and_its_gaps_are_the_rows_of_nobody(
+    found: list[Segment],
+) -> None:
     uses = [sum(s.first <= row < s.last for s in found if s.rows) for row in range(RANKS)]
-    assert Segments(tuple(found)).covers(RANKS) == all(count == 1 for count in uses)
+    segments = Segments(tuple(found))
+    gaps = segments.gaps(RANKS)
+    assert segments.covers(RANKS) == all(count == 1 for count in uses)
+    assert (gaps is None) == any(count > 1 for count in uses)
+    assert gaps is None or [row for gap in gaps for row in range(*gap)] == [
+        r for r, count in enumerate(uses) if not count
+    ]
 
 
 @given(items)

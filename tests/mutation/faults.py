@@ -103,8 +103,9 @@ def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
 
 def _mutable(node: ast.AST, inside: bool = False) -> Iterator[ast.AST]:
     """The node and those below it that a test could tell from others: no annotations, decorators, imports, log lines,
-    assertions for the type checker, parts of formatted text."""
-    if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr)) or _is_log(node) or _is_typing(node):
+    assertions, that of `zip` (`strict`) among them, parts of formatted text."""
+    left_alone = isinstance(node, (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr))
+    if left_alone or _is_log(node) or _is_typing(node) or (isinstance(node, ast.keyword) and node.arg == "strict"):
         return
     yield node
     for field, value in ast.iter_fields(node):
@@ -147,8 +148,10 @@ def _other_expressions(node: ast.expr) -> Iterator[ast.expr]:
             yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node.operand
-        case ast.BinOp() if not isinstance(node.left, ast.Constant) or not isinstance(node.left.value, str):
-            yield ast.BinOp(node.left, _OPERATIONS[type(node.op)], node.right) if type(node.op) in _OPERATIONS else node
+        case ast.BinOp(left=ast.Constant(value=str())):
+            return  # text
+        case ast.BinOp() if type(node.op) in _OPERATIONS:
+            yield ast.BinOp(node.left, _OPERATIONS[type(node.op)], node.right)
         case ast.IfExp() if isinstance(node.test, (ast.Name, ast.Attribute, ast.Call)):
             yield ast.IfExp(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
         case ast.Constant(value=bool(value)):

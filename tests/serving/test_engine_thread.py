@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -110,4 +111,38 @@ def test_a_step_that_failed_is_followed_by_the_next_one_at_once(
     assert not engine.turn(), "there is nothing to do: it may sleep"
     monkeypatch.setattr(Streams, "choose", failing)
     assert engine.turn()
+    engine.stop()
+
+
+def test_a_step_takes_its_floor_and_what_is_longer_goes_on_at_once(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, slept, takes = [100.0], list[float](), [2.0, 7.0, 2.0]
+    settings = ServeSettings(max_context=64, kv_bytes=4 << 20)
+    engine = Engine(backbone, settings, replica=ReplicaId("r"), data=tmp_path, step_floor_s=5.0, clock=lambda: now[0])
+    real = engine.turn
+
+    def turn() -> bool:
+        busy = real()
+        now[0] += takes.pop(0) if busy else 0.0
+        engine._stopping = not takes
+        return busy
+
+    monkeypatch.setattr(engine, "turn", turn)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(sleep=slept.append))
+    engine.submit(request("a", (5, 6), 3))
+    engine._run()
+    assert slept == [3.0, 0.0, 3.0]
+
+
+def test_an_engine_that_has_lost_a_block_of_its_cache_ends_once_nobody_runs(backbone: Backbone, tmp_path: Path) -> None:
+    engine = engine_on(backbone, tmp_path)
+    engine.submit(request("a", (5, 6), 3))
+    assert engine.turn()
+    engine._streams.blocks._free.pop()
+    engine._wake()
+    engine._idle()  # a stream still runs
+    run(engine)
+    with pytest.raises(AssertionError, match="a cache block is lost or held twice"):
+        engine._idle()
     engine.stop()

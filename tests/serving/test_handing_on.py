@@ -140,8 +140,8 @@ async def test_a_client_that_leaves_while_its_stream_is_offered_ends_it_where_it
 
 
 async def test_a_request_that_waits_for_nobody_stays_and_one_that_waits_moves() -> None:
-    """`a` and `c` wait at a replica; `b`, which came later, is being computed by another that has no room for more. A
-    request a message moves, the last one first."""
+    """`a` and `c` wait at a replica; `b` and `d`, which came later, are being computed by another that has no room for
+    more. A request a message moves, the last one first."""
     first, second, third = Scripted(), Scripted(), Scripted()
     async with gateway_over(r2=first, r1=second) as gateway:
         second.say(load=FULL)
@@ -153,6 +153,10 @@ async def test_a_request_that_waits_for_nobody_stays_and_one_that_waits_moves() 
         await asyncio.wait_for(second.submitted.get(), 5)
         second.say(load=replace(FULL, running=1))
         await until(lambda: gateway.loads[ReplicaId("r1")].running)
+        works.append(asyncio.create_task(everything(gateway, replace(WANTED, id="d"))))
+        await asyncio.wait_for(second.submitted.get(), 5)
+        second.say(token(0, 10, id="d"), load=replace(FULL, running=2))
+        await until(lambda: gateway.loads[ReplicaId("r1")].running == 2)
         gateway.follow({ReplicaId("r2"): first, ReplicaId("r1"): second, ReplicaId("r0"): third})
         assert (await asyncio.wait_for(third.submitted.get(), 5)).id == "c"
         await settled()
@@ -164,8 +168,9 @@ async def test_a_request_that_waits_for_nobody_stays_and_one_that_waits_moves() 
             await settled()
         assert third.submitted.empty() and second.cancelled == [] and first.cancelled == ["c", "a"]
         third.say(*(replace(one, request=id) for id in "ac" for one in whole(1)))  # type: ignore[arg-type,type-var]
-        second.say(*(replace(one, request="b") for one in whole()))  # type: ignore[arg-type,type-var]
-        assert [await work for work in works] == [[10, 11, 12, 13]] * 3
+        said = {"b": whole(), "d": whole(first=1)}
+        second.say(*(replace(one, request=id) for id, each in said.items() for one in each))  # type: ignore[arg-type,type-var]
+        assert [await work for work in works] == [[10, 11, 12, 13]] * 4
 
 
 async def test_one_that_is_tried_by_itself_is_waited_for_though_nobody_else_waits_for_it_any_more(

@@ -1,4 +1,4 @@
-"""(request, choice, index) is published once: what a gateway hands on of what replicas say, message by message."""
+"""(request, index) is published once: what a gateway hands on of what replicas say, message by message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scripted:
         self.said: asyncio.Queue[StepMessage | None] = asyncio.Queue()
         self.submitted: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         self.cancelled: list[str] = []
-        self.connections = 0
+        self.connections = self.open = 0
         self.stopped = False  # it takes calls, and answers none
 
     def say(self, *tokens: StepTokens, load: Load = FREE) -> None:
@@ -50,10 +50,14 @@ class Scripted:
 
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
         self.connections += 1
-        yield StepMessage((), FREE)
-        while (message := await self.said.get()) is not None:
-            yield message
-        raise ConnectionError("cut")
+        self.open += 1
+        try:
+            yield StepMessage((), FREE)
+            while (message := await self.said.get()) is not None:
+                yield message
+            raise ConnectionError("cut")
+        finally:
+            self.open -= 1
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def anyio_backend() -> str:
 
 
 def token(index: int, value: int, *, attempt: int = 0, id: str = "a", end: FinishReason | None = None) -> StepTokens:
-    return StepTokens(id, 0, index, value, end, attempt)
+    return StepTokens(id, index, value, end, attempt)
 
 
 @asynccontextmanager

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.policy.batching import Running, StepPlan, Waiting, admit_streams
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
-from tests.serving.engines import Heard, engine_on, request
+from polygraft.serving import streams
+from tests.serving.engines import Heard, engine_on, request, run
 from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
 
@@ -74,4 +77,82 @@ def test_one_that_cannot_be_served_costs_those_behind_it_no_step(backbone: Backb
     engine.turn()
     assert heard.reasons() == {"long": "error"} and len(heard.tokens["short"]) == 1
     assert (engine.load.waiting, engine.load.deferred) == (1, 0), "it waits for its turn, and for no graft"
+    engine.stop()
+
+
+def test_the_step_that_takes_a_graft_in_computes_who_waited_for_it(backbone: Backbone, tmp_path: Path) -> None:
+    bound, heard = BoundGraft(parse("ia3"), backbone.shape), Heard()
+    graft = native.save(tmp_path / "grafts", bound, random_tensors(bound, 1), backbone=backbone.fingerprint)
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    engine.submit(request("a", (5, 6), 2, graft=GraftId(graft)))
+    for _ in range(400):
+        engine.turn()
+        if engine.load.resident:
+            break
+        time.sleep(0.01)
+    assert len(heard.tokens["a"]) == 1
+    engine.stop()
+
+
+def test_a_plan_that_no_stream_alone_spoils_is_nobodys_failure(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, real = Heard(), admit_streams
+
+    def raising(ready: list[Waiting], running: list[Running], **given: Any) -> StepPlan:
+        if len(ready) + len(running) > 1:
+            raise RuntimeError("two are too many")
+        return real(ready, running, **given)
+
+    monkeypatch.setattr(streams, "admit_streams", raising)
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    for name in "ab":
+        engine.submit(request(name, (5, 6), 2))
+    assert engine.turn() and engine._failures == 1 and not heard.ends
+    engine.cancel("b")
+    engine.turn()
+    assert engine._failures == 0 and heard.reasons() == {"b": "cancelled"} and heard.tokens["a"]
+    engine.stop()
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_who_spoils_the_plan_while_it_waits_or_runs_ends_alone(
+    runs: bool, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Heard()
+
+    def raising(ready: list[Waiting], running: list[Running], **given: Any) -> StepPlan:
+        if "b" in [one.id for one in (running if runs else ready)]:
+            raise RuntimeError("over b")
+        return admit_streams(ready, running, **given)
+
+    monkeypatch.setattr(streams, "admit_streams", raising)
+    engine = engine_on(backbone, tmp_path, heard=heard)
+    for name in "ab":
+        engine.submit(request(name, (5, 6), 3))
+    run(engine)
+    assert heard.reasons() == {"a": "length", "b": "error"} and len(heard.tokens["b"]) == runs
+    engine.stop()
+
+
+def test_a_stream_that_ends_in_its_last_block_asks_for_no_further_one(backbone: Backbone, tmp_path: Path) -> None:
+    heard, per_block = Heard(), 2 * 16 * 32 * 4
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=33, kv_bytes=5 * per_block)
+    assert engine.load.blocks == 4
+    for name in "ab":
+        engine.submit(request(name, (5, 6, 7), 30))  # 32 of them are cached
+    run(engine)
+    assert heard.reasons() == {"a": "length", "b": "length"} and not engine.load.tally.preemptions
+    engine.stop()
+
+
+def test_a_prompt_that_fits_only_without_those_who_run_waits_for_their_end(backbone: Backbone, tmp_path: Path) -> None:
+    heard, per_block = Heard(), 2 * 16 * 32 * 4
+    engine = engine_on(backbone, tmp_path, heard=heard, max_context=64, kv_bytes=6 * per_block)
+    engine.submit(request("a", (5, 6, 7), 20))
+    engine.submit(request("b", (5,) * 49, 4))
+    engine.turn()
+    assert [one.request.id for one in engine._streams.waiting] == ["b"]
+    run(engine)
+    assert heard.reasons() == {"a": "length", "b": "length"} and not engine.load.tally.preemptions
     engine.stop()

@@ -70,7 +70,7 @@ async def test_a_replica_that_is_gone_or_silent_is_connected_to_again_and_anothe
         assert (await second.submitted.get()).attempt == 0
         second.say(*whole())  # type: ignore[arg-type]
         assert await work == [10, 11, 12, 13]
-        await until(lambda: first.connections == 2 and R1 in gateway.loads)
+        await until(lambda: first.connections == 2 and first.open == 1 and R1 in gateway.loads)
         assert len(first.asked) == 1 and second.connections == 1
 
 
@@ -254,4 +254,19 @@ async def test_a_replica_that_is_no_more_wanted_hands_its_streams_to_the_others_
         (stream,) = gateway._streams.values()
         assert stream.deaths == 0 and stream.request.attempt == 2
         first.say(*whole(2))  # type: ignore[arg-type]
+        assert await work == [10, 11, 12, 13]
+
+
+async def test_a_stream_that_lost_its_replica_waits_no_longer_than_the_first_full_one_says() -> None:
+    first, long, short = Scripted(), Answering(QueueFull(60.0)), Answering(QueueFull(0.01))
+    async with gateway_over(r2=first, r1=long, r0=short) as gateway:
+        work = asyncio.create_task(everything(gateway))
+        await asyncio.wait_for(first.submitted.get(), 5)
+        first.say(token(0, 10))
+        (stream,) = gateway._streams.values()
+        await until(lambda: stream.tokens)
+        gateway.follow({R1: long, R0: short})
+        assert (await asyncio.wait_for(long.submitted.get(), 5)).generated == (10,)
+        assert len(long.asked) == 2 and len(short.asked) == 1
+        long.say(*whole(1, 1))  # type: ignore[arg-type]
         assert await work == [10, 11, 12, 13]

@@ -93,7 +93,7 @@ class Played:
         tokens = []
         for id, (wanted, index) in list(self.has.items())[: SETTINGS.max_streams]:
             over = index + 1 == wanted.max_tokens
-            tokens.append(StepTokens(id, 0, index, spoken(id, index), "length" if over else None, wanted.attempt))
+            tokens.append(StepTokens(id, index, spoken(id, index), "length" if over else None, wanted.attempt))
             self.has[id] = wanted, index + 1
             if over:
                 del self.has[id]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import TypeVar, cast
@@ -25,6 +26,7 @@ from tests.tiny import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 T = TypeVar("T")
+R = TypeVar("R")
 TEXTS = {
     "a": "lora(r=4, at=attn.*)",
     "b": "bitfit",
@@ -84,21 +86,25 @@ def jobs() -> list[TrainJob]:
     return found
 
 
+def raises_in_step(pack: PackRunner, step: int, loses: str) -> None:
+    lane = pack._gradient
+    real = lane.forward
+
+    def forward(stacks: Stacks, batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
+        if loses in batches and lane.jobs[loses].step == step:
+            raise RuntimeError("only here")
+        return real(stacks, batches)
+
+    lane.forward = forward  # type: ignore[assignment,method-assign]
+
+
 Ran = tuple[Mapping[str, Tensor], list[PackStep]]
 
 
 def run(backbone: Backbone, ranks: Ranks | None, loses: str = "") -> Ran:
     """The jobs' tensors and what each step said; the forward of the third step of job `loses` raises."""
     pack, said = PackRunner(backbone, max_rows=24, ranks=ranks), list[PackStep]()
-    lane = pack._gradient
-    real = lane.forward
-
-    def forward(stacks: Stacks, batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
-        if loses in batches and lane.jobs[loses].step == 2:
-            raise RuntimeError("only here")
-        return real(stacks, batches)
-
-    lane.forward = forward  # type: ignore[assignment,method-assign]
+    raises_in_step(pack, 2, loses)
     for job in jobs():
         pack.admit(job)
     while any(not running.finished for running in pack.jobs.values()):
@@ -108,11 +114,14 @@ def run(backbone: Backbone, ranks: Ranks | None, loses: str = "") -> Ran:
     return {job: running.slab.master for job, running in pack.jobs.items()}, said
 
 
-def on_two(backbones: Sequence[Backbone], second_loses: str = "") -> list[Ran]:
+def on_both(act: Callable[[Rank], R]) -> list[R]:
     meeting = Meeting()
     with ThreadPoolExecutor(2) as threads:
-        loses = "", second_loses
-        return [*threads.map(lambda rank: run(backbones[rank], Rank(rank, meeting), loses[rank]), range(2))]
+        return [*threads.map(lambda rank: act(Rank(rank, meeting)), range(2))]
+
+
+def on_two(backbones: Sequence[Backbone], loses: Sequence[str] = ("", "")) -> list[Ran]:
+    return on_both(lambda rank: run(backbones[rank.rank], rank, loses[rank.rank]))
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +151,37 @@ def test_both_hold_the_bits_of_one_alone_and_need_fewer_steps(backbones: Sequenc
     assert len(first) <= 0.6 * len(alone[1])
 
 
-def test_whom_one_loses_all_lose_and_nobody_else(backbones: Sequence[Backbone], alone: Ran) -> None:
-    for tensors, said in on_two(backbones, second_loses="b"):
+@pytest.mark.parametrize("loses", [("", "b"), ("a", "")], ids=["the second rank", "the first rank"])
+def test_whom_one_loses_all_lose_and_nobody_else(
+    loses: Sequence[str], backbones: Sequence[Backbone], alone: Ran
+) -> None:
+    (lost,) = filter(None, loses)
+    for tensors, said in on_two(backbones, loses):
         failed = [one for step in said for one in step.failed]
-        assert [(one.job, "only here" in one.message) for one in failed] == [("b", True)]
-        assert same(tensors, {job: tensor for job, tensor in alone[0].items() if job != "b"})
+        assert [(one.job, "only here" in one.message) for one in failed] == [(lost, True)]
+        assert same(tensors, {job: tensor for job, tensor in alone[0].items() if job != lost})
+
+
+def test_who_is_lost_takes_nobody_out_of_the_step(backbones: Sequence[Backbone]) -> None:
+    def first_step(rank: Rank) -> tuple[list[str], list[str]]:
+        pack = PackRunner(backbones[rank.rank], ranks=rank)
+        for job in jobs()[:2]:  # two micro-batches a step, one on each
+            pack.admit(replace(job, config=replace(job.config, batch_size=2)))
+        raises_in_step(pack, 0, "" if rank.rank else "a")
+        done = pack.step()
+        return [one.job for one in done.failed], [one.job for one in done.stepped]
+
+    assert on_both(first_step) == [(["a"], ["b"])] * 2
+
+
+def test_each_is_told_before_a_forward_what_is_underway_on_the_other_too(backbones: Sequence[Backbone]) -> None:
+    def told(rank: Rank) -> list[Mapping[str, int]]:
+        pack, found = PackRunner(backbones[rank.rank], ranks=rank), list[Mapping[str, int]]()
+        for job in jobs()[:2]:
+            pack.admit(replace(job, config=replace(job.config, batch_size=1)))
+        pack.underway = found.append
+        for _ in range(2):
+            pack.step()
+        return found
+
+    assert on_both(told) == [[{"a": 0, "b": 0}, {"a": 1, "b": 1}]] * 2

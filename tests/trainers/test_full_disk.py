@@ -43,6 +43,7 @@ def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
     for module in (worker_module, publishing_module):
         monkeypatch.setattr(module, "ROOM_S", 0.01)
+    monkeypatch.setattr(worker_module, "IDLE_S", 0.01)  # between two looks of a worker whose jobs all wait for room
     with small_disk(tmp_path / "disk", mib=8) as disk:
         yield disk
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
 from torch import Tensor
 
+from polygraft.cluster.store.base import StoreError
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.head import Head
@@ -20,8 +23,11 @@ from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.grafts.spec import SpecError
 from polygraft.trainers import runner as runner_module
+from polygraft.trainers.contribution import Contribution
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.job import Sample, TrainConfig, TrainJob
+from polygraft.trainers.lanes.protocol import Collect
+from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.ranks import Alone
 from polygraft.trainers.runner import PackRunner
 from tests.tiny import TINY
@@ -51,16 +57,17 @@ def pack_of(backbone: Backbone, *jobs: TrainJob, max_rows: int = 100) -> PackRun
 def test_a_step_says_its_number_its_rows_who_rode_and_how_long_it_took(backbone: Backbone) -> None:
     ticks = iter(range(100))
     pack = PackRunner(backbone, max_rows=100, clock=lambda: 2.5 * next(ticks))
-    for job in (a_job("a", 5), a_job("b", 7, examples=1), a_job("c", 3, text="bitfit + mezo(0.05)")):
+    for job in (a_job("b", 7, examples=1), a_job("a", 5), a_job("c", 3, text="bitfit + mezo(0.05)")):
         pack.admit(job)
     first, second = pack.step(), pack.step()
-    assert (first.number, first.rows, first.jobs, first.failed, first.seconds) == (1, 18, ("a", "b", "c"), (), 2.5)
+    assert (first.number, first.rows, first.jobs, first.failed, first.seconds) == (1, 18, ("b", "a", "c"), (), 2.5)
     assert [(one.job, one.step, one.skipped) for one in first.stepped] == [
-        ("a", 1, False),
         ("b", 1, False),
+        ("a", 1, False),
         ("c", 1, False),
     ]
     assert (second.number, second.rows, second.jobs) == (2, 11, ("a", "c")), "b has no examples left"
+    assert second.seconds == 2.5
     while not all(running.finished for running in pack.jobs.values()):
         pack.step()
     idle = pack.step()
@@ -84,6 +91,9 @@ def test_before_jobs_are_stacked_and_before_a_forward_it_is_told_who_is_in_it_an
     for _ in range(3):
         pack.step()
     assert told == [{"a": 0, "b": 0}, {"a": 0, "b": 0}, {"a": 1, "b": 0}, {"a": 2, "b": 1}]
+    empty = pack_of(backbone)
+    empty.underway = told.append
+    assert empty.step().jobs == () and len(told) == 4, "nothing is underway there"
 
 
 def test_jobs_that_come_and_go_between_two_steps_are_stacked_once(
@@ -120,7 +130,88 @@ def test_of_jobs_that_can_only_be_stacked_apart_the_last_to_come_fails(
         pack.admit(a_job(name, 5))
     done = pack.step()
     assert [(failed.job, failed.code) for failed in done.failed] == [("d", "out_of_memory"), ("c", "out_of_memory")]
-    assert done.jobs == ("a", "b")
+    assert done.jobs == ("a", "b") and not pack.step().failed, "it is said once"
+
+
+Forward = Callable[[Stacks, Mapping[str, MicroBatch]], Sequence[Collect]]
+
+
+def with_forward(pack: PackRunner, changed: Callable[[Forward], Forward]) -> None:
+    """The pack's lane of gradients computes otherwise."""
+    pack._gradient.forward = changed(pack._gradient.forward)  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize("error", [StoreError("the store is gone"), RuntimeError("could not create a primitive")])
+def test_what_is_nobodys_fault_ends_the_step_at_once_and_no_job(error: Exception, backbone: Backbone) -> None:
+    pack, tried = pack_of(backbone, a_job("a", 5), a_job("b", 7)), list[list[str]]()
+
+    def raising(_: Forward) -> Forward:
+        def forward(_: Stacks, batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
+            tried.append([*batches])
+            raise error
+
+        return forward
+
+    with_forward(pack, raising)
+    with pytest.raises(type(error), match=str(error)):
+        pack.step()
+    assert tried == [["a", "b"]] and [*pack.jobs] == ["a", "b"]
+
+
+def test_what_a_failed_forward_took_is_given_back_before_anything_else_is_tried(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, said = pack_of(backbone, *(a_job(name, 5) for name in "abc")), list[str]()
+    pack.step()
+
+    def short(real: Forward) -> Forward:
+        def forward(stacks: Stacks, batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
+            said.append("".join(batches))
+            if "b" in batches:
+                raise MemoryError
+            return real(stacks, batches)
+
+        return forward
+
+    with_forward(pack, short)
+    monkeypatch.setattr(runner_module, "give_back", lambda: said.append("given back"))
+    monkeypatch.setattr(runner_module, "bare_forward", lambda _: said.append("bare"))
+    done = pack.step()
+    back = "given back"
+    assert said == ["abc", back, "a", "bc", back, "b", back, "b", back, "bare", "c"]
+    assert [(one.job, one.code) for one in done.failed] == [("b", "out_of_memory")]
+    assert [one.job for one in done.stepped] == ["a", "c"]
+    said.clear()
+    pack.remove("b")
+    pack.step()
+    assert said == [back, "ac"], "and once the stacks are made anew"
+    pack.remove("a")
+    assert said == [back, "ac"]
+    pack.remove("c")
+    assert said == [back, "ac", back], "and when the pack is empty"
+
+
+def test_of_the_gradients_of_a_step_none_is_kept_but_the_newest(backbone: Backbone) -> None:
+    pack, alive = pack_of(backbone, *(a_job(name, 5) for name in "abc")), list[int]()
+
+    def watched(real: Forward) -> Forward:
+        def forward(stacks: Stacks, batches: Mapping[str, MicroBatch]) -> Sequence[Collect]:
+            made = list[ReferenceType[Tensor]]()
+
+            def collect(one: Collect) -> Contribution:
+                alive.append(sum(gradient() is not None for gradient in made))
+                part = one()
+                assert part.gradient is not None
+                made.append(ref(part.gradient))
+                return part
+
+            return [partial(collect, one) for one in real(stacks, batches)]
+
+        return forward
+
+    with_forward(pack, watched)
+    pack.step()
+    assert alive == [0, 1, 1]
 
 
 class Two(Alone):

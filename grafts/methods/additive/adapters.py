@@ -73,9 +73,10 @@ def adaptformer(size: Width = 64, scale: Scale = 0.1) -> tuple[Slot, ...]:
 
 def scaled_parallel(size: Width = 64, act: str = "relu", at: Sublayers = "ffn.out") -> tuple[Slot, ...]:
     """A parallel adapter whose factor s is trained, from 1: y + s B relu(A x) (He et al. 2022, arXiv 2110.04366,
-    section 4.5 discusses the factor; as AdapterHub's scaled_par_bn).
+    table 1 and section 4.5, which tries it; as AdapterHub's scaled_par_bn).
 
-    Deviations: The paper's factor is a fixed hyperparameter; that it is learned is AdapterHub's. Without biases.
+    Deviations: The paper keeps a factor of 4, since a learned one gave it nothing better; here it is learned, as
+    AdapterHub has it. Without biases.
 
     Choose when: you cannot afford to search for the factor of `parallel`.
     """

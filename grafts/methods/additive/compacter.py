@@ -20,7 +20,7 @@ Values = Mapping[str, "Tensor"]
 
 def compacter(size: Width = 24, n: int = 4, act: str = "gelu", at: Sublayers = "attn.out|ffn.out") -> tuple[Slot, ...]:
     """Serial adapters whose two matrices are sums of Kronecker products, sum_i S_i (x) (s_i t_i^T), with the small S
-    [n, n, n] shared by all sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647, section 3).
+    [n, n, n] shared by all sites and both matrices (Karimi Mahabadi et al. 2021, arXiv 2106.04647, eq. 5).
 
     At=ffn.out alone is the paper's Compacter++.
 
@@ -34,8 +34,8 @@ def compacter(size: Width = 24, n: int = 4, act: str = "gelu", at: Sublayers = "
 
 def phm(size: Width = 24, n: int = 4, act: str = "gelu", at: Sublayers = "attn.out|ffn.out") -> tuple[Slot, ...]:
     """Serial adapters whose two matrices are sum_i S_i (x) T_i with full T_i [d / n, k / n] and the small S [n, n, n]
-    shared by all sites: the PHM layer that Compacter starts from (Karimi Mahabadi et al. 2021, arXiv 2106.04647,
-    section 3).
+    shared by all sites: the PHM layer that Compacter starts from (Karimi Mahabadi et al. 2021, arXiv 2106.04647, eq.
+    4).
 
     Deviations: Without biases, and layer norms are not trained beside it.
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def llama_adapter(length: Rows = 10) -> tuple[Slot, ...]:
     """Every row also attends to a trained prompt P, in a softmax of its own times a gate that starts at 0: h += g
-    softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, section 3.2).
+    softmax(q (W_k P)^T / sqrt(d)) W_v P (Zhang et al. 2023, arXiv 2303.16199, eq. 7 and 8).
 
-    Deviations: The gate enters as it is, as in PEFT, where the authors' code takes its tanh; biases of W_k and W_v are
-    left out. The paper takes the topmost layers, here all do unless `@` says which.
+    Deviations: The gate enters as it is, as in PEFT, where the paper at ICLR 2024 takes its tanh; biases of W_k and W_v
+    are left out. The paper takes the topmost layers, here all do unless `@` says which.
 
     Choose when: training must start exactly at the bare backbone and still use prompts. It costs a second softmax in
     every chosen layer and does not merge.

@@ -22,8 +22,8 @@ Values = Mapping[str, "Tensor"]
 
 def prefix(length: Rows = 10) -> tuple[Slot, ...]:
     """Trained keys and values before every layer's own: K <- [P_k; K], V <- [P_v; V] (Li & Liang 2021, arXiv
-    2101.00190, section 4.2; trained without a network it is p-tuning v2, Liu et al. 2022, arXiv 2110.07602). They start
-    as the keys and values of real text.
+    2101.00190, section 4.2, eq. 3; trained without a network it is p-tuning v2, Liu et al. 2022, arXiv 2110.07602).
+    They start as the keys and values of real text.
 
     `prefix-tuning` and `p-tuning-v2` mean this one, as PREFIX_TUNING does in PEFT; the paper's network that makes the
     rows is `prefix-mlp`.

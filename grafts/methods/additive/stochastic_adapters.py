@@ -28,7 +28,7 @@ def adapter_drop(
     pack has one.
 
     Deviations: n is drawn for a job's global batch and not for each of its micro-batches. Pruning whole adapters by
-    AdapterFusion's weights (the paper's section 4) is not here.
+    AdapterFusion's weights (the paper's section 5.2) is not here.
 
     Choose when: a serial adapter is to be served faster, with a little less quality, by leaving out its first layers.
     Where all layers stay in, serial learns more.

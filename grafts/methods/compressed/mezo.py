@@ -7,7 +7,7 @@ from polygraft.grafts.spec import DeclRef, Slot, SpecError
 def mezo(eps: float = 1e-2) -> tuple[Slot, ...]:
     """A way to train, written beside what is trained, `lora + mezo(0.01)`: by forward passes alone, the gradient along
     a random direction z being (L(theta + eps z) - L(theta - eps z)) / (2 eps) (Malladi et al. 2023, arXiv 2305.17333,
-    definition 1 and algorithm 1).
+    eq. 1 and algorithm 1).
 
     `eps` is how far the tensors are moved along z, there and back (1e-2 for LoRA, 1e-1 for prefixes in the paper's
     appendix).

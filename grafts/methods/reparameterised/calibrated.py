@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def eva(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA whose A starts as the r principal directions of what the projection reads on the job's first samples, B at 0
-    (Paischer et al. 2024, arXiv 2410.07170, section 3).
+    (Paischer et al. 2024, arXiv 2410.07170, section 3.2 and theorem 3.1).
 
     Deviations: Every site keeps r ranks (the paper's rho = 1), since a graft's sizes are those it was asked for with;
     the directions are of centred inputs.
@@ -35,7 +35,7 @@ def eva(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: D
 def corda(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear", mode: str = "ipm") -> tuple[Slot, ...]:
     """LoRA that starts from a decomposition of W under the covariance C of its inputs, W C = U S V^T; A0, B0 are r
     triplets of U S (V^T C^-1): the first ones (`ipm`, adapt to the samples) or the last (`kpm`, keep what they hold)
-    (Yang et al. 2024, arXiv 2406.05223, section 3).
+    (Yang et al. 2024, arXiv 2406.05223, eq. 2 to 5).
 
     Deviations: B0 A0 is kept out of W by a frozen branch, as W is shared. C is of the job's own first samples: for
     `kpm` the paper takes samples of the knowledge to keep.

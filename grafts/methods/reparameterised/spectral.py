@@ -38,7 +38,7 @@ def pissa(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear") -> tuple[
 
 def milora(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear") -> tuple[Slot, ...]:
     """LoRA that starts as the r smallest singular triplets of W, so that what W knows most firmly is left alone (Wang
-    et al. 2024, arXiv 2406.09044, section 3).
+    et al. 2024, arXiv 2406.09044, eq. 3 to 5).
 
     Deviations: As in `pissa` what is taken out of W is a frozen branch beside the trained one.
 

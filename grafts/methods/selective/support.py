@@ -54,7 +54,7 @@ def diff_pruning(
 ) -> tuple[Slot, ...]:
     """Diff pruning: dW = z * w with gates z from the hard concrete distribution and a penalty on how many are open;
     after a share `relax` of the steps dW keeps its share `density` of largest entries, which learn on without gates
-    (Guo et al. 2021, arXiv 2012.07463, sections 3.1 and 3.2).
+    (Guo et al. 2021, arXiv 2012.07463, sections 3.1 to 3.3).
 
     With `structured`=1 every matrix has a gate, too, which its entries' are multiplied by (3.3).
 

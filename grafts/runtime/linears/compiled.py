@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from polygraft.grafts.runtime.fused import RoutedBranches
-from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, Recorded, joined
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.compiled.calls import Call
@@ -35,15 +35,15 @@ class CompiledLinear(FrozenLinear):
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         return transposed(dy_TO, self._unpacked())[0]
 
-    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
-        if not keep:
-            return Products(self.split(linear(x_TI, self._first(), branches.work)[0]))
+    def forward(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
+        return Products(self.split(linear(x_TI, self._first(), branches.work)[0]))
+
+    def record(self, x_TI: Tensor, branches: RoutedBranches) -> Recorded:
         own = [pair for pair in branches.work if pair[0].act in MASK_DERIVATIVE]
-        out, kept = linear(x_TI, self._first(), own, keep=True)
-        outputs, values = self.split(out), iter(kept)
-        return Products(
-            outputs,
-            (),
+        y, kept = linear(x_TI, self._first(), own, keep=True)
+        outputs, values = self.split(y), iter(kept)
+        return Recorded(
+            y,
             [
                 [next(values)]
                 if b.act in MASK_DERIVATIVE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.runtime.fused import RoutedBranches
-from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, Recorded, joined
 from polygraft.kernels.dense.op import Work
 
 
@@ -32,8 +32,11 @@ class GpuLinear(FrozenLinear):
     def transposed_product(self, dy_TO: Tensor) -> Tensor:
         return torch.mm(dy_TO, self._weight)
 
-    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
+    def forward(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
         return Products(self.split(self.product(x_TI)), branches.work)
+
+    def record(self, x_TI: Tensor, branches: RoutedBranches) -> Recorded:
+        return Recorded(self.product(x_TI))
 
     def backward(
         self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept

@@ -15,7 +15,7 @@ from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.branches import add_branches_, backward
 from polygraft.grafts.runtime.linears.plain import serve
 from polygraft.grafts.runtime.linears.products import blockwise, multiply
-from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, Recorded
 from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.dense.op import FusedBranch, Work
 from polygraft.kernels.nf4.op import linear
@@ -125,16 +125,17 @@ class Nf4Linear(FrozenLinear):
     def transposed_alone(self, dy_TO: Tensor) -> Tensor:
         return multiply(dy_TO, self.weight().T)
 
-    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
+    def forward(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
         if x_TI.is_cuda:
             return self._on_gpu(x_TI, branches)
         y = self.product(x_TI)
-        if keep:
-            outputs = self.split(y)
-            return Products(outputs, (), add_branches_(outputs, x_TI, branches.work))
         if branches.trained:
             return Products(self.split(y), branches.work)
         return Products(self.split(serve(y, x_TI, branches, self.widths)))
+
+    def record(self, x_TI: Tensor, branches: RoutedBranches) -> Recorded:
+        y = self.product(x_TI)
+        return Recorded(y, add_branches_(self.split(y), x_TI, branches.work))
 
     def backward(
         self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept
@@ -143,14 +144,17 @@ class Nf4Linear(FrozenLinear):
 
     def _on_gpu(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
         """The products, each with one branch whose segments do not meet, where no gradient will be asked for."""
-        fusible = () if branches.trained else [pair for pair in reversed(branches.work) if pair[1].disjoint]
-        chosen = {pair[0].member: pair for pair in fusible}
-        if not chosen or not self._reads_codes(x_TI):
+        fused: dict[int, tuple[FusedBranch, Segments]] = {}
+        rest: list[tuple[FusedBranch, Segments]] = []
+        for b, segments in branches.work:
+            if b.member in fused or branches.trained or not segments.disjoint:
+                rest.append((b, segments))
+            else:
+                fused[b.member] = b, segments
+        if not fused or not self._reads_codes(x_TI):
             return Products(self.split(self.product(x_TI)), branches.work)
-        outputs = [
-            self._multiplied(x_TI, part.codes, [part], chosen.get(member)) for member, part in enumerate(self._parts)
-        ]
-        return Products(outputs, [pair for pair in branches.work if chosen.get(pair[0].member) is not pair])
+        parts = enumerate(self._parts)
+        return Products([self._multiplied(x_TI, part.codes, [part], fused.get(m)) for m, part in parts], rest)
 
     def _reads_codes(self, x_TI: Tensor) -> bool:
         """Whether the op multiplies: on a GPU, where rows of W are whole blocks."""

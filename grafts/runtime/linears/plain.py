@@ -10,7 +10,7 @@ from torch import Tensor
 from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.branches import add_branches_, backward
 from polygraft.grafts.runtime.linears.products import blockwise, multiply, pack
-from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, joined
+from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, Recorded, joined
 from polygraft.kernels.branch.cost import stacking_pays
 from polygraft.kernels.branch.op import serve_branch_
 from polygraft.kernels.dense.op import Work
@@ -55,14 +55,15 @@ class PlainLinear(FrozenLinear):
     def transposed_alone(self, dy_TO: Tensor) -> Tensor:
         return multiply(dy_TO, self._back())
 
-    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
+    def forward(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
         y = self.product(x_TI)
-        if keep:
-            outputs = self.split(y)
-            return Products(outputs, (), add_branches_(outputs, x_TI, branches.work))
         if branches.trained:  # evaluation in training: as in a step
             return Products(self.split(y), branches.work)
         return Products(self.split(serve(y, x_TI, branches, self.widths)))
+
+    def record(self, x_TI: Tensor, branches: RoutedBranches) -> Recorded:
+        y = self.product(x_TI)
+        return Recorded(y, add_branches_(self.split(y), x_TI, branches.work))
 
     def backward(
         self, dy_TO: Tensor, x_TI: Tensor | None, work: Work, kept: Kept

@@ -18,10 +18,16 @@ Kept = Sequence[Sequence[Tensor]]  # what every branch keeps of a forward for it
 
 class Products(NamedTuple):
     """x W_m^T for every projection m with the branches that were fused into it, [T, width] each; the branches that are
-    still to be added, and what `backward` needs of those that were recorded."""
+    still to be added."""
 
     outputs: list[Tensor]
     rest: Work = ()
+
+
+class Recorded(NamedTuple):
+    """The products of all projections side by side, [T, out], with all branches; what `backward` needs of those."""
+
+    y: Tensor
     kept: Kept = ()
 
 
@@ -54,8 +60,12 @@ class FrozenLinear(ABC):
         they are the branch op's, which differentiates itself."""
 
     @abstractmethod
-    def forward(self, x_TI: Tensor, branches: RoutedBranches, *, keep: bool = False) -> Products:
-        """The products; with `keep` all branches are added and recorded, where it `records`."""
+    def forward(self, x_TI: Tensor, branches: RoutedBranches) -> Products:
+        """The products of which nothing is recorded."""
+
+    @abstractmethod
+    def record(self, x_TI: Tensor, branches: RoutedBranches) -> Recorded:
+        """The products for a `backward`; where it does not `records`, there are no branches."""
 
     @abstractmethod
     def backward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +128,8 @@ def test_any_device_gives_sizes_that_fit_or_says_that_none_do(name: str, gib: in
     blocks = own.kv_bytes // (model(name).token_bytes * BLOCK)
     assert ever_fits(own.max_context, blocks=blocks - 1, block_size=BLOCK)
     assert pack.micro_rows <= pack.max_rows and min(own.max_streams, own.max_rows, pack.max_jobs) >= 1
+    found = *astuple(own), *astuple(pack), streams_at_once(own, model(name), own.max_context)
+    assert [type(size) for size in found] == [int] * len(found), "nobody is given half a row"
 
 
 def sized(tmp_path: Path, name: str = "135M", gib: int = 12, **given: object) -> tuple[Settings, Settings]:

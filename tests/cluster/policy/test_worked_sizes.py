@@ -120,6 +120,12 @@ def test_a_step_has_sixteen_rows_at_least_however_long_the_contexts_are() -> Non
     assert serve_capacity(without_last(PLAIN), on("cpu", 620 * MILLION)).max_rows == 16  # 32,768 tokens of scores
 
 
+def test_a_step_takes_a_sixteenth_of_the_device_at_most() -> None:
+    sixteenth = 512 * (1880 + 2000 * 48)
+    assert serve_capacity(PLAIN, on("cpu", 16 * sixteenth)).max_rows == 512
+    assert serve_capacity(PLAIN, on("cpu", 16 * sixteenth - 1)).max_rows == 256
+
+
 @pytest.mark.parametrize(
     ("bytes", "tokens"), [(598_500_000, 380), (599_000_000, 1315), (599_391_600, 2048), (600_000_000, 3185)]
 )
@@ -137,13 +143,20 @@ def test_a_replica_fits_when_its_least_cache_and_step_do(positions: int, least: 
     def left(bytes: int) -> int:
         return bytes * 96 // 100 - 2 * (bytes // 32) - fixed
 
-    enough = next(bytes for bytes in range(598_000_000, 599_000_000) if left(bytes) == least)
+    def first(wanted: int) -> int:
+        near = (wanted + fixed) * 400 // 359  # a byte more leaves 0.8975 more, and rounding 2 at most
+        return next(bytes for bytes in range(near - 32, near + 32) if left(bytes) == wanted)
+
+    enough = first(least)
     assert serve_capacity(size, on("cpu", enough)).kv_bytes > 0
     with pytest.raises(DoesNotFit, match=f"needs at least {fixed + 37_375_000 + least:,} bytes, 100,000 of them for"):
         serve_capacity(size, on("cpu", 598_000_000))
-    short = next(bytes for bytes in range(598_000_000, 599_000_000) if left(bytes) == least - 1)
+    short = first(least - 1)
     with pytest.raises(DoesNotFit, match=f"weights, and {short * 96 // 100:,} of a device can be given to it"):
         serve_capacity(size, on("cpu", short))
+    least_on_a_gpu = min(positions or 256, 256) * 320 + 30_080
+    with pytest.raises(DoesNotFit, match=f"needs at least {fixed + 37_375_000 + least_on_a_gpu:,} bytes"):
+        serve_capacity(size, on("cuda", 598_000_000))
 
 
 def test_the_longest_context_leaves_two_blocks_of_the_cache() -> None:
@@ -197,6 +210,7 @@ def test_a_micro_batch_is_halved_until_its_rows_fit(bytes: int, fit: int, micro:
 def test_a_slow_device_s_step_is_a_micro_batch_at_least_and_rows_come_in_256s() -> None:
     rows = [pack_capacity(PLAIN, on("cpu", 620 * MILLION, speed)).max_rows for speed in (1.0, 4e7, 1e8)]
     assert rows == [128, 512, 1536]  # of 0, 666 and 1,666
+    assert pack_capacity(PLAIN, on("cuda", 620 * MILLION, 3.075e8)).max_rows == 5120  # of 5,125
 
 
 def test_a_pack_fits_when_sixteen_rows_do() -> None:

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import get_args
+from typing import Any, get_args
 
 import numpy
 import pytest
@@ -45,11 +45,12 @@ JOB_KEY = keys.job(JOB.id)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 
 
-def plain(kind: type) -> st.SearchStrategy[object]:
+def plain(kind: type, **given: st.SearchStrategy[object]) -> st.SearchStrategy[Any]:
     """Values of any record or event, mappings empty."""
-    return st.builds(
-        kind, **{field.name: st.just(MappingProxyType({})) for field in fields(kind) if "Mapping" in field.type}
-    )
+    empty: dict[str, st.SearchStrategy[Any]] = {
+        field.name: st.just(MappingProxyType({})) for field in fields(kind) if "Mapping" in field.type
+    }
+    return st.builds(kind, **empty, **given)
 
 
 @settings(max_examples=60)
