@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.grammar import parse
-from polygraft.grafts.runtime import feedforward
+from polygraft.grafts.runtime import feedforward, modules
 from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.modules import SiteLinear
 from polygraft.grafts.runtime.route import Rows, Span
 from polygraft.grafts.runtime.stacks import Resident
 from tests.grafts.oracle.row import random_tensors
 from tests.tiny import tiny_llama
 
 ROWS = 24
-MIXES = {("lora(r=2)", "parallel(2)"): True, ("lora(r=2)", "lora(r=2, dropout=0.1)"): False, ("ia3", "lora(r=2)"): True}
+MIXES: Mapping[tuple[str, ...], bool] = {
+    ("lora(r=2)", "parallel(2)"): True,
+    ("lora(r=2)", "lora(r=2, dropout=0.1)"): False,
+    ("ia3", "lora(r=2)"): True,
+}
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -29,13 +36,16 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_as_one_tensor_they_have_the_bits_of_two(
     texts: tuple[str, ...], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined: list[bool] = []
-    one = feedforward.joined
-    monkeypatch.setattr(
-        feedforward, "joined", lambda *given: (found := one(*given), joined.append(found is not None))[0]
-    )
+    found: list[bool] = []
+
+    def joined(members: Sequence[SiteLinear], x: Tensor) -> Tensor | None:
+        both = modules.joined(members, x)
+        found.append(both is not None)
+        return both
+
+    monkeypatch.setattr(feedforward, "joined", joined)
     gradients = trained(backbone, texts)
-    assert set(joined) == {MIXES[texts]}
+    assert set(found) == {MIXES[texts]}
     monkeypatch.setattr(feedforward, "joined", lambda *_: None)
     apart = trained(backbone, texts)
     assert gradients and all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, apart, strict=True))
