@@ -14,7 +14,7 @@ from polygraft.grafts.methods.declare import SiteShape
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.sizes import HEAD, TensorSpec, head_tensors, operands_of, tensors_of
-from polygraft.grafts.spec import GraftSpec, Layers, SpecError
+from polygraft.grafts.spec import Branch, GraftSpec, Layers, SpecError
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ class BoundGraft:
     def reads_prompt(self) -> bool:
         """Whether its virtual tokens are a function of the whole prompt (`GraftSpec.reads_prompt`)."""
         return self.spec.reads_prompt
+
+    @cached_property
+    def reads_ahead(self) -> bool:
+        """Whether what a row is may depend on tokens after it. Where not, sequences that begin alike share rows."""
+        ends = any(isinstance(slot, Branch) and (slot.first or slot.last) for slot in self.spec.slots)
+        return ends or self.reads_prompt or not self.shape.causal
 
     @cached_property
     def draws(self) -> bool:
