@@ -14,7 +14,7 @@ from polygraft.grafts.methods.declare import SiteShape
 from polygraft.grafts.methods.registry import form
 from polygraft.grafts.sites import ModelShape, Site, sites_of
 from polygraft.grafts.sizes import HEAD, TensorSpec, head_tensors, operands_of, tensors_of
-from polygraft.grafts.spec import Branch, GraftSpec, Layers, SpecError
+from polygraft.grafts.spec import GraftSpec, Layers, SpecError
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,14 @@ class BoundGraft:
         return self.spec.reads_prompt
 
     @cached_property
+    def prefix_cacheable(self) -> bool:
+        """Whether sequences that begin alike have the same keys and values there (`GraftSpec.prefix_cacheable`)."""
+        return self.spec.prefix_cacheable
+
+    @cached_property
     def reads_ahead(self) -> bool:
-        """Whether what a row is may depend on tokens after it. Where not, sequences that begin alike share rows."""
-        ends = any(isinstance(slot, Branch) and (slot.first or slot.last) for slot in self.spec.slots)
-        return ends or self.reads_prompt or not self.shape.causal
+        """Whether what a row is may depend on tokens after it, by the graft or by the backbone."""
+        return not self.prefix_cacheable or not self.shape.causal
 
     @cached_property
     def draws(self) -> bool:

@@ -103,7 +103,7 @@ async def ingress(place: Place, name: str, settings: ServeSettings, who: str = "
         await gateway.close()
 
 
-async def until(holds: Callable[[], bool], seconds: float = 90.0) -> float:
+async def until(holds: Callable[[], bool], seconds: float = 200.0) -> float:
     """The time it took."""
     began = time.monotonic()
     while not holds():
