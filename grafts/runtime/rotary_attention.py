@@ -33,7 +33,8 @@ class RotaryAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         angles = position_embeddings[0][0], position_embeddings[1][0]
         members: list[SiteLinear] = [self.get_submodule(f"{part}_proj") for part in "qkv"]  # type: ignore[misc]
-        both = None if "q_norm" in self._modules else joined(members, hidden_states)
+        alone = "q_norm" in self._modules or not torch.is_grad_enabled()
+        both = None if alone else joined(members, hidden_states)
         if both is not None:
             widths = members[0].linear.widths
             q, k, v = turned_joined(both.squeeze(0), widths, angles, widths[0] // self.head_dim)
