@@ -86,7 +86,6 @@ def test_without_botorch_the_sampler_is_refused_with_what_to_install(monkeypatch
         replace(plan_of(8), model="saas")
 
 
-@needs_botorch
 def test_the_model_proposes_from_its_first_trial_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saas, "_acquisition", lambda *_: None)
     monkeypatch.setattr(Saas, "_best", lambda *_: at_shares(PARAMETERS, [0.5] * len(PARAMETERS)))
