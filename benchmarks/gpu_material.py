@@ -130,7 +130,9 @@ class Turned:
 
     @staticmethod
     def of(backbone: Backbone, data: Path, grafts: Sequence[str], streams: int = 128) -> Turned:
-        settings = ServeSettings(max_streams=streams, max_queued=streams, max_rows=4096, kv_bytes=1 << 30)
+        settings = ServeSettings(
+            max_streams=streams, max_queued=streams, max_rows=4096, kv_bytes=1 << 30, prefix_cache=False
+        )
         engine = Engine(backbone, settings, replica=ReplicaId("gpu"), data=data, graft_bytes=8 << 30)
         residency = engine._streams.residency
         for graft in map(GraftId, grafts):

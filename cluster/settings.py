@@ -86,6 +86,9 @@ class ServeSettings(BaseModel):
         default=1 << 30, description="grafts in memory; their stacks may take as much again"
     )
     max_rows: PositiveInt = Field(default=256, description="rows of one step: one a decoding stream, the rest prefill")
+    prefix_cache: bool = Field(
+        default=True, description="what a tenant's prompts for one graft have in common is computed once"
+    )
     bytes: PositiveInt | None = Field(
         default=None, description="of a device that a replica takes; not given: half of it"
     )

@@ -119,6 +119,16 @@ class BoundGraft:
         return self.spec.reads_prompt
 
     @cached_property
+    def prefix_cacheable(self) -> bool:
+        """Whether sequences that begin alike have the same keys and values there (`GraftSpec.prefix_cacheable`)."""
+        return self.spec.prefix_cacheable
+
+    @cached_property
+    def reads_ahead(self) -> bool:
+        """Whether what a row is may depend on tokens after it, by the graft or by the backbone."""
+        return not self.prefix_cacheable or not self.shape.causal
+
+    @cached_property
     def draws(self) -> bool:
         """Whether a forward in training depends on random numbers."""
         return self.spec.draws

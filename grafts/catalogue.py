@@ -82,7 +82,7 @@ def entry(method: Method, shape: ModelShape = LLAMA_7B) -> Entry:
         parameters=graft.parameters,
         frozen=graft.frozen,
         mergeable=mergeable(spec),
-        prefix_cacheable=not needs_prompt_length(spec),
+        prefix_cacheable=spec.prefix_cacheable,
         chunkable=not spec.reads_prompt,
         recompute_needs_prompt_len=needs_prompt_length(spec),
     )

@@ -350,6 +350,12 @@ class GraftSpec:
         return any(isinstance(slot, Tokens) and slot.gate != "none" for slot in self.slots)
 
     @property
+    def prefix_cacheable(self) -> bool:
+        """Whether the keys and values of a token depend on the graft and the tokens before it alone: not where virtual
+        tokens are made of the whole prompt, nor where it counts which tokens are the prompt's."""
+        return not self.reads_prompt and not any(isinstance(s, Branch) and (s.first or s.last) for s in self.slots)
+
+    @property
     def draws(self) -> bool:
         """Whether a forward in training depends on random numbers."""
         dropped = any(isinstance(slot, Branch) and (slot.dropout or slot.gate == "noise") for slot in self.slots)

@@ -303,7 +303,7 @@ class Engine:
         probabilities: Probabilities | None = None,
     ) -> None:
         self._tell(sequence, token, reason, error, code, probabilities)
-        self._streams.remove(sequence)
+        self._streams.remove(sequence, failed=reason == "error")
         self._suspects.acquit(sequence)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:

@@ -41,7 +41,8 @@ class QueueFull:
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What an engine has done since it began. Requests that `entered` the batch waited `queued_s` seconds together,
-    `preemptions` had to leave it again, and `loads` grafts were read in `load_s` seconds."""
+    `preemptions` had to leave it again, and `loads` grafts were read in `load_s` seconds. Of `prefix_queries` tokens of
+    requests that entered and might have been computed before, `prefix_hits` were."""
 
     steps: int = 0
     rows: int = 0
@@ -52,6 +53,8 @@ class Tally:
     loads: int = 0
     load_s: float = 0.0
     evictions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polygraft.cluster.model import TenantId
+from polygraft.cluster.model import GraftId, TenantId
 from polygraft.cluster.policy.fairness import PROMPT_TOKEN
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.embedding import virtual_ids
@@ -16,8 +16,9 @@ from polygraft.serving.request import GenerationRequest
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A request in the engine. Cache slots hold the graft's prefix, then `computed` of `tokens`, the first `virtual` of
-    which are the graft's own. `entered` is its number among those that were ever admitted, which it keeps; one that is
-    `overdue` goes before others."""
+    which are the graft's own; where it is `cacheable`, those of another one that begins alike are its own, too.
+    `entered` is its number among those that were ever admitted, which it keeps; one that is `overdue` goes before
+    others."""
 
     request: GenerationRequest
     arrival: float
@@ -26,6 +27,7 @@ class Sequence:
     prefix: int = 0
     virtual: int = 0
     reads_prompt: bool = False
+    cacheable: bool = True
     computed: int = 0
     tokens: list[int] = field(default_factory=list)
 
@@ -35,6 +37,7 @@ class Sequence:
     def attach_graft(self, graft: BoundGraft) -> None:
         """Take in what the graft puts before the prompt; again is as once."""
         self.prefix, self.reads_prompt = graft.prefix_length, graft.reads_prompt
+        self.cacheable = graft.prefix_cacheable
         if not self.virtual:
             self.virtual = graft.virtual_length
             self.tokens = [*virtual_ids(self.virtual), *self.tokens]
@@ -82,6 +85,16 @@ class Sequence:
     def cached(self) -> int:
         """Cache slots in use, the prefix among them; also the position of the next row."""
         return self.prefix + self.computed
+
+    @property
+    def owner(self) -> tuple[TenantId, GraftId | None]:
+        """With whose keys and values it may share: no other tenant learns from the time it takes what this one asks."""
+        return self.tenant, self.request.graft
+
+    @property
+    def ids(self) -> list[int]:
+        """What stands for its cache slots, those to come too: with the graft they say all that is in them."""
+        return [*virtual_ids(self.prefix), *self.tokens]
 
     def finish_reason(self, token: int) -> FinishReason | None:
         """Why the sequence ends with `token` as its next one; None while it goes on."""

@@ -19,6 +19,7 @@ from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
 from polygraft.serving.messages import Load, Tally
+from polygraft.serving.prefixes import Match
 from polygraft.serving.residency import Residency
 from polygraft.serving.sequence import Sequence
 from polygraft.serving.tenants import Tenants
@@ -84,11 +85,15 @@ class Streams:
         insort(self.waiting, sequence, key=_age)
         self.tenants.queued(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget it, wherever it is, and take back what it holds."""
+    def remove(self, sequence: Sequence, *, failed: bool = False) -> None:
+        """Forget it, wherever it is, and take back what it holds; nobody goes on from what one that failed had."""
         if sequence in self.waiting:
             self._unqueue(sequence)
         if sequence in self.running:
+            if failed:
+                self.blocks.distrust(sequence.request.id)
+            else:
+                self._know(sequence)
             self._release(sequence)
 
     def load_grafts(self, now: float) -> list[Failed]:
@@ -124,13 +129,16 @@ class Streams:
         """What the policy wants computed next, its evictions and admissions done, blocks for every row at hand; and
         who could not be given what it needs, and why."""
         failed: list[Failed] = []
+        _each(self.running, self._know, failed)
         ready = _each(self._ready, self._attach, failed)
         plan = self._plan(ready, failed)
         found = {sequence.request.id: sequence for sequence in (*ready, *self.running)}
         rows = dict(plan.chunks)
         for id in plan.evicted:
             self._preempt(found[id])
-        _each((found[id] for id in plan.admitted), lambda one: self._admit(one, now), failed)
+        # All take what is computed already before blocks are given out, which are theirs otherwise.
+        admitted = _each((found[id] for id in plan.admitted), lambda one: self._admit(one, now), failed)
+        _each(admitted, self._fill, failed)
         lost = {sequence for sequence, _ in failed}
         chosen = [found[id] for id in rows if found[id] not in lost]
         grown = _each(chosen, lambda one: self._grow(one, one.cached + rows[one.request.id]), failed)
@@ -178,9 +186,10 @@ class Streams:
         return self._asked([], [sequence]) if sequence in self.running else self._asked([sequence], [])
 
     def _asked(self, ready: list[Sequence], running: list[Sequence]) -> StepPlan:
+        held = self.blocks.yields(sequence.request.id for sequence in running)
         return admit_streams(
-            [_as_waiting(sequence) for sequence in ready],
-            [self._as_running(sequence) for sequence in running],
+            [self._as_waiting(sequence) for sequence in ready],
+            [self._as_running(*each) for each in zip(running, held, strict=True)],
             ledger=self.tenants.ledger,
             free_blocks=self.blocks.free_blocks,
             block_size=BLOCK_SIZE,
@@ -188,12 +197,30 @@ class Streams:
             rows=self._settings.max_rows,
         )
 
-    def _as_running(self, one: Sequence) -> Running:
-        held, missing = len(self.blocks.table(one.request.id)), self.blocks.missing(one.request.id, one.cached + 1)
+    def _as_waiting(self, one: Sequence) -> Waiting:
+        slots = one.prefix + len(one.tokens)
+        left = slots - max(one.prefix, self._match(one).slots)
+        return Waiting(one.request.id, left, slots, one.min_chunk, one.tenant, one.cost, one.overdue)
+
+    def _as_running(self, one: Sequence, held: int) -> Running:
+        missing = self.blocks.missing(one.request.id, one.cached + 1)
         return Running(one.request.id, one.left, held, missing, one.min_chunk, one.tenant)
 
+    def _match(self, sequence: Sequence) -> Match:
+        """What is computed of it: never all, since its newest token's logits are asked for."""
+        return self.blocks.match(sequence.owner, sequence.ids[:-1]) if self._shares(sequence) else Match()
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return self._settings.prefix_cache and sequence.cacheable
+
+    def _know(self, sequence: Sequence) -> None:
+        """Let others find its full blocks, once a token was drawn behind them: it was finite, and so are they."""
+        id, full = sequence.request.id, sequence.cached // BLOCK_SIZE
+        if self._shares(sequence) and sequence.left <= 1 and full > self.blocks.known(id):
+            self.blocks.know(id, sequence.owner, sequence.ids[: full * BLOCK_SIZE])
+
     def _admit(self, sequence: Sequence, now: float) -> None:
-        """Blocks for all its tokens, its graft's prefix in the first of them."""
+        """It runs, with the full blocks of what is computed of it."""
         graft = sequence.request.graft
         self._unqueue(sequence)
         if sequence.entered is None:
@@ -204,11 +231,22 @@ class Streams:
         insort(self.running, sequence, key=_turn)
         if graft is not None:
             self.residency.pin(graft)
+        self.blocks.share(sequence.request.id, self._match(sequence).blocks)
+
+    def _fill(self, sequence: Sequence) -> None:
+        """Blocks for all its tokens; what is computed of it, and of its graft's prefix what is not there."""
         self._grow(sequence, sequence.prefix + len(sequence.tokens))
-        if graft is not None:
-            resident = self.residency.get(graft)
+        table, match = self.blocks.table(sequence.request.id), self._match(sequence)
+        if match.copied:
+            self.cache.copy(match.source, table[len(match.blocks)], match.copied)
+        if sequence.request.graft is not None:
+            resident = self.residency.get(sequence.request.graft)
             assert resident is not None
-            self.cache.write_prefix(self.blocks.table(sequence.request.id), resident)
+            self.cache.write_prefix(table, resident, match.slots)
+        sequence.computed = max(0, match.slots - sequence.prefix)
+        if self._shares(sequence):
+            queries, hits = self._tally.prefix_queries + len(sequence.tokens), self._tally.prefix_hits
+            self._tally = replace(self._tally, prefix_queries=queries, prefix_hits=hits + sequence.computed)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its original arrival; what it has said is kept and computed again as context."""
@@ -250,11 +288,6 @@ class Streams:
             raise ContextExceeded(
                 f"prompt, answer and virtual tokens are {need}, the context is {self._settings.max_context}"
             )
-
-
-def _as_waiting(one: Sequence) -> Waiting:
-    slots = one.prefix + len(one.tokens)
-    return Waiting(one.request.id, one.left, slots, one.min_chunk, one.tenant, one.cost, one.overdue)
 
 
 def _each(sequences: Iterable[Sequence], act: Callable[[Sequence], object], failed: list[Failed]) -> list[Sequence]:

@@ -12,12 +12,15 @@ from torch import Tensor
 from polygraft.cluster.scores import Scores
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.backbone import Backbone
+from polygraft.grafts.runtime.shared_rows import rows_of
 from polygraft.grafts.runtime.stacks import Resident, Stacks
 from polygraft.trainers.head import ClassHead
 from polygraft.trainers.job import Sample
 from polygraft.trainers.micro_batch import MicroBatch
 from polygraft.trainers.packed_forward import forward_answers, forward_logits
 from polygraft.trainers.scores import Answer, Chosen, label_scores, scores_of
+
+_PIECES = 4  # of a forward at most: attention has their rows apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +89,31 @@ def _answers(
 ) -> tuple[float, list[Answer]]:
     """The summed weighted loss of samples under the stacks' only resident, and what each came to."""
     total, found = 0.0, []
-    for piece in _pieces(samples, max_rows, resident.graft.virtual_length):
-        loss, answers = forward_answers(backbone, stacks, _micro_batch(resident, stacks, piece))
-        total += loss
+    for pieces in _together(_pieces(samples, max_rows, resident.graft.virtual_length), max_rows, resident.graft):
+        losses, answers = forward_answers(backbone, stacks, [_micro_batch(resident, stacks, one) for one in pieces])
+        for loss in losses:  # the total's bits are those of the pieces, whichever are computed together
+            total += loss
         found += answers
     return total, found
+
+
+def _together(
+    pieces: Iterable[tuple[Sample, ...]], limit: int, graft: BoundGraft
+) -> Iterator[Sequence[tuple[Sample, ...]]]:
+    """Those that one forward computes: more than one where its samples share rows."""
+    group: list[tuple[Sample, ...]] = []
+    for piece in pieces:
+        alone = graft.reads_ahead or graft.head or len(group) == _PIECES
+        if group and (alone or _shared_rows([*group, piece]) + graft.virtual_length > limit):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def _shared_rows(pieces: Iterable[tuple[Sample, ...]]) -> int:
+    return max(rows_of(sample.ids[:-1] for piece in pieces for sample in piece), default=-1) + 1
 
 
 def _pieces(samples: Iterable[Sample], limit: int, virtual: int) -> Iterator[tuple[Sample, ...]]:

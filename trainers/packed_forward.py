@@ -4,7 +4,7 @@ job."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,6 +14,7 @@ from polygraft.grafts.runtime.attention import WholeSequences
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.runtime.route import Input, Rows
 from polygraft.grafts.runtime.rows import RowBuilder
+from polygraft.grafts.runtime.shared_rows import SharedRows, shared
 from polygraft.grafts.runtime.stacks import Stacks
 from polygraft.trainers.loss import judged_tokens, losses_and_gradient, token_losses
 from polygraft.trainers.micro_batch import MicroBatch
@@ -27,7 +28,7 @@ class _Packed:
     `bounds` are each micro-batch's part of these."""
 
     rows: Rows
-    attention: WholeSequences
+    attention: WholeSequences | SharedRows
     states: bool
     counted: Tensor
     targets: Tensor
@@ -67,27 +68,32 @@ def forward_losses(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[M
 
 
 @torch.inference_mode()
-def forward_answers(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) -> tuple[float, list[Answer]]:
-    """The summed weighted loss of a micro-batch as `forward_losses` has it, and what each of its samples came to, which
-    is a function of the sample alone."""
-    packed = _packed(backbone, [micro_batch])
+def forward_answers(
+    backbone: Backbone, stacks: Stacks, micro_batches: Sequence[MicroBatch]
+) -> tuple[list[float], list[Answer]]:
+    """The summed weighted losses of one graft's micro-batches as `forward_losses` has them, and what each of their
+    samples came to, which is a function of the sample alone. With a head there is one."""
+    packed = _judged(backbone, stacks, micro_batches)
     read = _hidden(backbone, stacks, packed)[packed.counted]
-    head = micro_batch.head
+    head = micro_batches[0].head
     judged = judged_tokens(backbone, read, packed.targets) if head is None else head.judged(read, packed.targets)
     losses, likeliest = judged
     losses = losses.to(packed.weights.dtype)
-    (total,) = _sums(losses, packed.weights, packed.bounds)
-    bounds = list(pairwise(accumulate((s.learned for s in micro_batch.samples), initial=0)))
+    totals = _sums(losses, packed.weights, packed.bounds)
+    learned = (sample.learned for micro_batch in micro_batches for sample in micro_batch.samples)
+    bounds = list(pairwise(accumulate(learned, initial=0)))
     targets, guesses = packed.targets.cpu().tolist(), likeliest.cpu().tolist()
     sums = zip(bounds, _sums(losses, packed.weights, bounds), strict=True)
-    return total, [Answer(loss, tuple(targets[start:stop]), tuple(guesses[start:stop])) for (start, stop), loss in sums]
+    return totals, [
+        Answer(loss, tuple(targets[start:stop]), tuple(guesses[start:stop])) for (start, stop), loss in sums
+    ]
 
 
 @torch.inference_mode()
 def forward_logits(backbone: Backbone, stacks: Stacks, micro_batch: MicroBatch) -> Tensor:
     """The labels' logits, [samples, labels], of a micro-batch with a head."""
     assert micro_batch.head is not None, "a micro-batch of texts to classify"
-    packed = _packed(backbone, [micro_batch])
+    packed = _judged(backbone, stacks, [micro_batch])
     hidden = _hidden(backbone, stacks, packed)
     return micro_batch.head.logits(hidden[packed.counted])
 
@@ -127,6 +133,18 @@ def _sums(losses: Tensor, factors: Tensor, bounds: Sequence[tuple[int, int]]) ->
     """Each micro-batch's weighted loss; here the host waits for the device."""
     found = losses.cpu()
     return [float((found[start:stop] * factors[start:stop]).sum()) for start, stop in bounds]
+
+
+def _judged(backbone: Backbone, stacks: Stacks, micro_batches: Sequence[MicroBatch]) -> _Packed:
+    """One graft's micro-batches without dropout, whose samples share the rows that they begin with where it allows."""
+    packed = _packed(backbone, micro_batches)
+    if stacks.residents[micro_batches[0].graft].graft.reads_ahead:
+        return packed
+    assert isinstance(packed.attention, WholeSequences)
+    rows, attention, row = shared(packed.rows, packed.attention)
+    if len(rows) == len(packed.rows):  # nothing to share
+        return packed
+    return replace(packed, rows=rows, attention=attention, counted=row.to(backbone.device)[packed.counted])
 
 
 def _packed(backbone: Backbone, micro_batches: Sequence[MicroBatch]) -> _Packed:

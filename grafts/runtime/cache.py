@@ -56,14 +56,18 @@ class KVCache:
         if len(index):
             self.data[:, index.to(self.data.device)] = 0
 
-    def write_prefix(self, table: Sequence[int], resident: Resident) -> None:
-        """Put a prefix graft's rows at positions 0 to p - 1 of a sequence, in every layer they act in."""
+    def copy(self, source: int, block: int, slots: int) -> None:
+        """Put the first `slots` slots of one block into another."""
+        self.data[:, block, :slots] = self.data[:, source, :slots]
+
+    def write_prefix(self, table: Sequence[int], resident: Resident, first: int = 0) -> None:
+        """Put a prefix graft's rows at positions `first` to p - 1 of a sequence, in every layer they act in."""
         for tensor in resident.graft.tensors:
             slot = resident.graft.spec.slots[tensor.slot]
             if isinstance(slot, KV) and not slot.aside and tensor.site is not None:
-                slots = _slots(table, 0, tensor.shape[0], self.block_size).to(self.data.device)
+                slots = _slots(table, first, max(0, tensor.shape[0] - first), self.block_size).to(self.data.device)
                 rows = self.data[tensor.site.layer].flatten(0, 1)[:, 0 if tensor.part == "k" else 1]
-                rows[slots] = resident.tensors[tensor.name].to(rows.dtype)
+                rows[slots] = resident.tensors[tensor.name][first:].to(rows.dtype)
 
 
 @dataclass(frozen=True, slots=True)

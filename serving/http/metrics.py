@@ -106,6 +106,8 @@ def _replicas(api: Api) -> Iterator[Metric]:
     yield counter("graft_load_seconds", "Time that reading grafts took.", lambda tally: tally.load_s)
     yield counter("graft_evictions", "Grafts that went to make room for others.", lambda tally: tally.evictions)
     yield counter("num_preemptions", "Requests sent back to the queue.", lambda tally: tally.preemptions)
+    yield counter("prefix_cache_queries", "Tokens looked up among those computed.", lambda tally: tally.prefix_queries)
+    yield counter("prefix_cache_hits", "Tokens that had been computed before.", lambda tally: tally.prefix_hits)
     yield counter("engine_steps", "Steps.", lambda tally: tally.steps)
     yield counter("engine_step_rows", "Rows of all steps.", lambda tally: tally.rows)
     yield counter("engine_step_seconds", "Time in steps.", lambda tally: tally.step_s)

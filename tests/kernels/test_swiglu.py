@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polygraft.kernels.swiglu import op, reference
-from polygraft.kernels.swiglu.op import swiglu
+from polygraft.kernels.swiglu.op import swiglu, swiglu_joined
 from tests.kernels.compare import TOLERANCE, assert_as_good_as_steps, assert_close, relative, run
 
 
@@ -45,6 +45,18 @@ def test_in_bf16_it_errs_no_more_than_transformers_steps() -> None:
     exact = run(reference.swiglu, {k: v.double() for k, v in inputs.items()}, upstream=upstream(64, 1536))
     steps = run(lambda gate, up: F.silu(gate) * up, inputs, upstream=upstream(64, 1536))
     assert_as_good_as_steps(run(swiglu, inputs, upstream=upstream(64, 1536)), steps, exact)
+
+
+@pytest.mark.usefixtures("_way")
+def test_as_halves_of_one_tensor_they_have_the_bits_of_two_and_one_gradient() -> None:
+    inputs = halves(5, 17, torch.float32)
+    gate, up = (x.requires_grad_() for x in inputs.values())
+    both = torch.cat([gate, up], dim=1).detach().requires_grad_()
+    two, one = swiglu(gate, up), swiglu_joined(both)
+    gradients = torch.autograd.grad(two, (gate, up), upstream(5, 17))
+    assert torch.equal(one, two)
+    (gradient,) = torch.autograd.grad(one, both, upstream(5, 17))
+    assert torch.equal(gradient, torch.cat(gradients, dim=1))
 
 
 def test_rows_that_are_a_stride_apart_are_read_where_they_lie() -> None:

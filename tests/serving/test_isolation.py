@@ -118,10 +118,12 @@ def plant(place: str, culprit: Culprit, patch: pytest.MonkeyPatch) -> None:
                 "admit_streams",
                 lambda waiting, running, **_: any(one.id == id for one in (*waiting, *running)),
             )
+        case "what is computed of it":
+            wrap(patch, Blocks, "match", lambda _, owner, ids: owner[1] == graft)
         case "cache blocks":
             wrap(patch, Blocks, "allocate", lambda _, holder, blocks: holder == id)
         case "its graft's prefix":
-            wrap(patch, KVCache, "write_prefix", lambda _, table, resident: resident.id == graft)
+            wrap(patch, KVCache, "write_prefix", lambda _, table, resident, first: resident.id == graft)
         case "stacks":
             wrap(patch, Residency, "compose", lambda _, grafts: graft in grafts)
         case "collation":
@@ -148,6 +150,7 @@ PLACES = (
     "reading its graft",
     "attaching its graft",
     "the policy",
+    "what is computed of it",
     "cache blocks",
     "its graft's prefix",
     "stacks",

@@ -66,13 +66,15 @@ def test_steps_rows_and_waits_are_counted(backbone: Backbone, tmp_path: Path, mo
         engine.submit(request(name, (5, 6, 7), 2))
     assert not engine.idle()
     assert engine.turn()
-    first = Tally(steps=1, rows=3, step_s=STEP_S, entered=1)
+    first = Tally(steps=1, rows=3, step_s=STEP_S, entered=1, prefix_queries=3)
     blocks = engine.load.blocks
     assert engine.load == Load(running=1, waiting=1, blocks=blocks, free_blocks=blocks - 1, tally=first)
     run(engine)
     # b entered after the two steps of a, and both had a prompt of three rows and one row more.
     assert engine.load == Load(
-        blocks=blocks, free_blocks=blocks, tally=Tally(steps=4, rows=8, step_s=4 * STEP_S, entered=2, queued_s=4.0)
+        blocks=blocks,
+        free_blocks=blocks,
+        tally=Tally(steps=4, rows=8, step_s=4 * STEP_S, entered=2, queued_s=4.0, prefix_queries=6),
     )
     assert engine.idle()
 
@@ -110,8 +112,8 @@ def test_a_stream_that_waits_for_its_graft_is_deferred_and_one_that_had_to_leave
     run(engine)
     per_block = 2 * 16 * 2 * 32 * 4
     small = engine_on(backbone, tmp_path / "small", max_context=52, kv_bytes=7 * per_block)
-    for name in ("p", "q", "r"):
-        small.submit(request(name, (5, 6, 7), 40))
+    for n, name in enumerate(("p", "q", "r")):
+        small.submit(request(name, (5 + n, 6, 7), 40))
     run(small)
     left = [json.loads(line) for line in (tmp_path / "small/replicas/r0/steps.jsonl").read_text().splitlines()]
     seen: set[str] = set()
