@@ -268,8 +268,11 @@ def test_a_leader_that_was_replaced_shuts_no_worker_of_its_successor_out(world: 
     assert world.store.renew(worker), "the worker's lease was not stolen"
 
 
-def test_a_controller_that_does_not_steal_leads_when_the_other_is_gone(world: World) -> None:
+def test_a_controller_that_does_not_steal_leads_when_the_other_is_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a new cluster's does while the old one is still up: it does nothing in the meantime."""
+    monkeypatch.setattr(module, "POLL_S", 0.02)
     world.settle()
     stop, lease = threading.Event(), world.controller._lease
     assert lease is not None
@@ -323,7 +326,10 @@ def test_the_log_is_trimmed_behind_old_snapshots(world: World, monkeypatch: pyte
     assert all(job.final for job in world.controller.snapshot.jobs.values())
 
 
-def test_the_loop_survives_an_outage_of_the_store_and_stops_when_told() -> None:
+def test_the_loop_survives_an_outage_of_the_store_and_stops_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.02)
+    monkeypatch.setattr(module, "BACKOFF_S", (0.02,))
+
     class Flaky(MemoryStore):
         down = False
 
