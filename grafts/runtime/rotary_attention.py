@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from polygraft.grafts.runtime.attention import attended
+from polygraft.grafts.runtime.modules import SiteLinear, joined
 from polygraft.kernels.kv.scores import Scores
-from polygraft.kernels.rotary.op import turned
+from polygraft.kernels.rotary.op import turned, turned_joined
 
 
 class RotaryAttention(nn.Module):
@@ -30,10 +31,17 @@ class RotaryAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
     ) -> tuple[Tensor, None]:
-        q, k, v = (self.get_submodule(f"{part}_proj")(hidden_states).squeeze(0) for part in "qkv")
-        q, k = self._normed("q_norm", q), self._normed("k_norm", k)
-        cos, sin = (angle[0] for angle in position_embeddings)
-        q, k = turned(q, k, (cos, sin), q.shape[1] // self.head_dim)
+        angles = position_embeddings[0][0], position_embeddings[1][0]
+        members: list[SiteLinear] = [self.get_submodule(f"{part}_proj") for part in "qkv"]  # type: ignore[misc]
+        alone = "q_norm" in self._modules or not torch.is_grad_enabled()
+        both = None if alone else joined(members, hidden_states)
+        if both is not None:
+            widths = members[0].linear.widths
+            q, k, v = turned_joined(both.squeeze(0), widths, angles, widths[0] // self.head_dim)
+        else:
+            q, k, v = (member(hidden_states).squeeze(0) for member in members)
+            q, k = self._normed("q_norm", q), self._normed("k_norm", k)
+            q, k = turned(q, k, angles, q.shape[1] // self.head_dim)
         kv_heads = k.shape[1] // self.head_dim
         out = attended(self.layer_idx, q, k, v, kv_heads, Scores(self.scaling, self.sliding_window))
         return self.get_submodule("o_proj")(out[None]), None

@@ -57,25 +57,59 @@ def turned(q_TE: Tensor, k_TC: Tensor, angles: tuple[Tensor, Tensor], heads: int
     return q, k
 
 
+def turned_joined(qkv_TE: Tensor, widths: Sequence[int], angles: tuple[Tensor, Tensor], heads: int) -> Rows:
+    """Semantics: (turned(q[t]), turned(k[t]), v[t]) of rows of so many `widths` side by side; their gradient is one
+    tensor, too."""
+    if _all_compiled(qkv_TE, *angles) is not None:
+        return _Joined.apply(qkv_TE, widths, *angles, heads)  # type: ignore[no-any-return,no-untyped-call]
+    q, k, v = qkv_TE.split_with_sizes(widths, dim=1)
+    return *turned(q, k, angles, heads), v
+
+
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads  # type: ignore[attr-defined]
-        return _turn(q, k, (cos, sin), heads, back=False)
+        into = q.new_empty(q.shape), k.new_empty(k.shape)
+        _turn(q, k, (cos, sin), heads, into, back=False)
+        return into
 
     @staticmethod
     def backward(ctx: FunctionCtx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
-        dq, dk = (x if x.stride(1) == 1 else x.contiguous() for x in (dq, dk))
-        return *_turn(dq, dk, (cos, sin), ctx.heads, back=True), None, None, None  # type: ignore[attr-defined]
+        into = dq.new_empty(dq.shape), dk.new_empty(dk.shape)
+        _turn(dq, dk, ctx.saved_tensors, ctx.heads, into, back=True)  # type: ignore[attr-defined]
+        return *into, None, None, None
 
 
-def _turn(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], heads: int, *, back: bool) -> tuple[Tensor, Tensor]:
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, qkv: Tensor, widths: Sequence[int], cos: Tensor, sin: Tensor, heads: int) -> Rows:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads, ctx.widths = heads, widths  # type: ignore[attr-defined]
+        q, k, v = qkv.split_with_sizes(widths, dim=1)
+        into = q.new_empty(q.shape), k.new_empty(k.shape)
+        _turn(q, k, (cos, sin), heads, into, back=False)
+        return *into, v
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        widths = ctx.widths  # type: ignore[attr-defined]
+        both = dq.new_empty(len(dq), sum(widths))
+        q_to, k_to, v_to = both.split_with_sizes(widths, dim=1)
+        _turn(dq, dk, ctx.saved_tensors, ctx.heads, (q_to, k_to), back=True)  # type: ignore[attr-defined]
+        v_to.copy_(dv)
+        return both, None, None, None, None
+
+
+def _turn(
+    q: Tensor, k: Tensor, angles: Sequence[Tensor], heads: int, into: tuple[Tensor, Tensor], *, back: bool
+) -> None:
+    q, k = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k))
     compiled = _all_compiled(q, k, *angles)
     assert compiled is not None
     cos, sin = (x.contiguous() for x in angles)
-    q_to, k_to = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_to, k_to = into
     compiled.ready(
         **_rows_of(q, k, (cos, sin), heads),
         q_to=q_to,
@@ -84,7 +118,6 @@ def _turn(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], heads: int, *, ba
         k_to_stride=k_to.stride(0),
         back=back,
     )()
-    return q_to, k_to
 
 
 def _all_compiled(*tensors: Tensor) -> Function | None:

@@ -111,6 +111,20 @@ def test_turning_alone_has_transformers_bits_and_gradients(dtype: torch.dtype, h
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(ours, (q, k), upstream), wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_side_by_side_turn_as_apart_and_have_one_gradient(dtype: torch.dtype) -> None:
+    parts = projected(64, dtype)
+    upstream = [normal(*x.shape, seed=s, dtype=dtype) for s, x in enumerate(parts)]
+    together, angle = torch.cat(parts, dim=1).requires_grad_(), tables(angles(32), dtype)
+    q, k, v = (x.clone().requires_grad_() for x in parts)
+    apart = *op.turned(q, k, angle, HEADS), v
+    ours = op.turned_joined(together, [x.shape[1] for x in parts], angle, HEADS)
+    assert all(torch.equal(a, b) for a, b in zip(ours, apart, strict=True))
+    wanted = *torch.autograd.grad(apart[:2], (q, k), upstream[:2]), upstream[2]
+    (found,) = torch.autograd.grad(ours, together, upstream)
+    assert torch.equal(found, torch.cat(wanted, dim=1))
+
+
 def test_turning_leaves_what_is_beyond_the_angles_and_passes_its_gradient_on() -> None:
     q, k, _ = (x.detach().requires_grad_() for x in projected(64, torch.float32))
     cos, sin = tables(angles(16), torch.float32)

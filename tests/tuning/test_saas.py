@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from polygraft.tuning.objectives import Limit
+from polygraft.tuning.objectives import LOSS, Limit
 from polygraft.tuning.plan import BadPlan
 from polygraft.tuning.samplers import choose
 from polygraft.tuning.samplers.saas import Saas, copula, installed
-from polygraft.tuning.spaces.parameters import Choice, LogUniform, Whole, check
+from polygraft.tuning.spaces.parameters import Choice, LogUniform, Whole, at_shares, check
 from polygraft.tuning.study import Study, as_seen
 from tests.tuning.plans import invented, plan_of
+from tests.tuning.test_startup import PARAMETERS, hold
 
 needs_botorch = pytest.mark.skipif(not installed(), reason="BoTorch, the extra saas, is not installed")
 
@@ -83,3 +84,9 @@ def test_without_botorch_the_sampler_is_refused_with_what_to_install(monkeypatch
     monkeypatch.setattr(choose, "installed", lambda: False)
     with pytest.raises(BadPlan, match=r"polygraft\[saas\]"):
         replace(plan_of(8), model="saas")
+
+
+def test_the_model_proposes_from_its_first_trial_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saas, "_acquisition", lambda *_: None)
+    monkeypatch.setattr(Saas, "_best", lambda *_: at_shares(PARAMETERS, [0.5] * len(PARAMETERS)))
+    hold(Saas(parameters=PARAMETERS, objectives=(LOSS,), startup=3), monkeypatch)

@@ -20,8 +20,14 @@ WAIT_S = 1.0  # for a place
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
 
-async def unending(service: Service, tenant: str, path: str = "/v1/chat/completions", first: bytes = b"--b\r\n") -> int:
-    """The status of a request whose body begins and never goes on."""
+async def unending(
+    service: Service,
+    tenant: str,
+    path: str = "/v1/chat/completions",
+    first: bytes = b"--b\r\n",
+    stands: asyncio.Event | None = None,
+) -> int:
+    """The status of a request whose body begins and never goes on, from when it `stands`."""
     key = f"Bearer {service.keys[tenant]}".encode()
     headers = [(b"authorization", key), (b"content-type", b"multipart/form-data; boundary=b")]
     named = {"path": path, "raw_path": path.encode(), "query_string": b""}
@@ -30,7 +36,11 @@ async def unending(service: Service, tenant: str, path: str = "/v1/chat/completi
     begun = [{"type": "http.request", "body": first, "more_body": True}]
 
     async def receive() -> Any:
-        return begun.pop() if begun else await asyncio.Event().wait()
+        if begun:
+            return begun.pop()
+        if stands is not None:
+            stands.set()
+        return await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         status.extend([message["status"]] if message["type"] == "http.response.start" else [])
@@ -76,6 +86,21 @@ async def test_bodies_that_never_end_take_their_tenants_places_and_nobody_elses(
     assert max(computed) < 2.0, "what the loop itself computes for them holds nobody up"
     async with service.as_("ann") as ann:
         assert (await ann.post("/chat/completions", json=CHAT)).status_code == 200  # all places are free again
+
+
+async def test_ten_thousand_bytes_buy_a_body_one_second_more(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, stands = asyncio.get_running_loop(), asyncio.Event()
+    began, skipped = loop.time(), 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "time", lambda: began + skipped + (time.monotonic() - began) / 1000)
+        task = asyncio.ensure_future(unending(service, "ann", first=b" " * 10_000, stands=stands))
+        await stands.wait()
+        skipped += LIMITS.body_s + 0.5
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not task.done()
+        skipped += 0.6
+        assert await task == 408
 
 
 async def test_a_body_that_comes_slowly_but_comes_is_read(service: Service) -> None:

@@ -4,7 +4,9 @@ fault of the service tells its cause to the log alone."""
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +116,14 @@ def refusals(document: dict[str, Any]) -> Documented:
         for status in operation["responses"]
         if status != "200"
     }
+
+
+async def test_every_reference_leads_to_a_schema_of_the_document(service: Service, ann: httpx.AsyncClient) -> None:
+    whole = await document(service, ann)
+    text = json.dumps(whole)
+    referred = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert len(referred) > 20 and referred <= whole["components"]["schemas"].keys()
+    assert set(re.findall(r'"\$ref": "([^"]+)"', text)) == {f"#/components/schemas/{name}" for name in referred}
 
 
 async def test_every_documented_refusal_is_answered_and_no_other(service: Service, ann: httpx.AsyncClient) -> None:
