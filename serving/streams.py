@@ -133,12 +133,13 @@ class Streams:
         ready = _each(self._ready, self._attach, failed)
         plan = self._plan(ready, failed)
         found = {sequence.request.id: sequence for sequence in (*ready, *self.running)}
-        rows = dict(plan.chunks)
         for id in plan.evicted:
             self._preempt(found[id])
         # All take what is computed already before blocks are given out, which are theirs otherwise.
         admitted = _each((found[id] for id in plan.admitted), lambda one: self._admit(one, now), failed)
         _each(admitted, self._fill, failed)
+        # More may be found of one than when it was planned: some blocks that were looked at are given out since.
+        rows = {id: min(count, found[id].left) for id, count in plan.chunks}
         lost = {sequence for sequence, _ in failed}
         chosen = [found[id] for id in rows if found[id] not in lost]
         grown = _each(chosen, lambda one: self._grow(one, one.cached + rows[one.request.id]), failed)

@@ -66,7 +66,7 @@ class Asked:
 
 def asked(backbone: Backbone, data: Path, **settings: int) -> Asked:
     heard = Heard()
-    return Asked(engine_on(backbone, data, heard=heard, max_rows=64, **settings), heard)
+    return Asked(engine_on(backbone, data, heard=heard, **{"max_rows": 64, **settings}), heard)
 
 
 @pytest.mark.parametrize("room", ["plenty", "little"])
@@ -185,6 +185,21 @@ def test_a_stream_that_had_to_leave_finds_again_what_it_had(backbone: Backbone, 
     ask.engine._streams._preempt(sequence)
     run(ask.engine)
     assert ask.engine.load.tally.rows == 20 + 29 + 39 % 16
+
+
+def test_who_finds_more_than_its_step_was_planned_for_computes_what_is_left(backbone: Backbone, data: Path) -> None:
+    """Of blocks that begin alike the newest are looked at; who enters before it is given some of these, and then an
+    older one, which goes on longer as it does, is among them."""
+    ask = asked(backbone, data, max_rows=256, kv_bytes=37 * 8192)
+    ask(request("old", TEXT[:17], 1))
+    for n in range(32):
+        ask(request(f"newer {n}", (*TEXT[:3], *TEXT[60 + 5 * n : 74 + 5 * n]), 1))
+    ask(request("old again", TEXT[:17], 1))
+    before = ask.engine.load.tally.rows
+    ask.engine.submit(request("before", TEXT[200:290], 1))
+    ask(request("target", (*TEXT[:10], *TEXT[50:60]), 4))
+    assert ask.engine.load.tally.rows - before == 90 + 10 + 3
+    assert len(ask.heard.tokens["target"]) == 4
 
 
 @pytest.mark.parametrize("after", [0, 5])
