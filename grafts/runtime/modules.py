@@ -36,7 +36,9 @@ class SiteLinear(nn.Module):
 
 def joined(members: Sequence[SiteLinear], x: Tensor) -> Tensor | None:
     """The outputs of all members of a fused linear side by side, where each is the product with its fused branches and
-    nothing follows, in one step of autograd; else None."""
+    nothing follows, in one step of autograd; else None, as where somebody listens to a member's own output."""
+    if any(one._forward_hooks for one in members):
+        return None
     route, flat = current().at(members[0].site), x.view(-1, x.shape[-1])
     plans = [linear_plan(one.group, one.member, one.linear, route) for one in members]
     (shared, *_) = plans[0]
