@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import TextIO
 
 import psutil
+
+
+_FREE = range(20_000, 32_768)  # above those of Ray's workers, below those that Linux gives to connections
 
 
 class PortTaken(Exception):
@@ -68,10 +72,15 @@ def _bind(host: str, port: int) -> int:
 
 
 def _free_port(host: str) -> int:
-    try:
-        return _bind(host, 0)
-    except OSError as error:
-        raise PortTaken(f"host: {host}: {error.strerror or error}; it must be an address of this machine") from None
+    """One that the system gives nobody by itself: the head listens there only later."""
+    for port in random.sample(_FREE, len(_FREE)):
+        try:
+            return _bind(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                reason = error.strerror or error
+                raise PortTaken(f"host: {host}: {reason}; it must be an address of this machine") from None
+    raise PortTaken(f"port: all from {_FREE.start} to {_FREE.stop - 1} are in use on {host}; name one with --port")
 
 
 def _claims(host: str, port: int) -> Path:

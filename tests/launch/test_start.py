@@ -94,6 +94,14 @@ def test_an_address_that_is_not_this_machine_s_is_named(tmp_path: Path, tiny: Pa
         assert "192.0.2.1" in reason and "address of this machine" in reason
 
 
+def test_a_free_port_is_none_that_the_system_gives_to_connections(tmp_path: Path) -> None:
+    """So that nothing takes it before the head listens there."""
+    given, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    with claimed(HOST, 0, tmp_path) as (port, _):
+        assert 20_000 <= port < given
+
+
+
 def test_a_port_can_be_claimed_again_once_its_holder_is_gone(tmp_path: Path) -> None:
     with claimed(HOST, 0, tmp_path) as (port, _), pytest.raises(PortTaken), claimed(HOST, port, tmp_path):
         pass
