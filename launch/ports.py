@@ -19,7 +19,6 @@ from typing import TextIO
 
 import psutil
 
-
 _FREE = range(20_000, 32_768)  # above those of Ray's workers, below those that Linux gives to connections
 
 

@@ -101,7 +101,6 @@ def test_a_free_port_is_none_that_the_system_gives_to_connections(tmp_path: Path
         assert 20_000 <= port < given
 
 
-
 def test_a_port_can_be_claimed_again_once_its_holder_is_gone(tmp_path: Path) -> None:
     with claimed(HOST, 0, tmp_path) as (port, _), pytest.raises(PortTaken), claimed(HOST, port, tmp_path):
         pass
