@@ -27,11 +27,11 @@ demo: setup  ## train, search and serve eight grafts on this machine; REPORT=pat
 	$(BIN)/polygraft demo $(if $(REPORT),--report $(REPORT))
 
 # Two at a time, a file of tests each, in the order of tests/conftest.py; those that start Ray, which wait more than they
-# compute, come last, and three at a time.
-test: setup  ## run the tests (about 10 minutes on 2 cores)
+# compute, come last.
+test: setup  ## run the tests (about 9 minutes on 2 cores)
 	@status=0; \
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/ray --ignore tests/e2e --ignore tests/nodes || status=$$?; \
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e || status=$$?; \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e || status=$$?; \
 	exit $$status
 
 test-cluster: setup  ## kill what a service over three nodes consists of, one after the other (about 10 minutes)

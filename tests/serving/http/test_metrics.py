@@ -81,7 +81,10 @@ async def test_requests_are_counted_by_how_they_end(service: Service, ann: httpx
     assert of(answers, handler="other", status="404") == 1 and "nothing" not in str(found)
 
 
-async def test_a_client_that_leaves_is_an_abort(service: Service, ann: httpx.AsyncClient) -> None:
+async def test_a_client_that_leaves_is_an_abort(
+    service: Service, ann: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.engine, "_step_floor_s", 0.05)  # so that it is not answered before it has left
     asked = asyncio.create_task(ann.post("/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 140}))
     while not service.engine.load.running:
         await asyncio.sleep(0.005)
