@@ -19,7 +19,7 @@ from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
-from polygraft.serving.http.frames import DONE, EVENTS, Frames
+from polygraft.serving.http.frames import DONE, EVENTS, STREAM, Frames
 from polygraft.serving.http.generate import Asker, Said, first, unless_gone
 from polygraft.serving.http.generations import Completion, CompletionChoice, CompletionRequest, Usage
 from polygraft.serving.http.transcript import Transcript
@@ -52,7 +52,7 @@ class _Texts:
     "",
     response_model=Completion,
     responses={
-        200: {"content": {EVENTS: {"schema": {"type": "string"}}}, "description": "The texts, whole or as a stream."},
+        200: {"content": STREAM, "description": "The texts, whole or as a stream."},
         **answers(404, *READING),
     },
     openapi_extra=json_body(CompletionRequest),

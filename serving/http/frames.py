@@ -12,6 +12,13 @@ from polygraft.serving.http.generations import Usage
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: a stream writes one a token
 EVENTS = "text/event-stream"
+# In the OpenAPI document: the stream as a text, and by OpenAPI 3.2 each of its events.
+STREAM = {
+    EVENTS: {
+        "schema": {"type": "string"},
+        "itemSchema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]},
+    }
+}
 DONE = "data: [DONE]\n\n"
 Kind = Literal["chat.completion.chunk", "text_completion"]
 # What stands around the text in a choice of each kind, and in place of both where there is none.

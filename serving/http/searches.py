@@ -31,7 +31,7 @@ from polygraft.serving.http.body import read_json
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
-from polygraft.serving.http.frames import EVENTS
+from polygraft.serving.http.frames import EVENTS, STREAM
 from polygraft.serving.http.once import once
 from polygraft.serving.http.pages import first_of, not_in_list, page
 from polygraft.serving.http.schemas import Page, SearchEvent, SearchObject, TrialObject
@@ -107,7 +107,7 @@ def front(search: str, api: ApiDep, tenant: TurnDep) -> Page[TrialObject]:
     return Page(data=tuple(_trial(found, told.trials[number]) for number in told.front))
 
 
-@router.get("/{search}/events", responses=answers(400, 404))
+@router.get("/{search}/events", responses={200: {"content": STREAM}, **answers(400, 404)})
 async def events(
     search: str,
     api: ApiDep,
