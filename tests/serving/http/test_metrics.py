@@ -85,7 +85,8 @@ async def test_a_client_that_leaves_is_an_abort(
     service: Service, ann: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.engine, "_step_floor_s", 0.05)  # so that it is not answered before it has left
-    asked = asyncio.create_task(ann.post("/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 140}))
+    wanted = {"model": "tiny", "prompt": "a", "max_tokens": 140, "ignore_eos": True}
+    asked = asyncio.create_task(ann.post("/completions", json=wanted))
     while not service.engine.load.running:
         await asyncio.sleep(0.005)
     asked.cancel()
