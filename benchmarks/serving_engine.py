@@ -27,9 +27,7 @@ class Burst:
         self._open: set[str] = set()
         self._errors: list[str] = []
         data = Path(material.folder)
-        settings = ServeSettings(
-            prefix_cache=False
-        )  # the same prompts come again and again, and are computed each time
+        settings = ServeSettings(prefix_cache=False)  # the same prompts come again, and are computed each time
         self._engine = Engine(backbone, settings, replica=ReplicaId("benchmark"), data=data)
         self._engine.listen("", self._hear)
         self._engine.start()

@@ -16,6 +16,7 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving import streams
+from polygraft.serving.engine import Engine
 from tests.serving.engines import Heard, engine_on, request, run
 from tests.serving.naive import random_tensors
 from tests.tiny import tiny_llama
@@ -94,6 +95,14 @@ def test_the_step_that_takes_a_graft_in_computes_who_waited_for_it(backbone: Bac
     engine.stop()
 
 
+def asked_for_two(backbone: Backbone, data: Path, heard: Heard, *, tokens: int) -> Engine:
+    """For "a" and "b"."""
+    engine = engine_on(backbone, data, heard=heard)
+    for name in "ab":
+        engine.submit(request(name, (5, 6), tokens))
+    return engine
+
+
 def test_a_plan_that_no_stream_alone_spoils_is_nobodys_failure(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,9 +114,7 @@ def test_a_plan_that_no_stream_alone_spoils_is_nobodys_failure(
         return real(ready, running, **given)
 
     monkeypatch.setattr(streams, "admit_streams", raising)
-    engine = engine_on(backbone, tmp_path, heard=heard)
-    for name in "ab":
-        engine.submit(request(name, (5, 6), 2))
+    engine = asked_for_two(backbone, tmp_path, heard, tokens=2)
     assert engine.turn() and engine._failures == 1 and not heard.ends
     engine.cancel("b")
     engine.turn()
@@ -127,9 +134,7 @@ def test_who_spoils_the_plan_while_it_waits_or_runs_ends_alone(
         return admit_streams(ready, running, **given)
 
     monkeypatch.setattr(streams, "admit_streams", raising)
-    engine = engine_on(backbone, tmp_path, heard=heard)
-    for name in "ab":
-        engine.submit(request(name, (5, 6), 3))
+    engine = asked_for_two(backbone, tmp_path, heard, tokens=3)
     run(engine)
     assert heard.reasons() == {"a": "length", "b": "error"} and len(heard.tokens["b"]) == runs
     engine.stop()
