@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from polygraft.cluster.ground import Ground
 from polygraft.cluster.spec import BadRequest
-from polygraft.cluster.told import Told
+from polygraft.cluster.told import JsonObject, Told
 from polygraft.cluster.validation import explain
 from polygraft.grafts.spec import SpecError
 from polygraft.tuning.finals import Member, members
@@ -20,6 +21,9 @@ from polygraft.tuning.request import SearchRequest
 from polygraft.tuning.spaces.parameters import Config, Parameter
 from polygraft.tuning.study import Trial, excess, pareto
 from polygraft.tuning.warm import Task, taken_over, task_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 AUTO = "auto"  # a warm start from all earlier studies
 
@@ -63,11 +67,11 @@ class Desk:
             trials_total=plan.trials,
             trials=tuple(map(shown, study.trials)),
             front=tuple(trial.number for trial in pareto(within)),
-            finals=tuple(asdict(member) for member in members(study.trials, study.finals, plan.measured)),
+            finals=tuple(map(_json, members(study.trials, study.finals, plan.measured))),
             chosen=study.chosen,
-            parameters=tuple(asdict(parameter) for parameter in plan.space.parameters),
+            parameters=tuple(map(_json, plan.space.parameters)),
             job=plan.job.model_dump(mode="json", exclude_unset=True),
-            shape=asdict(plan.space.shape),
+            shape=_json(plan.space.shape),
             needs=frozenset(one for one in needs if one is not None),
         )
 
@@ -89,6 +93,12 @@ def shown(trial: Trial) -> dict[str, JsonValue]:
     """A trial as JSON: what its record has, its state, and its loss."""
     body: dict[str, JsonValue] = _TRIAL.dump_python(trial, mode="json")
     return {**body, "state": trial.state.value, "loss": trial.loss}
+
+
+def _json(value: DataclassInstance) -> JsonObject:
+    """Its fields as JSON has them: a tuple, such as a condition's, is no list to whoever checks."""
+    found: JsonObject = to_jsonable_python(asdict(value))
+    return found
 
 
 def axes(parameters: Sequence[Mapping[str, JsonValue]]) -> tuple[Parameter, ...]:
