@@ -56,6 +56,7 @@ class Desk:
         """How far a study is, and what each of its trials came to. Raises BadRecord."""
         study = decode(record)
         plan = study.plan
+        needs = (plan.job.training_file, plan.job.validation_file, plan.test_file, plan.supernet)
         within = [trial for trial in study.trials if excess(trial, plan.objectives, plan.limits) == 0]
         return Told(
             objectives=plan.minimise,
@@ -67,6 +68,7 @@ class Desk:
             parameters=tuple(asdict(parameter) for parameter in plan.space.parameters),
             job=plan.job.model_dump(mode="json", exclude_unset=True),
             shape=asdict(plan.space.shape),
+            needs=frozenset(one for one in needs if one is not None),
         )
 
 

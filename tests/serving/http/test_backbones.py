@@ -319,3 +319,13 @@ async def test_another_ingress_s_changes_are_followed(shared: Shared) -> None:
 
 def chat(model: str) -> dict[str, object]:
     return {"model": model, "messages": [{"role": "user", "content": ASK}], "max_tokens": 1}
+
+
+async def test_a_backbone_that_a_search_runs_on_stays(shared: Shared) -> None:
+    await shared.add()
+    files = {name: await upload(shared.ann, jsonl(EXAMPLE)) for name in ("training_file", "validation_file")}
+    space = {"kind": "autopeft", "groups": 1, "largest": 4, "longest": 4}
+    asked = {"name": "find", "model": "other", "space": space, **files}
+    assert (await shared.ann.post("/searches", json=asked)).status_code == 200
+    refused = refusal(await shared.operator.delete("/backbones/other"), 409)
+    assert refused["code"] == "backbone_in_use" and "1 running searches" in refused["message"]

@@ -178,7 +178,7 @@ async def test_a_version_that_is_needed_is_not_deleted(
     assert job.status_code == 200, job.text
     assert job.json()["id"] in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
     advance_job(service.api.store, JobCancelled(job=job.json()["id"], at=1.0))
-    monkeypatch.setattr(service.backbone.gateway, "uses", lambda graft: graft == first.id)
+    monkeypatch.setattr(service.backbone.gateway, "uses", lambda _, graft: graft == first.id)
     refusal(await ann.delete("/grafts/poems@1"), 409)
     monkeypatch.undo()
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
