@@ -25,15 +25,12 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.kernels.dense.device_class import device_class
-from polygraft.trainers import checkpoint as checkpoint_module
 from polygraft.trainers import publishing as publishing_module
 from polygraft.trainers import runner as runner_module
 from polygraft.trainers import worker as worker_module
 from polygraft.trainers.evaluate import Judgement
 from polygraft.trainers.manifest import Manifest
-from polygraft.trainers.pace import Paces
 from polygraft.trainers.runner import PackRunner
-from polygraft.trainers.running import RunningJob
 from polygraft.trainers.worker import PackWorker
 from tests.kernels.compare import relative
 from tests.tiny import tiny_llama
@@ -193,24 +190,6 @@ def test_a_worker_that_dies_while_it_fails_a_job_takes_it_up_from_its_checkpoint
             _work(store, backbone, tmp_path)
     _work(store, backbone, tmp_path)
     assert [job.state for job in _jobs(store)] == [JobState.SUCCEEDED]
-
-
-def test_who_is_published_soon_is_left_out_of_the_checkpoints_but_never_twice_in_a_row(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, saved = MemoryStore(), list[int]()
-    submit(store, tmp_path, {"ftjob-0": "ia3"})
-    save = checkpoint_module.save
-
-    def seen(folder: Path, running: RunningJob, *named: Any, **more: Any) -> str:
-        saved.append(running.step)
-        return save(folder, running, *named, **more)
-
-    monkeypatch.setattr(worker_module, "CHECKPOINT_S", 0.0)
-    monkeypatch.setattr(checkpoint_module, "save", seen)
-    monkeypatch.setattr(Paces, "ending", lambda paces, running, within_s: frozenset(running))
-    _work(store, backbone, tmp_path)
-    assert saved == [2, 4, 6, 8, 10] and _jobs(store)[0].step == 12
 
 
 def test_bad_training_data_fails_its_job_naming_the_line_and_no_other_job(backbone: Backbone, tmp_path: Path) -> None:
