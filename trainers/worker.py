@@ -79,6 +79,7 @@ class PackWorker:
         self._stopped = False
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
+        self._left_out: frozenset[str] = frozenset()  # of the last checkpoints
         self._publishing = Publishing(runner, store, lease.fence, folders, self._reports, self.device_class)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
@@ -283,7 +284,8 @@ class PackWorker:
                 self._reports.progress(running)
             self._reports.pace(self.pack, self._paces.left_s(self.runner.jobs))
         if now - self._saved > CHECKPOINT_S:
-            self._save()
+            ending = self._paces.ending(self.runner.jobs, CHECKPOINT_S) if not self._blame.seen else frozenset()
+            self._save(ending - self._left_out)  # who is published soon is left out, though not twice in a row
 
     def _forward(self) -> None:
         before = dict(self.runner.jobs)
@@ -339,11 +341,11 @@ class PackWorker:
     def _lose(self, failed: Failed) -> None:
         self._fail(JobId(failed.job), JobError(failed.code, failed.message))
 
-    def _save(self) -> None:
-        """Checkpoint every job at its last step boundary, then the manifest that names them all. Where there is no room
-        for that, the last manifest and what it names stay as they are, and it is tried again soon."""
-        if self._has_room(self._save_all):
-            self._saved = time.monotonic()
+    def _save(self, left_out: frozenset[str] = frozenset()) -> None:
+        """Checkpoint every job but these at its last step boundary, then the manifest that names them all. Where there
+        is no room for that, the last manifest and what it names stay as they are, and it is tried again soon."""
+        if self._has_room(lambda: self._save_all(left_out)):
+            self._saved, self._left_out = time.monotonic(), left_out
 
     def _record(self) -> None:
         """The manifest as commands and those who left have changed it, with the checkpoints that there are: who comes
@@ -365,12 +367,12 @@ class PackWorker:
             return False
         return True
 
-    def _save_all(self) -> None:
+    def _save_all(self, left_out: frozenset[str]) -> None:
         names: dict[str, str | None] = {}
         for job, running in list(self.runner.jobs.items()):
             self._underway.note({job: running.step})
             try:
-                names[job] = self._checkpoint(job, running)
+                names[job] = self._named.get(job) if job in left_out else self._checkpoint(job, running)
             except Exception as error:
                 if is_full(error):
                     raise
