@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
-from pydantic_core import to_jsonable_python
 
 from polygraft.cluster.ground import Ground
 from polygraft.cluster.spec import BadRequest
@@ -97,7 +96,7 @@ def shown(trial: Trial) -> dict[str, JsonValue]:
 
 def _json(value: DataclassInstance) -> JsonObject:
     """Its fields as JSON has them: a tuple, such as a condition's, is no list to whoever checks."""
-    found: JsonObject = to_jsonable_python(asdict(value))
+    found: JsonObject = _ANY.dump_python(asdict(value), mode="json")
     return found
 
 
@@ -121,3 +120,4 @@ _PARAMETERS: TypeAdapter[tuple[Parameter, ...]] = TypeAdapter(
     tuple[Annotated[Parameter, Field(discriminator="kind")], ...]
 )
 _MEMBER: TypeAdapter[Member] = TypeAdapter(Member)
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
