@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
@@ -12,6 +12,7 @@ from polygraft.cluster.ground import Ground
 from polygraft.cluster.spec import BadRequest
 from polygraft.cluster.told import JsonObject, Told
 from polygraft.cluster.validation import explain
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
 from polygraft.tuning.finals import Member, members
 from polygraft.tuning.plan import BadPlan, SearchPlan
@@ -20,9 +21,6 @@ from polygraft.tuning.request import SearchRequest
 from polygraft.tuning.spaces.parameters import Config, Parameter
 from polygraft.tuning.study import Trial, excess, pareto
 from polygraft.tuning.warm import Task, taken_over, task_of
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 AUTO = "auto"  # a warm start from all earlier studies
 
@@ -94,7 +92,7 @@ def shown(trial: Trial) -> dict[str, JsonValue]:
     return {**body, "state": trial.state.value, "loss": trial.loss}
 
 
-def _json(value: DataclassInstance) -> JsonObject:
+def _json(value: Parameter | Member | ModelShape) -> JsonObject:
     """Its fields as JSON has them: a tuple, such as a condition's, is no list to whoever checks."""
     found: JsonObject = _ANY.dump_python(asdict(value), mode="json")
     return found
