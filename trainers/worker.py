@@ -44,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
+GATHER_S = 0.1  # for which those that come with somebody who was let in are waited for
 SUSPECTS_WAIT_S = 60.0  # how long the suspects of a kill are kept out while others go on
 _ADMISSION = -1  # what is underway before a job's first step
 
@@ -86,14 +87,15 @@ class PackWorker:
         """Serve the command stream until it says close and no job is left, or stop: what jobs there are then are saved
         as of their last step. `heartbeat` is called at every step boundary."""
         self._begin()
+        came = False
         try:
             while self.runner.jobs or self._outside or not self._closing:
-                self._obey(wait_s=0.0 if self._training or self._outside else IDLE_S)
+                self._obey(wait_s=GATHER_S if came else 0.0 if self._training or self._outside else IDLE_S)
                 if self._stopped:
                     return
                 self._let_leave()
-                self._seat()
-                if self.runner.jobs:
+                came = self._seat()
+                if self.runner.jobs and not came:
                     self._step()
                 heartbeat()
         except Exception as error:
@@ -129,8 +131,7 @@ class PackWorker:
             why = "its worker was killed again, with this job alone in it, as when memory is short"
             fault = JobError("killed_its_worker", f"{where}: {why}; shorten its examples (max_length)")
             self._fail(JobId(guilty), fault)
-        self._started = time.monotonic()
-        self._trying = False
+        self._started, self._trying = time.monotonic(), False
         for job in list(self._outside):
             self._take_up(job)
 
@@ -189,22 +190,22 @@ class PackWorker:
                 self._let_go(job)
                 self._record()
 
-    def _seat(self) -> None:
-        """Let in who is outside. The suspects of a kill come after all others, or after a while, one at a time and
-        alone, until they are past where they are suspected."""
+    def _seat(self) -> bool:
+        """Let in who is outside, if anybody. The suspects of a kill come after all others, or after a while, one at a
+        time and alone, until they are past where they are suspected."""
         suspects = self._blame.suspects()
         if not self._outside or any(job in self.runner.jobs for job in suspects):
-            return
+            return False
         waiting = [JobId(job) for job in suspects if job in self._outside]
         others = [job for job in self._outside if job not in waiting]
         late = time.monotonic() - self._started > SUSPECTS_WAIT_S
         if waiting and (self._trying or late or not (others or self.runner.jobs)):
             self._trying = True
             self._empty()
-            self._admit(waiting[0])
-        else:
-            for job in others:
-                self._admit(job)
+            others = waiting[:1]
+        for job in others:
+            self._admit(job)
+        return bool(others)
 
     def _empty(self) -> None:
         """Everyone out, to come back from here."""
@@ -271,10 +272,9 @@ class PackWorker:
         if self._training:
             self._forward()
         for job, running in list(self.runner.jobs.items()):
-            if not running.finished or job not in self.runner.jobs:
-                continue
-            self._underway.note({job: running.step})
-            self._publish(JobId(job), running)
+            if running.finished and job in self.runner.jobs:
+                self._underway.note({job: running.step})
+                self._publish(JobId(job), running)
         self._underway.clear()
         self._blame = self._blame.at({job: running.step for job, running in self.runner.jobs.items()})
         now = time.monotonic()

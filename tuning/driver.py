@@ -28,6 +28,7 @@ from polygraft.tuning.study import Trial
 from polygraft.tuning.terms import CALL_S, Access, Terms
 
 ACTORS = 1  # that sees how jobs go which nobody may stop: each is a process, whose imports alone are seconds of a core
+NEWEST = 100  # jobs, of one request, among which those that are over are looked for; older ones are told in their turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def search(  # noqa: PLR0913
     at_once = plan.concurrency if watched else min(plan.concurrency, ACTORS)
     terms = Terms(name, plan.lease_s, losses=watched, at_once=at_once)
     with Client(access.url, access.key, timeout_s=CALL_S) as client:
-        over = partial(_over, client, 2 * plan.concurrency)
+        over = partial(_over, client, min(2 * plan.concurrency, NEWEST))
         ahead = Ahead(name, opened, plan, on_trial, partial(_begin, client, terms), over)
         if ahead.left:
             ahead.fill()
