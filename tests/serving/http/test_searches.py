@@ -61,6 +61,23 @@ async def test_a_search_is_begun_with_its_plan_in_the_studys_record(service: Ser
     assert shown["objectives"] == ["loss", "parameters"]
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"kind": "which", "only": ["lora", "prefix"]},  # whose axes are there under conditions
+        {"kind": "positions"},
+        {"kind": "lora_ranks"},
+        {"kind": "nls"},
+        {"kind": "noah", "depths": 2},
+        {"kind": "union", "terms": [{"method": "lora"}]},
+    ],
+    ids=str,
+)
+async def test_a_search_over_any_kind_of_space_is_shown_and_listed(ann: httpx.AsyncClient, space: Any) -> None:
+    search = await begun(ann, space=space)
+    assert [one["id"] for one in (await ann.get("/searches")).json()["data"]] == [search]
+
+
 async def test_what_came_of_trials_is_told_as_the_record_has_it(service: Service, ann: httpx.AsyncClient) -> None:
     search = await begun(ann)
     study = study_of(service, search)
