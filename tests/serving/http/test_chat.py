@@ -11,19 +11,16 @@ from typing import Any
 import httpx
 import pytest
 
-from polygraft.cluster.model import GraftId, ReplicaId
+from polygraft.cluster.model import ReplicaId
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.text.message import Message
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
-from polygraft.serving.http.errors import ApiError
-from polygraft.serving.http.generate import tokens_of
 from polygraft.serving.http.generations import ChatCompletionRequest
 from polygraft.serving.messages import Draining, Load, StepMessage
 from polygraft.serving.request import GenerationRequest
-from tests.serving.engines import request
 from tests.serving.http.apis import knowing
 from tests.serving.http.conftest import SETTINGS, Service, counts, refusal, usage
 from tests.serving.naive import Solo, random_tensors
@@ -395,11 +392,3 @@ async def test_a_client_that_hangs_up_ends_its_generation(service: Service, stre
         await waiting
     assert await idle(service)
     assert len(steps.read_text().splitlines()) < 90  # 100 tokens were asked for
-
-
-async def test_a_graft_that_is_deleted_while_it_is_asked_is_not_there(service: Service) -> None:
-    """It was looked up just before, and has neither a record nor files when the engine wants it."""
-    wanted = replace(request("a", (5, 6, 7), 3), graft=GraftId("gone"))
-    with pytest.raises(ApiError) as caught:
-        await anext(tokens_of(service.api, service.backbone, wanted, "messages"))
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
