@@ -219,6 +219,9 @@ async def test_one_that_was_removed_is_nobody_s_and_its_grafts_come_back_with_it
         ({"name": "a/b"}, 400, "name", "'a/b'"),
         ({"path": "/nowhere"}, 400, "path", "/nowhere"),
         ({"path": "smollm3"}, 400, "path", "neither"),
+        ({"path": "a\0b"}, 400, "path", "neither"),
+        ({"path": "a" * 4_000}, 400, "path", "neither"),  # longer than a name may be
+        ({"path": "~nobodys/x"}, 400, "path", "neither"),
         ({"dtype": "fp8"}, 400, "dtype", "fp8"),
         ({"quantise": "int3"}, 400, "quantise", "int3"),
         ({"name": OWN}, 409, "name", "another backbone"),
