@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from polygraft.cluster.answers import (
     JobEvent,
@@ -38,6 +38,13 @@ _RETRIES = 3
 _IMPORT_S = 300.0  # a large graft has its turn after others, and takes a minute to read
 _RETRIABLE = (429, 503)
 M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R")
+B = TypeVar("B", bound=Mapping[str, object] | None)
+
+
+class _Page(BaseModel):
+    data: list[dict[str, JsonValue]]
+    has_more: bool = False
 
 
 class ApiFailure(Exception):
@@ -59,14 +66,20 @@ class Client:
     def __init__(
         self, url: str, key: str, *, transport: httpx.BaseTransport | None = None, timeout_s: float = 60.0
     ) -> None:
+        """Raises ApiFailure for an address or a key that there cannot be."""
+        if not key.isascii() or not key.isprintable():
+            raise ApiFailure(0, "the API key has characters that no key has")
         self.url = url
-        self._http = httpx.Client(
-            base_url=f"{url}/v1",
-            headers={"Authorization": f"Bearer {key}"},
-            transport=transport,
-            timeout=timeout_s,
-            trust_env=False,
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=f"{url}/v1",
+                headers={"Authorization": f"Bearer {key}"},
+                transport=transport,
+                timeout=timeout_s,
+                trust_env=False,
+            )
+        except httpx.InvalidURL as error:
+            raise ApiFailure(0, f"{url!r} is no address of a service: {error}") from None
 
     @staticmethod
     def local(settings: Settings) -> Client:
@@ -131,7 +144,7 @@ class Client:
         """Add a model by its folder or name; it is read and checked before this returns."""
         body = {"name": name, "path": path, "dtype": dtype, "quantise": quantise}
         request = self._http.build_request("POST", "/backbones", json=body, timeout=_IMPORT_S)
-        return RemoteBackbone.model_validate_json(self._send(request).content)
+        return self._read(RemoteBackbone, request)
 
     def remove_backbone(self, name: str) -> None:
         self._send(self._http.build_request("DELETE", f"/backbones/{segment(name)}"))
@@ -158,7 +171,7 @@ class Client:
         with archive.open("rb") as content:
             files = {"file": (archive.name, content)}
             request = self._http.build_request("POST", "/grafts", files=files, data=fields, timeout=_IMPORT_S)
-            return RemoteGraft.model_validate_json(self._send(request).content)
+            return self._read(RemoteGraft, request)
 
     def export_graft(self, graft: str, target: Path) -> None:
         """Write a tar archive of the graft's files."""
@@ -202,7 +215,7 @@ class Client:
             "temperature": temperature,
             "stream": True,
         }
-        given = {name: value for name, value in body.items() if value is not None}
+        given = _finite({name: value for name, value in body.items() if value is not None})
         with _reached(self.url), self._http.stream("POST", "/chat/completions", json=given) as answer:
             if answer.is_error:
                 answer.read()
@@ -214,7 +227,7 @@ class Client:
     def _upload(self, filename: str, content: bytes | BinaryIO, purpose: str) -> RemoteFile:
         files = {"file": (filename, content)}
         request = self._http.build_request("POST", "/files", files=files, data={"purpose": purpose})
-        return RemoteFile.model_validate_json(self._send(request).content)
+        return self._read(RemoteFile, request)
 
     def ask(
         self,
@@ -225,8 +238,8 @@ class Client:
         body: Mapping[str, JsonValue] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> M:
-        request = self._http.build_request(method, path, json=body, headers=dict(headers or {}))
-        return kind.model_validate_json(self._send(request).content)
+        request = self._http.build_request(method, path, json=_finite(body), headers=dict(headers or {}))
+        return self._read(kind, request)
 
     def pages(self, kind: type[M], path: str, *, limit: int | None = None) -> Iterator[M]:
         """Items of a list answer, page after page."""
@@ -236,13 +249,26 @@ class Client:
             parameters: dict[str, str | int] = {"limit": min(_PAGE, left or _PAGE)}
             if after:
                 parameters["after"] = after
-            page = self._send(self._http.build_request("GET", path, params=parameters)).json()
-            for item in page["data"]:
-                yield kind.model_validate(item)
-            if not page.get("has_more") or not page["data"]:
+            page = self._read(_Page, self._http.build_request("GET", path, params=parameters))
+            for item in page.data:
+                yield self._understood(kind.model_validate, item)
+            if not page.has_more or not page.data:
                 return
-            after = page["data"][-1]["id"]
-            left = None if left is None else left - len(page["data"])
+            after = str(page.data[-1].get("id"))
+            left = None if left is None else left - len(page.data)
+
+    def _read(self, kind: type[M], request: httpx.Request) -> M:
+        return self._understood(kind.model_validate_json, self._send(request).content)
+
+    def _understood(self, read: Callable[[R], M], answer: R) -> M:
+        try:
+            return read(answer)
+        except ValidationError as error:
+            what = error.errors(include_url=False)[0]
+            where = ".".join(map(str, what["loc"])) or "its answer"
+            raise ApiFailure(
+                0, f"{self.url} answers as no service of this version does: {where}: {what['msg']}"
+            ) from None
 
     def _send(self, request: httpx.Request) -> httpx.Response:
         """The answer; asked again while the service says that it is busy or its store is down, when asking twice
@@ -254,7 +280,7 @@ class Client:
             if answer.status_code not in _RETRIABLE or not repeatable or attempt == _RETRIES:
                 break
             time.sleep(_retry_after_s(answer, attempt))
-        if answer.is_error:
+        if not answer.is_success:  # a redirection, too: no service sends one that a client should follow
             raise _failure(answer)
         return answer
 
@@ -307,5 +333,17 @@ def _retry_after_s(answer: httpx.Response, attempt: int) -> float:
     return min(float(told), 10.0) if told.isdecimal() else 0.5 * 2.0**attempt
 
 
+def _finite(body: B) -> B:
+    """The body, which JSON can say. Raises ApiFailure."""
+    try:
+        json.dumps(body, allow_nan=False)
+    except ValueError:
+        raise ApiFailure(0, "the request holds a number that JSON has not: nan or infinity") from None
+    return body
+
+
 def segment(text: str) -> str:
+    """An id as a part of a path. Raises ApiFailure for one that would be another path."""
+    if text in ("", ".", ".."):
+        raise ApiFailure(404, f"{text!r} does not exist")
     return quote(text, safe="@")

@@ -32,20 +32,31 @@ from pydantic_settings import (
 )
 
 from polygraft.cluster.model import Dtype, Limits
-from polygraft.cluster.validation import explain
+from polygraft.cluster.validation import explain, shown
 from polygraft.grafts.methods.compressed.quantisation import PATTERN
 from polygraft.grafts.text.plain_yaml import YamlError, read_yaml
 
 HOME = "~/.polygraft"
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+def _folder(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError(f"{shown(str(path))} is no path")
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{shown(str(path))} begins with nobody's home") from None
+
+
+Folder = Annotated[Path, AfterValidator(_folder)]
 
 
 class PackSettings(BaseModel):
     """One packed forward has at most `max_rows` rows; a job's micro-batch, fixed at admission, at most `micro_rows`.
     These, `max_jobs` and `memory_bytes` follow from the device and the model where they are not given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     max_rows: PositiveInt = 768
     micro_rows: PositiveInt = 128
     max_jobs: PositiveInt = 32
@@ -78,7 +89,7 @@ class ServeSettings(BaseModel):
     `max_rows` follow from the device and the model where they are not given (`cluster/sizing.py`); the values here are
     those of an engine that is made without a service."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     max_streams: PositiveInt = 32
     max_context: PositiveInt = Field(default=512, description="tokens of prompt and answer, a graft's prefix included")
     kv_bytes: PositiveInt = Field(default=256 << 20, description="the key-value cache")
@@ -133,7 +144,7 @@ class ServeSettings(BaseModel):
 class LimitSettings(BaseModel):
     """What a request may bring."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     upload_bytes: PositiveInt = 512 << 20
     line_bytes: PositiveInt = Field(default=1 << 20, description="one example of a JSONL file")
     graft_bytes: PositiveInt = Field(default=512 << 20, description="a graft made elsewhere, packed and unpacked")
@@ -149,7 +160,9 @@ class LimitSettings(BaseModel):
 class Settings(BaseSettings):
     """Everything a service is told. The environment writes pack.max_jobs as POLYGRAFT_PACK__MAX_JOBS."""
 
-    model_config = SettingsConfigDict(env_prefix="POLYGRAFT_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="POLYGRAFT_", env_nested_delimiter="__", extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
     home: Folder = Path(HOME)
     data: Folder = Path()
@@ -230,7 +243,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         assert isinstance(init_settings, InitSettingsSource)
-        home = Path(init_settings.init_kwargs.get("home") or os.environ.get("POLYGRAFT_HOME") or HOME).expanduser()
+        try:
+            home = _folder(Path(init_settings.init_kwargs.get("home") or os.environ.get("POLYGRAFT_HOME") or HOME))
+        except ValueError as error:
+            raise SettingsError(f"home: {error}") from None
         return init_settings, _Environment(settings_cls), _ConfigFile(settings_cls, yaml_file=home / "config.yaml")
 
 
@@ -242,6 +258,12 @@ class _Environment(EnvSettingsSource):
         value, key, is_complex = super().get_field_value(field, field_name)
         linked = isinstance(value, str) and _SERVICE_LINK.fullmatch(value) is not None
         return (None if linked and field_name == "port" else value), key, is_complex
+
+    def prepare_field_value(self, field_name: str, field: FieldInfo, value: object, value_is_complex: bool) -> object:
+        try:
+            return super().prepare_field_value(field_name, field, value, value_is_complex)
+        except ValueError:
+            raise SettingsError(f"{field_name}: the environment's {shown(value)} is no JSON; write it as one") from None
 
 
 class BadSettings(ValueError):
@@ -255,8 +277,8 @@ def load(**flags: object) -> Settings:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadSettings(explain(error, Settings)[1]) from None
-    except SettingsError as error:
-        raise BadSettings(str(error)) from None
+    except SettingsError as error:  # what a source says is the cause of what pydantic makes of it
+        raise BadSettings(str(error.__cause__ or error)) from None
 
 
 class _ConfigFile(YamlConfigSettingsSource):

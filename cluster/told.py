@@ -14,7 +14,7 @@ JsonObject = dict[str, JsonValue]
 class Told:
     """`trials` in their order and the numbers of those on the `front`; `finals` what those came to that were trained
     again, and the `chosen` one; `parameters` the axes of the space; `job` what every trial trains, on a backbone of
-    this `shape`."""
+    this `shape`. Until the search is over it `needs` these files and versions of grafts."""
 
     objectives: tuple[str, ...] = ()
     trials_total: int = 0
@@ -25,6 +25,7 @@ class Told:
     parameters: tuple[JsonObject, ...] = ()
     job: JsonObject = field(default_factory=dict)
     shape: JsonObject = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
 
     @property
     def states(self) -> Mapping[str, int]:

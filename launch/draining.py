@@ -14,12 +14,16 @@ _MESSAGE = "polygraft drain"
 
 
 class NotDrained(Exception):
-    """The node is not there, or may not go."""
+    """The node may not go."""
+
+
+class NoSuchNode(NotDrained):
+    """The node is not there."""
 
 
 def tell(address: str, node: str | None, seconds: float) -> str:
     """Tell the Ray at `address` that the node, which is this machine's where None, goes away in so many seconds; its
-    id. Raises NotDrained."""
+    id. Raises NotDrained and NoSuchNode."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray reads its environment when it is imported
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
@@ -50,12 +54,12 @@ def _found(gcs: Any, node: str | None) -> str:
     alive = {id_: one for id_, one in infos.items() if one.state == GcsNodeInfo.ALIVE}
     if node is None:
         address = get_node_ip_address()  # type: ignore[no-untyped-call]
-        here = [id_ for id_, one in alive.items() if one.node_manager_address == address]
+        here = [id_ for id_, one in alive.items() if one.node_manager_address == address or len(alive) == 1]
         if len(here) != 1:
             raise NotDrained(f"{len(here)} nodes are at this machine's address; name one of {', '.join(sorted(alive))}")
         (node,) = here
     if node not in alive:
-        raise NotDrained(f"there is no node {node}; choices: {', '.join(sorted(alive))}")
+        raise NoSuchNode(f"there is no node {node}; choices: {', '.join(sorted(alive))}")
     if alive[node].is_head_node:
         raise NotDrained(f"node {node} is the head, which all others need; stop the service in its place")
     return node

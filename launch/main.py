@@ -5,6 +5,7 @@ Exit statuses: 0 done, 1 failed, 2 wrong usage, 3 no service is running, 4 there
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,12 @@ class Commands(TyperGroup):
             raise _exit(str(error), Status.NOT_FOUND if error.status == 404 else Status.FAILED) from None
         except Failure as error:
             raise _exit(str(error), error.status) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has gone
+                raise
+            raise _exit(
+                f"{error.filename}: {error.strerror}" if error.filename else str(error), Status.FAILED
+            ) from None
 
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from polygraft.cluster.settings import Settings
 from polygraft.grafts.runtime.checked import BackboneError, check_kind
-from polygraft.grafts.runtime.pretrained import EMBEDDED, check_hub_id
+from polygraft.grafts.runtime.pretrained import EMBEDDED, check_hub_id, folder_named
 from polygraft.kernels.common.room import free_bytes
 from polygraft.launch.cache import backbone_cache
 from polygraft.launch.machine import PROCESSES_BYTES, Machine
@@ -32,8 +32,8 @@ def obstacles(settings: Settings) -> Iterator[str]:
 
 def backbone_folder(settings: Settings) -> Path | None:
     """Where the backbone lies, None while it is not on this machine."""
-    known = (Path(settings.backbone).expanduser(), backbone_cache() / settings.backbone.replace("/", "--"))
-    return next((path for path in known if path.is_dir()), None)
+    cached = folder_named(str(backbone_cache() / settings.backbone.replace("/", "--")))
+    return folder_named(settings.backbone) or cached
 
 
 def _backbone(settings: Settings) -> Iterator[str]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
 import httpx
@@ -16,6 +15,7 @@ from polygraft.cluster.service import Service, ServiceNotRunning, find_service, 
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store.appendonly import cut_damaged
 from polygraft.cluster.store.base import StoreError
+from polygraft.grafts.runtime.pretrained import folder_named
 from polygraft.kernels.common.atomic import move
 from polygraft.launch.output import Failure
 from polygraft.launch.ports import PortTaken, claimed
@@ -44,13 +44,16 @@ def start(
     """The service, once it answers. Raises AlreadyRunning, StartFailed; nothing is left behind then, nor after
     Ctrl-C. `cut_store`: of a damaged file of the store, use what is before the damage."""
     folder = RunFolder(settings.home)
-    if (local := Path(settings.backbone).expanduser()).is_dir():  # the service runs in another folder than the caller
+    if (local := folder_named(settings.backbone)) is not None:  # the service runs in another folder than the caller
         settings = settings.model_copy(update={"backbone": str(local.absolute())})
     try:
+        what = "home"
         for path in (settings.home, folder.path, settings.store_folder):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        what = "data"
+        settings.data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StartFailed(f"home: {error.filename}: {error.strerror}; choose another folder with --home") from None
+        raise StartFailed(f"{what}: {error.filename}: {error.strerror}; choose another folder with --{what}") from None
     with open(folder.path / "starting", "w") as alone:
         try:
             fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 
 from polygraft.cluster.policy.entry import blocks_for
-from polygraft.serving.prefixes import Match, Prefixes
+from polygraft.serving.prefixes import NOTHING, Match, Prefixes
 
 BLOCK_SIZE = 16  # tokens; the runtime gathers contexts in multiples of it
 
@@ -78,9 +78,10 @@ class Blocks:
             seen |= shared
         return found
 
-    def match(self, owner: Hashable, ids: Sequence[int]) -> Match:
-        """Blocks of the owner that hold the keys and values of the longest beginning of `ids`."""
-        return self._prefixes.match(owner, ids)
+    def match(self, owner: Hashable, ids: Sequence[int], before: Match = NOTHING) -> Match:
+        """Blocks of the owner that hold the keys and values of the longest beginning of `ids`; `before` is what was
+        found of them before."""
+        return self._prefixes.match(owner, ids, before)
 
     def share(self, holder: str, blocks: Sequence[int]) -> None:
         """Let `holder`, which has none yet, have known blocks too."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from polygraft.cluster.model import Backbone, Dtype
 from polygraft.grafts.runtime.checked import BackboneError, read_config
-from polygraft.grafts.runtime.pretrained import Quantise, fingerprint, materialise
+from polygraft.grafts.runtime.pretrained import Quantise, check_hub_id, fingerprint, materialise
 from polygraft.grafts.sites import ModelShape
 
 
@@ -61,6 +61,8 @@ def candidate(source: str, cache: Path, quantise: Quantise | None) -> Candidate:
 
 def examined(source: str, cache: Path, quantise: Quantise | None) -> Candidate:
     """`candidate` in a process of its own. Raises BackboneError."""
+    if "\0" in source:  # which no process can be told
+        check_hub_id(source)
     told = [source, str(cache), *([quantise] if quantise else [])]
     process = [sys.executable, "-m", "polygraft.serving.candidate", *told]
     said = subprocess.run(process, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False).stdout

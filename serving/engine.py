@@ -289,7 +289,7 @@ class Engine:
     ) -> None:
         request = sequence.request
         index = sequence.generated - (token is not None)
-        said = StepTokens(request.id, index, token, reason, request.attempt, error, code, probabilities)
+        said = StepTokens(request.id, index, token, reason, request.attempt, error, code, probabilities, sequence.found)
         self._outbox.put(request.ingress, said)
 
     def _end(

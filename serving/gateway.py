@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from polygraft.cluster.model import GraftId, ReplicaId
+from polygraft.cluster.model import GraftId, ReplicaId, TenantId
 from polygraft.cluster.policy.routing import Refusal, RefusalReason
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.settings import ServeSettings
@@ -154,9 +154,10 @@ class Gateway:
         """What each replica that is connected said of itself last. May be read from any thread."""
         return dict(self._roster.loads)
 
-    def uses(self, graft: GraftId) -> bool:
-        """Whether an answer is being generated with the graft. May be called from any thread."""
-        return any(stream.request.graft == graft for stream in list(self._streams.values()))
+    def uses(self, tenant: TenantId, graft: GraftId) -> bool:
+        """Whether an answer of the tenant's is being generated with the graft. May be called from any thread."""
+        whose = (tenant, graft)
+        return any((one.request.tenant, one.request.graft) == whose for one in list(self._streams.values()))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The request's tokens in order, each once, the last with its finish reason; leaving the loop early cancels it.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING
 from polygraft.cluster.model import Backbone, GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
-from polygraft.serving.messages import Draining, QueueFull, StepMessage
+from polygraft.serving.channel import Address, Channel
+from polygraft.serving.messages import Draining, QueueFull
 from polygraft.serving.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -45,15 +45,19 @@ class Host:
     def __init__(self) -> None:
         self._engine: Engine | None = None
         self._link: LocalLink | None = None
+        self._address: Address | None = None
         self._loaded = asyncio.Event()  # not a future, which a caller that is cancelled would take with it
 
     async def load(self, plan: ReplicaPlan, replica: ReplicaId, cores: int) -> None:
         """Make the engine, on so many cores. Once."""
         engine = await asyncio.to_thread(_made, plan, replica, cores)  # the loop answers meanwhile
+        from ray.util import get_node_ip_address
+
         from polygraft.serving.local import LocalLink
 
         engine.start()
         self._engine, self._link = engine, LocalLink(engine, silent_s=plan.settings.silent_s)
+        self._address = await Channel(self._link.messages).open(get_node_ip_address())  # type: ignore[no-untyped-call]
         self._loaded.set()
 
     async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
@@ -69,9 +73,11 @@ class Host:
         if self._link is not None:
             await self._link.attend(ingress)
 
-    async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
-        async for message in (await self._there()).messages(ingress):
-            yield message
+    async def address(self) -> Address:
+        """Where its messages are heard."""
+        await self._there()
+        assert self._address is not None
+        return self._address
 
     async def check(self) -> int:
         """The process, which may be loading yet. Raises when the engine's thread is dead or stuck."""

@@ -18,7 +18,8 @@ class StepTokens:
     `probabilities` are the labels', in their order, at the end of a request that classifies its prompt.
     `code` says of an `error` what whoever asked can mend, or that there was no room; without one the log has more
     under the request's id.
-    (request, index) is unique over all attempts; `attempt` is the one that computed it.
+    (request, index) is unique over all attempts; `attempt` is the one that computed it, for which `found` of the tokens
+    that it came with had been computed before.
     """
 
     request: str
@@ -29,6 +30,7 @@ class StepTokens:
     error: str | None = None
     code: ErrorCode | None = None
     probabilities: tuple[float, ...] | None = None
+    found: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,19 @@ from itertools import islice
 _LOOKED_AT = 32  # newest blocks that are compared token by token, where none is the same
 
 
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A full block, below the one before it. An owner is a node, too, with the reserved block 0, and so is what is
+    above all owners. `changes` of its children are counted; a node that is forgotten is `lost`."""
+
+    key: Hashable
+    block: int
+    parent: _Node | None
+    children: dict[Hashable, _Node] = field(default_factory=dict)
+    changes: int = 0
+    lost: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """What of a sequence is in the cache: its first `slots` slots, in `blocks`, and `copied` of them at the beginning
@@ -18,16 +31,16 @@ class Match:
     blocks: tuple[int, ...] = ()
     source: int = 0
     copied: int = 0
+    _last: _Node | None = field(default=None, repr=False, compare=False)  # the node that was found last
+    _seen: int = field(default=0, repr=False, compare=False)  # of its changes
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is what a search would find now."""
+        return self._last is not None and not self._last.lost and self._last.changes == self._seen
 
 
-@dataclass(slots=True, eq=False)
-class _Node:
-    """A full block, below the one before it. An owner is a node, too, with the reserved block 0."""
-
-    key: Hashable
-    block: int
-    parent: _Node | None
-    children: dict[Hashable, _Node] = field(default_factory=dict)
+NOTHING = Match()
 
 
 class Prefixes:
@@ -42,28 +55,32 @@ class Prefixes:
     def __contains__(self, block: int) -> bool:
         return block in self._nodes
 
-    def match(self, owner: Hashable, ids: Sequence[int]) -> Match:
-        """The longest known beginning of `ids`."""
-        node = self._top.children.get(owner)
-        blocks: list[int] = []
-        parts = self._parts(ids)
-        part: tuple[int, ...] = ()
-        while node is not None and (part := next(parts, ())) in node.children:
+    def match(self, owner: Hashable, ids: Sequence[int], before: Match = NOTHING) -> Match:
+        """The longest known beginning of `ids`. `before` is what was found of them before: what is known of it still is
+        not looked for again."""
+        node, blocks = before._last, list(before.blocks)
+        if node is None or node.lost or node is self._top:
+            node, blocks = self._top.children.get(owner, self._top), []
+        if node is self._top:
+            return Match(_last=node, _seen=node.changes)
+        parts = self._parts(ids, len(blocks))
+        while (part := next(parts, ())) in node.children:
             node = node.children[part]
             blocks.append(node.block)
-        newest = () if node is None else islice(reversed(node.children.values()), _LOOKED_AT)
+        newest = islice(reversed(node.children.values()), _LOOKED_AT)
         copied, source = max(((_common(one.key, part), one.block) for one in newest), default=(0, 0))
-        return Match(len(blocks) * self._block_size + copied, tuple(blocks), source if copied else 0, copied)
+        slots = len(blocks) * self._block_size + copied
+        return Match(slots, tuple(blocks), source if copied else 0, copied, node, node.changes)
 
     def add(self, owner: Hashable, ids: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]:
         """Note that full `blocks` hold `ids`. Returns the blocks that are known to: the first, of those computed
         twice."""
-        node = self._top.children.setdefault(owner, _Node(owner, 0, self._top))
+        node = self._top.children.get(owner) or self._below(self._top, owner, 0)
         known = []
         for part, block in zip(self._parts(ids), blocks, strict=True):
             if part not in node.children:
                 assert block not in self._nodes
-                node.children[part] = self._nodes[block] = _Node(part, block, node)
+                self._nodes[block] = self._below(node, part, block)
             node = node.children[part]
             known.append(node.block)
         return tuple(known)
@@ -77,19 +94,30 @@ class Prefixes:
         gone = [node]
         for one in gone:  # grows while it is read
             gone += one.children.values()
+            one.lost = True
             del self._nodes[one.block]
         return tuple(one.block for one in gone)
+
+    def _below(self, parent: _Node, key: Hashable, block: int) -> _Node:
+        """A new node, the newest of its parent's."""
+        node = parent.children[key] = _Node(key, block, parent)
+        parent.changes += 1
+        return node
 
     def _unlink(self, node: _Node) -> None:
         """Take it off the tree, and the owner whose last block it was."""
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
+        parent.changes += 1
         if not parent.children and parent.parent is self._top:
-            del self._top.children[parent.key]
+            parent.lost = True
+            self._unlink(parent)
 
-    def _parts(self, ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        return (tuple(ids[at : at + self._block_size]) for at in range(0, len(ids), self._block_size))
+    def _parts(self, ids: Sequence[int], first: int = 0) -> Iterator[tuple[int, ...]]:
+        """The ids of each block from number `first` on; of the last one maybe fewer."""
+        size = self._block_size
+        return (tuple(ids[at : at + size]) for at in range(first * size, len(ids), size))
 
 
 def _common(key: Hashable, part: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing
 from typing import cast
 
 import ray
@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from polygraft.cluster.model import GraftId, Replica
+from polygraft.serving.channel import Address, heard
 from polygraft.serving.host import NAMESPACE, Host
 from polygraft.serving.messages import Draining, QueueFull, StepMessage
 from polygraft.serving.request import GenerationRequest
@@ -57,17 +58,15 @@ class ActorLink:
             raise ConnectionError(_reason(error)) from error
 
     async def messages(self, ingress: str) -> AsyncGenerator[StepMessage, None]:
-        """One long-lived streaming call; leaving the loop cancels it at the replica."""
+        """By a connection of their own; leaving the loop ends it."""
         actor = await self._actor()
-        stream = cast(ray.ObjectRefGenerator, actor.messages.options(num_returns="streaming").remote(ingress))
         try:
-            async for message in stream:
-                yield cast(StepMessage, await message)
+            address = cast(Address, await actor.address.remote())
+            async with aclosing(heard(address, ingress)) as messages:
+                async for message in messages:
+                    yield message
         except Exception as error:
             raise ConnectionError(_reason(error)) from error
-        finally:
-            with suppress(Exception):  # it has ended, or Ray has
-                ray.cancel(stream)
 
     async def _actor(self) -> ActorHandle[Host]:
         if self._found is None:

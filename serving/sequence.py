@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from polygraft.cluster.model import GraftId, TenantId
-from polygraft.cluster.policy.fairness import PROMPT_TOKEN
+from polygraft.cluster.policy.fairness import entering
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.runtime.embedding import virtual_ids
 from polygraft.grafts.runtime.route import Input
 from polygraft.serving.messages import FinishReason
+from polygraft.serving.prefixes import NOTHING, Match
 from polygraft.serving.request import GenerationRequest
 
 
@@ -17,8 +18,8 @@ from polygraft.serving.request import GenerationRequest
 class Sequence:
     """A request in the engine. Cache slots hold the graft's prefix, then `computed` of `tokens`, the first `virtual` of
     which are the graft's own; where it is `cacheable`, those of another one that begins alike are its own, too.
-    `entered` is its number among those that were ever admitted, which it keeps; one that is `overdue` goes before
-    others."""
+    `match` is what was found of it when that was last asked for. `entered` is its number among those that were ever
+    admitted, which it keeps; one that is `overdue` goes before others."""
 
     request: GenerationRequest
     arrival: float
@@ -28,6 +29,7 @@ class Sequence:
     virtual: int = 0
     reads_prompt: bool = False
     cacheable: bool = True
+    match: Match = NOTHING
     computed: int = 0
     tokens: list[int] = field(default_factory=list)
 
@@ -48,10 +50,15 @@ class Sequence:
 
     @property
     def cost(self) -> float:
-        """Virtual tokens that its tenant pays when it enters (fairness.py): nothing where it had to leave and comes
-        back."""
+        """Virtual tokens that its tenant pays when it enters (fairness.py), by what was found of it: nothing where it
+        had to leave and comes back."""
         given = len(self.request.prompt_ids) + len(self.request.generated)
-        return PROMPT_TOKEN * given if self.entered is None else 0.0
+        return entering(given, self.found) if self.entered is None else 0.0
+
+    @property
+    def found(self) -> int:
+        """How many of the tokens that it came with had been computed before."""
+        return max(0, self.match.slots - self.prefix - self.virtual)
 
     @property
     def generated(self) -> int:

@@ -19,7 +19,7 @@ from polygraft.serving.batch import Chunk
 from polygraft.serving.blocks import BLOCK_SIZE, Blocks
 from polygraft.serving.loading import Loader
 from polygraft.serving.messages import Load, Tally
-from polygraft.serving.prefixes import Match
+from polygraft.serving.prefixes import NOTHING, Match
 from polygraft.serving.residency import Residency
 from polygraft.serving.sequence import Sequence
 from polygraft.serving.tenants import Tenants
@@ -209,7 +209,9 @@ class Streams:
 
     def _match(self, sequence: Sequence) -> Match:
         """What is computed of it: never all, since its newest token's logits are asked for."""
-        return self.blocks.match(sequence.owner, sequence.ids[:-1]) if self._shares(sequence) else Match()
+        if self._shares(sequence) and not sequence.match.holds:
+            sequence.match = self.blocks.match(sequence.owner, sequence.ids[:-1], sequence.match)
+        return sequence.match
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._settings.prefix_cache and sequence.cacheable
@@ -228,11 +230,12 @@ class Streams:
             done = self._tally
             queued = done.queued_s + now - sequence.arrival
             self._tally = replace(done, entered=done.entered + 1, queued_s=queued)
+        known = self._match(sequence).blocks
         self.tenants.entered(sequence, now)
         insort(self.running, sequence, key=_turn)
         if graft is not None:
             self.residency.pin(graft)
-        self.blocks.share(sequence.request.id, self._match(sequence).blocks)
+        self.blocks.share(sequence.request.id, known)
 
     def _fill(self, sequence: Sequence) -> None:
         """Blocks for all its tokens; what is computed of it, and of its graft's prefix what is not there."""
@@ -253,7 +256,7 @@ class Streams:
         """Back to the queue with its original arrival; what it has said is kept and computed again as context."""
         self._release(sequence)
         self._tally = replace(self._tally, preemptions=self._tally.preemptions + 1)
-        sequence.computed = 0
+        sequence.computed, sequence.match = 0, NOTHING
         self.add(sequence)
 
     def _unqueue(self, sequence: Sequence) -> None:

@@ -44,7 +44,7 @@ class Tenants:
             self.ledger = self.ledger.left(tenant)
 
     def entered(self, sequence: Sequence, now: float) -> None:
-        """It was admitted; the first time its prompt is charged, and it gets its number."""
+        """It was admitted; the first time what is to be computed of it is charged, and it gets its number."""
         if sequence.entered is not None:
             return
         tenant = sequence.tenant

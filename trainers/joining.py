@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polygraft.cluster.folders import Folders
 from polygraft.cluster.model import Job, JobError, TenantId
@@ -21,6 +21,7 @@ from polygraft.trainers.failure import shared
 from polygraft.trainers.job import TrainJob
 from polygraft.trainers.memory import TooLarge
 from polygraft.trainers.prepare import FileGone, prepare
+from polygraft.trainers.readings import Readings
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.running import RunningJob
 
@@ -37,11 +38,13 @@ class Joining:
     folders: Folders
     backbone_files: BackboneFiles
     micro_rows: int
+    readings: Readings = field(default_factory=Readings)
 
     def join(self, record: Job, name: str | None) -> RunningJob | JobError:
         """The job in the pack, from its checkpoint of this name or from its start, and its loss before training; or
         what of its own keeps it out. Raises what is not its own: of store and device."""
         peft, param = record.spec.peft, f"method.{record.spec.kind}.hyperparameters.peft"
+        self.readings.forget_but(running.job for running in self.runner.jobs.values())
         try:
             trained = prepare(
                 record,
@@ -50,6 +53,7 @@ class Joining:
                 backbone_files=self.backbone_files,
                 micro_rows=self.micro_rows,
                 longest=self.runner.memory.longest,
+                readings=self.readings,
             )
             running = self._joined(self.runner.memory.fitted(trained), name, record)
             if running.before is None:

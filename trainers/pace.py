@@ -38,3 +38,7 @@ class Paces:
             for job, one in running.items()
             if job in self._step_s
         }
+
+    def ending(self, running: Mapping[str, RunningJob], within_s: float) -> frozenset[str]:
+        """Those that have steps left, and are expected to have none in so many seconds."""
+        return frozenset(job for job, left_s in self.left_s(running).items() if 0 < left_s < within_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from polygraft.grafts.text.jsonl import read, read_labelled_texts
 from polygraft.grafts.text.lengths import Lengths
 from polygraft.grafts.text.tokenise import Tokeniser, Tokens
 from polygraft.trainers.job import Question, Sample, TrainConfig, TrainJob
+from polygraft.trainers.readings import Reading, Readings
 
 TRAINING = "training_file"
-Encode = Callable[[Path, str, Tokeniser, int | None], Iterator[tuple[Sample, Tokens]]]
 
 
 class FileGone(ValueError):
@@ -32,7 +32,7 @@ class FileGone(ValueError):
         self.param = param
 
 
-def prepare(
+def prepare(  # noqa: PLR0913
     job: Job,
     *,
     files: Path,
@@ -40,9 +40,11 @@ def prepare(
     backbone_files: BackboneFiles,
     micro_rows: int,
     longest: Callable[[BoundGraft], int | None] = lambda graft: None,
+    readings: Readings | None = None,
 ) -> TrainJob:
     """Examples of a job that does not say `max_length` are cut to what the positions and `longest` (tokens, by its
-    graft) have room for. Raises SpecError, DataError or FileGone (all ValueError) that name the field or the line."""
+    graft) have room for; what is in `readings` is not read again. Raises SpecError, DataError or FileGone (all
+    ValueError) that name the field or the line."""
     shape, classifies = backbone_files.shape, job.spec.kind == "classification"
     spec = with_dropout(asked_for(job.spec.peft, shape, backbone_files, classifies=classifies), job.spec.dropout)
     if classifies:
@@ -69,17 +71,19 @@ def prepare(
         "validation_file": job.spec.validation_file,
         "test_file": job.spec.test_file,
     }
-    encode = partial(_labelled, graft.spec.head) if graft.spec.head else _chat
-    read_ones = {name: _samples(name, files, file, encode, tokeniser, limit) for name, file in given.items()}
-    train, held_out, test = (samples for samples, _ in read_ones.values())
+    known = Readings() if readings is None else readings
+    found = {
+        name: _samples(name, files, file, graft.spec.head, tokeniser, limit, known) for name, file in given.items()
+    }
+    warnings = {name: one.lengths.warning(limit) for name, one in found.items()}
     return TrainJob(
         id=job.id,
         graft=graft,
         config=config,
-        train=train,
-        held_out=held_out,
-        test=test,
-        warnings=tuple(f"{name}: {text}" for name, (_, text) in read_ones.items() if text is not None),
+        train=found[TRAINING].samples,
+        held_out=found["validation_file"].samples,
+        test=found["test_file"].samples,
+        warnings=tuple(f"{name}: {text}" for name, text in warnings.items() if text is not None),
     )
 
 
@@ -90,18 +94,32 @@ def with_dropout(spec: GraftSpec, rate: float | None) -> GraftSpec:
     return replace(spec, slots=tuple(replace(s, dropout=rate) if isinstance(s, Branch) else s for s in spec.slots))
 
 
-def _samples(
-    name: str, files: Path, file: FileId | None, encode: Encode, tokeniser: Tokeniser, limit: int | None
-) -> tuple[tuple[Sample, ...], str | None]:
+def _samples(  # noqa: PLR0913
+    name: str,
+    files: Path,
+    file: FileId | None,
+    head: Head | None,
+    tokeniser: Tokeniser,
+    limit: int | None,
+    readings: Readings,
+) -> Reading:
     """The samples of the file, if there is one, and what the limit leaves out of them."""
-    samples, lengths = [], Lengths()
+    if file is None:
+        return Reading()
+    path, encode = files / f"{file}.jsonl", partial(_labelled, head) if head else _chat
+    how = name == TRAINING, head, limit
     try:
-        for sample, tokens in () if file is None else encode(files / f"{file}.jsonl", name, tokeniser, limit):
-            samples.append(sample)
-            lengths = lengths.plus(tokens)
+        return readings.of(path, how, lambda: _read(encode(path, name, tokeniser, limit)))
     except FileNotFoundError:  # it was deleted just before there was a job that needs it
         raise FileGone(name, f"{name}: the content of {file} is gone; upload it again") from None
-    return tuple(samples), lengths.warning(limit)
+
+
+def _read(found: Iterable[tuple[Sample, Tokens]]) -> Reading:
+    samples, lengths = [], Lengths()
+    for sample, tokens in found:
+        samples.append(sample)
+        lengths = lengths.plus(tokens)
+    return Reading(tuple(samples), lengths)
 
 
 def _chat(file: Path, name: str, tokeniser: Tokeniser, limit: int | None) -> Iterator[tuple[Sample, Tokens]]:

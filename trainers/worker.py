@@ -44,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
+GATHER_S, GATHERINGS = 0.1, 32  # how long, how often in a row others are waited for where nobody trains yet
 SUSPECTS_WAIT_S = 60.0  # how long the suspects of a kill are kept out while others go on
 _ADMISSION = -1  # what is underway before a job's first step
 
@@ -79,20 +80,22 @@ class PackWorker:
         self._stopped = False
         self._log = StepLog(folders.pack(pack), str(runner.backbone.device))
         self._saved = self._progressed = time.monotonic()
+        self._left_out: frozenset[str] = frozenset()  # of the last checkpoints
         self._publishing = Publishing(runner, store, lease.fence, folders, self._reports, self.device_class)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Serve the command stream until it says close and no job is left, or stop: what jobs there are then are saved
         as of their last step. `heartbeat` is called at every step boundary."""
         self._begin()
+        came = 0
         try:
             while self.runner.jobs or self._outside or not self._closing:
-                self._obey(wait_s=0.0 if self._training or self._outside else IDLE_S)
+                self._obey(wait_s=GATHER_S if came else 0.0 if self._training or self._outside else IDLE_S)
                 if self._stopped:
                     return
                 self._let_leave()
-                self._seat()
-                if self.runner.jobs:
+                came = came + 1 if self._seat() and not any(one.step for one in self.runner.jobs.values()) else 0
+                if self.runner.jobs and came % GATHERINGS == 0:
                     self._step()
                 heartbeat()
         except Exception as error:
@@ -128,8 +131,7 @@ class PackWorker:
             why = "its worker was killed again, with this job alone in it, as when memory is short"
             fault = JobError("killed_its_worker", f"{where}: {why}; shorten its examples (max_length)")
             self._fail(JobId(guilty), fault)
-        self._started = time.monotonic()
-        self._trying = False
+        self._started, self._trying = time.monotonic(), False
         for job in list(self._outside):
             self._take_up(job)
 
@@ -188,22 +190,22 @@ class PackWorker:
                 self._let_go(job)
                 self._record()
 
-    def _seat(self) -> None:
-        """Let in who is outside. The suspects of a kill come after all others, or after a while, one at a time and
-        alone, until they are past where they are suspected."""
+    def _seat(self) -> bool:
+        """Let in who is outside, if anybody. The suspects of a kill come after all others, or after a while, one at a
+        time and alone, until they are past where they are suspected."""
         suspects = self._blame.suspects()
         if not self._outside or any(job in self.runner.jobs for job in suspects):
-            return
+            return False
         waiting = [JobId(job) for job in suspects if job in self._outside]
         others = [job for job in self._outside if job not in waiting]
         late = time.monotonic() - self._started > SUSPECTS_WAIT_S
         if waiting and (self._trying or late or not (others or self.runner.jobs)):
             self._trying = True
             self._empty()
-            self._admit(waiting[0])
-        else:
-            for job in others:
-                self._admit(job)
+            others = waiting[:1]
+        for job in others:
+            self._admit(job)
+        return bool(others)
 
     def _empty(self) -> None:
         """Everyone out, to come back from here."""
@@ -270,10 +272,9 @@ class PackWorker:
         if self._training:
             self._forward()
         for job, running in list(self.runner.jobs.items()):
-            if not running.finished or job not in self.runner.jobs:
-                continue
-            self._underway.note({job: running.step})
-            self._publish(JobId(job), running)
+            if running.finished and job in self.runner.jobs:
+                self._underway.note({job: running.step})
+                self._publish(JobId(job), running)
         self._underway.clear()
         self._blame = self._blame.at({job: running.step for job, running in self.runner.jobs.items()})
         now = time.monotonic()
@@ -283,7 +284,8 @@ class PackWorker:
                 self._reports.progress(running)
             self._reports.pace(self.pack, self._paces.left_s(self.runner.jobs))
         if now - self._saved > CHECKPOINT_S:
-            self._save()
+            ending = self._paces.ending(self.runner.jobs, CHECKPOINT_S) if not self._blame.seen else frozenset()
+            self._save(ending - self._left_out)  # who is published soon is left out, though not twice in a row
 
     def _forward(self) -> None:
         before = dict(self.runner.jobs)
@@ -339,11 +341,11 @@ class PackWorker:
     def _lose(self, failed: Failed) -> None:
         self._fail(JobId(failed.job), JobError(failed.code, failed.message))
 
-    def _save(self) -> None:
-        """Checkpoint every job at its last step boundary, then the manifest that names them all. Where there is no room
-        for that, the last manifest and what it names stay as they are, and it is tried again soon."""
-        if self._has_room(self._save_all):
-            self._saved = time.monotonic()
+    def _save(self, left_out: frozenset[str] = frozenset()) -> None:
+        """Checkpoint every job but these at its last step boundary, then the manifest that names them all. Where there
+        is no room for that, the last manifest and what it names stay as they are, and it is tried again soon."""
+        if self._has_room(lambda: self._save_all(left_out)):
+            self._saved, self._left_out = time.monotonic(), left_out
 
     def _record(self) -> None:
         """The manifest as commands and those who left have changed it, with the checkpoints that there are: who comes
@@ -365,12 +367,12 @@ class PackWorker:
             return False
         return True
 
-    def _save_all(self) -> None:
+    def _save_all(self, left_out: frozenset[str]) -> None:
         names: dict[str, str | None] = {}
         for job, running in list(self.runner.jobs.items()):
             self._underway.note({job: running.step})
             try:
-                names[job] = self._checkpoint(job, running)
+                names[job] = self._named.get(job) if job in left_out else self._checkpoint(job, running)
             except Exception as error:
                 if is_full(error):
                     raise

@@ -18,7 +18,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from polygraft.cluster.scores import UNSCORED, Scores
-from polygraft.tuning.ahead import Ahead, OnTrial
+from polygraft.tuning.ahead import Ahead, Begun, OnTrial
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.pruners.choose import pruner
 from polygraft.tuning.pruners.watch import Watch
@@ -33,7 +33,7 @@ class StudySearcher(Searcher):
         self.study: Study = ahead.study
         self.error: Exception | None = None
         self.ahead, self._plan, self._on_trial = ahead, plan, on_trial
-        self._numbers: dict[str, int] = {}
+        self._taken: dict[str, Begun] = {}
         self._stopped: dict[int, Stopped] = {}
         judge = pruner(plan.pruner)
         known = {trial.candidate.peft: plan.known(trial.candidate.peft) for trial in self.study.trials}
@@ -57,14 +57,19 @@ class StudySearcher(Searcher):
         taken = self.ahead.take()
         if taken is None:
             return None if self.ahead.left else Searcher.FINISHED  # None: Tune asks again
-        trial, body = taken
-        self._numbers[trial_id] = trial.number
-        return {"number": trial.number, "body": body}
+        self._taken[trial_id] = taken
+        return {"number": taken.trial.number, "body": taken.body}
 
     def goes_on(self, trial_id: str, result: Mapping[str, object]) -> bool:
-        """Whether a trial that reported its losses is to be trained on."""
+        """Whether the actor of a trial that goes on stays with it: not where a pruner stops it, and where nobody may be
+        stopped, not while the job of another one is over that no actor speaks for."""
         self.ahead.renew()
-        number = self._numbers[trial_id]
+        if self._watch is None:
+            moves = self.ahead.one_is_over()
+            if moves:
+                self.ahead.put_back(self._taken.pop(trial_id))
+            return not moves
+        number = self._taken[trial_id].trial.number
         stopped = self._judged(number, result)
         if stopped is None:
             return True
@@ -73,7 +78,9 @@ class StudySearcher(Searcher):
         return False
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
-        number = self._numbers[trial_id]
+        if trial_id not in self._taken:  # it was put back, and is told when an actor comes to it again
+            return
+        number = self._taken[trial_id].trial.number
         if self.study.trials[number].state is not TrialState.RUNNING:
             return
         if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
@@ -177,17 +184,17 @@ def _environment() -> Iterator[None]:
 
 
 @_environment()
-def fit(trainable: type[tune.Trainable], bridge: StudySearcher, folder: Path, *, trials: int, at_once: int) -> None:
-    """Have so many trials run by actors, `at_once` of them. Raises what telling the study raised."""
+def fit(trainable: type[tune.Trainable], bridge: StudySearcher, folder: Path, *, at_once: int) -> None:
+    """Have the study's trials run by actors, `at_once` of them. Raises what telling the study raised."""
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=bridge,
             scheduler=StudyScheduler(bridge),
-            num_samples=trials,
+            num_samples=-1,  # until the searcher says so: a trial that is put back is one more of Tune's
             max_concurrent_trials=at_once,
             reuse_actors=True,
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name=f"driver-{_unused(folder)}",  # a name used again would overwrite the earlier driver's files

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from polygraft.cluster.ground import Ground
 from polygraft.cluster.spec import BadRequest
-from polygraft.cluster.told import Told
+from polygraft.cluster.told import JsonObject, Told
 from polygraft.cluster.validation import explain
+from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.spec import SpecError
 from polygraft.tuning.finals import Member, members
 from polygraft.tuning.plan import BadPlan, SearchPlan
@@ -56,17 +57,19 @@ class Desk:
         """How far a study is, and what each of its trials came to. Raises BadRecord."""
         study = decode(record)
         plan = study.plan
+        needs = (plan.job.training_file, plan.job.validation_file, plan.test_file, plan.supernet)
         within = [trial for trial in study.trials if excess(trial, plan.objectives, plan.limits) == 0]
         return Told(
             objectives=plan.minimise,
             trials_total=plan.trials,
             trials=tuple(map(shown, study.trials)),
             front=tuple(trial.number for trial in pareto(within)),
-            finals=tuple(asdict(member) for member in members(study.trials, study.finals, plan.measured)),
+            finals=tuple(map(_json, members(study.trials, study.finals, plan.measured))),
             chosen=study.chosen,
-            parameters=tuple(asdict(parameter) for parameter in plan.space.parameters),
+            parameters=tuple(map(_json, plan.space.parameters)),
             job=plan.job.model_dump(mode="json", exclude_unset=True),
-            shape=asdict(plan.space.shape),
+            shape=_json(plan.space.shape),
+            needs=frozenset(one for one in needs if one is not None),
         )
 
 
@@ -89,6 +92,12 @@ def shown(trial: Trial) -> dict[str, JsonValue]:
     return {**body, "state": trial.state.value, "loss": trial.loss}
 
 
+def _json(value: Parameter | Member | ModelShape) -> JsonObject:
+    """Its fields as JSON has them: a tuple, such as a condition's, is no list to whoever checks."""
+    found: JsonObject = _ANY.dump_python(asdict(value), mode="json")
+    return found
+
+
 def axes(parameters: Sequence[Mapping[str, JsonValue]]) -> tuple[Parameter, ...]:
     """The axes of a space from what is told of them."""
     return _PARAMETERS.validate_python(parameters)
@@ -109,3 +118,4 @@ _PARAMETERS: TypeAdapter[tuple[Parameter, ...]] = TypeAdapter(
     tuple[Annotated[Parameter, Field(discriminator="kind")], ...]
 )
 _MEMBER: TypeAdapter[Member] = TypeAdapter(Member)
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)

@@ -27,7 +27,8 @@ from polygraft.tuning.record import open_study
 from polygraft.tuning.study import Trial
 from polygraft.tuning.terms import CALL_S, Access, Terms
 
-ACTORS = 2  # that see how jobs go which nobody may stop: each is a process, whose imports alone are seconds of a core
+ACTORS = 1  # that sees how jobs go which nobody may stop: each is a process, whose imports alone are seconds of a core
+NEWEST = 100  # jobs, of one request, among which those that are over are looked for; older ones are told in their turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,15 @@ def search(  # noqa: PLR0913
     at_once = plan.concurrency if watched else min(plan.concurrency, ACTORS)
     terms = Terms(name, plan.lease_s, losses=watched, at_once=at_once)
     with Client(access.url, access.key, timeout_s=CALL_S) as client:
-        ahead = Ahead(name, opened, plan, on_trial, partial(_begin, client, terms))
-        trials = ahead.left
-        if trials:
+        over = partial(_over, client, min(2 * plan.concurrency, NEWEST))
+        ahead = Ahead(name, opened, plan, on_trial, partial(_begin, client, terms), over)
+        if ahead.left:
             ahead.fill()
             from polygraft.tuning.bridge import StudySearcher, fit  # Ray Tune, a second of a core, while jobs train
             from polygraft.tuning.trial import trials_of
 
             bridge = StudySearcher(ahead, plan, on_trial)
-            fit(trials_of(name, access, terms), bridge, folder / name, trials=trials, at_once=at_once)
+            fit(trials_of(name, access, terms), bridge, folder / name, at_once=at_once)
             if not bridge.finished:
                 raise Interrupted(
                     f"the search was stopped after {bridge.told} of {plan.trials} trials; run it again to go on"
@@ -84,9 +85,17 @@ def search(  # noqa: PLR0913
     return StudyResult(name, opened.trials, opened.front, ahead.ended)
 
 
-def _begin(client: Client, terms: Terms, number: int, body: Mapping[str, JsonValue]) -> None:
+def _begin(client: Client, terms: Terms, number: int, body: Mapping[str, JsonValue]) -> str | None:
     """Submit the job of a trial, which trains while its actor's process starts. What goes wrong the actor meets again,
     and says."""
     lease_s = max(terms.lease_s, LEASE_S)
     with suppress(ApiFailure, ServiceNotRunning):
-        submitted(client, body, study=terms.study, name=str(number), lease_s=lease_s)
+        return submitted(client, body, study=terms.study, name=str(number), lease_s=lease_s).id
+    return None
+
+
+def _over(client: Client, newest: int) -> frozenset[str]:
+    """Which of the tenant's newest jobs have ended; none while the service does not answer."""
+    with suppress(ApiFailure, ServiceNotRunning):
+        return frozenset(job.id for job in client.jobs(newest) if job.final)
+    return frozenset()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import sqrt
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from polygraft.cluster.model import JobKind
 from polygraft.cluster.spec import read_request
@@ -20,6 +21,12 @@ from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.request import AutoPeftSpace, SpaceRequest
 from polygraft.tuning.warm import Task
 
+# Each trial is written into the study's one record, which has some hundreds of bytes for each.
+Trials = Annotated[int, Field(ge=1, le=10_000)]
+AtOnce = Annotated[int, Field(ge=1, le=1_000)]
+Seeds = Annotated[int, Field(ge=0, le=100)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]  # as a job's
+
 
 class SearchOptions(BaseModel):
     """A search over a `space` (`tuning/spaces/request.py`); `hyperparameters` are those of every trial, as in a job,
@@ -31,15 +38,15 @@ class SearchOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
     type: JobKind = "supervised"
-    trials: PositiveInt = 12
-    concurrency: PositiveInt = 4
-    startup: PositiveInt = 4
+    trials: Trials = 12
+    concurrency: AtOnce = 4
+    startup: Trials = 4
     sampler: SamplerName = "tpe"
     pruner: PrunerName = "none"
     objectives: tuple[str, ...] = ("loss", "parameters")
     limits: dict[str, float] = {}
-    seed: int = 0
-    seeds: NonNegativeInt = 0
+    seed: Seed = 0
+    seeds: Seeds = 0
     choose: Rule = "knee"
     promote: bool = False
     supernet: str | None = None

@@ -22,7 +22,7 @@ from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.owned import submitted
 from polygraft.tuning.terms import CALL_S, Access, Terms
 
-POLL_S = 1.0  # between two looks at a job, at least
+POLL_S = 0.5  # between two looks at a job, at least
 _LOOKS_A_S = 8.0  # of all trials at once, at most: each costs the service's processes some milliseconds
 _SHARE = 0.05  # of the time that a trial runs already, by which what happens to its job may be seen too late
 _PASSING = (0, 429, 503)  # statuses that say "not now": no answer, too many, a dependency is down
@@ -107,9 +107,10 @@ class JobTrial(tune.Trainable):
         return submitted(self._client, self._body, study=terms.study, name=self._name, lease_s=terms.lease_s)
 
     def _leave(self) -> None:
-        """Cancel the job if it is not over; where that fails, its lease runs out."""
+        """Cancel the job if it is not over; where that fails, its lease runs out. One that nobody may stop goes on,
+        and an actor comes to it again, or its lease runs out."""
         job, self._job = self._job, None
-        if job is not None and not job.final:
+        if job is not None and not job.final and self._terms.losses:
             with suppress(ApiFailure, ServiceNotRunning):
                 self._client.cancel(job.id)
 

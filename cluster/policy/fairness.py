@@ -1,7 +1,8 @@
 """Whose turn it is in an engine: the Virtual Token Counter (VTC; Sheng et al. 2024, arXiv 2401.00588, algorithm 2).
 
-A tenant's counter is what it was served, in virtual tokens divided by its weight: w_p for each token of a prompt, when
-its request is admitted, and w_q for each token of an answer. The tenant with the smallest counter is next. Of any two
+A tenant's counter is what it was served, in virtual tokens divided by its weight: w_p for each token of a prompt that
+is to be computed, when its request is admitted, and w_q for each token of an answer. What is computed already is no
+service, as in DLPM (Cao et al. 2025, arXiv 2501.14312). The tenant with the smallest counter is next. Of any two
 tenants that have requests waiting during a time, the service differs by at most 2 max(w_p L, w_q M) (theorem 4.4), L
 the tokens of the longest prompt and M the most that all running streams have at their ends, prompts included.
 """
@@ -18,6 +19,12 @@ from polygraft.cluster.model import TenantId
 
 PROMPT_TOKEN = 1.0  # w_p, virtual tokens; both as in the paper's experiments
 ANSWER_TOKEN = 2.0  # w_q
+
+
+def entering(tokens: int, known: int) -> float:
+    """Virtual tokens that a stream costs its tenant when it enters with so many tokens, of which those `known` are
+    computed already."""
+    return PROMPT_TOKEN * (tokens - known)
 
 
 class Turn(Protocol):

@@ -38,18 +38,26 @@ def materialise(name_or_path: str, cache: Path) -> Path:
     """
     if name_or_path == EMBEDDED:
         return _once(cache / EMBEDDED, _convert)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if (path := folder_named(name_or_path)) is not None:
         return checked(path.resolve())
     check_hub_id(name_or_path)
     return _once(cache / name_or_path.replace("/", "--"), lambda folder: _download(name_or_path, folder))
+
+
+def folder_named(name: str) -> Path | None:
+    """The folder of that path, where there is one that may be looked at."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long or not ours to see, a null, nobody's home
+        return None
 
 
 def check_hub_id(name: str) -> None:
     """Raise BackboneError for what cannot be a Hugging Face hub id."""
     if not _HUB_NAME.fullmatch(name) or ".." in name:
         raise BackboneError(
-            f"backbone: {name!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
+            f"backbone: {name[:100]!r} is neither {EMBEDDED!r}, nor a folder here, nor a hub id like owner/name"
         )
 
 

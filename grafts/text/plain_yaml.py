@@ -50,5 +50,5 @@ def load(text: str) -> object:
     try:
         value: object = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number that is none
-        raise YamlError(str(error)) from None
+        raise YamlError(" ".join(str(error).split())) from None
     return value

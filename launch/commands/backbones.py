@@ -71,7 +71,9 @@ def list_backbones(context: typer.Context, as_json: Json = False) -> None:
 
 
 @backbones.command("remove")
-def remove_backbone(context: typer.Context, name: Name) -> None:
+def remove_backbone(context: typer.Context, name: Name, as_json: Json = False) -> None:
     """Remove a model from the service; refused while something needs it. Its files and the grafts on it stay."""
     with flags(context).client() as client:
         client.remove_backbone(name)
+    if as_json:
+        print_json({"removed": name})

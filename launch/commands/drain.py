@@ -12,7 +12,7 @@ import typer
 from polygraft.cluster.service import find_service
 from polygraft.launch.commands.common import Flags, Json, flags
 from polygraft.launch.local_ray import access
-from polygraft.launch.output import Failure, print_json, screen
+from polygraft.launch.output import Failure, Status, print_json, screen
 
 
 def register(app: typer.Typer) -> None:
@@ -31,10 +31,12 @@ def drain(
     """Move what a node holds elsewhere: streams go on, jobs after their last step. Returns when it holds nothing."""
     told = flags(context)
     found = _address(told) if address is None else address
-    from polygraft.launch.draining import NotDrained, empty, tell
+    from polygraft.launch.draining import NoSuchNode, NotDrained, empty, tell
 
     try:
         node = tell(found, node, seconds)
+    except NoSuchNode as error:
+        raise Failure(f"{error}", Status.NOT_FOUND) from None
     except NotDrained as error:
         raise Failure(f"{error}") from None
     with closing(told.store()) as store:

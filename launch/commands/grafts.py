@@ -82,6 +82,7 @@ def import_graft(
         str | None, typer.Option(help="The one that it is for; the service's own where not given.")
     ] = None,
     promote: Promote = False,
+    as_json: Json = False,
 ) -> None:
     """Give the service a graft made elsewhere, for one of its backbones."""
     if each == (name is not None):
@@ -89,17 +90,21 @@ def import_graft(
     if not folder.is_dir():
         raise Failure(f"{folder} is no folder", Status.USAGE)
     found = [(folder, name or "")] if name else [(one, one.name) for one in sorted(folder.iterdir()) if one.is_dir()]
-    refused = 0
+    taken, refused = list[RemoteGraft](), 0
     with usage_errors(), flags(context).client() as client:
         its_backbone = None if backbone is None else _named(client, backbone)
         for one, its_name in found:
             try:
-                typer.echo(sent(client, one, its_name, promote=promote, backbone=its_backbone).id)
+                taken.append(sent(client, one, its_name, promote=promote, backbone=its_backbone))
+                if not as_json:
+                    typer.echo(taken[-1].id)
             except ApiFailure as error:
                 if not each:
                     raise
                 print_error(f"{its_name}: {error}")
                 refused += 1
+    if as_json:
+        print_json(iter(taken) if each else taken[0])
     if refused:
         raise Failure(f"{refused} of {len(found)} folders were not imported")
 
@@ -158,27 +163,42 @@ def export_graft(
 
 @grafts.command("promote")
 def promote_graft(
-    context: typer.Context, graft: Annotated[str, typer.Argument(help="The version, name@version.")]
+    context: typer.Context,
+    graft: Annotated[str, typer.Argument(help="The version, name@version.")],
+    as_json: Json = False,
 ) -> None:
     """Let a name mean this version of it from now on."""
     with flags(context).client() as client:
-        typer.echo(client.promote_graft(graft).id)
+        _print(client.promote_graft(graft), as_json)
 
 
 @grafts.command("rollback")
-def roll_back(context: typer.Context, name: Annotated[str, typer.Argument(help="The name.")]) -> None:
+def roll_back(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="The name.")], as_json: Json = False
+) -> None:
     """Let a name mean the version before the one that it means."""
     with flags(context).client() as client:
-        typer.echo(client.roll_back_graft(name).id)
+        _print(client.roll_back_graft(name), as_json)
 
 
 @grafts.command("delete")
 def delete_graft(
-    context: typer.Context, graft: Annotated[str, typer.Argument(help="The version, name@version.")]
+    context: typer.Context,
+    graft: Annotated[str, typer.Argument(help="The version, name@version.")],
+    as_json: Json = False,
 ) -> None:
     """Delete a version; refused while something needs it."""
     with flags(context).client() as client:
         client.delete_graft(graft)
+    if as_json:
+        print_json({"deleted": graft})
+
+
+def _print(graft: RemoteGraft, as_json: bool) -> None:
+    if as_json:
+        print_json(graft)
+    else:
+        typer.echo(graft.id)
 
 
 def sent(client: Client, folder: Path, name: str, *, promote: bool, backbone: str | None) -> RemoteGraft:

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from polygraft.serving.http.connection import Connection
 from polygraft.serving.http.listener import BACKLOG, handed
 
 _KEPT_S = 90  # a connection on which nothing is asked; as behind Serve's proxies
@@ -24,9 +25,12 @@ async def answering(app: ASGIApp, door: Path, *, drain_s: float) -> AsyncIterato
     underway has `drain_s` to come to its end. Raises OSError where there is no listener."""
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         lifespan="off",  # it is running
         access_log=False,
         log_config=None,
+        log_level="error",  # anybody who sends what is no HTTP would write a line
         backlog=BACKLOG,
         timeout_keep_alive=_KEPT_S,
         timeout_graceful_shutdown=ceil(drain_s),

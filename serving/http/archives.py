@@ -2,8 +2,8 @@
 
 Of an archive, plain or gzipped, only the regular files of its one folder are read, or those that lie in none. What
 could lead out of the target (absolute names, `..`), stand for something else (links, devices, sparse files) or grow
-(more bytes or members than the limits, headers that hold texts of megabytes) is refused by its name; nothing is kept
-then. Folders inside are left out: no format of grafts has any.
+(more bytes or members than the limits, headers that hold texts of megabytes) is refused by its name, and so is one that
+was cut off, even between two files; nothing is kept then. Folders inside are left out: no format of grafts has any.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ def _untar(archive: Path, target: Path, limit_bytes: int) -> None:
             content = members.extractfile(member)
             assert content is not None  # as it is for a regular file
             _write(target / parts[-1], content, member)
+        file.seek(members.offset)  # where tarfile stops, at what is no header, too
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise BadArchive("the archive has no end: it was cut off, or is damaged after its first files")
     if not folders:
         raise BadArchive("the archive holds no files")
 

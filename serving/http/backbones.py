@@ -25,6 +25,7 @@ from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
+from polygraft.serving.http.needed import searches_on
 from polygraft.serving.http.schemas import BackboneObject, Deleted, NewBackbone, Page
 
 router = APIRouter(prefix="/v1/backbones")
@@ -48,8 +49,8 @@ async def add(request: Request, api: ApiDep, tenant: TenantDep) -> BackboneObjec
 
 @router.delete("/{backbone:path}", responses=answers(403, 404, 409))
 def remove(backbone: str, api: ApiDep, tenant: TurnDep) -> Deleted:
-    """Remove the model from the service; its files and the grafts on it stay. Refused (409) while unfinished jobs or
-    answers need it, and for the service's own."""
+    """Remove the model from the service; its files and the grafts on it stay. Refused (409) while unfinished jobs,
+    running searches or answers need it, and for the service's own."""
     _check_operator(tenant)
     if api.store.get(keys.backbone(backbone)) is None:
         raise not_found("backbone", backbone)
@@ -94,7 +95,10 @@ def _in_use(api: Api, name: str) -> str | None:
     if (known is not None and api.backbones.busy(known)) or is_answering(api.store, name):
         return "is generating answers; wait"
     jobs = sum(found.value.spec.backbone == name and not found.value.final for found in api.store.scan(keys.JOBS))
-    return f"has {jobs} unfinished jobs; cancel them or wait" if jobs else None
+    if jobs:
+        return f"has {jobs} unfinished jobs; cancel them or wait"
+    searches = searches_on(api, name)
+    return f"has {searches} running searches; cancel them or wait" if searches else None
 
 
 def _check_operator(tenant: TenantId) -> None:

@@ -43,9 +43,7 @@ class _Texts:
     @property
     def usage(self) -> Usage:
         """Of all together."""
-        found = [transcript.usage for transcript in self.transcripts]
-        prompt, answer = sum(one.prompt_tokens for one in found), sum(one.completion_tokens for one in found)
-        return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+        return Usage.of(*map(sum, zip(*(transcript.counts for transcript in self.transcripts), strict=True)))
 
 
 @router.post(

@@ -18,6 +18,7 @@ from polygraft.cluster.settings import LimitSettings
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.told import Told
 from polygraft.serving.candidate import Candidate
+from polygraft.serving.http.checked import Checked
 from polygraft.serving.http.known import Backbones
 from polygraft.serving.http.meters import Meters
 from polygraft.serving.http.overview import Overview
@@ -68,6 +69,7 @@ class Api:
     metrics_tenants: frozenset[TenantId]
     sized: Callable[[Backbone], Backbone] = lambda record: record
     turns: Turns = field(default_factory=Turns)
+    checked: Checked = field(default_factory=Checked)
 
     @property
     def folders(self) -> Folders:

@@ -18,6 +18,7 @@ from polygraft.kernels.common.atomic import move
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers, form_body
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
+from polygraft.serving.http.needed import needed_by
 from polygraft.serving.http.pages import page
 from polygraft.serving.http.schemas import Deleted, FileObject, Page
 from polygraft.serving.http.upload import Upload, receive
@@ -74,14 +75,10 @@ def content(file: str, api: ApiDep, tenant: TurnDep) -> FileResponse:
 
 @router.delete("/{file}", responses=answers(404, 409))
 def delete(file: str, api: ApiDep, tenant: TurnDep) -> Deleted:
-    """Refused (409) while an unfinished job needs the file."""
+    """Refused (409) while an unfinished job or a running search needs the file."""
     found = find_file(api, tenant, file, param="id")
-    for job in api.store.newest(keys.unfinished_jobs_of(tenant)):
-        spec = job.value.spec
-        if file in (spec.training_file, spec.validation_file, spec.test_file):
-            raise ApiError(
-                409, f"file {file} is in use by job {job.value.id}; cancel it or wait", param="id", code="file_in_use"
-            )
+    if (who := needed_by(api, tenant, file)) is not None:
+        raise ApiError(409, f"file {file} is in use by {who}; cancel it or wait", param="id", code="file_in_use")
     api.store.commit([Write(found.key, None, found.version)])
     api.blob(found.value).unlink(missing_ok=True)
     return Deleted(id=file, object="file")

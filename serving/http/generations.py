@@ -177,10 +177,26 @@ class CompletionRequest(Generation):
         return [self.prompt] if one else self.prompt  # type: ignore[return-value]
 
 
+class PromptTokensDetails(Body):
+    """`cached_tokens`: those that the tenant's requests to this model had begun with before, and were not computed."""
+
+    cached_tokens: int
+
+
 class Usage(Body):
+    """Tokens of prompts and answers; `prompt_tokens_details` are those of texts that are written."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+    @staticmethod
+    def of(prompt: int, answer: int, cached: int) -> Usage:
+        details = PromptTokensDetails(cached_tokens=cached)
+        return Usage(
+            prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer, prompt_tokens_details=details
+        )
 
 
 class AnswerMessage(Body):

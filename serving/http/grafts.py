@@ -19,8 +19,6 @@ from polygraft.cluster.model import Graft, GraftId, TenantId
 from polygraft.cluster.publish import BadName, UnknownModel, adopt, check_name, resolve
 from polygraft.cluster.store import keys
 from polygraft.cluster.validation import shown
-from polygraft.grafts.grammar import parse
-from polygraft.grafts.methods import configs
 from polygraft.kernels.common.atomic import move
 from polygraft.serving.adoption import Busy, NotSaved, Refused, Saved
 from polygraft.serving.http.archives import BadArchive, TooLarge, packed, unpack
@@ -30,6 +28,7 @@ from polygraft.serving.http.documents import READING, answers, form_body, json_b
 from polygraft.serving.http.errors import ApiError, artefacts_full, bad_request, not_found
 from polygraft.serving.http.known import KnownBackbone
 from polygraft.serving.http.named import backbone_named
+from polygraft.serving.http.needed import needed_by
 from polygraft.serving.http.pages import page
 from polygraft.serving.http.schemas import Deleted, GraftImport, GraftObject, Page
 from polygraft.serving.http.upload import receive
@@ -104,13 +103,13 @@ def graft(graft: str, api: ApiDep, tenant: TurnDep) -> GraftObject:
 @router.delete("/{graft}", responses=answers(400, 404, 409))
 def delete(graft: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     """Delete the version `name@n`; refused (409) while its name means it and could mean another, an answer is being
-    generated with it, or an unfinished job is made over it. The number is not given out again."""
+    generated with it, or an unfinished job or a running search is made over it. The number is not given out again."""
     name, version = _version(api, tenant, graft)
     found = _find(api, tenant, graft)
-    if any(backbone.gateway.uses(found.id) for backbone in api.backbones):
+    if any(backbone.gateway.uses(tenant, found.id) for backbone in api.backbones):
         raise ApiError(409, f"{graft} is generating answers; wait", param="id", code="graft_in_use")
-    if (job := _made_over(api, tenant, graft)) is not None:
-        raise ApiError(409, f"job {job} is made over {graft}; cancel it or wait", param="id", code="graft_in_use")
+    if (who := needed_by(api, tenant, graft)) is not None:
+        raise ApiError(409, f"{who} is made over {graft}; cancel it or wait", param="id", code="graft_in_use")
     try:
         versions.delete(api.store, tenant, name, version, at=api.clock())
     except versions.InUse as error:
@@ -132,14 +131,20 @@ def export(
     """A tar archive of the graft's files: all, or those of PEFT where PEFT has the method."""
     found = _find(api, tenant, graft)
     folder = api.folders.grafts / found.id
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        names = []
     if not names:
         raise ApiError(404, f"the files of {shown(graft)} are gone; import it again", param="id", code="content_gone")
     chosen = [name for name in names if format == "native" or name not in NATIVE]
     if not chosen:
         message = f"format: PEFT has no {found.method}; export {graft} as 'native'"
         raise bad_request(message, param="format", code="no_such_format")
-    files = [(name, (folder / name).open("rb")) for name in chosen]
+    try:
+        files = [(name, (folder / name).open("rb")) for name in chosen]
+    except FileNotFoundError:  # it was deleted meanwhile
+        raise not_found("graft", graft) from None
     headers = {"Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}
     return StreamingResponse(packed(files), media_type=ARCHIVE, headers=headers)
 
@@ -252,15 +257,6 @@ def _published(api: Api, tenant: TenantId, name: str, saved: Saved, promote: boo
         at=api.clock(),
         promote=promote,
     )
-
-
-def _made_over(api: Api, tenant: TenantId, model: str) -> str | None:
-    """An unfinished job of the tenant that needs the graft's tensors."""
-    for one in api.store.newest(keys.unfinished_jobs_of(tenant)):
-        job = one.value
-        if not configs.is_config(job.spec.peft) and model in parse(job.spec.peft).sources:
-            return job.id
-    return None
 
 
 def _remove(api: Api, graft: GraftId) -> None:

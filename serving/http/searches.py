@@ -12,7 +12,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import JsonValue
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from polygraft.cluster.events import Event
@@ -24,7 +23,7 @@ from polygraft.cluster.scores import SCORES, scores_told
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import OLDEST, Conflict, EntryId, Versioned, Write
-from polygraft.cluster.told import JsonObject, Told
+from polygraft.cluster.told import JsonObject
 from polygraft.grafts.text import jsonl
 from polygraft.grafts.text.labelled import Labelled
 from polygraft.serving.http.body import read_json
@@ -32,6 +31,8 @@ from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers
 from polygraft.serving.http.errors import ApiError, bad_request, not_found
 from polygraft.serving.http.frames import EVENTS, STREAM
+from polygraft.serving.http.named import backbone_named
+from polygraft.serving.http.needed import told
 from polygraft.serving.http.once import once
 from polygraft.serving.http.pages import first_of, not_in_list, page
 from polygraft.serving.http.schemas import Page, SearchEvent, SearchObject, TrialObject
@@ -96,15 +97,15 @@ def cancel(search: str, api: ApiDep, tenant: TurnDep) -> SearchObject:
 def trials(search: str, api: ApiDep, tenant: TurnDep, after: str | None = None, limit: Size = 20) -> Page[TrialObject]:
     """Every trial that was asked for, in order."""
     found = _find(api, tenant, search).value
-    return page([_trial(found, one) for one in _told(api, found).trials], after=after, limit=limit)
+    return page([_trial(found, one) for one in told(api, found).trials], after=after, limit=limit)
 
 
 @router.get("/{search}/front", responses=answers(404))
 def front(search: str, api: ApiDep, tenant: TurnDep) -> Page[TrialObject]:
     """The trials within the limits that no other one of them beats, from the best in the last objective on."""
     found = _find(api, tenant, search).value
-    told = _told(api, found)
-    return Page(data=tuple(_trial(found, told.trials[number]) for number in told.front))
+    known = told(api, found)
+    return Page(data=tuple(_trial(found, known.trials[number]) for number in known.front))
 
 
 @router.get("/{search}/events", responses={200: {"content": STREAM}, **answers(400, 404)})
@@ -119,16 +120,17 @@ async def events(
     """What happened, oldest first; as server-sent events until the search is over with `stream`."""
     found = await api.turns.work(tenant, _find, api, tenant, search)
     if stream:
-        return StreamingResponse(_stream(api, found.value.id), media_type=EVENTS)  # type: ignore[return-value]
+        return StreamingResponse(_stream(api, tenant, found.value.id), media_type=EVENTS)  # type: ignore[return-value]
     entries = await api.turns.work(tenant, _events, api, found.value.id, OLDEST)
     return page(entries, after=after, limit=limit)
 
 
-async def _stream(api: Api, search: StudyId) -> AsyncIterator[str]:
+async def _stream(api: Api, tenant: TenantId, search: StudyId) -> AsyncIterator[str]:
+    """Each look is in the tenant's turn, so that a thousand of them are its own to wait for."""
     after = OLDEST
     while True:
-        final = await run_in_threadpool(_is_over, api, search)  # looked at before the entries, which end with it
-        for event in await run_in_threadpool(_events, api, search, after):
+        final = await api.turns.work(tenant, _is_over, api, search)  # looked at before the entries, which end with it
+        for event in await api.turns.work(tenant, _events, api, search, after):
             after = EntryId(event.id)
             yield f"data: {event.model_dump_json()}\n\n"
         if final:
@@ -166,10 +168,7 @@ def _create(api: Api, tenant: TenantId, body: JsonValue, idempotency_key: str | 
 
 def _new(api: Api, tenant: TenantId, body: JsonValue) -> tuple[list[Write], list[Event]]:
     wanted = body.get("model") if isinstance(body, dict) else None
-    model = wanted if isinstance(wanted, str) else api.backbones.own
-    backbone = api.backbones.named(model)
-    if backbone is None:
-        raise not_found("model", model, param="model")
+    backbone = backbone_named(api, wanted if isinstance(wanted, str) else None)
     supernet = body.get("supernet") if isinstance(body, dict) else None
     if isinstance(body, dict) and isinstance(supernet, str):
         try:
@@ -223,7 +222,7 @@ def _earlier(api: Api, tenant: TenantId, body: JsonValue) -> dict[str, str]:
     if asked == "auto":
         searches = [one.value for one in api.store.newest(keys.searches_of(tenant), limit=EARLIER)]
     else:
-        searches = [_find(api, tenant, asked).value]
+        searches = [_find(api, tenant, asked, param="warm_start").value]
     studies = [api.store.get(keys.study(one.id)) for one in searches]
     return {str(one.value.id): one.value.body for one in studies if one is not None}
 
@@ -245,16 +244,11 @@ def _check_scores(validation_file: Path, objectives: Collection[str]) -> None:
             raise bad_request(message, param="objectives", code="invalid_value")
 
 
-def _find(api: Api, tenant: TenantId, search: str) -> Versioned[Search]:
+def _find(api: Api, tenant: TenantId, search: str, *, param: str = "id") -> Versioned[Search]:
     found = api.store.get(keys.search(StudyId(search)))
     if found is None or found.value.tenant != tenant:
-        raise not_found("search", search)
+        raise not_found("search", search, param=param)
     return found
-
-
-def _told(api: Api, search: Search) -> Told:
-    found = api.store.get(keys.study(search.id))
-    return Told() if found is None else api.desk.told(found.value.body)
 
 
 def _trial(search: Search, body: JsonObject) -> TrialObject:
@@ -262,7 +256,7 @@ def _trial(search: Search, body: JsonObject) -> TrialObject:
 
 
 def _shown(api: Api, search: Search) -> SearchObject:
-    told = _told(api, search)
+    known = told(api, search)
     return SearchObject(
         id=search.id,
         name=search.name,
@@ -270,13 +264,13 @@ def _shown(api: Api, search: Search) -> SearchObject:
         finished_at=None if search.finished_at is None else int(search.finished_at),
         status="cancelling" if search.cancel_requested and search.state is SearchState.RUNNING else search.state.value,
         note=search.note,
-        objectives=told.objectives,
-        trials_total=told.trials_total,
-        trials=dict(told.states),
-        front=told.front,
-        finals=told.finals,
-        chosen=told.chosen,
-        parameters=told.parameters,
-        job=told.job,
-        shape=told.shape,
+        objectives=known.objectives,
+        trials_total=known.trials_total,
+        trials=dict(known.states),
+        front=known.front,
+        finals=known.finals,
+        chosen=known.chosen,
+        parameters=known.parameters,
+        job=known.job,
+        shape=known.shape,
     )

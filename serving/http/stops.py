@@ -16,6 +16,8 @@ class Stops:
         string that ends in an `early` piece is text like any other."""
         if self.hit:
             return ""
+        if not self._stops:
+            return piece
         held, text = len(self._held), self._held + piece
         if not early:  # the held tail may have a stop string that ended too early
             found = [at for stop in self._stops if (at := text.find(stop, max(0, held - len(stop) + 1))) >= 0]

@@ -112,7 +112,7 @@ def new_job(api: Api, tenant: TenantId, body: JsonValue) -> Submission:
     for param, file in files_of(spec).items():
         if file is not None:
             path = api.blob(find_file(api, tenant, file, param=param).value)
-            _check_examples(api, Reading(backbone.tokeniser, graft.spec.head, limit), path, room, param)
+            _check_examples(api, backbone, Reading(backbone.tokeniser, graft.spec.head, limit), path, room, param)
     _check_rung(api, tenant, spec)
     return Submission(_job(api, tenant, request, spec, sizes), Reading(backbone.tokeniser, graft.spec.head, limit))
 
@@ -224,15 +224,27 @@ def _check_memory(pack: Limits, peft: str, sizes: tuple[int, int], param: str) -
         )
 
 
-def _check_examples(api: Api, reading: Reading, path: Path, room: ExampleRoom | None, param: str) -> None:
+def _check_examples(
+    api: Api, backbone: KnownBackbone, reading: Reading, path: Path, room: ExampleRoom | None, param: str
+) -> None:
     """Raise ApiError 400 for an example of which the limit leaves nothing to learn, or that no pack has room for,
-    naming its line."""
+    naming its line. A file that was read before without a fault is not read again."""
+    tokens_by = backbone.fingerprint, reading.tokeniser.fingerprint
+    how, longest = (*tokens_by, reading.head, reading.limit, param == "training_file"), 0
+    try:
+        known = api.checked.longest(path, how)
+    except FileNotFoundError:
+        raise _gone(param, path) from None
+    if known is not None and (room is None or room.refusal(known) is None):
+        return
     until = time.monotonic() + _CHECK_S
     for line, tokens in encoded(api, reading, path, param):
         if room is not None and (why := room.refusal(len(tokens.ids))) is not None:
             raise bad_request(f"{param}: line {line} {why}", param=param, code="invalid_file")
+        longest = max(longest, len(tokens.ids))
         if time.monotonic() > until:
-            return
+            break
+    api.checked.note(path, how, longest)
 
 
 def encoded(api: Api, reading: Reading, path: Path, param: str) -> Iterator[tuple[int, Tokens]]:

@@ -21,11 +21,14 @@ class Transcript:
         self._prompt_tokens = len(prompt_ids)
         self._min_tokens = min_tokens
         self._tokens = 0
+        self._cached = 0
         self.finish_reason: FinishReason | None = None
 
     def feed(self, tokens: StepTokens) -> str:
         """The text that became certain."""
         self._tokens += tokens.token is not None
+        if tokens.index == 0:  # later ones, of another replica, had more to find
+            self._cached = tokens.found
         match tokens.finish_reason:
             case "stop":  # the end token itself is no text, whether or not the tokenizer calls it special
                 return self._end("stop", "")
@@ -37,10 +40,14 @@ class Transcript:
         return piece
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of prompt and answer, the end token among them, and those of the prompt that were computed before; a
+        graft's prefix rows are nobody's tokens."""
+        return self._prompt_tokens, self._tokens, self._cached
+
+    @property
     def usage(self) -> Usage:
-        """Tokens of prompt and answer, the end token among them; a graft's prefix rows are nobody's tokens."""
-        total = self._prompt_tokens + self._tokens
-        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens, total_tokens=total)
+        return Usage.of(*self.counts)
 
     def _text(self, tokens: StepTokens) -> str:
         return "" if tokens.token is None else self._detokeniser.feed((tokens.token,))

@@ -159,3 +159,42 @@ def test_no_service_file_says_how_to_start_one(tmp_path: Path) -> None:
         find_service(tmp_path / "run" / "service.json")
     with pytest.raises(ServiceNotRunning, match="polygraft up"):
         read_key(tmp_path / "api_key")
+
+
+@pytest.mark.parametrize("id", ["", ".", ".."])
+def test_an_id_that_would_be_another_path_is_not_asked_for(id: str) -> None:
+    with pytest.raises(ApiFailure, match="does not exist") as caught:
+        client(lambda _: pytest.fail("asked")).job(id)
+    assert caught.value.status == 404
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "told"),
+    [
+        (200, "<html>", "answers as no service"),
+        (200, "{}", "answers as no service of this version does: id: Field required"),
+        (307, "", "HTTP 307"),
+    ],
+)
+def test_whoever_answers_otherwise_than_a_service_is_told_so(status: int, text: str, told: str) -> None:
+    asked = client(lambda _: httpx.Response(status, text=text))
+    with pytest.raises(ApiFailure, match=told):
+        asked.job("ftjob-1")
+    with pytest.raises(ApiFailure):
+        list(asked.jobs())
+
+
+def test_numbers_that_json_has_not_are_not_sent() -> None:
+    asked = client(lambda _: pytest.fail("asked"))
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ApiFailure, match="nan or infinity"):
+            asked.create_job({"hyperparameters": {"learning_rate": number}})
+        with pytest.raises(ApiFailure, match="nan or infinity"):
+            next(asked.chat("mine", [], max_tokens=1, temperature=number))
+
+
+@pytest.mark.parametrize(("url", "key"), [("http://[::1", "pg-key"), ("http://service", "é"), ("http://s", "a\nb")])
+def test_an_address_or_key_that_cannot_be_is_refused_and_no_key_is_told(url: str, key: str) -> None:
+    with pytest.raises(ApiFailure) as caught:
+        Client(url, key)
+    assert key not in str(caught.value)

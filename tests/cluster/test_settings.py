@@ -57,7 +57,7 @@ def test_a_bad_file_names_the_field_and_the_value(tmp_path: Path, text: str, mes
 
 def test_a_bad_variable_names_the_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYGRAFT_PACK", "{not json")
-    with pytest.raises(BadSettings, match='"pack"'):
+    with pytest.raises(BadSettings, match=r"pack: the environment's '\{not json' is no JSON"):
         load(home=tmp_path)
 
 
@@ -68,3 +68,23 @@ def test_what_kubernetes_says_of_a_service_named_polygraft_is_no_setting(monkeyp
     monkeypatch.setenv("POLYGRAFT_PORT", "tcp")
     with pytest.raises(BadSettings, match=r"port: .*'tcp'"):
         load()
+
+
+def test_numbers_without_end_are_no_settings(tmp_path: Path) -> None:
+    """JSON, in which the service is told them, has none."""
+    (tmp_path / "config.yaml").write_text("serve: {wait_s: .inf}")
+    with pytest.raises(BadSettings, match=r"serve\.wait_s: Input should be a finite number"):
+        load(home=tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x"])
+def test_a_path_that_cannot_be_is_refused_by_its_field(path: str, tmp_path: Path) -> None:
+    for field in ("home", "data"):
+        with pytest.raises(BadSettings, match=f"{field}: "):
+            load(**{"home": tmp_path, field: Path(path)})
+
+
+def test_what_the_environment_has_that_is_no_json_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYGRAFT_GRAFT_ROOTS", "/a")
+    with pytest.raises(BadSettings, match="graft_roots: the environment's '/a' is no JSON"):
+        load(home=tmp_path)

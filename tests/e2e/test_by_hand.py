@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -190,8 +191,14 @@ def test_every_socket_is_this_machine_s_and_asks_who_calls(told: Told, polygraft
     assert len(beyond) == 2 and all(name.startswith("ray::ServeRepl") for name in beyond), sockets
     found = {port: (name, *_without_a_token(port)) for (_, port), name in sockets.items()}
     assert {answer for *_, answer in found.values()} == {"refused"}, found
-    assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "metrics", "store"}
+    assert {kind for _, kind, _ in found.values()} == {"gRPC", "HTTP", "channel", "metrics", "store"}
     assert len({port for port, (_, kind, _) in found.items() if kind == "metrics"} - FIXED) == 1, found
+
+
+def test_nobody_else_reads_what_ray_writes(told: Told, polygraft: Shell) -> None:
+    last = RunFolder(polygraft.home).supervision
+    assert last is not None
+    assert Path(last.scratch).stat().st_mode & 0o077 == 0, "Ray opens its own folder to everybody"
 
 
 def test_a_second_home_is_refused_the_port(told: Told, polygraft: Shell) -> None:
@@ -300,6 +307,10 @@ def _without_a_token(port: int) -> tuple[str, str]:
     try:
         answers = {method: httpx.request(method, f"http://127.0.0.1:{port}/metrics") for method in ("GET", "POST")}
     except httpx.RemoteProtocolError:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as guessing:
+            guessing.sendall(b"secret ingress\n")
+            if guessing.recv(1) == b"":
+                return "channel", "refused"
         with redis.Redis(port=port) as client, pytest.raises(redis.AuthenticationError):
             client.ping()
         return "store", "refused"

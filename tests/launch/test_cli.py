@@ -243,3 +243,15 @@ def test_methods_gives_s4s_union_for_a_budget(tmp_path: Path) -> None:
     assert said == s4(shape, 1_000_000) and 900_000 < BoundGraft(parse(said), shape).parameters <= 1_000_000
     few = run("methods", "--s4", "1000", "--config", str(config))
     assert few.exit_code == 2 and "budget: 1000 is too small" in few.stderr
+
+
+@pytest.mark.parametrize("home", ["/dev/null", __file__])
+def test_a_file_that_cannot_be_read_is_one_line(home: str) -> None:
+    result = CliRunner().invoke(app, ["--home", home, "jobs"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "Not a directory" in result.stderr
+
+
+def test_what_changes_something_says_so_as_json_too(served: Callable[[Answer], None]) -> None:
+    served(lambda _: httpx.Response(200, json={}))
+    assert json.loads(run("grafts", "delete", "mine@1", "--json").stdout) == {"deleted": "mine@1"}
+    assert json.loads(run("backbones", "remove", "other", "--json").stdout) == {"removed": "other"}

@@ -81,6 +81,7 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
         died_at.append(time.monotonic())
 
     with stand_in(lambda number: 60.0 if number == KILLED else 2.0) as service, cluster():
+        service.lists = False  # so that the actor stays with the trial that it is killed at
         Thread(target=kill, args=(service,), daemon=True).start()
         result = search(
             plan,
@@ -114,6 +115,24 @@ def test_a_killed_trial_is_told_as_failed_and_its_job_is_left_to_its_lease(
     printed = capfd.readouterr()
     assert printed.err == "" and "(raylet)" in printed.out and len(printed.out.splitlines()) == 1  # Ray, of the kill
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.nightly
+def test_the_only_actor_leaves_a_trial_whose_job_is_slow_for_those_whose_are_over(tmp_path: Path) -> None:
+    plan, seen = replace(plan_of(6), concurrency=3), list[Trial]()
+    with stand_in(lambda number: 0.5 if number else 30.0) as service, cluster():
+        search(
+            plan,
+            store=MemoryStore(),
+            access=Access(service.url, KEY),
+            tenant=TenantId("eve"),
+            folder=tmp_path,
+            on_trial=seen.append,
+        )
+        renewed = service.of_trial(0).renewed_at
+    told = [trial.number for trial in seen if trial.state is TrialState.COMPLETE]
+    assert sorted(told) == list(range(6)) and told[-1] == 0
+    assert len(service.jobs) == 6 and len(renewed) >= 3, "by the driver, the actor and the driver again"
 
 
 @pytest.mark.nightly

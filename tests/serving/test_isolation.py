@@ -119,7 +119,7 @@ def plant(place: str, culprit: Culprit, patch: pytest.MonkeyPatch) -> None:
                 lambda waiting, running, **_: any(one.id == id for one in (*waiting, *running)),
             )
         case "what is computed of it":
-            wrap(patch, Blocks, "match", lambda _, owner, ids: owner[1] == graft)
+            wrap(patch, Blocks, "match", lambda _, owner, *__: owner[1] == graft)
         case "cache blocks":
             wrap(patch, Blocks, "allocate", lambda _, holder, blocks: holder == id)
         case "its graft's prefix":

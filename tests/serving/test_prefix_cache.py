@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.batch import Batch
+from polygraft.serving.blocks import Blocks
 from polygraft.serving.engine import Engine
+from polygraft.serving.prefixes import Match
 from polygraft.serving.request import GenerationRequest
 from tests.serving.engines import Heard, engine_on, request, run
 from tests.serving.naive import random_tensors
@@ -145,6 +148,41 @@ def test_who_begins_like_another_computes_what_is_its_own(backbone: Backbone, da
     assert ask(request("alike", (*TEXT[:37], *TEXT[200:230]), 1)) == (30, 37)
     tally = ask.engine.load.tally
     assert (tally.prefix_queries, tally.prefix_hits) == (127, 37)
+
+
+def test_what_waits_is_looked_up_again_only_when_there_may_be_more_of_it(
+    backbone: Backbone, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    match = Blocks.match
+
+    def noted(blocks: Blocks, owner: object, ids: list[int], before: Match) -> Match:
+        looked.append(f"{ids[-1]}")
+        return match(blocks, owner, ids, before)
+
+    monkeypatch.setattr(Blocks, "match", noted)
+    ask = asked(backbone, data, max_streams=2, max_context=160)
+    for name in ("a", "b"):
+        ask.engine.submit(request(name, (*TEXT[:40], 3 + ord(name), *TEXT[40:48]), 60))
+    while len(ask.heard.tokens) < 2:
+        ask.engine.turn()
+    for n in range(2):
+        ask.engine.submit(request(f"{n}", (*TEXT[:40], n, n), 60))
+    seen = []
+    for _ in range(30):
+        looked.clear()
+        ask.engine.turn()
+        seen.append(len(looked))
+    assert seen == [2, *[0] * 29] and ask.engine.load.waiting == 2
+
+
+def test_a_tenant_pays_for_what_is_computed_of_its_prompts(backbone: Backbone, data: Path) -> None:
+    ask = asked(backbone, data)
+    paid = [0.0]
+    for name, prompt in (("a", TEXT[:60]), ("b", TEXT[:40]), ("c", (*TEXT[:37], 3, 4, 5)), ("d", TEXT[:41])):
+        ask(request(name, prompt, 1))
+        paid.append(ask.engine._streams.tenants.ledger.counter(TenantId("t")))
+    assert [after - before - 2 for before, after in pairwise(paid)] == [60, 1, 3, 1]
 
 
 def test_no_tenant_and_no_graft_has_what_was_computed_for_another(

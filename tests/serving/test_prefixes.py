@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygraft.serving.blocks import Blocks
-from polygraft.serving.prefixes import Match, Prefixes
+from polygraft.serving.prefixes import NOTHING, Match, Prefixes
 
 SIZE = 2
 OWNERS = ("a", "b")
@@ -30,6 +30,7 @@ class Cache:
     slots: dict[int, dict[int, Slot]] = field(default_factory=dict)
     streams: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
+    matches: dict[tuple[str, tuple[int, ...]], Match] = field(default_factory=dict)
     entered: int = 0
 
     def enter(self, owner: str, ids: list[int]) -> None:
@@ -79,6 +80,13 @@ class Cache:
         held = {block for name in self.streams for block in self.blocks.table(name)}
         assert len(held) + self.blocks.free_blocks == self.blocks.total and 0 not in held
 
+    def check_kept(self, owner: str, ids: list[int]) -> None:
+        """What is found beginning with what was found before is what is found anew, and says whether it still is."""
+        before, anew = self.matches.get((owner, tuple(ids)), NOTHING), self.blocks.match(owner, ids)
+        assert before == anew or not before.holds
+        after = self.matches[owner, tuple(ids)] = self.blocks.match(owner, ids, before)
+        assert after == anew and after.holds
+
     def check_yields(self, order: list[str]) -> None:
         """What the policy is told that a stream holds is what comes free when it leaves, the last one first."""
         left = deepcopy(self.blocks)
@@ -107,6 +115,7 @@ def test_a_stream_finds_its_own_keys_and_values_in_its_blocks_whoever_shares_the
                 getattr(cache, action)(name)
         cache.check()
         cache.check_yields(sorted(cache.streams))
+        cache.check_kept(*prompts[number % len(prompts)])
     for name in list(cache.streams):
         cache.leave(name)
     cache.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers import worker
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
@@ -44,7 +46,7 @@ def test_who_comes_and_goes_costs_the_others_no_checkpoint_and_they_go_on_after_
 
     def heartbeat() -> None:
         heard.append(len(heard))
-        if len(heard) == 2:  # after two steps of the first job
+        if len(heard) == 2:  # after a step of the first job
             submit_one(stormy, tmp_path / "stormy", "ftjob-1", peft, 1)
             stormy.append(keys.commands(PACK), {"op": "close", "job": ""})
         named = Manifest.load(pack).jobs if heard[1:] else {}
@@ -57,6 +59,41 @@ def test_who_comes_and_goes_costs_the_others_no_checkpoint_and_they_go_on_after_
     assert [job.state for job in _jobs(stormy)] == [JobState.RUNNING, JobState.SUCCEEDED]
     _run(stormy, backbone, tmp_path / "stormy")
     assert [(job.state, job.graft) for job in _jobs(stormy)] == [(job.state, job.graft) for job in _jobs(calm)]
+
+
+def test_who_comes_while_another_one_is_let_in_takes_its_first_step_with_it(backbone: Backbone, tmp_path: Path) -> None:
+    store, heard = MemoryStore(), list[int]()
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
+
+    def heartbeat() -> None:
+        if not heard:
+            submit_one(store, tmp_path, "ftjob-1", "ia3", 1)
+            store.append(keys.commands(PACK), {"op": "close", "job": ""})
+        heard.append(len(heard))
+
+    _run(store, backbone, tmp_path, heartbeat)
+    steps = (tmp_path / "packs" / PACK / "steps.jsonl").read_text().splitlines()
+    assert json.loads(steps[0])["jobs"] == ["ftjob-0", "ftjob-1"]
+    assert [job.state for job in _jobs(store)] == [JobState.SUCCEEDED] * 2
+
+
+def test_whoever_comes_on_and_on_the_first_step_is_taken(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GATHERINGS", 3)
+    store, steps = MemoryStore(), tmp_path / "packs" / PACK / "steps.jsonl"
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
+    came = ["ftjob-0"]
+
+    def heartbeat() -> None:
+        if steps.exists() and steps.read_text():
+            raise Crash
+        came.append(f"ftjob-{len(came)}")
+        submit_one(store, tmp_path, came[-1], "ia3", 1)
+
+    with pytest.raises(Crash):
+        _run(store, backbone, tmp_path, heartbeat)
+    assert json.loads(steps.read_text().splitlines()[0])["jobs"] == came == ["ftjob-0", "ftjob-1", "ftjob-2"]
 
 
 def _run(store: Store, backbone: Backbone, data: Path, heartbeat: Callable[[], None] = lambda: None) -> None:

@@ -12,7 +12,7 @@ def bridged(
     study: Study,
     plan: SearchPlan,
     on_trial: OnTrial = lambda trial: None,
-    begin: Begin = lambda number, body: None,
+    begin: Begin = lambda number, body: f"ftjob-{number}",
 ) -> StudySearcher:
     """As a driver makes it."""
     return StudySearcher(Ahead("study-1", study, plan, on_trial, begin), plan, on_trial)

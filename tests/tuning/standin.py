@@ -50,6 +50,7 @@ class StandIn:
         self.widest = 0
         self.down = False
         self.any_key = False  # whether it takes keys that others made
+        self.lists = True  # whether it says which jobs there are
         self.url = ""
 
     def of_trial(self, number: int) -> PlayedJob:
@@ -165,6 +166,14 @@ def _app(service: StandIn) -> FastAPI:
     ) -> dict[str, JsonValue]:
         check(authorization)
         return service.create(body, idempotency_key)
+
+    @app.get("/v1/fine_tuning/jobs")
+    def jobs(limit: int, authorization: str = Header()) -> dict[str, JsonValue]:
+        check(authorization)
+        if not service.lists:
+            raise HTTPException(404, {"error": {"message": "no list"}})
+        newest = list(reversed(list(service.jobs)))
+        return {"data": [service.show(job) for job in newest[:limit]], "has_more": len(newest) > limit}
 
     @app.get("/v1/fine_tuning/jobs/{job}")
     def show(job: str, authorization: str = Header()) -> dict[str, JsonValue]:

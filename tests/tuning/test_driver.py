@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
 from polygraft.cluster.scores import Scores
-from polygraft.tuning.ahead import LEASE_S, Ahead
+from polygraft.tuning.ahead import LEASE_S, LOOK_S, Ahead
 from polygraft.tuning.bridge import StudyScheduler, StudySearcher
 from polygraft.tuning.objectives import Limit
 from polygraft.tuning.space import Rates, Searched, Space, Term
@@ -55,9 +55,10 @@ def test_jobs_are_begun_as_soon_as_the_record_has_their_trials_as_many_as_may_ru
     kept: list[int] = []
     study = Study(PLAN.space, PLAN.objectives, PLAN.sampler, keep=lambda trials: kept.append(len(trials)))
 
-    def begin(number: int, body: Mapping[str, JsonValue]) -> None:
+    def begin(number: int, body: Mapping[str, JsonValue]) -> str:
         assert kept[-1] == number + 1
         told.append((number, body))
+        return f"ftjob-{number}"
 
     bridge = bridged(study, replace(PLAN, trials=6, concurrency=4), begin=begin)
     configs = [bridge.suggest("a")]
@@ -69,18 +70,52 @@ def test_jobs_are_begun_as_soon_as_the_record_has_their_trials_as_many_as_may_ru
     assert bridge.suggest("e") == {"number": 4, "body": told[4][1]} and len(told) == 5
 
 
+class Driven:
+    """A driver's side of a search of three trials at once, by a clock of its own: the `begun` jobs, and those that are
+    `over`."""
+
+    def __init__(self) -> None:
+        self.now, self.begun, self.over = 0.0, list[int](), set[str]()
+        plan, on_trial = replace(PLAN, trials=6, concurrency=3), list[Trial]().append
+        study = Study(PLAN.space, PLAN.objectives, PLAN.sampler)
+        ahead = Ahead("study-1", study, plan, on_trial, self._begin, lambda: set(self.over), lambda: self.now)
+        self.bridge = StudySearcher(ahead, plan, on_trial)
+
+    def _begin(self, number: int, body: Mapping[str, JsonValue]) -> str:
+        self.begun.append(number)
+        return f"ftjob-{number}"
+
+    def taken(self, name: str) -> object:
+        config = self.bridge.suggest(name)
+        assert isinstance(config, dict)
+        return config["number"]
+
+
 def test_the_lease_of_a_job_is_renewed_until_an_actor_takes_it_over() -> None:
-    now, begun = [0.0], list[int]()
-    study = Study(PLAN.space, PLAN.objectives, PLAN.sampler)
-    plan = replace(PLAN, concurrency=3)
-    ahead = Ahead("study-1", study, plan, lambda trial: None, lambda number, _: begun.append(number), lambda: now[0])
-    bridge = StudySearcher(ahead, plan, lambda trial: None)
-    bridge.suggest("a")
+    driven = Driven()
+    driven.taken("a")
     for at, expected in ((0.3, []), (0.4, [1, 2]), (0.6, []), (0.8, [1, 2])):
-        begun.clear()
-        now[0] = at * LEASE_S
-        bridge.goes_on("a", {"progress": 0.1})
-        assert begun == expected
+        driven.begun.clear()
+        driven.now = at * LEASE_S
+        assert driven.bridge.goes_on("a", {"progress": 0.1})
+        assert driven.begun == expected
+
+
+def test_an_actor_goes_to_the_trial_whose_job_is_over_and_comes_back() -> None:
+    driven = Driven()
+    bridge, study = driven.bridge, driven.bridge.study
+    assert driven.taken("a") == 0
+    driven.over.add("ftjob-2")
+    assert bridge.goes_on("a", {"progress": 0.1}), "it looks every other second"
+    driven.now = LOOK_S
+    driven.begun.clear()
+    assert not bridge.goes_on("a", {"progress": 0.1}) and driven.begun == [0], "whose lease the driver has again"
+    bridge.on_trial_complete("a", {"done": True, "progress": 0.1})  # as Tune tells what its scheduler stopped
+    assert study.trials[0].state is TrialState.RUNNING
+    assert driven.taken("b") == 2
+    bridge.on_trial_complete("b", {**DONE, "job": "ftjob-2"})
+    assert study.trials[2].state is TrialState.COMPLETE
+    assert [driven.taken(name) for name in "cde"] == [1, 0, 3], "in the order in which they were begun or put back"
 
 
 def test_scores_are_told_beside_the_loss() -> None:

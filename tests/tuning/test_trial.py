@@ -25,10 +25,11 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOKS_A_S", 1000.0)
 
 
-def begun(service: StandIn, number: int = 0, *, key: str = KEY) -> JobTrial:
+def begun(service: StandIn, number: int = 0, *, key: str = KEY, watched: bool = False) -> JobTrial:
     """As Tune makes it in an actor, but for Tune's own folders."""
     trial = JobTrial.__new__(JobTrial)
-    trial.setup(config_of(number), access=Access(service.url, key), terms=Terms("study-1", PLAN.lease_s, losses=False))
+    terms = Terms("study-1", PLAN.lease_s, losses=watched)
+    trial.setup(config_of(number), access=Access(service.url, key), terms=terms)
     return trial
 
 
@@ -71,12 +72,22 @@ def test_a_trial_reports_how_far_its_job_is_and_what_came_of_it() -> None:
 
 def test_a_trial_that_is_stopped_cancels_its_job_and_a_finished_one_stays() -> None:
     with served(0.3) as service:
-        trial = begun(service)
+        trial = begun(service, watched=True)
         last(trial)
         assert trial.reset_config(config_of(1))
         trial.step()
         trial.cleanup()
         assert [service.status(service.of_trial(number)) for number in (0, 1)] == ["succeeded", "cancelled"]
+
+
+def test_the_job_of_a_trial_that_nobody_may_stop_goes_on_when_its_actor_goes_to_another() -> None:
+    with served(60) as service:
+        trial = begun(service)
+        trial.step()
+        assert trial.reset_config(config_of(1))
+        trial.step()
+        trial.cleanup()
+        assert [service.status(service.of_trial(number)) for number in (0, 1)] == ["running", "running"]
 
 
 class Clock:

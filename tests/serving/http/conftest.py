@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -183,3 +184,14 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, str]:
     error: dict[str, str] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def usage(prompt: int, answer: int, cached: int = 0) -> dict[str, Any]:
+    """What an answer says of its tokens."""
+    whole = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {**whole, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def counts(answer: dict[str, Any]) -> dict[str, int]:
+    """How many tokens prompt and answer have, whatever was computed before."""
+    return {name: count for name, count in answer["usage"].items() if name != "prompt_tokens_details"}

@@ -29,6 +29,7 @@ from polygraft.serving.adoption import Adoption, ReaderPlan
 from polygraft.serving.engine import Engine
 from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.app import create_app
+from polygraft.serving.http.connection import Connection
 from polygraft.serving.local import LocalLink
 from tests.serving.http.apis import tiny_api
 
@@ -100,7 +101,8 @@ def main(folder: Path, data: Path, store_url: str) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(4096)  # before anybody is told of it
-        server = uvicorn.Server(uvicorn.Config(create_app(api), log_level="warning", backlog=4096))
+        config = uvicorn.Config(create_app(api), http=Connection, log_level="warning", backlog=4096)
+        server = uvicorn.Server(config)
         threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
         port = listening.getsockname()[1]
         answers.write(json.dumps({"url": f"http://127.0.0.1:{port}", "keys": keys, "pid": os.getpid()}) + "\n")

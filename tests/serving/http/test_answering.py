@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
+from polygraft.serving.http import connection
 from polygraft.serving.http.answering import answering
 from polygraft.serving.http.listener import Listener, handed
 
@@ -110,3 +111,80 @@ async def test_an_address_that_another_program_listens_at_is_refused(tmp_path: P
         listener.close()
         with pytest.raises(ConnectionError):
             handed(tmp_path / "door")
+
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def served(tmp_path: Path, until: asyncio.Event) -> AsyncIterator[Callable[[bytes], Awaitable[Stream]]]:
+    """Connections that have sent the bytes."""
+    writers = list[asyncio.StreamWriter]()
+    async with (
+        listening(tmp_path / "door") as (client, _),
+        answering(said("name", until), tmp_path / "door", drain_s=5),
+    ):
+
+        async def sent(data: bytes) -> Stream:
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            writers.append(writer)
+            writer.write(data)
+            return reader, writer
+
+        yield sent
+        for writer in writers:
+            writer.close()
+
+
+CHUNKED = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+async def test_a_head_is_not_held_beyond_its_bound_whoever_sends_it(tmp_path: Path) -> None:
+    much = b"a" * (4 * connection.HEAD_BYTES)
+    async with served(tmp_path, asyncio.Event()) as sent:
+        for head in (b"GET /" + much, b"GET / HTTP/1.1\r\nHost: x\r\nX-Y: " + much, b"\r\n" * len(much)):
+            assert (await (await sent(head))[0].read()).startswith(b"HTTP/1.1 431 ")
+        answer, more = await sent(CHUNKED)
+        await answer.readuntil(b"Not Found")
+        more.write(b"1\r\na\r\n0\r\nX-Y: " + much)
+        with suppress(ConnectionError):
+            assert await answer.read() == b""
+
+
+async def test_what_does_not_come_to_its_end_is_closed_and_an_answer_underway_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until = asyncio.Event()
+    async with served(tmp_path, until) as sent:
+        long, _ = await sent(b"GET /long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await long.readuntil(b"name")
+        monkeypatch.setattr(connection, "HEAD_S", 0.1)
+        assert await (await sent(b""))[0].read() == b""
+        assert await (await sent(b"GET / HTTP/1.1\r\nHos"))[0].read() == b""
+        while not (await (await sent(CHUNKED + b"1\r\na\r\n"))[0].read()).startswith(b"HTTP/1.1 404 "):
+            pass  # a busy machine was late with the head
+        until.set()
+        assert (await long.read()).endswith(b"name\r\n0\r\n\r\n")
+
+
+async def test_an_answer_that_nobody_takes_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "TAKE_S", 0.1)
+    given_up = asyncio.Event()
+
+    async def endless() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield bytes(1 << 16)
+                await asyncio.sleep(0)
+        finally:
+            given_up.set()
+
+    async def much(_: Request) -> StreamingResponse:
+        return StreamingResponse(endless())
+
+    app = Starlette(routes=[Route("/", much)])
+    async with listening(tmp_path / "door") as (client, _), answering(app, tmp_path / "door", drain_s=5):
+        _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port, limit=1)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.wait_for(given_up.wait(), 30)
+        writer.close()

@@ -125,3 +125,15 @@ def test_what_is_exported_is_read_by_the_standard_library(tmp_path: Path) -> Non
     with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
         found = {member.name: archive.extractfile(member) for member in archive}
         assert {name: file.read() for name, file in found.items() if file} == contents
+
+
+@pytest.mark.parametrize("at", [1_024, 1_024 + 100])
+def test_an_archive_that_was_cut_off_between_two_files_is_refused(at: int, tmp_path: Path) -> None:
+    with pytest.raises(BadArchive, match="has no end"):
+        read(files(first=b"x", second=b"x")[:at], tmp_path)
+
+
+def test_a_damaged_header_between_two_files_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    whole = files(first=b"x", second=b"x")
+    with pytest.raises(BadArchive, match="has no end"):
+        read(whole[:1_024] + b"?" * 10 + whole[1_034:], tmp_path)

@@ -219,6 +219,9 @@ async def test_one_that_was_removed_is_nobody_s_and_its_grafts_come_back_with_it
         ({"name": "a/b"}, 400, "name", "'a/b'"),
         ({"path": "/nowhere"}, 400, "path", "/nowhere"),
         ({"path": "smollm3"}, 400, "path", "neither"),
+        ({"path": "a\0b"}, 400, "path", "neither"),
+        ({"path": "a" * 4_000}, 400, "path", "neither"),  # longer than a name may be
+        ({"path": "~nobodys/x"}, 400, "path", "neither"),
         ({"dtype": "fp8"}, 400, "dtype", "fp8"),
         ({"quantise": "int3"}, 400, "quantise", "int3"),
         ({"name": OWN}, 409, "name", "another backbone"),
@@ -319,3 +322,13 @@ async def test_another_ingress_s_changes_are_followed(shared: Shared) -> None:
 
 def chat(model: str) -> dict[str, object]:
     return {"model": model, "messages": [{"role": "user", "content": ASK}], "max_tokens": 1}
+
+
+async def test_a_backbone_that_a_search_runs_on_stays(shared: Shared) -> None:
+    await shared.add()
+    files = {name: await upload(shared.ann, jsonl(EXAMPLE)) for name in ("training_file", "validation_file")}
+    space = {"kind": "autopeft", "groups": 1, "largest": 4, "longest": 4}
+    asked = {"name": "find", "model": "other", "space": space, **files}
+    assert (await shared.ann.post("/searches", json=asked)).status_code == 200
+    refused = refusal(await shared.operator.delete("/backbones/other"), 409)
+    assert refused["code"] == "backbone_in_use" and "1 running searches" in refused["message"]

@@ -22,7 +22,7 @@ from polygraft.serving.http.generations import ChatCompletionRequest
 from polygraft.serving.messages import Draining, Load, StepMessage
 from polygraft.serving.request import GenerationRequest
 from tests.serving.http.apis import knowing
-from tests.serving.http.conftest import SETTINGS, Service, refusal
+from tests.serving.http.conftest import SETTINGS, Service, counts, refusal, usage
 from tests.serving.naive import Solo, random_tensors
 from tests.serving.test_published_once import Scripted
 
@@ -49,7 +49,7 @@ async def test_an_answer_has_openais_shape(service: Service, ann: httpx.AsyncCli
     answer = (await ann.post("/chat/completions", json=body())).json()
     prompt = service.backbone.tokeniser.encode_chat([Message("user", "What is a graft?")], add_generation_prompt=True)
     assert answer["object"] == "chat.completion" and answer["model"] == "tiny" and answer["created"] == 1000
-    assert answer["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
+    assert answer["usage"] == usage(len(prompt), 12)
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == "length" and choice["message"]["role"] == "assistant"
     assert answer["id"].startswith("chatcmpl-") and answer["system_fingerprint"].startswith("fp_")
@@ -68,7 +68,7 @@ async def test_a_graft_answers_as_the_graft_alone(service: Service, ann: httpx.A
         *(ann.post("/chat/completions", json=body(model)) for model in ("poems", "tiny", "poems@1"))
     )
     assert text_of(together[0]) == text_of(together[2]) == expected != text_of(together[1])
-    assert together[0].json()["usage"] == together[1].json()["usage"]  # virtual tokens are nobody's
+    assert counts(together[0].json()) == counts(together[1].json())  # virtual tokens are nobody's
 
 
 async def test_a_stream_begins_with_the_role_and_says_what_a_whole_answer_says(ann: httpx.AsyncClient) -> None:
@@ -86,8 +86,28 @@ async def test_a_stream_begins_with_the_role_and_says_what_a_whole_answer_says(a
 async def test_usage_comes_last_in_a_stream_that_asks_for_it(ann: httpx.AsyncClient) -> None:
     whole = (await ann.post("/chat/completions", json=body())).json()
     chunks = frames(await ann.post("/chat/completions", json=body(stream=True, stream_options={"include_usage": True})))
-    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["choices"] == [] and counts(chunks[-1]) == counts(whole)
     assert all(c["usage"] is None for c in chunks[:-1])
+
+
+async def test_usage_says_of_a_tenants_own_prompts_what_was_computed_before_and_nothing_of_anothers(
+    service: Service, ann: httpx.AsyncClient, bob: httpx.AsyncClient
+) -> None:
+    """Of the bare backbone, which both ask the same; each model of a tenant's is by itself, too."""
+    service.publish("ann", "prompt(4)", "poems")
+
+    async def cached(client: httpx.AsyncClient, model: str = "tiny", **fields: Any) -> int:
+        answer = await client.post("/chat/completions", json=body(model, max_tokens=1, **fields))
+        told = frames(answer)[-1] if fields else answer.json()
+        prompt, found = told["usage"]["prompt_tokens"], told["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert told["usage"] == usage(prompt, 1, found)
+        return int(found) + 1 - prompt  # 0 where all is but its newest token
+
+    streamed: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    first = await cached(ann)
+    assert first < -16 and await cached(ann) > first
+    assert await cached(bob) == first and await cached(ann, "poems") == first
+    assert await cached(bob) == await cached(ann, **streamed) == await cached(ann) > first
 
 
 async def test_a_stop_string_ends_the_text_before_it_however_tokens_fall(ann: httpx.AsyncClient) -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from polygraft.serving.http.generations import CompletionRequest
-from tests.serving.http.conftest import SETTINGS, Service, refusal
+from tests.serving.http.conftest import SETTINGS, Service, counts, refusal, usage
 from tests.serving.naive import Solo
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +44,7 @@ async def test_a_text_is_gone_on_with_as_the_model_alone_does(service: Service, 
     said = Solo(service.engine._backbone.folder, shape, None, {}).greedy(prompt, 12)
     expected = tokeniser.decode([*prompt, *said]).removeprefix(tokeniser.decode(prompt))
     assert answer["choices"] == [{"index": 0, "text": expected, "logprobs": None, "finish_reason": "length"}]
-    assert answer["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
+    assert answer["usage"] == usage(len(prompt), 12)
     assert (answer["object"], answer["model"], answer["created"]) == ("text_completion", "tiny", 1000)
     assert answer["id"].startswith("cmpl-") and answer["system_fingerprint"].startswith("fp_")
 
@@ -75,10 +75,20 @@ async def test_a_stream_says_what_a_whole_answer_says_of_every_prompt(ann: httpx
             own = [one["choices"][0] for one in found if one["choices"] and one["choices"][0]["index"] == index]
             assert "".join(one["text"] for one in own) == choice["text"]
             assert [one["finish_reason"] for one in own] == [None] * (len(own) - 1) + ["length"]
-        assert found[-1]["choices"] == [] and found[-1]["usage"] == whole["usage"]
+        assert found[-1]["choices"] == [] and counts(found[-1]) == counts(whole)
         assert all(one["usage"] is None for one in found[:-1])
         assert {one["object"] for one in found} == {"text_completion"} and len({one["id"] for one in found}) == 1
     assert all("usage" not in one for one in await chunks(ann, body()))
+
+
+async def test_what_was_computed_before_of_several_prompts_is_counted_together(ann: httpx.AsyncClient) -> None:
+    known = list(range(3, 43))
+    await ann.post("/completions", json=body(known))
+    for prompt, cached in (([*known, 3], 40), ([known, [9], known, [*known[:20], 9, 9]], 39 + 39 + 20)):
+        several = prompt if isinstance(prompt[0], list) else [prompt]
+        asked = body(prompt, stream_options={"include_usage": True})
+        expected = usage(sum(map(len, several)), 12 * len(several), cached)
+        assert (await chunks(ann, asked))[-1]["usage"] == expected
 
 
 async def test_without_a_limit_a_text_has_sixteen_tokens(ann: httpx.AsyncClient) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from polygraft.cluster.model import StudyId, TenantId
 from polygraft.cluster.states import SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import JSON, Write
+from polygraft.serving.http.needed import searches_on
 from polygraft.tuning.desk import read
 from polygraft.tuning.record import decode, open_study
 from polygraft.tuning.study import Failure, Result, Study
@@ -56,6 +59,23 @@ async def test_a_search_is_begun_with_its_plan_in_the_studys_record(service: Ser
     shown = (await ann.get(f"/searches/{search}")).json()
     assert (shown["status"], shown["trials_total"], shown["trials"], shown["front"]) == ("running", 4, {}, [])
     assert shown["objectives"] == ["loss", "parameters"]
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"kind": "which", "only": ["lora", "prefix"]},  # whose axes are there under conditions
+        {"kind": "positions"},
+        {"kind": "lora_ranks"},
+        {"kind": "nls"},
+        {"kind": "noah", "depths": 2},
+        {"kind": "union", "terms": [{"method": "lora"}]},
+    ],
+    ids=str,
+)
+async def test_a_search_over_any_kind_of_space_is_shown_and_listed(ann: httpx.AsyncClient, space: Any) -> None:
+    search = await begun(ann, space=space)
+    assert [one["id"] for one in (await ann.get("/searches")).json()["data"]] == [search]
 
 
 async def test_what_came_of_trials_is_told_as_the_record_has_it(service: Service, ann: httpx.AsyncClient) -> None:
@@ -124,6 +144,12 @@ async def test_another_tenant_sees_nothing_of_it(
         ({"space": {"kind": "nls", "at": "attn.kv"}}, "space: the backbone refuses lora"),
         ({"space": {"kind": "union", "terms": []}}, "terms"),
         ({"trials": 0}, "trials"),
+        ({"trials": 10**12}, "trials: Input should be less than or equal to 10000"),
+        ({"concurrency": 10**9}, "concurrency: Input should be less than or equal to 1000"),
+        ({"startup": 10**9}, "startup: Input should be less than or equal to 10000"),
+        ({"seeds": 10**9}, "seeds: Input should be less than or equal to 100"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"seed": 2**70}, "seed: Input should be less than 2147483648"),
         ({"hyperparameters": {"peft": "lora"}}, "peft"),
         ({"trails": 3}, "trails: unknown field"),
     ],
@@ -208,9 +234,46 @@ async def test_a_search_starts_from_what_was_best_in_an_earlier_one_of_the_tenan
         plan = study_of(service, await begun(ann, warm_start=asks))
         assert plan.ask().config == study.trials[1].config
     stolen = await bob.post("/searches", json=await asked(bob, warm_start=first))
-    assert stolen.status_code == 404
+    assert refusal(stolen, 404)["param"] == "warm_start"
     found = service.api.store.get(keys.study(StudyId(await begun(bob, warm_start="auto"))))
     assert found is not None and decode(found.value.body).plan.warm.configs == ()
+
+
+async def test_what_a_running_search_needs_is_not_deleted(service: Service, ann: httpx.AsyncClient) -> None:
+    """Between its trials' jobs, too, of which there is none here."""
+    service.publish("ann", "lora(r=2)", "net")
+    service.publish("ann", "lora(r=2)", "net", 2)
+    asks = await asked(ann, supernet="net@1", test_file=await upload(ann, jsonl(CHOICES)))
+    search = (await ann.post("/searches", json=asks)).json()["id"]
+    needed = [f"/files/{asks[name]}" for name in ("training_file", "validation_file", "test_file")] + ["/grafts/net@1"]
+    for thing in needed:
+        assert f"search {search}" in refusal(await ann.delete(thing), 409)["message"]
+    assert searches_on(service.api, "tiny") == 1
+    end(service, search)
+    assert searches_on(service.api, "tiny") == 0
+    for thing in needed:
+        assert (await ann.delete(thing)).status_code == 200
+
+
+async def test_a_search_on_a_backbone_that_is_not_there_is_refused_with_those_that_are(ann: httpx.AsyncClient) -> None:
+    error = refusal(await ann.post("/searches", json=await asked(ann, model="none")), 404)
+    assert error["param"] == "model" and "it has tiny" in error["message"]
+
+
+async def test_streams_of_events_take_their_tenants_turns(service: Service, ann: httpx.AsyncClient) -> None:
+    """So many that each of the tenant's turns is taken: they wait, and whoever they are not of does not."""
+    search = await begun(ann)
+    stream = {"stream": True}
+    async with asyncio.TaskGroup() as group, AsyncExitStack() as turns:
+        for _ in range(4):
+            await turns.enter_async_context(service.api.turns.of(TenantId("ann")))
+        answer = group.create_task(ann.get(f"/searches/{search}/events", params=stream))
+        async with service.as_("bob") as bob:
+            assert (await bob.get("/searches")).status_code == 200
+        assert not answer.done()
+        end(service, search)
+        await turns.aclose()
+        assert (await answer).text.endswith("[DONE]\n\n")
 
 
 async def test_a_search_over_a_supernet_that_is_not_there_is_refused(ann: httpx.AsyncClient) -> None:
