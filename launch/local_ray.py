@@ -8,6 +8,7 @@ from pathlib import Path
 from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.launch.machine import Machine
 
+RAY = "ray"
 _OBJECT_STORE_BYTES = 150 << 20  # grafts and backbones do not pass through it
 
 # What Serve's proxies need, which a cluster has and one machine has not. A token is a message from the ingress to a
@@ -70,6 +71,6 @@ def start_ray(scratch: Path, namespace: str, machine: Machine, devices: int) -> 
         _memory=machine.bytes,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
-        _temp_dir=str(scratch),
+        _temp_dir=str(scratch / RAY),  # which Ray opens to everybody; nobody else enters the folder around it
     )
     return str(ray.get_runtime_context().gcs_address)

@@ -35,7 +35,7 @@ from polygraft.launch.run_folder import RunFolder, Supervision
 
 _LOG = logging.getLogger(__name__)
 _SOCKET_PATH = 107  # longest path of a unix socket
-_RAY_PATH = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1234567")
+_RAY_PATH = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1234567")
 _HEAD_GRACE_S = 45.0
 
 

@@ -44,7 +44,7 @@ _LOG = logging.getLogger(__name__)
 CHECKPOINT_S = 30.0
 PROGRESS_S = 1.0
 IDLE_S = 0.5
-GATHER_S = 0.1  # for which those that come with somebody who was let in are waited for
+GATHER_S, GATHERINGS = 0.1, 32  # how long, how often in a row others are waited for where nobody trains yet
 SUSPECTS_WAIT_S = 60.0  # how long the suspects of a kill are kept out while others go on
 _ADMISSION = -1  # what is underway before a job's first step
 
@@ -87,15 +87,15 @@ class PackWorker:
         """Serve the command stream until it says close and no job is left, or stop: what jobs there are then are saved
         as of their last step. `heartbeat` is called at every step boundary."""
         self._begin()
-        came = False
+        came = 0
         try:
             while self.runner.jobs or self._outside or not self._closing:
                 self._obey(wait_s=GATHER_S if came else 0.0 if self._training or self._outside else IDLE_S)
                 if self._stopped:
                     return
                 self._let_leave()
-                came = self._seat()
-                if self.runner.jobs and not came:
+                came = came + 1 if self._seat() and not any(one.step for one in self.runner.jobs.values()) else 0
+                if self.runner.jobs and came % GATHERINGS == 0:
                     self._step()
                 heartbeat()
         except Exception as error:

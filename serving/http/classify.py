@@ -98,6 +98,7 @@ def _asked(api: Api, tenant: TenantId, body: ClassifyRequest, id: str) -> _Texts
     try:
         head = described(api.folders.grafts / graft.id).head
     except (FormatError, OSError) as error:
+        model_named(api, tenant, body.model)  # a 404 where it was deleted meanwhile
         raise internal("the graft cannot be read", error, code="generation_failed") from None
     if head is None:
         raise bad_request(f"model: {shown(body.model)} has no classifier; it writes", param="model")

@@ -11,8 +11,10 @@ from secrets import randbits
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 
 from polygraft.cluster.model import Graft, TenantId
+from polygraft.cluster.store import keys
 from polygraft.cluster.validation import shown
 from polygraft.serving.gateway import Busy, TooLong, Unavailable
 from polygraft.serving.http.context import Api
@@ -137,6 +139,8 @@ async def tokens_of(
             aclosing(gateway.generate(wanted)) as stream,
         ):
             async for tokens in stream:
+                if tokens.finish_reason == "error" and await run_in_threadpool(_deleted, api, wanted):
+                    raise ApiError(404, "model: it was deleted meanwhile", param="model", code="model_not_found")
                 if (failure := _failure(tokens, field)) is not None:
                     raise failure
                 yield tokens
@@ -148,6 +152,12 @@ async def tokens_of(
         raise bad_request(f"{field}: {error}", param=field, code="context_length_exceeded") from None
     except Unavailable as error:
         raise unavailable(f"{error}; try again") from None
+
+
+def _deleted(api: Api, wanted: GenerationRequest) -> bool:
+    """Whether the graft is none of the tenant's any more: a request that looked it up just before finds no files."""
+    grafts = api.store.scan(keys.grafts(wanted.tenant))
+    return wanted.graft is not None and all(one.value.id != wanted.graft for one in grafts)
 
 
 def _failure(tokens: StepTokens, field: str) -> ApiError | None:

@@ -131,14 +131,20 @@ def export(
     """A tar archive of the graft's files: all, or those of PEFT where PEFT has the method."""
     found = _find(api, tenant, graft)
     folder = api.folders.grafts / found.id
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        names = []
     if not names:
         raise ApiError(404, f"the files of {shown(graft)} are gone; import it again", param="id", code="content_gone")
     chosen = [name for name in names if format == "native" or name not in NATIVE]
     if not chosen:
         message = f"format: PEFT has no {found.method}; export {graft} as 'native'"
         raise bad_request(message, param="format", code="no_such_format")
-    files = [(name, (folder / name).open("rb")) for name in chosen]
+    try:
+        files = [(name, (folder / name).open("rb")) for name in chosen]
+    except FileNotFoundError:  # it was deleted meanwhile
+        raise not_found("graft", graft) from None
     headers = {"Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}
     return StreamingResponse(packed(files), media_type=ARCHIVE, headers=headers)
 

@@ -57,7 +57,7 @@ def test_a_bad_file_names_the_field_and_the_value(tmp_path: Path, text: str, mes
 
 def test_a_bad_variable_names_the_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYGRAFT_PACK", "{not json")
-    with pytest.raises(BadSettings, match="pack: the environment's '{not json' is no JSON"):
+    with pytest.raises(BadSettings, match=r"pack: the environment's '\{not json' is no JSON"):
         load(home=tmp_path)
 
 
@@ -73,7 +73,7 @@ def test_what_kubernetes_says_of_a_service_named_polygraft_is_no_setting(monkeyp
 def test_numbers_without_end_are_no_settings(tmp_path: Path) -> None:
     """JSON, in which the service is told them, has none."""
     (tmp_path / "config.yaml").write_text("serve: {wait_s: .inf}")
-    with pytest.raises(BadSettings, match="serve.wait_s: Input should be a finite number"):
+    with pytest.raises(BadSettings, match=r"serve\.wait_s: Input should be a finite number"):
         load(home=tmp_path)
 
 

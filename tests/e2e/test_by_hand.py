@@ -195,6 +195,12 @@ def test_every_socket_is_this_machine_s_and_asks_who_calls(told: Told, polygraft
     assert len({port for port, (_, kind, _) in found.items() if kind == "metrics"} - FIXED) == 1, found
 
 
+def test_nobody_else_reads_what_ray_writes(told: Told, polygraft: Shell) -> None:
+    last = RunFolder(polygraft.home).supervision
+    assert last is not None
+    assert Path(last.scratch).stat().st_mode & 0o077 == 0, "Ray opens its own folder to everybody"
+
+
 def test_a_second_home_is_refused_the_port(told: Told, polygraft: Shell) -> None:
     second = Shell(polygraft.home.parent / "second", polygraft.environment)
     port = find_service(polygraft.home / "run" / "service.json").url.rpartition(":")[2]

@@ -17,6 +17,7 @@ from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.grafts.text.tokenise import Tokeniser
+from polygraft.trainers import worker
 from polygraft.trainers.manifest import Manifest
 from polygraft.trainers.runner import PackRunner
 from polygraft.trainers.worker import PackWorker
@@ -74,6 +75,25 @@ def test_who_comes_while_another_one_is_let_in_takes_its_first_step_with_it(back
     steps = (tmp_path / "packs" / PACK / "steps.jsonl").read_text().splitlines()
     assert json.loads(steps[0])["jobs"] == ["ftjob-0", "ftjob-1"]
     assert [job.state for job in _jobs(store)] == [JobState.SUCCEEDED] * 2
+
+
+def test_whoever_comes_on_and_on_the_first_step_is_taken(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GATHERINGS", 3)
+    store, steps = MemoryStore(), tmp_path / "packs" / PACK / "steps.jsonl"
+    submit(store, tmp_path, {"ftjob-0": "ia3"})
+    came = ["ftjob-0"]
+
+    def heartbeat() -> None:
+        if steps.exists() and steps.read_text():
+            raise Crash
+        came.append(f"ftjob-{len(came)}")
+        submit_one(store, tmp_path, came[-1], "ia3", 1)
+
+    with pytest.raises(Crash):
+        _run(store, backbone, tmp_path, heartbeat)
+    assert json.loads(steps.read_text().splitlines()[0])["jobs"] == came == ["ftjob-0", "ftjob-1", "ftjob-2"]
 
 
 def _run(store: Store, backbone: Backbone, data: Path, heartbeat: Callable[[], None] = lambda: None) -> None:

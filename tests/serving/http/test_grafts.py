@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,9 @@ from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.text.message import Message
 from polygraft.serving.adoption import Adoption, Busy, ReaderPlan, Refused, Saved
+from polygraft.serving.http.errors import ApiError
+from polygraft.serving.http.generate import tokens_of
+from tests.serving.engines import request
 from tests.serving.http.conftest import LIMITS, Service, refusal, upload
 from tests.serving.naive import random_tensors
 
@@ -257,3 +261,11 @@ async def test_a_reader_that_takes_too_long_is_killed_and_the_next_folder_is_rea
     reading = [asyncio.ensure_future(service.backbone.adoption.read(tenant, own, tmp_path / "saved")) for _ in range(3)]
     done = await asyncio.gather(*reading, return_exceptions=True)
     assert [type(one) for one in done] == [Saved, Saved, Busy] and done[0].graft == own.name  # type: ignore[union-attr]
+
+
+async def test_a_graft_that_is_deleted_while_it_is_asked_is_not_there(service: Service) -> None:
+    """It was looked up just before, and has neither a record nor files when the engine wants it."""
+    wanted = replace(request("a", (5, 6, 7), 3), graft=GraftId("gone"))
+    with pytest.raises(ApiError) as caught:
+        await anext(tokens_of(service.api, service.backbone, wanted, "messages"))
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
