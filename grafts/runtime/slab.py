@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
+from polygraft.kernels.copies.op import copy_each
 
 
 class Slab:
@@ -53,9 +54,10 @@ class Slab:
 
     def joined(self, parts: Sequence[Tensor | None]) -> Tensor:
         """The gradient that a backward left for this job, trained tensor by tensor, as one flat tensor."""
-        whole = [p if p is not None else self.master.new_zeros(n) for p, n in zip(parts, self._sizes, strict=True)]
-        # Joined before it is widened: two passes in place of hundreds.
-        return torch.cat(whole).to(self.master.dtype)
+        whole = (torch.zeros_like if any(part is None for part in parts) else torch.empty_like)(self.master)
+        there = [(own, part) for own, part in zip(self.split(whole), parts, strict=True) if part is not None]
+        copy_each([own for own, _ in there], [part for _, part in there])
+        return whole
 
     def collect(self, gradient: Tensor) -> None:
         """Add a flat gradient to the step's; it may be changed later."""

@@ -23,6 +23,7 @@ from polygraft.grafts.runtime.stack import OperandView, Stack, StackSlice, Stack
 from polygraft.grafts.sites import Site
 from polygraft.grafts.sizes import TensorSpec
 from polygraft.grafts.spec import Branch, GraftSpec, Slot
+from polygraft.kernels.copies.op import ready
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -74,7 +75,7 @@ class Stacks:
     linears: Mapping[Site, tuple[FrozenLinear, int]]
     trainable: bool = False
     _derived: dict[Hashable, object] = field(default_factory=dict)
-    _copies: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    _copies: dict[int, Callable[[], object]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -134,19 +135,20 @@ class Stacks:
     def refresh(self, graft: int) -> None:
         """Make a resident's operands in the stacks, and recompute what depends on them (DoRA's norms)."""
         with torch.no_grad():
-            torch._foreach_copy_(*self._copied(graft))
+            self._copied(graft)()
             for view in self.views[graft]:
                 if view.tensor.part == "m" and view.tensor.site is not None:
                     rescale(self.at[view.tensor.site], *self.linears[view.tensor.site], graft)
 
-    def _copied(self, graft: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of the stacks, and the operands to copy there; kept where these are the resident's own tensors."""
+    def _copied(self, graft: int) -> Callable[[], object]:
+        """Copies the operands to their rows of the stacks; kept where they are the resident's own tensors."""
         if graft in self._copies:
             return self._copies[graft]
         resident, made, views = self.residents[graft], self.lowered[graft], self.views[graft]
         source = made.make(resident.tensors, resident.draw())
         rows = [view.rows() for view in views]
-        copies = rows, [source[view.tensor.name].reshape(row.shape) for view, row in zip(views, rows, strict=True)]
+        operands = [source[view.tensor.name].reshape(row.shape) for view, row in zip(views, rows, strict=True)]
+        copies = ready(rows, operands)
         if made.same:
             self._copies[graft] = copies
         return copies

@@ -30,17 +30,22 @@ __m512 rounded(__m512 x) {
   return _mm512_castsi512_ps(_mm512_and_si512(rounded_bits(x), _mm512_set1_epi32(0xffff0000)));
 }
 
+// A mask of all lanes is none: a store through one takes many times as long.
+constexpr __mmask16 ALL = 0xffff;
+
 __m512 load(const bf16 *from, __mmask16 m) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, from)), 16));
+  const __m256i x = m == ALL ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(m, from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
-__m512 load(const float *from, __mmask16 m) { return _mm512_maskz_loadu_ps(m, from); }
+__m512 load(const float *from, __mmask16 m) { return m == ALL ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(m, from); }
 
 void store(bf16 *to, __m512 x, __mmask16 m) {
-  _mm256_mask_storeu_epi16(to, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16)));
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16));
+  m == ALL ? _mm256_storeu_si256((__m256i *)to, halves) : _mm256_mask_storeu_epi16(to, m, halves);
 }
 
-void store(float *to, __m512 x, __mmask16 m) { _mm512_mask_storeu_ps(to, m, x); }
+void store(float *to, __m512 x, __mmask16 m) { m == ALL ? _mm512_storeu_ps(to, x) : _mm512_mask_storeu_ps(to, m, x); }
 
 // e^x within two units in the last place; 0 below -104, infinite above 89, and a NaN stays one.
 __m512 exponential(__m512 x) {
@@ -58,7 +63,9 @@ __m512 exponential(__m512 x) {
 // Calls `visit(first, mask)` for sixteen numbers after sixteen of a row.
 template <typename Visit>
 void along(int64_t width, Visit visit) {
-  for (int64_t i = 0; i < width; i += LANES) visit(i, lanes(width - i));
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) visit(i, ALL);
+  if (i < width) visit(i, lanes(width - i));
 }
 
 // Calls `visit` with an element of the dtype, so that it is written once for all.

@@ -40,7 +40,7 @@ def load(path: Path) -> ctypes.CDLL:
                 f"{path.name}: {name} has {told()} bytes in {SOURCE.name} and {size} in structures.py: "
                 "their fields must be the same ones, in the same order"
             )
-    for function, kinds in ((loaded.linear, "p"), (loaded.outer, "ppiipipii")):
+    for function, kinds in ((loaded.linear, "p"), (loaded.outers, "pii")):
         function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
         function.restype = None
     return loaded

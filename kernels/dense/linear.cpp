@@ -19,6 +19,8 @@ using std::max, std::min;
 
 constexpr int64_t ENOUGH = 8;       // blocks that are worth a thread's own reading of all packed weights
 constexpr int64_t ALONE = 1 << 20;  // multiply-adds below which one thread is enough
+constexpr int64_t WIDE = 4 * PANEL;  // columns of rows that are read at a time,
+constexpr int64_t AHEAD = 8;         // and for how many rows before they are needed
 
 struct Member {  // a projection: its first panel, and its columns of y
   int64_t panel, column, width;
@@ -147,6 +149,53 @@ class Product {
   float *unfinished_;
 };
 
+// out[s.first:s.last] (+)= h_s x_s for every segment: h its kept values [ranks, rows], x [rows, width], out [R, width].
+struct Outer {
+  const bf16 *kept, *x;
+  int64_t stride, width;
+  const Segment *segments;
+  int64_t count;
+  bf16 *out;
+  int64_t adds;
+};
+
+// What is one thread's of one: columns from `column` on, of segments [first, last), whose kept values begin at `kept`.
+struct Part {
+  const Outer *outer;
+  const Segment *first, *last;
+  const bf16 *kept;
+  int64_t column;
+
+  void compute(bf16 *right, Sums &sums) const {
+    const auto &[all, x, stride, width, segments, count, out, adds] = *outer;
+    const int64_t panels = tiles(min(width - column, WIDE), PANEL);
+    alignas(64) float results[SIDE * PANEL];
+    const bf16 *h = kept;
+    for (const Segment *s = first; s < last; h += kept_size(*s++)) {
+      const int64_t ranks = s->last - s->first, rows = s->stop - s->start, pairs = kept_rows(*s) / 2;
+      if (!ranks || !rows) continue;
+      for (int64_t pair = 0; pair < pairs; pair++)  // whole rows, as they lie in memory
+        for (int64_t p = 0; p < panels; p++) {
+          const bf16 *two = x + (s->start + 2 * pair) * stride + column + p * PANEL;
+          for (const bf16 *row : {two + AHEAD * stride, two + (AHEAD + 1) * stride}) {
+            _mm_prefetch(row, _MM_HINT_T0);
+            _mm_prefetch(row + DEPTH, _MM_HINT_T0);
+          }
+          interleave(two, stride, rows - 2 * pair, width - column - p * PANEL, 1,
+                     right + p * pairs * 2 * PANEL + pair / SIDE * ACROSS * TILE + pair % SIDE * DEPTH);
+        }
+      for (int64_t p = 0; p < panels; p++)
+        for (int64_t r = 0; r < ranks; r += SIDE) {
+          const int64_t some = min(ranks - r, SIDE), place = column + p * PANEL;
+          sums.open(results, some, ACROSS, false);
+          sums.multiply(h + r * kept_rows(*s), kept_rows(*s), right + p * pairs * 2 * PANEL, pairs);
+          sums.close();
+          write(results, some, min(PANEL, width - place), out + (s->first + r) * width + place, width, adds);
+        }
+    }
+  }
+};
+
 }  // namespace
 
 // Whether this process may use what the library was built for.
@@ -156,6 +205,7 @@ extern "C" int64_t size_of_call() { return sizeof(Call); }
 extern "C" int64_t size_of_branch() { return sizeof(Branch); }
 extern "C" int64_t size_of_segment() { return sizeof(Segment); }
 extern "C" int64_t size_of_member() { return sizeof(Member); }
+extern "C" int64_t size_of_outer() { return sizeof(Outer); }
 
 extern "C" void linear(const Call *given) {
   const Call &call = *given;
@@ -195,36 +245,25 @@ extern "C" void linear(const Call *given) {
   }
 }
 
-// out[s.first:s.last] (+)= h_s x_s for every segment: h its kept values [ranks, rows], x [rows, width], out [R, width].
-extern "C" void outer(const bf16 *kept, const bf16 *x, int64_t stride, int64_t width, const Segment *segments,
-                      int64_t count, bf16 *out, int64_t adds, int64_t threads) {
+extern "C" void outers(const Outer *all, int64_t count, int64_t threads) {
+  std::vector<Part> parts;
   int64_t terms = 0, work = 0;
-  for (const Segment *s = segments; s < segments + count; s++) {
-    terms = max(terms, kept_rows(*s));
-    work += kept_size(*s) * width;
-  }
-  const int64_t panels = tiles(width, PANEL);
-#pragma omp parallel num_threads(work < ALONE ? 1 : threads)
-  {
-    const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-    Sums sums;
-    bf16 *right = ranks_scratch.get(terms * PANEL);
-    alignas(64) float results[SIDE * PANEL];
-    for (int64_t p = panels * thread / all; p < panels * (thread + 1) / all; p++) {
-      const int64_t column = p * PANEL, own = min(PANEL, width - column);
-      const bf16 *h = kept;
-      for (const Segment *s = segments; s < segments + count; h += kept_size(*s++)) {
-        const int64_t ranks = s->last - s->first, rows = s->stop - s->start;
-        if (!ranks || !rows) continue;
-        interleave(x + s->start * stride + column, stride, rows, own, kept_rows(*s) / 2, right);
-        for (int64_t r = 0; r < ranks; r += SIDE) {
-          const int64_t some = min(ranks - r, SIDE);
-          sums.open(results, some, ACROSS, false);
-          sums.multiply(h + r * kept_rows(*s), kept_rows(*s), right, kept_rows(*s) / 2);
-          sums.close();
-          write(results, some, own, out + (s->first + r) * width + column, width, adds);
-        }
+  for (const Outer *own = all; own < all + count; own++)
+    for (int64_t column = 0; column < own->width; column += WIDE) {
+      const Segment *end = own->segments + own->count;
+      const bf16 *kept = own->kept;
+      if (own->adds) parts.push_back({own, own->segments, end, kept, column});  // in their order
+      for (const Segment *s = own->segments; s < end; kept += kept_size(*s++)) {
+        if (!own->adds) parts.push_back({own, s, s + 1, kept, column});
+        terms = max(terms, kept_rows(*s));
+        work += kept_size(*s) * min(own->width - column, WIDE);
       }
     }
+#pragma omp parallel num_threads(work < ALONE ? 1 : threads)
+  {
+    Sums sums;
+    bf16 *right = ranks_scratch.get(terms * WIDE);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < parts.size(); i++) parts[i].compute(right, sums);
   }
 }

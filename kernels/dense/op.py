@@ -115,7 +115,7 @@ def supports(weight: Tensor) -> bool:
 def linear(x_TI: Tensor, weights: Weights, work: Work = (), *, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Semantics: out = x W^T, [T, out of all]; for every branch's segments out[s.start:s.stop, its projection's
     columns] += s.scale * act(x[s.start:s.stop] A_s^T) B_s, with act in float32. And with `keep`, of every branch, the
-    values before B, for `transposed` and `outer`.
+    values before B, for `transposed` and `outers`.
 
     A result is one float32 sum, in an order that depends on its own segments alone (row invariance), rounded once; the
     values between A and B are rounded to bf16. Not differentiable.
@@ -153,20 +153,34 @@ def transposed(
     return _call(dy_TO, whole, branches), dh
 
 
-def outer(kept: Tensor, x_TD: Tensor, segments: Segments, ranks: int) -> Tensor:
-    """Semantics: out[s.first:s.last] += h_s x[s.start:s.stop] for every segment, [ranks, D], h_s [s.size, rows] its
-    kept values: dA of dh and x, dB of what `linear` kept and dy. Sums stay inside a segment."""
-    gaps = segments.gaps(ranks)
-    out = (x_TD.new_zeros if gaps is None else x_TD.new_empty)(ranks, x_TD.shape[1])
-    for first, last in gaps or ():
-        out[first:last].zero_()
+class Outer(NamedTuple):
+    """h_s x[s.start:s.stop] of every segment, h_s [s.size, rows] its kept values: dA of dh and x, dB of what `linear`
+    kept and dy; `ranks` are those of the whole stack."""
+
+    kept: Tensor
+    x_TD: Tensor
+    segments: Segments
+    ranks: int
+
+
+def outers(items: Sequence[Outer]) -> list[Tensor]:
+    """Semantics: of every item out[s.first:s.last] += h_s x[s.start:s.stop] for its segments, [ranks, D]. Sums stay
+    inside a segment. All are computed together, since each alone is too little for several threads."""
     compiled = library()
-    assert compiled is not None and x_TD.stride(1) == 1
-    compiled.outer(
-        *(kept.data_ptr(), x_TD.data_ptr(), x_TD.stride(0), x_TD.shape[1]),
-        *(*_listed(segments, len(x_TD), ranks), out.data_ptr(), gaps is None, torch.get_num_threads()),
-    )
-    return out
+    assert compiled is not None
+    made: list[Tensor] = []
+    call = array("q")
+    for kept, x, segments, ranks in items:
+        assert x.stride(1) == 1
+        gaps = segments.gaps(ranks)
+        out = (x.new_zeros if gaps is None else x.new_empty)(ranks, x.shape[1])
+        for first, last in gaps or ():
+            out[first:last].zero_()
+        call.extend((kept.data_ptr(), x.data_ptr(), x.stride(0), x.shape[1]))
+        call.extend((*_listed(segments, len(x), ranks), out.data_ptr(), gaps is None))
+        made.append(out)
+    compiled.outers(call.buffer_info()[0], len(made), torch.get_num_threads())
+    return made
 
 
 def _forward(rows: int, weights: Weights, work: Work, kept: Sequence[int] = ()) -> list[int]:

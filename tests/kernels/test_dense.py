@@ -211,8 +211,8 @@ def gradients(x: Tensor, dy: Tensor, W: Sequence[Tensor], beside: Work) -> list[
     dx, dh = op.transposed(dy, weights, beside, kept)
     columns, found = dy.split_with_sizes([len(w) for w in W], dim=1), [dx]
     for (side, segments), up, slope in zip(beside, kept, dh, strict=True):
-        found.append(op.outer(slope, x, segments, len(side.A)))
-        found.append(op.outer(up, columns[side.member], segments, len(side.B)))
+        of_A, of_B = (slope, x, segments, len(side.A)), (up, columns[side.member], segments, len(side.B))
+        found += op.outers([op.Outer(*of_A), op.Outer(*of_B)])
     return found
 
 

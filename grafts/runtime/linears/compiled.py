@@ -9,9 +9,8 @@ from torch import Tensor
 from polygraft.grafts.runtime.fused import RoutedBranches
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear, Kept, Products, Recorded, joined
 from polygraft.kernels.branch.op import add_branch_, branch_gradients
-from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.compiled.calls import Call
-from polygraft.kernels.dense.op import MASK_DERIVATIVE, Weights, Work, linear, outer, ready, transposed
+from polygraft.kernels.dense.op import MASK_DERIVATIVE, Outer, Weights, Work, linear, outers, ready, transposed
 
 
 class CompiledLinear(FrozenLinear):
@@ -63,13 +62,20 @@ class CompiledLinear(FrozenLinear):
         dx, dh = transposed(dy_TO, self._unpacked(), own, masks)
         gradients: list[Tensor | None] = []
         columns, slopes = self.split(dy_TO), iter(dh)
+        asked: list[tuple[int, Outer]] = []  # by the place of what it gives
         for (b, segments), values in zip(work, kept, strict=True):
             dy = columns[b.member]
             if b.act in MASK_DERIVATIVE:
-                pairs = ((b.A, next(slopes), x_TI), (b.B, values[0], dy))
-                gradients += [_outer(weight, hidden, rows, segments) for weight, hidden, rows in pairs]
+                pairs = (b.A, next(slopes), x_TI), (b.B, values[0], dy)
+                for weight, hidden, rows in pairs:
+                    if weight.requires_grad:
+                        assert rows is not None, "x is kept where an A is trained"
+                        asked.append((len(gradients), Outer(hidden, rows, segments, len(weight))))
+                    gradients.append(None)
             else:
                 gradients += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
+        for (place, _), gradient in zip(asked, outers([one for _, one in asked]), strict=True):
+            gradients[place] = gradient
         return dx, gradients
 
     def _first(self) -> Weights:
@@ -81,11 +87,3 @@ class CompiledLinear(FrozenLinear):
         if self._plain is None:
             self._plain = Weights.plain(self.weight(), self.widths)
         return self._plain
-
-
-def _outer(weight: Tensor, hidden: Tensor, rows: Tensor | None, segments: Segments) -> Tensor | None:
-    """The gradient of a branch's A or B, None where it asks for none."""
-    if not weight.requires_grad:
-        return None
-    assert rows is not None, "x is kept where an A is trained"
-    return outer(hidden, rows, segments, len(weight))
