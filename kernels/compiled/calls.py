@@ -117,4 +117,4 @@ def _library(source: Path) -> ctypes.CDLL | None:
 
 def computes(*tensors: Tensor | None) -> bool:
     """Whether compiled functions read these: on the CPU, in bf16 or float32."""
-    return all(x is None or (x.device.type == "cpu" and x.dtype in DTYPES) for x in tensors)
+    return all(x is None or (x.is_cpu and x.dtype in DTYPES) for x in tensors)
