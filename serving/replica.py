@@ -32,6 +32,7 @@ from polygraft.cluster.policy.devices import SHARE, sized_bytes, taken_bytes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import StoreError
 from polygraft.cluster.store.connect import connect
+from polygraft.cluster.store.url import StoreUrl
 from polygraft.grafts.runtime.process import device_environment
 from polygraft.serving.host import NAMESPACE, Host, ReplicaPlan
 
@@ -176,7 +177,7 @@ def replica_app(plan: ReplicaPlan, *, kind: DeviceKind, scaler: str = SCALER) ->
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function=scaler,
         policy_kwargs={
-            "store_url": plan.store_url,
+            "store_url": StoreUrl(plan.store_url),
             "backbone": plan.backbone.name,
             "share": SHARE,
             "scaling": scaling,
