@@ -28,7 +28,7 @@ demo: setup  ## train, search and serve eight grafts on this machine; REPORT=pat
 
 # Two at a time, a file of tests each, in the order of tests/conftest.py; those that start Ray, which wait more than they
 # compute, come last.
-test: setup  ## run the tests (about 9 minutes on 2 cores)
+test: setup  ## run the tests (9 to 10 minutes on 2 cores)
 	@status=0; \
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/ray --ignore tests/e2e --ignore tests/nodes || status=$$?; \
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e || status=$$?; \
