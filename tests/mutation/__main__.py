@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tests.mutation.child import preload
+from tests.mutation.child import adopt, preload
 from tests.mutation.covering import FOLDERS, KEPT, ROOT, Covered, covered, digest, test_files
 from tests.mutation.faults import Fault, faults_in
 from tests.mutation.trial import Outcome, Trial
@@ -107,6 +107,7 @@ class Round:
 
     def run(self) -> None:
         """First what can be planted in a process that has imported all, then the rest."""
+        adopt()
         paths = {fault.path for fault in self.untried()}
         covering = covered(self._files, paths, self._at_once, self._until)
         if files := [test_file for test_file, one in covering.items() if paths & set(one.lines)]:
@@ -116,6 +117,7 @@ class Round:
     def _run_warm(self, files: Sequence[Path], covering: Sequence[Covered]) -> None:
         begun = os.fork()
         if begun == 0:
+            adopt()
             try:
                 collected(files, lambda warm: self._try(covering, warm))
             finally:

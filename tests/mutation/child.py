@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 TIMED_OUT = 124
+_MARK = "POLYGRAFT_TESTS_CHILD"  # in the environment of all that a child starts: its id
 _LOOK_S = 0.5  # between looks at whether it computes
 _DOZES_S, _ASLEEP_S, _NOTHING_S = 2.0, 15.0, 0.2  # one that computes no more than this for so long will not end
 _HEAVY = ("torch", "numpy", "transformers", "ray", "ray.serve", "fastapi", "httpx", "hypothesis", "peft", "redis")
@@ -52,6 +54,7 @@ class Child:
             found, status, used = os.wait4(self._pid, os.WNOHANG)
             if found:
                 self._kill()
+                self._end_orphans()
                 self.seconds = used.ru_utime + used.ru_stime
                 code = os.waitstatus_to_exitcode(status)
                 self._code = TIMED_OUT if code == -signal.SIGXCPU else code
@@ -85,12 +88,26 @@ class Child:
         if self._code is None:
             self._kill()
             _, _, used = os.wait4(self._pid, 0)
+            self._end_orphans()
             self.seconds = used.ru_utime + used.ru_stime
             self._code = TIMED_OUT
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, signal.SIGKILL)
+
+    def _end_orphans(self) -> None:
+        """What it started in a session of its own, as a store's server is, is ours by now, if we adopt."""
+        for one in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if one.environ().get(_MARK) == str(self._pid):
+                    one.kill()
+                    one.wait(5.0)
+
+
+def adopt(orphans: bool = True) -> None:
+    """Whether what loses its mother below this process is its child (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    ctypes.CDLL(None).prctl(36, int(orphans), 0, 0, 0)
 
 
 def _computed(pid: int) -> tuple[float, bool]:
@@ -131,6 +148,7 @@ def _live(act: Callable[[], int], cpu_s: float) -> None:
     code = 70
     try:
         os.setsid()
+        os.environ[_MARK] = str(os.getpid())
         resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, int(cpu_s) + 6))
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):

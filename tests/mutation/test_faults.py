@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 from tests.mutation import child
-from tests.mutation.child import TIMED_OUT, in_a_child
+from tests.mutation.child import TIMED_OUT, adopt, in_a_child
 from tests.mutation.constants import constant_of, replant
 from tests.mutation.covering import ROOT, Covered
 from tests.mutation.faults import Fault, faults_in
@@ -145,3 +148,20 @@ def test_a_child_that_computes_or_sleeps_without_end_is_ended(
 ) -> None:
     monkeypatch.setattr(child, "_ASLEEP_S", 1.0)
     assert in_a_child(act, cpu_s=0, wall_s=60) == code
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_a_child_started_in_a_session_of_its_own_ends_with_it(
+    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(child, "_ASLEEP_S", 1.0)
+    request.addfinalizer(lambda: adopt(False))
+    adopt()
+
+    def act() -> int:
+        started = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        (tmp_path / "pid").write_text(str(started.pid))
+        return 0 if ends else _sleep()
+
+    assert in_a_child(act, cpu_s=60, wall_s=60) == (0 if ends else TIMED_OUT)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
