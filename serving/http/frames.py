@@ -12,10 +12,10 @@ from polygraft.serving.http.generations import Usage
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: a stream writes one a token
 EVENTS = "text/event-stream"
-# In the OpenAPI document: the stream as a text, and by OpenAPI 3.2 each of its events.
+# In the OpenAPI document, as OpenAPI 3.2 has it: what each event of the stream is. A `schema` beside it would be that
+# of all its events, as an array.
 STREAM = {
     EVENTS: {
-        "schema": {"type": "string"},
         "itemSchema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]},
     }
 }
