@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from operator import attrgetter
 from secrets import token_hex
@@ -30,7 +30,7 @@ class Address:
 
     host: str
     port: int
-    secret: str
+    secret: str = field(repr=False)
 
 
 class Channel:

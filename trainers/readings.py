@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polygraft.grafts.text.jsonl import as_written
 from polygraft.grafts.text.lengths import Lengths
 from polygraft.trainers.job import Sample, TrainJob
 
@@ -27,8 +28,7 @@ class Readings:
     def of(self, file: Path, how: Hashable, read: Callable[[], Reading]) -> Reading:
         """What `read` makes of the file, or has made of it in the same way since it was last written. Raises OSError
         where it is not there, and what `read` raises."""
-        found = file.stat()
-        key = file, found.st_mtime_ns, found.st_size, how
+        key = as_written(file), how
         if key not in self._found:
             self._found[key] = read()
         return self._found[key]

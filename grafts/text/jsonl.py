@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -61,6 +61,12 @@ class Limits:
     line_bytes: int = 1024 * 1024
     examples: int = 1_000_000
     messages: int = 1_000
+
+
+def as_written(file: Path) -> Hashable:
+    """The file as it was last written: another value once it is written again. Raises FileNotFoundError."""
+    found = file.stat()
+    return file, found.st_mtime_ns, found.st_size
 
 
 def read(source: bytes | Path, limits: Limits = Limits()) -> Iterator[Example]:

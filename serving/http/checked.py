@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from pathlib import Path
 
+from polygraft.grafts.text.jsonl import as_written
+
 _KEPT = 1000
 
 
@@ -18,16 +20,10 @@ class Checked:
         self._kept = kept
 
     def longest(self, path: Path, how: Hashable) -> int | None:
-        """None where the file was not read this way since it was last written."""
-        return self._longest.get(_key(path, how))
+        """None where the file was not read this way since it was last written. Raises FileNotFoundError."""
+        return self._longest.get((as_written(path), how))
 
     def note(self, path: Path, how: Hashable, longest: int) -> None:
-        self._longest[_key(path, how)] = longest
+        self._longest[as_written(path), how] = longest
         while len(self._longest) > self._kept:
             self._longest.popitem(last=False)
-
-
-def _key(path: Path, how: Hashable) -> Hashable:
-    """Raises FileNotFoundError."""
-    found = path.stat()
-    return path, found.st_mtime_ns, found.st_size, how
