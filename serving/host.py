@@ -16,8 +16,6 @@ from polygraft.cluster.model import Backbone, GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
 from polygraft.serving.channel import Address, Channel
-from polygraft.serving.messages import Draining, QueueFull
-from polygraft.serving.request import GenerationRequest
 
 if TYPE_CHECKING:
     from polygraft.serving.engine import Engine
@@ -57,14 +55,8 @@ class Host:
 
         engine.start()
         self._engine, self._link = engine, LocalLink(engine, silent_s=plan.settings.silent_s)
-        self._address = await Channel(self._link.messages).open(get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._address = await Channel(self._link).open(get_node_ip_address())  # type: ignore[no-untyped-call]
         self._loaded.set()
-
-    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
-        return await (await self._there()).submit(request)
-
-    async def cancel(self, request: str) -> None:
-        await (await self._there()).cancel(request)
 
     async def warm(self, graft: GraftId) -> None:
         await (await self._there()).warm(graft)
@@ -74,7 +66,7 @@ class Host:
             await self._link.attend(ingress)
 
     async def address(self) -> Address:
-        """Where its messages are heard."""
+        """Where it is asked, and its messages are heard."""
         await self._there()
         assert self._address is not None
         return self._address
