@@ -143,6 +143,7 @@ async def test_another_tenant_sees_nothing_of_it(
         ({"space": {"kind": "positions", "most": 1}}, "most: no position has at most 1"),
         ({"space": {"kind": "nls", "at": "attn.kv"}}, "space: the backbone refuses lora"),
         ({"space": {"kind": "union", "terms": []}}, "terms"),
+        ({"space": {"kind": "union", "terms": [{"method": "qlora"}]}}, "space: qlora trains beside a quantised"),
         ({"trials": 0}, "trials"),
         ({"trials": 10**12}, "trials: Input should be less than or equal to 10000"),
         ({"concurrency": 10**9}, "concurrency: Input should be less than or equal to 1000"),
