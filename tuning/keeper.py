@@ -51,7 +51,8 @@ class Driver(Protocol):
 def in_turn(waiting: Sequence[Search], driven: Sequence[Search], places: int) -> list[Search]:
     """Which of the searches that wait get so many places beside those that have theirs: first who had a driver before,
     since its trials train, then whose tenant has the fewest, then the oldest."""
-    held, left, chosen = Counter(search.tenant for search in driven), list(waiting), []
+    held, left = Counter(search.tenant for search in driven), list(waiting)
+    chosen: list[Search] = []
     while left and len(chosen) < places:
         first = min(left, key=lambda search: (not search.starts, held[search.tenant], search.created_at, search.id))
         left.remove(first)
