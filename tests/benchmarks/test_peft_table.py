@@ -194,6 +194,7 @@ def test_studies_go_on_where_they_were_left_and_make_a_page(
     few = (
         Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 12, arms[:1]),
         Setting("autopeft, stopping", "autopeft", (LOSS,), 12, arms),
+        Setting("autopeft, stopping, by fronts", "autopeft", (LOSS, PARAMETERS), 12, arms[:1]),
     )
     for module in (studies, finals, show):
         monkeypatch.setattr(module, "SETTINGS", few)
@@ -203,13 +204,25 @@ def test_studies_go_on_where_they_were_left_and_make_a_page(
         "autopeft | none | random": ["0"],
         "autopeft, stopping | none | random": ["0"],
         "autopeft, stopping | none | random, early-exit": ["0"],
+        "autopeft, stopping, by fronts | none | random": ["0"],
     }
     both = studies.measure(table, path, seconds=1e9, only="", seeds=None, say=print)
     assert all(by["0"] == first[name]["0"] and list(by) == ["0", "1"] for name, by in both.items())
     tests = {"none": {f"{row}": [1.0 + row / 10] * len(SEEDS) for row in range(ROWS)}}
     page = show.write(table, both, tests, tmp_path).read_text()
     assert "| random, early-exit | 2 |" in page and "of the samples saved (goal at least 70%" in page
+    (by_loss, by_fronts) = (line for line in page.splitlines() if "regret after 5 trainings" in line)
+    assert "volume" not in by_loss and "| volume after 5 trainings | volume after 10 trainings |" in by_fronts
+    volumes = _cells(page, by_fronts, "volume after 5 trainings")
+    wanted = [one["tokens"][0][2] for one in both["autopeft, stopping, by fronts | none | random"].values()]  # type: ignore[index]
+    assert volumes.startswith(f"{np.mean(wanted):.3f} ±")
     assert all((tmp_path / name).exists() for name in ("samplers.svg", "stopping.svg"))
+
+
+def _cells(page: str, head: str, column: str) -> str:
+    """What the first row under the head has in the column."""
+    row = page[page.index(head) :].splitlines()[2]
+    return row.split(" | ")[head.split(" | ").index(column)]
 
 
 def test_a_table_is_read_as_it_was_written(table: Table, tmp_path: Path) -> None:
