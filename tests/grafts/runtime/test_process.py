@@ -34,7 +34,7 @@ import scipy
 print(json.dumps(hidden))
 """
 SETTLED = """
-import gc, json, torch
+import asyncio, gc, json
 from polygraft.grafts.runtime.process import settle
 before = len(gc.get_objects())
 settle()
