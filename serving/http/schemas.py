@@ -230,7 +230,7 @@ class SearchObject(Body):
     """`trials` counts those asked for by state, `front` has the numbers of its members, `finals` what those came to
     that were trained again, with half the width of their confidence intervals, `parameters` the axes of the space,
     `job` what every trial trains, on a backbone of this `shape`; `note` says why the search ended before all trials
-    were run, or failed."""
+    were run, or failed, or what it waits for."""
 
     id: str
     object: Literal["search"] = "search"

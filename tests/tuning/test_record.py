@@ -16,6 +16,7 @@ from polygraft.cluster.store.memory import MemoryStore
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.record import BadRecord, decode, open_study
 from polygraft.tuning.samplers.choose import SamplerName
+from polygraft.tuning.spaces.s4 import s4_space
 from polygraft.tuning.study import Failure, NotYet, Result, Study, as_seen
 from tests.tuning.plans import invented, plan_of
 from tests.tuning.standin import SHAPE
@@ -45,14 +46,16 @@ def first_ask_of(study: Study) -> object:
 
 
 @pytest.mark.parametrize(
-    ("model", "trials"), [("random", 200), ("lhs", 200), ("nsga2", 64), ("noah", 64), ("pbt", 64), ("tpe", 40)]
+    ("model", "trials"),
+    [("random", 200), ("lhs", 200), ("nsga2", 64), ("noah", 64), ("pbt", 64), ("staged", 70), ("tpe", 40)],
 )
 def test_drivers_that_die_anywhere_lose_no_trial_and_find_what_one_that_lives_finds(
     model: SamplerName, trials: int
 ) -> None:
     """Each driver opens the record, takes over what runs, and dies after some asks and tells; the undisturbed one tells
     the trials in another order. TPE is the one whose proposals depend on it: each is made again of what it had seen."""
-    plan = replace(plan_of(trials, model="lhs", seed=4), model=model, startup=8)
+    space = s4_space(SHAPE, most=20_000) if model == "staged" else None
+    plan = replace(plan_of(trials, space=space, model="lhs", seed=4), model=model, startup=8)
     store, chance, running = MemoryStore(), random.Random(7), list[int]()
     while len((study := opened(store, plan)).trials) < trials or running:
         assert [trial.number for trial in study.trials if trial.outcome is None] == sorted(running)
