@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from polygraft.cluster.model import Backbone, GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
-from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
+from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports, settle
 from polygraft.serving.channel import Address, Channel
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def _made(plan: ReplicaPlan, replica: ReplicaId, cores: int) -> Engine:
     import polygraft.serving.local  # noqa: F401  # the loop needs it next
 
     torch.set_num_threads(cores)
-    return in_own_thread(partial(_engine, plan, replica))
+    engine = in_own_thread(partial(_engine, plan, replica))
+    settle()
+    return engine
 
 
 def _engine(plan: ReplicaPlan, replica: ReplicaId) -> Engine:
