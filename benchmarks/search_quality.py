@@ -166,13 +166,16 @@ def told(found: Mapping[str, Mapping[str, object]]) -> list[str]:
         gaps = [
             _gap(cell["searched"], cell["fixed"]) for name, cell in own_cells.items() if name.startswith("defaults")
         ]
-        lines += [f"{task}: AutoPEFT's space against the best fixed default: {_interval(gaps)}"] * bool(gaps)
+        if gaps:
+            lines.append(f"{task}: AutoPEFT's space against the best fixed default: {_interval(gaps)}")
         staged = [cell for name, cell in own_cells.items() if name.startswith("stages")]
-        for stage, names in enumerate(S4_STAGES if staged else ()):
+        if not staged:
+            continue
+        for stage, names in enumerate(S4_STAGES):
             gaps = [fmean(_tests(cell["best"])[stage]) - fmean(_tests(cell["median"])[stage]) for cell in staged]
             lines.append(f"{task}: S4's stage {stage + 1} ({names[0]}), best against median: {_interval(gaps)}")
         gaps = [_gap(cell["last"], cell["random"]) for cell in staged]
-        lines += [f"{task}: S4's last design against random search's best: {_interval(gaps)}"] * bool(gaps)
+        lines.append(f"{task}: S4's last design against random search's best: {_interval(gaps)}")
     return lines
 
 

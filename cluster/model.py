@@ -325,8 +325,8 @@ class Study:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """A search that the service runs: whose study has its id. `note` says why it ended before all trials, or failed;
-    `starts` counts its drivers.
+    """A search that the service runs: whose study has its id. `note` says why it ended before all trials, or failed, or
+    why it waits; `starts` counts its drivers.
     """
 
     id: StudyId

@@ -153,6 +153,10 @@ class LimitSettings(BaseModel):
     jobs_in_packs_per_tenant: NonNegativeInt = Field(
         default=0, description="of those, how many may train at a time; 0 = no limit"
     )
+    searches: PositiveInt | None = Field(
+        default=None,
+        description="searches that run at once, of all tenants; the others wait. Not given: as many as fit the machine",
+    )
     bodies_per_tenant: PositiveInt = Field(default=32, description="requests of one tenant whose bodies have not ended")
     body_s: PositiveFloat = Field(default=30.0, description="a body may take so long, and a second more each 10 kB")
 

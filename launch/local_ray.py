@@ -32,8 +32,11 @@ _ENVIRONMENT = {
     # What wakes processes ten times a second takes the cores from a pack: its threads wait for each other.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
-    "LOG_NAME_UPDATE_INTERVAL_S": "5",
+    "LOG_NAME_UPDATE_INTERVAL_S": "2",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else it lists the folder of logs each time that it looks
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # what every process takes, for a dashboard that is not there
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",  # none: every process told the dashboard what it did, each second
     # Train watches its one worker often, which is what makes a run start in seconds; what nobody reads is off.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -9,6 +9,8 @@ from polygraft.cluster.settings import Settings
 from polygraft.launch.ram import ram
 
 PROCESSES_BYTES = 1 << 30  # Ray, the controller and the ingress, which are on no device
+SEARCH_BYTES = 1 << 30  # a search's driver and the actors of its trials
+SEARCHES_A_CORE = 4  # a driver computes while it asks for a trial, and waits else
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,11 @@ class Machine:
     def devices(self, asked: int | None) -> int:
         """How many devices it is: one a GPU, else what was asked for, else one."""
         return self.gpus or asked or 1
+
+    @property
+    def searches(self) -> int:
+        """How many may run at once, with at most half of the memory."""
+        return max(1, min(SEARCHES_A_CORE * self.cores, self.bytes // (2 * SEARCH_BYTES)))
 
     def refusal(self, asked: int, least: int) -> str | None:
         """Why it cannot be `asked` devices, each of which needs `least` bytes."""

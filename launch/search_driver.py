@@ -16,6 +16,7 @@ from polygraft.cluster.settings import Settings
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Conflict, StoreError
 from polygraft.cluster.store.connect import connect
+from polygraft.launch.machine import Machine
 from polygraft.tuning.keeper import Ended, Keeper
 
 _LOOK_S = 0.5
@@ -96,7 +97,13 @@ class RemoteDriver:
 
 def keeper_of(settings: Settings, url: str) -> Keeper:
     """Of all searches of the service, whose store must run and whose API must answer at `url`."""
-    return Keeper(connect(settings.store_url), lambda search, key: RemoteDriver(settings, url, search, key), time.time)
+    most = settings.limits.searches or Machine.here(settings).searches
+    return Keeper(
+        connect(settings.store_url),
+        lambda search, key: RemoteDriver(settings, url, search, key),
+        time.time,
+        most=most,
+    )
 
 
 def look(keeper: Keeper) -> None:

@@ -37,7 +37,10 @@ class SearchProgress:
         if (bar := self._bars.pop(trial.number, None)) is not None:
             self._progress.remove_task(bar)
         self._progress.advance(self._all)
-        self._progress.console.print(f"  #{trial.number:<2} {escape(_told(trial))}", highlight=False, soft_wrap=True)
+        self.say(f"  #{trial.number:<2} {_told(trial)}")
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _told(trial: Trial) -> str:

@@ -17,6 +17,7 @@ _FOLLOW_S = 1.0
 def followed(client: Client, search: RemoteSearch) -> RemoteSearch:
     """The search once it is over. Raises what the client raises."""
     told: dict[int, TrialState] = {}
+    said: str | None = None
     with SearchProgress(search.trials_total) as progress:
         while True:
             search = remote.show(client, search.id)
@@ -26,6 +27,8 @@ def followed(client: Client, search: RemoteSearch) -> RemoteSearch:
                     progress.on_trial(trial)
             if search.final:
                 return search
+            if search.note != said and (said := search.note):
+                progress.say(said)
             time.sleep(_FOLLOW_S)
 
 

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 
 from polygraft.cluster.model import Backbone, GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
-from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports
+from polygraft.grafts.runtime.process import chosen_device, in_own_thread, lean_imports, settle
 from polygraft.serving.channel import Address, Channel
-from polygraft.serving.messages import Draining, QueueFull
-from polygraft.serving.request import GenerationRequest
 
 if TYPE_CHECKING:
     from polygraft.serving.engine import Engine
@@ -57,14 +55,8 @@ class Host:
 
         engine.start()
         self._engine, self._link = engine, LocalLink(engine, silent_s=plan.settings.silent_s)
-        self._address = await Channel(self._link.messages).open(get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._address = await Channel(self._link).open(get_node_ip_address())  # type: ignore[no-untyped-call]
         self._loaded.set()
-
-    async def submit(self, request: GenerationRequest) -> QueueFull | Draining | None:
-        return await (await self._there()).submit(request)
-
-    async def cancel(self, request: str) -> None:
-        await (await self._there()).cancel(request)
 
     async def warm(self, graft: GraftId) -> None:
         await (await self._there()).warm(graft)
@@ -74,7 +66,7 @@ class Host:
             await self._link.attend(ingress)
 
     async def address(self) -> Address:
-        """Where its messages are heard."""
+        """Where it is asked, and its messages are heard."""
         await self._there()
         assert self._address is not None
         return self._address
@@ -104,7 +96,9 @@ def _made(plan: ReplicaPlan, replica: ReplicaId, cores: int) -> Engine:
     import polygraft.serving.local  # noqa: F401  # the loop needs it next
 
     torch.set_num_threads(cores)
-    return in_own_thread(partial(_engine, plan, replica))
+    engine = in_own_thread(partial(_engine, plan, replica))
+    settle()
+    return engine
 
 
 def _engine(plan: ReplicaPlan, replica: ReplicaId) -> Engine:

@@ -20,6 +20,7 @@ from polygraft.cluster.sizing import fitted, sizes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.formats.backbone_files import BackboneFiles
+from polygraft.grafts.runtime.process import settle
 from polygraft.grafts.sites import ModelShape
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.adoption import Adoption, ReaderPlan
@@ -88,7 +89,9 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._api, self._answering)
+        app = create_app(self._api, self._answering)
+        settle()
+        return app
 
     def _answering(self, app: FastAPI) -> AbstractAsyncContextManager[None]:
         if self._door is None:

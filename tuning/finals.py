@@ -8,8 +8,6 @@ from math import log, sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
-from scipy.special import stdtrit  # type: ignore[import-untyped]
-
 from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.tuning.study import Trial
 
@@ -126,4 +124,8 @@ def chosen(found: Sequence[Member], rule: Rule, measured: str = "loss") -> Membe
 
 def _half(losses: Sequence[float]) -> float:
     n = len(losses)
-    return 0.0 if n < 2 else float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(losses) / sqrt(n)
+    if n < 2:
+        return 0.0
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # a third of a second, before the first trial
+
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(losses) / sqrt(n)

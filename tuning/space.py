@@ -223,7 +223,7 @@ def layer_text(groups: Sequence[Group]) -> str:
             joined[-1] = (joined[-1][0], last)
         else:
             joined.append((first, last))
-    return ",".join(f"{first}-{last}" if first < last else f"{first}" for first, last in joined)
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in joined)
 
 
 def _at(groups: Sequence[Group], shape: ModelShape) -> str:

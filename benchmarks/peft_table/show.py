@@ -91,12 +91,13 @@ def _samplers(studies: Studies, setting: Setting, task: str) -> Iterator[str]:
 
 def _stops(table: Table, studies: Studies, setting: Setting, task: str) -> Iterator[str]:
     noise = table.noise(setting.space, table.tasks.index(task))
-    heads = [f"regret after {trainings} trainings" for trainings in TRAININGS]
+    parts = {"regret": _REGRET, "volume": _VOLUME} if len(setting.objectives) > 1 else {"regret": _REGRET}
+    heads = [f"{name} after {trainings} trainings" for name in parts for trainings in TRAININGS]
     lost = f"more than {noise:.3f} lost"
     yield from _head(["sampler, pruner", "studies", "saved", "best stopped", lost, *heads, "at the end"])
     for arm, found in _arms(studies, setting, task):
         stopped = [float(bool(study["stopped"])) for study in found]
-        cells = [_mean(_after(found, place)) for place in range(len(TRAININGS))]
+        cells = [_mean(_after(found, place, part)) for part in parts.values() for place in range(len(TRAININGS))]
         beyond = fmean(float(str(study["lost"])) > noise for study in found)
         saved = [float(str(study["saved"])) for study in found]
         end = _mean([_numbers(study["end"])[_REGRET] for study in found])
@@ -193,10 +194,10 @@ def _at(found: Sequence[Study], count: int, part: int) -> list[float]:
     return [_numbers(_list(study["trials"])[COUNTS.index(count)])[part] for study in found]
 
 
-def _after(found: Sequence[Study], place: int) -> list[float]:
-    """Regrets of the studies that got so far."""
+def _after(found: Sequence[Study], place: int, part: int) -> list[float]:
+    """Of the studies that got so far."""
     after = [_list(study["tokens"])[place] for study in found]
-    return [_numbers(one)[_REGRET] for one in after if one is not None]
+    return [_numbers(one)[part] for one in after if one is not None]
 
 
 def _mean(values: Sequence[float], show: Callable[[float], str] = "{:.3f}".format) -> str:

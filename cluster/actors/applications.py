@@ -22,6 +22,7 @@ LOG = logging.getLogger(__name__)
 PREFIX = "backbone-"
 ENGINE = "engine"  # the deployment of each
 LOOK_S = 2.0
+CALM_S = 10.0  # to the next look where all is as it should be: Serve tells all it knows, which costs both ends 20 ms
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 # Makes the application of a backbone, or brings the one that is there to what the record says; a call that changes
@@ -59,31 +60,37 @@ class Applications:
 
     def _run(self) -> None:
         while True:
+            calm = False
             try:
-                self._reconcile(self._wanted)
+                calm = self._reconcile(self._wanted)
             except Exception:
                 LOG.exception("the applications of backbones are not as they should be")
-            self._changed.wait(LOOK_S)
+            self._changed.wait(CALM_S if calm else LOOK_S)
             self._changed.clear()
 
-    def _reconcile(self, wanted: Mapping[str, Backbone]) -> None:
+    def _reconcile(self, wanted: Mapping[str, Backbone]) -> bool:
+        """Whether there was nothing to do."""
         status = serve.status()
         if not status.applications:  # not even the ingress: Serve is not up, and to call it now would start another
-            return
+            return False
+        calm = True
         present = {
             name
             for name, application in status.applications.items()
             if name.startswith(PREFIX) and application.status is not ApplicationStatus.DELETING
         }
         for name in sorted(present - wanted.keys()):
+            calm = False
             LOG.info("ending %s", name)
             self._deployed.pop(name, None)
             serve.delete(name, _blocking=False)
         for name, backbone in sorted(wanted.items()):
             if name not in present or self._deployed.get(name) != _built_of(backbone):
+                calm = False
                 LOG.info("deploying %s", name)
                 self._deploy(backbone)
                 self._deployed[name] = _built_of(backbone)
+        return calm
 
 
 def _built_of(backbone: Backbone) -> tuple[object, ...]:

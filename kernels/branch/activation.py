@@ -6,28 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polygraft.kernels.common.pointwise import gelu, silu
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda h: h,
     "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
+    "gelu": gelu,
+    "silu": silu,
     "tanh": torch.tanh,
 }
 
 
-def forward(act: str, hidden_NMR: Tensor) -> Tensor:
-    """act(hidden), member by member where it matters.
-
-    A vectorised loop does the last few elements of a tensor by other functions (float32 silu), so that a segment's bits
-    would depend on where the batched product ends.
-    """
-    if act in ("identity", "relu") or len(hidden_NMR) == 1:
-        return ACTIVATIONS[act](hidden_NMR)
-    return torch.stack([ACTIVATIONS[act](hidden) for hidden in hidden_NMR])
+def forward(act: str, hidden: Tensor) -> Tensor:
+    """act(hidden), number by number."""
+    return ACTIVATIONS[act](hidden)
 
 
 def backward(act: str, grad_NMR: Tensor, hidden_NMR: Tensor) -> Tensor:
-    """grad * act'(hidden), `hidden` being the activation's input; member by member as the forward."""
+    """grad * act'(hidden), `hidden` being the activation's input; member by member, since torch computes a tensor's
+    last elements by other functions, so that a segment's bits would depend on where the batched product ends."""
     if act in ("identity", "relu") or len(hidden_NMR) == 1:
         return _backward(act, grad_NMR, hidden_NMR)
     return torch.stack([_backward(act, grad, hidden) for grad, hidden in zip(grad_NMR, hidden_NMR, strict=True)])

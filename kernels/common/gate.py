@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polygraft.kernels.common.pointwise import sigmoid
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -27,7 +29,7 @@ class Gate:
     def weights(self, scores_TE: Tensor) -> Tensor:
         """[T, experts]; differentiable. A score that is among the highest at a tie is chosen by its place."""
         if self.kind == "sigmoid":
-            return torch.sigmoid(scores_TE)
+            return sigmoid(scores_TE)
         if 0 < self.top < scores_TE.shape[1]:
             chosen = scores_TE.topk(self.top, dim=1).indices
             out = torch.ones_like(scores_TE, dtype=torch.bool).scatter_(1, chosen, False)

@@ -24,7 +24,8 @@ from polygraft.grafts.runtime.checked import BackboneError
 from polygraft.serving.http.body import read_body
 from polygraft.serving.http.context import Api, ApiDep, TenantDep, TurnDep
 from polygraft.serving.http.documents import READING, answers, json_body
-from polygraft.serving.http.errors import ApiError, bad_request, not_found
+from polygraft.serving.http.errors import ApiError, bad_request
+from polygraft.serving.http.named import names_of
 from polygraft.serving.http.needed import searches_on
 from polygraft.serving.http.schemas import BackboneObject, Deleted, NewBackbone, Page
 
@@ -53,13 +54,13 @@ def remove(backbone: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     running searches or answers need it, and for the service's own."""
     _check_operator(tenant)
     if api.store.get(keys.backbone(backbone)) is None:
-        raise not_found("backbone", backbone)
+        raise _unknown(api, backbone)
     if (why := _in_use(api, backbone)) is not None:
         raise ApiError(409, f"{shown(backbone)} {why}", param="id", code="backbone_in_use")
     try:
         advance_backbone(api.store, BackboneRemoved(backbone=backbone, at=api.clock()))
     except IllegalTransition:
-        raise not_found("backbone", backbone) from None
+        raise _unknown(api, backbone) from None
     api.backbones.look()
     return Deleted(id=backbone, object="backbone")
 
@@ -86,6 +87,12 @@ def _added(api: Api, tenant: TenantId, body: NewBackbone) -> BackboneObject:
         raise ApiError(409, f"{error}", param=f"{error}".partition(":")[0], code="backbone_exists") from None
     api.backbones.look()
     return _shown(api, tenant, record)
+
+
+def _unknown(api: Api, name: str) -> ApiError:
+    api.backbones.look()
+    message = f"backbone {shown(name)} does not exist; this service has {names_of(api)}"
+    return ApiError(404, message, param="id", code="backbone_not_found")
 
 
 def _in_use(api: Api, name: str) -> str | None:

@@ -25,7 +25,13 @@ async def read_json(request: Request) -> JsonValue:
 
 async def read_body(request: Request, model: type[M]) -> M:
     """The body as `model`. Raises ApiError 413 and 400, the latter naming the field, the value and the choices."""
-    return await _in_turn(request, lambda raw: _as(model, _decoded(raw)), await _raw(request))
+    return await work_on(request, model, lambda body: body)
+
+
+async def work_on(request: Request, model: type[M], function: Callable[[M], R]) -> R:
+    """What `function` returns or raises for the body as `model`, called in the turn in which it is checked. Raises
+    ApiError as `read_body` does."""
+    return await _in_turn(request, lambda raw: function(_as(model, _decoded(raw))), await _raw(request))
 
 
 async def _in_turn(request: Request, function: Callable[[bytearray], R], raw: bytearray) -> R:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from polygraft.cluster.model import TenantId
 from polygraft.grafts.text.chat import ChatError
 from polygraft.serving.http import frames
-from polygraft.serving.http.body import read_body
+from polygraft.serving.http.body import work_on
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
@@ -37,8 +37,8 @@ router = APIRouter(prefix="/v1/chat/completions")
 async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Answer a conversation. A client that hangs up ends its generation."""
     asked = api.meters.now()
-    body = await read_body(request, ChatCompletionRequest)
-    asker, wanted = await api.turns.work(tenant, _asked, api, tenant, body, asked)
+    asker, wanted = await work_on(request, ChatCompletionRequest, lambda body: _asked(api, tenant, body, asked))
+    body = asker.body
     transcript = asker.transcript(wanted)
     answer = asker.said(wanted, transcript)
     begun = await unless_gone(request, first(answer))  # so that a refusal still has its status

@@ -15,7 +15,7 @@ from polygraft.cluster.model import TenantId
 from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.serving.http import frames
-from polygraft.serving.http.body import read_body
+from polygraft.serving.http.body import work_on
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import as_api_error, bad_request
@@ -58,9 +58,9 @@ class _Texts:
 async def complete(request: Request, api: ApiDep, tenant: TenantDep) -> Response:
     """Go on with a text, or with several. A client that hangs up ends its generations."""
     asked = api.meters.now()
-    body = await read_body(request, CompletionRequest)
     id = f"cmpl-{token_hex(12)}"
-    texts = await api.turns.work(tenant, _asked, api, tenant, body, id, asked)
+    texts = await work_on(request, CompletionRequest, lambda body: _asked(api, tenant, body, id, asked))
+    body = texts.asker.body
     answer = texts.said()
     begun = await unless_gone(request, first(answer))  # so that a refusal still has its status
     created = int(api.clock())

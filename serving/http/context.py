@@ -80,19 +80,20 @@ class Api:
         return self.folders.files / f"{file.id}.jsonl"
 
 
-def _api(request: Request) -> Api:
+# FastAPI calls plain functions in a thread, and a thread costs more than what these do.
+async def _api(request: Request) -> Api:
     api: Api = request.app.state.api
     return api
 
 
-def _tenant(request: Request) -> TenantId:
+async def _tenant(request: Request) -> TenantId:
     tenant: TenantId = request.state.tenant
     return tenant
 
 
 async def _turn(request: Request) -> AsyncIterator[TenantId]:
-    tenant = _tenant(request)
-    async with _api(request).turns.of(tenant):
+    tenant, api = await _tenant(request), await _api(request)
+    async with api.turns.of(tenant):
         yield tenant
 
 

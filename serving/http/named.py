@@ -17,7 +17,7 @@ def backbone_named(api: Api, name: str | None, *, param: str = "model") -> Known
             raise unavailable("the service's own backbone cannot be had; its log says why")
         return default
     if (found := api.backbones.named(name)) is None:
-        message = f"{param}: {shown(name)} is no backbone of this service; it has {_names(api)}"
+        message = f"{param}: {shown(name)} is no backbone of this service; it has {names_of(api)}"
         raise ApiError(404, message, param=param, code="model_not_found")
     return found
 
@@ -30,16 +30,17 @@ def model_named(api: Api, tenant: TenantId, model: str) -> tuple[KnownBackbone, 
     try:
         graft = resolve(api.store, tenant, model)
     except UnknownModel as error:
-        message = f"{error}; backbones of this service: {_names(api)}"
+        message = f"{error}; backbones of this service: {names_of(api)}"
         raise ApiError(404, message, param="model", code="model_not_found") from None
     if (known := api.backbones.of(graft)) is None:
         raise bad_request(
-            f"model: {shown(model)} was trained on another backbone than {_names(api)}: one with the fingerprint "
+            f"model: {shown(model)} was trained on another backbone than {names_of(api)}: one with the fingerprint "
             f"{graft.backbone_fingerprint[:12]}",
             param="model",
         )
     return known, graft
 
 
-def _names(api: Api) -> str:
+def names_of(api: Api) -> str:
+    """All backbones there are."""
     return ", ".join(api.backbones.names) or "none"

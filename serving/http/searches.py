@@ -117,17 +117,19 @@ async def events(
     limit: Size = 20,
     stream: bool = False,
 ) -> Page[SearchEvent]:
-    """What happened, oldest first; as server-sent events until the search is over with `stream`."""
+    """What happened, oldest first, from the event called `after` on; as server-sent events until the search is over
+    with `stream`, of which `limit` cuts nothing off."""
     found = await api.turns.work(tenant, _find, api, tenant, search)
-    if stream:
-        return StreamingResponse(_stream(api, tenant, found.value.id), media_type=EVENTS)  # type: ignore[return-value]
     entries = await api.turns.work(tenant, _events, api, found.value.id, OLDEST)
-    return page(entries, after=after, limit=limit)
+    first = page(entries, after=after, limit=limit)
+    if not stream:
+        return first
+    seen = OLDEST if after is None else EntryId(after)
+    return StreamingResponse(_stream(api, tenant, found.value.id, seen), media_type=EVENTS)  # type: ignore[return-value]
 
 
-async def _stream(api: Api, tenant: TenantId, search: StudyId) -> AsyncIterator[str]:
+async def _stream(api: Api, tenant: TenantId, search: StudyId, after: EntryId) -> AsyncIterator[str]:
     """Each look is in the tenant's turn, so that a thousand of them are its own to wait for."""
-    after = OLDEST
     while True:
         final = await api.turns.work(tenant, _is_over, api, search)  # looked at before the entries, which end with it
         for event in await api.turns.work(tenant, _events, api, search, after):

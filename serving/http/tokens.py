@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from polygraft.cluster.model import TenantId
 from polygraft.grafts.text.chat import ChatError
 from polygraft.grafts.text.message import ChatMessage
-from polygraft.serving.http.body import read_body
+from polygraft.serving.http.body import work_on
 from polygraft.serving.http.context import Api, ApiDep, TenantDep
 from polygraft.serving.http.documents import READING, answers, json_body
 from polygraft.serving.http.errors import bad_request
@@ -58,15 +58,13 @@ class DetokenizeAnswer(Body):
 @router.post("/tokenize", responses=answers(404, *READING), openapi_extra=json_body(TokenizeRequest))
 async def tokenize(request: Request, api: ApiDep, tenant: TenantDep) -> TokenizeAnswer:
     """The tokens of a text, or of a conversation as chat makes them."""
-    body = await read_body(request, TokenizeRequest)
-    return await api.turns.work(tenant, _tokenized, api, tenant, body)
+    return await work_on(request, TokenizeRequest, lambda body: _tokenized(api, tenant, body))
 
 
 @router.post("/detokenize", responses=answers(404, *READING), openapi_extra=json_body(DetokenizeRequest))
 async def detokenize(request: Request, api: ApiDep, tenant: TenantDep) -> DetokenizeAnswer:
     """The text of tokens, special ones among them."""
-    body = await read_body(request, DetokenizeRequest)
-    return await api.turns.work(tenant, _detokenized, api, tenant, body)
+    return await work_on(request, DetokenizeRequest, lambda body: _detokenized(api, tenant, body))
 
 
 def _tokenized(api: Api, tenant: TenantId, body: TokenizeRequest) -> TokenizeAnswer:

@@ -4,6 +4,7 @@ kept."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import optuna
@@ -18,7 +19,9 @@ from peft_table.studies import Studies, key
 from peft_table.table import Table, drawn, space_of
 
 from polygraft.tuning.objectives import LOSS, PARAMETERS
+from polygraft.tuning.pruners.choose import PrunerName
 from polygraft.tuning.pruners.halving import Halving
+from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.samplers.spread import Spread
 from polygraft.tuning.study import NotYet, Trial
 from tests.tuning.standin import SHAPE
@@ -160,6 +163,17 @@ def test_every_arm_replays_the_same_again(view: View, setting: Setting, arm: Arm
     assert once() == once()
 
 
+def test_every_sampler_and_pruner_is_replayed_that_a_table_can_answer() -> None:
+    replayed_ones = {(arm.sampler, arm.pruner) for setting in SETTINGS for arm in setting.arms}
+    # BoTorch's is an extra, NOAH's asks for subnets of a supernet, and a population goes on from its members' weights.
+    samplers = set(get_args(SamplerName)) - {"saas", "noah", "pbt"}
+    assert {sampler for sampler, _ in replayed_ones if " " not in sampler} == samplers
+    assert {pruner for _, pruner in replayed_ones} >= set(get_args(PrunerName))
+    rivals = {f"optuna {name}" for name in ("random", "tpe", "gp", "nsga2")}
+    assert {sampler for sampler, _ in replayed_ones} >= rivals and ("random", "optuna asha") in replayed_ones
+    assert {arm.seeds for setting in SETTINGS for arm in setting.arms if arm.name in ("random", "tpe, none")} == {100}
+
+
 def test_what_stopping_costs_is_the_difference_of_what_was_chosen_on_new_seeds(table: Table) -> None:
     setting = next(one for one in SETTINGS if one.name == "autopeft, stopping")
     plain, early = Arm("random"), Arm("random", "early-exit")
@@ -180,6 +194,7 @@ def test_studies_go_on_where_they_were_left_and_make_a_page(
     few = (
         Setting("autopeft", "autopeft", (LOSS, PARAMETERS), 12, arms[:1]),
         Setting("autopeft, stopping", "autopeft", (LOSS,), 12, arms),
+        Setting("autopeft, stopping, by fronts", "autopeft", (LOSS, PARAMETERS), 12, arms[:1]),
     )
     for module in (studies, finals, show):
         monkeypatch.setattr(module, "SETTINGS", few)
@@ -189,13 +204,25 @@ def test_studies_go_on_where_they_were_left_and_make_a_page(
         "autopeft | none | random": ["0"],
         "autopeft, stopping | none | random": ["0"],
         "autopeft, stopping | none | random, early-exit": ["0"],
+        "autopeft, stopping, by fronts | none | random": ["0"],
     }
     both = studies.measure(table, path, seconds=1e9, only="", seeds=None, say=print)
     assert all(by["0"] == first[name]["0"] and list(by) == ["0", "1"] for name, by in both.items())
     tests = {"none": {f"{row}": [1.0 + row / 10] * len(SEEDS) for row in range(ROWS)}}
     page = show.write(table, both, tests, tmp_path).read_text()
     assert "| random, early-exit | 2 |" in page and "of the samples saved (goal at least 70%" in page
+    (by_loss, by_fronts) = (line for line in page.splitlines() if "regret after 5 trainings" in line)
+    assert "volume" not in by_loss and "| volume after 5 trainings | volume after 10 trainings |" in by_fronts
+    volumes = _cells(page, by_fronts, "volume after 5 trainings")
+    wanted = [one["tokens"][0][2] for one in both["autopeft, stopping, by fronts | none | random"].values()]  # type: ignore[index]
+    assert volumes.startswith(f"{np.mean(wanted):.3f} ±")
     assert all((tmp_path / name).exists() for name in ("samplers.svg", "stopping.svg"))
+
+
+def _cells(page: str, head: str, column: str) -> str:
+    """What the first row under the head has in the column."""
+    row = page[page.index(head) :].splitlines()[2]
+    return row.split(" | ")[head.split(" | ").index(column)]
 
 
 def test_a_table_is_read_as_it_was_written(table: Table, tmp_path: Path) -> None:
@@ -208,8 +235,10 @@ def test_a_table_is_read_as_it_was_written(table: Table, tmp_path: Path) -> None
 @pytest.mark.skipif(not (kept.HERE / "table.npz").exists(), reason="the table is not there")
 def test_the_table_that_is_kept_means_what_its_spaces_say() -> None:
     found = kept.load()
-    assert len(found.rows) >= 128 and found.validation.shape[1:3] == (2, 2)
-    assert np.isfinite(found.validation[..., -1]).mean() > 0.95
+    assert len({(row.space, row.peft, row.learning_rate) for row in found.rows}) == len(found.rows) >= 128
+    assert found.training.shape == (len(found.rows), 2, 2, 48) and found.validation.shape[:3] == found.test.shape
+    ended = np.isfinite(found.validation[..., -1])
+    assert ended.mean() > 0.95 and np.isfinite(found.training[ended]).all(), "curves are whole"
     for row in found.rows:
         candidate = space_of(row.space, found.shape).candidate(row.config)
         assert (candidate.peft, candidate.learning_rate, candidate.parameters) == (

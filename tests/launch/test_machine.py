@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from polygraft.cluster.actors.discovery import NodeFacts
+from polygraft.cluster.settings import LimitSettings, Settings
 from polygraft.grafts.runtime import speed
+from polygraft.launch import search_driver
 from polygraft.launch.machine import Machine
 from polygraft.launch.scout import NodeScout
 
@@ -18,6 +20,21 @@ def test_a_machine_is_one_device_unless_told_or_one_a_gpu() -> None:
     assert Machine(cores=8, bytes=GIB, gpus=0).devices(None) == 1
     assert Machine(cores=8, bytes=GIB, gpus=0).devices(3) == 3
     assert Machine(cores=8, bytes=GIB, gpus=2).devices(None) == 2
+
+
+def test_a_machine_drives_as_many_searches_as_its_cores_and_half_of_its_memory_allow() -> None:
+    assert Machine(cores=2, bytes=23 * GIB, gpus=0).searches == 8
+    assert Machine(cores=32, bytes=23 * GIB, gpus=1).searches == 11
+    assert Machine(cores=1, bytes=GIB, gpus=0).searches == 1
+
+
+def test_a_keeper_is_bound_by_the_setting_and_else_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[int] = []
+    monkeypatch.setattr(Machine, "here", lambda _: Machine(cores=1, bytes=64 * GIB, gpus=0))
+    monkeypatch.setattr(search_driver, "Keeper", lambda *_, most: bounds.append(most))
+    for limits in (LimitSettings(searches=3), LimitSettings()):
+        search_driver.keeper_of(Settings(store_url="memory://", limits=limits), "http://127.0.0.1:1")
+    assert bounds == [3, 4]
 
 
 @pytest.mark.parametrize(

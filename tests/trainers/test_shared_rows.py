@@ -27,6 +27,11 @@ def bf16(folder: Path) -> Backbone:
     return Backbone.load(folder, torch.bfloat16, training=True)
 
 
+@pytest.fixture(scope="module")
+def fp32(folder: Path) -> Backbone:
+    return Backbone.load(folder, torch.float32, training=True)
+
+
 @pytest.mark.parametrize("text", (METHODS | AWKWARD | OTHERS).values(), ids=METHODS | AWKWARD | OTHERS)
 def test_rows_that_follow_the_same_tokens_are_computed_once(bf16: Backbone, text: str, one_thread: None) -> None:
     graft = BoundGraft(parse(text), TINY)
@@ -41,6 +46,27 @@ def test_rows_that_follow_the_same_tokens_are_computed_once(bf16: Backbone, text
     assert not graft.reads_ahead and len(few) == DISTINCT + graft.virtual_length < len(rows)
     with torch.inference_mode():
         assert torch.equal(bf16.forward(few, stacks, attention)[place], bf16.forward(rows, stacks, whole))
+
+
+@pytest.mark.parametrize("text", ["unipelt", "unipelt-al", "apt(4)", "parallel(6, act=silu)", "parallel(6, act=gelu)"])
+def test_in_float32_too_an_example_has_the_same_bits_alone_beside_others_and_over_shared_rows(
+    fp32: Backbone, text: str, one_thread: None
+) -> None:
+    graft = BoundGraft(parse(text), TINY)
+    values = initialise(graft, fp32, seed=0, samples=TEXTS)
+    draw = torch.Generator().manual_seed(1)
+    values = {name: value + 0.1 * torch.randn(value.shape, generator=draw) for name, value in values.items()}
+    stacks = fp32.stacks((Resident("any", graft, values),))
+    every, alone = RowBuilder(), []
+    with torch.inference_mode():
+        for ids in (*TEXTS, *([5, 6, 7, *range(8, 8 + more)] for more in (8, 14, 20, 36))):
+            for builder in (every, own := RowBuilder()):
+                builder.add(ids, graft=0, position=graft.prefix_length, virtual=graft.virtual_length)
+            alone.append(fp32.forward(own.rows(), stacks, own.attention(TINY)))
+        rows, whole = every.rows(), every.attention(TINY)
+        few, attention, place = shared(rows, whole)
+        assert torch.equal(fp32.forward(rows, stacks, whole), torch.cat(alone))
+        assert torch.equal(fp32.forward(few, stacks, attention)[place], torch.cat(alone))
 
 
 @pytest.mark.parametrize("text", ["loreft", "smop(length=2)"])

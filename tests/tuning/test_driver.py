@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -253,3 +255,17 @@ def test_a_trial_that_ends_keeps_its_curve_in_the_record() -> None:
     bridge.on_trial_complete("a", {**DONE, **report(1.0, until=9, done=True)})
     outcome = bridge.study.trials[0].outcome
     assert isinstance(outcome, Result) and len(outcome.curve) == 3
+
+
+def test_a_driver_that_needs_neither_optuna_nor_scipy_asks_for_its_first_trial_without_them() -> None:
+    """Nor Tune: each is seconds of a core while no job trains."""
+    program = (
+        "import sys\n"
+        "import polygraft.tuning.driver\n"
+        "from tests.tuning.plans import plan_of\n"
+        "plan = plan_of(model='lhs')\n"
+        "assert plan.sampler.propose([], 0)\n"
+        "print([name for name in ('optuna', 'scipy', 'torch', 'ray') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -10,7 +10,7 @@ from polygraft.cluster.states import JobState, SearchState
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Write
 from polygraft.cluster.store.memory import MemoryStore
-from polygraft.tuning.keeper import PAUSE_S, STARTS, Ended, Keeper
+from polygraft.tuning.keeper import PAUSE_S, STARTS, Ended, Keeper, in_turn
 from tests.cluster.builders import make_job
 
 EVE, STUDY = TenantId("eve"), StudyId("study-1")
@@ -42,18 +42,25 @@ class World:
         self.keeper = self.another()
         self.store.commit([Write(keys.search(STUDY), Search(id=STUDY, tenant=EVE, name="find", created_at=1.0), 0)])
 
-    def another(self) -> Keeper:
+    def another(self, most: int = 8) -> Keeper:
         def begin(search: Search, key: str) -> Played:
             self.drivers.append(Played(search, key))
             return self.drivers[-1]
 
-        return Keeper(self.store, begin, lambda: self.now)
+        return Keeper(self.store, begin, lambda: self.now, most=most)
 
     @property
     def search(self) -> Search:
-        found = self.store.get(keys.search(STUDY))
+        return self.found(STUDY)
+
+    def found(self, search: str) -> Search:
+        found = self.store.get(keys.search(StudyId(search)))
         assert found is not None
         return found.value
+
+    def begun(self, search: str, tenant: str, at: float) -> None:
+        made = Search(id=StudyId(search), tenant=TenantId(tenant), name="find", created_at=at)
+        self.store.commit([Write(keys.search(made.id), made, 0)])
 
     def change(self, **fields: object) -> None:
         found = self.store.get(keys.search(STUDY))
@@ -148,6 +155,59 @@ def test_a_cancelled_search_loses_its_driver_and_only_its_own_jobs() -> None:
     assert _found(world, own.id).state is JobState.QUEUED
     world.keeper.tick()
     assert len(world.drivers) == 1
+
+
+def test_searches_beyond_the_bound_wait_and_say_so_until_another_one_ends() -> None:
+    world = World()
+    keeper = world.another(most=2)
+    world.begun("study-2", "eve", 2.0)
+    world.begun("study-3", "eve", 3.0)
+    for _ in range(3):
+        keeper.tick()
+    assert [driver.search.id for driver in world.drivers] == ["study-1", "study-2"]
+    waits = "waits until another search ends: 2 run at once, of all tenants (limits.searches)"
+    assert (world.found("study-3").state, world.found("study-3").note) == (SearchState.RUNNING, waits)
+    said = [entry["message"] for _, entry in world.store.read(keys.search_log(StudyId("study-3")))]
+    assert said == [waits]
+    world.drivers[0].over = Ended()
+    keeper.tick()
+    assert world.drivers[2].search.id == "study-3" and world.found("study-3").note is None
+    assert world.search.state is SearchState.SUCCEEDED
+
+
+def test_a_search_that_waits_is_cancelled_without_ever_having_had_a_driver() -> None:
+    world = World()
+    world.begun("study-0", "eve", 0.0)
+    keeper = world.another(most=1)
+    keeper.tick()
+    world.change(cancel_requested=True)
+    keeper.tick()
+    assert world.search.state is SearchState.CANCELLED and world.search.starts == 0
+    assert [driver.search.id for driver in world.drivers] == ["study-0"]
+
+
+def test_a_search_whose_driver_died_keeps_its_place() -> None:
+    world = World()
+    world.begun("study-0", "bob", 0.0)
+    keeper = world.another(most=1)
+    world.change(starts=1)
+    keeper.tick()
+    world.drivers[0].over = Ended(fault="it was killed")
+    keeper.tick()
+    world.now += PAUSE_S
+    keeper.tick()
+    assert [driver.search.id for driver in world.drivers] == [STUDY, STUDY]
+    assert world.found("study-0").starts == 0
+
+
+def test_the_next_place_goes_to_the_tenant_with_the_fewest_and_then_to_the_oldest_search() -> None:
+    def of(tenant: str, at: float) -> Search:
+        return Search(id=StudyId(f"{tenant}-{at:g}"), tenant=TenantId(tenant), name="find", created_at=at)
+
+    waiting = [of("eve", 5.0), of("eve", 4.0), of("bob", 7.0), of("bob", 6.0), of("ann", 8.0)]
+    chosen = [search.id for search in in_turn(waiting, [of("eve", 1.0)], 4)]
+    assert chosen == ["bob-6", "ann-8", "eve-4", "bob-7"]
+    assert in_turn(waiting, [], 0) == []
 
 
 def _found(world: World, id: JobId) -> Job:

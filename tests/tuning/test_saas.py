@@ -9,7 +9,7 @@ import pytest
 
 from polygraft.tuning.objectives import LOSS, Limit
 from polygraft.tuning.plan import BadPlan
-from polygraft.tuning.samplers import choose
+from polygraft.tuning.samplers import saas
 from polygraft.tuning.samplers.saas import Saas, copula, installed
 from polygraft.tuning.spaces.parameters import Choice, LogUniform, Whole, at_shares, check
 from polygraft.tuning.study import Study, as_seen
@@ -81,7 +81,7 @@ def test_measured_limits_are_refused() -> None:
 
 
 def test_without_botorch_the_sampler_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "installed", lambda: False)
+    monkeypatch.setattr(saas, "installed", lambda: False)
     with pytest.raises(BadPlan, match=r"polygraft\[saas\]"):
         replace(plan_of(8), model="saas")
 

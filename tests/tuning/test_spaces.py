@@ -223,12 +223,31 @@ def test_a_union_of_searched_and_fixed_arguments() -> None:
         ({"kind": "union", "terms": []}, "at least 1"),
         ({"kind": "union", "terms": [{"method": "lora", "search": {"rank": []}}]}, "lora has no argument 'rank'"),
         ({"kind": "union", "terms": [{"method": "prefix", "search": {"length": [0]}}]}, "the backbone refuses prefix"),
+        ({"kind": "union", "terms": [{"method": "lora", "layers": [3, 1]}]}, "refuses lora.*@3-1: layers: cannot read"),
+        ({"kind": "union", "terms": [{"method": "lora", "layers": [0, 6]}]}, "refuses lora.*layers: 6 is not a layer"),
+        (
+            {"kind": "union", "terms": [{"method": "lora", "search": {"r": [4]}, "fixed": {"r": 8}}]},
+            "terms: r of lora is searched and fixed",
+        ),
+        ({"kind": "union", "terms": [{"method": "ia3"}, {"method": "qlora"}]}, "qlora trains beside a quantised"),
+        ({"kind": "union", "terms": [{"method": "ia3"}, {"method": "fusion"}]}, "fusion is made over other grafts"),
+        ({"kind": "union", "terms": [{"method": "ia3"}, {"method": "mezo"}]}, "mezo only changes how other methods"),
     ],
     ids=str,
 )
 def test_a_wrong_request_names_the_field(asked: object, wrong: str) -> None:
     with pytest.raises((ValidationError, SpecError), match=wrong):
         REQUEST.validate_python(asked).space(SHAPE)
+
+
+def test_a_method_that_needs_something_is_taken_where_it_is_there() -> None:
+    def methods_of(term: object, *, quantised: bool) -> list[str]:
+        space = REQUEST.validate_python({"kind": "union", "terms": [term]}).space(SHAPE, quantised=quantised)
+        assert isinstance(space, Space)
+        return [one.method for one in space.terms]
+
+    assert methods_of({"method": "qlora"}, quantised=True) == ["qlora"]
+    assert methods_of({"method": "fusion", "fixed": {"of": "a|b"}}, quantised=False) == ["fusion"]
 
 
 def test_budgets_are_shares_of_the_layers_weights() -> None:

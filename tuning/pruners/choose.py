@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from polygraft.tuning.pruners.curves import Pruner
-from polygraft.tuning.pruners.early_exit import EarlyExit
 from polygraft.tuning.pruners.halving import RUNGS, Halving
 
 PrunerName = Literal["none", "halving", "hyperband", "early-exit"]
@@ -20,4 +19,6 @@ def pruner(name: PrunerName) -> Pruner | None:
         case "hyperband":
             return Halving(brackets=RUNGS + 1)
         case "early-exit":
+            from polygraft.tuning.pruners.early_exit import EarlyExit  # scipy, a third of a second
+
             return EarlyExit()

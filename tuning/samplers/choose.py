@@ -9,7 +9,6 @@ from polygraft.tuning.objectives import Limit, Objective
 from polygraft.tuning.samplers.evolution import Evolution
 from polygraft.tuning.samplers.generations import Generations
 from polygraft.tuning.samplers.population import Population
-from polygraft.tuning.samplers.saas import Saas, installed
 from polygraft.tuning.samplers.spread import Spread
 from polygraft.tuning.samplers.staged import S4_STAGES, Staged
 from polygraft.tuning.spaces.kinds import AnySpace
@@ -41,6 +40,8 @@ def sampler(  # noqa: PLR0913
         case "evolution":
             return Evolution(parameters, seed=seed, population=max(startup, 2))
         case "saas":
+            from polygraft.tuning.samplers.saas import Saas, installed  # which imports what the next import does
+
             if not installed():
                 raise ValueError("sampler: saas needs BoTorch, which is not installed: pip install 'polygraft[saas]'")
             if any(limit.name in {one.name for one in objectives} for limit in limits):
@@ -60,7 +61,7 @@ def sampler(  # noqa: PLR0913
                 )
             return Population(parameters, startup, seed)
         case "tpe" | "gp" | "nsga2":
-            from polygraft.tuning.samplers.optuna import OptunaSampler  # whose imports take half a second
+            from polygraft.tuning.samplers.optuna import OptunaSampler  # whose imports take a third of a second
 
             return OptunaSampler(
                 parameters=parameters,

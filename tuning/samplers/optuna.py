@@ -1,4 +1,4 @@
-"""Optuna's samplers as functions of the trials: each proposal builds Optuna's study anew, so there is no other state.
+"""Optuna's samplers as functions of the trials: Optuna's study is made of them, and kept as long as they go on.
 
 The first trials are a Latin hypercube, which covers every parameter's range evenly. Then a model proposes, given the
 results and the trials still running, so that several at once do not flock together: TPE (Watanabe 2023, arXiv
@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import Literal
 
@@ -22,6 +22,7 @@ import optuna
 
 from polygraft.tuning.objectives import Limit, Objective
 from polygraft.tuning.samplers.spread import Spread
+from polygraft.tuning.samplers.told import Told
 from polygraft.tuning.spaces.parameters import (
     Choice,
     Config,
@@ -51,6 +52,7 @@ class OptunaSampler:
     model: Model = "tpe"
     startup: int = 4
     seed: int = 0
+    _told: list[Told] = field(default_factory=list, init=False, repr=False, compare=False)  # the last proposal's
 
     def propose(self, trials: Sequence[Trial], attempt: int) -> Config:
         trials = self._generations(trials) if self.model == "nsga2" else trials
@@ -59,13 +61,18 @@ class OptunaSampler:
         if len(trials) < self.startup or results < RESULTS or attempt >= MODEL_ATTEMPTS:
             return Spread(self.parameters, self.startup, self.seed).propose(trials, attempt)
         with quiet(), one_thread() if self.model == "gp" else nullcontext():
-            study = optuna.create_study(
-                directions=["minimize"] * len(self.objectives), sampler=self._sampler(len(trials), attempt)
-            )
-            study.add_trials([self._known(trial) for trial in trials])
-            if self._defined_by_run:
-                return _suggested(study.ask(), self.parameters)
-            return projected(self.parameters, study.ask(self._distributions(self.parameters)).params)
+            told = self._told.pop() if self._told else None
+            if told is None or not told.leads_to(trials):
+                told = Told(len(self.objectives))
+            told.tell(trials, self._known)
+            distributions = None if self._defined_by_run else self._distributions(self.parameters)
+            with told.asked(self._sampler(len(trials), attempt), distributions) as asked:
+                if self._defined_by_run:
+                    _suggest(asked, self.parameters)
+                config = projected(self.parameters, asked.params)
+            if self.model != "nsga2":  # whose study keeps parents in another order than it first breeds from them
+                self._told.append(told)
+            return config
 
     def _generations(self, trials: Sequence[Trial]) -> Sequence[Trial]:
         """The trials as NSGA-II sees them, whoever is faster: all of the generations before, of its own nothing. Raises
@@ -127,7 +134,7 @@ class OptunaSampler:
         return {parameter.name: distribution(parameter) for parameter in parameters}
 
 
-def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
+def _suggest(trial: optuna.Trial, parameters: Sequence[Parameter]) -> None:
     """One parameter after the other, those that are there given the ones before."""
     config: dict[str, int | float] = {}
     for parameter in parameters:
@@ -141,7 +148,6 @@ def _suggested(trial: optuna.Trial, parameters: Sequence[Parameter]) -> Config:
                     config[name] = trial.suggest_categorical(name, range(count))
                 case _:
                     config[parameter.name] = trial.suggest_int(parameter.name, parameter.low, parameter.high)
-    return config
 
 
 def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:

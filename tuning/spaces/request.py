@@ -21,7 +21,7 @@ from polygraft.tuning.spaces.kinds import AnySpace
 from polygraft.tuning.spaces.positions import positions
 from polygraft.tuning.spaces.s4 import SHARE, s4_space
 from polygraft.tuning.spaces.supernets import NLS_RANKS, NOAH_DEPTHS, NOAH_SIZES, lora_ranks, nls, noah
-from polygraft.tuning.spaces.which import which
+from polygraft.tuning.spaces.which import refusal, which
 
 Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
@@ -137,12 +137,17 @@ class TermRequest(BaseModel):
     layers: Group | None = None
     off: bool = False
 
-    def term(self, shape: ModelShape) -> Term:
-        known = find(self.method).arguments
-        for argument in (*(self.search or ()), *self.fixed):
+    def term(self, shape: ModelShape, *, quantised: bool) -> Term:
+        method = find(self.method)
+        known, given = method.arguments, (*(self.search or ()), *self.fixed)
+        for argument in given:
             if argument not in known:
                 choices = ", ".join(known) or "none"
                 raise SpecError(f"terms: {self.method} has no argument {argument!r}; choices: {choices}")
+            if given.count(argument) > 1:
+                raise SpecError(f"terms: {argument} of {self.method} is searched and fixed; leave one of them out")
+        if reason := refusal(method, quantised=quantised, given=given):
+            raise SpecError(f"space: {self.method} {reason}")
         only = None if self.search is None else tuple(name for name, values in self.search.items() if not values)
         own = {one.argument: one for one in declared(self.method, shape, only=only)}
         for name, values in (self.search or {}).items():
@@ -163,7 +168,7 @@ class UnionSpace(_Asked):
     groups: PositiveInt | None = None
 
     def space(self, shape: ModelShape, *, quantised: bool = False) -> AnySpace:
-        terms = tuple(term.term(shape) for term in self.terms)
+        terms = tuple(term.term(shape, quantised=quantised) for term in self.terms)
         mask = () if self.groups is None else evenly(shape.layers, self.groups)
         return checked(Space(shape, terms, self.rates or rates(term.method for term in terms), mask, most=self.most))
 

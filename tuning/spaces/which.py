@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from polygraft.grafts.methods.declare import Method
 from polygraft.grafts.methods.registry import FAMILIES, find, methods
@@ -51,18 +51,25 @@ def which(  # noqa: PLR0913
     return checked(Space(shape, tuple(terms), learning_rate, switches=(switch,), most=most))
 
 
-def _left_out(method: Method, family: str | None, merges: bool, quantised: bool) -> str | None:
-    """Why the method is none of the space, whatever the backbone."""
+def refusal(method: Method, *, quantised: bool, given: Collection[str] = ()) -> str | None:
+    """Why no trial can be of the method with these arguments given, whatever their values."""
     slots, hooks = method.build({})
-    spec = GraftSpec(method.name, slots, hooks) if slots else None
-    if spec is None:
+    if not slots:
         return "only changes how other methods train"
-    if spec.sources or "of" in method.arguments:
+    if (GraftSpec(method.name, slots, hooks).sources or "of" in method.arguments) and "of" not in given:
         return "is made over other grafts"
     if method.quantised and not quantised:
         return "trains beside a quantised backbone, and this one is not"
+    return None
+
+
+def _left_out(method: Method, family: str | None, merges: bool, quantised: bool) -> str | None:
+    """Why the method is none of the space."""
+    if reason := refusal(method, quantised=quantised):
+        return reason
+    slots, hooks = method.build({})
     if family is not None and f".{family}." not in method.slots.__module__:
         return f"is not of the family {family}"
-    if merges and not mergeable(spec):
+    if merges and not mergeable(GraftSpec(method.name, slots, hooks)):
         return "does not merge into W"
     return None

@@ -56,10 +56,9 @@ def wanted(*backbones: Backbone) -> dict[str, Backbone]:
 
 def test_what_is_wanted_is_deployed_once_and_what_is_not_is_deleted(serve: Serve) -> None:
     applications = Applications(serve.deploy)
-    for _ in range(2):
-        applications._reconcile(wanted(A, B))
-    assert serve.deployed == [A, B]
-    applications._reconcile(wanted(replace(A, asked_at=9.0, loaded=True)))
+    calm = [applications._reconcile(wanted(A, B)) for _ in range(2)]
+    assert serve.deployed == [A, B] and calm == [False, True]
+    assert not applications._reconcile(wanted(replace(A, asked_at=9.0, loaded=True)))
     assert serve.deployed == [A, B]
     assert serve.states["backbone-b"] is ApplicationStatus.DELETING
     assert serve.states["polygraft"] is ApplicationStatus.RUNNING, "it is somebody else's"
@@ -89,7 +88,7 @@ def test_another_controller_deploys_what_is_there_once_more_which_changes_nothin
 def test_what_failed_is_tried_again_and_nothing_is_done_before_serve_is_up(serve: Serve) -> None:
     applications = Applications(serve.deploy)
     serve.up = False
-    applications._reconcile(wanted(A))
+    assert not applications._reconcile(wanted(A))
     serve.up, serve.broken = True, True
     with pytest.raises(RuntimeError):
         applications._reconcile(wanted(A))

@@ -33,6 +33,13 @@ hidden = [name for name in ("accelerate", "scipy") if name in sys.modules]
 import scipy
 print(json.dumps(hidden))
 """
+SETTLED = """
+import asyncio, gc, json
+from polygraft.grafts.runtime.process import settle
+before = len(gc.get_objects())
+settle()
+print(json.dumps([before, len(gc.get_objects())]))
+"""
 
 
 def test_freed_memory_stays_until_it_is_given_back() -> None:
@@ -43,6 +50,11 @@ def test_freed_memory_stays_until_it_is_given_back() -> None:
 
 def test_transformers_is_loaded_without_what_it_can_do_without_and_others_may_load_it_later() -> None:
     assert _told(LEAN) == []
+
+
+def test_the_collector_looks_at_nothing_that_was_there_when_a_process_settled() -> None:
+    before, after = _told(SETTLED)
+    assert after < before / 100
 
 
 def _told(program: str) -> list[int]:

@@ -270,6 +270,27 @@ async def test_only_the_operator_changes_what_all_share(shared: Shared) -> None:
     assert "the service's own" in refusal(await shared.operator.delete(f"/backbones/{OWN}"), 409)["message"]
 
 
+async def test_whoever_names_a_backbone_that_is_not_there_is_told_those_that_are(shared: Shared) -> None:
+    await shared.add()
+    file = await upload(shared.ann, jsonl(EXAMPLE))
+    files = {"training_file": file, "validation_file": file}
+    asked = {
+        "/chat/completions": chat("none"),
+        "/completions": {"model": "none", "prompt": ASK},
+        "http://test/classify": {"model": "none", "input": ASK},
+        "http://test/tokenize": {"model": "none", "prompt": ASK},
+        "http://test/detokenize": {"model": "none", "tokens": [5]},
+        "/fine_tuning/jobs": {"model": "none", "training_file": file},
+        "/searches": {"model": "none", "name": "find", **files},
+    }
+    answers = [await shared.ann.post(path, json=body) for path, body in asked.items()]
+    form = {"name": "again", "backbone": "none"}
+    answers.append(await shared.ann.post("/grafts", files={"file": ("g.tar", b"x")}, data=form))
+    answers.append(await shared.operator.delete("/backbones/none"))
+    for answer in answers:
+        assert f"{OWN}, other" in refusal(answer, 404)["message"], answer.request.url
+
+
 async def test_one_that_is_generating_stays_and_is_kept_loaded(shared: Shared) -> None:
     await shared.add()
     found = shared.backbones.named("other")

@@ -94,7 +94,7 @@ async def test_what_came_of_trials_is_told_as_the_record_has_it(service: Service
         (2, "complete", 1.0),
         (3, "running", None),
     ]
-    assert trials[3]["seen"] == [0, 1, 2]
+    assert trials[3]["unseen"] == []
     again = [read({name: value for name, value in trial.items() if name not in ("id", "object")}) for trial in trials]
     assert [replace(trial, config=dict(trial.config)) for trial in again] == list(study.trials)
     front = (await ann.get(f"/searches/{search}/front")).json()["data"]
@@ -143,6 +143,7 @@ async def test_another_tenant_sees_nothing_of_it(
         ({"space": {"kind": "positions", "most": 1}}, "most: no position has at most 1"),
         ({"space": {"kind": "nls", "at": "attn.kv"}}, "space: the backbone refuses lora"),
         ({"space": {"kind": "union", "terms": []}}, "terms"),
+        ({"space": {"kind": "union", "terms": [{"method": "qlora"}]}}, "space: qlora trains beside a quantised"),
         ({"trials": 0}, "trials"),
         ({"trials": 10**12}, "trials: Input should be less than or equal to 10000"),
         ({"concurrency": 10**9}, "concurrency: Input should be less than or equal to 1000"),
@@ -213,6 +214,22 @@ async def test_events_come_as_a_page_and_as_a_stream_that_ends_with_the_search(
     text = (await ann.get(f"/searches/{search}/events", params={"stream": True})).text
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert [json.loads(line) for line in lines[:-1]] == page and lines[-1] == "[DONE]"
+
+
+async def test_a_stream_of_events_goes_on_after_the_one_that_was_seen_last(
+    service: Service, ann: httpx.AsyncClient
+) -> None:
+    search = await begun(ann)
+    for number in range(30):
+        service.api.store.append(keys.search_log(StudyId(search)), {"message": f"{number}", "at": 5.0, "trial": number})
+    end(service, search)
+    page = (await ann.get(f"/searches/{search}/events", params={"limit": 30})).json()["data"]
+    asks = {"stream": True, "after": page[3]["id"]}
+    lines = (await ann.get(f"/searches/{search}/events", params=asks)).text.split("\n\n")
+    assert [json.loads(line.removeprefix("data: ")) for line in lines[:-2]] == page[4:]
+    for unknown in ("", "0-0", "7-none"):
+        answer = await ann.get(f"/searches/{search}/events", params={"stream": True, "after": unknown})
+        assert refusal(answer, 400)["param"] == "after"
 
 
 async def test_a_tenant_has_only_so_many_searches_at_once(service: Service, ann: httpx.AsyncClient) -> None:
