@@ -37,7 +37,7 @@ class StudyRecord:
     trials: tuple[Trial, ...] = ()
     finals: tuple[Final, ...] = ()
     chosen: int | None = None
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
 
 
 def encode(record: StudyRecord) -> str:
@@ -101,19 +101,24 @@ class _Keeper:
 
 
 def _upgraded(text: str) -> str:
-    """A record of schema 1, whose only spaces were methods with one size each, as one of schema 2."""
+    """A record of schema 1, whose only spaces were methods with one size each, or of schema 2, which had for each trial
+    all that had been told, as one of schema 3."""
     try:
         record = json.loads(text)
-        if record.get("schema_version") != 1:
+        version = record.get("schema_version")
+        if version not in (1, 2):
             return text
-        space = record["plan"]["space"]
-        terms = [
-            {"name": old["method"], "method": old["method"], "searched": [_sizes(**old)], "off": True}
-            for old in space.pop("methods")
-        ]
-        low, high = space["learning_rate"]
-        space |= {"kind": "union", "terms": terms, "learning_rate": {"low": low, "high": high}}
-        return json.dumps(record | {"schema_version": 2})
+        if version == 1:
+            space = record["plan"]["space"]
+            terms = [
+                {"name": old["method"], "method": old["method"], "searched": [_sizes(**old)], "off": True}
+                for old in space.pop("methods")
+            ]
+            low, high = space["learning_rate"]
+            space |= {"kind": "union", "terms": terms, "learning_rate": {"low": low, "high": high}}
+        for trial in record["trials"]:
+            trial["unseen"] = sorted(set(range(trial["number"])) - set(trial.pop("seen", ())))
+        return json.dumps(record | {"schema_version": 3})
     except (AttributeError, KeyError, TypeError, ValueError, SpecError):
         return text  # which is then refused with its first bad field
 

@@ -74,16 +74,16 @@ Outcome = Result | Failure | Stopped
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One configuration that was asked for; `told` is how many results the sampler knew then, and `seen` which trials
-    had been told; it was the sampler's proposal number `attempt`. It takes its job's steps up to the share `until`, and
-    goes on from the trial `parent`, if there is one. `outcome` is None while it runs.
+    """One configuration that was asked for; `told` is how many results the sampler knew then, and `unseen` which trials
+    before it had not been told; it was the sampler's proposal number `attempt`. It takes its job's steps up to the
+    share `until`, and goes on from the trial `parent`, if there is one. `outcome` is None while it runs.
     """
 
     number: int
     config: Config
     candidate: Candidate
     told: int
-    seen: tuple[int, ...] = ()
+    unseen: tuple[int, ...] = ()
     attempt: int = 0
     parent: int | None = None
     until: float = 1.0
@@ -100,6 +100,12 @@ class Trial:
                 return TrialState.STOPPED
             case Failure():
                 return TrialState.FAILED
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The trials that had been told when it was asked for."""
+        unseen = frozenset(self.unseen)
+        return tuple(number for number in range(self.number) if number not in unseen)
 
     @property
     def values(self) -> tuple[float, ...] | None:
@@ -222,13 +228,13 @@ class Study:
 
     def _ask(self, config: Config, candidate: Candidate, attempt: int, part: Part) -> Trial:
         told = sum(trial.state is TrialState.COMPLETE for trial in self._trials)
-        seen = tuple(trial.number for trial in self._trials if trial.outcome is not None)
+        unseen = tuple(trial.number for trial in self._trials if trial.outcome is None)
         trial = Trial(
             number=len(self._trials),
             config=dict(config),
             candidate=candidate,
             told=told,
-            seen=seen,
+            unseen=unseen,
             attempt=attempt,
             parent=part.parent,
             until=part.until,
@@ -287,8 +293,8 @@ def excess(trial: Trial, objectives: Sequence[Objective], limits: Sequence[Limit
 def as_seen(trials: Sequence[Trial], number: int) -> tuple[Trial, ...]:
     """What the sampler was given when it proposed trial `number`: of the trials before it, the outcomes that had been
     told. `sampler.propose(as_seen(trials, number), trials[number].attempt)` proposes the same again."""
-    seen = frozenset(trials[number].seen)
-    return tuple(trial if trial.number in seen else replace(trial, outcome=None) for trial in trials[:number])
+    unseen = frozenset(trials[number].unseen)
+    return tuple(replace(trial, outcome=None) if trial.number in unseen else trial for trial in trials[:number])
 
 
 def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:

@@ -251,10 +251,9 @@ class SearchObject(Body):
 
 
 class TrialObject(Body):
-    """`candidate` is the graft and learning rate that `config`, a point of the space, means; `seen` are the trials that
-    were told when the sampler proposed it; it takes its steps up to the share `until`, on from the
-    trial `parent`; `outcome` has values, or why there are
-    none."""
+    """`candidate` is the graft and learning rate that `config`, a point of the space, means; `unseen` are the trials
+    before it that had not been told when the sampler proposed it; it takes its steps up to the share `until`, on from
+    the trial `parent`; `outcome` has values, or why there are none."""
 
     id: str
     object: Literal["search.trial"] = "search.trial"
@@ -264,7 +263,7 @@ class TrialObject(Body):
     config: dict[str, float]
     candidate: dict[str, JsonValue]
     told: int
-    seen: tuple[int, ...]
+    unseen: tuple[int, ...]
     attempt: int
     parent: int | None
     until: float

@@ -14,7 +14,7 @@ from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import Conflict
 from polygraft.cluster.store.memory import MemoryStore
 from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.record import BadRecord, decode, open_study
+from polygraft.tuning.record import BadRecord, StudyRecord, decode, encode, open_study
 from polygraft.tuning.samplers.choose import SamplerName
 from polygraft.tuning.spaces.s4 import s4_space
 from polygraft.tuning.study import Failure, NotYet, Result, Study, as_seen
@@ -107,7 +107,7 @@ def test_a_study_goes_on_only_with_its_own_plan_and_tenant() -> None:
         opened(store, plan_of(), tenant=TenantId("mallory"))
 
 
-@pytest.mark.parametrize("text", ['{"trials": []}', "no json", '{"plan": {}, "schema_version": 3}'])
+@pytest.mark.parametrize("text", ['{"trials": []}', "no json", '{"plan": {}, "schema_version": 4}'])
 def test_a_body_that_is_no_record_is_refused_by_name(text: str) -> None:
     with pytest.raises(BadRecord, match="study: "):
         decode(text)
@@ -139,3 +139,34 @@ def test_a_study_of_the_first_schema_goes_on() -> None:
     ]
     config = {"serial": 1, "prefix": 2, "layers_0_2": 1, "layers_3_5": 0, "learning_rate": 1e-3}
     assert space.candidate(config).peft == "serial(2)@0-2"
+
+
+def test_a_study_of_the_second_schema_goes_on_with_what_its_suggestions_had_seen() -> None:
+    """It had for each trial the numbers of all that had been told, which a long search's record consisted of."""
+    store = MemoryStore()
+    study = opened(store, plan_of())
+    for _ in range(3):
+        study.ask()
+    study.tell(1, invented(plan_of().space, study.trials[1]))
+    study.ask()
+    found = store.get(keys.study(STUDY))
+    assert found is not None
+    old = json.loads(found.value.body)
+    for trial, seen in zip(old["trials"], ([], [], [], [1]), strict=True):
+        del trial["unseen"]
+        trial["seen"] = seen
+    record = decode(json.dumps(old | {"schema_version": 2}))
+    assert record.trials == study.trials
+    assert [trial.unseen for trial in record.trials] == [(), (0,), (0, 1), (0, 2)]
+    assert [trial.seen for trial in record.trials] == [(), (), (), (1,)]
+
+
+def test_a_record_grows_with_the_number_of_its_trials() -> None:
+    def bytes_of(trials: int) -> int:
+        plan = plan_of(trials, model="random")
+        study = Study(plan.space, plan.objectives, plan.sampler)
+        for _ in range(trials):
+            study.tell(study.ask().number, Failure(reason="lost"))
+        return len(encode(StudyRecord(plan=plan, trials=study.trials)))
+
+    assert bytes_of(400) < 2.1 * bytes_of(200)

@@ -40,9 +40,9 @@ def asked_and_told(sampler: OptunaSampler, count: int, propose: Callable[[list[T
         while len(running) > 2 or (running and sampler.model == "nsga2"):
             one = running.pop(1 % len(running))
             trials[one.number] = replace(one, outcome=outcome_of(one, len(sampler.objectives)))
-        seen = tuple(trial.number for trial in trials if trial.outcome is not None)
+        unseen = tuple(trial.number for trial in trials if trial.outcome is None)
         config = propose(trials)
-        trials.append(Trial(number=number, config=config, candidate=Candidate("", 1.0, 1), told=len(seen), seen=seen))
+        trials.append(Trial(number=number, config=config, candidate=Candidate("", 1.0, 1), told=0, unseen=unseen))
     return trials
 
 

@@ -94,7 +94,7 @@ async def test_what_came_of_trials_is_told_as_the_record_has_it(service: Service
         (2, "complete", 1.0),
         (3, "running", None),
     ]
-    assert trials[3]["seen"] == [0, 1, 2]
+    assert trials[3]["unseen"] == []
     again = [read({name: value for name, value in trial.items() if name not in ("id", "object")}) for trial in trials]
     assert [replace(trial, config=dict(trial.config)) for trial in again] == list(study.trials)
     front = (await ann.get(f"/searches/{search}/front")).json()["data"]
