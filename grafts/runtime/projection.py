@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -11,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from polygraft.grafts.runtime.fused import NONE, RoutedBranches
 from polygraft.grafts.runtime.linears.protocol import FrozenLinear
 from polygraft.kernels.branch.op import branch
-from polygraft.kernels.dense.op import FusedBranch, Work
+from polygraft.kernels.dense.op import Work
 
 
 def project(x_TI: Tensor, linear: FrozenLinear, branches: RoutedBranches = NONE) -> list[Tensor]:
@@ -58,24 +56,16 @@ class _Project(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         y, kept = linear.record(x, branches)
         work = branches.work
-        x_kept = x if any(b.A.requires_grad for b, _ in work) else None
-        ctx.save_for_backward(x_kept, *weights, *(value for own in kept for value in own))  # type: ignore[arg-type]  # None is allowed
-        ctx.linear, ctx.work = linear, [(b.member, b.act, segments) for b, segments in work]  # type: ignore[attr-defined]
-        ctx.kept = [len(own) for own in kept]  # type: ignore[attr-defined]
+        ctx.save_for_backward(x if any(b.A.requires_grad for b, _ in work) else None)  # type: ignore[arg-type]  # None is allowed
+        # What is small, or lives on, is held as it is: autograd asks its hooks for every tensor that it saves.
+        ctx.linear, ctx.work, ctx.kept = linear, work, kept  # type: ignore[attr-defined]
         return y if joined else tuple(linear.split(y))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         linear: FrozenLinear = ctx.linear  # type: ignore[attr-defined]
-        recorded, (x, *saved) = ctx.work, ctx.saved_tensors  # type: ignore[attr-defined]
-        weights, values = saved[: 2 * len(recorded)], iter(saved[2 * len(recorded) :])
-        pairs = zip(weights[::2], weights[1::2], strict=True)
-        work = [
-            (FusedBranch(member, *pair, act), segments)
-            for pair, (member, act, segments) in zip(pairs, recorded, strict=True)
-        ]
-        kept = [list(islice(values, count)) for count in ctx.kept]  # type: ignore[attr-defined]
-        dx, gradients = linear.backward(_side_by_side(grads), x, work, kept)
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        dx, gradients = linear.backward(_side_by_side(grads), x, ctx.work, ctx.kept)  # type: ignore[attr-defined]
         return dx, None, None, None, *gradients
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polygraft.grafts.bound import BoundGraft
-from polygraft.kernels.copies.op import copy_each
+from polygraft.kernels.copies.op import join
 
 
 class Slab:
@@ -55,8 +55,7 @@ class Slab:
     def joined(self, parts: Sequence[Tensor | None]) -> Tensor:
         """The gradient that a backward left for this job, trained tensor by tensor, as one flat tensor."""
         whole = (torch.zeros_like if any(part is None for part in parts) else torch.empty_like)(self.master)
-        there = [(own, part) for own, part in zip(self.split(whole), parts, strict=True) if part is not None]
-        copy_each([own for own, _ in there], [part for _, part in there])
+        join(whole, parts, self._sizes)
         return whole
 
     def collect(self, gradient: Tensor) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -40,12 +41,20 @@ class Function:
     jump: Callable[[int], None]
     address: int
     arguments: type[ctypes.Structure]
+    _fields: tuple[str, ...] = field(init=False, repr=False)
+    _packed: Callable[..., bytes] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kinds = [kind for _, kind in self.arguments._fields_]  # type: ignore[misc]
+        object.__setattr__(self, "_fields", tuple(name for name, _ in self.arguments._fields_))  # type: ignore[misc]
+        object.__setattr__(self, "_packed", Struct("".join("d" if kind is NUMBER else "q" for kind in kinds)).pack)
 
     def ready(self, *keeps: object, **arguments: object) -> Call:
         """A call with these arguments, tensors among them as the addresses of their data; `keeps` live as long as it
-        does, as do those tensors."""
-        given = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        made = self.arguments(**given)
+        does, as do those tensors. What is not given, or None, is 0."""
+        given = map(arguments.get, self._fields)  # a structure that is packed takes half the time of one made by names
+        numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in given]
+        made = self.arguments.from_buffer_copy(self._packed(*numbers))
         place = ctypes.addressof(made)
         rows = place + self.arguments.rows.offset if "rows" in arguments else 0
         return Call(self.name, self.jump, self.address, place, (made, keeps, arguments), rows)

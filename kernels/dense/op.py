@@ -42,7 +42,7 @@ class FusedBranch:
     def __post_init__(self) -> None:
         assert self.A.is_contiguous() and self.B.is_contiguous()
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         return min(len(self.A), len(self.B))
 
@@ -121,7 +121,7 @@ def linear(x_TI: Tensor, weights: Weights, work: Work = (), *, keep: bool = Fals
     values between A and B are rounded to bf16. Not differentiable.
     """
     kept = [_kept(x_TI, segments) for _, segments in work] if keep else []
-    return _call(x_TI, weights, _forward(len(x_TI), weights, work, [values.data_ptr() for values in kept])), kept
+    return _call(x_TI, weights, _forward(x_TI.shape[0], weights, work, [values.data_ptr() for values in kept])), kept
 
 
 def ready(x_TI: Tensor, weights: Weights, work: Work, out_TO: Tensor) -> Call:
@@ -146,7 +146,7 @@ def transposed(
     branches: list[int] = []
     for i, (branch, segments) in enumerate(work):
         _, column, width = weights.places[branch.member]
-        where = _listed(segments, len(dy_TO), branch.ranks)
+        where = _listed(segments, dy_TO.shape[0], branch.ranks)
         branches += (*branch.pointers[::-1], *where, column, width, 0, weights.in_features)
         branches += (0, dh[i].data_ptr(), 0 if branch.act == "identity" else kept[i].data_ptr())
     whole = Weights(weights.data, COLUMNS, weights.out_features, ((0, 0, weights.in_features),))
@@ -177,7 +177,7 @@ def outers(items: Sequence[Outer]) -> list[Tensor]:
         for first, last in gaps or ():
             out[first:last].zero_()
         call.extend((kept.data_ptr(), x.data_ptr(), x.stride(0), x.shape[1]))
-        call.extend((*_listed(segments, len(x), ranks), out.data_ptr(), gaps is None))
+        call.extend((*_listed(segments, x.shape[0], ranks), out.data_ptr(), gaps is None))
         made.append(out)
     compiled.outers(call.buffer_info()[0], len(made), torch.get_num_threads())
     return made
@@ -198,7 +198,7 @@ def _call(x: Tensor, weights: Weights, branches: list[int]) -> Tensor:
     compiled = library()
     assert compiled is not None
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = x.new_empty(len(x), weights.out_features)
+    out = x.new_empty(x.shape[0], weights.out_features)
     call = _arguments(x, weights, branches, out)  # held until the call is over
     compiled.linear(call.buffer_info()[0])
     return out

@@ -83,7 +83,10 @@ class _Whole(torch.autograd.Function):
             written["grad_sums"] = grad_sums.contiguous()
         strides = {"grad_stride": grad.stride(0), "out_stride": dq.stride(0), "dk_stride": dk.stride(0)}
         _call(tensors, layout, scores, **written, **strides)
-        prefixes = (_summed(part, len(pk), layout).to(dtype) for part in parts)
+        asked = ctx.needs_input_grad[3:5]  # type: ignore[attr-defined]
+        prefixes = (
+            _summed(part, len(pk), layout).to(dtype) if own else None for part, own in zip(parts, asked, strict=True)
+        )
         return dq, dk, dv, *prefixes, None, None
 
 

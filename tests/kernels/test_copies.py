@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from polygraft.kernels.copies import op
-from polygraft.kernels.copies.op import copy_each, ready
+from polygraft.kernels.copies.op import join, ready
 
 SIZES = (1, 15, 16, 17, 500, 4000)
 
@@ -30,17 +30,27 @@ def numbers(dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("written", [torch.float32, torch.bfloat16], ids=str)
 def test_copies_have_the_bits_of_torchs(read: torch.dtype, written: torch.dtype) -> None:
     of = numbers(read)
-    into = [torch.zeros(n, dtype=written) for n in SIZES]
-    copy_each(into, of)
-    for found, x in zip(into, of, strict=True):
+    into, whole = [torch.zeros(n, dtype=written) for n in SIZES], torch.zeros(sum(SIZES), dtype=written)
+    ready(into, of)()
+    join(whole, of, SIZES)
+    for found, place, x in zip(into, whole.split(SIZES), of, strict=True):
         assert torch.equal(found.view(torch.int16), x.to(written).view(torch.int16))
+        assert torch.equal(place.view(torch.int16), found.view(torch.int16))
+
+
+def test_what_there_is_nothing_for_stays_as_it_is() -> None:
+    whole = torch.full((6,), 7.0)
+    join(whole, [None, torch.ones(2, 1).bfloat16(), None], (1, 2, 3))
+    assert whole.tolist() == [7, 1, 1, 7, 7, 7]
 
 
 def test_tensors_of_several_dtypes_may_be_copied_at_once() -> None:
     of = [torch.randn(3), torch.randn(3).bfloat16(), torch.arange(3)]
     into = [torch.zeros(3) for _ in of]
-    copy_each(into, of)
+    ready(into, of)()
     assert all(torch.equal(found, x.float()) for found, x in zip(into, of, strict=True))
+    join(whole := torch.zeros(9), of, (3, 3, 3))
+    assert torch.equal(whole, torch.cat(into))
 
 
 def test_a_call_that_is_ready_copies_what_is_there_when_it_is_made() -> None:
@@ -52,4 +62,6 @@ def test_a_call_that_is_ready_copies_what_is_there_when_it_is_made() -> None:
 
 
 def test_nothing_is_copied_of_nothing() -> None:
-    copy_each([], [])
+    ready([], [])()
+    join(torch.zeros(0), [], ())
+    join(torch.zeros(3), [None], (3,))

@@ -45,7 +45,7 @@ def test_beside_a_lora_an_input_is_kept_once_for_both(backbone: Backbone) -> Non
 
 
 def kept(backbone: Backbone, *texts: str) -> Iterator[Tensor]:
-    """What the projections and branches of a forward over one sequence, all of it under every graft, have saved."""
+    """What the projections and branches of a forward over one sequence, all of it under every graft, hold."""
     residents = [
         Resident(text, graft := BoundGraft(parse(text), backbone.shape), wide(random_tensors(graft, i)))
         for i, text in enumerate(texts)
@@ -65,7 +65,8 @@ def kept(backbone: Backbone, *texts: str) -> Iterator[Tensor]:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
             if node.name() in OURS:
-                yield from (tensor for tensor in node.saved_tensors if tensor is not None)  # type: ignore[attr-defined]
+                values = [value for own in getattr(node, "kept", ()) for value in own]
+                yield from (one for one in (*node.saved_tensors, *values) if one is not None)  # type: ignore[attr-defined]
 
 
 def wide(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
