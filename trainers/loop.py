@@ -15,7 +15,7 @@ from polygraft.cluster.model import PackId
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.grafts.runtime.backbone import Backbone, best_dtype
-from polygraft.grafts.runtime.process import chosen_device, lean_imports
+from polygraft.grafts.runtime.process import chosen_device, lean_imports, settle
 from polygraft.grafts.text.tokenise import Tokeniser
 from polygraft.trainers.leading import Beat, Close, LeadingRunner, follow
 from polygraft.trainers.plan import PackPlan
@@ -49,6 +49,7 @@ def train_loop(config: dict[str, object]) -> None:
         backbone = _backbone(plan)
         kind = LeadingRunner if ranks.size > 1 and rank == 0 else PackRunner
         runner = kind(backbone, max_rows=plan.max_rows, max_bytes=plan.max_bytes or None, ranks=ranks)
+        settle()
         if rank:
             follow(runner, lambda: _report(runner))
         else:

@@ -58,7 +58,6 @@ def give_back() -> None:
 def settle() -> None:
     """What the process holds now it holds for good: the collector looks at it no more. Over what torch, Ray or FastAPI
     make when they are imported a full collection takes a quarter of a second, in which no thread goes on."""
-    gc.collect()
     gc.freeze()
 
 

@@ -70,8 +70,7 @@ class OptunaSampler:
                 if self._defined_by_run:
                     _suggest(asked, self.parameters)
                 config = projected(self.parameters, asked.params)
-            if self.model != "nsga2":  # whose study keeps parents in another order than it first breeds from them
-                self._told.append(told)
+            self._told.append(told)  # not when anything above was broken off
             return config
 
     def _generations(self, trials: Sequence[Trial]) -> Sequence[Trial]:
