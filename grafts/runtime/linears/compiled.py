@@ -72,7 +72,7 @@ class CompiledLinear(FrozenLinear):
                 for weight, hidden, rows in pairs:
                     if weight.requires_grad:
                         assert rows is not None, "x is kept where an A is trained"
-                        asked.append((len(gradients), Outer(hidden, rows, segments, len(weight))))
+                        asked.append((len(gradients), Outer(hidden, rows, segments, weight.shape[0])))
                     gradients.append(None)
             else:
                 gradients += branch_gradients(dy, x_TI, b.A, b.B, segments, b.act, values, dx)
