@@ -36,10 +36,10 @@ def preload() -> None:
 
 
 class Child:
-    """A process that acts within limits."""
+    """A process that acts within limits. Whatever runs in `folder` was started by it."""
 
-    def __init__(self, act: Callable[[], int], *, cpu_s: float, wall_s: float) -> None:
-        self._left, self._seen = wall_s, time.monotonic()
+    def __init__(self, act: Callable[[], int], *, cpu_s: float, wall_s: float, folder: str | None = None) -> None:
+        self._left, self._seen, self._folder = wall_s, time.monotonic(), folder
         self._asleep, self._used = 0.0, 0.0
         self._code: int | None = None
         self.seconds = 0.0  # of processor time, once it has ended
@@ -100,9 +100,13 @@ class Child:
         """What it started in a session of its own, as a store's server is, is ours by now, if we adopt."""
         for one in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if one.environ().get(_MARK) == str(self._pid):
+                if one.environ().get(_MARK) == str(self._pid) or self._within(one.cwd()):
                     one.kill()
                     one.wait(5.0)
+
+    def _within(self, folder: str) -> bool:
+        """A store's server writes its title over its environment, and stays in its folder."""
+        return self._folder is not None and folder.startswith(f"{self._folder}/")
 
 
 def adopt(orphans: bool = True) -> None:
@@ -133,9 +137,9 @@ def _runs(pid: int) -> bool:
     return False
 
 
-def in_a_child(act: Callable[[], int], *, cpu_s: float, wall_s: float) -> int:
+def in_a_child(act: Callable[[], int], *, cpu_s: float, wall_s: float, folder: str | None = None) -> int:
     """The exit code of a child, as `Child.ended` has it."""
-    child = Child(act, cpu_s=cpu_s, wall_s=wall_s)
+    child = Child(act, cpu_s=cpu_s, wall_s=wall_s, folder=folder)
     try:
         while (code := child.ended()) is None:
             time.sleep(0.02)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -150,18 +151,22 @@ def test_a_child_that_computes_or_sleeps_without_end_is_ended(
     assert in_a_child(act, cpu_s=0, wall_s=60) == code
 
 
+@pytest.mark.parametrize("by", ["its environment", "its folder"])
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_a_child_started_in_a_session_of_its_own_ends_with_it(
-    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    ends: bool, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(child, "_ASLEEP_S", 1.0)
     request.addfinalizer(lambda: adopt(False))
     adopt()
+    store = tmp_path / "store"
+    store.mkdir()
 
     def act() -> int:
-        started = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        told: dict[str, Any] = {"env": {}, "cwd": store} if by == "its folder" else {}
+        started = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True, **told)
         (tmp_path / "pid").write_text(str(started.pid))
         return 0 if ends else _sleep()
 
-    assert in_a_child(act, cpu_s=60, wall_s=60) == (0 if ends else TIMED_OUT)
+    assert in_a_child(act, cpu_s=60, wall_s=60, folder=str(tmp_path)) == (0 if ends else TIMED_OUT)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

@@ -55,7 +55,7 @@ class Trial:
                 return _run(fault, source, list(tests)) if warm is None else warm.run(fault, source, tests)
 
             seconds = sum(tests.values())
-            self._child = Child(run, cpu_s=3 * seconds + 20, wall_s=20 * seconds + 600)
+            self._child = Child(run, cpu_s=3 * seconds + 20, wall_s=20 * seconds + 600, folder=self._base)
 
     def outcome(self) -> Outcome | None:
         """None while it is not known."""
