@@ -20,8 +20,10 @@ from polygraft.cluster.policy.devices import SHARE
 from polygraft.grafts.runtime.process import device_environment
 from polygraft.trainers.loop import train_loop
 from polygraft.trainers.plan import PackPlan
+from polygraft.trainers.starting import Starting
 
 WAITING_S = 600  # for which a worker bears that another one, which answers Train, is not as far as itself
+IMPORTS = 4  # times as long as one may be silent, workers that have room may import before they begin
 NODE = "ray.io/node-id"  # Ray's label of a node
 RESTARTS = 6  # of a pack's workers: a job that kills it is found out by the third death (`trainers/blame.py`)
 
@@ -47,23 +49,25 @@ def trainer(plan: PackPlan, storage: Path) -> DataParallelTrainer:
     told = asdict(plan)
     if len(plan.nodes) == 1:
         # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
-        return _lean(DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run))
+        alone = DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run)
+        return _watched(alone, plan)
     from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
     group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=WAITING_S)
     several = TorchTrainer(
         train_loop, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run
     )
-    return _lean(cast("DataParallelTrainer", several))
+    return _watched(cast("DataParallelTrainer", several), plan)
 
 
-def _lean(trainer: DataParallelTrainer) -> DataParallelTrainer:
-    """Without the process that would give back the pack's room, which the controller does
-    (`cluster/actors/reservations.py`)."""
+def _watched(trainer: DataParallelTrainer, plan: PackPlan) -> DataParallelTrainer:
+    """By what bounds its workers' start, in place of the process that would give back the pack's room, which the
+    controller does (`cluster/actors/reservations.py`)."""
     all_of_them = trainer._create_default_callbacks
 
     def others() -> list[RayTrainCallback]:
-        return [one for one in all_of_them() if not isinstance(one, PlacementGroupCleanerCallback)]
+        kept = [one for one in all_of_them() if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [*kept, Starting(plan.placed_s + IMPORTS * plan.silent_s)]
 
     trainer._create_default_callbacks = others  # type: ignore[method-assign]
     return trainer

@@ -13,6 +13,7 @@ from ray._private.node import Node
 
 from tests.nodes.fleet import Fleet, until
 
+WORKER = "RayTrainWorker"
 STOPPED_S = 180.0  # after which one that is stopped must have been noticed, and ended
 
 
@@ -56,8 +57,8 @@ def _actor(kind: str) -> Callable[[Fleet], Hit]:
 
 
 def _rank(fleet: Fleet) -> Hit:
-    """One of the two workers of the pack that was opened last."""
-    return Hit(fleet.processes("RayTrainWorker")[-1:])
+    """One of the two workers of the pack that was opened last; that which was opened first has but one."""
+    return Hit(fleet.processes(WORKER)[-1:])
 
 
 def _store(fleet: Fleet) -> Hit:
@@ -82,7 +83,7 @@ def _add_node(fleet: Fleet) -> None:
 
 _PARTS: dict[str, Fault] = {
     "replica": Fault(signal.SIGKILL, _actor("Host")),
-    "pack's worker": Fault(signal.SIGKILL, _rank),
+    "pack's worker": Fault(signal.SIGKILL, _actor(WORKER)),
     "one rank of two": Fault(signal.SIGKILL, _rank, ranks=2),
     "controller": Fault(signal.SIGKILL, _actor("Leader")),
     "Serve's controller": Fault(signal.SIGKILL, _actor("ServeController")),

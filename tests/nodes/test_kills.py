@@ -1,7 +1,8 @@
 """Whatever is killed, stopped or drained under a service over several nodes, or where it gets other settings, streams
 and jobs come to what they come to undisturbed, and nothing is published twice.
 
-Every engine and pack step takes a floor of time, so that there are streams and jobs to be hurt.
+Every engine and pack step takes a floor of time, ten times what it computes, so that there are streams and jobs to be
+hurt, and four devices' worth of them on two cores.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from polygraft.cluster.client import ApiFailure
 from polygraft.cluster.model import JobId
 from polygraft.cluster.store import keys
 from polygraft.launch.draining import empty, tell
-from tests.nodes.faults import KILLS, STOPS, end_of
+from tests.nodes.faults import KILLS, STOPS, WORKER, Hit, end_of
 from tests.nodes.fleet import Asked, Fleet, Said, ingresses_running, nodes, until
 from tests.nodes.load import Load, together
 from tests.tiny import tiny_llama, tiny_model
 
 pytestmark = [pytest.mark.timeout(600)]
-FLOOR_S = 0.05
-TOKENS = 120
-LONG = 340  # tokens of a stream that is still running when its end must have been noticed
+FLOOR_S = 0.3
+TOKENS = 20
+LONG = 57  # tokens of a stream that is still running when its end must have been noticed
 STREAMS = 4
-EPOCHS = 60
+EPOCHS = 10
 OTHER = "other"
 INGRESS = "ServeReplica:polygraft:ingress"
 SILENT_S = 5.0
@@ -46,16 +47,16 @@ SERVE = {
 }
 SETTINGS: dict[str, object] = {
     "step_floor_s": FLOOR_S,
-    "pack": {"max_jobs": 2, "idle_s": 5.0, "silent_s": 8.0},
+    "pack": {"max_jobs": 2, "idle_s": 30.0, "silent_s": 8.0},
     "serve": SERVE,
 }
 
 
 class Undisturbed(NamedTuple):
-    """What the streams say, and the graft that the jobs give, when nothing happens."""
+    """What the streams say, and the graft that a job on each backbone gives, when nothing happens."""
 
     texts: Mapping[Asked, str]
-    graft: str
+    grafts: Mapping[str, str | None]
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +74,15 @@ def undisturbed(fleet: Fleet) -> Undisturbed:
     """And what share of the machine's processors it takes."""
     asked = asked_of(fleet)
     texts = together(fleet.say, asked)
-    (job,) = started(fleet, 1)
+    jobs = started(fleet)
+    assert len(fleet.client.cluster().packs) == 3
     began, before = time.monotonic(), spent_s()
     with Load(fleet.say, texts):
-        graft = fleet.client.wait(job.id).graft
+        grafts = {job.model: fleet.client.wait(job.id).graft for job in jobs}
     share = (spent_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
     print(f"undisturbed: {share:.0%} of the processors' time")
-    assert graft is not None and all(texts.values())
-    return Undisturbed(texts, graft)
+    assert all(grafts.values()) and all(texts.values())
+    return Undisturbed(texts, grafts)
 
 
 def asked_of(fleet: Fleet) -> list[Asked]:
@@ -97,17 +99,19 @@ def spent_s() -> float:
     return float(times.user + times.nice + times.system)
 
 
-def started(fleet: Fleet, count: int = 3, *, devices: int = 1) -> list[RemoteJob]:
-    """Jobs of which one is underway."""
-    jobs = fleet.submit(OTHER, count, epochs=EPOCHS, devices=devices)
-    until(lambda: any(fleet.client.job(job.id).status == "running" for job in jobs))
+def started(fleet: Fleet, *, ranks: int = 1) -> list[RemoteJob]:
+    """Jobs: enough for two packs of the second backbone, or for one over as many devices as `ranks`, and one on the
+    first. Both backbones train."""
+    jobs = fleet.submit(OTHER, 3 if ranks == 1 else 1, epochs=EPOCHS, devices=ranks)
+    jobs += fleet.submit(str(fleet.home / "own"), 1, epochs=EPOCHS)
+    until(lambda: all(fleet.client.job(job.id).status in ("running", "succeeded") for job in (jobs[0], jobs[-1])))
     return jobs
 
 
 def ended_as_undisturbed(fleet: Fleet, jobs: list[RemoteJob], undisturbed: Undisturbed) -> None:
     done = [fleet.client.wait(job.id) for job in jobs]
     assert [job.status for job in done] == ["succeeded"] * len(jobs), [job.error for job in done]
-    assert {job.graft for job in done} == {undisturbed.graft}
+    assert [job.graft for job in done] == [undisturbed.grafts[job.model] for job in jobs]
     assert fleet.published(jobs) == Counter([job.id for job in jobs])
 
 
@@ -130,7 +134,7 @@ def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice
     fleet: Fleet, undisturbed: Undisturbed, name: str, round_: int
 ) -> None:
     fault = FAULTS[name]
-    jobs = started(fleet, 1 if fault.ranks > 1 else 3, devices=fault.ranks)
+    jobs = started(fleet, ranks=fault.ranks)
     with Load(fleet.say, undisturbed.texts) as load:
         time.sleep(TOKENS * FLOOR_S * (3 + round_) / 15)  # in their midst
         began = time.monotonic()
@@ -147,6 +151,23 @@ def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_worker_that_is_stopped_before_it_begins_is_replaced(
+    fleet: Fleet, undisturbed: Undisturbed, round_: int
+) -> None:
+    until(lambda: not fleet.client.cluster().packs)  # so that one opens
+    jobs = fleet.submit(OTHER, 1, epochs=EPOCHS)
+    until(lambda: bool(fleet.processes(WORKER)), 60.0)
+    time.sleep(round_ / 5)
+    hit = Hit(fleet.processes(WORKER))
+    began = time.monotonic()
+    for process in hit.processes:
+        process.suspend()
+    ended_as_undisturbed(fleet, jobs, undisturbed)
+    end_of(hit, fleet)
+    print(f"stop what begins: {time.monotonic() - began:.0f} s to the job's end")
+
+
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed, round_: int) -> None:
     """Its packs put their jobs down first: no step is taken twice."""
@@ -167,7 +188,6 @@ def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturb
     print(f"drain node: a client waited {load.gap_s:.1f} s at most, the node was empty after {empty_s:.0f} s")
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_service_with_other_settings_takes_over_and_nobody_notices(
     fleet: Fleet, undisturbed: Undisturbed, round_: int
@@ -183,7 +203,6 @@ def test_a_service_with_other_settings_takes_over_and_nobody_notices(
     print(f"update: a client waited {load.gap_s:.1f} s at most, jobs had ended after {time.monotonic() - began:.0f} s")
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop_computing_them(
     fleet: Fleet, undisturbed: Undisturbed, round_: int
@@ -215,7 +234,6 @@ def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop
     print(f"kill ingress: {len(broken)} of {len(streams)} streams ended with an error, {noticed_s:.1f} s to their end")
 
 
-@pytest.mark.nightly
 def test_a_backbone_that_answers_is_not_removed_whichever_ingress_is_asked(
     fleet: Fleet, undisturbed: Undisturbed
 ) -> None:

@@ -15,7 +15,7 @@ import ray
 
 from tests.nodes.fleet import NODE_BYTES, Fleet, nodes, until
 from tests.nodes.load import Load, together
-from tests.nodes.test_kills import EPOCHS, FLOOR_S, OTHER, ROUNDS, SETTINGS, TOKENS, asked_of, started
+from tests.nodes.test_kills import FLOOR_S, OTHER, ROUNDS, SETTINGS, TOKENS, asked_of, started
 from tests.nodes.wire import HEAD, NODE, Wire, wire
 from tests.tiny import tiny_llama, tiny_model
 
@@ -34,9 +34,8 @@ def test_a_node_that_is_cut_off_loses_its_streams_and_jobs_to_others_and_publish
         with behind(cable, fleet) as far:
             asked = asked_of(fleet)
             texts = together(fleet.say, asked)
-            (alone,) = fleet.submit(OTHER, 1, epochs=EPOCHS)
-            graft = fleet.client.wait(alone.id).graft
-            jobs = started(fleet, 2)
+            grafts = {job.model: fleet.client.wait(job.id).graft for job in started(fleet)}
+            jobs = started(fleet)
             fleet.add_node(2)  # where all of it is to go
             with Load(fleet.say, texts) as load:
                 time.sleep(TOKENS * FLOOR_S * (3 + round_) / 15)
@@ -48,7 +47,7 @@ def test_a_node_that_is_cut_off_loses_its_streams_and_jobs_to_others_and_publish
                 jobs_s = time.monotonic() - began
                 cable.mend()
                 until(lambda: far.poll() is not None, ENDED_S)
-        assert {job.graft for job in done} == {graft} and graft is not None
+        assert [job.graft for job in done] == [grafts[job.model] for job in jobs] and all(grafts.values())
         assert fleet.published(jobs) == Counter([job.id for job in jobs])
         print(
             f"cut network: a client waited {load.gap_s:.1f} s at most, Ray noticed after {noticed_s:.0f} s, "
