@@ -117,8 +117,8 @@ def test_the_nodes_devices_are_found(devices: Mapping[str, Device]) -> None:
 
 def test_four_processes_have_four_gpus_and_a_fifth_waits_in_ray_s_own_demand(server: EmbeddedServer) -> None:
     processes = started(server, "cuda", 1.0, *"abcd")
-    devices: list[str] = sorted(ray.get([process.device.remote() for process in processes]))
-    assert [device.rpartition("/")[2] for device in devices] == ["cuda0", "cuda1", "cuda2", "cuda3"]
+    devices: list[str] = ray.get([process.device.remote() for process in processes])
+    assert sorted(device.rpartition("/")[2] for device in devices) == ["cuda0", "cuda1", "cuda2", "cuda3"]
     assert sorted(ray.get([process.visible.remote() for process in processes])) == ["0", "1", "2", "3"]
     (fifth,) = started(server, "cuda", 1.0, "e")
     until(lambda: any(demand.get("GPU") == 1.0 for demand in demands()))
