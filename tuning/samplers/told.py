@@ -43,9 +43,8 @@ class Told:
         self, sampler: optuna.samplers.BaseSampler, distributions: dict[str, BaseDistribution] | None
     ) -> Iterator[optuna.Trial]:
         """The next trial, to suggest parameters to; with `distributions` it has them all."""
-        for name in self._storage.get_study_system_attrs(
-            self._id
-        ):  # NSGA-II's parents, which come back in another order
+        # NSGA-II keeps its parents there, which come back in another order.
+        for name in self._storage.get_study_system_attrs(self._id):
             self._storage.set_study_system_attr(self._id, name, None)
         self._study.sampler = sampler
         trial = self._study.ask(distributions)
