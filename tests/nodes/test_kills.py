@@ -123,13 +123,10 @@ def no_step_is_taken_twice(fleet: Fleet, jobs: list[RemoteJob]) -> None:
 
 ROUNDS = [pytest.param(number, marks=[pytest.mark.nightly] if number else []) for number in range(10)]
 FAULTS = {**KILLS, **STOPS}
-BY_DAY = {*KILLS, "stop replica", "stop one rank of two"}
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-@pytest.mark.parametrize(
-    "name", [name if name in BY_DAY else pytest.param(name, marks=pytest.mark.nightly) for name in FAULTS]
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice(
     fleet: Fleet, undisturbed: Undisturbed, name: str, round_: int
 ) -> None:
@@ -150,7 +147,6 @@ def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice
     )
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_worker_that_is_stopped_before_it_begins_is_replaced(
     fleet: Fleet, undisturbed: Undisturbed, round_: int
