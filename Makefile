@@ -34,11 +34,8 @@ test: setup  ## run the tests (9 to 10 minutes on 2 cores)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e || status=$$?; \
 	exit $$status
 
-# Two services at a time, a test each: they wait more than they compute. What each test prints comes at the end.
-NODES := -n 2 --dist loadgroup --no-loadscope-reorder -rP tests/nodes
-
-test-cluster: setup  ## kill, stop and cut off what services over three nodes consist of (about 12 minutes)
-	$(BIN)/pytest $(NODES)
+test-cluster: setup  ## kill, stop and cut off what a service over three nodes consists of (about 12 minutes)
+	$(BIN)/pytest -s tests/nodes
 
 coverage: setup  ## run the tests and say which lines none of them runs
 	mkdir -p reports
@@ -67,8 +64,7 @@ mutants: setup  ## plant faults one at a time and count those no test notices; g
 	$(BIN)/python -m tests.mutation $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 nightly: setup  ## every test, the long ones too, the demo with each job retrained alone, faults planted in the code
-	$(BIN)/pytest -m 'nightly or not nightly' --ignore tests/nodes
-	$(BIN)/pytest -m 'nightly or not nightly' $(NODES)
+	$(BIN)/pytest -m 'nightly or not nightly'
 	$(BIN)/polygraft demo --verify
 	$(MAKE) mutants SEED=$$(date +%Y%m%d)
 
