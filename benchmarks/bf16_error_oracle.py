@@ -36,7 +36,8 @@ def logits(material: Material, variant: str) -> dict[str, Tensor]:
     model = adapt(load(material, variant), material, range(GRAFTS))
 
     def told(text: Sequence[int]) -> Tensor:
-        return model(input_ids=torch.tensor([text]), use_cache=False).logits[0, EVERY - 1 :: EVERY].float()
+        logits: Tensor = model(input_ids=torch.tensor([text]), use_cache=False).logits
+        return logits[0, EVERY - 1 :: EVERY].float().contiguous()
 
     found: dict[str, Tensor] = {}
     for number, text in enumerate(texts(material)):
