@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Protocol
 
-from measure import Claim, Goal, decide
+from measure import Claim, Goal, Quantity, Samples, all_hold, decide
 from record import Gate, Outcome, Record
 
 _WATCH_S = 0.2
@@ -62,15 +62,16 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """A benchmark, fixed before it runs."""
+    """A benchmark, fixed before it runs; `read` are the bytes that a step of an arm reads, by computation."""
 
     arms: tuple[Arm, ...]
     goals: tuple[Goal, ...]
     rounds: int
+    read: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(study: Study, stage: Stage, record: Record, say: Callable[[str], None]) -> bool:
-    """Do what `record` lacks, saving after each fact; whether every claim holds. On a red gate nothing is timed."""
+    """Do what `record` lacks, saving after each fact; whether all claims hold. On a red gate nothing is timed."""
     if record.gate is None or not record.gate.holds:
         say("gate")
         try:
@@ -159,10 +160,10 @@ def _time(study: Study, stage: Stage, record: Record, say: Callable[[str], None]
 def _conclude(study: Study, record: Record) -> bool:
     claims: list[Claim] = []
     figures: list[Claim] = []
-    memory = [{name: float(arm.peak_bytes) for name, arm in record.arms.items() if arm.peak_bytes}]
+    memory = {name: float(arm.peak_bytes) for name, arm in record.arms.items() if arm.peak_bytes}
+    samples: Mapping[Quantity, Samples] = {"speed": record.samples, "memory": [memory], "bytes read": [study.read]}
     for goal in study.goals:
-        samples = record.samples if goal.quantity == "speed" else memory
-        (figures if goal.op is None else claims).append(decide(goal, samples))
+        (figures if goal.op is None else claims).append(decide(goal, samples[goal.quantity]))
     record.claims, record.figures = claims, figures
     record.save()
-    return all(claim.holds for claim in claims)
+    return all_hold(claims)

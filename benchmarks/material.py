@@ -19,6 +19,15 @@ SAMPLES = 16  # of each job
 PROMPT_TOKENS = 25  # all prompts alike: padding would only slow the rivals down
 PROMPTS = 16
 _FILE = "material.json"
+_CONFIG = {  # SmolLM2's
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
 _B_SIZE = 0.15  # standard deviation of B: with B = 0 a graft would change nothing and the gates see nothing
 
 
@@ -42,6 +51,19 @@ class Material:
 
     def graft_folder(self, graft: int) -> Path:
         return Path(self.folder) / "grafts" / self.grafts[graft]
+
+
+def bytes_read(grafts: int) -> int:
+    """Of weights in bf16 by a decoding step, an estimate: SmolLM2's linears and its head, and so many grafts, each
+    once."""
+    from polygraft.cluster.policy.capacity import ModelSize
+    from polygraft.grafts.bound import BoundGraft
+    from polygraft.grafts.grammar import parse
+    from polygraft.grafts.sites import ModelShape
+
+    shape = ModelShape.from_config(_CONFIG)
+    linears = ModelSize(shape=shape, itemsize=2).projections
+    return 2 * (linears + shape.vocab * shape.hidden + grafts * BoundGraft(parse(GRAFT), shape).parameters)
 
 
 def make(folder: Path) -> None:

@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 SEED = 0
 
 Op = Literal[">=", "<"]
-Quantity = Literal["speed", "memory"]
+Quantity = Literal["speed", "memory", "bytes read"]
 Samples = Sequence[Mapping[str, float]]
 
 
@@ -28,7 +28,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a benchmark compares: `arm` over each of `rivals`; without an op it is only reported."""
+    """What a benchmark compares: `arm` over each of `rivals`; without an op it is only reported.
+
+    Goals of one id are alternatives, of which one must hold.
+    """
 
     id: str
     quantity: Quantity
@@ -81,6 +84,11 @@ def decide(goal: Goal, samples: Samples) -> Claim:
     rival = _strongest(goal, intervals)
     least = intervals[rival]
     return Claim(goal.id, least.median, unit, goal.goal, goal.op, _holds(goal, least), least.low, least.high, rival)
+
+
+def all_hold(claims: Sequence[Claim]) -> bool:
+    """Whether of every id a claim holds."""
+    return {claim.id for claim in claims} == {claim.id for claim in claims if claim.holds}
 
 
 def _holds(goal: Goal, found: Interval) -> bool | None:

@@ -50,7 +50,7 @@ def _arms(record: Record) -> Table:
 
 
 def _claims(record: Record) -> Table:
-    table = Table(title="claims (the worse bound decides)", title_justify="left")
+    table = Table(title="claims (the worse bound decides; of one id either must hold)", title_justify="left")
     for column in ("id", "ratio", "interval", "against", "goal", "holds"):
         table.add_column(column, justify="left" if column in ("id", "against") else "right")
     for claim in (*record.claims, *record.figures):

@@ -4,11 +4,11 @@ is not there.
 python benchmarks/step_counts.py [--json PATH] [--layers N]
 
 A decoding step of 16 streams, bare and over 8 LoRA (r=16, all linears), and a packed training step of 8 such jobs of 64
-tokens each, on a model as deep as SmolLM2 (its widths matter to no count). Calls are Python's and C's together, as
-cProfile counts them. On the CPU the compiled products run where the machine has them. On the fake device
-(`tests/fake_gpu.py`) what torch does in Python to pretend a device is left out, and a launch of Triton's, some fifty
-calls of its own, is none. `sends` are copies from the host to the device, `reads` those back, both by the line that
-asked; a CUDA graph can take what is between them.
+tokens each, on a model as deep as SmolLM2, of widths that the compiled products take (no count depends on which). Calls
+are Python's and C's together, as cProfile counts them. On the CPU the compiled products run where the machine has them.
+On the fake device (`tests/fake_gpu.py`) what torch does in Python to pretend a device is left out, and a launch of
+Triton's, some fifty calls of its own, is none. `sends` are copies from the host to the device, `reads` those back, both
+by the line that asked; a CUDA graph can take what is between them.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ def _owner(file: str) -> str:
 
 
 def backbone_files(folder: Path, layers: int) -> Path:
-    """A random model with SmolLM2's layers and heads, and narrow ones."""
+    """A random model with SmolLM2's heads, and narrow ones."""
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=144,
+        hidden_size=288,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=9,

@@ -30,9 +30,10 @@ ARMS = (
 )
 PEFT = ("peft_in_turn", "peft_two_processes", "peft_switching")
 GOALS = (
-    Goal("training.speed", "speed", "ours", PEFT, ">=", 1.5),
+    Goal("training.speed", "speed", "ours", ("peft_two_processes",), ">=", 2.2),
+    Goal("training.speed", "speed", "ours", ("ceiling",), ">=", 0.6),  # or so much of what the products allow
     Goal("training.memory", "memory", "ours", ("peft_two_processes",), "<", 1.0),
-    Goal("training.share_of_ceiling", "speed", "ours", ("ceiling",), ">=", 0.6),
+    Goal("training.over_peft", "speed", "ours", PEFT),
 )
 SHAPES: Mapping[str, int | str] = {
     "jobs": GRAFTS,

@@ -32,8 +32,8 @@ Gradients = Mapping[str, Tensor]
 def check(folder: str, jobs: tuple[int, ...]) -> Gate:
     """Float32 first, then the dtype that is timed. Gradients are those of the first job."""
     material = Material.read(folder)
-    true, slopes, bare = _peft(material, "float32", jobs)
-    losses, gradients = _ours(material, torch.float32, jobs)
+    true, slopes, bare = by_peft(material, "float32", jobs)
+    losses, gradients = by_pack(material, torch.float32, jobs)
     checks = [
         Check("float32 losses, relative to PEFT", _apart(losses, true), EXACT),
         Check("float32 gradients, rel-L2 to PEFT", _distance(gradients, slopes), EXACT),
@@ -41,8 +41,8 @@ def check(folder: str, jobs: tuple[int, ...]) -> Gate:
     ]
     if best_dtype() != torch.float32:
         timed = str(best_dtype()).removeprefix("torch.")
-        theirs, coarse, _ = _peft(material, timed, jobs)
-        losses, gradients = _ours(material, best_dtype(), jobs)
+        theirs, coarse, _ = by_peft(material, timed, jobs)
+        losses, gradients = by_pack(material, best_dtype(), jobs)
         limit = AS_GOOD * _distance(coarse, slopes)
         checks += [
             Check(f"{timed} losses, relative to PEFT in {timed}", _apart(losses, theirs), ROUNDED),
@@ -52,7 +52,7 @@ def check(folder: str, jobs: tuple[int, ...]) -> Gate:
     return Gate(tuple(checks))
 
 
-def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tuple[list[float], Gradients]:
+def by_pack(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tuple[list[float], Gradients]:
     """Losses of the pack's first step, and the first job's gradient as PEFT would name and shape it."""
     backbone = backbone_of(material, dtype)
     runner = pack(backbone, material, jobs)
@@ -75,7 +75,7 @@ def _ours(material: Material, dtype: torch.dtype, jobs: tuple[int, ...]) -> tupl
     return [stepped[str(job)] for job in jobs], gradients
 
 
-def _peft(material: Material, variant: str, jobs: tuple[int, ...]) -> tuple[list[float], Gradients, list[float]]:
+def by_peft(material: Material, variant: str, jobs: tuple[int, ...]) -> tuple[list[float], Gradients, list[float]]:
     """Losses of every job's first sample, the first job's gradient, and the losses without any graft."""
     model = adapt(load(material, variant), material, jobs, trainable=True)
     samples = {job: material.samples[job][_first(job, len(material.samples[job]))] for job in jobs}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 from harness import Arm, ArmFailed, Running, Study, measure
 from machine import Machine
-from measure import Goal, decide, interval, ratios
+from measure import Goal, all_hold, decide, interval, ratios
 from record import Check, Gate, Head, Outcome, Record
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SPEED = Goal("speed", "speed", "ours", ("a", "b"), ">=", 1.5)
 MEMORY = Goal("memory", "memory", "ours", ("a",), "<", 1.0)
 SHARE = Goal("share", "speed", "ours", ("limit",))
@@ -123,6 +126,48 @@ def test_less_is_claimed_on_the_upper_bound() -> None:
     assert decide(MEMORY, [{"ours": 10.0, "a": 10.0}]).holds is False
     two = Goal("memory", "memory", "ours", ("a", "b"), "<", 1.0)
     assert decide(two, [{"ours": 9.0, "a": 10.0, "b": 8.0}]).against == "b"
+
+
+def test_of_goals_with_one_id_either_must_hold_and_others_beside_it() -> None:
+    def holds(ours: float, a: float, limit: float, memory: float = 9.0) -> bool:
+        speed = {"ours": ours, "a": a, "limit": limit}
+        either = (
+            Goal("speed", "speed", "ours", (rival,), ">=", least) for rival, least in (("a", 2.2), ("limit", 0.6))
+        )
+        claims = [decide(goal, [speed]) for goal in either]
+        return all_hold([*claims, decide(MEMORY, [{"ours": memory, "a": 10.0}])])
+
+    assert holds(220.0, 100.0, 400.0) and holds(219.0, 100.0, 365.0)
+    assert not holds(219.0, 100.0, 366.0)
+    assert not holds(220.0, 100.0, 300.0, memory=10.0)
+
+
+def told(program: str, expression: str) -> object:
+    """By a program of the benchmarks, in a process of its own: here `material` and `serving` are others' names."""
+    command = [sys.executable, "-c", f"import json, {program}; print(json.dumps({expression}))"]
+    return json.loads(subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout)
+
+
+def test_training_is_to_be_so_much_faster_than_two_processes_or_so_near_to_the_products_in_less_memory() -> None:
+    claimed = told("training", "[(one.id, one.rivals, one.op, one.goal) for one in training.GOALS if one.op]")
+    assert claimed == [
+        ["training.speed", ["peft_two_processes"], ">=", 2.2],
+        ["training.speed", ["ceiling"], ">=", 0.6],
+        ["training.memory", ["peft_two_processes"], "<", 1.0],
+    ]
+
+
+def test_what_grafts_must_cost_is_estimated_by_the_bytes_of_weights_that_a_step_reads() -> None:
+    """SmolLM2's linears and its head once, and A and B of eight grafts, in bf16."""
+    a_layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    ranks = 16 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    bare = 2 * (30 * a_layer + 576 * 49152)
+    read = {"ours": bare + 8 * 2 * 30 * ranks, "ours_bare": bare}
+    assert told("serving", "serving.READ") == read
+    record, goal = Record(HEAD, None), Goal("estimate", "bytes read", "ours_bare", ("ours",))
+    assert run(Lab(), record, replace(STUDY, goals=(goal,), read=read))
+    (figure,) = record.figures
+    assert figure.value == pytest.approx(0.775, abs=5e-4) and figure.holds is None
 
 
 def test_a_missing_rival_is_not_measured_never_a_pass() -> None:

@@ -8,6 +8,8 @@ import pytest
 import step_counts
 import torch
 
+from polygraft.grafts.runtime.backbone import Backbone, best_dtype
+from tests.compiled import compiled
 from tests.fake_gpu import DEVICE, fake_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -46,3 +48,16 @@ def test_every_step_is_counted_on_both_devices(tmp_path: Path, monkeypatch: pyte
         assert step.device["operations"] and step.device["programs"] and not step.forward_device["reads"]
     reads = on_gpu["training"].device
     assert reads is not None and sum(reads["reads"].values()) == 1 + step_counts.GRAFTS  # losses, and every norm
+
+
+@compiled
+@pytest.mark.parametrize(("mixed", "most"), [(False, 4000), (True, 6000)])
+def test_a_decoding_step_calls_few_functions_from_python(mixed: bool, most: int, tmp_path: Path) -> None:
+    """Of as many layers as SmolLM2 has, from two and four: what a layer adds is always the same."""
+    calls = []
+    for layers in (2, 4):
+        files = step_counts.backbone_files(tmp_path / str(layers), layers)
+        backbone = Backbone.load(files, best_dtype())
+        calls.append(step_counts.decoding(backbone, files / "data", mixed=mixed, gpu=None).total)
+    two, four = calls
+    assert 0 < two + (four - two) // 2 * (step_counts.LAYERS - 2) <= most

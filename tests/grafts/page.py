@@ -125,7 +125,7 @@ NUMBERLESS = frozenset(_NUMBERLESS.split())
 # Numbered equations of the survey (arXiv 2403.14608, sections III-A to III-C) that state a method, or what it changes,
 # where no equation of its own paper is quoted.
 _ADAPTERS = "adapter-drop averaged-adapters binary-adapter fusion hypernet-adapter pfeiffer propetl"
-_PROMPTS = "cpt dept dpt idpg ipt mpt p-tuning pruned-prompt residual-prompt smop spot"
+_PROMPTS = "cpt dept dpt idpg ipt lpt mpt p-tuning pruned-prompt residual-prompt smop spot"
 _MASKS = "child-tuning diff-pruning fishmask lt-sft moved-rows moving-mask pafi s-bitfit shira"
 _LORAS = "eva loftq lora-dropout lora-fa lora-ga lora-plus moslora o-lora olora orthogonal rslora"
 SURVEY: Mapping[str, str] = {
@@ -136,10 +136,12 @@ SURVEY: Mapping[str, str] = {
     "bitfit": "eq. 11, with a mask that selects the biases",
     "hiwi": "eq. 15",
     "ia3": "eqs. 9 and 10",
+    "job-gated-experts": "eq. 12, of LoRA",
     "ln-tuning": "eq. 11, with a mask that selects the norms",
     "prompt": "eq. 8",
     "serial": "eq. 7",
     "sora": "eq. 14",
+    "spt": "eqs. 11, of a mask over the weights, and 12, of LoRA",
 }
 
 

@@ -229,7 +229,12 @@ def test_methods_says_of_one_what_it_is_and_what_a_name_means_here() -> None:
     said = run("methods", "spt").stdout
     for words in ("He et al. 2023", "not selective prompt tuning", "Deviations from the paper:", "Choose it when:"):
         assert words in said
-    assert "visual prompt tuning" in " ".join(run("methods", "vpt").stdout.split())
+    for name, words in (
+        ("vpt", "visual prompt tuning"),
+        ("cpt", "arXiv 2410.17222), and not the survey's continual prompt tuning"),
+        ("prefix-tuning", "`prefix-tuning` and `p-tuning-v2` mean this one, as PREFIX_TUNING does in PEFT"),
+    ):
+        assert words in " ".join(run("methods", name).stdout.split())
     for name, words in (("s4", "--s4"), ("lorahub", "grafts soup"), ("mole", "output-gated-loras")):
         refused = run("methods", name)
         assert refused.exit_code == 2 and words in " ".join(refused.stderr.replace("│", " ").split())

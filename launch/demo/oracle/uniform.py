@@ -76,8 +76,8 @@ def _gpt2(layer: nn.Module, into: nn.Module, heads: int) -> None:
         setattr(parent, name, _linear(conv.get_parameter("weight").T, conv.get_parameter("bias")))
         _move(parent, name, into, target)
     _norms(layer, into, "ln_1", "ln_2")
-    _around(layer, "attn", into, "self_attn")
-    _around(layer, "mlp", into, "mlp")
+    _wrap(layer, "attn", into, "self_attn")
+    _wrap(layer, "mlp", into, "mlp")
 
 
 def _gpt_neox(layer: nn.Module, into: nn.Module, heads: int) -> None:
@@ -94,8 +94,8 @@ def _gpt_neox(layer: nn.Module, into: nn.Module, heads: int) -> None:
     _move(mlp, "dense_h_to_4h", into, "mlp.up_proj")
     _move(mlp, "dense_4h_to_h", into, "mlp.down_proj")
     _norms(layer, into, "input_layernorm", "post_attention_layernorm")
-    _around(layer, "attention", into, "self_attn")
-    _around(layer, "mlp", into, "mlp")
+    _wrap(layer, "attention", into, "self_attn")
+    _wrap(layer, "mlp", into, "mlp")
 
 
 def _bert(layer: nn.Module, into: nn.Module, heads: int) -> None:
@@ -129,7 +129,7 @@ def _opt(layer: nn.Module, into: nn.Module, heads: int) -> None:
     for name in ("q_proj", "k_proj", "v_proj"):
         _move(attention, name, into, f"self_attn.{name}")
     _move(attention, "out_proj", into, "self_attn.o_proj")
-    _around(layer, "self_attn", into, "self_attn")
+    _wrap(layer, "self_attn", into, "self_attn")
     _norms(layer, into, "self_attn_layer_norm", "final_layer_norm")
     mlp, seen = into.get_submodule("mlp"), []
     mlp.up_proj, mlp.down_proj = layer.fc1, layer.fc2
@@ -155,8 +155,8 @@ def _vit(layer: nn.Module, into: nn.Module, heads: int) -> None:
     _move(mlp, "fc1", into, "mlp.up_proj")
     _move(mlp, "fc2", into, "mlp.down_proj")
     _norms(layer, into, "layernorm_before", "layernorm_after")
-    _around(layer, "attention", into, "self_attn")
-    _around(layer, "mlp", into, "mlp")
+    _wrap(layer, "attention", into, "self_attn")
+    _wrap(layer, "mlp", into, "mlp")
 
 
 def _t5(layer: nn.Module, into: nn.Module, heads: int) -> None:
@@ -164,13 +164,13 @@ def _t5(layer: nn.Module, into: nn.Module, heads: int) -> None:
     for name in "qkvo":
         _move(first.get_submodule("SelfAttention"), name, into, f"self_attn.{name}_proj")
     _move(first, "layer_norm", into, "input_layernorm")
-    _around(first, "SelfAttention", into, "self_attn")
+    _wrap(first, "SelfAttention", into, "self_attn")
     for crossing in between:
         into.cross_attn = Part()
         for name in "qkvo":
             _move(crossing.get_submodule("EncDecAttention"), name, into, f"cross_attn.cross_{name}")
         _move(crossing, "layer_norm", into, "cross_attn_layernorm")
-        _around(crossing, "EncDecAttention", into, "cross_attn")
+        _wrap(crossing, "EncDecAttention", into, "cross_attn")
     mlp = last.get_submodule("DenseReluDense")
     for name, target in (("wi", "up_proj"), ("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
         if hasattr(mlp, name):
@@ -178,7 +178,7 @@ def _t5(layer: nn.Module, into: nn.Module, heads: int) -> None:
     # The class asks for this weight's dtype, if there is one. By its type no module has None as an attribute.
     setattr(mlp.get_submodule("wo"), "weight", None)  # noqa: B010
     _move(last, "layer_norm", into, "post_attention_layernorm")
-    _around(last, "DenseReluDense", into, "mlp")
+    _wrap(last, "DenseReluDense", into, "mlp")
 
 
 _Arrange = Callable[[nn.Module, nn.Module, int], None]
@@ -233,8 +233,8 @@ def _norms(layer: nn.Module, into: nn.Module, first: str, second: str) -> None:
     _move(layer, second, into, "post_attention_layernorm")
 
 
-def _around(layer: nn.Module, name: str, into: nn.Module, part: str) -> None:
-    """Show the sublayer's part its input and output."""
+def _wrap(layer: nn.Module, name: str, into: nn.Module, part: str) -> None:
+    """Let the input and output of a sublayer pass through `part`."""
     setattr(layer, name, _seen(layer.get_submodule(name), into.get_submodule(part)))
 
 

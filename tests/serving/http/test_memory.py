@@ -1,4 +1,5 @@
-"""A job that no pack could hold is refused when it is asked for, with the numbers, at the shape of Llama 7B."""
+"""A job that no pack could hold is refused when it is asked for, with the numbers, at the shape of Llama 7B: those of
+its slab on torch's meta device, which has shapes and no memory."""
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
     said = str(refusal.value)
     assert refusal.value.status == 400
     assert f"'{text}' needs {16 * trained + 4 * kept:,} bytes in training, a pack has {PACK:,}" in said
+    assert held(Slab(BoundGraft(parse(text), LLAMA_7B), device="meta")) == 16 * trained + 4 * kept
     assert f"{trained:,} trained numbers" in said and f"{kept:,} others" in said
     fewer = new_job(api, TenantId("ann"), body(file, method=supervised(peft=f"{text}(at=attn.q)@0-1"))).job
     assert fewer.parameters == trained * 2 * 4096**2 // WEIGHTS
@@ -53,8 +55,13 @@ async def test_dense_methods_are_refused_at_7b_with_their_bytes(
 @pytest.mark.parametrize("text", ["lt-sft", "diff-pruning", "child-tuning", "lora(r=4)", "shira(r=2)"])
 async def test_the_estimate_is_what_a_jobs_slab_takes(text: str, service: Service) -> None:
     graft = BoundGraft(parse(text), service.backbone.shape)
-    slab = Slab(graft)
-    slab.collect(slab.joined([torch.zeros(tensor.numel) for tensor in slab.trained]))
+    assert held(Slab(graft)) == state_bytes(graft.parameters, graft.frozen)
+
+
+def held(slab: Slab) -> int:
+    """Bytes of the slab's tensors, wherever they lie, once a gradient is collected."""
+    device = slab.master.device
+    slab.collect(slab.joined([torch.zeros(tensor.numel, device=device) for tensor in slab.trained]))
     assert slab.grad is not None
-    held = (slab.master, slab.exp_avg, slab.exp_avg_sq, slab.grad, *slab.frozen.values())
-    assert sum(tensor.nbytes for tensor in held) == state_bytes(graft.parameters, graft.frozen)
+    tensors = (slab.master, slab.exp_avg, slab.exp_avg_sq, slab.grad, *slab.frozen.values())
+    return sum(tensor.nbytes for tensor in tensors)
