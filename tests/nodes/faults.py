@@ -26,7 +26,11 @@ class Hit:
 
     @property
     def gone(self) -> bool:
-        return not any(_lives(process) for process in self.processes)
+        return not self.left()
+
+    def left(self) -> Sequence[psutil.Process]:
+        """Those that live."""
+        return [process for process in self.processes if _lives(process)]
 
     def go_on(self) -> None:
         """Those that are stopped, and that nobody has ended, do what they were about to do."""
@@ -116,7 +120,7 @@ def end_of(hit: Hit, fleet: Fleet) -> float:
     if hit.node is not None:
         until(lambda: hit.node is not None and not fleet.alive(hit.node), STOPPED_S)
         hit.go_on()
-    until(lambda: hit.gone, STOPPED_S)
+    until(lambda: hit.gone, STOPPED_S, lacking=hit.left)
     if hit.node is not None:
         fleet.cluster.remove_node(hit.node, allow_graceful=False)
     return time.monotonic() - began
