@@ -29,7 +29,9 @@ class Hit:
         return not self.left()
 
     def left(self) -> Sequence[psutil.Process]:
-        """Those that live."""
+        """Those that live. To its workers a dead raylet is there until this process, which started it, asks."""
+        for info in [one for infos in self.node.all_processes.values() for one in infos] if self.node else ():
+            info.process.poll()
         return [process for process in self.processes if _lives(process)]
 
     def go_on(self) -> None:
