@@ -27,8 +27,8 @@ class StoreFleet:
     """The replicas of `backbone` that the store has open, each by what `connect` makes of its record. While the store
     does not answer, they are those that it had."""
 
-    def __init__(self, store: Store, backbone: str, *, ingress: str, connect: Callable[[Replica], Link]) -> None:
-        self._store, self._backbone, self._ingress, self._connect = store, backbone, ingress, connect
+    def __init__(self, store: Store, backbone: str, *, connect: Callable[[Replica], Link]) -> None:
+        self._store, self._backbone, self._connect = store, backbone, connect
         self._links: dict[ReplicaId, Link] = {}
         self._after: EntryId = OLDEST
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="fleet")  # one waits for changes, one tells
@@ -66,14 +66,14 @@ class StoreFleet:
             wanted = gateway.demand
             if wanted != said or (wanted.total and now() - at >= _REPEAT_S):
                 try:
-                    await self._in_thread(partial(self._say, wanted))
+                    await self._in_thread(partial(self._say, gateway.name, wanted))
                     said, at = wanted, now()
                 except StoreError as error:
                     _LOG.warning("nobody hears what is wanted of %s: %s", self._backbone, error)
             await asyncio.sleep(_TELL_S)
 
-    def _say(self, demand: Demand) -> None:
-        entry: dict[str, JSON] = {"ingress": self._ingress, "streams": demand.streams, "waiting": demand.waiting}
+    def _say(self, gateway: str, demand: Demand) -> None:
+        entry: dict[str, JSON] = {"ingress": gateway, "streams": demand.streams, "waiting": demand.waiting}
         self._store.append(keys.demand(self._backbone), entry, maxlen=DEMANDS_KEPT)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

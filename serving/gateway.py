@@ -9,6 +9,7 @@ from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import replace
 from functools import partial
+from secrets import token_hex
 from typing import Protocol
 
 from polygraft.cluster.model import GraftId, ReplicaId, TenantId
@@ -99,10 +100,9 @@ class Gateway:
         fleet: Fleet | None = None,
     ) -> None:
         """`links` are the replicas until `fleet` says otherwise; `ready_s` is how long a request waits for one where
-        there is none."""
-        self._links = dict(links)
-        self._fleet = fleet
-        self._ingress = ingress
+        there is none. Replicas know each gateway of an ingress by a name of its own, under which they tell one."""
+        self._links, self._fleet = dict(links), fleet
+        self.name = f"{ingress}-{token_hex(4)}"
         self._ready_s, self._silent_s = ready_s, settings.silent_s
         self._roster = Roster(settings)
         self._streams: dict[str, InFlight] = {}
@@ -164,7 +164,7 @@ class Gateway:
 
         Raises Busy and TooLong before the first token, Unavailable at any time.
         """
-        stream = InFlight(replace(request, ingress=self._ingress))
+        stream = InFlight(replace(request, ingress=self.name))
         self._streams[request.id] = stream
         try:
             await self._submit(stream)
@@ -355,8 +355,8 @@ class Gateway:
         while True:
             link = self._links[replica]
             try:
-                async with attending(partial(link.attend, self._ingress), self._silent_s):
-                    async for message in link.messages(self._ingress):
+                async with attending(partial(link.attend, self.name), self._silent_s):
+                    async for message in link.messages(self.name):
                         failures = 0
                         self._hear(replica, message)
             except ConnectionError as error:

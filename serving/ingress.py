@@ -115,7 +115,7 @@ class Ingress:
             seconds=settings.limits.graft_s,
         )
         waits_s = settings.serve.wait_s
-        fleet = StoreFleet(self._api.store, record.name, ingress=self._name, connect=ActorLink)
+        fleet = StoreFleet(self._api.store, record.name, connect=ActorLink)
         return KnownBackbone(
             record=record,
             tokeniser=Tokeniser.load(folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -41,8 +41,8 @@ class _Asked:
 
 
 class Pings(Generic[K]):
-    """Asks each of a changing set of actors every EVERY_S seconds, one call at a time. Who has not answered once has
-    `starting_s` seconds for it."""
+    """Asks each of a changing set of actors every EVERY_S seconds, one call at a time. Who has not answered once, and
+    is not known to run, has `starting_s` seconds for it."""
 
     def __init__(
         self, silent_s: float, *, starting_s: float = STARTING_S, clock: Callable[[], float] = time.monotonic
@@ -50,14 +50,17 @@ class Pings(Generic[K]):
         self._silent_s, self._starting_s, self._clock = silent_s, starting_s, clock
         self._asked: dict[K, _Asked] = {}
         self._answered: dict[K, float] = {}
+        self._running: dict[K, float] = {}  # since when it is known that it has started
 
-    def silent(self, asks: Mapping[K, Ask]) -> Mapping[K, str]:
+    def silent(self, asks: Mapping[K, Ask], running: Collection[K] = ()) -> Mapping[K, str]:
         """Who has not answered for `silent_s` seconds, or answered that something is wrong, and in words which; each of
         them is asked anew the next time, as one that starts. An actor that is dead, or that Ray starts again, is not
-        silent."""
+        silent. `running` are those whose start is known to be over, though they may never have answered here."""
         now = self._clock()
-        for gone in (self._asked.keys() | self._answered.keys()) - asks.keys():
+        for gone in (self._asked.keys() | self._running.keys()) - asks.keys():
             self._forget(gone)
+        for who in running:
+            self._running.setdefault(who, now)
         found = {who: why for who in asks if (why := self._why(who, now))}
         for who in found:
             self._forget(who)
@@ -73,21 +76,22 @@ class Pings(Generic[K]):
             return None
         answer = asked.answer()
         if answer is Answer.NONE:
-            started = who in self._answered
-            waited_s, allowed_s = now - asked.at, self._silent_s if started else self._starting_s
-            if waited_s <= allowed_s:
+            running = self._running.get(who)
+            waited_s = now - (asked.at if running is None else max(asked.at, running))
+            if waited_s <= (self._starting_s if running is None else self._silent_s):
                 return None
-            return f"has not answered for {waited_s:.0f} s" if started else f"has no process after {waited_s:.0f} s"
+            return f"has {'no process after' if running is None else 'not answered for'} {waited_s:.0f} s"
         del self._asked[who]
         if answer is Answer.WELL:
             self._answered[who] = now
+            self._running.setdefault(who, now)
         elif answer is Answer.DEAD:
-            self._answered.pop(who, None)
+            self._forget(who)
         return "says that something is wrong" if answer is Answer.WRONG else None
 
     def _forget(self, who: K) -> None:
-        self._asked.pop(who, None)
-        self._answered.pop(who, None)
+        for known in (self._asked, self._answered, self._running):
+            known.pop(who, None)
 
 
 def _answer(call: ray.ObjectRef[object]) -> Answer:

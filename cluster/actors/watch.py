@@ -32,9 +32,11 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """How one that is there is asked, and how it is ended, so that another one starts under its name."""
+    """How one that is there is asked, whether its start is over, and how it is ended, so that another one starts under
+    its name."""
 
     ask: Ask
+    running: Callable[[], bool]
     end: Callable[[], None]
 
 
@@ -44,7 +46,11 @@ def found(actor: Watched) -> Found | None:
         handle = ray.get_actor(actor.name, namespace=actor.namespace)
     except ValueError:
         return None
-    return Found(calling(getattr(handle, actor.method).remote), partial(ray.kill, handle, no_restart=False))
+    return Found(
+        calling(getattr(handle, actor.method).remote),
+        partial(_running, handle._actor_id.hex()),
+        partial(ray.kill, handle, no_restart=False),
+    )
 
 
 class Watch:
@@ -67,7 +73,9 @@ class Watch:
         for actor in self._actors:
             if actor not in self._found and (there := self._find(actor)) is not None:
                 self._found[actor] = there
-        for actor, why in self._pings.silent({actor: there.ask for actor, there in self._found.items()}).items():
+        asks = {actor: there.ask for actor, there in self._found.items()}
+        running = [actor for actor, there in self._found.items() if there.running()]
+        for actor, why in self._pings.silent(asks, running).items():
             LOG.error("%s %s: it is started again", actor.name, why)
             self._found.pop(actor).end()
 
@@ -83,3 +91,9 @@ class Watch:
             except Exception:  # Ray ends, or the next look succeeds
                 LOG.exception("nobody watches %s now", ", ".join(actor.name for actor in self._actors))
             time.sleep(EVERY_S)
+
+
+def _running(actor_id: str) -> bool:
+    """Whether Ray has it for alive: its constructor has returned. A watcher that starts while it is stopped would give
+    it the time of a start otherwise."""
+    return bool(ray._private.state.actors(actor_id).get("State") == "ALIVE")

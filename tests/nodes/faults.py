@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 from ray._private.node import Node
@@ -26,7 +26,13 @@ class Hit:
 
     @property
     def gone(self) -> bool:
-        return not any(_lives(process) for process in self.processes)
+        return not self.left()
+
+    def left(self) -> Sequence[psutil.Process]:
+        """Those that live. To its workers a dead raylet is there until this process, which started it, asks."""
+        for info in [one for infos in self.node.all_processes.values() for one in infos] if self.node else ():
+            info.process.poll()
+        return [process for process in self.processes if _lives(process)]
 
     def go_on(self) -> None:
         """Those that are stopped, and that nobody has ended, do what they were about to do."""
@@ -37,37 +43,43 @@ class Hit:
 
 @dataclass(frozen=True)
 class Fault:
-    """`whom` finds the victims; `mend` is what whoever looks after processes or machines does then."""
+    """`whom` finds who may be the victim; `mend` is what whoever looks after processes or machines does then."""
 
     sign: signal.Signals
-    whom: Callable[[Fleet], Hit]
+    whom: Callable[[Fleet], Iterable[Hit]]
     mend: Callable[[Fleet], object] = lambda _: None
     ranks: int = 1  # of the jobs that are underway
 
-    def hit(self, fleet: Fleet) -> Hit:
-        hit = self.whom(fleet)
+
+def hit_together(faults: Sequence[Fault], fleet: Fleet) -> list[Hit]:
+    """What each of them was done to, no process by two of them."""
+    hits: list[tuple[Fault, Hit]] = []
+    for fault in sorted(faults, key=lambda one: one.whom is _nodes):  # of two nodes one has none of the others' victims
+        taken = {process for _, hit in hits for process in hit.processes}
+        hits.append((fault, next(one for one in fault.whom(fleet) if taken.isdisjoint(one.processes))))
+    for fault, hit in hits:
         for process in hit.processes:
             with suppress(psutil.Error):
-                process.send_signal(self.sign)
-        return hit
+                process.send_signal(fault.sign)
+    return [hit for _, hit in hits]
 
 
-def _actor(kind: str) -> Callable[[Fleet], Hit]:
-    return lambda fleet: Hit(fleet.processes(kind)[:1])
+def _actors(kind: str) -> Callable[[Fleet], Iterable[Hit]]:
+    """The oldest first."""
+    return lambda fleet: [Hit([one]) for one in fleet.processes(kind)]
 
 
-def _rank(fleet: Fleet) -> Hit:
-    """One of the two workers of the pack that was opened last; that which was opened first has but one."""
-    return Hit(fleet.processes(WORKER)[-1:])
+def _ranks(fleet: Fleet) -> Iterable[Hit]:
+    """The workers of the pack that was opened last first: it has two, that which was opened first has but one."""
+    return [Hit([one]) for one in reversed(fleet.processes(WORKER))]
 
 
-def _store(fleet: Fleet) -> Hit:
-    return Hit([psutil.Process(fleet.server.pid)])
+def _store(fleet: Fleet) -> Iterable[Hit]:
+    return [Hit([psutil.Process(fleet.server.pid)])]
 
 
-def _node(fleet: Fleet) -> Hit:
-    node = sorted(fleet.cluster.worker_nodes, key=lambda one: one.unique_id)[0]
-    return Hit(fleet.of_node(node), node)
+def _nodes(fleet: Fleet) -> Iterable[Hit]:
+    return [Hit(fleet.of_node(one), one) for one in sorted(fleet.cluster.worker_nodes, key=lambda one: one.unique_id)]
 
 
 def _start_store(fleet: Fleet) -> None:
@@ -82,16 +94,25 @@ def _add_node(fleet: Fleet) -> None:
 
 
 _PARTS: dict[str, Fault] = {
-    "replica": Fault(signal.SIGKILL, _actor("Host")),
-    "pack's worker": Fault(signal.SIGKILL, _actor(WORKER)),
-    "one rank of two": Fault(signal.SIGKILL, _rank, ranks=2),
-    "controller": Fault(signal.SIGKILL, _actor("Leader")),
-    "Serve's controller": Fault(signal.SIGKILL, _actor("ServeController")),
+    "replica": Fault(signal.SIGKILL, _actors("Host")),
+    "pack's worker": Fault(signal.SIGKILL, _actors(WORKER)),
+    "one rank of two": Fault(signal.SIGKILL, _ranks, ranks=2),
+    "controller": Fault(signal.SIGKILL, _actors("Leader")),
+    "Serve's controller": Fault(signal.SIGKILL, _actors("ServeController")),
     "store": Fault(signal.SIGKILL, _store, _start_store),
-    "node": Fault(signal.SIGKILL, _node, _add_node),
+    "node": Fault(signal.SIGKILL, _nodes, _add_node),
 }
-KILLS = {f"kill {name}": fault for name, fault in _PARTS.items()}
-STOPS = {f"stop {name}": Fault(signal.SIGSTOP, fault.whom, fault.mend, fault.ranks) for name, fault in _PARTS.items()}
+FAULTS = {f"kill {name}": fault for name, fault in _PARTS.items()} | {
+    f"stop {name}": replace(fault, sign=signal.SIGSTOP) for name, fault in _PARTS.items()
+}
+
+
+def pairs(round_: int) -> list[tuple[str, str]]:
+    """Each part is killed while another one is stopped, and stopped while another one is killed: others in each of six
+    rounds."""
+    names = list(_PARTS)
+    shift = 1 + round_ % (len(names) - 1)
+    return [(f"kill {one}", f"stop {names[(n + shift) % len(names)]}") for n, one in enumerate(names)]
 
 
 def end_of(hit: Hit, fleet: Fleet) -> float:
@@ -101,7 +122,7 @@ def end_of(hit: Hit, fleet: Fleet) -> float:
     if hit.node is not None:
         until(lambda: hit.node is not None and not fleet.alive(hit.node), STOPPED_S)
         hit.go_on()
-    until(lambda: hit.gone, STOPPED_S)
+    until(lambda: hit.gone, STOPPED_S, lacking=hit.left)
     if hit.node is not None:
         fleet.cluster.remove_node(hit.node, allow_graceful=False)
     return time.monotonic() - began

@@ -254,11 +254,11 @@ def nodes(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def until(holds: Callable[[], bool], seconds: float = 240.0) -> float:
-    """Wait; the seconds it took."""
+def until(holds: Callable[[], bool], seconds: float = 240.0, *, lacking: Callable[[], object] = str) -> float:
+    """Wait; the seconds it took. `lacking` says what there is in its place."""
     began = time.monotonic()
     while not holds():
-        assert time.monotonic() - began < seconds, "it did not come about in time"
+        assert time.monotonic() - began < seconds, f"it did not come about in time: {lacking()}"
         time.sleep(0.1)
     return time.monotonic() - began
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from polygraft.cluster.client import ApiFailure
 from polygraft.cluster.model import JobId
 from polygraft.cluster.store import keys
 from polygraft.launch.draining import empty, tell
-from tests.nodes.faults import KILLS, STOPS, WORKER, Hit, end_of
+from tests.nodes.faults import FAULTS, WORKER, Hit, end_of, hit_together, pairs
 from tests.nodes.fleet import Asked, Fleet, Said, ingresses_running, nodes, until
 from tests.nodes.load import Load, together
 from tests.tiny import tiny_llama, tiny_model
@@ -122,31 +122,47 @@ def no_step_is_taken_twice(fleet: Fleet, jobs: list[RemoteJob]) -> None:
 
 
 ROUNDS = [pytest.param(number, marks=[pytest.mark.nightly] if number else []) for number in range(10)]
-FAULTS = {**KILLS, **STOPS}
-BY_DAY = {*KILLS, "stop replica", "stop one rank of two"}
+PAIRS = [
+    pytest.param(names, number, id=f"{' and '.join(names)}-{number}", marks=[pytest.mark.nightly] if number else [])
+    for number in range(10)
+    for names in pairs(number)
+]
 
 
-@pytest.mark.parametrize("round_", ROUNDS)
-@pytest.mark.parametrize(
-    "name", [name if name in BY_DAY else pytest.param(name, marks=pytest.mark.nightly) for name in FAULTS]
-)
-def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice(
-    fleet: Fleet, undisturbed: Undisturbed, name: str, round_: int
+@pytest.mark.parametrize(("names", "round_"), PAIRS)
+def test_two_faults_at_once_change_neither_a_word_nor_a_weight_and_publish_nothing_twice(
+    fleet: Fleet, undisturbed: Undisturbed, names: tuple[str, str], round_: int
 ) -> None:
-    fault = FAULTS[name]
-    jobs = started(fleet, ranks=fault.ranks)
+    survived(fleet, undisturbed, names, after_s=TOKENS * FLOOR_S * (3 + round_) / 15)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_changes_neither_a_word_nor_a_weight_and_publishes_nothing_twice(
+    fleet: Fleet, undisturbed: Undisturbed, name: str
+) -> None:
+    survived(fleet, undisturbed, [name], after_s=TOKENS * FLOOR_S / 5)
+
+
+def survived(fleet: Fleet, undisturbed: Undisturbed, names: Sequence[str], *, after_s: float) -> None:
+    """What the faults of these names do in the midst of streams and jobs is undone."""
+    faults = [FAULTS[name] for name in names]
+    jobs = started(fleet, ranks=max(fault.ranks for fault in faults))
     with Load(fleet.say, undisturbed.texts) as load:
-        time.sleep(TOKENS * FLOOR_S * (3 + round_) / 15)  # in their midst
+        time.sleep(after_s)
         began = time.monotonic()
-        hit = fault.hit(fleet)
-        fault.mend(fleet)
+        hits = hit_together(faults, fleet)
+        for fault in faults:
+            fault.mend(fleet)
         ended_as_undisturbed(fleet, jobs, undisturbed)
         jobs_s = time.monotonic() - began
-        end_of(hit, fleet)
+        for hit in hits:
+            end_of(hit, fleet)
         ended_s = time.monotonic() - began
     assert fleet.published(jobs) == Counter([job.id for job in jobs])
     print(
-        f"{name}: a client waited {load.gap_s:.1f} s at most, {jobs_s:.0f} s to the jobs' end, {ended_s:.0f} s to its"
+        f"{' and '.join(names)}: a client waited {load.gap_s:.1f} s at most, "
+        f"{jobs_s:.0f} s to the jobs' end, {ended_s:.0f} s to {'their' if hits[1:] else 'its'}"
     )
 
 

@@ -23,7 +23,6 @@ pytestmark = [pytest.mark.timeout(600)]
 ENDED_S = 150.0  # Ray's own patience on the node that is cut off is a minute
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_node_that_is_cut_off_loses_its_streams_and_jobs_to_others_and_publishes_nothing_when_it_is_back(
     tmp_path: Path, round_: int

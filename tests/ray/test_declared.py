@@ -90,7 +90,7 @@ def test_a_config_that_is_put_again_or_changed_leaves_the_replicas_and_their_str
                     await asyncio.sleep(0.1)
 
         async def streams() -> None:
-            fleet = StoreFleet(store, "tiny", ingress="i", connect=ActorLink)
+            fleet = StoreFleet(store, "tiny", connect=ActorLink)
             gateway = Gateway({}, ingress="i", settings=SERVE, ready_s=120, fleet=fleet)
             await gateway.start()
             work = [asyncio.create_task(said(gateway, wanted(f"s{n}", 700))) for n in range(10)]

@@ -94,7 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @asynccontextmanager
 async def ingress(place: Place, name: str, settings: ServeSettings, who: str = "one") -> AsyncIterator[Gateway]:
-    known = StoreFleet(place.store, name, ingress=who, connect=ActorLink)
+    known = StoreFleet(place.store, name, connect=ActorLink)
     gateway = Gateway({}, ingress=who, settings=settings, ready_s=120.0, fleet=known)
     await gateway.start()
     try:

@@ -33,6 +33,8 @@ class Named:
 class Told:
     """In a gateway's place."""
 
+    name = "i"
+
     def __init__(self) -> None:
         self.links: Mapping[ReplicaId, Link] = {}
         self.demand = Demand()
@@ -66,7 +68,7 @@ async def test_a_gateway_has_the_open_replicas_of_its_backbone() -> None:
     store, told = MemoryStore(), Told()
     opened(store, replica("a"))
     opened(store, replica("x", "another"))
-    work = asyncio.create_task(StoreFleet(store, "tiny", ingress="i", connect=Named).keep(told))  # type: ignore[arg-type]
+    work = asyncio.create_task(StoreFleet(store, "tiny", connect=Named).keep(told))  # type: ignore[arg-type]
     await until(lambda: set(told.links) == {"a"})
     first = told.links[ReplicaId("a")]
     opened(store, replica("b"))
@@ -83,7 +85,7 @@ async def test_a_gateway_has_the_open_replicas_of_its_backbone() -> None:
 
 async def test_what_is_wanted_is_said_when_it_changes_and_again_while_it_is_something() -> None:
     store, told = MemoryStore(), Told()
-    work = asyncio.create_task(StoreFleet(store, "tiny", ingress="i", connect=Named).keep(told))  # type: ignore[arg-type]
+    work = asyncio.create_task(StoreFleet(store, "tiny", connect=Named).keep(told))  # type: ignore[arg-type]
     await asyncio.sleep(0.4)
     assert said(store) == []
     told.demand = Demand(2, 1)
@@ -101,7 +103,7 @@ async def test_while_the_store_is_away_the_replicas_are_those_there_were(monkeyp
     store, told = MemoryStore(), Told()
     opened(store, replica("a"))
     monkeypatch.setattr("polygraft.serving.fleet._LOOK_S", 0.05)
-    work = asyncio.create_task(StoreFleet(store, "tiny", ingress="i", connect=Named).keep(told))  # type: ignore[arg-type]
+    work = asyncio.create_task(StoreFleet(store, "tiny", connect=Named).keep(told))  # type: ignore[arg-type]
     await until(lambda: set(told.links) == {"a"})
 
     def away(*_: object, **__: object) -> None:

@@ -110,6 +110,25 @@ async def test_replicas_that_the_fleet_tells_of_take_requests(engines: list[Engi
     await gateway.close()
 
 
+async def test_a_stream_goes_on_when_another_gateway_of_its_ingress_follows_the_same_replica(
+    engines: list[Engine],
+) -> None:
+    """As one does that is made anew for a backbone that has other sizes than before."""
+    link = LocalLink(engines[0])
+    older, newer = (Gateway({ReplicaId("r0"): link}, ingress="i", settings=SETTINGS) for _ in range(2))
+    await older.start()
+    found = []
+    async with asyncio.timeout(10), aclosing(older.generate(SAMPLED)) as stream:
+        async for tokens in stream:
+            found.append(tokens.token)
+            if len(found) == 1:
+                await newer.start()
+                assert await said(newer, replace(SAMPLED, id="newer")) == await over({"r1": LocalLink(engines[1])})
+    assert found == await over({"r1": LocalLink(engines[1])})
+    for gateway in (older, newer):
+        await gateway.close()
+
+
 async def test_a_request_whose_replica_dies_each_time_is_given_up(engines: list[Engine]) -> None:
     with pytest.raises(Unavailable, match="8 times"):
         await over({"r0": Breaking(engines[0], 2, times=9)})

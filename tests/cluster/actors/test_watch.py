@@ -16,9 +16,11 @@ KEEPER = Watched("searches", "polygraft")
 
 @dataclass
 class Cluster:
-    """`there` are those that can be found, each with what it answers; `ended` those that were ended."""
+    """`there` are those that can be found, each with what it answers, `starting` those of them whose constructors have
+    not returned; `ended` those that were ended."""
 
     there: dict[Watched, Answer] = field(default_factory=dict)
+    starting: set[Watched] = field(default_factory=set)
     found: list[Watched] = field(default_factory=list)
     ended: list[Watched] = field(default_factory=list)
     now: float = 0.0
@@ -32,7 +34,9 @@ class Cluster:
 
     def _find(self, actor: Watched) -> Found | None:
         self.found.append(actor)
-        return Found(lambda: self._answers(actor), lambda: self.ended.append(actor)) if actor in self.there else None
+        if actor not in self.there:
+            return None
+        return Found(lambda: self._answers(actor), lambda: actor not in self.starting, lambda: self.ended.append(actor))
 
     def _answers(self, actor: Watched) -> Callable[[], Answer]:
         return lambda: self.there[actor]
@@ -87,3 +91,24 @@ def test_one_that_is_dead_is_left_to_ray(cluster: Cluster) -> None:
     for _ in range(50):
         cluster.look_after(EVERY_S)
     assert not cluster.ended
+
+
+def test_one_that_hangs_since_before_anybody_watched_is_ended_as_early_as_others(cluster: Cluster) -> None:
+    cluster.there[CONTROLLER] = Answer.NONE
+    for _ in range(int(SILENT_S / EVERY_S) + 2):
+        cluster.look_after(EVERY_S)
+    assert cluster.ended == [CONTROLLER]
+
+
+def test_one_that_starts_has_the_time_for_it_and_as_long_as_others_to_answer_then(cluster: Cluster) -> None:
+    cluster.there[CONTROLLER] = Answer.NONE
+    cluster.starting = {CONTROLLER}
+    for _ in range(int(2 * SILENT_S / EVERY_S)):
+        cluster.look_after(EVERY_S)
+    cluster.starting = set()
+    for _ in range(int(SILENT_S / EVERY_S)):
+        cluster.look_after(EVERY_S)
+    assert not cluster.ended
+    for _ in range(2):
+        cluster.look_after(EVERY_S)
+    assert cluster.ended == [CONTROLLER]
