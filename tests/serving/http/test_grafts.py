@@ -21,6 +21,7 @@ from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelled
 from polygraft.cluster.model import GraftId, TenantId
 from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import JSON
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
@@ -187,7 +188,8 @@ async def test_a_version_that_is_needed_is_not_deleted(
     monkeypatch.setattr(Gateway, "used", {("ann", first.id)})
     assert "generating" in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
     monkeypatch.undo()
-    stream, said = keys.demand(service.backbone.name), {"ingress": "another", "streams": 1, "waiting": 0}
+    stream = keys.demand(service.backbone.name)
+    said: dict[str, JSON] = {"ingress": "another", "streams": 1, "waiting": 0}
     service.api.store.append(stream, {**said, "grafts": [["ann", first.id]]})
     assert "generating" in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
     service.api.store.append(stream, {**said, "grafts": []})
