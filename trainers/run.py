@@ -10,6 +10,7 @@ from typing import cast
 import ray
 from ray._private.state import state
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import RayTrainCallback  # type: ignore[attr-defined]
@@ -61,12 +62,12 @@ def trainer(plan: PackPlan, storage: Path) -> DataParallelTrainer:
 
 
 def _watched(trainer: DataParallelTrainer, plan: PackPlan) -> DataParallelTrainer:
-    """By what bounds its workers' start, in place of the process that would give back the pack's room, which the
-    controller does (`cluster/actors/reservations.py`)."""
+    """By what bounds its workers' start, in place of two processes: one would give back the pack's room, which the
+    controller does (`cluster/actors/reservations.py`), one would read Ray's datasets, of which there is none."""
     all_of_them = trainer._create_default_callbacks
 
     def others() -> list[RayTrainCallback]:
-        kept = [one for one in all_of_them() if not isinstance(one, PlacementGroupCleanerCallback)]
+        kept = [one for one in all_of_them() if not isinstance(one, PlacementGroupCleanerCallback | DatasetsCallback)]
         return [*kept, Starting(plan.placed_s + IMPORTS * plan.silent_s)]
 
     trainer._create_default_callbacks = others  # type: ignore[method-assign]
