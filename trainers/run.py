@@ -19,7 +19,6 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.policy.devices import SHARE
 from polygraft.grafts.runtime.process import device_environment
-from polygraft.trainers.loop import train_loop
 from polygraft.trainers.plan import PackPlan
 from polygraft.trainers.starting import Starting
 
@@ -50,15 +49,20 @@ def trainer(plan: PackPlan, storage: Path) -> DataParallelTrainer:
     told = asdict(plan)
     if len(plan.nodes) == 1:
         # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
-        alone = DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run)
+        alone = DataParallelTrainer(_train, train_loop_config=told, scaling_config=scaling, run_config=run)
         return _watched(alone, plan)
     from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
     group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=WAITING_S)
-    several = TorchTrainer(
-        train_loop, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run
-    )
+    several = TorchTrainer(_train, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run)
     return _watched(cast("DataParallelTrainer", several), plan)
+
+
+def _train(plan: dict[str, object]) -> None:
+    """Only the workers import torch, not the host that starts them."""
+    from polygraft.trainers.loop import train_loop
+
+    train_loop(plan)
 
 
 def _watched(trainer: DataParallelTrainer, plan: PackPlan) -> DataParallelTrainer:
