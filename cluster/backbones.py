@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from polygraft.cluster.events import BackboneAdded, BackboneEvent
 from polygraft.cluster.evolve import backbone_after
-from polygraft.cluster.model import Backbone
+from polygraft.cluster.model import Backbone, GraftId, TenantId
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import JSON, Conflict, EntryId, Fence, Store, Write
@@ -91,14 +92,21 @@ def advance_backbone(store: Store, event: BackboneEvent, *, fence: Fence | None 
 
 def is_answering(store: Store, backbone: str) -> bool:
     """Whether an ingress, whichever, has requests for the backbone: each says so every second while it has some."""
+    return any(entry["streams"] or entry["waiting"] for entry in _said_lately(store, backbone))
+
+
+def is_used(store: Store, backbone: str, tenant: TenantId, graft: GraftId) -> bool:
+    """Whether an ingress, whichever, generates an answer of the tenant's with the graft, by what each says."""
+    return any([tenant, graft] in entry.get("grafts", ()) for entry in _said_lately(store, backbone))
+
+
+def _said_lately(store: Store, backbone: str) -> Sequence[Mapping[str, Any]]:
+    """The newest entry of each ingress that said something a moment ago."""
     stream = keys.demand(backbone)
     nothing: dict[str, JSON] = {"ingress": "", "streams": 0, "waiting": 0}
     now = _milliseconds(store.append(stream, nothing, maxlen=DEMANDS_KEPT))  # by the clock that stamps them all
     said = {entry["ingress"]: (id_, entry) for id_, entry in store.read(stream)}
-    return any(
-        (entry["streams"] or entry["waiting"]) and now - _milliseconds(id_) < _LATELY_S * 1000
-        for id_, entry in said.values()
-    )
+    return [entry for id_, entry in said.values() if now - _milliseconds(id_) < _LATELY_S * 1000]
 
 
 def _milliseconds(id_: EntryId) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
 from polygraft.cluster.backbones import DEMANDS_KEPT
-from polygraft.cluster.model import Replica, ReplicaId
+from polygraft.cluster.model import GraftId, Replica, ReplicaId, TenantId
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import JSON, OLDEST, EntryId, Store, StoreError
@@ -21,6 +21,7 @@ _LOOK_S = 2.0  # how long a change that nobody told of may go unnoticed
 _TELL_S = 0.25  # how often a demand that changes is said
 _REPEAT_S = 1.0  # how often one that does not
 T = TypeVar("T")
+Entry = dict[str, JSON]
 
 
 class StoreFleet:
@@ -60,21 +61,27 @@ class StoreFleet:
 
     async def _tell(self, gateway: Gateway) -> None:
         """What is wanted, when it changes, and again while it is something."""
-        said, at = Demand(), float("-inf")
+        said, at = _entry(gateway.name, Demand(), ()), float("-inf")
         now = asyncio.get_running_loop().time
         while True:
             wanted = gateway.demand
-            if wanted != said or (wanted.total and now() - at >= _REPEAT_S):
+            entry = _entry(gateway.name, wanted, gateway.used)
+            if entry != said or (wanted.total and now() - at >= _REPEAT_S):
                 try:
-                    await self._in_thread(partial(self._say, gateway.name, wanted))
-                    said, at = wanted, now()
+                    await self._in_thread(partial(self._say, entry))
+                    said, at = entry, now()
                 except StoreError as error:
                     _LOG.warning("nobody hears what is wanted of %s: %s", self._backbone, error)
             await asyncio.sleep(_TELL_S)
 
-    def _say(self, gateway: str, demand: Demand) -> None:
-        entry: dict[str, JSON] = {"ingress": gateway, "streams": demand.streams, "waiting": demand.waiting}
+    def _say(self, entry: Entry) -> None:
         self._store.append(keys.demand(self._backbone), entry, maxlen=DEMANDS_KEPT)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _entry(gateway: str, demand: Demand, used: Collection[tuple[TenantId, GraftId]]) -> Entry:
+    """What the store is told (cluster/backbones.py, cluster/actors/scaler.py)."""
+    grafts: list[JSON] = [list(one) for one in sorted(used)]
+    return {"ingress": gateway, "streams": demand.streams, "waiting": demand.waiting, "grafts": grafts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Set
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import replace
@@ -154,10 +154,10 @@ class Gateway:
         """What each replica that is connected said of itself last. May be read from any thread."""
         return dict(self._roster.loads)
 
-    def uses(self, tenant: TenantId, graft: GraftId) -> bool:
-        """Whether an answer of the tenant's is being generated with the graft. May be called from any thread."""
-        whose = (tenant, graft)
-        return any((one.request.tenant, one.request.graft) == whose for one in list(self._streams.values()))
+    @property
+    def used(self) -> Set[tuple[TenantId, GraftId]]:
+        """Whose answers are being generated with which grafts. May be read from any thread."""
+        return {(one.request.tenant, one.request.graft) for one in list(self._streams.values()) if one.request.graft}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepTokens, None]:
         """The request's tokens in order, each once, the last with its finish reason; leaving the loop early cancels it.

@@ -106,7 +106,7 @@ def delete(graft: str, api: ApiDep, tenant: TurnDep) -> Deleted:
     generated with it, or an unfinished job or a running search is made over it. The number is not given out again."""
     name, version = _version(api, tenant, graft)
     found = _find(api, tenant, graft)
-    if any(backbone.gateway.uses(tenant, found.id) for backbone in api.backbones):
+    if api.backbones.uses(tenant, found.id):
         raise ApiError(409, f"{graft} is generating answers; wait", param="id", code="graft_in_use")
     if (who := needed_by(api, tenant, graft)) is not None:
         raise ApiError(409, f"{who} is made over {graft}; cancel it or wait", param="id", code="graft_in_use")

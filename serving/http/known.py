@@ -14,9 +14,9 @@ from threading import Lock
 
 from starlette.concurrency import run_in_threadpool
 
-from polygraft.cluster.backbones import advance_backbone, backbones
+from polygraft.cluster.backbones import advance_backbone, backbones, is_used
 from polygraft.cluster.events import BackboneAsked
-from polygraft.cluster.model import Backbone, Graft
+from polygraft.cluster.model import Backbone, Graft, GraftId, TenantId
 from polygraft.cluster.policy.loading import is_wanted
 from polygraft.cluster.states import IllegalTransition
 from polygraft.cluster.store.base import Store, StoreError
@@ -158,6 +158,12 @@ class Backbones:
     def busy(self, known: KnownBackbone) -> bool:
         """Whether an answer is being generated with it, or waits for a replica."""
         return self._answers[known.gateway] > 0
+
+    def uses(self, tenant: TenantId, graft: GraftId) -> bool:
+        """Whether an answer of the tenant's is being generated with the graft, here or by another ingress; what one of
+        those began within the last moment is not known yet. May be called from any thread."""
+        here = any((tenant, graft) in gateway.used for gateway in list(self._started))
+        return here or any(is_used(self._store, name, tenant, graft) for name in self.names)
 
     async def started(self, known: KnownBackbone) -> Gateway:
         """The backbone's gateway, which follows its replicas from now on."""

@@ -16,13 +16,14 @@ from polygraft.cluster.backbones import (
     backbones,
     check_backbone_name,
     is_answering,
+    is_used,
     put_backbone,
 )
 from polygraft.cluster.events import BackboneAsked, BackboneLoading, BackboneRemoved, BackboneUnloading
-from polygraft.cluster.model import START, Alias, Snapshot, TenantId
+from polygraft.cluster.model import START, Alias, GraftId, Snapshot, TenantId
 from polygraft.cluster.states import IllegalTransition, Reason
 from polygraft.cluster.store import keys
-from polygraft.cluster.store.base import Write
+from polygraft.cluster.store.base import JSON, Write
 from polygraft.cluster.store.memory import MemoryStore
 from tests.cluster.builders import make_backbone
 
@@ -121,3 +122,19 @@ def test_a_backbone_is_answering_while_any_ingress_says_that_it_has_requests_for
     assert is_answering(store, "b")
     monkeypatch.setattr(module, "_LATELY_S", -1.0)  # as after a while
     assert not is_answering(store, "b")
+
+
+def test_a_graft_is_used_while_any_ingress_says_that_it_generates_with_it_for_the_tenant() -> None:
+    store, ann = MemoryStore(), TenantId("ann")
+
+    def say(ingress: str, *grafts: str) -> None:
+        used: list[JSON] = [["ann", graft] for graft in grafts]
+        store.append(keys.demand("b"), {"ingress": ingress, "streams": 1, "waiting": 0, "grafts": used})
+
+    say("one", "poems", "songs")
+    say("two", "poems")
+    assert is_used(store, "b", ann, GraftId("songs"))
+    say("one")
+    assert is_used(store, "b", ann, GraftId("poems")) and not is_used(store, "b", ann, GraftId("songs"))
+    assert not is_used(store, "b", TenantId("bob"), GraftId("poems")), "whose graft has the same bits waits for nobody"
+    assert not is_used(store, "c", ann, GraftId("poems"))

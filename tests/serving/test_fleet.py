@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from polygraft.cluster.model import DeviceId, Replica, ReplicaId
+from polygraft.cluster.model import DeviceId, GraftId, Replica, ReplicaId, TenantId
 from polygraft.cluster.policy.scaling import Demand
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.base import JSON, Append, StoreUnavailable, Write
@@ -38,6 +38,7 @@ class Told:
     def __init__(self) -> None:
         self.links: Mapping[ReplicaId, Link] = {}
         self.demand = Demand()
+        self.used: set[tuple[TenantId, GraftId]] = set()
 
     def follow(self, links: Mapping[ReplicaId, Link]) -> None:
         self.links = dict(links)
@@ -90,11 +91,14 @@ async def test_what_is_wanted_is_said_when_it_changes_and_again_while_it_is_some
     assert said(store) == []
     told.demand = Demand(2, 1)
     await until(lambda: len(said(store)) == 2)  # nothing else is
-    told.demand = Demand()
+    told.demand, told.used = Demand(1, 0), {(TenantId("ann"), GraftId("g"))}
     await until(lambda: len(said(store)) == 3)
+    told.demand, told.used = Demand(), set()
+    await until(lambda: len(said(store)) == 4)
     await asyncio.sleep(1.2)
-    entry = {"ingress": "i", "streams": 2, "waiting": 1}
-    assert said(store) == [entry, entry, {"ingress": "i", "streams": 0, "waiting": 0}]
+    entry = {"ingress": "i", "streams": 2, "waiting": 1, "grafts": []}
+    used = {"ingress": "i", "streams": 1, "waiting": 0, "grafts": [["ann", "g"]]}
+    assert said(store) == [entry, entry, used, {"ingress": "i", "streams": 0, "waiting": 0, "grafts": []}]
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
 

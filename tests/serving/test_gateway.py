@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.cluster.model import GraftId, ReplicaId, TenantId
+from polygraft.cluster.model import GraftId, ReplicaId
 from polygraft.cluster.settings import ServeSettings
 from polygraft.grafts.runtime.backbone import Backbone
 from polygraft.serving.engine import Engine
@@ -147,13 +147,12 @@ async def test_a_graft_is_in_use_while_an_answer_is_made_with_it(engines: list[E
     gateway = Gateway({ReplicaId("r0"): Silent(engines[0])}, ingress="i", settings=SETTINGS)
     await gateway.start()
     answer = asyncio.ensure_future(anext(gateway.generate(replace(SAMPLED, graft=GraftId("g")))))
-    while not gateway.uses(SAMPLED.tenant, GraftId("g")):
+    while not gateway.used:
         await asyncio.sleep(0.01)
-    assert not gateway.uses(SAMPLED.tenant, GraftId("h"))
-    assert not gateway.uses(TenantId("another"), GraftId("g")), "who has the same graft waits for nobody's answers"
+    assert gateway.used == {(SAMPLED.tenant, GraftId("g"))}, "who has the same graft waits for nobody's answers"
     answer.cancel()
     await asyncio.gather(answer, return_exceptions=True)
-    assert not gateway.uses(SAMPLED.tenant, GraftId("g"))
+    assert not gateway.used
     await gateway.close()
 
 

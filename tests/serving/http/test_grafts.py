@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM
 from polygraft.cluster.advance import advance_job
 from polygraft.cluster.events import JobCancelled
 from polygraft.cluster.model import GraftId, TenantId
+from polygraft.cluster.store import keys
+from polygraft.cluster.store.base import JSON
 from polygraft.grafts.bound import BoundGraft
 from polygraft.grafts.formats import native
 from polygraft.grafts.grammar import parse
 from polygraft.grafts.text.message import Message
 from polygraft.serving.adoption import Adoption, Busy, ReaderPlan, Refused, Saved
+from polygraft.serving.gateway import Gateway
 from polygraft.serving.http.errors import ApiError
 from polygraft.serving.http.generate import tokens_of
 from tests.serving.engines import request
@@ -182,9 +185,14 @@ async def test_a_version_that_is_needed_is_not_deleted(
     assert job.status_code == 200, job.text
     assert job.json()["id"] in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
     advance_job(service.api.store, JobCancelled(job=job.json()["id"], at=1.0))
-    monkeypatch.setattr(service.backbone.gateway, "uses", lambda _, graft: graft == first.id)
-    refusal(await ann.delete("/grafts/poems@1"), 409)
+    monkeypatch.setattr(Gateway, "used", {("ann", first.id)})
+    assert "generating" in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
     monkeypatch.undo()
+    stream = keys.demand(service.backbone.name)
+    said: dict[str, JSON] = {"ingress": "another", "streams": 1, "waiting": 0}
+    service.api.store.append(stream, {**said, "grafts": [["ann", first.id]]})
+    assert "generating" in refusal(await ann.delete("/grafts/poems@1"), 409)["message"]
+    service.api.store.append(stream, {**said, "grafts": []})
     assert (await ann.delete("/grafts/poems@1")).status_code == 200
     assert (await ann.delete("/grafts/poems@2")).status_code == 200  # the last one
     assert not (service.api.folders.grafts / second.id).exists()
