@@ -218,7 +218,7 @@ TORCHLESS = {  # the modules of a folder that are imported where there is no tor
     "kernels": rf"({COST}|{ATOMIC})",
     "cluster": r"polygraft\.cluster\b",
     "serving": r"polygraft\.serving\.(app|fleet|gateway|host|ingress|messages|remote|replica|request|http\.\w+)$",
-    "trainers": r"polygraft\.trainers\.(host|plan)$",
+    "trainers": r"polygraft\.trainers\.(host|plan|run|starting)$",
 }
 # None in sys.modules makes `import torch` raise and find_spec("torch") answer that there is none.
 WITHOUT_TORCH = """

@@ -10,6 +10,7 @@ from typing import cast
 import ray
 from ray._private.state import state
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import RayTrainCallback  # type: ignore[attr-defined]
@@ -18,7 +19,6 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.policy.devices import SHARE
 from polygraft.grafts.runtime.process import device_environment
-from polygraft.trainers.loop import train_loop
 from polygraft.trainers.plan import PackPlan
 from polygraft.trainers.starting import Starting
 
@@ -49,24 +49,29 @@ def trainer(plan: PackPlan, storage: Path) -> DataParallelTrainer:
     told = asdict(plan)
     if len(plan.nodes) == 1:
         # Not TorchTrainer: for its process group, of no use to one worker, torch listens on every interface.
-        alone = DataParallelTrainer(train_loop, train_loop_config=told, scaling_config=scaling, run_config=run)
+        alone = DataParallelTrainer(_train, train_loop_config=told, scaling_config=scaling, run_config=run)
         return _watched(alone, plan)
     from ray.train.torch import TorchConfig, TorchTrainer  # which workers that are alone need not import
 
     group = TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=WAITING_S)
-    several = TorchTrainer(
-        train_loop, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run
-    )
+    several = TorchTrainer(_train, train_loop_config=told, torch_config=group, scaling_config=scaling, run_config=run)
     return _watched(cast("DataParallelTrainer", several), plan)
 
 
+def _train(plan: dict[str, object]) -> None:
+    """Only the workers import torch, not the host that starts them."""
+    from polygraft.trainers.loop import train_loop
+
+    train_loop(plan)
+
+
 def _watched(trainer: DataParallelTrainer, plan: PackPlan) -> DataParallelTrainer:
-    """By what bounds its workers' start, in place of the process that would give back the pack's room, which the
-    controller does (`cluster/actors/reservations.py`)."""
+    """By what bounds its workers' start, in place of two processes: one would give back the pack's room, which the
+    controller does (`cluster/actors/reservations.py`), one would read Ray's datasets, of which there is none."""
     all_of_them = trainer._create_default_callbacks
 
     def others() -> list[RayTrainCallback]:
-        kept = [one for one in all_of_them() if not isinstance(one, PlacementGroupCleanerCallback)]
+        kept = [one for one in all_of_them() if not isinstance(one, PlacementGroupCleanerCallback | DatasetsCallback)]
         return [*kept, Starting(plan.placed_s + IMPORTS * plan.silent_s)]
 
     trainer._create_default_callbacks = others  # type: ignore[method-assign]
