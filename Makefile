@@ -34,7 +34,7 @@ test: setup  ## run the tests (9 to 10 minutes on 2 cores)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e || status=$$?; \
 	exit $$status
 
-test-cluster: setup  ## kill, stop and cut off what a service over three nodes consists of (about 14 minutes)
+test-cluster: setup  ## kill, stop and cut off what a service over three nodes consists of (about 13 minutes)
 	$(BIN)/pytest -s tests/nodes
 
 coverage: setup  ## run the tests and say which lines none of them runs

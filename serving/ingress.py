@@ -15,7 +15,7 @@ from ray import serve
 
 from polygraft.cluster.actors.watch import Watch, Watched
 from polygraft.cluster.model import Backbone, TenantId
-from polygraft.cluster.settings import Settings
+from polygraft.cluster.settings import ServeSettings, Settings
 from polygraft.cluster.sizing import fitted, sizes
 from polygraft.cluster.store import keys
 from polygraft.cluster.store.connect import connect
@@ -127,6 +127,12 @@ class Ingress:
         )
 
 
+def _goes_s(serve: ServeSettings) -> float:
+    """For the answers that it is giving, some of which may wait for a replica that loads: both are replaced at once
+    where settings of both are others."""
+    return serve.drain_s + serve.wait_s + _AFTER_S
+
+
 def ingress_app(plan: IngressPlan) -> serve.Application:
     """The deployment that HTTP requests reach."""
     deployment = serve.deployment(
@@ -135,7 +141,7 @@ def ingress_app(plan: IngressPlan) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=10_000,  # what a tenant may hold of them is bounded in http/bodies.py and the engine
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=plan.settings.serve.drain_s + _AFTER_S,  # for the answers that it is giving
+        graceful_shutdown_timeout_s=_goes_s(plan.settings.serve),
         health_check_period_s=2,
         health_check_timeout_s=plan.settings.serve.silent_s,  # three times
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from polygraft.cluster.actors.applications import Applications, Deploy
+from polygraft.cluster.actors.coordinator import keep_coordinator_here
 from polygraft.cluster.actors.discovery import Discovery, Scout
 from polygraft.cluster.actors.pings import EVERY_S, Pings, calling
 from polygraft.cluster.actors.protocols import PackDied, PackEnd
@@ -67,6 +68,7 @@ class RayEffects:
         self._applications = Applications(means.deploy)
         self._discovery = Discovery(means.scout)
         self._size = means.size
+        self._coordinated = False
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
         self._pings: Pings[PackId] = Pings(SILENT_S, starting_s=HOST_S)
         self._serve_s_own = Watch([Watched(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, "check_alive")])
@@ -75,6 +77,9 @@ class RayEffects:
         self._listed_at = float("-inf")
 
     def open_pack(self, pack: Pack) -> None:
+        if not self._coordinated:
+            self._coordinated = True
+            keep_coordinator_here()
         host = self._open_host(pack)
         self._hosts[pack.id] = (host, host.run.remote())
 

@@ -170,6 +170,11 @@ class Fleet:
         """Whether Ray has it for alive."""
         return any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes())
 
+    def node_of(self, actor: str) -> str:
+        """The node of Ray's actor whose name and namespace are both `actor`."""
+        handle = ray.get_actor(actor, namespace=actor)
+        return str(ray._private.state.actors(handle._actor_id.hex())["Address"]["NodeID"])
+
     def published(self, jobs: Sequence[RemoteJob]) -> Counter[str]:
         """How often each of the jobs was published."""
         events = (stored.event for stored in self.store.events(START, limit=100_000))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import ray
 
 from polygraft.cluster.answers import RemoteJob
 from polygraft.cluster.client import ApiFailure
@@ -186,8 +187,9 @@ def test_a_worker_that_is_stopped_before_it_begins_is_replaced(
 
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_node_is_drained_under_load_and_nobody_notices(fleet: Fleet, undisturbed: Undisturbed, round_: int) -> None:
-    """Its packs put their jobs down first: no step is taken twice."""
+    """Its packs put their jobs down first: no step is taken twice. Ray lets it go since no actor of its own stays."""
     jobs = started(fleet)
+    assert fleet.node_of("AutoscalingCoordinator") == ray.get_runtime_context().get_node_id()  # the head's
     with Load(fleet.say, undisturbed.texts) as load:
         time.sleep(round_ * FLOOR_S)
         trains = {device.partition("/")[0] for pack in fleet.client.cluster().packs for device in pack.devices}

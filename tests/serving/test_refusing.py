@@ -232,7 +232,7 @@ async def test_what_is_wanted_are_the_requests_that_replicas_have_and_those_that
     assert alone.demand == Demand(0, 1) and not alone.ready() and alone.loads == {}
     alone.follow({R0: replica})
     wanted = await asyncio.wait_for(replica.submitted.get(), 5)
-    assert alone.demand == Demand(1, 0) and alone.ready() and alone.loads == {R0: FREE} and wanted.ingress == "i"
+    assert alone.demand == Demand(1, 0) and alone.ready() and alone.loads == {R0: FREE} and wanted.ingress == alone.name
     replica.say(*whole())  # type: ignore[arg-type]
     assert await waits == [10, 11, 12, 13] and alone.demand == Demand()
     alone.follow({})
