@@ -13,9 +13,9 @@ def keep_coordinator_here() -> None:
     _start.options(scheduling_strategy=here).remote()
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_calls=1)
 def _start() -> None:
-    """In a process of its own, for what it imports."""
+    """In a process of its own, which ends with it, for what it imports."""
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
