@@ -19,15 +19,6 @@ SAMPLES = 16  # of each job
 PROMPT_TOKENS = 25  # all prompts alike: padding would only slow the rivals down
 PROMPTS = 16
 _FILE = "material.json"
-_CONFIG = {  # SmolLM2's
-    "model_type": "llama",
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-}
 _B_SIZE = 0.15  # standard deviation of B: with B = 0 a graft would change nothing and the gates see nothing
 
 
@@ -61,7 +52,7 @@ def bytes_read(grafts: int) -> int:
     from polygraft.grafts.grammar import parse
     from polygraft.grafts.sites import ModelShape
 
-    shape = ModelShape.from_config(_CONFIG)
+    shape = ModelShape("llama", layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152)
     linears = ModelSize(shape=shape, itemsize=2).projections
     return 2 * (linears + shape.vocab * shape.hidden + grafts * BoundGraft(parse(GRAFT), shape).parameters)
 
