@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import psutil
@@ -238,12 +238,22 @@ def test_the_streams_of_a_dead_ingress_end_with_an_error_and_their_replicas_stop
         broken.extend([said] if said.broken else [])
 
     with ThreadPoolExecutor(2 * len(asked)) as pool:
-        streams = [pool.submit(say, one) for one in (*asked, *asked)]
-        until(lambda: fleet.computing() == len(streams))
+        streams: list[Future[None]] = []
+        for wave in (asked, asked):  # what comes at once Serve may well send to one ingress
+            streams.extend(pool.submit(say, one) for one in wave)
+            until(lambda: fleet.computing() == len(streams))
         time.sleep(round_ * FLOOR_S)
         ingresses[round_ % 2].kill()
         began = time.monotonic()
-        until(lambda: bool(broken) and fleet.computing() == len(streams) - len(broken), 2 * SILENT_S)
+        until(
+            lambda: bool(broken) and fleet.computing() == len(streams) - len(broken),
+            2 * SILENT_S,
+            lacking=lambda: (
+                broken,
+                [one.exception() for one in streams if one.done()],
+                fleet.client.cluster().replicas,
+            ),
+        )
         noticed_s = time.monotonic() - began
         assert sum(not one.done() for one in streams) == len(streams) - len(broken), "others go on"
         for stream in streams:

@@ -43,6 +43,7 @@ KINDS = (
 EACH = 10  # streams of a kind
 FEW = 2  # of them where time is short
 TOKENS = 120
+FLOOR_S = 0.02  # of a step: time to hand a stream on before it ends
 SETTINGS = ServeSettings(max_streams=100, max_context=1000, kv_bytes=32 << 20, max_rows=256)
 
 
@@ -101,7 +102,7 @@ async def test_streams_are_handed_on_and_say_what_they_would_have_said(
 ) -> None:
     undisturbed = await alone(backbone, data, wanted[: rows * len(KINDS)])
     assert len({tuple(tokens) for tokens in undisturbed}) > 0.9 * rows * len(KINDS)  # the kinds and the draws differ
-    async with fleet(backbone, data, SETTINGS) as replicas:
+    async with fleet(backbone, data, SETTINGS, step_floor_s=FLOOR_S) as replicas:
         here = replicas.add()
         for row in range(rows):
             requests = wanted[row * len(KINDS) :][: len(KINDS)]
@@ -128,7 +129,7 @@ async def test_streams_are_handed_on_five_times_in_a_row(
     some = wanted[len(KINDS) - streams // 2 :][:streams]  # of every row some, one that reads its prompt among them
     requests = [replace(one, max_tokens=60 + 40 * streams) for one in some]
     undisturbed = await alone(backbone, data, requests)
-    async with fleet(backbone, data, SETTINGS) as replicas:
+    async with fleet(backbone, data, SETTINGS, step_floor_s=FLOOR_S) as replicas:
         here = replicas.add()
         spoken: list[list[int]] = [[] for _ in requests]
         work = [
@@ -282,7 +283,7 @@ async def test_a_request_that_waits_goes_to_a_replica_that_comes(backbone: Backb
 async def test_a_replica_that_dies_while_it_drains_is_no_failure_either(backbone: Backbone, data: Path) -> None:
     long = request("long", (5, 6, 7), 60)
     (undisturbed,) = await alone(backbone, data, [long])
-    async with fleet(backbone, data, SETTINGS) as replicas:
+    async with fleet(backbone, data, SETTINGS, step_floor_s=FLOOR_S) as replicas:
         here = replicas.add()
         spoken: list[int] = []
         work = asyncio.create_task(said(replicas.gateway, long, spoken))
