@@ -47,6 +47,7 @@ ENVIRONMENT = {
     **PROXY,
     **REPLICAS,
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # to both ingresses, wherever they are
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
