@@ -84,7 +84,6 @@ NEWER = frozenset(
 # Of papers whose text could not be read here none of their equations is cited rather than a wrong one. What could be
 # read is PEFT 0.21's code, a file under peft/tuners, or a section of the survey.
 _IN_PEFT = {
-    "adamss": "adamss/layer.py",
     "bat": "miss/layer.py",
     "bdlora": "lora/variants.py",
     "beft": "beft/layer.py",
@@ -105,9 +104,6 @@ _IN_SURVEY = {
     "idpg": "III-A2",
     "kadaptation": "III-C",
     "krona": "III-C",
-    "lora-dropout": "III-C",
-    "lora-plus": "III-C",
-    "moslora": "III-C",
     "propetl": "IV-B",
     "smop": "III-A2",
     "sparse-adapter": "IV-B",
@@ -115,19 +111,20 @@ _IN_SURVEY = {
 UNREAD: Mapping[str, str] = {
     **{name: f"as PEFT 0.21 has it (`{file}`)" for name, file in _IN_PEFT.items()},
     **{name: f"described in the survey's section {part} (arXiv 2403.14608)" for name, part in _IN_SURVEY.items()},
-    **dict.fromkeys(("capaboost", "molora"), "neither PEFT's code nor the survey states it"),
+    "capaboost": "neither PEFT's code nor the survey states it",
+    "molora": "neither PEFT's code nor the survey states it; with `top` it is MoLA's eq. 3 and 4 (arXiv 2402.08562)",
 }
 
 # Of papers that were read: those that number no equation of the method.
 _NUMBERLESS = "adapter-drop diff-pruning eva fusion ia3 loha mam parallel prefix-mlp prompt scaled-parallel shira"
-NUMBERLESS = frozenset(_NUMBERLESS.split())
+NUMBERLESS = frozenset((*_NUMBERLESS.split(), "lora-plus"))
 
 # Numbered equations of the survey (arXiv 2403.14608, sections III-A to III-C) that state a method, or what it changes,
 # where no equation of its own paper is quoted.
 _ADAPTERS = "adapter-drop averaged-adapters binary-adapter fusion hypernet-adapter pfeiffer propetl"
 _PROMPTS = "cpt dept dpt idpg ipt lpt mpt p-tuning pruned-prompt residual-prompt smop spot"
 _MASKS = "child-tuning diff-pruning fishmask lt-sft moved-rows moving-mask pafi s-bitfit shira"
-_LORAS = "eva loftq lora-dropout lora-fa lora-ga lora-plus moslora o-lora olora orthogonal rslora"
+_LORAS = "eva loftq lora-fa lora-ga lora-plus o-lora olora orthogonal rslora"
 SURVEY: Mapping[str, str] = {
     **dict.fromkeys((*_ADAPTERS.split(), "sparse-adapter"), "eq. 7, of adapters"),
     **dict.fromkeys(_PROMPTS.split(), "eq. 8, of soft prompts"),

@@ -23,13 +23,14 @@ _ROUNDS = 10  # of k-means, as in PEFT
 def adamss(r: Rank = 100, subspaces: int = 5, rank: int = 1, at: Projections = "attn.[qv]") -> tuple[Slot, ...]:
     """The rows of W fall into K clusters by their coordinates in its r largest right singular directions N, and each
     cluster k takes a small update of its own in these directions, dW_k = B_k A_k N, with only A_k and B_k trained
-    (Zheng et al. 2025, NeurIPS, AdaMSS, as PEFT 0.21 has it).
+    (Zheng et al. 2025, NeurIPS, AdaMSS, eq. 10, as PEFT 0.21 has it).
 
     `r` directions of W, or as many as it has; `subspaces` clusters of its rows, each with an update of `rank`.
 
-    Deviations: Without the pruning of clusters on the way. Where a projection has a bias PEFT's N reads a constant,
-    too, which no column of W is, and ours does not. PEFT's folders do not say which row is in which cluster, so they
-    are not read.
+    Deviations: Without the pruning of clusters on the way, and K is given, where the paper may estimate it. As in PEFT
+    all clusters read the N of the whole W; the paper's are a cluster's own, which in general span the same where it has
+    r rows or more. Where a projection has a bias PEFT's N reads a constant, too, which no column of W is, and ours does
+    not. PEFT's folders do not say which row is in which cluster, so they are not read.
 
     Choose when: a graft should be small and sensitive to W's own structure; its start takes an SVD and k-means of each
     W.

@@ -43,9 +43,9 @@ def miss(r: Rank = 64, mini: int = 0, at: Projections = "linear", dropout: Dropo
 
 def bat(r: Rank = 16, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = W_b D_b + D_b over blocks of r x r, an update that reads W itself (Kang & Yin 2024, arXiv 2409.15371, the
-    variant Bat).
+    variant Bat of its earlier versions).
 
-    Deviations: Held against PEFT's init_weights="bat".
+    Deviations: Held against PEFT's init_weights="bat"; the paper's version 12 leaves it out.
 
     Choose when: MiSS converges too slowly. It makes a dense dW at each site in every step, which takes far more time
     and memory.

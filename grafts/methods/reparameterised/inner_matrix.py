@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def moslora(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """LoRA with a trained mixer between its factors, y += s B M A x with M [r, r] random at the start, so that all
-    ranks of A and B meet (Wu et al. 2024, arXiv 2406.11909).
+    ranks of A and B meet (Wu et al. 2024, arXiv 2406.11909, eq. 7).
 
     Deviations: M starts Kaiming-uniform; the paper also tries an orthogonal start.
 

@@ -35,10 +35,11 @@ def dylora(
 
 def lora_dropout(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", p: float = 0.5) -> tuple[Slot, ...]:
     """LoRA of which every step drops columns of A and rows of B [out, r], each with probability p (Lin et al. 2024,
-    arXiv 2404.09610).
+    arXiv 2404.09610, eq. 2 and 3).
 
-    Deviations: Both masks are divided by 1 - p, so that the graft as it is served is the mean over all masks, which the
-    paper's ensemble of some masks tends to.
+    Deviations: A step draws one pair of masks a site and divides both by 1 - p, so that the product that is served is
+    the mean over all masks. The paper does not divide, trains on the mean loss under several masks (its eq. 7) and
+    serves the mean of the outputs under several (eq. 8).
 
     Choose when: LoRA overfits a small data set and dropout on x does not help.
     """

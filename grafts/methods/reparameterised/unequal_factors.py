@@ -41,9 +41,10 @@ def _correcting(r: int = 8, alpha: float = 16.0, correct: int = 0, **_: object) 
 def lora_plus(
     r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, ratio: float = 16.0
 ) -> tuple[Slot, ...]:
-    """LoRA whose B learns `ratio` times as fast as A (Hayou et al. 2024, arXiv 2402.12354).
+    """LoRA whose B learns `ratio` times as fast as A (Hayou et al. 2024, arXiv 2402.12354, section 4 and theorem 1).
 
-    Deviations: None known; PEFT's separate rate for embeddings has no use here.
+    Deviations: None known in the method; PEFT's separate rate for embeddings has no use here. The default ratio is what
+    the paper finds for RoBERTa with A at 0 and B random; with B at 0, as here, it finds 4 to 8, and 2 to 4 on Llama-7B.
 
     Choose when: the model is wide and LoRA learns slowly. It is a way to train LoRA: the graft is LoRA's.
     """
