@@ -69,6 +69,10 @@ class Pings(Generic[K]):
                 self._asked[who] = _Asked(asks[who](), now)
         return found
 
+    def started(self, who: K) -> bool:
+        """Whether it is known that its start is over."""
+        return who in self._running
+
     def _why(self, who: K, now: float) -> str | None:
         """None of one that is not silent."""
         asked = self._asked.get(who)
