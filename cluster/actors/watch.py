@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from threading import Thread
 
 import ray
 
-from polygraft.cluster.actors.pings import EVERY_S, STARTING_S, Ask, Pings, calling
+from polygraft.cluster.actors.pings import EVERY_S, STARTING_S, Ask, Pings, calling, is_alive, told_of
 
 LOG = logging.getLogger(__name__)
 SILENT_S = 20.0
@@ -47,11 +47,11 @@ def found(actor: Watched) -> Found | None:
         handle = ray.get_actor(actor.name, namespace=actor.namespace)
     except ValueError:
         return None
-    if not _state(handle._actor_id.hex()).get("Pid"):
+    if not told_of(handle._actor_id.hex()).get("Pid"):
         return None
     return Found(
         calling(getattr(handle, actor.method).remote),
-        partial(_running, handle._actor_id.hex()),
+        partial(is_alive, handle._actor_id.hex()),
         partial(ray.kill, handle, no_restart=False),
     )
 
@@ -98,14 +98,3 @@ class Watch:
             except Exception:  # Ray ends, or the next look succeeds
                 LOG.exception("nobody is watched now")
             time.sleep(EVERY_S)
-
-
-def _running(actor_id: str) -> bool:
-    """Whether Ray has it for alive: its constructor has returned. A watcher that starts while it is stopped would give
-    it the time of a start otherwise."""
-    return bool(_state(actor_id).get("State") == "ALIVE")
-
-
-def _state(actor_id: str) -> Mapping[str, object]:
-    """What Ray says of it."""
-    return ray._private.state.actors(actor_id)  # type: ignore[no-any-return]

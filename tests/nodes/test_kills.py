@@ -188,15 +188,15 @@ def test_a_worker_that_is_stopped_before_it_begins_is_replaced(
 
 @pytest.mark.nightly
 def test_a_replica_that_is_stopped_before_it_begins_is_replaced(fleet: Fleet, undisturbed: Undisturbed) -> None:
-    with Load(fleet.say, undisturbed.texts) as load:
-        before = fleet.processes(REPLICA)
-        before[0].kill()
-        until(lambda: not set(fleet.processes(REPLICA)) <= set(before), 60.0)
-        hit = Hit([one for one in fleet.processes(REPLICA) if one not in before])
-        for process in hit.processes:
-            process.suspend()
-        ended_s = end_of(hit, fleet)
-    print(f"stop a replica that begins: a client waited {load.gap_s:.1f} s at most, {ended_s:.0f} s to its end")
+    before = fleet.processes(REPLICA)
+    before[0].kill()
+    until(lambda: not set(fleet.processes(REPLICA)) <= set(before), 60.0)
+    hit = Hit([one for one in fleet.processes(REPLICA) if one not in before])
+    for process in hit.processes:
+        process.suspend()
+    ended_s = end_of(hit, fleet)
+    assert together(fleet.say, list(undisturbed.texts)) == undisturbed.texts
+    print(f"stop a replica that begins: {ended_s:.0f} s to its end")
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
