@@ -63,7 +63,7 @@ class Ingress:
         settings = plan.settings
         self._settings = settings
         self._door = plan.door
-        Watch(plan.watched).start()
+        Watch(lambda: plan.watched).start()
         self._name = f"ingress-{uuid4().hex[:12]}"
         self._store = store = connect(settings.store_url)
         self._api = Api(

@@ -11,6 +11,7 @@ from typing import Protocol
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.common import ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from polygraft.cluster.actors.applications import Applications, Deploy
@@ -24,6 +25,7 @@ from polygraft.cluster.model import Backbone, Device, JobId, Pack, PackId, Repli
 from polygraft.cluster.size import Size
 
 LOG = logging.getLogger(__name__)
+REPLICA_S = 120.0  # for a replica or an ingress to answer while it starts; Serve waits without a bound until it has
 HOST_S = 60.0  # for a host's process to start, which imports nothing heavy before it answers
 GIVE_BACK_S = 2.0  # how long a dead pack may keep its room from the next one
 ACTORS_S = 2.0  # how long a list of actors is used
@@ -71,7 +73,8 @@ class RayEffects:
         self._coordinated = False
         self._hosts: dict[PackId, tuple[ActorHandle[PackHost], ray.ObjectRef[None]]] = {}
         self._pings: Pings[PackId] = Pings(SILENT_S, starting_s=HOST_S)
-        self._serve_s_own = Watch([Watched(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, "check_alive")])
+        self._serve_s_own = Watch(lambda: [Watched(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, "check_alive")])
+        self._replicas = Watch(_serve_s_replicas, silent_s=REPLICA_S, starting_s=REPLICA_S)
         self._looked_at = self._given_back_at = float("-inf")
         self._actors: Collection[str] = ()
         self._listed_at = float("-inf")
@@ -108,6 +111,7 @@ class RayEffects:
         if time.monotonic() - self._looked_at > EVERY_S:
             self._looked_at = time.monotonic()
             self._serve_s_own.look()
+            self._replicas.look()
 
     def devices(self) -> Sequence[Device]:
         return self._discovery.devices()
@@ -126,6 +130,12 @@ class RayEffects:
         self._listed_at = time.monotonic()
         self._actors = {one["name"] for one in ray.util.list_named_actors(all_namespaces=True)}
         return [replica.id for replica in missing if replica.actor not in self._actors]
+
+
+def _serve_s_replicas() -> Collection[Watched]:
+    """Of all applications: ingresses, too. One that loads a backbone answers meanwhile."""
+    names = (one["name"] for one in ray.util.list_named_actors(all_namespaces=True))
+    return [Watched(name, SERVE_NAMESPACE, "is_allocated") for name in names if ReplicaID.is_full_id_str(name)]
 
 
 def _failure(run: ray.ObjectRef[None]) -> tuple[str | None, Collection[JobId]]:

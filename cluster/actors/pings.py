@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from typing import Generic, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 
 EVERY_S = 5.0
 STARTING_S = 300.0  # for the first answer: until then its process imports what it needs
@@ -24,6 +24,7 @@ class Answer(Enum):
     WELL = auto()
     WRONG = auto()  # the actor says that something is
     DEAD = auto()  # the actor is, and whoever holds it knows
+    UNREACHED = auto()  # it has started and cannot be called, as when it was stopped before the first call
 
 
 Ask = Callable[[], Callable[[], Answer]]  # calls an actor; what it returns says what has come of that
@@ -34,7 +35,7 @@ def calling(method: Callable[[], ray.ObjectRef[object]]) -> Ask:
     return lambda: partial(_answer, method())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Asked:
     answer: Callable[[], Answer]
     at: float
@@ -61,7 +62,7 @@ class Pings(Generic[K]):
             self._forget(gone)
         for who in running:
             self._running.setdefault(who, now)
-        found = {who: why for who in asks if (why := self._why(who, now))}
+        found = {who: why for who in asks if (why := self._why(who, asks[who], now))}
         for who in found:
             self._forget(who)
         for who in asks.keys() - self._asked.keys() - found.keys():
@@ -69,13 +70,20 @@ class Pings(Generic[K]):
                 self._asked[who] = _Asked(asks[who](), now)
         return found
 
-    def _why(self, who: K, now: float) -> str | None:
+    def started(self, who: K) -> bool:
+        """Whether it is known that its start is over."""
+        return who in self._running
+
+    def _why(self, who: K, ask: Ask, now: float) -> str | None:
         """None of one that is not silent."""
         asked = self._asked.get(who)
         if asked is None:
             return None
         answer = asked.answer()
-        if answer is Answer.NONE:
+        if answer is Answer.UNREACHED:
+            self._asked[who] = replace(asked, answer=ask())  # and as long ago as before
+            self._running.setdefault(who, now)
+        if answer in (Answer.NONE, Answer.UNREACHED):
             running = self._running.get(who)
             waited_s = now - (asked.at if running is None else max(asked.at, running))
             if waited_s <= (self._starting_s if running is None else self._silent_s):
@@ -101,6 +109,18 @@ def _answer(call: ray.ObjectRef[object]) -> Answer:
         ray.get(call)
     except RayTaskError:
         return Answer.WRONG
+    except ActorUnavailableError as error:
+        return Answer.UNREACHED if is_alive(str(error.actor_id)) else Answer.DEAD
     except Exception:
         return Answer.DEAD
     return Answer.WELL
+
+
+def is_alive(actor_id: str) -> bool:
+    """To Ray: its constructor has returned."""
+    return told_of(actor_id).get("State") == "ALIVE"
+
+
+def told_of(actor_id: str) -> Mapping[str, object]:
+    """What Ray says of an actor."""
+    return ray._private.state.actors(actor_id)  # type: ignore[no-any-return]

@@ -36,6 +36,7 @@ STREAMS = 4
 EPOCHS = 10
 OTHER = "other"
 INGRESS = "ServeReplica:polygraft:ingress"
+REPLICA = "ServeReplica:backbone-"
 SILENT_S = 5.0
 SERVE = {
     "max_context": 400,
@@ -183,6 +184,19 @@ def test_a_worker_that_is_stopped_before_it_begins_is_replaced(
     ended_as_undisturbed(fleet, jobs, undisturbed)
     end_of(hit, fleet)
     print(f"stop what begins: {time.monotonic() - began:.0f} s to the job's end")
+
+
+@pytest.mark.nightly
+def test_a_replica_that_is_stopped_before_it_begins_is_replaced(fleet: Fleet, undisturbed: Undisturbed) -> None:
+    before = fleet.processes(REPLICA)
+    before[0].kill()
+    until(lambda: not set(fleet.processes(REPLICA)) <= set(before), 60.0)
+    hit = Hit([one for one in fleet.processes(REPLICA) if one not in before])
+    for process in hit.processes:
+        process.suspend()
+    ended_s = end_of(hit, fleet)
+    assert together(fleet.say, list(undisturbed.texts)) == undisturbed.texts
+    print(f"stop a replica that begins: {ended_s:.0f} s to its end")
 
 
 @pytest.mark.parametrize("round_", ROUNDS)

@@ -144,3 +144,14 @@ def test_each_is_judged_by_its_own_answers(clinic: Clinic) -> None:
     assert clinic.silent_after(0.0) == ["c"]
     clinic.actors["c"].answer = Answer.WELL
     assert clinic.silent_after(SILENT_S + 1.0) == ["b"]
+
+
+def test_one_that_cannot_be_called_though_it_has_started_is_called_again_and_silent_all_the_same(
+    clinic: Clinic,
+) -> None:
+    actor = clinic.actors["a"]
+    actor.answer = Answer.UNREACHED
+    clinic.silent_after(0.0)
+    assert not any(clinic.silent_after(EVERY_S) for _ in range(int(SILENT_S / EVERY_S) + 1))
+    assert actor.calls > 3
+    assert clinic.silent_after(EVERY_S) == ["a"]

@@ -16,17 +16,20 @@ KEEPER = Watched("searches", "polygraft")
 
 @dataclass
 class Cluster:
-    """`there` are those that can be found, each with what it answers, `starting` those of them whose constructors have
-    not returned; `ended` those that were ended."""
+    """`listed` are those to be watched, `there` those that can be found, each with what it answers, `starting` those of
+    them whose constructors have not returned; `found` who was looked for, `asked` of whom it was asked whether it runs,
+    and `ended` those that were ended."""
 
     there: dict[Watched, Answer] = field(default_factory=dict)
     starting: set[Watched] = field(default_factory=set)
+    listed: list[Watched] = field(default_factory=lambda: [CONTROLLER, KEEPER])
     found: list[Watched] = field(default_factory=list)
+    asked: list[Watched] = field(default_factory=list)
     ended: list[Watched] = field(default_factory=list)
     now: float = 0.0
 
     def __post_init__(self) -> None:
-        self._watch = Watch([CONTROLLER, KEEPER], find=self._find, clock=lambda: self.now)
+        self._watch = Watch(lambda: self.listed, find=self._find, clock=lambda: self.now)
 
     def look_after(self, seconds: float) -> None:
         self.now += seconds
@@ -36,7 +39,11 @@ class Cluster:
         self.found.append(actor)
         if actor not in self.there:
             return None
-        return Found(lambda: self._answers(actor), lambda: actor not in self.starting, lambda: self.ended.append(actor))
+        return Found(lambda: self._answers(actor), lambda: self._runs(actor), lambda: self.ended.append(actor))
+
+    def _runs(self, actor: Watched) -> bool:
+        self.asked.append(actor)
+        return actor not in self.starting
 
     def _answers(self, actor: Watched) -> Callable[[], Answer]:
         return lambda: self.there[actor]
@@ -112,3 +119,25 @@ def test_one_that_starts_has_the_time_for_it_and_as_long_as_others_to_answer_the
     for _ in range(2):
         cluster.look_after(EVERY_S)
     assert cluster.ended == [CONTROLLER]
+
+
+def test_whether_one_runs_is_asked_until_it_is_known(cluster: Cluster) -> None:
+    cluster.there[CONTROLLER] = Answer.NONE
+    cluster.starting = {CONTROLLER}
+    for _ in range(3):
+        cluster.look_after(EVERY_S)
+    cluster.starting = set()
+    for _ in range(3):
+        cluster.look_after(EVERY_S)
+    assert cluster.asked.count(CONTROLLER) == 4 and cluster.asked.count(KEEPER) == 1
+
+
+def test_one_that_is_not_listed_any_more_is_forgotten(cluster: Cluster) -> None:
+    cluster.look_after(0.0)
+    cluster.there[CONTROLLER] = Answer.NONE
+    cluster.listed = [KEEPER]
+    for _ in range(int(2 * SILENT_S / EVERY_S)):
+        cluster.look_after(EVERY_S)
+    cluster.listed = [CONTROLLER, KEEPER]
+    cluster.look_after(EVERY_S)
+    assert not cluster.ended and cluster.found == [CONTROLLER, KEEPER, CONTROLLER]
