@@ -22,8 +22,8 @@ PROXY = {
 }
 # What Serve's controller needs, on a cluster, too: a replica that does not answer has nothing to say to its end either.
 REPLICAS = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
-# What every process of Ray needs, on a cluster, too: a call to one that is stopped, or cut off, fails after a minute. By
-# itself Ray bears it for seven, in which its GCS, which makes room for one pack after the other, makes none.
+# What every process of Ray needs, on a cluster, too: a call to one that is stopped, or cut off, fails after a minute.
+# By itself Ray bears it for seven, in which its GCS, which makes room for one pack after the other, makes none.
 CALLS = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "30000"}
 # Read by Ray when it starts, and by every process it starts.
 _ENVIRONMENT = {
