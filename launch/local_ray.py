@@ -22,9 +22,13 @@ PROXY = {
 }
 # What Serve's controller needs, on a cluster, too: a replica that does not answer has nothing to say to its end either.
 REPLICAS = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+# What every process of Ray needs, on a cluster, too: a call to one that is stopped, or cut off, fails after a minute.
+# By itself Ray bears it for seven, in which its GCS, which makes room for one pack after the other, makes none.
+CALLS = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "30000"}
 # Read by Ray when it starts, and by every process it starts.
 _ENVIRONMENT = {
     **REPLICAS,
+    **CALLS,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine, on any system: Ray listens on the loopback interface
     "RAY_worker_maximum_startup_concurrency": "16",  # a pack and a search start a dozen processes that hardly compute

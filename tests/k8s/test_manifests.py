@@ -192,12 +192,13 @@ def test_ray_pods_take_the_first_api_key_from_a_secret_and_nothing_from_services
         assert variables["POLYGRAFT_API_KEY_FILE"] == f"{mount['mountPath']}/key"
 
 
-def test_serve_is_told_what_it_is_told_on_one_machine() -> None:
-    """What proxies answer while the application starts, among it, and that replicas which do not answer are ended."""
+def test_ray_is_told_what_it_is_told_on_one_machine() -> None:
+    """What proxies answer while the application starts, among it, that replicas which do not answer are ended, and when
+    a call fails."""
     assert import_attr(local_ray.PROXY["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])()
     for group in RAY_GROUPS:
         variables = {one["name"]: one.get("value") for one in group["template"]["spec"]["containers"][0]["env"]}
-        assert variables.items() >= {**local_ray.PROXY, **local_ray.REPLICAS}.items()
+        assert variables.items() >= {**local_ray.PROXY, **local_ray.REPLICAS, **local_ray.CALLS}.items()
 
 
 def test_every_secret_that_the_manifests_name_is_made_in_the_readme() -> None:

@@ -36,7 +36,7 @@ from polygraft.cluster.model import START
 from polygraft.cluster.store.base import Store
 from polygraft.cluster.store.connect import connect
 from polygraft.cluster.store.embedded import EmbeddedServer
-from polygraft.launch.local_ray import PROXY, REPLICAS
+from polygraft.launch.local_ray import CALLS, PROXY, REPLICAS
 from tests.ray.local import TRAIN
 
 LOOPBACK = "127.0.0.1"
@@ -46,6 +46,7 @@ ENVIRONMENT = {
     **TRAIN,
     **PROXY,
     **REPLICAS,
+    **dict.fromkeys(CALLS, "5000"),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # to both ingresses, wherever they are
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
