@@ -116,15 +116,18 @@ UNREAD: Mapping[str, str] = {
 }
 
 # Of papers that were read: those that number no equation of the method.
-_NUMBERLESS = "adapter-drop diff-pruning eva fusion ia3 loha mam parallel prefix-mlp prompt scaled-parallel shira"
-NUMBERLESS = frozenset((*_NUMBERLESS.split(), "lora-plus"))
+_NUMBERLESS = (
+    "adapter-drop cartridge diff-pruning eva from fusion ia3 loha lora-plus mam parallel pfeiffer prefix-mlp prompt"
+    " scaled-parallel serial shira spot tinylora unipelt unipelt-al"
+)
+NUMBERLESS = frozenset(_NUMBERLESS.split())
 
 # Numbered equations of the survey (arXiv 2403.14608, sections III-A to III-C) that state a method, or what it changes,
 # where no equation of its own paper is quoted.
 _ADAPTERS = "adapter-drop averaged-adapters binary-adapter fusion hypernet-adapter pfeiffer propetl"
-_PROMPTS = "cpt dept dpt idpg ipt lpt mpt p-tuning pruned-prompt residual-prompt smop spot"
+_PROMPTS = "cpt dept dpt idpg ipt lpt mpt smop spot"
 _MASKS = "child-tuning diff-pruning fishmask lt-sft moved-rows moving-mask pafi s-bitfit shira"
-_LORAS = "eva loftq lora-fa lora-ga lora-plus o-lora olora orthogonal rslora"
+_LORAS = "eva lora-fa lora-ga lora-plus olora orthogonal rslora"
 SURVEY: Mapping[str, str] = {
     **dict.fromkeys((*_ADAPTERS.split(), "sparse-adapter"), "eq. 7, of adapters"),
     **dict.fromkeys(_PROMPTS.split(), "eq. 8, of soft prompts"),

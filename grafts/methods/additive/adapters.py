@@ -32,7 +32,7 @@ def serial(size: Width = 64, act: str = "gelu", at: Sublayers = "attn.out|ffn.ou
 
 def pfeiffer(size: Width = 64, act: str = "relu", at: str = "block.out", bias: int = 1) -> tuple[Slot, ...]:
     """h + B act(A h + a) + b on the residual stream at the end of each layer: one adapter a layer in place of Houlsby's
-    two (Pfeiffer et al. 2021, arXiv 2005.00247, section 3, the configuration that its search found).
+    two (Pfeiffer et al. 2021, arXiv 2005.00247, section 2.2.3, and its appendix A.2 and figure 5, which found it).
 
     Deviations: The paper's backbone is BERT, whose last norm stands around the adapter; where norms come first there is
     none at this place.

@@ -22,9 +22,9 @@ def hypernet_adapter(
     trained embedding of the site; the networks are shared by all sites. It is HyperFormer's way to make adapters
     (Karimi Mahabadi et al. 2021, arXiv 2106.04489, section 2) for one task.
 
-    Deviations: HyperFormer is for several tasks at once: its embeddings are of task, layer and position, and the tasks
-    share what the networks learn. A job here has one task, so that point is lost, and hence the name. The network that
-    makes the layer norms' weights is left out, too.
+    Deviations: Networks shared by all layers are HyperFormer++'s. HyperFormer is for several tasks at once: its
+    embeddings are of task, layer and position, and the tasks share what the networks learn. A job here has one task, so
+    that point is lost, and hence the name. The network that makes the layer norms' weights is left out, too.
 
     Choose when: layers should share what they learn. It trains more numbers than the adapters it makes, and is served
     as plain adapters.

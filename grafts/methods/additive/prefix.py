@@ -59,7 +59,7 @@ def network(hidden: int) -> DeclRef:
 def cartridge(length: Rows = 64, frozen: int = 1) -> tuple[Slot, ...]:
     """A prefix that starts as the keys and values of a long text and is trained on, its first rows staying as they
     start, so that what attends to nothing else goes on to attend to them (Eyuboglu et al. 2025, arXiv 2506.06266,
-    section 3).
+    section 3.2).
 
     `frozen` rows stay.
 

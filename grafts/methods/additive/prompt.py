@@ -45,10 +45,10 @@ def prompt(length: Rows = 20, start: str = "text") -> tuple[Slot, ...]:
 
 def p_tuning(length: Rows = 20, hidden: int = 128, encoder: str = "mlp") -> tuple[Slot, ...]:
     """Virtual tokens that an encoder makes of a trained embedding while they are trained: a network of three layers, or
-    an LSTM of two with one of two behind it (Liu et al. 2021, arXiv 2103.10385, section 3).
+    an LSTM of two with one of two behind it (Liu et al. 2021, arXiv 2103.10385, eq. 4 of its first version).
 
-    Deviations: The rows stand before the input alone, as in PEFT, and not between a template's words; the paper's
-    encoder is the LSTM.
+    Deviations: The rows stand before the input alone, as in PEFT, and not between a template's words; the encoder of
+    the first version is the LSTM, of both directions, as here.
 
     Choose when: `prompt` depends too much on its start. What is served is the rows.
     """
@@ -88,7 +88,7 @@ def _slower_pair(tensor: TensorSpec, ratio: float) -> float:
 
 def trainable_tokens(ids: str = "1|2") -> tuple[Slot, ...]:
     """New rows for given tokens in the table of embeddings, all others as they are: textual inversion (Gal et al. 2022,
-    arXiv 2208.01618, section 3), in PEFT trainable tokens.
+    arXiv 2208.01618, eq. 2), in PEFT trainable tokens.
 
     `ids`: numbers of tokens, or ranges of them as 3-7, joined by `|`.
 

@@ -30,7 +30,7 @@ def dpt(length: Rows = 100, r: Rank = 10) -> tuple[Slot, ...]:
 
 def residual_prompt(length: Rows = 10, size: Width = 64) -> tuple[Slot, ...]:
     """P + LayerNorm(W_up relu(W_down P)): a prompt and what a small network shared by its rows makes of each
-    (Razdaibiedina et al. 2023, arXiv 2305.03937, section 3).
+    (Razdaibiedina et al. 2023, arXiv 2305.03937, eq. 3 and 4).
 
     Deviations: None known. What is served is the sum.
 
@@ -56,7 +56,7 @@ def mpt(length: Rows = 100) -> tuple[Slot, ...]:
 
 def pruned_prompt(length: Rows = 20, keep: float = 0.5, pieces: int = 16, keep_pieces: float = 0.5) -> tuple[Slot, ...]:
     """A prompt of which rows and then pieces of rows are masked on the way, those whose masks' gradients were smallest,
-    and which trains on with what is left (after XPrompt: Ma et al. 2022, arXiv 2210.04457, section 3).
+    and which trains on with what is left (after XPrompt: Ma et al. 2022, arXiv 2210.04457, eq. 2 to 4).
 
     `keep` of the rows outlive the first third of the steps, `keep_pieces` of their pieces the second. A masked row
     stays in its place as zeros.

@@ -42,13 +42,13 @@ def meteora(r: Rank = 8, at: Projections = "linear", top: int = 2, *, of: str = 
 def output_gated_loras(r: Rank = 8, at: Projections = "linear", *, of: str = "one|two") -> tuple[Slot, ...]:
     """Trained LoRAs stay as they are and a gate that reads what they give weighs them: y += sum_i w_i E_i x with w =
     softmax(e [E_1 x; ...; E_N x]) and E_i = s_i B_i A_i, row by row (after MoLE: Wu et al. 2024, arXiv 2404.13628,
-    section 3).
+    eq. 9 to 13).
 
     `of` names them; `r` is the largest rank that one has.
 
-    Deviations: MoLE normalises the concatenated outputs, reads them flattened over the whole sequence, has a trained
-    temperature and adds a loss that balances the gate; here the gate is linear in its own row alone, and hence the
-    name.
+    Deviations: MoLE weighs the outputs of whole blocks, which it normalises and reads flattened over the sequence, so
+    that all rows have the same weights, by a trained temperature and with a loss that balances the gate; here the gate
+    is linear in its own row alone, and hence the name.
 
     Choose when: LoRAs are to be combined by what they do rather than by the input; `meteora` has the smaller gate.
     """
@@ -60,7 +60,7 @@ def o_lora(
     r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", old: int = 8, penalty: float = 0.5, *, of: str = "one"
 ) -> tuple[Slot, ...]:
     """One LoRA more beside trained ones, kept orthogonal to them by a penalty lambda sum |A_i A^T|^2 (Wang et al. 2023,
-    arXiv 2310.14152, section 3).
+    arXiv 2310.14152, eq. 6 to 8).
 
     `of` names the others, which are part of the graft; `old` is the largest rank of them, `penalty` lambda.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def go_on(*, of: str = "one") -> tuple[Slot, ...]:
     """A way to start, written beside what is trained: `lora(r=8) + from(of=support)` starts all tensors as those of a
     trained graft with the same slots, or as the mean of several. Its case for prompts is SPoT (Vu et al. 2022, arXiv
-    2110.07904, section 2).
+    2110.07904, sections 2 and 3.3).
 
     `of` names them, joined by `|`. From a supernet (`elastic`) starts any of its subnets.
 
@@ -40,11 +40,12 @@ def go_on_hooks(*, of: str = "one") -> tuple[DeclRef, ...]:
 
 def spot(length: Rows = 20, *, of: str = "one") -> tuple[Slot, ...]:
     """SPoT: a prompt that starts as one trained on another task, or as the mean of several (Vu et al. 2022, arXiv
-    2110.07904, section 2).
+    2110.07904, sections 2 and 3.3).
 
     `of` names the prompts, of `length` rows each.
 
-    Deviations: The paper finds source tasks by the similarity of their prompts; here you name them.
+    Deviations: The paper finds source tasks by the similarity of their prompts, by which it weighs them, too; here you
+    name them, and each counts as much.
 
     Choose when: a job has few examples and a prompt of a related task exists.
     """

@@ -27,12 +27,12 @@ def loftq(
 ) -> tuple[Slot, ...]:
     """LoftQ: y += s B A x beside a quantised W, where s B A starts as the best rank-r approximation of W - Q_T, and Q_T
     is what T = `iterations` alternations between quantising and approximating leave (Li et al. 2023, arXiv 2310.08659,
-    algorithm 1).
+    eq. 7 to 9).
 
     Q_T is the backbone's, which all grafts share: `up --quantise nf4` has that of one iteration, whatever the rank, and
     `up --quantise loftq-R-T` that of rank R and T iterations. A graft of others than its backbone's is refused.
 
-    Deviations: in `bits` of the backbone, which is NF4's 4; 2 bits, and mixed ones, are refused.
+    Deviations: in `bits` of the backbone, which is NF4's 4; 2 bits, and mixed ones, are refused. The paper has no s.
 
     Choose when: the backbone lies in 4 bits and a LoRA is to start from what it was before. A backbone of several
     iterations is nearer to W with such a graft, and further from it bare or with another. On a backbone that is not

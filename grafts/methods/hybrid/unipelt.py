@@ -30,7 +30,8 @@ def unipelt(
     The prefix is made by a network of `hidden` neurons.
 
     Deviations: A gate is of the row that it opens for and reads what its module reads. The authors' code takes the mean
-    over the sequence for adapter and prefix, which a decoder does not know while it writes.
+    over the sequence for adapter and prefix, which a decoder does not know while it writes. In the paper the adapter
+    and its gate read the feed-forward's output after BERT's norm, which a decoder has not got there.
 
     Choose when: it is not known which of the three suits the task. It does not merge, and the gated prefix lies in no
     cache.
@@ -43,11 +44,12 @@ def unipelt_al(
     r: Rank = 8, size: Width = 48, at: Projections = "attn.[qv]", adapter: Sublayers = "ffn.out", scale: Scale = 1.0
 ) -> tuple[Slot, ...]:
     """UniPELT without its prefix: a LoRA and an adapter, each with a gate at every row, W x + s G_L B A x and h + G_A B
-    act(A h) (Mao et al. 2022, arXiv 2110.07577, section 3.2, its variant of adapter and LoRA).
+    act(A h) (Mao et al. 2022, arXiv 2110.07577, section 3.2).
 
     `scale` is LoRA's beside its gate, which replaces it in the paper.
 
-    Deviations: The adapter's gate is of the row, where the authors' code takes the mean over the sequence.
+    Deviations: The paper's variants are all three, and adapter and prefix; this one is ours. The adapter's gate is of
+    the row, where the authors' code takes the mean over the sequence.
 
     Choose when: `unipelt`'s gated prefix costs too much in attention.
     """
@@ -59,10 +61,10 @@ def unipelt_al(
 
 def apt(length: Rows = 16) -> tuple[Slot, ...]:
     """Adaptive prefix tuning: a gate for every prefix row and a factor for every layer, l a * [P_k; P_v] with a =
-    sigmoid(W x), x what attention reads (Zhang et al. 2023, arXiv 2305.15212, section 3).
+    sigmoid(W x), x what attention reads (Zhang et al. 2023, arXiv 2305.15212, eq. 4 and 5).
 
-    Deviations: The gates are of the row that attends, computed from its own input; the rows are free, where the
-    authors' code may make them by a network.
+    Deviations: The gates are of the row that attends, computed from its own input after the norm, where the paper has
+    the previous layer's states; the rows are free, where the authors' code may make them by a network.
 
     Choose when: `prefix` is wanted with rows that open where they are of use. The rows lie in no cache and cost a
     second softmax.

@@ -30,9 +30,10 @@ def moslora(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropou
 
 def lora_xs(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0) -> tuple[Slot, ...]:
     """y += s B M A x with B = U_r S_r and A = V_r^T of W's truncated SVD, frozen, and only M [r, r] trained (Balazy et
-    al. 2024, arXiv 2405.17604, section 3).
+    al. 2024, arXiv 2405.17604, eq. 2 of its first version). M starts at N(0, 1e-5).
 
-    Deviations: None known; M starts at N(0, 1e-5) as in the paper.
+    Deviations: S_r stands with U_r, as that version prints it for y = W x; the authors' code has it with V_r^T, and so
+    have they corrected the equation, to x W + x A R B.
 
     Choose when: grafts must be very small and independent of the model's width: r^2 numbers a site.
     """

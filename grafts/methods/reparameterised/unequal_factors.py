@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def lora_fa(
     r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", dropout: Dropout = 0.0, correct: int = 0
 ) -> tuple[Slot, ...]:
-    """LoRA with A random and frozen and B alone trained (Zhang et al. 2023, arXiv 2308.03303, section 3).
+    """LoRA with A random and frozen and B alone trained (Zhang et al. 2023, arXiv 2308.03303, section 3 of its first
+    version).
 
     With `correct` 1, B's gradient is that of the low-rank update nearest to the full gradient, (1 / s^2) (A A^T)^-1 dB,
     as in PEFT's optimiser. What is kept for the backward is A x [r] and not x. That saves less here than in the paper,

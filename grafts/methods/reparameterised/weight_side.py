@@ -20,7 +20,7 @@ _DEEPEST = 64
 
 def hira(r: Rank = 32, at: Projections = "linear") -> tuple[Slot, ...]:
     """dW = W * (B A), elementwise, so that a factor of low rank gives a change of high rank (Huang et al. 2025, ICLR,
-    OpenReview TwJrTz9cRS, section 3).
+    OpenReview TwJrTz9cRS, eq. 6).
 
     Deviations: None known beside PEFT's: no scale.
 

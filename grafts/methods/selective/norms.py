@@ -23,7 +23,7 @@ def ln_tuning(at: str = "norm.*") -> tuple[Slot, ...]:
     2312.11420, section 3).
 
     Deviations: A factor on w is trained in place of w, so that the same learning rate means another step; norms' biases
-    are not trained (`ssf(at=norm.*)` trains both).
+    are not trained (`ssf(at=norm.*)` trains both). The paper trains connector, embeddings and head as well.
 
     Choose when: the smallest change of all is to be tried, or beside another method, as in adapters' papers. It needs a
     high rate.
