@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from struct import Struct
 
@@ -63,7 +64,8 @@ class Function:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call that may be made any number of times: the function, where it lies, where what it takes lies, and where in
-    that the number of rows lies, which may be changed; 0 where it has none."""
+    that the number of rows lies, which may be changed, and where it is told of the next call of its function, so that
+    it fetches what that reads; 0 where it has none."""
 
     name: str
     jump: Callable[[int], None]
@@ -71,6 +73,7 @@ class Call:
     arguments: int
     keeps: object = field(repr=False)
     rows: int = 0
+    following: int = 0
 
     def __call__(self) -> None:
         self.jump(self.arguments)
@@ -81,6 +84,8 @@ class Calls:
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = tuple(calls)
+        for call, following in pairwise(call for call in calls if call.following):
+            ctypes.c_int64.from_address(call.following).value = following.arguments
         functions = array("q", [call.function for call in calls])
         arguments = array("q", [call.arguments for call in calls])
         run = function(Path(__file__).with_name("run.cpp"), "run", _RUN)

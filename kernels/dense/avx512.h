@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <array>
+
 #include "branches.h"
 
 namespace {
@@ -55,28 +57,21 @@ class Sums {
  private:
   using Add = void(const bf16 *, int64_t, const bf16 *, int64_t, float *, __mmask16, int64_t);
 
+  // Where rows are added in two turns, each fetches one tile of a strip, so that what is wanted comes evenly.
   void add_rows(int64_t from, int64_t to, const bf16 *left, int64_t stride, const bf16 *right, int64_t pairs,
                 int64_t ahead) const {
     const bool all = across_ == ACROSS && to - from <= NARROW;
     for (int64_t c = 0; c < across_; c += all ? ACROSS : STRIP)
       for (int64_t row = from; row < to; row += ROWS) {
-        const auto add = add_of(std::min(to - row, ROWS), all, ahead && row == from);
+        const auto fetched = !ahead ? 0 : to - from <= ROWS ? 3 : row == from ? 1 : 2;
+        const int64_t rows = std::min(to - row, ROWS);
+        Add *add = all ? panel[fetched > 0][rows - 1] : strip[fetched][rows - 1];
         add(left + (row - from) * stride, stride, right + c * TILE, pairs, sums_ + row * PANEL + c * SIDE, loaded_,
             ahead);
       }
   }
 
-  static Add *add_of(int64_t rows, bool all, bool fetches) {
-    static constexpr Add *panel[] = {add<1, ACROSS>, add<2, ACROSS>, add<3, ACROSS>, add<4, ACROSS>};
-    static constexpr Add *strip[] = {add<1, STRIP>, add<2, STRIP>, add<3, STRIP>, add<4, STRIP>,
-                                     add<5, STRIP>, add<6, STRIP>, add<7, STRIP>, add<8, STRIP>};
-    static constexpr Add *fetching[] = {add<1, ACROSS, true>, add<2, ACROSS, true>, add<3, ACROSS, true>,
-                                        add<4, ACROSS, true>, add<5, STRIP, true>,  add<6, STRIP, true>,
-                                        add<7, STRIP, true>,  add<8, STRIP, true>};
-    return (fetches && all == rows <= NARROW ? fetching : all ? panel : strip)[rows - 1];
-  }
-
-  template <int R, int C, bool FETCHES = false>
+  template <int R, int C, int FETCHED>
   static void add(const bf16 *left, int64_t stride, const bf16 *right, int64_t pairs, float *sums, __mmask16 loaded,
                   int64_t ahead) {
     __m512 s[R][C];
@@ -93,7 +88,7 @@ class Sums {
       for (int c = 0; c < C; c++) {
         const bf16 *from = right + c * TILE + pair * DEPTH;
         b[c] = (__m512bh)_mm512_load_si512(from);
-        if (FETCHES) _mm_prefetch(from + ahead, _MM_HINT_T1);
+        if (FETCHED >> c & 1) _mm_prefetch(from + ahead, _MM_HINT_T0);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
@@ -118,6 +113,17 @@ class Sums {
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) _mm512_store_ps(sums + r * PANEL + c * SIDE, s[r][c]);
   }
+
+  // By what is fetched, a bit for each tile, and by the number of rows.
+  static constexpr Add *panel[2][NARROW] = {
+      {add<1, ACROSS, 0>, add<2, ACROSS, 0>, add<3, ACROSS, 0>, add<4, ACROSS, 0>},
+      {add<1, ACROSS, ~0>, add<2, ACROSS, ~0>, add<3, ACROSS, ~0>, add<4, ACROSS, ~0>},
+  };
+  template <int FETCHED>
+  static constexpr std::array<Add *, ROWS> of_strip = {
+      add<1, STRIP, FETCHED>, add<2, STRIP, FETCHED>, add<3, STRIP, FETCHED>, add<4, STRIP, FETCHED>,
+      add<5, STRIP, FETCHED>, add<6, STRIP, FETCHED>, add<7, STRIP, FETCHED>, add<8, STRIP, FETCHED>};
+  static constexpr std::array<Add *, ROWS> strip[] = {of_strip<0>, of_strip<1>, of_strip<2>, of_strip<3>};
 
   float *sums_ = nullptr;
   int64_t rows_ = 0, across_ = 0;

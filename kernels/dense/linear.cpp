@@ -38,9 +38,22 @@ struct Call {
   int64_t member_count;
   bf16 *y;
   int64_t out_stride, branch_count, threads;
+  const Call *next;  // whose weights are wanted after these, or null
 
   const Branch *branches() const { return reinterpret_cast<const Branch *>(this + 1); }
   int64_t blocks() const { return tiles(rows, SIDE); }
+
+  // Of all panels, which threads have equal shares of.
+  int64_t parts() const {
+    const Member &last = members[member_count - 1];
+    return (last.panel + tiles(last.width, PANEL)) * PARTS;
+  }
+
+  // Where a thread begins.
+  const bf16 *first(int64_t thread, int64_t count) const {
+    const int64_t part = parts() * thread / count;
+    return W + part / PARTS * in * PANEL + part % PARTS * (ACROSS / PARTS) * TILE;
+  }
 };
 
 thread_local Scratch<bf16> hidden_scratch, ranks_scratch, panel_scratch;
@@ -84,12 +97,15 @@ class Product {
         chunk_(terms_at_a_time(call.in, call.blocks())),
         unfinished_(sums_scratch.get((chunk_ < call.in ? call.blocks() : 1) * SIDE * PANEL)) {}
 
-  // Columns [column, column + width) of y for blocks [begin, end), from panel p, of which they begin at tile t.
-  void compute(int64_t p, int64_t t, int64_t column, int64_t width, int64_t begin, int64_t end, Sums &sums) {
-    const auto &[x, stride, rows, in, W, layout, members, member_count, y, out_stride, branch_count, threads] = call_;
+  // Columns [column, column + width) of y for blocks [begin, end), from panel p, of which they begin at tile t; `wanted`
+  // is what the thread reads next.
+  void compute(int64_t p, int64_t t, int64_t column, int64_t width, int64_t begin, int64_t end, const bf16 *wanted,
+               Sums &sums) {
+    const auto &[x, stride, rows, in, W, layout, members, member_count, y, out_stride, branch_count, threads, next] =
+        call_;
     const int64_t across = tiles(width, DEPTH) * (DEPTH / SIDE);
     const bf16 *weights = layout == PANELS ? W + p * in * PANEL + t * TILE : pack(column, width);
-    const int64_t ahead = layout == PANELS && end - begin == 1 ? in * PANEL : 0;  // the next panel
+    const int64_t ahead = layout == PANELS && end - begin == 1 && wanted ? wanted - weights : 0;
     held_ = nullptr;
     for (int64_t k = 0; k < in; k += chunk_)
       for (int64_t b = begin; b < end; b++) {
@@ -121,7 +137,8 @@ class Product {
 
   // A panel of weights that lie plain.
   const bf16 *pack(int64_t column, int64_t width) const {
-    const auto &[x, stride, rows, in, W, layout, members, member_count, y, out_stride, branch_count, threads] = call_;
+    const auto &[x, stride, rows, in, W, layout, members, member_count, y, out_stride, branch_count, threads, next] =
+        call_;
     bf16 *panel = panel_scratch.get(in * PANEL);
     for (int64_t k = 0; k < in; k += DEPTH)
       if (layout == COLUMNS_OF_W) {
@@ -212,8 +229,7 @@ extern "C" void linear(const Call *given) {
   const Items items(call);
   bf16 *hidden = hidden_scratch.get(items.size);
   const int64_t count = items.all.size();
-  const Member &last_member = call.members[call.member_count - 1];
-  const int64_t parts = (last_member.panel + tiles(last_member.width, PANEL)) * PARTS;
+  const int64_t parts = call.parts();
   const int64_t used = call.rows * call.in * call.out_stride < ALONE ? 1 : call.threads;
 #pragma omp parallel num_threads(used)
   {
@@ -239,7 +255,9 @@ extern "C" void linear(const Call *given) {
       while (p >= m->panel + tiles(m->width, PANEL)) m++;
       const int64_t from = part % PARTS * (PANEL / PARTS), to = (stop - p * PARTS) * (PANEL / PARTS);
       const int64_t within = (p - m->panel) * PANEL + from, width = min(to - from, m->width - within);
-      if (width > 0) product.compute(p, from / SIDE, m->column + within, width, begin, end, sums);
+      const bf16 *wanted = call.next ? call.next->first(thread, threads) : nullptr;
+      if (stop < last) wanted = call.W + (p + 1) * call.in * PANEL;
+      if (width > 0) product.compute(p, from / SIDE, m->column + within, width, begin, end, wanted, sums);
       part = stop;
     }
   }

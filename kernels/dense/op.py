@@ -18,14 +18,13 @@ from polygraft.kernels.common.segments import Segments
 from polygraft.kernels.compiled.calls import Call
 from polygraft.kernels.dense.library import library
 from polygraft.kernels.dense.pages import LargePages
-from polygraft.kernels.dense.structures import BRANCH, Segment
+from polygraft.kernels.dense.structures import BRANCH, CALL, Segment
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")  # by their numbers in linear.cpp
 MASK_DERIVATIVE = ("identity", "relu")  # those whose derivative is 1 where their value is not 0
 ACROSS, SIDE, DEPTH = 4, 16, 32  # tiles across a panel, columns and terms of a tile
 PANEL = ACROSS * SIDE
 PANELS, ROWS, COLUMNS = range(3)  # layouts, by their numbers in linear.cpp
-_ROWS = 2  # where a call has its number of rows
 _PAGES = LargePages()
 
 
@@ -132,7 +131,8 @@ def ready(x_TI: Tensor, weights: Weights, work: Work, out_TO: Tensor) -> Call:
     address = ctypes.cast(compiled.linear, ctypes.c_void_p).value
     assert address is not None
     place, keeps = call.buffer_info()[0], (call, x_TI, weights, list(work), out_TO)
-    return Call("linear", compiled.linear, address, place, keeps, place + _ROWS * call.itemsize)
+    rows, following = (place + CALL.index(name) * call.itemsize for name in ("rows", "next"))
+    return Call("linear", compiled.linear, address, place, keeps, rows, following)
 
 
 def transposed(
@@ -209,7 +209,7 @@ def _arguments(x: Tensor, weights: Weights, branches: list[int], out: Tensor) ->
     assert x.dtype == torch.bfloat16 and terms == weights.in_features
     head = (x.data_ptr(), x.stride(0), rows, terms, weights.data.data_ptr(), weights.layout)
     members = (weights.table.buffer_info()[0], len(weights.places))
-    tail = (out.data_ptr(), weights.out_features, len(branches) // len(BRANCH), torch.get_num_threads())
+    tail = (out.data_ptr(), weights.out_features, len(branches) // len(BRANCH), torch.get_num_threads(), 0)
     return array("q", (*head, *members, *tail, *branches))  # ctypes' own arrays take ten times as long to fill
 
 

@@ -6,7 +6,7 @@ import ctypes
 
 CALL = (
     *("x", "stride", "rows", "in", "W", "layout", "members", "member_count"),
-    *("y", "out_stride", "branch_count", "threads"),
+    *("y", "out_stride", "branch_count", "threads", "next"),
 )
 MEMBER = ("panel", "column", "width")
 BRANCH = ("A", "B", "segments", "count", "from", "depth", "column", "width", "act", "kept", "mask")

@@ -45,6 +45,7 @@ using std::max, std::min;
 
 constexpr int64_t TOGETHER = 16;  // queries of one key head that read a tile of keys together
 constexpr int64_t AT_ONCE = 4;    // of them, those whose sums are in registers at a time
+constexpr int64_t READ = 1 << 17;  // bytes of keys and values that are read before they are used
 
 struct Item {  // rows [first, last) of a sequence and key heads [head, end)
   int64_t sequence, first, last, head, end;
@@ -66,7 +67,7 @@ struct Attention {
   const Paged &c;
   const Pages &pages = *c.pages;
   const int64_t *unseen = pages.unseen + c.layer * pages.unseen_stride;
-  static constexpr int64_t PER_WORD = 4 / sizeof(T);
+  static constexpr int64_t PER_WORD = 4 / sizeof(T), LINE = 64 / sizeof(T);
   int64_t width = c.kv_heads * c.head_dim, group = c.heads / c.kv_heads;
   int64_t words = tiles(c.head_dim, PER_WORD * LANES) * LANES;  // of a head, in whole vectors
   int64_t depth = tiles(c.head_dim, LANES) * LANES;
@@ -83,32 +84,39 @@ struct Attention {
     return static_cast<const T *>(c.cache) + (block * c.block + position % c.block) * 2 * width;
   }
 
-  // Keys and values of the tile at a position, on their way to the cache of this core.
-  void fetch(const Item &item, int64_t at, int64_t high) const {
-    const int64_t begin = item.head * c.head_dim, end = item.end * c.head_dim;
-    for (int64_t p = at; p < min(at + LANES, high); p++) {
-      const T *key = cached(item, p);
-      for (int64_t d = begin; d < end; d += 64 / sizeof(T)) {
-        _mm_prefetch(key + d, _MM_HINT_T0);
-        _mm_prefetch(key + width + d, _MM_HINT_T0);
-      }
+  // Positions, in whole tiles, whose keys and values are read at a time.
+  int64_t stretch(const Item &item) const {
+    return max(READ / (2 * (item.end - item.head) * c.head_dim * int64_t{sizeof(T)} * LANES), int64_t{1}) * LANES;
+  }
+
+  // Reads values, and keys before them, in the order in which they lie in memory, which the processor fetches by itself as
+  // fast as memory gives it. Asked to fetch what is used next it lost most of it: cold keys and values took as long.
+  void read(const Item &item, int64_t at, int64_t high, bool keys) const {
+    const int64_t begin = item.head * c.head_dim, end = item.end * c.head_dim, stop = min(at + stretch(item), high);
+    if ((end - begin) % LINE) return;  // the last line would end beyond the row
+    __m512i all = _mm512_setzero_si512();
+    for (int64_t p = at; p < stop; p++) {
+      const T *key = cached(item, p), *value = key + width;
+      for (int64_t d = begin; keys && d < end; d += LINE) all = _mm512_or_si512(all, _mm512_loadu_si512(key + d));
+      for (int64_t d = begin; d < end; d += LINE) all = _mm512_or_si512(all, _mm512_loadu_si512(value + d));
     }
+    asm volatile("" : : "v"(all));  // else the compiler leaves it out
   }
 
   void run(const Item &item) const {
     const int64_t queries = (item.last - item.first) * group, all = queries * (item.end - item.head);
     const int64_t low = from(item, item.first) / LANES * LANES, high = to(item, item.last - 1);
-    const int64_t span = tiles(high - low, LANES) * LANES;
+    const int64_t span = tiles(high - low, LANES) * LANES, ahead = stretch(item);
+    int64_t unread = low;
     uint32_t *q = query_scratch.get(all * words), *tile = key_scratch.get(words * LANES);
     float *scores = score_scratch.get(all * span), *sums = sum_scratch.get(all * depth);
-    fetch(item, low, high);
     for (int64_t i = 0; i < all; i++) {
       memset(q + i * words, 0, words * sizeof(uint32_t));
       memcpy(q + i * words, row_of<const T>(c.q, c.q_stride, item, i), c.head_dim * sizeof(T));
     }
     memset(sums, 0, all * depth * sizeof(float));
     for (int64_t at = low; at < high; at += LANES) {
-      fetch(item, at + LANES, high);
+      if (at == unread) read(item, at, high, true), unread += ahead;
       for (int64_t head = item.head; head < item.end; head++) {
         keys(item, head, at, min(LANES, high - at), tile);
         for (int64_t i = (head - item.head) * queries, n = i + queries; i < n; i++)
@@ -116,7 +124,9 @@ struct Attention {
       }
     }
     for (int64_t i = 0; i < all; i++) weigh(item, i, scores + i * span, low);
-    for (int64_t at = low; at < high; at += LANES)
+    unread = low + ahead;  // whose values are likely at hand
+    for (int64_t at = low; at < high; at += LANES) {
+      if (at == unread) read(item, at, high, false), unread += ahead;
       for (int64_t i = 0, n; i < all; i += n) {
         n = min(AT_ONCE, queries - i % queries);
         const float *weights = scores + i * span + at - low;
@@ -125,6 +135,7 @@ struct Attention {
         if (n == 2) add<2>(item, i, at, high, weights, span, sums + i * depth);
         if (n == 1) add<1>(item, i, at, high, weights, span, sums + i * depth);
       }
+    }
     for (int64_t i = 0; i < all; i++) {
       T *own = row_of<T>(c.out, c.out_stride, item, i);
       along(c.head_dim, [&](int64_t d, __mmask16 m) { store(own + d, load(sums + i * depth + d, m), m); });
