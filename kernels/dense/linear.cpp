@@ -49,7 +49,7 @@ struct Call {
     return (last.panel + tiles(last.width, PANEL)) * PARTS;
   }
 
-  // Where a thread begins.
+  // Where a thread begins to read packed panels.
   const bf16 *first(int64_t thread, int64_t count) const {
     const int64_t part = parts() * thread / count;
     return W + part / PARTS * in * PANEL + part % PARTS * (ACROSS / PARTS) * TILE;
