@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
+from polygraft.cluster.actors.place import ON_HEAD
 from polygraft.cluster.model import Search, StudyId
 from polygraft.cluster.settings import Settings
 from polygraft.cluster.store import keys
@@ -76,7 +77,7 @@ class RemoteDriver:
     """The actor and the one call of it."""
 
     def __init__(self, settings: Settings, url: str, search: Search, key: str) -> None:
-        options = ray.remote(SearchDriver).options(num_cpus=0, max_restarts=0)
+        options = ray.remote(SearchDriver).options(num_cpus=0, resources=ON_HEAD, max_restarts=0)
         self._actor = cast("ActorHandle[SearchDriver]", options.remote())
         self._call: ray.ObjectRef[Ended] = self._actor.run.remote(settings.told, search.id, url, key)
 

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from polygraft.cluster.actors.effects import Means
 from polygraft.cluster.actors.leader import Leader
+from polygraft.cluster.actors.place import ON_HEAD
 from polygraft.cluster.actors.watch import Watched
 from polygraft.cluster.settings import BadSettings, Settings, load
 from polygraft.cluster.store.connect import connect
@@ -78,6 +79,7 @@ def _lead(settings: Settings, scout: NodeScout) -> str:
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
+        resources=ON_HEAD,
         max_restarts=-1,
         max_concurrency=4,
     )
@@ -93,6 +95,7 @@ def _keep_searches(settings: Settings) -> None:
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
+        resources=ON_HEAD,
         max_restarts=-1,
     )
     options.remote(settings.told, f"http://127.0.0.1:{settings.port}")

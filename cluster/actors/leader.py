@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 
 from polygraft.cluster.actors.controller import Controller
 from polygraft.cluster.actors.effects import Means, RayEffects
+from polygraft.cluster.actors.place import ON_HEAD
 from polygraft.cluster.model import Limits
 from polygraft.cluster.store.connect import connect
 
@@ -23,7 +24,7 @@ SILENT_S = 120.0  # far above what a round takes: its packs end with it
 
 def start_leader(store_url: str, limits: Limits, means: Means, *, name: str) -> ActorHandle[Leader]:
     """A named actor that leads from its first moment on. Ray must be able to carry `means` to it."""
-    options = ray.remote(Leader).options(name=name, num_cpus=0, max_restarts=-1, max_concurrency=4)
+    options = ray.remote(Leader).options(name=name, num_cpus=0, resources=ON_HEAD, max_restarts=-1, max_concurrency=4)
     return cast(ActorHandle[Leader], options.remote(store_url, limits, means))
 
 

@@ -6,9 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from polygraft.cluster.actors.protocols import DEVICE
 from polygraft.cluster.model import DeviceKind
+
+# Where Serve's controller is. The head is the only node that is never drained, and one that Serve's proxy always
+# listens on; an actor without it is started again on any node, which Ray then never lets go.
+ON_HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
 
 
 @dataclass(frozen=True, slots=True)

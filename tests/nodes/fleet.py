@@ -23,6 +23,7 @@ import redis
 from openai.types.chat import ChatCompletionChunk
 from pydantic import JsonValue
 from ray import serve
+from ray._private.internal_api import node_stats
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
@@ -172,10 +173,16 @@ class Fleet:
         """Whether Ray has it for alive."""
         return any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes())
 
-    def node_of(self, actor: str) -> str:
-        """The node of Ray's actor whose name and namespace are both `actor`."""
-        handle = ray.get_actor(actor, namespace=actor)
-        return str(ray._private.state.actors(handle._actor_id.hex())["Address"]["NodeID"])
+    def actors(self, node: str) -> Counter[str]:
+        """The classes of the actors that Ray has there."""
+        found = ray._private.state.actors(actor_state_name="ALIVE").values()
+        return Counter(str(one["ActorClassName"]) for one in found if one["Address"]["NodeID"] == node)
+
+    def left_on(self, node: Node) -> tuple[Counter[str], str]:
+        """Why Ray may not let it go: its actors, and the objects that it holds."""
+        (there,) = [one for one in ray.nodes() if one["NodeID"] == node.node_id]
+        stats = node_stats(there["NodeManagerAddress"], there["NodeManagerPort"])
+        return self.actors(node.node_id), str(stats.store_stats)
 
     def published(self, jobs: Sequence[RemoteJob]) -> Counter[str]:
         """How often each of the jobs was published."""
