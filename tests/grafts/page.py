@@ -86,7 +86,6 @@ NEWER = frozenset(
 _IN_PEFT = {
     "bat": "miss/layer.py",
     "bdlora": "lora/variants.py",
-    "beft": "beft/layer.py",
     "cpt": "cpt/model.py",
     "deft": "deft/layer.py",
     "frod": "frod/layer.py",
@@ -99,7 +98,6 @@ _IN_PEFT = {
     "unilora": "unilora/layer.py",
 }
 _IN_SURVEY = {
-    "bitfit": "III-B",
     "fishmask": "III-B",
     "idpg": "III-A2",
     "kadaptation": "III-C",
@@ -127,13 +125,12 @@ NUMBERLESS = frozenset(_NUMBERLESS.split())
 _ADAPTERS = "adapter-drop averaged-adapters binary-adapter fusion hypernet-adapter pfeiffer propetl"
 _PROMPTS = "cpt dept dpt idpg ipt lpt mpt smop spot"
 _MASKS = "child-tuning diff-pruning fishmask lt-sft moved-rows moving-mask pafi s-bitfit shira"
-_LORAS = "eva lora-fa lora-ga lora-plus olora orthogonal rslora"
+_LORAS = "eva lora-fa lora-plus olora orthogonal rslora"
 SURVEY: Mapping[str, str] = {
     **dict.fromkeys((*_ADAPTERS.split(), "sparse-adapter"), "eq. 7, of adapters"),
     **dict.fromkeys(_PROMPTS.split(), "eq. 8, of soft prompts"),
     **dict.fromkeys(_MASKS.split(), "eq. 11, of a mask over the weights"),
     **dict.fromkeys(_LORAS.split(), "eq. 12, of LoRA"),
-    "bitfit": "eq. 11, with a mask that selects the biases",
     "hiwi": "eq. 15",
     "ia3": "eqs. 9 and 10",
     "job-gated-experts": "eq. 12, of LoRA",

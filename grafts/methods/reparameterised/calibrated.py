@@ -50,10 +50,10 @@ def corda(r: Rank = 8, alpha: Alpha = 8.0, at: Projections = "linear", mode: str
 def lora_ga(r: Rank = 8, alpha: Alpha = 16.0, at: Projections = "linear", gamma: float = 16.0) -> tuple[Slot, ...]:
     """LoRA that starts along the first gradient: dL/dW = U S V^T, A0 takes the first r right vectors, B0 the next r
     left ones, both times d_out^(1/4) / gamma^(1/2), with the scale alpha / sqrt(r) (Wang et al. 2024, arXiv 2407.05000,
-    algorithm 1).
+    algorithm 1, which minimises eq. 3).
 
     Deviations: B0 A0 is kept out of W by a frozen branch, as W is shared. The gradient is that of the job's first
-    samples.
+    samples. The factor is algorithm 1's; the text of v2 has it without the root of gamma, a slip by an author's word.
 
     Choose when: LoRA converges too slowly; its start costs a gradient of every W and an SVD of it.
     """

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 def said(d: Count = 1000, at: Projections = "linear", seed: int = 0) -> tuple[Slot, ...]:
     """Intrinsic dimension, structure-aware: all of the sites' dW are one random projection of one trained vector z [d],
-    each with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, section 3).
+    each with a factor of its own, vec(dW) = l P z (Aghajanyan et al. 2021, arXiv 2012.13255, eq. 2 and
+    3).
 
     Deviations: P is a Fastfood transform for each site by itself, from a seed and the site's name; the paper has one
-    over all parameters and a factor for each layer.
+    over all parameters and a factor for each layer, whose number it takes out of d, where ours come on top. Rows of P
+    are normalised here, which eq. 2 does not say.
 
     Choose when: you want to know how few numbers a task needs. A dense dW is made at each site in every step.
     """

@@ -8,10 +8,10 @@ from polygraft.grafts.spec import Affine, Slot
 
 def bitfit(at: Projections = "linear") -> tuple[Slot, ...]:
     """Only biases are trained, y + b; where a projection has none, a zero one is added (Ben Zaken et al. 2022, arXiv
-    2106.10199).
+    2106.10199, eq. 1 to 5 without the queries, keys and values, which have no number).
 
     Deviations: By default biases of the projections, where the paper trains those of the norms, too:
-    `bitfit(at=linear|norm.*)`. On backbones without biases they are new numbers.
+    `bitfit(at=linear|norm.*)`, and the classifier. On backbones without biases they are new numbers.
 
     Choose when: a graft must be tiny and merge. It does less on large decoders than on the paper's BERT.
     """
@@ -19,7 +19,8 @@ def bitfit(at: Projections = "linear") -> tuple[Slot, ...]:
 
 
 def beft(at: str = "attn.v") -> tuple[Slot, ...]:
-    """Only the biases of the value projections are trained (Huang et al. 2025, arXiv 2509.15974).
+    """Only the biases of the value projections are trained, a (V + b) = a V + b behind attention's weights a (Huang et
+    al. 2025, arXiv 2509.15974, eq. 1).
 
     Deviations: None known.
 

@@ -32,7 +32,7 @@ def ln_tuning(at: str = "norm.*") -> tuple[Slot, ...]:
 
 
 def ssf(at: str = "linear|norm.*") -> tuple[Slot, ...]:
-    """Every operation's output is scaled and shifted, y = g y + b (Lian et al. 2022, arXiv 2210.08823, section 3).
+    """Every operation's output is scaled and shifted, y = g y + b (Lian et al. 2022, arXiv 2210.08823, eq. 4).
 
     Deviations: At projections and norms; the paper's vision model has it after its patch embedding, too.
 

@@ -44,7 +44,8 @@ def supertuning(
 
     `sparsity` is the share that is not trained; alpha is 2 r where 0.
 
-    Deviations: Held against PEFT and not against the paper's text.
+    Deviations: Held against PEFT and not against the paper's text. By the authors' README Super's own score of an entry
+    is |W| times the norm of what it multiplies; |W| alone is its baseline.
 
     Choose when: PEFT's folders of it are to be served, or `pafi` is to be tried from the other end.
     """
