@@ -50,6 +50,7 @@ class Ahead:
         its id; `over` gives the ids of the newest jobs that have ended."""
         self.study = study
         self.ended: str | None = None  # why nothing more is asked
+        self.jobs: dict[int, str] = {}  # of the trials that run, by number, where they are known
         self.limit = plan.trials
         self._name, self._plan, self._on_trial, self._clock = name, plan, on_trial, clock
         self._begin, self._over = begin, over
@@ -88,7 +89,12 @@ class Ahead:
 
     def put_back(self, taken: Begun) -> None:
         """Its actor goes to another trial, and the driver renews its lease again."""
-        self._waiting.append(Begun(taken.trial, taken.body, self._begin(taken.trial.number, taken.body)))
+        self._wait(taken.trial, taken.body)
+
+    def forget(self, number: int) -> None:
+        """The trial has been told."""
+        self.jobs.pop(number, None)
+        self._waiting = deque(one for one in self._waiting if one.trial.number != number)
 
     def one_is_over(self) -> bool:
         """Whether the job of a trial that nobody has taken has ended, as far as was seen a moment ago."""
@@ -112,4 +118,10 @@ class Ahead:
             learning_rate=trial.candidate.learning_rate,
             rung=self._plan.rung(trial, self.study.trials),
         )
-        self._waiting.append(Begun(trial, body, self._begin(trial.number, body)))
+        self._wait(trial, body)
+
+    def _wait(self, trial: Trial, body: Mapping[str, JsonValue]) -> None:
+        job = self._begin(trial.number, body)
+        self._waiting.append(Begun(trial, body, job))
+        if job is not None:
+            self.jobs[trial.number] = job

@@ -20,24 +20,22 @@ from ray.tune.search import Searcher
 from polygraft.cluster.scores import UNSCORED, Scores
 from polygraft.tuning.ahead import Ahead, Begun, OnTrial
 from polygraft.tuning.plan import SearchPlan
-from polygraft.tuning.pruners.choose import pruner
-from polygraft.tuning.pruners.watch import Watch
+from polygraft.tuning.stops import Stops
 from polygraft.tuning.study import Failure, Outcome, Result, Stopped, Study, Trial, TrialState
 
 
 class StudySearcher(Searcher):
     """Answers Tune's questions from the study, and tells the study what Tune saw."""
 
-    def __init__(self, ahead: Ahead, plan: SearchPlan, on_trial: OnTrial) -> None:
+    def __init__(self, ahead: Ahead, plan: SearchPlan, on_trial: OnTrial, stops: Stops | None = None) -> None:
+        """`stops` where a pruner may stop trials."""
         super().__init__()
         self.study: Study = ahead.study
         self.error: Exception | None = None
         self.ahead, self._plan, self._on_trial = ahead, plan, on_trial
         self._taken: dict[str, Begun] = {}
-        self._stopped: dict[int, Stopped] = {}
-        judge = pruner(plan.pruner)
-        known = {trial.candidate.peft: plan.known(trial.candidate.peft) for trial in self.study.trials}
-        self._watch = None if judge is None else Watch(judge, self.study.trials, known)
+        self._stops = stops
+        self._stopped: dict[int, Stopped] = {}  # whose actor has not left it yet
 
     @property
     def told(self) -> int:
@@ -49,11 +47,7 @@ class StudySearcher(Searcher):
         return self.told == len(self.study.trials) >= self.ahead.limit
 
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
-        try:
-            self.ahead.fill()
-        except Exception as error:
-            self.error = error
-            raise
+        self._fill()
         taken = self.ahead.take()
         if taken is None:
             return None if self.ahead.left else Searcher.FINISHED  # None: Tune asks again
@@ -61,21 +55,20 @@ class StudySearcher(Searcher):
         return {"number": taken.trial.number, "body": taken.body}
 
     def goes_on(self, trial_id: str, result: Mapping[str, object]) -> bool:
-        """Whether the actor of a trial that goes on stays with it: not where a pruner stops it, and where nobody may be
-        stopped, not while the job of another one is over that no actor speaks for."""
+        """Whether the actor of a trial that goes on stays with it: not where the pruner stops it, nor while the job of
+        another one is over that no actor speaks for. Trials without an actor that the pruner stops are told at once."""
         self.ahead.renew()
-        if self._watch is None:
-            moves = self.ahead.one_is_over()
-            if moves:
-                self.ahead.put_back(self._taken.pop(trial_id))
-            return not moves
-        number = self._taken[trial_id].trial.number
-        stopped = self._judged(number, result)
-        if stopped is None:
-            return True
-        job = result.get("job")
-        self._stopped[number] = replace(stopped, job=None if job is None else str(job))
-        return False
+        own = self._taken[trial_id].trial.number
+        if (job := result.get("job")) is not None:
+            self.ahead.jobs[own] = str(job)
+        if self._stops is not None:
+            self._stop(own)
+        if own in self._stopped:
+            return False
+        moves = self.ahead.one_is_over()
+        if moves:
+            self.ahead.put_back(self._taken.pop(trial_id))
+        return not moves
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         if trial_id not in self._taken:  # it was put back, and is told when an actor comes to it again
@@ -85,32 +78,44 @@ class StudySearcher(Searcher):
             return
         if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
             raise self.error
+        self._tell(number, self._outcome(number, None if error else result))
+
+    def _stop(self, own: int) -> None:
+        """What the pruner stops now, but for the trial `own`, whose actor has to leave it first; others are begun in
+        their place."""
+        assert self._stops is not None
+        for number, stopped in self._stops.look(self.study.trials, self.ahead.jobs).items():
+            if number == own:
+                self._stopped[number] = stopped
+            else:
+                self._tell(number, stopped)
+                self._fill()
+
+    def _tell(self, number: int, outcome: Outcome) -> None:
         try:
-            trial = self.study.tell(number, self._outcome(number, None if error else result))
+            trial = self.study.tell(number, outcome)
         except Exception as failed:
             self.error = failed
             raise
-        if self._watch is not None:
-            self._watch.ended(trial)
+        self.ahead.forget(number)
+        if self._stops is not None:
+            self._stops.told(trial)
         self._on_trial(trial)
 
-    def _judged(self, number: int, result: Mapping[str, object]) -> Stopped | None:
-        """What the pruner says to the losses of a report, pairs of step and loss."""
-        losses, total = result.get("losses"), result.get("steps_total")
-        if self._watch is None or not isinstance(losses, list) or not isinstance(total, int):
-            return None
-        trial = self.study.trials[number]
-        by_step = {int(step): float(loss) for step, loss in losses}
-        return self._watch.judge(trial, self._plan.known(trial.candidate.peft), by_step, total)
+    def _fill(self) -> None:
+        try:
+            self.ahead.fill()
+        except Exception as error:
+            self.error = error
+            raise
 
     def _outcome(self, number: int, result: Mapping[str, object] | None) -> Outcome:
         if number in self._stopped and result is not None:
-            return self._stopped[number]
-        if self._watch is not None and result is not None:
-            self._judged(number, result)  # of the last report only the losses count
-        outcome = _outcome(self._plan, self.study.trials[number], result)
-        if isinstance(outcome, Result) and self._watch is not None:
-            return replace(outcome, curve=self._watch.curve(number))
+            return self._stopped.pop(number)
+        trial = self.study.trials[number]
+        outcome = _outcome(self._plan, trial, result)
+        if isinstance(outcome, Result) and outcome.job is not None and self._stops is not None:
+            return replace(outcome, curve=self._stops.curve(trial, outcome.job))
         return outcome
 
     def save(self, checkpoint_path: str) -> None:

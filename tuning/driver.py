@@ -23,11 +23,14 @@ from polygraft.cluster.store.base import Store
 from polygraft.tuning.ahead import LEASE_S, Ahead, OnTrial
 from polygraft.tuning.owned import submitted
 from polygraft.tuning.plan import SearchPlan
+from polygraft.tuning.pruners.choose import pruner
+from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.record import open_study
-from polygraft.tuning.study import Trial
+from polygraft.tuning.stops import Jobs, Stops
+from polygraft.tuning.study import Study, Trial
 from polygraft.tuning.terms import CALL_S, Access, Terms
 
-ACTORS = 1  # that sees how jobs go which nobody may stop: each is a process, whose imports alone are seconds of a core
+ACTORS = 1  # that sees how jobs go: each is a process, whose imports alone are seconds of a core
 NEWEST = 100  # jobs, of one request, among which those that are over are looked for; older ones are told in their turn
 
 
@@ -65,9 +68,7 @@ def search(  # noqa: PLR0913
     """
     name = study or new_study_id()
     opened = open_study(store, name, plan, tenant=tenant, clock=clock)
-    watched = plan.pruner != "none"  # a trial that may be stopped needs an actor of its own, as long as it trains
-    at_once = plan.concurrency if watched else min(plan.concurrency, ACTORS)
-    terms = Terms(name, plan.lease_s, losses=watched, at_once=at_once)
+    terms = Terms(name, plan.lease_s)
     with Client(access.url, access.key, timeout_s=CALL_S) as client:
         over = partial(_over, client, min(2 * plan.concurrency, NEWEST))
         ahead = Ahead(name, opened, plan, on_trial, partial(_begin, client, terms), over)
@@ -76,13 +77,22 @@ def search(  # noqa: PLR0913
             from polygraft.tuning.bridge import StudySearcher, fit  # Ray Tune, a second of a core, while jobs train
             from polygraft.tuning.trial import trials_of
 
-            bridge = StudySearcher(ahead, plan, on_trial)
-            fit(trials_of(name, access, terms), bridge, folder / name, at_once=at_once)
+            bridge = StudySearcher(ahead, plan, on_trial, stops_of(plan, opened, client))
+            fit(trials_of(name, access, terms), bridge, folder / name, at_once=ACTORS)
             if not bridge.finished:
                 raise Interrupted(
                     f"the search was stopped after {bridge.told} of {plan.trials} trials; run it again to go on"
                 )
     return StudyResult(name, opened.trials, opened.front, ahead.ended)
+
+
+def stops_of(plan: SearchPlan, study: Study, jobs: Jobs, clock: Callable[[], float] = time.monotonic) -> Stops | None:
+    """As the plan's pruner says."""
+    judge = pruner(plan.pruner)
+    if judge is None:
+        return None
+    known = {trial.candidate.peft: plan.known(trial.candidate.peft) for trial in study.trials}
+    return Stops(Watch(judge, study.trials, known), plan, jobs, clock)
 
 
 def _begin(client: Client, terms: Terms, number: int, body: Mapping[str, JsonValue]) -> str | None:

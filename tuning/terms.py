@@ -18,10 +18,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all trials of a study have in common: the lease of their jobs, whether they report training losses, and how
-    many there are at once."""
+    """What all trials of a study have in common: the lease of their jobs."""
 
     study: str
     lease_s: float
-    losses: bool
-    at_once: int = 1

@@ -2,15 +2,15 @@
 reports how it goes.
 
 The job's owner is the trial. Its steps renew the owner's lease, so a trial that is killed, or whose driver is, leaves a
-job that the service cancels by itself. It imports next to nothing and looks seldom, since every trial at once is a
-process that does: the work is in the pack, and what a plan is made of in the driver.
+job that the service cancels by itself. One that leaves its trial leaves the job as it is: another actor comes to it, or
+the driver has cancelled it. It imports next to nothing, since it is a process: the work is in the pack, and what a plan
+is made of in the driver.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from secrets import token_hex
 
 from pydantic import JsonValue
@@ -23,7 +23,6 @@ from polygraft.tuning.owned import submitted
 from polygraft.tuning.terms import CALL_S, Access, Terms
 
 POLL_S = 0.5  # between two looks at a job, at least
-_LOOKS_A_S = 8.0  # of all trials at once, at most: each costs the service's processes some milliseconds
 _SHARE = 0.05  # of the time that a trial runs already, by which what happens to its job may be seen too late
 _PASSING = (0, 429, 503)  # statuses that say "not now": no answer, too many, a dependency is down
 
@@ -48,7 +47,6 @@ class JobTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, object]) -> bool:
         """The same actor for another trial."""
-        self._leave()
         self._begin(new_config)
         return True
 
@@ -71,7 +69,6 @@ class JobTrial(tune.Trainable):
         return {"done": False, **self._facts()}
 
     def cleanup(self) -> None:
-        self._leave()
         self._client.close()
 
     def _begin(self, config: dict[str, object]) -> None:
@@ -80,15 +77,13 @@ class JobTrial(tune.Trainable):
         self._body: Mapping[str, JsonValue] = body
         self._name = str(config["number"])
         self._job: RemoteJob | None = None
-        self._told_step = 0
         self._begun_at = self._heard_at = self._renewed_at = time.monotonic()  # heard: the service last answered
 
     def _pause_s(self, job: RemoteJob) -> float:
         """Until the next look: the longer the trial runs and has to run, the longer."""
         so_far, steps = time.monotonic() - self._begun_at, job.steps_total or 0
         left = so_far * (steps / job.step - 1) if job.step else so_far
-        least = max(POLL_S, self._terms.at_once / _LOOKS_A_S)
-        return min(max(least, min(_SHARE * so_far, left / 2)), self._terms.lease_s / 6)
+        return min(max(POLL_S, min(_SHARE * so_far, left / 2)), self._terms.lease_s / 6)
 
     def _look(self) -> None:
         """Submit the job, or see how it is; renew its lease when a third of it is over."""
@@ -106,14 +101,6 @@ class JobTrial(tune.Trainable):
         terms = self._terms
         return submitted(self._client, self._body, study=terms.study, name=self._name, lease_s=terms.lease_s)
 
-    def _leave(self) -> None:
-        """Cancel the job if it is not over; where that fails, its lease runs out. One that nobody may stop goes on,
-        and an actor comes to it again, or its lease runs out."""
-        job, self._job = self._job, None
-        if job is not None and not job.final and self._terms.losses:
-            with suppress(ApiFailure, ServiceNotRunning):
-                self._client.cancel(job.id)
-
     def _late(self) -> bool:
         """Whether the service was silent for so long that the job's lease is over."""
         return time.monotonic() - self._heard_at > self._terms.lease_s
@@ -123,24 +110,7 @@ class JobTrial(tune.Trainable):
         if job is None:
             return {"progress": 0.0, "job": None}
         share = 1.0 if job.final else min(1.0, job.step / (job.steps_total or 1))
-        facts: dict[str, JsonValue] = {"progress": share, "job": job.id}
-        if self._terms.losses and job.steps_total:
-            facts |= {"losses": self._new_losses(job.id), "steps_total": job.steps_total}
-        return facts
-
-    def _new_losses(self, job: str) -> list[JsonValue]:
-        """[step, training loss] of the steps since the last report; none when the service does not answer now."""
-        found: dict[int, float] = {}
-        with suppress(ApiFailure, ServiceNotRunning):
-            for event in self._client.events(job):  # newest first
-                data = event.data or {}
-                step, loss = data.get("step"), data.get("loss")
-                if event.type == "metrics" and isinstance(step, int) and isinstance(loss, float):
-                    if step <= self._told_step:
-                        break
-                    found[step] = loss
-        self._told_step = max(found, default=self._told_step)
-        return [[step, loss] for step, loss in sorted(found.items())]
+        return {"progress": share, "job": job.id}
 
 
 def trials_of(study: str, access: Access, terms: Terms) -> type[tune.Trainable]:

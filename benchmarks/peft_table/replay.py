@@ -194,7 +194,8 @@ class Replay:
         curve: tuple[float, ...] = ()
         if self._watch is not None:
             known = tuple(v for o, v in zip(self.study.objectives, values, strict=True) if o.known)
-            stopped = self._watch.judge(running.trial, known, dict(enumerate(losses.tolist(), before + 1)), total)
+            self._watch.see(running.trial, known, dict(enumerate(losses.tolist(), before + 1)), total)
+            stopped = self._watch.judge(running.trial, total)
             if stopped is not None:
                 return stopped
             curve = self._watch.curve(running.trial.number)

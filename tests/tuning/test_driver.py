@@ -15,7 +15,9 @@ from pydantic import JsonValue
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
+from polygraft.cluster.answers import JobEvent, RemoteJob
 from polygraft.cluster.scores import Scores
+from polygraft.cluster.service import ServiceNotRunning
 from polygraft.tuning.ahead import LEASE_S, LOOK_S, Ahead
 from polygraft.tuning.bridge import StudyScheduler, StudySearcher
 from polygraft.tuning.objectives import Limit
@@ -219,42 +221,88 @@ def test_nothing_of_the_study_goes_into_the_files_that_tune_writes() -> None:
     assert pickle.loads(pickle.dumps(bridge_of())).__dict__ == {}
 
 
-def watched_bridge(seen: list[Trial]) -> StudySearcher:
-    plan = replace(PLAN, pruner="halving", minimise=("loss",))
+class Training:
+    """A service whose jobs are `at` a step of nine, each with one loss all the way."""
+
+    def __init__(self, *losses: float) -> None:
+        self.losses, self.at, self.cancelled = losses, 1, list[str]()
+
+    def job(self, job: str) -> RemoteJob:
+        status = "running" if self.at < 9 else "succeeded"
+        return RemoteJob(id=job, status=status, model="m", created_at=0, step=self.at, steps_total=9)
+
+    def events(self, job: str) -> list[JobEvent]:
+        loss = self.losses[int(job.partition("-")[2])]
+        said = {"created_at": 0, "level": "info", "message": "", "type": "metrics"}
+        return [
+            JobEvent.model_validate({"id": f"{job}-{step}", **said, "data": {"step": step, "loss": loss}})
+            for step in range(self.at, 0, -1)
+        ]
+
+    def cancel(self, job: str) -> None:
+        self.cancelled.append(job)
+
+
+def watched_bridge(seen: list[Trial], service: Training, *, trials: int = 4) -> StudySearcher:
+    plan = replace(PLAN, pruner="halving", minimise=("loss",), trials=trials, concurrency=4)
     study = Study(plan.space, plan.objectives, plan.sampler)
-    return bridged(study, plan, seen.append)
+    return bridged(study, plan, seen.append, jobs=service)
 
 
-def report(loss: float, *, until: int, done: bool = False) -> dict[str, object]:
-    losses = [[step, loss] for step in range(1, until + 1)]
-    return {"losses": losses, "steps_total": 9, "job": "ftjob-7", "done": done, "progress": until / 9}
-
-
-def test_a_trial_behind_the_others_is_stopped_and_told_as_stopped() -> None:
+def test_one_actor_speaks_for_all_trials_and_those_behind_the_others_are_stopped_and_told() -> None:
     seen: list[Trial] = []
-    bridge = watched_bridge(seen)
-    for name in "abcd":
-        bridge.suggest(name)
-    scheduler = StudyScheduler(bridge)
-    decisions = [
-        scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), report(loss, until=1))  # type: ignore[arg-type]
-        for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0), ("d", 0.5))
-    ]
-    assert decisions == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
-    bridge.on_trial_complete("c", {**report(3.0, until=1), "done": True})
+    service = Training(0.5, 2.0, 3.0, 0.6, 9.0)
+    bridge = watched_bridge(seen, service, trials=5)
+    bridge.suggest("a")
+    decision = StudyScheduler(bridge).on_trial_result(
+        None,
+        SimpleNamespace(trial_id="a"),  # type: ignore[arg-type]
+        {"progress": 0.1, "job": "ftjob-0"},
+    )
+    assert decision == "CONTINUE"
     outcome = bridge.study.trials[2].outcome
     assert isinstance(outcome, Stopped)
-    assert (outcome.step, outcome.steps_total, outcome.loss, outcome.job) == (1, 9, 3.0, "ftjob-7")
-    assert bridge.study.trials[2].state is TrialState.STOPPED and seen[-1] == bridge.study.trials[2]
+    assert (outcome.step, outcome.steps_total, outcome.loss, outcome.job) == (1, 9, 3.0, "ftjob-2")
+    assert bridge.study.trials[2] in seen and service.cancelled == ["ftjob-1", "ftjob-2", "ftjob-3"]
+    assert [trial.number for trial in bridge.study.trials if trial.state is TrialState.RUNNING] == [0, 4], "another one"
+
+
+def test_an_actor_leaves_its_own_trial_when_that_is_stopped() -> None:
+    service = Training(3.0, 2.0, 1.0, 0.5)
+    bridge = watched_bridge([], service)
+    bridge.suggest("a")
+    service.at = 0
+    assert bridge.goes_on("a", {"progress": 0.0, "job": "ftjob-0"})
+    service.at = 3
+    decisions = [bridge.goes_on("a", {"progress": 0.4, "job": "ftjob-0"}) for _ in range(2)]
+    assert decisions[-1] is False and "ftjob-0" not in service.cancelled, "it is cancelled when the study knows"
+    bridge.on_trial_complete("a", {"progress": 0.4, "job": "ftjob-0", "done": True})
+    assert isinstance(bridge.study.trials[0].outcome, Stopped) and "ftjob-0" in service.cancelled
+
+
+def test_a_service_that_does_not_answer_stops_nobody() -> None:
+    class Silent(Training):
+        def job(self, job: str) -> RemoteJob:
+            raise ServiceNotRunning("down")
+
+    bridge = watched_bridge([], Silent(1.0, 2.0, 3.0, 0.5))
+    bridge.suggest("a")
+    assert bridge.goes_on("a", {"progress": 0.1, "job": "ftjob-0"})
+    bridge.on_trial_complete("a", {**DONE, "job": "ftjob-0"})
+    outcome = bridge.study.trials[0].outcome
+    assert isinstance(outcome, Result) and not outcome.curve
 
 
 def test_a_trial_that_ends_keeps_its_curve_in_the_record() -> None:
-    bridge = watched_bridge([])
+    service = Training(2.0, 2.0, 2.0, 2.0)
+    bridge = watched_bridge([], service)
     bridge.suggest("a")
-    assert bridge.goes_on("a", report(2.0, until=3))
-    bridge.on_trial_complete("a", {**DONE, **report(1.0, until=9, done=True)})
+    service.at = 3
+    assert bridge.goes_on("a", {"progress": 0.3, "job": "ftjob-0"})
+    service.at = 9
+    bridge.on_trial_complete("a", {**DONE, "job": "ftjob-0"})
     outcome = bridge.study.trials[0].outcome
-    assert isinstance(outcome, Result) and len(outcome.curve) == 3
+    assert isinstance(outcome, Result) and outcome.curve == (2.0, 2.0, 2.0)
 
 
 def test_a_driver_that_needs_neither_optuna_nor_scipy_asks_for_its_first_trial_without_them() -> None:

@@ -38,7 +38,8 @@ def run(rule: Pruner, levels: list[float], known: Callable[[int], tuple[float, .
         stopped, step = None, 0
         while stopped is None and step < STEPS:
             losses = {step + i: loss_at(step + i, level) for i in (1, 2, 3)}
-            stopped, step = watch.judge(trial_of(number), known(number), losses, STEPS), step + 3
+            watch.see(trial_of(number), known(number), losses, STEPS)
+            stopped, step = watch.judge(trial_of(number), STEPS), step + 3
         curve = watch.curve(number)
         ended.append(trial_of(number, stopped or Result(values=(level,), curve=curve)))
         watch.ended(ended[-1])
@@ -212,12 +213,25 @@ def test_a_driver_that_starts_again_goes_on_from_the_curves_in_the_record() -> N
     ended = run(EarlyExit(), levels)
     again = Watch(EarlyExit(), ended[:5], {})
     losses = {step: loss_at(step, levels[5]) for step in range(1, STEPS)}
-    assert again.judge(trial_of(5), (), losses, STEPS) == ended[5].outcome
+    again.see(trial_of(5), (), losses, STEPS)
+    assert again.judge(trial_of(5), STEPS) == ended[5].outcome
+
+
+def test_trials_that_come_to_a_look_together_are_judged_beside_all_of_them() -> None:
+    watch = Watch(Halving(), (), {})
+    trials = [trial_of(number) for number in range(3)]
+    for trial, level in zip(trials, (3.0, 2.0, 1.0), strict=True):
+        watch.see(trial, (), dict.fromkeys(range(1, 31), level), STEPS)
+    assert all(watch.due(trial.number, 30, STEPS) for trial in trials)
+    stopped = [watch.judge(trial, STEPS) for trial in trials]
+    assert [one and one.step for one in stopped] == [10, 10, None], "the first to be judged, too, at its first look"
+    assert stopped[0] is not None and stopped[0].curve == (3.0,)
+    assert not watch.due(2, 30, STEPS) and watch.due(2, STEPS, STEPS)
 
 
 def test_a_failed_trial_leaves_no_curve_to_be_compared_with() -> None:
     watch = Watch(Halving(), (), {})
-    watch.judge(trial_of(0), (), dict.fromkeys(range(1, 31), 1.0), STEPS)
+    watch.see(trial_of(0), (), dict.fromkeys(range(1, 31), 1.0), STEPS)
     assert watch.curve(0) == (1.0, 1.0)
     watch.ended(trial_of(0, Failure(reason="lost")))
     assert watch.curve(0) == ()

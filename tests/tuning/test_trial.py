@@ -22,13 +22,12 @@ PLAN = plan_of(lease_s=5)
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_S", 0.02)
-    monkeypatch.setattr(module, "_LOOKS_A_S", 1000.0)
 
 
-def begun(service: StandIn, number: int = 0, *, key: str = KEY, watched: bool = False) -> JobTrial:
+def begun(service: StandIn, number: int = 0, *, key: str = KEY) -> JobTrial:
     """As Tune makes it in an actor, but for Tune's own folders."""
     trial = JobTrial.__new__(JobTrial)
-    terms = Terms("study-1", PLAN.lease_s, losses=watched)
+    terms = Terms("study-1", PLAN.lease_s)
     trial.setup(config_of(number), access=Access(service.url, key), terms=terms)
     return trial
 
@@ -70,17 +69,7 @@ def test_a_trial_reports_how_far_its_job_is_and_what_came_of_it() -> None:
         ]
 
 
-def test_a_trial_that_is_stopped_cancels_its_job_and_a_finished_one_stays() -> None:
-    with served(0.3) as service:
-        trial = begun(service, watched=True)
-        last(trial)
-        assert trial.reset_config(config_of(1))
-        trial.step()
-        trial.cleanup()
-        assert [service.status(service.of_trial(number)) for number in (0, 1)] == ["succeeded", "cancelled"]
-
-
-def test_the_job_of_a_trial_that_nobody_may_stop_goes_on_when_its_actor_goes_to_another() -> None:
+def test_the_job_of_a_trial_goes_on_when_its_actor_goes_to_another() -> None:
     with served(60) as service:
         trial = begun(service)
         trial.step()
@@ -119,20 +108,19 @@ def test_the_lease_is_renewed_while_the_trial_is_stepped_and_runs_out_when_it_is
         assert job.status(job.lease_until - 0.1) == "running" and job.status(job.lease_until + 0.1) == "cancelled"
 
 
-def test_a_trial_looks_the_more_seldom_the_longer_it_runs_and_has_to_run_and_the_more_there_are(
+def test_a_trial_looks_the_more_seldom_the_longer_it_runs_and_has_to_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "_LOOKS_A_S", 8.0)
     monkeypatch.setattr(module, "POLL_S", 1.0)
 
-    def pause(at: float, step: int, *, at_once: int = 1, lease_s: float = 600.0) -> float:
+    def pause(at: float, step: int, *, lease_s: float = 600.0) -> float:
         clock.now = 0.0
         trial = begun(service)
         trial.step()
         assert trial._job is not None
-        trial._terms = Terms("study-1", lease_s, losses=False, at_once=at_once)
+        trial._terms = Terms("study-1", lease_s)
         clock.now = at
         return trial._pause_s(trial._job.model_copy(update={"step": step, "steps_total": 100}))
 
@@ -144,7 +132,7 @@ def test_a_trial_looks_the_more_seldom_the_longer_it_runs_and_has_to_run_and_the
             pytest.approx(2.0, abs=0.1),
             1,
         ]
-        assert pause(4, 50, at_once=16) == 2 and pause(400, 50, lease_s=60) == 10
+        assert pause(400, 50, lease_s=60) == 10
 
 
 def test_a_job_that_an_earlier_driver_submitted_is_taken_over() -> None:
@@ -190,7 +178,7 @@ def test_a_refused_or_cancelled_job_is_a_failure_with_the_reason() -> None:
 
 
 def test_the_trials_of_two_searches_at_once_ask_with_their_own_keys() -> None:
-    terms = Terms("study-1", PLAN.lease_s, losses=False)
+    terms = Terms("study-1", PLAN.lease_s)
     keys = ["pg-ann", "pg-bob", "pg-another-driver"]
     names = [Experiment.register_if_needed(trials_of("study-1", Access("http://nowhere", key), terms)) for key in keys]
     asked = []

@@ -2,10 +2,10 @@
 1603.06560).
 
 A trial that comes to a rung goes on if it is among the best 1/eta of those that have come there, and is stopped
-otherwise, so that nobody waits for the slow. Hyperband's brackets differ in their first rung; trials take turns in
-them. It departs from the papers in that a trial is never resumed (a pack has let its rows go), and that trials are
-ranked by fronts where graft size counts, too: one that is worse but smaller than all others is on the front, and goes
-on.
+otherwise, so that nobody waits for the slow; those that come together are judged beside one another. Hyperband's
+brackets differ in their first rung; trials take turns in them. It departs from the papers in that a trial is never
+resumed (a pack has let its rows go), and that trials are ranked by fronts where graft size counts, too: one that is
+worse but smaller than all others is on the front, and goes on.
 """
 
 from __future__ import annotations
