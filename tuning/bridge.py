@@ -47,7 +47,8 @@ class StudySearcher(Searcher):
         return self.told == len(self.study.trials) >= self.ahead.limit
 
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:  # type: ignore[override]  # FINISHED is a str
-        self._fill()
+        with self._kept():
+            self.ahead.fill()
         taken = self.ahead.take()
         if taken is None:
             return None if self.ahead.left else Searcher.FINISHED  # None: Tune asks again
@@ -62,7 +63,8 @@ class StudySearcher(Searcher):
         if (job := result.get("job")) is not None:
             self.ahead.jobs[own] = str(job)
         if self._stops is not None:
-            self._stop(own)
+            with self._kept():
+                self._stop(own, self._stops)
         if own in self._stopped:
             return False
         moves = self.ahead.one_is_over()
@@ -78,36 +80,34 @@ class StudySearcher(Searcher):
             return
         if self.error is not None:  # Tune tells a trial again, as failed, when telling it went wrong
             raise self.error
-        self._tell(number, self._outcome(number, None if error else result))
+        with self._kept():
+            self._tell(number, self._outcome(number, None if error else result))
 
-    def _stop(self, own: int) -> None:
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What goes wrong ends the search, whatever Tune makes of it."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _stop(self, own: int, stops: Stops) -> None:
         """What the pruner stops now, but for the trial `own`, whose actor has to leave it first; others are begun in
         their place."""
-        assert self._stops is not None
-        for number, stopped in self._stops.look(self.study.trials, self.ahead.jobs).items():
+        for number, stopped in stops.look(self.study.trials, self.ahead.jobs).items():
             if number == own:
                 self._stopped[number] = stopped
             else:
                 self._tell(number, stopped)
-                self._fill()
+                self.ahead.fill()
 
     def _tell(self, number: int, outcome: Outcome) -> None:
-        try:
-            trial = self.study.tell(number, outcome)
-        except Exception as failed:
-            self.error = failed
-            raise
+        trial = self.study.tell(number, outcome)
         self.ahead.forget(number)
         if self._stops is not None:
             self._stops.told(trial)
         self._on_trial(trial)
-
-    def _fill(self) -> None:
-        try:
-            self.ahead.fill()
-        except Exception as error:
-            self.error = error
-            raise
 
     def _outcome(self, number: int, result: Mapping[str, object] | None) -> Outcome:
         if number in self._stopped and result is not None:
