@@ -18,7 +18,7 @@ from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.study import Exhausted, NotYet, Study, Trial, TrialState
 
 LEASE_S = 120.0  # of a job that nobody has taken over yet, at least
-LOOK_S = 2.0  # between two looks at which jobs are over, at least
+LOOK_S = 2.0  # between two looks at how jobs are, at least
 OnTrial = Callable[[Trial], None]
 Begin = Callable[[int, Mapping[str, JsonValue]], str | None]
 Over = Callable[[], Collection[str]]

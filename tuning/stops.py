@@ -12,11 +12,11 @@ from typing import Protocol
 from polygraft.cluster.answers import JobEvent, RemoteJob
 from polygraft.cluster.client import ApiFailure
 from polygraft.cluster.service import ServiceNotRunning
+from polygraft.tuning.ahead import LOOK_S
 from polygraft.tuning.plan import SearchPlan
 from polygraft.tuning.pruners.watch import Watch
 from polygraft.tuning.study import Stopped, Trial
 
-LOOK_S = 2.0  # between two looks, at least
 _ASKS_A_S = 8.0  # of all trials, at most: each costs the service's processes some milliseconds
 
 

@@ -243,23 +243,26 @@ class Training:
         self.cancelled.append(job)
 
 
-def watched_bridge(seen: list[Trial], service: Training, *, trials: int = 4) -> StudySearcher:
-    plan = replace(PLAN, pruner="halving", minimise=("loss",), trials=trials, concurrency=4)
+def watched_bridge(service: Training, seen: list[Trial] | None = None) -> StudySearcher:
+    """Of a search by halving of five trials, four at once, whose first one has an actor."""
+    plan = replace(PLAN, pruner="halving", minimise=("loss",), trials=5, concurrency=4)
     study = Study(plan.space, plan.objectives, plan.sampler)
-    return bridged(study, plan, seen.append, jobs=service)
+    bridge = bridged(study, plan, ([] if seen is None else seen).append, jobs=service)
+    bridge.suggest("a")
+    return bridge
+
+
+def decided(bridge: StudySearcher, progress: float) -> str:
+    """What Tune is told to do with the actor of the first trial."""
+    trial = SimpleNamespace(trial_id="a")
+    return StudyScheduler(bridge).on_trial_result(None, trial, {"progress": progress, "job": "ftjob-0"})  # type: ignore[arg-type]
 
 
 def test_one_actor_speaks_for_all_trials_and_those_behind_the_others_are_stopped_and_told() -> None:
     seen: list[Trial] = []
     service = Training(0.5, 2.0, 3.0, 0.6, 9.0)
-    bridge = watched_bridge(seen, service, trials=5)
-    bridge.suggest("a")
-    decision = StudyScheduler(bridge).on_trial_result(
-        None,
-        SimpleNamespace(trial_id="a"),  # type: ignore[arg-type]
-        {"progress": 0.1, "job": "ftjob-0"},
-    )
-    assert decision == "CONTINUE"
+    bridge = watched_bridge(service, seen)
+    assert decided(bridge, 0.1) == "CONTINUE"
     outcome = bridge.study.trials[2].outcome
     assert isinstance(outcome, Stopped)
     assert (outcome.step, outcome.steps_total, outcome.loss, outcome.job) == (1, 9, 3.0, "ftjob-2")
@@ -268,14 +271,12 @@ def test_one_actor_speaks_for_all_trials_and_those_behind_the_others_are_stopped
 
 
 def test_an_actor_leaves_its_own_trial_when_that_is_stopped() -> None:
-    service = Training(3.0, 2.0, 1.0, 0.5)
-    bridge = watched_bridge([], service)
-    bridge.suggest("a")
+    service = Training(3.0, 2.0, 1.0, 0.5, 9.0)
+    bridge = watched_bridge(service)
     service.at = 0
-    assert bridge.goes_on("a", {"progress": 0.0, "job": "ftjob-0"})
+    assert decided(bridge, 0.0) == "CONTINUE"
     service.at = 3
-    decisions = [bridge.goes_on("a", {"progress": 0.4, "job": "ftjob-0"}) for _ in range(2)]
-    assert decisions[-1] is False and "ftjob-0" not in service.cancelled, "it is cancelled when the study knows"
+    assert decided(bridge, 0.4) == "STOP" and "ftjob-0" not in service.cancelled, "it is when the study knows"
     bridge.on_trial_complete("a", {"progress": 0.4, "job": "ftjob-0", "done": True})
     assert isinstance(bridge.study.trials[0].outcome, Stopped) and "ftjob-0" in service.cancelled
 
@@ -285,20 +286,18 @@ def test_a_service_that_does_not_answer_stops_nobody() -> None:
         def job(self, job: str) -> RemoteJob:
             raise ServiceNotRunning("down")
 
-    bridge = watched_bridge([], Silent(1.0, 2.0, 3.0, 0.5))
-    bridge.suggest("a")
-    assert bridge.goes_on("a", {"progress": 0.1, "job": "ftjob-0"})
+    bridge = watched_bridge(Silent(1.0, 2.0, 3.0, 0.5, 9.0))
+    assert decided(bridge, 0.1) == "CONTINUE"
     bridge.on_trial_complete("a", {**DONE, "job": "ftjob-0"})
     outcome = bridge.study.trials[0].outcome
     assert isinstance(outcome, Result) and not outcome.curve
 
 
 def test_a_trial_that_ends_keeps_its_curve_in_the_record() -> None:
-    service = Training(2.0, 2.0, 2.0, 2.0)
-    bridge = watched_bridge([], service)
-    bridge.suggest("a")
+    service = Training(2.0, 2.0, 2.0, 2.0, 9.0)
+    bridge = watched_bridge(service)
     service.at = 3
-    assert bridge.goes_on("a", {"progress": 0.3, "job": "ftjob-0"})
+    assert decided(bridge, 0.3) == "CONTINUE"
     service.at = 9
     bridge.on_trial_complete("a", {**DONE, "job": "ftjob-0"})
     outcome = bridge.study.trials[0].outcome
